@@ -1,0 +1,52 @@
+"""CASCADE: measure how a causal language model saturates, let easy tokens exit, gate the drift."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cascade.baselines import Comparison as Comparison
+    from cascade.baselines import compare as compare
+    from cascade.baselines import read_record as read_record
+    from cascade.corpora import TokenBlocks as TokenBlocks
+    from cascade.corpora import load_blocks as load_blocks
+    from cascade.errors import CascadeError as CascadeError
+    from cascade.models import DecoderStack as DecoderStack
+    from cascade.models import load as load
+    from cascade.saturation import SaturationProfile as SaturationProfile
+    from cascade.saturation import analyze as analyze
+    from cascade.statistics import SimilarityStatistics as SimilarityStatistics
+
+try:
+    __version__ = version("cascade-exit")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+#: Public name -> the room it lives in; loaded on first use, so that importing cascade is cheap.
+_ROOMS = {
+    "CascadeError": "errors",
+    "Comparison": "baselines",
+    "DecoderStack": "models",
+    "SaturationProfile": "saturation",
+    "SimilarityStatistics": "statistics",
+    "TokenBlocks": "corpora",
+    "analyze": "saturation",
+    "compare": "baselines",
+    "load": "models",
+    "load_blocks": "corpora",
+    "read_record": "baselines",
+}
+
+__all__ = ["__version__", *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'cascade' has no attribute {name!r}")
+    return getattr(import_module(f"cascade.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,33 @@
+"""The errors a user can cause: one line that says what to do, and exit status 2."""
+
+from __future__ import annotations
+
+
+class CascadeError(Exception):
+    """Anything that a user can put right: expected, got, and what to do, in one line."""
+
+    exit_status = 2
+
+
+class ModelError(CascadeError):
+    """The model cannot be found, read or trusted (missing, truncated, corrupted, NaN)."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model is readable, but it is not a stack of decoder layers that can be measured."""
+
+
+class DeviceError(CascadeError):
+    """The device is absent, or lacks the wanted dtype."""
+
+
+class CorpusError(CascadeError):
+    """The corpus is missing, empty, malformed, or too small for one block."""
+
+
+class RecordError(CascadeError):
+    """A stored record is missing, torn, of another schema, or not comparable."""
+
+
+class OutputError(CascadeError):
+    """Results cannot be written where they should go; what was there before is unharmed."""

@@ -1,0 +1,148 @@
+"""Writing files so that a reader sees the old content or the new, never half of either."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from cascade.errors import OutputError
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; rename it to `path` on success.
+
+    On any failure, Ctrl-C included, the temporary file is removed and `path` stays as it was.
+
+    Raises:
+        OutputError: The folder cannot be written to, or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The suffix stays last: writers such as numpy's add their own where it is missing.
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
+        )
+        os.close(handle)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {_reason(error)}; choose a folder you can write to"
+        ) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; results are as readable as any other file of the user's.
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {_reason(error)}; free some space or choose another place"
+            " (what was there before is unharmed)"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) to `path`, whole or not at all.
+
+    Raises:
+        OutputError: The folder cannot be written to, or the disk is full.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+class RunFolder:
+    """A folder that receives the files of one run together, once all of them are on disk.
+
+    Files are first written to a staging folder inside the target; `commit` renames them into
+    place. A full disk or Ctrl-C thus strikes the staging folder, and an older run survives.
+    Only files of the run's own names are ever replaced: other files in the folder are not ours.
+
+    Args:
+        path: The folder; made where it is missing.
+        names: The names of the files this run will write.
+        overwrite: Replace the files of an earlier run.
+
+    Raises:
+        OutputError: The folder holds another run and `overwrite` is false, or cannot be written.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str], *, overwrite: bool = False) -> None:
+        self.path = path
+        self.names = tuple(names)
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file, expected a folder; choose another --output")
+        present = [name for name in self.names if (path / name).exists()]
+        if present and not overwrite:
+            raise OutputError(
+                f"{path} holds another run ({present[0]}): "
+                "choose another --output, or replace it with --overwrite"
+            )
+        self._made: list[Path] = []
+        try:
+            self._make(path)
+            self.staging = Path(tempfile.mkdtemp(prefix=".cascade-", dir=path))
+        except OSError as error:
+            self._remove_made()
+            raise OutputError(
+                f"cannot write to {path}: {_reason(error)}; choose an --output you can write to"
+            ) from error
+
+    def _make(self, path: Path) -> None:
+        if not path.exists():
+            self._make(path.parent)
+            path.mkdir()
+            self._made.append(path)
+
+    def _remove_made(self) -> None:
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):  # not empty: someone else's file came in
+                folder.rmdir()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Commit on success; on failure leave the folder as it was found."""
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            if kind is not None:
+                self._remove_made()
+
+    def _commit(self) -> None:
+        for name in self.names:
+            (self.staging / name).replace(self.path / name)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Stage one file of the run.
+
+        Raises:
+            OutputError: The disk is full, or the folder has gone.
+        """
+        data = content.encode("utf-8") if isinstance(content, str) else content
+        try:
+            (self.staging / name).write_bytes(data)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path / name}: {_reason(error)}; free some space or choose "
+                "another --output (an older run there is unharmed)"
+            ) from error

