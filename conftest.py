@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from pytest_regressions.dataframe_regression import DataFrameRegressionFixture
+
     from cascade import DecoderStack, SaturationProfile
 
 
@@ -24,3 +28,28 @@ def embedded_profile(reference_model: DecoderStack) -> SaturationProfile:
     from cascade import analyze, load_blocks
 
     return analyze(reference_model, load_blocks("embedded", reference_model.tokenizer))
+
+
+@pytest.fixture
+def strict_table(
+    dataframe_regression: DataFrameRegressionFixture, original_datadir: Path
+) -> Callable[[list[dict[str, Any]]], None]:
+    """Check a table against the stored one, with the holes of `dataframe_regression` closed.
+
+    That fixture passes a table which lacks a stored column, and holds NaN equal to NaN.
+    """
+    import pandas as pd
+
+    def check(rows: list[dict[str, Any]]) -> None:
+        table = pd.DataFrame(rows).set_index("layer")
+        assert not table.isna().to_numpy().any(), f"expected numbers, got NaN:\n{table}"
+        name = dataframe_regression.request.node.name
+        stored = original_datadir / f"{name}.csv"
+        if stored.exists():
+            expected = pd.read_csv(stored, index_col=0)
+            assert list(table.columns) == list(expected.columns)
+            assert [str(label) for label in expected.index] == list(table.index)
+        # A tiny random model's own arithmetic differs by some 1e-6 between processors.
+        dataframe_regression.check(table, default_tolerance={"atol": 1e-4, "rtol": 0})
+
+    return check

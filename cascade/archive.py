@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cascade.errors import OutputError
-from cascade.files import atomic_path
+from cascade.files import atomic_path, make_folder, remove_empty
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -52,16 +52,19 @@ class SimilarityArchive:
         self.path = path
         self.names = _entry_names(labels)
         self._tokens = 0
+        self._made: list[Path] = []
+        self._folder: Path | None = None
+        self._files: list[IO[bytes]] = []
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._made = make_folder(path.parent)
             self._folder = Path(tempfile.mkdtemp(prefix=".cascade-", dir=path.parent))
+            for row in range(len(labels)):
+                self._files.append((self._folder / str(row)).open("w+b"))
         except OSError as error:
+            self._remove()
             raise OutputError(
                 f"cannot write {path}: {error.strerror}; choose an --npz you can write to"
             ) from error
-        self._files: list[IO[bytes]] = [
-            (self._folder / str(row)).open("w+b") for row in range(len(labels))
-        ]
 
     def __enter__(self) -> SimilarityArchive:
         return self
@@ -72,14 +75,19 @@ class SimilarityArchive:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove the working files."""
+        """Remove the working files, and folders made for an archive that was never saved."""
+        self._remove()
+
+    def _remove(self) -> None:
         for file in self._files:
             # Closing flushes, which a full disk fails once more: the folder goes anyway.
             try:
                 file.close()
             except OSError:
                 continue
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        remove_empty(self._made)
 
     def add(self, similarity: npt.NDArray[Any], sequences: npt.NDArray[Any]) -> None:
         """Add one batch, `[L, B, T]`, in corpus order (the `sink` of `saturation.analyze`).

@@ -110,7 +110,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
         RecordError: It is missing or torn.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except FileNotFoundError:
         raise RecordError(f"no file {path}; it belongs beside its .json record") from None

@@ -93,6 +93,7 @@ def analyze(
     from rich.console import Console
 
     from cascade.archive import SimilarityArchive, check_free
+    from cascade.errors import OutputError
     from cascade.files import RunFolder
     from cascade.report import print_profile
 
@@ -103,6 +104,8 @@ def analyze(
             folder = cleanup.enter_context(RunFolder(output, RUN_FILES, overwrite=overwrite))
         if npz is not None:
             check_free(npz, overwrite=overwrite)
+            if output is not None and npz.resolve() in [(output / f).resolve() for f in RUN_FILES]:
+                raise OutputError(f"--output writes {npz} itself; choose another --npz")
         from cascade import corpora, models, saturation
 
         with _status(f"Loading {model} (a first time can take half a minute)"):
@@ -183,6 +186,64 @@ def accept(
     typer.echo(f"Wrote {path} and {path.with_suffix('.npz').name}; review and commit both")
 
 
+@bench.command("collect")
+def bench_collect(
+    model: Annotated[str, typer.Option(help=_MODEL)] = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(help="Tokens per pass over the embedded corpus.")] = 4096,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass, all ways.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 7,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads to compute with; as torch has it without.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the order of the ways in every round.")] = 0,
+    device: Annotated[str, typer.Option(help=_DEVICE)] = "cpu",
+    memory: Annotated[
+        bool, typer.Option(help="Measure peak memory too, in processes of their own.")
+    ] = True,
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.json.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the file of an earlier run.")] = False,
+) -> None:
+    """Time the ways to collect similarities: the seed's, the bare decoder's, analyze, a peer's.
+
+    One process, rounds interleaved in random order. A missed target is printed and recorded; it
+    does not fail the command.
+    """
+    from rich.console import Console
+
+    from cascade.files import RunFolder
+    from cascade.report import print_bench
+
+    with contextlib.ExitStack() as cleanup:
+        folder = None
+        if output is not None:
+            folder = cleanup.enter_context(RunFolder(output, ("bench.json",), overwrite=overwrite))
+        from cascade import benchmarks
+        from cascade.baselines import to_json
+
+        setup = benchmarks.Setup(
+            model=model,
+            tokens=tokens,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            rounds=rounds,
+            threads=threads,
+            seed=seed,
+            device=device,
+        )
+        record = benchmarks.collect(
+            setup,
+            memory=memory,
+            command=_command(),
+            progress=lambda text: typer.echo(text, err=True),
+        )
+        if folder is not None:
+            folder.write("bench.json", to_json(record) + "\n")
+    print_bench(record, Console())
+    if output is not None:
+        typer.echo(f"Wrote {output / 'bench.json'}", err=True)
+
+
 @contextlib.contextmanager
 def _status(text: str) -> Iterator[None]:
     """Show a spinner on stderr while something takes long; nothing where it is no terminal."""
@@ -233,6 +294,7 @@ def main() -> None:
     # Our own bars and messages say what concerns the user.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except CascadeError as error:

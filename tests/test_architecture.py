@@ -1,0 +1,78 @@
+"""The house: imports point one way, and what should be cheap to import is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cascade
+
+PACKAGE = Path(cascade.__file__).parent
+
+#: Each room and the rooms that it may import from.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "statistics": set(),
+    "structure": set(),
+    "files": {"errors"},
+    "weights": {"errors", "files"},
+    "models": {"errors", "weights"},
+    "corpora": {"errors"},
+    "baselines": {"errors", "files", "statistics"},
+    "archive": {"errors", "files"},
+    "saturation": {"corpora", "errors", "models", "statistics", "structure"},
+    "report": {"baselines", "statistics"},
+    "benchmarks": {"baselines", "corpora", "errors", "models", "saturation"},
+    "__init__": {"baselines", "corpora", "errors", "models", "saturation", "statistics"},
+    "__main__": {"cli"},
+}
+#: The rooms on top, which may import everything and which nobody imports.
+MAY_IMPORT["cli"] = MAY_IMPORT.keys() - {"__main__", "cli"}
+
+
+def rooms_imported_by(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            top, _, room = node.module.partition(".")
+            if top == "cascade":
+                found |= {room} if room else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {
+                name.name.partition(".")[2] for name in node.names if name.name[:8] == "cascade."
+            }
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_a_room_imports_only_what_lies_below_it(path: Path) -> None:
+    assert path.stem in MAY_IMPORT, f"give {path.stem} a place in the house"
+    assert rooms_imported_by(path) <= MAY_IMPORT[path.stem]
+
+
+def test_the_allowed_imports_have_no_circle() -> None:
+    done: set[str] = set()
+    while len(done) < len(MAY_IMPORT):
+        free = {room for room, below in MAY_IMPORT.items() if below <= done} - done
+        assert free, f"a circle among {sorted(MAY_IMPORT.keys() - done)}"
+        done |= free
+
+
+@pytest.mark.parametrize("module", ["cascade", "cascade.cli"])
+def test_importing_the_surface_loads_no_heavy_library(module: str) -> None:
+    heavy = {"torch", "transformers", "datasets", "numpy", "matplotlib"}
+    code = f"import sys, {module}; print(sorted({heavy} & {{*sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_had() -> None:
+    for name in cascade.__all__:
+        assert getattr(cascade, name) is not None
+    assert set(dir(cascade)) == set(cascade.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'analyse'"):
+        cascade.__getattr__("analyse")
