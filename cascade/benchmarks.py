@@ -48,6 +48,8 @@ RATIOS = (
     ("analyze_fp32", "bare_fp32"),
     ("seed_fp32", "analyze_fp32"),
     ("seed_fp32", "analyze_bf16"),
+    # What no analysis of every layer can get beyond on the same machine.
+    ("seed_fp32", "bare_fp32"),
     ("bare_bf16", "analyze_bf16"),
     ("angular_fp32", "analyze_fp32"),
 )
@@ -479,7 +481,7 @@ def target_rows(ratios: Sequence[Record], agreement: Record, memory: Record) -> 
     shift = abs(agreement["bf16"]["difference"])
     rows.append(_target("layer mean, bf16 from fp32", "at most", 2e-3, shift))
     growth = memory["growth_mb"]
-    rows.append(_target(f"memory growth at {_LONG}x tokens, MB", "below", 10.0, growth))
+    rows.append(_target(f"memory growth at {_LONG}x, MB", "below", 10.0, growth))
     return rows
 
 

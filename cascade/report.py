@@ -1056,7 +1056,7 @@ def print_bench(record: Record, console: Console) -> None:
         ("target", "limit", "measured", "verdict"),
         _target_rows(record),
         console,
-        gap=2,
+        gap=1,
         text_columns=1,
     )
     _print_heading("Notes", console)

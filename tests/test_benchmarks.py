@@ -151,8 +151,8 @@ def test_an_interval_holds_its_median_and_stays_within_the_rounds(
 
 
 def test_a_ratio_compares_seconds_of_the_same_round():
-    seconds = {name: [1.0, 10.0, 100.0] for name in benchmarks.WAYS}
-    seconds["analyze_fp32"] = [2.0, 20.0, 200.0]
+    seconds = {name: [10.0, 1.0, 100.0] for name in benchmarks.WAYS}
+    seconds["analyze_fp32"] = [20.0, 2.0, 200.0]
     rows = {row["name"]: row for row in benchmarks.ratio_rows(seconds, seed=0)}
     assert rows["analyze_fp32/bare_fp32"]["rounds"] == [2.0, 2.0, 2.0]
     assert rows["analyze_fp32/bare_fp32"]["interval"] == [2.0, 2.0]
@@ -297,6 +297,17 @@ def printed(record: dict[str, Any]) -> str:
     stream = io.StringIO()
     print_bench(record, Console(file=stream, width=100))
     return stream.getvalue()
+
+
+def test_the_targets_fit_into_80_columns_uncut(record: dict[str, Any]):
+    targets = [
+        row | {"measured": 0.00086, "met": False, "interval": [0.0, 99.0]}
+        for row in record["targets"]
+    ]
+    stream = io.StringIO()
+    print_bench(record | {"targets": targets}, Console(file=stream, width=80))
+    assert stream.getvalue().count("not met, within noise") == len(targets) == 5
+    assert "…" not in stream.getvalue()
 
 
 def test_another_kind_of_record_is_not_printed(record: dict[str, Any]):

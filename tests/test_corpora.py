@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import json
+import re
 import string
 import tempfile
 from collections.abc import Callable, Sequence
@@ -45,9 +46,22 @@ def blocks_of(source: object, **settings: Any) -> TokenBlocks:
 
 
 def decoded(blocks: TokenBlocks) -> str:
-    """Return the text of all blocks, EOS shown as a line break."""
+    """Return the text of all blocks, EOS shown as a line break, the unknown as a tilde."""
     symbols = the_tokenizer().convert_ids_to_tokens(blocks.ids.ravel().tolist())
-    return "".join(symbols).replace("<eos>", "\n")
+    return "".join(symbols).replace("<eos>", "\n").replace("<unk>", "~")
+
+
+def in_vocabulary(text: str) -> str:
+    """Return a text as `decoded` shows it: line breaks in a row are one unknown token."""
+    return re.sub("\n+", "~", text)
+
+
+def outcome(read: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what a call returns, or the CorpusError that it raises; no other error."""
+    try:
+        return read(*args, **kwargs)
+    except CorpusError as error:
+        return error
 
 
 def joined(records: Sequence[dict[str, str]]) -> str:
@@ -141,10 +155,9 @@ def test_a_record_that_gives_no_text_is_named_with_what_was_expected(
 def test_whatever_the_columns_hold_gives_text_or_a_corpus_error(value: Any) -> None:
     nested = {"instruction": "i", "instances": [value]}
     for record in (value, {"text": value}, {"instruction": value, "output": "o"}, nested):
-        try:
-            text = record_text(record, source="here", number=1)
-        except CorpusError as error:
-            assert "\n" not in str(error)
+        text = outcome(record_text, record, source="here", number=1)
+        if isinstance(text, CorpusError):
+            assert "\n" not in str(text)
         else:
             assert isinstance(value, str)
             assert value in text
@@ -288,11 +301,8 @@ def test_every_form_of_file_takes_alpaca_records_and_a_text_column(
 ) -> None:
     record = {"instruction": "Add.", "input": "1 + 1", "output": "2", "note": "as noted"}
     path = WRITERS[name](tmp_path / name, [record])
-    # The tiny vocabulary has no line break, and its pattern drops it.
-    assert (
-        decoded(blocks_of(path, seq_len=44))
-        == ("### Instruction:Add.### Input:1 + 1### Response:2"[:44])
-    )
+    text = in_vocabulary(alpaca_text("Add.", "1 + 1", "2"))
+    assert decoded(blocks_of(path, seq_len=len(text))) == text
     assert decoded(blocks_of(path, seq_len=8, text_column="note")) == "as noted"
 
 
@@ -327,14 +337,13 @@ def test_a_path_below_the_home_folder_is_found(
 
 
 def test_a_name_never_leaves_the_folder_of_baselines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine/below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "mine/below")
     in_lines(tmp_path / "mine/x.jsonl", RECORDS)
     assert blocks_of("../x.jsonl").name == "x"
-    with quiet_datasets(tmp_path / "cache"):
-        assert blocks_of("..").name == "mine"
+    assert blocks_of("..").name == "mine"
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet", "x.txt"])
@@ -407,10 +416,11 @@ def test_a_damaged_parquet_file_gives_records_or_a_corpus_error(data: st.DataObj
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.parquet"
         path.write_bytes(damaged)
-        try:
-            assert blocks_of(path).records > 0
-        except CorpusError as error:
-            assert "\n" not in str(error)
+        blocks = outcome(blocks_of, path)
+    if isinstance(blocks, CorpusError):
+        assert "\n" not in str(blocks)
+    else:
+        assert blocks.records > 0
 
 
 @given(st.binary())
@@ -425,29 +435,17 @@ def test_any_bytes_in_a_file_of_lines_give_records_or_a_corpus_error(content: by
 # --- datasets --------------------------------------------------------------------------------
 
 
-def quiet_datasets(cache: Path) -> Any:
-    """Keep `datasets` off the network, off the terminal, and in a cache folder of this test."""
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep `datasets` off the network and in a cache folder of this test."""
     import datasets.config
-    import datasets.utils.tqdm
 
-    patch = pytest.MonkeyPatch.context()
-    entered = patch.__enter__()
-    entered.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    entered.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    entered.setattr(datasets.utils.tqdm, "_hf_datasets_progress_bars_disabled", True)
-
-    class Leave:
-        def __enter__(self) -> None:
-            pass
-
-        def __exit__(self, *error: Any) -> None:
-            patch.__exit__(*error)
-
-    return Leave()
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
-def hub_dataset(tmp_path: Path) -> Any:
+def hub_dataset(tmp_path: Path, offline: None) -> Path:
     """A folder as the hub holds it: two configurations, two splits."""
     folder = tmp_path / "Hub Dataset"
     for config, records in (("plain", SPLITS), ("loud", {"train": [{"body": "LOUD AND CLEAR"}]})):
@@ -460,8 +458,7 @@ def hub_dataset(tmp_path: Path) -> Any:
         "  - {split: train, path: plain/train.jsonl}\n  - {split: test, path: plain/test.jsonl}\n"
         "- config_name: loud\n  data_files:\n  - {split: train, path: loud/train.jsonl}\n---\n"
     )
-    with quiet_datasets(tmp_path / "cache"):
-        yield folder
+    return folder
 
 
 def test_a_dataset_gives_its_train_split_and_others_by_name(hub_dataset: Path) -> None:
@@ -489,7 +486,7 @@ def test_a_dataset_is_drawn_from_like_a_file(hub_dataset: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"split": "held-out"}, 'Unknown split "held-out". Should be one of'),
+        ({"split": "validation"}, 'Unknown split "validation". Should be one of'),
         ({"config": "quiet"}, "BuilderConfig 'quiet' not found"),
         (
             {"config": "loud"},
@@ -509,11 +506,11 @@ def test_a_dataset_without_what_is_named_is_refused(
 
 @pytest.mark.parametrize("source", ["nobody/no-such-corpus", "no such corpus", "empty"])
 def test_a_dataset_that_is_nowhere_is_refused_with_what_can_be_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+    tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    with quiet_datasets(tmp_path / "cache"), pytest.raises(CorpusError) as caught:
+    with pytest.raises(CorpusError) as caught:
         blocks_of(source)
     assert str(caught.value).startswith(f"no corpus {source}: ")
     assert "expected embedded, a .jsonl, .json, .parquet or .txt file" in str(caught.value)
@@ -665,9 +662,8 @@ def test_the_embedded_parts_together_are_the_whole() -> None:
     names = {split: part.name for split, part in parts.items()}
     assert names == {"train": "embedded-train", "held-out": "embedded-held-out", None: "embedded"}
     held_out = next(record for record in embedded_records() if record["split"] == "held-out")
-    start = decoded(parts["held-out"]).replace("<unk>", "")[:60]
-    text = record_text(held_out, source="", number=0)
-    assert start == "".join(text.split("\n"))[:60]
+    text = in_vocabulary(record_text(held_out, source="", number=0))
+    assert decoded(parts["held-out"])[:60] == text[:60]
 
 
 def test_the_embedded_corpus_refuses_what_it_does_not_have() -> None:

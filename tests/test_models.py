@@ -483,6 +483,18 @@ def test_a_forward_that_a_library_has_set_is_what_a_step_calls() -> None:
     assert calls == [0]
 
 
+def test_a_hook_that_a_library_has_set_is_heard_by_a_step_as_by_the_model() -> None:
+    stack, ids = DecoderStack(tiny_model("llama")), random_ids()
+    before = own_run(stack.model, ids).logits
+    stack.layers[1].register_forward_hook(lambda _, args, output: 1.5 * output)
+    after = own_run(stack.model, ids).logits
+    assert difference(after, before) > 1e-3
+    plan = stack.plan(ids)
+    assert difference(plan.embedded, stack.model.get_input_embeddings()(ids)) == 0.0
+    history = stepped(stack, plan)
+    assert difference(history[2], visited(stack, ids)[0][2]) == 0.0
+
+
 # --- What a stack says of itself -------------------------------------------------------------
 
 
@@ -719,18 +731,18 @@ def test_auto_is_the_processor_where_nothing_faster_is_at_hand(name: str) -> Non
 def test_auto_prefers_an_accelerator(
     cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[torch.device] = []
+    asked: list[tuple[torch.device, torch.dtype]] = []
     ones = torch.ones
 
-    def ones_here(*args: Any, device: torch.device, **kwargs: Any) -> Tensor:
-        asked.append(device)
-        return ones(*args, **kwargs)
+    def ones_here(*args: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+        asked.append((device, dtype))
+        return ones(*args, dtype=dtype)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "ones", ones_here)
-    assert resolve_device("auto", torch.float32) == torch.device(expected)
-    assert asked == [torch.device(expected)]
+    assert resolve_device("auto", torch.bfloat16) == torch.device(expected)
+    assert asked == [(torch.device(expected), torch.bfloat16)]
 
 
 @pytest.mark.usefixtures("no_accelerator")
@@ -953,6 +965,11 @@ def test_an_unsupported_family_is_refused_before_any_weight_is_read(
     (tmp_path / "model.safetensors").write_bytes(b"unreadable")
     with pytest.raises(UnsupportedModelError, match=f"^{family} "):
         load(str(tmp_path))
+
+
+def test_a_revision_of_a_local_folder_is_refused(saved: Path) -> None:
+    with pytest.raises(ModelError, match="--revision belongs to hub models"):
+        load(str(saved), revision="main")
 
 
 def test_an_absent_device_is_refused_before_the_weights_are_looked_for() -> None:

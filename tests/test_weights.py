@@ -26,7 +26,15 @@ from transformers import PreTrainedModel
 from cascade import weights
 from cascade.errors import CascadeError, ModelError, OutputError
 from cascade.models import load
-from cascade.weights import THREE_WAYS, WHEELS, Weights, cache_folder, file_hash, resolve
+from cascade.weights import (
+    THREE_WAYS,
+    WHEELS,
+    Weights,
+    cache_folder,
+    file_hash,
+    read_or_explain,
+    resolve,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WHEEL = WHEELS["smollm2-135m"]
@@ -523,6 +531,23 @@ def test_the_hash_follows_the_weights_and_nothing_else(folder: Path, tmp_path: P
     assert resolve(str(moved)).hash != before
 
 
+@pytest.mark.parametrize("name", ["kept-elsewhere.safetensors", "x" * 52 + ".safetensors"])
+@pytest.mark.parametrize("linked", [False, True], ids=["plain", "linked"])
+def test_weights_under_any_name_are_read_for_their_hash(
+    folder: Path, tmp_path: Path, name: str, linked: bool
+) -> None:
+    # Only the hub's own cache names files by their hash.
+    file = tmp_path / name if linked else folder / name
+    (folder / "model.safetensors").rename(file)
+    if linked:
+        (folder / "model.safetensors").symlink_to(file)
+    before = resolve(str(folder)).hash
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert resolve(str(folder)).hash != before
+
+
 def test_a_shard_that_is_swapped_with_another_changes_the_hash(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "sharded")
     (folder / "model.safetensors").unlink()
@@ -680,3 +705,11 @@ def test_torch_files_are_fetched_only_where_there_are_no_safetensors(
     assert ["*.bin" in patterns for patterns in asked] == [False]
     resolve("some-org/old")
     assert ["*.bin" in patterns for patterns in asked] == [False, False, True]
+
+
+def test_a_refusal_inside_a_reading_keeps_its_own_words() -> None:
+    def refuse() -> None:
+        raise OutputError("free some space")
+
+    with pytest.raises(OutputError, match=r"^free some space$"):
+        read_or_explain("the weights", refuse)
