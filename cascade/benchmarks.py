@@ -120,7 +120,7 @@ class Setup:
     model: str = "smollm2-135m"
     tokens: int = 4096
     seq_len: int = 128
-    batch_size: int = 8
+    batch_size: int = 32
     rounds: int = 7
     threads: int | None = None
     seed: int = 0

@@ -191,7 +191,7 @@ def bench_collect(
     model: Annotated[str, typer.Option(help=_MODEL)] = "smollm2-135m",
     tokens: Annotated[int, typer.Option(help="Tokens per pass over the embedded corpus.")] = 4096,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass, all ways.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass, all ways.")] = 32,
     rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 7,
     threads: Annotated[
         int | None, typer.Option(help="Threads to compute with; as torch has it without.")

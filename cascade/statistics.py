@@ -207,7 +207,8 @@ class SimilarityStatistics:
             max(0, self.count * square * _UNIT - total * total) / (_UNIT * self.count) ** 2
             for total, square in zip(self.total, self.square_total, strict=True)
         ]
-        return np.sqrt(np.array(variance))
+        std: Array = np.sqrt(np.array(variance))
+        return std
 
     def quantile(self, q: float) -> Array:
         """Return each layer's quantile `q`, `[L]`, interpolated as `numpy.quantile` does.

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -189,7 +190,7 @@ def _folder_hash(folder: Path) -> str:
     for file in files:
         # The hub's cache names large files by their SHA-256: no need to read them again.
         blob = file.resolve().name
-        known = file.is_symlink() and len(blob) == 64
+        known = file.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob)
         digest.update(f"{file.name}:{blob if known else file_hash(file)}\n".encode())
     return digest.hexdigest()
 

@@ -467,12 +467,12 @@ def test_many_layers_get_thinned_labels() -> None:
 
 def test_similarity_one_is_at_the_top_of_both_drawings() -> None:
     for svg in full_drawings():
-        heights = dict(
-            (text, float(y))
+        heights = {
+            text: float(y)
             for y, text in re.findall(
                 r'<text [^>]*?y="([\d.]+)"[^>]*>(-?[01](?:\.\d+)?)</text>', svg
             )
-        )
+        }
         assert heights["0.99"] < heights["0.9"] < heights["0.5"] < heights["0"]
 
 
@@ -491,7 +491,7 @@ def test_equal_tokens_still_get_a_colour_scale_and_an_axis() -> None:
 
 
 def test_rebinning_for_display_loses_no_token() -> None:
-    from cascade.report import _rebinned
+    from cascade.report.figures import _rebinned
 
     generator = np.random.default_rng(0)
     for low, high in ((0, BINS), (0, 1), (BINS - 1, BINS), (17, 1500), (300, 419), (6000, BINS)):

@@ -219,6 +219,8 @@ def test_a_gguf_file_loads_as_exactly_the_model_it_holds(tmp_path: Path) -> None
         "e",
         "\u0120",
     ]
+    # What still called itself quantized would be dequantized again on loading, or refused.
+    assert not hasattr(stack.model.config, "quantization_config")
     digest = file_hash(tmp_path / "Tiny.gguf")
     assert stack.provenance["weights_hash"] == f"sha256:{digest}"
     assert stack.provenance["quantization"] == "Q4_1"

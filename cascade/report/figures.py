@@ -1,0 +1,401 @@
+"""Figures as SVG, drawn from a record: the layer profile and the density of tokens."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade.report.reading import (
+    NORM_SUFFIX,
+    ROLES,
+    Arrays,
+    Record,
+    check_histogram,
+    check_profile,
+    is_normed,
+    roles_of,
+    show,
+    summary,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Colours by name, for light and dark surroundings. A plot is drawn in the light ones; the page
+#: swaps each for a CSS variable, so one drawing serves both.
+PALETTE = {
+    "paper": ("#ffffff", "#14181f"),
+    "ink": ("#1c2430", "#e4e8ee"),
+    "muted": ("#5b6675", "#9aa6b5"),
+    "grid": ("#e3e7ec", "#2a323d"),
+    "stable": ("#e6f2ec", "#1b2e29"),
+    "tint": ("#fbf0e9", "#2e231d"),
+    "spread": ("#a9c4ea", "#35558a"),
+    "whisker": ("#8d9bb0", "#76859b"),
+    "mean": ("#1d5bb8", "#7fb0f5"),
+    "active": ("#c2410c", "#fb9a5b"),
+    "empty": ("#1a1626", "#0b0a12"),
+}
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+
+_MARKERS = {"input transform": "^", "dip": "v", "output transform": "s"}
+_HEAT_ROWS = 120
+_HEAT_DPI = 200
+#: Beyond this many active layers their names would cover each other; the markers still tell.
+_MAX_ANNOTATIONS = 8
+
+
+def layer_profile_svg(record: Record) -> str:
+    """Draw similarity against layer: mean, p10-p90 band, min and max, special layers.
+
+    Args:
+        record: A saved record of kind `saturation`.
+
+    Returns:
+        One `<svg>` element, the same bytes for the same record; it stands alone as a file, too.
+
+    Raises:
+        ValueError: The record is of another kind or schema, or lacks a section.
+    """
+    check_profile(record)
+    with _plain_style():
+        figure, axes = _new_figure(record, "similarity per layer")
+        _limit_angles(axes, *_angle_range(record))
+        _draw_stable_bands(axes, record)
+        _draw_statistics(axes, record)
+        _draw_active_layers(axes, record)
+        _label_layers(axes, record)
+        figure.legend(loc="outside lower center", ncols=5)
+        first, last = record["layers"][0]["layer"], record["layers"][-1]["layer"]
+        label = f"Line chart: similarity per layer, {first} to {last}. {summary(record)}"
+        return _svg(figure, "layer-profile", label)
+
+
+def density_svg(record: Record, arrays: Arrays) -> str:
+    """Draw where the tokens of each layer lie, as a heat map of layers x similarity.
+
+    Args:
+        record: A saved record of kind `saturation`.
+        arrays: Its arrays: `layers`, names [L], and `histogram`, counts [L, bins], bins uniform
+            in angle over [0, pi].
+
+    Returns:
+        One `<svg>` element with the map as an embedded image, the same bytes for the same input.
+
+    Raises:
+        ValueError: The record is of another kind or schema, or the arrays do not belong to it.
+    """
+    check_profile(record)
+    check_histogram(record, arrays)
+    with _plain_style():
+        figure, axes = _new_figure(record, "where the tokens lie")
+        shares, edges = _rebinned(arrays["histogram"])
+        _draw_heat_map(figure, axes, shares, edges, _positions(record))
+        _limit_angles(axes, float(edges[0]), float(edges[-1]))
+        _label_layers(axes, record)
+        first, last = record["layers"][0]["layer"], record["layers"][-1]["layer"]
+        label = f"Heat map: share of tokens per similarity, layers {first} to {last}."
+        return _svg(figure, "token-density", label)
+
+
+@contextmanager
+def _plain_style() -> Iterator[None]:
+    """Draw independently of the user's matplotlibrc, and reproducibly."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "svg.hashsalt": "cascade",
+                "svg.fonttype": "none",
+                "font.size": 9.5,
+                "figure.facecolor": LIGHT["paper"],
+                "axes.facecolor": LIGHT["paper"],
+                "axes.edgecolor": LIGHT["muted"],
+                "axes.labelcolor": LIGHT["muted"],
+                "axes.axisbelow": True,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "grid.color": LIGHT["grid"],
+                "text.color": LIGHT["ink"],
+                "xtick.color": LIGHT["muted"],
+                "ytick.color": LIGHT["muted"],
+                "legend.frameon": False,
+            }
+        )
+        yield
+
+
+def _new_figure(record: Record, subject: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    model, corpus = record["provenance"]["model"], record["provenance"]["corpus"]
+    # A path can be a name: what is longer than this runs out of the figure.
+    names = [
+        name if len(name) <= 40 else f"{name[:37]}..." for name in (model["name"], corpus["name"])
+    ]
+    title = f"{' on '.join(names)}: {subject}"
+    # A character that the font lacks would warn, and a "$" would start a formula.
+    title = title.encode("ascii", "replace").decode()
+    axes.set_title(title, loc="left", pad=20, fontsize=11, parse_math=False)
+    axes.set_ylabel("similarity (axis uniform in angle)")
+    axes.set_xlabel("decoder layer")
+    return figure, axes
+
+
+def _angle(similarity: float) -> float:
+    return math.acos(min(1.0, max(-1.0, similarity)))
+
+
+def _angles(rows: Iterable[Record], name: str) -> list[float]:
+    return [_angle(row[name]) for row in rows]
+
+
+def _positions(record: Record) -> list[float]:
+    """Return where each row stands on the x axis: layer l at l, the `+norm` row set apart."""
+    # Not a decoder layer. The gap grows with the axis: half a step of eighty is not to be seen.
+    gap = max(0.5, len(record["layers"]) / 40)
+    return [
+        index + (gap if is_normed(row) else 0.0)
+        for index, row in enumerate(record["layers"], start=1)
+    ]
+
+
+def _angle_range(record: Record) -> tuple[float, float]:
+    """Return the smallest and the largest angle that is drawn."""
+    angles = _angles(record["layers"], "max") + _angles(record["layers"], "min")
+    if record["structure"]["cutoff"] is not None:
+        angles.append(_angle(record["structure"]["cutoff"]))
+    return min(angles), max(angles)
+
+
+def _limit_angles(axes: Axes, low: float, high: float) -> None:
+    """Show the angles [low, high], similarity 1 at the top, with similarities as tick labels."""
+    # 0.05 rad is 0.1% of similarity near 1: equal values still get an axis, not a point.
+    margin = max(0.02 * (high - low), 0.05 - (high - low), 0.0)
+    low, high = max(0.0, low - margin), min(math.pi, high + margin)
+    ticks = _similarity_ticks(low, high)
+    axes.set_ylim(high, low - (0.015 * (high - low) if low == 0 else 0.0))
+    axes.set_yticks([_angle(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
+
+
+def _similarity_ticks(low: float, high: float) -> list[float]:
+    """Return round similarities, the roundest first, as many as fit between two angles."""
+    chosen: list[float] = []
+    for per_unit in (1, 2, 10, 20, 100, 1000, 10_000):
+        few = len(chosen) < 6
+        for step in range(per_unit, -per_unit - 1, -1):
+            tick = step / per_unit
+            # Finer than a tenth only where the axis is short, or where the mass is: near 1.
+            wanted = per_unit <= 10 or few or (tick > 0.9 and per_unit <= 100)
+            apart = (abs(_angle(tick) - _angle(other)) for other in chosen)
+            fits = low <= _angle(tick) <= high and all(gap > (high - low) / 18 for gap in apart)
+            if wanted and fits:
+                chosen.append(tick)
+    return sorted(chosen)
+
+
+def _label_layers(axes: Axes, record: Record) -> None:
+    """Put layer names below the x axis, thinned out where there are too many to read."""
+    positions = _positions(record)
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10_000) if len(positions) <= 36 * step)
+    ticks = [
+        (position, row["layer"].replace(NORM_SUFFIX, f"\n{NORM_SUFFIX}"))
+        for index, (position, row) in enumerate(zip(positions, record["layers"], strict=True), 1)
+        if index % step == 0 or index == 1 or is_normed(row)
+    ]
+    axes.set_xticks([position for position, _ in ticks], [name for _, name in ticks], fontsize=8.5)
+    axes.set_xlim(positions[0] - 0.75, positions[-1] + 0.75)
+
+
+def _draw_stable_bands(axes: Axes, record: Record) -> None:
+    position = _positions_by_name(record)
+    cutoff = record["structure"]["cutoff"]
+    for index, (first, last) in enumerate(record["structure"]["stable_bands"]):
+        left, right = position[first] - 0.5, position[last] + 0.5
+        label = "stable band" if index == 0 else None
+        axes.axvspan(left, right, color=LIGHT["stable"], linewidth=0, zorder=0, label=label)
+        if right - left > 0.08 * len(position):
+            axes.annotate(
+                f"stable {first}-{last}" if first != last else f"stable {first}",
+                ((left + right) / 2, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                color=LIGHT["muted"],
+                fontsize=8.5,
+            )
+    axes.grid(axis="y", linewidth=0.8)
+    if cutoff is not None:
+        axes.axhline(
+            _angle(cutoff),
+            color=LIGHT["active"],
+            linestyle=(0, (5, 4)),
+            linewidth=0.9,
+            label=f"cutoff {show(cutoff)}",
+        )
+
+
+def _positions_by_name(record: Record) -> dict[str, float]:
+    names = (row["layer"] for row in record["layers"])
+    return dict(zip(names, _positions(record), strict=True))
+
+
+def _draw_statistics(axes: Axes, record: Record) -> None:
+    """Draw mean, p10-p90 and min-max; the `+norm` row is not joined to the line."""
+    position = _positions_by_name(record)
+    rows = [row for row in record["layers"] if not is_normed(row)]
+    x = [position[row["layer"]] for row in rows]
+    low, high = _angles(rows, "min"), _angles(rows, "max")
+    axes.vlines(x, high, low, color=LIGHT["whisker"], linewidth=0.9, label="min to max")
+    p10, p90 = _angles(rows, "p10"), _angles(rows, "p90")
+    axes.fill_between(x, p10, p90, color=LIGHT["spread"], linewidth=0, label="p10 to p90")
+    mean = _angles(rows, "mean")
+    axes.plot(x, mean, color=LIGHT["mean"], linewidth=1.6, marker="o", markersize=3.5, label="mean")
+    for row in record["layers"]:
+        if is_normed(row):
+            _draw_normed(axes, row, position[row["layer"]])
+
+
+def _draw_normed(axes: Axes, row: Record, x: float) -> None:
+    axes.vlines(x, _angle(row["max"]), _angle(row["min"]), color=LIGHT["whisker"], linewidth=0.9)
+    axes.vlines(x, _angle(row["p90"]), _angle(row["p10"]), color=LIGHT["spread"], linewidth=7)
+    axes.plot(
+        [x],
+        [_angle(row["mean"])],
+        color=LIGHT["mean"],
+        markerfacecolor=LIGHT["paper"],
+        markeredgewidth=1.6,
+        marker="D",
+        markersize=6,
+        linestyle="none",
+        label=f"{row['layer']}: behind the final norm",
+    )
+
+
+def _draw_active_layers(axes: Axes, record: Record) -> None:
+    """Mark active layers by role, and name them where there is room."""
+    position = _positions_by_name(record)
+    rows = {row["layer"]: row for row in record["layers"]}
+    annotated = len(roles_of(record)) <= _MAX_ANNOTATIONS
+    for key, role in ROLES.items():
+        layers = record["structure"][key]
+        decoder = [layer for layer in layers if not is_normed(rows[layer])]
+        if decoder:
+            axes.plot(
+                [position[layer] for layer in decoder],
+                [_angle(rows[layer]["mean"]) for layer in decoder],
+                color=LIGHT["active"],
+                marker=_MARKERS[role],
+                markersize=7,
+                linestyle="none",
+                zorder=4,
+                label=role,
+            )
+        for layer in layers if annotated else ():
+            to_left = position[layer] > 0.7 * max(position.values())
+            _annotate(axes, rows[layer], position[layer], to_left=to_left)
+
+
+def _annotate(axes: Axes, row: Record, x: float, *, to_left: bool) -> None:
+    axes.annotate(
+        f"layer {row['layer']}\n{show(row['mean'])}",
+        (x, _angle(row["mean"])),
+        xytext=(-9 if to_left else 9, 0),
+        textcoords="offset points",
+        ha="right" if to_left else "left",
+        va="center",
+        fontsize=8.5,
+        zorder=5,
+        # Opaque, so that whiskers behind the text do not strike it through.
+        bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
+    )
+
+
+def _rebinned(histogram: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Sum angle bins [L, bins] into at most `_HEAT_ROWS` display cells over the range in use.
+
+    Returns:
+        Shares of each layer's tokens [L, cells], and the cells' edges in radians [cells + 1].
+    """
+    bins = histogram.shape[1]
+    used = np.flatnonzero(histogram.any(axis=0))
+    factor = max(1, math.ceil((used[-1] + 1 - used[0]) / _HEAT_ROWS))
+    first, last = int(used[0]) // factor, int(used[-1]) // factor
+    starts = np.arange(first, last + 1) * factor
+    stop = min((last + 1) * factor, bins)
+    cells = np.add.reduceat(histogram[:, :stop], starts, axis=1)
+    totals = histogram.sum(axis=1, keepdims=True)
+    edges = np.append(starts, stop) * (math.pi / bins)
+    return cells / np.maximum(totals, 1), edges
+
+
+def _draw_heat_map(
+    figure: Figure,
+    axes: Axes,
+    shares: npt.NDArray[Any],
+    edges: npt.NDArray[Any],
+    positions: Sequence[float],
+) -> None:
+    """Colour every cell by its share of the layer's tokens; cells without tokens stay empty."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.ticker import NullLocator
+
+    # The darkest quarter is left out: one token must stand out from none.
+    colours = ListedColormap(colormaps["viridis"](np.linspace(0.25, 1.0, 256)))
+    highest = float(shares.max())
+    decade = math.floor(math.log10(shares[shares > 0].min()))
+    lowest = 10.0 ** (decade if 10.0**decade < highest else decade - 1)
+    norm = LogNorm(lowest, highest)
+    axes.set_facecolor(LIGHT["empty"])
+    for x, share in zip(positions, shares, strict=True):
+        column = np.ma.masked_equal(share[:, np.newaxis], 0)
+        mesh = axes.pcolormesh(
+            [x - 0.5, x + 0.5], edges, column, cmap=colours, norm=norm, rasterized=True
+        )
+    bar = figure.colorbar(mesh, ax=axes, pad=0.015, aspect=30)
+    if bar.solids is not None:
+        bar.solids.set_rasterized(True)
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    ticks = [10.0**power for power in range(-12, 1) if lowest <= 10.0**power <= highest]
+    bar.set_ticks(ticks, labels=[f"{100 * tick:.12g}%" for tick in ticks])
+    bar.set_label("share of the layer's tokens in a cell")
+
+
+def _svg(figure: Figure, name: str, label: str) -> str:
+    """Write a figure as one `<svg>` element that can share a page with others.
+
+    Every id is renamed to `name-<number>`, in order of appearance: two figures on a page share
+    none, and none depends on a memory address.
+    """
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", dpi=_HEAT_DPI, metadata=no_metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].rstrip() + "\n"
+    numbers: dict[str, str] = {}
+    # "<" and ">" are escaped in texts, so this sees only attributes.
+    for old in re.findall(r'<[^<>]*?\sid="([^"]+)"', svg):
+        numbers.setdefault(old, f"{name}-{len(numbers) + 1}")
+    svg = re.sub(r'(<[^<>]*?\sid=")([^"]+)', lambda m: m[1] + numbers[m[2]], svg)
+    svg = re.sub(r"(url\(#)([^)]+)", lambda m: m[1] + numbers[m[2]], svg)
+    svg = re.sub(r'(href="#)([^"]+)', lambda m: m[1] + numbers[m[2]], svg)
+    # matplotlib's one CSS rule would otherwise style the whole page.
+    svg = svg.replace("*{stroke", f"#{name} *{{stroke")
+    root = f'<svg id="{name}" role="img" aria-label="{html.escape(label)}" '
+    return svg.replace("<svg ", root, 1)
