@@ -71,7 +71,7 @@ def analyze(
     num_samples: Annotated[int, typer.Option(min=0, help="Records to take; 0 for all.")] = 500,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop at this many tokens.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
     dtype: Annotated[str, typer.Option(help=_DTYPE)] = "float32",
     device: Annotated[str, typer.Option(help=_DEVICE)] = "cpu",
     seed: Annotated[
@@ -83,12 +83,15 @@ def analyze(
     npz: Annotated[
         Path | None, typer.Option(help="File for one similarity per token and layer.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the files of an earlier run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")
+    ] = False,
 ) -> None:
     """Measure the saturation of every decoder layer over a corpus.
 
-    Prints the statistics of every layer, its outliers, the special layers found, and suggested
-    exit thresholds. With --output, writes the same as a self-contained HTML page, SVG and JSON.
+    Prints statistics, outliers, special layers and suggested exit
+    thresholds. With --output, writes the same as a self-contained
+    HTML page, SVG and JSON.
     """
     from rich.console import Console
 
@@ -202,12 +205,14 @@ def bench_collect(
         bool, typer.Option(help="Measure peak memory too, in processes of their own.")
     ] = True,
     output: Annotated[Path | None, typer.Option(help="Folder for bench.json.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the file of an earlier run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")
+    ] = False,
 ) -> None:
     """Time the ways to collect similarities: the seed's, the bare decoder's, analyze, a peer's.
 
-    One process, rounds interleaved in random order. A missed target is printed and recorded; it
-    does not fail the command.
+    One process, rounds interleaved in random order. A missed target is
+    printed and recorded; it does not fail the command.
     """
     from rich.console import Console
 

@@ -129,7 +129,7 @@ def analyze(
     stack: DecoderStack,
     blocks: TokenBlocks,
     *,
-    batch_size: int = 8,
+    batch_size: int = 32,
     edges: Array | None = None,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
