@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import resource
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from disk import contents, largest_file
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
@@ -57,25 +57,6 @@ def save(
 def read(path: Path) -> dict[str, Array]:
     with np.load(path, allow_pickle=False) as stored:
         return dict(stored)
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Return everything below a folder, hidden things included; None for a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let no file grow beyond `size` bytes: to the writer, a disk that is full by then."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # --- Content ---------------------------------------------------------------------------------

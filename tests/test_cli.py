@@ -10,13 +10,12 @@ import json
 import os
 import pty
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from disk import contents, largest_file
 from safetensors.torch import load_file, save_file
 from tiny_models import save_checkpoint, save_gguf
 
@@ -48,25 +48,6 @@ class Done:
 Run = Callable[..., Done]
 
 
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Return everything below a folder, hidden things included; None for a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let no file grow beyond `size` bytes: to the writer, a disk that is full by then."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of models: tiny (64 positions), other (other weights), tiny.gguf; and a cache."""
@@ -78,7 +59,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: two of them wait longer for each other than a tiny model takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def here(tmp_path: Path, models: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder: a corpus, a cache of its own elsewhere, and no network."""
     import datasets.config
     import huggingface_hub.constants
@@ -259,6 +249,7 @@ def test_the_same_command_twice_gives_the_same_report_to_the_byte(draw: Run, her
 def test_the_defaults_are_those_of_the_study() -> None:
     parameters = inspect.signature(cli.analyze).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
+    assert defaults.pop("batch_size") > 0  # a matter of speed alone
     assert defaults == {
         "model": "smollm2-135m",
         "revision": None,
@@ -269,7 +260,6 @@ def test_the_defaults_are_those_of_the_study() -> None:
         "num_samples": 500,
         "seq_len": 128,
         "max_tokens": None,
-        "batch_size": 8,
         "dtype": "float32",
         "device": "cpu",
         "seed": None,
@@ -848,16 +838,16 @@ def test_a_real_ctrl_c_in_the_middle_of_the_pass(here: Path, models: Path) -> No
     reader = threading.Thread(target=read_terminal, args=(terminal, shown))
     reader.start()
     assert process.stdout is not None
+    # What does not stop by itself is killed, and its exit status says so.
+    patience = threading.Timer(60, process.kill)
+    patience.start()
     with process, process.stdout:
-        try:
-            for _ in range(5):
-                assert process.stdout.readline() == b"measuring\n"
-            during = contents(here)
-            process.send_signal(signal.SIGINT)
-            rest = process.stdout.read()
-        finally:
-            # Stops a process that did not stop by itself; its exit status then says so.
-            threading.Timer(60, process.kill).start()
+        for _ in range(5):
+            assert process.stdout.readline() == b"measuring\n"
+        during = contents(here)
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+    patience.cancel()
     reader.join()
     os.close(terminal)
     text = b"".join(shown).decode()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disk import contents, largest_file
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,25 +19,6 @@ from cascade.files import RunFolder, atomic_path, make_folder, write_text
 NAMES = ("profile.json", "profile.npz", "report.html")
 
 ANY_FAILURE = pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Return everything below a folder, hidden things included; None for a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let no file grow beyond `size` bytes: to the writer, a disk that is full by then."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # --- atomic_path -----------------------------------------------------------------------------

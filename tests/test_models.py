@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -785,17 +784,6 @@ def test_a_device_that_lacks_the_dtype_is_refused_with_both_names(
 
 
 # --- Loading ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("saved") / "Tiny")
-
-
-@pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    """Return a checkpoint folder to break."""
-    return shutil.copytree(saved, tmp_path / "Broken")
 
 
 @ALL_FAMILIES

@@ -47,17 +47,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "weights"
 
 
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("saved") / "Tiny")
-
-
-@pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    """Return a checkpoint folder to break."""
-    return shutil.copytree(saved, tmp_path / "Broken")
-
-
 @pytest.fixture
 def gguf_file(tmp_path: Path) -> Path:
     save_gguf(tmp_path / "Tiny.gguf")
