@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from cascade.errors import OutputError
+from cascade.errors import OutputError, os_reason
 from cascade.files import atomic_path, make_folder, remove_empty
 
 
@@ -25,9 +25,10 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: `path` exists and `overwrite` is false, or it is a folder.
     """
-    if path.is_dir():
+    # os.path answers for any string, where Path raises for an overlong name.
+    if os.path.isdir(path):
         raise OutputError(f"{path} is a folder, expected a file name for --npz")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise OutputError(f"{path} exists: choose another --npz, or replace it with --overwrite")
 
 
@@ -63,7 +64,7 @@ class SimilarityArchive:
         except OSError as error:
             self._remove()
             raise OutputError(
-                f"cannot write {path}: {error.strerror}; choose an --npz you can write to"
+                f"cannot write {path}: {os_reason(error)}; choose an --npz you can write to"
             ) from error
 
     def __enter__(self) -> SimilarityArchive:
@@ -101,7 +102,7 @@ class SimilarityArchive:
                 file.write(np.ascontiguousarray(values, dtype="<f4").tobytes())
         except OSError as error:
             raise OutputError(
-                f"cannot write {self.path}: {error.strerror}; free some space"
+                f"cannot write {self.path}: {os_reason(error)}; free some space"
             ) from error
 
     def save(self, provenance: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cascade.errors import RecordError
-from cascade.files import atomic_path, write_text
+from cascade.errors import RecordError, first_line
+from cascade.files import RunFolder, atomic_path, write_text
 from cascade.statistics import SimilarityStatistics
 
 Array = npt.NDArray[Any]
@@ -124,10 +124,18 @@ def baseline_paths(folder: Path, record: Record) -> tuple[Path, Path]:
     Args:
         folder: The folder of all baselines.
         record: A record; its provenance names model and corpus.
+
+    Raises:
+        RecordError: A name is missing, or would lead out of the folder.
     """
-    provenance = record["provenance"]
-    stem = folder / provenance["model"]["name"] / f"{provenance['corpus']['name']}.{record['kind']}"
-    return stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".npz")
+    names = [_at(record, ("provenance", part, "name")) for part in ("model", "corpus")]
+    for name in names:
+        if not isinstance(name, str) or not name or name[0] == "." or set(name) & set("/\\"):
+            raise RecordError(
+                f"expected the provenance to name model and corpus, got {name!r}; make it anew"
+            )
+    stem = f"{names[1]}.{record['kind']}"
+    return folder / names[0] / f"{stem}.json", folder / names[0] / f"{stem}.npz"
 
 
 @dataclass(frozen=True)
@@ -211,10 +219,10 @@ def compare(record: Record, baseline: Record) -> Comparison:
     mismatches = tuple(
         (".".join(path), expected, obtained)
         for path in _IDENTITY
-        if (expected := _at(baseline["provenance"], path))
-        != (obtained := _at(record["provenance"], path))
+        if (expected := _at(baseline, ("provenance", *path)))
+        != (obtained := _at(record, ("provenance", *path)))
     )
-    return Comparison(mismatches, tuple(_cells(record["layers"], baseline["layers"])))
+    return Comparison(mismatches, tuple(_cells(_rows(record), _rows(baseline))))
 
 
 def _at(value: Any, path: tuple[str, ...]) -> Any:
@@ -236,6 +244,13 @@ def _cells(new: list[Record], old: list[Record]) -> Iterator[Cell]:
                     _number(obtained.get(statistic)),
                     _tolerance(statistic),
                 )
+
+
+def _rows(record: Record) -> list[Record]:
+    rows = record.get("layers")
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and "layer" in r for r in rows):
+        raise RecordError("expected a list of layers in the record; restore it or make it anew")
+    return rows
 
 
 def _by_layer(rows: list[Record]) -> dict[str, Record]:
@@ -272,14 +287,25 @@ def accept(folder: Path, run: Path) -> tuple[Path, Comparison | None]:
     """
     record = read_record(run / "profile.json", kind="saturation")
     arrays = read_arrays(run / "profile.npz")
-    if SimilarityStatistics.from_arrays(arrays).table() != record["layers"]:
+    try:
+        same = SimilarityStatistics.from_arrays(arrays).table() == record["layers"]
+        text = to_json(record) + "\n"
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"{run}: profile.json or profile.npz is torn or edited ({first_line(error)}); "
+            "run `cascade analyze` again"
+        ) from error
+    if not same:
         raise RecordError(
             f"{run}: profile.npz and profile.json are not of one run; run `cascade analyze` again"
         )
     json_path, npz_path = baseline_paths(folder, record)
-    before = (
-        compare(record, read_record(json_path, kind="saturation")) if json_path.exists() else None
-    )
-    write_arrays(npz_path, arrays)
-    write_record(json_path, record)
+    before = None
+    if json_path.exists():
+        before = compare(record, read_record(json_path, kind="saturation"))
+    # Both are on disk before either takes its place: a full disk leaves the old pair whole.
+    names = (npz_path.name, json_path.name)
+    with RunFolder(json_path.parent, names, overwrite=True) as store:
+        store.write(npz_path.name, (run / "profile.npz").read_bytes())
+        store.write(json_path.name, text)
     return json_path, before

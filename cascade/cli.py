@@ -6,15 +6,18 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, OutputError, UsageError, os_reason
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cascade.files import RunFolder
     from cascade.saturation import SaturationProfile
 
@@ -93,10 +96,7 @@ def analyze(
     thresholds. With --output, writes the same as a self-contained
     HTML page, SVG and JSON.
     """
-    from rich.console import Console
-
     from cascade.archive import SimilarityArchive, check_free
-    from cascade.errors import OutputError
     from cascade.files import RunFolder
     from cascade.report import print_profile
 
@@ -144,7 +144,7 @@ def analyze(
             _write_run(folder, profile)
         if archive is not None:
             archive.save(record["provenance"])
-    print_profile(record, Console())
+    _print(print_profile, record)
     written = [str(output / "report.html")] if output else []
     written += [str(npz)] if npz else []
     if written:
@@ -214,8 +214,6 @@ def bench_collect(
     One process, rounds interleaved in random order. A missed target is
     printed and recorded; it does not fail the command.
     """
-    from rich.console import Console
-
     from cascade.files import RunFolder
     from cascade.report import print_bench
 
@@ -244,7 +242,7 @@ def bench_collect(
         )
         if folder is not None:
             folder.write("bench.json", to_json(record) + "\n")
-    print_bench(record, Console())
+    _print(print_bench, record)
     if output is not None:
         typer.echo(f"Wrote {output / 'bench.json'}", err=True)
 
@@ -294,6 +292,26 @@ def _command() -> str:
     return shlex.join(["cascade", *sys.argv[1:]])
 
 
+def _print(show: Callable[[dict[str, Any], Console], None], record: dict[str, Any]) -> None:
+    """Print a record; a full disk behind stdout is one line, a reader who left is none."""
+    from rich.console import Console
+
+    try:
+        show(record, Console())
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot print: {os_reason(error)}; send stdout elsewhere") from error
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse options that a script left empty: as a path, nothing would mean the current folder."""
+    for before, argument in pairwise(["", *arguments]):
+        flag = before if argument == "" else argument.removesuffix("=")
+        if argument == "" or (argument.startswith("--") and argument != flag):
+            raise UsageError(f"expected a value for {flag or 'the command'}, got an empty one")
+
+
 def main() -> None:
     """Run the command line; what a user can put right is one line on stderr and exit status 2."""
     # Our own bars and messages say what concerns the user.
@@ -301,7 +319,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
+        _refuse_empty(sys.argv[1:])
         app()
     except CascadeError as error:
-        typer.echo(f"cascade: {error}", err=True)
+        # A path or a column can hold a line break of its own.
+        typer.echo(f"cascade: {' '.join(str(error).splitlines())}", err=True)
         sys.exit(error.exit_status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cascade.errors import CorpusError
+from cascade.errors import CorpusError, first_line, os_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,8 +152,8 @@ def load_blocks(
 
 
 def _name(source: str, config: str | None, split: str | None) -> str:
-    path = Path(source).expanduser()
-    name = path.resolve().stem if path.exists() else source.replace("/", "--")
+    path = Path(os.path.expanduser(source))
+    name = path.resolve().stem if os.path.exists(path) else source.replace("/", "--")
     return "-".join(part.lower() for part in (name, config, split) if part)
 
 
@@ -253,13 +254,14 @@ def _read(source: str, *, split: str | None, config: str | None) -> Iterable[Rec
                 f"--config belongs to hub datasets, got it for {source}; leave it out"
             )
         return _read_embedded(split)
-    path = Path(source).expanduser()
+    # These of os.path answer for any string; Path's raise for "~nobody" and for long names.
+    path = Path(os.path.expanduser(source))
     suffix = path.suffix.lower()
     if suffix not in _READERS:
-        if os.path.isfile(path):  # unlike Path.is_file, for any string
+        if os.path.isfile(path):
             raise CorpusError(f"expected a {', '.join(_READERS)} file, got {source}; convert it")
         return _read_dataset(source, split=split, config=config)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CorpusError(f"no corpus file {source}; expected a path to an existing file")
     if split or config:
         raise CorpusError(f"--split and --config belong to hub datasets, got them for {source}")
@@ -307,7 +309,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     except Exception as error:
         # Damage shows as Arrow's errors, OSError or UnicodeDecodeError, by where it struck.
         raise CorpusError(
-            f"{path} is not a readable Parquet file ({_first_line(error)}); get it again"
+            f"{path} is not a readable Parquet file ({first_line(error)}); get it again"
         ) from error
 
 
@@ -321,17 +323,14 @@ def _read_document(path: Path) -> Iterator[Record]:
 def _open(path: Path) -> Any:
     try:
         # Decoding errors would surface lines later, without a place: check them at the door.
-        return _checked_text(path)
+        # With or without a byte order mark.
+        return io.StringIO(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: expected UTF-8 text ({error})") from error
     except OSError as error:
-        raise CorpusError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _checked_text(path: Path) -> Any:
-    import io
-
-    return io.StringIO(path.read_text(encoding="utf-8"))
+        raise CorpusError(
+            f"cannot read {path}: {os_reason(error)}; choose a file you can read"
+        ) from error
 
 
 _READERS: dict[str, Callable[[Path], Iterable[Record]]] = {
@@ -351,11 +350,7 @@ def _read_dataset(source: str, *, split: str | None, config: str | None) -> Iter
     except Exception as error:
         # As with hub models: many unrelated types, one meaning for the user.
         raise CorpusError(
-            f"no corpus {source}: {_first_line(error)} -- expected embedded, a .jsonl, .json,"
+            f"no corpus {source}: {first_line(error)} -- expected embedded, a .jsonl, .json,"
             " .parquet or .txt file, or a hub dataset (with --config and --split) where the hub"
             " can be reached"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -29,5 +29,19 @@ class RecordError(CascadeError):
     """A stored record is missing, torn, of another schema, or not comparable."""
 
 
+class UsageError(CascadeError):
+    """An option that cannot be meant."""
+
+
 class OutputError(CascadeError):
     """Results cannot be written where they should go; what was there before is unharmed."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def os_reason(error: OSError) -> str:
+    """Return what the system said, without the number and the path that messages repeat."""
+    return error.strerror or type(error).__name__

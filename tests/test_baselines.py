@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from disk import contents, largest_file
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ from cascade.baselines import (
     write_arrays,
     write_record,
 )
-from cascade.errors import RecordError
+from cascade.errors import OutputError, RecordError
 from cascade.statistics import SimilarityStatistics
 
 LAYERS = ["1", "2", "2+norm"]
@@ -256,3 +257,56 @@ def test_files_of_two_runs_are_not_accepted_together(tmp_path: Path) -> None:
 def test_accepting_nothing_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="make one with"):
         accept(tmp_path / "baselines", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../out", "a/b", "a\\b", "", ".", "..", None, 3])
+@pytest.mark.parametrize("part", ["model", "corpus"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(
+    tmp_path: Path, part: str, name: Any
+) -> None:
+    run = a_run(tmp_path / "run")
+    record = a_record()
+    record["provenance"][part]["name"] = name
+    write_record(run / "profile.json", record)
+    with pytest.raises(RecordError, match="expected the provenance to name model and corpus"):
+        accept(tmp_path / "deep/baselines", run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("section", ["layers", "provenance"])
+def test_a_record_without_one_of_its_sections_is_not_accepted(tmp_path: Path, section: str) -> None:
+    run = a_run(tmp_path / "run")
+    record = a_record()
+    del record[section]
+    write_record(run / "profile.json", record)
+    with pytest.raises(RecordError):
+        accept(tmp_path / "baselines", run)
+    assert not (tmp_path / "baselines").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("layers", None), ("total", np.array(["x"] * 3))])
+def test_arrays_that_were_edited_are_not_accepted(tmp_path: Path, name: str, value: Any) -> None:
+    run = a_run(tmp_path / "run")
+    arrays = statistics_of().arrays()
+    arrays.pop(name)
+    write_arrays(run / "profile.npz", arrays if value is None else arrays | {name: value})
+    with pytest.raises(RecordError, match="torn or edited"):
+        accept(tmp_path / "baselines", run)
+
+
+def test_nan_in_a_record_is_not_accepted(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    text = (run / "profile.json").read_text(encoding="utf-8")
+    (run / "profile.json").write_text(text.replace('"schema": 1', '"schema": 1, "x": NaN'))
+    with pytest.raises(RecordError, match="torn or edited"):
+        accept(tmp_path / "baselines", run)
+
+
+def test_a_disk_that_fills_while_accepting_leaves_the_old_pair(tmp_path: Path) -> None:
+    store = tmp_path / "baselines"
+    accept(store, a_run(tmp_path / "first"))
+    before = contents(store)
+    second = a_run(tmp_path / "second", seed=1)
+    with largest_file(100), pytest.raises(OutputError, match="unharmed"):
+        accept(store, second)
+    assert contents(store) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import inspect
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -645,7 +646,7 @@ BAD_INPUT: dict[str, tuple[Setup, list[str]]] = {
     "unknown device": (with_options("--device", "abacus"), ["expected a device among auto, cpu"]),
     "output below a file": (
         with_a_file("file", "--output", "file/report"),
-        ["cannot write to file/report", "choose an --output you can write to"],
+        ["cannot write to file/report", "choose a folder you can write to"],
     ),
     "output that is a file": (
         with_a_file("file", "--output", "file"),
@@ -964,7 +965,7 @@ def with_a_file_for_baselines(folder: Path) -> None:
         (with_a_torn_profile, "report/profile.json is torn or edited"),
         (with_a_torn_state, "report/profile.npz is torn"),
         (with_an_edited_profile, "are not of one run; run `cascade analyze` again"),
-        (with_a_file_for_baselines, "cannot write baselines/tiny/"),
+        (with_a_file_for_baselines, "cannot write to baselines/tiny: "),
     ],
 )
 def test_accept_refuses_a_damaged_run(
@@ -1062,3 +1063,39 @@ def test_the_reference_model_needs_no_option_but_an_output(
         assert stored["layer_30"].shape == (1024,)
         # The two readings of the last layer: behind the final norm, and on the residual stream.
         assert stored["layer_30"].mean() < 0.3 < 0.6 < stored["layer_30_residual"].mean()
+
+
+# --- What a script gets wrong ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [(["--output", ""], "--output"), (["--output="], "--output"), (["--model", ""], "--model")],
+)
+def test_an_option_that_a_script_left_empty_is_refused(
+    run: Run, here: Path, arguments: list[str], flag: str
+) -> None:
+    before = contents(here)
+    done = run("analyze", *arguments)
+    assert done.status == 2
+    assert done.err == f"cascade: expected a value for {flag}, got an empty one\n"
+    assert contents(here) == before
+
+
+def test_a_line_break_in_a_name_stays_within_the_one_line(run: Run) -> None:
+    done = run("analyze", "--output", "no\nwhere/\n.txt", "--npz", "/dev/null/x\ny.npz")
+    assert done.status == 2
+    assert done.err.count("\n") == 1
+
+
+def test_a_full_disk_behind_stdout_is_one_line(
+    analyze: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cascade.report.print_profile", full)
+    done = analyze("--output", "report")
+    assert done.status == 2
+    assert done.err == "cascade: cannot print: No space left on device; send stdout elsewhere\n"
+    assert Path("report/profile.json").exists()

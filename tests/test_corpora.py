@@ -687,3 +687,20 @@ def test_the_embedded_corpus_has_the_seeds_number_of_tokens(
     assert blocks.tokens >= 43_008
     assert blocks.ids.shape == (blocks.tokens // 128, 128)
     assert blocks.records == 500
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_byte_order_mark_is_no_token(tmp_path: Path, name: str) -> None:
+    text = '{"text": "some words to read"}' if name == "a.jsonl" else "some words to read"
+    plain, marked = tmp_path / "plain" / name, tmp_path / "marked" / name
+    for path, encoding in ((plain, "utf-8"), (marked, "utf-8-sig")):
+        path.parent.mkdir()
+        path.write_text(text, encoding=encoding)
+    blocks = [load_blocks(str(path), tiny_tokenizer(), seq_len=4) for path in (plain, marked)]
+    assert np.array_equal(blocks[0].ids, blocks[1].ids)
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-that-name/x.txt", "x" * 300 + ".txt"])
+def test_a_path_that_cannot_be_is_a_missing_corpus(source: str) -> None:
+    with pytest.raises(CorpusError, match="no corpus file"):
+        load_blocks(source, tiny_tokenizer())

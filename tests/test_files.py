@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from disk import contents, largest_file
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cascade.errors import OutputError
@@ -114,6 +114,7 @@ def test_a_result_is_as_readable_as_the_users_other_files(
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("line\nline\r\n\u00e4")
 def test_any_text_is_written_to_the_byte(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text"
@@ -242,14 +243,14 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="is a file, expected a folder; choose another"):
         RunFolder(tmp_path / "file", NAMES, overwrite=True)
-    with pytest.raises(OutputError, match="choose an --output you can write to"):
+    with pytest.raises(OutputError, match="choose a folder you can write to"):
         RunFolder(tmp_path / "file/below/it", NAMES)
     assert contents(tmp_path) == {"file": b"mine"}
 
 
 def test_a_name_that_is_too_long_is_an_output_error(tmp_path: Path) -> None:
     for path in (tmp_path / ("x" * 300), tmp_path / "made" / ("x" * 300)):
-        with pytest.raises(OutputError, match="choose an --output you can write to"):
+        with pytest.raises(OutputError, match="choose a folder you can write to"):
             RunFolder(path, NAMES)
     assert contents(tmp_path) == {}
 

@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, tiny_model
 from cascade.baselines import baseline_paths, compare, read_arrays, read_record
 from cascade.corpora import TokenBlocks, load_blocks
 from cascade.errors import CorpusError, ModelError
-from cascade.models import DecoderStack
+from cascade.models import DecoderStack, load
 from cascade.saturation import SaturationProfile, analyze, similarities
 from cascade.statistics import QUANTILES, SimilarityStatistics, quantile_edges
 
@@ -202,6 +202,10 @@ def test_every_sequence_gives_its_stored_row(embedded_profile: SaturationProfile
     for name in ("sequence_mean", "sequence_mean_square"):
         # Per sequence there is nothing random; processors differ by less than this.
         np.testing.assert_allclose(measured[name], stored[name], atol=1e-4, err_msg=name)
+    # Another processor's last digits may carry a pilot quantile across a bin's middle, and with it
+    # a few of a sequence's 128 tokens across the edge.
+    np.testing.assert_allclose(measured["edges"], stored["edges"], atol=1)
+    np.testing.assert_allclose(measured["sequence_share"], stored["sequence_share"], atol=4 / 128)
 
 
 @pytest.mark.saturation
@@ -276,23 +280,26 @@ def test_layer_1_turns_the_embeddings_and_the_bands_are_saturated(embedded: Tabl
 
 
 @pytest.mark.saturation
-def test_the_final_norm_makes_the_published_layer_30(embedded: Table, published: Table) -> None:
+def test_the_final_norm_makes_the_published_layer_30(embedded: Table) -> None:
     # Residual 0.71, normed near 0: whoever mixes up the two is off by 0.5 and more.
     assert embedded["30"]["mean"] == pytest.approx(0.71, abs=0.04)
     assert embedded["30+norm"]["mean"] < 0.25
-    assert published["30+norm"]["mean"] < 0.25
+
+
+def check_thresholds(profile: SaturationProfile) -> None:
+    thresholds = profile.record()["thresholds"]
+    assert thresholds["exit_layer"] == "29"
+    published = {0.3: 0.9453, 0.5: 0.9517, 0.7: 0.9570}
+    for row in thresholds["by_hard_ratio"]:
+        # Twice what separates Q4_1 on Alpaca text from the published values.
+        assert row["threshold"] == pytest.approx(published[row["hard_ratio"]], abs=0.002)
 
 
 @pytest.mark.saturation
 def test_suggested_thresholds_are_near_the_published_ones(
     embedded_profile: SaturationProfile,
 ) -> None:
-    thresholds = embedded_profile.record()["thresholds"]
-    assert thresholds["exit_layer"] == "29"
-    published = {0.3: 0.9453, 0.5: 0.9517, 0.7: 0.9570}
-    for row in thresholds["by_hard_ratio"]:
-        # Twice what separates Q4_1 on Alpaca text from the published values.
-        assert row["threshold"] == pytest.approx(published[row["hard_ratio"]], abs=0.002)
+    check_thresholds(embedded_profile)
 
 
 @needs_shared
@@ -316,17 +323,39 @@ def test_the_seed_tasks_agree_with_an_independent_reference(
             )
 
 
-@pytest.mark.published
-def test_alpaca_and_fp16_weights_give_the_published_table(published: Table) -> None:
-    from cascade.models import load
+@pytest.fixture
+def hub() -> None:
+    """Skip where the hub cannot be reached; whatever fails afterwards is a failure."""
+    from huggingface_hub import model_info
 
     try:
-        stack = load("HuggingFaceTB/SmolLM2-135M-Instruct")
-        blocks = load_blocks("tatsu-lab/alpaca", stack.tokenizer, num_samples=500)
-    except (ModelError, CorpusError) as error:
-        pytest.skip(f"the hub cannot be reached: {error}")
-    measured = table_of(analyze(stack, blocks))
+        model_info("HuggingFaceTB/SmolLM2-135M-Instruct", timeout=10)
+    except Exception as error:  # off, blocked, or away: the client has a type for each
+        pytest.skip(f"the hub cannot be reached: {type(error).__name__}")
+
+
+#: What the published table is compared in: fp32 here against fp16 there, other 500 records (which
+#: ones the study took is not known). Q4_1 on Alpaca text is within 0.009 in every mean.
+PUBLISHED_TOLERANCE = {"mean": 0.01, "std": 0.01, "p10": 0.015, "p50": 0.01, "p90": 0.01}
+
+
+@pytest.mark.published
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_alpaca_and_the_original_weights_give_the_published_table(
+    published: Table, dtype: str
+) -> None:
+    stack = load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype=dtype)
+    blocks = load_blocks("tatsu-lab/alpaca", stack.tokenizer, num_samples=500)
+    profile = analyze(stack, blocks)
+    measured = table_of(profile)
     for layer, row in published.items():
-        # Which 500 records the study took is not known; Q4_1 on Alpaca text is within 0.009.
-        tolerance = 0.05 if layer == "30+norm" else 0.01
-        assert measured[layer]["mean"] == pytest.approx(row["mean"], abs=tolerance), layer
+        for statistic, tolerance in PUBLISHED_TOLERANCE.items():
+            # The row behind the final norm swings with the choice of records.
+            allowed = 0.05 if layer == "30+norm" else tolerance
+            assert measured[layer][statistic] == pytest.approx(row[statistic], abs=allowed), (
+                f"layer {layer}, {statistic}"
+            )
+    bands = [layer for layer in range(3, 30) if layer != 25]
+    assert measured["25"]["mean"] < min(measured[str(layer)]["mean"] for layer in bands) - 0.08
+    check_thresholds(profile)

@@ -704,3 +704,17 @@ def test_a_refusal_inside_a_reading_keeps_its_own_words() -> None:
 
     with pytest.raises(OutputError, match=r"^free some space$"):
         read_or_explain("the weights", refuse)
+
+
+def test_a_config_that_is_a_folder_is_one_line(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(ModelError, match=r"cannot read .*config.json: Is a directory"):
+        resolve(str(folder))
+
+
+def test_weights_whose_link_leads_nowhere_are_one_line(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "pruned")
+    with pytest.raises(ModelError, match=r"cannot read .*model.safetensors: No such file"):
+        resolve(str(folder))
