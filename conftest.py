@@ -24,7 +24,7 @@ def reference_model() -> DecoderStack:
 
 @pytest.fixture(scope="session")
 def embedded_profile(reference_model: DecoderStack) -> SaturationProfile:
-    """The reference model's profile over the whole embedded corpus (about 100 s on 2 cores)."""
+    """The reference model's profile over the whole embedded corpus (about a minute on 2 cores)."""
     from cascade import analyze, load_blocks
 
     return analyze(reference_model, load_blocks("embedded", reference_model.tokenizer))
