@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class DecoderStack:
         self.decoder = model.base_model
         self.layers = _find_layers(model)
         self.num_layers = len(self.layers)
+        self.lm_head: nn.Module = model.get_output_embeddings()
         text_config = model.config.get_text_config()
         self.hidden_size = int(text_config.hidden_size)
         self.vocab_size = int(text_config.vocab_size)
@@ -109,6 +111,8 @@ class DecoderStack:
         self.max_positions: int | None = int(limit) if limit else None
         self._check_weights()
         self._tuple_sizes: tuple[int, ...] = ()
+        parameters = inspect.signature(self.decoder.forward).parameters
+        self._takes_position_ids = "position_ids" in parameters
         self.has_final_norm = self._probe()
         self.provenance = {
             "family": model.config.model_type,
@@ -229,6 +233,7 @@ class DecoderStack:
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Plan:
         """Let the model prepare a forward pass, without computing any layer.
@@ -236,6 +241,8 @@ class DecoderStack:
         Args:
             input_ids: `[B, T]`.
             attention_mask: `[B, past + T]`, 1 for tokens and 0 for padding.
+            position_ids: `[B, T]`, where they are not simply past, past + 1, ...; left out for a
+                model that takes none (BLOOM counts from its mask).
             cache: The KV cache the layers are to read and extend.
 
         Returns:
@@ -253,6 +260,8 @@ class DecoderStack:
         kwargs: dict[str, Any] = (
             {} if attention_mask is None else {"attention_mask": attention_mask}
         )
+        if position_ids is not None and self._takes_position_ids:
+            kwargs["position_ids"] = position_ids
         if cache is not None:
             kwargs["past_key_values"] = cache
             if attention_mask is None:
@@ -303,6 +312,32 @@ class DecoderStack:
             ).logits
         return logits
 
+    @torch.no_grad()
+    def decode_normed(self, normed: Tensor) -> Tensor:
+        """Turn states that are already behind the final norm into logits: the LM head's own steps.
+
+        Args:
+            normed: `[B, T, D]`, as `visit` returns them.
+
+        Returns:
+            Logits, `[B, T, V]`, soft-capped and scaled as the model does.
+        """
+
+        def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._shaped(number, _split(args, kwargs)[0])
+
+        def swap(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (normed, *args[1:])
+
+        ids = torch.zeros(normed.shape[:2], dtype=torch.long, device=normed.device)
+        with contextlib.ExitStack() as restored:
+            restored.enter_context(self._replaced(stand_in))
+            restored.callback(self.lm_head.register_forward_pre_hook(swap).remove)
+            logits: Tensor = self.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+            ).logits
+        return logits
+
     def _shaped(self, number: int, hidden: Tensor) -> Any:
         """Return `hidden` in the form in which the layer at index `number` returns its output."""
         size = self._tuple_sizes[number]
@@ -317,18 +352,25 @@ class DecoderStack:
         def forward_of(number: int) -> Callable[..., Any]:
             return lambda *args, **kwargs: stand_in(number, args, kwargs)
 
-        # `forward` as an instance attribute hides the class's; some libraries set one themselves.
-        before = [layer.__dict__.get("forward") for layer in self.layers]
-        try:
+        with contextlib.ExitStack() as restored:
             for number, layer in enumerate(self.layers):
-                layer.forward = forward_of(number)
+                restored.enter_context(_forward_set(layer, forward_of(number)))
             yield
-        finally:
-            for layer, forward in zip(self.layers, before, strict=True):
-                if forward is None:
-                    layer.__dict__.pop("forward", None)
-                else:
-                    layer.forward = forward
+
+
+@contextlib.contextmanager
+def _forward_set(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` answer for a module's own; the module is restored in any case."""
+    # `forward` as an instance attribute hides the class's; some libraries set one themselves.
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = before
 
 
 def _find_layers(model: PreTrainedModel) -> nn.ModuleList:

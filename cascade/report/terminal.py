@@ -1,18 +1,16 @@
-"""Tables and bar charts for the terminal."""
+"""Tables and bar charts for the terminal: what every report prints with, and the profile's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from cascade.report.reading import (
-    SCHEMA,
     STATISTICS,
     Record,
     check_profile,
@@ -38,59 +36,31 @@ _ACTIVE_STYLE = "yellow"
 _ASCII_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
-def print_profile(record: Record, console: Console) -> None:
-    """Print a profile: headline, statistics, outliers, bar chart, special layers, thresholds.
-
-    Nothing depends on colour, and 80 columns are enough.
-
-    Args:
-        record: A saved record of kind `saturation`.
-        console: Where to print; its width and encoding are respected.
-
-    Raises:
-        ValueError: The record is of another kind or schema, or lacks a section.
-    """
-    check_profile(record)
-    _print_pairs(headline(record), console)
-    _print_heading("Similarity of input and output, per layer", console)
-    _print_table(
-        ("Layer", *STATISTICS, "role"),
-        statistics_rows(record),
-        console,
-        text_columns=1,
-        active=roles_of(record).keys(),
-    )
-    _print_heading("Outliers: share of tokens", console)
-    outliers = outlier_rows(record)
-    if outliers:
-        _print_table(("Layer", "below 0", "below 0.5"), outliers, console, gap=2)
-    else:
-        console.print(Text("none"))
-    _print_heading("Mean similarity", console)
-    for line in _bar_chart(record, min(console.width, _CHART_WIDTH), console.options.ascii_only):
-        console.print(line, soft_wrap=True)
-    _print_heading("Special layers", console)
-    _print_pairs(findings(record), console)
-    _print_heading("Suggested thresholds", console)
-    _print_thresholds(record, console)
+# --- For every report ------------------------------------------------------------------------
 
 
-def _print_heading(text: str, console: Console) -> None:
+def print_heading(text: str, console: Console) -> None:
+    """Print a heading with an empty line above it."""
     console.print()
     console.print(Text(text, style="bold"))
 
 
-def _print_pairs(pairs: Iterable[tuple[str, str]], console: Console) -> None:
-    """Print labels and texts in two columns, the texts wrapped with a hanging indent."""
+def print_pairs(pairs: Iterable[tuple[str, str]], console: Console) -> None:
+    """Print labels and texts in two columns, the texts wrapped with a hanging indent.
+
+    Args:
+        pairs: Label and text; neither is read as markup.
+        console: Where to print; its width is respected.
+    """
     grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for label, text in pairs:
         grid.add_row(Text(label, style="dim"), Text(text))
-    _print_lines(grid, console, console.width)
+    print_lines(grid, console, console.width)
 
 
-def _print_table(
+def print_table(
     header: Sequence[str],
     rows: Iterable[Sequence[str]],
     console: Console,
@@ -101,7 +71,13 @@ def _print_table(
 ) -> None:
     """Print numbers right-aligned and the last `text_columns` left-aligned.
 
-    The box itself leaves one blank between columns; `gap` adds more.
+    Args:
+        header: The columns' names.
+        rows: As many cells each as the header has; none is read as markup.
+        console: Where to print. A table of up to 80 columns is whole on a narrower one, too.
+        gap: Blanks between columns beside the one that the box itself leaves.
+        text_columns: How many columns, counted from the last, hold text.
+        active: First cells of the rows to stand out, by colour alone: say it in words as well.
     """
     table = Table(
         box=_ASCII_BOX if console.options.ascii_only else box.SIMPLE_HEAD,
@@ -117,13 +93,18 @@ def _print_table(
         # Text, not str: a cell is never read as rich markup.
         style = _ACTIVE_STYLE if row[0] in active else ""
         table.add_row(*(Text(cell, style=style) for cell in row))
-    _print_lines(table, console, max(console.width, _TABLE_WIDTH))
+    print_lines(table, console, max(console.width, _TABLE_WIDTH))
 
 
-def _print_lines(content: Table | Text, console: Console, width: int) -> None:
+def print_lines(content: Table | Text, console: Console, width: int) -> None:
     """Print a table or text line by line, without the blanks that rich pads lines with.
 
     Unlike `console.print`, this lets a line be wider than the console: it cuts no number short.
+
+    Args:
+        content: What to print.
+        console: Where to print.
+        width: Columns to lay the content out in; may be more than the console has.
     """
     for segments in console.render_lines(content, console.options.update_width(width), pad=False):
         line = Text.assemble(*((segment.text, segment.style or "") for segment in segments))
@@ -131,14 +112,54 @@ def _print_lines(content: Table | Text, console: Console, width: int) -> None:
         console.print(line, soft_wrap=True)
 
 
+# --- The profile -----------------------------------------------------------------------------
+
+
+def print_profile(record: Record, console: Console) -> None:
+    """Print a profile: headline, statistics, outliers, bar chart, special layers, thresholds.
+
+    Nothing depends on colour, and 80 columns are enough.
+
+    Args:
+        record: A saved record of kind `saturation`.
+        console: Where to print; its width and encoding are respected.
+
+    Raises:
+        ValueError: The record is of another kind or schema, or lacks a section.
+    """
+    check_profile(record)
+    print_pairs(headline(record), console)
+    print_heading("Similarity of input and output, per layer", console)
+    print_table(
+        ("Layer", *STATISTICS, "role"),
+        statistics_rows(record),
+        console,
+        text_columns=1,
+        active=roles_of(record).keys(),
+    )
+    print_heading("Outliers: share of tokens", console)
+    outliers = outlier_rows(record)
+    if outliers:
+        print_table(("Layer", "below 0", "below 0.5"), outliers, console, gap=2)
+    else:
+        console.print(Text("none"))
+    print_heading("Mean similarity", console)
+    for line in _bar_chart(record, min(console.width, _CHART_WIDTH), console.options.ascii_only):
+        console.print(line, soft_wrap=True)
+    print_heading("Special layers", console)
+    print_pairs(findings(record), console)
+    print_heading("Suggested thresholds", console)
+    _print_thresholds(record, console)
+
+
 def _print_thresholds(record: Record, console: Console) -> None:
     rows = threshold_rows(record)
     if not rows:
         console.print(Text("none"))
         return
-    _print_lines(Text(exit_rule(record)), console, console.width)
+    print_lines(Text(exit_rule(record)), console, console.width)
     console.print()
-    _print_table(("hard ratio", "threshold", "meaning"), rows, console, gap=2, text_columns=1)
+    print_table(("hard ratio", "threshold", "meaning"), rows, console, gap=2, text_columns=1)
 
 
 def _bar_chart(record: Record, width: int, ascii_only: bool) -> Iterator[Text]:
@@ -174,151 +195,3 @@ def _bar(mean: float, scale: int, left: int, ascii_only: bool) -> str:
     if mean >= 0:
         return " " * left + zero + full * whole + " ▏▎▍▌▋▊▉"[part].strip()
     return ("▐" * part + full * whole).rjust(left) + zero
-
-
-def print_bench(record: Record, console: Console) -> None:
-    """Print a benchmark: speed of every way, ratios, memory, and targets met or not.
-
-    Args:
-        record: A saved record of kind `bench.collect`.
-        console: Where to print; its width and encoding are respected.
-
-    Raises:
-        ValueError: The record is of another kind or schema.
-    """
-    for key, expected in (("kind", "bench.collect"), ("schema", SCHEMA)):
-        if record.get(key) != expected:
-            raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
-    _print_pairs(_bench_headline(record), console)
-    _print_heading("Speed", console)
-    _print_table(
-        ("tokens/s", "median seconds", "fastest", "slowest", "way"),
-        _speed_rows(record),
-        console,
-        gap=2,
-        text_columns=1,
-    )
-    _print_heading("Ratios of seconds: median and 95 % interval over rounds", console)
-    _print_table(
-        ("median", "interval", "way/reference"),
-        _ratio_rows(record),
-        console,
-        gap=2,
-        text_columns=1,
-    )
-    _print_heading("Peak memory", console)
-    if record["memory"]["reason"] is None:
-        _print_table(
-            ("peak MB", "after loading", "tokens", "way"),
-            _peak_rows(record),
-            console,
-            gap=2,
-            text_columns=1,
-        )
-    else:
-        console.print(Text(f"Not measured: {record['memory']['reason']}."))
-    _print_heading("Targets (set for 2 cores and 4,096 tokens)", console)
-    _print_table(
-        ("target", "limit", "measured", "verdict"),
-        _target_rows(record),
-        console,
-        gap=1,
-        text_columns=1,
-    )
-    _print_heading("Notes", console)
-    _print_pairs(_bench_notes(record), console)
-
-
-def _bench_headline(record: Record) -> list[tuple[str, str]]:
-    provenance, settings = record["provenance"], record["settings"]
-    machine = provenance["machine"]
-    load = machine["load_average_before"]
-    busy = "" if load is None else f", load average before the start {load:.2f}"
-    return [
-        ("Model", f"{provenance['model']['name']} on {provenance['model']['device']}"),
-        (
-            "Pass",
-            f"{settings['tokens']:,} tokens in sequences of {settings['seq_len']:,}, "
-            f"{settings['batch_size']} per batch; {settings['rounds']} rounds",
-        ),
-        (
-            "Machine",
-            f"{machine['processor']}, {machine['cores']} cores, {settings['threads']} threads"
-            f"{busy}",
-        ),
-    ]
-
-
-def _speed_rows(record: Record) -> list[list[str]]:
-    return [
-        [
-            f"{way['tokens_per_second']:,.0f}",
-            f"{np.median(way['seconds']):.3f}",
-            f"{min(way['seconds']):.3f}",
-            f"{max(way['seconds']):.3f}",
-            name,
-        ]
-        for name, way in record["ways"].items()
-    ]
-
-
-def _ratio_rows(record: Record) -> list[list[str]]:
-    return [
-        [f"{row['median']:.3f}", "{:.3f} to {:.3f}".format(*row["interval"]), row["name"]]
-        for row in record["ratios"]
-    ]
-
-
-def _peak_rows(record: Record) -> list[list[str]]:
-    return [
-        [
-            f"{row['peak_mb']:,.1f}",
-            f"{row['loaded_mb']:,.1f}",
-            f"{row['tokens']:,}",
-            row["way"],
-        ]
-        for row in record["memory"]["peaks"]
-    ]
-
-
-def _target_rows(record: Record) -> list[list[str]]:
-    return [
-        [
-            target["name"],
-            f"{target['sense']} {target['limit']:g}",
-            "-" if target["measured"] is None else f"{target['measured']:.4g}",
-            _verdict(target),
-        ]
-        for target in record["targets"]
-    ]
-
-
-def _verdict(target: Record) -> str:
-    if target["met"] is None:
-        return "not measured"
-    verdict = "met" if target["met"] else "not met"
-    interval = target["interval"]
-    # With the limit inside its interval, another run could well say the opposite.
-    undecided = interval is not None and interval[0] <= target["limit"] <= interval[1]
-    return f"{verdict}, within noise" if undecided else verdict
-
-
-def _bench_notes(record: Record) -> list[tuple[str, str]]:
-    agreement = record["agreement"]
-    notes = [
-        ("Interval", record["interval"]),
-        (
-            "bf16",
-            "largest shift of a layer's mean from fp32: "
-            f"{agreement['bf16']['difference']:+.2e} in layer {agreement['bf16']['layer']}",
-        ),
-        (
-            "Same work",
-            "largest difference of a layer's mean, the seed's way from analyze: "
-            f"{agreement['seed']['difference']:+.2e} in layer {agreement['seed']['layer']}",
-        ),
-        ("Peer", f"{record['peer']['reason']} ({record['peer']['source']})"),
-    ]
-    if record["memory"]["reason"] is None:
-        notes.append(("Memory", record["memory"]["what"]))
-    return notes

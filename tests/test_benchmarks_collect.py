@@ -1,7 +1,8 @@
-"""Benchmarks: equal work, interleaved rounds, honest records. No test asserts a speed."""
+"""Benchmark of collecting: equal work, honest records. No test asserts a speed."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
-from tiny_models import random_ids, save_checkpoint, tiny_model
+from tiny_models import random_ids, tiny_model
 
 from cascade import benchmarks
 from cascade.benchmarks import BenchmarkError, Setup
+from cascade.benchmarks.collect import (
+    angular_distances,
+    bare_forward,
+    seed_means,
+    target_rows,
+)
 from cascade.cli import main
 from cascade.corpora import TokenBlocks
 from cascade.models import DecoderStack
@@ -24,139 +29,23 @@ from cascade.report import print_bench
 from cascade.saturation import analyze
 
 ROUNDS = 3
+#: The room itself: as an attribute of the package, the function of its name covers it.
+ROOM = importlib.import_module("cascade.benchmarks.collect")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-def settings(checkpoint: Path, **changes: Any) -> Setup:
+def settings(saved: Path, **changes: Any) -> Setup:
     small = {"tokens": 256, "seq_len": 16, "batch_size": 4, "rounds": ROUNDS}
-    return Setup(model=str(checkpoint), **(small | changes))
+    return Setup(model=str(saved), **(small | changes))
 
 
 @pytest.fixture(scope="module")
-def record(checkpoint: Path) -> dict[str, Any]:
-    return benchmarks.collect(settings(checkpoint), memory=False)
+def record(saved: Path) -> dict[str, Any]:
+    return benchmarks.collect(settings(saved), memory=False)
 
 
 def blocks_of(batch: int, length: int) -> TokenBlocks:
     ids = random_ids(batch, length).numpy().astype(np.int32)
     return TokenBlocks(ids, "random", "random", batch)
-
-
-class CallCountingClock:
-    """Stands at a whole second; every run of a way moves it by that way's own seconds."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.now = 0.0
-        self.ran: list[str] = []
-        self.seconds = seconds
-
-    def __call__(self) -> float:
-        return self.now
-
-    def ways(self) -> dict[str, benchmarks.Way]:
-        return {name: lambda name=name: self.run(name) for name in self.seconds}
-
-    def run(self, name: str) -> str:
-        self.ran.append(name)
-        self.now += self.seconds[name]
-        return name
-
-
-# --- Time ------------------------------------------------------------------------------------
-
-
-def test_every_round_runs_every_way_once_in_an_order_of_its_own_after_a_round_that_warms_up():
-    clock = CallCountingClock({"a": 1.0, "b": 2.0, "c": 4.0})
-    first, orders, seconds = benchmarks.time_ways(clock.ways(), rounds=20, seed=0, clock=clock)
-    assert first == {"a": "a", "b": "b", "c": "c"}
-    rounds = [clock.ran[start : start + 3] for start in range(0, len(clock.ran), 3)]
-    assert rounds[1:] == orders
-    assert len(orders) == 20
-    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
-    assert len({tuple(order) for order in orders}) > 1
-    assert seconds == {"a": [1.0] * 20, "b": [2.0] * 20, "c": [4.0] * 20}
-
-
-def test_the_seed_decides_the_orders():
-    def orders(seed: int) -> list[list[str]]:
-        clock = CallCountingClock(dict.fromkeys("abcdef", 1.0))
-        return benchmarks.time_ways(clock.ways(), rounds=5, seed=seed, clock=clock)[1]
-
-    assert orders(1) == orders(1)
-    assert orders(1) != orders(2)
-
-
-def test_the_device_is_waited_for_before_the_clock_starts_and_before_it_stops():
-    events: list[str] = []
-    benchmarks.time_ways(
-        {"way": lambda: events.append("way")},
-        rounds=1,
-        seed=0,
-        clock=lambda: float(events.append("clock") or 0),
-        synchronize=lambda: events.append("wait"),
-    )
-    assert events == ["way", "wait", "clock", "way", "wait", "clock"]
-
-
-def test_threads_are_pinned_inside_and_restored_even_on_failure():
-    before = torch.get_num_threads()
-    inside = before + 1
-
-    def fail() -> None:
-        with benchmarks.pinned_threads(inside):
-            assert torch.get_num_threads() == inside
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert torch.get_num_threads() == before
-
-
-def test_collect_pins_the_threads_while_ways_run_and_restores_them_when_one_fails(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-):
-    before = torch.get_num_threads()
-    seen: list[int] = []
-
-    def fail(*_: Any, **__: Any) -> None:
-        seen.append(torch.get_num_threads())
-        raise RuntimeError("a way broke")
-
-    monkeypatch.setattr(benchmarks, "bare_forward", fail)
-    with pytest.raises(RuntimeError, match="a way broke"):
-        benchmarks.collect(settings(checkpoint, threads=before + 1), memory=False)
-    assert seen == [before + 1]
-    assert torch.get_num_threads() == before
-
-
-@given(
-    st.lists(st.tuples(*[st.floats(0.01, 100)] * len(benchmarks.WAYS)), min_size=2, max_size=9),
-    st.integers(0, 9),
-)
-def test_an_interval_holds_its_median_and_stays_within_the_rounds(
-    rounds: list[tuple[float, ...]], seed: int
-):
-    seconds = dict(zip(benchmarks.WAYS, map(list, zip(*rounds, strict=True)), strict=True))
-    for row in benchmarks.ratio_rows(seconds, seed=seed):
-        low, high = row["interval"]
-        # Interpolation between two equal numbers may differ from them in the last bit.
-        slack = 1e-12 * row["median"]
-        assert low - slack <= row["median"] <= high + slack
-        assert min(row["rounds"]) - slack <= low
-        assert high <= max(row["rounds"]) + slack
-
-
-def test_a_ratio_compares_seconds_of_the_same_round():
-    seconds = {name: [10.0, 1.0, 100.0] for name in benchmarks.WAYS}
-    seconds["analyze_fp32"] = [20.0, 2.0, 200.0]
-    rows = {row["name"]: row for row in benchmarks.ratio_rows(seconds, seed=0)}
-    assert rows["analyze_fp32/bare_fp32"]["rounds"] == [2.0, 2.0, 2.0]
-    assert rows["analyze_fp32/bare_fp32"]["interval"] == [2.0, 2.0]
-    assert rows["seed_fp32/analyze_fp32"]["median"] == 0.5
 
 
 # --- Equal work ------------------------------------------------------------------------------
@@ -171,7 +60,7 @@ def test_the_seeds_way_and_analyze_find_the_same_layer_means(family: str):
     del means["4"]  # hidden_states[-1] is behind the final norm: the seed's way has no row for it
     assert list(means) == ["1", "2", "3", "4+norm"]
     # 1e-5: fp32 rounding of a normalized product against a quotient; widths of 32.
-    assert benchmarks.seed_means(stack, blocks, 2) == pytest.approx([*means.values()], abs=1e-5)
+    assert seed_means(stack, blocks, 2) == pytest.approx([*means.values()], abs=1e-5)
 
 
 def test_the_peers_method_is_the_angle_between_the_last_tokens_states():
@@ -185,7 +74,7 @@ def test_the_peers_method_is_the_angle_between_the_last_tokens_states():
     units = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
     expected = (np.arccos((units[:-1] * units[1:]).sum(-1)) / np.pi).mean(axis=1)
     # 1e-5: the cosine in fp32 against float64.
-    assert benchmarks.angular_distances(stack, blocks, 2) == pytest.approx(expected, abs=1e-5)
+    assert angular_distances(stack, blocks, 2) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_bare_way_runs_every_layer_over_every_token_but_no_head():
@@ -194,11 +83,28 @@ def test_the_bare_way_runs_every_layer_over_every_token_but_no_head():
     heads: list[int] = []
     stack.layers[-1].register_forward_hook(lambda _, args, out: seen.append(out.shape[0]))
     stack.model.lm_head.register_forward_hook(lambda *_: heads.append(1))
-    benchmarks.bare_forward(stack, blocks_of(5, 12), 2)
+    bare_forward(stack, blocks_of(5, 12), 2)
     assert (seen, heads) == ([2, 2, 1], [])
 
 
 # --- The record ------------------------------------------------------------------------------
+
+
+def test_collect_pins_the_threads_while_ways_run_and_restores_them_when_one_fails(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+):
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("a way broke")
+
+    monkeypatch.setattr(ROOM, "bare_forward", fail)
+    with pytest.raises(RuntimeError, match="a way broke"):
+        benchmarks.collect(settings(saved, threads=before + 1), memory=False)
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
 
 
 def test_the_record_has_every_way_with_one_time_per_round(record: dict[str, Any]):
@@ -214,7 +120,7 @@ def test_the_record_has_every_way_with_one_time_per_round(record: dict[str, Any]
     assert all(len(row["rounds"]) == ROUNDS for row in record["ratios"])
 
 
-def test_the_record_says_what_ran_where(record: dict[str, Any], checkpoint: Path):
+def test_the_record_says_what_ran_where(record: dict[str, Any], saved: Path):
     assert record["settings"]["tokens"] == 256
     assert record["settings"]["threads"] == torch.get_num_threads()
     provenance = record["provenance"]
@@ -232,17 +138,17 @@ def test_the_record_says_how_far_the_ways_agree(record: dict[str, Any]):
     assert record["agreement"]["bf16"]["layer"] in {"1", "2", "3", "4", "4+norm"}
 
 
-def test_bf16_runs_in_bf16(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def test_bf16_runs_in_bf16(saved: Path, monkeypatch: pytest.MonkeyPatch):
     dtypes: dict[str, set[torch.dtype]] = {"bare": set(), "analyze": set()}
     for name, function in (("bare", "bare_forward"), ("analyze", "analyze")):
-        real = getattr(benchmarks, function)
+        real = getattr(ROOM, function)
 
         def spy(stack: DecoderStack, *args: Any, _n: str = name, _r: Any = real, **kw: Any) -> Any:
             dtypes[_n].add(stack.dtype)
             return _r(stack, *args, **kw)
 
-        monkeypatch.setattr(benchmarks, function, spy)
-    benchmarks.collect(settings(checkpoint, rounds=2), memory=False)
+        monkeypatch.setattr(ROOM, function, spy)
+    benchmarks.collect(settings(saved, rounds=2), memory=False)
     both = {torch.float32, torch.bfloat16}
     assert dtypes == {"bare": both, "analyze": both}
 
@@ -266,7 +172,7 @@ def found(**medians: float) -> list[dict[str, Any]]:
 def test_targets_are_met_up_to_their_limit_and_unknown_without_a_measurement(
     ratios: tuple[float, ...], shift: float, growth: float | None, met: list[bool | None]
 ):
-    rows = benchmarks.target_rows(
+    rows = target_rows(
         found(a=ratios[0], b=ratios[1], c=ratios[2]),
         {"bf16": {"layer": "1", "difference": shift}},
         {"growth_mb": growth},
@@ -315,45 +221,6 @@ def test_another_kind_of_record_is_not_printed(record: dict[str, Any]):
         printed(record | {"kind": "saturation"})
 
 
-# --- Memory ----------------------------------------------------------------------------------
-
-
-def test_the_peak_of_a_pass_is_measured_in_this_process_and_sees_what_is_held(checkpoint: Path):
-    pytest.importorskip("resource", reason="the system reports no peak of a process")
-    before = benchmarks._peak()
-    held = np.ones(max(before, 64_000_000) // 8 + 4_000_000)
-    # All of it resident at once: the peak must have moved by at least the 32 MB beyond it.
-    assert benchmarks._peak() > 32_000_000
-    assert benchmarks._peak() >= before
-    assert benchmarks._peak() >= held.nbytes
-
-
-def test_memory_is_measured_at_one_and_eight_times_the_tokens_in_processes_of_their_own(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-):
-    pytest.importorskip("resource", reason="the system reports no peak of a process")
-    asked: list[tuple[str, int]] = []
-
-    def answer(_: Setup, way: str, factor: int) -> dict[str, Any]:
-        asked.append((way, factor))
-        return {"tokens": 256 * factor, "peak_mb": 100.0 + factor}
-
-    monkeypatch.setattr(benchmarks, "_in_fresh_process", answer)
-    usage = benchmarks._memory(settings(checkpoint), lambda _: None)
-    assert asked == [("analyze_fp32", 1), ("analyze_fp32", 8), ("seed_fp32", 1)]
-    assert usage["growth_mb"] == 7.0
-
-
-def test_a_fresh_process_reports_its_own_peak_and_its_failure_is_one_line(checkpoint: Path):
-    pytest.importorskip("resource", reason="the system reports no peak of a process")
-    row = benchmarks._in_fresh_process(settings(checkpoint), "analyze_fp32", 2)
-    assert row["tokens"] == 512
-    assert row["peak_mb"] > 0
-    with pytest.raises(BenchmarkError, match=r"ModelError.*--no-memory") as caught:
-        benchmarks._in_fresh_process(Setup(model="/nowhere/model.gguf"), "analyze_fp32", 1)
-    assert "\n" not in str(caught.value)
-
-
 # --- The command -----------------------------------------------------------------------------
 
 
@@ -365,12 +232,12 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_bench_json_comes_back_as_it_was_printed(
-    checkpoint: Path,
+    saved: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    common = ["--model", str(checkpoint), "--tokens", "64", "--seq-len", "16", "--no-memory"]
+    common = ["--model", str(saved), "--tokens", "64", "--seq-len", "16", "--no-memory"]
     output = tmp_path / "run"
     arguments = [*common, "--rounds", "2", "--output", str(output)]
     assert run(monkeypatch, *arguments) == 0
@@ -412,6 +279,6 @@ def test_a_bad_option_is_one_line_and_status_2(
     assert error.rstrip().endswith(f"got {value}")
 
 
-def test_more_tokens_than_the_corpus_has_are_refused(checkpoint: Path):
+def test_more_tokens_than_the_corpus_has_are_refused(saved: Path):
     with pytest.raises(BenchmarkError, match="use a smaller --tokens"):
-        benchmarks.collect(settings(checkpoint, tokens=10**7), memory=False)
+        benchmarks.collect(settings(saved, tokens=10**7), memory=False)

@@ -1,37 +1,40 @@
-"""Benchmarks: ways to collect similarities, timed in one process with interleaved rounds."""
+"""The ways to collect similarities, timed and compared: a record of kind `bench.collect`."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import math
-import os
-import random
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cascade.benchmarks.memory import LONG, measure_peak, measure_usage, not_measured
+from cascade.benchmarks.timing import (
+    INTERVAL,
+    Array,
+    BenchmarkError,
+    Record,
+    Way,
+    load_average,
+    machine_provenance,
+    pinned_threads,
+    ratio_rows,
+    synchronize,
+    target_row,
+    time_ways,
+    way_rows,
+)
 from cascade.corpora import EMBEDDED, TokenBlocks, load_blocks
-from cascade.errors import CascadeError
 from cascade.models import DecoderStack, load
 from cascade.saturation import SaturationProfile, analyze
 
-Array = npt.NDArray[Any]
-Record = dict[str, Any]
-
-#: One way to go over the token blocks once. What it returns is not looked at while time runs.
-Way = Callable[[], Any]
+#: The kind of the record.
+KIND = "bench.collect"
 
 #: What each way does, in the record's words.
 WAYS = {
@@ -68,35 +71,6 @@ _PEER = {
         "block influence: Men et al. 2024, ShortGPT"
     ),
 }
-
-_RESAMPLES = 9999
-_INTERVAL = (
-    f"median over rounds of the ratio within each round; 95 % percentile bootstrap of the median, "
-    f"{_RESAMPLES} resamples of whole rounds"
-)
-
-#: The long pass of the memory measurement has this many times the tokens of the short one.
-_LONG = 8
-_MEGABYTE = 1e6
-
-#: glibc otherwise raises these thresholds while a process runs and keeps freed batches for later:
-#: the peak of the same pass then varied by 80 MB from process to process. Set, they stay.
-_STEADY_MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-}
-
-_MEMORY = (
-    "peak resident memory of the process, each row in a fresh one: the model is loaded, one pass "
-    "over the tokens warms allocator and kernels up, then the peak is read after a measured pass. "
-    f"The {_LONG}x pass takes the same blocks {_LONG} times. glibc is told to return freed memory "
-    f"at once ({', '.join(f'{name}={value}' for name, value in _STEADY_MALLOC.items())})"
-)
-
-
-class BenchmarkError(CascadeError):
-    """What was asked for cannot be measured, or measuring it failed."""
 
 
 @dataclass(frozen=True)
@@ -165,23 +139,23 @@ def collect(
         DeviceError: The device is absent or lacks bfloat16.
     """
     tell = progress or (lambda _: None)
-    load_average = _load_average()
+    load_before = load_average()
     setup = replace(setup, threads=setup.threads or torch.get_num_threads())
     with pinned_threads(setup.threads):
         tokens, first, order, seconds = _time(setup, command, tell)
-    usage = _memory(setup, tell) if memory else _no_memory("not asked for (--no-memory)")
-    ratios = ratio_rows(seconds, seed=setup.seed)
+    usage = _memory(setup, tell) if memory else not_measured("not asked for (--no-memory)")
+    ratios = ratio_rows(seconds, RATIOS, seed=setup.seed)
     agreement = _agreement(first)
     profile: SaturationProfile = first["analyze_fp32"]
     record: Record = {
         "schema": 1,
-        "kind": "bench.collect",
-        "provenance": _provenance(profile, load_average),
+        "kind": KIND,
+        "provenance": machine_provenance(profile.provenance, load_before),
         "settings": asdict(setup) | {"tokens": tokens},
-        "ways": _way_rows(seconds, tokens),
+        "ways": way_rows(seconds, WAYS, tokens=tokens),
         "order": order,
         "ratios": ratios,
-        "interval": _INTERVAL,
+        "interval": INTERVAL,
         "agreement": agreement,
         "peer": _PEER,
         "memory": usage,
@@ -202,7 +176,7 @@ def _time(
         collecting_ways(stack, narrow, blocks, setup.batch_size, command=command),
         rounds=setup.rounds,
         seed=setup.seed,
-        synchronize=lambda: _synchronize(stack.device),
+        synchronize=lambda: synchronize(stack.device),
         progress=tell,
     )
     return blocks.tokens, *timed
@@ -332,109 +306,6 @@ def angular_distances(stack: DecoderStack, blocks: TokenBlocks, batch_size: int)
     return distances
 
 
-# --- Time ------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def pinned_threads(threads: int | None) -> Iterator[None]:
-    """Let torch compute with `threads` threads (None: as it is); the number before comes back."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def time_ways(
-    ways: Mapping[str, Way],
-    *,
-    rounds: int,
-    seed: int,
-    clock: Callable[[], float] = time.perf_counter,
-    synchronize: Callable[[], None] = lambda: None,
-    progress: Callable[[str], None] = lambda _: None,
-) -> tuple[dict[str, Any], list[list[str]], dict[str, list[float]]]:
-    """Time each way once per round, every round in an order of its own.
-
-    A machine that slows down or is shared then strikes all ways alike, and a ratio within one
-    round compares neighbours in time.
-
-    Args:
-        ways: Name -> what to time.
-        rounds: Timed rounds; one round before them warms up and is not counted.
-        seed: Draws the orders.
-        clock: Seconds, from any start.
-        synchronize: Waits until the device has done all that it was given.
-        progress: Told the round.
-
-    Returns:
-        What each way returned in the warm-up round, the order of every timed round, and each
-        way's seconds, round by round.
-    """
-    shuffler = random.Random(seed)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    progress("Warming up")
-    first = {name: way() for name, way in ways.items()}
-    orders = []
-    for number in range(1, rounds + 1):
-        progress(f"Round {number} of {rounds}")
-        order = list(ways)
-        shuffler.shuffle(order)
-        orders.append(order)
-        for name in order:
-            synchronize()
-            start = clock()
-            ways[name]()
-            synchronize()
-            seconds[name].append(clock() - start)
-    return first, orders, seconds
-
-
-def _way_rows(seconds: Mapping[str, Sequence[float]], tokens: int) -> Record:
-    return {
-        name: {
-            "what": WAYS[name],
-            "tokens_per_second": tokens / float(np.median(values)),
-            "seconds": list(values),
-        }
-        for name, values in seconds.items()
-    }
-
-
-def ratio_rows(seconds: Mapping[str, Sequence[float]], *, seed: int) -> list[Record]:
-    """Return the rows of `RATIOS`: median over rounds with a 95 % interval (see `_INTERVAL`).
-
-    Args:
-        seconds: Each way's seconds, round by round.
-        seed: Draws the resamples.
-    """
-    rows = []
-    for way, reference in RATIOS:
-        values = np.array(seconds[way]) / np.array(seconds[reference])
-        rows.append(
-            {
-                "name": f"{way}/{reference}",
-                "median": float(np.median(values)),
-                "interval": _bootstrap(values, seed),
-                "rounds": [float(value) for value in values],
-            }
-        )
-    return rows
-
-
-def _bootstrap(values: Array, seed: int) -> list[float]:
-    generator = np.random.default_rng(seed)
-    resampled = generator.choice(values, size=(_RESAMPLES, len(values)))
-    return [float(end) for end in np.quantile(np.median(resampled, axis=1), (0.025, 0.975))]
-
-
 # --- What was found --------------------------------------------------------------------------
 
 
@@ -477,88 +348,22 @@ def target_rows(ratios: Sequence[Record], agreement: Record, memory: Record) -> 
         ("seed_fp32/analyze_fp32", "at least", 1.3),
         ("seed_fp32/analyze_bf16", "at least", 2.4),
     ):
-        rows.append(_target(name, sense, limit, found[name]["median"], found[name]["interval"]))
+        rows.append(target_row(name, sense, limit, found[name]["median"], found[name]["interval"]))
     shift = abs(agreement["bf16"]["difference"])
-    rows.append(_target("layer mean, bf16 from fp32", "at most", 2e-3, shift))
+    rows.append(target_row("layer mean, bf16 from fp32", "at most", 2e-3, shift))
     growth = memory["growth_mb"]
-    rows.append(_target(f"memory growth at {_LONG}x, MB", "below", 10.0, growth))
+    rows.append(target_row(f"memory growth at {LONG}x, MB", "below", 10.0, growth))
     return rows
-
-
-def _target(
-    name: str,
-    sense: str,
-    limit: float,
-    measured: float | None,
-    interval: Sequence[float] | None = None,
-) -> Record:
-    met = None
-    if measured is not None:
-        met = {
-            "at most": measured <= limit,
-            "at least": measured >= limit,
-            "below": measured < limit,
-        }[sense]
-    return {
-        "name": name,
-        "sense": sense,
-        "limit": limit,
-        "measured": measured,
-        "interval": None if interval is None else list(interval),
-        "met": met,
-    }
-
-
-def _provenance(profile: SaturationProfile, load_average: float | None) -> Record:
-    provenance = profile.provenance
-    machine = {"cores": os.cpu_count(), "load_average_before": load_average}
-    return provenance | {"machine": provenance["machine"] | machine}
-
-
-def _load_average() -> float | None:
-    """Return how many processes wanted a core in the last minute: who else was at work."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 # --- Memory ----------------------------------------------------------------------------------
 
 
 def _memory(setup: Setup, tell: Callable[[str], None]) -> Record:
-    try:
-        import resource  # noqa: F401
-    except ImportError:
-        return _no_memory("the operating system reports no peak of a process")
-    rows: list[Record] = []
-    for way, factor in (("analyze_fp32", 1), ("analyze_fp32", _LONG), ("seed_fp32", 1)):
-        tell(f"Measuring the memory of {way} at {factor}x tokens")
-        rows.append({"way": way, "factor": factor} | _in_fresh_process(setup, way, factor))
-    short, long = rows[0]["peak_mb"], rows[1]["peak_mb"]
-    return {"what": _MEMORY, "reason": None, "growth_mb": long - short, "peaks": rows}
+    return measure_usage(KIND, asdict(setup), "analyze_fp32", beside=("seed_fp32",), progress=tell)
 
 
-def _no_memory(reason: str) -> Record:
-    return {"what": _MEMORY, "reason": reason, "growth_mb": None, "peaks": []}
-
-
-def _in_fresh_process(setup: Setup, way: str, factor: int) -> Record:
-    task = json.dumps({"setup": asdict(setup), "way": way, "factor": factor})
-    done = subprocess.run(
-        [sys.executable, "-m", "cascade.benchmarks", task],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | _STEADY_MALLOC,
-    )
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise BenchmarkError(
-            f"measuring the memory of {way} failed: {reason}; leave it out with --no-memory"
-        )
-    row: Record = json.loads(done.stdout.splitlines()[-1])
-    return row
-
-
-def measure_peak(setup: Setup, way: str, factor: int) -> Record:
+def peak_of_way(setup: Setup, way: str, factor: int) -> Record:
     """Run one way in this process and say how much memory it took.
 
     Args:
@@ -567,56 +372,21 @@ def measure_peak(setup: Setup, way: str, factor: int) -> Record:
         factor: How many times the blocks are taken in the measured pass.
 
     Returns:
-        `loaded_mb`, the peak up to the end of loading (what was asked of a fresh process), and
-        `peak_mb`, the peak of the measured pass (of the process's whole life where `isolated` is
-        false: the system could not set its mark back).
+        A row as `memory.measure_peak` returns it.
     """
     size = setup.batch_size
-    runs: dict[str, Callable[[DecoderStack, TokenBlocks], object]] = {
+    passes: dict[str, Callable[[DecoderStack, TokenBlocks], object]] = {
         "analyze_fp32": lambda stack, blocks: analyze(stack, blocks, batch_size=size),
         "seed_fp32": lambda stack, blocks: seed_means(stack, blocks, size),
     }
-    run = runs[way]
+    go = passes[way]
     with pinned_threads(setup.threads):
         stack = load(setup.model, device=setup.device)
         blocks = _read_blocks(setup, stack)
-        loaded = _peak()
-        run(stack, blocks)
-        isolated = _forget_peak()
-        many = replace(blocks, ids=np.tile(blocks.ids, (factor, 1)))
-        run(stack, many)
-        return {
-            "tokens": many.tokens,
-            "loaded_mb": loaded / _MEGABYTE,
-            "peak_mb": _peak() / _MEGABYTE,
-            "isolated": isolated,
-        }
 
+        def run(times: int) -> int:
+            many = replace(blocks, ids=np.tile(blocks.ids, (times, 1)))
+            go(stack, many)
+            return many.tokens
 
-def _peak() -> int:
-    """Return this process's peak resident memory, bytes."""
-    import resource
-
-    status = Path("/proc/self/status")
-    if status.exists():
-        # On Linux ru_maxrss comes down from the parent through fork and exec: a process started
-        # by one of 600 MB reported 582 MB, its own peak being 9 MB. VmHWM is this process's own.
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _forget_peak() -> bool:
-    """Set the peak back to what is resident now, where the system lets us; say whether it did."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-if __name__ == "__main__":
-    _task = json.loads(sys.argv[1])
-    print(json.dumps(measure_peak(Setup(**_task["setup"]), _task["way"], _task["factor"])))
+        return measure_peak(run, factor)

@@ -1,0 +1,356 @@
+"""Early exit: a model whose easy tokens leave at an exit layer, to score and to generate with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from cascade.errors import UsageError
+from cascade.exits import ExitRule, check_layers, find_rule
+from cascade.generation import Generation, Settings, generate
+from cascade.heads import ExitHead, FittedHeads, LogitLens
+from cascade.models import DecoderStack
+from cascade.passes import Chunk, Exit, Pass
+from cascade.skipping import Counts, SkippingLayers
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+    from transformers.generation.streamers import BaseStreamer
+
+Propagation = Literal["frozen", "ridge", "exact"]
+PROPAGATIONS = ("frozen", "ridge", "exact")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a pass over given tokens says.
+
+    Attributes:
+        exit_layers: `[B, T]`, where each token left; N where it went all the way.
+        predictions: `[B, T]`, the most likely next token after each.
+        log_probabilities: `[B, T-1]`, of the token that really came next, in nats.
+        scored: `[B, T-1]`, false where either token is padding.
+        counts: What was really computed.
+        logits: `[B, T, V]` in fp32, where they were asked for; zeros at padding.
+    """
+
+    exit_layers: Tensor
+    predictions: Tensor
+    log_probabilities: Tensor
+    scored: Tensor
+    counts: Counts
+    logits: Tensor | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean negative log-probability of the scored tokens."""
+        values = self.log_probabilities[self.scored].double()
+        return math.exp(-float(values.mean())) if len(values) else math.nan
+
+
+class EarlyExit:
+    """A model whose easy tokens leave early.
+
+    Laws: without an exit, or with all thresholds at +inf, it is the full model; with a threshold
+    of -inf it is the exit head alone; generating equals scoring the generated text.
+
+    Args:
+        stack: The model.
+        layer: One exit layer, 1..N; or give `exits`.
+        rule: The name of its rule.
+        threshold: From which confidence on tokens leave.
+        heads: Fitted ridge heads; the logit lens where not given.
+        exits: Several exits, in ascending order of layers, instead of `layer`.
+        propagation: What upper layers see of tokens that left: "frozen" (keys and values from the
+            exit state; CALM, Schuster et al. 2022), "ridge" (from a fitted prediction of the
+            upper layers' inputs; needs `heads`) or "exact" (they are computed once they are
+            needed).
+        skip: False computes every token and throws away what exited tokens do not need.
+        seed: For rules that draw.
+
+    Raises:
+        UsageError: A layer, rule, threshold or propagation that cannot be.
+        ModelError: The heads belong to another model.
+    """
+
+    def __init__(
+        self,
+        stack: DecoderStack,
+        *,
+        layer: int | None = None,
+        rule: str = "cosine",
+        threshold: float = math.inf,
+        heads: FittedHeads | None = None,
+        exits: Sequence[Exit] | None = None,
+        propagation: Propagation = "frozen",
+        skip: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if propagation not in PROPAGATIONS:
+            raise UsageError(
+                f"expected a propagation among {', '.join(PROPAGATIONS)}, got {propagation!r}"
+            )
+        if propagation == "ridge" and exits is None and heads is None:
+            raise UsageError(
+                "ridge propagation needs fitted heads; make them with `cascade fit-heads`"
+            )
+        if heads is not None:
+            heads.check(stack)
+        self.stack = stack
+        self.propagation = propagation
+        if exits is None:
+            exits = (
+                []
+                if layer is None
+                else [make_exit(stack, layer, rule, threshold, heads=heads, propagation=propagation)]
+            )
+        self.exits = _checked(tuple(exits), stack, propagation)
+        self.layers = SkippingLayers(stack, skip=skip)
+        self.seed = seed
+
+    @property
+    def fallback_reason(self) -> str | None:
+        """Why tokens that left save no work in this family; None where they do."""
+        return self.layers.reason
+
+    @torch.no_grad()
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        keep_logits: bool = False,
+    ) -> Score:
+        """Run over given tokens, each leaving where it would when generated.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding; all ones where not given.
+            keep_logits: Whether to return all logits: B x T x V x 4 bytes.
+
+        Raises:
+            UsageError: Token ids or a mask that cannot be.
+            ModelError: A confidence is NaN.
+        """
+        chunk = make_chunk(self.stack, input_ids, attention_mask)
+        full = None
+        if any(exit.rule.control for exit in self.exits):
+            full = self._score(chunk, (), keep_logits=False, full=None).predictions
+        return self._score(chunk, self.exits, keep_logits=keep_logits, full=full)
+
+    def _score(
+        self, chunk: Chunk, exits: Sequence[Exit], *, keep_logits: bool, full: Tensor | None
+    ) -> Score:
+        batch, length = chunk.ids.shape
+        counts = Counts.of(self.stack.num_layers)
+        cache = self.layers.new_cache(batch, length, keep=False)
+        cache.window(0, length)
+        predictions = torch.zeros_like(chunk.ids)
+        log_probabilities = torch.zeros(chunk.ids.shape, device=chunk.ids.device)
+        logits: Tensor | None = None
+        if keep_logits:
+            shape = (batch, length, self.stack.vocab_size)
+            logits = torch.zeros(shape, device=chunk.ids.device)
+        following = torch.cat([chunk.ids[:, 1:], torch.zeros_like(chunk.ids[:, :1])], dim=1)
+
+        def take(_: int, rows: Tensor, columns: Tensor, made: Tensor) -> None:
+            predictions[rows, columns] = made.argmax(dim=-1)
+            target = following[rows, columns]
+            chosen = made.gather(1, target[:, None])[:, 0]
+            log_probabilities[rows, columns] = chosen - made.logsumexp(dim=-1)
+            if logits is not None:
+                logits[rows, columns] = made
+
+        going = Pass(
+            self.layers,
+            exits,
+            chunk,
+            cache,
+            counts,
+            leaving=self.propagation != "exact",
+            full_prediction=full,
+            seed=self.seed,
+        )
+        going.run(chunk.valid, take)
+        return Score(
+            going.exit_layers,
+            predictions,
+            log_probabilities[:, :-1],
+            chunk.valid[:, 1:] & chunk.valid[:, :-1],
+            counts,
+            logits,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        return_dict_in_generate: bool = False,
+        verify: bool = False,
+        draft_length: int = 8,
+        **kwargs: Any,
+    ) -> Tensor | Generation:
+        """Generate as `transformers` does, with tokens leaving early.
+
+        Args:
+            input_ids: The prompts, `[B, T]`, padded on the left.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding; all ones where not given.
+            generation_config: Settings, as `transformers` knows them; the model's own where not
+                given. Those that early exit does not know (beams, penalties, ...) are refused.
+            streamer: Gets each token as soon as it is certain.
+            return_dict_in_generate: Return a `Generation` instead of the ids alone.
+            verify: Let the full model confirm every token (needs propagation="exact"): the result
+                is the full model's, token for token; exits only draft (self-speculative decoding).
+            draft_length: With `verify`, the most tokens drafted before they are looked at.
+            kwargs: Single settings: max_new_tokens, do_sample, temperature, top_p, top_k, seed,
+                eos_token_id, pad_token_id, stop_strings.
+
+        Returns:
+            `[B, T + new]`, rows that ended earlier padded, or the whole `Generation`.
+
+        Raises:
+            UsageError: A prompt, mask or setting that cannot be.
+            ModelError: A confidence is NaN.
+        """
+        settings = Settings.of(self.stack, generation_config, kwargs)
+        if any(exit.rule.control for exit in self.exits):
+            names = ", ".join(exit.rule.name for exit in self.exits if exit.rule.control)
+            raise UsageError(f"{names} needs the full model's answer: it can score, not generate")
+        if verify and self.propagation != "exact":
+            raise UsageError(
+                f'verify=True needs propagation="exact", got "{self.propagation}": only exact keys'
+                " and values let the full model confirm a token"
+            )
+        if draft_length < 1:
+            raise UsageError(f"expected a draft_length of at least 1, got {draft_length}")
+        prompt = make_chunk(self.stack, input_ids, attention_mask)
+        result = generate(
+            self.layers,
+            self.exits,
+            prompt,
+            settings,
+            exact=self.propagation == "exact",
+            draft_length=draft_length if verify else None,
+            streamer=streamer,
+            seed=self.seed,
+        )
+        return result if return_dict_in_generate else result.sequences
+
+
+def make_exit(
+    stack: DecoderStack,
+    layer: int,
+    rule: str | ExitRule,
+    threshold: float,
+    *,
+    heads: FittedHeads | None = None,
+    propagation: Propagation = "frozen",
+) -> Exit:
+    """Return an exit with the ridge head and map fitted for its layer, or the logit lens.
+
+    Args:
+        stack: The model.
+        layer: 1..N.
+        rule: Its name, or the rule.
+        threshold: From which confidence on tokens leave.
+        heads: Fitted heads; the logit lens where not given.
+        propagation: The map is taken only for "ridge".
+
+    Raises:
+        UsageError: No such layer or rule, or no head was fitted for the layer.
+    """
+    rule = rule if isinstance(rule, ExitRule) else find_rule(rule)
+    check_layers({layer: rule}, stack.num_layers)
+    head: ExitHead = LogitLens(stack) if heads is None else heads.head(stack, layer)
+    takes_map = heads is not None and propagation == "ridge"
+    return Exit(
+        layer,
+        rule,
+        float(threshold),
+        head,
+        heads.propagation(stack, layer) if heads is not None and takes_map else None,
+    )
+
+
+def _checked(
+    exits: tuple[Exit, ...], stack: DecoderStack, propagation: Propagation
+) -> tuple[Exit, ...]:
+    layers = [exit.layer for exit in exits]
+    if layers != sorted(set(layers)):
+        raise UsageError(f"expected exits in ascending order of layers, got layers {layers}")
+    check_layers({exit.layer: exit.rule for exit in exits}, stack.num_layers)
+    for exit in exits:
+        exit.rule.check(exit.threshold)
+        if propagation == "ridge" and exit.propagation is None and exit.layer < stack.num_layers:
+            raise UsageError(
+                f"the exit at layer {exit.layer} has no propagation map; give it the one of its "
+                "fitted heads, or use frozen propagation"
+            )
+    return exits
+
+
+def make_chunk(
+    stack: DecoderStack, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Chunk:
+    """Check token ids and mask, and make them a chunk.
+
+    Args:
+        stack: The model.
+        input_ids: `[B, T]`.
+        attention_mask: `[B, T]`, 1 for tokens and 0 for padding.
+
+    Raises:
+        UsageError: They are empty, ragged, too long, outside the vocabulary, or do not fit.
+    """
+    ids = _tensor(input_ids).to(stack.device)
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise UsageError(
+            f"expected token ids [B, T] with at least one token, got shape {list(ids.shape)}; "
+            "give a prompt that is not empty"
+        )
+    if stack.max_positions is not None and ids.shape[1] > stack.max_positions:
+        raise UsageError(
+            f"{ids.shape[1]} tokens exceed the model's {stack.max_positions} positions; "
+            "shorten the prompt"
+        )
+    if int(ids.min()) < 0 or int(ids.max()) >= stack.vocab_size:
+        raise UsageError(
+            f"expected token ids in 0..{stack.vocab_size - 1}, got {int(ids.min())} to "
+            f"{int(ids.max())}; use the model's own tokenizer"
+        )
+    if attention_mask is None:
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        return Chunk(ids, valid, columns.expand_as(ids), None)
+    mask = _tensor(attention_mask).to(ids.device).long()
+    if mask.shape != ids.shape:
+        raise UsageError(
+            f"expected an attention_mask of the ids' shape {list(ids.shape)}, got "
+            f"{list(mask.shape)}"
+        )
+    if not bool(mask.bool().any(dim=1).all()):
+        raise UsageError("a row of the attention_mask is all zeros; expected at least one token")
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    padded = not bool(mask.bool().all())
+    return Chunk(ids, mask.bool(), positions, mask if padded else None)
+
+
+def _tensor(values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.tensor(values, dtype=torch.long)
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            "expected token ids [B, T], got rows of different length; pad them on the left and "
+            "give an attention_mask"
+        ) from error

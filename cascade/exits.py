@@ -1,0 +1,316 @@
+"""Exits: which two states an exit layer compares, and the rules that decide from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cascade.errors import UsageError
+
+_NORMED = "+norm"
+
+
+def exit_entries(layer: int, num_layers: int, *, from_end: bool = False) -> tuple[int, int]:
+    """Return the two entries of the hidden history that an exit layer compares.
+
+    The history has N+1 entries: 0 the embeddings, ℓ the output of layer ℓ on the residual stream.
+    Layer ℓ compares entries ℓ-1 and ℓ. Counted from the end, that is `[-3], [-2]` for layer 29 of
+    30; the pair `[-2], [-1]` is layer 30, and taking it for layer 29 is the off-by-one that this
+    project exists to keep out.
+
+    Args:
+        layer: 1..N.
+        num_layers: N.
+        from_end: Count from the end, as negative indices.
+
+    Raises:
+        UsageError: No such layer (names the valid range).
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= num_layers:
+        raise UsageError(f"expected an exit layer in 1..{num_layers}, got {layer!r}")
+    shift = num_layers + 1 if from_end else 0
+    return layer - 1 - shift, layer - shift
+
+
+@dataclass
+class HiddenHistory:
+    """The hidden history of some tokens, or as much of it as was kept.
+
+    Attributes:
+        num_layers: N.
+        entries: Entry number -> states on the residual stream, `[..., D]`.
+        normed: The state behind the final norm, `[..., D]`, where there is one.
+    """
+
+    num_layers: int
+    entries: dict[int, Tensor] = field(default_factory=dict)
+    normed: Tensor | None = None
+
+    @classmethod
+    def from_transformers(cls, hidden_states: Sequence[Tensor]) -> HiddenHistory:
+        """Read what `output_hidden_states=True` returns, whose last entry is behind the norm.
+
+        Layer N's own output is not among them: its pair can only be had as "N+norm".
+
+        Args:
+            hidden_states: N+1 tensors `[B, T, D]`.
+        """
+        last = len(hidden_states) - 1
+        return cls(last, dict(enumerate(hidden_states[:-1])), hidden_states[last])
+
+    def pair(self, layer: int | str) -> tuple[Tensor, Tensor]:
+        """Return the states that an exit layer compares: its input and its output.
+
+        Args:
+            layer: 1..N, or "N+norm" for the last layer's input and the state behind the norm.
+
+        Raises:
+            UsageError: No such layer, or its states were not kept.
+        """
+        name = str(layer)
+        number = layer if isinstance(layer, int) else _number(name, self.num_layers)
+        before, after = exit_entries(number, self.num_layers)
+        first = self.entries.get(before)
+        second = self.normed if name.endswith(_NORMED) else self.entries.get(after)
+        if first is None or second is None:
+            raise UsageError(
+                f"the states of layer {layer} are not in this history (it has entries "
+                f"{sorted(self.entries)}{' and the normed state' * (self.normed is not None)})"
+                + (
+                    f"; hidden_states of transformers end behind the final norm, use {after}+norm"
+                    if after == self.num_layers and self.normed is not None
+                    else ""
+                )
+            )
+        return first, second
+
+
+def _number(name: str, num_layers: int) -> int:
+    if name != f"{num_layers}{_NORMED}":
+        raise UsageError(
+            f"expected an exit layer in 1..{num_layers} or {num_layers}{_NORMED}, got {name!r}"
+        )
+    return num_layers
+
+
+@dataclass
+class ExitPoint:
+    """What an exit rule may look at: n tokens at one exit layer.
+
+    Attributes:
+        layer: The exit layer.
+        history: Its states `[n, D]`: entry ℓ and those before it that the rule asked for.
+        compute_logits: Makes the exit head's logits, `[n, V]`; called once, and only if asked.
+        token_ids: `[n]`, the tokens themselves.
+        positions: `[n]`, their positions, from 0.
+        earlier: Predictions `[n]` of the exit layers before this one, nearest last.
+        full_prediction: `[n]`, what the full model says; only for controls.
+        seed: For rules that draw.
+    """
+
+    layer: int
+    history: HiddenHistory
+    compute_logits: Callable[[], Tensor]
+    token_ids: Tensor
+    positions: Tensor
+    earlier: Sequence[Tensor] = ()
+    full_prediction: Tensor | None = None
+    seed: int = 0
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The exit head's logits, `[n, V]`, in fp32."""
+        return self.compute_logits().float()
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """Their log-softmax, `[n, V]`."""
+        return self.logits.log_softmax(dim=-1)
+
+    @cached_property
+    def prediction(self) -> Tensor:
+        """The exit head's most likely token, `[n]`."""
+        return self.logits.argmax(dim=-1)
+
+    def similarity(self, layer: int) -> Tensor:
+        """Cosine of a layer's input and output, `[n]`, in [-1, 1]."""
+        before, after = (state.float() for state in self.history.pair(layer))
+        norms = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)
+        cosine: Tensor = torch.linalg.vecdot(before, after) / norms.clamp_min(1e-30)
+        return cosine.clamp(-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """How sure of itself a token is at an exit layer; it exits where confidence >= threshold.
+
+    Attributes:
+        name: As the command line spells it.
+        confidence: `[n]` from an `ExitPoint`; the larger, the surer.
+        low: The least confidence there is.
+        high: The largest.
+        needs_logits: Whether the exit head has to run to decide.
+        entries: How many entries before the exit layer's own the rule looks at.
+        needs_earlier: Whether it looks at the predictions of earlier exit layers.
+        control: A yardstick to compare with, not a rule to run: it cannot generate.
+        what: One line for tables.
+        source: Where it comes from.
+    """
+
+    name: str
+    confidence: Callable[[ExitPoint], Tensor]
+    low: float
+    high: float
+    needs_logits: bool
+    entries: int
+    needs_earlier: bool
+    control: bool
+    what: str
+    source: str
+
+    def check(self, threshold: float) -> None:
+        """Refuse a threshold that cannot be meant.
+
+        Any may be +inf (nothing exits: the full model) or -inf (everything exits).
+
+        Raises:
+            UsageError: NaN, or outside the rule's range.
+        """
+        if math.isinf(threshold) or self.low <= threshold <= self.high:
+            return
+        high = "" if math.isinf(self.high) else f" to {self.high:g}"
+        raise UsageError(
+            f"the rule {self.name} gives confidences from {self.low:g}{high}; expected a threshold"
+            f" in there (or inf, or -inf), got {threshold:g}"
+        )
+
+
+#: Every rule by name.
+RULES: dict[str, ExitRule] = {}
+
+
+def exit_rule(
+    name: str,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    needs_logits: bool = True,
+    entries: int = 0,
+    needs_earlier: bool = False,
+    control: bool = False,
+    source: str = "",
+) -> Callable[[Callable[[ExitPoint], Tensor]], Callable[[ExitPoint], Tensor]]:
+    """Register a confidence function as an exit rule; its docstring becomes the rule's `what`."""
+
+    def register(confidence: Callable[[ExitPoint], Tensor]) -> Callable[[ExitPoint], Tensor]:
+        what = (confidence.__doc__ or name).strip().splitlines()[0]
+        RULES[name] = ExitRule(
+            name, confidence, low, high, needs_logits, entries, needs_earlier, control, what, source
+        )
+        return confidence
+
+    return register
+
+
+def find_rule(name: str) -> ExitRule:
+    """Return the rule called `name`.
+
+    Raises:
+        UsageError: There is none (lists those there are).
+    """
+    if name not in RULES:
+        raise UsageError(f"expected a rule among {', '.join(RULES)}, got {name!r}")
+    return RULES[name]
+
+
+@exit_rule("cosine", low=-1.0, needs_logits=False, entries=1, source="the seed study")
+def _cosine(at: ExitPoint) -> Tensor:
+    """Similarity of the exit layer's input and output."""
+    return at.similarity(at.layer)
+
+
+@exit_rule("mean_cosine", low=-1.0, needs_logits=False, entries=2, source="the seed's first project")
+def _mean_cosine(at: ExitPoint) -> Tensor:
+    """Mean similarity of the exit layer and the one before it."""
+    return (at.similarity(at.layer) + at.similarity(at.layer - 1)) / 2
+
+
+@exit_rule("top2_gap", source="CALM, Schuster et al. 2022, section 3.5, softmax response")
+def _top2_gap(at: ExitPoint) -> Tensor:
+    """Gap between the exit head's two largest probabilities."""
+    best = at.log_probabilities.topk(2, dim=-1).values.exp()
+    return best[:, 0] - best[:, 1]
+
+
+@exit_rule("max_probability", source="Schuster et al. 2022; BranchyNet, Teerapittayanon et al. 2016")
+def _max_probability(at: ExitPoint) -> Tensor:
+    """The exit head's largest probability."""
+    return at.log_probabilities.amax(dim=-1).exp()
+
+
+@exit_rule("entropy", source="BranchyNet, Teerapittayanon et al. 2016; DeeBERT, Xin et al. 2020")
+def _entropy(at: ExitPoint) -> Tensor:
+    """One minus the entropy of the exit head's distribution, in units of its largest, ln V."""
+    logs = at.log_probabilities
+    entropy = -(logs.exp() * logs.nan_to_num(neginf=0.0)).sum(dim=-1)
+    return (1 - entropy / math.log(logs.shape[-1])).clamp(0.0, 1.0)
+
+
+@exit_rule("patience", high=math.inf, needs_earlier=True, source="PABEE, Zhou et al. 2020")
+def _patience(at: ExitPoint) -> Tensor:
+    """How many exit layers before this one, one after the other, predict the same token."""
+    streak = torch.zeros_like(at.prediction)
+    unbroken = torch.ones_like(at.prediction, dtype=torch.bool)
+    for prediction in reversed(at.earlier):
+        unbroken = unbroken & (prediction == at.prediction)
+        streak = streak + unbroken
+    return streak.float()
+
+
+@exit_rule("fixed", needs_logits=False, source="a static exit layer")
+def _fixed(at: ExitPoint) -> Tensor:
+    """The same for every token: all of them leave at the exit layer."""
+    return torch.ones(len(at.token_ids), device=at.token_ids.device)
+
+
+@exit_rule("random", needs_logits=False, control=False, source="control at equal exit share")
+def _random(at: ExitPoint) -> Tensor:
+    """A number drawn from token, position, layer and seed: the control at equal exit share."""
+    mixed = at.token_ids * 0x9E3779B1 + at.positions * 0x85EBCA77 + at.layer * 0x27D4EB2F
+    mixed = (mixed + at.seed * 0x165667B1) & 0xFFFFFFFF
+    # The finalizer of a 32-bit integer hash; every product stays below 2**63.
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+    return mixed.double().div(2**32).float()
+
+
+@exit_rule("oracle", control=True, source="control: knows the full model's answer")
+def _oracle(at: ExitPoint) -> Tensor:
+    """1 where the exit head predicts what the full model will, 0 elsewhere."""
+    if at.full_prediction is None:
+        raise UsageError("the oracle needs the full model's answer: it can score, not generate")
+    return (at.prediction == at.full_prediction).float()
+
+
+def check_layers(rules: Mapping[int, ExitRule], num_layers: int) -> None:
+    """Refuse exit layers that are not there, or where a rule looks beyond the first entry.
+
+    Args:
+        rules: Exit layer -> its rule.
+        num_layers: N.
+
+    Raises:
+        UsageError: Names the valid range.
+    """
+    for layer, rule in rules.items():
+        exit_entries(layer, num_layers)
+        if rule.entries > layer:
+            raise UsageError(
+                f"the rule {rule.name} looks at {rule.entries} layers; expected an exit layer in "
+                f"{rule.entries}..{num_layers}, got {layer}"
+            )

@@ -1,0 +1,428 @@
+"""Exit heads: what turns an exit state into logits, and how upper layers learn of exited tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cascade.corpora import TokenBlocks
+from cascade.errors import ModelError, RecordError, UsageError, first_line
+from cascade.exits import exit_entries
+from cascade.files import atomic_path
+from cascade.models import DecoderStack
+from cascade.ridge import NormalEquations, fit, rms_normalized
+
+_SCHEMA = 1
+_KIND = "exit-heads"
+
+#: Of every ten sequences, this one chooses the strengths instead of being fitted on.
+_CHECKED = 9
+
+#: What two models must share for the heads of one to serve the other.
+_IDENTITY = ("weights_hash", "revision", "family", "num_layers", "hidden_size", "dtype")
+
+
+class ExitHead(Protocol):
+    """Turns exit states into logits.
+
+    Attributes:
+        name: For tables: "logit_lens", "ridge", ...
+        multiplications: Per row, those beside the LM head's own.
+    """
+
+    name: str
+    multiplications: int
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return `[n, V]` from exit states `[n, D]`."""
+        ...
+
+
+class LogitLens:
+    """The model's own final norm and LM head, applied to the exit state (nostalgebraist 2020).
+
+    Args:
+        stack: The model.
+    """
+
+    name = "logit_lens"
+    multiplications = 0
+
+    def __init__(self, stack: DecoderStack) -> None:
+        self.stack = stack
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return `[n, V]` from exit states `[n, D]`."""
+        return self.stack.decode(hidden[None])[0]
+
+
+class RidgeHead:
+    """An affine map from the RMS-normalized exit state to the final normed state, then the LM head.
+
+    Args:
+        stack: The model.
+        weight: `[D, D]`, inputs first.
+        bias: `[D]`.
+        name: For tables.
+    """
+
+    def __init__(
+        self, stack: DecoderStack, weight: Tensor, bias: Tensor, *, name: str = "ridge"
+    ) -> None:
+        self.stack = stack
+        self.name = name
+        self.weight = weight.to(stack.device)
+        self.bias = bias.to(stack.device)
+        self.multiplications = self.weight.numel()
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Return the predicted final normed state, `[n, D]`."""
+        return torch.addmm(self.bias, rms_normalized(hidden), self.weight).to(hidden.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return `[n, V]` from exit states `[n, D]`."""
+        return self.stack.decode_normed(self.normed(hidden)[None])[0]
+
+
+class PropagationMap:
+    """Predicts from an exit state what every upper layer needs of a token that left.
+
+    One product for all upper layers together: for layers with separate projections it gives keys
+    and values before any norm and rotation, which costs what the projections would; for others it
+    gives the layer's input.
+
+    Args:
+        weight: `[D, layers * width]`, inputs first, the lowest upper layer first.
+        bias: `[layers * width]`.
+        first: The lowest upper layer, exit layer + 1.
+        width: Outputs per layer.
+        of_states: Whether layer inputs are predicted, in units of the exit state's size.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, *, first: int, width: int, of_states: bool
+    ) -> None:
+        self.weight, self.bias = weight, bias
+        self.first, self.width, self.of_states = first, width, of_states
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Return `[n, layers, width]` from exit states `[n, D]`."""
+        predicted = torch.addmm(self.bias, rms_normalized(hidden), self.weight)
+        if self.of_states:
+            predicted = predicted * _size(hidden)
+        return predicted.to(hidden.dtype).unflatten(-1, (-1, self.width))
+
+
+def _size(hidden: Tensor) -> Tensor:
+    size: Tensor = hidden.float().square().mean(dim=-1, keepdim=True).clamp_min(1e-30).sqrt()
+    return size
+
+
+@dataclass
+class FittedHeads:
+    """Ridge heads and propagation maps of several exit layers, and where they come from.
+
+    Attributes:
+        weights: Exit layer -> `(W [D, D], b [D])` of its head.
+        maps: Exit layer -> `(W [D, layers * width], b)` of its propagation.
+        width: Outputs of a propagation map per upper layer.
+        of_states: Whether the maps predict layer inputs instead of keys and values.
+        provenance: Model, corpus, strengths, versions.
+    """
+
+    weights: dict[int, tuple[Tensor, Tensor]]
+    maps: dict[int, tuple[Tensor, Tensor]]
+    width: int
+    of_states: bool
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[int]:
+        """The exit layers, ascending."""
+        return sorted(self.weights)
+
+    def _check_layer(self, layer: int) -> None:
+        if layer not in self.weights:
+            raise UsageError(
+                f"these heads were fitted for the layers {', '.join(map(str, self.layers))}, "
+                f"got layer {layer}; fit it with `cascade fit-heads --layers`"
+            )
+
+    def head(self, stack: DecoderStack, layer: int) -> RidgeHead:
+        """Return the ridge head of an exit layer.
+
+        Raises:
+            UsageError: None was fitted for it.
+        """
+        self._check_layer(layer)
+        return RidgeHead(stack, *self.weights[layer])
+
+    def propagation(self, stack: DecoderStack, layer: int) -> PropagationMap | None:
+        """Return the propagation map of an exit layer; None where no layer lies above it.
+
+        Raises:
+            UsageError: None was fitted for it.
+        """
+        self._check_layer(layer)
+        if layer == stack.num_layers:
+            return None
+        weight, bias = (tensor.to(stack.device) for tensor in self.maps[layer])
+        return PropagationMap(
+            weight, bias, first=layer + 1, width=self.width, of_states=self.of_states
+        )
+
+    def check(self, stack: DecoderStack) -> None:
+        """Refuse to serve another model.
+
+        Raises:
+            ModelError: Names both models and what differs.
+        """
+        check_same_model(self.provenance.get("model", {}), stack, what="these exit heads")
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for kind, pairs in (("head", self.weights), ("propagation", self.maps)):
+            for layer, (weight, bias) in pairs.items():
+                tensors[f"{kind}.{layer}.weight"] = weight.cpu().contiguous()
+                tensors[f"{kind}.{layer}.bias"] = bias.cpu().contiguous()
+        about = {
+            "schema": _SCHEMA,
+            "kind": _KIND,
+            "width": self.width,
+            "of_states": self.of_states,
+            "provenance": self.provenance,
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"cascade": json.dumps(about)})
+
+
+def check_same_model(expected: dict[str, Any], stack: DecoderStack, *, what: str) -> None:
+    """Refuse heads or a calibration of another model, revision or dtype.
+
+    Args:
+        expected: The `model` part of the provenance of what is to be used.
+        stack: The model at hand.
+        what: What is to be used, for the error.
+
+    Raises:
+        ModelError: Names both models and what differs.
+    """
+    differs = [
+        name for name in _IDENTITY if expected.get(name) != stack.provenance.get(name)
+    ]
+    if differs:
+        raise ModelError(
+            f"{what} belong to {_named(expected, differs)}, but the model is "
+            f"{_named(stack.provenance, differs)}; make them anew for this model"
+        )
+
+
+def _named(model: dict[str, Any], differs: Sequence[str]) -> str:
+    parts = ", ".join(f"{name} {model.get(name)}" for name in differs)
+    return f"{model.get('name') or model.get('family') or 'an unknown model'} ({parts})"
+
+
+def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
+    """Read fitted heads and make sure that they belong to the model.
+
+    Raises:
+        RecordError: The file is missing, torn, or no exit heads.
+        ModelError: They belong to another model (both are named).
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            about = json.loads((file.metadata() or {}).get("cascade", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise RecordError(f"no exit heads at {path}; make them with `cascade fit-heads`") from error
+    except Exception as error:
+        # safetensors has an error type of its own for each way a file can be torn.
+        raise RecordError(
+            f"{path} is no readable safetensors file ({first_line(error)}); make it anew with "
+            "`cascade fit-heads`"
+        ) from error
+    if not isinstance(about, dict) or (about.get("kind"), about.get("schema")) != (_KIND, _SCHEMA):
+        raise RecordError(f"{path} holds no exit heads; make them with `cascade fit-heads`")
+    pairs: dict[str, dict[int, tuple[Tensor, Tensor]]] = {"head": {}, "propagation": {}}
+    for name in tensors:
+        kind, layer, part = name.split(".")
+        if part == "weight":
+            bias = tensors[f"{kind}.{layer}.bias"]
+            pairs[kind][int(layer)] = (tensors[name], bias)
+    heads = FittedHeads(
+        pairs["head"],
+        pairs["propagation"],
+        about["width"],
+        about["of_states"],
+        about["provenance"],
+    )
+    heads.check(stack)
+    return heads
+
+
+# --- Fitting ---------------------------------------------------------------------------------
+
+
+def fit_heads(
+    stack: DecoderStack,
+    blocks: TokenBlocks,
+    layers: Sequence[int],
+    *,
+    batch_size: int = 32,
+    provenance: dict[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> FittedHeads:
+    """Fit a ridge head and a propagation map for every exit layer, in one pass over a corpus.
+
+    Closed form, from streaming normal equations: memory grows with the square of the model's
+    width, not with the corpus.
+
+    Args:
+        stack: The model.
+        blocks: The corpus.
+        layers: Exit layers, 1..N.
+        batch_size: Sequences per forward pass.
+        provenance: What is known beside model and corpus.
+        progress: Called with the number of tokens done since the last call.
+
+    Raises:
+        UsageError: A layer is outside 1..N, or comes twice.
+        ModelError: A layer's output is NaN or infinite.
+    """
+    for layer in layers:
+        exit_entries(layer, stack.num_layers)
+    if len(set(layers)) != len(layers) or not layers:
+        raise UsageError(f"expected distinct exit layers, got {list(layers)}")
+    fitter = _Fitter(stack, sorted(layers))
+    for ids, numbers in blocks.batches(batch_size):
+        fitter.add(torch.from_numpy(ids).long().to(stack.device), numbers)
+        if progress is not None:
+            progress(ids.size)
+    heads = fitter.fit()
+    heads.provenance |= {
+        "model": dict(stack.provenance),
+        "corpus": blocks.provenance(),
+    } | (provenance or {})
+    return heads
+
+
+class _Fitter:
+    """Sums up what the fits of several exit layers need, batch by batch."""
+
+    def __init__(self, stack: DecoderStack, layers: list[int]) -> None:
+        self.stack, self.layers = stack, layers
+        projections = [_projections(layer) for layer in stack.layers]
+        self.of_states = any(found is None for found in projections)
+        self.projections = [] if self.of_states else projections
+        self.width = stack.hidden_size
+        if not self.of_states:
+            self.width = sum(projection.out_features for projection in projections[0] or ())
+        self.equations = {
+            layer: [
+                NormalEquations(
+                    stack.hidden_size,
+                    stack.hidden_size + (stack.num_layers - layer) * self.width,
+                    device=stack.device if stack.device.type != "mps" else torch.device("cpu"),
+                )
+                for _ in ("train", "check")
+            ]
+            for layer in layers
+        }
+
+    def add(self, ids: Tensor, numbers: Any) -> None:
+        history: dict[int, Tensor] = {}
+        wanted = set(self.layers) | {self.stack.num_layers}
+        if self.of_states:
+            wanted |= set(range(min(self.layers), self.stack.num_layers))
+
+        def keep(entry: int, hidden: Tensor) -> None:
+            if entry in wanted:
+                history[entry] = hidden.flatten(0, 1)
+
+        with _captured(self.projections[min(self.layers) :]) as raw:
+            normed = self.stack.visit(ids, keep)
+        final = history[self.stack.num_layers] if normed is None else normed.flatten(0, 1)
+        checked = torch.from_numpy(numbers % (_CHECKED + 1) == _CHECKED).to(ids.device)
+        checked = checked.repeat_interleave(ids.shape[1])
+        for layer in self.layers:
+            state = history[layer]
+            upper = self._upper(layer, history, raw)
+            target = torch.cat([final.float(), *upper], dim=1)
+            x = rms_normalized(state)
+            for equations, rows in zip(self.equations[layer], (~checked, checked), strict=True):
+                if rows.any():
+                    self._update(equations, x[rows], target[rows], layer)
+
+    def _update(self, equations: NormalEquations, x: Tensor, y: Tensor, layer: int) -> None:
+        device = equations.xx.device
+        try:
+            equations.update(x.to(device), y.to(device))
+        except ValueError as error:
+            raise ModelError(f"exit layer {layer}: {error}; use a wider --dtype") from error
+
+    def _upper(self, layer: int, history: dict[int, Tensor], raw: list[Tensor]) -> list[Tensor]:
+        """Return each upper layer's target, `[n, width]`, the lowest first."""
+        if self.of_states:
+            size = _size(history[layer])
+            return [
+                history[entry].float() / size for entry in range(layer, self.stack.num_layers)
+            ]
+        return [part.flatten(0, 1).float() for part in raw[layer - min(self.layers) :]]
+
+    def fit(self) -> FittedHeads:
+        weights, maps, strengths = {}, {}, {}
+        hidden = self.stack.hidden_size
+        for layer, (train, check) in self.equations.items():
+            groups = [hidden] + [self.width] * (self.stack.num_layers - layer)
+            weight, bias, chosen = fit(train, check, groups)
+            weights[layer] = (weight[:, :hidden].clone(), bias[:hidden].clone())
+            if layer < self.stack.num_layers:
+                maps[layer] = (weight[:, hidden:].clone(), bias[hidden:].clone())
+            strengths[str(layer)] = chosen
+        return FittedHeads(
+            weights, maps, self.width, self.of_states, {"strengths": strengths}
+        )
+
+
+def _projections(layer: nn.Module) -> list[Any] | None:
+    """Return a layer's key and value projection, where it has them apart."""
+    attention = getattr(layer, "self_attn", None)
+    found = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
+    if all(isinstance(projection, nn.Linear) for projection in found):
+        return found
+    return None
+
+
+@contextlib.contextmanager
+def _captured(projections: Sequence[Sequence[nn.Module] | None]) -> Iterator[list[Tensor]]:
+    """Collect what the layers' key and value projections give, `[B, T, 2 * width]` per layer."""
+    kept: list[Tensor] = []
+    halves: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        halves.append(output)
+        if len(halves) == 2:
+            kept.append(torch.cat(halves, dim=-1))
+            halves.clear()
+
+    with contextlib.ExitStack() as hooks:
+        for pair in projections:
+            for projection in pair or ():
+                hooks.callback(projection.register_forward_hook(keep).remove)
+        yield kept

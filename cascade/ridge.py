@@ -1,0 +1,134 @@
+"""Ridge regression from streaming normal equations: mergeable, in memory that does not grow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Strengths that `fit` tries, in units of the inputs' mean square.
+STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def rms_normalized(hidden: Tensor) -> Tensor:
+    """Return states scaled to a root mean square of 1, in fp32; a zero state stays zero.
+
+    Args:
+        hidden: `[..., D]`.
+    """
+    states = hidden.float()
+    return states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True).clamp_min(1e-30))
+
+
+class NormalEquations:
+    """What a least-squares fit of `y = x W + b` needs of the data, whatever its size.
+
+    Sums are kept in float64; `a + b` is the same as having seen the data of both.
+
+    Args:
+        inputs: Width of x.
+        outputs: Width of y.
+        device: Where the sums live.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, device: torch.device | None = None) -> None:
+        self.count = 0
+        options = {"dtype": torch.float64, "device": device}
+        self.xx = torch.zeros(inputs + 1, inputs + 1, **options)  # type: ignore[arg-type]
+        self.xy = torch.zeros(inputs + 1, outputs, **options)  # type: ignore[arg-type]
+        self.yy = torch.zeros(outputs, **options)  # type: ignore[arg-type]
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            x: `[n, inputs]`.
+            y: `[n, outputs]`.
+
+        Raises:
+            ValueError: A shape is wrong, or a value is NaN or infinite.
+        """
+        inputs, outputs = len(self.xx) - 1, self.xy.shape[1]
+        if x.shape[1:] != (inputs,) or y.shape != (len(x), outputs):
+            raise ValueError(
+                f"expected x [n, {inputs}] and y [n, {outputs}], got {list(x.shape)} and "
+                f"{list(y.shape)}"
+            )
+        # One product of a batch in fp32, summed over batches in float64: 1e-7 of the largest sum.
+        with_one = torch.cat([x.float(), torch.ones_like(x[:, :1], dtype=torch.float32)], dim=1)
+        xy = with_one.T @ y.float()
+        if not torch.isfinite(xy).all():
+            raise ValueError("expected finite states, got NaN or infinite ones")
+        self.count += len(x)
+        self.xx += with_one.T @ with_one
+        self.xy += xy
+        self.yy += y.float().square().sum(dim=0)
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        if self.xx.shape != other.xx.shape or self.xy.shape != other.xy.shape:
+            raise ValueError("expected normal equations of the same widths")
+        both = NormalEquations(len(self.xx) - 1, self.xy.shape[1], device=self.xx.device)
+        both.count = self.count + other.count
+        both.xx, both.xy, both.yy = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy
+        return both
+
+    def solve(self, strength: float) -> tuple[Tensor, Tensor]:
+        """Return the ridge solution `(W [inputs, outputs], b [outputs])` in fp32.
+
+        Args:
+            strength: Of the penalty on W, in units of the inputs' mean square; b is free.
+
+        Raises:
+            ValueError: Nothing was seen, or the strength is not positive.
+        """
+        if self.count == 0:
+            raise ValueError("expected at least one token to fit on, got none")
+        if not strength > 0:
+            raise ValueError(f"expected a positive strength, got {strength}")
+        penalty = self.xx.diagonal()[:-1].mean().clamp_min(1e-30) * strength
+        system = self.xx.clone()
+        system.diagonal()[:-1] += penalty
+        factor = torch.linalg.cholesky(system)
+        solution = torch.cholesky_solve(self.xy, factor).float()
+        return solution[:-1], solution[-1]
+
+    def error(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return each output's mean square error of a solution on this data, `[outputs]`."""
+        full = torch.cat([weight, bias[None]]).double()
+        square = (full * (self.xx @ full)).sum(dim=0) - 2 * (full * self.xy).sum(dim=0) + self.yy
+        return square / max(self.count, 1)
+
+
+def fit(
+    train: NormalEquations, check: NormalEquations, groups: Sequence[int]
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Choose each group's strength on tokens kept aside, then fit on everything.
+
+    Args:
+        train: Most of the tokens.
+        check: The rest; may be empty, then the middle strength is taken.
+        groups: How many of the outputs, one after the other, share a strength.
+
+    Returns:
+        `W [inputs, outputs]`, `b [outputs]`, and the groups' strengths.
+
+    Raises:
+        ValueError: The groups are not all of the outputs, or nothing was seen.
+    """
+    if sum(groups) != train.xy.shape[1]:
+        raise ValueError(f"expected groups of {train.xy.shape[1]} outputs, got {list(groups)}")
+    everything = train + check
+    chosen = [len(STRENGTHS) // 2] * len(groups)
+    if check.count and train.count:
+        errors = torch.stack([check.error(*train.solve(value)) for value in STRENGTHS])
+        grouped = [part.mean(dim=1) for part in errors.split(list(groups), dim=1)]
+        chosen = [int(part.argmin()) for part in grouped]
+    weight = torch.empty_like(everything.xy[:-1], dtype=torch.float32)
+    bias = torch.empty_like(weight[0])
+    of_output = torch.repeat_interleave(torch.tensor(chosen), torch.tensor(list(groups)))
+    for index in sorted(set(chosen)):
+        columns = (of_output == index).to(weight.device)
+        part = everything.solve(STRENGTHS[index])
+        weight[:, columns], bias[columns] = part[0][:, columns], part[1][columns]
+    return weight, bias, [STRENGTHS[index] for index in chosen]
