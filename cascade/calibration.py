@@ -21,7 +21,7 @@ Interval = tuple[float, float]
 #: The two ends of a 95 % percentile interval.
 _ENDS = (0.025, 0.975)
 
-#: Fewer resamples than this have no resample beyond an end of a 95 % interval.
+#: The ends have ranks 0.025 (R + 1) and 0.975 (R + 1): among fewer resamples there are none.
 _FEWEST_RESAMPLES = 39
 
 
@@ -109,7 +109,8 @@ def fit_threshold(
     largest (none does). The order of sequences and of their tokens makes no difference.
 
     Intervals are percentile bootstraps over sequences (Efron and Tibshirani 1993, section 13.3).
-    511 sequences of 128 tokens and 999 resamples take 0.1 s on one core.
+    999 resamples of 511 sequences of 128 tokens take 0.3 s on one core, and the time grows with
+    tokens and resamples alike.
 
     Args:
         confidence: `[S, T]`, one row per sequence, without padding.
@@ -130,14 +131,15 @@ def fit_threshold(
     hard_ratio = float(hard_ratio)  # a single-precision ratio would rank in single precision
     values = np.sort(values, axis=1)
     values = values[_canonical_order(values)]
-    tokens = _SortedTokens(values)
+    order = np.argsort(values, axis=None)
+    ascending, sequence = values.ravel()[order], order // values.shape[1]
+    tokens = _RankedTokens(ascending, np.arange(1, values.size + 1))
     threshold = _fit(tokens, hard_ratio)
     below, upto = tokens.count(threshold, "left"), tokens.count(threshold, "right")
     hard = (values < threshold).sum(axis=1)
     refitted, realized = [], []
     for weights in _resampled(len(values), resamples, seed):
-        tokens.weigh(weights)
-        refitted.append(_fit(tokens, hard_ratio))
+        refitted.append(_fit(_RankedTokens(ascending, weights[sequence].cumsum()), hard_ratio))
         realized.append(weights @ hard / values.size)
     return FittedThreshold(
         hard_ratio=hard_ratio,
@@ -252,9 +254,9 @@ def certify(thresholds: Array, losses: Array, *, risk: float, confidence: float)
 
     Thresholds are tested in their order, each at level 1 - `confidence`, until the first that
     cannot be certified (fixed-sequence testing: Angelopoulos et al. 2021, arXiv:2110.01052; CALM,
-    Schuster et al. 2022, arXiv:2207.07061, section 4). With probability
-    `confidence` at least, no certified threshold has a true mean loss above `risk`. Losses need
-    not grow along the thresholds for this to hold.
+    Schuster et al. 2022, arXiv:2207.07061, section 4). With probability `confidence` at least, no
+    certified threshold has a true mean loss above `risk`. Losses need not grow along the
+    thresholds for this to hold.
 
     The guarantee is for sequences drawn as these were, independently of each other, and for
     thresholds chosen without these losses: fit them on other sequences.
@@ -332,37 +334,32 @@ def _reason(
     return f"the safest threshold already {stop}; use the full model"
 
 
-class _SortedTokens:
-    """All tokens in ascending order, each with its sequence, to be ranked under any weights.
+@dataclass(frozen=True)
+class _RankedTokens:
+    """Tokens in ascending order, each counted as often as a resample has its sequence.
 
-    A resample repeats whole sequences: it gives each token its sequence's weight and leaves the
-    order alone, so one sort serves every resample.
+    A resample repeats whole sequences and leaves the order of the tokens alone, so that one sort
+    serves every resample.
 
-    Args:
-        confidence: `[S, T]`.
+    Attributes:
+        values: Every token of the corpus, `[S * T]`, ascending.
+        through: How many tokens the resample has up to and with each of them, `[S * T]`.
     """
 
-    def __init__(self, confidence: Array) -> None:
-        order = np.argsort(confidence, axis=None)
-        self.values = confidence.ravel()[order]
-        self._sequence = order // confidence.shape[1]
-        self.weigh(np.ones(len(confidence), np.int64))
-
-    def weigh(self, weights: Array) -> None:
-        """Count each sequence as often as `weights` (`[S]`, adding up to S) says."""
-        self._through = weights[self._sequence].cumsum()
+    values: Array
+    through: Array
 
     def value(self, rank: int) -> Any:
         """Return the value of ascending `rank`, a scalar of the confidences' own type."""
-        return self.values[self._through.searchsorted(rank, "right")]
+        return self.values[self.through.searchsorted(rank, "right")]
 
     def count(self, value: Any, side: Literal["left", "right"]) -> int:
         """Return how many tokens lie below `value` (`"left"`), or not above it (`"right"`)."""
         position = self.values.searchsorted(value, side)
-        return int(self._through[position - 1]) if position else 0
+        return int(self.through[position - 1]) if position else 0
 
 
-def _fit(tokens: _SortedTokens, hard_ratio: float) -> Any:
+def _fit(tokens: _RankedTokens, hard_ratio: float) -> Any:
     """Return the threshold (see `fit_threshold`), a scalar of the confidences' own type."""
     size = tokens.values.size
     place = hard_ratio * (size - 1)
@@ -377,6 +374,7 @@ def _fit(tokens: _SortedTokens, hard_ratio: float) -> Any:
     # The two forms of `numpy.quantile`, in the values' own precision: equal to the last bit.
     gap = high - low
     quantile = low + gap * fraction if fraction < 0.5 else high - gap * (1 - fraction)
+    quantile = low.dtype.type(quantile)  # NumPy 1 has widened it
     if quantile == low and fraction + hard_ratio >= 1:
         # Rounded onto its lower neighbour (or at ratio 1) it would miss by a whole token.
         return np.nextafter(low, following)
@@ -391,8 +389,9 @@ def _resampled(sequences: int, resamples: int, seed: int) -> Iterator[Array]:
 
 
 def _interval(resampled: Sequence[float] | Array) -> Interval:
-    # "weibull" takes the value of rank p * (R + 1): each of the R + 1 gaps is equally likely to
-    # hold the next value, so a few resamples give an interval as wide as many do.
+    # "weibull" takes the value of rank p (R + 1), which does not make the interval too short where
+    # resamples are few: in 1,500 simulated corpora, 99 resamples covered 0.945, by numpy's default
+    # 0.93.
     values = np.asarray(resampled, dtype=np.float64)
     low, high = np.quantile(values, _ENDS, method="weibull")
     return float(low), float(high)

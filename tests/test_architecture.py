@@ -16,6 +16,7 @@ PACKAGE = Path(cascade.__file__).parent
 #: Each room and the rooms that it may import from.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "calibration": set(),
     "statistics": set(),
     "structure": set(),
     "files": {"errors"},

@@ -122,7 +122,8 @@ def test_a_larger_ratio_never_has_a_lower_threshold(values: Values, one: float, 
     low, high = (fit_threshold(values, q, resamples=FEW) for q in sorted([one, two]))
     assert low.threshold <= high.threshold
     assert low.reached <= high.reached
-    assert low.threshold_interval <= high.threshold_interval
+    for end in (0, 1):
+        assert low.threshold_interval[end] <= high.threshold_interval[end]
 
 
 @given(st.one_of(distinct, tied))
@@ -168,7 +169,7 @@ def test_the_intervals_are_those_of_refitting_every_resample_from_scratch(
     realized = [(rows[d] < fitted.threshold).mean() for d in drawn]
     # Of 39 resamples the ends are the smallest and the largest: 1 in 40 lies beyond each.
     assert fitted.threshold_interval == (min(refitted), max(refitted))
-    assert fitted.reached_interval == pytest.approx((min(realized), max(realized)), abs=1e-12)
+    assert fitted.reached_interval == (min(realized), max(realized))
 
 
 def covers(interval: tuple[float, float] | None, truth: float) -> bool:
@@ -240,7 +241,7 @@ def test_a_corpus_of_the_usual_size_takes_well_under_three_seconds() -> None:
     values = correlated(511, 128, np.random.default_rng(0)).astype(np.float32)
     start = time.perf_counter()
     fit_threshold(values, 0.7, resamples=999)
-    # 0.12 s on one core of the machine that this was written on; refitting by sorting takes 5 s.
+    # 0.3 s on one core of the machine that this was written on: ten times as long is a defect.
     assert time.perf_counter() - start < 3
 
 
