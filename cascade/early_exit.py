@@ -107,7 +107,9 @@ class EarlyExit:
             exits = (
                 []
                 if layer is None
-                else [make_exit(stack, layer, rule, threshold, heads=heads, propagation=propagation)]
+                else [
+                    make_exit(stack, layer, rule, threshold, heads=heads, propagation=propagation)
+                ]
             )
         self.exits = _checked(tuple(exits), stack, propagation)
         self.layers = SkippingLayers(stack, skip=skip)
@@ -139,7 +141,7 @@ class EarlyExit:
         """
         chunk = make_chunk(self.stack, input_ids, attention_mask)
         full = None
-        if any(exit.rule.control for exit in self.exits):
+        if any(at.rule.control for at in self.exits):
             full = self._score(chunk, (), keep_logits=False, full=None).predictions
         return self._score(chunk, self.exits, keep_logits=keep_logits, full=full)
 
@@ -222,8 +224,8 @@ class EarlyExit:
             ModelError: A confidence is NaN.
         """
         settings = Settings.of(self.stack, generation_config, kwargs)
-        if any(exit.rule.control for exit in self.exits):
-            names = ", ".join(exit.rule.name for exit in self.exits if exit.rule.control)
+        if any(at.rule.control for at in self.exits):
+            names = ", ".join(at.rule.name for at in self.exits if at.rule.control)
             raise UsageError(f"{names} needs the full model's answer: it can score, not generate")
         if verify and self.propagation != "exact":
             raise UsageError(
@@ -284,15 +286,15 @@ def make_exit(
 def _checked(
     exits: tuple[Exit, ...], stack: DecoderStack, propagation: Propagation
 ) -> tuple[Exit, ...]:
-    layers = [exit.layer for exit in exits]
+    layers = [at.layer for at in exits]
     if layers != sorted(set(layers)):
         raise UsageError(f"expected exits in ascending order of layers, got layers {layers}")
-    check_layers({exit.layer: exit.rule for exit in exits}, stack.num_layers)
-    for exit in exits:
-        exit.rule.check(exit.threshold)
-        if propagation == "ridge" and exit.propagation is None and exit.layer < stack.num_layers:
+    check_layers({at.layer: at.rule for at in exits}, stack.num_layers)
+    for at in exits:
+        at.rule.check(at.threshold)
+        if propagation == "ridge" and at.propagation is None and at.layer < stack.num_layers:
             raise UsageError(
-                f"the exit at layer {exit.layer} has no propagation map; give it the one of its "
+                f"the exit at layer {at.layer} has no propagation map; give it the one of its "
                 "fitted heads, or use frozen propagation"
             )
     return exits

@@ -100,7 +100,11 @@ class Settings:
 
     def _check(self, stack: DecoderStack) -> None:
         ranges = (
-            ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "1 or more"),
+            (
+                "max_new_tokens",
+                self.max_new_tokens is None or self.max_new_tokens >= 1,
+                "1 or more",
+            ),
             ("temperature", self.temperature > 0, "more than 0 (do_sample=False for greedy)"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 or more"),
@@ -402,7 +406,7 @@ class _Lagging:
         self.counts = Counts.of(layers.stack.num_layers)
         self.cache = layers.new_cache(len(text.ids), text.capacity)
         last = layers.stack.num_layers
-        ends = [exit.layer for exit in exits if exit.layer < last] + [last]
+        ends = [at.layer for at in exits if at.layer < last] + [last]
         self.segments = list(zip([0, *ends[:-1]], ends, strict=True))
         self.done = [0] * len(ends)
         self.waiting: list[Tensor | None] = [None] * len(ends)
@@ -493,9 +497,7 @@ def _climb(
     decode_tokens(lagging.layers.stack, last, probe.undecided, lagging.counts, take)
 
 
-def _verify(
-    lagging: _Lagging, text: _Text, choose: _Chooser, draft_length: int
-) -> Generation:
+def _verify(lagging: _Lagging, text: _Text, choose: _Chooser, draft_length: int) -> Generation:
     """Generate what the full model would: exits draft, the full model confirms.
 
     Rows share their columns, so a row whose draft was wrong takes the others back with it; what is
@@ -543,9 +545,9 @@ def _draft(
 ) -> bool:
     """Go up while somebody may still leave; return whether everybody did."""
     wanted = probe.undecided
-    for index, exit in enumerate(lagging.exits[: len(lagging.segments) - 1]):
+    for index, at in enumerate(lagging.exits[: len(lagging.segments) - 1]):
         lagging.run(index, stop, probe)
-        probe.decide(exit, wanted, take)
+        probe.decide(at, wanted, take)
         if not bool(probe.undecided.any()):
             return True
     return not bool(probe.undecided.any())

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +24,8 @@ from cascade.ridge import NormalEquations, fit, rms_normalized
 _SCHEMA = 1
 _KIND = "exit-heads"
 
-#: Of every ten sequences, this one chooses the strengths instead of being fitted on.
-_CHECKED = 9
+#: Of every ten sequences, this one is kept aside: it chooses strengths and epochs.
+CHECKED = 9
 
 #: What two models must share for the heads of one to serve the other.
 _IDENTITY = ("weights_hash", "revision", "family", "num_layers", "hidden_size", "dtype")
@@ -322,6 +324,27 @@ def fit_heads(
     return heads
 
 
+def rows_of(
+    stack: DecoderStack, ids: npt.NDArray[np.int32], layers: Sequence[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Run the decoder once; return the exit states by layer and the final ones, `[B * T, D]`.
+
+    Args:
+        stack: The model.
+        ids: `[B, T]`.
+        layers: Exit layers.
+    """
+    states: dict[int, Tensor] = {}
+
+    def keep(entry: int, hidden: Tensor) -> None:
+        if entry in layers or entry == stack.num_layers:
+            states[entry] = hidden.flatten(0, 1)
+
+    normed = stack.visit(torch.from_numpy(ids).long().to(stack.device), keep)
+    final = states[stack.num_layers] if normed is None else normed.flatten(0, 1)
+    return states, final
+
+
 class _Fitter:
     """Sums up what the fits of several exit layers need, batch by batch."""
 
@@ -358,7 +381,7 @@ class _Fitter:
         with _captured(self.projections[min(self.layers) :]) as raw:
             normed = self.stack.visit(ids, keep)
         final = history[self.stack.num_layers] if normed is None else normed.flatten(0, 1)
-        checked = torch.from_numpy(numbers % (_CHECKED + 1) == _CHECKED).to(ids.device)
+        checked = torch.from_numpy(numbers % 10 == CHECKED).to(ids.device)
         checked = checked.repeat_interleave(ids.shape[1])
         for layer in self.layers:
             state = history[layer]

@@ -312,12 +312,13 @@ class DecoderStack:
             ).logits
         return logits
 
-    @torch.no_grad()
     def decode_normed(self, normed: Tensor) -> Tensor:
         """Turn states that are already behind the final norm into logits: the LM head's own steps.
 
+        Gradients pass through to `normed` where it asks for them.
+
         Args:
-            normed: `[B, T, D]`, as `visit` returns them.
+            normed: `[B, T, D]`, as `visit` returns them; T at most `max_positions`.
 
         Returns:
             Logits, `[B, T, V]`, soft-capped and scaled as the model does.
@@ -333,6 +334,9 @@ class DecoderStack:
         with contextlib.ExitStack() as restored:
             restored.enter_context(self._replaced(stand_in))
             restored.callback(self.lm_head.register_forward_pre_hook(swap).remove)
+            restored.enter_context(
+                torch.set_grad_enabled(normed.requires_grad and torch.is_grad_enabled())
+            )
             logits: Tensor = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             ).logits

@@ -108,7 +108,7 @@ class Pass:
         self.exit_layers = torch.full_like(chunk.ids, layers.stack.num_layers)
         self.selection = Selection(chunk.valid, torch.zeros_like(chunk.valid))
         self._history: dict[int, Tensor] = {0: self.hidden}
-        self._kept_entries = max((exit.rule.entries for exit in exits), default=0)
+        self._kept_entries = max((at.rule.entries for at in exits), default=0)
         self._earlier: list[Tensor] = []
         self._predicted: list[tuple[Tensor, Tensor, int]] = []
 
@@ -147,25 +147,25 @@ class Pass:
         self._history[layer] = hidden
         self._history.pop(layer - self._kept_entries - 1, None)
 
-    def point(self, exit: Exit, rows: Tensor, columns: Tensor) -> ExitPoint:
+    def point(self, at: Exit, rows: Tensor, columns: Tensor) -> ExitPoint:
         """Return what the exit's rule may see of some tokens at the layer reached.
 
         Args:
-            exit: The exit.
+            at: The exit.
             rows: `[n]`.
             columns: `[n]`.
         """
         entries = {
             entry: states[rows, columns]
             for entry, states in self._history.items()
-            if entry >= self.layer - exit.rule.entries
+            if entry >= self.layer - at.rule.entries
         }
         history = HiddenHistory(self.layers.stack.num_layers, entries)
         full = self.full_prediction
         return ExitPoint(
-            layer=exit.layer,
+            layer=at.layer,
             history=history,
-            compute_logits=lambda: self._head_logits(exit, history.entries[self.layer]),
+            compute_logits=lambda: self._head_logits(at, history.entries[self.layer]),
             token_ids=self.chunk.ids[rows, columns],
             positions=self.chunk.positions[rows, columns],
             earlier=[prediction[rows, columns] for prediction in self._earlier],
@@ -173,11 +173,11 @@ class Pass:
             seed=self.seed,
         )
 
-    def decide(self, exit: Exit, wanted: Tensor, sink: Sink) -> None:
+    def decide(self, at: Exit, wanted: Tensor, sink: Sink) -> None:
         """Let undecided tokens leave at the layer reached, where the exit's rule says so.
 
         Args:
-            exit: The exit at this layer.
+            at: The exit at this layer.
             wanted: `[B, T]`, the tokens whose logits are to be made.
             sink: Takes the logits of those that leave.
 
@@ -189,25 +189,25 @@ class Pass:
         remembers = any(later.rule.needs_earlier for later in self.exits)
         rows, columns = torch.nonzero(self.undecided, as_tuple=True)
         for some in slices(len(rows), self.layers.stack.max_positions):
-            point = self.point(exit, rows[some], columns[some])
-            confidence = exit.rule.confidence(point)
+            point = self.point(at, rows[some], columns[some])
+            confidence = at.rule.confidence(point)
             if torch.isnan(confidence).any():
                 raise ModelError(
-                    f"the rule {exit.rule.name} is NaN at exit layer {exit.layer}: the states or "
+                    f"the rule {at.rule.name} is NaN at exit layer {at.layer}: the states or "
                     "logits there are not finite; use a wider --dtype, or get the checkpoint again"
                 )
-            out = confidence >= exit.threshold
+            out = confidence >= at.threshold
             leaves[rows[some], columns[some]] = out
             if remembers:
                 predictions[rows[some], columns[some]] = point.prediction
-            self._emit(exit, point, rows[some], columns[some], out, wanted, sink)
+            self._emit(at, point, rows[some], columns[some], out, wanted, sink)
         if remembers:
             self._earlier.append(predictions)
-        self.take_out(exit, leaves)
+        self.take_out(at, leaves)
 
     def _emit(
         self,
-        exit: Exit,
+        at: Exit,
         point: ExitPoint,
         rows: Tensor,
         columns: Tensor,
@@ -219,30 +219,30 @@ class Pass:
         if not chosen.any():
             return
         rows, columns = rows[chosen], columns[chosen]
-        if exit.rule.needs_logits or "logits" in point.__dict__:
+        if at.rule.needs_logits or "logits" in point.__dict__:
             logits = point.logits[chosen]
         else:
-            logits = self._head_logits(exit, self._history[self.layer][rows, columns]).float()
-        sink(exit.layer, rows, columns, logits)
+            logits = self._head_logits(at, self._history[self.layer][rows, columns]).float()
+        sink(at.layer, rows, columns, logits)
 
-    def take_out(self, exit: Exit, leaves: Tensor) -> None:
+    def take_out(self, at: Exit, leaves: Tensor) -> None:
         """Let tokens leave at the layer reached.
 
         Args:
-            exit: The exit at this layer.
+            at: The exit at this layer.
             leaves: `[B, T]`.
         """
         leaves = leaves & self.undecided
         if not leaves.any():
             return
-        self.exit_layers[leaves] = exit.layer
+        self.exit_layers[leaves] = at.layer
         self.undecided = self.undecided & ~leaves
         if not self.leaving:
             return
-        if exit.propagation is not None:
-            predicted = exit.propagation.predict(self.hidden[leaves])
+        if at.propagation is not None:
+            predicted = at.propagation.predict(self.hidden[leaves])
             flat = torch.nonzero(leaves.flatten(), as_tuple=True)[0]
-            self._predicted.append((flat, predicted, exit.propagation.first))
+            self._predicted.append((flat, predicted, at.propagation.first))
         self.selection = Selection(self.undecided, self.selection.exited | leaves)
 
     def _prediction(self, layer: int) -> Tensor | None:
@@ -255,12 +255,12 @@ class Pass:
         order = torch.cat([flat for flat, _, _ in self._predicted]).argsort()
         return torch.cat(parts)[order]
 
-    def _head_logits(self, exit: Exit, hidden: Tensor) -> Tensor:
+    def _head_logits(self, at: Exit, hidden: Tensor) -> Tensor:
         self.counts.lm_head_rows += len(hidden)
-        if exit.head.multiplications:
-            before = self.counts.head_rows.get(exit.layer, 0)
-            self.counts.head_rows[exit.layer] = before + len(hidden)
-        return exit.head.logits(hidden)
+        if at.head.multiplications:
+            before = self.counts.head_rows.get(at.layer, 0)
+            self.counts.head_rows[at.layer] = before + len(hidden)
+        return at.head.logits(hidden)
 
     def finish(self, wanted: Tensor, sink: Sink) -> None:
         """Compute the remaining layers, and the logits of the tokens that went all the way.
@@ -274,9 +274,9 @@ class Pass:
 
     def run(self, wanted: Tensor, sink: Sink) -> None:
         """Climb from exit to exit and to the end."""
-        for exit in self.exits:
-            self.climb(exit.layer)
-            self.decide(exit, wanted, sink)
+        for at in self.exits:
+            self.climb(at.layer)
+            self.decide(at, wanted, sink)
         self.finish(wanted, sink)
 
 

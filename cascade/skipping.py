@@ -50,14 +50,14 @@ class Counts:
     @classmethod
     def of(cls, num_layers: int) -> Counts:
         """Return counts of nothing."""
-        return cls(*([0] * num_layers for _ in range(4)))
+        return cls([0] * num_layers, [0] * num_layers, [0] * num_layers, [0] * num_layers)
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
-            *(
-                [a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)]
-                for name in ("layer_rows", "pairs", "key_value_rows", "predicted_rows")
-            ),
+            layer_rows=_sums(self.layer_rows, other.layer_rows),
+            pairs=_sums(self.pairs, other.pairs),
+            key_value_rows=_sums(self.key_value_rows, other.key_value_rows),
+            predicted_rows=_sums(self.predicted_rows, other.predicted_rows),
             lm_head_rows=self.lm_head_rows + other.lm_head_rows,
             head_rows={
                 layer: self.head_rows.get(layer, 0) + other.head_rows.get(layer, 0)
@@ -75,6 +75,10 @@ class Counts:
             "lm_head_rows": self.lm_head_rows,
             "head_rows": {str(layer): rows for layer, rows in self.head_rows.items()},
         }
+
+
+def _sums(some: list[int], others: list[int]) -> list[int]:
+    return [one + other for one, other in zip(some, others, strict=True)]
 
 
 class Selection:
@@ -120,7 +124,7 @@ class _Buffer(DynamicLayer):
     values: Any
 
 
-class KeyValueCache(Cache):  # type: ignore[no-untyped-call]
+class KeyValueCache(Cache):
     """Keys and values of every layer, in buffers made once; a layer may lag behind another.
 
     `window` says which columns the next calls write; a plan made with this cache takes the
@@ -135,7 +139,11 @@ class KeyValueCache(Cache):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, num_layers: int, batch: int, capacity: int, *, keep: bool = True) -> None:
-        super().__init__(layers=[_Buffer() for _ in range(num_layers)])
+        self._buffers = [
+            _Buffer()  # type: ignore[no-untyped-call]
+            for _ in range(num_layers)
+        ]
+        super().__init__(layers=list(self._buffers))
         self.batch, self.capacity, self.keep = batch, capacity, keep
         self.start = self.stop = 0
         self._packed: Selection | None = None
@@ -198,17 +206,17 @@ class KeyValueCache(Cache):  # type: ignore[no-untyped-call]
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values up to the window's end, `[B, heads, stop, head_dim]`."""
-        buffer = self.layers[index if self.keep else 0]
+        buffer = self._buffers[index if self.keep else 0]
         return buffer.keys[:, :, : self.stop], buffer.values[:, :, : self.stop]
 
-    def _buffer(self, index: int, keys: Tensor, values: Tensor) -> Any:
+    def _buffer(self, index: int, keys: Tensor, values: Tensor) -> _Buffer:
         # Without `keep` all layers share one buffer: each writes every column that it reads.
-        buffer = self.layers[index if self.keep else 0]
-        shape = (self.batch, keys.shape[-3], self.capacity)
-        if buffer.keys is None or buffer.keys.shape[:2] != shape[:2]:
+        buffer = self._buffers[index if self.keep else 0]
+        shape = (self.batch, keys.shape[-3], self.capacity, keys.shape[-1])
+        if buffer.keys is None or buffer.keys.shape != shape:
             # Zeros: what padding never writes is masked, but NaN times nothing is NaN.
-            buffer.keys = keys.new_zeros((*shape, keys.shape[-1]))
-            buffer.values = values.new_zeros((*shape, values.shape[-1]))
+            buffer.keys = keys.new_zeros(shape)
+            buffer.values = values.new_zeros((*shape[:3], values.shape[-1]))
             buffer.is_initialized = True
         return buffer
 
@@ -376,7 +384,7 @@ class SkippingLayers:
             kwargs["position_ids"] = _picked(kwargs["position_ids"], rows, columns)[None]
         mask = kwargs.pop("attention_mask", None)
         packed = hidden[rows, columns][None]
-        sequences, index, _ = selection.groups
+        _, index, _ = selection.groups
         counts.layer_rows[layer - 1] += packed.shape[1]
         counts.pairs[layer - 1] += index.numel() * cache.stop
         config = self._attention(layer).config
@@ -457,9 +465,7 @@ class SkippingLayers:
             taken = hidden
             if predicted is not None and self.has_projections:
                 counts.predicted_rows[layer - 1] += len(exited[0])
-                for name, raw in zip(
-                    ("k_proj", "v_proj"), predicted.chunk(2, dim=-1), strict=True
-                ):
+                for name, raw in zip(("k_proj", "v_proj"), predicted.chunk(2, dim=-1), strict=True):
                     projection = getattr(self._attention(layer), name)
                     hook = _replacing(exited, raw)
                     restored.callback(projection.register_forward_hook(hook).remove)
@@ -532,9 +538,7 @@ def _picked(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return values[rows if values.shape[0] > 1 else torch.zeros_like(rows), columns]
 
 
-def _positions_of(
-    kwargs: dict[str, Any], rows: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor]:
+def _positions_of(kwargs: dict[str, Any], rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = kwargs["position_embeddings"]
     return _picked(cos, rows, columns), _picked(sin, rows, columns)
 

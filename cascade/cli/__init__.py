@@ -1,0 +1,7 @@
+"""The command line: one function per command; heavy imports wait until a command needs them."""
+
+from cascade.cli.app import app, main
+from cascade.cli.bench import bench_collect
+from cascade.cli.measure import RUN_FILES, accept, analyze
+
+__all__ = ["RUN_FILES", "accept", "analyze", "app", "bench_collect", "main"]

@@ -1,0 +1,70 @@
+"""Commands that measure speed and memory."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cascade.cli.app import bench
+from cascade.cli.showing import DEVICE_HELP, MODEL_HELP, command_line, print_record
+
+
+@bench.command("collect")
+def bench_collect(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(help="Tokens per pass over the embedded corpus.")] = 4096,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass, all ways.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 7,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads to compute with; as torch has it without.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the order of the ways in every round.")] = 0,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    memory: Annotated[
+        bool, typer.Option(help="Measure peak memory too, in processes of their own.")
+    ] = True,
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.json.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")
+    ] = False,
+) -> None:
+    """Time the ways to collect similarities: the seed's, the bare decoder's, analyze, a peer's.
+
+    One process, rounds interleaved in random order. A missed target is
+    printed and recorded; it does not fail the command.
+    """
+    from cascade.files import RunFolder
+    from cascade.report import print_bench
+
+    with contextlib.ExitStack() as cleanup:
+        folder = None
+        if output is not None:
+            folder = cleanup.enter_context(RunFolder(output, ("bench.json",), overwrite=overwrite))
+        from cascade import benchmarks
+        from cascade.baselines import to_json
+
+        setup = benchmarks.Setup(
+            model=model,
+            tokens=tokens,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            rounds=rounds,
+            threads=threads,
+            seed=seed,
+            device=device,
+        )
+        record = benchmarks.collect(
+            setup,
+            memory=memory,
+            command=command_line(),
+            progress=lambda text: typer.echo(text, err=True),
+        )
+        if folder is not None:
+            folder.write("bench.json", to_json(record) + "\n")
+    print_record(print_bench, record)
+    if output is not None:
+        typer.echo(f"Wrote {output / 'bench.json'}", err=True)

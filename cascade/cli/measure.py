@@ -1,0 +1,158 @@
+"""Commands that measure saturation and store what was measured."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cascade.cli.app import app
+from cascade.cli.showing import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    MODEL_HELP,
+    command_line,
+    print_record,
+    progress_bar,
+    status,
+)
+from cascade.errors import OutputError
+
+if TYPE_CHECKING:
+    from cascade.files import RunFolder
+    from cascade.saturation import SaturationProfile
+
+#: The files of one run of `cascade analyze --output`.
+RUN_FILES = ("profile.json", "profile.npz", "layer-profile.svg", "density.svg", "report.html")
+
+
+@app.command()
+def analyze(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    corpus: Annotated[
+        str, typer.Option(help="embedded, a .jsonl/.json/.parquet/.txt file, or a hub dataset.")
+    ] = "embedded",
+    split: Annotated[str | None, typer.Option(help="Split of a hub or embedded corpus.")] = None,
+    config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column to read, where records are not in Alpaca form.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=0, help="Records to take; 0 for all.")] = 500,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop at this many tokens.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    seed: Annotated[
+        int | None, typer.Option(help="Draw the records at random; in corpus order without.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report.html, SVGs and profile.json.")
+    ] = None,
+    npz: Annotated[
+        Path | None, typer.Option(help="File for one similarity per token and layer.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")
+    ] = False,
+) -> None:
+    """Measure the saturation of every decoder layer over a corpus.
+
+    Prints statistics, outliers, special layers and suggested exit
+    thresholds. With --output, writes the same as a self-contained
+    HTML page, SVG and JSON.
+    """
+    from cascade.archive import SimilarityArchive, check_free
+    from cascade.files import RunFolder
+    from cascade.report import print_profile
+
+    with contextlib.ExitStack() as cleanup:
+        # What cannot be written is said now, not after the pass.
+        folder = None
+        if output is not None:
+            folder = cleanup.enter_context(RunFolder(output, RUN_FILES, overwrite=overwrite))
+        if npz is not None:
+            check_free(npz, overwrite=overwrite)
+            if output is not None and npz.resolve() in [(output / f).resolve() for f in RUN_FILES]:
+                raise OutputError(f"--output writes {npz} itself; choose another --npz")
+        from cascade import corpora, models, saturation
+
+        with status(f"Loading {model} (a first time can take half a minute)"):
+            stack = models.load(model, revision=revision, dtype=dtype, device=device)
+        with status(f"Reading {corpus}"):
+            blocks = corpora.load_blocks(
+                corpus,
+                stack.tokenizer,
+                seq_len=seq_len,
+                num_samples=num_samples or None,
+                max_tokens=max_tokens,
+                split=split,
+                config=config,
+                text_column=text_column,
+                seed=seed,
+            )
+        archive = None
+        if npz is not None:
+            archive = cleanup.enter_context(
+                SimilarityArchive(npz, stack.layer_labels, overwrite=overwrite)
+            )
+        with progress_bar("Analyzing", blocks.tokens) as advance:
+            profile = saturation.analyze(
+                stack,
+                blocks,
+                batch_size=batch_size,
+                command=command_line(),
+                progress=advance,
+                sink=archive.add if archive else None,
+            )
+        record = profile.record()
+        if folder is not None:
+            _write_run(folder, profile)
+        if archive is not None:
+            archive.save(record["provenance"])
+    print_record(print_profile, record)
+    written = [str(output / "report.html")] if output else []
+    written += [str(npz)] if npz else []
+    if written:
+        typer.echo(f"Wrote {', '.join(written)}", err=True)
+
+
+def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
+    import io
+
+    import numpy as np
+
+    from cascade.baselines import to_json
+    from cascade.report import density_svg, layer_profile_svg, profile_page
+
+    record, arrays = profile.record(), profile.arrays()
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
+    contents: tuple[str | bytes, ...] = (
+        to_json(record) + "\n",
+        packed.getvalue(),
+        layer_profile_svg(record),
+        density_svg(record, arrays),
+        profile_page(record, arrays),
+    )
+    for name, content in zip(RUN_FILES, contents, strict=True):
+        folder.write(name, content)
+
+
+@app.command()
+def accept(
+    run: Annotated[Path, typer.Argument(help="A folder that `cascade analyze --output` wrote.")],
+    baselines: Annotated[Path, typer.Option(help="The folder of all baselines.")] = Path(
+        "baselines"
+    ),
+) -> None:
+    """Store a reviewed run as the baseline of its model and corpus."""
+    from cascade.baselines import accept as store
+
+    path, before = store(baselines, run)
+    if before is not None:
+        typer.echo(f"Against the baseline before: {before.describe()}")
+    typer.echo(f"Wrote {path} and {path.with_suffix('.npz').name}; review and commit both")
