@@ -132,7 +132,7 @@ def _train(
         with torch.enable_grad():
             for layer, head in heads.items():
                 # One after the other: only one head's logits are held at a time.
-                _loss(stack, head, states[layer][rows], teacher).backward()  # type: ignore[no-untyped-call]
+                _loss(stack, head, states[layer][rows], teacher).backward()
         optimizer.step()
         schedule.step()
 
@@ -164,14 +164,16 @@ def _shaped(stack: DecoderStack, rows: Tensor) -> Tensor:
     """Return rows as `[B, T, D]` with T within the model's positions, padded with the last row."""
     length = min(len(rows), stack.max_positions or len(rows))
     missing = -len(rows) % length
-    return torch.cat([rows, rows[-1:].expand(missing, -1)]).unflatten(0, (-1, length))
+    shaped: Tensor = torch.cat([rows, rows[-1:].expand(missing, -1)]).unflatten(0, (-1, length))
+    return shaped
 
 
 def _loss(stack: DecoderStack, head: _Head, states: Tensor, teacher: Tensor) -> Tensor:
     predicted = torch.addmm(head.bias, rms_normalized(states), head.weight).to(states.dtype)
     logits = stack.decode_normed(_shaped(stack, predicted)).flatten(0, 1)[: len(states)]
     student = logits.float().log_softmax(dim=-1)
-    return nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    loss: Tensor = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return loss
 
 
 @contextlib.contextmanager

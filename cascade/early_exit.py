@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,10 @@ class EarlyExit:
             )
         if heads is not None:
             heads.check(stack)
+        if layer is not None and exits is not None:
+            raise UsageError(
+                f"expected one exit layer or exits, got layer={layer} and exits; give one"
+            )
         self.stack = stack
         self.propagation = propagation
         if exits is None:
@@ -111,7 +116,7 @@ class EarlyExit:
                     make_exit(stack, layer, rule, threshold, heads=heads, propagation=propagation)
                 ]
             )
-        self.exits = _checked(tuple(exits), stack, propagation)
+        self.exits = _checked(exits, stack, propagation)
         self.layers = SkippingLayers(stack, skip=skip)
         self.seed = seed
 
@@ -284,8 +289,9 @@ def make_exit(
 
 
 def _checked(
-    exits: tuple[Exit, ...], stack: DecoderStack, propagation: Propagation
+    exits: Sequence[Exit], stack: DecoderStack, propagation: Propagation
 ) -> tuple[Exit, ...]:
+    """Return the exits, without their propagation maps where nobody asked for those."""
     layers = [at.layer for at in exits]
     if layers != sorted(set(layers)):
         raise UsageError(f"expected exits in ascending order of layers, got layers {layers}")
@@ -297,7 +303,9 @@ def _checked(
                 f"the exit at layer {at.layer} has no propagation map; give it the one of its "
                 "fitted heads, or use frozen propagation"
             )
-    return exits
+    if propagation == "ridge":
+        return tuple(exits)
+    return tuple(dataclasses.replace(at, propagation=None) for at in exits)
 
 
 def make_chunk(
@@ -313,12 +321,23 @@ def make_chunk(
     Raises:
         UsageError: They are empty, ragged, too long, outside the vocabulary, or do not fit.
     """
-    ids = _tensor(input_ids).to(stack.device)
+    ids = _tensor(input_ids)
+    if ids is None:
+        raise UsageError(
+            "expected token ids [B, T], got rows of different length; pad them on the left and "
+            "give an attention_mask"
+        )
     if ids.ndim != 2 or ids.numel() == 0:
         raise UsageError(
-            f"expected token ids [B, T] with at least one token, got shape {list(ids.shape)}; "
-            "give a prompt that is not empty"
+            "expected token ids [B, T], a row per prompt and none empty, got shape "
+            f"{list(ids.shape)}"
         )
+    if ids.dtype == torch.bool or ids.is_floating_point():
+        raise UsageError(
+            f"expected token ids as whole numbers, got {str(ids.dtype).removeprefix('torch.')}; "
+            "use the model's own tokenizer"
+        )
+    ids = ids.to(stack.device, torch.long)
     if stack.max_positions is not None and ids.shape[1] > stack.max_positions:
         raise UsageError(
             f"{ids.shape[1]} tokens exceed the model's {stack.max_positions} positions; "
@@ -333,26 +352,22 @@ def make_chunk(
         valid = torch.ones_like(ids, dtype=torch.bool)
         columns = torch.arange(ids.shape[1], device=ids.device)
         return Chunk(ids, valid, columns.expand_as(ids), None)
-    mask = _tensor(attention_mask).to(ids.device).long()
-    if mask.shape != ids.shape:
+    mask = _tensor(attention_mask)
+    if mask is None or mask.shape != ids.shape:
         raise UsageError(
             f"expected an attention_mask of the ids' shape {list(ids.shape)}, got "
-            f"{list(mask.shape)}"
+            f"{'rows of different length' if mask is None else list(mask.shape)}"
         )
-    if not bool(mask.bool().any(dim=1).all()):
+    valid = mask.to(ids.device).bool()
+    if not bool(valid.any(dim=1).all()):
         raise UsageError("a row of the attention_mask is all zeros; expected at least one token")
-    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    padded = not bool(mask.bool().all())
-    return Chunk(ids, mask.bool(), positions, mask if padded else None)
+    positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
+    return Chunk(ids, valid, positions, None if bool(valid.all()) else valid.long())
 
 
-def _tensor(values: Any) -> Tensor:
-    if isinstance(values, Tensor):
-        return values
+def _tensor(values: Any) -> Tensor | None:
+    """Return values as a tensor; None where their rows differ in length."""
     try:
-        return torch.tensor(values, dtype=torch.long)
-    except (ValueError, TypeError) as error:
-        raise UsageError(
-            "expected token ids [B, T], got rows of different length; pad them on the left and "
-            "give an attention_mask"
-        ) from error
+        return torch.as_tensor(values)
+    except (ValueError, TypeError):
+        return None

@@ -18,8 +18,8 @@ _NORMED = "+norm"
 def exit_entries(layer: int, num_layers: int, *, from_end: bool = False) -> tuple[int, int]:
     """Return the two entries of the hidden history that an exit layer compares.
 
-    The history has N+1 entries: 0 the embeddings, ℓ the output of layer ℓ on the residual stream.
-    Layer ℓ compares entries ℓ-1 and ℓ. Counted from the end, that is `[-3], [-2]` for layer 29 of
+    The history has N+1 entries: 0 the embeddings, k the output of layer k on the residual stream.
+    Layer k compares entries k-1 and k. Counted from the end, that is `[-3], [-2]` for layer 29 of
     30; the pair `[-2], [-1]` is layer 30, and taking it for layer 29 is the off-by-one that this
     project exists to keep out.
 
@@ -104,7 +104,7 @@ class ExitPoint:
 
     Attributes:
         layer: The exit layer.
-        history: Its states `[n, D]`: entry ℓ and those before it that the rule asked for.
+        history: Its states `[n, D]`: its own entry and those before it that the rule asked for.
         compute_logits: Makes the exit head's logits, `[n, V]`; called once, and only if asked.
         token_ids: `[n]`, the tokens themselves.
         positions: `[n]`, their positions, from 0.
@@ -234,7 +234,7 @@ def _cosine(at: ExitPoint) -> Tensor:
     return at.similarity(at.layer)
 
 
-@exit_rule("mean_cosine", low=-1.0, needs_logits=False, entries=2, source="the seed's first project")
+@exit_rule("mean_cosine", low=-1.0, needs_logits=False, entries=2, source="the first CASCADE")
 def _mean_cosine(at: ExitPoint) -> Tensor:
     """Mean similarity of the exit layer and the one before it."""
     return (at.similarity(at.layer) + at.similarity(at.layer - 1)) / 2
@@ -247,7 +247,7 @@ def _top2_gap(at: ExitPoint) -> Tensor:
     return best[:, 0] - best[:, 1]
 
 
-@exit_rule("max_probability", source="Schuster et al. 2022; BranchyNet, Teerapittayanon et al. 2016")
+@exit_rule("max_probability", source="BranchyNet, Teerapittayanon et al. 2016; CALM")
 def _max_probability(at: ExitPoint) -> Tensor:
     """The exit head's largest probability."""
     return at.log_probabilities.amax(dim=-1).exp()

@@ -116,10 +116,11 @@ class PropagationMap:
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Return `[n, layers, width]` from exit states `[n, D]`."""
-        predicted = torch.addmm(self.bias, rms_normalized(hidden), self.weight)
+        predicted: Tensor = torch.addmm(self.bias, rms_normalized(hidden), self.weight)
         if self.of_states:
             predicted = predicted * _size(hidden)
-        return predicted.to(hidden.dtype).unflatten(-1, (-1, self.width))
+        by_layer: Tensor = predicted.to(hidden.dtype).unflatten(-1, (-1, self.width))
+        return by_layer
 
 
 def _size(hidden: Tensor) -> Tensor:
@@ -223,9 +224,7 @@ def check_same_model(expected: dict[str, Any], stack: DecoderStack, *, what: str
     Raises:
         ModelError: Names both models and what differs.
     """
-    differs = [
-        name for name in _IDENTITY if expected.get(name) != stack.provenance.get(name)
-    ]
+    differs = [name for name in _IDENTITY if expected.get(name) != stack.provenance.get(name)]
     if differs:
         raise ModelError(
             f"{what} belong to {_named(expected, differs)}, but the model is "
@@ -248,7 +247,7 @@ def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
     from safetensors import safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("cascade", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
@@ -403,9 +402,7 @@ class _Fitter:
         """Return each upper layer's target, `[n, width]`, the lowest first."""
         if self.of_states:
             size = _size(history[layer])
-            return [
-                history[entry].float() / size for entry in range(layer, self.stack.num_layers)
-            ]
+            return [history[entry].float() / size for entry in range(layer, self.stack.num_layers)]
         return [part.flatten(0, 1).float() for part in raw[layer - min(self.layers) :]]
 
     def fit(self) -> FittedHeads:
@@ -418,9 +415,7 @@ class _Fitter:
             if layer < self.stack.num_layers:
                 maps[layer] = (weight[:, hidden:].clone(), bias[hidden:].clone())
             strengths[str(layer)] = chosen
-        return FittedHeads(
-            weights, maps, self.width, self.of_states, {"strengths": strengths}
-        )
+        return FittedHeads(weights, maps, self.width, self.of_states, {"strengths": strengths})
 
 
 def _projections(layer: nn.Module) -> list[Any] | None:

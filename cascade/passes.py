@@ -111,6 +111,9 @@ class Pass:
         self._kept_entries = max((at.rule.entries for at in exits), default=0)
         self._earlier: list[Tensor] = []
         self._predicted: list[tuple[Tensor, Tensor, int]] = []
+        self._predicts_states = any(
+            at.propagation.of_states for at in exits if at.propagation is not None
+        )
 
     def fork(self) -> Pass:
         """Return a pass that goes on from here by itself, without touching this one."""
@@ -133,6 +136,7 @@ class Pass:
                 self.cache,
                 self.counts,
                 predicted=self._prediction(self.layer + 1),
+                of_states=self._predicts_states,
             )
             self.reach(self.layer + 1, output)
 
@@ -182,7 +186,7 @@ class Pass:
             sink: Takes the logits of those that leave.
 
         Raises:
-            ModelError: A confidence is NaN.
+            ModelError: A confidence or logits are not finite.
         """
         leaves = torch.zeros_like(self.undecided)
         predictions = torch.zeros_like(self.chunk.ids)
@@ -196,7 +200,7 @@ class Pass:
                     f"the rule {at.rule.name} is NaN at exit layer {at.layer}: the states or "
                     "logits there are not finite; use a wider --dtype, or get the checkpoint again"
                 )
-            out = confidence >= at.threshold
+            out = confidence >= _least_fp32(at.threshold)
             leaves[rows[some], columns[some]] = out
             if remembers:
                 predictions[rows[some], columns[some]] = point.prediction
@@ -223,7 +227,7 @@ class Pass:
             logits = point.logits[chosen]
         else:
             logits = self._head_logits(at, self._history[self.layer][rows, columns]).float()
-        sink(at.layer, rows, columns, logits)
+        sink(at.layer, rows, columns, _finite(logits, at.layer))
 
     def take_out(self, at: Exit, leaves: Tensor) -> None:
         """Let tokens leave at the layer reached.
@@ -280,6 +284,18 @@ class Pass:
         self.finish(wanted, sink)
 
 
+def _least_fp32(threshold: float) -> float:
+    """Return the least fp32 number that is not below a threshold.
+
+    Confidences are fp32, thresholds are not: torch would round a threshold before comparing, and
+    let a token leave that a calibration counted as hard.
+    """
+    rounded = torch.tensor(threshold, dtype=torch.float32)
+    if rounded.item() < threshold:
+        rounded = torch.nextafter(rounded, torch.tensor(torch.inf))
+    return rounded.item()
+
+
 def decode_tokens(
     stack: DecoderStack, hidden: Tensor, wanted: Tensor, counts: Counts, sink: Sink
 ) -> None:
@@ -291,13 +307,26 @@ def decode_tokens(
         wanted: `[B, T]`.
         counts: What is computed is added here.
         sink: Takes the logits.
+
+    Raises:
+        ModelError: They are not finite.
     """
     rows, columns = torch.nonzero(wanted, as_tuple=True)
     for some in slices(len(rows), stack.max_positions):
         states = hidden[rows[some], columns[some]]
         counts.lm_head_rows += len(states)
         logits = stack.decode(states[None])[0].float()
-        sink(stack.num_layers, rows[some], columns[some], logits)
+        sink(stack.num_layers, rows[some], columns[some], _finite(logits, stack.num_layers))
+
+
+def _finite(logits: Tensor, layer: int) -> Tensor:
+    # The largest one tells: NaN is larger than any number, and -inf alone rules single tokens out.
+    if not torch.isfinite(logits.amax(dim=-1)).all():
+        raise ModelError(
+            f"the logits of layer {layer} are not finite; use a wider --dtype, or get the "
+            "checkpoint again"
+        )
+    return logits
 
 
 def slices(count: int, limit: int | None) -> list[slice]:

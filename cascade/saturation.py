@@ -178,7 +178,7 @@ def analyze(
             progress(ids.size)
     assert statistics is not None  # load_blocks gives at least one sequence
     return SaturationProfile(
-        statistics, blocks.sequence_fingerprints(), _provenance(stack, blocks, command)
+        statistics, blocks.sequence_fingerprints(), provenance_of(stack, blocks, command)
     )
 
 
@@ -208,7 +208,8 @@ def _check_finite(values: Array, labels: Sequence[str]) -> None:
         )
 
 
-def _provenance(stack: DecoderStack, blocks: TokenBlocks, command: str | None) -> dict[str, Any]:
+def provenance_of(stack: DecoderStack, blocks: TokenBlocks, command: str | None) -> dict[str, Any]:
+    """Return what a record says of its origin: model, corpus, machine, versions and command."""
     model = dict(stack.provenance)
     return {
         "tokenizer_hash": model.pop("tokenizer_hash", None),

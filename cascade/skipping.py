@@ -21,10 +21,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from cascade.errors import first_line
 from cascade.models import DecoderStack, LayerCall
 
 #: The name under which packed attention is registered with `transformers`.
 _PACKED = "cascade_packed"
+
+#: The implementations of attention that take a mask per query, as packed queries need one.
+_UNPACKABLE = ("eager", "sdpa")
 
 
 @dataclass
@@ -305,11 +309,10 @@ class SkippingLayers:
 
     def __init__(self, stack: DecoderStack, *, skip: bool = True) -> None:
         self.stack = stack
-        self.has_projections = all(_is_llama_shaped(layer) for layer in stack.layers)
         self.reason: str | None = None
         if not skip:
             self.reason = "asked to compute every token"
-        elif not self.has_projections:
+        elif not all(_is_llama_shaped(layer) for layer in stack.layers):
             self.reason = (
                 f"{stack.model.config.model_type} layers have no separate q_proj, k_proj, v_proj"
                 " and o_proj behind an input_layernorm"
@@ -337,6 +340,7 @@ class SkippingLayers:
         counts: Counts,
         *,
         predicted: Tensor | None = None,
+        of_states: bool = False,
     ) -> Tensor:
         """Compute one layer for the active tokens; write everybody's keys and values.
 
@@ -348,9 +352,9 @@ class SkippingLayers:
             cache: Its window is the chunk.
             counts: What is computed is added here.
             predicted: What the ridge maps say of the exited tokens, in the order of
-                `selection.exited_rows`: `[x, 2 * key_value_width]`, keys before any norm and
-                rotation, then values, for layers with projections; `[x, D]`, the layer's input,
-                for others. None: keys and values are projected from the exit states.
+                `selection.exited_rows`: `[x, 2 * key_value_width]`, what `k_proj` and `v_proj`
+                would give. None: keys and values are made from the exit states.
+            of_states: The maps say the layer's input instead, `[x, D]`.
 
         Returns:
             `[B, T, D]`: the layer's output for active tokens, the exit state for exited ones.
@@ -360,9 +364,11 @@ class SkippingLayers:
             counts.pairs[layer - 1] += hidden.shape[0] * hidden.shape[1] * cache.stop
             return self.stack.step(layer, hidden, call)
         if not self.skips:
-            return self._run_all(layer, hidden, selection, call, cache, counts, predicted)
+            return self._run_all(
+                layer, hidden, selection, call, cache, counts, predicted, of_states
+            )
         if len(selection.exited_rows):
-            self._put_exited(layer, hidden, selection, call, cache, counts, predicted)
+            self._put_exited(layer, hidden, selection, call, cache, counts, predicted, of_states)
         if not len(selection.rows):
             return hidden
         return self._run_packed(layer, hidden, selection, call, cache, counts)
@@ -403,14 +409,16 @@ class SkippingLayers:
         call: LayerCall,
         cache: KeyValueCache,
         counts: Counts,
-        predicted: Tensor | None,
+        predicted: Tensor | None = None,
+        of_states: bool = False,
     ) -> None:
         rows, columns = selection.exited_rows, selection.exited_columns
-        if predicted is None:
-            counts.key_value_rows[layer - 1] += len(rows)
-            raw = self.project(layer, hidden[rows, columns])
-        else:
+        if predicted is not None:
             counts.predicted_rows[layer - 1] += len(rows)
+        if predicted is None or of_states:
+            counts.key_value_rows[layer - 1] += len(rows)
+            raw = self.project(layer, hidden[rows, columns] if predicted is None else predicted)
+        else:
             raw = predicted
         cos, sin = _positions_of(call.kwargs, rows, columns)
         keys, values = self.rotate(layer, raw, cos, sin)
@@ -456,6 +464,7 @@ class SkippingLayers:
         cache: KeyValueCache,
         counts: Counts,
         predicted: Tensor | None,
+        of_states: bool,
     ) -> Tensor:
         """Compute every token, as the model would, and keep the active ones' output."""
         counts.layer_rows[layer - 1] += hidden.shape[0] * hidden.shape[1]
@@ -463,15 +472,15 @@ class SkippingLayers:
         exited = (selection.exited_rows, selection.exited_columns)
         with contextlib.ExitStack() as restored:
             taken = hidden
-            if predicted is not None and self.has_projections:
+            if predicted is not None:
                 counts.predicted_rows[layer - 1] += len(exited[0])
+            if predicted is not None and of_states:
+                taken = hidden.index_put(exited, predicted)
+            elif predicted is not None:
                 for name, raw in zip(("k_proj", "v_proj"), predicted.chunk(2, dim=-1), strict=True):
                     projection = getattr(self._attention(layer), name)
                     hook = _replacing(exited, raw)
                     restored.callback(projection.register_forward_hook(hook).remove)
-            elif predicted is not None:
-                counts.predicted_rows[layer - 1] += len(exited[0])
-                taken = hidden.index_put(exited, predicted)
             output = self.stack.step(layer, taken, call)
         return torch.where(selection.active[..., None], output, hidden)
 
@@ -479,6 +488,21 @@ class SkippingLayers:
         return self.stack.layers[layer - 1].self_attn
 
     def _try(self) -> str | None:
+        """Say why packed rows cannot be trusted here; None where they can."""
+        implementation = self._attention(1).config._attn_implementation
+        if implementation not in _UNPACKABLE:
+            return (
+                f"its attention is {implementation}; tokens are packed for "
+                f"{' and '.join(_UNPACKABLE)} attention only"
+            )
+        try:
+            return self._part()
+        except Exception as error:
+            # Any family's layers may ask anything of their call; whatever they raise, they cannot
+            # be packed, and the model's own way still works.
+            return f"its layers cannot be run for some of the tokens ({first_line(error)})"
+
+    def _part(self) -> str | None:
         """Run two short rows packed and dense; say in which layer they part, if they do."""
         ids = torch.arange(8, device=self.stack.device).remainder(self.stack.vocab_size)
         ids = ids.reshape(2, 4)
@@ -495,12 +519,9 @@ class SkippingLayers:
         hidden = plans[0].embedded
         for layer in range(1, self.stack.num_layers + 1):
             dense = self.stack.step(layer, hidden, plans[0].calls[layer - 1])
-            self._put_exited(
-                layer, hidden, selection, plans[1].calls[layer - 1], caches[1], counts, None
-            )
-            packed = self._run_packed(
-                layer, hidden, selection, plans[1].calls[layer - 1], caches[1], counts
-            )
+            call = plans[1].calls[layer - 1]
+            self._put_exited(layer, hidden, selection, call, caches[1], counts)
+            packed = self._run_packed(layer, hidden, selection, call, caches[1], counts)
             pairs = [(dense[active], packed[active])]
             pairs += zip(caches[0].read(layer - 1), caches[1].read(layer - 1), strict=True)
             if not all(_close(a, b) for a, b in pairs):

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCABULARY, random_ids, tiny_model
+from tiny_models import FAMILIES, random_ids, tiny_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from cascade.corpora import TokenBlocks
 from cascade.early_exit import Propagation, make_exit
 from cascade.errors import CascadeError
-from cascade.exits import ExitPoint, HiddenHistory, find_rule
+from cascade.exits import ExitPoint, HiddenHistory
 from cascade.heads import FittedHeads, RidgeHead, fit_heads
 from cascade.models import DecoderStack
 from cascade.passes import Exit
@@ -103,13 +103,10 @@ def visited(stack: DecoderStack, ids: Tensor) -> list[Tensor]:
 @torch.no_grad()
 def own_logits(stack: DecoderStack, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the model's own logits, `[B, T, V]`, made without anything of ours."""
-    if mask is None:
-        logits: Tensor = stack.model(input_ids=ids, use_cache=False).logits
-        return logits
-    padded: dict[str, Any] = {"attention_mask": mask}
-    if stack.model.config.model_type != "bloom":  # ALiBi counts from the mask
+    padded = {} if mask is None else {"attention_mask": mask}
+    if mask is not None and stack.model.config.model_type != "bloom":  # ALiBi asks the mask
         padded["position_ids"] = positions_of(ids, mask)
-    logits = stack.model(input_ids=ids, use_cache=False, **padded).logits
+    logits: Tensor = stack.model(input_ids=ids, use_cache=False, **padded).logits
     return logits
 
 
@@ -130,26 +127,14 @@ def one_line(error: pytest.ExceptionInfo[CascadeError]) -> str:
 
 # --- Exits that let some tokens go -----------------------------------------------------------
 
+#: Thresholds of rules whose confidences are whole numbers and have no quantiles to speak of.
+WHOLE = {"patience": 1.0, "oracle": 1.0}
 
-def confidences(
-    stack: DecoderStack,
-    ids: Tensor,
-    at: Exit,
-    *,
-    earlier: Sequence[Tensor] = (),
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Return the rule's confidence in every token and the head's prediction, `[B * T]` each.
 
-    Args:
-        stack: The full model: no token left before.
-        ids: `[B, T]`.
-        at: The exit.
-        earlier: The predictions of exits before.
-        seed: For rules that draw.
-    """
-    point = _point(stack, visited(stack, ids), ids, positions_of(ids, None), at, earlier, seed)
-    return at.rule.confidence(point), point.prediction
+def confidence(stack: DecoderStack, ids: Tensor, at: Exit) -> Tensor:
+    """Return a rule's confidence in every token of the full model, `[B, T]`."""
+    point = _point(stack, visited(stack, ids), ids, positions_of(ids, None), at, (), 0)
+    return at.rule.confidence(point).view(ids.shape)
 
 
 def _point(
@@ -182,22 +167,41 @@ def some_exits(
     heads: FittedHeads | None = None,
     propagation: Propagation = "frozen",
     share: float = 0.5,
+    text: Tensor | None = None,
     seed: int = 0,
 ) -> list[Exit]:
-    """Return exits that let about `share` of the undecided tokens go, each.
+    """Return exits each of which lets about `share` go of the tokens that come to it.
 
-    The thresholds are quantiles of the rule's own confidences, on text that the full model wrote.
+    The thresholds are quantiles of the rule's own confidences.
+
+    Args:
+        stack: The model.
+        rule: Its name.
+        layers: The exit layers.
+        heads: Fitted heads; the logit lens where not given.
+        propagation: What the exits are for.
+        share: Of the tokens that come to an exit.
+        text: `[B, T]`, for the quantiles; what the full model wrote where not given.
+        seed: For rules that draw.
     """
-    text = written(stack)
+    text = written(stack) if text is None else text
+    positions = positions_of(text, None)
     exits: list[Exit] = []
     earlier: list[Tensor] = []
-    for layer in layers:
+
+    def leaving(layer: int, states: list[Tensor], undecided: Tensor) -> Tensor:
+        if layer not in layers:
+            return torch.zeros_like(undecided)
         at = make_exit(stack, layer, rule, -math.inf, heads=heads, propagation=propagation)
-        values, prediction = confidences(stack, text, at, earlier=earlier, seed=seed)
-        earlier.append(prediction)
-        # One agreement is the least that patience can ask for; its first exit lets nobody go.
-        threshold = 1.0 if rule == "patience" else values.double().quantile(1 - share).item()
-        exits.append(Exit(layer, find_rule(rule), threshold, at.head, at.propagation))
+        point = _point(stack, states, text, positions, at, list(earlier), seed)
+        values = at.rule.confidence(point).view(text.shape)
+        earlier.append(point.prediction)
+        threshold = WHOLE.get(rule, values[undecided].double().quantile(1 - share).item())
+        exits.append(Exit(layer, at.rule, threshold, at.head, at.propagation))
+        return values >= threshold
+
+    ridge = heads if propagation == "ridge" else None
+    climb(stack, text, None, leaving, propagation=propagation, heads=ridge)
     return exits
 
 
@@ -356,24 +360,22 @@ def by_hand(
     """Score `[B, T]` token ids with tokens leaving by their exits' rules."""
     positions = positions_of(ids, mask)
     earlier: list[Tensor] = []
-    made: dict[int, Tensor] = {}
+    made: list[tuple[Tensor, Tensor]] = []
 
     def leaving(layer: int, states: list[Tensor], undecided: Tensor) -> Tensor:
         for at in exits:
             if at.layer == layer:
                 point = _point(stack, states, ids, positions, at, list(earlier), seed)
-                made[layer] = point.logits.unflatten(0, ids.shape)
                 earlier.append(point.prediction)
-                return (at.rule.confidence(point) >= at.threshold).view(ids.shape)
+                out = (at.rule.confidence(point) >= at.threshold).view(ids.shape) & undecided
+                made.append((out, point.logits.unflatten(0, ids.shape)[out]))
+                return out
         return torch.zeros_like(undecided)
 
     ridge = heads if propagation == "ridge" else None
     done = climb(stack, ids, mask, leaving, propagation=propagation, heads=ridge)
-    valid = torch.ones_like(ids).bool() if mask is None else mask.bool()
-    for layer, logits in made.items():
-        out = (done.exit_layers == layer) & valid
-        if layer < stack.num_layers:
-            done.logits[out] = logits[out]
+    for out, logits in made:
+        done.logits[out] = logits.to(done.logits.dtype)
     return done
 
 
@@ -396,7 +398,3 @@ def state_of(stack: DecoderStack) -> list[Any]:
         if hasattr(module, "config")
     ]
     return [modules, configs, stack.model.training, torch.is_grad_enabled()]
-
-
-assert len(FAMILIES) == 16
-assert VOCABULARY == 97

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cascade.calibration import (
+from cascade.thresholds import (
     Certificate,
     certify,
     fit_threshold,
