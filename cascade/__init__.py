@@ -10,9 +10,16 @@ if TYPE_CHECKING:
     from cascade.baselines import Comparison as Comparison
     from cascade.baselines import compare as compare
     from cascade.baselines import read_record as read_record
+    from cascade.calibration import calibrate as calibrate
     from cascade.corpora import TokenBlocks as TokenBlocks
     from cascade.corpora import load_blocks as load_blocks
+    from cascade.distillation import distill as distill
+    from cascade.early_exit import EarlyExit as EarlyExit
     from cascade.errors import CascadeError as CascadeError
+    from cascade.evaluation import evaluate as evaluate
+    from cascade.heads import FittedHeads as FittedHeads
+    from cascade.heads import fit_heads as fit_heads
+    from cascade.heads import load_heads as load_heads
     from cascade.models import DecoderStack as DecoderStack
     from cascade.models import load as load
     from cascade.saturation import SaturationProfile as SaturationProfile
@@ -29,13 +36,20 @@ _ROOMS = {
     "CascadeError": "errors",
     "Comparison": "baselines",
     "DecoderStack": "models",
+    "EarlyExit": "early_exit",
+    "FittedHeads": "heads",
     "SaturationProfile": "saturation",
     "SimilarityStatistics": "statistics",
     "TokenBlocks": "corpora",
     "analyze": "saturation",
+    "calibrate": "calibration",
     "compare": "baselines",
+    "distill": "distillation",
+    "evaluate": "evaluation",
+    "fit_heads": "heads",
     "load": "models",
     "load_blocks": "corpora",
+    "load_heads": "heads",
     "read_record": "baselines",
 }
 

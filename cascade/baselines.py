@@ -29,6 +29,14 @@ SCHEMA = 1
 TOLERANCE = 1e-4
 EXTREME_TOLERANCE = 2e-3
 
+#: The command that makes a record, by its kind.
+_MADE_BY = {
+    "saturation": "analyze --output",
+    "calibration": "calibrate --output",
+    "evaluation": "evaluate --output",
+    "budgets": "accept",
+}
+
 #: Two results are comparable only where all of these agree.
 _IDENTITY = (
     ("model", "weights_hash"),
@@ -74,7 +82,8 @@ def read_record(path: Path, *, kind: str) -> Record:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecordError(f"no record {path}; make one with `cascade analyze --output`") from None
+        command = _MADE_BY.get(kind, kind)
+        raise RecordError(f"no record {path}; make one with `cascade {command}`") from None
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

@@ -54,10 +54,13 @@ class Wish:
         """Refuse what cannot be meant.
 
         Raises:
-            UsageError: A ratio, risk or confidence out of range, or a control as the rule.
+            UsageError: A ratio, risk or confidence out of range, or a rule that needs the full
+                model's answer.
         """
-        if find_rule(self.rule).control:
-            raise UsageError(f"the rule {self.rule} is a control: it has nothing to calibrate")
+        if find_rule(self.rule).needs_full:
+            raise UsageError(
+                f"the rule {self.rule} needs the full model's answer: it has nothing to calibrate"
+            )
         if self.propagation not in PROPAGATIONS:
             raise UsageError(
                 f"expected a propagation among {', '.join(PROPAGATIONS)}, got {self.propagation!r}"

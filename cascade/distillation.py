@@ -16,6 +16,7 @@ from cascade.errors import CorpusError, UsageError
 from cascade.heads import CHECKED, FittedHeads, rows_of
 from cascade.models import DecoderStack
 from cascade.ridge import rms_normalized
+from cascade.saturation import check_blocks
 
 #: Token rows per step: 1,024 rows of 49,152 logits in fp32 are 200 MB.
 _ROWS = 1024
@@ -67,14 +68,18 @@ def distill(
         the KL on the sequences kept aside after every epoch, in nats, the closed form first.
 
     Raises:
-        CorpusError: Fewer than ten sequences: none is left to check with.
+        CorpusError: Fewer than ten sequences: none is left to check with; or a corpus that the
+            model cannot read.
         UsageError: No epoch, or a learning rate that is not positive.
+        ModelError: The heads belong to another model.
     """
     if epochs < 1 or not learning_rate > 0:
         raise UsageError(
             "expected at least one epoch and a positive learning rate, got "
             f"{epochs} and {learning_rate}"
         )
+    heads.check(stack)
+    check_blocks(stack, blocks, batch_size)
     numbers = np.arange(len(blocks.ids))
     training, checking = numbers[numbers % 10 != CHECKED], numbers[numbers % 10 == CHECKED]
     if len(checking) == 0:
@@ -89,7 +94,7 @@ def distill(
     best = {layer: head.copy() for layer, head in trained.items()}
     parameters = [part for head in trained.values() for part in (head.weight, head.bias)]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=_BETAS)
-    steps = epochs * math.ceil(len(training) * blocks.ids.shape[1] / _ROWS)
+    steps = epochs * _steps(len(training), batch_size, blocks.ids.shape[1])
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     )
@@ -114,6 +119,12 @@ def distill(
         "kl_on_sequences_kept_aside": {str(layer): values for layer, values in losses.items()},
     }
     return replace(heads, weights=best, provenance=heads.provenance | {"distillation": about})
+
+
+def _steps(sequences: int, batch_size: int, length: int) -> int:
+    """Return how often an epoch steps: every batch for itself, `_ROWS` token rows at a time."""
+    sizes = [min(batch_size, sequences - start) for start in range(0, sequences, batch_size)]
+    return sum(math.ceil(size * length / _ROWS) for size in sizes)
 
 
 def _train(

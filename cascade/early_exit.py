@@ -142,11 +142,11 @@ class EarlyExit:
 
         Raises:
             UsageError: Token ids or a mask that cannot be.
-            ModelError: A confidence is NaN.
+            ModelError: A confidence or logits are not finite.
         """
         chunk = make_chunk(self.stack, input_ids, attention_mask)
         full = None
-        if any(at.rule.control for at in self.exits):
+        if any(at.rule.needs_full for at in self.exits):
             full = self._score(chunk, (), keep_logits=False, full=None).predictions
         return self._score(chunk, self.exits, keep_logits=keep_logits, full=full)
 
@@ -211,8 +211,8 @@ class EarlyExit:
         Args:
             input_ids: The prompts, `[B, T]`, padded on the left.
             attention_mask: `[B, T]`, 1 for tokens and 0 for padding; all ones where not given.
-            generation_config: Settings, as `transformers` knows them; the model's own where not
-                given. Those that early exit does not know (beams, penalties, ...) are refused.
+            generation_config: Settings, as `transformers` knows them; the model's own say what it
+                leaves open. Those that early exit does not know (beams, penalties, ...) are refused.
             streamer: Gets each token as soon as it is certain.
             return_dict_in_generate: Return a `Generation` instead of the ids alone.
             verify: Let the full model confirm every token (needs propagation="exact"): the result
@@ -226,11 +226,11 @@ class EarlyExit:
 
         Raises:
             UsageError: A prompt, mask or setting that cannot be.
-            ModelError: A confidence is NaN.
+            ModelError: A confidence or logits are not finite.
         """
         settings = Settings.of(self.stack, generation_config, kwargs)
-        if any(at.rule.control for at in self.exits):
-            names = ", ".join(at.rule.name for at in self.exits if at.rule.control)
+        if any(at.rule.needs_full for at in self.exits):
+            names = ", ".join(at.rule.name for at in self.exits if at.rule.needs_full)
             raise UsageError(f"{names} needs the full model's answer: it can score, not generate")
         if verify and self.propagation != "exact":
             raise UsageError(

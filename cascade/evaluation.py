@@ -34,6 +34,7 @@ class Request:
         thresholds: Further points, as they are.
         agreement: What the exit-layer search wants, and the verdict.
         perplexity_ratio: The largest that the verdict accepts.
+        only_given: Measure `thresholds` alone: nothing is fitted, searched or controlled for.
     """
 
     layers: tuple[int, ...]
@@ -42,6 +43,7 @@ class Request:
     thresholds: tuple[Point, ...] = ()
     agreement: float = 0.95
     perplexity_ratio: float = 1.05
+    only_given: bool = False
 
     def check(self) -> None:
         """Refuse ratios that cannot be meant.
@@ -56,6 +58,8 @@ class Request:
             for value in values:
                 if not 0 <= value <= 1:
                     raise UsageError(f"expected a {name} in 0..1, got {value:g}")
+        if self.only_given and not self.thresholds:
+            raise UsageError("expected at least one point to measure; name some with --point")
         if not self.perplexity_ratio >= 1:
             raise UsageError(
                 f"expected a perplexity ratio of at least 1, got {self.perplexity_ratio:g}"
@@ -116,12 +120,15 @@ def evaluate(
     request.check()
     names = tuple(dict.fromkeys([*request.rules, *(p.rule for p in request.thresholds)]))
     layers = sorted({*request.layers, *(point.layer for point in request.thresholds)})
-    rules = {layer: [*names, *(c for c in CONTROLS if c not in names)] for layer in layers}
+    controls = () if request.only_given else CONTROLS
+    rules = {layer: [*names, *(c for c in controls if c not in names)] for layer in layers}
     _drop_too_wide(rules)
     evaluator = Evaluator(stack, rules, heads=heads, propagation=propagation, seed=seed)
-    fitted = evaluator.table(fit, batch_size=batch_size, progress=progress)
-    searched = search(fitted, layers, names, request.agreement)
-    points = [*_points(fitted, rules, request), *request.thresholds, *searched]
+    points, searched = [*request.thresholds], []
+    if not request.only_given:
+        fitted = evaluator.table(fit, batch_size=batch_size, progress=progress)
+        searched = search(fitted, layers, names, request.agreement)
+        points += [*_points(fitted, rules, request), *searched]
     points = list({(p.layer, p.rule, p.threshold): p for p in reversed(points)}.values())
     points.sort(key=lambda point: (point.layer, point.rule, point.threshold))
     rows, table = evaluator.run(confirm, points, batch_size=batch_size, progress=progress)
@@ -129,7 +136,11 @@ def evaluate(
         "schema": 1,
         "kind": "evaluation",
         "provenance": provenance_of(stack, confirm, command)
-        | {"fitted_on": fit.provenance(), "heads": heads.provenance if heads else None},
+        | {
+            "fitted_on": fit.provenance(),
+            "heads": heads.provenance if heads else None,
+            "heads_fingerprint": heads.fingerprint() if heads else None,
+        },
         "settings": {
             "propagation": propagation,
             "layers": layers,

@@ -72,11 +72,10 @@ class HiddenHistory:
         Raises:
             UsageError: No such layer, or its states were not kept.
         """
-        name = str(layer)
-        number = layer if isinstance(layer, int) else _number(name, self.num_layers)
+        number = _number(layer, self.num_layers) if isinstance(layer, str) else layer
         before, after = exit_entries(number, self.num_layers)
         first = self.entries.get(before)
-        second = self.normed if name.endswith(_NORMED) else self.entries.get(after)
+        second = self.normed if isinstance(layer, str) else self.entries.get(after)
         if first is None or second is None:
             raise UsageError(
                 f"the states of layer {layer} are not in this history (it has entries "
@@ -109,7 +108,7 @@ class ExitPoint:
         token_ids: `[n]`, the tokens themselves.
         positions: `[n]`, their positions, from 0.
         earlier: Predictions `[n]` of the exit layers before this one, nearest last.
-        full_prediction: `[n]`, what the full model says; only for controls.
+        full_prediction: `[n]`, what the full model says; only for rules that need it.
         seed: For rules that draw.
     """
 
@@ -157,7 +156,7 @@ class ExitRule:
         needs_logits: Whether the exit head has to run to decide.
         entries: How many entries before the exit layer's own the rule looks at.
         needs_earlier: Whether it looks at the predictions of earlier exit layers.
-        control: A yardstick to compare with, not a rule to run: it cannot generate.
+        needs_full: Whether it looks at the full model's answer: it can score, not generate.
         what: One line for tables.
         source: Where it comes from.
     """
@@ -169,7 +168,7 @@ class ExitRule:
     needs_logits: bool
     entries: int
     needs_earlier: bool
-    control: bool
+    needs_full: bool
     what: str
     source: str
 
@@ -202,7 +201,7 @@ def exit_rule(
     needs_logits: bool = True,
     entries: int = 0,
     needs_earlier: bool = False,
-    control: bool = False,
+    needs_full: bool = False,
     source: str = "",
 ) -> Callable[[Callable[[ExitPoint], Tensor]], Callable[[ExitPoint], Tensor]]:
     """Register a confidence function as an exit rule; its docstring becomes the rule's `what`."""
@@ -210,7 +209,16 @@ def exit_rule(
     def register(confidence: Callable[[ExitPoint], Tensor]) -> Callable[[ExitPoint], Tensor]:
         what = (confidence.__doc__ or name).strip().splitlines()[0]
         RULES[name] = ExitRule(
-            name, confidence, low, high, needs_logits, entries, needs_earlier, control, what, source
+            name,
+            confidence,
+            low,
+            high,
+            needs_logits,
+            entries,
+            needs_earlier,
+            needs_full,
+            what,
+            source,
         )
         return confidence
 
@@ -278,18 +286,19 @@ def _fixed(at: ExitPoint) -> Tensor:
     return torch.ones(len(at.token_ids), device=at.token_ids.device)
 
 
-@exit_rule("random", needs_logits=False, control=False, source="control at equal exit share")
+@exit_rule("random", needs_logits=False, source="control at equal exit share")
 def _random(at: ExitPoint) -> Tensor:
     """A number drawn from token, position, layer and seed: the control at equal exit share."""
     mixed = at.token_ids * 0x9E3779B1 + at.positions * 0x85EBCA77 + at.layer * 0x27D4EB2F
-    mixed = (mixed + at.seed * 0x165667B1) & 0xFFFFFFFF
+    mixed = (mixed + (at.seed * 0x165667B1 & 0xFFFFFFFF)) & 0xFFFFFFFF
     # The finalizer of a 32-bit integer hash; every product stays below 2**63.
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
-    return mixed.double().div(2**32).float()
+    # The upper 24 bits: what fp32 holds exactly, and below 1.
+    return (mixed >> 8).float() / 2**24
 
 
-@exit_rule("oracle", control=True, source="control: knows the full model's answer")
+@exit_rule("oracle", needs_full=True, source="control: knows the full model's answer")
 def _oracle(at: ExitPoint) -> Tensor:
     """1 where the exit head predicts what the full model will, 0 elsewhere."""
     if at.full_prediction is None:

@@ -35,8 +35,28 @@ _FOLLOWED = {
     "bos_token_id",
     "stop_strings",
 }
-#: Settings that say nothing of the tokens that come out.
-_HARMLESS = {"transformers_version", "use_cache", "return_dict_in_generate", "cache_implementation"}
+#: Settings that say nothing of the tokens that come out, or only together with refused ones.
+_HARMLESS = {
+    "transformers_version",
+    "use_cache",
+    "return_dict_in_generate",
+    "cache_implementation",
+    "decoder_start_token_id",
+    "disable_compile",
+    "early_stopping",
+    "length_penalty",
+    "renormalize_logits",
+}
+#: Values, other than None, False, 0 and nothing, at which a setting changes nothing.
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +91,10 @@ class Settings:
     def of(
         cls, stack: DecoderStack, config: GenerationConfig | None, changes: Mapping[str, Any]
     ) -> Settings:
-        """Read a generation config (the model's own where None), then single settings.
+        """Read the model's own generation config, then a given one, then single settings.
+
+        What one leaves open, those before it say, as in `transformers`. A single setting of None
+        is as if nobody had said anything.
 
         Raises:
             UsageError: A setting is unknown, unsupported or out of range.
@@ -82,13 +105,15 @@ class Settings:
             raise UsageError(
                 f"expected settings among {', '.join(sorted(known))}, got {', '.join(unknown)}"
             )
-        config = config or stack.model.generation_config
-        values = {} if config is None else config.to_diff_dict()
+        values: dict[str, Any] = {}
+        for one in (stack.model.generation_config, config):
+            values |= {} if one is None else one.to_diff_dict()
         _check_supported(values)
-        merged = {name: values[name] for name in known & values.keys() if values[name] is not None}
-        if "max_new_tokens" in changes:
+        merged = {name: values[name] for name in known & values.keys()}
+        if changes.get("max_new_tokens") is not None:
             merged.pop("max_length", None)
-        merged |= {name: value for name, value in changes.items() if value is not None}
+        merged |= changes
+        merged = {name: value for name, value in merged.items() if value is not None}
         merged["eos_token_id"] = _as_tuple(merged.get("eos_token_id"))
         merged["stop_strings"] = _as_tuple(merged.get("stop_strings"))
         if merged.get("pad_token_id") is None:
@@ -99,19 +124,23 @@ class Settings:
         return settings
 
     def _check(self, stack: DecoderStack) -> None:
-        ranges = (
-            (
-                "max_new_tokens",
-                self.max_new_tokens is None or self.max_new_tokens >= 1,
-                "1 or more",
+        last = stack.vocab_size - 1
+        new, longest, pad = self.max_new_tokens, self.max_length, self.pad_token_id
+        ranges = {
+            "max_new_tokens": (
+                new is None or (_is_whole(new) and new >= 1),
+                "a whole number from 1",
             ),
-            ("temperature", self.temperature > 0, "more than 0 (do_sample=False for greedy)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-        )
-        for name, good, expected in ranges:
+            "max_length": (longest is None or _is_whole(longest), "a whole number"),
+            "temperature": (self.temperature > 0, "more than 0 (do_sample=False for greedy)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "top_k": (_is_whole(self.top_k) and self.top_k >= 0, "a whole number from 0"),
+            "seed": (_is_whole(self.seed), "a whole number"),
+            "pad_token_id": (_is_whole(pad) and 0 <= pad <= last, f"in 0..{last}"),
+        }
+        for name, (good, expected) in ranges.items():
             if not good:
-                raise UsageError(f"expected {name} {expected}, got {getattr(self, name)}")
+                raise UsageError(f"expected {name} {expected}, got {getattr(self, name)!r}")
         if self.stop_strings and stack.tokenizer is None:
             raise UsageError("stop_strings need the model's tokenizer; load the model with it")
 
@@ -133,7 +162,9 @@ class Settings:
                     f"a prompt of {prompt} tokens leaves nothing of max_length {self.max_length}; "
                     "give max_new_tokens"
                 )
-        new = _DEFAULT_NEW_TOKENS if new is None else new
+        if new is None:
+            left = _DEFAULT_NEW_TOKENS if limit is None else limit - prompt
+            new = max(1, min(left, _DEFAULT_NEW_TOKENS))
         if limit is not None and prompt + new > limit:
             raise UsageError(
                 f"a prompt of {prompt} tokens and {new} new ones exceed the model's {limit} "
@@ -143,16 +174,30 @@ class Settings:
 
 
 def _check_supported(values: Mapping[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    # What transformers does not know itself, it does not follow either.
+    known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
     refused = sorted(
         name
-        for name in values.keys() - _FOLLOWED - _HARMLESS
-        if not name.startswith("_") and values[name] not in (None, False, 0, 1, 1.0)
+        for name in known & values.keys() - _FOLLOWED - _HARMLESS
+        if not _is_neutral(name, values[name])
     )
     if refused:
         raise UsageError(
             f"early exit does not follow the generation settings {', '.join(refused)}; "
-            "give a generation_config without them"
+            "give a generation_config that turns them off"
         )
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    if name.endswith("_token_id"):
+        return False  # 0 is a token like any other
+    return not value or value == _NEUTRAL.get(name)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -223,7 +268,8 @@ class _Chooser:
         return (scores + noise.to(scores.device)).argmax(dim=-1)
 
     def _noise(self, size: int, row: int, place: int) -> Tensor:
-        self.generator.manual_seed((self.settings.seed * 1_000_003 + row) * 1_000_003 + place)
+        mixed = (self.settings.seed * 1_000_003 + row) * 1_000_003 + place
+        self.generator.manual_seed(mixed % 2**63)
         exponential = torch.empty(size).exponential_(generator=self.generator)
         return -exponential.clamp_min(1e-30).log()
 
@@ -333,13 +379,13 @@ def generate(
         seed: For rules that draw.
 
     Raises:
-        UsageError: The prompt is padded on the right, too long, or streamed in several rows.
-        ModelError: A confidence is NaN.
+        UsageError: The prompt is padded behind a token, too long, or streamed in several rows.
+        ModelError: A confidence or logits are not finite.
     """
-    if not bool(prompt.valid[:, -1].all()):
+    if not bool((prompt.valid[:, 1:] >= prompt.valid[:, :-1]).all()):
         raise UsageError(
-            "the attention_mask ends in padding; expected prompts padded on the left, so that every"
-            " row's last token is the one to go on from"
+            "the attention_mask has padding behind a token; expected prompts padded on the left "
+            "only, so that every row's last token is the one to go on from"
         )
     if streamer is not None and len(prompt.ids) > 1:
         raise UsageError(f"a streamer takes one row, got {len(prompt.ids)}; generate row by row")
@@ -453,14 +499,8 @@ class _Lagging:
 
     def crop(self, stop: int) -> None:
         """Forget columns from `stop` on."""
-        before = list(self.done)
+        assert not any(waiting is not None for waiting in self.waiting)
         self.done = [min(done, stop) for done in self.done]
-        for index in range(1, len(self.segments)):
-            waiting = self.waiting[index]
-            if waiting is not None:
-                # What waits below segment `index` begins where that segment stands.
-                kept = self.done[index - 1] - before[index]
-                self.waiting[index] = waiting[:, :kept] if kept > 0 else None
 
 
 def _wait(lagging: _Lagging, text: _Text, choose: _Chooser) -> Generation:

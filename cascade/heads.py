@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from cascade.corpora import TokenBlocks
-from cascade.errors import ModelError, RecordError, UsageError, first_line
+from cascade.errors import ModelError, OutputError, RecordError, UsageError, first_line
 from cascade.exits import exit_entries
 from cascade.files import atomic_path
 from cascade.models import DecoderStack
 from cascade.ridge import NormalEquations, fit, rms_normalized
+from cascade.saturation import check_blocks
 
 _SCHEMA = 1
 _KIND = "exit-heads"
@@ -181,6 +183,16 @@ class FittedHeads:
             weight, bias, first=layer + 1, width=self.width, of_states=self.of_states
         )
 
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over every weight: equal exactly when all of them are."""
+        digest = hashlib.sha256()
+        for name, pairs in (("head", self.weights), ("propagation", self.maps)):
+            for layer in sorted(pairs):
+                digest.update(f"{name}.{layer}".encode())
+                for tensor in pairs[layer]:
+                    digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
     def check(self, stack: DecoderStack) -> None:
         """Refuse to serve another model.
 
@@ -189,19 +201,26 @@ class FittedHeads:
         """
         check_same_model(self.provenance.get("model", {}), stack, what="these exit heads")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, half: bool = False) -> None:
         """Write a safetensors file, whole or not at all.
+
+        Args:
+            path: The file.
+            half: Store in 16 bits (float16): half the size.
 
         Raises:
             OutputError: It cannot be written.
+            UsageError: With `half`, a weight is too large for 16 bits.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {}
         for kind, pairs in (("head", self.weights), ("propagation", self.maps)):
             for layer, (weight, bias) in pairs.items():
-                tensors[f"{kind}.{layer}.weight"] = weight.cpu().contiguous()
-                tensors[f"{kind}.{layer}.bias"] = bias.cpu().contiguous()
+                for part, tensor in (("weight", weight), ("bias", bias)):
+                    stored = _halved(tensor, layer) if half else tensor
+                    tensors[f"{kind}.{layer}.{part}"] = stored.cpu().contiguous()
         about = {
             "schema": _SCHEMA,
             "kind": _KIND,
@@ -210,7 +229,23 @@ class FittedHeads:
             "provenance": self.provenance,
         }
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"cascade": json.dumps(about)})
+            try:
+                save_file(tensors, temporary, metadata={"cascade": json.dumps(about)})
+            except SafetensorError as error:  # what a full disk is to safetensors
+                raise OutputError(
+                    f"cannot write {path}: {first_line(error)}; free some space or choose another"
+                    " place (what was there before is unharmed)"
+                ) from error
+
+
+def _halved(tensor: Tensor, layer: int) -> Tensor:
+    stored = tensor.half()
+    if not torch.isfinite(stored).all():
+        raise UsageError(
+            f"the weights of exit layer {layer} reach {float(tensor.abs().max()):.3g}, more than 16"
+            " bits hold; save them without half"
+        )
+    return stored
 
 
 def check_same_model(expected: dict[str, Any], stack: DecoderStack, *, what: str) -> None:
@@ -249,7 +284,7 @@ def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("cascade", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise RecordError(f"no exit heads at {path}; make them with `cascade fit-heads`") from error
     except Exception as error:
@@ -261,18 +296,23 @@ def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
     if not isinstance(about, dict) or (about.get("kind"), about.get("schema")) != (_KIND, _SCHEMA):
         raise RecordError(f"{path} holds no exit heads; make them with `cascade fit-heads`")
     pairs: dict[str, dict[int, tuple[Tensor, Tensor]]] = {"head": {}, "propagation": {}}
-    for name in tensors:
-        kind, layer, part = name.split(".")
-        if part == "weight":
-            bias = tensors[f"{kind}.{layer}.bias"]
-            pairs[kind][int(layer)] = (tensors[name], bias)
-    heads = FittedHeads(
-        pairs["head"],
-        pairs["propagation"],
-        about["width"],
-        about["of_states"],
-        about["provenance"],
-    )
+    try:
+        for name in tensors:
+            kind, layer, part = name.split(".")
+            if part == "weight":
+                bias = tensors[f"{kind}.{layer}.bias"]
+                pairs[kind][int(layer)] = (tensors[name], bias)
+        heads = FittedHeads(
+            pairs["head"],
+            pairs["propagation"],
+            about["width"],
+            about["of_states"],
+            about["provenance"],
+        )
+    except (KeyError, ValueError) as error:
+        raise RecordError(
+            f"{path} lacks some of its exit heads; make it anew with `cascade fit-heads`"
+        ) from error
     heads.check(stack)
     return heads
 
@@ -304,12 +344,14 @@ def fit_heads(
 
     Raises:
         UsageError: A layer is outside 1..N, or comes twice.
-        ModelError: A layer's output is NaN or infinite.
+        CorpusError: Sequences beyond the model's positions, or batches of none.
+        ModelError: A layer's output is NaN or infinite, or tokens lie beyond the vocabulary.
     """
     for layer in layers:
         exit_entries(layer, stack.num_layers)
     if len(set(layers)) != len(layers) or not layers:
         raise UsageError(f"expected distinct exit layers, got {list(layers)}")
+    check_blocks(stack, blocks, batch_size)
     fitter = _Fitter(stack, sorted(layers))
     for ids, numbers in blocks.batches(batch_size):
         fitter.add(torch.from_numpy(ids).long().to(stack.device), numbers)

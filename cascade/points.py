@@ -16,18 +16,27 @@ from torch import Tensor
 
 from cascade.corpora import TokenBlocks
 from cascade.costs import flops, full_flops
-from cascade.early_exit import Propagation, make_chunk, make_exit
+from cascade.early_exit import PROPAGATIONS, Propagation, make_chunk, make_exit
 from cascade.errors import CorpusError, ModelError, UsageError
-from cascade.exits import RULES, ExitPoint, ExitRule
+from cascade.exits import ExitPoint, ExitRule, check_layers, find_rule
 from cascade.heads import FittedHeads
 from cascade.models import DecoderStack
 from cascade.passes import Exit, Pass, decode_tokens, slices
+from cascade.saturation import check_blocks
 from cascade.skipping import Counts, SkippingLayers
 
 Array = npt.NDArray[Any]
 
 _RESAMPLES = 999
-INTERVAL = "95 % percentile bootstrap, 999 resamples of whole sequences (of batches for seconds)"
+
+#: Means beyond this many nats are cut off: exp(709.8) is the largest double, and a record holds no
+#: infinite number.
+_MOST_NATS = 700.0
+
+INTERVAL = (
+    "95 %: percentile bootstrap, 999 resamples of whole sequences; for seconds Student's t over "
+    "batches, whose number is too small to resample"
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,8 @@ class ExitTable:
         confidence: (layer, rule) -> `[S, T]` fp32.
         agrees: layer -> `[S, T]`, whether the exit head predicts what the full model does.
         head_log_probability: layer -> `[S, T]`, of the token that came next; NaN at the last.
-        full_log_probability: `[S, T]`, the full model's.
+        full_log_probability: `[S, T]`, the full model's; NaN at the last.
         divergence: layer -> `[S, T]`, KL(full || exit head), in nats.
-        seconds: What the parts of the pass took, by name, one entry per batch.
     """
 
     confidence: dict[tuple[int, str], Array] = field(default_factory=dict)
@@ -65,7 +73,6 @@ class ExitTable:
     head_log_probability: dict[int, Array] = field(default_factory=dict)
     full_log_probability: Array = field(default_factory=lambda: np.zeros((0, 0)))
     divergence: dict[int, Array] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
 
 
 class _Clock:
@@ -106,29 +113,16 @@ class _Batch:
         self,
         layers: SkippingLayers,
         ids: Tensor,
-        heads: FittedHeads | None,
+        exits: dict[int, Exit],
         rules: dict[int, list[ExitRule]],
-        propagation: Propagation,
         seed: int,
     ) -> None:
-        self.layers, self.stack, self.rules = layers, layers.stack, rules
+        self.layers, self.stack, self.rules, self.exits = layers, layers.stack, rules, exits
         self.chunk = make_chunk(self.stack, ids)
         self.clock = _Clock(self.stack.device)
         self.seed = seed
         cache = layers.new_cache(*self.chunk.ids.shape, keep=False)
         cache.window(0, self.chunk.ids.shape[1])
-        # The widest rule of a layer decides how many entries before it are kept.
-        self.exits = {
-            layer: make_exit(
-                self.stack,
-                layer,
-                max(found, key=lambda rule: rule.entries),
-                math.inf,
-                heads=heads,
-                propagation=propagation,
-            )
-            for layer, found in rules.items()
-        }
         going = self.clock.time(
             "layers to 0",
             lambda: Pass(
@@ -179,7 +173,7 @@ class _Batch:
         )
         target = following.flatten()[:, None]
         chosen = self.full_logs.gather(1, target).reshape(shape)
-        self.table.full_log_probability = chosen.cpu().numpy()
+        self.table.full_log_probability = _but_the_last(chosen)
         earlier: list[Tensor] = []
         for layer, fork in self.forks.items():
             earlier.append(self._measure_layer(layer, fork, rows, columns, target, earlier))
@@ -206,7 +200,13 @@ class _Batch:
             point = fork.point(self.exits[layer], rows[some], columns[some])
             point.earlier = [before[some] for before in earlier]
             point.full_prediction = self.full_prediction[rows[some], columns[some]]
-            self.clock.time(f"head {layer}", functools.partial(getattr, point, "logits"))
+            logits = self.clock.time(f"head {layer}", functools.partial(getattr, point, "logits"))
+            # As in a pass: NaN is larger than any number, and -inf rules single tokens out.
+            if not torch.isfinite(logits.amax(dim=-1)).all():
+                raise ModelError(
+                    f"the logits of exit layer {layer} are not finite; use a wider --dtype, or get"
+                    " the checkpoint again"
+                )
             for rule in self.rules[layer]:
                 confidence[rule.name][some] = self.clock.time(
                     f"rule {layer} {rule.name}",
@@ -225,7 +225,7 @@ class _Batch:
                 )
             self.table.confidence[layer, name] = values.reshape(shape).cpu().numpy()
         self.table.agrees[layer] = agrees.reshape(shape).cpu().numpy()
-        self.table.head_log_probability[layer] = log_probability.reshape(shape).cpu().numpy()
+        self.table.head_log_probability[layer] = _but_the_last(log_probability.reshape(shape))
         self.table.divergence[layer] = divergence.reshape(shape).cpu().numpy()
         return prediction
 
@@ -240,6 +240,13 @@ class _Batch:
             for name, spent in self.clock.seconds.items()
             if name.startswith("layers to ") and int(name.rpartition(" ")[2]) <= layer
         )
+
+
+def _but_the_last(values: Tensor) -> Array:
+    """Return `[B, T]` log-probabilities, NaN at the last token: nothing comes next."""
+    known: Array = values.cpu().numpy()
+    known[:, -1] = np.nan
+    return known
 
 
 def _with_logits(point: ExitPoint) -> ExitPoint:
@@ -260,7 +267,8 @@ def _with_logits(point: ExitPoint) -> ExitPoint:
 
 def _divergence(full: Tensor, other: Tensor) -> Tensor:
     """Return KL(full || other) per row, in nats, from log-probabilities `[n, V]`."""
-    difference = (full - other).nan_to_num(nan=0.0, neginf=0.0)  # where both are minus infinity
+    # Where both are minus infinity there is nothing; where the other alone is, the most.
+    difference = (full - other).nan_to_num(nan=0.0, neginf=0.0, posinf=_MOST_NATS)
     return (full.exp() * difference).sum(dim=-1)
 
 
@@ -295,8 +303,11 @@ class Evaluator:
         propagation: "frozen", "ridge" or "exact".
         seed: For rules that draw.
 
+    A rule that looks at earlier exit layers (patience) sees every layer of `rules` below its own,
+    and pays for their heads: as `EarlyExit` with exits at those layers that let nothing leave.
+
     Raises:
-        UsageError: A layer, rule or propagation that cannot be.
+        UsageError: A layer, rule or propagation that cannot be, or no head was fitted for a layer.
         ModelError: The heads belong to another model.
     """
 
@@ -309,33 +320,68 @@ class Evaluator:
         propagation: Propagation = "frozen",
         seed: int = 0,
     ) -> None:
+        if propagation not in PROPAGATIONS:
+            raise UsageError(
+                f"expected a propagation among {', '.join(PROPAGATIONS)}, got {propagation!r}"
+            )
+        if propagation == "ridge" and heads is None:
+            raise UsageError(
+                "ridge propagation needs fitted heads; make them with `cascade fit-heads`"
+            )
         if heads is not None:
             heads.check(stack)
-        unknown = sorted({name for names in rules.values() for name in names} - RULES.keys())
-        if unknown:
-            raise UsageError(f"expected rules among {', '.join(RULES)}, got {', '.join(unknown)}")
+        if not rules or not all(rules.values()):
+            raise UsageError("expected at least one exit layer, and a rule for each; name them")
         self.stack, self.heads, self.propagation = stack, heads, propagation
-        self.rules = {layer: [RULES[name] for name in rules[layer]] for layer in sorted(rules)}
+        self.rules = {layer: [find_rule(name) for name in rules[layer]] for layer in sorted(rules)}
+        # The widest rule of a layer decides how many entries before it are kept.
+        self.exits = {
+            layer: make_exit(
+                stack,
+                layer,
+                max(found, key=lambda rule: rule.entries),
+                math.inf,
+                heads=heads,
+                propagation=propagation,
+            )
+            for layer, found in self.rules.items()
+        }
         self.layers = SkippingLayers(stack)
         self.seed = seed
 
-    def _exit(self, point: Point) -> Exit:
-        return make_exit(
-            self.stack,
-            point.layer,
-            point.rule,
-            point.threshold,
-            heads=self.heads,
-            propagation=self.propagation,
-        )
+    def check(self, points: Sequence[Point]) -> None:
+        """Refuse points that cannot be measured.
+
+        Args:
+            points: Ways to exit.
+
+        Raises:
+            UsageError: A threshold outside its rule's range, or a layer or rule that is not among
+                the evaluator's.
+        """
+        for point in points:
+            rule = find_rule(point.rule)
+            check_layers({point.layer: rule}, self.stack.num_layers)
+            rule.check(point.threshold)
+            if rule not in self.rules.get(point.layer, ()):
+                raise UsageError(
+                    f"layer {point.layer} with the rule {point.rule} is not measured here; expected"
+                    f" layers among {', '.join(map(str, self.rules))}, with their own rules"
+                )
 
     @torch.no_grad()
     def _batches(
         self, blocks: TokenBlocks, batch_size: int, progress: Callable[[int], None] | None
     ) -> Iterator[_Batch]:
+        check_blocks(self.stack, blocks, batch_size)
+        if blocks.ids.shape[1] < 2:
+            raise CorpusError(
+                "expected sequences of at least 2 tokens, got 1: nothing comes next to score; take "
+                "a larger --seq-len"
+            )
         for ids, _ in blocks.batches(batch_size):
             tensor = torch.from_numpy(ids).long().to(self.stack.device)
-            yield _Batch(self.layers, tensor, self.heads, self.rules, self.propagation, self.seed)
+            yield _Batch(self.layers, tensor, self.exits, self.rules, self.seed)
             if progress is not None:
                 progress(ids.size)
 
@@ -377,8 +423,7 @@ class Evaluator:
         Returns:
             One row per point, and the table that the pass gives besides.
         """
-        for point in points:
-            RULES[point.rule].check(point.threshold)
+        self.check(points)
         tallies = [_Tally() for _ in points]
         full_seconds: list[float] = []
         tables = []
@@ -412,6 +457,7 @@ class Evaluator:
             batch_size: Sequences per forward pass.
             progress: Called with the number of tokens done since the last call.
         """
+        self.check(points)
         tallies = [_Tally() for _ in points]
         for batch in self._batches(blocks, batch_size, progress):
             for point, tally in zip(points, tallies, strict=True):
@@ -422,9 +468,9 @@ class Evaluator:
     def _measure(self, batch: _Batch, point: Point, tally: _Tally) -> None:
         shape = tuple(batch.chunk.ids.shape)
         table, clock = batch.table, batch.clock
-        way_out = self._exit(point)
-        confidence = table.confidence[point.layer, point.rule]
-        leaves = confidence >= np.float32(point.threshold)
+        way_out = self.exits[point.layer]
+        # In double precision: a threshold rounded to fp32 could let a token go that it keeps.
+        leaves = table.confidence[point.layer, point.rule].astype(np.float64) >= point.threshold
         log_probability = np.where(
             leaves, table.head_log_probability[point.layer], table.full_log_probability
         )
@@ -452,13 +498,14 @@ class Evaluator:
             clock.time(name, lambda: going.finish(batch.chunk.valid, clock.aside(take)))
             upper = clock.seconds.pop(name)
         else:
-            rest = [self.stack.num_layers]
-            upper = batch.full_seconds() - batch.lower_seconds(point.layer)
-            for layer in range(point.layer + 1, rest[0] + 1):
+            last = self.stack.num_layers
+            upper = batch.lower_seconds(last) - batch.lower_seconds(point.layer)
+            upper += clock.seconds["full head"] * float((~leaves).mean())
+            for layer in range(point.layer + 1, last + 1):
                 counts.layer_rows[layer - 1] += leaves.size
                 counts.pairs[layer - 1] += leaves.size * shape[1]
             counts.lm_head_rows += int((~leaves).sum())
-        self._count(batch, point, way_out, counts, int(leaves.sum()))
+        self._count(batch, point, counts, int(leaves.sum()))
         tally.seconds.append(
             batch.lower_seconds(point.layer) + self._deciding_seconds(batch, point, leaves) + upper
         )
@@ -473,66 +520,70 @@ class Evaluator:
         scored[:, -1] = False
         hard = scored & ~leaves
         full_log_probability = table.full_log_probability
-        tally.nll.append(-np.where(scored, log_probability, 0).sum(axis=1))
-        tally.hard_nll.append(-np.where(hard, log_probability, 0).sum(axis=1))
-        tally.full_hard_nll.append(-np.where(hard, full_log_probability, 0).sum(axis=1))
+        tally.nll.append(-_sum(log_probability, scored))
+        tally.hard_nll.append(-_sum(log_probability, hard))
+        tally.full_hard_nll.append(-_sum(full_log_probability, hard))
         tally.hard_scored.append(hard.sum(axis=1))
         tally.agreement.append(agrees.sum(axis=1))
         tally.exit_agreement.append((agrees & leaves).sum(axis=1))
         tally.exits.append(leaves.sum(axis=1))
-        tally.divergence.append(divergence.sum(axis=1))
+        tally.divergence.append(divergence.sum(axis=1, dtype=np.float64))
 
-    def _count(
-        self, batch: _Batch, point: Point, way_out: Exit, counts: Counts, exited: int
-    ) -> None:
+    def _count(self, batch: _Batch, point: Point, counts: Counts, exited: int) -> None:
         """Add what lies below the exit, and its probing, to the counts of what lies above."""
         rows, length = batch.chunk.ids.numel(), batch.chunk.ids.shape[1]
         for layer in range(1, point.layer + 1):
             counts.layer_rows[layer - 1] += rows
             counts.pairs[layer - 1] += rows * length
-        probed = rows if way_out.rule.needs_logits else exited
-        counts.lm_head_rows += probed
-        if way_out.head.multiplications:
-            counts.head_rows[point.layer] = probed
+        probed = dict.fromkeys(self._looked_at(point), rows)
+        if not find_rule(point.rule).needs_logits:
+            probed[point.layer] = exited
+        for layer, count in probed.items():
+            counts.lm_head_rows += count
+            if self.exits[layer].head.multiplications:
+                counts.head_rows[layer] = count
+
+    def _looked_at(self, point: Point) -> list[int]:
+        """Return the exit layers whose heads have to run for a point."""
+        if not find_rule(point.rule).needs_earlier:
+            return [point.layer]
+        return [layer for layer in self.rules if layer <= point.layer]
 
     def _deciding_seconds(self, batch: _Batch, point: Point, leaves: Array) -> float:
         seconds = batch.clock.seconds
-        head = seconds[f"head {point.layer}"]
-        if not RULES[point.rule].needs_logits:
-            head *= float(leaves.mean())
-        return head + seconds[f"rule {point.layer} {point.rule}"]
+        heads = sum(seconds[f"head {layer}"] for layer in self._looked_at(point))
+        if not find_rule(point.rule).needs_logits:
+            heads *= float(leaves.mean())
+        return heads + seconds[f"rule {point.layer} {point.rule}"]
 
     def _row(self, point: Point, tally: _Tally, full: _Full) -> dict[str, Any]:
         tokens = full.table.full_log_probability.size
         scored = tokens - len(full.table.full_log_probability)
         exits = tally.sums("exits")
         hard_scored = tally.sums("hard_scored")
-        perplexity = math.exp(tally.sums("nll").sum() / scored)
-        ratios = _resampled_ratio(tally.sums("nll") - full.nll, scored, self.seed)
+        more = tally.sums("nll") - full.nll
+        hard_more = _ratio_of(tally.sums("hard_nll") - tally.sums("full_hard_nll"), hard_scored)
         length = full.table.full_log_probability.shape[1]
-        agreement = tally.sums("agreement") / length
-        head = self._exit(point).head.name
+        agreed = tally.sums("agreement")
         return {
             "exit_layer": point.layer,
             "rule": point.rule,
-            "head": head,
+            "head": self.exits[point.layer].head.name,
             "threshold": float(point.threshold),
             "threshold_from": point.source,
             "exit_share": float(exits.sum() / tokens),
-            "agreement": float(agreement.mean()),
-            "agreement_interval": _mean_interval(agreement, self.seed),
+            "agreement": float(agreed.sum() / tokens),
+            "agreement_interval": _mean_interval(agreed / length, self.seed),
             "exit_agreement": _ratio_of(tally.sums("exit_agreement"), exits),
-            "perplexity": perplexity,
-            "perplexity_ratio": perplexity / full.perplexity,
-            "perplexity_ratio_interval": ratios,
-            "hard_perplexity_ratio": _exp(
-                _ratio_of(tally.sums("hard_nll") - tally.sums("full_hard_nll"), hard_scored)
-            ),
+            "perplexity": _exp(tally.sums("nll").sum() / scored),
+            "perplexity_ratio": _exp(more.sum() / scored),
+            "perplexity_ratio_interval": _resampled_ratio(more, scored, self.seed),
+            "hard_perplexity_ratio": None if hard_more is None else _exp(hard_more),
             "kl": float(tally.sums("divergence").sum() / tokens),
             "layers_per_token": tally.layer_rows / tokens,
             "flops_ratio": tally.flops / full.flops,
             "seconds_ratio": sum(tally.seconds) / sum(full.seconds),
-            "seconds_ratio_interval": _seconds_interval(tally.seconds, full.seconds, self.seed),
+            "seconds_ratio_interval": _seconds_interval(tally.seconds, full.seconds),
         }
 
 
@@ -542,8 +593,12 @@ class _Full:
     def __init__(self, table: ExitTable, seconds: list[float], operations: float) -> None:
         self.table, self.seconds, self.flops = table, seconds, operations
         self.nll = -table.full_log_probability[:, :-1].sum(axis=1, dtype=np.float64)
-        scored = table.full_log_probability[:, :-1].size
-        self.perplexity = math.exp(self.nll.sum() / scored)
+        if not np.isfinite(self.nll).all():
+            raise ModelError(
+                f"the full model gives a token of sequence {int(np.isfinite(self.nll).argmin())} no"
+                " probability at all: there is no perplexity to compare with; use a wider --dtype,"
+                " or leave that text out"
+            )
 
 
 def _joined(parts: Sequence[ExitTable]) -> ExitTable:
@@ -570,8 +625,14 @@ def _ratio_of(part: Array, whole: Array) -> float | None:
     return float(part.sum()) / total if total else None
 
 
-def _exp(value: float | None) -> float | None:
-    return None if value is None else math.exp(value)
+def _sum(values: Array, where: Array) -> Array:
+    """Return the sums of `[B, T]` over the chosen tokens of each sequence, in double precision."""
+    sums: Array = np.where(where, values, 0).sum(axis=1, dtype=np.float64)
+    return sums
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, _MOST_NATS))
 
 
 def _draws(count: int, seed: int) -> Array:
@@ -589,11 +650,23 @@ def _mean_interval(values: Array, seed: int) -> list[float]:
 
 def _resampled_ratio(difference: Array, scored: int, seed: int) -> list[float]:
     per_token = difference * (len(difference) / scored)
-    return _interval(np.exp(per_token[_draws(len(per_token), seed)].mean(axis=1)))
+    means = per_token[_draws(len(per_token), seed)].mean(axis=1)
+    return _interval(np.exp(np.minimum(means, _MOST_NATS)))
 
 
-def _seconds_interval(seconds: list[float], full: list[float], seed: int) -> list[float] | None:
-    if len(seconds) < 2:
+def _seconds_interval(seconds: list[float], full: list[float]) -> list[float] | None:
+    """Return an interval of a ratio of sums over few batches (Cochran 1977, section 6.3).
+
+    Resampled batches would cover the true ratio 79 % of the time where there are 4, half of it
+    where there are 2 (3,000 simulations each); this covers it 95 % of the time.
+    """
+    from scipy.stats import t
+
+    count = len(seconds)
+    if count < 2:
         return None
-    draws = _draws(len(seconds), seed)
-    return _interval(np.array(seconds)[draws].sum(axis=1) / np.array(full)[draws].sum(axis=1))
+    point, whole = np.array(seconds), np.array(full)
+    ratio = point.sum() / whole.sum()
+    spread = math.sqrt(((point - ratio * whole) ** 2).sum() / (count * (count - 1)))
+    half = float(t.ppf(0.975, count - 1)) * spread / whole.mean()
+    return [max(0.0, float(ratio - half)), float(ratio + half)]

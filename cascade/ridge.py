@@ -58,10 +58,11 @@ class NormalEquations:
         # One product of a batch in fp32, summed over batches in float64: 1e-7 of the largest sum.
         with_one = torch.cat([x.float(), torch.ones_like(x[:, :1], dtype=torch.float32)], dim=1)
         xy = with_one.T @ y.float()
-        if not torch.isfinite(xy).all():
+        xx = with_one.T @ with_one
+        if not (torch.isfinite(xx).all() and torch.isfinite(xy).all()):
             raise ValueError("expected finite states, got NaN or infinite ones")
         self.count += len(x)
-        self.xx += with_one.T @ with_one
+        self.xx += xx
         self.xy += xy
         self.yy += y.float().square().sum(dim=0)
 
@@ -76,6 +77,9 @@ class NormalEquations:
     def solve(self, strength: float) -> tuple[Tensor, Tensor]:
         """Return the ridge solution `(W [inputs, outputs], b [outputs])` in fp32.
 
+        Where few inputs differ, rounding can leave the sums without a solution; the penalty then
+        grows tenfold until there is one.
+
         Args:
             strength: Of the penalty on W, in units of the inputs' mean square; b is free.
 
@@ -89,7 +93,11 @@ class NormalEquations:
         penalty = self.xx.diagonal()[:-1].mean().clamp_min(1e-30) * strength
         system = self.xx.clone()
         system.diagonal()[:-1] += penalty
-        factor = torch.linalg.cholesky(system)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        while failed:
+            penalty *= 10
+            system.diagonal()[:-1] += penalty
+            factor, failed = torch.linalg.cholesky_ex(system)
         solution = torch.cholesky_solve(self.xy, factor).float()
         return solution[:-1], solution[-1]
 

@@ -153,7 +153,7 @@ def analyze(
         CorpusError: Sequences beyond the model's positions, or tokens beyond its vocabulary.
         ModelError: A layer's output is NaN (names the layer).
     """
-    _check(stack, blocks, batch_size)
+    check_blocks(stack, blocks, batch_size)
     labels = stack.layer_labels
     statistics = None if edges is None else SimilarityStatistics(labels, edges)
     waiting: list[tuple[Array, Array]] = []
@@ -182,7 +182,18 @@ def analyze(
     )
 
 
-def _check(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> None:
+def check_blocks(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> None:
+    """Refuse a corpus that the model cannot read.
+
+    Args:
+        stack: The model.
+        blocks: The corpus.
+        batch_size: Sequences per forward pass.
+
+    Raises:
+        CorpusError: Sequences beyond the model's positions, or batches of none.
+        ModelError: Tokens beyond its vocabulary.
+    """
     if batch_size < 1:
         raise CorpusError(f"expected --batch-size of at least 1, got {batch_size}")
     length = blocks.ids.shape[1]

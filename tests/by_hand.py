@@ -196,7 +196,8 @@ def some_exits(
         point = _point(stack, states, text, positions, at, list(earlier), seed)
         values = at.rule.confidence(point).view(text.shape)
         earlier.append(point.prediction)
-        threshold = WHOLE.get(rule, values[undecided].double().quantile(1 - share).item())
+        least = values[undecided].double()
+        threshold = WHOLE[rule] if rule in WHOLE else least.quantile(1 - share).item()
         exits.append(Exit(layer, at.rule, threshold, at.head, at.propagation))
         return values >= threshold
 
@@ -331,10 +332,10 @@ def map_by_hand(heads: FittedHeads, layer: int, hidden: Tensor) -> Tensor:
     """Return what a layer's propagation map says of exit states, `[B, T, upper layers, width]`."""
     weight, bias = heads.maps[layer]
     size = hidden.float().pow(2).mean(dim=-1, keepdim=True).sqrt()
-    predicted = (hidden.float() / size) @ weight + bias
+    predicted: Tensor = (hidden.float() / size) @ weight + bias
     if heads.of_states:
         predicted = predicted * size
-    return predicted.unflatten(-1, (-1, heads.width))
+    return predicted.reshape(*hidden.shape[:-1], -1, heads.width)
 
 
 @torch.no_grad()
@@ -392,9 +393,6 @@ def state_of(stack: DecoderStack) -> list[Any]:
         }
         for module in stack.model.modules()
     ]
-    configs = [
-        module.config._attn_implementation
-        for module in stack.model.modules()
-        if hasattr(module, "config")
-    ]
+    own: list[Any] = [module for module in stack.model.modules() if hasattr(module, "config")]
+    configs = [module.config._attn_implementation for module in own]
     return [modules, configs, stack.model.training, torch.is_grad_enabled()]

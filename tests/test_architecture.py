@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exits": {"errors"},
     "ridge": set(),
     "skipping": {"errors", "models"},
-    "heads": {"corpora", "errors", "exits", "files", "models", "ridge"},
+    "heads": {"corpora", "errors", "exits", "files", "models", "ridge", "saturation"},
     "passes": {"errors", "exits", "heads", "models", "skipping"},
     "generation": {"errors", "models", "passes", "skipping"},
     "early_exit": {"errors", "exits", "generation", "heads", "models", "passes", "skipping"},
@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "benchmarks.__main__": {"benchmarks.collect"},
     "cascade": {"baselines", "corpora", "errors", "models", "saturation", "statistics"},
     "costs": {"models", "skipping"},
-    "distillation": {"corpora", "errors", "heads", "models", "ridge"},
+    "distillation": {"corpora", "errors", "heads", "models", "ridge", "saturation"},
     "evaluation": {
         "benchmarks.timing",
         "corpora",

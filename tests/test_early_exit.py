@@ -296,8 +296,9 @@ def test_more_tokens_than_the_lm_head_takes_at_once_are_all_scored() -> None:
 def test_token_ids_may_be_lists_or_narrow_integers() -> None:
     early, ids = scorer("llama"), random_ids(2, 12)
     expected = early.score(ids)
-    for given in (ids.tolist(), ids.int(), ids.to(torch.uint8)):
-        assert torch.equal(early.score(given).predictions, expected.predictions)
+    kinds: list[Any] = [ids.tolist(), ids.numpy(), ids.int(), ids.to(torch.uint8)]
+    for same in kinds:
+        assert torch.equal(early.score(same).predictions, expected.predictions)
 
 
 def test_one_token_has_no_perplexity() -> None:
@@ -365,7 +366,7 @@ def test_skipping_changes_no_result(
 @pytest.mark.parametrize("propagation", ["frozen", "ridge"])
 @SKIPPING_FAMILIES
 def test_skipping_in_bfloat16_agrees(family: str, propagation: Propagation) -> None:
-    stack = DecoderStack(tiny_model(family).to(torch.bfloat16))
+    stack = DecoderStack(tiny_model(family).bfloat16())
     exits = exits_for_text(stack, some_heads(family), propagation)
     packed, generic = (
         EarlyExit(stack, exits=exits, propagation=propagation, skip=skip) for skip in (True, False)
@@ -380,7 +381,7 @@ def test_skipping_in_bfloat16_agrees(family: str, propagation: Propagation) -> N
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom"])
 def test_bfloat16_where_nobody_leaves_is_the_full_model(family: str) -> None:
-    stack, ids = DecoderStack(tiny_model(family).to(torch.bfloat16)), random_ids(2, 20)
+    stack, ids = DecoderStack(tiny_model(family).bfloat16()), random_ids(2, 20)
     early = EarlyExit(stack, layer=2, rule="max_probability", threshold=INF)
     score = early.score(ids, keep_logits=True)
     assert difference(logits_of(score), own_logits(stack, ids).float()) == 0.0
@@ -751,7 +752,8 @@ def test_a_mask_that_does_not_fit_is_refused(mask: Any, said: str) -> None:
 def test_a_mask_of_any_kind_of_ones_and_zeros_is_read_alike() -> None:
     early, ids, mask = scorer("llama"), random_ids(2, 12), some_mask(2, 12)
     expected = early.score(ids, mask, keep_logits=True)
-    for same in (mask.bool(), mask.float(), mask.tolist(), 7 * mask):
+    kinds: list[Any] = [mask.bool(), mask.float(), mask.tolist(), 7 * mask]
+    for same in kinds:
         assert torch.equal(logits_of(early.score(ids, same, keep_logits=True)), logits_of(expected))
 
 

@@ -1,8 +1,10 @@
-"""Layers computed for some of the tokens: the same states, keys and values as computing them all."""
+"""Layers computed for some of the tokens leave the states, keys and values of computing all."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -82,8 +84,8 @@ def test_a_selection_is_dense_where_packing_would_gain_nothing(active: Tensor, l
 
 
 def some_counts(start: int) -> Counts:
-    numbers = [list(range(start + part, start + part + LAYERS)) for part in range(4)]
-    return Counts(*numbers, lm_head_rows=start, head_rows={start: 5, 2: 7})
+    a, b, c, d = (list(range(start + part, start + part + LAYERS)) for part in range(4))
+    return Counts(a, b, c, d, lm_head_rows=start, head_rows={start: 5, 2: 7})
 
 
 def test_counts_add_up_layer_by_layer() -> None:
@@ -193,10 +195,9 @@ def test_packed_updates_go_to_the_active_tokens_and_only_inside_the_block() -> N
     cache.window(0, 3)
     active = torch.tensor([[True, False, True], [False, True, False]])
     states = torch.arange(1.0, 4.0)[None, None, :, None].expand(1, 1, 3, 2)
-    with pytest.raises(ArithmeticError), cache.packed(Selection(active, ~active)):
+    with cache.packed(Selection(active, ~active)):
         keys, _ = cache.update(states, states, 0)
-        assert keys[:, 0, :, 0].tolist() == [[1, 0, 2], [0, 3, 0]]
-        raise ArithmeticError
+    assert keys[:, 0, :, 0].tolist() == [[1, 0, 2], [0, 3, 0]]
     whole = torch.ones(2, 1, 3, 2)
     keys, values = cache.update(whole, whole, 0)
     assert bool((keys == 1).all() & (values == 1).all())
@@ -326,7 +327,7 @@ def check_a_mixture(
 
 
 @ALL_FAMILIES
-@settings(max_examples=12)
+@settings(max_examples=25)
 @given(mixtures())
 def test_any_mixture_of_exits_leaves_the_states_and_the_cache_that_it_should(
     family: str, mixture: Mixture
@@ -336,7 +337,7 @@ def test_any_mixture_of_exits_leaves_the_states_and_the_cache_that_it_should(
     _, _, counts = check_a_mixture(layers, mixture, heads)
     if layers.skips:
         left = torch.where(mixture.valid, mixture.exit_layers, 0)
-        exited = [int(((0 < left) & (left < layer)).sum()) for layer in range(1, LAYERS + 1)]
+        exited = [int(((left > 0) & (left < layer)).sum()) for layer in range(1, LAYERS + 1)]
         of_exited = counts.predicted_rows if mixture.ridge else counts.key_value_rows
         assert of_exited == exited
 
@@ -387,6 +388,10 @@ def test_layers_that_slide_beside_layers_that_do_not_leave_the_same(
     check_a_mixture(alternating_layers(family), mixture, some_heads(family))
 
 
+#: Exit layers of two rows of which nobody leaves.
+NOBODY = torch.full((2, 16), LAYERS)
+
+
 def half_out(length: int = 16, *, ridge: bool = False) -> Mixture:
     """Return a mixture in which every other token of two rows leaves at layer 2."""
     ids = random_ids(2, length)
@@ -397,32 +402,24 @@ def half_out(length: int = 16, *, ridge: bool = False) -> Mixture:
 
 @SKIPPING_FAMILIES
 def test_the_window_of_a_sliding_family_is_kept_and_would_show(family: str) -> None:
-    stack = a_stack(family)
-    window = getattr(stack.model.config, "sliding_window", None)
-    mixture = half_out()
-    hidden, _, _ = check_a_mixture(some_layers(family), mixture, some_heads(family))
-    if not window:
+    stack, mixture = a_stack(family), half_out()
+    check_a_mixture(some_layers(family), mixture, some_heads(family))
+    if not getattr(stack.model.config, "sliding_window", None):
         return
-    assert window == 8
-    forgetful = stack.plan(mixture.ids)
-    seen = forgetful.embedded
-    for layer, call in enumerate(forgetful.calls, start=1):
-        causal = torch.ones(1, 1, 16, 16).tril().bool()
-        if stack.model.config._attn_implementation == "eager":
-            causal = torch.zeros(1, 1, 16, 16).masked_fill(~causal, torch.finfo().min)
-        seen = stack.step(
-            layer, seen, LayerCall(call.args, call.kwargs | {"attention_mask": causal})
-        )
-    assert (
-        difference(seen[:, :8], stepped(stack, forgetful.embedded, forgetful.calls)[:, :8]) < 1e-3
-    )
-    assert difference(seen, stepped(stack, forgetful.embedded, forgetful.calls)) > 1e-3
-    assert hidden.shape == seen.shape
+    plan = stack.plan(mixture.ids)
+    full = plain(stack, dataclasses.replace(mixture, exit_layers=NOBODY), some_heads(family))
+    causal = torch.ones(1, 1, 16, 16).tril().bool()
+    if stack.model.config._attn_implementation == "eager":
+        causal = torch.zeros(1, 1, 16, 16).masked_fill(~causal, torch.finfo().min)
+    calls = [LayerCall(call.args, call.kwargs | {"attention_mask": causal}) for call in plan.calls]
+    without_window = stepped(stack, plan.embedded, tuple(calls))
+    assert difference(without_window[:, :8], full.states[-1][:, :8]) <= CLOSE
+    assert difference(without_window[:, 8:], full.states[-1][:, 8:]) > 1e-3
 
 
 @SKIPPING_FAMILIES
 def test_bfloat16_mixtures_agree(family: str) -> None:
-    layers = SkippingLayers(DecoderStack(tiny_model(family).to(torch.bfloat16)))
+    layers = SkippingLayers(DecoderStack(tiny_model(family).bfloat16()))
     assert layers.skips
     mixture, heads = half_out(), some_heads(family)
     expected = plain(layers.stack, mixture, heads)
@@ -588,9 +585,9 @@ def test_attention_sees_the_active_rows_only(monkeypatch: pytest.MonkeyPatch) ->
 # --- The try-out -----------------------------------------------------------------------------
 
 
-def check_it_falls_back(family: str, reason: str) -> None:
+def check_it_falls_back(stack: DecoderStack, reason: str) -> None:
     """Raise AssertionError unless layers are not skipped, for this reason, and exits still work."""
-    stack, heads, ids = a_stack(family), some_heads(family), random_ids(2, 16)
+    heads, ids = some_heads(stack.model.config.model_type), random_ids(2, 16)
     propagations: tuple[Propagation, ...] = ("frozen", "ridge")
     for propagation in propagations:
         exits = some_exits(stack, heads=heads, propagation=propagation, text=ids)
@@ -659,28 +656,31 @@ def test_a_planted_bug_is_caught_by_the_try_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(SkippingLayers, method, plant(SkippingLayers))
-    check_it_falls_back(family, DIFFERS.format(1))
+    check_it_falls_back(a_stack(family), DIFFERS.format(1))
 
 
-def test_a_forgotten_norm_of_keys_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    for layer in a_stack("qwen3").layers:
-        attention: Any = layer.self_attn
-        monkeypatch.setattr(attention, "key_norm", attention.k_norm, raising=False)
-        own_forward = functools.partial(type(attention).forward, attention)
+class NormsByAnotherName(nn.Module):
+    """Attention whose keys are normed by a module that nobody would look for."""
 
-        def forward(
-            *args: Any, attention: Any = attention, own: Any = own_forward, **kwargs: Any
-        ) -> Any:
-            # A family that calls its norm otherwise: ours does not find it.
-            attention.k_norm = attention.key_norm
-            try:
-                return own(*args, **kwargs)
-            finally:
-                attention.k_norm = None
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.real, self.key_norm = attention, attention.k_norm
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+        self.head_dim, self.config = attention.head_dim, attention.config
 
-        monkeypatch.setattr(attention, "k_norm", None)
-        monkeypatch.setattr(attention, "forward", forward)
-    check_it_falls_back("qwen3", DIFFERS.format(1))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.real(*args, **kwargs)
+
+
+def test_a_norm_of_keys_that_is_not_found_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3")
+    module = sys.modules[type(model).__module__]
+    for name in ("apply_rotary_pos_emb", "eager_attention_forward"):
+        monkeypatch.setattr(sys.modules[__name__], name, getattr(module, name), raising=False)
+    for layer in model.model.layers:
+        layer.self_attn = NormsByAnotherName(layer.self_attn)
+    check_it_falls_back(DecoderStack(model), DIFFERS.format(1))
 
 
 @pytest.fixture
@@ -699,7 +699,7 @@ def test_a_layer_that_looks_at_its_neighbours_is_caught_by_number(
         return output + 0.5 * nn.functional.pad(output[:, :-1], (0, 0, 1, 0))
 
     hooked(a_stack("llama").layers[2].get_submodule("mlp"), add_what_came_before)
-    check_it_falls_back("llama", DIFFERS.format(3))
+    check_it_falls_back(a_stack("llama"), DIFFERS.format(3))
 
 
 def test_a_layer_that_cannot_take_packed_rows_at_all_is_caught(
@@ -710,9 +710,8 @@ def test_a_layer_that_cannot_take_packed_rows_at_all_is_caught(
             raise RuntimeError(f"expected two rows\nnot {output.shape[0]}")
 
     hooked(a_stack("llama").layers[1].get_submodule("mlp"), insist)
-    check_it_falls_back(
-        "llama", "its layers cannot be run for some of the tokens (expected two rows)"
-    )
+    reason = "its layers cannot be run for some of the tokens (expected two rows)"
+    check_it_falls_back(a_stack("llama"), reason)
 
 
 def test_attention_that_takes_no_mask_per_query_is_not_packed(

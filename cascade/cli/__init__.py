@@ -2,6 +2,18 @@
 
 from cascade.cli.app import app, main
 from cascade.cli.bench import bench_collect
+from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.measure import RUN_FILES, accept, analyze
 
-__all__ = ["RUN_FILES", "accept", "analyze", "app", "bench_collect", "main"]
+__all__ = [
+    "RUN_FILES",
+    "accept",
+    "analyze",
+    "app",
+    "bench_collect",
+    "calibrate",
+    "evaluate",
+    "fit_heads",
+    "generate",
+    "main",
+]

@@ -1,1 +1,542 @@
-"""Commands of early exit."""
+"""Commands of early exit: fit heads, calibrate thresholds, evaluate, generate."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cascade.cli.app import app
+from cascade.cli.showing import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    MODEL_HELP,
+    command_line,
+    print_record,
+    progress_bar,
+    status,
+)
+from cascade.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from cascade.corpora import TokenBlocks
+    from cascade.early_exit import EarlyExit
+    from cascade.generation import Generation
+    from cascade.heads import FittedHeads
+    from cascade.models import DecoderStack
+
+Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
+Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.")]
+Dtype = Annotated[str, typer.Option("--dtype", help=DTYPE_HELP)]
+Device = Annotated[str, typer.Option("--device", help=DEVICE_HELP)]
+Corpus = Annotated[
+    str,
+    typer.Option("--corpus", help="embedded, a .jsonl/.json/.parquet/.txt file, or a hub dataset."),
+]
+Split = Annotated[str | None, typer.Option("--split", help="Split of a hub or embedded corpus.")]
+Column = Annotated[
+    str | None,
+    typer.Option("--text-column", help="Column to read, where records are not in Alpaca form."),
+]
+SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per sequence.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", min=1, help="Stop at this many tokens.")
+]
+Heads = Annotated[
+    Path | None,
+    typer.Option("--heads", help="Heads of `cascade fit-heads`; the logit lens without."),
+]
+PropagationOption = Annotated[
+    str,
+    typer.Option("--propagation", help="What upper layers see of exited tokens."),
+]
+Output = Annotated[Path | None, typer.Option("--output", help="Folder for the results.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of draws and intervals.")]
+
+_RULES = "cosine, mean_cosine, top2_gap, max_probability, entropy, patience, ..."
+
+
+@app.command("fit-heads")
+def fit_heads(
+    output: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    layers: Annotated[str, typer.Option(help="Exit layers, e.g. 20,24,28.")],
+    model: Model = "smollm2-135m",
+    revision: Revision = None,
+    corpus: Corpus = "embedded",
+    split: Split = None,
+    text_column: Column = None,
+    seq_len: SeqLen = 128,
+    max_tokens: MaxTokens = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
+    distill: Annotated[
+        int, typer.Option(min=0, help="Then learn from the full model, in so many passes.")
+    ] = 0,
+    half: Annotated[bool, typer.Option("--half", help="Store in 16 bits: half the size.")] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit exit heads in closed form, and maps that tell upper layers of exited tokens.
+
+    One pass over the corpus (of the embedded one: its training split).
+    --distill goes on from there, and keeps what is better on sequences
+    kept aside.
+    """
+    wanted = _layers(layers)
+    _check_free(output, overwrite=overwrite)
+    from cascade import distillation, heads
+    from cascade.saturation import provenance_of
+
+    stack = _load(model, revision, dtype, device)
+    blocks = _read(
+        stack, corpus, split or _embedded(corpus, "train"), text_column, seq_len, max_tokens
+    )
+    with progress_bar("Fitting", blocks.tokens) as advance:
+        fitted = heads.fit_heads(
+            stack,
+            blocks,
+            wanted,
+            batch_size=batch_size,
+            provenance=provenance_of(stack, blocks, command_line()),
+            progress=advance,
+        )
+    if distill:
+        with progress_bar("Distilling", distill * blocks.tokens) as advance:
+            fitted = distillation.distill(
+                stack,
+                fitted,
+                blocks,
+                epochs=distill,
+                batch_size=batch_size,
+                seed=seed,
+                progress=advance,
+            )
+        for layer, losses in fitted.provenance["distillation"][
+            "kl_on_sequences_kept_aside"
+        ].items():
+            typer.echo(
+                f"Layer {layer}: KL to the full model {losses[0]:.4f} nats in closed form, "
+                f"{min(losses):.4f} distilled (on sequences kept aside)"
+            )
+    fitted.save(output, half=half)
+    size = output.stat().st_size / 1e6
+    typer.echo(f"Wrote {output} ({size:.1f} MB): heads for the layers {layers}", err=True)
+
+
+@app.command()
+def calibrate(
+    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
+    rule: Annotated[str, typer.Option(help=f"Exit rule: {_RULES}")] = "cosine",
+    hard_ratio: Annotated[
+        list[float] | None, typer.Option(help="Share of hard tokens; repeatable.")
+    ] = None,
+    risk: Annotated[
+        float | None,
+        typer.Option(help="Certify: at most this share of tokens differs from the full model's."),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="How sure the certificate must be.")] = 0.95,
+    transfer_to: Annotated[
+        str | None, typer.Option(help="Another corpus, to see what the thresholds do there.")
+    ] = None,
+    model: Model = "smollm2-135m",
+    revision: Revision = None,
+    heads: Heads = None,
+    propagation: PropagationOption = "frozen",
+    corpus: Corpus = "embedded",
+    split: Split = None,
+    text_column: Column = None,
+    seq_len: SeqLen = 128,
+    max_tokens: MaxTokens = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit thresholds for hard ratios, with intervals; or certify one for a risk.
+
+    With --output, writes calibration.json, which `cascade generate
+    --calibration` runs with.
+    """
+    from cascade.files import RunFolder
+    from cascade.report import print_calibration
+
+    with contextlib.ExitStack() as cleanup:
+        folder = None
+        if output is not None:
+            names = ("calibration.json",)
+            folder = cleanup.enter_context(RunFolder(output, names, overwrite=overwrite))
+        from cascade import calibration
+        from cascade.baselines import to_json
+
+        stack = _load(model, revision, dtype, device)
+        wish = calibration.Wish(
+            layer=layer if layer is not None else max(1, stack.num_layers - 1),
+            rule=rule,
+            hard_ratios=tuple(hard_ratio or (0.3, 0.5, 0.7)),
+            propagation=propagation,  # type: ignore[arg-type]  # checked by the wish itself
+            risk=risk,
+            confidence=confidence,
+        )
+        wish.check()
+        fitted = _read_heads(heads, stack)
+        blocks = _read(stack, corpus, split, text_column, seq_len, max_tokens)
+        onto = None
+        if transfer_to is not None:
+            onto = _read(stack, transfer_to, None, text_column, seq_len, max_tokens)
+        total = blocks.tokens + (blocks.tokens // 2 if risk is not None else 0)
+        total += 2 * onto.tokens if onto is not None else 0
+        with progress_bar("Calibrating", total) as advance:
+            record = calibration.calibrate(
+                stack,
+                blocks,
+                wish,
+                heads=fitted,
+                onto=onto,
+                seed=seed,
+                command=command_line(),
+                progress=advance,
+            )
+        if folder is not None:
+            folder.write("calibration.json", to_json(record) + "\n")
+    print_record(print_calibration, record)
+    if output is not None:
+        typer.echo(f"Wrote {output / 'calibration.json'}", err=True)
+
+
+#: The files of one run of `cascade evaluate --output`.
+EVALUATION_FILES = ("evaluation.json", "pareto.svg", "evaluation.html")
+
+
+@app.command()
+def evaluate(
+    layers: Annotated[
+        str | None, typer.Option(help="Exit layers, e.g. 24,28; the heads' own without.")
+    ] = None,
+    rule: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {_RULES}")] = None,
+    hard_ratio: Annotated[
+        list[float] | None, typer.Option(help="Share of hard tokens; repeatable.")
+    ] = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(help="LAYER:RULE:THRESHOLD, a point to measure as it is; repeatable."),
+    ] = None,
+    only_points: Annotated[
+        bool, typer.Option("--only-points", help="Measure the --point alone, as budgets do.")
+    ] = False,
+    agreement: Annotated[
+        float, typer.Option(help="Wanted share of tokens predicted as by the full model.")
+    ] = 0.95,
+    perplexity_ratio: Annotated[
+        float, typer.Option(help="Largest acceptable perplexity, relative to the full model's.")
+    ] = 1.05,
+    model: Model = "smollm2-135m",
+    revision: Revision = None,
+    heads: Heads = None,
+    propagation: PropagationOption = "frozen",
+    corpus: Corpus = "embedded",
+    split: Split = None,
+    text_column: Column = None,
+    seq_len: SeqLen = 128,
+    max_tokens: MaxTokens = 8192,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure early exit against the full model, and say whether it pays here.
+
+    Half of the sequences fit the thresholds, every figure comes from the
+    other half. Of the embedded corpus the held-out split is taken.
+    """
+    from cascade.files import RunFolder
+    from cascade.report import evaluation_page, pareto_svg, print_evaluation
+
+    with contextlib.ExitStack() as cleanup:
+        folder = None
+        if output is not None:
+            folder = cleanup.enter_context(RunFolder(output, EVALUATION_FILES, overwrite=overwrite))
+        points = [_point(text) for text in point or ()]
+        from cascade import evaluation
+        from cascade.baselines import to_json
+        from cascade.points import Point
+
+        stack = _load(model, revision, dtype, device)
+        fitted = _read_heads(heads, stack)
+        request = evaluation.Request(
+            layers=_evaluated_layers(layers, stack, fitted, only_points),
+            rules=() if only_points else tuple(rule or ("cosine", "top2_gap")),
+            hard_ratios=tuple(hard_ratio or (0.3, 0.5, 0.7)),
+            thresholds=tuple(Point(*values, "given") for values in points),
+            agreement=agreement,
+            perplexity_ratio=perplexity_ratio,
+            only_given=only_points,
+        )
+        request.check()
+        blocks = _read(
+            stack, corpus, split or _embedded(corpus, "held-out"), text_column, seq_len, max_tokens
+        )
+        fit, confirm = evaluation.split(blocks)
+        with progress_bar(
+            "Evaluating", confirm.tokens + (0 if only_points else fit.tokens)
+        ) as advance:
+            record = evaluation.evaluate(
+                stack,
+                fit,
+                confirm,
+                request,
+                heads=fitted,
+                propagation=propagation,  # type: ignore[arg-type]  # checked by the evaluator
+                batch_size=batch_size,
+                seed=seed,
+                command=command_line(),
+                progress=advance,
+            )
+        if folder is not None:
+            folder.write("evaluation.json", to_json(record) + "\n")
+            folder.write("pareto.svg", pareto_svg(record))
+            folder.write("evaluation.html", evaluation_page(record))
+    print_record(print_evaluation, record)
+    if output is not None:
+        typer.echo(f"Wrote {output / 'evaluation.html'}", err=True)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
+    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
+    rule: Annotated[str, typer.Option(help=f"Exit rule: {_RULES}")] = "cosine",
+    threshold: Annotated[
+        float | None, typer.Option(help="Tokens at or above it leave; without, the full model.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="calibration.json: layer, rule and threshold.")
+    ] = None,
+    hard_ratio: Annotated[
+        float | None, typer.Option(help="Which of the calibration's thresholds.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="The full model confirms every token.")
+    ] = False,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw the tokens.")] = False,
+    temperature: Annotated[float, typer.Option(help="Divides the logits of a draw.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest of this sum.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option(help="Generate with the full model too, to compare.")
+    ] = True,
+    model: Model = "smollm2-135m",
+    revision: Revision = None,
+    heads: Heads = None,
+    propagation: PropagationOption = "frozen",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Generate, and show at which layer each token left."""
+    from cascade.report import print_generation
+
+    if calibration is not None and (layer is not None or threshold is not None):
+        raise UsageError("--calibration says layer and threshold; leave out --layer, --threshold")
+    if hard_ratio is not None and calibration is None:
+        raise UsageError("--hard-ratio chooses a calibration's threshold; give --calibration")
+    if not prompt.strip():
+        raise UsageError("expected a prompt, got an empty one; give --prompt some text")
+    stack = _load(model, revision, dtype, device)
+    fitted = _read_heads(heads, stack)
+    if calibration is not None:
+        from cascade.calibration import early_exit_of, read_calibration
+
+        record = read_calibration(calibration, stack)
+        early = early_exit_of(record, stack, heads=fitted, hard_ratio=hard_ratio)
+    else:
+        early = _early_exit(
+            stack, layer, rule, threshold, fitted, "exact" if verify else propagation, seed
+        )
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop_strings": stop,
+    }
+    ids = _encode(stack, prompt, chat=chat)
+    with status("Generating"):
+        summary = _generate(stack, early, ids, settings, verify=verify, compare=compare)
+    print_record(print_generation, summary | {"prompt": prompt})
+
+
+def _early_exit(
+    stack: DecoderStack,
+    layer: int | None,
+    rule: str,
+    threshold: float | None,
+    heads: FittedHeads | None,
+    propagation: str,
+    seed: int,
+) -> EarlyExit:
+    from cascade.early_exit import EarlyExit
+
+    return EarlyExit(
+        stack,
+        layer=layer if layer is not None else max(1, stack.num_layers - 1),
+        rule=rule,
+        threshold=float("inf") if threshold is None else threshold,
+        heads=heads,
+        propagation=propagation,  # type: ignore[arg-type]  # checked by EarlyExit itself
+        seed=seed,
+    )
+
+
+def _encode(stack: DecoderStack, prompt: str, *, chat: bool) -> Any:
+    import torch
+
+    if stack.tokenizer is None:
+        raise UsageError("the model has no tokenizer to read a prompt with")
+    if chat:
+        if not getattr(stack.tokenizer, "chat_template", None):
+            raise UsageError("the model's tokenizer has no chat template; leave out --chat")
+        prompt = str(
+            stack.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        )
+    return torch.tensor([stack.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]])
+
+
+def _generate(
+    stack: DecoderStack,
+    early: EarlyExit,
+    ids: Any,
+    settings: dict[str, Any],
+    *,
+    verify: bool,
+    compare: bool,
+) -> dict[str, Any]:
+    """Generate, with the full model too where wanted; return a record of kind `generation`."""
+    from cascade.early_exit import EarlyExit
+
+    def timed(model: EarlyExit, **options: Any) -> tuple[Generation, float]:
+        start = time.perf_counter()
+        made = model.generate(ids, return_dict_in_generate=True, **settings, **options)
+        return made, time.perf_counter() - start  # type: ignore[return-value]
+
+    # The first pass warms caches up for whichever comes after it.
+    early.generate(ids, **settings | {"max_new_tokens": 1})
+    made, seconds = timed(early, verify=verify)
+    new = made.sequences[0, ids.shape[1] :].tolist()
+    full = None
+    if compare:
+        plain, full_seconds = timed(EarlyExit(stack, skip=False))
+        theirs = plain.sequences[0, ids.shape[1] :].tolist()
+        same = next((n for n, (a, b) in enumerate(zip(new, theirs, strict=False)) if a != b), None)
+        full = {
+            "tokens_per_second": len(theirs) / full_seconds,
+            "text": stack.tokenizer.decode(theirs),  # type: ignore[union-attr]
+            "same_tokens": min(len(new), len(theirs)) if same is None else same,
+        }
+    return {
+        "schema": 1,
+        "kind": "generation",
+        "num_layers": stack.num_layers,
+        "tokens": [stack.tokenizer.decode([token]) for token in new],  # type: ignore[union-attr]
+        "exit_layers": made.exit_layers[0].tolist(),
+        "layers_per_token": made.layers_per_token,
+        "tokens_per_second": len(new) / seconds,
+        "counts": made.counts.record(),
+        "verified": verify,
+        "drafted": made.drafted,
+        "accepted": made.accepted,
+        "fallback_reason": early.fallback_reason,
+        "full": full,
+    }
+
+
+def _load(model: str, revision: str | None, dtype: str, device: str) -> DecoderStack:
+    from cascade import models
+
+    with status(f"Loading {model} (a first time can take half a minute)"):
+        return models.load(model, revision=revision, dtype=dtype, device=device)
+
+
+def _read(
+    stack: DecoderStack,
+    corpus: str,
+    split: str | None,
+    text_column: str | None,
+    seq_len: int,
+    max_tokens: int | None,
+) -> TokenBlocks:
+    from cascade import corpora
+
+    with status(f"Reading {corpus}"):
+        return corpora.load_blocks(
+            corpus,
+            stack.tokenizer,
+            seq_len=seq_len,
+            num_samples=None,
+            max_tokens=max_tokens,
+            split=split,
+            text_column=text_column,
+        )
+
+
+def _read_heads(path: Path | None, stack: DecoderStack) -> FittedHeads | None:
+    from cascade.heads import load_heads
+
+    return None if path is None else load_heads(path, stack)
+
+
+def _embedded(corpus: str, split: str) -> str | None:
+    """Return the split that a command takes of the embedded corpus."""
+    return split if corpus == "embedded" else None
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"expected layers such as 24 or 20,24,28, got {text!r}") from None
+    return layers
+
+
+def _evaluated_layers(
+    text: str | None, stack: DecoderStack, heads: FittedHeads | None, only_points: bool
+) -> tuple[int, ...]:
+    if text is not None:
+        return _layers(text)
+    if only_points:
+        return ()
+    return tuple(heads.layers) if heads is not None else (max(1, stack.num_layers - 1),)
+
+
+def _point(text: str) -> tuple[int, str, float]:
+    parts = text.split(":")
+    try:
+        layer, rule, threshold = parts
+        return int(layer), rule, float(threshold)
+    except ValueError:
+        raise UsageError(
+            f"expected a point LAYER:RULE:THRESHOLD such as 29:cosine:0.9517, got {text!r}"
+        ) from None
+
+
+def _check_free(path: Path, *, overwrite: bool) -> None:
+    if path.suffix != ".safetensors":
+        raise OutputError(f"expected --output to be a .safetensors file, got {path}")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise OutputError(f"{path} exists: choose another --output, or replace it with --overwrite")

@@ -144,15 +144,31 @@ def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
 
 @app.command()
 def accept(
-    run: Annotated[Path, typer.Argument(help="A folder that `cascade analyze --output` wrote.")],
+    run: Annotated[
+        Path, typer.Argument(help="A folder of `cascade analyze` or `cascade evaluate --output`.")
+    ],
     baselines: Annotated[Path, typer.Option(help="The folder of all baselines.")] = Path(
         "baselines"
     ),
 ) -> None:
-    """Store a reviewed run as the baseline of its model and corpus."""
+    """Store a reviewed run: a profile as baseline, an evaluation's given points as budgets."""
     from cascade.baselines import accept as store
 
+    if (run / "evaluation.json").exists():
+        _accept_budgets(run, baselines)
+        return
     path, before = store(baselines, run)
     if before is not None:
         typer.echo(f"Against the baseline before: {before.describe()}")
     typer.echo(f"Wrote {path} and {path.with_suffix('.npz').name}; review and commit both")
+
+
+def _accept_budgets(run: Path, baselines: Path) -> None:
+    from cascade.baselines import read_record
+    from cascade.budgets import accept_budgets
+
+    evaluation = read_record(run / "evaluation.json", kind="evaluation")
+    path, overruns = accept_budgets(baselines, evaluation)
+    for overrun in overruns:
+        typer.echo(f"Against the budgets before: {overrun}")
+    typer.echo(f"Wrote {path}; review and commit it")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cascade.report.drawing import LIGHT, as_svg, plain_style, title_of
 from cascade.report.reading import (
     NORM_SUFFIX,
     ROLES,
@@ -30,26 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Colours by name, for light and dark surroundings. A plot is drawn in the light ones; the page
-#: swaps each for a CSS variable, so one drawing serves both.
-PALETTE = {
-    "paper": ("#ffffff", "#14181f"),
-    "ink": ("#1c2430", "#e4e8ee"),
-    "muted": ("#5b6675", "#9aa6b5"),
-    "grid": ("#e3e7ec", "#2a323d"),
-    "stable": ("#e6f2ec", "#1b2e29"),
-    "tint": ("#fbf0e9", "#2e231d"),
-    "spread": ("#a9c4ea", "#35558a"),
-    "whisker": ("#8d9bb0", "#76859b"),
-    "mean": ("#1d5bb8", "#7fb0f5"),
-    "active": ("#c2410c", "#fb9a5b"),
-    "empty": ("#1a1626", "#0b0a12"),
-}
-LIGHT = {name: light for name, (light, _) in PALETTE.items()}
-
 _MARKERS = {"input transform": "^", "dip": "v", "output transform": "s"}
 _HEAT_ROWS = 120
-_HEAT_DPI = 200
 #: Beyond this many active layers their names would cover each other; the markers still tell.
 _MAX_ANNOTATIONS = 8
 
@@ -67,7 +46,7 @@ def layer_profile_svg(record: Record) -> str:
         ValueError: The record is of another kind or schema, or lacks a section.
     """
     check_profile(record)
-    with _plain_style():
+    with plain_style():
         figure, axes = _new_figure(record, "similarity per layer")
         _limit_angles(axes, *_angle_range(record))
         _draw_stable_bands(axes, record)
@@ -77,7 +56,7 @@ def layer_profile_svg(record: Record) -> str:
         figure.legend(loc="outside lower center", ncols=5)
         first, last = record["layers"][0]["layer"], record["layers"][-1]["layer"]
         label = f"Line chart: similarity per layer, {first} to {last}. {summary(record)}"
-        return _svg(figure, "layer-profile", label)
+        return as_svg(figure, "layer-profile", label)
 
 
 def density_svg(record: Record, arrays: Arrays) -> str:
@@ -96,7 +75,7 @@ def density_svg(record: Record, arrays: Arrays) -> str:
     """
     check_profile(record)
     check_histogram(record, arrays)
-    with _plain_style():
+    with plain_style():
         figure, axes = _new_figure(record, "where the tokens lie")
         shares, edges = _rebinned(arrays["histogram"])
         _draw_heat_map(figure, axes, shares, edges, _positions(record))
@@ -104,36 +83,7 @@ def density_svg(record: Record, arrays: Arrays) -> str:
         _label_layers(axes, record)
         first, last = record["layers"][0]["layer"], record["layers"][-1]["layer"]
         label = f"Heat map: share of tokens per similarity, layers {first} to {last}."
-        return _svg(figure, "token-density", label)
-
-
-@contextmanager
-def _plain_style() -> Iterator[None]:
-    """Draw independently of the user's matplotlibrc, and reproducibly."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "svg.hashsalt": "cascade",
-                "svg.fonttype": "none",
-                "font.size": 9.5,
-                "figure.facecolor": LIGHT["paper"],
-                "axes.facecolor": LIGHT["paper"],
-                "axes.edgecolor": LIGHT["muted"],
-                "axes.labelcolor": LIGHT["muted"],
-                "axes.axisbelow": True,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "grid.color": LIGHT["grid"],
-                "text.color": LIGHT["ink"],
-                "xtick.color": LIGHT["muted"],
-                "ytick.color": LIGHT["muted"],
-                "legend.frameon": False,
-            }
-        )
-        yield
+        return as_svg(figure, "token-density", label)
 
 
 def _new_figure(record: Record, subject: str) -> tuple[Figure, Axes]:
@@ -141,14 +91,8 @@ def _new_figure(record: Record, subject: str) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     axes = figure.add_subplot()
-    model, corpus = record["provenance"]["model"], record["provenance"]["corpus"]
-    # A path can be a name: what is longer than this runs out of the figure.
-    names = [
-        name if len(name) <= 40 else f"{name[:37]}..." for name in (model["name"], corpus["name"])
-    ]
-    title = f"{' on '.join(names)}: {subject}"
-    # A character that the font lacks would warn, and a "$" would start a formula.
-    title = title.encode("ascii", "replace").decode()
+    # Without parse_math=False a "$" in a name would start a formula.
+    title = title_of(record, subject)
     axes.set_title(title, loc="left", pad=20, fontsize=11, parse_math=False)
     axes.set_ylabel("similarity (axis uniform in angle)")
     axes.set_xlabel("decoder layer")
@@ -375,27 +319,3 @@ def _draw_heat_map(
     ticks = [10.0**power for power in range(-12, 1) if lowest <= 10.0**power <= highest]
     bar.set_ticks(ticks, labels=[f"{100 * tick:.12g}%" for tick in ticks])
     bar.set_label("share of the layer's tokens in a cell")
-
-
-def _svg(figure: Figure, name: str, label: str) -> str:
-    """Write a figure as one `<svg>` element that can share a page with others.
-
-    Every id is renamed to `name-<number>`, in order of appearance: two figures on a page share
-    none, and none depends on a memory address.
-    """
-    buffer = io.StringIO()
-    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", dpi=_HEAT_DPI, metadata=no_metadata)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].rstrip() + "\n"
-    numbers: dict[str, str] = {}
-    # "<" and ">" are escaped in texts, so this sees only attributes.
-    for old in re.findall(r'<[^<>]*?\sid="([^"]+)"', svg):
-        numbers.setdefault(old, f"{name}-{len(numbers) + 1}")
-    svg = re.sub(r'(<[^<>]*?\sid=")([^"]+)', lambda m: m[1] + numbers[m[2]], svg)
-    svg = re.sub(r"(url\(#)([^)]+)", lambda m: m[1] + numbers[m[2]], svg)
-    svg = re.sub(r'(href="#)([^"]+)', lambda m: m[1] + numbers[m[2]], svg)
-    # matplotlib's one CSS rule would otherwise style the whole page.
-    svg = svg.replace("*{stroke", f"#{name} *{{stroke")
-    root = f'<svg id="{name}" role="img" aria-label="{html.escape(label)}" '
-    return svg.replace("<svg ", root, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -20,16 +21,48 @@ ROLES = {
     "output_transform": "output transform",
 }
 NORM_SUFFIX = "+norm"
+#: What each exit rule calls its confidence, and what that is.
+RULE_WORDS = {
+    "cosine": ("similarity", "the similarity of the layer's input and output"),
+    "mean_cosine": ("mean similarity", "the mean similarity of the layer and the one before it"),
+    "top2_gap": ("gap", "the gap between the exit head's two largest probabilities"),
+    "max_probability": ("probability", "the exit head's largest probability"),
+    "entropy": ("certainty", "one minus the entropy of the exit head, in shares of the largest"),
+    "patience": ("streak", "how many exit layers before it predict the same token"),
+}
+
+
+def check_record(record: Record, kind: str, sections: Sequence[str]) -> None:
+    """Refuse what is not a whole record of a kind, before anything is shown.
+
+    Raises:
+        ValueError: It is of another kind or schema, lacks a section, or holds NaN; in one line.
+    """
+    for key, expected in (("kind", kind), ("schema", SCHEMA)):
+        if record.get(key) != expected:
+            raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
+    missing = [section for section in sections if section not in record]
+    if missing:
+        raise ValueError(f"expected the sections {', '.join(sections)}, got none of {missing}")
+    place = next(_nan_places(record), None)
+    if place is not None:
+        raise ValueError(f"expected numbers, got nan at {place}; make the record anew")
+
+
+def _nan_places(value: Any, place: str = "") -> Iterator[str]:
+    if isinstance(value, float) and math.isnan(value):
+        yield place
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _nan_places(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _nan_places(item, f"{place}[{index}]")
 
 
 def check_profile(record: Record) -> None:
     """Refuse what is not a saturation profile, before anything is drawn."""
-    for key, expected in (("kind", _KIND), ("schema", SCHEMA)):
-        if record.get(key) != expected:
-            raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
-    missing = [section for section in _SECTIONS if section not in record]
-    if missing:
-        raise ValueError(f"expected the sections {', '.join(_SECTIONS)}, got none of {missing}")
+    check_record(record, _KIND, _SECTIONS)
     if not record["layers"]:
         raise ValueError("expected at least one layer, got none")
 
@@ -67,13 +100,14 @@ def show(value: float) -> str:
     return f"{value:z.4f}"
 
 
-def _percent(share: float) -> str:
+def percent(share: float, digits: int = 2) -> str:
     """Format a share so that 0.00% means none and 100.00% means all, never nearly."""
-    if 0 < share < 0.00005:
-        return "<0.01%"
-    if 0.99995 <= share < 1:
-        return ">99.99%"
-    return f"{100 * share:.2f}%"
+    smallest = 10.0**-digits
+    if 0 < share < smallest / 200:
+        return f"<{smallest:.{digits}f}%"
+    if 1 - smallest / 200 <= share < 1:
+        return f">{100 - smallest:.{digits}f}%"
+    return f"{100 * share:.{digits}f}%"
 
 
 def statistics_rows(record: Record) -> list[list[str]]:
@@ -92,7 +126,7 @@ def statistics_rows(record: Record) -> list[list[str]]:
 def outlier_rows(record: Record) -> list[list[str]]:
     """Return layer, share below 0 and below 0.5, for the layers that have any."""
     return [
-        [row["layer"], _percent(row["frac_negative"]), _percent(row["frac_below_half"])]
+        [row["layer"], percent(row["frac_negative"]), percent(row["frac_below_half"])]
         for row in record["layers"]
         if row["frac_negative"] > 0 or row["frac_below_half"] > 0
     ]
@@ -172,12 +206,23 @@ def findings(record: Record) -> list[tuple[str, str]]:
 
 def exit_rule(record: Record) -> str:
     """Say which two states the thresholds compare, and what hard and easy mean."""
-    layer = str(record["thresholds"]["exit_layer"])
-    # Spelled out because the pair one further up is the off-by-one of the first study.
-    pair = f", history[{int(layer) - 1}] against history[{layer}]" if layer.isdigit() else ""
+    return rule_sentence(str(record["thresholds"]["exit_layer"]))
+
+
+def rule_sentence(layer: str, rule: str = "cosine") -> str:
+    """Say what a rule looks at in an exit layer, and what hard and easy mean."""
+    value, what = "confidence", f", rule {rule}"
+    if rule in RULE_WORDS:
+        value, meaning = RULE_WORDS[rule]
+        what = f": {meaning}"
+    if rule in ("cosine", "mean_cosine"):
+        last = int(layer) if layer.isdigit() else None
+        pairs = [] if last is None else [last] if rule == "cosine" else [last - 1, last]
+        # Spelled out because the pair one further up is the off-by-one of the first study.
+        what = "".join(f", history[{after - 1}] against history[{after}]" for after in pairs)
     return (
-        f"Exit layer {layer}{pair}. Hard: similarity < threshold, the token goes on. "
-        "Easy: similarity >= threshold, the token exits."
+        f"Exit layer {layer}{what}. Hard: {value} < threshold, the token goes on. "
+        f"Easy: {value} >= threshold, the token exits."
     )
 
 

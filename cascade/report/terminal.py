@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,7 +32,7 @@ _CHART_WIDTH = 100
 _TABLE_WIDTH = 80
 
 #: Only an addition: the role is also said in words.
-_ACTIVE_STYLE = "yellow"
+ACTIVE_STYLE = "yellow"
 
 #: rich replaces box characters on an ASCII stream by a box with edges, which is wider than 80.
 _ASCII_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
@@ -56,7 +58,7 @@ def print_pairs(pairs: Iterable[tuple[str, str]], console: Console) -> None:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for label, text in pairs:
-        grid.add_row(Text(label, style="dim"), Text(text))
+        grid.add_row(Text(printable(label, console), style="dim"), Text(printable(text, console)))
     print_lines(grid, console, console.width)
 
 
@@ -68,17 +70,25 @@ def print_table(
     gap: int = 0,
     text_columns: int = 0,
     active: Collection[str] = (),
+    styles: Mapping[int, str] | None = None,
 ) -> None:
     """Print numbers right-aligned and the last `text_columns` left-aligned.
 
     Args:
         header: The columns' names.
         rows: As many cells each as the header has; none is read as markup.
-        console: Where to print. A table of up to 80 columns is whole on a narrower one, too.
-        gap: Blanks between columns beside the one that the box itself leaves.
+        console: Where to print. The table is whole on a narrower one, too.
+        gap: Blanks between columns beside the one that the box itself leaves; fewer where the
+            table would not fit.
         text_columns: How many columns, counted from the last, hold text.
         active: First cells of the rows to stand out, by colour alone: say it in words as well.
+        styles: Styles of other rows by their number, from 0; the same holds for them.
     """
+    lines = [[printable(cell, console) for cell in row] for row in (header, *rows)]
+    widths = sum(max(map(cell_len, column)) for column in zip(*lines, strict=True))
+    room = max(console.width, _TABLE_WIDTH)
+    while gap and widths + (len(header) - 1) * (gap + 1) > room:
+        gap -= 1
     table = Table(
         box=_ASCII_BOX if console.options.ascii_only else box.SIMPLE_HEAD,
         show_edge=False,
@@ -89,11 +99,29 @@ def print_table(
     for index, name in enumerate(header):
         is_text = index >= len(header) - text_columns
         table.add_column(Text(name), justify="left" if is_text else "right", no_wrap=True)
-    for row in rows:
+    for number, row in enumerate(lines[1:]):
         # Text, not str: a cell is never read as rich markup.
-        style = _ACTIVE_STYLE if row[0] in active else ""
+        style = ACTIVE_STYLE if row[0] in active else (styles or {}).get(number, "")
         table.add_row(*(Text(cell, style=style) for cell in row))
-    print_lines(table, console, max(console.width, _TABLE_WIDTH))
+    print_lines(table, console, max(room, widths + (len(header) - 1) * (gap + 1)))
+
+
+def printable(text: str, console: Console, *, keep: str = "") -> str:
+    """Return a text that the console can show and that cannot steer it.
+
+    Args:
+        text: Anything, also what a model wrote.
+        console: Where it goes; what its encoding lacks is spelled as an escape.
+        keep: Control characters to leave as they are.
+    """
+    shown = "".join(
+        character
+        if character in keep or unicodedata.category(character) not in ("Cc", "Cs")
+        # repr: "\x1b" is seen, and does nothing.
+        else repr(character)[1:-1]
+        for character in text
+    )
+    return shown.encode(console.encoding, "backslashreplace").decode(console.encoding)
 
 
 def print_lines(content: Table | Text, console: Console, width: int) -> None:
@@ -179,7 +207,7 @@ def _bar_chart(record: Record, width: int, ascii_only: bool) -> Iterator[Text]:
         line = f"{row['layer']:>{name_width}} {show(row['mean']):>7} {bar}"
         if role:
             line = f"{line:<{name_width + 9 + left + 1 + scale}} ({role})"
-        yield Text(line, style=_ACTIVE_STYLE if role else "")
+        yield Text(line, style=ACTIVE_STYLE if role else "")
 
 
 def _bar(mean: float, scale: int, left: int, ascii_only: bool) -> str:
