@@ -13,17 +13,20 @@ import torch
 from cascade.baselines import read_record
 from cascade.corpora import TokenBlocks
 from cascade.early_exit import PROPAGATIONS, EarlyExit, Propagation, make_chunk, make_exit
-from cascade.errors import RecordError, UsageError
+from cascade.errors import CorpusError, ModelError, RecordError, UsageError
 from cascade.exits import find_rule
 from cascade.heads import FittedHeads, check_same_model
 from cascade.models import DecoderStack
 from cascade.passes import Pass, slices
 from cascade.points import Array, Evaluator, Point
-from cascade.saturation import provenance_of
+from cascade.saturation import check_blocks, provenance_of
 from cascade.skipping import Counts, SkippingLayers
 from cascade.thresholds import Certificate, certify, fit_threshold, transfer
 
 KIND = "calibration"
+
+#: What a calibration must hold to run with.
+_PARTS = {"exit_layer", "rule", "head", "propagation", "by_hard_ratio", "certificate", "provenance"}
 
 #: Exit shares whose thresholds are tested one after the other, the safest first.
 _TESTED_SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, *(share / 100 for share in range(10, 100, 5)), 1.0)
@@ -54,13 +57,21 @@ class Wish:
         """Refuse what cannot be meant.
 
         Raises:
-            UsageError: A ratio, risk or confidence out of range, or a rule that needs the full
-                model's answer.
+            UsageError: A ratio, risk or confidence out of range, nothing at all is asked for, or a
+                rule that needs the full model's answer or other exit layers.
         """
-        if find_rule(self.rule).needs_full:
+        rule = find_rule(self.rule)
+        if rule.needs_full:
             raise UsageError(
                 f"the rule {self.rule} needs the full model's answer: it has nothing to calibrate"
             )
+        if rule.needs_earlier:
+            raise UsageError(
+                f"the rule {self.rule} looks at earlier exit layers, and a calibration has only one"
+                " layer; calibrate another rule"
+            )
+        if not self.hard_ratios and self.risk is None:
+            raise UsageError("expected a hard ratio or a risk to calibrate for, got neither")
         if self.propagation not in PROPAGATIONS:
             raise UsageError(
                 f"expected a propagation among {', '.join(PROPAGATIONS)}, got {self.propagation!r}"
@@ -82,6 +93,7 @@ def confidences(
     *,
     heads: FittedHeads | None = None,
     batch_size: int = 32,
+    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Array:
     """Return every token's confidence at an exit layer, `[S, T]`; nothing above it is computed.
@@ -93,29 +105,39 @@ def confidences(
         rule: The rule's name.
         heads: Fitted heads; the logit lens where not given.
         batch_size: Sequences per forward pass.
+        seed: For rules that draw.
         progress: Called with the number of tokens done since the last call.
 
     Raises:
         UsageError: No such layer or rule.
+        CorpusError: Sequences beyond the model's positions.
         ModelError: A state is not finite, or the heads belong to another model.
     """
     if heads is not None:
         heads.check(stack)
     way_out = make_exit(stack, layer, rule, float("inf"), heads=heads)
+    check_blocks(stack, blocks, batch_size)
     layers = SkippingLayers(stack, skip=False)
     parts = []
     for ids, _ in blocks.batches(batch_size):
         chunk = make_chunk(stack, torch.from_numpy(ids).long())
         cache = layers.new_cache(*ids.shape, keep=False)
         cache.window(0, ids.shape[1])
-        going = Pass(layers, (way_out,), chunk, cache, Counts.of(stack.num_layers))
+        counts = Counts.of(stack.num_layers)
+        going = Pass(layers, (way_out,), chunk, cache, counts, seed=seed)
         going.climb(layer)
         rows, columns = torch.nonzero(chunk.valid, as_tuple=True)
         values = [
             way_out.rule.confidence(going.point(way_out, rows[some], columns[some]))
             for some in slices(len(rows), stack.max_positions)
         ]
-        parts.append(torch.cat(values).reshape(ids.shape).float().cpu().numpy())
+        made = torch.cat(values).reshape(ids.shape).float()
+        if not torch.isfinite(made).all():
+            raise ModelError(
+                f"the rule {rule} is not finite at exit layer {layer}, nor are the states or logits"
+                " there; use a wider --dtype, or get the checkpoint again"
+            )
+        parts.append(made.cpu().numpy())
         if progress is not None:
             progress(ids.size)
     return np.concatenate(parts)
@@ -158,6 +180,13 @@ def calibrate(
         ModelError: A state is not finite, or the heads belong to another model.
     """
     wish.check()
+    for corpus in (blocks, onto):
+        if corpus is not None and len(corpus.ids) < 2:
+            raise CorpusError(
+                f"expected at least 2 sequences to calibrate on, got {len(corpus.ids)} in "
+                f"{corpus.name}: tokens of one are correlated and give no interval; take a larger "
+                "corpus or a smaller --seq-len"
+            )
     run = _Run(stack, wish, heads, batch_size, seed, progress)
     values = run.confidences(blocks)
     fitted = [fit_threshold(values, ratio, seed=seed) for ratio in wish.hard_ratios]
@@ -167,7 +196,10 @@ def calibrate(
         "schema": 1,
         "kind": KIND,
         "provenance": provenance_of(stack, blocks, command)
-        | {"heads": heads.provenance if heads else None},
+        | {
+            "heads": heads.provenance if heads else None,
+            "heads_fingerprint": heads.fingerprint() if heads else None,
+        },
         "exit_layer": wish.layer,
         "rule": wish.rule,
         "head": head.name,
@@ -195,6 +227,14 @@ class _Run:
     ) -> None:
         self.stack, self.wish, self.heads = stack, wish, heads
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
+        # Made before any work is done: it refuses a layer or heads that cannot be.
+        self.evaluator = Evaluator(
+            stack,
+            {wish.layer: [wish.rule]},
+            heads=heads,
+            propagation=wish.propagation,
+            seed=seed,
+        )
 
     def confidences(self, blocks: TokenBlocks) -> Array:
         return confidences(
@@ -204,24 +244,19 @@ class _Run:
             self.wish.rule,
             heads=self.heads,
             batch_size=self.batch_size,
+            seed=self.seed,
             progress=self.progress,
         )
 
     def losses(self, blocks: TokenBlocks, thresholds: Sequence[float]) -> Array:
-        evaluator = Evaluator(
-            self.stack,
-            {self.wish.layer: [self.wish.rule]},
-            heads=self.heads,
-            propagation=self.wish.propagation,
-            seed=self.seed,
-        )
         points = [Point(self.wish.layer, self.wish.rule, threshold, "") for threshold in thresholds]
-        return evaluator.losses(blocks, points, progress=self.progress)
+        return self.evaluator.losses(blocks, points, progress=self.progress)
 
     def certificate(self, blocks: TokenBlocks, values: Array) -> Certificate:
         assert self.wish.risk is not None
         proposed = np.quantile(values[0::2], [1 - share for share in _TESTED_SHARES])
-        thresholds = np.unique(proposed)[::-1]
+        # In the confidences' own precision, in which they are compared.
+        thresholds = np.unique(proposed.astype(values.dtype))[::-1]
         tested = replace(blocks, ids=blocks.ids[1::2])
         losses = self.losses(tested, [float(value) for value in thresholds])
         return certify(thresholds, losses, risk=self.wish.risk, confidence=self.wish.confidence)
@@ -250,13 +285,33 @@ def read_calibration(path: Path, stack: DecoderStack) -> dict[str, Any]:
         ModelError: It belongs to another model (both are named).
     """
     record = read_record(path, kind=KIND)
-    missing = {"exit_layer", "rule", "head", "propagation", "by_hard_ratio"} - record.keys()
+    missing = _PARTS - record.keys()
     if missing:
         raise RecordError(
             f"{path} lacks {', '.join(sorted(missing))}; make it anew with `cascade calibrate`"
         )
-    check_same_model(record["provenance"]["model"], stack, what="this calibration")
+    if not _is_whole(record):
+        raise RecordError(
+            f"{path} is torn or edited: expected a model and thresholds that are numbers; make it "
+            "anew with `cascade calibrate`"
+        )
+    check_same_model(record["provenance"]["model"], stack, what="this calibration's thresholds")
     return record
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Say whether a record has the model and the numbers that are taken from it."""
+    try:
+        numbers = [
+            row[name] for row in record["by_hard_ratio"] for name in ("hard_ratio", "threshold")
+        ]
+        certificate = record["certificate"]
+        if certificate is not None and certificate["threshold"] is not None:
+            numbers.append(certificate["threshold"])
+        whole = isinstance(record["provenance"]["model"], dict)
+    except (KeyError, TypeError):
+        return False
+    return whole and all(isinstance(number, int | float) for number in numbers)
 
 
 def threshold_of(record: dict[str, Any], hard_ratio: float | None = None) -> float:
@@ -302,13 +357,18 @@ def early_exit_of(
         hard_ratio: Which of its thresholds; see `threshold_of`.
 
     Raises:
-        UsageError: The heads are missing or too many, or no threshold is chosen.
+        UsageError: The heads are missing, too many or others, or no threshold is chosen.
     """
     used = "ridge" if heads is not None else "logit_lens"
     if (record["head"] == "logit_lens") != (heads is None):
         raise UsageError(
             f"this calibration was made with the {record['head']} head, got {used}; "
             "give the same --heads"
+        )
+    if heads is not None and heads.fingerprint() != record["provenance"].get("heads_fingerprint"):
+        raise UsageError(
+            "this calibration was made with other heads of the same model; give the same --heads, "
+            "or calibrate anew with these"
         )
     return EarlyExit(
         stack,

@@ -14,7 +14,7 @@ from cascade.corpora import TokenBlocks
 from cascade.costs import full_flops
 from cascade.early_exit import Propagation
 from cascade.errors import CorpusError, UsageError
-from cascade.exits import RULES
+from cascade.exits import check_layers, find_rule
 from cascade.heads import FittedHeads
 from cascade.models import DecoderStack
 from cascade.points import INTERVAL, Array, Evaluator, ExitTable, Point
@@ -46,24 +46,35 @@ class Request:
     only_given: bool = False
 
     def check(self) -> None:
-        """Refuse ratios that cannot be meant.
+        """Refuse what cannot be meant.
 
         Raises:
-            UsageError: A ratio is outside its range.
+            UsageError: A ratio or a threshold is outside its range, or there is no exit layer.
         """
+        if self.only_given and not self.thresholds:
+            raise UsageError("expected at least one point to measure; name some with --point")
+        if not self.layers and not self.thresholds:
+            raise UsageError("expected at least one exit layer, got none; name some")
         for name, values in (
             ("hard ratio", self.hard_ratios),
-            ("agreement", (self.agreement,)),
+            ("share of agreement", (self.agreement,)),
         ):
             for value in values:
                 if not 0 <= value <= 1:
                     raise UsageError(f"expected a {name} in 0..1, got {value:g}")
-        if self.only_given and not self.thresholds:
-            raise UsageError("expected at least one point to measure; name some with --point")
         if not self.perplexity_ratio >= 1:
             raise UsageError(
                 f"expected a perplexity ratio of at least 1, got {self.perplexity_ratio:g}"
             )
+        for name in self.rules:
+            find_rule(name)
+        for point in self.thresholds:
+            find_rule(point.rule).check(point.threshold)
+            if math.isinf(point.threshold):
+                raise UsageError(
+                    f"expected a finite threshold, got {point.threshold:g}; the full model is "
+                    "always measured, and that every token leaves is the rule fixed"
+                )
 
 
 def split(blocks: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks]:
@@ -115,9 +126,18 @@ def evaluate(
 
     Raises:
         UsageError: Something that cannot be asked for.
+        CorpusError: Too few sequences for an interval, or too long ones.
         ModelError: The heads belong to another model, or a state is not finite.
     """
     request.check()
+    for blocks in (fit, confirm):
+        if len(blocks.ids) < 2:
+            raise CorpusError(
+                f"expected at least 2 sequences to fit on and 2 to confirm on, got "
+                f"{len(blocks.ids)} in {blocks.name}; take a larger corpus"
+            )
+    for point in request.thresholds:
+        check_layers({point.layer: find_rule(point.rule)}, stack.num_layers)
     names = tuple(dict.fromkeys([*request.rules, *(p.rule for p in request.thresholds)]))
     layers = sorted({*request.layers, *(point.layer for point in request.thresholds)})
     controls = () if request.only_given else CONTROLS
@@ -129,6 +149,7 @@ def evaluate(
         fitted = evaluator.table(fit, batch_size=batch_size, progress=progress)
         searched = search(fitted, layers, names, request.agreement)
         points += [*_points(fitted, rules, request), *searched]
+        points += _matched(fitted, points)
     points = list({(p.layer, p.rule, p.threshold): p for p in reversed(points)}.values())
     points.sort(key=lambda point: (point.layer, point.rule, point.threshold))
     rows, table = evaluator.run(confirm, points, batch_size=batch_size, progress=progress)
@@ -167,14 +188,19 @@ def evaluate(
 _SECONDS = (
     "one process, every batch through the full model and through every point in turn; a point's "
     "time is that of the layers below its exit, of its rule and head on every token that they "
-    "look at, and of the layers and the LM head above for the tokens that stayed"
+    "look at, and of the layers and the LM head above for the tokens that stayed (with exact "
+    "propagation, of the layers for all tokens)"
 )
+
+
+#: Shares of exits that are one and the same to the random control.
+_SAME_SHARE = 0.02
 
 
 def _drop_too_wide(rules: dict[int, list[str]]) -> None:
     """Leave out rules that look further down than there are layers."""
     for layer, names in rules.items():
-        rules[layer] = [name for name in names if RULES[name].entries <= layer]
+        rules[layer] = [name for name in names if find_rule(name).entries <= layer]
 
 
 def _points(fitted: ExitTable, rules: dict[int, list[str]], request: Request) -> Iterator[Point]:
@@ -188,6 +214,24 @@ def _points(fitted: ExitTable, rules: dict[int, list[str]], request: Request) ->
                 if name != "random":
                     threshold = threshold_for(fitted.confidence[layer, name], ratio)
                 yield Point(layer, name, threshold, f"hard ratio {ratio:g}")
+
+
+def _matched(fitted: ExitTable, points: Sequence[Point]) -> list[Point]:
+    """Return random controls for the points whose share of exits none of the others has."""
+    found: list[Point] = []
+    for point in points:
+        if point.rule in CONTROLS:
+            continue
+        share = float((fitted.confidence[point.layer, point.rule] >= point.threshold).mean())
+        near = any(
+            other.rule == "random"
+            and other.layer == point.layer
+            and abs(1 - other.threshold - share) <= _SAME_SHARE
+            for other in (*points, *found)
+        )
+        if share and not near:
+            found.append(Point(point.layer, "random", 1 - share, f"the share of {point.rule}"))
+    return found
 
 
 def threshold_for(confidence: Array, hard_ratio: float) -> float:
@@ -219,7 +263,8 @@ def search(
         confidence = table.confidence[layer, rule].ravel()
         order = np.argsort(-confidence, kind="stable")
         wrong = np.cumsum(~table.agrees[layer].ravel()[order])
-        fine = wrong <= (1 - agreement) * len(order)
+        # As the row of a point says it: 1 - 0.9 is a little less than a tenth.
+        fine = (len(order) - wrong) / len(order) >= agreement
         # Ties leave together: a threshold may only fall between different confidences.
         distinct = np.append(confidence[order][1:] < confidence[order][:-1], True)
         last = np.flatnonzero(fine & distinct)
@@ -294,8 +339,9 @@ def auroc(confidence: Array, agrees: Array) -> float | None:
     """
     from scipy.stats import mannwhitneyu
 
-    yes, no = confidence[agrees], confidence[~agrees]
+    # In double precision: in fp32 the ranks' sum has too few digits for thousands of tokens.
+    yes, no = (confidence[kind].ravel().astype(np.float64) for kind in (agrees, ~agrees))
     if not yes.size or not no.size:
         return None
-    statistic = mannwhitneyu(yes.ravel(), no.ravel(), method="asymptotic").statistic
+    statistic = mannwhitneyu(yes, no, method="asymptotic").statistic
     return float(statistic / (yes.size * no.size))

@@ -175,12 +175,14 @@ class ExitRule:
     def check(self, threshold: float) -> None:
         """Refuse a threshold that cannot be meant.
 
-        Any may be +inf (nothing exits: the full model) or -inf (everything exits).
+        Any may be +inf (nothing exits: the full model) or -inf (everything exits), and the next
+        fp32 number above the range, which a fit gives where the surest tokens are to stay.
 
         Raises:
             UsageError: NaN, or outside the rule's range.
         """
-        if math.isinf(threshold) or self.low <= threshold <= self.high:
+        above = torch.nextafter(torch.tensor(self.high), torch.tensor(math.inf)).item()
+        if math.isinf(threshold) or self.low <= threshold <= above:
             return
         high = "" if math.isinf(self.high) else f" to {self.high:g}"
         raise UsageError(

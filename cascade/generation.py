@@ -498,8 +498,7 @@ class _Lagging:
         return hidden
 
     def crop(self, stop: int) -> None:
-        """Forget columns from `stop` on."""
-        assert not any(waiting is not None for waiting in self.waiting)
+        """Forget columns from `stop` on; nothing may wait."""
         self.done = [min(done, stop) for done in self.done]
 
 
@@ -510,7 +509,7 @@ def _wait(lagging: _Lagging, text: _Text, choose: _Chooser) -> Generation:
         found: dict[int, tuple[int, int]] = {}
         take = _collecting(found, choose, stop)
         probe = lagging.probe(stop)
-        _climb(lagging, probe, stop, take, everything=False)
+        _climb(lagging, probe, stop, take)
         for row, (token, layer) in sorted(found.items()):
             text.add(row, token, layer)
         stop += 1
@@ -522,8 +521,6 @@ def _climb(
     probe: Pass,
     stop: int,
     take: Callable[[int, Tensor, Tensor, Tensor], None],
-    *,
-    everything: bool,
 ) -> None:
     """Go up until every row has left, or to the top; the last column's tokens are taken."""
     wanted = probe.chunk.valid
@@ -603,7 +600,6 @@ def _check(
 ) -> int:
     """Let the full model choose every token since its last look; return the drafts it confirmed."""
     start = lagging.done[-1]
-    hidden = probe.hidden
     for index in range(len(lagging.segments)):
         if lagging.done[index] < stop:
             hidden = lagging.run(index, stop, probe)

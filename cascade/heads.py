@@ -295,26 +295,33 @@ def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
         ) from error
     if not isinstance(about, dict) or (about.get("kind"), about.get("schema")) != (_KIND, _SCHEMA):
         raise RecordError(f"{path} holds no exit heads; make them with `cascade fit-heads`")
-    pairs: dict[str, dict[int, tuple[Tensor, Tensor]]] = {"head": {}, "propagation": {}}
     try:
-        for name in tensors:
-            kind, layer, part = name.split(".")
-            if part == "weight":
-                bias = tensors[f"{kind}.{layer}.bias"]
-                pairs[kind][int(layer)] = (tensors[name], bias)
-        heads = FittedHeads(
-            pairs["head"],
-            pairs["propagation"],
-            about["width"],
-            about["of_states"],
-            about["provenance"],
-        )
+        heads = _assembled(tensors, about)
     except (KeyError, ValueError) as error:
         raise RecordError(
             f"{path} lacks some of its exit heads; make it anew with `cascade fit-heads`"
         ) from error
     heads.check(stack)
     return heads
+
+
+def _assembled(tensors: dict[str, Tensor], about: dict[str, Any]) -> FittedHeads:
+    """Return a file's content as heads; KeyError or ValueError where a part is missing."""
+    pairs: dict[str, dict[int, tuple[Tensor, Tensor]]] = {"head": {}, "propagation": {}}
+    for name in tensors:
+        kind, layer, _ = name.split(".")
+        weight, bias = (tensors[f"{kind}.{layer}.{part}"] for part in ("weight", "bias"))
+        pairs[kind][int(layer)] = (weight, bias)
+    last = about["provenance"]["model"]["num_layers"]
+    if pairs["head"].keys() - {last} != pairs["propagation"].keys():
+        raise ValueError("expected a head and a map for every exit layer but the last")
+    return FittedHeads(
+        pairs["head"],
+        pairs["propagation"],
+        about["width"],
+        about["of_states"],
+        about["provenance"],
+    )
 
 
 # --- Fitting ---------------------------------------------------------------------------------
@@ -421,6 +428,12 @@ class _Fitter:
 
         with _captured(self.projections[min(self.layers) :]) as raw:
             normed = self.stack.visit(ids, keep)
+        for entry, states in sorted(history.items()):
+            if not torch.isfinite(states).all():
+                raise ModelError(
+                    f"layer {entry} gives NaN or infinite hidden states; use a wider --dtype, or "
+                    "get the checkpoint again"
+                )
         final = history[self.stack.num_layers] if normed is None else normed.flatten(0, 1)
         checked = torch.from_numpy(numbers % 10 == CHECKED).to(ids.device)
         checked = checked.repeat_interleave(ids.shape[1])

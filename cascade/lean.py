@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.cache_utils import Cache
 
 #: Beyond so many token rows the products are what takes the time.
-MOST_ROWS = 32
+MOST_ROWS = 16
 
 
 def product(module: nn.Module, rows: Tensor) -> Tensor:
@@ -28,18 +27,14 @@ def product(module: nn.Module, rows: Tensor) -> Tensor:
         module: A projection.
         rows: `[..., D]`.
     """
-    if (
-        rows.dtype is torch.bfloat16
-        and rows.numel() == rows.shape[-1]
-        and rows.device.type == "cpu"
-        and type(module) is nn.Linear
-        and module.bias is None
-        and is_untouched(module)
-        and not rows.requires_grad
-    ):
-        return torch.mv(module.weight, rows.flatten()).view(*rows.shape[:-1], -1)
-    made: Tensor = module(rows)
-    return made
+    if type(module) is not nn.Linear or not is_untouched(module):
+        made: Tensor = module(rows)
+        return made
+    weight, bias = module.weight, module.bias
+    if rows.numel() == rows.shape[-1] and weight.dtype is torch.bfloat16 and weight.is_cpu:
+        made = torch.mv(weight, rows.view(-1)).view(*rows.shape[:-1], -1)
+        return made if bias is None else made + bias
+    return functional.linear(rows, weight, bias)
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -59,7 +54,7 @@ class LeanLayers:
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
-        self.layers = layers
+        self.layers: tuple[Any, ...] = tuple(layers)
         self._tables: tuple[Any, Tensor, Tensor] | None = None
 
     def are_shaped(self) -> bool:
@@ -75,15 +70,13 @@ class LeanLayers:
             kwargs: The arguments of its call.
         """
         module = self.layers[layer - 1]
-        attention: Any = module.self_attn
         mask = kwargs.get("attention_mask")
         return (
             hidden.shape[0] * hidden.shape[1] <= MOST_ROWS
             and (mask is None or mask.ndim == 4)
-            and isinstance(kwargs.get("past_key_values"), Cache)
-            and attention.config._attn_implementation == "sdpa"
+            and kwargs.get("past_key_values") is not None
             and is_untouched(module)
-            and is_untouched(attention)
+            and is_untouched(module.self_attn)
         )
 
     def step(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -94,19 +87,19 @@ class LeanLayers:
             hidden: Its input, `[B, T, D]`.
             kwargs: The arguments of its call.
         """
-        module: Any = self.layers[layer - 1]
+        module = self.layers[layer - 1]
         attention = module.self_attn
+        shape = (*hidden.shape[:2], -1, attention.head_dim)
         normed = _norm(module.input_layernorm, hidden)
-        queries, keys, values = (
-            product(projection, normed).unflatten(-1, (-1, attention.head_dim))
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        queries = product(attention.q_proj, normed).view(shape)
+        keys = product(attention.k_proj, normed).view(shape)
+        values = product(attention.v_proj, normed).view(shape)
         if getattr(attention, "q_norm", None) is not None:
             queries, keys = attention.q_norm(queries), attention.k_norm(keys)
         if getattr(attention, "use_rope", True):
             both = torch.cat([queries, keys], dim=2)
-            parts = (queries.shape[2], keys.shape[2])
-            queries, keys = self._rotated(both, kwargs["position_embeddings"]).split(parts, dim=2)
+            both = self._rotated(both, kwargs["position_embeddings"])
+            queries, keys = both[:, :, : queries.shape[2]], both[:, :, queries.shape[2] :]
         seen = kwargs["past_key_values"].update(
             keys.transpose(1, 2), values.transpose(1, 2), attention.layer_idx
         )
@@ -135,10 +128,11 @@ class LeanLayers:
 
 
 def _is_shaped(layer: nn.Module) -> bool:
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "scaling", "head_dim", "layer_idx", "config")
     return (
         all(hasattr(attention, name) for name in names)
+        and attention.config._attn_implementation == "sdpa"
         and all(
             isinstance(getattr(layer, name, None), nn.Module)
             for name in ("input_layernorm", "post_attention_layernorm", "mlp")

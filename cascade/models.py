@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.errors import DeviceError, ModelError, UnsupportedModelError, first_line
+from cascade.lean import product
 from cascade.weights import read_or_explain, resolve
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class DecoderStack:
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
         self.has_final_norm = self._probe()
+        self._norm = self._find_norm()
         self.provenance = {
             "family": model.config.model_type,
             "num_layers": self.num_layers,
@@ -186,6 +188,25 @@ class DecoderStack:
         # A model without a final norm (or with one that changes the width, as OPT-350m's
         # projection does) has no "N+norm" row to compare.
         return final.shape == last.shape and not torch.equal(final, last)
+
+    @torch.no_grad()
+    def _find_norm(self) -> nn.Module | None:
+        """Return the final norm where norm and LM head are all that makes logits, else None.
+
+        Calling the two spares a fifth of decoding one state by the model's forward (SmolLM2-135M
+        in fp32, two cores: 1.3 of 5.4 ms).
+        """
+        norm = getattr(self.decoder, "norm", None)
+        if not isinstance(norm, nn.Module) or not self.has_final_norm:
+            return None
+        self._norm = None
+        # A hundred times a normed state: soft-capping and its like bend large logits alone.
+        hidden = torch.linspace(-1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        large = 100 * norm(hidden[None, None])
+        same = torch.equal(self.lm_head(large), self.decode_normed(large)) and torch.equal(
+            self.lm_head(norm(hidden[None, None])), self.decode(hidden[None, None])
+        )
+        return norm if same else None
 
     def _check_causal(self, rows: Tensor) -> None:
         """Refuse a layer that made two rows differ before the token in which their inputs do."""
@@ -293,7 +314,8 @@ class DecoderStack:
         """Turn an entry of the residual stream into logits, by the model's own last steps.
 
         Final norm, LM head, soft-capping and scaling are the model's: its forward runs with its
-        first layer standing in for `hidden` and the others passing it on.
+        first layer standing in for `hidden` and the others passing it on. Where norm and head were
+        found to be all of it, they alone are called.
 
         Args:
             hidden: `[B, T, D]`, before the final norm; T at most `max_positions`.
@@ -301,6 +323,9 @@ class DecoderStack:
         Returns:
             Logits, `[B, T, V]`.
         """
+
+        if self._norm is not None:
+            return product(self.lm_head, self._norm(hidden))
 
         def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._shaped(number, hidden)
@@ -323,6 +348,10 @@ class DecoderStack:
         Returns:
             Logits, `[B, T, V]`, soft-capped and scaled as the model does.
         """
+
+        if self._norm is not None:
+            with torch.set_grad_enabled(normed.requires_grad and torch.is_grad_enabled()):
+                return product(self.lm_head, normed)
 
         def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._shaped(number, _split(args, kwargs)[0])

@@ -373,6 +373,8 @@ class Evaluator:
     def _batches(
         self, blocks: TokenBlocks, batch_size: int, progress: Callable[[int], None] | None
     ) -> Iterator[_Batch]:
+        if not len(blocks.ids):
+            raise CorpusError("expected at least one sequence to evaluate on, got none")
         check_blocks(self.stack, blocks, batch_size)
         if blocks.ids.shape[1] < 2:
             raise CorpusError(
@@ -602,9 +604,6 @@ class _Full:
 
 
 def _joined(parts: Sequence[ExitTable]) -> ExitTable:
-    if not parts:
-        raise CorpusError("expected at least one sequence to evaluate on, got none")
-
     def join(name: str) -> dict[Any, Array]:
         return {
             key: np.concatenate([getattr(part, name)[key] for part in parts])

@@ -1,12 +1,19 @@
-"""A tiny checkpoint that several rooms' tests break, each its own copy."""
+"""What several rooms' tests share: a tiny checkpoint to break, and commands run in place."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_models import save_checkpoint
+import torch
+from commands import TEXTS, Done, Run
+from tiny_models import save_checkpoint, save_gguf
+
+from cascade import cli
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +25,57 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(saved: Path, tmp_path: Path) -> Path:
     """Return a checkpoint folder to break."""
     return shutil.copytree(saved, tmp_path / "Broken")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models: tiny (64 positions), other (other weights), tiny.gguf; and a cache."""
+    folder = tmp_path_factory.mktemp("models")
+    save_checkpoint(folder / "tiny")
+    save_checkpoint(folder / "other", seed=1)
+    save_gguf(folder / "tiny.gguf")
+    return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: two of them wait longer for each other than a tiny model takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def here(tmp_path: Path, models: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: a corpus, a cache of its own elsewhere, and no network."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(models / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", models / "datasets")
+    monkeypatch.setenv("CASCADE_CACHE", str(models / "cache"))
+    folder = tmp_path / "here"
+    folder.mkdir()
+    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+    (folder / "texts.jsonl").write_text("".join(lines))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process, as `main` would be."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["cascade", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        status = caught.value.code or 0
+        assert isinstance(status, int)
+        return Done(status, *capfd.readouterr())
+
+    return run

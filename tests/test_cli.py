@@ -16,17 +16,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from commands import TEXTS, Done, Run
 from disk import contents, largest_file
 from safetensors.torch import load_file, save_file
-from tiny_models import save_checkpoint, save_gguf
 
 import cascade
 from cascade import cli
@@ -34,74 +33,6 @@ from cascade.files import RunFolder
 
 if TYPE_CHECKING:
     from cascade import DecoderStack
-
-TEXTS = [f"Number {number} of the texts, each of them a little longer." for number in range(40)]
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command left: exit status and the two streams."""
-
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of models: tiny (64 positions), other (other weights), tiny.gguf; and a cache."""
-    folder = tmp_path_factory.mktemp("models")
-    save_checkpoint(folder / "tiny")
-    save_checkpoint(folder / "other", seed=1)
-    save_gguf(folder / "tiny.gguf")
-    return folder
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: two of them wait longer for each other than a tiny model takes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def here(tmp_path: Path, models: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: a corpus, a cache of its own elsewhere, and no network."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(models / "hub"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", models / "datasets")
-    monkeypatch.setenv("CASCADE_CACHE", str(models / "cache"))
-    folder = tmp_path / "here"
-    folder.mkdir()
-    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
-    (folder / "texts.jsonl").write_text("".join(lines))
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
-def run(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process, as `main` would be."""
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["cascade", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        status = caught.value.code or 0
-        assert isinstance(status, int)
-        return Done(status, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture

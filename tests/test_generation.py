@@ -14,8 +14,8 @@ from by_hand import (
     ALL_PROPAGATIONS,
     CLOSE,
     LAYERS,
+    PROPAGATIONS,
     SKIPPING,
-    SKIPPING_FAMILIES,
     a_settled_stack,
     a_stack,
     by_hand,
@@ -44,7 +44,7 @@ from cascade.passes import Exit
 from cascade.skipping import KeyValueCache, SkippingLayers
 
 INF = math.inf
-NEW = 12
+NEW = 10
 PROMPT = random_ids(3, 9, seed=3)
 #: The first row is three tokens shorter, padded on the left.
 MASK = some_mask(3, 9)
@@ -81,6 +81,12 @@ def generated(early: EarlyExit, *args: Any, **settings: Any) -> Generation:
     return result
 
 
+@functools.cache
+def a_text(family: str, propagation: Propagation, *, padded: bool = True) -> Generation:
+    """Return what a family's generator writes after the prompts; made once, not to be changed."""
+    return generated(generator(family, propagation), PROMPT, MASK if padded else None)
+
+
 def own_generate(stack: DecoderStack, ids: Tensor, **settings: Any) -> Tensor:
     """Generate as the model's users do, without anything of ours."""
     model: Any = stack.model
@@ -88,6 +94,12 @@ def own_generate(stack: DecoderStack, ids: Tensor, **settings: Any) -> Tensor:
     settings.setdefault("attention_mask", torch.ones_like(ids))
     sequences: Tensor = model.generate(ids, **settings)
     return sequences
+
+
+@functools.cache
+def own_text(stack: DecoderStack, *, padded: bool = True) -> Tensor:
+    """Return what the model writes by itself after the prompts; made once, not to be changed."""
+    return own_generate(stack, PROMPT, attention_mask=MASK if padded else torch.ones_like(PROMPT))
 
 
 def longer(mask: Tensor, sequences: Tensor) -> Tensor:
@@ -99,28 +111,35 @@ def longer(mask: Tensor, sequences: Tensor) -> Tensor:
 # --- Generating is scoring -------------------------------------------------------------------
 
 
-def check_generating_is_scoring(early: EarlyExit, ids: Tensor, mask: Tensor | None) -> Generation:
+def check_generating_is_scoring(early: EarlyExit, result: Generation, mask: Tensor | None) -> None:
     """Raise AssertionError unless each new token and its exit are what scoring the text gives."""
-    result = generated(early, ids, mask)
-    start = ids.shape[1]
-    assert result.sequences.shape == (len(ids), start + NEW)
-    assert result.exit_layers.shape == (len(ids), NEW)
-    assert torch.equal(result.sequences[:, :start], ids)
+    start = PROMPT.shape[1]
+    assert result.sequences.shape == (len(PROMPT), start + NEW)
+    assert result.exit_layers.shape == (len(PROMPT), NEW)
+    assert torch.equal(result.sequences[:, :start], PROMPT)
     score = early.score(result.sequences, None if mask is None else longer(mask, result.sequences))
     assert torch.equal(score.predictions[:, start - 1 : -1], result.sequences[:, start:])
     assert torch.equal(score.exit_layers[:, start - 1 : -1], result.exit_layers)
-    return result
 
 
-@ALL_PROPAGATIONS
+#: Without padding transformers prepares no mask, which is another way through a layer.
+PADDED_AND_NOT = pytest.mark.parametrize(
+    ("propagation", "padded"),
+    [("frozen", False), *((propagation, True) for propagation in PROPAGATIONS)],
+    ids=["frozen-unpadded", *PROPAGATIONS],
+)
+
+
+@PADDED_AND_NOT
 @ALL_FAMILIES
-def test_generating_is_scoring_the_generated_text(family: str, propagation: Propagation) -> None:
-    early = generator(family, propagation)
-    for mask in (None, MASK):
-        result = check_generating_is_scoring(early, PROMPT, mask)
-        left = set(result.exit_layers.flatten().tolist())
-        assert LAYERS in left, "nobody went all the way"
-        assert len(left) >= 3, f"only {left}: too few exits to prove anything"
+def test_generating_is_scoring_the_generated_text(
+    family: str, propagation: Propagation, padded: bool
+) -> None:
+    result = a_text(family, propagation, padded=padded)
+    check_generating_is_scoring(generator(family, propagation), result, MASK if padded else None)
+    left = set(result.exit_layers.flatten().tolist())
+    assert LAYERS in left, "nobody went all the way"
+    assert len(left) >= 3, f"only {left}: too few exits to prove anything"
 
 
 @ALL_PROPAGATIONS
@@ -128,7 +147,7 @@ def test_generating_is_scoring_the_generated_text(family: str, propagation: Prop
     ("family", "rule"),
     [
         (family, rule)
-        for family in ("llama", "gemma3_text", "gpt2")
+        for family in ("llama", "gpt2")
         for rule in RULES
         if (family, rule) != ("gpt2", "patience")  # two exits that always agree
     ],
@@ -137,7 +156,9 @@ def test_generating_is_scoring_by_every_rule(
     family: str, rule: str, propagation: Propagation
 ) -> None:
     early = generator(family, propagation, rule=rule, layers=(2, 3))
-    left = check_generating_is_scoring(early, PROMPT, MASK).exit_layers
+    result = generated(early, PROMPT, MASK)
+    check_generating_is_scoring(early, result, MASK)
+    left = result.exit_layers
     assert 0 < int((left < LAYERS).sum()) < left.numel()
 
 
@@ -154,25 +175,31 @@ def test_generating_by_a_fixed_exit_is_scoring(family: str, propagation: Propaga
             heads=heads,
             propagation=propagation,
         )
-        assert bool((check_generating_is_scoring(early, PROMPT, MASK).exit_layers == layer).all())
+        result = generated(early, PROMPT, MASK)
+        check_generating_is_scoring(early, result, MASK)
+        assert bool((result.exit_layers == layer).all())
 
 
 @ALL_PROPAGATIONS
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_an_exit_at_the_last_layer_is_one_exit_more(family: str, propagation: Propagation) -> None:
     early = generator(family, propagation, layers=(2, LAYERS))
-    result = check_generating_is_scoring(early, PROMPT, MASK)
+    result = generated(early, PROMPT, MASK)
+    check_generating_is_scoring(early, result, MASK)
     assert {2, LAYERS} == set(result.exit_layers.flatten().tolist())
 
 
-@pytest.mark.parametrize("propagation", ["frozen", "ridge"])
-@SKIPPING_FAMILIES
+@pytest.mark.parametrize(
+    ("family", "propagation"),
+    [*((family, "frozen") for family in SKIPPING), ("qwen3", "ridge"), ("gemma3_text", "ridge")],
+)
 def test_generating_beyond_the_window_and_without_skipping_gives_the_same_text(
     family: str, propagation: Propagation
 ) -> None:
     packed, generic = (generator(family, propagation, skip=skip) for skip in (True, False))
     assert (packed.fallback_reason is None, generic.fallback_reason is None) == (True, False)
-    one, other = (generated(early, PROMPT, MASK, max_new_tokens=20) for early in (packed, generic))
+    one, other = a_text(family, propagation), generated(generic, PROMPT, MASK)
+    assert one.sequences.shape[1] - 3 >= 2 * 8  # the windows are of 8
     assert torch.equal(one.sequences, other.sequences)
     assert torch.equal(one.exit_layers, other.exit_layers)
     assert sum(one.counts.layer_rows) < sum(other.counts.layer_rows)
@@ -184,13 +211,15 @@ def test_generating_in_bfloat16_agrees_with_scoring(family: str, propagation: Pr
     stack, heads = DecoderStack(tiny_model(family).bfloat16()), some_heads(family)
     exits = some_exits(stack, layers=(2, 3), heads=heads, propagation=propagation, text=PROMPT)
     early = EarlyExit(stack, exits=exits, propagation=propagation)
-    result = generated(early, PROMPT)
-    score = early.score(result.sequences)
-    assert 0 < int((result.exit_layers < LAYERS).sum()) < result.exit_layers.numel()
-    # Eight bits: where two tokens' logits round to one number, either may come first.
-    same = score.predictions[:, 8:-1] == result.sequences[:, 9:]
-    assert same.float().mean() >= 0.8
-    assert (score.exit_layers[:, 8:-1] == result.exit_layers).float().mean() >= 0.8
+    left = generated(early, PROMPT).exit_layers
+    assert 0 < int((left < LAYERS).sum()) < left.numel()
+    for ids in (PROMPT, PROMPT[1:2]):
+        result = generated(early, ids)
+        score = early.score(result.sequences)
+        # Eight bits: where two tokens' logits round to one number, either may come first.
+        same = score.predictions[:, 8:-1] == result.sequences[:, 9:]
+        assert same.float().mean() >= 0.8
+        assert (score.exit_layers[:, 8:-1] == result.exit_layers).float().mean() >= 0.8
 
 
 @ALL_PROPAGATIONS
@@ -198,12 +227,10 @@ def test_generating_in_bfloat16_agrees_with_scoring(family: str, propagation: Pr
 def test_a_left_padded_row_generates_what_it_would_alone(
     family: str, propagation: Propagation
 ) -> None:
-    early = generator(family, propagation)
-    together = generated(early, PROMPT, MASK)
-    for row, start in ((0, 3), (1, 0)):
-        alone = generated(early, PROMPT[row : row + 1, start:])
-        assert torch.equal(together.sequences[row : row + 1, start:], alone.sequences)
-        assert torch.equal(together.exit_layers[row : row + 1], alone.exit_layers)
+    together = a_text(family, propagation)
+    alone = generated(generator(family, propagation), PROMPT[:1, 3:])
+    assert torch.equal(together.sequences[:1, 3:], alone.sequences)
+    assert torch.equal(together.exit_layers[:1], alone.exit_layers)
 
 
 @ALL_PROPAGATIONS
@@ -225,15 +252,17 @@ def test_where_everybody_leaves_the_exit_head_writes_alone(
 # --- Where nobody leaves: transformers' own generate -----------------------------------------
 
 
-def an_end(stack: DecoderStack, *, row: int = 1, place: int = 4) -> int:
-    """Return a token that the full model writes in a row, to end it there at the latest."""
-    return int(own_generate(stack, PROMPT, attention_mask=MASK)[row, PROMPT.shape[1] + place])
+@functools.cache
+def own_ended_text(stack: DecoderStack) -> tuple[int, Tensor]:
+    """Return a token that the model itself writes, and its text with rows that end there."""
+    end = int(own_text(stack)[1, 13])
+    return end, own_generate(stack, PROMPT, attention_mask=MASK, eos_token_id=end)
 
 
-@ALL_PROPAGATIONS
+@PADDED_AND_NOT
 @ALL_FAMILIES
 def test_where_nobody_leaves_the_text_is_that_of_transformers(
-    family: str, propagation: Propagation
+    family: str, propagation: Propagation, padded: bool
 ) -> None:
     stack, heads = a_stack(family), some_heads(family)
     exits = [
@@ -241,15 +270,24 @@ def test_where_nobody_leaves_the_text_is_that_of_transformers(
         for layer in (1, 3)
     ]
     early = EarlyExit(stack, exits=exits, propagation=propagation)
-    end = an_end(stack)
-    for settings in ({}, {"attention_mask": MASK}, {"attention_mask": MASK, "eos_token_id": end}):
-        expected = own_generate(stack, PROMPT, **settings)
-        result = generated(early, PROMPT, pad_token_id=1, **settings)
-        assert result.sequences.dtype == expected.dtype
+    result = generated(early, PROMPT, MASK if padded else None)
+    expected = own_text(stack, padded=padded)
+    assert result.sequences.dtype == expected.dtype
+    assert torch.equal(result.sequences, expected)
+    assert bool((result.exit_layers == LAYERS).all())
+    if padded:
+        end, expected = own_ended_text(stack)
+        result = generated(early, PROMPT, MASK, eos_token_id=end, pad_token_id=1)
         assert torch.equal(result.sequences, expected)
         assert set(result.exit_layers.flatten().tolist()) <= {0, LAYERS}
-        plain = generated(EarlyExit(stack), PROMPT, pad_token_id=1, **settings)
-        assert torch.equal(plain.sequences, expected)
+
+
+@ALL_FAMILIES
+def test_without_any_exit_the_text_is_that_of_transformers(family: str) -> None:
+    stack = a_stack(family)
+    end, expected = own_ended_text(stack)
+    result = generated(EarlyExit(stack), PROMPT, MASK, eos_token_id=end, pad_token_id=1)
+    assert torch.equal(result.sequences, expected)
 
 
 @ALL_PROPAGATIONS
@@ -300,7 +338,9 @@ def test_generation_stops_at_once_where_every_row_ends() -> None:
 def test_the_models_own_settings_hold_where_nothing_else_is_said() -> None:
     stack = DecoderStack(tiny_model("llama"))
     own: Any = stack.model
-    own.generation_config = GenerationConfig(eos_token_id=an_end(stack), pad_token_id=0)
+    own.generation_config = GenerationConfig(
+        eos_token_id=own_ended_text(a_stack("llama"))[0], pad_token_id=0
+    )
     # Without a length of its own transformers makes 20 new tokens, and warns.
     expected = own.generate(PROMPT, attention_mask=MASK, max_new_tokens=20)
     early = EarlyExit(stack)
@@ -604,15 +644,16 @@ DRAFT_LENGTHS = (1, 2, 8)
 )
 def test_verified_text_is_that_of_transformers(family: str, settled: bool) -> None:
     early = generator(family, "exact", settled=settled)
-    free = own_generate(early.stack, PROMPT, attention_mask=MASK)
+    free = own_text(early.stack)
     end = int(free[1, 13])
     lengths = [length_of(row, [end]) for row in free[:, 9:].tolist()]
+    result = generated(early, PROMPT, MASK, verify=True)
+    assert torch.equal(result.sequences, free)
+    left = (result.exit_layers > 0) & (result.exit_layers < LAYERS)
+    assert result.accepted == int(left.sum())
+    assert result.drafted >= result.accepted
+    behind = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
     for draft_length in DRAFT_LENGTHS:
-        result = generated(early, PROMPT, MASK, verify=True, draft_length=draft_length)
-        assert torch.equal(result.sequences, free)
-        left = (result.exit_layers > 0) & (result.exit_layers < LAYERS)
-        assert result.accepted == int(left.sum())
-        assert result.drafted >= result.accepted
         ended = generated(
             early,
             PROMPT,
@@ -622,7 +663,6 @@ def test_verified_text_is_that_of_transformers(family: str, settled: bool) -> No
             eos_token_id=end,
             pad_token_id=1,
         )
-        behind = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
         assert torch.equal(ended.sequences[:, 9:], free[:, 9 : 9 + max(lengths)].where(~behind, 1))
         assert torch.equal(ended.exit_layers == 0, behind)
 
@@ -640,8 +680,7 @@ def test_drafts_are_both_confirmed_and_refused_so_that_a_wrong_one_would_show() 
 def test_verified_text_does_not_depend_on_the_rule(family: str, rule: str) -> None:
     early = generator(family, "exact", rule=rule, layers=(2, 3), settled=True)
     result = generated(early, PROMPT, MASK, verify=True, draft_length=3)
-    expected = own_generate(early.stack, PROMPT, attention_mask=MASK)
-    assert torch.equal(result.sequences, expected)
+    assert torch.equal(result.sequences, own_text(early.stack))
     assert result.drafted > 0
 
 
@@ -655,7 +694,7 @@ def test_verified_text_does_not_depend_on_the_exits(
     early = EarlyExit(stack, exits=exits, propagation="exact")
     for draft_length in DRAFT_LENGTHS:
         result = generated(early, PROMPT, MASK, verify=True, draft_length=draft_length)
-        assert torch.equal(result.sequences, own_generate(stack, PROMPT, attention_mask=MASK))
+        assert torch.equal(result.sequences, own_text(stack))
         assert (result.drafted > 0) == (threshold == -INF and layers[0] < LAYERS)
 
 
@@ -847,9 +886,9 @@ def test_exact_generation_leaves_upper_layers_alone_until_somebody_needs_them() 
     stack = a_stack("llama")
     early = EarlyExit(stack, layer=2, rule="cosine", threshold=-INF, propagation="exact")
     counts = generated(early, PROMPT).counts
-    assert counts.layer_rows == [60, 60, 0, 0]
+    assert counts.layer_rows == [3 * 18, 3 * 18, 0, 0]
     full = EarlyExit(stack, propagation="exact")
-    assert generated(full, PROMPT).counts.layer_rows == [60] * 4
+    assert generated(full, PROMPT).counts.layer_rows == [3 * 18] * 4
 
 
 # --- What generation leaves behind -----------------------------------------------------------

@@ -338,6 +338,122 @@ def test_eager_attention_is_exact_too(family: str) -> None:
     assert differences(stepped(stack, stack.plan(ids)), visited(stack, ids)[0]) == [0.0] * 5
 
 
+# --- Positions -------------------------------------------------------------------------------
+
+
+def own_positions(family: str, positions: Tensor) -> dict[str, Tensor]:
+    """Return the argument that the model's own run takes; BLOOM counts from its mask."""
+    return {} if family == "bloom" else {"position_ids": positions}
+
+
+@ALL_FAMILIES
+def test_a_plan_takes_positions_as_the_model_itself_does(family: str) -> None:
+    stack, ids = a_stack(family), random_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    padded = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    spread = 3 * torch.arange(12).expand_as(ids)
+    # Without a mask `transformers` takes positions that jump for sequences packed into one row.
+    for positions, seen in ((padded, mask), (spread, torch.ones_like(ids))):
+        own = own_run(stack.model, ids, attention_mask=seen, **own_positions(family, positions))
+        steps = stepped(stack, stack.plan(ids, attention_mask=seen, position_ids=positions))
+        assert differences(steps[:-1], list(own.hidden_states[:-1])) == [0.0] * LAYERS
+        assert difference(stack.decode(steps[-1]), own.logits) == 0.0
+    plain = stepped(stack, stack.plan(ids))
+    if family == "bloom":
+        assert difference(steps[-1], plain[-1]) == 0.0
+    else:
+        assert difference(steps[-1], plain[-1]) > 1e-3, "positions that are lost would not show"
+
+
+@ALL_FAMILIES
+def test_a_plan_takes_positions_behind_a_cache_too(family: str) -> None:
+    stack, ids = a_stack(family), random_ids()
+    positions = 2 * torch.arange(12).expand_as(ids)
+    ours, theirs = (DynamicCache(config=stack.model.config) for _ in range(2))
+    for start, end in ((0, 8), (8, 9), (9, 12)):
+        part, at = ids[:, start:end], positions[:, start:end]
+        own = own_run(
+            stack.model, part, past_key_values=theirs, use_cache=True, **own_positions(family, at)
+        )
+        steps = stepped(stack, stack.plan(part, position_ids=at, cache=ours))
+        assert differences(steps[:-1], list(own.hidden_states[:-1])) == [0.0] * LAYERS
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_positions_that_only_count_are_those_of_a_plan_without(family: str) -> None:
+    stack, ids = a_stack(family), random_ids()
+    counted = stepped(stack, stack.plan(ids, position_ids=torch.arange(12).expand_as(ids)))
+    assert differences(counted, stepped(stack, stack.plan(ids))) == [0.0] * (LAYERS + 1)
+
+
+# --- Logits of normed states -----------------------------------------------------------------
+
+
+@ALL_FAMILIES
+def test_a_normed_state_decodes_to_the_models_own_logits(family: str) -> None:
+    stack, ids = a_stack(family), random_ids()
+    normed = visited(stack, ids)[1]
+    assert normed is not None
+    assert difference(stack.decode_normed(normed), own_run(stack.model, ids).logits) == 0.0
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 5), (2, 64)])
+@ALL_FAMILIES
+def test_any_normed_states_go_through_the_head_and_what_follows_it_alone(
+    family: str, batch: int, length: int
+) -> None:
+    stack = a_stack(family)
+    generator = torch.Generator().manual_seed(batch)
+    normed = 5 * torch.randn((batch, length, WIDTH), generator=generator)
+    before = normed.clone()
+    logits = stack.decode_normed(normed)
+    assert difference(logits, logits_of(stack.model, normed)) == 0.0
+    assert torch.equal(normed, before)
+    assert difference(logits, stack.decode(normed)) > 0.1, "a norm more would not show"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_decoding_normed_states_in_bfloat16_is_as_exact(family: str) -> None:
+    stack, ids = DecoderStack(tiny_model(family).bfloat16()), random_ids()
+    normed = visited(stack, ids)[1]
+    assert normed is not None
+    assert difference(stack.decode_normed(normed), own_run(stack.model, ids).logits) == 0.0
+
+
+@ALL_FAMILIES
+def test_gradients_pass_to_normed_states_where_they_ask_for_them(family: str) -> None:
+    stack = a_stack(family)
+    normed = torch.randn((2, 5, WIDTH), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for decode in (stack.decode_normed, functools.partial(differentiable_logits, stack.model)):
+        asking = normed.clone().requires_grad_()
+        logits = decode(asking)
+        gradients += torch.autograd.grad(logits.square().sum(), asking)
+    assert gradients[0].abs().max() > 0.1
+    # Gradients of hundreds: 1e-6 of the largest, for another order of the same sums.
+    assert difference(gradients[0], gradients[1]) <= 1e-6 * gradients[1].abs().max().item()
+    assert not stack.decode_normed(normed).requires_grad
+    with torch.no_grad():
+        assert not stack.decode_normed(normed.clone().requires_grad_()).requires_grad
+    assert torch.is_grad_enabled()
+
+
+def differentiable_logits(model: PreTrainedModel, normed: Tensor) -> Tensor:
+    change = AFTER_THE_HEAD.get(model.config.model_type, lambda raw: raw)
+    return change(model.get_output_embeddings()(normed))
+
+
+@ALL_FAMILIES
+def test_decoding_computes_no_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = a_stack(family)
+    for layer in stack.layers:
+        for child in layer.children():
+            monkeypatch.setattr(child, "forward", refuse_to_run)
+    for decode in (stack.decode, stack.decode_normed):
+        assert decode(torch.ones((2, 3, WIDTH))).shape == (2, 3, 97)
+
+
 # --- What a visit costs, and what it leaves behind -------------------------------------------
 
 
@@ -413,7 +529,7 @@ def state_of(stack: DecoderStack) -> list[dict[str, Any]]:
             for name, value in vars(layer).items()
             if name == "forward" or "hook" in name
         }
-        for layer in stack.layers
+        for layer in (*stack.layers, stack.lm_head)
     ]
 
 
@@ -421,16 +537,19 @@ OPERATIONS: dict[str, Callable[[DecoderStack], Any]] = {
     "visit": lambda stack: stack.visit(random_ids(), lambda entry, hidden: None),
     "plan": lambda stack: stack.plan(random_ids()),
     "decode": lambda stack: stack.decode(torch.ones((2, 3, WIDTH))),
+    "decode_normed": lambda stack: stack.decode_normed(torch.ones((2, 3, WIDTH))),
 }
 
 
 def check_it_leaves_no_trace(stack: DecoderStack, operation: str) -> None:
-    """Raise AssertionError unless the model is as before, whether or not layer 3 raises."""
+    """Raise AssertionError unless the model is as before, whether or not a part of it raises."""
     logits = own_run(stack.model, random_ids()).logits
     before = state_of(stack)
     OPERATIONS[operation](stack)
     assert state_of(stack) == before
-    handle = stack.layers[2].register_forward_pre_hook(refuse_to_run)
+    # Decoding may leave the layers alone, but not the LM head.
+    part = stack.lm_head if "decode" in operation else stack.layers[2]
+    handle = part.register_forward_pre_hook(refuse_to_run)
     try:
         before = state_of(stack)
         with pytest.raises(AssertionError, match="must not run"):
@@ -443,7 +562,9 @@ def check_it_leaves_no_trace(stack: DecoderStack, operation: str) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @ALL_FAMILIES
-def test_the_model_is_left_as_it_was_also_when_a_layer_raises(family: str, operation: str) -> None:
+def test_the_model_is_left_as_it_was_also_when_something_raises(
+    family: str, operation: str
+) -> None:
     check_it_leaves_no_trace(a_stack(family), operation)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -430,31 +431,52 @@ def _generate(
     """Generate, with the full model too where wanted; return a record of kind `generation`."""
     from cascade.early_exit import EarlyExit
 
-    def timed(model: EarlyExit, **options: Any) -> tuple[Generation, float]:
+    def timed(model: EarlyExit, **options: Any) -> tuple[Generation, list[int], float]:
         start = time.perf_counter()
         made = model.generate(ids, return_dict_in_generate=True, **settings, **options)
-        return made, time.perf_counter() - start  # type: ignore[return-value]
+        seconds = time.perf_counter() - start
+        return made, made.sequences[0, ids.shape[1] :].tolist(), seconds
 
     # The first pass warms caches up for whichever comes after it.
     early.generate(ids, **settings | {"max_new_tokens": 1})
-    made, seconds = timed(early, verify=verify)
-    new = made.sequences[0, ids.shape[1] :].tolist()
+    made, new, seconds = timed(early, verify=verify)
     full = None
     if compare:
-        plain, full_seconds = timed(EarlyExit(stack, skip=False))
-        theirs = plain.sequences[0, ids.shape[1] :].tolist()
-        same = next((n for n, (a, b) in enumerate(zip(new, theirs, strict=False)) if a != b), None)
+        _, theirs, full_seconds = timed(EarlyExit(stack))
+        same = [a == b for a, b in zip(new, theirs, strict=False)]
         full = {
+            "text": "".join(_pieces(stack, ids, theirs)),
+            "tokens": len(theirs),
+            "same_tokens": same.index(False) if False in same else len(same),
             "tokens_per_second": len(theirs) / full_seconds,
-            "text": stack.tokenizer.decode(theirs),  # type: ignore[union-attr]
-            "same_tokens": min(len(new), len(theirs)) if same is None else same,
+            "speed_ratio": (len(new) / seconds) / (len(theirs) / full_seconds),
         }
+    layers = made.exit_layers[0].tolist()
+    known = sorted({*(at.layer for at in early.exits), stack.num_layers})
     return {
         "schema": 1,
         "kind": "generation",
         "num_layers": stack.num_layers,
-        "tokens": [stack.tokenizer.decode([token]) for token in new],  # type: ignore[union-attr]
-        "exit_layers": made.exit_layers[0].tolist(),
+        "exits": [
+            {
+                "layer": at.layer,
+                "rule": at.rule.name,
+                "head": at.head.name,
+                "threshold": None if at.threshold == float("inf") else at.threshold,
+            }
+            for at in early.exits
+        ],
+        "propagation": early.propagation,
+        "tokens": _pieces(stack, ids, new),
+        "exit_layers": layers,
+        "by_layer": [
+            {
+                "layer": layer,
+                "tokens": layers.count(layer),
+                "share": layers.count(layer) / len(layers),
+            }
+            for layer in known
+        ],
         "layers_per_token": made.layers_per_token,
         "tokens_per_second": len(new) / seconds,
         "counts": made.counts.record(),
@@ -464,6 +486,17 @@ def _generate(
         "fallback_reason": early.fallback_reason,
         "full": full,
     }
+
+
+def _pieces(stack: DecoderStack, ids: Any, new: list[int]) -> list[str]:
+    """Return what each new token adds to the text: decoded alone, some would be half a letter."""
+    assert stack.tokenizer is not None  # the prompt was read with it
+    before = ids[0].tolist()
+    texts = [
+        str(stack.tokenizer.decode(before + new[:count])).rstrip("\ufffd")
+        for count in range(len(new) + 1)
+    ]
+    return [after[len(start) :] for start, after in pairwise(texts)]
 
 
 def _load(model: str, revision: str | None, dtype: str, device: str) -> DecoderStack:

@@ -4,8 +4,23 @@ Nothing is measured here: numbers are formatted, scaled to pixels, or rebinned f
 """
 
 from cascade.report.benchmarks import print_bench
+from cascade.report.calibration import print_calibration
+from cascade.report.evaluation import evaluation_page, print_evaluation
 from cascade.report.figures import density_svg, layer_profile_svg
+from cascade.report.generation import print_generation
 from cascade.report.page import profile_page
+from cascade.report.pareto import pareto_svg
 from cascade.report.terminal import print_profile
 
-__all__ = ["density_svg", "layer_profile_svg", "print_bench", "print_profile", "profile_page"]
+__all__ = [
+    "density_svg",
+    "evaluation_page",
+    "layer_profile_svg",
+    "pareto_svg",
+    "print_bench",
+    "print_calibration",
+    "print_evaluation",
+    "print_generation",
+    "print_profile",
+    "profile_page",
+]

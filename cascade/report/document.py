@@ -25,7 +25,7 @@ p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.25rem;
   max-width: 50rem; margin: 1.25rem 0 0; }
 dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 1.5rem 0 0; }
+figure { margin: 1.5rem 0; }
 figcaption, caption { font-size: .9rem; text-align: left; }
 figcaption { max-width: 46rem; margin-top: .25rem; }
 caption { padding-bottom: .5rem; }

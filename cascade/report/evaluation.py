@@ -40,6 +40,7 @@ from cascade.verdict import CONTROLS
 
 _CONTROL_STYLE = "dim"
 _NONE = "No point was measured."
+_MARK = " *"
 
 
 # --- What the record says --------------------------------------------------------------------
@@ -93,8 +94,9 @@ def _oracle(record: Record) -> list[tuple[str, str]]:
     return [
         (
             "limit",
-            f"an oracle at layer {row['exit_layer']}, where {share(row['exit_share'])} can leave: "
-            f"perplexity {ratio(row['perplexity_ratio'])} x, agreement {share(row['agreement'])}, "
+            f"an oracle that lets exactly those leave at layer {row['exit_layer']} for which the "
+            f"exit head is right ({share(row['exit_share'])}): perplexity "
+            f"{ratio(row['perplexity_ratio'])} x, agreement {share(row['agreement'])}, "
             f"{ratio(row['flops_ratio'], 2)} x the operations",
         )
     ]
@@ -123,7 +125,6 @@ def _rule_cell(row: Record) -> str:
 
 def _point_cells(row: Record) -> list[str]:
     """Return a point for 80 columns."""
-    interval = None if _is_control(row) else row["seconds_ratio_interval"]
     return [
         share(row["exit_share"]),
         share(row["agreement"]),
@@ -132,7 +133,7 @@ def _point_cells(row: Record) -> list[str]:
         f"{row['layers_per_token']:.2f}",
         ratio(row["flops_ratio"], 2),
         ratio(row["seconds_ratio"], 2),
-        between(interval, lambda value: ratio(value, 2), "-"),
+        between(row["seconds_ratio_interval"], lambda value: ratio(value, 2), "-"),
         _rule_cell(row),
     ]
 
@@ -290,7 +291,7 @@ def _print_points(record: Record, console: Console) -> None:
     points = _ordered(record)
     cells = {number: _point_cells(row) for number, row in points}
     if record["verdict"]["point"] is not None:
-        cells[record["verdict"]["point"]][-1] += " *"
+        cells[record["verdict"]["point"]][-1] += _MARK
     # The same widths in every layer's table, so that columns stand below each other.
     widths = [max(map(len, column)) for column in zip(_POINT_HEADER, *cells.values(), strict=True)]
     header = [name.rjust(width) for name, width in zip(_POINT_HEADER, widths, strict=True)]
@@ -343,14 +344,15 @@ def evaluation_page(record: Record) -> str:
     model = provenance["model"]["name"]
     about = " · ".join(text for _, text in headline(record)[1:])
     # The logit lens comes from nowhere: "heads: not recorded" would be wrong.
-    known = {key: value for key, value in provenance.items() if (key, value) != ("heads", None)}
+    lens = provenance.get("heads") is None
+    known = {key: value for key, value in provenance.items() if not (lens and "heads" in key)}
     sections = [
         html_head("CASCADE evaluation of early exit", model, about),
         _page_verdict(record),
         _page_points(record),
         _page_auroc(record),
         _page_search(record),
-        html_section("Notes", html_pairs(_notes(record))),
+        html_section("Notes", html_pairs([*_notes(record), *_PAGE_NOTES])),
         html_provenance(known),
     ]
     return html_document(f"Early exit of {model}", sections)
@@ -380,7 +382,7 @@ def _page_points(record: Record) -> str:
         html_table(
             caption,
             header,
-            [cells(row) for _, row in points],
+            [cells(row, number == record["verdict"]["point"]) for number, row in points],
             text_columns=text_columns,
             classes=styles,
         )
@@ -392,21 +394,25 @@ def _page_points(record: Record) -> str:
     return html_section("Quality and cost", figure + "".join(tables))
 
 
+_PAGE_NOTES = (
+    ("of exits", "share of the tokens that left whose prediction is the full model's"),
+    ("hard ppl", "perplexity of the tokens that went on, relative to the full model's of the same"),
+)
 _QUALITY = (
-    "Quality of every point, perplexities relative to the full model's. The shaded row is the "
-    "verdict's; grey rows are controls."
+    "Quality of every point, perplexities relative to the full model's; the notes explain every "
+    "column. * marks the verdict's point; grey rows are controls."
 )
 _QUALITY_HEADER = (
     "layer",
     "exits",
     "agree",
     "interval",
-    "of those that left",
-    "perplexity",
+    "of exits",
+    "ppl",
     "interval",
-    "of hard tokens",
+    "hard ppl",
     "KL",
-    "rule and threshold",
+    "rule",
 )
 _COST = "Cost of every point, relative to the full model's."
 _COST_HEADER = (
@@ -416,35 +422,35 @@ _COST_HEADER = (
     "FLOPs",
     "time",
     "interval",
-    "rule and threshold",
+    "rule",
     "threshold for",
 )
 
 
-def _quality_cells(row: Record) -> list[str]:
+def _quality_cells(row: Record, chosen: bool) -> list[str]:
     return [
         str(row["exit_layer"]),
         share(row["exit_share"]),
         share(row["agreement"]),
-        between(row["agreement_interval"], share, " to "),
+        between(row["agreement_interval"], share, "-"),
         share(row["exit_agreement"]),
         ratio(row["perplexity_ratio"]),
-        between(row["perplexity_ratio_interval"], ratio, " to "),
+        between(row["perplexity_ratio_interval"], ratio, "-"),
         ratio(row["hard_perplexity_ratio"]),
         ratio(row["kl"]),
-        _rule_cell(row),
+        _rule_cell(row) + _MARK * chosen,
     ]
 
 
-def _cost_cells(row: Record) -> list[str]:
+def _cost_cells(row: Record, chosen: bool) -> list[str]:
     return [
         str(row["exit_layer"]),
         share(row["exit_share"]),
         f"{row['layers_per_token']:.2f}",
         ratio(row["flops_ratio"]),
         ratio(row["seconds_ratio"]),
-        between(row["seconds_ratio_interval"], ratio, " to "),
-        _rule_cell(row),
+        between(row["seconds_ratio_interval"], ratio, "-"),
+        _rule_cell(row) + _MARK * chosen,
         row["threshold_from"],
     ]
 

@@ -152,7 +152,7 @@ def _draw_curves(
 ) -> None:
     curves = list(_curves(rows))
     named: set[str] = set()
-    for rule, layer, points in curves:
+    for number, (rule, layer, points) in enumerate(curves):
         control = rule in CONTROLS
         colour, marker = _LOOKS.get(rule, _LOOKS[""])
         if control:
@@ -175,10 +175,11 @@ def _draw_curves(
             panel.axes.annotate(
                 str(layer),
                 end,
-                xytext=(-3, 3),
+                # By turns above and below: ends that lie close would cover each other's names.
+                xytext=(-4, -3 if number % 2 else 2),
                 textcoords="offset points",
                 ha="right",
-                va="bottom",
+                va="top" if number % 2 else "bottom",
                 fontsize=8.5,
                 color=LIGHT["muted" if control else colour],
                 zorder=4,
@@ -216,7 +217,7 @@ def _name_axes(grid: Sequence[Sequence[Axes]], record: Record) -> None:
     ratios = [row["perplexity_ratio"] for row in record["points"]]
     if max(ratios, default=1.0) > _LOGARITHMIC_FROM:
         perplexity.set_yscale("log")
-        perplexity.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        perplexity.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         perplexity.yaxis.set_minor_formatter("")
     otherwise.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     wanted = (settings["perplexity_ratio"], 1 - settings["agreement"])
