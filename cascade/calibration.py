@@ -176,17 +176,20 @@ def calibrate(
 
     Raises:
         UsageError: Something that cannot be asked for.
-        CorpusError: Too few sequences for an interval.
+        CorpusError: Too few sequences for an interval, or too long ones.
         ModelError: A state is not finite, or the heads belong to another model.
     """
     wish.check()
     for corpus in (blocks, onto):
-        if corpus is not None and len(corpus.ids) < 2:
+        if corpus is None:
+            continue
+        if len(corpus.ids) < 2:
             raise CorpusError(
                 f"expected at least 2 sequences to calibrate on, got {len(corpus.ids)} in "
                 f"{corpus.name}: tokens of one are correlated and give no interval; take a larger "
                 "corpus or a smaller --seq-len"
             )
+        check_blocks(stack, corpus, batch_size)
     run = _Run(stack, wish, heads, batch_size, seed, progress)
     values = run.confidences(blocks)
     fitted = [fit_threshold(values, ratio, seed=seed) for ratio in wish.hard_ratios]
@@ -268,6 +271,8 @@ class _Run:
         wanted = list(zip(sources, thresholds, strict=True))
         if certificate is not None and certificate.threshold is not None:
             wanted.append((f"risk {certificate.risk:g}", certificate.threshold))
+        if not wanted:  # nothing was certified, and nothing else asked for
+            return {"corpus": onto.provenance(), "rows": []}
         values = self.confidences(onto)
         losses = self.losses(onto, [threshold for _, threshold in wanted])
         rows = [
@@ -329,14 +334,14 @@ def threshold_of(record: dict[str, Any], hard_ratio: float | None = None) -> flo
     if hard_ratio is None and record.get("certificate") is not None:
         threshold = record["certificate"]["threshold"]
         return float("inf") if threshold is None else float(threshold)
-    ratios = [row["hard_ratio"] for row in rows]
+    ratios = ", ".join(str(row["hard_ratio"]) for row in rows) or "none at all"
     if hard_ratio is None and len(rows) == 1:
         return float(rows[0]["threshold"])
     for row in rows:
         if row["hard_ratio"] == hard_ratio:
             return float(row["threshold"])
     raise UsageError(
-        f"this calibration has thresholds for the hard ratios {', '.join(map(str, ratios))}; "
+        f"this calibration has thresholds for the hard ratios {ratios}; "
         f"choose one with --hard-ratio{'' if hard_ratio is None else f', got {hard_ratio:g}'}"
     )
 

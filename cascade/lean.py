@@ -1,8 +1,8 @@
 """Lean layers: a few tokens through a layer's own modules, with little between them.
 
-Decoding one token, what a decoder layer does between its matrix products takes as long as a third
-of them (SmolLM2-135M in fp32 on two cores: 9 of 27 ms per token). For layers shaped like Llama's
-the same can be said in fewer operations: a third less of it.
+Decoding one token, what decoder layers do between their matrix products takes half as long as these
+(SmolLM2-135M in fp32 on two cores: 9.8 ms beside 17.1 ms per token). For layers shaped like Llama's
+the same takes fewer operations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-#: Beyond so many token rows the products are what takes the time.
+#: The most token rows, batch times columns: beyond, the products are what takes the time.
 MOST_ROWS = 16
 
 
@@ -31,17 +31,17 @@ def product(module: nn.Module, rows: Tensor) -> Tensor:
         made: Tensor = module(rows)
         return made
     weight, bias = module.weight, module.bias
-    if rows.numel() == rows.shape[-1] and weight.dtype is torch.bfloat16 and weight.is_cpu:
-        made = torch.mv(weight, rows.view(-1)).view(*rows.shape[:-1], -1)
-        return made if bias is None else made + bias
-    return functional.linear(rows, weight, bias)
+    single = rows.numel() == rows.shape[-1] and weight.dtype is torch.bfloat16 and weight.is_cpu
+    # Quantized weights are tensors of a kind of their own, and say that they are bfloat16.
+    if not single or type(weight) is not nn.Parameter:
+        return functional.linear(rows, weight, bias)
+    made = torch.mv(weight, rows.reshape(-1)).view(*rows.shape[:-1], -1)
+    return made if bias is None else made + bias
 
 
 def is_untouched(module: nn.Module) -> bool:
     """Say whether nobody hooked a module or replaced its forward: then its parts may be called."""
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    )
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class LeanLayers:
@@ -100,13 +100,14 @@ class LeanLayers:
             both = torch.cat([queries, keys], dim=2)
             both = self._rotated(both, kwargs["position_embeddings"])
             queries, keys = both[:, :, : queries.shape[2]], both[:, :, queries.shape[2] :]
-        seen = kwargs["past_key_values"].update(
+        keys, values = kwargs["past_key_values"].update(
             keys.transpose(1, 2), values.transpose(1, 2), attention.layer_idx
         )
         mask = kwargs.get("attention_mask")
         output = functional.scaled_dot_product_attention(
             queries.transpose(1, 2),
-            *seen,
+            keys,
+            values,
             attn_mask=mask,
             is_causal=mask is None and hidden.shape[1] > 1,
             scale=attention.scaling,

@@ -323,7 +323,6 @@ class DecoderStack:
         Returns:
             Logits, `[B, T, V]`.
         """
-
         if self._norm is not None:
             return product(self.lm_head, self._norm(hidden))
 
@@ -348,7 +347,6 @@ class DecoderStack:
         Returns:
             Logits, `[B, T, V]`, soft-capped and scaled as the model does.
         """
-
         if self._norm is not None:
             with torch.set_grad_enabled(normed.requires_grad and torch.is_grad_enabled()):
                 return product(self.lm_head, normed)

@@ -41,7 +41,8 @@ from cascade.errors import ModelError, UsageError
 from cascade.exits import RULES, find_rule
 from cascade.heads import FittedHeads, fit_heads
 from cascade.models import DecoderStack
-from cascade.passes import Exit
+from cascade.passes import Exit, Pass
+from cascade.skipping import Counts, SkippingLayers
 
 INF = math.inf
 TEXT = random_ids(3, 20, seed=1)
@@ -299,6 +300,34 @@ def test_token_ids_may_be_lists_or_narrow_integers() -> None:
     kinds: list[Any] = [ids.tolist(), ids.numpy(), ids.int(), ids.to(torch.uint8)]
     for same in kinds:
         assert torch.equal(early.score(same).predictions, expected.predictions)
+
+
+def test_a_forked_pass_goes_on_by_itself() -> None:
+    stack, nobody = a_stack("llama"), INF
+    everybody, later = (make_exit(stack, layer, "patience", -INF) for layer in (2, 3))
+    stays = make_exit(stack, 2, "patience", nobody)
+    counts = Counts.of(LAYERS)
+    layers, chunk = SkippingLayers(stack), make_chunk(stack, TEXT)
+    cache = layers.new_cache(*TEXT.shape, keep=False)
+    cache.window(0, TEXT.shape[1])
+    first = Pass(layers, [stays, later], chunk, cache, counts)
+    first.climb(2)
+    second = first.fork()
+    second.exits = [everybody, later]
+    made: dict[Pass, list[tuple[int, int]]] = {first: [], second: []}
+    for going in (second, first):  # the fork first: it must leave nothing of itself behind
+        take = functools.partial(keep_layer, made[going])
+        for at in going.exits:
+            going.climb(at.layer)
+            going.decide(at, chunk.valid, take)
+        going.finish(chunk.valid, take)
+    assert made == {first: [(3, 60)], second: [(2, 60)]}
+    assert bool((first.exit_layers == 3).all())
+    assert bool((second.exit_layers == 2).all())
+
+
+def keep_layer(made: list[tuple[int, int]], layer: int, rows: Tensor, *_: Tensor) -> None:
+    made.append((layer, len(rows)))
 
 
 def test_one_token_has_no_perplexity() -> None:

@@ -734,6 +734,14 @@ def test_random_confidences_are_uniform(situation: str) -> None:
     assert abs(neighbours) < 4 / math.sqrt(DRAWS)
 
 
+def test_random_confidences_need_no_float64_which_some_devices_lack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at = a_point(layer=2, count=9)
+    monkeypatch.setattr(Tensor, "double", None)
+    assert bool((confidence("random", at) < 1).all())
+
+
 @pytest.mark.parametrize("situation", ["text", "far_away"])
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_a_random_threshold_lets_go_the_share_it_says(situation: str, rate: float) -> None:

@@ -425,7 +425,7 @@ def test_decoding_normed_states_in_bfloat16_is_as_exact(family: str) -> None:
 def test_gradients_pass_to_normed_states_where_they_ask_for_them(family: str) -> None:
     stack = a_stack(family)
     normed = torch.randn((2, 5, WIDTH), generator=torch.Generator().manual_seed(1))
-    gradients = []
+    gradients: list[Tensor] = []
     for decode in (stack.decode_normed, functools.partial(differentiable_logits, stack.model)):
         asking = normed.clone().requires_grad_()
         logits = decode(asking)
@@ -441,7 +441,9 @@ def test_gradients_pass_to_normed_states_where_they_ask_for_them(family: str) ->
 
 def differentiable_logits(model: PreTrainedModel, normed: Tensor) -> Tensor:
     change = AFTER_THE_HEAD.get(model.config.model_type, lambda raw: raw)
-    return change(model.get_output_embeddings()(normed))
+    head: nn.Module = model.get_output_embeddings()
+    raw: Tensor = head(normed)
+    return change(raw)
 
 
 @ALL_FAMILIES

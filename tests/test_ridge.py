@@ -213,9 +213,10 @@ def test_few_different_tokens_still_have_a_finite_solution(
     equations = sums(x, y)
     for strength in STRENGTHS:
         weight, bias = equations.solve(strength)
-        assert bool(weight.isfinite().all())
-        # Exact up to the penalty; what rounding forces on top of the least of them is 1e-5.
-        assert largest(x @ weight + bias, y) < 0.3 * y.abs().max().item()
+        error = largest(x @ weight + bias, y) / y.abs().max().item()
+        assert error < max(1e-3, strength * different), "off by more than the penalty"
+        # Where rounding leaves the sums indefinite, it is weights of thousands that fit them.
+        assert weight.norm().item() < 100
 
 
 def test_inputs_that_are_all_zero_leave_the_mean() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,9 +201,16 @@ def test_packed_updates_go_to_the_active_tokens_and_only_inside_the_block() -> N
     with cache.packed(Selection(active, ~active)):
         keys, _ = cache.update(states, states, 0)
     assert keys[:, 0, :, 0].tolist() == [[1, 0, 2], [0, 3, 0]]
+    with pytest.raises(ArithmeticError):
+        break_off(cache.packed(Selection(active, ~active)))
     whole = torch.ones(2, 1, 3, 2)
     keys, values = cache.update(whole, whole, 0)
     assert bool((keys == 1).all() & (values == 1).all())
+
+
+def break_off(block: AbstractContextManager[None]) -> None:
+    with block:
+        raise ArithmeticError
 
 
 def test_a_cache_that_keeps_nothing_takes_layers_of_any_shape() -> None:

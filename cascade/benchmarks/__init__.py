@@ -4,9 +4,10 @@ A room per benchmark, each with its ways, its targets and the record of its kind
 need is in `timing`, peak memory in `memory`.
 """
 
-# The function is what a caller wants of this name: it covers the room's, whose other names come
+# The functions are what a caller wants of these names: they cover the rooms', whose others come
 # by `from cascade.benchmarks.collect import ...`.
 from cascade.benchmarks.collect import Setup, collect
+from cascade.benchmarks.decode import DecodeSetup, decode
 from cascade.benchmarks.timing import BenchmarkError
 
-__all__ = ["BenchmarkError", "Setup", "collect"]
+__all__ = ["BenchmarkError", "DecodeSetup", "Setup", "collect", "decode"]

@@ -1,7 +1,7 @@
 """The command line: one function per command; heavy imports wait until a command needs them."""
 
 from cascade.cli.app import app, main
-from cascade.cli.bench import bench_collect
+from cascade.cli.bench import bench_collect, bench_decode
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.measure import RUN_FILES, accept, analyze
 
@@ -11,6 +11,7 @@ __all__ = [
     "analyze",
     "app",
     "bench_collect",
+    "bench_decode",
     "calibrate",
     "evaluate",
     "fit_heads",

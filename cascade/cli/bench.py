@@ -68,3 +68,81 @@ def bench_collect(
     print_record(print_bench, record)
     if output is not None:
         typer.echo(f"Wrote {output / 'bench.json'}", err=True)
+
+
+@bench.command("decode")
+def bench_decode(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="Arithmetic: float32 or bfloat16.")] = "float32",
+    prompts: Annotated[int, typer.Option(help="Prompts that every way continues.")] = 2,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens added to each.")] = 24,
+    batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    layer: Annotated[
+        int | None, typer.Option(help="Exit layer; the heads', or 24, without.")
+    ] = None,
+    rule: Annotated[str, typer.Option(help="Exit rule: cosine, top2_gap, ...")] = "cosine",
+    threshold: Annotated[
+        float | None, typer.Option(help="Tokens at or above it leave; fitted without.")
+    ] = None,
+    hard_ratio: Annotated[
+        float, typer.Option(help="Share of hard tokens that a threshold is fitted to.")
+    ] = 0.5,
+    heads: Annotated[
+        Path | None, typer.Option(help="Heads of `cascade fit-heads`; fitted without.")
+    ] = None,
+    scoring: Annotated[bool, typer.Option(help="Time the scoring of skipped tokens too.")] = True,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads to compute with; as torch has it without.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the order of the ways in every round.")] = 0,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.json.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")
+    ] = False,
+) -> None:
+    """Time the ways to decode: transformers' generate, ours in full, and with early exits.
+
+    One process, rounds interleaved in random order, on held-out text. A
+    missed target is printed and recorded; it does not fail the command.
+    """
+    from cascade.files import RunFolder
+    from cascade.report import print_decoding
+
+    with contextlib.ExitStack() as cleanup:
+        folder = None
+        if output is not None:
+            folder = cleanup.enter_context(RunFolder(output, ("bench.json",), overwrite=overwrite))
+        from cascade import benchmarks
+        from cascade.baselines import to_json
+
+        setup = benchmarks.DecodeSetup(
+            model=model,
+            dtype=dtype,
+            prompts=prompts,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+            rounds=rounds,
+            layer=layer,
+            rule=rule,
+            threshold=threshold,
+            hard_ratio=hard_ratio,
+            heads=None if heads is None else str(heads),
+            scoring=scoring,
+            threads=threads,
+            seed=seed,
+            device=device,
+        )
+        record = benchmarks.decode(
+            setup,
+            command=command_line(),
+            progress=lambda text: typer.echo(text, err=True),
+        )
+        if folder is not None:
+            folder.write("bench.json", to_json(record) + "\n")
+    print_record(print_decoding, record)
+    if output is not None:
+        typer.echo(f"Wrote {output / 'bench.json'}", err=True)

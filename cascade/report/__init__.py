@@ -3,7 +3,7 @@
 Nothing is measured here: numbers are formatted, scaled to pixels, or rebinned for display.
 """
 
-from cascade.report.benchmarks import print_bench
+from cascade.report.benchmarks import print_bench, print_decoding
 from cascade.report.calibration import print_calibration
 from cascade.report.evaluation import evaluation_page, print_evaluation
 from cascade.report.figures import density_svg, layer_profile_svg
@@ -19,6 +19,7 @@ __all__ = [
     "pareto_svg",
     "print_bench",
     "print_calibration",
+    "print_decoding",
     "print_evaluation",
     "print_generation",
     "print_profile",

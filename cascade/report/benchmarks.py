@@ -20,26 +20,12 @@ def print_bench(record: Record, console: Console) -> None:
     Raises:
         ValueError: The record is of another kind or schema.
     """
-    for key, expected in (("kind", "bench.collect"), ("schema", SCHEMA)):
-        if record.get(key) != expected:
-            raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
+    _check(record, "bench.collect")
     print_pairs(_bench_headline(record), console)
     print_heading("Speed", console)
-    print_table(
-        ("tokens/s", "median seconds", "fastest", "slowest", "way"),
-        _speed_rows(record),
-        console,
-        gap=2,
-        text_columns=1,
-    )
-    print_heading("Ratios of seconds: median and 95 % interval over rounds", console)
-    print_table(
-        ("median", "interval", "way/reference"),
-        _ratio_rows(record),
-        console,
-        gap=2,
-        text_columns=1,
-    )
+    _print_speed(record, console)
+    print_heading(_RATIOS, console)
+    _print_ratios(record, console)
     print_heading("Peak memory", console)
     if record["memory"]["reason"] is None:
         print_table(
@@ -52,6 +38,81 @@ def print_bench(record: Record, console: Console) -> None:
     else:
         console.print(Text(f"Not measured: {record['memory']['reason']}."))
     print_heading("Targets (set for 2 cores and 4,096 tokens)", console)
+    _print_targets(record, console)
+    print_heading("Notes", console)
+    print_pairs(_bench_notes(record), console)
+
+
+def print_decoding(record: Record, console: Console) -> None:
+    """Print a benchmark of decoding: speed, ratios, what was computed, targets met or not.
+
+    Args:
+        record: A saved record of kind `bench.decode`.
+        console: Where to print; its width and encoding are respected.
+
+    Raises:
+        ValueError: The record is of another kind or schema.
+    """
+    _check(record, "bench.decode")
+    print_pairs(_decoding_headline(record), console)
+    print_heading("Speed", console)
+    _print_speed(record, console)
+    print_heading(_RATIOS, console)
+    _print_ratios(record, console)
+    print_heading("What was generated", console)
+    print_table(
+        ("exits", "layers/token", "rows of layers", "LM head", "as generate", "way"),
+        _generated_rows(record),
+        console,
+        gap=2,
+        text_columns=1,
+    )
+    for title, section in (
+        ("assistant_early_exit, over fewer tokens", record["assistant"]),
+        ("Scoring with 70 % of the tokens out early", record["scoring"]),
+    ):
+        print_heading(title, console)
+        if section["reason"] is not None:
+            console.print(Text(f"Not measured: {section['reason']}."))
+            continue
+        _print_speed(section, console)
+        _print_ratios(section, console)
+    print_heading("Targets (set for 2 cores)", console)
+    _print_targets(record, console)
+    print_heading("Notes", console)
+    print_pairs(_decoding_notes(record), console)
+
+
+_RATIOS = "Ratios of seconds: median and 95 % interval over rounds"
+
+
+def _check(record: Record, kind: str) -> None:
+    for key, expected in (("kind", kind), ("schema", SCHEMA)):
+        if record.get(key) != expected:
+            raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
+
+
+def _print_speed(record: Record, console: Console) -> None:
+    print_table(
+        ("tokens/s", "median seconds", "fastest", "slowest", "way"),
+        _speed_rows(record),
+        console,
+        gap=2,
+        text_columns=1,
+    )
+
+
+def _print_ratios(record: Record, console: Console) -> None:
+    print_table(
+        ("median", "interval", "way/reference"),
+        _ratio_rows(record),
+        console,
+        gap=2,
+        text_columns=1,
+    )
+
+
+def _print_targets(record: Record, console: Console) -> None:
     print_table(
         ("target", "limit", "measured", "verdict"),
         _target_rows(record),
@@ -59,15 +120,10 @@ def print_bench(record: Record, console: Console) -> None:
         gap=1,
         text_columns=1,
     )
-    print_heading("Notes", console)
-    print_pairs(_bench_notes(record), console)
 
 
 def _bench_headline(record: Record) -> list[tuple[str, str]]:
     provenance, settings = record["provenance"], record["settings"]
-    machine = provenance["machine"]
-    load = machine["load_average_before"]
-    busy = "" if load is None else f", load average before the start {load:.2f}"
     return [
         ("Model", f"{provenance['model']['name']} on {provenance['model']['device']}"),
         (
@@ -75,18 +131,83 @@ def _bench_headline(record: Record) -> list[tuple[str, str]]:
             f"{settings['tokens']:,} tokens in sequences of {settings['seq_len']:,}, "
             f"{settings['batch_size']} per batch; {settings['rounds']} rounds",
         ),
-        (
-            "Machine",
-            f"{machine['processor']}, {machine['cores']} cores, {settings['threads']} threads"
-            f"{busy}",
-        ),
+        ("Machine", _machine(record)),
     ]
+
+
+def _decoding_headline(record: Record) -> list[tuple[str, str]]:
+    provenance, settings, out = record["provenance"], record["settings"], record["exit"]
+    model = provenance["model"]
+    return [
+        ("Model", f"{model['name']} on {model['device']}, {settings['dtype']}"),
+        (
+            "Round",
+            f"{settings['prompts']} prompts of {settings['prompt_tokens']} tokens, "
+            f"{settings['new_tokens']} new ones each, {settings['batch_size']} per batch; "
+            f"{settings['rounds']} rounds",
+        ),
+        (
+            "Exit",
+            f"layer {out['layer']}, {out['rule']} from {settings['threshold']:.4g} on, "
+            f"{out['head']} head ({out['heads']})",
+        ),
+        ("Machine", _machine(record)),
+    ]
+
+
+def _machine(record: Record) -> str:
+    machine = record["provenance"]["machine"]
+    load = machine["load_average_before"]
+    busy = "" if load is None else f", load average before the start {load:.2f}"
+    threads = record["settings"]["threads"]
+    return f"{machine['processor']}, {machine['cores']} cores, {threads} threads{busy}"
+
+
+def _generated_rows(record: Record) -> list[list[str]]:
+    rows = []
+    for name, row in record["generated"].items():
+        counted = ["-"] * 4
+        if "counts" in row:
+            counts = row["counts"]
+            counted = [
+                f"{row['exit_share']:.3f}",
+                f"{row['layers_per_token']:.2f}",
+                f"{sum(counts['layer_rows']):,}",
+                f"{counts['lm_head_rows']:,}",
+            ]
+        rows.append([*counted, f"{row['agreement']:.3f}", name])
+    return rows
+
+
+def _decoding_notes(record: Record) -> list[tuple[str, str]]:
+    out, verified = record["exit"], record["generated"]["verified"]
+    notes = [
+        ("Interval", record["interval"]),
+        ("Threshold", out["threshold"]),
+        (
+            "As generate",
+            "share of new tokens that are those of generate at the same place; behind the first"
+            " that differs, the texts are two",
+        ),
+        ("Verified", f"{verified['accepted']} of {verified['drafted']} drafted tokens confirmed"),
+    ]
+    if out["fallback"] is not None:
+        notes.append(("Skipping", f"none: {out['fallback']}"))
+    for row in record["scoring"].get("skipping", ()):
+        notes.append(
+            (
+                row["name"],
+                f"{row['exit_share']:.3f} of the tokens out, {row['flops_ratio']:.3f} of the "
+                f"operations, {row['seconds_ratio']:.3f} of the time",
+            )
+        )
+    return notes
 
 
 def _speed_rows(record: Record) -> list[list[str]]:
     return [
         [
-            f"{way['tokens_per_second']:,.0f}",
+            _speed(way["tokens_per_second"]),
             f"{np.median(way['seconds']):.3f}",
             f"{min(way['seconds']):.3f}",
             f"{max(way['seconds']):.3f}",
@@ -94,6 +215,10 @@ def _speed_rows(record: Record) -> list[list[str]]:
         ]
         for name, way in record["ways"].items()
     ]
+
+
+def _speed(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:,.{0 if tokens_per_second >= 100 else 1}f}"
 
 
 def _ratio_rows(record: Record) -> list[list[str]]:
