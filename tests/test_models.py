@@ -380,6 +380,18 @@ def test_a_plan_takes_positions_behind_a_cache_too(family: str) -> None:
         assert differences(steps[:-1], list(own.hidden_states[:-1])) == [0.0] * LAYERS
 
 
+def test_a_model_that_takes_no_positions_is_given_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack, ids = a_stack("bloom"), random_ids()
+    forward = stack.decoder.forward
+
+    def strict(**kwargs: Any) -> Any:
+        assert "position_ids" not in kwargs
+        return forward(**kwargs)
+
+    monkeypatch.setattr(stack.decoder, "forward", strict)
+    assert len(stack.plan(ids, position_ids=torch.zeros_like(ids)).calls) == LAYERS
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_positions_that_only_count_are_those_of_a_plan_without(family: str) -> None:
     stack, ids = a_stack(family), random_ids()
