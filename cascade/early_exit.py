@@ -212,7 +212,7 @@ class EarlyExit:
             input_ids: The prompts, `[B, T]`, padded on the left.
             attention_mask: `[B, T]`, 1 for tokens and 0 for padding; all ones where not given.
             generation_config: Settings, as `transformers` knows them; the model's own say what it
-                leaves open. Those that early exit does not know (beams, penalties, ...) are refused.
+                leaves open. Those that early exit does not know (beams, ...) are refused.
             streamer: Gets each token as soon as it is certain.
             return_dict_in_generate: Return a `Generation` instead of the ids alone.
             verify: Let the full model confirm every token (needs propagation="exact"): the result

@@ -109,7 +109,7 @@ def fit_heads(
             progress=advance,
         )
     if distill:
-        with progress_bar("Distilling", distill * blocks.tokens) as advance:
+        with progress_bar("Distilling", distill * distillation.trained_tokens(blocks)) as advance:
             fitted = distillation.distill(
                 stack,
                 fitted,
@@ -430,10 +430,12 @@ def _generate(
 ) -> dict[str, Any]:
     """Generate, with the full model too where wanted; return a record of kind `generation`."""
     from cascade.early_exit import EarlyExit
+    from cascade.generation import Generation
 
     def timed(model: EarlyExit, **options: Any) -> tuple[Generation, list[int], float]:
         start = time.perf_counter()
         made = model.generate(ids, return_dict_in_generate=True, **settings, **options)
+        assert isinstance(made, Generation)  # asked for as such
         seconds = time.perf_counter() - start
         return made, made.sequences[0, ids.shape[1] :].tolist(), seconds
 
