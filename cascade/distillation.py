@@ -124,7 +124,8 @@ def distill(
 def trained_tokens(blocks: TokenBlocks) -> int:
     """Return how many tokens of a corpus an epoch learns from: one sequence in ten checks."""
     sequences, length = blocks.ids.shape
-    return sum(number % 10 != CHECKED for number in range(sequences)) * length
+    trained = sum(number % 10 != CHECKED for number in range(sequences))
+    return trained * int(length)
 
 
 def _steps(sequences: int, batch_size: int, length: int) -> int:
