@@ -163,8 +163,8 @@ def test_a_product_is_what_the_module_gives(
 
 def test_a_product_calls_what_is_no_plain_projection() -> None:
     class Other(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input) + 1
+        def forward(self, rows: Tensor) -> Tensor:
+            return super().forward(rows) + 1
 
     module = Other(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
     rows = torch.randn((1, WIDTH), dtype=torch.bfloat16)
