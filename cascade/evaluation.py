@@ -179,10 +179,17 @@ def evaluate(
         "points": rows,
         "auroc": _auroc_rows(table, rules),
         "search": _search_record(rows, searched, request.agreement),
-        "verdict": judge(
-            rows, agreement=request.agreement, perplexity_ratio=request.perplexity_ratio
-        ),
+        "verdict": _verdict(rows, request),
     }
+
+
+def _verdict(rows: Sequence[dict[str, Any]], request: Request) -> dict[str, Any]:
+    wanted = {"agreement": request.agreement, "perplexity_ratio": request.perplexity_ratio}
+    if request.only_given:
+        # Without controls a point has nothing to be better than.
+        text = "Not judged: only the given points were measured, without controls."
+        return judge([], **wanted) | {"headline": text}
+    return judge(rows, **wanted)
 
 
 _SECONDS = (

@@ -462,3 +462,14 @@ def test_sequences_beyond_the_positions_are_refused() -> None:
         CorpusError, lambda: evaluate(a_stack("llama"), *split(blocks_of(4, 65)), request)
     )
     assert "exceed the model's 64 positions" in words
+
+
+def test_given_points_alone_are_not_judged() -> None:
+    stack = a_stack("llama")
+    blocks = blocks_of(8)
+    request = Request(layers=(), rules=(), thresholds=(Point(2, "cosine", 0.5, "given"),))
+    alone = dataclasses.replace(request, only_given=True)
+    record = evaluate(stack, *split(blocks), alone)
+    assert [row["threshold_from"] for row in record["points"]] == ["given"]
+    assert not record["verdict"]["use"]
+    assert record["verdict"]["headline"].startswith("Not judged")
