@@ -37,17 +37,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
+#: Suites on the real model: only they have enough to compute for several threads.
+_REAL = ("saturation", "budgets", "published")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compute on one thread: two of them wait longer for each other than a tiny model takes."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if not any(request.node.get_closest_marker(name) for name in _REAL):
+        torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
 @pytest.fixture
-def here(tmp_path: Path, models: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder: a corpus, a cache of its own elsewhere, and no network."""
     import datasets.config
     import huggingface_hub.constants

@@ -18,8 +18,8 @@ from by_hand import (
     SKIPPING,
     a_settled_stack,
     a_stack,
+    apart,
     by_hand,
-    difference,
     head_logits,
     one_line,
     own_logits,
@@ -780,10 +780,9 @@ def test_after_frozen_and_ridge_generation_the_cache_is_that_of_the_mixed_pass_b
     )
     assert int((expected.exit_layers < LAYERS).sum()) > 20
     for ours, theirs in zip(caches[-1].layers, expected.cache.layers, strict=True):
-        # Keys are some ten times larger than logits, and so are their roundings.
         for name in ("keys", "values"):
             got, wanted = (held(getattr(layer, name), mask.bool()) for layer in (ours, theirs))
-            assert difference(got, wanted) <= 3 * CLOSE
+            assert apart(got, wanted) <= CLOSE
 
 
 @pytest.mark.parametrize("verify", [False, True], ids=["plain", "verified"])
@@ -807,7 +806,7 @@ def test_after_exact_generation_the_cache_holds_the_full_models_keys_and_values(
         valid = mask.bool()[:, :done]
         for name in ("keys", "values") if done else ():
             got, wanted = (held(getattr(layer, name), valid) for layer in (ours, full))
-            assert difference(got, wanted) <= 3 * CLOSE
+            assert apart(got, wanted) <= CLOSE
 
 
 @torch.no_grad()
