@@ -426,39 +426,48 @@ class _Fitter:
             if entry in wanted:
                 history[entry] = hidden.flatten(0, 1)
 
+        # Those kept aside come last: both kinds are then a slice, and nothing has to be copied.
+        checked = numbers % 10 == CHECKED
+        ids = ids[torch.from_numpy(np.argsort(checked, kind="stable")).to(ids.device)]
         with _captured(self.projections[min(self.layers) :]) as raw:
             normed = self.stack.visit(ids, keep)
-        for entry, states in sorted(history.items()):
-            if not torch.isfinite(states).all():
-                raise ModelError(
-                    f"layer {entry} gives NaN or infinite hidden states; use a wider --dtype, or "
-                    "get the checkpoint again"
-                )
         final = history[self.stack.num_layers] if normed is None else normed.flatten(0, 1)
-        checked = torch.from_numpy(numbers % 10 == CHECKED).to(ids.device)
-        checked = checked.repeat_interleave(ids.shape[1])
+        trained = int((~checked).sum()) * ids.shape[1]
         for layer in self.layers:
-            state = history[layer]
-            upper = self._upper(layer, history, raw)
-            target = torch.cat([final.float(), *upper], dim=1)
-            x = rms_normalized(state)
-            for equations, rows in zip(self.equations[layer], (~checked, checked), strict=True):
-                if rows.any():
-                    self._update(equations, x[rows], target[rows], layer)
+            targets = [final, *self._upper(layer, history, raw)]
+            x = rms_normalized(history[layer])
+            for equations, rows in zip(
+                self.equations[layer], (slice(trained), slice(trained, None)), strict=True
+            ):
+                if len(x[rows]):
+                    self._update(equations, x[rows], [y[rows] for y in targets], layer, history)
 
-    def _update(self, equations: NormalEquations, x: Tensor, y: Tensor, layer: int) -> None:
+    def _update(
+        self,
+        equations: NormalEquations,
+        x: Tensor,
+        targets: list[Tensor],
+        layer: int,
+        history: dict[int, Tensor],
+    ) -> None:
         device = equations.xx.device
         try:
-            equations.update(x.to(device), y.to(device))
+            equations.update(x.to(device), *(y.to(device) for y in targets))
         except ValueError as error:
+            for entry, states in sorted(history.items()):
+                if not torch.isfinite(states).all():
+                    raise ModelError(
+                        f"layer {entry} gives NaN or infinite hidden states; use a wider --dtype, "
+                        "or get the checkpoint again"
+                    ) from error
             raise ModelError(f"exit layer {layer}: {error}; use a wider --dtype") from error
 
     def _upper(self, layer: int, history: dict[int, Tensor], raw: list[Tensor]) -> list[Tensor]:
-        """Return each upper layer's target, `[n, width]`, the lowest first."""
+        """Return the upper layers' targets, the lowest first: in all `width` outputs for each."""
         if self.of_states:
             size = _size(history[layer])
             return [history[entry].float() / size for entry in range(layer, self.stack.num_layers)]
-        return [part.flatten(0, 1).float() for part in raw[layer - min(self.layers) :]]
+        return [part.flatten(0, 1) for part in raw[2 * (layer - min(self.layers)) :]]
 
     def fit(self) -> FittedHeads:
         weights, maps, strengths = {}, {}, {}
@@ -484,15 +493,11 @@ def _projections(layer: nn.Module) -> list[Any] | None:
 
 @contextlib.contextmanager
 def _captured(projections: Sequence[Sequence[nn.Module] | None]) -> Iterator[list[Tensor]]:
-    """Collect what the layers' key and value projections give, `[B, T, 2 * width]` per layer."""
+    """Collect what the layers' key and value projections give: `[B, T, width]` each, in turn."""
     kept: list[Tensor] = []
-    halves: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-        halves.append(output)
-        if len(halves) == 2:
-            kept.append(torch.cat(halves, dim=-1))
-            halves.clear()
+        kept.append(output)
 
     with contextlib.ExitStack() as hooks:
         for pair in projections:

@@ -142,7 +142,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         "saturation",
         "thresholds",
     },
-    "benchmarks": {"benchmarks.collect", "benchmarks.decode", "benchmarks.timing"},
+    "benchmarks.fit": {
+        "benchmarks.collect",
+        "benchmarks.timing",
+        "corpora",
+        "heads",
+        "models",
+        "saturation",
+    },
+    "benchmarks": {
+        "benchmarks.collect",
+        "benchmarks.decode",
+        "benchmarks.fit",
+        "benchmarks.timing",
+    },
     "benchmarks.__main__": {"benchmarks.collect"},
     "__main__": {"cli"},
 }

@@ -492,9 +492,9 @@ def test_targets_that_are_not_finite_are_refused_with_the_exit_layer(
     original = NormalEquations.update
     calls: list[int] = []
 
-    def overflowing(self: NormalEquations, x: Tensor, y: Tensor) -> None:
+    def overflowing(self: NormalEquations, x: Tensor, *y: Tensor) -> None:
         calls.append(1)
-        original(self, x, y * math.inf)
+        original(self, x, *(part * math.inf for part in y))
 
     monkeypatch.setattr(NormalEquations, "update", overflowing)
     with pytest.raises(ModelError) as error:

@@ -87,6 +87,27 @@ def test_batches_of_any_size_are_one_pass(cuts: list[int]) -> None:
     check_same(batched, sums(x, y), close=SPLIT)
 
 
+def test_outputs_in_several_parts_are_the_outputs_side_by_side() -> None:
+    x, y = some_data(200)
+    parts = NormalEquations(INPUTS, OUTPUTS)
+    parts.update(x, y[:, :1], y[:, 1:])
+    # 1e-6: products of other widths add up in another order.
+    check_same(parts, sums(x, y), close=1e-6)
+    with pytest.raises(ValueError, match=r"got \[200, 6\] and \[200, 1\]"):
+        NormalEquations(INPUTS, OUTPUTS).update(x, y[:, :1])
+    with pytest.raises(ValueError, match=r"\[200, 1\] and \[3, 2\]"):
+        NormalEquations(INPUTS, OUTPUTS).update(x, y[:, :1], y[:3, 1:])
+
+
+def test_single_outputs_are_solved_as_all_of_them_are() -> None:
+    equations = sums(*some_data(200))
+    weight, bias = equations.solve(1e-3)
+    columns = torch.tensor([True, False, True])
+    some = equations.solve(1e-3, columns)
+    assert largest(some[0], weight[:, columns]) < 1e-6
+    assert largest(some[1], bias[columns]) < 1e-6
+
+
 def test_merging_commutes_to_the_last_bit_and_leaves_its_parts_alone() -> None:
     a, b = sums(*some_data(20)), sums(*some_data(30, seed=1))
     before = (a.xx.clone(), b.xy.clone())

@@ -8,6 +8,7 @@ need is in `timing`, peak memory in `memory`.
 # by `from cascade.benchmarks.collect import ...`.
 from cascade.benchmarks.collect import Setup, collect
 from cascade.benchmarks.decode import DecodeSetup, decode
+from cascade.benchmarks.fit import FitSetup, fit
 from cascade.benchmarks.timing import BenchmarkError
 
-__all__ = ["BenchmarkError", "DecodeSetup", "Setup", "collect", "decode"]
+__all__ = ["BenchmarkError", "DecodeSetup", "FitSetup", "Setup", "collect", "decode", "fit"]

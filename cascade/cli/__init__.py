@@ -1,7 +1,7 @@
 """The command line: one function per command; heavy imports wait until a command needs them."""
 
 from cascade.cli.app import app, main
-from cascade.cli.bench import bench_collect, bench_decode
+from cascade.cli.bench import bench_collect, bench_decode, bench_fit
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.measure import RUN_FILES, accept, analyze
 
@@ -12,6 +12,7 @@ __all__ = [
     "app",
     "bench_collect",
     "bench_decode",
+    "bench_fit",
     "calibrate",
     "evaluate",
     "fit_heads",

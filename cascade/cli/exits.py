@@ -18,6 +18,7 @@ from cascade.cli.showing import (
     command_line,
     print_record,
     progress_bar,
+    read_layers,
     status,
 )
 from cascade.errors import OutputError, UsageError
@@ -90,7 +91,7 @@ def fit_heads(
     --distill goes on from there, and keeps what is better on sequences
     kept aside.
     """
-    wanted = _layers(layers)
+    wanted = read_layers(layers)
     _check_free(output, overwrite=overwrite)
     from cascade import distillation, heads
     from cascade.saturation import provenance_of
@@ -541,19 +542,11 @@ def _embedded(corpus: str, split: str) -> str | None:
     return split if corpus == "embedded" else None
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    try:
-        layers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"expected layers such as 24 or 20,24,28, got {text!r}") from None
-    return layers
-
-
 def _evaluated_layers(
     text: str | None, stack: DecoderStack, heads: FittedHeads | None, only_points: bool
 ) -> tuple[int, ...]:
     if text is not None:
-        return _layers(text)
+        return read_layers(text)
     if only_points:
         return ()
     return tuple(heads.layers) if heads is not None else (max(1, stack.num_layers - 1),)

@@ -1,4 +1,4 @@
-"""What commands share: option texts, spinner, progress bar, and printing records."""
+"""What commands share: option texts, layers, spinner, progress bar, records in print."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from cascade.errors import OutputError, os_reason
+from cascade.errors import OutputError, UsageError, os_reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +56,18 @@ def progress_bar(what: str, tokens: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=tokens)
         yield lambda done: bar.advance(task, done)
+
+
+def read_layers(text: str) -> tuple[int, ...]:
+    """Return the exit layers that an option names, e.g. "20,24,28".
+
+    Raises:
+        UsageError: It names something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"expected layers such as 24 or 20,24,28, got {text!r}") from None
 
 
 def command_line() -> str:

@@ -3,7 +3,7 @@
 Nothing is measured here: numbers are formatted, scaled to pixels, or rebinned for display.
 """
 
-from cascade.report.benchmarks import print_bench, print_decoding
+from cascade.report.benchmarks import print_bench, print_decoding, print_fitting
 from cascade.report.calibration import print_calibration
 from cascade.report.evaluation import evaluation_page, print_evaluation
 from cascade.report.figures import density_svg, layer_profile_svg
@@ -21,6 +21,7 @@ __all__ = [
     "print_calibration",
     "print_decoding",
     "print_evaluation",
+    "print_fitting",
     "print_generation",
     "print_profile",
     "profile_page",

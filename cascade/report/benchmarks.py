@@ -83,6 +83,30 @@ def print_decoding(record: Record, console: Console) -> None:
     print_pairs(_decoding_notes(record), console)
 
 
+def print_fitting(record: Record, console: Console) -> None:
+    """Print a benchmark of fitting heads: speed, the ratio, and its target met or not.
+
+    Args:
+        record: A saved record of kind `bench.fit`.
+        console: Where to print; its width and encoding are respected.
+
+    Raises:
+        ValueError: The record is of another kind or schema.
+    """
+    _check(record, "bench.fit")
+    settings = record["settings"]
+    heads = ("Heads", f"layers {', '.join(map(str, settings['layers']))}, in one pass")
+    print_pairs([*_bench_headline(record), heads], console)
+    print_heading("Speed", console)
+    _print_speed(record, console)
+    print_heading(_RATIOS, console)
+    _print_ratios(record, console)
+    print_heading("Targets (set for 2 cores and 100,000 tokens)", console)
+    _print_targets(record, console)
+    print_heading("Notes", console)
+    print_pairs([("Interval", record["interval"])], console)
+
+
 _RATIOS = "Ratios of seconds: median and 95 % interval over rounds"
 
 
