@@ -15,7 +15,7 @@ from cascade.corpora import TokenBlocks
 from cascade.early_exit import PROPAGATIONS, EarlyExit, Propagation, make_chunk, make_exit
 from cascade.errors import CorpusError, ModelError, RecordError, UsageError
 from cascade.exits import find_rule
-from cascade.heads import FittedHeads, check_same_model
+from cascade.heads import FittedHeads, check_same_model, heads_provenance
 from cascade.models import DecoderStack
 from cascade.passes import Pass, slices
 from cascade.points import Array, Evaluator, Point
@@ -198,11 +198,7 @@ def calibrate(
     return {
         "schema": 1,
         "kind": KIND,
-        "provenance": provenance_of(stack, blocks, command)
-        | {
-            "heads": heads.provenance if heads else None,
-            "heads_fingerprint": heads.fingerprint() if heads else None,
-        },
+        "provenance": provenance_of(stack, blocks, command) | heads_provenance(heads, blocks),
         "exit_layer": wish.layer,
         "rule": wish.rule,
         "head": head.name,

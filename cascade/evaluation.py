@@ -15,7 +15,7 @@ from cascade.costs import full_flops
 from cascade.early_exit import Propagation
 from cascade.errors import CorpusError, UsageError
 from cascade.exits import check_layers, find_rule
-from cascade.heads import FittedHeads
+from cascade.heads import FittedHeads, heads_provenance
 from cascade.models import DecoderStack
 from cascade.points import INTERVAL, Array, Evaluator, ExitTable, Point
 from cascade.saturation import provenance_of
@@ -157,11 +157,8 @@ def evaluate(
         "schema": 1,
         "kind": "evaluation",
         "provenance": provenance_of(stack, confirm, command)
-        | {
-            "fitted_on": fit.provenance(),
-            "heads": heads.provenance if heads else None,
-            "heads_fingerprint": heads.fingerprint() if heads else None,
-        },
+        | {"fitted_on": fit.provenance()}
+        | heads_provenance(heads, fit, confirm),
         "settings": {
             "propagation": propagation,
             "layers": layers,

@@ -193,6 +193,21 @@ class FittedHeads:
                     digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
         return f"sha256:{digest.hexdigest()}"
 
+    def saw(self, blocks: TokenBlocks) -> bool:
+        """Say whether they were fitted on a corpus, a part of it, or one that it is a part of.
+
+        On such text they are better than on any other: what is measured there holds for it alone.
+
+        Args:
+            blocks: A corpus to measure on.
+        """
+        fitted = self.provenance.get("corpus") or {}
+        if fitted.get("fingerprint") == blocks.fingerprint():
+            return True
+        names = f"{fitted.get('name')}-", f"{blocks.name}-"
+        same = names[0].startswith(names[1]) or names[1].startswith(names[0])
+        return same and fitted.get("source") == blocks.source
+
     def check(self, stack: DecoderStack) -> None:
         """Refuse to serve another model.
 
@@ -236,6 +251,20 @@ class FittedHeads:
                     f"cannot write {path}: {first_line(error)}; free some space or choose another"
                     " place (what was there before is unharmed)"
                 ) from error
+
+
+def heads_provenance(heads: FittedHeads | None, *corpora: TokenBlocks) -> dict[str, Any]:
+    """Return what a record says of the heads behind its figures.
+
+    Args:
+        heads: None for the logit lens.
+        corpora: What the figures are measured on.
+    """
+    return {
+        "heads": None if heads is None else heads.provenance,
+        "heads_fingerprint": None if heads is None else heads.fingerprint(),
+        "heads_saw_corpus": heads is not None and any(map(heads.saw, corpora)),
+    }
 
 
 def _halved(tensor: Tensor, layer: int) -> Tensor:

@@ -124,6 +124,46 @@ def test_a_calibration_prints_its_table_and_generates(tiny: Run, here: Path) -> 
     assert done.status == 0, done.err
 
 
+def test_thresholds_are_fitted_on_text_that_the_heads_have_not_seen(
+    run: Run, models: Path, here: Path
+) -> None:
+    few = ("--model", models / "tiny", "--seq-len", 16, "--max-tokens", 320)
+    assert run("fit-heads", *few, "--layers", 3, "--output", "h.safetensors").status == 0
+    given = ("calibrate", *few, "--layer", 3, "--heads", "h.safetensors")
+    done = run(*given, "--transfer-to", "embedded", "--output", "c")
+    assert done.status == 0, done.err
+    assert "Beware" not in done.out
+    record = read("c/calibration.json")
+    assert record["provenance"]["heads"]["corpus"]["name"] == "embedded-train"
+    assert record["provenance"]["corpus"]["name"] == "embedded-held-out"
+    assert record["transfer"]["corpus"]["name"] == "embedded-held-out"
+    done = run(*given, "--split", "train")
+    assert "Beware" in done.out
+    assert "the heads were fitted on this very text" in done.out
+    evaluated = run("evaluate", *few, "--heads", "h.safetensors", "--split", "train")
+    assert "Beware" in evaluated.out
+
+
+def test_the_other_corpus_has_a_split_and_a_column_of_its_own(
+    tiny: Run, here: Path, tmp_path: Path
+) -> None:
+    Path("other.jsonl").write_text(
+        "".join(
+            json.dumps({"body": f"Text {n}, in a column of its own."}) + "\n" for n in range(40)
+        )
+    )
+    onto = ("--transfer-to", "other.jsonl", "--transfer-text-column", "body")
+    done = tiny("calibrate", "--layer", 3, *onto, "--output", "c")
+    assert done.status == 0, done.err
+    assert read("c/calibration.json")["transfer"]["corpus"]["name"] == "other"
+    split = ("--transfer-to", "embedded", "--transfer-split", "train", "--max-tokens", 320)
+    done = tiny("calibrate", "--layer", 3, *split, "--output", "d")
+    assert read("d/calibration.json")["transfer"]["corpus"]["name"] == "embedded-train"
+    done = tiny("calibrate", "--layer", 3, "--transfer-split", "train")
+    assert done.status == 2
+    assert "--transfer-to" in done.err
+
+
 def test_too_few_sequences_certify_nothing_and_leave_the_full_model(
     tiny: Run, here: Path, models: Path
 ) -> None:

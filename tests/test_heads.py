@@ -37,7 +37,15 @@ from cascade import ridge
 from cascade.corpora import TokenBlocks
 from cascade.early_exit import EarlyExit
 from cascade.errors import CorpusError, ModelError, OutputError, RecordError, UsageError
-from cascade.heads import CHECKED, FittedHeads, LogitLens, fit_heads, load_heads, rows_of
+from cascade.heads import (
+    CHECKED,
+    FittedHeads,
+    LogitLens,
+    fit_heads,
+    heads_provenance,
+    load_heads,
+    rows_of,
+)
 from cascade.models import DecoderStack
 from cascade.ridge import STRENGTHS, NormalEquations
 
@@ -503,6 +511,33 @@ def test_targets_that_are_not_finite_are_refused_with_the_exit_layer(
     assert one_line(error) == (
         "exit layer 2: expected finite states, got NaN or infinite ones; use a wider --dtype"
     )
+
+
+@pytest.mark.parametrize(
+    ("fitted", "measured", "expected"),
+    [
+        (("embedded", "embedded-train"), ("embedded", "embedded-held-out"), False),
+        (("embedded", "embedded-train"), ("embedded", "embedded-train-fit"), True),
+        (("embedded", "embedded-train"), ("embedded", "embedded"), True),
+        (("embedded", "embedded"), ("embedded", "embedded-held-out-confirm"), True),
+        (("a/text.jsonl", "text"), ("a/text.jsonl", "text"), True),
+        (("a/text.jsonl", "text"), ("b/text.jsonl", "text"), False),
+        (("org/text", "text-a"), ("org/text", "text-ab"), False),
+    ],
+)
+def test_heads_know_the_text_they_were_fitted_on(
+    fitted: tuple[str, str], measured: tuple[str, str], expected: bool
+) -> None:
+    # Other tokens each: the same source can be cut otherwise.
+    corpora = [
+        TokenBlocks(random_blocks(3 + part).ids, source, name, 3)
+        for part, (source, name) in enumerate((fitted, measured))
+    ]
+    heads = dataclasses.replace(some_heads("llama"), provenance={"corpus": corpora[0].provenance()})
+    assert heads.saw(corpora[1]) is expected
+    assert heads_provenance(heads, corpora[1])["heads_saw_corpus"] is expected
+    assert heads.saw(dataclasses.replace(corpora[0], name="copy", source="elsewhere"))
+    assert heads_provenance(None, corpora[0])["heads_saw_corpus"] is False
 
 
 # --- Files -----------------------------------------------------------------------------------

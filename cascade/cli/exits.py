@@ -147,6 +147,10 @@ def calibrate(
     transfer_to: Annotated[
         str | None, typer.Option(help="Another corpus, to see what the thresholds do there.")
     ] = None,
+    transfer_split: Annotated[str | None, typer.Option(help="Split of that corpus.")] = None,
+    transfer_text_column: Annotated[
+        str | None, typer.Option(help="Column to read of that corpus.")
+    ] = None,
     model: Model = "smollm2-135m",
     revision: Revision = None,
     heads: Heads = None,
@@ -164,7 +168,8 @@ def calibrate(
 ) -> None:
     """Fit thresholds for hard ratios, with intervals; or certify one for a risk.
 
-    With --output, writes calibration.json, which `cascade generate
+    Of the embedded corpus the held-out split is taken: heads are fitted on
+    the other. With --output, writes calibration.json, which `cascade generate
     --calibration` runs with.
     """
     from cascade.files import RunFolder
@@ -188,11 +193,25 @@ def calibrate(
             confidence=confidence,
         )
         wish.check()
+        if transfer_to is None and (transfer_split or transfer_text_column):
+            raise UsageError(
+                "--transfer-split and --transfer-text-column are of the corpus that --transfer-to "
+                "names; give it"
+            )
         fitted = _read_heads(heads, stack)
-        blocks = _read(stack, corpus, split, text_column, seq_len, max_tokens)
+        blocks = _read(
+            stack, corpus, split or _embedded(corpus, "held-out"), text_column, seq_len, max_tokens
+        )
         onto = None
         if transfer_to is not None:
-            onto = _read(stack, transfer_to, None, text_column, seq_len, max_tokens)
+            onto = _read(
+                stack,
+                transfer_to,
+                transfer_split or _embedded(transfer_to, "held-out"),
+                transfer_text_column,
+                seq_len,
+                max_tokens,
+            )
         total = blocks.tokens + (blocks.tokens // 2 if risk is not None else 0)
         total += 2 * onto.tokens if onto is not None else 0
         with progress_bar("Calibrating", total) as advance:

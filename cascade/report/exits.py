@@ -17,6 +17,14 @@ _PROPAGATIONS = {
     "exact": "exact: upper layers catch up on tokens that left, once a later one goes on",
 }
 
+#: Measured with the heads of SmolLM2-135M's layers 24 and 28: of the tokens that left, 0.971 and
+#: 1.000 agreed with the full model on the text that the heads were fitted on, 0.936 and 0.980 on
+#: other text.
+_SEEN = (
+    "the heads were fitted on this very text, where they are better than elsewhere: take another "
+    "corpus, or another --split"
+)
+
 
 def head_words(name: str) -> str:
     """Say what an exit head is."""
@@ -32,7 +40,10 @@ def heads_pairs(record: Record) -> list[tuple[str, str]]:
     """Return where fitted heads come from, as (label, text); nothing for the logit lens."""
     heads = record["provenance"].get("heads")
     corpus = (heads or {}).get("corpus")
-    return [("Head corpus", corpus_words(corpus))] if corpus else []
+    pairs = [("Head corpus", corpus_words(corpus))] if corpus else []
+    if record["provenance"].get("heads_saw_corpus"):
+        pairs.append(("Beware", _SEEN))
+    return pairs
 
 
 def corpus_words(corpus: Record) -> str:
