@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from cascade.budgets import SLACK, accept_budgets, check_budgets
 from cascade.errors import RecordError
@@ -18,6 +19,7 @@ from cascade.points import Point
 
 if TYPE_CHECKING:
     from cascade import DecoderStack
+    from cascade.early_exit import Propagation
 
 BASELINES = Path(__file__).parents[1] / "baselines" / "smollm2-135m-instruct-q4_1"
 BUDGETS = BASELINES / "embedded-held-out-confirm.budgets.json"
@@ -230,11 +232,111 @@ def check_promises(evaluation: Record) -> None:
         for row in evaluation["points"]
         if 0.25 <= row["exit_share"] <= 0.35
     }
-    # Promised are 0.93 and 0.98 (measured: 0.950 and 0.982 over all of the held-out text, 0.936 and
-    # 0.980 over these 4,096 tokens); three tokens' room for another processor's arithmetic.
-    assert rows[24, "top2_gap"]["exit_agreement"] >= 0.93 - 0.003
-    assert rows[28, "top2_gap"]["exit_agreement"] >= 0.98 - 0.003
+    # Measured: 0.950 and 0.982 over all of the held-out text, 0.936 and 0.9805 over these 4,096
+    # tokens, on two processors alike.
+    assert rows[24, "top2_gap"]["exit_agreement"] >= 0.93
+    assert rows[28, "top2_gap"]["exit_agreement"] >= 0.98
     assert rows[28, "top2_gap"]["perplexity_ratio"] <= 1.08
+
+
+#: Perplexity of the hard tokens, relative to the full model's, half of the tokens leaving by the
+#: cosine with ridge propagation: layer -> threshold and what is promised. Measured on two
+#: processors: 1.111, 1.015 and 1.001 with heads fitted on the whole training split, 1.115, 1.019
+#: and 1.001 with those fitted here, and 1.28, 1.15 and 1.05 with frozen propagation.
+PROMISED_HARD_PERPLEXITY = {16: (0.9710, 1.16), 20: (0.9587, 1.05), 24: (0.9531, 1.01)}
+
+
+@pytest.mark.budgets
+def test_ridge_propagation_spares_the_tokens_that_stay(reference_model: DecoderStack) -> None:
+    from cascade import fit_heads, load_blocks
+
+    stack = reference_model
+    train, held_out = (
+        load_blocks("embedded", stack.tokenizer, num_samples=None, split=part, max_tokens=tokens)
+        for part, tokens in (("train", 16384), ("held-out", 8192))
+    )
+    heads = fit_heads(stack, train, tuple(PROMISED_HARD_PERPLEXITY))
+    corpora = split(held_out)
+
+    def hard_perplexity(propagation: Propagation, *layers: int) -> dict[int, float]:
+        points = tuple(
+            Point(layer, "cosine", PROMISED_HARD_PERPLEXITY[layer][0], "given") for layer in layers
+        )
+        request = Request(layers=(), rules=(), thresholds=points, only_given=True)
+        evaluation = evaluate(stack, *corpora, request, heads=heads, propagation=propagation)
+        for row in evaluation["points"]:
+            assert 0.45 < row["exit_share"] < 0.55
+        return {row["exit_layer"]: row["hard_perplexity_ratio"] for row in evaluation["points"]}
+
+    ridge = hard_perplexity("ridge", 16, 20, 24)
+    for layer, (_, promised) in PROMISED_HARD_PERPLEXITY.items():
+        assert ridge[layer] <= promised
+    # The probe has to tell the two apart.
+    assert hard_perplexity("frozen", 16)[16] > PROMISED_HARD_PERPLEXITY[16][1]
+
+
+@pytest.mark.budgets
+def test_early_exit_does_not_pay_at_the_studys_layer_and_the_verdict_says_so(
+    reference_model: DecoderStack,
+) -> None:
+    from cascade import load_blocks
+
+    fit, confirm = split(
+        load_blocks(
+            "embedded",
+            reference_model.tokenizer,
+            num_samples=None,
+            split="held-out",
+            max_tokens=2048,
+        )
+    )
+    request = Request(layers=(29,), rules=("cosine",))
+    verdict = evaluate(reference_model, fit, confirm, request)["verdict"]
+    assert verdict["use"] is False
+    assert verdict["headline"].startswith("Do not use early exit here")
+    assert "perplexity" in verdict["failed"]
+
+
+@pytest.mark.budgets
+@pytest.mark.parametrize("propagation", ["ridge", "exact"])
+def test_generating_on_the_real_model_is_scoring_and_verified_text_is_the_full_models(
+    reference_model: DecoderStack, propagation: str
+) -> None:
+    from cascade import EarlyExit, load_blocks
+
+    stack = reference_model
+    prompts = torch.from_numpy(
+        load_blocks(
+            "embedded", stack.tokenizer, num_samples=None, split="held-out", max_tokens=256
+        ).ids[:, :48]
+    ).long()
+    early = EarlyExit(
+        stack,
+        layer=24,
+        rule="cosine",
+        threshold=0.9532,  # half of the tokens
+        heads=load_heads(HEADS, stack),
+        propagation=propagation,
+    )
+    made = early.generate(prompts, max_new_tokens=16, eos_token_id=(), return_dict_in_generate=True)
+    left = made.exit_layers == 24
+    assert 0.2 < left.double().mean() < 0.8
+    scored = early.score(made.sequences)
+    assert torch.equal(scored.predictions[:, 47:-1], made.sequences[:, 48:])
+    assert torch.equal(scored.exit_layers[:, 47:-1], made.exit_layers)
+    if propagation == "exact":
+        full = stack.model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=16,
+            eos_token_id=stack.vocab_size,  # no token has this number: nothing ends early
+            pad_token_id=0,
+        )
+        verified = early.generate(prompts, max_new_tokens=16, eos_token_id=(), verify=True)
+        assert torch.equal(verified, full)
+        unexited = EarlyExit(stack).generate(prompts, max_new_tokens=16, eos_token_id=())
+        assert torch.equal(unexited, full)
 
 
 @pytest.mark.budgets
