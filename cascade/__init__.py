@@ -7,16 +7,20 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cascade.baselines import Comparison as Comparison
-    from cascade.baselines import compare as compare
+    from cascade.baselines import StoredProfile as StoredProfile
+    from cascade.baselines import read_profile as read_profile
     from cascade.baselines import read_record as read_record
     from cascade.calibration import calibrate as calibrate
     from cascade.corpora import TokenBlocks as TokenBlocks
     from cascade.corpora import load_blocks as load_blocks
     from cascade.distillation import distill as distill
+    from cascade.drift import Comparison as Comparison
+    from cascade.drift import compare as compare
     from cascade.early_exit import EarlyExit as EarlyExit
     from cascade.errors import CascadeError as CascadeError
     from cascade.evaluation import evaluate as evaluate
+    from cascade.gate import Gate as Gate
+    from cascade.gate import run_gate as run_gate
     from cascade.heads import FittedHeads as FittedHeads
     from cascade.heads import fit_heads as fit_heads
     from cascade.heads import load_heads as load_heads
@@ -34,23 +38,27 @@ except PackageNotFoundError:  # a source tree that was never installed
 #: Public name -> the room it lives in; loaded on first use, so that importing cascade is cheap.
 _ROOMS = {
     "CascadeError": "errors",
-    "Comparison": "baselines",
+    "Comparison": "drift",
     "DecoderStack": "models",
     "EarlyExit": "early_exit",
     "FittedHeads": "heads",
+    "Gate": "gate",
     "SaturationProfile": "saturation",
     "SimilarityStatistics": "statistics",
+    "StoredProfile": "baselines",
     "TokenBlocks": "corpora",
     "analyze": "saturation",
     "calibrate": "calibration",
-    "compare": "baselines",
+    "compare": "drift",
     "distill": "distillation",
     "evaluate": "evaluation",
     "fit_heads": "heads",
     "load": "models",
     "load_blocks": "corpora",
     "load_heads": "heads",
+    "read_profile": "baselines",
     "read_record": "baselines",
+    "run_gate": "gate",
 }
 
 __all__ = ["__version__", *_ROOMS]

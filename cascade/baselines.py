@@ -1,17 +1,21 @@
-"""Records with provenance: written whole, read with care, and compared cell by cell."""
+"""Records with provenance: written whole, sealed, read with care, and stored as baselines."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import json
-import math
+import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 from cascade.errors import RecordError, first_line
 from cascade.files import RunFolder, atomic_path, write_text
@@ -20,14 +24,8 @@ from cascade.statistics import SimilarityStatistics
 Array = npt.NDArray[Any]
 Record = dict[str, Any]
 
-#: The newest schema this release reads and the one it writes.
-SCHEMA = 1
-
-#: Largest differences that arithmetic explains, fp32, same weights and same tokens: other thread
-#: counts, batch sizes and attention kernels move a layer's mean by up to 2e-7 and another
-#: processor's by some 1e-5; minimum and maximum are single tokens and move more.
-TOLERANCE = 1e-4
-EXTREME_TOLERANCE = 2e-3
+#: The newest schema of each kind that this release reads, and the one it writes.
+SCHEMAS = {"saturation": 2}
 
 #: The command that makes a record, by its kind.
 _MADE_BY = {
@@ -36,15 +34,6 @@ _MADE_BY = {
     "evaluation": "evaluate --output",
     "budgets": "accept",
 }
-
-#: Two results are comparable only where all of these agree.
-_IDENTITY = (
-    ("model", "weights_hash"),
-    ("model", "quantization"),
-    ("model", "dtype"),
-    ("tokenizer_hash",),
-    ("corpus", "fingerprint"),
-)
 
 
 def to_json(value: Any, indent: int = 0) -> str:
@@ -93,11 +82,12 @@ def read_record(path: Path, *, kind: str) -> Record:
     if not isinstance(record, dict) or record.get("kind") != kind:
         got = record.get("kind") if isinstance(record, dict) else type(record).__name__
         raise RecordError(f"{path}: expected a {kind} record, got {got}")
-    schema = record.get("schema")
-    if not isinstance(schema, int) or schema > SCHEMA:
+    schema, newest = record.get("schema"), SCHEMAS.get(kind, 1)
+    if not isinstance(schema, int) or schema > newest:
+        writer = at(record, ("provenance", "versions", "cascade-exit"))
         raise RecordError(
-            f"{path} has schema {schema}, this release reads up to {SCHEMA}; "
-            "use the release that wrote it, or make it anew"
+            f"{path} has schema {schema}, this release reads up to {newest}; use cascade-exit "
+            f"{writer or 'of the release that wrote it'} or a later one, or make the record anew"
         )
     return record
 
@@ -137,7 +127,7 @@ def baseline_paths(folder: Path, record: Record) -> tuple[Path, Path]:
     Raises:
         RecordError: A name is missing, or would lead out of the folder.
     """
-    names = [_at(record, ("provenance", part, "name")) for part in ("model", "corpus")]
+    names = [at(record, ("provenance", part, "name")) for part in ("model", "corpus")]
     for name in names:
         if not isinstance(name, str) or not name or name[0] == "." or set(name) & set("/\\"):
             raise RecordError(
@@ -147,140 +137,129 @@ def baseline_paths(folder: Path, record: Record) -> tuple[Path, Path]:
     return folder / names[0] / f"{stem}.json", folder / names[0] / f"{stem}.npz"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One statistic of one layer, against its baseline; NaN where a side lacks it."""
-
-    layer: str
-    statistic: str
-    expected: float
-    obtained: float
-    tolerance: float
-
-    @property
-    def difference(self) -> float:
-        """Obtained minus expected."""
-        return self.obtained - self.expected
-
-    @property
-    def ok(self) -> bool:
-        """Whether the difference is within the tolerance; a missing value or NaN never is."""
-        return abs(self.difference) <= self.tolerance
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A record against its baseline.
-
-    Attributes:
-        mismatches: What makes the two not comparable: name, expected, obtained.
-        cells: Every statistic of every layer of either side.
-    """
-
-    mismatches: tuple[tuple[str, Any, Any], ...]
-    cells: tuple[Cell, ...]
-
-    @property
-    def verdict(self) -> str:
-        """PASS, FAIL or NOT COMPARABLE."""
-        if self.mismatches:
-            return "NOT COMPARABLE"
-        return "PASS" if self.cells and all(cell.ok for cell in self.cells) else "FAIL"
-
-    def describe(self, worst: int = 10) -> str:
-        """Return verdict first, then what differs: provenance, or the worst cells.
-
-        Args:
-            worst: How many cells to show.
-        """
-        if self.mismatches:
-            return "\n".join(
-                [self.verdict, *(f"  {n}: expected {e}, got {o}" for n, e, o in self.mismatches)]
-            )
-        failed = [cell for cell in self.cells if not cell.ok]
-        lines = [f"{self.verdict}: {len(failed)} of {len(self.cells)} cells beyond tolerance"]
-        for cell in sorted(failed, key=_badness, reverse=True)[:worst]:
-            lines.append(
-                f"  layer {cell.layer:>7} {cell.statistic:<15} expected {cell.expected:>10.6f}  "
-                f"got {cell.obtained:>10.6f}  difference {cell.difference:>+10.6f}  "
-                f"tolerance {cell.tolerance:g}"
-            )
-        if len(failed) > worst:
-            lines.append(f"  ... and {len(failed) - worst} more")
-        return "\n".join(lines)
-
-
-def _badness(cell: Cell) -> float:
-    excess = abs(cell.difference) / cell.tolerance if cell.tolerance else abs(cell.difference)
-    return math.inf if math.isnan(excess) else excess
-
-
-def compare(record: Record, baseline: Record) -> Comparison:
-    """Compare two saturation records of the same sequences: nothing is random between them.
-
-    Layers and statistics are the union of both sides: what one side lacks is a failure, and so
-    is NaN.
-
-    Args:
-        record: The new result.
-        baseline: The stored one.
-    """
-    mismatches = tuple(
-        (".".join(path), expected, obtained)
-        for path in _IDENTITY
-        if (expected := _at(baseline, ("provenance", *path)))
-        != (obtained := _at(record, ("provenance", *path)))
-    )
-    return Comparison(mismatches, tuple(_cells(_rows(record), _rows(baseline))))
-
-
-def _at(value: Any, path: tuple[str, ...]) -> Any:
+def at(value: Any, path: tuple[str, ...]) -> Any:
+    """Return what lies at a path of keys in nested dictionaries; None where there is nothing."""
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value
 
 
-def _cells(new: list[Record], old: list[Record]) -> Iterator[Cell]:
-    rows = [_by_layer(new), _by_layer(old)]
-    for layer in dict.fromkeys([*rows[1], *rows[0]]):
-        obtained, expected = (side.get(layer, {}) for side in rows)
-        for statistic in dict.fromkeys([*expected, *obtained]):
-            if statistic != "layer":
-                yield Cell(
-                    layer,
-                    statistic,
-                    _number(expected.get(statistic)),
-                    _number(obtained.get(statistic)),
-                    _tolerance(statistic),
+# --- Profiles --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredProfile:
+    """A profile as its two files hold it.
+
+    Attributes:
+        content: What `profile.json` holds.
+        state: What `profile.npz` holds: histograms, and one row per sequence.
+    """
+
+    content: Record
+    state: dict[str, Array]
+
+    def record(self) -> Record:
+        """Return the record: provenance and tables."""
+        return self.content
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the statistics' whole state."""
+        return self.state
+
+
+def seal(record: Record, arrays: Mapping[str, Array]) -> Record:
+    """Return a record with the hashes by which an edit, or another run's arrays, are noticed.
+
+    Args:
+        record: Of kind `saturation`.
+        arrays: The arrays stored beside it.
+    """
+    bound = {name: value for name, value in record.items() if name != "hash"}
+    bound["arrays_hash"] = _arrays_hash(arrays)
+    return bound | {"hash": _record_hash(bound)}
+
+
+def _record_hash(record: Record) -> str:
+    bound = {name: value for name, value in record.items() if name != "hash"}
+    text = json.dumps(bound, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
+
+
+def _arrays_hash(arrays: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        values = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
+        digest.update(values.tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def read_profile(path: Path) -> StoredProfile:
+    """Read a profile or a baseline, and make sure that nobody changed it since it was made.
+
+    Args:
+        path: Its `.json`, beside which its `.npz` lies, or the folder of a run.
+
+    Raises:
+        RecordError: A file is missing, torn or edited, of a newer schema, or holds NaN; a layer is
+            there twice, or the two files are not of one run.
+    """
+    if path.is_dir():
+        path = path / "profile.json"
+    record = read_record(path, kind="saturation")
+    arrays = read_arrays(path.with_suffix(".npz"))
+    if record["schema"] >= 2:
+        for name, found in (
+            ("hash", _record_hash_of(record, path)),
+            ("arrays_hash", _arrays_hash(arrays)),
+        ):
+            if record.get(name) != found:
+                changed = path if name == "hash" else path.with_suffix(".npz")
+                raise RecordError(
+                    f"{changed} was changed after it was made ({name} is {found[:19]}..., expected"
+                    f" {str(record.get(name))[:19]}...); restore it, or make both files anew with "
+                    "`cascade analyze --output` and `cascade accept`"
                 )
-
-
-def _rows(record: Record) -> list[Record]:
+    try:
+        table = SimilarityStatistics.from_arrays(arrays).table()
+        fingerprints = len(arrays["sequence_fingerprint"])
+        whole = fingerprints == len(arrays["sequence"]) == len(arrays["sequence_mean"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"{path.with_suffix('.npz')} is torn or edited ({first_line(error)}); run "
+            "`cascade analyze` again"
+        ) from error
     rows = record.get("layers")
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and "layer" in r for r in rows):
-        raise RecordError("expected a list of layers in the record; restore it or make it anew")
-    return rows
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RecordError(
+            f"{path} has no table of layers; restore it, or run `cascade analyze` again"
+        )
+    labels = [row.get("layer") for row in rows]
+    twice = sorted({str(label) for label in labels if labels.count(label) > 1})
+    if twice:
+        raise RecordError(
+            f"{path} has layer {twice[0]} twice, expected every layer once; restore it, or run "
+            "`cascade analyze` again"
+        )
+    if not whole or table != rows:
+        raise RecordError(
+            f"{path} and {path.with_suffix('.npz').name} are not of one run, or hold NaN; run "
+            "`cascade analyze` again"
+        )
+    return StoredProfile(record, arrays)
 
 
-def _by_layer(rows: list[Record]) -> dict[str, Record]:
-    found = {str(row["layer"]): row for row in rows}
-    if len(found) != len(rows):
-        raise RecordError("a layer appears twice in a record; restore it or make it anew")
-    return found
+def _record_hash_of(record: Record, path: Path) -> str:
+    try:
+        return _record_hash(record)
+    except ValueError as error:
+        raise RecordError(
+            f"{path} holds NaN or an infinite number, which no record is written with; restore it"
+        ) from error
 
 
-def _number(value: Any) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan
-
-
-def _tolerance(statistic: str) -> float:
-    if statistic == "count":
-        return 0.0
-    return EXTREME_TOLERANCE if statistic in ("min", "max") else TOLERANCE
-
-
-def accept(folder: Path, run: Path) -> tuple[Path, Comparison | None]:
+def accept(folder: Path, run: Path) -> tuple[Path, StoredProfile | None]:
     """Store a run's profile as the baseline of its model and corpus.
 
     Args:
@@ -288,33 +267,52 @@ def accept(folder: Path, run: Path) -> tuple[Path, Comparison | None]:
         run: A folder that `cascade analyze --output` wrote.
 
     Returns:
-        The baseline's path, and how the run compares with the one before, if there was one.
+        The baseline's path, and the one that it replaces, if there was one.
 
     Raises:
-        RecordError: The run is missing or torn, or its two files are not of one run.
+        RecordError: The run is missing, torn or edited, or its two files are not of one run.
         OutputError: The baseline cannot be written.
     """
-    record = read_record(run / "profile.json", kind="saturation")
-    arrays = read_arrays(run / "profile.npz")
-    try:
-        same = SimilarityStatistics.from_arrays(arrays).table() == record["layers"]
-        text = to_json(record) + "\n"
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise RecordError(
-            f"{run}: profile.json or profile.npz is torn or edited ({first_line(error)}); "
-            "run `cascade analyze` again"
-        ) from error
-    if not same:
-        raise RecordError(
-            f"{run}: profile.npz and profile.json are not of one run; run `cascade analyze` again"
-        )
+    profile = read_profile(run)
+    return store(folder, profile.content, (run / "profile.npz").read_bytes())
+
+
+def store(folder: Path, record: Record, arrays: bytes) -> tuple[Path, StoredProfile | None]:
+    """Write a baseline, both of its files or none.
+
+    Args:
+        folder: The folder of all baselines.
+        record: A sealed record of kind `saturation`.
+        arrays: The `.npz` beside it.
+
+    Returns:
+        The baseline's path, and the one that it replaces, if there was one that can be read.
+
+    Raises:
+        OutputError: The baseline cannot be written.
+    """
     json_path, npz_path = baseline_paths(folder, record)
     before = None
     if json_path.exists():
-        before = compare(record, read_record(json_path, kind="saturation"))
+        with contextlib.suppress(RecordError):  # what is torn is replaced, not compared with
+            before = read_profile(json_path)
     # Both are on disk before either takes its place: a full disk leaves the old pair whole.
     names = (npz_path.name, json_path.name)
-    with RunFolder(json_path.parent, names, overwrite=True) as store:
-        store.write(npz_path.name, (run / "profile.npz").read_bytes())
-        store.write(json_path.name, text)
+    # One writer at a time: two of them could leave one's table beside the other's arrays.
+    with _lock(json_path), RunFolder(json_path.parent, names, overwrite=True) as target:
+        target.write(npz_path.name, arrays)
+        target.write(json_path.name, to_json(record) + "\n")
     return json_path, before
+
+
+def _lock(path: Path) -> FileLock:
+    """Return the lock of a baseline; it lies outside of the folder: that is somebody's tree."""
+    name = hashlib.sha256(str(path.resolve()).encode("utf-8")).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir()) / f"cascade-{name}.lock", mode=0o666)
+
+
+def packed(arrays: Mapping[str, Array]) -> bytes:
+    """Return arrays as the bytes of a compressed `.npz`."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,20 +42,23 @@ class SaturationProfile:
         statistics: One row per layer label.
         sequence_fingerprints: `[S]`, which sequences were seen.
         provenance: Model, corpus, machine, versions and command.
+        noise: How far arithmetic alone moves a sequence (see `cascade.noise`), where measured.
     """
 
     statistics: SimilarityStatistics
     sequence_fingerprints: Array
     provenance: dict[str, Any]
+    noise: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
         """Return what `profile.json` holds: provenance, the table, structure and thresholds."""
         labels = self.statistics.layers
         structure = find_structure(labels, [float(mean) for mean in self.statistics.mean()])
         return {
-            "schema": 1,
+            "schema": 2,
             "kind": "saturation",
             "provenance": self.provenance,
+            "noise": self.noise,
             "layers": self.statistics.table(),
             "structure": structure,
             "thresholds": self._thresholds(structure),
@@ -91,7 +95,7 @@ class _Similarity:
 
     def __call__(self, entry: int, hidden: Tensor) -> None:
         # Each entry's norm serves twice: as a layer's output, then as the next one's input.
-        current = hidden.float()
+        current = _widened(hidden)
         norm = torch.linalg.vector_norm(current, dim=-1)
         if self._hidden is not None and self._norm is not None:
             self.rows.append(_cosine(self._hidden, self._norm, current, norm))
@@ -101,10 +105,15 @@ class _Similarity:
     def finish(self, normed: Tensor | None) -> Tensor:
         """Return `[L, B, T]`, the row `N+norm` last: the last layer's input to the normed state."""
         if normed is not None and self._before is not None:
-            final = normed.float()
+            final = _widened(normed)
             norm = torch.linalg.vector_norm(final, dim=-1)
             self.rows.append(_cosine(*self._before, final, norm))
         return torch.stack(self.rows)
+
+
+def _widened(hidden: Tensor) -> Tensor:
+    """Return states in fp32, or in float64 where they are that already."""
+    return hidden if hidden.dtype is torch.float64 else hidden.float()
 
 
 def _cosine(a: Tensor, a_norm: Tensor, b: Tensor, b_norm: Tensor) -> Tensor:
@@ -226,10 +235,24 @@ def provenance_of(stack: DecoderStack, blocks: TokenBlocks, command: str | None)
         "tokenizer_hash": model.pop("tokenizer_hash", None),
         "model": model,
         "corpus": blocks.provenance(),
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
+        "machine": machine_of(stack.device),
         "versions": {"python": platform.python_version()} | _versions(),
         "command": command,
     }
+
+
+def machine_of(device: torch.device) -> dict[str, Any]:
+    """Return what of this machine the last digits of a result depend on."""
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    machine = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "blas": blas.group(1) if blas else None,
+    }
+    if device.type == "cuda":
+        machine["accelerator"] = torch.cuda.get_device_name(device)
+    return machine
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ not tokens, are the unit of every interval. Memory does not grow with the number
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,6 +158,16 @@ class SimilarityStatistics:
                 "mean_square": square[:, column],
                 "share": share[:, column],
             }
+
+    def renumbered(self, shift: int) -> SimilarityStatistics:
+        """Return the same statistics, every sequence's number moved up.
+
+        Args:
+            shift: By how much.
+        """
+        moved = copy.copy(self)
+        moved._sequences = {number + shift: row for number, row in self._sequences.items()}
+        return moved
 
     def merge(self, other: SimilarityStatistics) -> SimilarityStatistics:
         """Return the statistics of both together, as if one pass had seen everything.

@@ -23,6 +23,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "lean", "weights"},
     "corpora": {"errors"},
     "baselines": {"errors", "files", "statistics"},
+    "attribution": set(),
+    "drift": {"attribution", "baselines", "errors", "statistics"},
+    "noise": {"models", "saturation"},
+    "gate": {
+        "baselines",
+        "corpora",
+        "drift",
+        "errors",
+        "models",
+        "noise",
+        "saturation",
+        "weights",
+    },
     "archive": {"errors", "files"},
     "saturation": {"corpora", "errors", "models", "statistics", "structure"},
     "exits": {"errors"},
@@ -82,9 +95,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "calibration",
         "corpora",
         "distillation",
+        "drift",
         "early_exit",
         "errors",
         "evaluation",
+        "gate",
         "heads",
         "models",
         "saturation",
@@ -108,10 +123,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.terminal",
         "verdict",
     },
+    "report.drift": {"report.reading"},
     "report.generation": {"report.exits", "report.reading", "report.terminal"},
     "report": {
         "report.benchmarks",
         "report.calibration",
+        "report.drift",
         "report.evaluation",
         "report.figures",
         "report.generation",
@@ -163,9 +180,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 _BELOW = MAY_IMPORT.keys() - {"__main__", "benchmarks.__main__"}
 MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors"}
-for _command in ("cli.bench", "cli.exits", "cli.measure"):
+for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure"):
     MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.showing"}
-MAY_IMPORT["cli"] = {"cli.app", "cli.bench", "cli.exits", "cli.measure"}
+MAY_IMPORT["cli"] = {"cli.app", "cli.bench", "cli.exits", "cli.gate", "cli.measure"}
 
 
 def rooms_imported_by(path: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from cascade.cli.app import app, main
 from cascade.cli.bench import bench_collect, bench_decode, bench_fit
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
+from cascade.cli.gate import compare, gate
 from cascade.cli.measure import RUN_FILES, accept, analyze
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "bench_decode",
     "bench_fit",
     "calibrate",
+    "compare",
     "evaluate",
     "fit_heads",
+    "gate",
     "generate",
     "main",
 ]

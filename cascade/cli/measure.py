@@ -65,6 +65,8 @@ def analyze(
     thresholds. With --output, writes the same as a self-contained
     HTML page, SVG and JSON.
     """
+    from dataclasses import replace
+
     from cascade.archive import SimilarityArchive, check_free
     from cascade.files import RunFolder
     from cascade.report import print_profile
@@ -108,9 +110,14 @@ def analyze(
                 progress=advance,
                 sink=archive.add if archive else None,
             )
-        record = profile.record()
         if folder is not None:
+            from cascade.gate import quick_ids
+            from cascade.noise import measure_noise
+
+            with status("Measuring what arithmetic alone moves"):
+                profile = replace(profile, noise=measure_noise(stack, quick_ids(blocks)))
             _write_run(folder, profile)
+        record = profile.record()
         if archive is not None:
             archive.save(record["provenance"])
     print_record(print_profile, record)
@@ -121,19 +128,14 @@ def analyze(
 
 
 def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
-    import io
-
-    import numpy as np
-
-    from cascade.baselines import to_json
+    from cascade.baselines import packed, seal, to_json
     from cascade.report import density_svg, layer_profile_svg, profile_page
 
-    record, arrays = profile.record(), profile.arrays()
-    packed = io.BytesIO()
-    np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
+    arrays = profile.arrays()
+    record = seal(profile.record(), arrays)
     contents: tuple[str | bytes, ...] = (
         to_json(record) + "\n",
-        packed.getvalue(),
+        packed(arrays),
         layer_profile_svg(record),
         density_svg(record, arrays),
         profile_page(record, arrays),
@@ -153,13 +155,18 @@ def accept(
 ) -> None:
     """Store a reviewed run: a profile as baseline, an evaluation's given points as budgets."""
     from cascade.baselines import accept as store
+    from cascade.baselines import read_profile
 
     if (run / "evaluation.json").exists():
         _accept_budgets(run, baselines)
         return
     path, before = store(baselines, run)
     if before is not None:
-        typer.echo(f"Against the baseline before: {before.describe()}")
+        from cascade.drift import compare
+        from cascade.report import print_comparison
+
+        typer.echo("Against the baseline before:")
+        print_record(print_comparison, compare(read_profile(run), before, anyway=True).record())
     typer.echo(f"Wrote {path} and {path.with_suffix('.npz').name}; review and commit both")
 
 

@@ -5,6 +5,7 @@ Nothing is measured here: numbers are formatted, scaled to pixels, or rebinned f
 
 from cascade.report.benchmarks import print_bench, print_decoding, print_fitting
 from cascade.report.calibration import print_calibration
+from cascade.report.drift import comparison_markdown, comparison_page, print_comparison
 from cascade.report.evaluation import evaluation_page, print_evaluation
 from cascade.report.figures import density_svg, layer_profile_svg
 from cascade.report.generation import print_generation
@@ -13,12 +14,15 @@ from cascade.report.pareto import pareto_svg
 from cascade.report.terminal import print_profile
 
 __all__ = [
+    "comparison_markdown",
+    "comparison_page",
     "density_svg",
     "evaluation_page",
     "layer_profile_svg",
     "pareto_svg",
     "print_bench",
     "print_calibration",
+    "print_comparison",
     "print_decoding",
     "print_evaluation",
     "print_fitting",

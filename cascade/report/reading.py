@@ -13,6 +13,8 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 _KIND = "saturation"
 SCHEMA = 1
+#: Schemas of the kinds that are beyond the first.
+_SCHEMAS = {_KIND: 2}
 _SECTIONS = ("provenance", "layers", "structure", "thresholds")
 STATISTICS = ("mean", "std", "min", "p10", "p50", "p90", "max")
 ROLES = {
@@ -38,7 +40,7 @@ def check_record(record: Record, kind: str, sections: Sequence[str]) -> None:
     Raises:
         ValueError: It is of another kind or schema, lacks a section, or holds NaN; in one line.
     """
-    for key, expected in (("kind", kind), ("schema", SCHEMA)):
+    for key, expected in (("kind", kind), ("schema", _SCHEMAS.get(kind, SCHEMA))):
         if record.get(key) != expected:
             raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
     missing = [section for section in sections if section not in record]
