@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: What `transformers` generates where nobody says how much.
 _DEFAULT_NEW_TOKENS = 20
 
+#: Settings of a draw; where nobody says anything, they are those of `transformers`.
+_OF_A_DRAW = ("temperature", "top_p", "top_k")
+
 #: Settings of a generation config that early exit follows.
 _FOLLOWED = {
     "max_new_tokens",
@@ -93,8 +96,8 @@ class Settings:
     ) -> Settings:
         """Read the model's own generation config, then a given one, then single settings.
 
-        What one leaves open, those before it say, as in `transformers`. A single setting of None
-        is as if nobody had said anything.
+        What one leaves open, those before it say, and at last `transformers` itself, which draws
+        from the likeliest 50. A single setting of None turns off what any of them said.
 
         Raises:
             UsageError: A setting is unknown, unsupported or out of range.
@@ -105,7 +108,10 @@ class Settings:
             raise UsageError(
                 f"expected settings among {', '.join(sorted(known))}, got {', '.join(unknown)}"
             )
-        values: dict[str, Any] = {}
+        from transformers import GenerationConfig as Config
+
+        defaults = Config._get_default_generation_params()
+        values: dict[str, Any] = {name: defaults[name] for name in _OF_A_DRAW}
         for one in (stack.model.generation_config, config):
             values |= {} if one is None else one.to_diff_dict()
         _check_supported(values)

@@ -323,6 +323,20 @@ def test_verified_text_is_the_full_models(tiny: Run, here: Path) -> None:
     assert "the text is the full model's, token for token" in done.out
 
 
+def test_a_draw_is_the_models_own_until_it_is_told_otherwise(
+    run: Run, here: Path, models: Path
+) -> None:
+    shutil.copytree(models / "tiny", here / "tame")
+    (here / "tame" / "generation_config.json").write_text(json.dumps({"top_p": 0.01}))
+    prompt = ("generate", "--model", "tame", "--prompt", "Number 7", "--max-new-tokens", 12)
+    greedy, own, free = (
+        run(*prompt, "--no-compare", *options).out.splitlines()[0]
+        for options in ((), ("--sample",), ("--sample", "--top-k", 0, "--top-p", 1))
+    )
+    assert own == greedy
+    assert free != greedy
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -333,6 +347,7 @@ def test_verified_text_is_the_full_models(tiny: Run, here: Path) -> None:
         (("--prompt", "x", "--layer", 5, "--threshold", 0.5), "expected an exit layer in 1..4"),
         (("--prompt", "x", "--rule", "oracle", "--threshold", 0.5), "it can score, not generate"),
         (("--prompt", "x", "--temperature", 0, "--sample"), "expected temperature more than 0"),
+        (("--prompt", "x", "--top-k", -1, "--sample"), "expected top_k a whole number from 0"),
         (("--prompt", "x", "--hard-ratio", 0.5), "give --calibration"),
         (("--prompt", "x", "--chat"), "no chat template"),
         (("--prompt", "x", "--calibration", "none.json"), "cascade calibrate"),

@@ -523,7 +523,8 @@ def test_a_streamer_sees_a_token_before_the_next_one_is_made() -> None:
 
 
 def drawn(early: EarlyExit, ids: Tensor, **settings: Any) -> Tensor:
-    return generated(early, ids, do_sample=True, **settings).sequences
+    """Draw among all tokens, unless the settings say otherwise."""
+    return generated(early, ids, do_sample=True, **{"top_k": 0} | settings).sequences
 
 
 @ALL_PROPAGATIONS
@@ -598,6 +599,67 @@ def test_top_p_draws_among_the_fewest_that_reach_the_probability() -> None:
     expected[kept] = next_logits()[kept].softmax(dim=-1)
     check_distribution(draws(top_p=0.4), expected)
     assert set(draws(top_p=0.4).tolist()) == set(kept.tolist())
+
+
+def own_draws(stack: DecoderStack, **settings: Any) -> Tensor:
+    """Return 4,096 next tokens that the model draws by itself."""
+    rows = PROMPT[:1].expand(256, -1)
+    torch.manual_seed(0)
+    return torch.cat(
+        [
+            own_generate(stack, rows, do_sample=True, max_new_tokens=1, **settings)[:, -1]
+            for _ in range(16)
+        ]
+    )
+
+
+def among_the_best(count: int) -> Tensor:
+    """Return the probabilities of a draw among so many of the likeliest tokens."""
+    kept = next_logits().topk(count)
+    expected = torch.zeros(VOCABULARY).double()
+    expected[kept.indices] = kept.values.softmax(dim=-1)
+    return expected
+
+
+def open_draws(early: EarlyExit, **settings: Any) -> Tensor:
+    """Return 4,096 next tokens drawn by nothing but the settings given."""
+    settings = {"max_new_tokens": 1, "do_sample": True} | settings
+    rows = PROMPT[:1].expand(256, -1)
+    return torch.cat(
+        [as_tensor(early.generate(rows, seed=seed, **settings))[:, -1] for seed in range(16)]
+    )
+
+
+def test_a_draw_of_which_nothing_is_said_is_that_of_transformers() -> None:
+    theirs, ours = own_draws(a_stack("llama")), open_draws(EarlyExit(a_stack("llama")))
+    for tokens in (theirs, ours):
+        check_distribution(tokens, among_the_best(50))
+    # Draws among all tokens, as ours once were, would show.
+    with pytest.raises(AssertionError):
+        check_distribution(draws(), among_the_best(50))
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "single", "kept"),
+    [
+        ({"top_k": 4}, {}, {}, 4),
+        ({"top_k": 4}, {"top_k": 50}, {}, 50),
+        ({"top_k": 4}, {"top_k": 9}, {"top_k": 6}, 6),
+        ({"top_k": 4}, {}, {"top_k": 0}, VOCABULARY),
+        ({"top_k": 4}, {}, {"top_k": None}, VOCABULARY),
+        ({"top_p": 0.01}, {"top_k": 7}, {"top_p": 1.0}, 7),
+        ({"temperature": 1e-6}, {"top_k": 7}, {"temperature": None}, 7),
+    ],
+)
+def test_whoever_says_how_to_draw_is_heard_as_by_transformers(
+    own: dict[str, Any], given: dict[str, Any], single: dict[str, Any], kept: int
+) -> None:
+    stack = DecoderStack(tiny_model("llama"))
+    stack.model.generation_config = GenerationConfig(pad_token_id=1, **own)
+    config = GenerationConfig(max_new_tokens=1, do_sample=True, **given)
+    settings: dict[str, Any] = {"generation_config": config} | single
+    for tokens in (own_draws(stack, **settings), open_draws(EarlyExit(stack), **settings)):
+        check_distribution(tokens, among_the_best(kept))
 
 
 def test_neighbouring_rows_and_seeds_draw_independently() -> None:

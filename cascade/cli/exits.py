@@ -350,8 +350,17 @@ def generate(
         bool, typer.Option("--verify", help="The full model confirms every token.")
     ] = False,
     sample: Annotated[bool, typer.Option("--sample", help="Draw the tokens.")] = False,
-    temperature: Annotated[float, typer.Option(help="Divides the logits of a draw.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest of this sum.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the logits of a draw; the model's own without.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw among the likeliest of this sum; the model's own without."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Draw among so many, 0 for all; the model's own, or 50, without."),
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
@@ -390,11 +399,11 @@ def generate(
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": sample,
-        "temperature": temperature,
-        "top_p": top_p,
         "seed": seed,
         "stop_strings": stop,
     }
+    draw = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    settings |= {name: value for name, value in draw.items() if value is not None}
     ids = _encode(stack, prompt, chat=chat)
     with status("Generating"):
         summary = _generate(stack, early, ids, settings, verify=verify, compare=compare)
