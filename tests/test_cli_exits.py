@@ -323,6 +323,15 @@ def test_verified_text_is_the_full_models(tiny: Run, here: Path) -> None:
     assert "the text is the full model's, token for token" in done.out
 
 
+def test_a_prompt_is_text_also_where_it_holds_the_token_that_the_model_pads_with(
+    run: Run, folder: Path, here: Path
+) -> None:
+    pads = {"pad_token_id": ord("m") - 30, "eos_token_id": 1}  # the tiny tokenizer's number of it
+    (folder / "generation_config.json").write_text(json.dumps(pads))
+    done = run("generate", "--model", folder, "--prompt", "Number 7", "--max-new-tokens", 4)
+    assert done.status == 0, done.err
+
+
 def test_a_draw_is_the_models_own_until_it_is_told_otherwise(
     run: Run, here: Path, models: Path
 ) -> None:

@@ -461,15 +461,17 @@ def _generate(
     from cascade.early_exit import EarlyExit
     from cascade.generation import Generation
 
+    mask = ids.new_ones(ids.shape)  # a prompt is text, whatever its tokens are
+
     def timed(model: EarlyExit, **options: Any) -> tuple[Generation, list[int], float]:
         start = time.perf_counter()
-        made = model.generate(ids, return_dict_in_generate=True, **settings, **options)
+        made = model.generate(ids, mask, return_dict_in_generate=True, **settings, **options)
         assert isinstance(made, Generation)  # asked for as such
         seconds = time.perf_counter() - start
         return made, made.sequences[0, ids.shape[1] :].tolist(), seconds
 
     # The first pass warms caches up for whichever comes after it.
-    early.generate(ids, **settings | {"max_new_tokens": 1})
+    early.generate(ids, mask, **settings | {"max_new_tokens": 1})
     made, new, seconds = timed(early, verify=verify)
     full = None
     if compare:
