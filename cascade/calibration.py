@@ -113,8 +113,6 @@ def confidences(
         CorpusError: Sequences beyond the model's positions.
         ModelError: A state is not finite, or the heads belong to another model.
     """
-    if heads is not None:
-        heads.check(stack)
     way_out = make_exit(stack, layer, rule, float("inf"), heads=heads)
     check_blocks(stack, blocks, batch_size)
     layers = SkippingLayers(stack, skip=False)
@@ -194,14 +192,15 @@ def calibrate(
     values = run.confidences(blocks)
     fitted = [fit_threshold(values, ratio, seed=seed) for ratio in wish.hard_ratios]
     certificate = run.certificate(blocks, values) if wish.risk is not None else None
-    head = make_exit(stack, wish.layer, wish.rule, float("inf"), heads=heads).head
+    provenance = provenance_of(stack, blocks, command)
+    provenance["model"]["weights_hash"] = stack.weights_hash()
     return {
         "schema": 1,
         "kind": KIND,
-        "provenance": provenance_of(stack, blocks, command) | heads_provenance(heads, blocks),
+        "provenance": provenance | heads_provenance(heads, blocks),
         "exit_layer": wish.layer,
         "rule": wish.rule,
-        "head": head.name,
+        "head": run.evaluator.exits[wish.layer].head.name,
         "propagation": wish.propagation,
         "interval": "95 % percentile bootstrap over whole sequences",
         "by_hard_ratio": [asdict(row) for row in fitted],

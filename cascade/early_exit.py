@@ -14,7 +14,7 @@ from torch import Tensor
 from cascade.errors import UsageError
 from cascade.exits import ExitRule, check_layers, find_rule
 from cascade.generation import Generation, Settings, generate, padding_token
-from cascade.heads import ExitHead, FittedHeads, LogitLens
+from cascade.heads import ExitHead, FittedHeads, LogitLens, check_same_model
 from cascade.models import DecoderStack
 from cascade.passes import Chunk, Exit, Pass
 from cascade.skipping import Counts, SkippingLayers
@@ -76,7 +76,7 @@ class EarlyExit:
 
     Raises:
         UsageError: A layer, rule, threshold or propagation that cannot be.
-        ModelError: The heads belong to another model.
+        ModelError: The heads, or those of `exits`, belong to another model.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class EarlyExit:
             raise UsageError(
                 "ridge propagation needs fitted heads; make them with `cascade fit-heads`"
             )
-        if heads is not None:
+        if heads is not None and layer is None:  # else they are checked as they become an exit
             heads.check(stack)
         if layer is not None and exits is not None:
             raise UsageError(
@@ -278,6 +278,7 @@ def make_exit(
 
     Raises:
         UsageError: No such layer or rule, or no head was fitted for the layer.
+        ModelError: The heads belong to another model.
     """
     rule = rule if isinstance(rule, ExitRule) else find_rule(rule)
     check_layers({layer: rule}, stack.num_layers)
@@ -302,6 +303,10 @@ def _checked(
     check_layers({at.layer: at.rule for at in exits}, stack.num_layers)
     for at in exits:
         at.rule.check(at.threshold)
+        owner = getattr(at.head, "stack", stack)  # a head of one's own need not know its model
+        if owner.model is not stack.model:
+            model = owner.provenance | {"weights_hash": owner.weights_hash()}
+            check_same_model(model, stack, what=f"the heads of the exit at layer {at.layer}")
         if propagation == "ridge" and at.propagation is None and at.layer < stack.num_layers:
             raise UsageError(
                 f"the exit at layer {at.layer} has no propagation map; give it the one of its "

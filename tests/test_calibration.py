@@ -452,6 +452,17 @@ def test_a_calibration_in_another_dtype_or_family_really_differs(tmp_path: Path)
     assert "family qwen2" in words
 
 
+def test_a_calibration_of_a_model_in_memory_serves_its_weights_and_no_others(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "calibration.json"
+    write_record(path, calibrate(a_stack("llama"), BLOCKS, wish()))
+    read_calibration(path, DecoderStack(tiny_model("llama")))
+    other = DecoderStack(tiny_model("llama", seed=1))
+    words = refusal(ModelError, lambda: read_calibration(path, other))
+    assert f"but the model is llama (weights_hash {other.weights_hash()})" in words
+
+
 def broken(change: Callable[[Record], Any]) -> Callable[[Record], str]:
     def text(record: Record) -> str:
         copied = json.loads(json.dumps(record))

@@ -18,7 +18,9 @@ from by_hand import (
     PROPAGATIONS,
     SKIPPING,
     SKIPPING_FAMILIES,
+    a_bf16_stack,
     a_stack,
+    bf16_heads,
     by_hand,
     confidence,
     difference,
@@ -395,8 +397,8 @@ def test_skipping_changes_no_result(
 @pytest.mark.parametrize("propagation", ["frozen", "ridge"])
 @SKIPPING_FAMILIES
 def test_skipping_in_bfloat16_agrees(family: str, propagation: Propagation) -> None:
-    stack = DecoderStack(tiny_model(family).bfloat16())
-    exits = exits_for_text(stack, some_heads(family), propagation)
+    stack = a_bf16_stack(family)
+    exits = exits_for_text(stack, bf16_heads(family), propagation)
     packed, generic = (
         EarlyExit(stack, exits=exits, propagation=propagation, skip=skip) for skip in (True, False)
     )
@@ -709,6 +711,34 @@ def test_heads_of_another_model_are_refused_and_both_are_named(propagation: Prop
     assert "family llama" in text
     assert "family qwen2" in text
     assert text.endswith("; make them anew for this model")
+
+
+def test_exits_of_another_model_are_refused_and_of_the_same_weights_taken() -> None:
+    stack, same, other = (DecoderStack(tiny_model("llama", seed=seed)) for seed in (0, 0, 1))
+    ids = random_ids()
+    expected = EarlyExit(stack, layer=2, rule="top2_gap", threshold=0.1).score(ids)
+    for heads in (None, fit_heads(other, random_blocks(), [2])):
+        exits = [make_exit(other, 2, "top2_gap", 0.1, heads=heads)]
+        with pytest.raises(ModelError) as error:
+            EarlyExit(stack, exits=exits)
+        assert one_line(error) == (
+            "the heads of the exit at layer 2 belong to llama (weights_hash "
+            f"{other.weights_hash()}), but the model is llama (weights_hash "
+            f"{stack.weights_hash()}); make them anew for this model"
+        )
+    score = EarlyExit(stack, exits=[make_exit(same, 2, "top2_gap", 0.1)]).score(ids)
+    assert torch.equal(score.predictions, expected.predictions)
+
+
+def test_a_head_of_ones_own_need_not_know_its_model() -> None:
+    class Own:
+        name, multiplications = "own", 0
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            return torch.nn.functional.one_hot(torch.full((len(hidden),), 5), VOCABULARY).float()
+
+    early = EarlyExit(a_stack("llama"), exits=[Exit(2, find_rule("fixed"), 1.0, Own())])
+    assert bool((early.score(random_ids()).predictions == 5).all())
 
 
 @pytest.mark.parametrize(

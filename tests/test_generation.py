@@ -16,9 +16,11 @@ from by_hand import (
     LAYERS,
     PROPAGATIONS,
     SKIPPING,
+    a_bf16_stack,
     a_settled_stack,
     a_stack,
     apart,
+    bf16_heads,
     by_hand,
     head_logits,
     one_line,
@@ -208,7 +210,7 @@ def test_generating_beyond_the_window_and_without_skipping_gives_the_same_text(
 @ALL_PROPAGATIONS
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neo"])
 def test_generating_in_bfloat16_agrees_with_scoring(family: str, propagation: Propagation) -> None:
-    stack, heads = DecoderStack(tiny_model(family).bfloat16()), some_heads(family)
+    stack, heads = a_bf16_stack(family), bf16_heads(family)
     exits = some_exits(stack, layers=(2, 3), heads=heads, propagation=propagation, text=PROMPT)
     early = EarlyExit(stack, exits=exits, propagation=propagation)
     left = generated(early, PROMPT).exit_layers
