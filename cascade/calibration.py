@@ -26,7 +26,10 @@ from cascade.thresholds import Certificate, certify, fit_threshold, transfer
 KIND = "calibration"
 
 #: What a calibration must hold to run with.
-_PARTS = {"exit_layer", "rule", "head", "propagation", "by_hard_ratio", "certificate", "provenance"}
+_PARTS = {
+    *("exit_layer", "rule", "seed", "head", "propagation", "by_hard_ratio", "certificate"),
+    "provenance",
+}
 
 #: Exit shares whose thresholds are tested one after the other, the safest first.
 _TESTED_SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, *(share / 100 for share in range(10, 100, 5)), 1.0)
@@ -165,7 +168,7 @@ def calibrate(
         heads: Fitted heads; the logit lens where not given.
         onto: Another corpus, on which the thresholds' hard ratio and risk are measured.
         batch_size: Sequences per forward pass.
-        seed: Of the intervals.
+        seed: For rules that draw, and of the intervals.
         command: What the user ran, for the provenance.
         progress: Called with the number of tokens done since the last call.
 
@@ -200,6 +203,7 @@ def calibrate(
         "provenance": provenance | heads_provenance(heads, blocks),
         "exit_layer": wish.layer,
         "rule": wish.rule,
+        "seed": seed,
         "head": run.evaluator.exits[wish.layer].head.name,
         "propagation": wish.propagation,
         "interval": "95 % percentile bootstrap over whole sequences",
@@ -308,6 +312,7 @@ def _is_whole(record: dict[str, Any]) -> bool:
         certificate = record["certificate"]
         if certificate is not None and certificate["threshold"] is not None:
             numbers.append(certificate["threshold"])
+        numbers.append(record["seed"])
         whole = isinstance(record["provenance"]["model"], dict)
     except (KeyError, TypeError):
         return False
@@ -377,4 +382,5 @@ def early_exit_of(
         threshold=threshold_of(record, hard_ratio),
         heads=heads,
         propagation=record["propagation"],
+        seed=record["seed"],
     )
