@@ -312,6 +312,13 @@ def _checked(
                 f"the exit at layer {at.layer} has no propagation map; give it the one of its "
                 "fitted heads, or use frozen propagation"
             )
+    looking = [at for at in exits if at.rule.needs_earlier]
+    # The first exit of several that look at earlier ones is what the others look at.
+    if len(looking) == 1 and looking[0] is exits[0]:
+        raise UsageError(
+            f"the rule {exits[0].rule.name} looks at earlier exits, and none lies below layer "
+            f"{exits[0].layer}; give exits below it, or take another rule"
+        )
     if propagation == "ridge":
         return tuple(exits)
     return tuple(dataclasses.replace(at, propagation=None) for at in exits)

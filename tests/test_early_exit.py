@@ -648,6 +648,27 @@ def test_exits_out_of_order_are_refused(layers: tuple[int, ...]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "others", [(), ((3, "cosine"),), ((3, "cosine"), (4, "top2_gap"))], ids=len
+)
+@pytest.mark.parametrize("threshold", [1.0, 0.0, INF])
+def test_patience_is_refused_where_no_exit_lies_below_to_be_looked_at(
+    others: tuple[tuple[int, str], ...], threshold: float
+) -> None:
+    stack = a_stack("llama")
+    exits = [make_exit(stack, 2, "patience", threshold)]
+    exits += [make_exit(stack, layer, rule, 0.5) for layer, rule in others]
+    with pytest.raises(UsageError) as error:
+        EarlyExit(stack, exits=exits)
+    assert one_line(error) == (
+        "the rule patience looks at earlier exits, and none lies below layer 2; give exits below "
+        "it, or take another rule"
+    )
+    # One exit below is enough, and what patience looks at may be patience.
+    for below in ("fixed", "patience"):
+        EarlyExit(stack, exits=[make_exit(stack, 1, below, INF), *exits])
+
+
 def test_a_threshold_in_exits_given_one_by_one_is_checked_too() -> None:
     stack = a_stack("llama")
     at = Exit(2, find_rule("entropy"), 1.5, make_exit(stack, 2, "entropy", 0.5).head)
