@@ -360,6 +360,28 @@ def test_a_draw_is_the_models_own_until_it_is_told_otherwise(
         (("--prompt", "x", "--hard-ratio", 0.5), "give --calibration"),
         (("--prompt", "x", "--chat"), "no chat template"),
         (("--prompt", "x", "--calibration", "none.json"), "cascade calibrate"),
+        *(
+            (
+                ("--prompt", "x", "--calibration", "none.json", option, value),
+                "--calibration says layer, rule, threshold and propagation; leave out " + option,
+            )
+            for option, value in (
+                *(("--layer", 2), ("--threshold", 0.5), ("--rule", "cosine")),
+                *(("--rule", "top2_gap"), ("--propagation", "frozen")),
+            )
+        ),
+        (
+            ("--prompt", "x", "--calibration", "c", "--rule", "cosine", "--propagation", "exact"),
+            "leave out --rule, --propagation",
+        ),
+        (
+            ("--prompt", "x", "--verify", "--propagation", "ridge"),
+            "--verify needs --propagation exact, got ridge",
+        ),
+        (
+            ("--prompt", "x", "--rule", "patience", "--threshold", 1),
+            "the rule patience looks at earlier exits, and none lies below layer 3",
+        ),
     ],
 )
 def test_generating_refuses_in_one_line(

@@ -336,12 +336,13 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
     layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
-    rule: Annotated[str, typer.Option(help=f"Exit rule: {_RULES}")] = "cosine",
+    rule: Annotated[str | None, typer.Option(help=f"Exit rule, cosine without: {_RULES}")] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Tokens at or above it leave; without, the full model.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="calibration.json: layer, rule and threshold.")
+        Path | None,
+        typer.Option(help="calibration.json: layer, rule, threshold and propagation."),
     ] = None,
     hard_ratio: Annotated[
         float | None, typer.Option(help="Which of the calibration's thresholds.")
@@ -371,7 +372,10 @@ def generate(
     model: Model = "smollm2-135m",
     revision: Revision = None,
     heads: Heads = None,
-    propagation: PropagationOption = "frozen",
+    propagation: Annotated[
+        str | None,
+        typer.Option(help="What upper layers see of exited tokens; frozen without."),
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -379,8 +383,20 @@ def generate(
     """Generate, and show at which layer each token left."""
     from cascade.report import print_generation
 
-    if calibration is not None and (layer is not None or threshold is not None):
-        raise UsageError("--calibration says layer and threshold; leave out --layer, --threshold")
+    said = {
+        "--layer": layer,
+        "--rule": rule,
+        "--threshold": threshold,
+        "--propagation": propagation,
+    }
+    given = [name for name, value in said.items() if value is not None]
+    if calibration is not None and given:
+        raise UsageError(
+            "--calibration says layer, rule, threshold and propagation; leave out "
+            f"{', '.join(given)}"
+        )
+    if verify and propagation not in (None, "exact"):
+        raise UsageError(f"--verify needs --propagation exact, got {propagation}; leave one out")
     if hard_ratio is not None and calibration is None:
         raise UsageError("--hard-ratio chooses a calibration's threshold; give --calibration")
     if not prompt.strip():
@@ -393,9 +409,8 @@ def generate(
         record = read_calibration(calibration, stack)
         early = early_exit_of(record, stack, heads=fitted, hard_ratio=hard_ratio)
     else:
-        early = _early_exit(
-            stack, layer, rule, threshold, fitted, "exact" if verify else propagation, seed
-        )
+        propagation = propagation or ("exact" if verify else "frozen")
+        early = _early_exit(stack, layer, rule or "cosine", threshold, fitted, propagation, seed)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": sample,
