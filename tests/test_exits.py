@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from by_hand import LAYERS, a_stack, difference, one_line, random_blocks, visited
+from by_hand import LAYERS, a_stack, difference, one_line, random_blocks, state_of, visited
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -142,6 +143,7 @@ PairReader = Callable[[Sequence[Tensor], int], tuple[Tensor, Tensor]]
 @torch.no_grad()
 def hooked_run(stack: DecoderStack, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Any]:
     """Run the model; return every layer's input and output by hooks of our own, and its result."""
+    stack = copy.deepcopy(stack)  # `output_hidden_states` leaves hooks of its own behind
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
@@ -154,6 +156,13 @@ def hooked_run(stack: DecoderStack, ids: Tensor) -> tuple[list[Tensor], list[Ten
     for handle in handles:
         handle.remove()
     return inputs, outputs, result
+
+
+def test_reading_a_models_history_leaves_the_stack_that_tests_share_as_it_was() -> None:
+    before = state_of(a_stack("llama"))
+    _, _, own = hooked_run(a_stack("llama"), random_ids())
+    assert len(own.hidden_states) == LAYERS + 1
+    assert state_of(a_stack("llama")) == before
 
 
 def check_pairs(read: PairReader, stack: DecoderStack, layers: Sequence[int]) -> None:
