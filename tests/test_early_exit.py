@@ -410,12 +410,37 @@ def test_skipping_in_bfloat16_agrees(family: str, propagation: Propagation) -> N
     assert (one.predictions == other.predictions).float().mean() >= 0.9
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom"])
-def test_bfloat16_where_nobody_leaves_is_the_full_model(family: str) -> None:
-    stack, ids = DecoderStack(tiny_model(family).bfloat16()), random_ids(2, 20)
-    early = EarlyExit(stack, layer=2, rule="max_probability", threshold=INF)
-    score = early.score(ids, keep_logits=True)
-    assert difference(logits_of(score), own_logits(stack, ids).float()) == 0.0
+@ALL_PROPAGATIONS
+@ALL_FAMILIES
+def test_bfloat16_where_nobody_leaves_is_the_full_model(
+    family: str, propagation: Propagation
+) -> None:
+    stack, heads = a_bf16_stack(family), bf16_heads(family)
+    exits = [
+        make_exit(stack, layer, "max_probability", INF, heads=heads, propagation=propagation)
+        for layer in (1, 3)
+    ]
+    score = EarlyExit(stack, exits=exits, propagation=propagation).score(TEXT, keep_logits=True)
+    assert difference(logits_of(score), own_logits(stack, TEXT).float()) == 0.0
+    assert bool((score.exit_layers == LAYERS).all())
+
+
+@ALL_FAMILIES
+def test_bfloat16_where_everybody_leaves_is_the_exit_head_alone(family: str) -> None:
+    stack = a_bf16_stack(family)
+    history = visited(stack, TEXT)
+    for layer, heads, propagation in (
+        (2, None, "frozen"),
+        (2, bf16_heads(family), "ridge"),
+        (LAYERS, None, "exact"),
+    ):
+        early = EarlyExit(stack, layer=layer, threshold=-INF, heads=heads, propagation=propagation)
+        score = early.score(TEXT, keep_logits=True)
+        expected = head_logits(stack, early.exits[0], history[layer]).float()
+        # Written out, a ridge head may round otherwise, by a unit in the last of eight bits.
+        close = torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
+        assert difference(logits_of(score), expected) <= (close if heads else 0.0)
+        assert bool((score.exit_layers == layer).all())
 
 
 @ALL_FAMILIES

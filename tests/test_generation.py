@@ -208,10 +208,11 @@ def test_generating_beyond_the_window_and_without_skipping_gives_the_same_text(
 
 
 @ALL_PROPAGATIONS
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neo"])
+@ALL_FAMILIES
 def test_generating_in_bfloat16_agrees_with_scoring(family: str, propagation: Propagation) -> None:
     stack, heads = a_bf16_stack(family), bf16_heads(family)
-    exits = some_exits(stack, layers=(2, 3), heads=heads, propagation=propagation, text=PROMPT)
+    rule = REPEATING.get(family, "top2_gap")
+    exits = some_exits(stack, rule, (2, 3), heads=heads, propagation=propagation, share=0.35)
     early = EarlyExit(stack, exits=exits, propagation=propagation)
     left = generated(early, PROMPT).exit_layers
     assert 0 < int((left < LAYERS).sum()) < left.numel()
