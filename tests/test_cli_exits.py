@@ -89,6 +89,27 @@ def test_fitting_refuses_in_one_line_and_writes_nothing(
     assert contents(here) == before
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("texts.jsonl/h.safetensors", "cannot write texts.jsonl/h.safetensors: "),
+        ("x" * 300 + ".safetensors", "File name too long; choose a folder you can write to"),
+        ("folder.safetensors", "folder.safetensors is a folder, expected a file"),
+    ],
+)
+def test_heads_that_could_not_be_written_are_not_fitted(
+    tiny: Run, here: Path, output: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascade.models.load", None)  # refused before the model is read
+    (here / "folder.safetensors").mkdir()
+    before = contents(here)
+    done = tiny("fit-heads", "--layers", "2", "--output", output, "--overwrite")
+    assert (done.status, done.out) == (2, "")
+    assert message in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert contents(here) == before
+
+
 def test_fitting_replaces_heads_only_when_told(tiny: Run, here: Path) -> None:
     Path("h.safetensors").write_text("mine")
     done = tiny("fit-heads", "--layers", "2", "--output", "h.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -609,7 +610,13 @@ def _point(text: str) -> tuple[int, str, float]:
 
 
 def _check_free(path: Path, *, overwrite: bool) -> None:
+    from cascade.files import check_writable
+
     if path.suffix != ".safetensors":
         raise OutputError(f"expected --output to be a .safetensors file, got {path}")
-    if path.is_dir() or (path.exists() and not overwrite):
+    # os.path answers for any string, where Path raises for an overlong name.
+    if os.path.isdir(path):
+        raise OutputError(f"{path} is a folder, expected a file; choose another --output")
+    if os.path.exists(path) and not overwrite:
         raise OutputError(f"{path} exists: choose another --output, or replace it with --overwrite")
+    check_writable(path)
