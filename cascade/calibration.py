@@ -26,7 +26,10 @@ from cascade.thresholds import Certificate, certify, fit_threshold, transfer
 KIND = "calibration"
 
 #: What a calibration must hold to run with.
-_PARTS = {"exit_layer", "rule", "head", "propagation", "by_hard_ratio", "certificate", "provenance"}
+_PARTS = {
+    *("exit_layer", "rule", "seed", "head", "propagation", "by_hard_ratio", "certificate"),
+    "provenance",
+}
 
 #: Exit shares whose thresholds are tested one after the other, the safest first.
 _TESTED_SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, *(share / 100 for share in range(10, 100, 5)), 1.0)
@@ -113,8 +116,6 @@ def confidences(
         CorpusError: Sequences beyond the model's positions.
         ModelError: A state is not finite, or the heads belong to another model.
     """
-    if heads is not None:
-        heads.check(stack)
     way_out = make_exit(stack, layer, rule, float("inf"), heads=heads)
     check_blocks(stack, blocks, batch_size)
     layers = SkippingLayers(stack, skip=False)
@@ -167,7 +168,7 @@ def calibrate(
         heads: Fitted heads; the logit lens where not given.
         onto: Another corpus, on which the thresholds' hard ratio and risk are measured.
         batch_size: Sequences per forward pass.
-        seed: Of the intervals.
+        seed: For rules that draw, and of the intervals.
         command: What the user ran, for the provenance.
         progress: Called with the number of tokens done since the last call.
 
@@ -194,14 +195,16 @@ def calibrate(
     values = run.confidences(blocks)
     fitted = [fit_threshold(values, ratio, seed=seed) for ratio in wish.hard_ratios]
     certificate = run.certificate(blocks, values) if wish.risk is not None else None
-    head = make_exit(stack, wish.layer, wish.rule, float("inf"), heads=heads).head
+    provenance = provenance_of(stack, blocks, command)
+    provenance["model"]["weights_hash"] = stack.weights_hash()
     return {
         "schema": 1,
         "kind": KIND,
-        "provenance": provenance_of(stack, blocks, command) | heads_provenance(heads, blocks),
+        "provenance": provenance | heads_provenance(heads, blocks),
         "exit_layer": wish.layer,
         "rule": wish.rule,
-        "head": head.name,
+        "seed": seed,
+        "head": run.evaluator.exits[wish.layer].head.name,
         "propagation": wish.propagation,
         "interval": "95 % percentile bootstrap over whole sequences",
         "by_hard_ratio": [asdict(row) for row in fitted],
@@ -309,6 +312,7 @@ def _is_whole(record: dict[str, Any]) -> bool:
         certificate = record["certificate"]
         if certificate is not None and certificate["threshold"] is not None:
             numbers.append(certificate["threshold"])
+        numbers.append(record["seed"])
         whole = isinstance(record["provenance"]["model"], dict)
     except (KeyError, TypeError):
         return False
@@ -378,4 +382,5 @@ def early_exit_of(
         threshold=threshold_of(record, hard_ratio),
         heads=heads,
         propagation=record["propagation"],
+        seed=record["seed"],
     )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cascade.errors import UsageError
 from cascade.exits import ExitRule, check_layers, find_rule
-from cascade.generation import Generation, Settings, generate
-from cascade.heads import ExitHead, FittedHeads, LogitLens
+from cascade.generation import Generation, Settings, generate, padding_token
+from cascade.heads import ExitHead, FittedHeads, LogitLens, check_same_model
 from cascade.models import DecoderStack
 from cascade.passes import Chunk, Exit, Pass
 from cascade.skipping import Counts, SkippingLayers
@@ -76,7 +76,7 @@ class EarlyExit:
 
     Raises:
         UsageError: A layer, rule, threshold or propagation that cannot be.
-        ModelError: The heads belong to another model.
+        ModelError: The heads, or those of `exits`, belong to another model.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class EarlyExit:
             raise UsageError(
                 "ridge propagation needs fitted heads; make them with `cascade fit-heads`"
             )
-        if heads is not None:
+        if heads is not None and layer is None:  # else they are checked as they become an exit
             heads.check(stack)
         if layer is not None and exits is not None:
             raise UsageError(
@@ -137,14 +137,17 @@ class EarlyExit:
 
         Args:
             input_ids: `[B, T]`.
-            attention_mask: `[B, T]`, 1 for tokens and 0 for padding; all ones where not given.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Where not given, the model's
+                padding token is padding, unless it ends rows too, as in `generate`.
             keep_logits: Whether to return all logits: B x T x V x 4 bytes.
 
         Raises:
             UsageError: Token ids or a mask that cannot be.
             ModelError: A confidence or logits are not finite.
         """
-        chunk = make_chunk(self.stack, input_ids, attention_mask)
+        own = self.stack.model.generation_config
+        padding = padding_token(own.pad_token_id, own.eos_token_id)
+        chunk = make_chunk(self.stack, input_ids, attention_mask, padding=padding)
         full = None
         if any(at.rule.needs_full for at in self.exits):
             full = self._score(chunk, (), keep_logits=False, full=None).predictions
@@ -210,7 +213,8 @@ class EarlyExit:
 
         Args:
             input_ids: The prompts, `[B, T]`, padded on the left.
-            attention_mask: `[B, T]`, 1 for tokens and 0 for padding; all ones where not given.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Where not given, the padding
+                token is padding, unless it ends rows too, as in `transformers`.
             generation_config: Settings, as `transformers` knows them; the model's own say what it
                 leaves open. Those that early exit does not know (beams, ...) are refused.
             streamer: Gets each token as soon as it is certain.
@@ -239,7 +243,7 @@ class EarlyExit:
             )
         if draft_length < 1:
             raise UsageError(f"expected a draft_length of at least 1, got {draft_length}")
-        prompt = make_chunk(self.stack, input_ids, attention_mask)
+        prompt = make_chunk(self.stack, input_ids, attention_mask, padding=settings.padding)
         result = generate(
             self.layers,
             self.exits,
@@ -274,6 +278,7 @@ def make_exit(
 
     Raises:
         UsageError: No such layer or rule, or no head was fitted for the layer.
+        ModelError: The heads belong to another model.
     """
     rule = rule if isinstance(rule, ExitRule) else find_rule(rule)
     check_layers({layer: rule}, stack.num_layers)
@@ -298,18 +303,33 @@ def _checked(
     check_layers({at.layer: at.rule for at in exits}, stack.num_layers)
     for at in exits:
         at.rule.check(at.threshold)
+        owner = getattr(at.head, "stack", stack)  # a head of one's own need not know its model
+        if owner.model is not stack.model:
+            model = owner.provenance | {"weights_hash": owner.weights_hash()}
+            check_same_model(model, stack, what=f"the heads of the exit at layer {at.layer}")
         if propagation == "ridge" and at.propagation is None and at.layer < stack.num_layers:
             raise UsageError(
                 f"the exit at layer {at.layer} has no propagation map; give it the one of its "
                 "fitted heads, or use frozen propagation"
             )
+    looking = [at for at in exits if at.rule.needs_earlier]
+    # The first exit of several that look at earlier ones is what the others look at.
+    if len(looking) == 1 and looking[0] is exits[0]:
+        raise UsageError(
+            f"the rule {exits[0].rule.name} looks at earlier exits, and none lies below layer "
+            f"{exits[0].layer}; give exits below it, or take another rule"
+        )
     if propagation == "ridge":
         return tuple(exits)
     return tuple(dataclasses.replace(at, propagation=None) for at in exits)
 
 
 def make_chunk(
-    stack: DecoderStack, input_ids: Tensor, attention_mask: Tensor | None = None
+    stack: DecoderStack,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    padding: int | None = None,
 ) -> Chunk:
     """Check token ids and mask, and make them a chunk.
 
@@ -317,9 +337,11 @@ def make_chunk(
         stack: The model.
         input_ids: `[B, T]`.
         attention_mask: `[B, T]`, 1 for tokens and 0 for padding.
+        padding: The token that is padding where no mask is given; None: everything is text.
 
     Raises:
-        UsageError: They are empty, ragged, too long, outside the vocabulary, or do not fit.
+        UsageError: They are empty, ragged, too long, outside the vocabulary, or do not fit; or the
+            padding token stands where it may be text.
     """
     ids = _tensor(input_ids)
     if ids is None:
@@ -348,6 +370,8 @@ def make_chunk(
             f"expected token ids in 0..{stack.vocab_size - 1}, got {int(ids.min())} to "
             f"{int(ids.max())}; use the model's own tokenizer"
         )
+    if attention_mask is None and padding is not None and bool((ids == padding).any()):
+        attention_mask = _without(ids, padding)
     if attention_mask is None:
         valid = torch.ones_like(ids, dtype=torch.bool)
         columns = torch.arange(ids.shape[1], device=ids.device)
@@ -363,6 +387,18 @@ def make_chunk(
         raise UsageError("a row of the attention_mask is all zeros; expected at least one token")
     positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
     return Chunk(ids, valid, positions, None if bool(valid.all()) else valid.long())
+
+
+def _without(ids: Tensor, padding: int) -> Tensor:
+    """Return the mask `[B, T]` of what is no padding, which lies before or behind each row."""
+    mask = ids != padding
+    inside = (mask.cumsum(dim=1) > 0) & (mask.flip(1).cumsum(dim=1).flip(1) > 0)
+    if bool((inside & ~mask).any()) or not bool(mask.any(dim=1).all()):
+        raise UsageError(
+            f"token {padding}, with which the model pads, stands between other tokens or alone in "
+            "a row; give an attention_mask that says what is padding"
+        )
+    return mask
 
 
 def _tensor(values: Any) -> Tensor | None:

@@ -47,6 +47,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: The folder cannot be written to, or the disk is full.
     """
+    with _file_beside(path) as temporary:
+        try:
+            yield temporary
+            # mkstemp makes files private; results are as readable as any other file of the user's.
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {path}: {os_reason(error)}; free some space or choose another place"
+                " (what was there before is unharmed)"
+            ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written; nothing is left behind.
+
+    Raises:
+        OutputError: Its folder cannot be made or written to.
+    """
+    with _file_beside(path):
+        pass
+
+
+@contextlib.contextmanager
+def _file_beside(path: Path) -> Iterator[Path]:
+    """Yield an empty file in the folder of `path`; it goes, and so do folders left empty."""
     made: list[Path] = []
     try:
         made = make_folder(path.parent)
@@ -60,19 +86,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise OutputError(
             f"cannot write {path}: {os_reason(error)}; choose a folder you can write to"
         ) from error
-    temporary = Path(name)
     try:
-        yield temporary
-        # mkstemp makes files private; results are as readable as any other file of the user's.
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {os_reason(error)}; free some space or choose another place"
-            " (what was there before is unharmed)"
-        ) from error
+        yield Path(name)
     finally:
-        temporary.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
         remove_empty(made)
 
 

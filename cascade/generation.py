@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: What `transformers` generates where nobody says how much.
 _DEFAULT_NEW_TOKENS = 20
 
+#: Settings of a draw; where nobody says anything, they are those of `transformers`.
+_OF_A_DRAW = ("temperature", "top_p", "top_k")
+
 #: Settings of a generation config that early exit follows.
 _FOLLOWED = {
     "max_new_tokens",
@@ -72,7 +75,8 @@ class Settings:
         top_k: Draw among so many; 0 for all.
         seed: Of the draws: the same seed draws the same tokens, alone or verified.
         eos_token_id: Tokens that end a row.
-        pad_token_id: Fills rows that ended.
+        pad_token_id: Fills rows that ended, and is padding in prompts without a mask; None: the
+            first of `eos_token_id`, or 0, fills rows, and nothing is taken for padding.
         stop_strings: Texts that end a row; its tokens keep them.
     """
 
@@ -84,7 +88,7 @@ class Settings:
     top_k: int = 0
     seed: int = 0
     eos_token_id: tuple[int, ...] = ()
-    pad_token_id: int = 0
+    pad_token_id: int | None = None
     stop_strings: tuple[str, ...] = ()
 
     @classmethod
@@ -93,8 +97,8 @@ class Settings:
     ) -> Settings:
         """Read the model's own generation config, then a given one, then single settings.
 
-        What one leaves open, those before it say, as in `transformers`. A single setting of None
-        is as if nobody had said anything.
+        What one leaves open, those before it say, and at last `transformers` itself, which draws
+        from the likeliest 50. A single setting of None turns off what any of them said.
 
         Raises:
             UsageError: A setting is unknown, unsupported or out of range.
@@ -105,7 +109,10 @@ class Settings:
             raise UsageError(
                 f"expected settings among {', '.join(sorted(known))}, got {', '.join(unknown)}"
             )
-        values: dict[str, Any] = {}
+        from transformers import GenerationConfig as Config
+
+        defaults = Config._get_default_generation_params()
+        values: dict[str, Any] = {name: defaults[name] for name in _OF_A_DRAW}
         for one in (stack.model.generation_config, config):
             values |= {} if one is None else one.to_diff_dict()
         _check_supported(values)
@@ -116,9 +123,6 @@ class Settings:
         merged = {name: value for name, value in merged.items() if value is not None}
         merged["eos_token_id"] = _as_tuple(merged.get("eos_token_id"))
         merged["stop_strings"] = _as_tuple(merged.get("stop_strings"))
-        if merged.get("pad_token_id") is None:
-            ends = merged["eos_token_id"]
-            merged["pad_token_id"] = ends[0] if ends else 0
         settings = cls(**merged)
         settings._check(stack)
         return settings
@@ -136,13 +140,28 @@ class Settings:
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "top_k": (_is_whole(self.top_k) and self.top_k >= 0, "a whole number from 0"),
             "seed": (_is_whole(self.seed), "a whole number"),
-            "pad_token_id": (_is_whole(pad) and 0 <= pad <= last, f"in 0..{last}"),
+            "pad_token_id": (
+                pad is None or (_is_whole(pad) and 0 <= pad <= last),
+                f"in 0..{last}",
+            ),
         }
         for name, (good, expected) in ranges.items():
             if not good:
                 raise UsageError(f"expected {name} {expected}, got {getattr(self, name)!r}")
         if self.stop_strings and stack.tokenizer is None:
             raise UsageError("stop_strings need the model's tokenizer; load the model with it")
+
+    @property
+    def filling(self) -> int:
+        """The token that fills rows that ended."""
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        return self.eos_token_id[0] if self.eos_token_id else 0
+
+    @property
+    def padding(self) -> int | None:
+        """The token that is padding in prompts without a mask; None where nothing is."""
+        return padding_token(self.pad_token_id, self.eos_token_id)
 
     def new_tokens(self, prompt: int, limit: int | None) -> int:
         """Return how many tokens to add to a prompt.
@@ -171,6 +190,16 @@ class Settings:
                 "positions; shorten the prompt or take a smaller max_new_tokens"
             )
         return new
+
+
+def padding_token(pad: int | None, ends: int | Sequence[int] | None) -> int | None:
+    """Return the token that `transformers` takes for padding where it is given no mask.
+
+    Args:
+        pad: The model's padding token.
+        ends: The tokens that end a row: one that pads as well may be text.
+    """
+    return None if pad in _as_tuple(ends) else pad
 
 
 def _check_supported(values: Mapping[str, Any]) -> None:
@@ -288,9 +317,7 @@ class _Text:
         self.stack, self.settings, self.streamer = stack, settings, streamer
         batch, self.prompt = prompt.ids.shape
         self.capacity = self.prompt + new_tokens
-        self.ids = torch.full(
-            (batch, self.capacity), settings.pad_token_id, device=prompt.ids.device
-        )
+        self.ids = torch.full((batch, self.capacity), settings.filling, device=prompt.ids.device)
         self.ids[:, : self.prompt] = prompt.ids
         self.layers = torch.zeros_like(self.ids)
         self.certain = [self.prompt] * batch
@@ -341,7 +368,7 @@ class _Text:
         """Return the generation; columns that no row reached are cut off."""
         stop = max(self.certain)
         for row, certain in enumerate(self.certain):
-            self.ids[row, certain:] = self.settings.pad_token_id
+            self.ids[row, certain:] = self.settings.filling
         if self.streamer is not None:
             self.streamer.end()
         return Generation(
@@ -384,8 +411,9 @@ def generate(
     """
     if not bool((prompt.valid[:, 1:] >= prompt.valid[:, :-1]).all()):
         raise UsageError(
-            "the attention_mask has padding behind a token; expected prompts padded on the left "
-            "only, so that every row's last token is the one to go on from"
+            "a prompt has padding behind a token, by its attention_mask or, without one, by the "
+            "token that the model pads with; expected prompts padded on the left only, so that "
+            "every row's last token is the one to go on from"
         )
     if streamer is not None and len(prompt.ids) > 1:
         raise UsageError(f"a streamer takes one row, got {len(prompt.ids)}; generate row by row")

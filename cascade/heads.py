@@ -29,8 +29,8 @@ _KIND = "exit-heads"
 #: Of every ten sequences, this one is kept aside: it chooses strengths and epochs.
 CHECKED = 9
 
-#: What two models must share for the heads of one to serve the other.
-_IDENTITY = ("weights_hash", "revision", "family", "num_layers", "hidden_size", "dtype")
+#: What two models must share, beside their weights, for the heads of one to serve the other.
+_IDENTITY = ("revision", "family", "num_layers", "hidden_size", "dtype")
 
 
 class ExitHead(Protocol):
@@ -153,20 +153,22 @@ class FittedHeads:
         """The exit layers, ascending."""
         return sorted(self.weights)
 
-    def _check_layer(self, layer: int) -> None:
+    def _check_exit(self, stack: DecoderStack, layer: int) -> None:
         if layer not in self.weights:
             raise UsageError(
                 f"these heads were fitted for the layers {', '.join(map(str, self.layers))}, "
                 f"got layer {layer}; fit it with `cascade fit-heads --layers`"
             )
+        self.check(stack)
 
     def head(self, stack: DecoderStack, layer: int) -> RidgeHead:
         """Return the ridge head of an exit layer.
 
         Raises:
             UsageError: None was fitted for it.
+            ModelError: The heads belong to another model.
         """
-        self._check_layer(layer)
+        self._check_exit(stack, layer)
         return RidgeHead(stack, *self.weights[layer])
 
     def propagation(self, stack: DecoderStack, layer: int) -> PropagationMap | None:
@@ -174,8 +176,9 @@ class FittedHeads:
 
         Raises:
             UsageError: None was fitted for it.
+            ModelError: The heads belong to another model.
         """
-        self._check_layer(layer)
+        self._check_exit(stack, layer)
         if layer == stack.num_layers:
             return None
         weight, bias = (tensor.to(stack.device) for tensor in self.maps[layer])
@@ -288,11 +291,15 @@ def check_same_model(expected: dict[str, Any], stack: DecoderStack, *, what: str
     Raises:
         ModelError: Names both models and what differs.
     """
-    differs = [name for name in _IDENTITY if expected.get(name) != stack.provenance.get(name)]
+    own = dict(stack.provenance)
+    differs = [name for name in _IDENTITY if expected.get(name) != own.get(name)]
+    if not differs:  # else there is no need to read all weights
+        own["weights_hash"] = stack.weights_hash()
+        differs = [name for name in ("weights_hash",) if expected.get(name) != own[name]]
     if differs:
         raise ModelError(
             f"{what} belong to {_named(expected, differs)}, but the model is "
-            f"{_named(stack.provenance, differs)}; make them anew for this model"
+            f"{_named(own, differs)}; make them anew for this model"
         )
 
 
@@ -398,6 +405,8 @@ def fit_heads(
         "model": dict(stack.provenance),
         "corpus": blocks.provenance(),
     } | (provenance or {})
+    model = heads.provenance["model"] | {"weights_hash": stack.weights_hash()}
+    heads.provenance["model"] = model
     return heads
 
 

@@ -7,11 +7,16 @@ the same takes fewer operations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+#: Where `transformers` makes the hooks that the first `output_hidden_states=True` leaves in a model
+#: for good. They collect while its own forward runs, in which no lean layer does.
+_CAPTURING = "transformers.utils.output_capturing"
 
 #: The most token rows, batch times columns: beyond, the products are what takes the time.
 MOST_ROWS = 16
@@ -40,8 +45,19 @@ def product(module: nn.Module, rows: Tensor) -> Tensor:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Say whether nobody hooked a module or replaced its forward: then its parts may be called."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    """Say whether nobody hooked a module or replaced its forward: then its parts may be called.
+
+    Hooks by which `transformers` captures outputs do not count.
+    """
+    return not (
+        any(map(_is_heard, module._forward_hooks.values()))
+        or module._forward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _is_heard(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "__module__", None) != _CAPTURING
 
 
 class LeanLayers:

@@ -328,8 +328,6 @@ class Evaluator:
             raise UsageError(
                 "ridge propagation needs fitted heads; make them with `cascade fit-heads`"
             )
-        if heads is not None:
-            heads.check(stack)
         if not rules or not all(rules.values()):
             raise UsageError("expected at least one exit layer, and a rule for each; name them")
         self.stack, self.heads, self.propagation = stack, heads, propagation

@@ -60,6 +60,12 @@ def a_stack(family: str) -> DecoderStack:
 
 
 @functools.cache
+def a_bf16_stack(family: str) -> DecoderStack:
+    """Return a family's stack in bfloat16, made once; for tests that leave it as it is."""
+    return DecoderStack(tiny_model(family).bfloat16())
+
+
+@functools.cache
 def a_settled_stack(family: str) -> DecoderStack:
     """Return a stack whose upper half hardly moves the stream, so that exits often agree."""
     model = tiny_model(family)
@@ -81,6 +87,12 @@ def random_blocks(sequences: int = 40, length: int = 16) -> TokenBlocks:
 def some_heads(family: str) -> FittedHeads:
     """Return the heads of every layer of a family's stack, fitted on random tokens."""
     return fit_heads(a_stack(family), random_blocks(), range(1, LAYERS + 1))
+
+
+@functools.cache
+def bf16_heads(family: str) -> FittedHeads:
+    """Return the heads of every layer of a family's stack in bfloat16."""
+    return fit_heads(a_bf16_stack(family), random_blocks(), range(1, LAYERS + 1))
 
 
 def some_mask(batch: int, length: int, *, left: int = 3) -> Tensor:

@@ -142,6 +142,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "benchmarks.memory",
         "benchmarks.timing",
         "corpora",
+        "exits",
         "models",
         "saturation",
     },

@@ -107,6 +107,15 @@ def test_verified_tokens_are_the_full_models_and_full_depth_leaves_nothing_out(
     assert generated["verified"]["drafted"] >= generated["verified"]["accepted"]
 
 
+def test_a_corpus_is_text_also_where_it_holds_the_token_that_the_model_pads_with(
+    folder: Path,
+) -> None:
+    pads = {"pad_token_id": ord("e") - 30}  # as the tiny tokenizer numbers the letter
+    (folder / "generation_config.json").write_text(json.dumps(pads))
+    record = benchmarks.decode(settings(folder, layer=2))
+    assert record["generated"]["full"]["counts"]["layer_rows"] == [34] * 4
+
+
 def test_agreement_is_the_share_of_new_tokens_at_the_same_place() -> None:
     stack, ids = DecoderStack(tiny_model("llama")), random_ids(2, 6)
     early = EarlyExit(stack)

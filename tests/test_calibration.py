@@ -178,6 +178,16 @@ def test_running_with_a_threshold_reaches_the_hard_ratio_it_was_fitted_for() -> 
         assert abs(row["reached"] - row["hard_ratio"]) <= 1 / BLOCKS.tokens
 
 
+def test_a_rule_that_draws_draws_again_as_it_was_calibrated() -> None:
+    stack = a_stack("llama")
+    record = calibrate(stack, BLOCKS, wish(rule="random", hard_ratios=(0.3,)), seed=5)
+    values = confidences(stack, BLOCKS, 2, "random", seed=5)
+    left = early_exit_of(record, stack).score(ids_of(BLOCKS)).exit_layers == 2
+    assert np.array_equal(left.numpy(), values >= threshold_of(record))
+    other = calibrate(stack, BLOCKS, wish(rule="random", hard_ratios=(0.3,)), seed=6)
+    assert not torch.equal(early_exit_of(other, stack).score(ids_of(BLOCKS)).exit_layers == 2, left)
+
+
 def test_a_record_says_what_it_was_made_of_and_nothing_else_is_asked_for() -> None:
     record = calibrate(a_stack("llama"), BLOCKS, Wish(3), command="cascade calibrate")
     assert (record["kind"], record["schema"]) == ("calibration", 1)
@@ -452,6 +462,17 @@ def test_a_calibration_in_another_dtype_or_family_really_differs(tmp_path: Path)
     assert "family qwen2" in words
 
 
+def test_a_calibration_of_a_model_in_memory_serves_its_weights_and_no_others(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "calibration.json"
+    write_record(path, calibrate(a_stack("llama"), BLOCKS, wish()))
+    read_calibration(path, DecoderStack(tiny_model("llama")))
+    other = DecoderStack(tiny_model("llama", seed=1))
+    words = refusal(ModelError, lambda: read_calibration(path, other))
+    assert f"but the model is llama (weights_hash {other.weights_hash()})" in words
+
+
 def broken(change: Callable[[Record], Any]) -> Callable[[Record], str]:
     def text(record: Record) -> str:
         copied = json.loads(json.dumps(record))
@@ -469,6 +490,8 @@ BROKEN: dict[str, tuple[Callable[[Record], str], str]] = {
     "newer": (broken(lambda r: r.update(schema=99)), "schema 99"),
     "no layer": (broken(lambda r: r.pop("exit_layer")), "lacks exit_layer"),
     "no certificate": (broken(lambda r: r.pop("certificate")), "lacks certificate"),
+    "no seed": (broken(lambda r: r.pop("seed")), "lacks seed"),
+    "a seed in words": (broken(lambda r: r.update(seed="1")), "torn or edited"),
     "no provenance": (broken(lambda r: r.pop("provenance")), "lacks provenance"),
     "no model": (broken(lambda r: r["provenance"].pop("model")), "torn or edited"),
     "a model in words": (broken(lambda r: r["provenance"].update(model="x")), "torn or edited"),

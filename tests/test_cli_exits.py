@@ -89,6 +89,27 @@ def test_fitting_refuses_in_one_line_and_writes_nothing(
     assert contents(here) == before
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("texts.jsonl/h.safetensors", "cannot write texts.jsonl/h.safetensors: "),
+        ("x" * 300 + ".safetensors", "File name too long; choose a folder you can write to"),
+        ("folder.safetensors", "folder.safetensors is a folder, expected a file"),
+    ],
+)
+def test_heads_that_could_not_be_written_are_not_fitted(
+    tiny: Run, here: Path, output: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascade.models.load", None)  # refused before the model is read
+    (here / "folder.safetensors").mkdir()
+    before = contents(here)
+    done = tiny("fit-heads", "--layers", "2", "--output", output, "--overwrite")
+    assert (done.status, done.out) == (2, "")
+    assert message in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert contents(here) == before
+
+
 def test_fitting_replaces_heads_only_when_told(tiny: Run, here: Path) -> None:
     Path("h.safetensors").write_text("mine")
     done = tiny("fit-heads", "--layers", "2", "--output", "h.safetensors")
@@ -323,6 +344,29 @@ def test_verified_text_is_the_full_models(tiny: Run, here: Path) -> None:
     assert "the text is the full model's, token for token" in done.out
 
 
+def test_a_prompt_is_text_also_where_it_holds_the_token_that_the_model_pads_with(
+    run: Run, folder: Path, here: Path
+) -> None:
+    pads = {"pad_token_id": ord("m") - 30, "eos_token_id": 1}  # the tiny tokenizer's number of it
+    (folder / "generation_config.json").write_text(json.dumps(pads))
+    done = run("generate", "--model", folder, "--prompt", "Number 7", "--max-new-tokens", 4)
+    assert done.status == 0, done.err
+
+
+def test_a_draw_is_the_models_own_until_it_is_told_otherwise(
+    run: Run, here: Path, models: Path
+) -> None:
+    shutil.copytree(models / "tiny", here / "tame")
+    (here / "tame" / "generation_config.json").write_text(json.dumps({"top_p": 0.01}))
+    prompt = ("generate", "--model", "tame", "--prompt", "Number 7", "--max-new-tokens", 12)
+    greedy, own, free = (
+        run(*prompt, "--no-compare", *options).out.splitlines()[0]
+        for options in ((), ("--sample",), ("--sample", "--top-k", 0, "--top-p", 1))
+    )
+    assert own == greedy
+    assert free != greedy
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -333,9 +377,32 @@ def test_verified_text_is_the_full_models(tiny: Run, here: Path) -> None:
         (("--prompt", "x", "--layer", 5, "--threshold", 0.5), "expected an exit layer in 1..4"),
         (("--prompt", "x", "--rule", "oracle", "--threshold", 0.5), "it can score, not generate"),
         (("--prompt", "x", "--temperature", 0, "--sample"), "expected temperature more than 0"),
+        (("--prompt", "x", "--top-k", -1, "--sample"), "expected top_k a whole number from 0"),
         (("--prompt", "x", "--hard-ratio", 0.5), "give --calibration"),
         (("--prompt", "x", "--chat"), "no chat template"),
         (("--prompt", "x", "--calibration", "none.json"), "cascade calibrate"),
+        *(
+            (
+                ("--prompt", "x", "--calibration", "none.json", option, value),
+                "--calibration says layer, rule, threshold and propagation; leave out " + option,
+            )
+            for option, value in (
+                *(("--layer", 2), ("--threshold", 0.5), ("--rule", "cosine")),
+                *(("--rule", "top2_gap"), ("--propagation", "frozen")),
+            )
+        ),
+        (
+            ("--prompt", "x", "--calibration", "c", "--rule", "cosine", "--propagation", "exact"),
+            "leave out --rule, --propagation",
+        ),
+        (
+            ("--prompt", "x", "--verify", "--propagation", "ridge"),
+            "--verify needs --propagation exact, got ridge",
+        ),
+        (
+            ("--prompt", "x", "--rule", "patience", "--threshold", 1),
+            "the rule patience looks at earlier exits, and none lies below layer 3",
+        ),
     ],
 )
 def test_generating_refuses_in_one_line(

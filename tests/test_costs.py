@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
 import pytest
 import torch
-from by_hand import ALL_FAMILIES, LAYERS, a_stack, random_blocks, some_heads
+from by_hand import (
+    ALL_FAMILIES,
+    LAYERS,
+    SKIPPING_FAMILIES,
+    a_stack,
+    is_mixed,
+    random_blocks,
+    some_heads,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, WIDTH, random_ids, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade.costs import flops, full_flops
-from cascade.early_exit import EarlyExit, Propagation
+from cascade.early_exit import EarlyExit, Propagation, make_exit
 from cascade.heads import FittedHeads, fit_heads
 from cascade.models import DecoderStack
 from cascade.skipping import Counts
@@ -137,6 +146,36 @@ def test_early_exit_costs_what_torch_counts(family: str, propagation: Propagatio
     assert got == pytest.approx(counted, rel=0.03)
     if early.fallback_reason is None and propagation != "exact":
         assert got < 0.8 * full_flops(stack, 4, 32)
+
+
+@SKIPPING_FAMILIES
+def test_ridge_propagation_costs_in_layers_what_frozen_does(family: str) -> None:
+    stack, heads, ids = an_eager_stack(family), eager_heads(family), random_ids(4, 32)
+    propagations: tuple[Propagation, ...] = ("frozen", "ridge")
+    counted, products = {}, {}
+    for propagation in propagations:
+        exits = [
+            make_exit(stack, layer, "random", 0.6, heads=heads, propagation=propagation)
+            for layer in (1, 2, 3)
+        ]
+        early = EarlyExit(stack, exits=exits, propagation=propagation)
+        score = early.score(ids)
+        # The rule draws from token and place, so the same tokens leave at the same layers.
+        assert is_mixed(score.exit_layers, [1, 2, 3])
+        counted[propagation] = score.counts
+        products[propagation] = counted_by_torch(stack, early, ids)
+    frozen, ridge = counted["frozen"], counted["ridge"]
+    assert ridge.predicted_rows == frozen.key_value_rows
+    assert 0 < sum(ridge.predicted_rows) < sum(ridge.layer_rows)
+    assert sum(ridge.key_value_rows) == sum(frozen.predicted_rows) == 0
+    assert (
+        dataclasses.replace(
+            ridge, key_value_rows=ridge.predicted_rows, predicted_rows=ridge.key_value_rows
+        )
+        == frozen
+    )
+    assert flops(stack, ridge, map_width=heads.width) == flops(stack, frozen)
+    assert products["ridge"] == products["frozen"]
 
 
 # --- Laws ------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from by_hand import (
     PROPAGATIONS,
     SKIPPING,
     SKIPPING_FAMILIES,
+    a_bf16_stack,
     a_stack,
+    bf16_heads,
     by_hand,
     confidence,
     difference,
@@ -395,8 +397,8 @@ def test_skipping_changes_no_result(
 @pytest.mark.parametrize("propagation", ["frozen", "ridge"])
 @SKIPPING_FAMILIES
 def test_skipping_in_bfloat16_agrees(family: str, propagation: Propagation) -> None:
-    stack = DecoderStack(tiny_model(family).bfloat16())
-    exits = exits_for_text(stack, some_heads(family), propagation)
+    stack = a_bf16_stack(family)
+    exits = exits_for_text(stack, bf16_heads(family), propagation)
     packed, generic = (
         EarlyExit(stack, exits=exits, propagation=propagation, skip=skip) for skip in (True, False)
     )
@@ -408,12 +410,37 @@ def test_skipping_in_bfloat16_agrees(family: str, propagation: Propagation) -> N
     assert (one.predictions == other.predictions).float().mean() >= 0.9
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom"])
-def test_bfloat16_where_nobody_leaves_is_the_full_model(family: str) -> None:
-    stack, ids = DecoderStack(tiny_model(family).bfloat16()), random_ids(2, 20)
-    early = EarlyExit(stack, layer=2, rule="max_probability", threshold=INF)
-    score = early.score(ids, keep_logits=True)
-    assert difference(logits_of(score), own_logits(stack, ids).float()) == 0.0
+@ALL_PROPAGATIONS
+@ALL_FAMILIES
+def test_bfloat16_where_nobody_leaves_is_the_full_model(
+    family: str, propagation: Propagation
+) -> None:
+    stack, heads = a_bf16_stack(family), bf16_heads(family)
+    exits = [
+        make_exit(stack, layer, "max_probability", INF, heads=heads, propagation=propagation)
+        for layer in (1, 3)
+    ]
+    score = EarlyExit(stack, exits=exits, propagation=propagation).score(TEXT, keep_logits=True)
+    assert difference(logits_of(score), own_logits(stack, TEXT).float()) == 0.0
+    assert bool((score.exit_layers == LAYERS).all())
+
+
+@ALL_FAMILIES
+def test_bfloat16_where_everybody_leaves_is_the_exit_head_alone(family: str) -> None:
+    stack = a_bf16_stack(family)
+    history = visited(stack, TEXT)
+    for layer, heads, propagation in (
+        (2, None, "frozen"),
+        (2, bf16_heads(family), "ridge"),
+        (LAYERS, None, "exact"),
+    ):
+        early = EarlyExit(stack, layer=layer, threshold=-INF, heads=heads, propagation=propagation)
+        score = early.score(TEXT, keep_logits=True)
+        expected = head_logits(stack, early.exits[0], history[layer]).float()
+        # Written out, a ridge head may round otherwise, by a unit in the last of eight bits.
+        close = torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
+        assert difference(logits_of(score), expected) <= (close if heads else 0.0)
+        assert bool((score.exit_layers == layer).all())
 
 
 @ALL_FAMILIES
@@ -646,6 +673,27 @@ def test_exits_out_of_order_are_refused(layers: tuple[int, ...]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "others", [(), ((3, "cosine"),), ((3, "cosine"), (4, "top2_gap"))], ids=len
+)
+@pytest.mark.parametrize("threshold", [1.0, 0.0, INF])
+def test_patience_is_refused_where_no_exit_lies_below_to_be_looked_at(
+    others: tuple[tuple[int, str], ...], threshold: float
+) -> None:
+    stack = a_stack("llama")
+    exits = [make_exit(stack, 2, "patience", threshold)]
+    exits += [make_exit(stack, layer, rule, 0.5) for layer, rule in others]
+    with pytest.raises(UsageError) as error:
+        EarlyExit(stack, exits=exits)
+    assert one_line(error) == (
+        "the rule patience looks at earlier exits, and none lies below layer 2; give exits below "
+        "it, or take another rule"
+    )
+    # One exit below is enough, and what patience looks at may be patience.
+    for below in ("fixed", "patience"):
+        EarlyExit(stack, exits=[make_exit(stack, 1, below, INF), *exits])
+
+
 def test_a_threshold_in_exits_given_one_by_one_is_checked_too() -> None:
     stack = a_stack("llama")
     at = Exit(2, find_rule("entropy"), 1.5, make_exit(stack, 2, "entropy", 0.5).head)
@@ -709,6 +757,34 @@ def test_heads_of_another_model_are_refused_and_both_are_named(propagation: Prop
     assert "family llama" in text
     assert "family qwen2" in text
     assert text.endswith("; make them anew for this model")
+
+
+def test_exits_of_another_model_are_refused_and_of_the_same_weights_taken() -> None:
+    stack, same, other = (DecoderStack(tiny_model("llama", seed=seed)) for seed in (0, 0, 1))
+    ids = random_ids()
+    expected = EarlyExit(stack, layer=2, rule="top2_gap", threshold=0.1).score(ids)
+    for heads in (None, fit_heads(other, random_blocks(), [2])):
+        exits = [make_exit(other, 2, "top2_gap", 0.1, heads=heads)]
+        with pytest.raises(ModelError) as error:
+            EarlyExit(stack, exits=exits)
+        assert one_line(error) == (
+            "the heads of the exit at layer 2 belong to llama (weights_hash "
+            f"{other.weights_hash()}), but the model is llama (weights_hash "
+            f"{stack.weights_hash()}); make them anew for this model"
+        )
+    score = EarlyExit(stack, exits=[make_exit(same, 2, "top2_gap", 0.1)]).score(ids)
+    assert torch.equal(score.predictions, expected.predictions)
+
+
+def test_a_head_of_ones_own_need_not_know_its_model() -> None:
+    class Own:
+        name, multiplications = "own", 0
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            return torch.nn.functional.one_hot(torch.full((len(hidden),), 5), VOCABULARY).float()
+
+    early = EarlyExit(a_stack("llama"), exits=[Exit(2, find_rule("fixed"), 1.0, Own())])
+    assert bool((early.score(random_ids()).predictions == 5).all())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cascade.errors import OutputError
-from cascade.files import RunFolder, atomic_path, make_folder, write_text
+from cascade.files import RunFolder, atomic_path, check_writable, make_folder, write_text
 
 NAMES = ("profile.json", "profile.npz", "report.html")
 
@@ -89,6 +89,17 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tmp_path: Pa
         with pytest.raises(OutputError, match=r"cannot write .*table\.csv: .*choose a folder"):
             atomic_path(path).__enter__()
     assert contents(tmp_path) == {"file": b"in the way"}
+
+
+def test_what_can_be_written_is_tried_without_leaving_anything(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("old")
+    check_writable(tmp_path / "table.csv")
+    check_writable(tmp_path / "new/newer/table.csv")
+    assert contents(tmp_path) == {"table.csv": b"old"}
+    for path in (tmp_path / "table.csv/x.csv", tmp_path / ("x" * 300)):
+        with pytest.raises(OutputError, match=r"cannot write .*: .*choose a folder"):
+            check_writable(path)
+    assert contents(tmp_path) == {"table.csv": b"old"}
 
 
 def test_a_folder_in_place_of_the_file_is_left_alone(tmp_path: Path) -> None:

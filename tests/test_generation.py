@@ -16,9 +16,11 @@ from by_hand import (
     LAYERS,
     PROPAGATIONS,
     SKIPPING,
+    a_bf16_stack,
     a_settled_stack,
     a_stack,
     apart,
+    bf16_heads,
     by_hand,
     head_logits,
     one_line,
@@ -206,10 +208,11 @@ def test_generating_beyond_the_window_and_without_skipping_gives_the_same_text(
 
 
 @ALL_PROPAGATIONS
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neo"])
+@ALL_FAMILIES
 def test_generating_in_bfloat16_agrees_with_scoring(family: str, propagation: Propagation) -> None:
-    stack, heads = DecoderStack(tiny_model(family).bfloat16()), some_heads(family)
-    exits = some_exits(stack, layers=(2, 3), heads=heads, propagation=propagation, text=PROMPT)
+    stack, heads = a_bf16_stack(family), bf16_heads(family)
+    rule = REPEATING.get(family, "top2_gap")
+    exits = some_exits(stack, rule, (2, 3), heads=heads, propagation=propagation, share=0.35)
     early = EarlyExit(stack, exits=exits, propagation=propagation)
     left = generated(early, PROMPT).exit_layers
     assert 0 < int((left < LAYERS).sum()) < left.numel()
@@ -402,6 +405,106 @@ def test_twenty_new_tokens_are_made_where_nobody_says_how_many_and_never_too_man
     assert generated(without_end, random_ids(1, 60), **settings).sequences.shape == (1, 80)
 
 
+# --- Padding without a mask ------------------------------------------------------------------
+
+#: As a tokenizer that pads with token 0 would give it.
+PADDED = PROMPT.masked_fill(MASK == 0, 0)
+
+
+def padding_stack(family: str, **settings: Any) -> DecoderStack:
+    """Return a stack whose generation config says how it pads and ends."""
+    stack = DecoderStack(tiny_model(family))
+    stack.model.generation_config = GenerationConfig(**settings)
+    return stack
+
+
+@pytest.mark.parametrize("propagation", ["frozen", "exact"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_padding_without_a_mask_is_found_where_transformers_finds_it(
+    family: str, propagation: Propagation
+) -> None:
+    stack = padding_stack(family, pad_token_id=0, eos_token_id=1)
+    expected = own_generate(stack, PADDED, attention_mask=None, pad_token_id=0, eos_token_id=1)
+    early = EarlyExit(stack, propagation=propagation)
+    got = as_tensor(early.generate(PADDED, max_new_tokens=NEW))
+    assert torch.equal(got, expected)
+    assert torch.equal(got, as_tensor(early.generate(PADDED, MASK, max_new_tokens=NEW)))
+    as_text = as_tensor(early.generate(PADDED, torch.ones_like(PADDED), max_new_tokens=NEW))
+    assert not torch.equal(got, as_text)
+
+
+@pytest.mark.parametrize(
+    ("own", "single"),
+    [
+        ({"pad_token_id": 0, "eos_token_id": 0}, {}),
+        ({"pad_token_id": 0, "eos_token_id": [1, 0]}, {}),
+        ({"pad_token_id": 0, "eos_token_id": 1}, {"eos_token_id": 0}),
+        ({"eos_token_id": 0}, {}),
+        ({}, {}),
+    ],
+)
+def test_a_token_that_may_end_rows_or_that_nobody_pads_with_is_text(
+    own: dict[str, Any], single: dict[str, Any]
+) -> None:
+    stack = padding_stack("llama", **own)
+    settings: dict[str, Any] = {"max_new_tokens": NEW} | single
+    model: Any = stack.model
+    expected = model.generate(PADDED, **settings)
+    got = as_tensor(EarlyExit(stack).generate(PADDED, **settings))
+    assert torch.equal(got, expected)
+    as_text = model.generate(PADDED, attention_mask=torch.ones_like(PADDED), **settings)
+    assert torch.equal(got, as_text)
+
+
+def test_where_no_token_ends_a_row_padding_is_found_too() -> None:
+    stack = padding_stack("llama", pad_token_id=0, eos_token_id=0)
+    expected = own_generate(stack, PADDED, attention_mask=None, pad_token_id=0)
+    assert torch.equal(generated(EarlyExit(stack), PADDED).sequences, expected)
+    assert torch.equal(expected, own_generate(stack, PADDED, attention_mask=MASK))
+
+
+@pytest.mark.parametrize("propagation", ["frozen", "exact"])
+def test_scoring_finds_the_padding_that_generating_found(propagation: Propagation) -> None:
+    stack = padding_stack("llama", pad_token_id=0, eos_token_id=1)
+    early = EarlyExit(stack, exits=some_exits(stack, layers=(2, 3)), propagation=propagation)
+    result = generated(early, PADDED, eos_token_id=1)
+    assert 0 not in result.sequences[:, 9:]
+    score = early.score(result.sequences)
+    assert torch.equal(
+        score.scored, early.score(result.sequences, longer(MASK, result.sequences)).scored
+    )
+    assert torch.equal(score.predictions[:, 8:-1], result.sequences[:, 9:])
+    assert torch.equal(score.exit_layers[:, 8:-1], result.exit_layers)
+
+
+def test_scoring_takes_rows_that_ended_as_generating_fills_them() -> None:
+    stack = padding_stack("llama", pad_token_id=0, eos_token_id=1)
+    early = EarlyExit(stack)
+    ids = PADDED.clone()
+    ids[1, -2:] = 0
+    mask = (ids != 0).long()
+    assert torch.equal(early.score(ids).scored, early.score(ids, mask).scored)
+    assert early.score(ids).perplexity == early.score(ids, mask).perplexity
+    text = early.score(ids, torch.ones_like(ids))
+    assert text.perplexity != early.score(ids).perplexity
+    stack.model.generation_config.eos_token_id = 0
+    assert early.score(ids).perplexity == text.perplexity
+
+
+@pytest.mark.parametrize("row", [[5, 0, 6], [0, 5, 0, 6], [0, 0], [5, 0, 0, 6, 0]])
+def test_padding_that_may_be_text_is_refused(row: list[int]) -> None:
+    stack = padding_stack("llama", pad_token_id=0, eos_token_id=1)
+    early, ids = EarlyExit(stack), torch.tensor([row, [7] * len(row)])
+    for call in (early.score, early.generate):
+        with pytest.raises(UsageError) as error:
+            call(ids)
+        assert one_line(error) == (
+            "token 0, with which the model pads, stands between other tokens or alone in a row; "
+            "give an attention_mask that says what is padding"
+        )
+    assert early.score(ids, torch.ones_like(ids)).scored.all()
+
+
 # --- Stop strings and streams ----------------------------------------------------------------
 
 
@@ -523,7 +626,8 @@ def test_a_streamer_sees_a_token_before_the_next_one_is_made() -> None:
 
 
 def drawn(early: EarlyExit, ids: Tensor, **settings: Any) -> Tensor:
-    return generated(early, ids, do_sample=True, **settings).sequences
+    """Draw among all tokens, unless the settings say otherwise."""
+    return generated(early, ids, do_sample=True, **{"top_k": 0} | settings).sequences
 
 
 @ALL_PROPAGATIONS
@@ -598,6 +702,67 @@ def test_top_p_draws_among_the_fewest_that_reach_the_probability() -> None:
     expected[kept] = next_logits()[kept].softmax(dim=-1)
     check_distribution(draws(top_p=0.4), expected)
     assert set(draws(top_p=0.4).tolist()) == set(kept.tolist())
+
+
+def own_draws(stack: DecoderStack, **settings: Any) -> Tensor:
+    """Return 4,096 next tokens that the model draws by itself."""
+    rows = PROMPT[:1].expand(256, -1)
+    torch.manual_seed(0)
+    return torch.cat(
+        [
+            own_generate(stack, rows, do_sample=True, max_new_tokens=1, **settings)[:, -1]
+            for _ in range(16)
+        ]
+    )
+
+
+def among_the_best(count: int) -> Tensor:
+    """Return the probabilities of a draw among so many of the likeliest tokens."""
+    kept = next_logits().topk(count)
+    expected = torch.zeros(VOCABULARY).double()
+    expected[kept.indices] = kept.values.softmax(dim=-1)
+    return expected
+
+
+def open_draws(early: EarlyExit, **settings: Any) -> Tensor:
+    """Return 4,096 next tokens drawn by nothing but the settings given."""
+    settings = {"max_new_tokens": 1, "do_sample": True} | settings
+    rows = PROMPT[:1].expand(256, -1)
+    return torch.cat(
+        [as_tensor(early.generate(rows, seed=seed, **settings))[:, -1] for seed in range(16)]
+    )
+
+
+def test_a_draw_of_which_nothing_is_said_is_that_of_transformers() -> None:
+    theirs, ours = own_draws(a_stack("llama")), open_draws(EarlyExit(a_stack("llama")))
+    for tokens in (theirs, ours):
+        check_distribution(tokens, among_the_best(50))
+    # Draws among all tokens, as ours once were, would show.
+    with pytest.raises(AssertionError):
+        check_distribution(draws(), among_the_best(50))
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "single", "kept"),
+    [
+        ({"top_k": 4}, {}, {}, 4),
+        ({"top_k": 4}, {"top_k": 50}, {}, 50),
+        ({"top_k": 4}, {"top_k": 9}, {"top_k": 6}, 6),
+        ({"top_k": 4}, {}, {"top_k": 0}, VOCABULARY),
+        ({"top_k": 4}, {}, {"top_k": None}, VOCABULARY),
+        ({"top_p": 0.01}, {"top_k": 7}, {"top_p": 1.0}, 7),
+        ({"temperature": 1e-6}, {"top_k": 7}, {"temperature": None}, 7),
+    ],
+)
+def test_whoever_says_how_to_draw_is_heard_as_by_transformers(
+    own: dict[str, Any], given: dict[str, Any], single: dict[str, Any], kept: int
+) -> None:
+    stack = DecoderStack(tiny_model("llama"))
+    stack.model.generation_config = GenerationConfig(pad_token_id=1, **own)
+    config = GenerationConfig(max_new_tokens=1, do_sample=True, **given)
+    settings: dict[str, Any] = {"generation_config": config} | single
+    for tokens in (own_draws(stack, **settings), open_draws(EarlyExit(stack), **settings)):
+        check_distribution(tokens, among_the_best(kept))
 
 
 def test_neighbouring_rows_and_seeds_draw_independently() -> None:
@@ -953,8 +1118,13 @@ def check_refusal(early: EarlyExit, ids: Any, said: str, **settings: Any) -> Non
 
 
 RIGHT = (
-    "the attention_mask has padding behind a token; expected prompts padded on the left only, so "
-    "that every row's last token is the one to go on from"
+    "a prompt has padding behind a token, by its attention_mask or, without one, by the token that "
+    "the model pads with; expected prompts padded on the left only, so that every row's last token "
+    "is the one to go on from"
+)
+AMONG = (
+    f"token {int(PROMPT[1, 4])}, with which the model pads, stands between other tokens or alone in"
+    " a row; give an attention_mask that says what is padding"
 )
 KNOWN = (
     "do_sample, eos_token_id, max_length, max_new_tokens, pad_token_id, seed, stop_strings, "
@@ -1010,6 +1180,8 @@ KNOWN = (
         ({"draft_length": 0}, "expected a draft_length of at least 1, got 0"),
         ({"streamer": Recorder()}, "a streamer takes one row, got 3; generate row by row"),
         ({"attention_mask": MASK.flip(1)}, RIGHT),
+        ({"pad_token_id": int(PROMPT[1, -1])}, RIGHT),
+        ({"pad_token_id": int(PROMPT[1, 4])}, AMONG),
         ({"attention_mask": torch.tensor([[1] * 9, [1, 0] + [1] * 7, [1] * 9])}, RIGHT),
     ],
 )

@@ -34,8 +34,9 @@ from tiny_models import FAMILIES, VOCABULARY, WIDTH, random_ids, tiny_model
 from torch import Tensor, nn
 
 from cascade import ridge
+from cascade.calibration import confidences
 from cascade.corpora import TokenBlocks
-from cascade.early_exit import EarlyExit
+from cascade.early_exit import EarlyExit, make_exit
 from cascade.errors import CorpusError, ModelError, OutputError, RecordError, UsageError
 from cascade.heads import (
     CHECKED,
@@ -47,7 +48,9 @@ from cascade.heads import (
     rows_of,
 )
 from cascade.models import DecoderStack
+from cascade.points import Evaluator
 from cascade.ridge import STRENGTHS, NormalEquations
+from cascade.saturation import provenance_of
 
 #: Final norms that divide by the root mean square alone: an affine map of what a head sees.
 RMS_NORMED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "smollm3", "granite")
@@ -94,6 +97,7 @@ def truth(stack: DecoderStack, ids: Tensor) -> tuple[list[Tensor], Tensor, list[
 
     All `[B * T, ...]`, by hooks of our own on modules by name; nothing that the fit has found out.
     """
+    stack = copy.deepcopy(stack)  # `output_hidden_states` leaves hooks of its own behind
     kept: dict[str, Tensor] = {}
     handles = []
     for number, layer in enumerate(stack.layers, start=1):
@@ -418,7 +422,7 @@ def test_fits_say_where_they_come_from() -> None:
     heads = fit_heads(stack, blocks, [4], provenance={"command": "cascade fit-heads"})
     assert heads.provenance == {
         "strengths": heads.provenance["strengths"],
-        "model": stack.provenance,
+        "model": stack.provenance | {"weights_hash": stack.weights_hash()},
         "corpus": blocks.provenance(),
         "command": "cascade fit-heads",
     }
@@ -772,6 +776,49 @@ def test_heads_of_another_model_are_refused_with_both_named(
             use()
         assert one_line(error) == expected
     load_heads(tmp_path / "heads.safetensors", named_stack(device="elsewhere"))
+
+
+def uses_of(heads: FittedHeads, stack: DecoderStack, saved: Path) -> list[Callable[[], object]]:
+    """Return every way in which heads can come to serve a model."""
+    return [
+        lambda: heads.check(stack),
+        lambda: heads.head(stack, 2),
+        lambda: heads.propagation(stack, 2),
+        lambda: make_exit(stack, 2, "cosine", 0.5, heads=heads),
+        lambda: EarlyExit(stack, layer=2, threshold=0.5, heads=heads),
+        lambda: EarlyExit(stack, heads=heads),
+        lambda: Evaluator(stack, {2: ["cosine"]}, heads=heads),
+        lambda: confidences(stack, random_blocks(), 2, "cosine", heads=heads),
+        lambda: load_heads(saved, stack),
+    ]
+
+
+def test_heads_of_a_model_in_memory_serve_its_weights_and_no_others(tmp_path: Path) -> None:
+    saved = tmp_path / "heads.safetensors"
+    heads = fit_heads(DecoderStack(tiny_model("llama")), random_blocks(), [2])
+    heads.save(saved)
+    for use in uses_of(heads, DecoderStack(tiny_model("llama")), saved):
+        use()
+    trained = DecoderStack(tiny_model("llama"))
+    trained.lm_head.weight.data[3, 4] += 1e-3
+    for stack in (DecoderStack(tiny_model("llama", seed=1)), trained):
+        hashes = (heads.provenance["model"]["weights_hash"], stack.weights_hash())
+        for use in uses_of(heads, stack, saved):
+            with pytest.raises(ModelError) as error:
+                use()
+            assert one_line(error) == (
+                f"these exit heads belong to llama (weights_hash {hashes[0]}), but the model is "
+                f"llama (weights_hash {hashes[1]}); make them anew for this model"
+            )
+
+
+def test_what_else_is_known_of_an_origin_does_not_hide_the_weights() -> None:
+    stack, blocks = a_stack("llama"), random_blocks()
+    origin = provenance_of(stack, blocks, "by hand")
+    before = copy.deepcopy(origin)
+    heads = fit_heads(stack, blocks, [2], provenance=origin)
+    heads.check(stack)
+    assert origin == before
 
 
 def test_heads_of_the_same_weights_in_another_dtype_are_refused() -> None:

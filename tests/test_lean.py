@@ -120,6 +120,47 @@ def test_a_hook_on_any_part_is_heard(name: str) -> None:
     assert times[0] == times[1] >= 3
 
 
+@pytest.mark.parametrize("family", LEAN)
+def test_what_transformers_captures_by_is_no_hook_of_anybodys(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    step = LeanLayers.step
+
+    def counting(self: LeanLayers, layer: int, *args: Any) -> Tensor:
+        steps.append(layer)
+        return step(self, layer, *args)
+
+    monkeypatch.setattr(LeanLayers, "step", counting)
+    stack, ids = DecoderStack(tiny_model(family)), random_ids(1, 20)
+    model: Any = stack.model
+
+    def generated(early: EarlyExit) -> tuple[Tensor, int]:
+        steps.clear()
+        made = early.generate(ids, max_new_tokens=3, eos_token_id=())
+        assert isinstance(made, Tensor)
+        return made, len(steps)
+
+    early = EarlyExit(stack)
+    before, taken = generated(early)
+    assert taken == 2 * 4  # behind the prompt two tokens are passed, through four layers each
+    captured = model(ids, output_hidden_states=True).hidden_states
+    assert any(layer._forward_hooks for layer in stack.layers), "nothing to tell apart is left"
+    for later in (early, EarlyExit(stack)):
+        text, steps_taken = generated(later)
+        assert torch.equal(text, before)
+        assert steps_taken == taken
+    # Capturing goes on as it did, and a hook of somebody's beside it is heard.
+    for one, other in zip(
+        captured, model(ids, output_hidden_states=True).hidden_states, strict=True
+    ):
+        assert torch.equal(one, other)
+    heard: list[int] = []
+    stack.layers[1].register_forward_hook(lambda *_: heard.append(1))
+    assert generated(early)[1] == 2 * 3
+    assert len(heard) >= 2
+
+
 def test_weights_changed_later_are_the_ones_that_count() -> None:
     stack = DecoderStack(tiny_model("llama"))
     lean = LeanLayers(stack.layers)

@@ -57,6 +57,7 @@ def a_record(*, rule: str = "cosine", head: str = "logit_lens") -> dict[str, Any
         },
         "exit_layer": 29,
         "rule": rule,
+        "seed": 0,
         "head": head,
         "propagation": "frozen",
         "interval": "95 % percentile bootstrap over whole sequences",

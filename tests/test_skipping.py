@@ -603,11 +603,7 @@ def hooked() -> Iterator[Callable[[nn.Module, Any], None]]:
 
 
 def own_stack(family: str) -> DecoderStack:
-    """Return a stack that no other test has.
-
-    `output_hidden_states` of transformers leaves hooks behind, and what is hooked is not taken
-    apart; stacks that tests share have them or not, by the order of the tests.
-    """
+    """Return a stack that no other test has hooked: what is hooked is not taken apart."""
     return DecoderStack(tiny_model(family))
 
 

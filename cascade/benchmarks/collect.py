@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +29,7 @@ from cascade.benchmarks.timing import (
     way_rows,
 )
 from cascade.corpora import EMBEDDED, TokenBlocks, load_blocks
+from cascade.exits import HiddenHistory
 from cascade.models import DecoderStack, load
 from cascade.saturation import SaturationProfile, analyze
 
@@ -234,12 +234,18 @@ def _batches(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> Itera
         yield torch.from_numpy(ids.astype(np.int64)).to(stack.device)
 
 
-def _hidden_states(stack: DecoderStack, ids: Tensor) -> Sequence[Tensor]:
-    """Run the whole model as a user of `transformers` would: LM head and KV cache included."""
-    states: Sequence[Tensor] = stack.model(
+def _pairs(stack: DecoderStack, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Run the whole model as a user of `transformers` would: LM head and KV cache included.
+
+    Returns:
+        What rows 1..N-1 and N+norm compare, `[B, T, D]` twice.
+    """
+    output = stack.model(
         input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
-    ).hidden_states
-    return states
+    )
+    history = HiddenHistory.from_transformers(output.hidden_states)
+    last = history.num_layers
+    return [history.pair(layer) for layer in (*range(1, last), f"{last}+norm")]
 
 
 @torch.no_grad()
@@ -257,10 +263,9 @@ def seed_means(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> Arr
     """
     kept: list[Array] = []
     for ids in _batches(stack, blocks, batch_size):
-        states = _hidden_states(stack, ids)
         rows = [
             (functional.normalize(before, dim=-1) * functional.normalize(after, dim=-1)).sum(dim=-1)
-            for before, after in itertools.pairwise(states)
+            for before, after in _pairs(stack, ids)
         ]
         kept.append(torch.stack(rows).flatten(1).cpu().numpy())
     means: Array = np.concatenate(kept, axis=1).mean(axis=1, dtype=np.float64)
@@ -295,12 +300,15 @@ def angular_distances(stack: DecoderStack, blocks: TokenBlocks, batch_size: int)
         batch_size: Sequences per forward pass.
 
     Returns:
-        The mean distance per pair of hidden states, `[N]`, in [0, 1].
+        The mean distance of rows 1..N-1 and N+norm, `[N]`, in [0, 1].
     """
     total = torch.zeros(stack.num_layers, dtype=torch.float64)
     for ids in _batches(stack, blocks, batch_size):
-        last = torch.stack([state[:, -1] for state in _hidden_states(stack, ids)])
-        cosine = functional.cosine_similarity(last[:-1], last[1:], dim=-1).clamp(-1.0, 1.0)
+        rows = [
+            functional.cosine_similarity(before[:, -1], after[:, -1], dim=-1)
+            for before, after in _pairs(stack, ids)
+        ]
+        cosine = torch.stack(rows).clamp(-1.0, 1.0)
         total += (torch.arccos(cosine) / math.pi).sum(dim=1).double().cpu()
     distances: Array = (total / len(blocks.ids)).numpy()
     return distances

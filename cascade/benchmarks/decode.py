@@ -410,6 +410,7 @@ def _decoding(early: EarlyExit, batches: Sequence[Tensor], new: int, *, verify: 
     return lambda: [
         early.generate(
             ids,
+            torch.ones_like(ids),
             max_new_tokens=new,
             eos_token_id=(),
             verify=verify,
@@ -420,7 +421,7 @@ def _decoding(early: EarlyExit, batches: Sequence[Tensor], new: int, *, verify: 
 
 
 def _scoring(early: EarlyExit, ids: Tensor) -> Way:
-    return lambda: early.score(ids)
+    return lambda: early.score(ids, torch.ones_like(ids))
 
 
 # --- What was found --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -336,12 +337,13 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
     layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
-    rule: Annotated[str, typer.Option(help=f"Exit rule: {_RULES}")] = "cosine",
+    rule: Annotated[str | None, typer.Option(help=f"Exit rule, cosine without: {_RULES}")] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Tokens at or above it leave; without, the full model.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="calibration.json: layer, rule and threshold.")
+        Path | None,
+        typer.Option(help="calibration.json: layer, rule, threshold and propagation."),
     ] = None,
     hard_ratio: Annotated[
         float | None, typer.Option(help="Which of the calibration's thresholds.")
@@ -350,8 +352,17 @@ def generate(
         bool, typer.Option("--verify", help="The full model confirms every token.")
     ] = False,
     sample: Annotated[bool, typer.Option("--sample", help="Draw the tokens.")] = False,
-    temperature: Annotated[float, typer.Option(help="Divides the logits of a draw.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest of this sum.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the logits of a draw; the model's own without.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw among the likeliest of this sum; the model's own without."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Draw among so many, 0 for all; the model's own, or 50, without."),
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
@@ -362,7 +373,10 @@ def generate(
     model: Model = "smollm2-135m",
     revision: Revision = None,
     heads: Heads = None,
-    propagation: PropagationOption = "frozen",
+    propagation: Annotated[
+        str | None,
+        typer.Option(help="What upper layers see of exited tokens; frozen without."),
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -370,8 +384,20 @@ def generate(
     """Generate, and show at which layer each token left."""
     from cascade.report import print_generation
 
-    if calibration is not None and (layer is not None or threshold is not None):
-        raise UsageError("--calibration says layer and threshold; leave out --layer, --threshold")
+    said = {
+        "--layer": layer,
+        "--rule": rule,
+        "--threshold": threshold,
+        "--propagation": propagation,
+    }
+    given = [name for name, value in said.items() if value is not None]
+    if calibration is not None and given:
+        raise UsageError(
+            "--calibration says layer, rule, threshold and propagation; leave out "
+            f"{', '.join(given)}"
+        )
+    if verify and propagation not in (None, "exact"):
+        raise UsageError(f"--verify needs --propagation exact, got {propagation}; leave one out")
     if hard_ratio is not None and calibration is None:
         raise UsageError("--hard-ratio chooses a calibration's threshold; give --calibration")
     if not prompt.strip():
@@ -384,17 +410,16 @@ def generate(
         record = read_calibration(calibration, stack)
         early = early_exit_of(record, stack, heads=fitted, hard_ratio=hard_ratio)
     else:
-        early = _early_exit(
-            stack, layer, rule, threshold, fitted, "exact" if verify else propagation, seed
-        )
+        propagation = propagation or ("exact" if verify else "frozen")
+        early = _early_exit(stack, layer, rule or "cosine", threshold, fitted, propagation, seed)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": sample,
-        "temperature": temperature,
-        "top_p": top_p,
         "seed": seed,
         "stop_strings": stop,
     }
+    draw = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    settings |= {name: value for name, value in draw.items() if value is not None}
     ids = _encode(stack, prompt, chat=chat)
     with status("Generating"):
         summary = _generate(stack, early, ids, settings, verify=verify, compare=compare)
@@ -452,15 +477,17 @@ def _generate(
     from cascade.early_exit import EarlyExit
     from cascade.generation import Generation
 
+    mask = ids.new_ones(ids.shape)  # a prompt is text, whatever its tokens are
+
     def timed(model: EarlyExit, **options: Any) -> tuple[Generation, list[int], float]:
         start = time.perf_counter()
-        made = model.generate(ids, return_dict_in_generate=True, **settings, **options)
+        made = model.generate(ids, mask, return_dict_in_generate=True, **settings, **options)
         assert isinstance(made, Generation)  # asked for as such
         seconds = time.perf_counter() - start
         return made, made.sequences[0, ids.shape[1] :].tolist(), seconds
 
     # The first pass warms caches up for whichever comes after it.
-    early.generate(ids, **settings | {"max_new_tokens": 1})
+    early.generate(ids, mask, **settings | {"max_new_tokens": 1})
     made, new, seconds = timed(early, verify=verify)
     full = None
     if compare:
@@ -583,7 +610,13 @@ def _point(text: str) -> tuple[int, str, float]:
 
 
 def _check_free(path: Path, *, overwrite: bool) -> None:
+    from cascade.files import check_writable
+
     if path.suffix != ".safetensors":
         raise OutputError(f"expected --output to be a .safetensors file, got {path}")
-    if path.is_dir() or (path.exists() and not overwrite):
+    # os.path answers for any string, where Path raises for an overlong name.
+    if os.path.isdir(path):
+        raise OutputError(f"{path} is a folder, expected a file; choose another --output")
+    if os.path.exists(path) and not overwrite:
         raise OutputError(f"{path} exists: choose another --output, or replace it with --overwrite")
+    check_writable(path)
