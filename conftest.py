@@ -25,9 +25,12 @@ def reference_model() -> DecoderStack:
 @pytest.fixture(scope="session")
 def embedded_profile(reference_model: DecoderStack) -> SaturationProfile:
     """The reference model's profile over the whole embedded corpus (about a minute on 2 cores)."""
-    from cascade import analyze, load_blocks
+    from cascade import analyze, load_blocks, read_profile
 
-    return analyze(reference_model, load_blocks("embedded", reference_model.tokenizer))
+    stored = Path(__file__).parent / "baselines/smollm2-135m-instruct-q4_1"
+    edges = read_profile(stored / "embedded.saturation.json").arrays()["edges"]
+    blocks = load_blocks("embedded", reference_model.tokenizer)
+    return analyze(reference_model, blocks, edges=edges)
 
 
 @pytest.fixture

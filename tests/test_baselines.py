@@ -2,177 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from disk import contents, largest_file
-from hypothesis import given
-from hypothesis import strategies as st
+from profiles_by_hand import a_profile, edited, provenance, save_run
 
 from cascade.baselines import (
-    EXTREME_TOLERANCE,
-    TOLERANCE,
-    Cell,
+    StoredProfile,
     accept,
     baseline_paths,
-    compare,
+    packed,
     read_arrays,
+    read_profile,
     read_record,
+    seal,
     to_json,
     write_arrays,
     write_record,
 )
 from cascade.errors import OutputError, RecordError
-from cascade.statistics import SimilarityStatistics
-
-LAYERS = ["1", "2", "2+norm"]
-
-
-def statistics_of(seed: int = 0) -> SimilarityStatistics:
-    statistics = SimilarityStatistics(LAYERS, np.full((3, 3), 1000))
-    values = np.random.default_rng(seed).uniform(0.5, 1, (3, 4, 8)).astype(np.float32)
-    statistics.update(values, np.arange(4))
-    return statistics
 
 
 def a_record(seed: int = 0) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "kind": "saturation",
-        "provenance": {
-            "model": {
-                "name": "tiny",
-                "weights_hash": "sha256:1",
-                "quantization": None,
-                "dtype": "float32",
-            },
-            "tokenizer_hash": "sha256:2",
-            "corpus": {"name": "words", "fingerprint": "sha256:3"},
-        },
-        "layers": statistics_of(seed).table(),
-    }
-
-
-def changed(record: dict[str, Any], row: int, **values: Any) -> dict[str, Any]:
-    other = copy.deepcopy(record)
-    other["layers"][row] |= values
-    return other
-
-
-def test_a_record_equals_itself() -> None:
-    comparison = compare(a_record(), a_record())
-    assert comparison.verdict == "PASS"
-    assert len(comparison.cells) == 3 * 10
-    assert comparison.describe().startswith("PASS: 0 of 30 cells")
-
-
-@pytest.mark.parametrize(
-    ("statistic", "tolerance"),
-    [
-        ("mean", TOLERANCE),
-        ("p50", TOLERANCE),
-        ("frac_negative", TOLERANCE),
-        ("min", EXTREME_TOLERANCE),
-        ("max", EXTREME_TOLERANCE),
-    ],
-)
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_a_statistic_fails_just_beyond_its_tolerance(
-    statistic: str, tolerance: float, sign: int
-) -> None:
-    record = a_record()
-    value = record["layers"][1][statistic]
-    within = changed(record, 1, **{statistic: value + sign * 0.9 * tolerance})
-    beyond = changed(record, 1, **{statistic: value + sign * 1.1 * tolerance})
-    assert compare(within, record).verdict == "PASS"
-    comparison = compare(beyond, record)
-    assert comparison.verdict == "FAIL"
-    [cell] = [cell for cell in comparison.cells if not cell.ok]
-    assert (cell.layer, cell.statistic) == ("2", statistic)
-    assert cell.difference == pytest.approx(sign * 1.1 * tolerance)
-    assert f"difference {cell.difference:>+10.6f}" in comparison.describe()
-
-
-def test_one_token_more_or_less_fails() -> None:
-    record = a_record()
-    assert compare(changed(record, 0, count=33), record).verdict == "FAIL"
-
-
-@pytest.mark.parametrize("value", [float("nan"), None, "0.9", True])
-def test_what_is_no_number_fails_on_either_side(value: Any) -> None:
-    record = a_record()
-    broken = changed(record, 2, p90=value)
-    assert compare(broken, record).verdict == "FAIL"
-    assert compare(record, broken).verdict == "FAIL"
-    # The usual table comparison holds NaN equal to NaN: here both sides broken is broken.
-    assert compare(broken, broken).verdict == "FAIL"
-
-
-def test_a_missing_or_added_layer_or_statistic_fails() -> None:
-    record = a_record()
-    shorter = copy.deepcopy(record)
-    del shorter["layers"][1]
-    narrower = copy.deepcopy(record)
-    del narrower["layers"][1]["std"]
-    for other in (shorter, narrower):
-        assert compare(other, record).verdict == "FAIL"
-        assert compare(record, other).verdict == "FAIL"
-
-
-def test_no_layers_at_all_is_no_pass() -> None:
-    empty = a_record() | {"layers": []}
-    assert compare(empty, empty).verdict == "FAIL"
-
-
-def test_a_layer_listed_twice_is_refused() -> None:
-    record = a_record()
-    double = record | {"layers": [*record["layers"], record["layers"][0]]}
-    with pytest.raises(RecordError, match="appears twice"):
-        compare(double, record)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        ("model", "weights_hash"),
-        ("model", "dtype"),
-        ("model", "quantization"),
-        ("tokenizer_hash",),
-        ("corpus", "fingerprint"),
-    ],
-)
-def test_another_origin_is_not_comparable_whatever_the_numbers(path: tuple[str, ...]) -> None:
-    record, other = a_record(), a_record()
-    place = other["provenance"]
-    for name in path[:-1]:
-        place = place[name]
-    place[path[-1]] = "another"
-    comparison = compare(other, record)
-    assert comparison.verdict == "NOT COMPARABLE"
-    assert ".".join(path) in comparison.describe()
-    assert "another" in comparison.describe()
-
-
-def test_the_worst_cells_come_first_and_the_rest_are_counted() -> None:
-    record = a_record()
-    rows = record["layers"]
-    other = changed(record, 0, mean=rows[0]["mean"] + 0.01, std=rows[0]["std"] + 0.02)
-    other = changed(other, 2, p10=float("nan"))
-    lines = compare(other, record).describe(worst=2).splitlines()
-    assert lines[0] == "FAIL: 3 of 30 cells beyond tolerance"
-    assert "p10" in lines[1]
-    assert "std" in lines[2]
-    assert lines[3] == "  ... and 1 more"
-
-
-@given(st.floats(allow_nan=True), st.floats(allow_nan=True))
-def test_a_cell_is_in_order_only_where_both_numbers_are_and_are_close(a: float, b: float) -> None:
-    cell = Cell("1", "mean", a, b, 0.5)
-    assert cell.ok == (np.isfinite([a, b]).all() and abs(b - a) <= 0.5)
+    return a_profile(4, seed=seed).record()
 
 
 def test_json_shows_one_row_a_line_and_reads_back(tmp_path: Path) -> None:
@@ -197,7 +54,12 @@ def test_nan_is_never_written(tmp_path: Path) -> None:
         ('{"schema": 1, "kind": "satu', "torn or edited"),
         ('{"schema": 1, "kind": "evaluation"}', "expected a saturation record, got evaluation"),
         ("[1]", "expected a saturation record, got list"),
-        ('{"schema": 2, "kind": "saturation"}', "has schema 2, this release reads up to 1"),
+        (
+            '{"schema": 3, "kind": "saturation",'
+            ' "provenance": {"versions": {"cascade-exit": "9"}}}',
+            "has schema 3, this release reads up to 2; use cascade-exit 9 or a later one",
+        ),
+        ('{"schema": 3, "kind": "saturation"}', "use cascade-exit of the release that wrote it"),
         ('{"kind": "saturation"}', "has schema None"),
     ],
 )
@@ -217,39 +79,48 @@ def test_missing_files_are_named_with_their_remedy(tmp_path: Path) -> None:
 
 def test_a_torn_npz_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
-    write_arrays(path, statistics_of().arrays())
+    write_arrays(path, a_profile(4).arrays())
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(RecordError, match="is torn"):
         read_arrays(path)
 
 
 def a_run(folder: Path, seed: int = 0) -> Path:
-    folder.mkdir()
-    write_record(folder / "profile.json", a_record(seed))
-    write_arrays(folder / "profile.npz", statistics_of(seed).arrays())
-    return folder
+    return save_run(folder, a_profile(4, seed=seed))
 
 
-def test_an_accepted_run_is_the_baseline_and_the_next_one_is_compared(tmp_path: Path) -> None:
+def test_an_accepted_run_is_the_baseline_and_the_one_before_comes_back(tmp_path: Path) -> None:
     store = tmp_path / "baselines"
     path, before = accept(store, a_run(tmp_path / "first"))
     assert path == store / "tiny/words.saturation.json" == baseline_paths(store, a_record())[0]
     assert before is None
-    assert read_record(path, kind="saturation") == a_record()
-    assert set(read_arrays(path.with_suffix(".npz"))) == set(statistics_of().arrays())
-    _, same = accept(store, a_run(tmp_path / "again"))
-    assert same is not None
-    assert same.verdict == "PASS"
-    _, other = accept(store, a_run(tmp_path / "other", seed=1))
-    assert other is not None
-    assert other.verdict == "FAIL"
-    assert read_record(path, kind="saturation") == a_record(1)
+    first = read_profile(path)
+    assert first.record() == a_record()
+    assert set(first.arrays()) == set(a_profile(4).arrays())
+    _, before = accept(store, a_run(tmp_path / "other", seed=1))
+    assert before is not None
+    assert before.record() == a_record()
+    assert read_profile(path).record() == a_record(1)
+    assert sorted(contents(store)) == [
+        "tiny",
+        "tiny/words.saturation.json",
+        "tiny/words.saturation.npz",
+    ]
+
+
+def test_a_torn_baseline_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
+    store = tmp_path / "baselines"
+    path, _ = accept(store, a_run(tmp_path / "first"))
+    path.write_text(path.read_text()[:-50])
+    _, before = accept(store, a_run(tmp_path / "other", seed=1))
+    assert before is None
+    assert read_profile(path).record() == a_record(1)
 
 
 def test_files_of_two_runs_are_not_accepted_together(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
-    write_arrays(run / "profile.npz", statistics_of(seed=1).arrays())
-    with pytest.raises(RecordError, match="not of one run"):
+    (run / "profile.npz").write_bytes(packed(a_profile(4, seed=1).state))
+    with pytest.raises(RecordError, match=r"profile\.npz was changed after it was made"):
         accept(tmp_path / "baselines", run)
     assert not (tmp_path / "baselines").exists()
 
@@ -264,42 +135,109 @@ def test_accepting_nothing_says_what_to_do(tmp_path: Path) -> None:
 def test_a_name_that_leads_out_of_the_folder_is_refused(
     tmp_path: Path, part: str, name: Any
 ) -> None:
-    run = a_run(tmp_path / "run")
-    record = a_record()
-    record["provenance"][part]["name"] = name
-    write_record(run / "profile.json", record)
+    profile = a_profile(4, about=provenance(**{f"{part}__name": name}))
     with pytest.raises(RecordError, match="expected the provenance to name model and corpus"):
-        accept(tmp_path / "deep/baselines", run)
+        accept(tmp_path / "deep/baselines", save_run(tmp_path / "run", profile))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-@pytest.mark.parametrize("section", ["layers", "provenance"])
-def test_a_record_without_one_of_its_sections_is_not_accepted(tmp_path: Path, section: str) -> None:
-    run = a_run(tmp_path / "run")
-    record = a_record()
-    del record[section]
-    write_record(run / "profile.json", record)
-    with pytest.raises(RecordError):
-        accept(tmp_path / "baselines", run)
-    assert not (tmp_path / "baselines").exists()
+def number(record: dict[str, Any]) -> None:
+    record["layers"][1]["mean"] += 1e-6
 
 
-@pytest.mark.parametrize(("name", "value"), [("layers", None), ("total", np.array(["x"] * 3))])
-def test_arrays_that_were_edited_are_not_accepted(tmp_path: Path, name: str, value: Any) -> None:
-    run = a_run(tmp_path / "run")
-    arrays = statistics_of().arrays()
-    arrays.pop(name)
-    write_arrays(run / "profile.npz", arrays if value is None else arrays | {name: value})
+#: Edits of a record, by hand; sealed again, what they make is still no profile.
+EDITS: dict[str, Any] = {
+    "a number": number,
+    "a layer gone": lambda record: record["layers"].pop(),
+    "a layer twice": lambda record: record["layers"].append(record["layers"][0]),
+    "no layers": lambda record: record.pop("layers"),
+    "another table": lambda record: record.update(layers=[1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_by_hand_is_noticed_and_named(tmp_path: Path, name: str) -> None:
+    run = save_run(tmp_path / "run", edited(a_profile(4), EDITS[name], sealed=False))
+    with pytest.raises(RecordError, match=r"profile\.json was changed after it was made \(hash"):
+        read_profile(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a number", "not of one run"),
+        ("a layer gone", "not of one run"),
+        ("a layer twice", "has layer 1 twice"),
+        ("no layers", "has no table of layers"),
+        ("another table", "has no table of layers"),
+    ],
+)
+def test_an_edit_that_was_sealed_again_is_held_to_the_arrays(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    run = save_run(tmp_path / "run", edited(a_profile(4), EDITS[name], sealed=True))
+    with pytest.raises(RecordError, match=message):
+        read_profile(run)
+
+
+@pytest.mark.parametrize("name", ["hash", "arrays_hash"])
+def test_a_seal_that_is_gone_is_noticed(tmp_path: Path, name: str) -> None:
+    profile = edited(a_profile(4), lambda record: record.pop(name), sealed=False)
+    with pytest.raises(RecordError, match="was changed after it was made"):
+        read_profile(save_run(tmp_path / "run", profile))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layers", None),
+        ("total", np.array(["x"] * 4)),
+        ("sequence_mean", None),
+        ("sequence_fingerprint", None),
+    ],
+)
+def test_arrays_that_are_no_statistics_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+    profile = a_profile(4)
+    arrays = {key: part for key, part in profile.state.items() if key != name}
+    arrays |= {} if value is None else {name: value}
+    run = save_run(tmp_path / "run", StoredProfile(seal(profile.content, arrays), arrays))
     with pytest.raises(RecordError, match="torn or edited"):
-        accept(tmp_path / "baselines", run)
+        read_profile(run)
 
 
-def test_nan_in_a_record_is_not_accepted(tmp_path: Path) -> None:
+def test_a_fingerprint_too_few_is_refused(tmp_path: Path) -> None:
+    profile = a_profile(4)
+    arrays = profile.state | {"sequence_fingerprint": profile.state["sequence_fingerprint"][:-1]}
+    run = save_run(tmp_path / "run", StoredProfile(seal(profile.content, arrays), arrays))
+    with pytest.raises(RecordError, match="not of one run"):
+        read_profile(run)
+
+
+def test_nan_in_a_record_is_refused(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     text = (run / "profile.json").read_text(encoding="utf-8")
-    (run / "profile.json").write_text(text.replace('"schema": 1', '"schema": 1, "x": NaN'))
-    with pytest.raises(RecordError, match="torn or edited"):
+    (run / "profile.json").write_text(text.replace('"schema": 2', '"schema": 2, "x": NaN'))
+    with pytest.raises(RecordError, match="holds NaN"):
         accept(tmp_path / "baselines", run)
+
+
+def test_a_missing_npz_is_named(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    (run / "profile.npz").unlink()
+    with pytest.raises(RecordError, match=r"no file .*profile\.npz; it belongs beside"):
+        read_profile(run)
+
+
+def test_records_of_the_first_schema_had_no_seal_and_are_still_read(tmp_path: Path) -> None:
+    old = a_profile(4)
+    content = {k: v for k, v in old.content.items() if k not in ("hash", "arrays_hash", "noise")}
+    content["schema"] = 1
+    run = save_run(tmp_path / "run", StoredProfile(content, old.state))
+    assert read_profile(run).record() == content
+    number(content)
+    save_run(tmp_path / "edited", StoredProfile(content, old.state))
+    with pytest.raises(RecordError, match="not of one run"):
+        read_profile(tmp_path / "edited")
 
 
 def test_a_disk_that_fills_while_accepting_leaves_the_old_pair(tmp_path: Path) -> None:
@@ -310,3 +248,15 @@ def test_a_disk_that_fills_while_accepting_leaves_the_old_pair(tmp_path: Path) -
     with largest_file(100), pytest.raises(OutputError, match="unharmed"):
         accept(store, second)
     assert contents(store) == before
+
+
+def test_writers_at_the_same_time_leave_one_whole_baseline(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / f"run{seed}", seed) for seed in range(4)]
+    store = tmp_path / "baselines"
+    with ThreadPoolExecutor(8) as pool:
+        # Each time over another one: what is left has to be some run's, both files of it.
+        for done in [pool.submit(accept, store, run) for run in runs * 12]:
+            done.result()
+    left = read_profile(baseline_paths(store, a_record())[0])
+    assert left.record() in [a_record(seed) for seed in range(4)]
+    assert len(contents(store)) == 3

@@ -46,7 +46,7 @@ def a_record(means: list[float], *, normed: float | None = None) -> dict[str, An
     if normed is not None:
         rows.append(a_row(f"{names[-1]}+norm", normed, width=0.2))
     return {
-        "schema": 1,
+        "schema": 2,
         "kind": "saturation",
         "provenance": {
             "model": {
@@ -723,7 +723,7 @@ def test_reporting_leaves_record_and_arrays_as_they_were() -> None:
     [
         ({"kind": "evaluation"}, "expected kind 'saturation', got 'evaluation'"),
         ({"kind": None}, "expected kind 'saturation', got None"),
-        ({"schema": 2}, "expected schema 1, got 2"),
+        ({"schema": 3}, "expected schema 2, got 3"),
         ({"layers": []}, "expected at least one layer, got none"),
     ],
 )
