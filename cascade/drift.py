@@ -35,6 +35,10 @@ LEAST_TOLERANCE = 2e-6
 #: How many times the measured noise floor is still noise.
 NOISE_FACTOR = 3.0
 
+#: The share of a profile's sequences that have to be the baseline's for it to be the same text: by
+#: chance another tokenization of a corpus has a block or two in common with it.
+LEAST_SHARED = 0.5
+
 #: Two runs over every sequence also compare the tables. Quantiles come from bins of 1e-4 and more,
 #: minimum and maximum are single tokens, whose noise is some hundred times a mean's.
 TABLE_TOLERANCE = 1e-4
@@ -268,8 +272,8 @@ def compare(
     """Decide whether a profile has drifted from its baseline.
 
     Layers and statistics are the union of both sides: what one side lacks is a failure, and so is
-    NaN. Sequences are known by their fingerprints; where the two share some, those are compared one
-    by one, and otherwise their means are.
+    NaN. Sequences are known by their fingerprints; where most of the new ones are the baseline's,
+    they are compared one by one, and otherwise their means are.
 
     Args:
         profile: The new one, of the baseline's sequences or a few of them.
@@ -304,10 +308,15 @@ def compare(
         found = Comparison(None, tuple(mismatches))
     else:
         sides = _Side.of(profile), _Side.of(baseline)
-        shared = np.intersect1d(sides[0].fingerprints, sides[1].fingerprints)
-        if len(shared) and not independent:
+        shared = np.isin(sides[0].fingerprints, sides[1].fingerprints)
+        if not independent and shared.mean() >= LEAST_SHARED:
             found = _paired(*sides, new, old, noise, notes)
         else:
+            if shared.any() and not independent:
+                notes.append(
+                    f"only {int(shared.sum()):,} of {len(shared):,} sequences are the baseline's: "
+                    "taken for other text"
+                )
             found = _resampled(*sides, margin, confidence, seed, notes)
     return replace(found, provenance=new.get("provenance"), baseline=old.get("provenance"))
 

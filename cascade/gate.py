@@ -14,7 +14,7 @@ import numpy as np
 
 from cascade.baselines import Record, StoredProfile, read_record, write_record
 from cascade.corpora import TokenBlocks
-from cascade.drift import Comparison, compare, made_elsewhere, mismatches_of
+from cascade.drift import LEAST_SHARED, Comparison, compare, made_elsewhere, mismatches_of
 from cascade.errors import OutputError, RecordError, UsageError
 from cascade.models import DecoderStack
 from cascade.noise import measure_noise
@@ -96,15 +96,16 @@ def run_gate(
     expected = baseline.record()["provenance"]
     shared = _shared(blocks, baseline)
     mismatches = mismatches_of(about, expected)
-    if not len(shared) and not full:
-        mismatches.append(_other_text(about, expected))
+    same_text = len(shared) >= LEAST_SHARED * len(blocks.ids)
+    if not same_text and not full:
+        mismatches.append(_other_text(about, expected, len(shared)))
     if mismatches:
         comparison = Comparison(None, tuple(mismatches), provenance=about, baseline=expected)
         return Gate(comparison, (), 0, time.perf_counter() - start)
     check_blocks(stack, blocks, batch_size)
     noise = None
     if made_elsewhere(about, expected):
-        few = _spread(shared if len(shared) else np.arange(len(blocks.ids)), NOISE_SEQUENCES)
+        few = _spread(shared if same_text else np.arange(len(blocks.ids)), NOISE_SEQUENCES)
         noise = noise_here(stack, blocks.ids[few], about)
     if full:
         profile = analyze(
@@ -176,7 +177,7 @@ def _spread(numbers: Any, count: int) -> Any:
     return numbers[np.unique(places)]
 
 
-def _other_text(about: Record, expected: Record) -> tuple[str, Any, Any, str]:
+def _other_text(about: Record, expected: Record, shared: int) -> tuple[str, Any, Any, str]:
     sizes = [
         f"{side['corpus'].get('name')} in sequences of {side['corpus'].get('seq_len')}"
         for side in (expected, about)
@@ -185,8 +186,9 @@ def _other_text(about: Record, expected: Record) -> tuple[str, Any, Any, str]:
         "corpus",
         sizes[0],
         sizes[1],
-        "no sequence of it is the baseline's: take its corpus, tokenizer settings and --seq-len, or"
-        " compare means over all of it with --full",
+        f"{shared or 'none'} of its {about['corpus']['sequences']:,} sequences are the baseline's: "
+        "take the baseline's corpus, tokenizer settings and --seq-len, or compare means over all of"
+        " it with --full",
     )
 
 

@@ -146,6 +146,15 @@ def test_sequences_that_the_baseline_does_not_know_are_left_out_and_counted() ->
     assert "1 of 3 sequences" in comparison.notes[0]
 
 
+def test_a_sequence_in_common_by_chance_does_not_make_it_the_same_text() -> None:
+    values = similarities_of(40, seed=3)
+    values[:, 0] = similarities_of(12)[:, 4]
+    other = profile_of(values, fingerprints=np.array([4, *range(100, 139)]))
+    comparison = compare(other, a_profile())
+    assert comparison.way == "other sequences"
+    assert "only 1 of 40" in comparison.notes[0]
+
+
 def test_shares_move_by_whole_tokens_and_a_few_of_them_fail() -> None:
     baseline = a_profile(64)
     # An edge two bins away takes some of 1,024 tokens to the other side, all in one direction.

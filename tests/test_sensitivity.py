@@ -1,0 +1,367 @@
+"""The gate is tested by breaking things: what it sees, how soon, and what it makes of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from faults import FAULTS, Fault, blocks_for, scaled_mlp, weights
+from tiny_models import tiny_model
+
+from cascade.baselines import StoredProfile, read_profile, seal
+from cascade.corpora import TokenBlocks
+from cascade.drift import LEAST_TOLERANCE, compare
+from cascade.gate import Gate, run_gate
+from cascade.models import DecoderStack
+from cascade.saturation import analyze, similarities
+
+if TYPE_CHECKING:
+    from pytest_regressions.file_regression import FileRegressionFixture
+
+ROOT = Path(__file__).parents[1]
+BASELINE = ROOT / "baselines/smollm2-135m-instruct-q4_1/embedded.saturation.json"
+DOCS = ROOT / "docs"
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def baseline() -> StoredProfile:
+    return read_profile(BASELINE)
+
+
+def planted(stack: DecoderStack, baseline: StoredProfile, fault: Fault) -> Gate:
+    with fault.plant(stack):
+        return run_gate(stack, blocks_for(stack), baseline)
+
+
+def row_of(fault: Fault, gate: Gate) -> Row:
+    """Return a fault's row of the table: what the gate made of it."""
+    comparison = gate.comparison
+    found = comparison.attribution or {"cause": None, "layer": None}
+    cause = found["cause"]
+    if comparison.verdict == "NOT COMPARABLE":
+        cause = comparison.mismatches[0][0]
+    return {
+        "fault": fault.what,
+        "verdict": comparison.verdict,
+        "tokens": gate.looks[-1][0] if gate.looks else 0,
+        "cause": cause,
+        "layer": found["layer"],
+    }
+
+
+@pytest.fixture(scope="module")
+def rows(reference_model: DecoderStack, baseline: StoredProfile) -> dict[str, Row]:
+    """Every fault planted in the real model, gated with the default budget."""
+    return {
+        name: row_of(fault, planted(reference_model, baseline, fault))
+        for name, fault in FAULTS.items()
+    }
+
+
+@pytest.mark.saturation
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_planted_in_the_real_model_is_seen_and_named(
+    rows: dict[str, Row], name: str
+) -> None:
+    fault, row = FAULTS[name], rows[name]
+    if fault.cause is None:
+        assert fault.unseen
+        assert row["verdict"] == "PASS"
+        return
+    assert row["verdict"] == ("NOT COMPARABLE" if fault.cause == "corpus" else "FAIL")
+    assert row["tokens"] <= 512
+    assert (row["tokens"] == 0) is (fault.cause == "corpus")
+    assert row["cause"] == fault.cause
+    if fault.layer is not None:
+        assert row["layer"] == fault.layer
+
+
+@pytest.mark.saturation
+def test_the_real_model_itself_passes_before_and_after_all_faults(
+    rows: dict[str, Row], reference_model: DecoderStack, baseline: StoredProfile
+) -> None:
+    gate = run_gate(reference_model, blocks_for(reference_model), baseline)
+    assert gate.comparison.verdict == "PASS"
+    assert len(rows) == len(FAULTS)
+
+
+@pytest.mark.saturation
+def test_the_table_of_the_docs_is_what_was_measured(
+    rows: dict[str, Row], file_regression: FileRegressionFixture
+) -> None:
+    lines = [
+        "# What the gate sees",
+        "",
+        "Written by `pytest tests/test_sensitivity.py -m saturation` (accepted with"
+        " `--force-regen`): each fault is",
+        "planted in SmolLM2-135M, on its real weights, or in the path from its states to the"
+        " numbers, and the quick",
+        "gate is run with its budget of 512 tokens. Tokens: when it stopped.",
+        "",
+        "| fault | verdict | tokens | points to |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        points = row["cause"] or "-"
+        if row["layer"] is not None:
+            points += f", layer {row['layer']}"
+        unseen = FAULTS[name].unseen
+        points = f"not seen: {unseen}" if unseen else points
+        lines.append(f"| {row['fault']} | {row['verdict']} | {row['tokens']} | {points} |")
+    file_regression.check(
+        "\n".join(lines) + "\n", fullpath=DOCS / "sensitivity.md", extension=".md"
+    )
+
+
+# --- What the statistics cannot see, others do -----------------------------------------------
+
+
+def a_tiny_stack(family: str = "llama") -> DecoderStack:
+    about = {"name": "tiny", "weights_hash": "w", "tokenizer_hash": "t"}
+    return DecoderStack(tiny_model(family, num_layers=6), provenance=about)
+
+
+def tiny_blocks(sequences: int = 40, length: int = 16, *, seed: int = 0) -> TokenBlocks:
+    ids = np.random.default_rng(seed).integers(2, 97, (sequences, length)).astype(np.int32)
+    return TokenBlocks(ids, "random", "random", sequences)
+
+
+def stored(stack: DecoderStack, blocks: TokenBlocks) -> StoredProfile:
+    profile = analyze(stack, blocks)
+    return StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays())
+
+
+def test_shifted_positions_are_seen_where_positions_are_learned() -> None:
+    stack, blocks = a_tiny_stack("gpt2"), tiny_blocks()
+    baseline = stored(stack, blocks)
+    positions: Any = stack.decoder.wpe
+    shifted = positions.weight.data.roll(-1, dims=0)
+    with weights(positions, lambda: positions.weight.data.copy_(shifted)):
+        gate = run_gate(stack, blocks, baseline)
+    assert gate.comparison.verdict == "FAIL"
+    assert run_gate(stack, blocks, baseline).comparison.verdict == "PASS"
+
+
+def test_a_comparison_that_leaves_out_ties_is_seen_by_who_leaves() -> None:
+    from cascade.early_exit import EarlyExit
+
+    stack, ids = a_tiny_stack(), torch.from_numpy(tiny_blocks(2).ids).long()
+    early = EarlyExit(stack, layer=3, rule="fixed", threshold=1.0)  # every token is at a tie
+    assert (early.score(ids).exit_layers == 3).all()
+    with FAULTS["tie"].plant(stack):
+        assert (early.score(ids).exit_layers == 6).all()
+
+
+def test_shifted_labels_are_seen_by_the_agreement() -> None:
+    from cascade.early_exit import EarlyExit
+
+    stack, ids = a_tiny_stack(), torch.from_numpy(tiny_blocks(2).ids).long()
+    right = EarlyExit(stack).score(ids).predictions
+    with FAULTS["labels"].plant(stack):
+        shifted = EarlyExit(stack).score(ids).predictions
+    assert (right == shifted).double().mean() < 0.9
+
+
+# --- How small a change is seen --------------------------------------------------------------
+
+#: Relative changes that are tried, the smallest first.
+CHANGES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+
+
+def smallest_seen(
+    stack: DecoderStack, baseline: StoredProfile, layer: int, part: str
+) -> float | None:
+    """Return the smallest relative change of a part's output that the quick gate sees."""
+    blocks = blocks_for(stack)
+    module: Any = stack.layers[layer - 1]
+    projection = module.mlp.down_proj if part == "mlp" else module.self_attn.o_proj
+    for change in CHANGES:
+        by = 1 + change
+        with weights(projection, lambda by=by: projection.weight.data.mul_(by)):
+            if run_gate(stack, blocks, baseline).comparison.verdict == "FAIL":
+                return change
+    return None
+
+
+@pytest.mark.slow
+def test_how_small_a_change_of_each_layer_is_seen(
+    reference_model: DecoderStack,
+    baseline: StoredProfile,
+    file_regression: FileRegressionFixture,
+) -> None:
+    lines = ["layer,mlp,attention"]
+    for layer in range(1, reference_model.num_layers + 1):
+        found = [
+            smallest_seen(reference_model, baseline, layer, part) for part in ("mlp", "attention")
+        ]
+        assert all(change is not None and change <= 1e-3 for change in found), layer
+        lines.append(",".join([str(layer), *(f"{change:g}" for change in found)]))
+    file_regression.check(
+        "\n".join(lines) + "\n", fullpath=DOCS / "detectability.csv", extension=".csv"
+    )
+
+
+@pytest.mark.saturation
+@pytest.mark.parametrize("layer", [2, 13, 25, 30])
+def test_a_change_of_one_in_ten_thousand_is_seen(
+    reference_model: DecoderStack, baseline: StoredProfile, layer: int
+) -> None:
+    fault = Fault("", scaled_mlp(layer, 1 + 3e-4), "layer", str(layer))
+    row = row_of(fault, planted(reference_model, baseline, fault))
+    assert (row["verdict"], row["cause"], row["layer"]) == ("FAIL", "layer", str(layer))
+
+
+# --- No crying wolf --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def padded_similarities(stack: DecoderStack, ids: torch.Tensor, left: int) -> torch.Tensor:
+    """Return `similarities`, the tokens behind so many of padding."""
+    batch, _length = ids.shape
+    padding = ids.new_full((batch, left), 1)
+    mask = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    plan = stack.plan(torch.cat([padding, ids], dim=1), attention_mask=mask, position_ids=positions)
+    states = [plan.embedded]
+    for layer, call in enumerate(plan.calls, start=1):
+        states.append(stack.step(layer, states[-1], call))
+    norm: Any = stack._norm
+    pairs = [*itertools.pairwise(states), (states[-2], norm(states[-1]))]
+    return torch.stack(
+        [torch.cosine_similarity(a, b, dim=-1)[:, left:].clamp(-1, 1) for a, b in pairs]
+    )
+
+
+def clean_ways(repetitions: int) -> Iterator[Row]:
+    """Return ways to run that differ in arithmetic and order alone."""
+    draw = np.random.default_rng(0)
+    for number in range(repetitions):
+        yield {
+            "threads": int(draw.integers(1, 3)),
+            "batch_size": int(draw.integers(1, 33)),
+            "attention": ("sdpa", "eager")[number % 2],
+            "order": int(draw.integers(1 << 30)),
+            "left": int(draw.choice([0, 0, 1, 7, 16])),
+            "full": number % 4 == 0,
+        }
+
+
+def cleanly(stack: DecoderStack, blocks: TokenBlocks, baseline: StoredProfile, way: Row) -> str:
+    """Run the gate on an unchanged model in one of the ways; return the verdict."""
+    from dataclasses import replace
+
+    from cascade import saturation
+
+    order = np.random.default_rng(way["order"]).permutation(len(blocks.ids))
+    threads, model = torch.get_num_threads(), stack.model
+    try:
+        torch.set_num_threads(way["threads"])
+        model.set_attn_implementation(way["attention"])
+        with pytest.MonkeyPatch.context() as patch:
+            if way["left"]:
+                patch.setattr(
+                    saturation,
+                    "similarities",
+                    lambda s, ids: padded_similarities(s, ids, way["left"]),
+                )
+            gate = run_gate(
+                stack,
+                replace(blocks, ids=blocks.ids[order]),
+                baseline,
+                batch_size=way["batch_size"],
+                full=way["full"],
+            )
+    finally:
+        torch.set_num_threads(threads)
+        model.set_attn_implementation("sdpa")
+    return gate.comparison.verdict
+
+
+def test_the_padded_way_is_the_plain_way() -> None:
+    stack, ids = a_tiny_stack(), torch.from_numpy(tiny_blocks(3).ids).long()
+    with torch.no_grad():
+        moved = (padded_similarities(stack, ids, 7) - similarities(stack, ids)).abs().max()
+    assert moved < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_two_hundred_clean_repetitions_raise_no_alarm(family: str) -> None:
+    stack, blocks = a_tiny_stack(family), tiny_blocks(24)
+    baseline = stored(stack, blocks)
+    verdicts = [cleanly(stack, blocks, baseline, way) for way in clean_ways(100)]
+    assert verdicts == ["PASS"] * 100
+
+
+def odds(
+    baseline: StoredProfile, new: int, *, repetitions: int = 200, shift: float = 0.0
+) -> dict[str, int]:
+    """Return the verdicts on other text: `new` sequences of the corpus against the others.
+
+    Args:
+        baseline: Its rows per sequence are dealt out.
+        new: How many of them are taken for the new text.
+        repetitions: How often.
+        shift: Moves layer 15 of the new text, in standard deviations between sequences.
+    """
+    counts = dict.fromkeys(("PASS", "INCONCLUSIVE", "FAIL"), 0)
+    arrays = baseline.arrays()
+    spread = arrays["sequence_mean"].std(axis=0, ddof=1)
+    for seed in range(repetitions):
+        order = np.random.default_rng(seed).permutation(len(arrays["sequence"]))
+        sides = []
+        for part in (order[:new], order[new:]):
+            state = dict(arrays)
+            for name in ("sequence_mean", "sequence_mean_square", "sequence_share"):
+                state[name] = arrays[name][part]
+            state["sequence"] = np.arange(len(part))
+            state["sequence_fingerprint"] = arrays["sequence_fingerprint"][part]
+            sides.append(StoredProfile(baseline.content, state))
+        if shift:
+            moved = sides[0].state["sequence_mean"].copy()
+            moved[:, 14] += shift * spread[14]
+            sides[0].state["sequence_mean"] = moved
+        counts[compare(*sides, seed=seed).verdict] += 1
+    return counts
+
+
+def test_other_text_of_the_same_kind_raises_no_false_alarm(
+    baseline: StoredProfile, file_regression: FileRegressionFixture
+) -> None:
+    lines = ["new sequences,shift of one layer,pass,inconclusive,fail"]
+    for new in (32, 64, 128, 255):
+        for shift in (0.0, 2.0):
+            counts = odds(baseline, new, shift=shift)
+            if shift:
+                assert counts["PASS"] == 0, (new, shift)
+            else:
+                # 1 % of 200 at most.
+                assert counts["FAIL"] <= 2, (new, shift)
+            lines.append(f"{new},{shift:g},{','.join(map(str, counts.values()))}")
+    file_regression.check("\n".join(lines) + "\n", fullpath=DOCS / "odds.csv", extension=".csv")
+
+
+@pytest.mark.slow
+def test_two_hundred_clean_repetitions_of_the_real_model_raise_no_alarm(
+    reference_model: DecoderStack, baseline: StoredProfile
+) -> None:
+    from dataclasses import replace
+
+    blocks = blocks_for(reference_model)
+    # 16 sequences: a full gate over them all is 2,048 tokens.
+    few = replace(blocks, ids=blocks.ids[:: len(blocks.ids) // 16][:16])
+    verdicts = [cleanly(reference_model, few, baseline, way) for way in clean_ways(200)]
+    assert verdicts == ["PASS"] * 200
+
+
+def test_the_least_tolerance_lies_between_noise_and_every_fault(baseline: StoredProfile) -> None:
+    noise = baseline.content["noise"]
+    assert max(noise["repeat"], noise["exact"]) * 3 <= LEAST_TOLERANCE
+    assert math.isfinite(LEAST_TOLERANCE)
