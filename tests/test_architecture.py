@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "statistics": set(),
     "structure": set(),
+    "shapes": set(),
     "files": {"errors"},
     "weights": {"errors", "files"},
     "models": {"errors", "lean", "weights"},
@@ -89,7 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "verdict",
     },
     "distillation": {"corpora", "errors", "heads", "models", "ridge", "saturation"},
-    "budgets": {"baselines", "errors", "files"},
+    "budgets": {"baselines", "errors", "files", "shapes"},
     "cascade": {
         "baselines",
         "calibration",

@@ -485,7 +485,7 @@ def broken(change: Callable[[Record], Any]) -> Callable[[Record], str]:
 BROKEN: dict[str, tuple[Callable[[Record], str], str]] = {
     "torn": (lambda record: json.dumps(record)[:-40], "torn or edited"),
     "empty": (lambda record: "", "torn or edited"),
-    "a list": (lambda record: "[]", "expected a calibration record, got list"),
+    "a list": (lambda record: "[]", "expected a record of kind calibration, got list"),
     "foreign": (broken(lambda r: r.update(kind="evaluation")), "got evaluation"),
     "newer": (broken(lambda r: r.update(schema=99)), "schema 99"),
     "no layer": (broken(lambda r: r.pop("exit_layer")), "lacks exit_layer"),

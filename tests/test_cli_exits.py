@@ -322,6 +322,25 @@ def test_accepting_an_evaluation_without_a_given_point_is_refused(
     assert not Path("baselines").exists()
 
 
+def test_accepting_says_whose_budgets_give_way_and_refuses_those_of_another_dtype(
+    tiny: Run, run: Run, fitted: Path, here: Path
+) -> None:
+    point = ("--only-points", "--point", "3:cosine:0.5")
+    assert tiny("fit-heads", "--layers", 3, "--output", "anew.safetensors").status == 0
+    for name, heads in (("a", fitted), ("b", here / "anew.safetensors")):
+        assert tiny("evaluate", *point, "--heads", heads, "--output", name).status == 0
+        done = run("accept", name)
+        assert done.status == 0, done.err
+    assert "Replaces the budgets of other heads, sha256:" in done.out
+    before = contents(here / "baselines")
+    assert tiny("evaluate", *point, "--dtype", "bfloat16", "--output", "c").status == 0
+    done = run("accept", "c")
+    assert (done.status, done.out) == (2, "")
+    assert "model.dtype is bfloat16, the budget's is float32" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert contents(here / "baselines") == before
+
+
 # --- generate --------------------------------------------------------------------------------
 
 
