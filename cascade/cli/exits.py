@@ -121,16 +121,16 @@ def fit_heads(
                 seed=seed,
                 progress=advance,
             )
-        for layer, losses in fitted.provenance["distillation"][
-            "kl_on_sequences_kept_aside"
-        ].items():
-            typer.echo(
-                f"Layer {layer}: KL to the full model {losses[0]:.4f} nats in closed form, "
-                f"{min(losses):.4f} distilled (on sequences kept aside)"
-            )
     fitted.save(output, half=half)
+    # Told after all is safe: what is printed to can be full.
     size = output.stat().st_size / 1e6
     typer.echo(f"Wrote {output} ({size:.1f} MB): heads for the layers {layers}", err=True)
+    about = fitted.provenance.get("distillation", {})
+    for layer, losses in about.get("kl_on_sequences_kept_aside", {}).items():
+        typer.echo(
+            f"Layer {layer}: KL to the full model {losses[0]:.4f} nats in closed form, "
+            f"{min(losses):.4f} distilled (on sequences kept aside)"
+        )
 
 
 @app.command()
