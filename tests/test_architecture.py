@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ridge": set(),
     "lean": set(),
     "skipping": {"errors", "lean", "models"},
-    "heads": {"corpora", "errors", "exits", "files", "models", "ridge", "saturation"},
+    "heads": {"corpora", "errors", "exits", "files", "models", "ridge", "saturation", "shapes"},
     "passes": {"errors", "exits", "heads", "models", "skipping"},
     "generation": {"errors", "models", "passes", "skipping"},
     "early_exit": {"errors", "exits", "generation", "heads", "models", "passes", "skipping"},
