@@ -14,21 +14,28 @@ from cascade.baselines import read_record
 from cascade.corpora import TokenBlocks
 from cascade.early_exit import PROPAGATIONS, EarlyExit, Propagation, make_chunk, make_exit
 from cascade.errors import CorpusError, ModelError, RecordError, UsageError
-from cascade.exits import find_rule
+from cascade.exits import check_layers, find_rule
 from cascade.heads import FittedHeads, check_same_model, heads_provenance
 from cascade.models import DecoderStack
 from cascade.passes import Pass, slices
 from cascade.points import Array, Evaluator, Point
 from cascade.saturation import check_blocks, provenance_of
+from cascade.shapes import COUNT, NUMBER, SHARE, TEXT, WHOLE, Maybe, Shape, flaw, one_of
 from cascade.skipping import Counts, SkippingLayers
 from cascade.thresholds import Certificate, certify, fit_threshold, transfer
 
 KIND = "calibration"
 
 #: What a calibration must hold to run with.
-_PARTS = {
-    *("exit_layer", "rule", "seed", "head", "propagation", "by_hard_ratio", "certificate"),
-    "provenance",
+_PARTS: Shape = {
+    "exit_layer": COUNT,
+    "rule": TEXT,
+    "seed": WHOLE,
+    "head": TEXT,
+    "propagation": one_of(*PROPAGATIONS),
+    "by_hard_ratio": [{"hard_ratio": SHARE, "threshold": NUMBER}],
+    "certificate": Maybe({"threshold": Maybe(NUMBER, present=True)}, present=True),
+    "provenance": {"model": {}, "heads_fingerprint": Maybe(TEXT)},
 }
 
 #: Exit shares whose thresholds are tested one after the other, the safest first.
@@ -289,34 +296,21 @@ def read_calibration(path: Path, stack: DecoderStack) -> dict[str, Any]:
         ModelError: It belongs to another model (both are named).
     """
     record = read_record(path, kind=KIND)
-    missing = _PARTS - record.keys()
-    if missing:
+    found = flaw(record, _PARTS)
+    if found is not None:
         raise RecordError(
-            f"{path} lacks {', '.join(sorted(missing))}; make it anew with `cascade calibrate`"
-        )
-    if not _is_whole(record):
-        raise RecordError(
-            f"{path} is torn or edited: expected a model and thresholds that are numbers; make it "
-            "anew with `cascade calibrate`"
+            f"{path} is torn or edited ({found}); make it anew with `cascade calibrate`"
         )
     check_same_model(record["provenance"]["model"], stack, what="this calibration's thresholds")
-    return record
-
-
-def _is_whole(record: dict[str, Any]) -> bool:
-    """Say whether a record has the model and the numbers that are taken from it."""
     try:
-        numbers = [
-            row[name] for row in record["by_hard_ratio"] for name in ("hard_ratio", "threshold")
-        ]
-        certificate = record["certificate"]
-        if certificate is not None and certificate["threshold"] is not None:
-            numbers.append(certificate["threshold"])
-        numbers.append(record["seed"])
-        whole = isinstance(record["provenance"]["model"], dict)
-    except (KeyError, TypeError):
-        return False
-    return whole and all(isinstance(number, int | float) for number in numbers)
+        rule = find_rule(record["rule"])
+        check_layers({record["exit_layer"]: rule}, stack.num_layers)
+        for row in (*record["by_hard_ratio"], record["certificate"] or {}):
+            if row.get("threshold") is not None:
+                rule.check(row["threshold"])
+    except UsageError as error:
+        raise RecordError(f"{path}: {error}; make it anew with `cascade calibrate`") from error
+    return record
 
 
 def threshold_of(record: dict[str, Any], hard_ratio: float | None = None) -> float:

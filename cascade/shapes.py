@@ -28,9 +28,11 @@ class Maybe:
 
     Attributes:
         shape: What it is where it is there.
+        present: It must not be missing.
     """
 
     shape: Shape
+    present: bool = False
 
 
 #: A mapping has at least these names, each with its own shape; a list has any number of one shape.
@@ -53,6 +55,7 @@ NUMBER = Kind("a finite number", _is_number)
 POSITIVE = Kind("a number above 0", lambda value: _is_number(value) and value > 0)
 SHARE = Kind("a share in 0..1", lambda value: _is_number(value) and 0 <= value <= 1)
 COUNT = Kind("a whole number from 1 on", lambda value: _is_whole(value) and value >= 1)
+WHOLE = Kind("a whole number from 0 on", lambda value: _is_whole(value) and value >= 0)
 INTERVAL = Kind(
     "two finite numbers",
     lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)),
@@ -80,21 +83,29 @@ def flaw(value: Any, shape: Shape, place: str = "") -> str | None:
         E.g. "expected a finite number at points[0].threshold, got null"; None where all is well.
     """
     if isinstance(shape, Maybe):
+        if value is _MISSING and shape.present:
+            return _unlike(f"{_words(shape.shape)} or null", value, place)
         return None if value is None or value is _MISSING else flaw(value, shape.shape, place)
     if isinstance(shape, Kind):
         return None if shape.holds(value) else _unlike(shape.words, value, place)
     if isinstance(shape, list):
         if not isinstance(value, list):
-            return _unlike("a list", value, place)
+            return _unlike(_words(shape), value, place)
         parts = ((item, shape[0], f"{place}[{number}]") for number, item in enumerate(value))
     else:
         if not isinstance(value, Mapping):
-            return _unlike("an object", value, place)
+            return _unlike(_words(shape), value, place)
         parts = (
             (value.get(name, _MISSING), inner, f"{place}.{name}" if place else name)
             for name, inner in shape.items()
         )
     return next((found for part in parts if (found := flaw(*part)) is not None), None)
+
+
+def _words(shape: Shape) -> str:
+    if isinstance(shape, Kind):
+        return shape.words
+    return "a list" if isinstance(shape, list) else "an object"
 
 
 def _unlike(words: str, value: Any, place: str) -> str:

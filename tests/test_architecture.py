@@ -73,6 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "passes",
         "points",
         "saturation",
+        "shapes",
         "skipping",
         "thresholds",
     },

@@ -488,11 +488,40 @@ BROKEN: dict[str, tuple[Callable[[Record], str], str]] = {
     "a list": (lambda record: "[]", "expected a record of kind calibration, got list"),
     "foreign": (broken(lambda r: r.update(kind="evaluation")), "got evaluation"),
     "newer": (broken(lambda r: r.update(schema=99)), "schema 99"),
-    "no layer": (broken(lambda r: r.pop("exit_layer")), "lacks exit_layer"),
-    "no certificate": (broken(lambda r: r.pop("certificate")), "lacks certificate"),
-    "no seed": (broken(lambda r: r.pop("seed")), "lacks seed"),
-    "a seed in words": (broken(lambda r: r.update(seed="1")), "torn or edited"),
-    "no provenance": (broken(lambda r: r.pop("provenance")), "lacks provenance"),
+    "no layer": (broken(lambda r: r.pop("exit_layer")), "at exit_layer, got nothing"),
+    "no certificate": (broken(lambda r: r.pop("certificate")), "at certificate, got nothing"),
+    "no provenance": (broken(lambda r: r.pop("provenance")), "at provenance, got nothing"),
+    "no seed": (broken(lambda r: r.pop("seed")), "at seed, got nothing"),
+    "a seed in words": (broken(lambda r: r.update(seed="1")), 'at seed, got "1"'),
+    "a layer in words": (broken(lambda r: r.update(exit_layer="2")), 'at exit_layer, got "2"'),
+    "a layer that is a flag": (broken(lambda r: r.update(exit_layer=True)), "got true"),
+    "a layer between two": (broken(lambda r: r.update(exit_layer=2.5)), "at exit_layer, got 2.5"),
+    "a layer beyond the last": (broken(lambda r: r.update(exit_layer=9)), "in 1..4, got 9"),
+    "a list of rules": (broken(lambda r: r.update(rule=["cosine"])), 'at rule, got ["cosine"]'),
+    "a rule there is not": (broken(lambda r: r.update(rule="cosin")), "expected a rule among"),
+    "another propagation": (broken(lambda r: r.update(propagation="melted")), "at propagation"),
+    "a list of propagations": (broken(lambda r: r.update(propagation=["frozen"])), "propagation"),
+    "a head that is none": (broken(lambda r: r.update(head=None)), "at head, got null"),
+    "a threshold out of range": (
+        broken(lambda r: r["by_hard_ratio"][0].update(threshold=7)),
+        "the rule top2_gap gives confidences from 0 to 1",
+    ),
+    "a certified threshold out of range": (
+        broken(lambda r: r.update(certificate={"threshold": -3})),
+        "the rule top2_gap gives confidences from 0 to 1",
+    ),
+    "a fingerprint that is none": (
+        broken(lambda r: r["provenance"].update(heads_fingerprint=[1])),
+        "at provenance.heads_fingerprint, got [1]",
+    ),
+    **{
+        f"{name} is {value}": (
+            broken(lambda r, name=name, value=value: r["by_hard_ratio"][0].update({name: value})),
+            f"at by_hard_ratio[0].{name}, got ",
+        )
+        for name in ("hard_ratio", "threshold")
+        for value in (True, math.nan, math.inf, 10**400, None)
+    },
     "no model": (broken(lambda r: r["provenance"].pop("model")), "torn or edited"),
     "a model in words": (broken(lambda r: r["provenance"].update(model="x")), "torn or edited"),
     "no rows": (broken(lambda r: r.update(by_hard_ratio=None)), "torn or edited"),
@@ -512,7 +541,9 @@ def test_a_torn_or_foreign_calibration_is_refused_in_one_line(name: str, tmp_pat
     path = tmp_path / "calibration.json"
     path.write_text(text(json.loads(to_json(calibrated()))), encoding="utf-8")
     stack = a_settled_stack("gemma2")
-    assert words in refusal(RecordError, lambda: read_calibration(path, stack))
+    said = refusal(RecordError, lambda: read_calibration(path, stack))
+    assert words in said
+    assert str(path) in said
 
 
 def test_a_missing_calibration_is_refused_with_the_command_that_makes_one(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from cascade.shapes import (
     POSITIVE,
     SHARE,
     TEXT,
+    WHOLE,
     Kind,
     Maybe,
     flaw,
@@ -39,6 +40,14 @@ def test_a_whole_record_has_no_flaw(record: Any) -> None:
 
 def test_what_may_be_null_may_be_missing() -> None:
     assert flaw({"points": [{"layer": 3, "share": 0.5}]}, POINTS) is None
+
+
+def test_what_may_be_null_can_have_to_be_there() -> None:
+    shape = {"certificate": Maybe({"threshold": NUMBER}, present=True)}
+    assert flaw({"certificate": None}, shape) is None
+    assert flaw({"certificate": {"threshold": 1}}, shape) is None
+    assert flaw({}, shape) == "expected an object or null at certificate, got nothing"
+    assert flaw({"certificate": {}}, shape) is not None
 
 
 @pytest.mark.parametrize(
@@ -70,6 +79,7 @@ def test_the_first_flaw_is_named_with_its_place(record: Any, words: str) -> None
         (POSITIVE, [1, 1e-9], [0, -1, math.inf, "1", False]),
         (SHARE, [0, 1, 0.5], [-0.1, 1.1, True, None]),
         (COUNT, [1, 30], [0, -1, 1.0, True, "1"]),
+        (WHOLE, [0, 7], [-1, 0.5, False, "0", None]),
         (INTERVAL, [[0, 1]], [[], [1], [1, 2, 3], [1, math.nan], "12", None]),
         (TEXT, ["a"], ["", None, 1, ["a"]]),
         (FLAG, [True, False], [0, 1, None, "true"]),
