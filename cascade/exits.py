@@ -308,6 +308,16 @@ def _oracle(at: ExitPoint) -> Tensor:
     return (at.prediction == at.full_prediction).float()
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that not every generator takes.
+
+    Raises:
+        UsageError: It is negative, or takes more than 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"expected a seed in 0..{2**63 - 1}, got {seed}")
+
+
 def check_layers(rules: Mapping[int, ExitRule], num_layers: int) -> None:
     """Refuse exit layers that are not there, or where a rule looks beyond the first entry.
 

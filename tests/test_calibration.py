@@ -31,6 +31,7 @@ from cascade.calibration import (
     early_exit_of,
     read_calibration,
     threshold_of,
+    tokens_to_read,
 )
 from cascade.corpora import TokenBlocks
 from cascade.early_exit import EarlyExit
@@ -315,6 +316,17 @@ def test_certificates_break_their_promise_as_seldom_as_they_say() -> None:
     assert bold >= 30
 
 
+@pytest.mark.parametrize("risk", [0.05, 0.5])
+@pytest.mark.parametrize("onto", [None, OTHER])
+def test_the_tokens_to_read_are_known_beforehand(risk: float, onto: TokenBlocks | None) -> None:
+    asked, done = certified(risk=risk), list[int]()
+    calibrate(a_stack("llama"), BLOCKS, asked, onto=onto, progress=done.append)
+    assert sum(done) == tokens_to_read(BLOCKS, asked, onto=onto)
+    # No threshold is tested where there are too few sequences to certify any.
+    tested = BLOCKS.tokens // 2 if risk == 0.5 else 0
+    assert sum(done) == BLOCKS.tokens + tested + (2 * OTHER.tokens if onto else 0)
+
+
 def test_too_few_sequences_give_an_honest_refusal_and_the_full_model() -> None:
     stack = a_settled_stack("gemma2")
     asked = certified(risk=0.05, confidence=0.9)
@@ -322,6 +334,7 @@ def test_too_few_sequences_give_an_honest_refusal_and_the_full_model() -> None:
     found, needed = record["certificate"], sequences_needed(0.05, 0.9)
     assert found["threshold"] is None
     assert found["certified"] == 0
+    assert found["p_values"] == []
     assert found["sequences"] == 12
     assert found["sequences_needed"] == needed == math.ceil(math.log(10) / (2 * 0.05**2))
     assert str(needed) in found["reason"]
@@ -602,6 +615,8 @@ def test_the_same_heads_from_their_file_are_the_same(tmp_path: Path) -> None:
 WRONG = {
     "rule": ({"rule": "cosin"}, "expected a rule among cosine"),
     "oracle": ({"rule": "oracle"}, "nothing to calibrate"),
+    "fixed": ({"rule": "fixed"}, "the rule fixed lets every token leave: it has no threshold"),
+    "a risk too small": ({"risk": 1e-155}, "expected a risk of at least 1e-06, got 1e-155"),
     "patience": ({"rule": "patience"}, "looks at earlier exit layers"),
     "propagation": ({"propagation": "melted"}, "got 'melted'"),
     "ridge without heads": ({"propagation": "ridge"}, "needs fitted heads"),
@@ -627,6 +642,22 @@ def test_a_wish_that_cannot_be_meant_is_refused_before_any_pass(
     assert words in refusal(
         UsageError, lambda: calibrate(a_stack("llama"), BLOCKS, wish(**changes))
     )
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_not_every_generator_takes_is_refused_before_any_pass(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascade.calibration.Pass", lambda *_, **__: pytest.fail("a pass"))
+    words = refusal(UsageError, lambda: calibrate(a_stack("llama"), BLOCKS, wish(), seed=seed))
+    assert words == f"expected a seed in 0..{2**63 - 1}, got {seed}"
+
+
+def test_a_hard_ratio_that_comes_twice_is_fitted_once() -> None:
+    record = calibrate(a_stack("llama"), BLOCKS, wish(hard_ratios=(0.5, 0.3, 0.5)), onto=OTHER)
+    assert [row["hard_ratio"] for row in record["by_hard_ratio"]] == [0.5, 0.3]
+    rows = record["transfer"]["rows"]
+    assert [row["from"] for row in rows] == ["hard ratio 0.5", "hard ratio 0.3"]
 
 
 def test_heads_of_another_model_are_refused() -> None:

@@ -153,7 +153,8 @@ def test_thresholds_are_fitted_on_text_that_the_heads_have_not_seen(
     given = ("calibrate", *few, "--layer", 3, "--heads", "h.safetensors")
     done = run(*given, "--transfer-to", "embedded", "--output", "c")
     assert done.status == 0, done.err
-    assert "Beware" not in done.out
+    assert "the heads were fitted on this very text" not in done.out
+    assert "The same thresholds on the same text" in done.out
     record = read("c/calibration.json")
     assert record["provenance"]["heads"]["corpus"]["name"] == "embedded-train"
     assert record["provenance"]["corpus"]["name"] == "embedded-held-out"
@@ -185,6 +186,15 @@ def test_the_other_corpus_has_a_split_and_a_column_of_its_own(
     assert "--transfer-to" in done.err
 
 
+def test_without_a_layer_it_is_one_that_the_heads_have(tiny: Run, here: Path) -> None:
+    for layers, expected in (("2", 2), ("1,3", 3), ("2,4", 2), ("4", 4)):
+        path = f"{layers.replace(',', '-')}.safetensors"
+        assert tiny("fit-heads", "--layers", layers, "--output", path).status == 0
+        done = tiny("calibrate", "--heads", path, "--output", "c", "--overwrite")
+        assert done.status == 0, done.err
+        assert read("c/calibration.json")["exit_layer"] == expected
+
+
 def test_too_few_sequences_certify_nothing_and_leave_the_full_model(
     tiny: Run, here: Path, models: Path
 ) -> None:
@@ -206,13 +216,17 @@ def test_too_few_sequences_certify_nothing_and_leave_the_full_model(
         (("--layer", 9), "expected an exit layer in 1..4, got 9"),
         (("--rule", "cosinus"), "expected a rule among cosine"),
         (("--rule", "oracle"), "it has nothing to calibrate"),
+        (("--rule", "fixed"), "it has no threshold to calibrate"),
+        (("--risk", 1e-155), "expected a risk of at least 1e-06, got 1e-155"),
+        (("--seed", -1), "got '-1'"),
+        (("--heads", "."), ". is a folder, expected the .safetensors file"),
         (("--hard-ratio", 1.5), "expected a hard ratio in 0..1, got 1.5"),
         (("--risk", 0), "expected a risk between 0 and 1, got 0"),
         (("--risk", 0.1, "--confidence", 1), "expected a confidence between 0 and 1, got 1"),
         (("--propagation", "thawed"), "expected a propagation among frozen, ridge, exact"),
         (("--heads", "none.safetensors"), "no exit heads at none.safetensors"),
         (("--transfer-to", "none.jsonl"), "no corpus file none.jsonl"),
-        (("--max-tokens", 16), "sequence"),
+        (("--max-tokens", 16), "a larger --max-tokens"),
         (("--dtype", "int8"), "expected --dtype among"),
     ],
 )
