@@ -172,22 +172,27 @@ class ExitRule:
     what: str
     source: str
 
-    def check(self, threshold: float) -> None:
+    def check(self, threshold: float, *, infinite: bool = True) -> None:
         """Refuse a threshold that cannot be meant.
 
-        Any may be +inf (nothing exits: the full model) or -inf (everything exits), and the next
-        fp32 number above the range, which a fit gives where the surest tokens are to stay.
+        Any may be the next fp32 number above the range, which a fit gives where the surest tokens
+        are to stay.
+
+        Args:
+            threshold: From which confidence on tokens leave.
+            infinite: It may be +inf (nothing exits: the full model) or -inf (everything exits).
 
         Raises:
             UsageError: NaN, or outside the rule's range.
         """
         above = torch.nextafter(torch.tensor(self.high), torch.tensor(math.inf)).item()
-        if math.isinf(threshold) or self.low <= threshold <= above:
+        if self.low <= threshold <= above or (infinite and math.isinf(threshold)):
             return
+        also = " (or inf, or -inf)" if infinite else ""
         high = "" if math.isinf(self.high) else f" to {self.high:g}"
         raise UsageError(
             f"the rule {self.name} gives confidences from {self.low:g}{high}; expected a threshold"
-            f" in there (or inf, or -inf), got {threshold:g}"
+            f" in there{also}, got {threshold:g}"
         )
 
 

@@ -90,7 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "thresholds",
         "verdict",
     },
-    "distillation": {"corpora", "errors", "heads", "models", "ridge", "saturation"},
+    "distillation": {"corpora", "errors", "exits", "heads", "models", "ridge", "saturation"},
     "budgets": {"baselines", "errors", "files", "shapes"},
     "cascade": {
         "baselines",

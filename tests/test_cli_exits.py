@@ -76,6 +76,7 @@ def test_half_precision_halves_the_file(tiny: Run, here: Path) -> None:
         (("--layers", "2", "--output", "h.bin"), "expected --output to be a .safetensors file"),
         (("--layers", "2", "--seq-len", 65), "exceed the model's 64 positions"),
         (("--layers", "2", "--distill", 1, "--max-tokens", 64), "expected at least 10"),
+        (("--layers", "2", "--distill", 1, "--seed", 2**64), f"got '{2**64}'"),
     ],
 )
 def test_fitting_refuses_in_one_line_and_writes_nothing(
@@ -305,14 +306,19 @@ def test_points_alone_are_measured_as_they_are_among_others(tiny: Run, here: Pat
     [
         (("--layers", "7"), "expected an exit layer in 1..4, got 7"),
         (("--point", "3:cosine"), "expected a point LAYER:RULE:THRESHOLD"),
-        (("--point", "3:cosine:1.5"), "the rule cosine gives confidences from -1 to 1"),
+        (("--point", "3:cosine:1.5"), "expected a threshold in there, got 1.5"),
         (("--point", "3:cosine:nan"), "the rule cosine gives confidences from -1 to 1"),
         (("--rule", "none"), "expected a rule among cosine"),
         (("--agreement", 2), "expected a share of agreement in 0..1, got 2"),
-        (("--perplexity-ratio", 0.5), "expected a perplexity ratio of at least 1, got 0.5"),
+        (("--perplexity-ratio", 0.5), "expected a finite perplexity ratio of at least 1, got 0.5"),
         (("--propagation", "ridge"), "ridge propagation needs fitted heads"),
         (("--only-points",), "expected at least one point"),
-        (("--max-tokens", 32), "expected at least 4"),
+        (("--max-tokens", 32), "a larger --max-tokens"),
+        (("--rule", "oracle"), "the rules oracle are controls"),
+        (("--layers", 1, "--rule", "mean_cosine"), "the rule mean_cosine looks at 2 layers"),
+        (("--perplexity-ratio", "inf"), "got inf"),
+        (("--seed", -1), "got '-1'"),
+        (("--heads", "."), ". is a folder, expected the .safetensors file"),
     ],
 )
 def test_evaluating_refuses_in_one_line_and_writes_nothing(
