@@ -348,6 +348,7 @@ def read_calibration(path: Path, stack: DecoderStack) -> dict[str, Any]:
     try:
         rule = find_rule(record["rule"])
         check_layers({record["exit_layer"]: rule}, stack.num_layers)
+        check_seed(record["seed"])
         for row in (*record["by_hard_ratio"], record["certificate"] or {}):
             if row.get("threshold") is not None:
                 rule.check(row["threshold"])

@@ -505,6 +505,7 @@ BROKEN: dict[str, tuple[Callable[[Record], str], str]] = {
     "no certificate": (broken(lambda r: r.pop("certificate")), "at certificate, got nothing"),
     "no provenance": (broken(lambda r: r.pop("provenance")), "at provenance, got nothing"),
     "no seed": (broken(lambda r: r.pop("seed")), "at seed, got nothing"),
+    "a seed out of range": (broken(lambda r: r.update(seed=2**63)), f"got {2**63}"),
     "a seed in words": (broken(lambda r: r.update(seed="1")), 'at seed, got "1"'),
     "a layer in words": (broken(lambda r: r.update(exit_layer="2")), 'at exit_layer, got "2"'),
     "a layer that is a flag": (broken(lambda r: r.update(exit_layer=True)), "got true"),
