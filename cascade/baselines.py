@@ -81,7 +81,7 @@ def read_record(path: Path, *, kind: str) -> Record:
         ) from error
     if not isinstance(record, dict) or record.get("kind") != kind:
         got = record.get("kind") if isinstance(record, dict) else type(record).__name__
-        raise RecordError(f"{path}: expected a {kind} record, got {got}")
+        raise RecordError(f"{path}: expected a record of kind {kind}, got {got}")
     schema, newest = record.get("schema"), SCHEMAS.get(kind, 1)
     if not isinstance(schema, int) or schema > newest:
         writer = at(record, ("provenance", "versions", "cascade-exit"))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cascade.baselines import Record, baseline_paths, read_record, to_json
-from cascade.errors import RecordError
+from cascade.errors import RecordError, first_line
 from cascade.files import write_text
+from cascade.shapes import COUNT, INTERVAL, NUMBER, POSITIVE, SHARE, TEXT, Kind, Maybe, Shape, flaw
 
 KIND = "budgets"
 
@@ -25,16 +26,65 @@ SLACK = {
     "seconds_ratio": 0.15,
 }
 
-#: Two evaluations are comparable only where all of these agree.
-_IDENTITY = (
+#: What all budgets of one file share.
+_FILE_IDENTITY = (
     ("provenance", "model", "weights_hash"),
     ("provenance", "model", "revision"),
     ("provenance", "model", "dtype"),
     ("provenance", "tokenizer_hash"),
     ("provenance", "corpus", "fingerprint"),
+)
+
+#: Two evaluations are comparable only where all of these agree.
+_IDENTITY = (
+    *_FILE_IDENTITY,
     ("provenance", "heads_fingerprint"),
     ("settings", "propagation"),
 )
+
+_SOURCE: Mapping[str, Shape] = {
+    "provenance": {
+        "model": {"weights_hash": TEXT, "revision": Maybe(TEXT), "dtype": TEXT},
+        "tokenizer_hash": Maybe(TEXT),
+        "corpus": {"fingerprint": TEXT},
+        "heads_fingerprint": Maybe(TEXT),
+        "command": Maybe(TEXT),
+    },
+    "settings": {"propagation": TEXT},
+}
+
+_PLACE: Mapping[str, Shape] = {"exit_layer": COUNT, "rule": TEXT, "head": TEXT, "threshold": NUMBER}
+
+_EVALUATION: Shape = {
+    **_SOURCE,
+    "points": [
+        {
+            **_PLACE,
+            "threshold_from": TEXT,
+            "exit_share": SHARE,
+            "agreement": SHARE,
+            "perplexity_ratio": POSITIVE,
+            "layers_per_token": POSITIVE,
+            "seconds_ratio": POSITIVE,
+            "seconds_ratio_interval": Maybe(INTERVAL),
+        }
+    ],
+}
+
+_LIMITS = Kind(
+    "numbers for least, most or both",
+    lambda value: (
+        isinstance(value, dict)
+        and len(value) > 0
+        and value.keys() <= {"least", "most"}
+        and not any(flaw(limit, NUMBER) for limit in value.values())
+    ),
+)
+_BUDGETS: Shape = {
+    "groups": [
+        {**_SOURCE, "points": [{**_PLACE, "budget": dict.fromkeys(SLACK, _LIMITS)}]},
+    ]
+}
 
 
 @dataclass(frozen=True)
@@ -43,23 +93,34 @@ class Overrun:
 
     Attributes:
         point: The point, in words.
-        figure: E.g. "perplexity_ratio".
-        limit: The budget, in words.
-        measured: What came, in words.
+        figure: E.g. "perplexity_ratio"; "point" where the whole point was not measured.
+        found: Budget and measurement, in words.
         command: What to run to look closer.
     """
 
     point: str
     figure: str
-    limit: str
-    measured: str
+    found: str
     command: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.point}: {self.figure} budget {self.limit}, measured {self.measured}; "
-            f"look closer with `{self.command}`"
-        )
+        return f"{self.point}: {self.found}; look closer with `{self.command}`"
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What came of accepting an evaluation.
+
+    Attributes:
+        path: The file.
+        overruns: What of the budgets before the evaluation does not keep.
+        replaced_heads: The fingerprint of the heads whose budgets gave way, where the evaluation's
+            are others; None where the same were measured again, or nothing was there.
+    """
+
+    path: Path
+    overruns: list[Overrun]
+    replaced_heads: str | None
 
 
 def budget_of(row: Record) -> Record:
@@ -81,21 +142,21 @@ def budget_of(row: Record) -> Record:
     }
 
 
-def accept_budgets(folder: Path, evaluation: Record) -> tuple[Path, list[Overrun]]:
+def accept_budgets(folder: Path, evaluation: Record) -> Accepted:
     """Store the points of an evaluation that were given as they are, with their budgets.
 
-    Points with other heads or another propagation that the file has already stay in it.
+    Points with the other kind of head or another propagation that the file has already stay in it;
+    those of heads that were fitted anew are replaced.
 
     Args:
         folder: The folder of all baselines.
         evaluation: A record of kind `evaluation`.
 
-    Returns:
-        The file, and what of the budgets before the evaluation does not keep.
-
     Raises:
-        RecordError: The evaluation has no given point, or the stored budgets are another model's.
+        RecordError: The evaluation is torn or has no given point; or the stored budgets are torn,
+            or another model's, tokenizer's, dtype's or corpus's.
     """
+    _check_shape(evaluation, _EVALUATION, "the evaluation", "evaluate anew")
     rows = [row for row in evaluation["points"] if row["threshold_from"] == "given"]
     if not rows:
         raise RecordError(
@@ -108,25 +169,56 @@ def accept_budgets(folder: Path, evaluation: Record) -> tuple[Path, list[Overrun
         "settings": evaluation["settings"],
         "points": [row | {"budget": budget_of(row)} for row in rows],
     }
-    groups: list[Record] = []
-    overruns: list[Overrun] = []
-    if path.exists():
-        stored = read_record(path, kind=KIND)
-        overruns = [
-            overrun
-            for old in stored["groups"]
-            if _mismatch(old, evaluation) is None
-            for overrun in _overruns(old, evaluation)
-        ]
-        groups = [old for old in stored["groups"] if _key(old) != _key(group)]
-    groups = sorted([*groups, group], key=_key)
-    write_text(path, to_json({"schema": 1, "kind": KIND, "groups": groups}) + "\n")
-    return path, overruns
+    stored = _stored_groups(path, evaluation)
+    overruns = [
+        overrun
+        for old in stored
+        if _mismatch(old, evaluation) is None
+        for overrun in _overruns(old, evaluation)
+    ]
+    replaced = {_heads(old) for old in stored if _key(old) == _key(group)} - {_heads(group)}
+    groups = sorted([*(old for old in stored if _key(old) != _key(group)), group], key=_key)
+    try:
+        text = to_json({"schema": 1, "kind": KIND, "groups": groups}) + "\n"
+    except ValueError as error:  # NaN where no figure is
+        raise RecordError(
+            f"the evaluation is torn or edited ({first_line(error)}); evaluate anew"
+        ) from error
+    write_text(path, text)
+    return Accepted(path, overruns, next(iter(replaced), None))
+
+
+def _stored_groups(path: Path, evaluation: Record) -> list[Record]:
+    """Return what a file of budgets holds, all of it of the evaluation's model and corpus."""
+    if not path.exists():
+        return []
+    stored = read_record(path, kind=KIND)
+    _check_shape(stored, _BUDGETS, str(path), "restore it, or remove it to start anew")
+    groups: list[Record] = stored["groups"]
+    for group in groups:
+        mismatch = _mismatch(group, evaluation, _FILE_IDENTITY)
+        if mismatch is not None:
+            raise RecordError(
+                f"{path} holds budgets that the evaluation cannot join: {mismatch}; accept it into "
+                "another --baselines, or remove that file to start anew"
+            )
+    return groups
+
+
+def _check_shape(record: Record, shape: Shape, name: str, remedy: str) -> None:
+    found = flaw(record, shape)
+    if found is not None:
+        raise RecordError(f"{name} is torn or edited ({found}); {remedy}")
+
+
+def _heads(group: Record) -> str | None:
+    fingerprint: str | None = group["provenance"].get("heads_fingerprint")
+    return fingerprint
 
 
 def _key(group: Record) -> tuple[str, str]:
     """Tell groups of one file apart: by the kind of head and the propagation."""
-    heads = "logit_lens" if group["provenance"].get("heads_fingerprint") is None else "ridge"
+    heads = "logit_lens" if _heads(group) is None else "ridge"
     return heads, group["settings"]["propagation"]
 
 
@@ -144,8 +236,10 @@ def check_budgets(evaluation: Record, budgets: Record) -> list[Overrun]:
         What is not kept; nothing where all is well.
 
     Raises:
-        RecordError: They cannot be compared: another model, corpus, heads or propagation.
+        RecordError: They cannot be compared: another model, corpus, heads or propagation; or the
+            budgets are torn.
     """
+    _check_shape(budgets, _BUDGETS, "the file of budgets", "restore it, or accept new ones")
     reasons = []
     for group in budgets["groups"]:
         mismatch = _mismatch(group, evaluation)
@@ -158,8 +252,10 @@ def check_budgets(evaluation: Record, budgets: Record) -> list[Overrun]:
     )
 
 
-def _mismatch(group: Record, evaluation: Record) -> str | None:
-    for path in _IDENTITY:
+def _mismatch(
+    group: Record, evaluation: Record, identity: Sequence[Sequence[str]] = _IDENTITY
+) -> str | None:
+    for path in identity:
         expected, got = _at(group, path), _at(evaluation, path)
         if expected != got:
             return f"{'.'.join(path[-2:])} is {got}, the budget's is {expected}"
@@ -178,21 +274,23 @@ def _overruns(group: Record, evaluation: Record) -> list[Overrun]:
     for point in group["points"]:
         row = rows.get(_point_key(point))
         if row is None:
-            found.append(Overrun(_named(point), "point", "measured", "not at all", _command(group)))
+            words = "not measured at all"
+            found.append(Overrun(_named(point), "point", words, _command(group)))
             continue
         for figure, limit in point["budget"].items():
             got = row.get(figure)
             if not all(_keeps(figure, row, limit)):
                 limits = " and ".join(f"at {side} {value:g}" for side, value in limit.items())
                 shown = "nothing" if got is None else f"{got:.4f}"
-                found.append(Overrun(_named(point), figure, limits, shown, _command(group)))
+                words = f"{figure} budget {limits}, measured {shown}"
+                found.append(Overrun(_named(point), figure, words, _command(group)))
     return found
 
 
 def _keeps(figure: str, row: Record, limit: Record) -> Iterator[bool]:
     # A comparison with NaN is false, so that NaN keeps no budget.
     low = high = row.get(figure)
-    if low is None or not {"least", "most"} >= limit.keys() or not limit:
+    if low is None:
         yield False
         return
     if figure == "seconds_ratio" and row.get("seconds_ratio_interval") is not None:

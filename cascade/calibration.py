@@ -14,22 +14,32 @@ from cascade.baselines import read_record
 from cascade.corpora import TokenBlocks
 from cascade.early_exit import PROPAGATIONS, EarlyExit, Propagation, make_chunk, make_exit
 from cascade.errors import CorpusError, ModelError, RecordError, UsageError
-from cascade.exits import find_rule
+from cascade.exits import check_layers, check_seed, find_rule
 from cascade.heads import FittedHeads, check_same_model, heads_provenance
 from cascade.models import DecoderStack
 from cascade.passes import Pass, slices
 from cascade.points import Array, Evaluator, Point
 from cascade.saturation import check_blocks, provenance_of
+from cascade.shapes import COUNT, NUMBER, SHARE, TEXT, WHOLE, Maybe, Shape, flaw, one_of
 from cascade.skipping import Counts, SkippingLayers
-from cascade.thresholds import Certificate, certify, fit_threshold, transfer
+from cascade.thresholds import Certificate, certify, fit_threshold, too_few, transfer
 
 KIND = "calibration"
 
 #: What a calibration must hold to run with.
-_PARTS = {
-    *("exit_layer", "rule", "seed", "head", "propagation", "by_hard_ratio", "certificate"),
-    "provenance",
+_PARTS: Shape = {
+    "exit_layer": COUNT,
+    "rule": TEXT,
+    "seed": WHOLE,
+    "head": TEXT,
+    "propagation": one_of(*PROPAGATIONS),
+    "by_hard_ratio": [{"hard_ratio": SHARE, "threshold": NUMBER}],
+    "certificate": Maybe({"threshold": Maybe(NUMBER, present=True)}, present=True),
+    "provenance": {"model": {}, "heads_fingerprint": Maybe(TEXT)},
 }
+
+#: At a confidence of 0.95 this takes 1.5e12 sequences.
+_LEAST_RISK = 1e-6
 
 #: Exit shares whose thresholds are tested one after the other, the safest first.
 _TESTED_SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, *(share / 100 for share in range(10, 100, 5)), 1.0)
@@ -61,18 +71,9 @@ class Wish:
 
         Raises:
             UsageError: A ratio, risk or confidence out of range, nothing at all is asked for, or a
-                rule that needs the full model's answer or other exit layers.
+                rule without thresholds, or that needs the full model's answer or other exit layers.
         """
-        rule = find_rule(self.rule)
-        if rule.needs_full:
-            raise UsageError(
-                f"the rule {self.rule} needs the full model's answer: it has nothing to calibrate"
-            )
-        if rule.needs_earlier:
-            raise UsageError(
-                f"the rule {self.rule} looks at earlier exit layers, and a calibration has only one"
-                " layer; calibrate another rule"
-            )
+        self._check_rule()
         if not self.hard_ratios and self.risk is None:
             raise UsageError("expected a hard ratio or a risk to calibrate for, got neither")
         if self.propagation not in PROPAGATIONS:
@@ -85,6 +86,27 @@ class Wish:
         for name, value in (("risk", self.risk), ("confidence", self.confidence)):
             if value is not None and not 0 < value < 1:
                 raise UsageError(f"expected a {name} between 0 and 1, got {value:g}")
+        if self.risk is not None and self.risk < _LEAST_RISK:
+            raise UsageError(
+                f"expected a risk of at least {_LEAST_RISK:g}, got {self.risk:g}: no corpus has "
+                "the sequences that it would need"
+            )
+
+    def _check_rule(self) -> None:
+        rule = find_rule(self.rule)
+        if rule.needs_full:
+            raise UsageError(
+                f"the rule {self.rule} needs the full model's answer: it has nothing to calibrate"
+            )
+        if rule.needs_earlier:
+            raise UsageError(
+                f"the rule {self.rule} looks at earlier exit layers, and a calibration has only one"
+                " layer; calibrate another rule"
+            )
+        if self.rule == "fixed":
+            raise UsageError(
+                "the rule fixed lets every token leave: it has no threshold to calibrate"
+            )
 
 
 @torch.no_grad()
@@ -181,6 +203,8 @@ def calibrate(
         ModelError: A state is not finite, or the heads belong to another model.
     """
     wish.check()
+    check_seed(seed)
+    wish = replace(wish, hard_ratios=tuple(dict.fromkeys(wish.hard_ratios)))
     for corpus in (blocks, onto):
         if corpus is None:
             continue
@@ -188,7 +212,7 @@ def calibrate(
             raise CorpusError(
                 f"expected at least 2 sequences to calibrate on, got {len(corpus.ids)} in "
                 f"{corpus.name}: tokens of one are correlated and give no interval; take a larger "
-                "corpus or a smaller --seq-len"
+                "corpus, a larger --max-tokens or a smaller --seq-len"
             )
         check_blocks(stack, corpus, batch_size)
     run = _Run(stack, wish, heads, batch_size, seed, progress)
@@ -213,6 +237,30 @@ def calibrate(
         if onto is None
         else run.transfer(onto, [row.threshold for row in fitted], certificate),
     }
+
+
+def tokens_to_read(blocks: TokenBlocks, wish: Wish, *, onto: TokenBlocks | None = None) -> int:
+    """Return how many tokens `calibrate` goes through, which `progress` adds up to.
+
+    Args:
+        blocks: The corpus to calibrate on.
+        wish: What to calibrate.
+        onto: Another corpus.
+    """
+    tests = wish.risk is not None and _beforehand(blocks, wish) is None
+    moved = 0 if onto is None else 2 * onto.tokens
+    return blocks.tokens + moved + (_tested(blocks).tokens if tests else 0)
+
+
+def _tested(blocks: TokenBlocks) -> TokenBlocks:
+    """Return the sequences that thresholds are tested on; the others propose them."""
+    return replace(blocks, ids=blocks.ids[1::2])
+
+
+def _beforehand(blocks: TokenBlocks, wish: Wish) -> Certificate | None:
+    """Return the certificate of too few sequences; None where thresholds have to be tested."""
+    assert wish.risk is not None
+    return too_few(len(_tested(blocks).ids), risk=wish.risk, confidence=wish.confidence)
 
 
 class _Run:
@@ -255,12 +303,14 @@ class _Run:
         return self.evaluator.losses(blocks, points, progress=self.progress)
 
     def certificate(self, blocks: TokenBlocks, values: Array) -> Certificate:
+        certificate = _beforehand(blocks, self.wish)
+        if certificate is not None:
+            return certificate
         assert self.wish.risk is not None
         proposed = np.quantile(values[0::2], [1 - share for share in _TESTED_SHARES])
         # In the confidences' own precision, in which they are compared.
         thresholds = np.unique(proposed.astype(values.dtype))[::-1]
-        tested = replace(blocks, ids=blocks.ids[1::2])
-        losses = self.losses(tested, [float(value) for value in thresholds])
+        losses = self.losses(_tested(blocks), [float(value) for value in thresholds])
         return certify(thresholds, losses, risk=self.wish.risk, confidence=self.wish.confidence)
 
     def transfer(
@@ -289,34 +339,22 @@ def read_calibration(path: Path, stack: DecoderStack) -> dict[str, Any]:
         ModelError: It belongs to another model (both are named).
     """
     record = read_record(path, kind=KIND)
-    missing = _PARTS - record.keys()
-    if missing:
+    found = flaw(record, _PARTS)
+    if found is not None:
         raise RecordError(
-            f"{path} lacks {', '.join(sorted(missing))}; make it anew with `cascade calibrate`"
-        )
-    if not _is_whole(record):
-        raise RecordError(
-            f"{path} is torn or edited: expected a model and thresholds that are numbers; make it "
-            "anew with `cascade calibrate`"
+            f"{path} is torn or edited ({found}); make it anew with `cascade calibrate`"
         )
     check_same_model(record["provenance"]["model"], stack, what="this calibration's thresholds")
-    return record
-
-
-def _is_whole(record: dict[str, Any]) -> bool:
-    """Say whether a record has the model and the numbers that are taken from it."""
     try:
-        numbers = [
-            row[name] for row in record["by_hard_ratio"] for name in ("hard_ratio", "threshold")
-        ]
-        certificate = record["certificate"]
-        if certificate is not None and certificate["threshold"] is not None:
-            numbers.append(certificate["threshold"])
-        numbers.append(record["seed"])
-        whole = isinstance(record["provenance"]["model"], dict)
-    except (KeyError, TypeError):
-        return False
-    return whole and all(isinstance(number, int | float) for number in numbers)
+        rule = find_rule(record["rule"])
+        check_layers({record["exit_layer"]: rule}, stack.num_layers)
+        check_seed(record["seed"])
+        for row in (*record["by_hard_ratio"], record["certificate"] or {}):
+            if row.get("threshold") is not None:
+                rule.check(row["threshold"])
+    except UsageError as error:
+        raise RecordError(f"{path}: {error}; make it anew with `cascade calibrate`") from error
+    return record
 
 
 def threshold_of(record: dict[str, Any], hard_ratio: float | None = None) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cascade.corpora import TokenBlocks
 from cascade.errors import CorpusError, UsageError
+from cascade.exits import check_seed
 from cascade.heads import CHECKED, FittedHeads, rows_of
 from cascade.models import DecoderStack
 from cascade.ridge import rms_normalized
@@ -70,7 +71,7 @@ def distill(
     Raises:
         CorpusError: Fewer than ten sequences: none is left to check with; or a corpus that the
             model cannot read.
-        UsageError: No epoch, or a learning rate that is not positive.
+        UsageError: No epoch, a learning rate that is not positive, or a seed out of range.
         ModelError: The heads belong to another model.
     """
     if epochs < 1 or not learning_rate > 0:
@@ -78,6 +79,7 @@ def distill(
             "expected at least one epoch and a positive learning rate, got "
             f"{epochs} and {learning_rate}"
         )
+    check_seed(seed)
     heads.check(stack)
     check_blocks(stack, blocks, batch_size)
     numbers = np.arange(len(blocks.ids))

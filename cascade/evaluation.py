@@ -14,7 +14,7 @@ from cascade.corpora import TokenBlocks
 from cascade.costs import full_flops
 from cascade.early_exit import Propagation
 from cascade.errors import CorpusError, UsageError
-from cascade.exits import check_layers, find_rule
+from cascade.exits import check_layers, check_seed, find_rule
 from cascade.heads import FittedHeads, heads_provenance
 from cascade.models import DecoderStack
 from cascade.points import INTERVAL, Array, Evaluator, ExitTable, Point
@@ -49,7 +49,8 @@ class Request:
         """Refuse what cannot be meant.
 
         Raises:
-            UsageError: A ratio or a threshold is outside its range, or there is no exit layer.
+            UsageError: A ratio or a threshold is outside its range, or there is no exit layer, or
+                no rule but controls.
         """
         if self.only_given and not self.thresholds:
             raise UsageError("expected at least one point to measure; name some with --point")
@@ -62,19 +63,36 @@ class Request:
             for value in values:
                 if not 0 <= value <= 1:
                     raise UsageError(f"expected a {name} in 0..1, got {value:g}")
-        if not self.perplexity_ratio >= 1:
+        if not 1 <= self.perplexity_ratio < math.inf:
             raise UsageError(
-                f"expected a perplexity ratio of at least 1, got {self.perplexity_ratio:g}"
+                f"expected a finite perplexity ratio of at least 1, got {self.perplexity_ratio:g}"
             )
         for name in self.rules:
             find_rule(name)
         for point in self.thresholds:
-            find_rule(point.rule).check(point.threshold)
+            rule = find_rule(point.rule)
             if math.isinf(point.threshold):
                 raise UsageError(
                     f"expected a finite threshold, got {point.threshold:g}; the full model is "
                     "always measured, and that every token leaves is the rule fixed"
                 )
+            rule.check(point.threshold, infinite=False)
+        self._check_judged()
+
+    def _check_judged(self) -> None:
+        """Refuse to judge where there is nothing but what points are judged against."""
+        names = dict.fromkeys([*self.rules, *(point.rule for point in self.thresholds)])
+        if self.only_given or any(name not in CONTROLS for name in names):
+            return
+        if not names:
+            raise UsageError("expected a rule to judge, got none; name one")
+        raise UsageError(
+            f"the rules {', '.join(names)} are controls, measured beside every rule; name a rule "
+            "to judge"
+        )
+
+
+_MORE_SEQUENCES = "take a larger corpus, a larger --max-tokens or a smaller --seq-len"
 
 
 def split(blocks: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks]:
@@ -85,8 +103,7 @@ def split(blocks: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks]:
     """
     if len(blocks.ids) < 4:
         raise CorpusError(
-            f"{len(blocks.ids)} sequences cannot be split, expected at least 4; take a larger "
-            "corpus"
+            f"{len(blocks.ids)} sequences cannot be split, expected at least 4; {_MORE_SEQUENCES}"
         )
     return (
         replace(blocks, ids=blocks.ids[0::2], name=f"{blocks.name}-fit"),
@@ -125,24 +142,30 @@ def evaluate(
         A record of kind `evaluation`.
 
     Raises:
-        UsageError: Something that cannot be asked for.
+        UsageError: Something that cannot be asked for, a rule that looks further down than a layer
+            lies among it.
         CorpusError: Too few sequences for an interval, or too long ones.
         ModelError: The heads belong to another model, or a state is not finite.
     """
     request.check()
+    check_seed(seed)
     for blocks in (fit, confirm):
         if len(blocks.ids) < 2:
             raise CorpusError(
                 f"expected at least 2 sequences to fit on and 2 to confirm on, got "
-                f"{len(blocks.ids)} in {blocks.name}; take a larger corpus"
+                f"{len(blocks.ids)} in {blocks.name}; {_MORE_SEQUENCES}"
             )
-    for point in request.thresholds:
-        check_layers({point.layer: find_rule(point.rule)}, stack.num_layers)
+    asked = [*itertools.product(request.layers, request.rules)]
+    for layer, name in [*asked, *((point.layer, point.rule) for point in request.thresholds)]:
+        check_layers({layer: find_rule(name)}, stack.num_layers)
     names = tuple(dict.fromkeys([*request.rules, *(p.rule for p in request.thresholds)]))
     layers = sorted({*request.layers, *(point.layer for point in request.thresholds)})
     controls = () if request.only_given else CONTROLS
     rules = {layer: [*names, *(c for c in controls if c not in names)] for layer in layers}
     _drop_too_wide(rules)
+    # What is given is fitted on nothing.
+    fitted_on = {} if request.only_given else {"fitted_on": fit.provenance()}
+    corpora = (confirm,) if request.only_given else (fit, confirm)
     evaluator = Evaluator(stack, rules, heads=heads, propagation=propagation, seed=seed)
     points, searched = [*request.thresholds], []
     if not request.only_given:
@@ -157,8 +180,8 @@ def evaluate(
         "schema": 1,
         "kind": "evaluation",
         "provenance": provenance_of(stack, confirm, command)
-        | {"fitted_on": fit.provenance()}
-        | heads_provenance(heads, fit, confirm),
+        | fitted_on
+        | heads_provenance(heads, *corpora),
         "settings": {
             "propagation": propagation,
             "layers": layers,
@@ -197,12 +220,13 @@ _SECONDS = (
 )
 
 
-#: Shares of exits that are one and the same to the random control.
-_SAME_SHARE = 0.02
+#: Shares of exits that are one and the same to the random control: they differ by no more than
+#: this part of them, and so does what leaving at random costs.
+_SAME_SHARE = 0.05
 
 
 def _drop_too_wide(rules: dict[int, list[str]]) -> None:
-    """Leave out rules that look further down than there are layers."""
+    """Leave out rules that look further down than there are layers: nobody asked for them there."""
     for layer, names in rules.items():
         rules[layer] = [name for name in names if find_rule(name).entries <= layer]
 
@@ -226,14 +250,16 @@ def _matched(fitted: ExitTable, points: Sequence[Point]) -> list[Point]:
     for point in points:
         if point.rule in CONTROLS:
             continue
-        share = float((fitted.confidence[point.layer, point.rule] >= point.threshold).mean())
+        leaves = fitted.confidence[point.layer, point.rule] >= point.threshold
+        # Where none leaves here, some may on the other sequences: one token, then.
+        share = max(float(leaves.mean()), 1 / leaves.size)
         near = any(
             other.rule == "random"
             and other.layer == point.layer
-            and abs(1 - other.threshold - share) <= _SAME_SHARE
+            and abs(1 - other.threshold - share) <= _SAME_SHARE * share
             for other in (*points, *found)
         )
-        if share and not near:
+        if not near:
             found.append(Point(point.layer, "random", 1 - share, f"the share of {point.rule}"))
     return found
 

@@ -172,22 +172,27 @@ class ExitRule:
     what: str
     source: str
 
-    def check(self, threshold: float) -> None:
+    def check(self, threshold: float, *, infinite: bool = True) -> None:
         """Refuse a threshold that cannot be meant.
 
-        Any may be +inf (nothing exits: the full model) or -inf (everything exits), and the next
-        fp32 number above the range, which a fit gives where the surest tokens are to stay.
+        Any may be the next fp32 number above the range, which a fit gives where the surest tokens
+        are to stay.
+
+        Args:
+            threshold: From which confidence on tokens leave.
+            infinite: It may be +inf (nothing exits: the full model) or -inf (everything exits).
 
         Raises:
             UsageError: NaN, or outside the rule's range.
         """
         above = torch.nextafter(torch.tensor(self.high), torch.tensor(math.inf)).item()
-        if math.isinf(threshold) or self.low <= threshold <= above:
+        if self.low <= threshold <= above or (infinite and math.isinf(threshold)):
             return
+        also = " (or inf, or -inf)" if infinite else ""
         high = "" if math.isinf(self.high) else f" to {self.high:g}"
         raise UsageError(
             f"the rule {self.name} gives confidences from {self.low:g}{high}; expected a threshold"
-            f" in there (or inf, or -inf), got {threshold:g}"
+            f" in there{also}, got {threshold:g}"
         )
 
 
@@ -306,6 +311,16 @@ def _oracle(at: ExitPoint) -> Tensor:
     if at.full_prediction is None:
         raise UsageError("the oracle needs the full model's answer: it can score, not generate")
     return (at.prediction == at.full_prediction).float()
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that not every generator takes.
+
+    Raises:
+        UsageError: It is negative, or takes more than 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"expected a seed in 0..{2**63 - 1}, got {seed}")
 
 
 def check_layers(rules: Mapping[int, ExitRule], num_layers: int) -> None:

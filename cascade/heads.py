@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from cascade.files import atomic_path
 from cascade.models import DecoderStack
 from cascade.ridge import NormalEquations, fit, rms_normalized
 from cascade.saturation import check_blocks
+from cascade.shapes import COUNT, FLAG, TEXT, Maybe, Shape, flaw
 
 _SCHEMA = 1
 _KIND = "exit-heads"
@@ -317,6 +319,10 @@ def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
     """
     from safetensors import safe_open
 
+    if path.is_dir():
+        raise RecordError(
+            f"{path} is a folder, expected the .safetensors file of `cascade fit-heads`"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("cascade", "null"))
@@ -333,31 +339,87 @@ def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
         raise RecordError(f"{path} holds no exit heads; make them with `cascade fit-heads`")
     try:
         heads = _assembled(tensors, about)
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         raise RecordError(
-            f"{path} lacks some of its exit heads; make it anew with `cascade fit-heads`"
+            f"{path} is torn or edited ({error}); make it anew with `cascade fit-heads`"
         ) from error
     heads.check(stack)
     return heads
 
 
+#: What is read of a file's metadata.
+_ABOUT: Shape = {
+    "width": COUNT,
+    "of_states": FLAG,
+    "provenance": {
+        "model": {"num_layers": COUNT, "hidden_size": COUNT},
+        "corpus": Maybe(
+            {
+                "name": TEXT,
+                "source": TEXT,
+                "fingerprint": TEXT,
+                "tokens": COUNT,
+                "sequences": COUNT,
+                "seq_len": COUNT,
+            }
+        ),
+    },
+}
+
+
 def _assembled(tensors: dict[str, Tensor], about: dict[str, Any]) -> FittedHeads:
-    """Return a file's content as heads; KeyError or ValueError where a part is missing."""
-    pairs: dict[str, dict[int, tuple[Tensor, Tensor]]] = {"head": {}, "propagation": {}}
-    for name in tensors:
-        kind, layer, _ = name.split(".")
-        weight, bias = (tensors[f"{kind}.{layer}.{part}"] for part in ("weight", "bias"))
-        pairs[kind][int(layer)] = (weight, bias)
-    last = about["provenance"]["model"]["num_layers"]
-    if pairs["head"].keys() - {last} != pairs["propagation"].keys():
-        raise ValueError("expected a head and a map for every exit layer but the last")
+    """Return a file's content as heads; ValueError, in words, where it is not whole."""
+    found = flaw(about, _ABOUT)
+    if found is not None:
+        raise ValueError(found)
+    model, width = about["provenance"]["model"], about["width"]
+    hidden, last = model["hidden_size"], model["num_layers"]
+    if about["of_states"] and width != hidden:
+        raise ValueError(
+            f"expected a width of {hidden} where layer inputs are predicted, got {width}"
+        )
+    _check_tensors(tensors, _shapes(tensors, hidden, last, width))
+
+    def pairs(kind: str) -> dict[int, tuple[Tensor, Tensor]]:
+        layers = [int(name.split(".")[1]) for name in tensors if name.startswith(f"{kind}.")]
+        return {
+            layer: (tensors[f"{kind}.{layer}.weight"], tensors[f"{kind}.{layer}.bias"])
+            for layer in layers
+        }
+
     return FittedHeads(
-        pairs["head"],
-        pairs["propagation"],
-        about["width"],
-        about["of_states"],
-        about["provenance"],
+        pairs("head"), pairs("propagation"), width, about["of_states"], about["provenance"]
     )
+
+
+def _shapes(
+    tensors: Iterable[str], hidden: int, last: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    """Return every tensor that belongs into a file: those of all layers that any is named after."""
+    named = [re.fullmatch(r"(?:head|propagation)\.([1-9]\d*)\.\w+", name) for name in tensors]
+    layers = sorted({int(match[1]) for match in named if match is not None})
+    return {
+        f"{kind}.{layer}.{part}": shape
+        for layer in layers
+        if layer <= last
+        for kind, outputs in (("head", hidden), ("propagation", (last - layer) * width))
+        if outputs
+        for part, shape in (("weight", (hidden, outputs)), ("bias", (outputs,)))
+    }
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"it has {name}, which is no part of exit heads of its model")
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing or not expected:
+        raise ValueError(f"it lacks {', '.join(missing) or 'heads altogether'}")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            got = list(tensors[name].shape)
+            raise ValueError(f"expected {name} of shape {list(shape)}, got {got}")
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{name} holds NaN or infinite values")
 
 
 # --- Fitting ---------------------------------------------------------------------------------

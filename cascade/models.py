@@ -173,6 +173,12 @@ class DecoderStack:
             if not torch.isfinite(parameter).all():
                 number = layer_of.get(id(parameter))
                 where = f"decoder layer {number}" if number else "outside the decoder layers"
+                if self.dtype == torch.float16 and not torch.isnan(parameter).any():
+                    most = torch.finfo(torch.float16).max
+                    raise ModelError(
+                        f"the weights are infinite in float16 ({where}: {name}), which holds "
+                        f"numbers up to {most:.0f}; use --dtype bfloat16 or float32"
+                    )
                 raise ModelError(
                     f"the weights hold NaN or infinite values ({where}: {name}); "
                     "expected finite weights, get the checkpoint again"

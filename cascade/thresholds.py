@@ -241,12 +241,55 @@ def sequences_needed(risk: float, confidence: float) -> int:
     """
     _check_risk(risk)
     _check_confidence_level(confidence)
-    least = math.ceil(-math.log(1 - confidence) / risk / risk / 2)
+    quotient = -math.log(1 - confidence) / risk / risk / 2
+    if math.isinf(quotient):
+        raise ValueError(
+            f"expected a risk that some number of sequences can certify, got {risk:g}; take a"
+            " larger one"
+        )
+    least = math.ceil(quotient)
     # Where the quotient is nearly whole, rounding decides: ask the test that will be applied.
     for number in (least - 1, least):
         if number > 0 and hoeffding_p_value(0.0, sequences=number, risk=risk) <= 1 - confidence:
             return number
     return least + 1
+
+
+def too_few(sequences: int, *, risk: float, confidence: float) -> Certificate | None:
+    """Return what comes of too few sequences to certify anything, which is known without a loss.
+
+    Args:
+        sequences: How many there are to test thresholds on.
+        risk: The bound on the true mean loss, in (0, 1).
+        confidence: The probability that the guarantee holds, in (0, 1).
+
+    Returns:
+        A certificate of nothing, for which nothing was tested; None where there are enough.
+
+    Raises:
+        ValueError: `risk` or `confidence` is out of its range.
+    """
+    needed = sequences_needed(risk, confidence)
+    if sequences >= needed:
+        return None
+    return Certificate(
+        threshold=None,
+        risk=risk,
+        confidence=confidence,
+        sequences=sequences,
+        sequences_needed=needed,
+        empirical_risk=None,
+        p_values=[],
+        certified=0,
+        reason=_too_few_words(sequences, needed, risk, confidence),
+    )
+
+
+def _too_few_words(sequences: int, needed: int, risk: float, confidence: float) -> str:
+    return (
+        f"{sequences} sequences cannot certify a risk of {risk:g} at confidence {confidence:g}"
+        f" even without any loss: {needed} are needed; use the full model"
+    )
 
 
 def certify(thresholds: Array, losses: Array, *, risk: float, confidence: float) -> Certificate:
@@ -312,10 +355,7 @@ def _reason(
     """Return why testing stopped after `certified` thresholds."""
     needed = sequences_needed(risk, confidence)
     if sequences < needed:
-        return (
-            f"{sequences} sequences cannot certify a risk of {risk:g} at confidence {confidence:g}"
-            f" even without any loss: {needed} are needed; use the full model"
-        )
+        return _too_few_words(sequences, needed, risk, confidence)
     reached = f"{certified} of {len(grid)} thresholds certified"
     if certified == len(grid):
         return f"{reached}, down to {grid[-1]:g}; bolder ones were not tested"

@@ -135,12 +135,13 @@ def _checks(number: int, rows: Sequence[Row], agreement: float, perplexity: floa
     control = _random(row, rows)
     if control is not None:
         other = rows[control]
+        beaten = _beaten_in(row, other)
         checks.append(
             _check(
                 "random",
-                _beats(row, other),
+                bool(beaten),
                 f"random exit of {_percent(other['exit_share'])} at the same layer: "
-                f"{_quality(other)}",
+                f"{_quality(other)} (beaten in {_measures(beaten)})",
             )
         )
     static = _static(row, rows)
@@ -170,15 +171,20 @@ def _is_faster(row: Row) -> bool:
     return interval is not None and interval[1] < 1 and row["flops_ratio"] < 1
 
 
-def _beats(row: Row, other: Row) -> bool:
-    """Say whether a point is better than a control by more than chance, in either measure.
+def _beaten_in(row: Row, other: Row) -> list[str]:
+    """Return the measures in which a point is better than a control by more than chance.
 
-    In the other it may be worse: how bad it may be there at most has its own check.
+    One of them is enough: how bad it may be in the other at most has its own check.
     """
-    return bool(
-        row["agreement_interval"][0] > other["agreement"]
-        or row["perplexity_ratio_interval"][1] < other["perplexity_ratio"]
-    )
+    better = {
+        "agreement": row["agreement_interval"][0] > other["agreement"],
+        "perplexity": row["perplexity_ratio_interval"][1] < other["perplexity_ratio"],
+    }
+    return [name for name, is_better in better.items() if is_better]
+
+
+def _measures(names: Sequence[str]) -> str:
+    return {0: "neither", 1: f"{''.join(names)} alone"}.get(len(names), " and ".join(names))
 
 
 def _dominates(other: Row, row: Row) -> bool:
@@ -277,7 +283,10 @@ def _time(row: Row) -> str:
 
 
 def _speed(row: Row) -> str:
-    return f"scoring takes {_time(row)}, {_hundredths(row['flops_ratio'])} x its operations"
+    found = f"scoring takes {_time(row)}, {_hundredths(row['flops_ratio'])} x its operations"
+    if row["seconds_ratio_interval"] is None:
+        found += "; one batch cannot tell, take a smaller --batch-size or more text"
+    return found
 
 
 def _between(interval: Sequence[float], show: Any) -> str:

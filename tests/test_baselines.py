@@ -52,8 +52,8 @@ def test_nan_is_never_written(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ('{"schema": 1, "kind": "satu', "torn or edited"),
-        ('{"schema": 1, "kind": "evaluation"}', "expected a saturation record, got evaluation"),
-        ("[1]", "expected a saturation record, got list"),
+        ('{"schema": 1, "kind": "evaluation"}', "record of kind saturation, got evaluation"),
+        ("[1]", "record of kind saturation, got list"),
         (
             '{"schema": 3, "kind": "saturation",'
             ' "provenance": {"versions": {"cascade-exit": "9"}}}',

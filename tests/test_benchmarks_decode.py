@@ -366,6 +366,25 @@ def test_the_command_refuses_in_one_line(saved: Path, run: Run, here: Path) -> N
     assert not (here / "out").exists()
 
 
+def test_prompts_beyond_the_positions_are_refused_before_any_pass(
+    saved: Path, run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As an attribute, the name is the function's.
+    room = importlib.import_module("cascade.benchmarks.decode")
+    monkeypatch.setattr(room, "fit_heads", lambda *_, **__: pytest.fail("heads were fitted"))
+    for prompt, new in ((600, 24), (60, 5)):
+        done = run(
+            *("bench", "decode", "--model", saved, "--output", "out"),
+            *("--prompt-tokens", prompt, "--new-tokens", new),
+        )
+        assert done.status == 2
+        assert done.err.splitlines()[-1] == (
+            f"cascade: {prompt} --prompt-tokens and {new} --new-tokens exceed the model's 64 "
+            "positions; take fewer"
+        )
+        assert not (here / "out").exists()
+
+
 def test_counts_of_several_batches_add_up() -> None:
     stack = DecoderStack(tiny_model("llama"))
     early = EarlyExit(stack)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given
@@ -64,6 +66,19 @@ def test_the_device_is_waited_for_before_the_clock_starts_and_before_it_stops():
         synchronize=lambda: events.append("wait"),
     )
     assert events == ["way", "wait", "clock", "way", "wait", "clock"]
+
+
+def test_more_threads_than_cores_can_serve_are_refused():
+    before, most = torch.get_num_threads(), 8 * (os.cpu_count() or 1)
+    with timing.pinned_threads(most):
+        assert torch.get_num_threads() == most
+    for threads in (most + 1, 99_999, 10**30):
+        with pytest.raises(timing.BenchmarkError) as error, timing.pinned_threads(threads):
+            pytest.fail("it was begun")
+        assert str(error.value) == (
+            f"expected --threads of at most {most} (8 for each core), got {threads}"
+        )
+    assert torch.get_num_threads() == before
 
 
 def test_threads_are_pinned_inside_and_restored_even_on_failure():

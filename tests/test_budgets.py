@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from by_hand import one_line
 
 from cascade.budgets import SLACK, accept_budgets, check_budgets
 from cascade.errors import RecordError
@@ -63,7 +64,7 @@ def an_evaluation(*rows: Record, propagation: str = "frozen", heads: str | None 
 
 def stored(tmp_path: Path, *evaluations: Record) -> Record:
     for evaluation in evaluations:
-        path, _ = accept_budgets(tmp_path, evaluation)
+        path = accept_budgets(tmp_path, evaluation).path
     record: Record = json.loads(path.read_text())
     return record
 
@@ -130,8 +131,10 @@ def test_a_figure_that_is_missing_or_nan_fails(tmp_path: Path, figure: str, valu
 def test_a_point_that_was_not_measured_fails(tmp_path: Path) -> None:
     budgets = stored(tmp_path, an_evaluation(a_row(), a_row(exit_layer=2)))
     (overrun,) = check_budgets(an_evaluation(a_row()), budgets)
-    assert "layer 2" in str(overrun)
-    assert "not at all" in str(overrun)
+    assert str(overrun) == (
+        "layer 2, cosine >= 0.95, logit_lens: not measured at all; "
+        "look closer with `cascade evaluate --point 3:cosine:0.95`"
+    )
 
 
 def test_a_failure_says_budget_measured_and_what_to_run(tmp_path: Path) -> None:
@@ -171,10 +174,136 @@ def test_groups_of_other_heads_and_propagations_live_side_by_side(tmp_path: Path
     budgets = stored(tmp_path, lens, ridge)
     assert len(budgets["groups"]) == 2
     assert check_budgets(lens, budgets) == check_budgets(ridge, budgets) == []
-    again, overruns = accept_budgets(tmp_path, an_evaluation(a_row(agreement=0.5)))
-    assert [overrun.figure for overrun in overruns] == ["agreement"]
-    groups = json.loads(again.read_text())["groups"]
+    again = accept_budgets(tmp_path, an_evaluation(a_row(agreement=0.5)))
+    assert [overrun.figure for overrun in again.overruns] == ["agreement"]
+    assert again.replaced_heads is None
+    groups = json.loads(again.path.read_text())["groups"]
     assert [group["points"][0]["agreement"] for group in groups] == [0.5, 0.9]
+
+
+def test_refitted_heads_replace_the_budgets_of_those_before_and_it_is_said(tmp_path: Path) -> None:
+    before = an_evaluation(a_row(), heads="sha256:before", propagation="ridge")
+    lens = an_evaluation(a_row())
+    stored(tmp_path, before, lens)
+    after = an_evaluation(a_row(agreement=0.8), heads="sha256:after", propagation="ridge")
+    accepted = accept_budgets(tmp_path, after)
+    assert accepted.replaced_heads == "sha256:before"
+    budgets = json.loads(accepted.path.read_text())
+    assert len(budgets["groups"]) == 2
+    assert check_budgets(after, budgets) == check_budgets(lens, budgets) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "what"),
+    [
+        (("model",), "weights_hash", "model.weights_hash"),
+        (("model",), "dtype", "model.dtype"),
+        (("model",), "revision", "model.revision"),
+        (("corpus",), "fingerprint", "corpus.fingerprint"),
+        ((), "tokenizer_hash", "tokenizer_hash"),
+    ],
+)
+def test_budgets_of_another_model_or_corpus_are_not_replaced_but_refused(
+    tmp_path: Path, part: tuple[str, ...], name: str, what: str
+) -> None:
+    path = accept_budgets(tmp_path, an_evaluation(a_row())).path
+    before = path.read_bytes()
+    other = copy.deepcopy(an_evaluation(a_row(), propagation="exact"))
+    place = other["provenance"]
+    for key in part:
+        place = place[key]
+    expected, place[name] = place[name], "another"
+    with pytest.raises(RecordError) as error:
+        accept_budgets(tmp_path, other)
+    words = one_line(error)
+    assert str(path) in words
+    assert f"{what} is another, the budget's is {expected}" in words
+    assert "remove" in words
+    assert "--baselines" in words
+    assert path.read_bytes() == before
+
+
+def without(record: Record, *place: Any) -> Record:
+    """Return a copy of a record that lacks what lies at a place."""
+    changed = inner = copy.deepcopy(record)
+    for name in place[:-1]:
+        inner = inner[name]
+    del inner[place[-1]]
+    return changed
+
+
+FIGURES = ("exit_share", "agreement", "perplexity_ratio", "layers_per_token", "seconds_ratio")
+
+TORN: dict[str, tuple[Record, str]] = {
+    "no points": (without(an_evaluation(), "points"), "a list at points"),
+    "null for points": (an_evaluation() | {"points": None}, "a list at points"),
+    "an empty point": (an_evaluation({}), "points[0].exit_layer"),
+    "no settings": (without(an_evaluation(a_row()), "settings"), "an object at settings"),
+    "no propagation": (an_evaluation(a_row()) | {"settings": {}}, "settings.propagation"),
+    "no provenance": (without(an_evaluation(a_row()), "provenance"), "an object at provenance"),
+    "no weights": (
+        without(an_evaluation(a_row()), "provenance", "model", "weights_hash"),
+        "provenance.model.weights_hash",
+    ),
+    "negative perplexity": (an_evaluation(a_row(perplexity_ratio=-1.2)), "got -1.2"),
+    "half an interval": (an_evaluation(a_row(seconds_ratio_interval=[0.8])), "got [0.8]"),
+    **{
+        f"{figure} {name}": (an_evaluation(a_row(**{figure: value})), f"points[0].{figure}")
+        for figure in FIGURES
+        for name, value in (("null", None), ("NaN", math.nan), ("as text", "0.9"))
+    },
+    **{
+        f"without {figure}": (without(an_evaluation(a_row()), "points", 0, figure), figure)
+        for figure in FIGURES
+    },
+}
+
+
+@pytest.mark.parametrize("case", TORN)
+def test_an_evaluation_that_lacks_something_is_refused_and_nothing_is_written(
+    tmp_path: Path, case: str
+) -> None:
+    evaluation, words = TORN[case]
+    with pytest.raises(RecordError) as error:
+        accept_budgets(tmp_path / "baselines", evaluation)
+    assert "torn or edited" in one_line(error)
+    assert words in one_line(error)
+    assert not (tmp_path / "baselines").exists()
+
+
+TORN_BUDGETS = {
+    "no groups": ("groups", None),
+    "a group that is none": ("groups", [None]),
+    "no points": ("groups", 0, "points", None),
+    "a point that is none": ("groups", 0, "points", [{}]),
+    "no budget": ("groups", 0, "points", 0, "budget", None),
+    "a budget that is no limit": ("groups", 0, "points", 0, "budget", {"agreement": 0.9}),
+    "a limit that is no number": (
+        *("groups", 0, "points", 0, "budget"),
+        {"agreement": {"least": "0.9"}},
+    ),
+    "no settings": ("groups", 0, "settings", None),
+    "no provenance": ("groups", 0, "provenance", None),
+}
+
+
+@pytest.mark.parametrize("case", TORN_BUDGETS)
+def test_stored_budgets_that_are_torn_are_refused(tmp_path: Path, case: str) -> None:
+    budgets = stored(tmp_path, an_evaluation(a_row()))
+    *place, last, value = TORN_BUDGETS[case]
+    inner: Any = budgets
+    for name in place:
+        inner = inner[name]
+    inner[last] = value
+    (path,) = tmp_path.rglob("*.budgets.json")
+    path.write_text(json.dumps(budgets))
+    before = path.read_bytes()
+    with pytest.raises(RecordError) as error:
+        accept_budgets(tmp_path, an_evaluation(a_row()))
+    assert str(path) in one_line(error)
+    assert path.read_bytes() == before
+    with pytest.raises(RecordError, match="torn or edited"):
+        check_budgets(an_evaluation(a_row()), budgets)
 
 
 def test_only_given_points_become_budgets(tmp_path: Path) -> None:

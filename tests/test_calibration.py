@@ -31,6 +31,7 @@ from cascade.calibration import (
     early_exit_of,
     read_calibration,
     threshold_of,
+    tokens_to_read,
 )
 from cascade.corpora import TokenBlocks
 from cascade.early_exit import EarlyExit
@@ -315,6 +316,17 @@ def test_certificates_break_their_promise_as_seldom_as_they_say() -> None:
     assert bold >= 30
 
 
+@pytest.mark.parametrize("risk", [0.05, 0.5])
+@pytest.mark.parametrize("onto", [None, OTHER])
+def test_the_tokens_to_read_are_known_beforehand(risk: float, onto: TokenBlocks | None) -> None:
+    asked, done = certified(risk=risk), list[int]()
+    calibrate(a_stack("llama"), BLOCKS, asked, onto=onto, progress=done.append)
+    assert sum(done) == tokens_to_read(BLOCKS, asked, onto=onto)
+    # No threshold is tested where there are too few sequences to certify any.
+    tested = BLOCKS.tokens // 2 if risk == 0.5 else 0
+    assert sum(done) == BLOCKS.tokens + tested + (2 * OTHER.tokens if onto else 0)
+
+
 def test_too_few_sequences_give_an_honest_refusal_and_the_full_model() -> None:
     stack = a_settled_stack("gemma2")
     asked = certified(risk=0.05, confidence=0.9)
@@ -322,6 +334,7 @@ def test_too_few_sequences_give_an_honest_refusal_and_the_full_model() -> None:
     found, needed = record["certificate"], sequences_needed(0.05, 0.9)
     assert found["threshold"] is None
     assert found["certified"] == 0
+    assert found["p_values"] == []
     assert found["sequences"] == 12
     assert found["sequences_needed"] == needed == math.ceil(math.log(10) / (2 * 0.05**2))
     assert str(needed) in found["reason"]
@@ -485,14 +498,44 @@ def broken(change: Callable[[Record], Any]) -> Callable[[Record], str]:
 BROKEN: dict[str, tuple[Callable[[Record], str], str]] = {
     "torn": (lambda record: json.dumps(record)[:-40], "torn or edited"),
     "empty": (lambda record: "", "torn or edited"),
-    "a list": (lambda record: "[]", "expected a calibration record, got list"),
+    "a list": (lambda record: "[]", "expected a record of kind calibration, got list"),
     "foreign": (broken(lambda r: r.update(kind="evaluation")), "got evaluation"),
     "newer": (broken(lambda r: r.update(schema=99)), "schema 99"),
-    "no layer": (broken(lambda r: r.pop("exit_layer")), "lacks exit_layer"),
-    "no certificate": (broken(lambda r: r.pop("certificate")), "lacks certificate"),
-    "no seed": (broken(lambda r: r.pop("seed")), "lacks seed"),
-    "a seed in words": (broken(lambda r: r.update(seed="1")), "torn or edited"),
-    "no provenance": (broken(lambda r: r.pop("provenance")), "lacks provenance"),
+    "no layer": (broken(lambda r: r.pop("exit_layer")), "at exit_layer, got nothing"),
+    "no certificate": (broken(lambda r: r.pop("certificate")), "at certificate, got nothing"),
+    "no provenance": (broken(lambda r: r.pop("provenance")), "at provenance, got nothing"),
+    "no seed": (broken(lambda r: r.pop("seed")), "at seed, got nothing"),
+    "a seed out of range": (broken(lambda r: r.update(seed=2**63)), f"got {2**63}"),
+    "a seed in words": (broken(lambda r: r.update(seed="1")), 'at seed, got "1"'),
+    "a layer in words": (broken(lambda r: r.update(exit_layer="2")), 'at exit_layer, got "2"'),
+    "a layer that is a flag": (broken(lambda r: r.update(exit_layer=True)), "got true"),
+    "a layer between two": (broken(lambda r: r.update(exit_layer=2.5)), "at exit_layer, got 2.5"),
+    "a layer beyond the last": (broken(lambda r: r.update(exit_layer=9)), "in 1..4, got 9"),
+    "a list of rules": (broken(lambda r: r.update(rule=["cosine"])), 'at rule, got ["cosine"]'),
+    "a rule there is not": (broken(lambda r: r.update(rule="cosin")), "expected a rule among"),
+    "another propagation": (broken(lambda r: r.update(propagation="melted")), "at propagation"),
+    "a list of propagations": (broken(lambda r: r.update(propagation=["frozen"])), "propagation"),
+    "a head that is none": (broken(lambda r: r.update(head=None)), "at head, got null"),
+    "a threshold out of range": (
+        broken(lambda r: r["by_hard_ratio"][0].update(threshold=7)),
+        "the rule top2_gap gives confidences from 0 to 1",
+    ),
+    "a certified threshold out of range": (
+        broken(lambda r: r.update(certificate={"threshold": -3})),
+        "the rule top2_gap gives confidences from 0 to 1",
+    ),
+    "a fingerprint that is none": (
+        broken(lambda r: r["provenance"].update(heads_fingerprint=[1])),
+        "at provenance.heads_fingerprint, got [1]",
+    ),
+    **{
+        f"{name} is {value}": (
+            broken(lambda r, name=name, value=value: r["by_hard_ratio"][0].update({name: value})),
+            f"at by_hard_ratio[0].{name}, got ",
+        )
+        for name in ("hard_ratio", "threshold")
+        for value in (True, math.nan, math.inf, 10**400, None)
+    },
     "no model": (broken(lambda r: r["provenance"].pop("model")), "torn or edited"),
     "a model in words": (broken(lambda r: r["provenance"].update(model="x")), "torn or edited"),
     "no rows": (broken(lambda r: r.update(by_hard_ratio=None)), "torn or edited"),
@@ -512,7 +555,9 @@ def test_a_torn_or_foreign_calibration_is_refused_in_one_line(name: str, tmp_pat
     path = tmp_path / "calibration.json"
     path.write_text(text(json.loads(to_json(calibrated()))), encoding="utf-8")
     stack = a_settled_stack("gemma2")
-    assert words in refusal(RecordError, lambda: read_calibration(path, stack))
+    said = refusal(RecordError, lambda: read_calibration(path, stack))
+    assert words in said
+    assert str(path) in said
 
 
 def test_a_missing_calibration_is_refused_with_the_command_that_makes_one(tmp_path: Path) -> None:
@@ -571,6 +616,8 @@ def test_the_same_heads_from_their_file_are_the_same(tmp_path: Path) -> None:
 WRONG = {
     "rule": ({"rule": "cosin"}, "expected a rule among cosine"),
     "oracle": ({"rule": "oracle"}, "nothing to calibrate"),
+    "fixed": ({"rule": "fixed"}, "the rule fixed lets every token leave: it has no threshold"),
+    "a risk too small": ({"risk": 1e-155}, "expected a risk of at least 1e-06, got 1e-155"),
     "patience": ({"rule": "patience"}, "looks at earlier exit layers"),
     "propagation": ({"propagation": "melted"}, "got 'melted'"),
     "ridge without heads": ({"propagation": "ridge"}, "needs fitted heads"),
@@ -596,6 +643,22 @@ def test_a_wish_that_cannot_be_meant_is_refused_before_any_pass(
     assert words in refusal(
         UsageError, lambda: calibrate(a_stack("llama"), BLOCKS, wish(**changes))
     )
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_not_every_generator_takes_is_refused_before_any_pass(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascade.calibration.Pass", lambda *_, **__: pytest.fail("a pass"))
+    words = refusal(UsageError, lambda: calibrate(a_stack("llama"), BLOCKS, wish(), seed=seed))
+    assert words == f"expected a seed in 0..{2**63 - 1}, got {seed}"
+
+
+def test_a_hard_ratio_that_comes_twice_is_fitted_once() -> None:
+    record = calibrate(a_stack("llama"), BLOCKS, wish(hard_ratios=(0.5, 0.3, 0.5)), onto=OTHER)
+    assert [row["hard_ratio"] for row in record["by_hard_ratio"]] == [0.5, 0.3]
+    rows = record["transfer"]["rows"]
+    assert [row["from"] for row in rows] == ["hard ratio 0.5", "hard ratio 0.3"]
 
 
 def test_heads_of_another_model_are_refused() -> None:

@@ -651,29 +651,38 @@ def test_bad_input_is_one_line_and_leaves_no_trace(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "fragments"),
     [
-        ("analyze", "--seq-len", 1),
-        ("analyze", "--batch-size", 0),
-        ("analyze", "--max-tokens", 0),
-        ("analyze", "--num-samples", -1),
-        ("analyze", "--seed", "x"),
-        ("analyze", "--no-such-option"),
-        ("no-such-command",),
-        ("accept",),
+        (("analyze", "--seq-len", 1), ["--seq-len", "2", "got '1'"]),
+        (("analyze", "--seq-len=1"), ["--seq-len", "2", "got '1'"]),
+        (("analyze", "--batch-size", 0), ["--batch-size", "1", "got '0'"]),
+        (("analyze", "--max-tokens", 0), ["--max-tokens", "1", "got '0'"]),
+        (("analyze", "--num-samples", -1), ["--num-samples", "0", "got '-1'"]),
+        (("analyze", "--seed", "x\ny"), ["--seed", "integer", r"got 'x\ny'"]),
+        (("analyze", "--seed"), ["--seed"]),
+        (("analyze", "--no-such-option"), ["--no-such-option"]),
+        (("fit-heads", "--layers", "2"), ["--output", "`cascade fit-heads --help`"]),
+        (("calibrate", "--hard-ratio", 0.5, "--hard-ratio", "x"), ["number", "got '0.5', 'x'"]),
+        (("bench", "decode", "--rounds", "many"), ["--rounds", "`cascade bench decode --help`"]),
+        (("no-such-command",), ["no-such-command", "see `cascade --help`"]),
+        (("accept",), ["run", "see `cascade accept --help`"]),
     ],
-    ids=lambda arguments: " ".join(map(str, arguments)),
+    ids=lambda values: " ".join(map(str, values)) if isinstance(values, tuple) else "",
 )
-def test_a_usage_error_is_exit_status_2_and_leaves_no_trace(
-    run: Run, here: Path, arguments: tuple[object, ...]
+def test_a_usage_error_is_one_line_and_leaves_no_trace(
+    run: Run, here: Path, arguments: tuple[object, ...], fragments: list[str]
 ) -> None:
     before = contents(here)
     done = run(*arguments, *(["--output", "new"] if arguments[0] == "analyze" else []))
-    assert done.status == 2
-    assert done.out == ""
-    assert "Usage: " in done.err
-    assert "Traceback" not in done.err
+    check_refusal(done, fragments)
     assert contents(here) == before
+
+
+@pytest.mark.parametrize("arguments", [(), ("bench",)])
+def test_no_command_at_all_shows_the_help(run: Run, arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert (done.status, done.err) == (2, "")
+    assert "Usage: " in done.out
 
 
 def test_a_refused_overwrite_is_refused_before_the_model_is_loaded(
@@ -754,6 +763,42 @@ def test_ctrl_c_at_any_point_leaves_everything_as_it_was(
         left = {path: content for path, content in left.items() if not path.startswith("newer")}
     assert left == before
     assert analyze(*arguments, "--overwrite").status == 0
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
+def test_being_told_to_stop_leaves_everything_as_it_was(
+    kind: signal.Signals, analyze: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        during.append(contents(here))
+        signal.raise_signal(kind)
+
+    during: list[dict[str, bytes | None]] = []
+    before, handler = contents(here), signal.getsignal(kind)
+    assert handler == signal.SIG_DFL
+    monkeypatch.setattr("cascade.saturation.similarities", stop)
+    done = analyze("--output", "new/report", "--npz", "newer/x.npz")
+    assert (done.status, done.out, done.err) == (128 + kind, "", "")
+    assert set(during[0]) > set(before)  # the working files
+    assert contents(here) == before
+    assert signal.getsignal(kind) == handler
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(
+    analyze: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang_up(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGHUP)
+        return measure(*arguments)
+
+    from cascade.saturation import similarities as measure
+
+    monkeypatch.setattr("cascade.saturation.similarities", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert analyze().status == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 #: A slow pass; it says when it began.
@@ -1053,6 +1098,39 @@ def test_an_option_that_a_script_left_empty_is_refused(
     assert done.status == 2
     assert done.err == f"cascade: expected a value for {flag}, got an empty one\n"
     assert contents(here) == before
+
+
+def test_a_text_that_looks_like_an_empty_option_is_a_text(
+    run: Run, here: Path, models: Path
+) -> None:
+    few = ("--model", models / "tiny", "--max-new-tokens", 2, "--no-compare")
+    done = run("generate", *few, "--prompt", "--foo=")
+    assert done.status == 0, done.err
+    assert "--foo=" in done.out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("command", ["--help", "analyze --help", "accept run", "fit-heads"])
+def test_what_cannot_be_printed_is_one_line_and_what_was_written_stays(
+    analyze: Run, here: Path, models: Path, command: str
+) -> None:
+    assert analyze("--max-tokens", 320, "--output", "run").status == 0
+    common = ("--model", models / "tiny", "--corpus", "texts.jsonl", "--seq-len", 16)
+    fitting = (*common, "--layers", 2, "--distill", 1, "--output", "h.safetensors")
+    arguments = [*command.split(), *(fitting if command == "fit-heads" else ())]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cascade", *map(str, arguments)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("Wrote ")]
+    assert lines == ["cascade: cannot print: No space left on device; send stdout elsewhere"]
+    assert done.returncode == 2
+    assert Path("h.safetensors").exists() == (command == "fit-heads")
+    assert Path("baselines").exists() == (command == "accept run")
 
 
 def test_a_full_disk_behind_stdout_is_one_line(

@@ -76,6 +76,7 @@ def test_half_precision_halves_the_file(tiny: Run, here: Path) -> None:
         (("--layers", "2", "--output", "h.bin"), "expected --output to be a .safetensors file"),
         (("--layers", "2", "--seq-len", 65), "exceed the model's 64 positions"),
         (("--layers", "2", "--distill", 1, "--max-tokens", 64), "expected at least 10"),
+        (("--layers", "2", "--distill", 1, "--seed", 2**64), f"got '{2**64}'"),
     ],
 )
 def test_fitting_refuses_in_one_line_and_writes_nothing(
@@ -153,7 +154,8 @@ def test_thresholds_are_fitted_on_text_that_the_heads_have_not_seen(
     given = ("calibrate", *few, "--layer", 3, "--heads", "h.safetensors")
     done = run(*given, "--transfer-to", "embedded", "--output", "c")
     assert done.status == 0, done.err
-    assert "Beware" not in done.out
+    assert "the heads were fitted on this very text" not in done.out
+    assert "The same thresholds on the same text" in done.out
     record = read("c/calibration.json")
     assert record["provenance"]["heads"]["corpus"]["name"] == "embedded-train"
     assert record["provenance"]["corpus"]["name"] == "embedded-held-out"
@@ -185,6 +187,15 @@ def test_the_other_corpus_has_a_split_and_a_column_of_its_own(
     assert "--transfer-to" in done.err
 
 
+def test_without_a_layer_it_is_one_that_the_heads_have(tiny: Run, here: Path) -> None:
+    for layers, expected in (("2", 2), ("1,3", 3), ("2,4", 2), ("4", 4)):
+        path = f"{layers.replace(',', '-')}.safetensors"
+        assert tiny("fit-heads", "--layers", layers, "--output", path).status == 0
+        done = tiny("calibrate", "--heads", path, "--output", "c", "--overwrite")
+        assert done.status == 0, done.err
+        assert read("c/calibration.json")["exit_layer"] == expected
+
+
 def test_too_few_sequences_certify_nothing_and_leave_the_full_model(
     tiny: Run, here: Path, models: Path
 ) -> None:
@@ -206,13 +217,17 @@ def test_too_few_sequences_certify_nothing_and_leave_the_full_model(
         (("--layer", 9), "expected an exit layer in 1..4, got 9"),
         (("--rule", "cosinus"), "expected a rule among cosine"),
         (("--rule", "oracle"), "it has nothing to calibrate"),
+        (("--rule", "fixed"), "it has no threshold to calibrate"),
+        (("--risk", 1e-155), "expected a risk of at least 1e-06, got 1e-155"),
+        (("--seed", -1), "got '-1'"),
+        (("--heads", "."), ". is a folder, expected the .safetensors file"),
         (("--hard-ratio", 1.5), "expected a hard ratio in 0..1, got 1.5"),
         (("--risk", 0), "expected a risk between 0 and 1, got 0"),
         (("--risk", 0.1, "--confidence", 1), "expected a confidence between 0 and 1, got 1"),
         (("--propagation", "thawed"), "expected a propagation among frozen, ridge, exact"),
         (("--heads", "none.safetensors"), "no exit heads at none.safetensors"),
         (("--transfer-to", "none.jsonl"), "no corpus file none.jsonl"),
-        (("--max-tokens", 16), "sequence"),
+        (("--max-tokens", 16), "a larger --max-tokens"),
         (("--dtype", "int8"), "expected --dtype among"),
     ],
 )
@@ -291,14 +306,19 @@ def test_points_alone_are_measured_as_they_are_among_others(tiny: Run, here: Pat
     [
         (("--layers", "7"), "expected an exit layer in 1..4, got 7"),
         (("--point", "3:cosine"), "expected a point LAYER:RULE:THRESHOLD"),
-        (("--point", "3:cosine:1.5"), "the rule cosine gives confidences from -1 to 1"),
+        (("--point", "3:cosine:1.5"), "expected a threshold in there, got 1.5"),
         (("--point", "3:cosine:nan"), "the rule cosine gives confidences from -1 to 1"),
         (("--rule", "none"), "expected a rule among cosine"),
         (("--agreement", 2), "expected a share of agreement in 0..1, got 2"),
-        (("--perplexity-ratio", 0.5), "expected a perplexity ratio of at least 1, got 0.5"),
+        (("--perplexity-ratio", 0.5), "expected a finite perplexity ratio of at least 1, got 0.5"),
         (("--propagation", "ridge"), "ridge propagation needs fitted heads"),
         (("--only-points",), "expected at least one point"),
-        (("--max-tokens", 32), "expected at least 4"),
+        (("--max-tokens", 32), "a larger --max-tokens"),
+        (("--rule", "oracle"), "the rules oracle are controls"),
+        (("--layers", 1, "--rule", "mean_cosine"), "the rule mean_cosine looks at 2 layers"),
+        (("--perplexity-ratio", "inf"), "got inf"),
+        (("--seed", -1), "got '-1'"),
+        (("--heads", "."), ". is a folder, expected the .safetensors file"),
     ],
 )
 def test_evaluating_refuses_in_one_line_and_writes_nothing(
@@ -320,6 +340,25 @@ def test_accepting_an_evaluation_without_a_given_point_is_refused(
     assert done.status == 2
     assert "no point to budget" in done.err
     assert not Path("baselines").exists()
+
+
+def test_accepting_says_whose_budgets_give_way_and_refuses_those_of_another_dtype(
+    tiny: Run, run: Run, fitted: Path, here: Path
+) -> None:
+    point = ("--only-points", "--point", "3:cosine:0.5")
+    assert tiny("fit-heads", "--layers", 3, "--output", "anew.safetensors").status == 0
+    for name, heads in (("a", fitted), ("b", here / "anew.safetensors")):
+        assert tiny("evaluate", *point, "--heads", heads, "--output", name).status == 0
+        done = run("accept", name)
+        assert done.status == 0, done.err
+    assert "Replaces the budgets of other heads, sha256:" in done.out
+    before = contents(here / "baselines")
+    assert tiny("evaluate", *point, "--dtype", "bfloat16", "--output", "c").status == 0
+    done = run("accept", "c")
+    assert (done.status, done.out) == (2, "")
+    assert "model.dtype is bfloat16, the budget's is float32" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert contents(here / "baselines") == before
 
 
 # --- generate --------------------------------------------------------------------------------

@@ -375,6 +375,13 @@ def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any]) -> 
         )
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_a_seed_that_not_every_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(UsageError) as error:
+        distill(sharp_stack(), closed_form(), some_blocks(), seed=seed)
+    assert one_line(error) == f"expected a seed in 0..{2**63 - 1}, got {seed}"
+
+
 def test_heads_of_another_model_are_refused() -> None:
     stack = DecoderStack(tiny_model("llama"), provenance={"weights_hash": "sha256:other"})
     with pytest.raises(ModelError, match=r"is llama \(weights_hash sha256:other\)"):

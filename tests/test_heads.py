@@ -657,7 +657,7 @@ def test_a_file_of_another_kind_is_refused(saved: Path, content: bytes) -> None:
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="is no readable safetensors file"):
+    with pytest.raises(RecordError, match="is a folder, expected the"):
         load_heads(tmp_path, a_stack("llama"))
 
 
@@ -708,28 +708,112 @@ def test_another_schema_or_kind_is_refused(saved: Path, change: Callable[..., An
         load_heads(saved, a_stack("llama"))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tensors, about: tensors.pop("head.2.bias"),
-        lambda tensors, about: tensors.pop("propagation.3.bias"),
+def spoil(name: str, value: float) -> Callable[..., Any]:
+    return lambda tensors, about: tensors[name].view(-1)[3].fill_(value)
+
+
+def of_model(**changes: Any) -> Callable[..., Any]:
+    return lambda tensors, about: about["provenance"]["model"].update(changes)
+
+
+def without(*names: str) -> Callable[..., Any]:
+    return lambda tensors, about: [tensors.pop(name) for name in names]
+
+
+def instead(name: str, *shape: int) -> Callable[..., Any]:
+    return lambda tensors, about: tensors.update({name: torch.ones(shape)})
+
+
+#: What is done to a file with heads of all four layers (hidden size 32, maps 32 wide), and the
+#: words that say so.
+SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
+    "no bias": (without("head.2.bias"), "lacks head.2.bias"),
+    "no weight": (without("head.2.weight"), "lacks head.2.weight"),
+    "no bias of a map": (without("propagation.3.bias"), "lacks propagation.3.bias"),
+    "no map": (
+        without("propagation.1.weight", "propagation.1.bias"),
+        "lacks propagation.1.bias, propagation.1.weight",
+    ),
+    "no head": (without("head.2.weight", "head.2.bias"), "lacks head.2.bias, head.2.weight"),
+    "nothing": (lambda tensors, about: tensors.clear(), "lacks heads altogether"),
+    "another tensor": (instead("lm_head", 2), "has lm_head, which is no part of exit heads"),
+    "a layer that is no number": (instead("head.last.weight", 2), "has head.last.weight"),
+    "another part": (instead("head.2.scale", 2), "has head.2.scale"),
+    "a layer of another model": (instead("head.5.weight", 32, 32), "has head.5.weight"),
+    "layer 0": (instead("head.0.weight", 32, 32), "has head.0.weight"),
+    "a map of the last layer": (instead("propagation.4.bias", 0), "has propagation.4.bias"),
+    "a head too small": (
+        instead("head.2.weight", 16, 32),
+        "expected head.2.weight of shape [32, 32], got [16, 32]",
+    ),
+    "a bias too long": (instead("head.2.bias", 33), "head.2.bias of shape [32], got [33]"),
+    "a bias of two dimensions": (instead("head.2.bias", 1, 32), "shape [32], got [1, 32]"),
+    "a map too narrow": (
+        instead("propagation.2.weight", 32, 32),
+        "expected propagation.2.weight of shape [32, 64], got [32, 32]",
+    ),
+    "NaN in a head": (spoil("head.2.weight", math.nan), "head.2.weight holds NaN or infinite"),
+    "infinity in a bias": (spoil("head.1.bias", math.inf), "head.1.bias holds NaN or infinite"),
+    "NaN in a map": (spoil("propagation.1.weight", math.nan), "propagation.1.weight holds NaN"),
+    "no width": (
         lambda tensors, about: about.pop("width"),
+        "expected a whole number from 1 on at width, got nothing",
+    ),
+    "another width": (lambda tensors, about: about.update(width=8), "of shape [32, 24], got"),
+    "a width in words": (lambda tensors, about: about.update(width="32"), 'at width, got "32"'),
+    "a flag that is none": (
+        lambda tensors, about: about.update(of_states="no"),
+        'expected true or false at of_states, got "no"',
+    ),
+    "states of another width": (
+        lambda tensors, about: about.update(of_states=True, width=16),
+        "expected a width of 32 where layer inputs are predicted, got 16",
+    ),
+    "no provenance": (
         lambda tensors, about: about.pop("provenance"),
-        lambda tensors, about: tensors.update({"lm_head": torch.ones(2)}),
-        lambda tensors, about: tensors.update({"head.last.weight": torch.ones(2)}),
-        lambda tensors, about: tensors.pop("propagation.3.weight"),
-        lambda tensors, about: tensors.pop("head.2.weight"),
-        lambda tensors, about: [tensors.pop(f"head.2.{part}") for part in ("weight", "bias")],
-        lambda tensors, about: [tensors.pop(f"propagation.1.{p}") for p in ("weight", "bias")],
-    ],
-)
-def test_a_file_that_lacks_a_part_is_refused(saved: Path, change: Callable[..., Any]) -> None:
+        "expected an object at provenance, got nothing",
+    ),
+    "a provenance that is none": (
+        lambda tensors, about: about.update(provenance=[]),
+        "expected an object at provenance, got []",
+    ),
+    "a model that is none": (
+        lambda tensors, about: about["provenance"].update(model="ours"),
+        'expected an object at provenance.model, got "ours"',
+    ),
+    "layers in words": (of_model(num_layers="4"), 'at provenance.model.num_layers, got "4"'),
+    "a size that is none": (
+        of_model(hidden_size=None),
+        "at provenance.model.hidden_size, got null",
+    ),
+    "a corpus that is none": (
+        lambda tensors, about: about["provenance"].update(corpus=["embedded"]),
+        'expected an object at provenance.corpus, got ["embedded"]',
+    ),
+    "a corpus without tokens": (
+        lambda tensors, about: about["provenance"]["corpus"].pop("tokens"),
+        "at provenance.corpus.tokens, got nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_file_that_is_not_whole_is_refused_with_what_is_wrong(saved: Path, case: str) -> None:
+    change, words = SPOILED[case]
     rewrite(saved, change)
     with pytest.raises(RecordError) as error:
         load_heads(saved, a_stack("llama"))
-    assert one_line(error) == (
-        f"{saved} lacks some of its exit heads; make it anew with `cascade fit-heads`"
-    )
+    said = one_line(error)
+    assert said.startswith(f"{saved} is torn or edited (")
+    assert words in said
+    assert said.endswith("); make it anew with `cascade fit-heads`")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_of_the_last_layer_alone_need_no_map(family: str, tmp_path: Path) -> None:
+    heads = fit_heads(a_stack(family), random_blocks(), [LAYERS])
+    heads.save(tmp_path / "heads.safetensors")
+    assert load_heads(tmp_path / "heads.safetensors", a_stack(family)).layers == [LAYERS]
 
 
 # --- Other models ----------------------------------------------------------------------------

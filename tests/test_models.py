@@ -843,6 +843,22 @@ def test_a_weight_that_is_not_finite_is_named(name: str, where: str, value: floa
     assert f"NaN or infinite values ({where}: {name})" in one_line(error)
 
 
+def test_weights_that_float16_is_too_narrow_for_ask_for_a_wider_dtype() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.up_proj.weight.data[3, 4] = 1e5
+    name = "model.layers.2.mlp.up_proj.weight"
+    DecoderStack(model)
+    with pytest.raises(ModelError) as error:
+        DecoderStack(model.half())
+    assert one_line(error) == (
+        f"the weights are infinite in float16 (decoder layer 3: {name}), which holds numbers up to "
+        "65504; use --dtype bfloat16 or float32"
+    )
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="get the checkpoint again"):
+        DecoderStack(model)
+
+
 # --- Devices ---------------------------------------------------------------------------------
 
 

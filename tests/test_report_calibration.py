@@ -19,7 +19,7 @@ def a_corpus(name: str) -> dict[str, Any]:
     return {
         "source": name,
         "name": name,
-        "fingerprint": "sha256:33cc",
+        "fingerprint": f"sha256:{name}",
         "records": 66,
         "tokens": 8192,
         "sequences": 64,
@@ -189,6 +189,21 @@ def test_the_transfer_table_names_its_corpus_and_explains_the_loss() -> None:
     assert "other corpus" not in printed(a_record())
 
 
+def test_the_same_text_is_not_called_another_corpus() -> None:
+    transfer = a_transfer() | {"corpus": a_corpus("embedded-held-out")}
+    text = flat(printed(a_record() | {"transfer": transfer}))
+    assert "another corpus" not in text
+    assert "The same thresholds on the same text" in text
+    assert "Beware it is the very text that they were fitted on" in text
+
+
+def test_few_sequences_are_said_to_be_few() -> None:
+    record = a_record()
+    assert "Beware" not in printed(record)
+    record["provenance"]["corpus"]["sequences"] = 7
+    assert "Beware 7 sequences are few: their intervals mean little" in flat(printed(record))
+
+
 def test_a_certificate_says_what_it_promises() -> None:
     text = flat(printed(a_record() | {"certificate": a_certificate(0.98765432)}))
     assert "at most 10% of a sequence's tokens predicted otherwise" in text
@@ -203,7 +218,7 @@ def test_a_certificate_says_what_it_promises() -> None:
 def test_nothing_certified_means_the_full_model_and_says_how_many_would_do() -> None:
     text = flat(printed(a_record() | {"certificate": a_certificate(None)}))
     assert "nothing is certified: the full model is used, no token leaves" in text
-    assert "on 32 sequences" in text
+    assert "Tested none: there are 32 sequences to test on" in text
     assert "Needed 150 such sequences at least" in text
     assert "the reason as the test gave it" in text
 

@@ -282,19 +282,21 @@ def test_the_verdict_comes_first_with_every_check_marked() -> None:
     ]
 
 
-def test_the_oracle_is_told_as_the_limit() -> None:
+def test_the_oracle_is_told_as_a_yardstick_and_not_as_a_limit() -> None:
     text = flat(full_text())
     assert (
-        "limit an oracle that lets exactly those leave at layer 24 for which the exit head is "
-        "right (64.0%): perplexity 1.192 x, agreement 90.4%, 0.90 x the operations" in text
+        "yardstick an oracle that lets exactly those leave at layer 24 for which the exit head is "
+        "right (64.0%): perplexity 1.192 x, agreement 90.4%, 0.90 x the operations; a rule that "
+        "lets fewer go can lose less" in text
     )
+    assert "limit" not in text
 
 
 def test_checks_that_no_control_was_measured_for_are_left_out() -> None:
     text = printed(a_bare_record()).split("\nWhat was measured\n")[0]
     assert [line.split()[0] for line in text.splitlines()[3:6]] == ["failed", "passed", "passed"]
     assert "this:" not in text
-    assert "limit" not in text
+    assert "yardstick" not in text
 
 
 def test_reasons_that_fit_no_check_are_refused() -> None:
@@ -395,6 +397,27 @@ def test_the_headline_names_both_splits_the_heads_and_the_propagation() -> None:
     assert "Head corpus train, 2,048 tokens" in text
     assert "Propagation ridge:" in text
     assert "Head logit lens" in flat(printed(a_bare_record()))
+
+
+def test_given_points_alone_are_not_said_to_be_fitted_or_searched() -> None:
+    record = a_bare_record()
+    record["search"] |= {"points": [], "best": None}
+    del record["provenance"]["fitted_on"]
+    text, page = flat(printed(record)), flat(evaluation_page(record))
+    for shown in (text, page):
+        assert "itted on" not in shown.split("Provenance")[0]
+        assert "Not searched: only the given points were measured." in shown
+        assert "keeps that agreement" not in shown
+    assert "Thresholds as given, none was fitted" in text
+
+
+def test_few_sequences_are_said_to_be_few() -> None:
+    record = a_record()
+    assert "sequences are few" not in full_text()
+    record["provenance"]["corpus"]["sequences"] = 2
+    said = "2 sequences are few: their intervals mean little"
+    assert f"Beware {said}" in flat(printed(record))
+    assert said in evaluation_page(record)
 
 
 def test_without_a_point_the_report_says_so() -> None:

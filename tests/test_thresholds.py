@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from cascade.thresholds import (
     fit_threshold,
     hoeffding_p_value,
     sequences_needed,
+    too_few,
     transfer,
 )
 
@@ -424,6 +426,17 @@ def test_the_reason_says_in_one_sentence_what_stopped_the_certification() -> Non
     assert certificate_of([0.04], 14979).certified == 1
 
 
+@given(st.floats(0.01, 0.99), st.floats(0.01, 0.999), st.integers(1, 2000))
+def test_whether_sequences_are_too_few_is_known_without_any_loss(
+    risk: float, confidence: float, sequences: int
+) -> None:
+    before = too_few(sequences, risk=risk, confidence=confidence)
+    tested = certify(np.array([0.9]), np.zeros((1, sequences)), risk=risk, confidence=confidence)
+    assert (before is None) == (tested.certified == 1)
+    if before is not None:
+        assert before == dataclasses.replace(tested, p_values=[])
+
+
 def test_results_are_frozen_and_of_plain_types() -> None:
     values = correlated(4, 3, np.random.default_rng(0)).astype(np.float32)
     fitted = fit_threshold(values, np.float32(0.7), resamples=FEW)
@@ -484,6 +497,7 @@ def with_value(value: float, *, shape: tuple[int, ...] = (2, 3)) -> Values:
         (lambda: hoeffding_p_value(0.5, sequences=9, risk=0), r"risk in \(0, 1\), got 0"),
         (lambda: sequences_needed(1, 0.5), r"risk in \(0, 1\), got 1"),
         (lambda: sequences_needed(math.nan, 0.5), r"risk in \(0, 1\), got nan"),
+        (lambda: sequences_needed(1e-155, 0.95), "can certify, got 1e-155"),
         (lambda: sequences_needed(0.5, 1), r"confidence in \(0, 1\), got 1"),
         (lambda: sequences_needed(0.5, 0), r"confidence in \(0, 1\), got 0"),
         (lambda: certify(GRID, GOOD, risk=1.5, confidence=0.5), r"risk in \(0, 1\), got 1.5"),

@@ -152,7 +152,7 @@ def decode(
         A record of kind `bench.decode`; no missed target raises.
 
     Raises:
-        BenchmarkError: The corpus has too few tokens.
+        BenchmarkError: The corpus has too few tokens, or the model too few positions.
         UsageError: No such layer or rule, or a threshold outside the rule's range.
         RecordError: The heads cannot be read.
         ModelError: The model cannot be loaded, or the heads belong to another one.
@@ -197,6 +197,7 @@ class _Bench:
         self.setup, self.tell = setup, tell
         tell(f"Loading {setup.model} in {setup.dtype}")
         self.stack = load(setup.model, dtype=setup.dtype, device=setup.device)
+        self._check_positions()
         given = None if setup.heads is None else load_heads(Path(setup.heads), self.stack)
         self.layer = _exit_layer(setup.layer, given, self.stack)
         check_layers({self.layer: find_rule(setup.rule)}, self.stack.num_layers)
@@ -211,6 +212,18 @@ class _Bench:
             "head": self.heads.head(self.stack, self.layer).name,
         }
         self.threshold = self._threshold(fitted_on)
+
+    def _check_positions(self) -> None:
+        prompt, new, most = (
+            self.setup.prompt_tokens,
+            self.setup.new_tokens,
+            self.stack.max_positions,
+        )
+        if most is not None and prompt + new > most:
+            raise BenchmarkError(
+                f"{prompt} --prompt-tokens and {new} --new-tokens exceed the model's {most} "
+                "positions; take fewer"
+            )
 
     def _texts(self) -> tuple[TokenBlocks, TokenBlocks]:
         """Return the prompts, from the held-out split's second half, and blocks of its first."""

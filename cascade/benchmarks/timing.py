@@ -23,6 +23,9 @@ Way = Callable[[], Any]
 
 _RESAMPLES = 9999
 
+#: More than these gain nothing, and very many end the process without a word.
+_THREADS_PER_CORE = 8
+
 #: How `ratio_rows` comes to its median and interval, in the record's words.
 INTERVAL = (
     f"median over rounds of the ratio within each round; 95 % percentile bootstrap of the median, "
@@ -39,7 +42,17 @@ class BenchmarkError(CascadeError):
 
 @contextlib.contextmanager
 def pinned_threads(threads: int | None) -> Iterator[None]:
-    """Let torch compute with `threads` threads (None: as it is); the number before comes back."""
+    """Let torch compute with `threads` threads (None: as it is); the number before comes back.
+
+    Raises:
+        BenchmarkError: More threads than the cores can serve.
+    """
+    most = _THREADS_PER_CORE * (os.cpu_count() or 1)
+    if threads is not None and threads > most:
+        raise BenchmarkError(
+            f"expected --threads of at most {most} ({_THREADS_PER_CORE} for each core), got "
+            f"{threads}"
+        )
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

@@ -60,7 +60,7 @@ Output = Annotated[Path | None, typer.Option("--output", help="Folder for the re
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of draws and intervals.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of draws and intervals.")]
 
 _RULES = "cosine, mean_cosine, top2_gap, max_probability, entropy, patience, ..."
 
@@ -121,21 +121,23 @@ def fit_heads(
                 seed=seed,
                 progress=advance,
             )
-        for layer, losses in fitted.provenance["distillation"][
-            "kl_on_sequences_kept_aside"
-        ].items():
-            typer.echo(
-                f"Layer {layer}: KL to the full model {losses[0]:.4f} nats in closed form, "
-                f"{min(losses):.4f} distilled (on sequences kept aside)"
-            )
     fitted.save(output, half=half)
+    # Told after all is safe: what is printed to can be full.
     size = output.stat().st_size / 1e6
     typer.echo(f"Wrote {output} ({size:.1f} MB): heads for the layers {layers}", err=True)
+    about = fitted.provenance.get("distillation", {})
+    for layer, losses in about.get("kl_on_sequences_kept_aside", {}).items():
+        typer.echo(
+            f"Layer {layer}: KL to the full model {losses[0]:.4f} nats in closed form, "
+            f"{min(losses):.4f} distilled (on sequences kept aside)"
+        )
 
 
 @app.command()
 def calibrate(
-    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Exit layer; the last but one, or the heads', without.")
+    ] = None,
     rule: Annotated[str, typer.Option(help=f"Exit rule: {_RULES}")] = "cosine",
     hard_ratio: Annotated[
         list[float] | None, typer.Option(help="Share of hard tokens; repeatable.")
@@ -185,8 +187,9 @@ def calibrate(
         from cascade.baselines import to_json
 
         stack = _load(model, revision, dtype, device)
+        fitted = _read_heads(heads, stack)
         wish = calibration.Wish(
-            layer=layer if layer is not None else max(1, stack.num_layers - 1),
+            layer=layer if layer is not None else _usual_layer(stack, fitted),
             rule=rule,
             hard_ratios=tuple(hard_ratio or (0.3, 0.5, 0.7)),
             propagation=propagation,  # type: ignore[arg-type]  # checked by the wish itself
@@ -199,7 +202,6 @@ def calibrate(
                 "--transfer-split and --transfer-text-column are of the corpus that --transfer-to "
                 "names; give it"
             )
-        fitted = _read_heads(heads, stack)
         blocks = _read(
             stack, corpus, split or _embedded(corpus, "held-out"), text_column, seq_len, max_tokens
         )
@@ -213,8 +215,7 @@ def calibrate(
                 seq_len,
                 max_tokens,
             )
-        total = blocks.tokens + (blocks.tokens // 2 if risk is not None else 0)
-        total += 2 * onto.tokens if onto is not None else 0
+        total = calibration.tokens_to_read(blocks, wish, onto=onto)
         with progress_bar("Calibrating", total) as advance:
             record = calibration.calibrate(
                 stack,
@@ -581,6 +582,14 @@ def _read_heads(path: Path | None, stack: DecoderStack) -> FittedHeads | None:
     from cascade.heads import load_heads
 
     return None if path is None else load_heads(path, stack)
+
+
+def _usual_layer(stack: DecoderStack, heads: FittedHeads | None) -> int:
+    """Return the last layer but one, or the last below it that heads were fitted for."""
+    usual = max(1, stack.num_layers - 1)
+    if heads is None:
+        return usual
+    return max((layer for layer in heads.layers if layer <= usual), default=heads.layers[-1])
 
 
 def _embedded(corpus: str, split: str) -> str | None:

@@ -175,7 +175,9 @@ def _accept_budgets(run: Path, baselines: Path) -> None:
     from cascade.budgets import accept_budgets
 
     evaluation = read_record(run / "evaluation.json", kind="evaluation")
-    path, overruns = accept_budgets(baselines, evaluation)
-    for overrun in overruns:
+    accepted = accept_budgets(baselines, evaluation)
+    for overrun in accepted.overruns:
         typer.echo(f"Against the budgets before: {overrun}")
-    typer.echo(f"Wrote {path}; review and commit it")
+    if accepted.replaced_heads is not None:
+        typer.echo(f"Replaces the budgets of other heads, {accepted.replaced_heads}")
+    typer.echo(f"Wrote {accepted.path}; review and commit it")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from cascade.errors import OutputError, UsageError, os_reason
+from cascade.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,12 +76,7 @@ def command_line() -> str:
 
 
 def print_record(show: Callable[[dict[str, Any], Console], None], record: dict[str, Any]) -> None:
-    """Print a record; a full disk behind stdout is one line, a reader who left is none."""
+    """Print a record; what it is drawn from was saved before."""
     from rich.console import Console
 
-    try:
-        show(record, Console())
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OutputError(f"cannot print: {os_reason(error)}; send stdout elsewhere") from error
+    show(record, Console())

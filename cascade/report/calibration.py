@@ -8,6 +8,7 @@ from rich.text import Text
 from cascade.report.exits import (
     between,
     corpus_words,
+    few_pairs,
     head_words,
     heads_pairs,
     propagation_words,
@@ -45,7 +46,8 @@ def print_calibration(record: Record, console: Console) -> None:
     print_heading("Thresholds by the wanted share of hard tokens", console)
     _print_thresholds(record, console)
     if record["transfer"] is not None:
-        print_heading("The same thresholds on another corpus", console)
+        place = "the same text" if _is_same_text(record) else "another corpus"
+        print_heading(f"The same thresholds on {place}", console)
         _print_transfer(record, console)
     if record["certificate"] is not None:
         print_heading("Certificate", console)
@@ -59,7 +61,13 @@ def _headline(record: Record) -> list[tuple[str, str]]:
         ("Head", head_words(record["head"])),
         *heads_pairs(record),
         ("Propagation", propagation_words(record["propagation"])),
+        *few_pairs(record["provenance"]["corpus"]),
     ]
+
+
+def _is_same_text(record: Record) -> bool:
+    corpora = (record["transfer"]["corpus"], record["provenance"]["corpus"])
+    return len({corpus["fingerprint"] for corpus in corpora}) == 1
 
 
 def _print_thresholds(record: Record, console: Console) -> None:
@@ -101,7 +109,10 @@ def _threshold_row(row: Record, *, ties: bool) -> list[str]:
 
 def _print_transfer(record: Record, console: Console) -> None:
     transfer = record["transfer"]
-    print_pairs([("Corpus", corpus_words(transfer["corpus"]))], console)
+    about = [("Corpus", corpus_words(transfer["corpus"])), *few_pairs(transfer["corpus"])]
+    if _is_same_text(record):
+        about.append(("Beware", "it is the very text that they were fitted on: take another"))
+    print_pairs(about, console)
     console.print()
     if not transfer["rows"]:
         console.print(Text("none"))
@@ -144,14 +155,16 @@ def _certificate(record: Record) -> list[tuple[str, str]]:
         f"on average at most {risk} of a sequence's tokens predicted otherwise than by the full "
         f"model, at a confidence of {sure}"
     )
-    tested = f"on {certificate['sequences']:,} sequences that no threshold was proposed from"
+    sequences, needed = certificate["sequences"], certificate["sequences_needed"]
+    tested = f"on {sequences:,} sequences that no threshold was proposed from"
     if certificate["threshold"] is None:
+        if sequences < needed:
+            tested = f"none: there are {sequences:,} sequences to test on"
         outcome = [
             ("Result", "nothing is certified: the full model is used, no token leaves"),
             ("Tested", tested),
         ]
-        needed = certificate["sequences_needed"]
-        if certificate["sequences"] < needed:
+        if sequences < needed:
             enough = (
                 f"{needed:,} such sequences at least; of a corpus every second one is tested, "
                 "the others propose the thresholds"

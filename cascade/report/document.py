@@ -48,10 +48,13 @@ tr.control > * { color: var(--muted); font-weight: 400; }
 .provenance td { overflow-wrap: anywhere; }
 .provenance th { font-weight: 400; color: var(--muted); vertical-align: top; }
 .provenance th[scope=rowgroup] { padding-top: 1rem; color: var(--ink); font-weight: 600; }
+@media (max-width: 64rem) {
+  table { font-size: .82rem; }
+  th, td { padding: .22rem .38rem; }
+}
 @media (max-width: 36rem) {
   dl { display: block; }
   dd { margin-bottom: .75rem; }
-  th, td { padding: .22rem .45rem; }
 }
 """
 

@@ -21,6 +21,7 @@ from cascade.report.document import (
 from cascade.report.exits import (
     between,
     corpus_words,
+    few_pairs,
     heads_pairs,
     propagation_words,
     ratio,
@@ -51,12 +52,24 @@ def _headline(record: Record) -> list[tuple[str, str]]:
     return [
         model,
         ("Measured on", corpus[1]),
-        ("Thresholds", f"fitted on {corpus_words(record['provenance']['fitted_on'])}"),
+        ("Thresholds", _thresholds(record)),
         run,
         *_heads(record),
         ("Propagation", propagation_words(record["settings"]["propagation"])),
         ("Full model", f"perplexity {record['full']['perplexity']:.2f}"),
+        *few_pairs(record["provenance"]["corpus"]),
     ]
+
+
+def _was_fitted(record: Record) -> bool:
+    """Say whether any threshold was fitted: where points alone were measured, none was."""
+    return "fitted_on" in record["provenance"]
+
+
+def _thresholds(record: Record) -> str:
+    if not _was_fitted(record):
+        return "as given, none was fitted"
+    return f"fitted on {corpus_words(record['provenance']['fitted_on'])}"
 
 
 def _heads(record: Record) -> list[tuple[str, str]]:
@@ -86,18 +99,23 @@ def _reasons(record: Record) -> list[tuple[str, str]]:
 
 
 def _oracle(record: Record) -> list[tuple[str, str]]:
-    """Return what no rule can beat: leaving exactly where the exit head is right."""
+    """Return what to measure a rule by: leaving exactly where the exit head is right.
+
+    It lets the most go without a wrong prediction of the head, and can lose by how many it lets
+    go: those that stay see less of them.
+    """
     number = record["verdict"]["against"]["oracle"]
     if number is None:
         return []
     row = record["points"][number]
     return [
         (
-            "limit",
+            "yardstick",
             f"an oracle that lets exactly those leave at layer {row['exit_layer']} for which the "
             f"exit head is right ({share(row['exit_share'])}): perplexity "
             f"{ratio(row['perplexity_ratio'])} x, agreement {share(row['agreement'])}, "
-            f"{ratio(row['flops_ratio'], 2)} x the operations",
+            f"{ratio(row['flops_ratio'], 2)} x the operations; a rule that lets fewer go can lose "
+            "less",
         )
     ]
 
@@ -174,6 +192,7 @@ def _search_question(record: Record) -> str:
     )
 
 
+_NOT_SEARCHED = "Not searched: only the given points were measured."
 _SEARCH_HEADER = ("layer", "threshold", "exits", "agree", "interval", "FLOPs", "rule", "outcome")
 
 
@@ -319,6 +338,9 @@ def _styles(
 
 
 def _print_search(record: Record, console: Console) -> None:
+    if not _was_fitted(record):
+        print_lines(Text(_NOT_SEARCHED), console, console.width)
+        return
     print_lines(Text(_search_question(record)), console, console.width)
     console.print()
     if record["search"]["points"]:
@@ -462,6 +484,9 @@ def _page_auroc(record: Record) -> str:
 
 
 def _page_search(record: Record) -> str:
+    heading = "The exit-layer search"
+    if not _was_fitted(record):
+        return html_section(heading, f"<p>{_NOT_SEARCHED}</p>\n")
     question, answer = html.escape(_search_question(record)), html.escape(_search_answer(record))
     body = f"<p>{question}</p>\n<p>{answer}</p>\n"
     if record["search"]["points"]:
@@ -471,4 +496,4 @@ def _page_search(record: Record) -> str:
             _search_rows(record),
             text_columns=2,
         )
-    return html_section("The exit-layer search", body)
+    return html_section(heading, body)

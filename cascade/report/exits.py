@@ -25,6 +25,9 @@ _SEEN = (
     "corpus, or another --split"
 )
 
+#: Percentile bootstraps over fewer sequences than this are far too narrow.
+_FEW = 8
+
 
 def head_words(name: str) -> str:
     """Say what an exit head is."""
@@ -44,6 +47,13 @@ def heads_pairs(record: Record) -> list[tuple[str, str]]:
     if record["provenance"].get("heads_saw_corpus"):
         pairs.append(("Beware", _SEEN))
     return pairs
+
+
+def few_pairs(corpus: Record) -> list[tuple[str, str]]:
+    """Return a warning, as (label, text), where a corpus has few sequences; nothing elsewhere."""
+    if corpus["sequences"] >= _FEW:
+        return []
+    return [("Beware", f"{corpus['sequences']} sequences are few: their intervals mean little")]
 
 
 def corpus_words(corpus: Record) -> str:
