@@ -273,7 +273,7 @@ def accept(folder: Path, run: Path) -> tuple[Path, StoredProfile | None]:
         RecordError: The run is missing, torn or edited, or its two files are not of one run.
         OutputError: The baseline cannot be written.
     """
-    profile = read_profile(run)
+    profile = read_profile(run / "profile.json")
     return store(folder, profile.content, (run / "profile.npz").read_bytes())
 
 
