@@ -27,6 +27,9 @@ Record = dict[str, Any]
 #: The newest schema of each kind that this release reads, and the one it writes.
 SCHEMAS = {"saturation": 2}
 
+#: Held while a baseline is written; not beside it, which is somebody's git tree.
+_LOCK = Path(tempfile.gettempdir()) / "cascade-baselines.lock"
+
 #: The command that makes a record, by its kind.
 _MADE_BY = {
     "saturation": "analyze --output",
@@ -299,16 +302,10 @@ def store(folder: Path, record: Record, arrays: bytes) -> tuple[Path, StoredProf
     # Both are on disk before either takes its place: a full disk leaves the old pair whole.
     names = (npz_path.name, json_path.name)
     # One writer at a time: two of them could leave one's table beside the other's arrays.
-    with _lock(json_path), RunFolder(json_path.parent, names, overwrite=True) as target:
+    with FileLock(_LOCK, mode=0o666), RunFolder(json_path.parent, names, overwrite=True) as target:
         target.write(npz_path.name, arrays)
         target.write(json_path.name, to_json(record) + "\n")
     return json_path, before
-
-
-def _lock(path: Path) -> FileLock:
-    """Return the lock of a baseline; it lies outside of the folder: that is somebody's tree."""
-    name = hashlib.sha256(str(path.resolve()).encode("utf-8")).hexdigest()[:16]
-    return FileLock(Path(tempfile.gettempdir()) / f"cascade-{name}.lock", mode=0o666)
 
 
 def packed(arrays: Mapping[str, Array]) -> bytes:
