@@ -212,12 +212,13 @@ class Comparison:
     def headline(self) -> str:
         """Say the verdict and how it came about, in one sentence."""
         if self.way is None:
-            what = "; ".join(f"{name} differs ({todo})" for name, _, _, todo in self.mismatches)
-            return f"not comparable: {what}"
+            return f"other {' and '.join(name for name, *_ in self.mismatches)} than the baseline's"
         counts = dict.fromkeys(("FAIL", "INCONCLUSIVE", "PASS"), 0)
         for cell in self.cells:
             counts[cell.verdict] += 1
-        seen = f"{self.tokens:,} tokens, {self.sequences[1]:,} {self.way}"
+        count = self.sequences[1]
+        which = f"{count:,} {self.way}" if count != 1 else f"1 {(self.way or '').removesuffix('s')}"
+        seen = f"{self.tokens:,} tokens, {which}"
         if self.verdict == "PASS":
             limit = "tolerance" if self.way == "same sequences" else "margin"
             return f"no drift: all {counts['PASS']:,} cells within their {limit} ({seen})"

@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attribution": set(),
     "drift": {"attribution", "baselines", "errors", "statistics"},
     "noise": {"models", "saturation"},
+    "session": set(),
     "gate": {
         "baselines",
         "corpora",
@@ -125,12 +126,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.terminal",
         "verdict",
     },
-    "report.drift": {"report.reading"},
+    "report.drift": {"report.reading", "report.terminal"},
+    "report.drift_page": {
+        "report.document",
+        "report.drawing",
+        "report.drift",
+        "report.reading",
+    },
     "report.generation": {"report.exits", "report.reading", "report.terminal"},
     "report": {
         "report.benchmarks",
         "report.calibration",
         "report.drift",
+        "report.drift_page",
         "report.evaluation",
         "report.figures",
         "report.generation",

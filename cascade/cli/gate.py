@@ -21,7 +21,6 @@ from cascade.cli.showing import (
 from cascade.errors import RecordError
 
 if TYPE_CHECKING:
-    from cascade.baselines import StoredProfile
     from cascade.files import RunFolder
 
 #: The files of `cascade compare --output` and `cascade gate --output`.
@@ -80,7 +79,7 @@ def compare(
             anyway=anyway,
             seed=seed,
         )
-        _write(folder, comparison.record())
+        _write(folder, comparison.record(), baseline)
     _finish(comparison.record(), comparison.exit_status(strict=strict), output)
 
 
@@ -121,6 +120,7 @@ def gate(
     """
     with _report_folder(output, overwrite) as folder:
         from cascade import corpora, models
+        from cascade.baselines import read_profile
         from cascade.gate import run_gate
 
         with status(f"Loading {model}"):
@@ -134,7 +134,8 @@ def gate(
                 split=split,
                 text_column=text_column,
             )
-        stored = _find(stack.provenance["name"], blocks.name, baselines, baseline)
+        path = baseline or _baseline_path(stack.provenance["name"], blocks.name, baselines)
+        stored = read_profile(path)
         with progress_bar("Comparing", blocks.tokens if full else tokens) as advance:
             result = run_gate(
                 stack,
@@ -146,15 +147,13 @@ def gate(
                 command=command_line(),
                 progress=advance,
             )
-        _write(folder, result.record())
+        _write(folder, result.record(), path)
     _finish(result.record(), result.comparison.exit_status(strict=strict), output)
 
 
-def _find(model: str, corpus: str, baselines: Path, baseline: Path | None) -> StoredProfile:
-    from cascade.baselines import baseline_paths, read_profile
+def _baseline_path(model: str, corpus: str, baselines: Path) -> Path:
+    from cascade.baselines import baseline_paths
 
-    if baseline is not None:
-        return read_profile(baseline)
     names = {"model": {"name": model}, "corpus": {"name": corpus}}
     path, _ = baseline_paths(baselines, {"kind": "saturation", "provenance": names})
     if not path.exists():
@@ -162,7 +161,7 @@ def _find(model: str, corpus: str, baselines: Path, baseline: Path | None) -> St
             f"no baseline {path}; make one with `cascade analyze --output RUN` and `cascade accept "
             f"RUN --baselines {baselines}`, or name one with --baseline"
         )
-    return read_profile(path)
+    return path
 
 
 @contextlib.contextmanager
@@ -176,15 +175,19 @@ def _report_folder(output: Path | None, overwrite: bool) -> Any:
         yield folder
 
 
-def _write(folder: RunFolder | None, record: dict[str, Any]) -> None:
+def _write(folder: RunFolder | None, record: dict[str, Any], path: Path | None) -> None:
     if folder is None:
         return
     from cascade.baselines import to_json
-    from cascade.report import comparison_markdown, comparison_page
+    from cascade.report import report_markdown, report_page
+    from cascade.session import session_record
 
-    contents = (to_json(record) + "\n", comparison_markdown(record), comparison_page(record))
-    for name, content in zip(REPORT_FILES, contents, strict=True):
-        folder.write(name, content)
+    baseline = record["baseline"]
+    name = f"{baseline['model']['name']}/{baseline['corpus']['name']}"
+    report = session_record([record | {"name": name, "path": str(path)}])
+    contents = (to_json(report) + "\n", report_markdown(report), report_page(report))
+    for file, content in zip(REPORT_FILES, contents, strict=True):
+        folder.write(file, content)
 
 
 def _finish(record: dict[str, Any], exit_status: int, output: Path | None) -> None:

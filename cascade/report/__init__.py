@@ -5,7 +5,8 @@ Nothing is measured here: numbers are formatted, scaled to pixels, or rebinned f
 
 from cascade.report.benchmarks import print_bench, print_decoding, print_fitting
 from cascade.report.calibration import print_calibration
-from cascade.report.drift import comparison_markdown, comparison_page, print_comparison
+from cascade.report.drift import print_comparison, print_report, report_markdown
+from cascade.report.drift_page import report_page
 from cascade.report.evaluation import evaluation_page, print_evaluation
 from cascade.report.figures import density_svg, layer_profile_svg
 from cascade.report.generation import print_generation
@@ -14,8 +15,6 @@ from cascade.report.pareto import pareto_svg
 from cascade.report.terminal import print_profile
 
 __all__ = [
-    "comparison_markdown",
-    "comparison_page",
     "density_svg",
     "evaluation_page",
     "layer_profile_svg",
@@ -28,5 +27,8 @@ __all__ = [
     "print_fitting",
     "print_generation",
     "print_profile",
+    "print_report",
     "profile_page",
+    "report_markdown",
+    "report_page",
 ]
