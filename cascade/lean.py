@@ -49,7 +49,7 @@ def product(module: nn.Module, rows: Tensor) -> Tensor:
 @functools.cache
 def _has_amx() -> bool:
     """Say whether the processor multiplies tiles of bfloat16; releases before 2.9 do not tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16"))
 
 
