@@ -6,11 +6,11 @@ import copy
 import functools
 import io
 import re
-from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
 import pytest
+from pages import Page, ids, svgs
 from rich.console import Console
 
 from cascade.report import density_svg, layer_profile_svg, print_profile, profile_page
@@ -18,8 +18,6 @@ from cascade.report import density_svg, layer_profile_svg, print_profile, profil
 BINS = 6144
 STATISTICS = ("mean", "std", "min", "p10", "p50", "p90", "max")
 EIGHTHS = {"█": 8, "▉": 7, "▊": 6, "▋": 5, "▌": 4, "▍": 3, "▎": 2, "▏": 1, "▐": 4}
-#: Elements that HTML never closes.
-VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 def a_row(layer: str, mean: float, *, width: float = 0.04) -> dict[str, Any]:
@@ -159,49 +157,6 @@ def bar_length(line: str) -> int:
     before, _, after = line.partition("│")
     right = sum(EIGHTHS.get(character, 0) for character in after)
     return right - sum(EIGHTHS.get(character, 0) for character in before)
-
-
-class Page(HTMLParser):
-    """Collects what a browser would: tags in order, nesting errors, texts and tables."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.misnested: list[str] = []
-        self.texts: list[str] = []
-        self.rows: list[list[str]] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("th", "td"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.misnested.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-        if self.open and self.open[-1] in ("th", "td"):
-            self.rows[-1][-1] += data
-
-
-def ids(svg: str) -> list[str]:
-    return [tag["id"] for _, tag in Page(svg).tags if tag.get("id")]
-
-
-def svgs(page: str) -> list[str]:
-    return re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL)
 
 
 # --- Terminal --------------------------------------------------------------------------------

@@ -6,16 +6,14 @@ import copy
 import functools
 import io
 import re
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from pages import Page
 from rich.console import Console
 
 from cascade.report import evaluation_page, pareto_svg, print_evaluation
 from cascade.report.pareto import _curves, _front, _Panel
-
-VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 def a_corpus(name: str) -> dict[str, Any]:
@@ -230,41 +228,6 @@ def flat(text: str) -> str:
 def section(text: str, heading: str) -> str:
     """Return what is printed below a heading, up to the next empty line."""
     return text.split(f"\n{heading}\n", 1)[1].split("\n\n", 1)[0]
-
-
-class Page(HTMLParser):
-    """Collects what a browser would: tags in order, nesting errors, texts and tables."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.misnested: list[str] = []
-        self.texts: list[str] = []
-        self.rows: list[list[str]] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("th", "td"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.misnested.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-        if self.open and self.open[-1] in ("th", "td"):
-            self.rows[-1][-1] += data
 
 
 # --- Terminal --------------------------------------------------------------------------------
