@@ -48,11 +48,11 @@ def layer_profile_svg(record: Record) -> str:
     check_profile(record)
     with plain_style():
         figure, axes = _new_figure(record, "similarity per layer")
-        _limit_angles(axes, *_angle_range(record))
+        limit_angles(axes, *_angle_range(record))
         _draw_stable_bands(axes, record)
         _draw_statistics(axes, record)
         _draw_active_layers(axes, record)
-        _label_layers(axes, record)
+        label_layers(axes, record["layers"])
         figure.legend(loc="outside lower center", ncols=5)
         first, last = record["layers"][0]["layer"], record["layers"][-1]["layer"]
         label = f"Line chart: similarity per layer, {first} to {last}. {summary(record)}"
@@ -78,9 +78,9 @@ def density_svg(record: Record, arrays: Arrays) -> str:
     with plain_style():
         figure, axes = _new_figure(record, "where the tokens lie")
         shares, edges = _rebinned(arrays["histogram"])
-        _draw_heat_map(figure, axes, shares, edges, _positions(record))
-        _limit_angles(axes, float(edges[0]), float(edges[-1]))
-        _label_layers(axes, record)
+        _draw_heat_map(figure, axes, shares, edges, layer_positions(record["layers"]))
+        limit_angles(axes, float(edges[0]), float(edges[-1]))
+        label_layers(axes, record["layers"])
         first, last = record["layers"][0]["layer"], record["layers"][-1]["layer"]
         label = f"Heat map: share of tokens per similarity, layers {first} to {last}."
         return as_svg(figure, "token-density", label)
@@ -99,40 +99,38 @@ def _new_figure(record: Record, subject: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _angle(similarity: float) -> float:
+def angle(similarity: float) -> float:
+    """Return the angle of a similarity, in radians; the y axis is uniform in it."""
     return math.acos(min(1.0, max(-1.0, similarity)))
 
 
 def _angles(rows: Iterable[Record], name: str) -> list[float]:
-    return [_angle(row[name]) for row in rows]
+    return [angle(row[name]) for row in rows]
 
 
-def _positions(record: Record) -> list[float]:
+def layer_positions(rows: Sequence[Record]) -> list[float]:
     """Return where each row stands on the x axis: layer l at l, the `+norm` row set apart."""
     # Not a decoder layer. The gap grows with the axis: half a step of eighty is not to be seen.
-    gap = max(0.5, len(record["layers"]) / 40)
-    return [
-        index + (gap if is_normed(row) else 0.0)
-        for index, row in enumerate(record["layers"], start=1)
-    ]
+    gap = max(0.5, len(rows) / 40)
+    return [index + (gap if is_normed(row) else 0.0) for index, row in enumerate(rows, start=1)]
 
 
 def _angle_range(record: Record) -> tuple[float, float]:
     """Return the smallest and the largest angle that is drawn."""
     angles = _angles(record["layers"], "max") + _angles(record["layers"], "min")
     if record["structure"]["cutoff"] is not None:
-        angles.append(_angle(record["structure"]["cutoff"]))
+        angles.append(angle(record["structure"]["cutoff"]))
     return min(angles), max(angles)
 
 
-def _limit_angles(axes: Axes, low: float, high: float) -> None:
+def limit_angles(axes: Axes, low: float, high: float) -> None:
     """Show the angles [low, high], similarity 1 at the top, with similarities as tick labels."""
     # 0.05 rad is 0.1% of similarity near 1: equal values still get an axis, not a point.
     margin = max(0.02 * (high - low), 0.05 - (high - low), 0.0)
     low, high = max(0.0, low - margin), min(math.pi, high + margin)
     ticks = _similarity_ticks(low, high)
     axes.set_ylim(high, low - (0.015 * (high - low) if low == 0 else 0.0))
-    axes.set_yticks([_angle(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([angle(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
 
 
 def _similarity_ticks(low: float, high: float) -> list[float]:
@@ -144,20 +142,20 @@ def _similarity_ticks(low: float, high: float) -> list[float]:
             tick = step / per_unit
             # Finer than a tenth only where the axis is short, or where the mass is: near 1.
             wanted = per_unit <= 10 or few or (tick > 0.9 and per_unit <= 100)
-            apart = (abs(_angle(tick) - _angle(other)) for other in chosen)
-            fits = low <= _angle(tick) <= high and all(gap > (high - low) / 18 for gap in apart)
+            apart = (abs(angle(tick) - angle(other)) for other in chosen)
+            fits = low <= angle(tick) <= high and all(gap > (high - low) / 18 for gap in apart)
             if wanted and fits:
                 chosen.append(tick)
     return sorted(chosen)
 
 
-def _label_layers(axes: Axes, record: Record) -> None:
+def label_layers(axes: Axes, rows: Sequence[Record]) -> None:
     """Put layer names below the x axis, thinned out where there are too many to read."""
-    positions = _positions(record)
+    positions = layer_positions(rows)
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10_000) if len(positions) <= 36 * step)
     ticks = [
         (position, row["layer"].replace(NORM_SUFFIX, f"\n{NORM_SUFFIX}"))
-        for index, (position, row) in enumerate(zip(positions, record["layers"], strict=True), 1)
+        for index, (position, row) in enumerate(zip(positions, rows, strict=True), 1)
         if index % step == 0 or index == 1 or is_normed(row)
     ]
     axes.set_xticks([position for position, _ in ticks], [name for _, name in ticks], fontsize=8.5)
@@ -185,7 +183,7 @@ def _draw_stable_bands(axes: Axes, record: Record) -> None:
     axes.grid(axis="y", linewidth=0.8)
     if cutoff is not None:
         axes.axhline(
-            _angle(cutoff),
+            angle(cutoff),
             color=LIGHT["active"],
             linestyle=(0, (5, 4)),
             linewidth=0.9,
@@ -195,7 +193,7 @@ def _draw_stable_bands(axes: Axes, record: Record) -> None:
 
 def _positions_by_name(record: Record) -> dict[str, float]:
     names = (row["layer"] for row in record["layers"])
-    return dict(zip(names, _positions(record), strict=True))
+    return dict(zip(names, layer_positions(record["layers"]), strict=True))
 
 
 def _draw_statistics(axes: Axes, record: Record) -> None:
@@ -215,11 +213,11 @@ def _draw_statistics(axes: Axes, record: Record) -> None:
 
 
 def _draw_normed(axes: Axes, row: Record, x: float) -> None:
-    axes.vlines(x, _angle(row["max"]), _angle(row["min"]), color=LIGHT["whisker"], linewidth=0.9)
-    axes.vlines(x, _angle(row["p90"]), _angle(row["p10"]), color=LIGHT["spread"], linewidth=7)
+    axes.vlines(x, angle(row["max"]), angle(row["min"]), color=LIGHT["whisker"], linewidth=0.9)
+    axes.vlines(x, angle(row["p90"]), angle(row["p10"]), color=LIGHT["spread"], linewidth=7)
     axes.plot(
         [x],
-        [_angle(row["mean"])],
+        [angle(row["mean"])],
         color=LIGHT["mean"],
         markerfacecolor=LIGHT["paper"],
         markeredgewidth=1.6,
@@ -241,7 +239,7 @@ def _draw_active_layers(axes: Axes, record: Record) -> None:
         if decoder:
             axes.plot(
                 [position[layer] for layer in decoder],
-                [_angle(rows[layer]["mean"]) for layer in decoder],
+                [angle(rows[layer]["mean"]) for layer in decoder],
                 color=LIGHT["active"],
                 marker=_MARKERS[role],
                 markersize=7,
@@ -257,7 +255,7 @@ def _draw_active_layers(axes: Axes, record: Record) -> None:
 def _annotate(axes: Axes, row: Record, x: float, *, to_left: bool) -> None:
     axes.annotate(
         f"layer {row['layer']}\n{show(row['mean'])}",
-        (x, _angle(row["mean"])),
+        (x, angle(row["mean"])),
         xytext=(-9 if to_left else 9, 0),
         textcoords="offset points",
         ha="right" if to_left else "left",
