@@ -17,11 +17,18 @@ body {
 main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 2.75rem 0 .75rem; font-size: 1.2rem; }
+h3 { margin: 2rem 0 .5rem; font-size: 1.02rem; }
 p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
 .kicker, .about, caption, figcaption, dt { color: var(--muted); }
 .kicker { margin: 0 0 .25rem; font-size: .85rem; letter-spacing: .04em; }
 .lead { margin: 1.25rem 0 1rem; padding-left: 1rem; border-left: 4px solid var(--mean);
   font-size: 1.1rem; }
+.fail { border-color: var(--active); }
+.pass { border-color: var(--rule5); }
+.open { border-color: var(--muted); }
+h1.fail { color: var(--active); }
+h1.pass { color: var(--rule5); }
+summary { margin: 2rem 0 .5rem; font-weight: 600; cursor: pointer; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.25rem;
   max-width: 50rem; margin: 1.25rem 0 0; }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -46,8 +53,10 @@ tr.active td.text { color: var(--active); font-weight: 600; white-space: nowrap;
 tr.control > * { color: var(--muted); font-weight: 400; }
 .provenance { width: 100%; }
 .provenance td { overflow-wrap: anywhere; }
-.provenance th { font-weight: 400; color: var(--muted); vertical-align: top; }
-.provenance th[scope=rowgroup] { padding-top: 1rem; color: var(--ink); font-weight: 600; }
+.provenance .active > * { background: var(--tint); }
+.provenance tr.active td.text { white-space: normal; }
+.provenance tbody th { font-weight: 400; color: var(--muted); vertical-align: top; }
+.provenance tbody th[scope=rowgroup] { padding-top: 1rem; color: var(--ink); font-weight: 600; }
 @media (max-width: 64rem) {
   table { font-size: .82rem; }
   th, td { padding: .22rem .38rem; }
@@ -101,10 +110,18 @@ def _themed(svg: str) -> str:
     return svg
 
 
-def html_head(kicker: str, name: str, about: str) -> str:
-    """Return the page's head: what it is, of which model, measured how; all plain text."""
+def html_head(kicker: str, name: str, about: str, *, mark: str = "") -> str:
+    """Return the page's head: what it is, of which model, measured how; all plain text.
+
+    Args:
+        kicker: What the page is.
+        name: Of the model, or what came of it.
+        about: How it was measured.
+        mark: A CSS class of the name; say it in words as well.
+    """
+    opening = f'<h1 class="{mark}">' if mark else "<h1>"
     return (
-        f'<header>\n<p class="kicker">{html.escape(kicker)}</p>\n<h1>{html.escape(name)}</h1>'
+        f'<header>\n<p class="kicker">{html.escape(kicker)}</p>\n{opening}{html.escape(name)}</h1>'
         f'\n<p class="about">{html.escape(about)}</p>\n</header>\n'
     )
 
@@ -176,21 +193,47 @@ def html_table(
 
 def html_provenance(provenance: Mapping[str, Any]) -> str:
     """Return the section that lists everything a record says about where its numbers come from."""
+    return html_section("Provenance", _provenance_table([provenance], ()))
+
+
+def html_provenances(new: Mapping[str, Any], old: Mapping[str, Any]) -> str:
+    """Return two provenances as one folded table, the lines in which they differ marked.
+
+    Args:
+        new: Of what was measured.
+        old: Of what it was compared with.
+    """
+    table = _provenance_table([new, old], ("measured", "baseline"))
+    return f"<details>\n<summary>Provenance</summary>\n{table}</details>\n"
+
+
+def _provenance_table(sides: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    groups = [dict(_groups("run", side)) for side in sides]
     bodies = []
-    for name, group in _groups("run", provenance):
-        lines = "".join(
-            f'<tr><th scope="row" class="text">{html.escape(_spaced(key))}</th>'
-            f'<td class="text">{html.escape(_shown(value))}</td></tr>\n'
-            for key, value in group.items()
-        )
+    for name in dict.fromkeys(name for side in groups for name in side):
+        found = [side.get(name, {}) for side in groups]
+        lines = ""
+        for key in dict.fromkeys(key for group in found for key in group):
+            values = [_shown(group.get(key)) for group in found]
+            mark = "" if len(set(values)) == 1 else ' class="active"'
+            cells = "".join(f'<td class="text">{html.escape(value)}</td>' for value in values)
+            lines += (
+                f'<tr{mark}><th scope="row" class="text">{html.escape(_spaced(key))}</th>'
+                f"{cells}</tr>\n"
+            )
         bodies.append(
-            '<tbody>\n<tr><th scope="rowgroup" colspan="2" class="text">'
+            f'<tbody>\n<tr><th scope="rowgroup" colspan="{1 + len(sides)}" class="text">'
             f"{html.escape(_spaced(name))}</th></tr>\n{lines}</tbody>\n"
         )
-    return html_section(
-        "Provenance",
-        '<table class="provenance">\n<caption>What was measured, on what, with what.</caption>\n'
-        f"{''.join(bodies)}</table>\n",
+    caption = "What was measured, on what, with what."
+    head = ""
+    if names:
+        caption += " Shaded: the baseline's is another."
+        columns = "".join(f'<th scope="col" class="text">{name}</th>' for name in ("", *names))
+        head = f"<thead><tr>{columns}</tr></thead>\n"
+    return (
+        f'<table class="provenance">\n<caption>{caption}</caption>\n{head}{"".join(bodies)}'
+        "</table>\n"
     )
 
 
