@@ -5,7 +5,8 @@ Nothing is measured here: numbers are formatted, scaled to pixels, or rebinned f
 
 from cascade.report.benchmarks import print_bench, print_decoding, print_fitting
 from cascade.report.calibration import print_calibration
-from cascade.report.drift import print_comparison, print_report, report_markdown
+from cascade.report.drift import print_comparison, print_report
+from cascade.report.drift_markdown import report_markdown
 from cascade.report.drift_page import report_page
 from cascade.report.evaluation import evaluation_page, print_evaluation
 from cascade.report.figures import density_svg, layer_profile_svg
