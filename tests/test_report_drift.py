@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 from profiles_by_hand import a_profile, provenance
 from rich.console import Console
 
-from cascade.drift import compare
+from cascade.drift import Comparison, compare
 from cascade.report import print_comparison, print_report, report_markdown, report_page
 from cascade.report.drift_reading import cell_name, cell_row, distance, worst_cells
 from cascade.session import session_record
@@ -252,6 +252,14 @@ def test_without_any_provenance_a_comparison_is_shown_all_the_same() -> None:
     assert "Measured" not in printed(record)
     assert "Baseline" not in printed(record)
     assert "Measured None (None on None)" in flat(printed(record | {"provenance": {"model": 1}}))
+
+
+def test_a_comparison_that_could_not_be_made_says_why_and_nothing_else() -> None:
+    record = Comparison(None).record() | {"headline": "the baseline is torn"}
+    assert printed(record) == "NOT COMPARABLE: the baseline is torn\n"
+    assert "NOT COMPARABLE: tiny/words: the baseline is torn" in printed(a_session(record))
+    for show in (report_markdown, report_page):
+        assert "the baseline is torn" in show(a_session(record))
 
 
 def test_colours_only_add_to_the_words() -> None:

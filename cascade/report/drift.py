@@ -52,9 +52,11 @@ def print_comparison(record: Record, console: Console) -> None:
     """
     check_comparison(record)
     _print_verdict(record["verdict"], record["headline"], console)
-    console.print()
-    print_pairs(mismatch_pairs(record), console)
-    print_pairs([*sentences(record), *provenance_pairs(record)], console)
+    groups = mismatch_pairs(record), [*sentences(record), *provenance_pairs(record)]
+    if any(groups):
+        console.print()
+    for pairs in groups:
+        print_pairs(pairs, console)
     _print_worst(record, _WORST, console)
     cells = worst_cells(record)[:_WORST]
     if cells:
