@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import operator
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -52,7 +53,8 @@ def to_json(value: Any, indent: int = 0) -> str:
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         items = [f"{pad}{to_json(item, indent + 1)}" for item in value]
         return "[\n" + ",\n".join(items) + "\n" + " " * indent + "]"
-    return json.dumps(value, allow_nan=False, ensure_ascii=False)
+    # A whole number of numpy is one, too.
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, default=operator.index)
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from cascade.errors import UsageError
-from cascade.exits import ExitRule, check_layers, find_rule
+from cascade.exits import (
+    ExitRule,
+    check_layers,
+    exit_entries,
+    find_rule,
+    read_threshold,
+    whole,
+)
 from cascade.generation import Generation, Settings, generate, padding_token
 from cascade.heads import ExitHead, FittedHeads, LogitLens, check_same_model
 from cascade.models import DecoderStack
@@ -75,7 +82,7 @@ class EarlyExit:
         seed: For rules that draw.
 
     Raises:
-        UsageError: A layer, rule, threshold or propagation that cannot be.
+        UsageError: A layer, rule, threshold, heads or propagation that cannot be.
         ModelError: The heads, or those of `exits`, belong to another model.
     """
 
@@ -101,6 +108,7 @@ class EarlyExit:
                 "ridge propagation needs fitted heads; make them with `cascade fit-heads`"
             )
         if heads is not None and layer is None:  # else they are checked as they become an exit
+            _check_fitted(heads)
             heads.check(stack)
         if layer is not None and exits is not None:
             raise UsageError(
@@ -241,8 +249,9 @@ class EarlyExit:
                 f'verify=True needs propagation="exact", got "{self.propagation}": only exact keys'
                 " and values let the full model confirm a token"
             )
-        if draft_length < 1:
-            raise UsageError(f"expected a draft_length of at least 1, got {draft_length}")
+        drafts = whole(draft_length)
+        if drafts is None or drafts < 1:
+            raise UsageError(f"expected a draft_length of at least 1, got {draft_length!r}")
         prompt = make_chunk(self.stack, input_ids, attention_mask, padding=settings.padding)
         result = generate(
             self.layers,
@@ -250,7 +259,7 @@ class EarlyExit:
             prompt,
             settings,
             exact=self.propagation == "exact",
-            draft_length=draft_length if verify else None,
+            draft_length=drafts if verify else None,
             streamer=streamer,
             seed=self.seed,
         )
@@ -277,20 +286,31 @@ def make_exit(
         propagation: The map is taken only for "ridge".
 
     Raises:
-        UsageError: No such layer or rule, or no head was fitted for the layer.
+        UsageError: No such layer or rule, no number as a threshold, or no head was fitted for the
+            layer.
         ModelError: The heads belong to another model.
     """
     rule = rule if isinstance(rule, ExitRule) else find_rule(rule)
+    _, layer = exit_entries(layer, stack.num_layers)  # its own entry has its number
     check_layers({layer: rule}, stack.num_layers)
+    if heads is not None:
+        _check_fitted(heads)
     head: ExitHead = LogitLens(stack) if heads is None else heads.head(stack, layer)
     takes_map = heads is not None and propagation == "ridge"
     return Exit(
         layer,
         rule,
-        float(threshold),
+        read_threshold(threshold),
         head,
         heads.propagation(stack, layer) if heads is not None and takes_map else None,
     )
+
+
+def _check_fitted(heads: Any) -> None:
+    if not isinstance(heads, FittedHeads):
+        raise UsageError(
+            f"expected fitted heads, got {type(heads).__name__}; read them with load_heads"
+        )
 
 
 def _checked(
@@ -350,13 +370,7 @@ def make_chunk(
         valid = torch.ones_like(ids, dtype=torch.bool)
         columns = torch.arange(ids.shape[1], device=ids.device)
         return Chunk(ids, valid, columns.expand_as(ids), None)
-    mask = _tensor(attention_mask)
-    if mask is None or mask.shape != ids.shape:
-        raise UsageError(
-            f"expected an attention_mask of the ids' shape {list(ids.shape)}, got "
-            f"{'rows of different length' if mask is None else list(mask.shape)}"
-        )
-    valid = mask.to(ids.device).bool()
+    valid = _read_mask(attention_mask, ids)
     if not bool(valid.any(dim=1).all()):
         raise UsageError("a row of the attention_mask is all zeros; expected at least one token")
     positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
@@ -372,10 +386,12 @@ def _checked_ids(stack: DecoderStack, input_ids: Any) -> Tensor:
         )
     ids = _tensor(input_ids)
     if ids is None:
-        raise UsageError(
-            "expected token ids [B, T], got rows of different length; pad them on the left and "
-            "give an attention_mask"
+        advice = (
+            "pad them on the left and give an attention_mask"
+            if _is_ragged(input_ids)
+            else "use the model's own tokenizer"
         )
+        raise UsageError(f"expected token ids [B, T], got {_words(input_ids)}; {advice}")
     if ids.ndim != 2 or ids.numel() == 0:
         raise UsageError(
             "expected token ids [B, T], a row per prompt and none empty, got shape "
@@ -400,6 +416,25 @@ def _checked_ids(stack: DecoderStack, input_ids: Any) -> Tensor:
     return ids
 
 
+def _read_mask(attention_mask: Any, ids: Tensor) -> Tensor:
+    """Return where a mask of zeros and ones has ones, `[B, T]`."""
+    mask = _tensor(attention_mask)
+    if mask is None or mask.shape != ids.shape:
+        raise UsageError(
+            f"expected an attention_mask of the ids' shape {list(ids.shape)}, got "
+            f"{_words(attention_mask) if mask is None else list(mask.shape)}"
+        )
+    mask = mask.to(ids.device)
+    valid = mask == 1
+    others = mask[~valid & (mask != 0)]
+    if len(others):
+        raise UsageError(
+            "expected an attention_mask of 0 for padding and 1 for tokens alone, got "
+            f"{others[0].item():g} among them"
+        )
+    return valid
+
+
 def _without(ids: Tensor, padding: int) -> Tensor:
     """Return the mask `[B, T]` of what is no padding, which lies before or behind each row."""
     mask = ids != padding
@@ -413,8 +448,23 @@ def _without(ids: Tensor, padding: int) -> Tensor:
 
 
 def _tensor(values: Any) -> Tensor | None:
-    """Return values as a tensor; None where their rows differ in length."""
+    """Return values as a tensor; None where they are none."""
     try:
         return torch.as_tensor(values)
-    except (ValueError, TypeError, RuntimeError):  # a shape, a type, or no dtype for it
+    except (ValueError, TypeError, RuntimeError, OverflowError):
         return None
+
+
+def _is_ragged(values: Any) -> bool:
+    """Say whether values are rows of different length."""
+    if not isinstance(values, list | tuple):
+        return False
+    return len({len(row) for row in values if isinstance(row, list | tuple)}) > 1
+
+
+def _words(values: Any) -> str:
+    """Say what values are that are no tensor."""
+    if _is_ragged(values):
+        return "rows of different length"
+    name = type(values).__name__
+    return f"a {name} that is no array of numbers" if isinstance(values, list | tuple) else name

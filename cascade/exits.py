@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,22 @@ from torch import Tensor
 from cascade.errors import UsageError
 
 _NORMED = "+norm"
+
+
+def whole(value: Any) -> int | None:
+    """Return a whole number, numpy's too, as Python's; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def number(value: Any) -> float | None:
+    """Return a number, numpy's too, as Python's, NaN and infinities included; else None."""
+    try:
+        return None if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # tensors raise the last
+        return None
 
 
 def exit_entries(layer: int, num_layers: int, *, from_end: bool = False) -> tuple[int, int]:
@@ -31,10 +49,11 @@ def exit_entries(layer: int, num_layers: int, *, from_end: bool = False) -> tupl
     Raises:
         UsageError: No such layer (names the valid range).
     """
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= num_layers:
+    own = whole(layer)
+    if own is None or not 1 <= own <= num_layers:
         raise UsageError(f"expected an exit layer in 1..{num_layers}, got {layer!r}")
     shift = num_layers + 1 if from_end else 0
-    return layer - 1 - shift, layer - shift
+    return own - 1 - shift, own - shift
 
 
 @dataclass
@@ -183,8 +202,9 @@ class ExitRule:
             infinite: It may be +inf (nothing exits: the full model) or -inf (everything exits).
 
         Raises:
-            UsageError: NaN, or outside the rule's range.
+            UsageError: No number, NaN, or outside the rule's range.
         """
+        threshold = read_threshold(threshold)
         above = torch.nextafter(torch.tensor(self.high), torch.tensor(math.inf)).item()
         if self.low <= threshold <= above or (infinite and math.isinf(threshold)):
             return
@@ -194,6 +214,20 @@ class ExitRule:
             f"the rule {self.name} gives confidences from {self.low:g}{high}; expected a threshold"
             f" in there{also}, got {threshold:g}"
         )
+
+
+def read_threshold(threshold: Any) -> float:
+    """Return a threshold as a number, whatever a rule says of it.
+
+    Raises:
+        UsageError: It is none.
+    """
+    read = number(threshold)
+    if read is None:
+        raise UsageError(
+            f"expected a threshold as a number (inf where nothing is to leave), got {threshold!r}"
+        )
+    return read
 
 
 #: Every rule by name.
@@ -238,7 +272,7 @@ def find_rule(name: str) -> ExitRule:
     Raises:
         UsageError: There is none (lists those there are).
     """
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise UsageError(f"expected a rule among {', '.join(RULES)}, got {name!r}")
     return RULES[name]
 

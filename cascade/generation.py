@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cascade.errors import UsageError
+from cascade.exits import number, whole
 from cascade.models import DecoderStack, Plan
 from cascade.passes import Chunk, Exit, Pass, decode_tokens
 from cascade.skipping import Counts, Selection, SkippingLayers
@@ -111,6 +112,11 @@ class Settings:
             )
         from transformers import GenerationConfig as Config
 
+        if config is not None and not isinstance(config, Config):
+            raise UsageError(
+                "expected generation_config a GenerationConfig of transformers, got "
+                f"{type(config).__name__}; give single settings by name"
+            )
         defaults = Config._get_default_generation_params()
         values: dict[str, Any] = {name: defaults[name] for name in _OF_A_DRAW}
         for one in (stack.model.generation_config, config):
@@ -121,35 +127,10 @@ class Settings:
             merged.pop("max_length", None)
         merged |= changes
         merged = {name: value for name, value in merged.items() if value is not None}
-        merged["eos_token_id"] = _as_tuple(merged.get("eos_token_id"))
-        merged["stop_strings"] = _as_tuple(merged.get("stop_strings"))
-        settings = cls(**merged)
-        settings._check(stack)
-        return settings
-
-    def _check(self, stack: DecoderStack) -> None:
-        last = stack.vocab_size - 1
-        new, longest, pad = self.max_new_tokens, self.max_length, self.pad_token_id
-        ranges = {
-            "max_new_tokens": (
-                new is None or (_is_whole(new) and new >= 1),
-                "a whole number from 1",
-            ),
-            "max_length": (longest is None or _is_whole(longest), "a whole number"),
-            "temperature": (self.temperature > 0, "more than 0 (do_sample=False for greedy)"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "top_k": (_is_whole(self.top_k) and self.top_k >= 0, "a whole number from 0"),
-            "seed": (_is_whole(self.seed), "a whole number"),
-            "pad_token_id": (
-                pad is None or (_is_whole(pad) and 0 <= pad <= last),
-                f"in 0..{last}",
-            ),
-        }
-        for name, (good, expected) in ranges.items():
-            if not good:
-                raise UsageError(f"expected {name} {expected}, got {getattr(self, name)!r}")
-        if self.stop_strings and stack.tokenizer is None:
+        settings = cls(**_read(merged, stack.vocab_size - 1))
+        if settings.stop_strings and stack.tokenizer is None:
             raise UsageError("stop_strings need the model's tokenizer; load the model with it")
+        return settings
 
     @property
     def filling(self) -> int:
@@ -225,8 +206,48 @@ def _is_neutral(name: str, value: Any) -> bool:
     return not value or value == _NEUTRAL.get(name)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _read(given: Mapping[str, Any], last: int) -> dict[str, Any]:
+    """Return settings as they are used, numbers as Python's own.
+
+    Args:
+        given: Settings, none of them None.
+        last: The vocabulary's last token.
+
+    Raises:
+        UsageError: One of them cannot be.
+    """
+    # How to read a setting (None: it cannot be read), which values are good, and those in words.
+    kinds: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
+        "max_new_tokens": (whole, lambda new: new >= 1, "a whole number from 1"),
+        "max_length": (whole, lambda _: True, "a whole number"),
+        "temperature": (
+            number,
+            lambda value: value > 0,
+            "more than 0 (do_sample=False for greedy)",
+        ),
+        "top_p": (number, lambda share: 0 < share <= 1, "in (0, 1]"),
+        "top_k": (whole, lambda count: count >= 0, "a whole number from 0"),
+        "seed": (whole, lambda _: True, "a whole number"),
+        "eos_token_id": (
+            lambda value: tuple(map(whole, _as_tuple(value))),
+            lambda ends: all(end is not None and 0 <= end <= last for end in ends),
+            f"a token in 0..{last}, or several",
+        ),
+        "pad_token_id": (whole, lambda pad: 0 <= pad <= last, f"in 0..{last}"),
+        "stop_strings": (
+            _as_tuple,
+            lambda stops: all(isinstance(stop, str) and stop for stop in stops),
+            "a text or several, none empty",
+        ),
+    }
+    read = dict(given)
+    for name, (reader, is_good, words) in kinds.items():
+        if name not in given:
+            continue
+        read[name] = reader(given[name])
+        if read[name] is None or not is_good(read[name]):
+            raise UsageError(f"expected {name} {words}, got {given[name]!r}")
+    return read
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -452,10 +452,9 @@ def fit_heads(
         CorpusError: Sequences beyond the model's positions, or batches of none.
         ModelError: A layer's output is NaN or infinite, or tokens lie beyond the vocabulary.
     """
-    for layer in layers:
-        exit_entries(layer, stack.num_layers)
+    layers = [exit_entries(layer, stack.num_layers)[1] for layer in layers]  # numpy's as Python's
     if len(set(layers)) != len(layers) or not layers:
-        raise UsageError(f"expected distinct exit layers, got {list(layers)}")
+        raise UsageError(f"expected distinct exit layers, got {layers}")
     check_blocks(stack, blocks, batch_size)
     fitter = _Fitter(stack, sorted(layers))
     for ids, numbers in blocks.batches(batch_size):

@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "skipping": {"errors", "lean", "models"},
     "heads": {"corpora", "errors", "exits", "files", "models", "ridge", "saturation", "shapes"},
     "passes": {"errors", "exits", "heads", "models", "skipping"},
-    "generation": {"errors", "models", "passes", "skipping"},
+    "generation": {"errors", "exits", "models", "passes", "skipping"},
     "early_exit": {"errors", "exits", "generation", "heads", "models", "passes", "skipping"},
     "verdict": {"errors"},
     "thresholds": set(),

@@ -42,6 +42,12 @@ def test_json_shows_one_row_a_line_and_reads_back(tmp_path: Path) -> None:
     assert read_record(tmp_path / "a.json", kind="saturation") == record
 
 
+def test_a_whole_number_of_numpy_is_written_as_one_and_other_objects_are_not() -> None:
+    assert json.loads(to_json({"layers": [np.int64(29)]})) == {"layers": [29]}
+    with pytest.raises(TypeError):
+        to_json({"layers": [object()]})
+
+
 def test_nan_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_record(tmp_path / "a.json", {"mean": float("nan")})

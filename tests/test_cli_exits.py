@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -404,6 +405,44 @@ def test_a_draw_is_the_models_own_until_it_is_told_otherwise(
     )
     assert own == greedy
     assert free != greedy
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_a_pass_over_it(
+    tiny: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cascade.skipping import SkippingLayers
+
+    widths, run = [], SkippingLayers.run
+
+    def spy(self: SkippingLayers, layer: int, hidden: Any, *rest: Any, **more: Any) -> Any:
+        widths.append(hidden.shape[1])
+        return run(self, layer, hidden, *rest, **more)
+
+    monkeypatch.setattr(SkippingLayers, "run", spy)
+    done = tiny("generate", "--prompt", "x" * 30, "--max-new-tokens", 40)
+    assert (done.status, done.out) == (2, "")
+    assert "a prompt of 30 tokens and 40 new ones exceed the model's 64 positions" in done.err
+    assert max(widths, default=0) < 30
+
+
+def test_without_a_layer_generating_takes_one_that_the_heads_have(
+    tiny: Run, fitted: Path, here: Path
+) -> None:
+    assert tiny("fit-heads", "--layers", "1,2", "--output", "low.safetensors").status == 0
+    for heads, layer in ((fitted, 3), ("low.safetensors", 2)):
+        given = ("--prompt", "Number 7", "--heads", heads, "--max-new-tokens", 2)
+        done = tiny("generate", *given, "--no-compare")
+        assert done.status == 0, done.err
+        assert f"layer {layer}, never; ridge" in done.out
+
+
+def test_an_answer_stands_apart_from_the_question(run: Run, folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}:")
+    given = ("generate", "--model", folder, "--prompt", "Number 7", "--max-new-tokens", 2)
+    for options, behind in (((), ""), (("--chat",), "\n\n")):
+        done = run(*given, "--no-compare", *options)
+        assert done.status == 0, done.err
+        assert re.match(rf"Number 7{behind} *\[4\]", done.out)
 
 
 @pytest.mark.parametrize(

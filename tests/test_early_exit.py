@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from by_hand import (
@@ -655,6 +656,25 @@ def test_scoring_leaves_every_family_as_it_was(family: str) -> None:
             "the rule cosine gives confidences from -1 to 1; expected a threshold in there (or inf,"
             " or -inf), got nan",
         ),
+        ({"layer": [2, 3]}, "expected an exit layer in 1..4, got [2, 3]"),
+        (
+            {"layer": 2, "rule": ["cosine"]},
+            f"expected a rule among {', '.join(RULES)}, got ['cosine']",
+        ),
+        *(
+            (
+                {"layer": 2, "threshold": value},
+                f"expected a threshold as a number (inf where nothing is to leave), got {value!r}",
+            )
+            for value in (None, "x", "0.5", [0.5], 10**400)
+        ),
+        *(
+            (
+                layer | {"heads": "heads.safetensors"},
+                "expected fitted heads, got str; read them with load_heads",
+            )
+            for layer in ({}, {"layer": 2})
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(settings: dict[str, Any], said: str) -> None:
@@ -700,6 +720,25 @@ def test_a_threshold_in_exits_given_one_by_one_is_checked_too() -> None:
     at = Exit(2, find_rule("entropy"), 1.5, make_exit(stack, 2, "entropy", 0.5).head)
     with pytest.raises(UsageError, match=r"^the rule entropy gives confidences from 0 to 1; "):
         EarlyExit(stack, exits=[at])
+
+
+@pytest.mark.parametrize("threshold", ["x", None])
+def test_a_threshold_in_exits_that_is_no_number_is_refused(threshold: Any) -> None:
+    at = Exit(
+        2, find_rule("entropy"), threshold, make_exit(a_stack("llama"), 2, "entropy", 0.5).head
+    )
+    with pytest.raises(UsageError) as error:
+        EarlyExit(a_stack("llama"), exits=[at])
+    assert one_line(error).startswith("expected a threshold as a number")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    early = EarlyExit(
+        a_stack("llama"), layer=np.int64(3), rule="top2_gap", threshold=np.float32(0.5)
+    )
+    (at,) = early.exits
+    assert (type(at.layer), at.layer) == (int, 3)
+    assert (type(at.threshold), at.threshold) == (float, 0.5)
 
 
 def test_one_exit_layer_and_a_list_of_exits_are_not_both_taken() -> None:
@@ -820,6 +859,22 @@ def test_a_head_of_ones_own_need_not_know_its_model() -> None:
             torch.full((1, 65), 2),
             "65 tokens exceed the model's 64 positions; shorten the prompt",
         ),
+        ("a text", "expected token ids [B, T], got str; use the model's own tokenizer"),
+        (
+            [["a", "text"]],
+            "expected token ids [B, T], got a list that is no array of numbers; use the model's "
+            "own tokenizer",
+        ),
+        (
+            [[None]],
+            "expected token ids [B, T], got a list that is no array of numbers; use the model's "
+            "own tokenizer",
+        ),
+        (
+            [[10**30]],
+            "expected token ids [B, T], got a list that is no array of numbers; use the model's "
+            "own tokenizer",
+        ),
     ],
 )
 def test_token_ids_that_cannot_be_are_refused(ids: Any, said: str) -> None:
@@ -846,6 +901,15 @@ def test_token_ids_that_cannot_be_are_refused(ids: Any, said: str) -> None:
             [[1, 1, 1, 1, 1], [1]],
             "expected an attention_mask of the ids' shape [2, 5], got rows of different length",
         ),
+        ("ones", "expected an attention_mask of the ids' shape [2, 5], got str"),
+        *(
+            (
+                [[1] * 5, [0, value, 1, 1, 1]],
+                "expected an attention_mask of 0 for padding and 1 for tokens alone, got "
+                f"{shown} among them",
+            )
+            for value, shown in ((math.nan, "nan"), (0.5, "0.5"), (2, "2"), (-1, "-1"))
+        ),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask: Any, said: str) -> None:
@@ -858,7 +922,7 @@ def test_a_mask_that_does_not_fit_is_refused(mask: Any, said: str) -> None:
 def test_a_mask_of_any_kind_of_ones_and_zeros_is_read_alike() -> None:
     early, ids, mask = scorer("llama"), random_ids(2, 12), some_mask(2, 12)
     expected = early.score(ids, mask, keep_logits=True)
-    kinds: list[Any] = [mask.bool(), mask.float(), mask.tolist(), 7 * mask]
+    kinds: list[Any] = [mask.bool(), mask.float(), mask.tolist(), mask.to(torch.int8)]
     for same in kinds:
         assert torch.equal(logits_of(early.score(ids, same, keep_logits=True)), logits_of(expected))
 

@@ -115,7 +115,7 @@ def test_other_ways_to_be_off_by_one_are_caught(wrong: Indexing, said: str) -> N
             check_indexing(wrong, 30, layer)
 
 
-NO_LAYERS: list[Any] = [0, -1, True, False, "29", 2.5, 29.0, None, 10**9]
+NO_LAYERS: list[Any] = [0, -1, True, False, "29", 2.5, 29.0, None, 10**9, np.True_, np.int64(0)]
 
 
 @given(depths, st.one_of(st.integers(max_value=0), st.integers(1, 10**6)))
@@ -132,6 +132,12 @@ def test_what_is_no_layer_is_refused_with_the_range(layer: Any) -> None:
     with pytest.raises(UsageError) as error:
         exit_entries(layer, 30)
     assert one_line(error) == f"expected an exit layer in 1..30, got {layer!r}"
+
+
+def test_a_whole_number_of_numpy_is_a_layer() -> None:
+    entries = exit_entries(np.int64(29), 30)  # type: ignore[arg-type]
+    assert entries == (28, 29)
+    assert {type(entry) for entry in entries} == {int}
 
 
 # --- The history of a real model -------------------------------------------------------------

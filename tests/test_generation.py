@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from by_hand import (
@@ -1156,6 +1157,37 @@ KNOWN = (
         ({"top_k": -1}, "expected top_k a whole number from 0, got -1"),
         ({"top_k": 2.5}, "expected top_k a whole number from 0, got 2.5"),
         ({"seed": 1.5}, "expected seed a whole number, got 1.5"),
+        *(
+            (
+                {"temperature": value},
+                f"expected temperature more than 0 (do_sample=False for greedy), got {value!r}",
+            )
+            for value in ("x", "0.7", [0.7], 10**400)
+        ),
+        ({"top_p": "x"}, "expected top_p in (0, 1], got 'x'"),
+        ({"top_k": "x"}, "expected top_k a whole number from 0, got 'x'"),
+        *(
+            (
+                {"stop_strings": value},
+                f"expected stop_strings a text or several, none empty, got {value!r}",
+            )
+            for value in (5, [5], "", ["a", ""])
+        ),
+        *(
+            (
+                {"eos_token_id": value},
+                f"expected eos_token_id a token in 0..96, or several, got {value!r}",
+            )
+            for value in (VOCABULARY, [1, VOCABULARY], -1, "x", 1.5, True)
+        ),
+        *(
+            (
+                {"generation_config": value},
+                f"expected generation_config a GenerationConfig of transformers, got {name}; give "
+                "single settings by name",
+            )
+            for value, name in (({"top_k": 5}, "dict"), ("greedy", "str"))
+        ),
         ({"pad_token_id": VOCABULARY}, "expected pad_token_id in 0..96, got 97"),
         ({"pad_token_id": -1}, "expected pad_token_id in 0..96, got -1"),
         ({"num_beams": 4}, f"expected settings among {KNOWN}, got num_beams"),
@@ -1178,6 +1210,7 @@ KNOWN = (
             "the full model confirm a token",
         ),
         ({"draft_length": 0}, "expected a draft_length of at least 1, got 0"),
+        ({"draft_length": None}, "expected a draft_length of at least 1, got None"),
         ({"streamer": Recorder()}, "a streamer takes one row, got 3; generate row by row"),
         ({"attention_mask": MASK.flip(1)}, RIGHT),
         ({"pad_token_id": int(PROMPT[1, -1])}, RIGHT),
@@ -1191,6 +1224,22 @@ def test_a_setting_that_cannot_be_meant_is_refused_in_one_line(
     check_refusal(generator("llama"), PROMPT, said, **settings)
     streamer = settings.get("streamer")
     assert streamer is None or streamer.given == []
+
+
+def test_a_models_own_end_beyond_its_vocabulary_is_refused_by_its_name() -> None:
+    stack = padding_stack("llama", pad_token_id=None, eos_token_id=VOCABULARY)
+    said = f"expected eos_token_id a token in 0..96, or several, got {VOCABULARY}"
+    check_refusal(EarlyExit(stack), PROMPT, said)
+    assert generated(EarlyExit(stack), PROMPT, eos_token_id=()).sequences.shape == (3, 9 + NEW)
+
+
+def test_numbers_of_numpy_are_numbers_and_a_whole_temperature_is_one() -> None:
+    early = EarlyExit(a_stack("llama"))
+    same = {"max_new_tokens": 3, "top_k": 7, "seed": 4, "temperature": 2.0, "top_p": 0.9}
+    kinds: dict[str, Any] = {"temperature": 2, "top_p": np.float64(0.9)}
+    kinds |= {name: np.int64(same[name]) for name in ("max_new_tokens", "top_k", "seed")}
+    expected = generated(early, PROMPT, do_sample=True, **same).sequences
+    assert torch.equal(generated(early, PROMPT, do_sample=True, **kinds).sequences, expected)
 
 
 @pytest.mark.parametrize("length", [64, 63, 60])

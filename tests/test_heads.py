@@ -443,6 +443,11 @@ def test_a_layer_that_is_not_there_is_refused_with_the_range(layers: Any) -> Non
     assert one_line(error) == f"expected an exit layer in 1..4, got {layers[-1]!r}"
 
 
+def test_layers_may_be_whole_numbers_of_numpy() -> None:
+    heads = fit_heads(a_stack("llama"), random_blocks(), list(np.arange(2, 4)))
+    assert [(type(layer), layer) for layer in heads.layers] == [(int, 2), (int, 3)]
+
+
 @pytest.mark.parametrize("layers", [[], [2, 2], [1, 3, 1]])
 def test_layers_that_come_twice_or_not_at_all_are_refused(layers: list[int]) -> None:
     with pytest.raises(UsageError) as error:

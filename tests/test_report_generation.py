@@ -20,6 +20,7 @@ def a_record(layers: list[int] | None = None, tokens: list[str] | None = None) -
         "schema": 1,
         "kind": "generation",
         "prompt": "The capital of France is",
+        "chat": False,
         "num_layers": 30,
         "exits": [
             {"layer": 24, "rule": "top2_gap", "threshold": 0.381, "head": "ridge"},
@@ -100,6 +101,12 @@ def test_the_prompt_is_plain() -> None:
     assert on_a_terminal(a_record()).startswith("The capital of France is\x1b[32m")
 
 
+def test_an_answer_stands_apart_from_the_question() -> None:
+    for shown in (printed, on_a_terminal):
+        text = without_codes(shown(a_record() | {"chat": True}))
+        assert re.match(r"The capital of France is\n\n (\[24\])?Paris,", text)
+
+
 def test_an_exit_layer_without_tokens_is_in_the_legend() -> None:
     record = a_record([30], [" Paris"])
     record["by_layer"] = [
@@ -116,7 +123,8 @@ def test_the_summary_says_everything_that_the_record_does() -> None:
     for part in (
         "layer 24, top2_gap >= 0.381000; ridge",
         "layer 28, never; ridge",
-        "26.31 of 30 computed per token",
+        "26.31 of 30 computed per token, the prompt's tokens included, which the table above does "
+        "not count",
         "14.2 tokens/s, the full model 12.9 tokens/s: 1.10 x its speed",
         "1,061 rows for 5 new tokens",
         "the first 4 of 5 new tokens are the full model's",

@@ -337,7 +337,10 @@ def evaluate(
 def generate(
     prompt: Annotated[str, typer.Option(help="What to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
-    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(help="Exit layer; the last but one, or the heads' highest below N, without."),
+    ] = None,
     rule: Annotated[str | None, typer.Option(help=f"Exit rule, cosine without: {_RULES}")] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Tokens at or above it leave; without, the full model.")
@@ -435,7 +438,7 @@ def generate(
     ids = _encode(stack, prompt, chat=chat)
     with status("Generating"):
         summary = _generate(stack, early, ids, settings, verify=verify, compare=compare)
-    print_record(print_generation, summary | {"prompt": prompt})
+    print_record(print_generation, summary | {"prompt": prompt, "chat": chat})
 
 
 def _early_exit(

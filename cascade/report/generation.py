@@ -13,6 +13,7 @@ from cascade.report.terminal import print_heading, print_lines, print_pairs, pri
 
 _SECTIONS = (
     "prompt",
+    "chat",
     "num_layers",
     "exits",
     "propagation",
@@ -43,6 +44,7 @@ def print_generation(record: Record, console: Console) -> None:
         record: Of kind `generation`, schema 1, with
 
             - `prompt`: what it goes on from, as text;
+            - `chat`: whether that is a question, and the tokens its answer;
             - `num_layers`: N;
             - `exits`: one `{"layer", "rule", "threshold", "head"}` per exit, in ascending order;
               a threshold of None lets nothing leave;
@@ -96,7 +98,7 @@ def _text(record: Record, console: Console, *, coloured: bool) -> Text:
         return printable(text, console, keep="\n\t")
 
     colours = _colours(record)
-    text = Text(shown(record["prompt"]))
+    text = Text(shown(record["prompt"]) + "\n\n" * record["chat"])
     pairs = zip(record["exit_layers"], record["tokens"], strict=True)
     for layer, run in groupby(pairs, key=lambda pair: pair[0]):
         joined = "".join(token for _, token in run)
@@ -136,7 +138,7 @@ def _summary(record: Record) -> list[tuple[str, str]]:
         (
             "Layers",
             f"{record['layers_per_token']:.2f} of {record['num_layers']} computed per token, the "
-            "prompt's included",
+            "prompt's tokens included, which the table above does not count",
         ),
         ("Speed", _speed(record)),
         ("LM head", f"{record['counts']['lm_head_rows']:,} rows for {_count(record)}"),
