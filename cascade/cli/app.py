@@ -73,7 +73,16 @@ def main() -> None:
     except OSError as error:
         if error.filename is not None or error.errno not in _STREAM_ERRORS:
             raise
+        _drop_unprinted()
         _refuse(f"cannot print: {os_reason(error)}; send stdout elsewhere")
+
+
+def _drop_unprinted() -> None:
+    """Send what stdout still holds to nowhere: its flush at the end of Python would fail again."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # stdout need not be a file
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, sys.stdout.fileno())
+        os.close(sink)
 
 
 def _refuse(text: str, status: int = UsageError.exit_status) -> NoReturn:
