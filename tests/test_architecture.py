@@ -266,7 +266,7 @@ def test_the_allowed_imports_have_no_circle() -> None:
         done |= free
 
 
-@pytest.mark.parametrize("module", ["cascade", "cascade.cli"])
+@pytest.mark.parametrize("module", ["cascade", "cascade.cli", "cascade.plugin"])
 def test_importing_the_surface_loads_no_heavy_library(module: str) -> None:
     heavy = {"torch", "transformers", "datasets", "numpy", "matplotlib"}
     code = f"import sys, {module}; print(sorted({heavy} & {{*sys.modules}}))"
