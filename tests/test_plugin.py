@@ -106,7 +106,8 @@ def project(
     pytester.path.joinpath("pytest.ini").write_text(INI.format(model=models / "tiny"))
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
     pytester.path.joinpath("texts.jsonl").write_text("".join(lines))
-    pytester.makepyfile(test_saturation=SATURATION, test_budgets=BUDGETS)
+    # Not named as one of our own modules, which this process may have imported.
+    pytester.makepyfile(test_my_saturation=SATURATION, test_my_budgets=BUDGETS)
     return pytester
 
 
@@ -445,7 +446,7 @@ def test_only_the_points_at_the_exit_layer_are_held(guarded: pytest.Pytester) ->
     done.assert_outcomes(errors=1, deselected=1)
     assert failure(done) == "expected an exit layer in 1..4, got 9"
     guarded.makepyfile(
-        test_budgets="import pytest\n"
+        test_my_budgets="import pytest\n"
         + marked_test(BUDGETS, "budgets(exit_layer=3)", "here")
         + marked_test(BUDGETS, "budgets(propagation='ridge')", "ridge")
     )
@@ -475,7 +476,7 @@ def test_budgets_of_fitted_heads_are_measured_with_those_heads(
 
 def test_records_of_ones_own_are_held_to_the_same_budgets(guarded: pytest.Pytester) -> None:
     guarded.makepyfile(
-        test_budgets="""
+        test_my_budgets="""
         import pytest
 
         def test_one(exit_budget, cascade_evaluation):
@@ -505,7 +506,7 @@ def test_records_of_ones_own_are_held_to_the_same_budgets(guarded: pytest.Pytest
 
 def test_the_profile_is_that_of_the_quick_gate_or_of_everything(guarded: pytest.Pytester) -> None:
     guarded.makepyfile(
-        test_saturation="""
+        test_my_saturation="""
         import numpy as np
 
         from cascade import analyze, load_blocks
@@ -533,18 +534,18 @@ def test_the_profile_is_that_of_the_quick_gate_or_of_everything(guarded: pytest.
         """
     )
     for options in ((), ("--cascade-full",)):
-        ran(guarded, *options, "test_saturation.py").assert_outcomes(passed=2)
+        ran(guarded, *options, "test_my_saturation.py").assert_outcomes(passed=2)
 
 
 def test_the_gate_takes_as_few_tokens_as_decide(guarded: pytest.Pytester) -> None:
     guarded.makepyfile(
-        test_saturation=f"import pytest\n{SATURATION}"
+        test_my_saturation=f"import pytest\n{SATURATION}"
         + marked_test(SATURATION, "saturation(tokens=40)", "few")
         + marked_test(SATURATION, "saturation(full=True)", "all")
     )
 
     def tokens(*options: object) -> list[str]:
-        ran(guarded, "test_saturation.py", "--junitxml", "junit.xml", *options)
+        ran(guarded, "test_my_saturation.py", "--junitxml", "junit.xml", *options)
         return [values["cascade_tokens"] for values in properties("junit.xml")]
 
     whole = str(16 * len(read_profile(guarded.path / BASELINE).arrays()["sequence"]))
@@ -569,7 +570,7 @@ def test_a_profile_of_ones_own_is_held_to_its_baseline(project: pytest.Pytester)
     shutil.copy("tiny.json", stored)
     shutil.copy("tiny.npz", stored.with_suffix(".npz"))
     project.makepyfile(
-        test_saturation="""
+        test_my_saturation="""
         from pathlib import Path
         import pytest
         from cascade import read_profile
@@ -579,7 +580,7 @@ def test_a_profile_of_ones_own_is_held_to_its_baseline(project: pytest.Pytester)
             saturation_baseline.check(read_profile(Path(name + ".json")))
         """
     )
-    done = ran(project, "test_saturation.py")
+    done = ran(project, "test_my_saturation.py")
     done.assert_outcomes(passed=1, failed=1)
     assert failure(done).startswith("FAIL: drift")
 
@@ -603,12 +604,12 @@ def test_what_is_inconclusive_passes_unless_strict(project: pytest.Pytester) -> 
     def test_marked(saturation_baseline):
         saturation_baseline.check(read_profile(Path("new.json")))
     """
-    project.makepyfile(test_saturation=test.format(strict=True))
-    done = ran(project, "test_saturation.py")
+    project.makepyfile(test_my_saturation=test.format(strict=True))
+    done = ran(project, "test_my_saturation.py")
     done.assert_outcomes(passed=1, failed=1)
     assert failure(done).startswith("INCONCLUSIVE: undecided")
-    project.makepyfile(test_saturation=test.format(strict=False))
-    done = ran(project, "test_saturation.py", "--cascade-strict")
+    project.makepyfile(test_my_saturation=test.format(strict=False))
+    done = ran(project, "test_my_saturation.py", "--cascade-strict")
     done.assert_outcomes(passed=1, failed=1)
 
 
@@ -689,7 +690,7 @@ def test_a_setting_that_cannot_be_meant_is_refused_before_any_test(
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     (line,) = [line for line in done.errlines if "ERROR" in line]
     assert words in line
-    assert "test_saturation" not in str(done.stdout)
+    assert "test_my_saturation" not in str(done.stdout)
 
 
 def test_other_projects_are_told_nothing(pytester: pytest.Pytester) -> None:
@@ -883,7 +884,7 @@ def unused(project: pytest.Pytester, *arguments: object) -> list[str]:
 
 
 def test_baselines_that_no_test_used_are_listed_and_no_others(guarded: pytest.Pytester) -> None:
-    guarded.makepyfile(test_saturation=STORED_PROFILE, test_budgets=STORED_EVALUATION)
+    guarded.makepyfile(test_my_saturation=STORED_PROFILE, test_my_budgets=STORED_EVALUATION)
     other = [Path("baselines/old/texts.saturation.json"), Path("baselines/old/texts.budgets.json")]
     other[0].parent.mkdir()
     for path in other:
@@ -899,13 +900,13 @@ def test_baselines_that_no_test_used_are_listed_and_no_others(guarded: pytest.Py
     # A test that was left out might have used them.
     assert unused(guarded, "-k", "not more") == [str(other[1])]
     assert unused(guarded, "--deselect", "test_more.py::test_more") == [str(other[1])]
-    assert unused(guarded, "test_saturation.py::test_saturation") == []
-    assert unused(guarded, "test_saturation.py") == []
+    assert unused(guarded, "test_my_saturation.py::test_saturation") == []
+    assert unused(guarded, "test_my_saturation.py") == []
     skipped = STORED_PROFILE.replace("def ", "@pytest.mark.skip\ndef ")
     guarded.makepyfile(test_more=f"import pytest\n{skipped}")
     assert unused(guarded) == [str(other[1])]
     worse = STORED_EVALUATION.replace("**group", "**group, 'points': []")
-    guarded.makepyfile(test_budgets=worse)
+    guarded.makepyfile(test_my_budgets=worse)
     # The budgets' test comes first, and fails: the others were not run.
     assert unused(guarded, "-x") == [str(other[1])]
     assert unused(guarded, "--lf") == []
@@ -915,9 +916,9 @@ def test_tests_that_only_carry_the_marker_say_nothing_about_baselines(
     guarded: pytest.Pytester,
 ) -> None:
     guarded.makepyfile(
-        test_saturation="import pytest\n@pytest.mark.saturation\ndef test_mine(): pass"
+        test_my_saturation="import pytest\n@pytest.mark.saturation\ndef test_mine(): pass"
     )
-    assert unused(guarded, "test_budgets.py", "test_saturation.py") == []
+    assert unused(guarded, "test_my_budgets.py", "test_my_saturation.py") == []
     assert unused(guarded) == []
 
 
@@ -941,8 +942,8 @@ def test_what_workers_found_is_one_report(
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     summary = project.path / "summary.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-    Path("test_budgets.py").unlink()
-    project.makepyfile(test_saturation=WORKERS)
+    Path("test_my_budgets.py").unlink()
+    project.makepyfile(test_my_saturation=WORKERS)
     for number in range(6):
         about = provenance(corpus__name=f"words{number}")
         moved = profile_of(similarities_of(8, shift=0.01 * (number == 4)), about=about)
@@ -974,8 +975,8 @@ def test_what_workers_found_is_one_report(
 
 def test_two_workers_that_make_one_baseline_leave_a_whole_one(project: pytest.Pytester) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    Path("test_budgets.py").unlink()
-    project.makepyfile(test_saturation=WORKERS.replace("range(6)", "range(12)"))
+    Path("test_my_budgets.py").unlink()
+    project.makepyfile(test_my_saturation=WORKERS.replace("range(6)", "range(12)"))
     for number in range(12):  # of one model and corpus, all different
         profile = a_profile(8, seed=number)
         Path(f"{number}.json").write_text(to_json(profile.content))
@@ -1016,7 +1017,7 @@ def test_what_two_processes_found_counts_once() -> None:
 
 
 def test_a_project_with_no_test_file_runs_the_suite(guarded: pytest.Pytester, models: Path) -> None:
-    for name in ("pytest.ini", "test_saturation.py", "test_budgets.py"):
+    for name in ("pytest.ini", "test_my_saturation.py", "test_my_budgets.py"):
         Path(name).unlink()
     given = ("--pyargs", "cascade.suite", "--cascade-model", models / "tiny")
     given = (*given, "--cascade-corpus", "texts.jsonl", "--strict-markers")
