@@ -343,6 +343,33 @@ def make_chunk(
         UsageError: They are empty, ragged, too long, outside the vocabulary, or do not fit; or the
             padding token stands where it may be text.
     """
+    ids = _checked_ids(stack, input_ids)
+    if attention_mask is None and padding is not None and bool((ids == padding).any()):
+        attention_mask = _without(ids, padding)
+    if attention_mask is None:
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        return Chunk(ids, valid, columns.expand_as(ids), None)
+    mask = _tensor(attention_mask)
+    if mask is None or mask.shape != ids.shape:
+        raise UsageError(
+            f"expected an attention_mask of the ids' shape {list(ids.shape)}, got "
+            f"{'rows of different length' if mask is None else list(mask.shape)}"
+        )
+    valid = mask.to(ids.device).bool()
+    if not bool(valid.any(dim=1).all()):
+        raise UsageError("a row of the attention_mask is all zeros; expected at least one token")
+    positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
+    return Chunk(ids, valid, positions, None if bool(valid.all()) else valid.long())
+
+
+def _checked_ids(stack: DecoderStack, input_ids: Any) -> Tensor:
+    """Return token ids `[B, T]` on the model's device, or say what is wrong with them."""
+    if input_ids is None or hasattr(input_ids, "keys"):
+        raise UsageError(
+            f"expected token ids [B, T], got {type(input_ids).__name__}; of what a tokenizer "
+            'returns, give ["input_ids"] and ["attention_mask"]'
+        )
     ids = _tensor(input_ids)
     if ids is None:
         raise UsageError(
@@ -370,23 +397,7 @@ def make_chunk(
             f"expected token ids in 0..{stack.vocab_size - 1}, got {int(ids.min())} to "
             f"{int(ids.max())}; use the model's own tokenizer"
         )
-    if attention_mask is None and padding is not None and bool((ids == padding).any()):
-        attention_mask = _without(ids, padding)
-    if attention_mask is None:
-        valid = torch.ones_like(ids, dtype=torch.bool)
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        return Chunk(ids, valid, columns.expand_as(ids), None)
-    mask = _tensor(attention_mask)
-    if mask is None or mask.shape != ids.shape:
-        raise UsageError(
-            f"expected an attention_mask of the ids' shape {list(ids.shape)}, got "
-            f"{'rows of different length' if mask is None else list(mask.shape)}"
-        )
-    valid = mask.to(ids.device).bool()
-    if not bool(valid.any(dim=1).all()):
-        raise UsageError("a row of the attention_mask is all zeros; expected at least one token")
-    positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
-    return Chunk(ids, valid, positions, None if bool(valid.all()) else valid.long())
+    return ids
 
 
 def _without(ids: Tensor, padding: int) -> Tensor:
@@ -405,5 +416,5 @@ def _tensor(values: Any) -> Tensor | None:
     """Return values as a tensor; None where their rows differ in length."""
     try:
         return torch.as_tensor(values)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError):  # a shape, a type, or no dtype for it
         return None

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Run
 from rich.console import Console
 
 from cascade import benchmarks
 from cascade.benchmarks import BenchmarkError, FitSetup
-from cascade.cli import main
 from cascade.report import print_fitting
 
 ROOM = importlib.import_module("cascade.benchmarks.fit")
@@ -101,20 +101,15 @@ def test_a_number_that_is_too_small_is_refused(
 
 
 def test_the_command_writes_its_record_and_refuses_layers_that_are_none(
-    saved: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, saved: Path, here: Path
 ) -> None:
-    small = ["--tokens", "160", "--seq-len", "16", "--rounds", "2", "--model", str(saved)]
-    command = ["cascade", "bench", "fit", *small, "--output", str(tmp_path / "out"), "--layers"]
-    monkeypatch.setattr("sys.argv", [*command, "two"])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    assert "expected layers such as" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("sys.argv", [*command, "1,3"])
-    with pytest.raises(SystemExit, match="0"):
-        main()
-    assert json.loads((tmp_path / "out" / "bench.json").read_text())["kind"] == "bench.fit"
-    assert "fit/bare" in capsys.readouterr().out
+    small = ("--tokens", 160, "--seq-len", 16, "--rounds", 2, "--model", saved)
+    command = ("bench", "fit", *small, "--output", "out", "--layers")
+    done = run(*command, "two")
+    assert done.status == 2
+    assert "expected layers such as" in done.err
+    assert not Path("out").exists()
+    done = run(*command, "1,3")
+    assert done.status == 0, done.err
+    assert json.loads(Path("out/bench.json").read_text())["kind"] == "bench.fit"
+    assert "fit/bare" in done.out

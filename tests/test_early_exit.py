@@ -37,6 +37,7 @@ from by_hand import (
 )
 from tiny_models import FAMILIES, VOCABULARY, random_ids, tiny_model
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 from cascade.early_exit import EarlyExit, Propagation, Score, make_chunk, make_exit
 from cascade.errors import ModelError, UsageError
@@ -900,3 +901,22 @@ def test_a_chunk_knows_its_positions() -> None:
     assert chunk.positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
     assert chunk.valid.tolist() == [[False, False, True, True, True], [True] * 5]
     assert set(FAMILIES) >= set(SKIPPING)
+
+
+@pytest.mark.parametrize(
+    "given", [None, {"input_ids": [[1, 2]]}, BatchEncoding({"input_ids": [[1]]})]
+)
+@pytest.mark.parametrize("method", ["score", "generate"])
+def test_what_a_tokenizer_returns_is_refused_with_what_to_take_of_it(
+    method: str, given: Any
+) -> None:
+    early = EarlyExit(a_stack("llama"), layer=2, threshold=0.9)
+    with pytest.raises(UsageError) as error:
+        getattr(early, method)(given)
+    assert 'give ["input_ids"]' in one_line(error)
+
+
+def test_values_that_are_no_numbers_are_refused() -> None:
+    early = EarlyExit(a_stack("llama"), layer=2, threshold=0.9)
+    with pytest.raises(UsageError, match="expected token ids"):
+        early.score([["a", "b"]])  # type: ignore[arg-type]

@@ -185,13 +185,22 @@ def test_many_rows_go_the_models_own_way() -> None:
         assert lean.take(1, plan.embedded, plan.calls[0].kwargs) is taken
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (1,), (2, 3)])
 def test_a_product_is_what_the_module_gives(
-    shape: tuple[int, ...], dtype: torch.dtype, bias: bool
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    bias: bool,
+    amx: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
+    calls: list[int] = []
+    mv = torch.mv
+    monkeypatch.setattr("cascade.lean._has_amx", lambda: amx)
+    monkeypatch.setattr(torch, "mv", lambda *args: calls.append(1) or mv(*args))
     module = nn.Linear(WIDTH, 3 * WIDTH, bias=bias, dtype=dtype)
     rows = torch.randn((*shape, WIDTH), dtype=dtype)
     expected = module(rows)
@@ -200,6 +209,9 @@ def test_a_product_is_what_the_module_gives(
     assert made.dtype is dtype
     # Two roundings of numbers around 1.
     assert (made - expected).abs().max() <= 4 * torch.finfo(dtype).eps
+    # Without AMX a matrix product with one row is the faster one.
+    single = shape != (2, 3)
+    assert bool(calls) is (amx and single and dtype is torch.bfloat16)
 
 
 def test_a_product_calls_what_is_no_plain_projection() -> None:

@@ -211,7 +211,7 @@ def test_how_small_a_change_of_each_layer_is_seen(
 
 @pytest.mark.saturation
 @pytest.mark.parametrize("layer", [2, 13, 25, 30])
-def test_a_change_of_one_in_ten_thousand_is_seen(
+def test_a_change_of_three_in_ten_thousand_is_seen_and_named(
     reference_model: DecoderStack, baseline: StoredProfile, layer: int
 ) -> None:
     fault = Fault("", scaled_mlp(layer, 1 + 3e-4), "layer", str(layer))

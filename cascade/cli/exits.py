@@ -403,6 +403,17 @@ def generate(
         raise UsageError("--hard-ratio chooses a calibration's threshold; give --calibration")
     if not prompt.strip():
         raise UsageError("expected a prompt, got an empty one; give --prompt some text")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise UsageError("expected a --prompt in UTF-8, got other bytes; convert it first")
+    drawing = {"--temperature": temperature, "--top-p": top_p, "--top-k": top_k}
+    drawing = {name: value for name, value in drawing.items() if value is not None}
+    if drawing and not sample:
+        raise UsageError(f"{', '.join(drawing)} are of a draw; give --sample, or leave them out")
+    if temperature is not None and not temperature > 0:
+        raise UsageError(
+            f"expected a --temperature above 0, got {temperature:g}; for the likeliest token leave "
+            "out --sample"
+        )
     stack = _load(model, revision, dtype, device)
     fitted = _read_heads(heads, stack)
     if calibration is not None:
@@ -440,7 +451,7 @@ def _early_exit(
 
     return EarlyExit(
         stack,
-        layer=layer if layer is not None else max(1, stack.num_layers - 1),
+        layer=_usual_layer(stack, heads) if layer is None else layer,
         rule=rule,
         threshold=float("inf") if threshold is None else threshold,
         heads=heads,
@@ -487,8 +498,8 @@ def _generate(
         seconds = time.perf_counter() - start
         return made, made.sequences[0, ids.shape[1] :].tolist(), seconds
 
-    # The first pass warms caches up for whichever comes after it.
-    early.generate(ids, mask, **settings | {"max_new_tokens": 1})
+    # The first pass warms caches up for whichever comes after it; some tokens are enough.
+    early.generate(ids[:, -8:], mask[:, -8:], **settings | {"max_new_tokens": 1})
     made, new, seconds = timed(early, verify=verify)
     full = None
     if compare:
