@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from commands import TEXTS
 from disk import contents
 from profiles_by_hand import a_profile, profile_of, provenance, save_run, similarities_of
 
-from cascade import cli
+from cascade import cli, plugin
 from cascade.baselines import packed, read_profile, to_json
 from cascade.budgets import SLACK, accept_budgets
 from cascade.corpora import load_blocks
@@ -705,6 +706,27 @@ def test_other_projects_are_told_nothing(pytester: pytest.Pytester) -> None:
     done.stdout.fnmatch_lines(["cascade: smollm2-135m, float32 on cpu; corpus embedded; *"])
 
 
+def test_items_of_other_plugins_are_left_alone(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        """
+        import pytest
+
+        class Item(pytest.Item):
+            def runtest(self): pass
+
+        class File(pytest.File):
+            def collect(self):
+                yield Item.from_parent(self, name="item")
+
+        def pytest_collect_file(parent, file_path):
+            if file_path.suffix == ".txt":
+                return File.from_parent(parent, path=file_path)
+        """
+    )
+    pytester.maketxtfile("text")
+    ran(pytester).assert_outcomes(passed=1)
+
+
 def test_settings_and_options_are_the_same() -> None:
     assert [field.name for field in dataclasses.fields(Settings)] == list(settings._HELP)
     # Spelled out there, since these rooms import torch.
@@ -1028,6 +1050,58 @@ def test_a_project_with_no_test_file_runs_the_suite(guarded: pytest.Pytester, mo
     done = ran(guarded, *given, "--cascade-model", "tiny", "-m", "saturation")
     done.assert_outcomes(failed=1, deselected=1)
     assert failure(done).startswith("NOT COMPARABLE: model.weights_hash is sha256:")
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def twelve_lines(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+
+
+def test_the_twelve_lines_of_the_docs_are_twelve_and_run_what_there_is(
+    project: pytest.Pytester,
+) -> None:
+    text = twelve_lines("docs/gate.md")
+    assert text == twelve_lines("README.md")
+    assert len(text.splitlines()) == 12
+    workflow = yaml.safe_load(text)
+    runs = [step["run"] for step in workflow["jobs"]["gate"]["steps"] if "run" in step]
+    (command,) = [run for run in runs if run.startswith("pytest ")]
+    # The very line, but for the model: it fails for want of a baseline, and reports that.
+    arguments = shlex.split(command)[1:]
+    Path("pytest.ini").unlink()
+    given = (f"--cascade-model={project.path / 'nowhere'}", "--cascade-corpus=texts.jsonl")
+    done = ran(project, *arguments, *given)
+    done.assert_outcomes(errors=1, deselected=1)
+    assert json.loads(Path("report/report.json").read_text())["verdict"] == "NOT COMPARABLE"
+
+
+def test_the_docs_know_every_option_marker_argument_and_fixture() -> None:
+    text = (ROOT / "docs/gate.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(--cascade-[\w-]+)` ", text, re.MULTILINE)
+    options = [f"--cascade-{f.name.replace('_', '-')}" for f in dataclasses.fields(Settings)]
+    assert rows == options
+    for name, arguments in settings.MARKERS.items():
+        assert f"@pytest.mark.{name}(" in text
+        assert all(f"{argument}=" in text for argument in arguments)
+    for name in ("saturation", "budgets"):
+        test = SATURATION if name == "saturation" else BUDGETS
+        assert f"```python\n{test.strip()}\n```" in text
+    for fixture in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE):
+        assert callable(getattr(plugin, fixture))
+
+
+def test_our_own_workflow_runs_tox_and_keeps_the_report() -> None:
+    text = (ROOT / ".github/workflows/cascade.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert {"tox", "tox -e gate"} <= {step.get("run") for step in steps}
+    (upload,) = [s for s in steps if s.get("uses", "").startswith("actions/upload-artifact")]
+    assert upload["with"]["path"] == "report/"
+    tox = (ROOT / "tox.ini").read_text(encoding="utf-8")
+    assert "--pyargs cascade.suite --cascade-report=report" in tox
+    assert "GITHUB_STEP_SUMMARY" in tox
 
 
 HEAVY = {"torch", "transformers", "datasets", "numpy", "matplotlib", "scipy", "rich"}

@@ -23,6 +23,7 @@ from cascade.plugin.settings import (
     read_settings,
     register_markers,
     shown,
+    uses,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[Any]) -> str | None:
     """Say what is measured, where nothing was set and tests ask for it all the same."""
-    asked = any(name in item.fixturenames for item in items for name in MARKED_BY.values())
+    asked = any(uses(item, name) for item in items for name in MARKED_BY.values())
     return config.stash[_SETTINGS].describe() if asked and not config.stash[_GIVEN] else None
 
 

@@ -232,6 +232,11 @@ def register_markers(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}({', '.join(arguments)}): {_ABOUT[name]}")
 
 
+def uses(item: pytest.Item, fixture: str) -> bool:
+    """Say whether a test asks for a fixture; items of other plugins may know none."""
+    return fixture in getattr(item, "fixturenames", ())
+
+
 def check_markers(item: pytest.Item) -> None:
     """Mark a test that uses a fixture of ours, and refuse arguments that nothing reads.
 
@@ -239,9 +244,7 @@ def check_markers(item: pytest.Item) -> None:
         pytest.UsageError: An argument that the marker does not know, or a value it cannot take.
     """
     for name, known in MARKERS.items():
-        if MARKED_BY[name] in getattr(item, "fixturenames", ()) and not any(
-            item.iter_markers(name)
-        ):
+        if uses(item, MARKED_BY[name]) and not any(item.iter_markers(name)):
             item.add_marker(name)
         for marker in item.iter_markers(name):
             place = f"{item.nodeid}: marker {name}"
