@@ -10,7 +10,7 @@ from pathlib import Path
 from cascade.baselines import SCHEMAS, Record, StoredProfile, packed, seal, store
 from cascade.budgets import accept_budgets
 from cascade.corpora import TokenBlocks
-from cascade.drift import Comparison, compare
+from cascade.drift import compare
 from cascade.files import write_text
 from cascade.gate import quick_ids
 from cascade.models import DecoderStack
@@ -72,7 +72,7 @@ def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfil
     """
     seen = [sorted(side.arrays()["sequence_fingerprint"]) for side in (profile, before)]
     current = before.record()["schema"] == SCHEMAS["saturation"]
-    return current and seen[0] == seen[1] and compare_with(profile, before).verdict == "PASS"
+    return current and seen[0] == seen[1] and compare(profile, before).verdict == "PASS"
 
 
 def replace_budgets(path: Path, evaluations: Sequence[Record]) -> None:
@@ -91,16 +91,3 @@ def replace_budgets(path: Path, evaluations: Sequence[Record]) -> None:
         for evaluation in evaluations:
             made = accept_budgets(Path(folder), evaluation).path
         write_text(path, made.read_text(encoding="utf-8"))
-
-
-def compare_with(
-    profile: SaturationProfile | StoredProfile, before: StoredProfile, *, anyway: bool = False
-) -> Comparison:
-    """Compare a profile that knows its own noise floor with a stored one.
-
-    Args:
-        profile: Of the whole corpus.
-        before: The stored one.
-        anyway: Compare in spite of another model, dtype or tokenizer.
-    """
-    return compare(profile, before, noise=profile.record().get("noise"), anyway=anyway)

@@ -170,10 +170,15 @@ def failure(done: Done) -> str:
 
 def test_a_baseline_is_missed_made_kept_broken_and_made_anew(project: pytest.Pytester) -> None:
     only = ("-m", "saturation")
-    missing = ran(project, *only)
+    missing = ran(project, *only, "--cascade-report", "out")
     missing.assert_outcomes(failed=1, deselected=1)
     assert failure(missing).startswith(f"no baseline {BASELINE}; make one with `cascade analyze ")
     assert len(failure(missing).splitlines()) == 1
+    record = json.loads(Path("out/report.json").read_text())
+    assert record["verdict"] == "FAIL"
+    (entry,) = record["missing"]
+    assert entry["path"] == str(BASELINE)
+    assert re.fullmatch("cascade analyze .* && cascade accept RUN .*", entry["command"])
     assert not Path("baselines").exists()
 
     made = ran(project, *only, "--force-regen")
@@ -261,6 +266,35 @@ def test_regen_all_writes_everything_and_passes(guarded: pytest.Pytester) -> Non
     assert record["verdict"] == "INCONCLUSIVE"  # nobody has reviewed them yet
     assert record["regenerated"] == [str(STORED), str(BASELINE)]
     ran(guarded, "-m", "saturation").assert_outcomes(passed=1, deselected=1)
+    # Also what still holds, as pytest-regressions does.
+    ran(guarded, "--regen-all", "-k", "saturation").assert_outcomes(passed=1, deselected=1)
+    command = read_profile(guarded.path / BASELINE).record()["provenance"]["command"]
+    assert command.endswith("--regen-all -k saturation")
+
+
+def test_a_profile_is_that_of_the_new_baseline_once_there_is_one(
+    guarded: pytest.Pytester,
+) -> None:
+    broken(guarded)
+    guarded.makepyfile(
+        test_my_saturation=f"""
+        from pathlib import Path
+
+        import numpy as np
+        from cascade import read_profile
+
+        def test_it(saturation_baseline, cascade_profile):
+            edges = []
+            for _ in range(2):
+                stored = read_profile(Path("{BASELINE}")).arrays()["edges"]
+                assert np.array_equal(cascade_profile.arrays()["edges"], stored)
+                edges.append(stored)
+                saturation_baseline.check(cascade_profile)
+            assert not np.array_equal(*edges)
+        """
+    )
+    done = ran(guarded, "--regen-all", "test_my_saturation.py")
+    done.assert_outcomes(passed=1)
 
 
 def test_a_corpus_that_grew_is_measured_whole_when_made_anew(guarded: pytest.Pytester) -> None:
@@ -505,7 +539,9 @@ def test_records_of_ones_own_are_held_to_the_same_budgets(guarded: pytest.Pytest
 # --- The profile -----------------------------------------------------------------------------
 
 
-def test_the_profile_is_that_of_the_quick_gate_or_of_everything(guarded: pytest.Pytester) -> None:
+def test_the_profile_is_that_of_the_quick_gate_or_of_everything(
+    guarded: pytest.Pytester, models: Path
+) -> None:
     guarded.makepyfile(
         test_my_saturation="""
         import numpy as np
@@ -536,6 +572,24 @@ def test_the_profile_is_that_of_the_quick_gate_or_of_everything(guarded: pytest.
     )
     for options in ((), ("--cascade-full",)):
         ran(guarded, *options, "test_my_saturation.py").assert_outcomes(passed=2)
+    # Also where the gate has stopped long before, or refused to compare.
+    guarded.makepyfile(
+        test_my_saturation=f"""
+        import numpy as np
+        from pathlib import Path
+        from cascade import read_profile
+
+        def test_profile(cascade_profile):
+            assert cascade_profile.record()["layers"][0]["count"] == 512
+            stored = read_profile(Path("{BASELINE}")).arrays()
+            assert np.array_equal(cascade_profile.arrays()["edges"], stored["edges"])
+            assert set(cascade_profile.sequence_fingerprints) < set(stored["sequence_fingerprint"])
+        """
+    )
+    broken(guarded)
+    ran(guarded, "test_my_saturation.py").assert_outcomes(passed=1)
+    shutil.copytree(models / "other", guarded.path / "tiny")
+    ran(guarded, "test_my_saturation.py", "--cascade-model=tiny").assert_outcomes(passed=1)
 
 
 def test_the_gate_takes_as_few_tokens_as_decide(guarded: pytest.Pytester) -> None:

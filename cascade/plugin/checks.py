@@ -216,7 +216,8 @@ class SaturationCheck(Check):
 
     def _regenerate(self, profile: Any, path: Path, option: str) -> None:
         from cascade.baselines import read_profile
-        from cascade.renewal import compare_with, still_holds, store_profile
+        from cascade.drift import compare
+        from cascade.renewal import still_holds, store_profile
         from cascade.report import print_comparison
 
         before = None
@@ -224,14 +225,14 @@ class SaturationCheck(Check):
             before = read_profile(path)
         new = profile.whole(before) if isinstance(profile, MeasuredProfile) else profile
         if option == "--force-regen" and before is not None and still_holds(new, before):
-            self._judge(compare_with(new, before).record(), "none", path)
+            self._judge(compare(new, before).record(), "none", path)
             return
         store_profile(self.settings.baselines, new)
         if isinstance(profile, MeasuredProfile):
             profile.forget()
         moved = ""
         if before is not None:
-            against = compare_with(new, before, anyway=True).record()
+            against = compare(new, before, anyway=True).record()
             moved = "Against the baseline before:\n" + drawn(print_comparison, against)
         self._regenerated(path, option, moved)
 
