@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+pytest_plugins = "pytester"
+
 if TYPE_CHECKING:
     from pytest_regressions.dataframe_regression import DataFrameRegressionFixture
 

@@ -94,14 +94,23 @@ class Overrun:
     Attributes:
         point: The point, in words.
         figure: E.g. "perplexity_ratio"; "point" where the whole point was not measured.
-        found: Budget and measurement, in words.
+        limit: The budget, in words; empty where the point was not measured.
+        measured: What came, in words.
         command: What to run to look closer.
     """
 
     point: str
     figure: str
-    found: str
+    limit: str
+    measured: str
     command: str
+
+    @property
+    def found(self) -> str:
+        """Budget and measurement, in words."""
+        if not self.limit:
+            return self.measured
+        return f"{self.figure} budget {self.limit}, measured {self.measured}"
 
     def __str__(self) -> str:
         return f"{self.point}: {self.found}; look closer with `{self.command}`"
@@ -275,15 +284,14 @@ def _overruns(group: Record, evaluation: Record) -> list[Overrun]:
         row = rows.get(_point_key(point))
         if row is None:
             words = "not measured at all"
-            found.append(Overrun(_named(point), "point", words, _command(group)))
+            found.append(Overrun(_named(point), "point", "", words, _command(group)))
             continue
         for figure, limit in point["budget"].items():
             got = row.get(figure)
             if not all(_keeps(figure, row, limit)):
                 limits = " and ".join(f"at {side} {value:g}" for side, value in limit.items())
                 shown = "nothing" if got is None else f"{got:.4f}"
-                words = f"{figure} budget {limits}, measured {shown}"
-                found.append(Overrun(_named(point), figure, words, _command(group)))
+                found.append(Overrun(_named(point), figure, limits, shown, _command(group)))
     return found
 
 

@@ -148,10 +148,17 @@ def load_blocks(
             "take more records or a smaller --seq-len"
         )
     blocks = np.array(ids[: rows * seq_len], dtype=np.int32).reshape(rows, seq_len)
-    return TokenBlocks(blocks, source, _name(source, config, split), count)
+    return TokenBlocks(blocks, source, corpus_name(source, config=config, split=split), count)
 
 
-def _name(source: str, config: str | None, split: str | None) -> str:
+def corpus_name(source: str, *, config: str | None = None, split: str | None = None) -> str:
+    """Return the file-system name that baselines know a corpus by; nothing of it is read.
+
+    Args:
+        source: As for `load_blocks`.
+        config: A configuration of a hub dataset.
+        split: A split.
+    """
     path = Path(os.path.expanduser(source))
     name = path.resolve().stem if os.path.exists(path) else source.replace("/", "--")
     return "-".join(part.lower() for part in (name, config, split) if part)

@@ -38,6 +38,7 @@ class Gate:
         budget: The most tokens that it would have taken.
         seconds: How long it took, the model's loading left out.
         noise: The noise floor measured here, where the baseline was made elsewhere.
+        profile: What was measured; None where the two could not be compared.
     """
 
     comparison: Comparison
@@ -45,6 +46,7 @@ class Gate:
     budget: int
     seconds: float
     noise: Record | None = None
+    profile: SaturationProfile | None = None
 
     def record(self) -> Record:
         """Return the gate as a record of kind `comparison`."""
@@ -118,8 +120,8 @@ def run_gate(
         )
         comparison = compare(profile, baseline, noise=noise)
         looks = ((blocks.tokens, comparison.verdict),)
-        return Gate(comparison, looks, blocks.tokens, time.perf_counter() - start, noise)
-    chosen = _spread(shared, max(1, tokens // blocks.ids.shape[1]))
+        return Gate(comparison, looks, blocks.tokens, time.perf_counter() - start, noise, profile)
+    chosen = _chosen(blocks, shared, tokens)
     return _look_by_look(stack, blocks, baseline, chosen, noise, about, batch_size, start, progress)
 
 
@@ -151,7 +153,8 @@ def _look_by_look(
         if comparison.verdict != "PASS":
             break
     budget = len(chosen) * blocks.ids.shape[1]
-    return Gate(comparison, tuple(looks), budget, time.perf_counter() - start, noise)
+    seconds = time.perf_counter() - start
+    return Gate(comparison, tuple(looks), budget, seconds, noise, profile)
 
 
 def _joined(
@@ -164,6 +167,26 @@ def _joined(
         whole = whole.merge(part.statistics.renumbered(shift))
         shift += len(part.sequence_fingerprints)
     return SaturationProfile(whole, blocks.sequence_fingerprints(), about)
+
+
+def quick_blocks(
+    blocks: TokenBlocks, baseline: StoredProfile, tokens: int = QUICK_TOKENS
+) -> TokenBlocks:
+    """Return the sequences that the quick gate takes when nothing stops it before.
+
+    Args:
+        blocks: The baseline's corpus.
+        baseline: The stored profile.
+        tokens: The budget, rounded down to whole sequences, at least one.
+
+    Returns:
+        Sequences of the baseline's, spread over the corpus; none where it holds none of them.
+    """
+    return replace(blocks, ids=blocks.ids[_chosen(blocks, _shared(blocks, baseline), tokens)])
+
+
+def _chosen(blocks: TokenBlocks, shared: Any, tokens: int) -> Any:
+    return _spread(shared, max(1, tokens // blocks.ids.shape[1]))
 
 
 def _shared(blocks: TokenBlocks, baseline: StoredProfile) -> Any:

@@ -93,6 +93,32 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "distillation": {"corpora", "errors", "exits", "heads", "models", "ridge", "saturation"},
     "budgets": {"baselines", "errors", "files", "shapes"},
+    "renewal": {
+        "baselines",
+        "budgets",
+        "corpora",
+        "drift",
+        "files",
+        "gate",
+        "models",
+        "noise",
+        "saturation",
+    },
+    "rerun": {
+        "baselines",
+        "corpora",
+        "errors",
+        "evaluation",
+        "exits",
+        "heads",
+        "models",
+        "points",
+        "saturation",
+        "shapes",
+    },
+    "suite": set(),
+    "suite.test_budgets": set(),
+    "suite.test_saturation": set(),
     "cascade": {
         "baselines",
         "calibration",
@@ -197,7 +223,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 #: The rooms on top, which may import everything and which nobody imports.
-_BELOW = MAY_IMPORT.keys() - {"__main__", "benchmarks.__main__"}
+_BELOW = {
+    room
+    for room in MAY_IMPORT.keys() - {"__main__", "benchmarks.__main__"}
+    if not room.startswith("suite")
+}
+MAY_IMPORT["plugin.settings"] = set()
+MAY_IMPORT["plugin.findings"] = _BELOW | {"plugin.settings"}
+MAY_IMPORT["plugin.measuring"] = _BELOW | {"plugin.settings"}
+MAY_IMPORT["plugin.checks"] = _BELOW | {"plugin.findings", "plugin.measuring", "plugin.settings"}
+MAY_IMPORT["plugin.budget_check"] = MAY_IMPORT["plugin.checks"] | {"plugin.checks"}
+MAY_IMPORT["plugin"] = MAY_IMPORT["plugin.budget_check"] | {"plugin.budget_check"}
 MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors"}
 for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure"):
@@ -239,7 +275,7 @@ def test_the_allowed_imports_have_no_circle() -> None:
         done |= free
 
 
-@pytest.mark.parametrize("module", ["cascade", "cascade.cli"])
+@pytest.mark.parametrize("module", ["cascade", "cascade.cli", "cascade.plugin"])
 def test_importing_the_surface_loads_no_heavy_library(module: str) -> None:
     heavy = {"torch", "transformers", "datasets", "numpy", "matplotlib"}
     code = f"import sys, {module}; print(sorted({heavy} & {{*sys.modules}}))"

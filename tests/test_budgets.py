@@ -17,6 +17,7 @@ from cascade.errors import RecordError
 from cascade.evaluation import Request, evaluate, split
 from cascade.heads import load_heads
 from cascade.points import Point
+from cascade.rerun import find_heads, group_blocks, rerun
 
 if TYPE_CHECKING:
     from cascade import DecoderStack
@@ -319,26 +320,9 @@ def test_only_given_points_become_budgets(tmp_path: Path) -> None:
 
 def measured(stack: DecoderStack, group: Record) -> Record:
     """Evaluate a group's points again, as its own settings say."""
-    from cascade import load_blocks
-
-    blocks = load_blocks(
-        "embedded", stack.tokenizer, num_samples=None, split="held-out", max_tokens=8192
-    )
-    fit, confirm = split(blocks)
-    with_heads = group["provenance"]["heads_fingerprint"] is not None
-    points = tuple(
-        Point(point["exit_layer"], point["rule"], point["threshold"], "given")
-        for point in group["points"]
-    )
-    request = Request(layers=(), rules=(), thresholds=points, only_given=True)
-    return evaluate(
-        stack,
-        fit,
-        confirm,
-        request,
-        heads=load_heads(HEADS, stack) if with_heads else None,
-        propagation=group["settings"]["propagation"],
-    )
+    blocks = group_blocks(stack, group, "embedded", part="held-out")
+    fingerprint = group["provenance"]["heads_fingerprint"]
+    return rerun(stack, group, blocks, heads=find_heads(BASELINES, fingerprint, stack))
 
 
 @pytest.mark.budgets

@@ -22,7 +22,14 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from tiny_models import tiny_tokenizer
 
-from cascade.corpora import TokenBlocks, alpaca_text, load_blocks, record_text
+from cascade.corpora import (
+    EMBEDDED,
+    TokenBlocks,
+    alpaca_text,
+    corpus_name,
+    load_blocks,
+    record_text,
+)
 from cascade.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -704,3 +711,9 @@ def test_a_byte_order_mark_is_no_token(tmp_path: Path, name: str) -> None:
 def test_a_path_that_cannot_be_is_a_missing_corpus(source: str) -> None:
     with pytest.raises(CorpusError, match="no corpus file"):
         load_blocks(source, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("split", [None, "held-out"])
+def test_a_corpus_is_known_by_its_name_before_it_is_read(split: str | None) -> None:
+    blocks = load_blocks(EMBEDDED, tiny_tokenizer(), split=split, max_tokens=256)
+    assert corpus_name(EMBEDDED, split=split) == blocks.name

@@ -15,7 +15,7 @@ from cascade import gate as room
 from cascade.baselines import StoredProfile, read_profile, seal
 from cascade.corpora import TokenBlocks
 from cascade.errors import ModelError, UsageError
-from cascade.gate import Gate, noise_here, run_gate
+from cascade.gate import Gate, noise_here, quick_blocks, run_gate
 from cascade.models import DecoderStack
 from cascade.noise import measure_noise
 from cascade.saturation import analyze
@@ -140,6 +140,19 @@ def test_layers_that_give_nan_are_an_error_and_no_verdict(baseline: StoredProfil
     stack.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(ModelError, match="layer 3 is the first to give NaN"):
         run_gate(stack, BLOCKS, baseline)
+
+
+def test_a_gate_keeps_what_it_measured(baseline: StoredProfile) -> None:
+    few = quick_blocks(BLOCKS, baseline, 5 * LENGTH)
+    quick = run_gate(a_stack(), BLOCKS, baseline, tokens=5 * LENGTH).profile
+    full = run_gate(a_stack(), BLOCKS, baseline, full=True).profile
+    for profile, blocks in ((quick, few), (full, BLOCKS)):
+        assert profile is not None
+        assert np.array_equal(profile.sequence_fingerprints, blocks.sequence_fingerprints())
+        again = analyze(a_stack(), blocks, edges=baseline.arrays()["edges"])
+        np.testing.assert_allclose(profile.statistics.mean(), again.statistics.mean(), atol=1e-6)
+    assert run_gate(a_stack(dtype="bfloat16"), BLOCKS, baseline).profile is None
+    assert len(quick_blocks(blocks_of(9, seed=1), baseline).ids) == 0
 
 
 # --- What cannot be compared -----------------------------------------------------------------

@@ -1,0 +1,242 @@
+"""The pytest plugin: options, markers, fixtures, and one report per session.
+
+Importing it imports pytest and the standard library alone: a project that has CASCADE installed and
+does not use it pays nothing.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cascade.errors import CascadeError, OutputError
+from cascade.plugin.findings import REPORT_FILES, Findings, show_summary, write_reports
+from cascade.plugin.settings import (
+    MARKED_BY,
+    MARKERS,
+    Settings,
+    add_options,
+    check_markers,
+    read_settings,
+    register_markers,
+    shown,
+    uses,
+)
+
+if TYPE_CHECKING:
+    from cascade.models import DecoderStack
+    from cascade.plugin.budget_check import BudgetCheck
+    from cascade.plugin.checks import SaturationCheck
+    from cascade.plugin.measuring import MeasuredEvaluations, MeasuredProfile
+
+_SETTINGS = pytest.StashKey[Settings]()
+#: Whether any of the settings was given.
+_GIVEN = pytest.StashKey[bool]()
+_FINDINGS = pytest.StashKey[Findings]()
+#: The session's record, if there is one, and lines about its reports.
+_RESULT = pytest.StashKey[tuple[dict[str, Any] | None, list[str]]]()
+
+#: Why a test's marker is refused, where the session goes on all the same.
+_REFUSED = pytest.StashKey[str]()
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+# --- The start of a session ------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options and ini keys."""
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check the settings and register the markers."""
+    settings, given = read_settings(config)
+    config.stash[_SETTINGS] = settings
+    config.stash[_GIVEN] = given
+    config.stash[_FINDINGS] = Findings()
+    register_markers(config)
+    if settings.report is not None and not _is_worker(config):
+        # What cannot be written is said now, not after the tests.
+        from cascade.files import check_writable
+
+        try:
+            check_writable(settings.report / REPORT_FILES[0])
+        except OutputError as error:
+            raise pytest.UsageError(f"--cascade-report: {error}") from error
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say what is measured, where anything was set."""
+    return config.stash[_SETTINGS].describe() if config.stash[_GIVEN] else None
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[Any]) -> str | None:
+    """Say what is measured, where nothing was set and tests ask for it all the same."""
+    asked = any(uses(item, name) for item in items for name in MARKED_BY.values())
+    return config.stash[_SETTINGS].describe() if asked and not config.stash[_GIVEN] else None
+
+
+# --- Collection ------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use our fixtures, before `-m` selects, and check the markers."""
+    for item in items:
+        try:
+            check_markers(item)
+        except pytest.UsageError as error:
+            if not _is_worker(item.config):
+                raise
+            # A worker of pytest-xdist that ends here takes its words with it: let the test fail.
+            item.stash[_REFUSED] = str(error)
+
+
+def _markers(item: pytest.Item) -> list[str]:
+    return [name for name in MARKERS if item.get_closest_marker(name)]
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Remember which kinds of tests were left out."""
+    for item in items:
+        for name in _markers(item):
+            item.config.stash[_FINDINGS].leave_out(name)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Remember which tests there are to run."""
+    for item in session.items:
+        for name in _markers(item):
+            session.config.stash[_FINDINGS].note("selected", name, item.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Remember which tests were run, skipped ones left out."""
+    if _REFUSED in item.stash:
+        pytest.fail(item.stash[_REFUSED], pytrace=False)
+    for name in _markers(item):
+        item.config.stash[_FINDINGS].note("ran", name, item.nodeid)
+
+
+# --- Fixtures --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cascade_model(pytestconfig: pytest.Config) -> DecoderStack:
+    """The model under test, loaded once: a `cascade.DecoderStack`."""
+    from cascade.exits import exit_entries
+    from cascade.models import load
+    from cascade.plugin.checks import nothing_compared
+    from cascade.plugin.measuring import one_line
+
+    settings = pytestconfig.stash[_SETTINGS]
+    with one_line():
+        try:
+            stack = load(
+                settings.model,
+                revision=settings.revision,
+                dtype=settings.dtype,
+                device=settings.device,
+            )
+            if settings.exit_layer is not None:
+                exit_entries(settings.exit_layer, stack.num_layers)
+        except CascadeError as error:
+            about = {"name": settings.model, "path": shown(settings.baselines)}
+            record = about | nothing_compared(str(error))
+            pytestconfig.stash[_FINDINGS].comparisons.append(record)
+            raise
+    return stack
+
+
+@pytest.fixture(scope="session")
+def cascade_profile(cascade_model: DecoderStack, pytestconfig: pytest.Config) -> MeasuredProfile:
+    """The model's saturation on its baseline's sequences, measured once it is asked for."""
+    from cascade.plugin.measuring import MeasuredProfile
+
+    said = shlex.join(["pytest", *map(str, pytestconfig.invocation_params.args)])
+    return MeasuredProfile(cascade_model, pytestconfig.stash[_SETTINGS], said)
+
+
+@pytest.fixture(scope="session")
+def cascade_evaluation(
+    cascade_model: DecoderStack, pytestconfig: pytest.Config
+) -> MeasuredEvaluations:
+    """Evaluations of the stored budgets' points, measured once they are asked for."""
+    from cascade.plugin.measuring import MeasuredEvaluations
+
+    return MeasuredEvaluations(cascade_model, pytestconfig.stash[_SETTINGS])
+
+
+@pytest.fixture
+def saturation_baseline(request: pytest.FixtureRequest) -> SaturationCheck:
+    """The stored baseline; `saturation_baseline.check(cascade_profile)` fails where one drifted."""
+    from cascade.plugin.checks import SaturationCheck
+
+    stash = request.config.stash
+    return SaturationCheck(request.node, stash[_SETTINGS], stash[_FINDINGS])
+
+
+@pytest.fixture
+def exit_budget(request: pytest.FixtureRequest) -> BudgetCheck:
+    """The stored budgets; `exit_budget.check(cascade_evaluation)` fails where one is not kept."""
+    from cascade.plugin.budget_check import BudgetCheck
+
+    stash = request.config.stash
+    return BudgetCheck(request.node, stash[_SETTINGS], stash[_FINDINGS])
+
+
+# --- The end of a session --------------------------------------------------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist found."""
+    text = getattr(node, "workeroutput", {}).get("cascade")
+    if text is not None:
+        node.config.stash[_FINDINGS].absorb(text)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send what was found to the one process that reports, or write the reports there."""
+    config = session.config
+    findings = config.stash[_FINDINGS]
+    if _is_worker(config):
+        config.workeroutput["cascade"] = findings.dump()  # type: ignore[attr-defined]
+        return
+    settings = config.stash[_SETTINGS]
+    unused = findings.unused(settings.baselines) if _is_whole(config) else []
+    record = findings.record(unused)
+    lines: list[str] = []
+    if record is not None:
+        try:
+            lines = [f"Wrote {path}" for path in write_reports(settings, record)]
+        except CascadeError as error:
+            lines = [f"No report: {error}"]
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+    elif settings.report is not None and not config.getoption("collectonly"):
+        lines = ["No report: no test held anything to a baseline"]
+    config.stash[_RESULT] = record, lines
+
+
+def _is_whole(config: pytest.Config) -> bool:
+    """Say whether a session was meant to run every test there is of a kind."""
+    named = config.args_source == config.ArgsSource.ARGS
+    narrow = any("::" in text or text.endswith(".py") for text in config.args)
+    return not (named and narrow) and not config.getoption("lf", default=False)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Show the session's record, last of all."""
+    record, lines = config.stash.get(_RESULT, (None, []))
+    if record is not None or lines:
+        show_summary(terminalreporter, record, lines)

@@ -1,0 +1,258 @@
+"""The check of a profile against its baseline, and what checks share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+from cascade.errors import CascadeError, RecordError
+from cascade.plugin.findings import Findings, drawn
+from cascade.plugin.measuring import MeasuredProfile, make_command, missing_line, one_line
+from cascade.plugin.settings import Settings, marked, shown
+
+if TYPE_CHECKING:
+    from cascade.baselines import StoredProfile
+    from cascade.saturation import SaturationProfile
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Check:
+    """What both checks share: the test that asks, and where findings go.
+
+    Attributes:
+        item: The test.
+        settings: Of the session.
+        findings: Of the session.
+    """
+
+    item: pytest.Item
+    settings: Settings
+    findings: Findings
+
+    #: The marker.
+    kind = ""
+
+    @property
+    def _regeneration(self) -> str | None:
+        """How a baseline is to be made anew: the option of pytest-regressions, if one was given."""
+        for option in ("--regen-all", "--force-regen"):
+            if self.item.config.getoption(option[2:].replace("-", "_"), default=False):
+                return option
+        return None
+
+    @contextlib.contextmanager
+    def _noted(self, path: Path) -> Iterator[str | None]:
+        """Note that a baseline is used, and let the session know where nothing can come of it.
+
+        Yields how the baseline is to be made anew, if it is.
+        """
+        self.findings.note("used", self.kind, shown(path))
+        option = self._regeneration
+        with one_line():
+            try:
+                if option is not None:
+                    self._refuse_in_ci(path, option)
+                yield option
+            except CascadeError as error:
+                self._add_nothing(path, " ".join(str(error).splitlines()))
+                self._add_properties("NOT COMPARABLE", "none", 0)
+                raise
+
+    def _add_nothing(self, path: Path, reason: str) -> None:
+        """Add to the findings that nothing could be held to a baseline, and why."""
+        raise NotImplementedError
+
+    def _refuse_in_ci(self, path: Path, option: str) -> None:
+        if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+            raise RecordError(
+                f"{option} is refused where CI is set: a baseline is accepted by a person who "
+                f"looked at it, not by the run that it is to stop; run it locally and commit "
+                f"{shown(path)}"
+            )
+
+    def _add_properties(self, verdict: str, worst: str, tokens: int) -> None:
+        values = {"verdict": verdict, "worst_cell": worst, "tokens": str(tokens)}
+        self.item.user_properties += [(f"cascade_{name}", v) for name, v in values.items()]
+
+    def _fail_missing(self, path: Path) -> NoReturn:
+        line = missing_line(path, self.settings)
+        if self.item.config.getoption("force_regen", default=None) is not None:
+            line += f", or with `pytest --force-regen -m {self.kind}`"
+        command = make_command(path, self.settings).replace("`", "").replace(" and ", " && ")
+        self.findings.missing.append({"path": shown(path), "command": command})
+        self._add_properties("FAIL", "no baseline", 0)
+        pytest.fail(line, pytrace=False)
+
+    def _regenerated(self, path: Path, option: str, moved: str) -> None:
+        self.findings.regenerated.append(shown(path))
+        self._add_properties("INCONCLUSIVE", "made anew", 0)
+        if option == "--force-regen":
+            # As pytest-regressions does: nobody has reviewed it yet.
+            pytest.fail(
+                f"made {shown(path)} anew (--force-regen); review it, commit it, and run again\n"
+                f"{moved}",
+                pytrace=False,
+            )
+
+
+class SaturationCheck(Check):
+    """Holds a profile to its baseline (the fixture `saturation_baseline`)."""
+
+    kind = "saturation"
+
+    def check(self, profile: MeasuredProfile | SaturationProfile | StoredProfile) -> None:
+        """Fail unless the profile is as its baseline.
+
+        Args:
+            profile: `cascade_profile`, which is measured no further than decides; or one that was
+                measured with `cascade.analyze`.
+        """
+        __tracebackhide__ = True
+        with one_line():
+            path = self._path(profile)
+        with self._noted(path) as option:
+            if option is not None:
+                self._regenerate(profile, path, option)
+                return
+            if not path.exists():
+                self._fail_missing(path)
+            record, worst = self._compare(profile, path)
+        self._judge(record, worst, path)
+
+    def _path(self, profile: Any) -> Path:
+        from cascade.baselines import baseline_paths
+
+        if isinstance(profile, MeasuredProfile):
+            return profile.path
+        about = {"kind": self.kind, "provenance": profile.record()["provenance"]}
+        return baseline_paths(self.settings.baselines, about)[0]
+
+    def _compare(self, profile: Any, path: Path) -> tuple[Record, str]:
+        from cascade.baselines import read_profile
+        from cascade.drift import compare
+
+        given = marked(self.item, self.kind)
+        if isinstance(profile, MeasuredProfile):
+            gate = profile.gate(
+                tokens=given.get("tokens", self.settings.tokens),
+                full=given.get("full", self.settings.full),
+            )
+            comparison, record = gate.comparison, gate.record()
+        else:
+            comparison = compare(profile, read_profile(path))
+            record = comparison.record()
+        worst = "none"
+        for cell in comparison.worst()[:1]:
+            worst = (
+                f"layer {cell.layer} {cell.statistic} {cell.difference:+.1e} "
+                f"({cell.standardized:+.2g} x its limit)"
+            )
+        return record, worst
+
+    def _add(self, record: Record, path: Path) -> None:
+        name = f"{path.parent.name}/{path.name.removesuffix('.saturation.json')}"
+        self.findings.comparisons.append({"name": name, "path": shown(path)} | record)
+
+    def _add_nothing(self, path: Path, reason: str) -> None:
+        self._add(nothing_compared(reason), path)
+
+    def _judge(self, record: Record, worst: str, path: Path) -> None:
+        from cascade.report import print_comparison
+
+        self._add(record, path)
+        verdict = record["verdict"]
+        self._add_properties(verdict, worst, record["tokens"])
+        strict = marked(self.item, self.kind).get("strict", self.settings.strict)
+        if verdict == "PASS" or (verdict == "INCONCLUSIVE" and not strict):
+            return
+        if verdict == "NOT COMPARABLE":
+            pytest.fail(self._not_comparable(record, path), pytrace=False)
+        lines = [drawn(print_comparison, record), *self._at_exit_layer(record)]
+        lines += ["", *self._remedies()]
+        pytest.fail("\n".join(lines), pytrace=False)
+
+    def _not_comparable(self, record: Record, path: Path) -> str:
+        """Say in one line what differs, and how to see what that moves."""
+        differs = "; ".join(
+            f"{m['name']} is {_short(m['obtained'])}, the baseline's {_short(m['expected'])} "
+            f"({m['remedy']})"
+            for m in record["mismatches"]
+        )
+        made = self.settings.command("analyze", "--output", "RUN")
+        return (
+            f"{record['verdict']}: {differs}; see what moved with `{made}` and `cascade compare RUN"
+            f" {shown(path)} --anyway`, then `{self.settings.accept_command()}`"
+        )
+
+    def _at_exit_layer(self, record: Record) -> Iterator[str]:
+        """Say what became of the layer at which the product exits."""
+        for row in record["profile"]:
+            if row["layer"] == str(self.settings.exit_layer):
+                moved = any(
+                    cell["verdict"] == "FAIL"
+                    for cell in record["cells"]
+                    if cell["layer"] == row["layer"]
+                )
+                what = "has moved: calibrate its threshold again" if moved else "has not moved"
+                yield (
+                    f"Exit layer {row['layer']} {what} (mean similarity expected "
+                    f"{_number(row['expected'])}, obtained {_number(row['obtained'])})"
+                )
+
+    def _remedies(self) -> Iterator[str]:
+        baselines = ("--baselines", shown(self.settings.baselines))
+        closer = self.settings.command("gate", *baselines, "--full", "--output", "report")
+        yield f"To look closer: {closer}"
+        made = self.settings.command("analyze", "--output", "RUN")
+        yield f"To accept what is meant: {made} && {self.settings.accept_command()}"
+
+    def _regenerate(self, profile: Any, path: Path, option: str) -> None:
+        from cascade.baselines import read_profile
+        from cascade.drift import compare
+        from cascade.renewal import still_holds, store_profile
+        from cascade.report import print_comparison
+
+        before = None
+        with contextlib.suppress(RecordError):  # missing, torn or newer: then it is made
+            before = read_profile(path)
+        new = profile.whole(before) if isinstance(profile, MeasuredProfile) else profile
+        if option == "--force-regen" and before is not None and still_holds(new, before):
+            self._judge(compare(new, before).record(), "none", path)
+            return
+        store_profile(self.settings.baselines, new)
+        if isinstance(profile, MeasuredProfile):
+            profile.forget()
+        moved = ""
+        if before is not None:
+            against = compare(new, before, anyway=True).record()
+            moved = "Against the baseline before:\n" + drawn(print_comparison, against)
+        self._regenerated(path, option, moved)
+
+
+def nothing_compared(reason: str) -> Record:
+    """Return a record of kind `comparison` that says why there is none.
+
+    Args:
+        reason: Why; of several lines one is made.
+    """
+    from cascade.drift import Comparison
+
+    return Comparison(None).record() | {"headline": " ".join(reason.splitlines())}
+
+
+def _short(value: Any) -> str:
+    """Return a value as a line has room for it: a hash by its first digits."""
+    text = str(value)
+    return f"{text[:19]}..." if text.startswith("sha256:") else text
+
+
+def _number(value: float | None) -> str:
+    return "nothing" if value is None else f"{value:.6f}"

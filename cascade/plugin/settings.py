@@ -1,0 +1,273 @@
+"""Settings of the plugin: command line over ini file over default, checked at the door."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and what it is held to.
+
+    Attributes:
+        model: `smollm2-135m`, a hub id, a local folder, or a `.gguf` file.
+        revision: Of a hub model.
+        corpus: `embedded`, a file, or a hub dataset.
+        split: Of a hub or embedded corpus.
+        text_column: The column to read, for records that are not in Alpaca form.
+        seq_len: Tokens per sequence; the baseline's where None.
+        num_samples: Records of a baseline that is made, 0 for all; 500 where None, and never fewer
+            than the one before had.
+        exit_layer: The layer at which the product exits; budgets of others are left out.
+        baselines: The folder of all baselines.
+        dtype: "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda", "mps" or "auto".
+        tokens: The budget of the quick gate.
+        full: Measure the whole corpus.
+        strict: What is inconclusive fails too.
+        report: Folder for the reports.
+    """
+
+    model: str = "smollm2-135m"
+    revision: str | None = None
+    corpus: str = "embedded"
+    split: str | None = None
+    text_column: str | None = None
+    seq_len: int | None = None
+    num_samples: int | None = None
+    exit_layer: int | None = None
+    baselines: Path = Path("baselines")
+    dtype: str = "float32"
+    device: str = "cpu"
+    tokens: int = 512
+    full: bool = False
+    strict: bool = False
+    report: Path | None = None
+
+    def describe(self) -> str:
+        """Return one line for the head of a test session."""
+        model = f"{self.model}@{self.revision}" if self.revision else self.model
+        corpus = f"{self.corpus} ({self.split})" if self.split else self.corpus
+        gate = "whole corpus" if self.full else f"quick gate of {self.tokens} tokens"
+        layer = f", exit layer {self.exit_layer}" if self.exit_layer else ""
+        return (
+            f"cascade: {model}, {self.dtype} on {self.device}; corpus {corpus}; baselines in "
+            f"{shown(self.baselines)}; {gate}{layer}"
+        )
+
+    def command(self, name: str, *more: str) -> str:
+        """Return the `cascade` command line that measures the same.
+
+        Args:
+            name: "analyze", "gate" or "evaluate".
+            more: Further arguments.
+        """
+        given = [
+            ("--model", self.model),
+            ("--revision", self.revision),
+            ("--corpus", self.corpus if self.corpus != "embedded" else None),
+            ("--split", self.split),
+            ("--text-column", self.text_column),
+            ("--seq-len", self.seq_len),
+            ("--num-samples", self.num_samples if name != "evaluate" else None),
+            ("--dtype", self.dtype if self.dtype != "float32" else None),
+            ("--device", self.device if self.device != "cpu" else None),
+        ]
+        parts = [str(part) for pair in given if pair[1] is not None for part in pair]
+        return shlex.join(["cascade", name, *parts, *more])
+
+    def accept_command(self) -> str:
+        """Return the command line that stores a reviewed run."""
+        return shlex.join(["cascade", "accept", "RUN", "--baselines", shown(self.baselines)])
+
+
+def shown(path: Path) -> str:
+    """Return a path as short as it can be typed from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+#: Name of a setting -> what `--help` says of it.
+_HELP = {
+    "model": "smollm2-135m (default), a hub id, a local folder, or a .gguf file",
+    "revision": "revision of a hub model",
+    "corpus": "embedded (default), a .jsonl, .json, .parquet or .txt file, or a hub dataset",
+    "split": "split of a hub or embedded corpus",
+    "text_column": "column to read, where records are not in Alpaca form",
+    "seq_len": "tokens per sequence (default: the baseline's, 128 for a new one)",
+    "num_samples": "records of a baseline that is made, 0 for all (default: 500)",
+    "exit_layer": "layer at which the product exits: budgets of others are left out",
+    "baselines": "folder of all baselines (default: baselines under the rootdir)",
+    "dtype": "arithmetic: float32 (default), bfloat16 or float16",
+    "device": "cpu (default), cuda, mps or auto",
+    "tokens": "most tokens that the quick gate takes (default: 512)",
+    "full": "measure the whole corpus instead of the quick gate",
+    "strict": "what is inconclusive fails too",
+    "report": "folder for report.json, report.md and report.html",
+}
+_FLAGS = ("full", "strict")
+_PATHS = ("baselines", "report")
+#: What can be a path, of a file that may lie beside the ini file.
+_SOURCES = ("model", "corpus")
+#: Whole numbers, and the least that can be meant.
+_COUNTS = {"seq_len": 2, "num_samples": 0, "exit_layer": 1, "tokens": 1}
+#: Spelled out, as importing the room that knows them would import torch.
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Add every setting as an option `--cascade-NAME` and as an ini key `cascade_NAME`."""
+    group = parser.getgroup("cascade", "cascade: hold a language model to its baselines")
+    for name, text in _HELP.items():
+        flag = f"--cascade-{name.replace('_', '-')}"
+        if name in _FLAGS:
+            group.addoption(flag, action="store_true", default=None, help=text)
+            parser.addini(f"cascade_{name}", text, type="bool", default=None)
+        else:
+            metavar = name.rpartition("_")[2].upper()
+            group.addoption(flag, default=None, metavar=metavar, help=text)
+            parser.addini(f"cascade_{name}", text, type="string", default=None)
+
+
+def read_settings(config: pytest.Config) -> tuple[Settings, bool]:
+    """Return the settings of a session, and whether any of them was given.
+
+    Raises:
+        pytest.UsageError: A value that cannot be meant.
+    """
+    found: dict[str, Any] = {}
+    for field in fields(Settings):
+        name = field.name
+        value, base = config.getoption(f"cascade_{name}"), config.invocation_params.dir
+        said = f"--cascade-{name.replace('_', '-')}"
+        if value is None:
+            value, said = config.getini(f"cascade_{name}"), f"cascade_{name}"
+            base = config.inipath.parent if config.inipath else config.rootpath
+        if value is None:
+            continue
+        found[name] = _read(name, value, said, base)
+    return Settings(**({"baselines": _root(config) / "baselines"} | found)), bool(found)
+
+
+def _root(config: pytest.Config) -> Path:
+    """Return the project's folder.
+
+    Without an ini file, pytest takes the common folder of everything on the command line that is a
+    path, `--cascade-model ./checkpoint` among it: options of plugins are not known by then.
+    """
+    known = config.inipath is not None or (config.rootpath / "setup.py").is_file()
+    return config.rootpath if known else config.invocation_params.dir
+
+
+def _read(name: str, value: Any, said: str, base: Path) -> Any:
+    if name in _FLAGS:
+        return bool(value)
+    if not str(value).strip():
+        raise pytest.UsageError(f"expected a value for {said}, got an empty one")
+    if name in _PATHS:
+        return base / os.path.expanduser(value)
+    if name in _SOURCES:
+        beside = base / os.path.expanduser(value)
+        return str(beside) if beside.exists() and not os.path.exists(value) else value
+    if name == "dtype" and value not in _DTYPES:
+        raise pytest.UsageError(f"expected {said} among {', '.join(_DTYPES)}, got {value}")
+    if name in _COUNTS:
+        return _count(value, said, _COUNTS[name])
+    return value
+
+
+def _count(value: str, said: str, least: int) -> int:
+    if not value.isascii() or not value.isdecimal() or int(value) < least:
+        raise pytest.UsageError(
+            f"expected {said} to be a whole number of at least {least}, got {value!r}"
+        )
+    return int(value)
+
+
+# --- Markers ---------------------------------------------------------------------------------
+
+_PROPAGATIONS = ("frozen", "ridge", "exact")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+#: Marker -> its arguments: what each expects in words, and whether a value is that.
+MARKERS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
+    "saturation": {
+        "tokens": ("a whole number of at least 1", _is_count),
+        "full": ("True or False", _is_flag),
+        "strict": ("True or False", _is_flag),
+    },
+    "budgets": {
+        "exit_layer": ("a whole number of at least 1", _is_count),
+        "propagation": (f"one of {', '.join(_PROPAGATIONS)}", lambda value: value in _PROPAGATIONS),
+    },
+}
+#: Marker -> the fixture whose tests carry it, whether they say so or not.
+MARKED_BY = {"saturation": "saturation_baseline", "budgets": "exit_budget"}
+_ABOUT = {
+    "saturation": "hold the model's saturation to its baseline",
+    "budgets": "hold early exit to its stored budgets of quality and speed",
+}
+
+
+def register_markers(config: pytest.Config) -> None:
+    """Tell pytest the two markers, for `--markers` and `--strict-markers`."""
+    for name, arguments in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}({', '.join(arguments)}): {_ABOUT[name]}")
+
+
+def uses(item: pytest.Item, fixture: str) -> bool:
+    """Say whether a test asks for a fixture; items of other plugins may know none."""
+    return fixture in getattr(item, "fixturenames", ())
+
+
+def check_markers(item: pytest.Item) -> None:
+    """Mark a test that uses a fixture of ours, and refuse arguments that nothing reads.
+
+    Raises:
+        pytest.UsageError: An argument that the marker does not know, or a value it cannot take.
+    """
+    for name, known in MARKERS.items():
+        if uses(item, MARKED_BY[name]) and not any(item.iter_markers(name)):
+            item.add_marker(name)
+        for marker in item.iter_markers(name):
+            place = f"{item.nodeid}: marker {name}"
+            if marker.args:
+                raise pytest.UsageError(
+                    f"{place} takes no positional argument, got {marker.args[0]!r}; it knows "
+                    f"{', '.join(known)}"
+                )
+            for argument, value in marker.kwargs.items():
+                if argument not in known:
+                    raise pytest.UsageError(
+                        f"{place} has no argument {argument!r}; it knows {', '.join(known)}"
+                    )
+                words, fits = known[argument]
+                if not fits(value):
+                    raise pytest.UsageError(
+                        f"{place}: expected {argument} to be {words}, got {value!r}"
+                    )
+
+
+def marked(item: pytest.Item, name: str) -> dict[str, Any]:
+    """Return the arguments of a test's marker; those nearest to the test win."""
+    found: dict[str, Any] = {}
+    for marker in item.iter_markers(name):
+        found = dict(marker.kwargs) | found
+    return found

@@ -1,0 +1,1 @@
+"""Ready tests for a project that has none: `pytest --pyargs cascade.suite`."""
