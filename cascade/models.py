@@ -100,8 +100,10 @@ class DecoderStack:
         self.model = model
         model.train(False)
         self.tokenizer = tokenizer
+        #: The model of which this one is the continuation; see `cascade.stages.extended`.
+        self.below: DecoderStack | None = None
         self.decoder = model.base_model
-        self.layers = _find_layers(model)
+        self.layers = find_layers(model)
         self.num_layers = len(self.layers)
         self.lm_head: nn.Module = model.get_output_embeddings()
         text_config = model.config.get_text_config()
@@ -318,9 +320,10 @@ class DecoderStack:
             self._run_decoder(input_ids, **kwargs)
         return Plan(embedded[0], tuple(calls))
 
-    @torch.no_grad()
     def step(self, layer: int, hidden: Tensor, call: LayerCall) -> Tensor:
         """Compute one decoder layer, as the model itself would.
+
+        Gradients pass through where they are enabled.
 
         Args:
             layer: 1..N.
@@ -335,9 +338,10 @@ class DecoderStack:
         output: Tensor = _hidden(self.layers[layer - 1](hidden, *call.args, **call.kwargs))
         return output
 
-    @torch.no_grad()
     def decode(self, hidden: Tensor) -> Tensor:
         """Turn an entry of the residual stream into logits, by the model's own last steps.
+
+        Gradients pass through to `hidden` where it asks for them.
 
         Final norm, LM head, soft-capping and scaling are the model's: its forward runs with its
         first layer standing in for `hidden` and the others passing it on. Where norm and head were
@@ -350,13 +354,14 @@ class DecoderStack:
             Logits, `[B, T, V]`.
         """
         if self._norm is not None:
-            return product(self.lm_head, self._norm(hidden))
+            with _gradients_of(hidden):
+                return product(self.lm_head, self._norm(hidden))
 
         def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._shaped(number, hidden)
 
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with self._replaced(stand_in):
+        with self._replaced(stand_in), _gradients_of(hidden):
             logits: Tensor = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             ).logits
@@ -374,7 +379,7 @@ class DecoderStack:
             Logits, `[B, T, V]`, soft-capped and scaled as the model does.
         """
         if self._norm is not None:
-            with torch.set_grad_enabled(normed.requires_grad and torch.is_grad_enabled()):
+            with _gradients_of(normed):
                 return product(self.lm_head, normed)
 
         def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -387,9 +392,7 @@ class DecoderStack:
         with contextlib.ExitStack() as restored:
             restored.enter_context(self._replaced(stand_in))
             restored.callback(self.lm_head.register_forward_pre_hook(swap).remove)
-            restored.enter_context(
-                torch.set_grad_enabled(normed.requires_grad and torch.is_grad_enabled())
-            )
+            restored.enter_context(_gradients_of(normed))
             logits: Tensor = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             ).logits
@@ -430,7 +433,12 @@ def _forward_set(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Non
             module.forward = before
 
 
-def _find_layers(model: PreTrainedModel) -> nn.ModuleList:
+def _gradients_of(values: Tensor) -> torch.set_grad_enabled:
+    """Let gradients through where `values` asks for them: the model's own weights learn nothing."""
+    return torch.set_grad_enabled(values.requires_grad and torch.is_grad_enabled())
+
+
+def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers: the shallowest list of blocks of the config's length."""
     config = model.config.get_text_config()
     depth = getattr(config, "num_hidden_layers", 0)
