@@ -33,6 +33,10 @@ class UsageError(CascadeError):
     """An option that cannot be meant."""
 
 
+class TrainingError(CascadeError):
+    """Training cannot start, go on or be resumed; what was saved before is unharmed."""
+
+
 class OutputError(CascadeError):
     """Results cannot be written where they should go; what was there before is unharmed."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -275,6 +275,39 @@ def find_rule(name: str) -> ExitRule:
     if not isinstance(name, str) or name not in RULES:
         raise UsageError(f"expected a rule among {', '.join(RULES)}, got {name!r}")
     return RULES[name]
+
+
+def looking_at(rule: ExitRule, layer: int, *, leaving: int) -> ExitRule:
+    """Return a rule that decides by a layer below the one at which tokens leave.
+
+    So may a token that Layer 29 finds easy leave behind Layer 30, at the model's own LM head.
+
+    Args:
+        rule: One that looks at similarities alone: they do not depend on where tokens leave.
+        layer: Whose states are compared.
+        leaving: The exit layer, at or above it.
+
+    Raises:
+        UsageError: No such layer, or the rule needs the exit head's logits.
+    """
+    if layer == leaving:
+        return rule
+    exit_entries(layer, leaving)
+    if rule.needs_logits or not rule.entries:
+        raise UsageError(
+            f"the rule {rule.name} decides where tokens leave, layer {leaving}; expected cosine or "
+            f"mean_cosine to decide by layer {layer}"
+        )
+
+    def confidence(at: ExitPoint) -> Tensor:
+        return rule.confidence(replace(at, layer=layer))
+
+    return replace(
+        rule,
+        name=f"{rule.name}@{layer}",
+        confidence=confidence,
+        entries=rule.entries + leaving - layer,
+    )
 
 
 @exit_rule("cosine", low=-1.0, needs_logits=False, entries=1, source="the seed study")

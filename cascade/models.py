@@ -153,8 +153,10 @@ class DecoderStack:
         0.5 s on one core).
         """
         known = self.provenance.get("weights_hash")
-        if known is not None:
-            return str(known)
+        return self.weights_in_memory() if known is None else str(known)
+
+    def weights_in_memory(self) -> str:
+        """Return a SHA-256 over the weights as they are at this moment, whoever changed them."""
         digest = hashlib.sha256()
         # Each once and without its name: who wraps a module renames weights or lists them twice.
         weights = self.model.state_dict(keep_vars=True).values()
@@ -164,6 +166,13 @@ class DecoderStack:
                 numbers = tensor.detach().cpu().contiguous().flatten()
                 digest.update(numbers.view(torch.uint8).numpy().data)
         return f"in-memory-sha256:{digest.hexdigest()}"
+
+    def with_those_below(self) -> Iterator[DecoderStack]:
+        """Yield this model, the one that it continues, and so on."""
+        stack: DecoderStack | None = self
+        while stack is not None:
+            yield stack
+            stack = stack.below
 
     def _check_weights(self) -> None:
         layer_of = {

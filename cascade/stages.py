@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.errors import ModelError, UnsupportedModelError, UsageError
-from cascade.models import DecoderStack, find_layers
+from cascade.models import DecoderStack, LayerCall, find_layers
 
 #: From what a stage's layers start: copies of the layers before them, or random weights.
 Start = Literal["copies", "fresh"]
@@ -62,7 +62,7 @@ class Stage:
                     f"{_shape_words(got)}; take the stage that was saved with this configuration"
                 )
         for name, value in own.items():
-            value.copy_(weights[name])
+            value.copy_(weights[name])  # state_dict shares the weights themselves
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over every weight: equal exactly when all of them are."""
@@ -192,13 +192,17 @@ def _attention_parts(layer: nn.Module) -> list[nn.Module]:
 def _run_once(stack: DecoderStack, source: int, layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Run a layer in fp32 on a few random states in the place of the one that it copies."""
     ids = torch.arange(8, device=stack.device).remainder(stack.vocab_size)[None]
-    call = stack.plan(ids).calls[source - 1]
-    # Masks and rotary tables come in the model's dtype; the layer computes in its own.
-    kwargs = {name: _in_fp32(value) for name, value in call.kwargs.items()}
     drawn = torch.randn((1, 8, stack.hidden_size), generator=torch.Generator().manual_seed(0))
     hidden = drawn.to(stack.device)
+    return hidden, _computed(layer, hidden, stack.plan(ids).calls[source - 1])
+
+
+def _computed(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+    """Run a layer in fp32: masks and rotary tables come in the model's dtype."""
+    kwargs = {name: _in_fp32(value) for name, value in call.kwargs.items()}
     output = layer(hidden, *map(_in_fp32, call.args), **kwargs)
-    return hidden, output[0] if isinstance(output, tuple) else output
+    computed: Tensor = output[0] if isinstance(output, tuple) else output
+    return computed
 
 
 def _in_fp32(value: Any) -> Any:
@@ -217,6 +221,33 @@ def _check_identity(stack: DecoderStack, stage: Stage) -> None:
                 "output projections zeroed (post-norm layers and mixtures of experts do), so a "
                 "stage of such layers would not start as the identity"
             )
+
+
+def run_stage(
+    stack: DecoderStack, stage: Stage, input_ids: Tensor, states: Tensor, goes_on: Tensor
+) -> Tensor:
+    """Run a stage over stored states, as a cascade with frozen propagation would.
+
+    Gradients pass to the stage's weights where they are enabled.
+
+    Args:
+        stack: The model that the stage follows; it prepares masks and positions, none of its
+            layers is computed.
+        stage: The stage, in fp32 or in the states' dtype.
+        input_ids: `[B, T]`.
+        states: `[B, T, D]`, what leaves the model's last layer.
+        goes_on: `[B, T]`, true for tokens that enter the stage; the others stay at their states,
+            to which those that enter attend.
+
+    Returns:
+        `[B, T, D]`, the states of the others unchanged.
+    """
+    calls = stack.plan(input_ids).calls
+    hidden = states
+    for source, layer in zip(stage.sources, stage.layers, strict=True):
+        output = _computed(layer, hidden, calls[source - 1])
+        hidden = torch.where(goes_on[..., None], output, states)
+    return hidden
 
 
 def extended(stack: DecoderStack, stage: Stage) -> DecoderStack:
@@ -267,7 +298,9 @@ def check_fits(stack: DecoderStack, stage: Stage) -> None:
                 f"a stage of {type(layer).__name__}s cannot follow {type(made).__name__}s; train "
                 "one for this model"
             )
-    like = dict(stack.layers[stage.sources[-1] - 1 if len(stage.sources) else -1].named_parameters())
+    like = dict(
+        stack.layers[stage.sources[-1] - 1 if len(stage.sources) else -1].named_parameters()
+    )
     for name, value in stage.layers[-1].named_parameters():
         if name not in like or like[name].shape != value.shape:
             raise ModelError(
