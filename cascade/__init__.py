@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from cascade.evaluation import evaluate as evaluate
     from cascade.gate import Gate as Gate
     from cascade.gate import run_gate as run_gate
+    from cascade.hard_tokens import HardTokens as HardTokens
+    from cascade.hard_tokens import collect_hard as collect_hard
+    from cascade.hard_tokens import load_hard_tokens as load_hard_tokens
     from cascade.heads import FittedHeads as FittedHeads
     from cascade.heads import fit_heads as fit_heads
     from cascade.heads import load_heads as load_heads
@@ -43,18 +46,21 @@ _ROOMS = {
     "EarlyExit": "early_exit",
     "FittedHeads": "heads",
     "Gate": "gate",
+    "HardTokens": "hard_tokens",
     "SaturationProfile": "saturation",
     "SimilarityStatistics": "statistics",
     "StoredProfile": "baselines",
     "TokenBlocks": "corpora",
     "analyze": "saturation",
     "calibrate": "calibration",
+    "collect_hard": "hard_tokens",
     "compare": "drift",
     "distill": "distillation",
     "evaluate": "evaluation",
     "fit_heads": "heads",
     "load": "models",
     "load_blocks": "corpora",
+    "load_hard_tokens": "hard_tokens",
     "load_heads": "heads",
     "read_profile": "baselines",
     "read_record": "baselines",

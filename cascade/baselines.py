@@ -37,6 +37,7 @@ _MADE_BY = {
     "calibration": "calibrate --output",
     "evaluation": "evaluate --output",
     "budgets": "accept",
+    "hard-tokens": "collect-hard --output",
 }
 
 
@@ -182,10 +183,15 @@ def seal(record: Record, arrays: Mapping[str, Array]) -> Record:
     """
     bound = {name: value for name, value in record.items() if name != "hash"}
     bound["arrays_hash"] = _arrays_hash(arrays)
-    return bound | {"hash": _record_hash(bound)}
+    return bound | {"hash": record_hash(bound)}
 
 
-def _record_hash(record: Record) -> str:
+def record_hash(record: Record) -> str:
+    """Return a SHA-256 over all that a record says, its own entry `hash` left out.
+
+    Raises:
+        ValueError: A number is NaN or infinite.
+    """
     bound = {name: value for name, value in record.items() if name != "hash"}
     text = json.dumps(bound, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
@@ -257,7 +263,7 @@ def read_profile(path: Path) -> StoredProfile:
 
 def _record_hash_of(record: Record, path: Path) -> str:
     try:
-        return _record_hash(record)
+        return record_hash(record)
     except ValueError as error:
         raise RecordError(
             f"{path} holds NaN or an infinite number, which no record is written with; restore it"

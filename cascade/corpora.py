@@ -8,11 +8,11 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 
 Record = dict[str, Any]
+Part = Literal["train", "held-out"]
+
+#: The two parts of a corpus that something is trained and judged on.
+PARTS: tuple[Part, ...] = ("train", "held-out")
+
+#: Of a corpus without a split of its own, one record in so many is held out: the 5th, the 10th.
+_HELD_OUT_EVERY = 5
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,21 @@ class TokenBlocks:
         source: What the user gave.
         name: A file-system name for baselines.
         records: How many records of the corpus were read.
+        record_of: `[S, T]` int32, the number of each token's record, from 1; the EOS that joins
+            two records belongs to the first. None where it was not asked for.
+        response: `[S, T]`, true for tokens of response text: in a record of Alpaca form, those
+            that begin behind its last heading, and its EOS; of any other record all of them. None
+            where it was not asked for.
+        part: The part of the corpus that this is; None for all of it.
     """
 
     ids: npt.NDArray[np.int32]
     source: str
     name: str
     records: int
+    record_of: npt.NDArray[np.int32] | None = None
+    response: npt.NDArray[np.bool_] | None = None
+    part: Part | None = None
 
     @property
     def tokens(self) -> int:
@@ -83,7 +99,15 @@ class TokenBlocks:
             "tokens": self.tokens,
             "sequences": len(self.ids),
             "seq_len": int(self.ids.shape[1]),
-        }
+        } | self._parted()
+
+    def _parted(self) -> dict[str, str]:
+        if self.part is None:
+            return {}
+        rule = f"every {_HELD_OUT_EVERY}th is held out"
+        if self.source == EMBEDDED:
+            rule = "as the corpus says of each"
+        return {"part": self.part, "parted": f"by record, {rule}"}
 
 
 def load_blocks(
@@ -97,6 +121,8 @@ def load_blocks(
     config: str | None = None,
     text_column: str | None = None,
     seed: int | None = None,
+    part: Part | None = None,
+    marks: bool = False,
 ) -> TokenBlocks:
     """Read a corpus, put its records together, and cut the tokens into blocks.
 
@@ -108,19 +134,59 @@ def load_blocks(
             whatever `datasets.load_dataset` takes: a hub id or a folder.
         tokenizer: The model's.
         seq_len: Tokens per block.
-        num_samples: How many records to take; None for all.
+        num_samples: How many records to take, before they are parted; None for all.
         max_tokens: Stop at this many tokens, rounded down to whole blocks.
         split: A split of a hub dataset ("train" where not given), or of the embedded corpus
             ("train", "held-out"; all of it where not given).
         config: A configuration of a hub dataset.
         text_column: The column to read, for records that are not in Alpaca form.
         seed: Take the records in an order drawn with this seed; in the corpus's own where None.
+        part: Take the records of one part alone, "train" or "held-out". No record is in both: the
+            embedded corpus says of each in which it is, of any other every fifth is held out.
+        marks: Mark each token with its record and as response text or not.
 
     Raises:
         CorpusError: The corpus is missing, empty, malformed or too small for one block.
     """
     if tokenizer is None:
         raise CorpusError("the model has no tokenizer to read text with; load it with one")
+    _check_sizes(seq_len, max_tokens)
+    if part is not None:
+        _check_part(part, source, split)
+    records = _read(source, split=split, config=config)
+    if seed is not None:
+        records = _shuffled(records, seed)
+    texts = (
+        _Text(number, *_text_of(record, source, number, text_column))
+        for number, record in enumerate(itertools.islice(records, num_samples), start=1)
+        if part is None or part == _part_of(record, number, source)
+    )
+    wanted = None if max_tokens is None else max_tokens // seq_len * seq_len
+    ids, spans = _join(texts, tokenizer, wanted, marks=marks)
+    if not spans:
+        raise CorpusError(f"{source} is empty; expected at least one record{_of_part(part)}")
+    rows = len(ids) // seq_len
+    if wanted is not None:
+        rows = min(rows, wanted // seq_len)
+    if rows == 0:
+        raise CorpusError(
+            f"{source} gives {len(ids)} tokens{_of_part(part)}, expected at least one block of "
+            f"{seq_len}; take more records or a smaller --seq-len"
+        )
+    shape = (rows, seq_len)
+    name = corpus_name(source, config=config, split=split)
+    return TokenBlocks(
+        np.array(ids[: rows * seq_len], dtype=np.int32).reshape(shape),
+        source,
+        f"{name}-{part}" if part else name,
+        len(spans),
+        record_of=_records_marked(spans, shape) if marks else None,
+        response=_response_marked(spans, shape) if marks else None,
+        part=part,
+    )
+
+
+def _check_sizes(seq_len: int, max_tokens: int | None) -> None:
     if seq_len < 2:
         raise CorpusError(f"expected --seq-len of at least 2, got {seq_len}")
     if max_tokens is not None and max_tokens < seq_len:
@@ -128,27 +194,27 @@ def load_blocks(
             f"expected --max-tokens of at least one block of {seq_len} tokens, got {max_tokens}; "
             "raise it or take a smaller --seq-len"
         )
-    records = _read(source, split=split, config=config)
-    if seed is not None:
-        records = _shuffled(records, seed)
-    texts = (
-        record_text(record, source=source, number=number, text_column=text_column)
-        for number, record in enumerate(itertools.islice(records, num_samples), start=1)
-    )
-    wanted = None if max_tokens is None else max_tokens // seq_len * seq_len
-    ids, count = _join(texts, tokenizer, wanted)
-    if count == 0:
-        raise CorpusError(f"{source} is empty; expected at least one record")
-    rows = len(ids) // seq_len
-    if wanted is not None:
-        rows = min(rows, wanted // seq_len)
-    if rows == 0:
+
+
+def _check_part(part: str, source: str, split: str | None) -> None:
+    if part not in PARTS:
+        raise CorpusError(f"expected a part among {', '.join(PARTS)}, got {part!r}")
+    if source == EMBEDDED and split is not None:
         raise CorpusError(
-            f"{source} gives {len(ids)} tokens, expected at least one block of {seq_len}; "
-            "take more records or a smaller --seq-len"
+            f"the parts of {source} are its splits, got the part {part} and the split {split}; "
+            "leave one out"
         )
-    blocks = np.array(ids[: rows * seq_len], dtype=np.int32).reshape(rows, seq_len)
-    return TokenBlocks(blocks, source, corpus_name(source, config=config, split=split), count)
+
+
+def _part_of(record: Any, number: int, source: str) -> str:
+    """Return the part of the corpus that a record is in."""
+    if source == EMBEDDED:
+        return str(record["split"])
+    return "train" if number % _HELD_OUT_EVERY else "held-out"
+
+
+def _of_part(part: str | None) -> str:
+    return f" in its {part} part" if part else ""
 
 
 def corpus_name(source: str, *, config: str | None = None, split: str | None = None) -> str:
@@ -164,22 +230,92 @@ def corpus_name(source: str, *, config: str | None = None, split: str | None = N
     return "-".join(part.lower() for part in (name, config, split) if part)
 
 
+@dataclass(frozen=True)
+class _Text:
+    """A record's text.
+
+    Attributes:
+        number: The record's number, from 1.
+        text: What is read of it.
+        response: At which character its response text begins.
+    """
+
+    number: int
+    text: str
+    response: int
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The tokens of one record, the EOS behind them included where there is one.
+
+    Attributes:
+        number: The record's number, from 1.
+        tokens: How many they are.
+        template: How many of them come before the response text.
+    """
+
+    number: int
+    tokens: int
+    template: int
+
+
 def _join(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None
-) -> tuple[list[int], int]:
-    """Return the ids of all texts joined by EOS, and how many texts were taken."""
+    texts: Iterable[_Text], tokenizer: PreTrainedTokenizerBase, wanted: int | None, *, marks: bool
+) -> tuple[list[int], list[_Span]]:
+    """Return the ids of all texts joined by EOS, and where each text's lie."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise CorpusError("the tokenizer has no EOS token to join records with; set one")
     ids: list[int] = []
-    count = 0
-    for count, text in enumerate(texts, start=1):
-        if count > 1:
+    spans: list[_Span] = []
+    for text in texts:
+        if spans:
             ids.append(int(eos))
-        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            spans[-1] = replace(spans[-1], tokens=spans[-1].tokens + 1)
+        own, template = _encode(text, tokenizer, marks=marks)
+        ids.extend(own)
+        spans.append(_Span(text.number, len(own), template))
         if wanted is not None and len(ids) >= wanted:
             break
+    return ids, spans
+
+
+def _encode(
+    text: _Text, tokenizer: PreTrainedTokenizerBase, *, marks: bool
+) -> tuple[list[int], int]:
+    """Return a text's ids, and how many of them come before its response text."""
+    placed = marks and text.response > 0
+    by_offset = placed and tokenizer.is_fast
+    offsets = {"return_offsets_mapping": True} if by_offset else {}
+    encoded = tokenizer(text.text, add_special_tokens=False, verbose=False, **offsets)
+    ids: list[int] = encoded["input_ids"]
+    if not placed:
+        return ids, 0
+    if by_offset:
+        # A token across the border is the template's: it could be told from there.
+        return ids, sum(start < text.response for start, _ in encoded["offset_mapping"])
+    # Without offsets the border is known only where a token ends on it.
+    template = tokenizer(text.text[: text.response], add_special_tokens=False, verbose=False)
+    count = len(template["input_ids"])
+    if ids[:count] != template["input_ids"]:
+        raise CorpusError(
+            f"record {text.number}: this tokenizer has no offsets and a token across the border of "
+            "template and response, which cannot be told apart; take the fast tokenizer"
+        )
     return ids, count
+
+
+def _records_marked(spans: Sequence[_Span], shape: tuple[int, int]) -> npt.NDArray[np.int32]:
+    numbers = np.array([span.number for span in spans], dtype=np.int32)
+    marked = np.repeat(numbers, [span.tokens for span in spans])
+    return marked[: shape[0] * shape[1]].reshape(shape)
+
+
+def _response_marked(spans: Sequence[_Span], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    runs = [run for span in spans for run in (span.template, span.tokens - span.template)]
+    marked = np.repeat(np.tile([False, True], len(spans)), runs)
+    return marked[: shape[0] * shape[1]].reshape(shape)
 
 
 def _shuffled(records: Iterable[Record], seed: int) -> Iterator[Record]:
@@ -200,6 +336,11 @@ def record_text(record: Any, *, source: str, number: int, text_column: str | Non
     Raises:
         CorpusError: The columns are others, or do not hold text.
     """
+    return _text_of(record, source, number, text_column)[0]
+
+
+def _text_of(record: Any, source: str, number: int, text_column: str | None) -> tuple[str, int]:
+    """Return a record's text, and at which character its response text begins."""
     place = f"{source}, record {number}"
     if not isinstance(record, dict):
         raise CorpusError(f"{place}: expected an object, got {type(record).__name__}; mend it")
@@ -207,7 +348,8 @@ def record_text(record: Any, *, source: str, number: int, text_column: str | Non
     if fields is not None:
         for column, value in fields.items():
             _check_text(value, column, place)
-        return alpaca_text(*fields.values())
+        text = alpaca_text(*fields.values())
+        return text, len(text) - len(fields["output"])
     column = text_column or "text"
     if column not in record:
         raise CorpusError(
@@ -216,8 +358,7 @@ def record_text(record: Any, *, source: str, number: int, text_column: str | Non
             f"{', '.join(sorted(map(str, record))) or 'no columns'}; name one with --text-column"
         )
     _check_text(record[column], column, place)
-    text: str = record[column]
-    return text
+    return record[column], 0
 
 
 def _alpaca_fields(record: Record) -> dict[str, Any] | None:

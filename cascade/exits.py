@@ -230,6 +230,18 @@ def read_threshold(threshold: Any) -> float:
     return read
 
 
+def least_fp32(threshold: float) -> float:
+    """Return the least fp32 number that is not below a threshold.
+
+    Confidences are fp32, thresholds are not: torch would round a threshold before comparing, and
+    let a token leave that a calibration counted as hard.
+    """
+    rounded = torch.tensor(threshold, dtype=torch.float32)
+    if rounded.item() < threshold:
+        rounded = torch.nextafter(rounded, torch.tensor(torch.inf))
+    return rounded.item()
+
+
 #: Every rule by name.
 RULES: dict[str, ExitRule] = {}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cascade.errors import ModelError
-from cascade.exits import ExitPoint, ExitRule, HiddenHistory
+from cascade.exits import ExitPoint, ExitRule, HiddenHistory, least_fp32
 from cascade.heads import ExitHead, PropagationMap
 from cascade.models import DecoderStack, Plan
 from cascade.skipping import Counts, KeyValueCache, Selection, SkippingLayers
@@ -200,7 +200,7 @@ class Pass:
                     f"the rule {at.rule.name} is NaN at exit layer {at.layer}: the states or "
                     "logits there are not finite; use a wider --dtype, or get the checkpoint again"
                 )
-            out = confidence >= _least_fp32(at.threshold)
+            out = confidence >= least_fp32(at.threshold)
             leaves[rows[some], columns[some]] = out
             if remembers:
                 predictions[rows[some], columns[some]] = point.prediction
@@ -282,18 +282,6 @@ class Pass:
             self.climb(at.layer)
             self.decide(at, wanted, sink)
         self.finish(wanted, sink)
-
-
-def _least_fp32(threshold: float) -> float:
-    """Return the least fp32 number that is not below a threshold.
-
-    Confidences are fp32, thresholds are not: torch would round a threshold before comparing, and
-    let a token leave that a calibration counted as hard.
-    """
-    rounded = torch.tensor(threshold, dtype=torch.float32)
-    if rounded.item() < threshold:
-        rounded = torch.nextafter(rounded, torch.tensor(torch.inf))
-    return rounded.item()
 
 
 def decode_tokens(

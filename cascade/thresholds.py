@@ -151,6 +151,25 @@ def fit_threshold(
     )
 
 
+def quantile_threshold(confidence: Array, hard_ratio: float) -> float:
+    """Return the threshold that `fit_threshold` does, without its intervals.
+
+    Args:
+        confidence: Any shape, without padding; at least one token.
+        hard_ratio: The wanted share of hard tokens, in [0, 1].
+
+    Raises:
+        ValueError: There is no confidence, one is not finite, or the ratio is out of its range.
+    """
+    ascending = np.sort(np.asarray(confidence), axis=None)
+    if ascending.size == 0 or not np.isfinite(ascending[[0, -1]]).all():  # NaN sorts last
+        raise ValueError("expected finite confidences, got none or others; leave padding out")
+    if not 0 <= hard_ratio <= 1:
+        raise ValueError(f"expected a hard ratio in [0, 1], got {hard_ratio}")
+    tokens = _RankedTokens(ascending, np.arange(1, ascending.size + 1))
+    return float(_fit(tokens, float(hard_ratio)))
+
+
 def transfer(
     threshold: float,
     confidence: Array,

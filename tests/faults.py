@@ -314,10 +314,10 @@ def begins_with_bos(stack: DecoderStack) -> Any:
 
 def above_only(_: DecoderStack) -> Any:
     """A token exactly at the threshold stays: > in place of >=."""
-    right = passes._least_fp32
+    right = passes.least_fp32
     return attribute_of(
         passes,
-        "_least_fp32",
+        "least_fp32",
         lambda threshold: float(np.nextafter(np.float32(right(threshold)), np.float32(np.inf))),
     )
 
