@@ -332,4 +332,4 @@ def _place(layer: nn.Module, number: int, config: Any) -> None:
             if isinstance(getattr(module, name, None), int):
                 setattr(module, name, number)
         if type(getattr(module, "config", None)) is type(config):
-            module.config = config
+            vars(module)["config"] = config

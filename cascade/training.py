@@ -295,6 +295,7 @@ class _StageTrainer(Trainer):
             model=module,
             args=arguments,
             train_dataset=_Sequences(len(tokens.part("train"))),
+            eval_dataset=_Sequences(len(tokens.part("held-out"))),
             data_collator=self._collate,
         )
         for callback in list(self.callback_handler.callbacks):
