@@ -1,4 +1,4 @@
-"""Hard tokens: the base model's exit states over a corpus, run once and stored to train stages on."""
+"""Hard tokens: a base model's exit states over a corpus, made once, stored for stages to learn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ from cascade.shards import (
     stored,
     tensors_of,
     write_shard,
+    write_split,
 )
 from cascade.thresholds import quantile_threshold
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Parts = Mapping[str, TokenBlocks]
+Rows = Mapping[str, dict[str, Any]]
 
 #: The kind of the record.
 KIND = "hard-tokens"
@@ -169,8 +171,8 @@ class HardTokens:
         Args:
             part: "train" or "held-out".
             batch_size: Sequences per batch.
-            order: Which sequences to take, by number from 0, in this order; all, as they come, where
-                not given.
+            order: Which sequences to take, by number from 0, in this order; all, as they come,
+                where not given.
 
         Yields:
             `states [B, T, D]` (what leaves the last layer, before the final norm) and `similarity
@@ -366,7 +368,8 @@ class _Wish:
             raise UsageError(f"expected states in {' or '.join(STATE_DTYPES)}, got {self.dtype!r}")
         if self.threshold is None and self.hard_ratio is None:
             raise UsageError(
-                "expected a threshold or a hard ratio, got neither; give --threshold or --hard-ratio"
+                "expected a threshold or a hard ratio, got neither; give --threshold or "
+                "--hard-ratio"
             )
         if self.threshold is not None:
             find_rule("cosine").check(self.threshold, infinite=False)
@@ -441,9 +444,17 @@ class _Collection:
             for name, blocks in self.parts.items()
         }
 
+    @property
+    def _length(self) -> int:
+        return int(self.parts["train"].ids.shape[1])
+
+    @property
+    def _features(self) -> datasets.Features:
+        return features_of(self._length, self.stack.hidden_size, self.wish.dtype)
+
     @cached_property
     def shards(self) -> list[_Shard]:
-        width, length = self.stack.hidden_size, self.parts["train"].ids.shape[1]
+        width, length = self.stack.hidden_size, self._length
         size = max(_SHARD_BYTES, expected_bytes(self.stack, self.parts) / _MOST_SHARDS)
         batches = max(1, round(size / (row_bytes(length, width) * self.wish.batch_size)))
         rows = batches * self.wish.batch_size
@@ -507,8 +518,8 @@ class _Collection:
     def _check_free(self, *, overwrite: bool) -> None:
         if (self.folder / RECORD).exists() and not overwrite:
             raise OutputError(
-                f"{self.folder} holds a dataset of hard tokens already: choose another --output, or "
-                "replace it with --overwrite"
+                f"{self.folder} holds a dataset of hard tokens already: choose another --output, "
+                "or replace it with --overwrite"
             )
 
     def _just_finished(self) -> HardTokens | None:
@@ -559,19 +570,18 @@ class _Collection:
         free = shutil.disk_usage(self.work).free
         if needed > free:
             raise OutputError(
-                f"{self.folder} needs about {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB "
-                "free; free some, take a smaller --max-tokens or choose another --output"
+                f"{self.folder} needs about {needed / 1e9:.3g} GB, the disk has "
+                f"{free / 1e9:.3g} GB free; free some, take a smaller --max-tokens or choose "
+                "another --output"
             )
 
     def _collect(self, progress: Callable[[int], None]) -> None:
-        length = self.parts["train"].ids.shape[1]
-        features = features_of(length, self.stack.hidden_size, self.wish.dtype)
         for shard in self.shards:
             path = self.work / shard.name
             if holds(path, shard.sequences):
-                progress(len(shard.sequences) * length)
+                progress(len(shard.sequences) * self._length)
             else:
-                write_shard(path, features, self._batches(shard, progress))
+                write_shard(path, self._features, self._batches(shard, progress))
 
     def _batches(
         self, shard: _Shard, progress: Callable[[int], None]
@@ -626,7 +636,7 @@ class _Collection:
             assert ratio is not None  # checked at the door
             threshold = quantile_threshold(similarity["train"], ratio)
         least = least_fp32(threshold)
-        rows = {
+        rows: Rows = {
             part: self._counted(part, values < np.float32(least))
             for part, values in similarity.items()
         }
@@ -634,7 +644,12 @@ class _Collection:
         for shard in self.shards:
             mark_hard(self.work / shard.name, least)
         record = self._record(float(threshold), rows)
-        self._write_layout(record)
+        for part in PARTS:
+            names = [Path(shard.name).name for shard in self.shards if shard.part == part]
+            # What `datasets` knows its cached results by.
+            made_of = f"{self._request_hash} {record['threshold']!r} {part}"
+            write_split(self.work / part, names, self._features, made_of=made_of)
+        write_text(self.work / _SPLITS, json.dumps({"splits": list(PARTS)}) + "\n")
         record["files"] = [
             {
                 "name": path.relative_to(self.work).as_posix(),
@@ -658,7 +673,7 @@ class _Collection:
             "hard_response": int((hard & response).sum()),
         }
 
-    def _check_mixed(self, rows: dict[str, dict[str, Any]], threshold: float) -> None:
+    def _check_mixed(self, rows: Rows, threshold: float) -> None:
         for part, row in rows.items():
             if row["hard"] in (0, row["tokens"]):
                 what = "no token" if row["hard"] == 0 else "every token"
@@ -669,7 +684,7 @@ class _Collection:
                     "need no second pass)"
                 )
 
-    def _record(self, threshold: float, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _record(self, threshold: float, rows: Rows) -> dict[str, Any]:
         provenance = provenance_of(self.stack, self.parts["train"], None)
         del provenance["corpus"]
         provenance["model"] = self.request["model"]
@@ -684,7 +699,7 @@ class _Collection:
             "states": {
                 "entry": self.stack.num_layers,
                 "dtype": self.wish.dtype,
-                "seq_len": int(self.parts["train"].ids.shape[1]),
+                "seq_len": self._length,
                 "hidden_size": self.stack.hidden_size,
             },
             "batch_size": self.wish.batch_size,
@@ -693,7 +708,7 @@ class _Collection:
             "request": self._request_hash,
         }
 
-    def _notes(self, rows: dict[str, dict[str, Any]], threshold: float) -> list[str]:
+    def _notes(self, rows: Rows, threshold: float) -> list[str]:
         notes = []
         wanted, reached = self.wish.hard_ratio, rows["train"]["hard_ratio"]
         if wanted is not None and abs(wanted - reached) > _TOLERATED:
@@ -708,29 +723,6 @@ class _Collection:
                 "what is measured on them flatters"
             )
         return notes
-
-    def _write_layout(self, record: dict[str, Any]) -> None:
-        """Write what `datasets` wants beside the shards, in the layout of its `save_to_disk`."""
-        from datasets import DatasetInfo
-
-        states = record["states"]
-        features = features_of(states["seq_len"], states["hidden_size"], states["dtype"])
-        info = json.dumps(asdict(DatasetInfo(features=features)), indent=2, sort_keys=False)
-        for part in PARTS:
-            names = [Path(shard.name).name for shard in self.shards if shard.part == part]
-            made_of = f"{self._request_hash} {record['threshold']!r} {part}"
-            state = {
-                "_data_files": [{"filename": name} for name in names],
-                "_fingerprint": hashlib.sha256(made_of.encode()).hexdigest()[:16],
-                "_format_columns": None,
-                "_format_kwargs": {},
-                "_format_type": None,
-                "_output_all_columns": False,
-                "_split": None,  # a split's name may not have a hyphen there
-            }
-            write_text(self.work / part / "state.json", json.dumps(state, indent=2) + "\n")
-            write_text(self.work / part / "dataset_info.json", info + "\n")
-        write_text(self.work / _SPLITS, json.dumps({"splits": list(PARTS)}) + "\n")
 
 
 @torch.no_grad()
