@@ -345,8 +345,9 @@ def collect_hard(
         ModelError: A state is not finite, or beyond what float16 holds.
         OutputError: The folder holds something else, cannot be written, or the disk is too small.
     """
+    check_wish(threshold, hard_ratio, dtype)
+    exit_entries(layer, stack.num_layers)
     wish = _Wish(layer, threshold, hard_ratio, dtype, batch_size)
-    wish.check(stack)
     _check_parts(stack, parts, batch_size)
     collection = _Collection(stack, parts, Path(folder), wish, provenance or {})
     return collection.run(progress or (lambda _: None), overwrite=overwrite)
@@ -362,20 +363,28 @@ class _Wish:
     dtype: str
     batch_size: int
 
-    def check(self, stack: DecoderStack) -> None:
-        exit_entries(self.layer, stack.num_layers)
-        if self.dtype not in STATE_DTYPES:
-            raise UsageError(f"expected states in {' or '.join(STATE_DTYPES)}, got {self.dtype!r}")
-        if self.threshold is None and self.hard_ratio is None:
-            raise UsageError(
-                "expected a threshold or a hard ratio, got neither; give --threshold or "
-                "--hard-ratio"
-            )
-        if self.threshold is not None:
-            find_rule("cosine").check(self.threshold, infinite=False)
-        ratio = self.hard_ratio
-        if ratio is not None and not 0 < (number(ratio) or 0) < 1:
-            raise UsageError(f"expected a hard ratio between 0 and 1, got {ratio}")
+
+def check_wish(threshold: float | None, hard_ratio: float | None, dtype: str) -> None:
+    """Refuse what cannot be meant, before a model is loaded; see `collect_hard`.
+
+    Args:
+        threshold: Below it a token is hard, or None.
+        hard_ratio: The share of hard tokens, or None.
+        dtype: How states are stored.
+
+    Raises:
+        UsageError: Neither is given, or one is out of its range, or there is no such dtype.
+    """
+    if dtype not in STATE_DTYPES:
+        raise UsageError(f"expected states in {' or '.join(STATE_DTYPES)}, got {dtype!r}")
+    if threshold is None and hard_ratio is None:
+        raise UsageError(
+            "expected a threshold or a hard ratio, got neither; give --threshold or --hard-ratio"
+        )
+    if threshold is not None:
+        find_rule("cosine").check(threshold, infinite=False)
+    if hard_ratio is not None and not 0 < (number(hard_ratio) or 0) < 1:
+        raise UsageError(f"expected a hard ratio between 0 and 1, got {hard_ratio}")
 
 
 def _check_parts(stack: DecoderStack, parts: Parts, batch_size: int) -> None:
@@ -473,15 +482,13 @@ class _Collection:
         return found
 
     def run(self, progress: Callable[[int], None], *, overwrite: bool) -> HardTokens:
-        _check_place(self.folder)
-        if not self.work.is_dir():
-            self._check_free(overwrite=overwrite)
+        check_output(self.folder, overwrite=overwrite)
         with self._working():
             finished = self._just_finished()
             if finished is not None:
                 shutil.rmtree(self.work)
                 return finished
-            self._check_free(overwrite=overwrite)
+            _check_free(self.folder, overwrite=overwrite)
             self._open(overwrite=overwrite)
             if not (self.work / RECORD).exists():
                 self._check_disk()
@@ -514,13 +521,6 @@ class _Collection:
                 f"cannot write to {self.folder}: {os_reason(error)}; free some space or choose "
                 "another --output"
             ) from error
-
-    def _check_free(self, *, overwrite: bool) -> None:
-        if (self.folder / RECORD).exists() and not overwrite:
-            raise OutputError(
-                f"{self.folder} holds a dataset of hard tokens already: choose another --output, "
-                "or replace it with --overwrite"
-            )
 
     def _just_finished(self) -> HardTokens | None:
         """Return the dataset where all but the end of clearing up was done; else None."""
@@ -781,8 +781,24 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_place(folder: Path) -> None:
-    """Refuse a folder with files in the dataset's places that are not of a dataset of ours."""
+def _check_free(folder: Path, *, overwrite: bool) -> None:
+    if (folder / RECORD).exists() and not overwrite:
+        raise OutputError(
+            f"{folder} holds a dataset of hard tokens already: choose another --output, or replace "
+            "it with --overwrite"
+        )
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that a dataset cannot go to; nothing is written.
+
+    Args:
+        folder: Where it is to go.
+        overwrite: An earlier dataset there may go.
+
+    Raises:
+        OutputError: It is a file, holds a dataset, or something else in a dataset's place.
+    """
     # os.path answers for any string, where Path raises for an overlong name.
     if os.path.isfile(folder):
         raise OutputError(f"{folder} is a file, expected a folder; choose another --output")
@@ -803,6 +819,8 @@ def _check_place(folder: Path) -> None:
             f"{strangers[0]} is in the way, and of no dataset of hard tokens; choose another "
             "--output"
         )
+    if not (folder / _WORK).is_dir():
+        _check_free(folder, overwrite=overwrite)
 
 
 def _publish(work: Path, folder: Path) -> None:

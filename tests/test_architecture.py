@@ -182,6 +182,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.drift_reading",
         "report.reading",
     },
+    "report.hard_tokens": {"report.exits", "report.reading", "report.terminal"},
     "report.generation": {"report.exits", "report.reading", "report.terminal"},
     "report": {
         "report.benchmarks",
@@ -192,6 +193,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.evaluation",
         "report.figures",
         "report.generation",
+        "report.hard_tokens",
         "report.page",
         "report.pareto",
         "report.terminal",
@@ -228,10 +230,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models",
         "saturation",
     },
+    "benchmarks.hard_tokens": {
+        "benchmarks.timing",
+        "corpora",
+        "hard_tokens",
+        "models",
+        "saturation",
+    },
     "benchmarks": {
         "benchmarks.collect",
         "benchmarks.decode",
         "benchmarks.fit",
+        "benchmarks.hard_tokens",
         "benchmarks.timing",
     },
     "benchmarks.__main__": {"benchmarks.collect"},
@@ -251,9 +261,16 @@ MAY_IMPORT["plugin.budget_check"] = MAY_IMPORT["plugin.checks"] | {"plugin.check
 MAY_IMPORT["plugin"] = MAY_IMPORT["plugin.budget_check"] | {"plugin.budget_check"}
 MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors"}
-for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure"):
+for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure", "cli.stages"):
     MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.showing"}
-MAY_IMPORT["cli"] = {"cli.app", "cli.bench", "cli.exits", "cli.gate", "cli.measure"}
+MAY_IMPORT["cli"] = {
+    "cli.app",
+    "cli.bench",
+    "cli.exits",
+    "cli.gate",
+    "cli.measure",
+    "cli.stages",
+}
 
 
 def rooms_imported_by(path: Path) -> set[str]:
