@@ -483,8 +483,9 @@ class _Collection:
 
     def run(self, progress: Callable[[int], None], *, overwrite: bool) -> HardTokens:
         check_output(self.folder, overwrite=overwrite)
+        interrupted = self.work.is_dir()
         with self._working():
-            finished = self._just_finished()
+            finished = self._just_finished() if interrupted else None
             if finished is not None:
                 shutil.rmtree(self.work)
                 return finished
