@@ -241,7 +241,7 @@ def load_hard_tokens(folder: Path | str) -> HardTokens:
         RecordError: It is missing, unfinished, cut short or edited, or of a newer release.
     """
     folder = Path(folder)
-    if (folder / _WORK).is_dir() and not (folder / RECORD).exists():
+    if is_unfinished(folder):
         raise RecordError(
             f"{folder} is not finished; run the same `cascade collect-hard` again to go on"
         )
@@ -261,6 +261,11 @@ def load_hard_tokens(folder: Path | str) -> HardTokens:
                 f"{folder / said['name']} {found}; collect the dataset anew with --overwrite"
             )
     return HardTokens(folder, record)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Say whether a folder holds a part of a dataset that `collect_hard` would go on from."""
+    return os.path.isdir(folder / _WORK) and not (folder / RECORD).exists()
 
 
 def _changed(path: Path, said: dict[str, Any]) -> str | None:
@@ -442,7 +447,7 @@ class _Collection:
         return {
             "model": dict(self.stack.provenance) | {"weights_hash": self.stack.weights_hash()},
             "states": {"layer": self.wish.layer, "dtype": self.wish.dtype},
-            "batches": {"batch_size": self.wish.batch_size},
+            "batches": {"batch_size": self.wish.batch_size, "per_shard": self._batches_per_shard},
         } | {
             f"{name} part": {
                 "corpus": blocks.name,
@@ -461,12 +466,15 @@ class _Collection:
     def _features(self) -> datasets.Features:
         return features_of(self._length, self.stack.hidden_size, self.wish.dtype)
 
+    @property
+    def _batches_per_shard(self) -> int:
+        size = max(_SHARD_BYTES, expected_bytes(self.stack, self.parts) / _MOST_SHARDS)
+        row = row_bytes(self._length, self.stack.hidden_size)
+        return max(1, round(size / (row * self.wish.batch_size)))
+
     @cached_property
     def shards(self) -> list[_Shard]:
-        width, length = self.stack.hidden_size, self._length
-        size = max(_SHARD_BYTES, expected_bytes(self.stack, self.parts) / _MOST_SHARDS)
-        batches = max(1, round(size / (row_bytes(length, width) * self.wish.batch_size)))
-        rows = batches * self.wish.batch_size
+        rows = self._batches_per_shard * self.wish.batch_size
         found = []
         for part in PARTS:
             total = len(self.parts[part].ids)
@@ -483,7 +491,7 @@ class _Collection:
 
     def run(self, progress: Callable[[int], None], *, overwrite: bool) -> HardTokens:
         check_output(self.folder, overwrite=overwrite)
-        interrupted = self.work.is_dir()
+        interrupted = os.path.isdir(self.work)
         with self._working():
             finished = self._just_finished() if interrupted else None
             if finished is not None:

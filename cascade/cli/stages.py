@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,7 +98,7 @@ def collect_hard(
         f"{stack.hidden_size:,} numbers in {states_dtype}",
         err=True,
     )
-    with progress_bar("Collecting", tokens) as advance:
+    with _told_to_go_on(output), progress_bar("Collecting", tokens) as advance:
         found = hard_tokens.collect_hard(
             stack,
             parts,
@@ -117,6 +119,19 @@ def collect_hard(
         f"datasets.load_from_disk({str(output)!r})",
         err=True,
     )
+
+
+@contextlib.contextmanager
+def _told_to_go_on(output: Path) -> Iterator[None]:
+    """Say after an interruption that what is done is not lost."""
+    from cascade.hard_tokens import is_unfinished
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if is_unfinished(output):
+            typer.echo(f"Stopped; {output} is kept: run the same command again to go on", err=True)
+        raise
 
 
 def _parts(
