@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,15 +28,16 @@ from cascade.errors import (
     OutputError,
     RecordError,
     UsageError,
-    first_line,
     os_reason,
 )
 from cascade.exits import ExitPoint, HiddenHistory, exit_entries, find_rule, least_fp32, number
 from cascade.files import make_folder, remove_empty, write_text
-from cascade.heads import check_same_model
+from cascade.hard_dataset import KIND, RECORD, WORK, hash_of
+from cascade.hard_dataset import HardTokens as HardTokens
+from cascade.hard_dataset import is_unfinished as is_unfinished
+from cascade.hard_dataset import load_hard_tokens as load_hard_tokens
 from cascade.models import DecoderStack
 from cascade.saturation import check_blocks, provenance_of
-from cascade.shapes import COUNT, NUMBER, SHARE, TEXT, WHOLE, Maybe, flaw, one_of
 from cascade.shards import (
     STATE_DTYPES,
     features_of,
@@ -45,7 +46,6 @@ from cascade.shards import (
     read_similarity,
     row_bytes,
     stored,
-    tensors_of,
     write_shard,
     write_split,
 )
@@ -58,17 +58,11 @@ Array = npt.NDArray[Any]
 Parts = Mapping[str, TokenBlocks]
 Rows = Mapping[str, dict[str, Any]]
 
-#: The kind of the record.
-KIND = "hard-tokens"
-
-#: The record of a finished dataset, in its folder.
-RECORD = "hard-tokens.json"
-
 #: What `datasets` calls the file that lists a dataset's splits.
 _SPLITS = "dataset_dict.json"
 
-#: The folder inside the dataset's in which it is made, shard by shard; what is wanted, and a lock.
-_WORK, _REQUEST, _LOCK = ".cascade-collecting", "request.json", "lock"
+#: In the working folder: what is wanted, and a lock.
+_REQUEST, _LOCK = "request.json", "lock"
 
 #: What may lie beside the shards of a part: what `datasets` caches there is not worth keeping.
 _OWN_FILE = re.compile(r"(data|cache)-.*\.arrow|tmp.*|state\.json|dataset_info\.json")
@@ -82,214 +76,6 @@ _TOLERATED = 0.05
 #: A shard is what an interruption loses: some 20 s of work (SmolLM2-135M, two cores). There are
 #: never more shards than a process may have files open.
 _SHARD_BYTES, _MOST_SHARDS = 16e6, 256
-
-
-# --- The dataset -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HardTokens:
-    """A finished dataset: whole sequences in order, each token's exit state, and which are hard.
-
-    Attributes:
-        folder: Where it lies; `datasets.load_from_disk` reads it.
-        record: What it is and where it comes from.
-    """
-
-    folder: Path
-    record: dict[str, Any]
-
-    @property
-    def layer(self) -> int:
-        """The exit layer, whose similarity decides."""
-        return int(self.record["layer"])
-
-    @property
-    def threshold(self) -> float:
-        """Below this similarity a token is hard."""
-        return float(self.record["threshold"])
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know of how it came out, one line each."""
-        return tuple(self.record["notes"])
-
-    def __len__(self) -> int:
-        return sum(part["sequences"] for part in self.record["parts"].values())
-
-    @cached_property
-    def _dataset(self) -> datasets.DatasetDict:
-        return _read_dataset(self.folder)
-
-    def part(self, name: str) -> datasets.Dataset:
-        """Return one part, mapped from disk.
-
-        Args:
-            name: "train" or "held-out".
-
-        Raises:
-            UsageError: There is no such part.
-        """
-        if name not in PARTS:
-            raise UsageError(f"expected a part among {', '.join(PARTS)}, got {name!r}")
-        return self._dataset[name]
-
-    def check(
-        self, stack: DecoderStack, *, layer: int | None = None, threshold: float | None = None
-    ) -> None:
-        """Make sure that this is what a model gives at an exit.
-
-        Args:
-            stack: The model.
-            layer: The exit layer; any where not given.
-            threshold: The exit's threshold; any where not given.
-
-        Raises:
-            ModelError: These are the states of another model (both are named).
-            UsageError: They were collected for another layer or threshold.
-        """
-        check_same_model(
-            self.record["provenance"]["model"], stack, what=f"the hard tokens in {self.folder}"
-        )
-        if layer is not None and layer != self.layer:
-            raise UsageError(
-                f"the hard tokens in {self.folder} are those of exit layer {self.layer}, got layer "
-                f"{layer}; collect them anew for it"
-            )
-        # Two thresholds are one where every fp32 similarity lies on the same side of both.
-        if threshold is not None and least_fp32(threshold) != least_fp32(self.threshold):
-            raise UsageError(
-                f"the hard tokens in {self.folder} lie below the threshold {self.threshold:.9g}, "
-                f"got {threshold:.9g}; collect them anew for it"
-            )
-
-    def batches(
-        self, part: str, batch_size: int, *, order: Sequence[int] | None = None
-    ) -> Iterator[dict[str, Tensor]]:
-        """Yield sequences as tensors; the last batch can be smaller.
-
-        Args:
-            part: "train" or "held-out".
-            batch_size: Sequences per batch.
-            order: Which sequences to take, by number from 0, in this order; all, as they come,
-                where not given.
-
-        Yields:
-            `states [B, T, D]` (what leaves the last layer, before the final norm) and `similarity
-            [B, T]` in fp32; `input_ids`, `labels` (the next token of the sequence, -100 behind the
-            last), `positions` and `records`, `[B, T]` int64; `hard` and `response`, `[B, T]` bool;
-            `sequence [B]` int64.
-
-        Raises:
-            UsageError: No such part or sequence, or batches of none.
-        """
-        rows = self.part(part).with_format("arrow")
-        if batch_size < 1:
-            raise UsageError(f"expected a batch size of at least 1, got {batch_size}")
-        numbers = np.arange(len(rows)) if order is None else np.asarray(order, dtype=np.int64)
-        if ((numbers < 0) | (numbers >= len(rows))).any():
-            raise UsageError(
-                f"expected sequences in 0..{len(rows) - 1}, got {numbers.min()}..{numbers.max()}"
-            )
-        states = self.record["states"]
-        shape = (states["seq_len"], states["hidden_size"])
-        for start in range(0, len(numbers), batch_size):
-            table = rows[numbers[start : start + batch_size].tolist()]
-            yield tensors_of(table, shape, states["dtype"])
-
-
-def _read_dataset(folder: Path) -> datasets.DatasetDict:
-    import datasets
-
-    try:
-        found = datasets.load_from_disk(str(folder), keep_in_memory=False)
-    except Exception as error:
-        # Many unrelated types, by what is broken.
-        raise RecordError(
-            f"{folder} cannot be read as a dataset ({first_line(error)}); collect it anew"
-        ) from error
-    return found
-
-
-#: What is read of a record.
-_SHAPE: Any = {
-    "layer": COUNT,
-    "threshold": NUMBER,
-    "asked": {"threshold": Maybe(NUMBER), "hard_ratio": Maybe(NUMBER)},
-    "request": TEXT,
-    "states": {"dtype": one_of(*STATE_DTYPES), "seq_len": COUNT, "hidden_size": COUNT},
-    "parts": {
-        name: {"sequences": COUNT, "tokens": COUNT, "hard": COUNT, "hard_ratio": SHARE}
-        for name in PARTS
-    },
-    "notes": [TEXT],
-    "files": [{"name": TEXT, "bytes": WHOLE, "hash": TEXT}],
-    "provenance": {"model": {}, "corpora": {name: {} for name in PARTS}},
-    "hash": TEXT,
-}
-
-
-def load_hard_tokens(folder: Path | str) -> HardTokens:
-    """Read a dataset of `collect_hard`, and make sure that nothing of it was changed.
-
-    All of it is read once (5 GB/s from the page cache, on one core).
-
-    Args:
-        folder: Where it was written.
-
-    Raises:
-        RecordError: It is missing, unfinished, cut short or edited, or of a newer release.
-    """
-    folder = Path(folder)
-    if is_unfinished(folder):
-        raise RecordError(
-            f"{folder} is not finished; run the same `cascade collect-hard` again to go on"
-        )
-    record = read_record(folder / RECORD, kind=KIND)
-    found = flaw(record, _SHAPE)
-    if found is None and record["hash"] != record_hash(record):
-        found = "it is not what its hash says"
-    if found is not None:
-        raise RecordError(
-            f"{folder / RECORD} is torn or edited ({found}); collect the dataset anew with "
-            "--overwrite"
-        )
-    for said in record["files"]:
-        found = _changed(folder / said["name"], said)
-        if found is not None:
-            raise RecordError(
-                f"{folder / said['name']} {found}; collect the dataset anew with --overwrite"
-            )
-    return HardTokens(folder, record)
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Say whether a folder holds a part of a dataset that `collect_hard` would go on from."""
-    return os.path.isdir(folder / _WORK) and not (folder / RECORD).exists()
-
-
-def _changed(path: Path, said: dict[str, Any]) -> str | None:
-    """Return what is wrong with a file of a dataset, in words; None where it is as it was."""
-    try:
-        size = path.stat().st_size
-        if size != said["bytes"]:
-            return f"was cut short or edited ({size:,} bytes, expected {said['bytes']:,})"
-        return None if _hash_of(path) == said["hash"] else "was edited (its hash is another)"
-    except OSError as error:
-        return f"cannot be read ({os_reason(error)})"
-
-
-def _hash_of(path: Path) -> str:
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return f"xxh3_128:{digest.hexdigest()}"
-
-
-# --- Collecting ------------------------------------------------------------------------------
 
 
 def expected_bytes(stack: DecoderStack, parts: Parts) -> int:
@@ -439,7 +225,7 @@ class _Collection:
 
     @property
     def work(self) -> Path:
-        return self.folder / _WORK
+        return self.folder / WORK
 
     @cached_property
     def request(self) -> dict[str, Any]:
@@ -663,7 +449,7 @@ class _Collection:
             {
                 "name": path.relative_to(self.work).as_posix(),
                 "bytes": path.stat().st_size,
-                "hash": _hash_of(path),
+                "hash": hash_of(path),
             }
             for path in sorted(self.work.rglob("*"))
             if path.is_file() and path.name not in (_LOCK, _REQUEST)
@@ -813,7 +599,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{folder} is a file, expected a folder; choose another --output")
     if not os.path.isdir(folder):
         return
-    ours = (folder / RECORD).exists() or (folder / _WORK).is_dir()
+    ours = (folder / RECORD).exists() or (folder / WORK).is_dir()
     names = [folder / name for name in (*PARTS, _SPLITS)]
     strangers = [path for path in names if path.exists()]
     if ours:
@@ -828,7 +614,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
             f"{strangers[0]} is in the way, and of no dataset of hard tokens; choose another "
             "--output"
         )
-    if not (folder / _WORK).is_dir():
+    if not (folder / WORK).is_dir():
         _check_free(folder, overwrite=overwrite)
 
 
