@@ -1,4 +1,4 @@
-"""Hard tokens: the base model's exit states over a corpus, run once and stored to train stages on."""
+"""Hard tokens: a base model's exit states over a corpus, made once, stored for stages to learn."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,15 +28,16 @@ from cascade.errors import (
     OutputError,
     RecordError,
     UsageError,
-    first_line,
     os_reason,
 )
 from cascade.exits import ExitPoint, HiddenHistory, exit_entries, find_rule, least_fp32, number
 from cascade.files import make_folder, remove_empty, write_text
-from cascade.heads import check_same_model
+from cascade.hard_dataset import KIND, RECORD, WORK, hash_of
+from cascade.hard_dataset import HardTokens as HardTokens
+from cascade.hard_dataset import is_unfinished as is_unfinished
+from cascade.hard_dataset import load_hard_tokens as load_hard_tokens
 from cascade.models import DecoderStack
 from cascade.saturation import check_blocks, provenance_of
-from cascade.shapes import COUNT, NUMBER, SHARE, TEXT, WHOLE, Maybe, flaw, one_of
 from cascade.shards import (
     STATE_DTYPES,
     features_of,
@@ -45,8 +46,8 @@ from cascade.shards import (
     read_similarity,
     row_bytes,
     stored,
-    tensors_of,
     write_shard,
+    write_split,
 )
 from cascade.thresholds import quantile_threshold
 
@@ -55,18 +56,13 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Parts = Mapping[str, TokenBlocks]
-
-#: The kind of the record.
-KIND = "hard-tokens"
-
-#: The record of a finished dataset, in its folder.
-RECORD = "hard-tokens.json"
+Rows = Mapping[str, dict[str, Any]]
 
 #: What `datasets` calls the file that lists a dataset's splits.
 _SPLITS = "dataset_dict.json"
 
-#: The folder inside the dataset's in which it is made, shard by shard; what is wanted, and a lock.
-_WORK, _REQUEST, _LOCK = ".cascade-collecting", "request.json", "lock"
+#: In the working folder: what is wanted, and a lock.
+_REQUEST, _LOCK = "request.json", "lock"
 
 #: What may lie beside the shards of a part: what `datasets` caches there is not worth keeping.
 _OWN_FILE = re.compile(r"(data|cache)-.*\.arrow|tmp.*|state\.json|dataset_info\.json")
@@ -80,209 +76,6 @@ _TOLERATED = 0.05
 #: A shard is what an interruption loses: some 20 s of work (SmolLM2-135M, two cores). There are
 #: never more shards than a process may have files open.
 _SHARD_BYTES, _MOST_SHARDS = 16e6, 256
-
-
-# --- The dataset -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HardTokens:
-    """A finished dataset: whole sequences in order, each token's exit state, and which are hard.
-
-    Attributes:
-        folder: Where it lies; `datasets.load_from_disk` reads it.
-        record: What it is and where it comes from.
-    """
-
-    folder: Path
-    record: dict[str, Any]
-
-    @property
-    def layer(self) -> int:
-        """The exit layer, whose similarity decides."""
-        return int(self.record["layer"])
-
-    @property
-    def threshold(self) -> float:
-        """Below this similarity a token is hard."""
-        return float(self.record["threshold"])
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know of how it came out, one line each."""
-        return tuple(self.record["notes"])
-
-    def __len__(self) -> int:
-        return sum(part["sequences"] for part in self.record["parts"].values())
-
-    @cached_property
-    def _dataset(self) -> datasets.DatasetDict:
-        return _read_dataset(self.folder)
-
-    def part(self, name: str) -> datasets.Dataset:
-        """Return one part, mapped from disk.
-
-        Args:
-            name: "train" or "held-out".
-
-        Raises:
-            UsageError: There is no such part.
-        """
-        if name not in PARTS:
-            raise UsageError(f"expected a part among {', '.join(PARTS)}, got {name!r}")
-        return self._dataset[name]
-
-    def check(
-        self, stack: DecoderStack, *, layer: int | None = None, threshold: float | None = None
-    ) -> None:
-        """Make sure that this is what a model gives at an exit.
-
-        Args:
-            stack: The model.
-            layer: The exit layer; any where not given.
-            threshold: The exit's threshold; any where not given.
-
-        Raises:
-            ModelError: These are the states of another model (both are named).
-            UsageError: They were collected for another layer or threshold.
-        """
-        check_same_model(
-            self.record["provenance"]["model"], stack, what=f"the hard tokens in {self.folder}"
-        )
-        if layer is not None and layer != self.layer:
-            raise UsageError(
-                f"the hard tokens in {self.folder} are those of exit layer {self.layer}, got layer "
-                f"{layer}; collect them anew for it"
-            )
-        # Two thresholds are one where every fp32 similarity lies on the same side of both.
-        if threshold is not None and least_fp32(threshold) != least_fp32(self.threshold):
-            raise UsageError(
-                f"the hard tokens in {self.folder} lie below the threshold {self.threshold:.9g}, "
-                f"got {threshold:.9g}; collect them anew for it"
-            )
-
-    def batches(
-        self, part: str, batch_size: int, *, order: Sequence[int] | None = None
-    ) -> Iterator[dict[str, Tensor]]:
-        """Yield sequences as tensors; the last batch can be smaller.
-
-        Args:
-            part: "train" or "held-out".
-            batch_size: Sequences per batch.
-            order: Which sequences to take, by number from 0, in this order; all, as they come, where
-                not given.
-
-        Yields:
-            `states [B, T, D]` (what leaves the last layer, before the final norm) and `similarity
-            [B, T]` in fp32; `input_ids`, `labels` (the next token of the sequence, -100 behind the
-            last), `positions` and `records`, `[B, T]` int64; `hard` and `response`, `[B, T]` bool;
-            `sequence [B]` int64.
-
-        Raises:
-            UsageError: No such part or sequence, or batches of none.
-        """
-        rows = self.part(part).with_format("arrow")
-        if batch_size < 1:
-            raise UsageError(f"expected a batch size of at least 1, got {batch_size}")
-        numbers = np.arange(len(rows)) if order is None else np.asarray(order, dtype=np.int64)
-        if ((numbers < 0) | (numbers >= len(rows))).any():
-            raise UsageError(
-                f"expected sequences in 0..{len(rows) - 1}, got {numbers.min()}..{numbers.max()}"
-            )
-        states = self.record["states"]
-        shape = (states["seq_len"], states["hidden_size"])
-        for start in range(0, len(numbers), batch_size):
-            table = rows[numbers[start : start + batch_size].tolist()]
-            yield tensors_of(table, shape, states["dtype"])
-
-
-def _read_dataset(folder: Path) -> datasets.DatasetDict:
-    import datasets
-
-    try:
-        found = datasets.load_from_disk(str(folder), keep_in_memory=False)
-    except Exception as error:
-        # Many unrelated types, by what is broken.
-        raise RecordError(
-            f"{folder} cannot be read as a dataset ({first_line(error)}); collect it anew"
-        ) from error
-    return found
-
-
-#: What is read of a record.
-_SHAPE: Any = {
-    "layer": COUNT,
-    "threshold": NUMBER,
-    "asked": {"threshold": Maybe(NUMBER), "hard_ratio": Maybe(NUMBER)},
-    "request": TEXT,
-    "states": {"dtype": one_of(*STATE_DTYPES), "seq_len": COUNT, "hidden_size": COUNT},
-    "parts": {
-        name: {"sequences": COUNT, "tokens": COUNT, "hard": COUNT, "hard_ratio": SHARE}
-        for name in PARTS
-    },
-    "notes": [TEXT],
-    "files": [{"name": TEXT, "bytes": WHOLE, "hash": TEXT}],
-    "provenance": {"model": {}, "corpora": {name: {} for name in PARTS}},
-    "hash": TEXT,
-}
-
-
-def load_hard_tokens(folder: Path | str) -> HardTokens:
-    """Read a dataset of `collect_hard`, and make sure that nothing of it was changed.
-
-    All of it is read once (5 GB/s from the page cache, on one core).
-
-    Args:
-        folder: Where it was written.
-
-    Raises:
-        RecordError: It is missing, unfinished, cut short or edited, or of a newer release.
-    """
-    folder = Path(folder)
-    if (folder / _WORK).is_dir() and not (folder / RECORD).exists():
-        raise RecordError(
-            f"{folder} is not finished; run the same `cascade collect-hard` again to go on"
-        )
-    record = read_record(folder / RECORD, kind=KIND)
-    found = flaw(record, _SHAPE)
-    if found is None and record["hash"] != record_hash(record):
-        found = "it is not what its hash says"
-    if found is not None:
-        raise RecordError(
-            f"{folder / RECORD} is torn or edited ({found}); collect the dataset anew with "
-            "--overwrite"
-        )
-    for said in record["files"]:
-        found = _changed(folder / said["name"], said)
-        if found is not None:
-            raise RecordError(
-                f"{folder / said['name']} {found}; collect the dataset anew with --overwrite"
-            )
-    return HardTokens(folder, record)
-
-
-def _changed(path: Path, said: dict[str, Any]) -> str | None:
-    """Return what is wrong with a file of a dataset, in words; None where it is as it was."""
-    try:
-        size = path.stat().st_size
-        if size != said["bytes"]:
-            return f"was cut short or edited ({size:,} bytes, expected {said['bytes']:,})"
-        return None if _hash_of(path) == said["hash"] else "was edited (its hash is another)"
-    except OSError as error:
-        return f"cannot be read ({os_reason(error)})"
-
-
-def _hash_of(path: Path) -> str:
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return f"xxh3_128:{digest.hexdigest()}"
-
-
-# --- Collecting ------------------------------------------------------------------------------
 
 
 def expected_bytes(stack: DecoderStack, parts: Parts) -> int:
@@ -343,8 +136,9 @@ def collect_hard(
         ModelError: A state is not finite, or beyond what float16 holds.
         OutputError: The folder holds something else, cannot be written, or the disk is too small.
     """
+    check_wish(threshold, hard_ratio, dtype)
+    exit_entries(layer, stack.num_layers)
     wish = _Wish(layer, threshold, hard_ratio, dtype, batch_size)
-    wish.check(stack)
     _check_parts(stack, parts, batch_size)
     collection = _Collection(stack, parts, Path(folder), wish, provenance or {})
     return collection.run(progress or (lambda _: None), overwrite=overwrite)
@@ -360,19 +154,28 @@ class _Wish:
     dtype: str
     batch_size: int
 
-    def check(self, stack: DecoderStack) -> None:
-        exit_entries(self.layer, stack.num_layers)
-        if self.dtype not in STATE_DTYPES:
-            raise UsageError(f"expected states in {' or '.join(STATE_DTYPES)}, got {self.dtype!r}")
-        if self.threshold is None and self.hard_ratio is None:
-            raise UsageError(
-                "expected a threshold or a hard ratio, got neither; give --threshold or --hard-ratio"
-            )
-        if self.threshold is not None:
-            find_rule("cosine").check(self.threshold, infinite=False)
-        ratio = self.hard_ratio
-        if ratio is not None and not 0 < (number(ratio) or 0) < 1:
-            raise UsageError(f"expected a hard ratio between 0 and 1, got {ratio}")
+
+def check_wish(threshold: float | None, hard_ratio: float | None, dtype: str) -> None:
+    """Refuse what cannot be meant, before a model is loaded; see `collect_hard`.
+
+    Args:
+        threshold: Below it a token is hard, or None.
+        hard_ratio: The share of hard tokens, or None.
+        dtype: How states are stored.
+
+    Raises:
+        UsageError: Neither is given, or one is out of its range, or there is no such dtype.
+    """
+    if dtype not in STATE_DTYPES:
+        raise UsageError(f"expected states in {' or '.join(STATE_DTYPES)}, got {dtype!r}")
+    if threshold is None and hard_ratio is None:
+        raise UsageError(
+            "expected a threshold or a hard ratio, got neither; give --threshold or --hard-ratio"
+        )
+    if threshold is not None:
+        find_rule("cosine").check(threshold, infinite=False)
+    if hard_ratio is not None and not 0 < (number(hard_ratio) or 0) < 1:
+        raise UsageError(f"expected a hard ratio between 0 and 1, got {hard_ratio}")
 
 
 def _check_parts(stack: DecoderStack, parts: Parts, batch_size: int) -> None:
@@ -422,7 +225,7 @@ class _Collection:
 
     @property
     def work(self) -> Path:
-        return self.folder / _WORK
+        return self.folder / WORK
 
     @cached_property
     def request(self) -> dict[str, Any]:
@@ -430,7 +233,7 @@ class _Collection:
         return {
             "model": dict(self.stack.provenance) | {"weights_hash": self.stack.weights_hash()},
             "states": {"layer": self.wish.layer, "dtype": self.wish.dtype},
-            "batches": {"batch_size": self.wish.batch_size},
+            "batches": {"batch_size": self.wish.batch_size, "per_shard": self._batches_per_shard},
         } | {
             f"{name} part": {
                 "corpus": blocks.name,
@@ -441,12 +244,23 @@ class _Collection:
             for name, blocks in self.parts.items()
         }
 
+    @property
+    def _length(self) -> int:
+        return int(self.parts["train"].ids.shape[1])
+
+    @property
+    def _features(self) -> datasets.Features:
+        return features_of(self._length, self.stack.hidden_size, self.wish.dtype)
+
+    @property
+    def _batches_per_shard(self) -> int:
+        size = max(_SHARD_BYTES, expected_bytes(self.stack, self.parts) / _MOST_SHARDS)
+        row = row_bytes(self._length, self.stack.hidden_size)
+        return max(1, round(size / (row * self.wish.batch_size)))
+
     @cached_property
     def shards(self) -> list[_Shard]:
-        width, length = self.stack.hidden_size, self.parts["train"].ids.shape[1]
-        size = max(_SHARD_BYTES, expected_bytes(self.stack, self.parts) / _MOST_SHARDS)
-        batches = max(1, round(size / (row_bytes(length, width) * self.wish.batch_size)))
-        rows = batches * self.wish.batch_size
+        rows = self._batches_per_shard * self.wish.batch_size
         found = []
         for part in PARTS:
             total = len(self.parts[part].ids)
@@ -462,15 +276,14 @@ class _Collection:
         return found
 
     def run(self, progress: Callable[[int], None], *, overwrite: bool) -> HardTokens:
-        _check_place(self.folder)
-        if not self.work.is_dir():
-            self._check_free(overwrite=overwrite)
+        check_output(self.folder, overwrite=overwrite)
+        interrupted = os.path.isdir(self.work)
         with self._working():
-            finished = self._just_finished()
+            finished = self._just_finished() if interrupted else None
             if finished is not None:
                 shutil.rmtree(self.work)
                 return finished
-            self._check_free(overwrite=overwrite)
+            _check_free(self.folder, overwrite=overwrite)
             self._open(overwrite=overwrite)
             if not (self.work / RECORD).exists():
                 self._check_disk()
@@ -503,13 +316,6 @@ class _Collection:
                 f"cannot write to {self.folder}: {os_reason(error)}; free some space or choose "
                 "another --output"
             ) from error
-
-    def _check_free(self, *, overwrite: bool) -> None:
-        if (self.folder / RECORD).exists() and not overwrite:
-            raise OutputError(
-                f"{self.folder} holds a dataset of hard tokens already: choose another --output, or "
-                "replace it with --overwrite"
-            )
 
     def _just_finished(self) -> HardTokens | None:
         """Return the dataset where all but the end of clearing up was done; else None."""
@@ -559,19 +365,18 @@ class _Collection:
         free = shutil.disk_usage(self.work).free
         if needed > free:
             raise OutputError(
-                f"{self.folder} needs about {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB "
-                "free; free some, take a smaller --max-tokens or choose another --output"
+                f"{self.folder} needs about {needed / 1e9:.3g} GB, the disk has "
+                f"{free / 1e9:.3g} GB free; free some, take a smaller --max-tokens or choose "
+                "another --output"
             )
 
     def _collect(self, progress: Callable[[int], None]) -> None:
-        length = self.parts["train"].ids.shape[1]
-        features = features_of(length, self.stack.hidden_size, self.wish.dtype)
         for shard in self.shards:
             path = self.work / shard.name
             if holds(path, shard.sequences):
-                progress(len(shard.sequences) * length)
+                progress(len(shard.sequences) * self._length)
             else:
-                write_shard(path, features, self._batches(shard, progress))
+                write_shard(path, self._features, self._batches(shard, progress))
 
     def _batches(
         self, shard: _Shard, progress: Callable[[int], None]
@@ -626,7 +431,7 @@ class _Collection:
             assert ratio is not None  # checked at the door
             threshold = quantile_threshold(similarity["train"], ratio)
         least = least_fp32(threshold)
-        rows = {
+        rows: Rows = {
             part: self._counted(part, values < np.float32(least))
             for part, values in similarity.items()
         }
@@ -634,12 +439,17 @@ class _Collection:
         for shard in self.shards:
             mark_hard(self.work / shard.name, least)
         record = self._record(float(threshold), rows)
-        self._write_layout(record)
+        for part in PARTS:
+            names = [Path(shard.name).name for shard in self.shards if shard.part == part]
+            # What `datasets` knows its cached results by.
+            made_of = f"{self._request_hash} {record['threshold']!r} {part}"
+            write_split(self.work / part, names, self._features, made_of=made_of)
+        write_text(self.work / _SPLITS, json.dumps({"splits": list(PARTS)}) + "\n")
         record["files"] = [
             {
                 "name": path.relative_to(self.work).as_posix(),
                 "bytes": path.stat().st_size,
-                "hash": _hash_of(path),
+                "hash": hash_of(path),
             }
             for path in sorted(self.work.rglob("*"))
             if path.is_file() and path.name not in (_LOCK, _REQUEST)
@@ -658,7 +468,7 @@ class _Collection:
             "hard_response": int((hard & response).sum()),
         }
 
-    def _check_mixed(self, rows: dict[str, dict[str, Any]], threshold: float) -> None:
+    def _check_mixed(self, rows: Rows, threshold: float) -> None:
         for part, row in rows.items():
             if row["hard"] in (0, row["tokens"]):
                 what = "no token" if row["hard"] == 0 else "every token"
@@ -669,7 +479,7 @@ class _Collection:
                     "need no second pass)"
                 )
 
-    def _record(self, threshold: float, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _record(self, threshold: float, rows: Rows) -> dict[str, Any]:
         provenance = provenance_of(self.stack, self.parts["train"], None)
         del provenance["corpus"]
         provenance["model"] = self.request["model"]
@@ -684,7 +494,7 @@ class _Collection:
             "states": {
                 "entry": self.stack.num_layers,
                 "dtype": self.wish.dtype,
-                "seq_len": int(self.parts["train"].ids.shape[1]),
+                "seq_len": self._length,
                 "hidden_size": self.stack.hidden_size,
             },
             "batch_size": self.wish.batch_size,
@@ -693,7 +503,7 @@ class _Collection:
             "request": self._request_hash,
         }
 
-    def _notes(self, rows: dict[str, dict[str, Any]], threshold: float) -> list[str]:
+    def _notes(self, rows: Rows, threshold: float) -> list[str]:
         notes = []
         wanted, reached = self.wish.hard_ratio, rows["train"]["hard_ratio"]
         if wanted is not None and abs(wanted - reached) > _TOLERATED:
@@ -708,29 +518,6 @@ class _Collection:
                 "what is measured on them flatters"
             )
         return notes
-
-    def _write_layout(self, record: dict[str, Any]) -> None:
-        """Write what `datasets` wants beside the shards, in the layout of its `save_to_disk`."""
-        from datasets import DatasetInfo
-
-        states = record["states"]
-        features = features_of(states["seq_len"], states["hidden_size"], states["dtype"])
-        info = json.dumps(asdict(DatasetInfo(features=features)), indent=2, sort_keys=False)
-        for part in PARTS:
-            names = [Path(shard.name).name for shard in self.shards if shard.part == part]
-            made_of = f"{self._request_hash} {record['threshold']!r} {part}"
-            state = {
-                "_data_files": [{"filename": name} for name in names],
-                "_fingerprint": hashlib.sha256(made_of.encode()).hexdigest()[:16],
-                "_format_columns": None,
-                "_format_kwargs": {},
-                "_format_type": None,
-                "_output_all_columns": False,
-                "_split": None,  # a split's name may not have a hyphen there
-            }
-            write_text(self.work / part / "state.json", json.dumps(state, indent=2) + "\n")
-            write_text(self.work / part / "dataset_info.json", info + "\n")
-        write_text(self.work / _SPLITS, json.dumps({"splits": list(PARTS)}) + "\n")
 
 
 @torch.no_grad()
@@ -789,14 +576,30 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_place(folder: Path) -> None:
-    """Refuse a folder with files in the dataset's places that are not of a dataset of ours."""
+def _check_free(folder: Path, *, overwrite: bool) -> None:
+    if (folder / RECORD).exists() and not overwrite:
+        raise OutputError(
+            f"{folder} holds a dataset of hard tokens already: choose another --output, or replace "
+            "it with --overwrite"
+        )
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that a dataset cannot go to; nothing is written.
+
+    Args:
+        folder: Where it is to go.
+        overwrite: An earlier dataset there may go.
+
+    Raises:
+        OutputError: It is a file, holds a dataset, or something else in a dataset's place.
+    """
     # os.path answers for any string, where Path raises for an overlong name.
     if os.path.isfile(folder):
         raise OutputError(f"{folder} is a file, expected a folder; choose another --output")
     if not os.path.isdir(folder):
         return
-    ours = (folder / RECORD).exists() or (folder / _WORK).is_dir()
+    ours = (folder / RECORD).exists() or (folder / WORK).is_dir()
     names = [folder / name for name in (*PARTS, _SPLITS)]
     strangers = [path for path in names if path.exists()]
     if ours:
@@ -811,6 +614,8 @@ def _check_place(folder: Path) -> None:
             f"{strangers[0]} is in the way, and of no dataset of hard tokens; choose another "
             "--output"
         )
+    if not (folder / WORK).is_dir():
+        _check_free(folder, overwrite=overwrite)
 
 
 def _publish(work: Path, folder: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cascade.files import atomic_path
+from cascade.files import atomic_path, write_text
 
 if TYPE_CHECKING:
     import datasets
@@ -51,11 +54,12 @@ def features_of(seq_len: int, hidden_size: int, dtype: str) -> datasets.Features
         hidden_size: Width of a state, D.
         dtype: How states are stored, of `STATE_DTYPES`.
     """
-    from datasets import Array2D, Features, Sequence, Value
+    from datasets import Array2D, Features, Value
+    from datasets import Sequence as Values
 
     return Features(
         {"states": Array2D((seq_len, hidden_size), STATE_DTYPES[dtype])}
-        | {name: Sequence(Value(kind)) for name, kind in _PER_TOKEN.items()}
+        | {name: Values(Value(kind)) for name, kind in _PER_TOKEN.items()}
         | {"sequence": Value("int32")}
     )
 
@@ -125,6 +129,36 @@ def _column(values: Array, kind: Any) -> Any:
     if isinstance(kind, pyarrow.ExtensionType):
         return pyarrow.ExtensionArray.from_storage(kind, column)
     return column
+
+
+def write_split(
+    folder: Path, names: Sequence[str], features: datasets.Features, *, made_of: str
+) -> None:
+    """Write what makes a folder of shards a split, in the layout of `Dataset.save_to_disk`.
+
+    Args:
+        folder: Where the shards are.
+        names: Their names, in order.
+        features: Of `features_of`.
+        made_of: Tells this split from all others: `datasets` knows cached results by it.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    from datasets import DatasetInfo
+
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": hashlib.sha256(made_of.encode()).hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,  # the name of a split may not have a hyphen there
+    }
+    info = asdict(DatasetInfo(features=features))
+    write_text(folder / "state.json", json.dumps(state, indent=2) + "\n")
+    write_text(folder / "dataset_info.json", json.dumps(info, indent=2) + "\n")
 
 
 def mark_hard(path: Path, least: float) -> None:

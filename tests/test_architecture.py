@@ -94,16 +94,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distillation": {"corpora", "errors", "exits", "heads", "models", "ridge", "saturation"},
     "budgets": {"baselines", "errors", "files", "shapes"},
     "shards": {"files"},
+    "hard_dataset": {
+        "baselines",
+        "corpora",
+        "errors",
+        "exits",
+        "heads",
+        "models",
+        "shapes",
+        "shards",
+    },
     "hard_tokens": {
         "baselines",
         "corpora",
         "errors",
         "exits",
         "files",
-        "heads",
+        "hard_dataset",
         "models",
         "saturation",
-        "shapes",
         "shards",
         "thresholds",
     },
@@ -182,6 +191,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.drift_reading",
         "report.reading",
     },
+    "report.hard_tokens": {"report.exits", "report.reading", "report.terminal"},
     "report.generation": {"report.exits", "report.reading", "report.terminal"},
     "report": {
         "report.benchmarks",
@@ -192,6 +202,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.evaluation",
         "report.figures",
         "report.generation",
+        "report.hard_tokens",
         "report.page",
         "report.pareto",
         "report.terminal",
@@ -228,10 +239,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models",
         "saturation",
     },
+    "benchmarks.hard_tokens": {
+        "benchmarks.timing",
+        "corpora",
+        "hard_tokens",
+        "models",
+        "saturation",
+    },
     "benchmarks": {
         "benchmarks.collect",
         "benchmarks.decode",
         "benchmarks.fit",
+        "benchmarks.hard_tokens",
         "benchmarks.timing",
     },
     "benchmarks.__main__": {"benchmarks.collect"},
@@ -251,9 +270,16 @@ MAY_IMPORT["plugin.budget_check"] = MAY_IMPORT["plugin.checks"] | {"plugin.check
 MAY_IMPORT["plugin"] = MAY_IMPORT["plugin.budget_check"] | {"plugin.budget_check"}
 MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors"}
-for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure"):
+for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure", "cli.stages"):
     MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.showing"}
-MAY_IMPORT["cli"] = {"cli.app", "cli.bench", "cli.exits", "cli.gate", "cli.measure"}
+MAY_IMPORT["cli"] = {
+    "cli.app",
+    "cli.bench",
+    "cli.exits",
+    "cli.gate",
+    "cli.measure",
+    "cli.stages",
+}
 
 
 def rooms_imported_by(path: Path) -> set[str]:

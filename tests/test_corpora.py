@@ -717,3 +717,182 @@ def test_a_path_that_cannot_be_is_a_missing_corpus(source: str) -> None:
 def test_a_corpus_is_known_by_its_name_before_it_is_read(split: str | None) -> None:
     blocks = load_blocks(EMBEDDED, tiny_tokenizer(), split=split, max_tokens=256)
     assert corpus_name(EMBEDDED, split=split) == blocks.name
+
+
+# --- Parts and marks -------------------------------------------------------------------------
+
+ALPACA = st.fixed_dictionaries(
+    {
+        "instruction": st.text(string.ascii_lowercase + " ", min_size=1, max_size=9),
+        "input": st.text(string.ascii_lowercase, max_size=5),
+        "output": st.text(string.ascii_lowercase + " ", max_size=9),
+    }
+)
+PLAIN = st.fixed_dictionaries({"text": st.text(string.ascii_lowercase, min_size=1, max_size=9)})
+MIXED = st.lists(ALPACA | PLAIN, min_size=1, max_size=12)
+
+
+def marked_by_hand(records: Sequence[dict[str, str]]) -> list[tuple[str, int, bool]]:
+    """Return (symbol, record, response) of every token of the tiny tokenizer, EOS between texts."""
+    found = []
+    for number, record in enumerate(records, start=1):
+        template = ""
+        if "text" not in record:
+            template = alpaca_text(record["instruction"], record["input"], "")
+        output = record.get("text", record.get("output", ""))
+        # A run of line breaks is one token, which begins where its first one does.
+        found += [(symbol, number, False) for symbol in in_vocabulary(template)]
+        found += [(symbol, number, True) for symbol in output]
+        found += [("\n", number, True)]
+    return found[:-1]
+
+
+@given(records=MIXED, seq_len=st.integers(2, 9), max_tokens=st.none() | st.integers(9, 90))
+def test_every_token_knows_its_record_and_whether_it_is_response_text(
+    records: list[dict[str, str]], seq_len: int, max_tokens: int | None
+) -> None:
+    expected = marked_by_hand(records)
+    limit = min(len(expected), max_tokens or len(expected)) // seq_len * seq_len
+    if not limit:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = in_lines(Path(folder) / "x.jsonl", records)
+        settings = {"seq_len": seq_len, "max_tokens": max_tokens}
+        blocks = blocks_of(path, marks=True, **settings)
+        plain = blocks_of(path, **settings)
+    assert blocks.record_of is not None
+    assert blocks.response is not None
+    assert (blocks.record_of.dtype, blocks.response.dtype) == (np.int32, np.bool_)
+    assert blocks.record_of.shape == blocks.response.shape == blocks.ids.shape
+    marks = zip(decoded(blocks), blocks.record_of.flat, blocks.response.flat, strict=True)
+    assert [(*mark,) for mark in marks] == expected[:limit]
+    # What is asked for besides changes no token.
+    assert np.array_equal(blocks.ids, plain.ids)
+    assert blocks.provenance() == plain.provenance()
+    assert (plain.record_of, plain.response) == (None, None)
+
+
+@given(
+    records=st.lists(PLAIN | ALPACA, min_size=5, max_size=23),
+    seed=st.none() | st.integers(0, 9),
+    num_samples=st.none() | st.integers(5, 23),
+)
+def test_parts_have_no_record_in_common_and_together_all_of_them(
+    records: list[dict[str, str]], seed: int | None, num_samples: int | None
+) -> None:
+    settings = {"seed": seed, "num_samples": num_samples, "marks": True, "seq_len": 2}
+    named = [record | {"text": f"{number:03}"} for number, record in enumerate(records)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = in_lines(Path(folder) / "x.jsonl", named)
+        whole, train, held_out = (
+            blocks_of(path, part=part, text_column="text", **settings)
+            for part in (None, "train", "held-out")
+        )
+    assert whole.records == train.records + held_out.records == len(named[:num_samples])
+    assert (train.name, held_out.name) == ("x-train", "x-held-out")
+    for part in (train, held_out):
+        assert part.record_of is not None
+        held = part.record_of % 5 == 0
+        assert held.all() if part is held_out else not held.any()
+    in_order = re.findall(r"\d{3}", decoded(whole))
+    for part in (train, held_out):
+        own = re.findall(r"\d{3}", decoded(part))
+        chosen = [text for n, text in enumerate(in_order, 1) if (n % 5 == 0) == (part is held_out)]
+        # The last text can lack a letter that fills no block.
+        assert own == chosen[: len(own)]
+        assert len(own) >= len(chosen) - 1
+
+
+def test_the_embedded_parts_are_its_splits_and_keep_the_whole_corpus_numbers() -> None:
+    whole = [record["split"] for record in embedded_records()]
+    for part in ("train", "held-out"):
+        blocks = blocks_of("embedded", part=part, num_samples=None, seq_len=128, marks=True)
+        split = blocks_of("embedded", split=part, num_samples=None, seq_len=128)
+        assert np.array_equal(blocks.ids, split.ids)
+        assert blocks.name == split.name == f"embedded-{part}"
+        assert blocks.record_of is not None
+        assert {whole[number - 1] for number in np.unique(blocks.record_of)} == {part}
+
+
+def test_the_provenance_says_how_a_corpus_was_parted(tmp_path: Path) -> None:
+    path = in_lines(tmp_path / "x.jsonl", RECORDS)
+    said = blocks_of(path, part="held-out").provenance()
+    assert (said["part"], said["parted"]) == ("held-out", "by record, every 5th is held out")
+    said = blocks_of("embedded", part="train", num_samples=9).provenance()
+    assert (said["part"], said["parted"]) == ("train", "by record, as the corpus says of each")
+    assert not {"part", "parted"} & set(blocks_of(path).provenance())
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ("embedded", {"part": "train", "split": "train"}, "its splits, got the part train and"),
+        ("x.jsonl", {"part": "test"}, "expected a part among train, held-out, got 'test'"),
+        ("x.jsonl", {"part": "held-out", "num_samples": 4}, "at least one record in its held-out"),
+        ("x.jsonl", {"part": "held-out", "seq_len": 99}, "gives 12 tokens in its held-out part"),
+    ],
+)
+def test_a_part_that_is_none_or_empty_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, settings: Any, message: str
+) -> None:
+    in_lines(tmp_path / "x.jsonl", RECORDS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CorpusError) as caught:
+        blocks_of(source, **settings)
+    assert message in str(caught.value)
+
+
+class Slow:
+    """A tokenizer without offsets: one token per pair of letters, or per letter."""
+
+    is_fast = False
+    eos_token_id = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        pieces = [text[start : start + self.size] for start in range(0, len(text), self.size)]
+        return {"input_ids": [1 + sum(map(ord, piece)) for piece in pieces]}
+
+
+def test_without_offsets_the_border_is_known_where_a_token_ends_on_it(tmp_path: Path) -> None:
+    record = {"instruction": "Add.", "input": "", "output": "fours"}
+    template = len(alpaca_text("Add.", "", ""))
+    path = in_lines(tmp_path / "x.jsonl", [record])
+    letters: Any = Slow(1)
+    blocks = load_blocks(str(path), letters, seq_len=template + 5, marks=True)
+    assert blocks.response is not None
+    assert blocks.response.sum() == 5
+    assert blocks.response[0, template:].all()
+    pairs: Any = Slow(2 if template % 2 else 4)
+    with pytest.raises(CorpusError, match="record 1: this tokenizer has no offsets and a token ac"):
+        load_blocks(str(path), pairs, seq_len=2, marks=True)
+    plain = in_lines(tmp_path / "y.jsonl", [{"text": "no border at all"}])
+    unmarked = load_blocks(str(plain), pairs, seq_len=2, marks=True)
+    assert unmarked.response is not None
+    assert unmarked.response.all()
+
+
+def test_a_token_across_the_border_is_the_templates(tmp_path: Path) -> None:
+    # The tiny tokenizer reads line breaks in a row as one token.
+    path = in_lines(tmp_path / "x.jsonl", [{"instruction": "i", "input": "", "output": "\nabc"}])
+    text = in_vocabulary(alpaca_text("i", "", "\nabc"))
+    blocks = blocks_of(path, seq_len=len(text), marks=True)
+    assert blocks.response is not None
+    assert blocks.response[0].tolist() == [False] * (len(text) - 3) + [True] * 3
+
+
+@pytest.mark.saturation
+def test_the_reference_tokenizer_marks_the_answers_letter_by_letter(
+    reference_model: DecoderStack,
+) -> None:
+    tokenizer = reference_model.tokenizer
+    assert tokenizer is not None
+    blocks = load_blocks("embedded", tokenizer, num_samples=200, marks=True)
+    assert blocks.record_of is not None
+    assert blocks.response is not None
+    for number in range(1, 180):
+        own = blocks.response & (blocks.record_of == number)
+        answer = tokenizer.decode(blocks.ids[own]).removesuffix(tokenizer.eos_token)
+        assert answer == embedded_records()[number - 1]["output"]

@@ -21,6 +21,7 @@ from cascade.thresholds import (
     certify,
     fit_threshold,
     hoeffding_p_value,
+    quantile_threshold,
     sequences_needed,
     too_few,
     transfer,
@@ -532,3 +533,32 @@ def test_what_cannot_be_meant_is_refused_in_one_line(
     assert "got" in text
     assert ";" in text  # what to do
     assert "\n" not in text
+
+
+@given(
+    values=st.lists(st.sampled_from([0.1, 0.2, 0.25, 0.5, 0.9]), min_size=4, max_size=40),
+    hard_ratio=st.floats(0, 1),
+)
+def test_without_intervals_the_threshold_is_the_fitted_one(
+    values: list[float], hard_ratio: float
+) -> None:
+    rows = np.array(values[: len(values) // 2 * 2], dtype=np.float32).reshape(2, -1)
+    fitted = fit_threshold(rows, hard_ratio, resamples=39)
+    assert quantile_threshold(rows, hard_ratio) == fitted.threshold
+    assert quantile_threshold(rows.ravel()[::-1], hard_ratio) == fitted.threshold
+
+
+@pytest.mark.parametrize(
+    ("values", "hard_ratio", "message"),
+    [
+        ([], 0.5, "expected finite confidences"),
+        ([0.5, np.nan, 0.1], 0.5, "expected finite confidences"),
+        ([0.5, -np.inf], 0.5, "expected finite confidences"),
+        ([0.5, 0.6], 1.5, r"hard ratio in \[0, 1\], got 1.5"),
+    ],
+)
+def test_a_threshold_of_nothing_is_refused(
+    values: list[float], hard_ratio: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantile_threshold(np.array(values), hard_ratio)

@@ -1,10 +1,11 @@
 """The command line: one function per command; heavy imports wait until a command needs them."""
 
 from cascade.cli.app import app, main
-from cascade.cli.bench import bench_collect, bench_decode, bench_fit
+from cascade.cli.bench import bench_collect, bench_collect_hard, bench_decode, bench_fit
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.gate import compare, gate
 from cascade.cli.measure import RUN_FILES, accept, analyze
+from cascade.cli.stages import collect_hard
 
 __all__ = [
     "RUN_FILES",
@@ -12,9 +13,11 @@ __all__ = [
     "analyze",
     "app",
     "bench_collect",
+    "bench_collect_hard",
     "bench_decode",
     "bench_fit",
     "calibrate",
+    "collect_hard",
     "compare",
     "evaluate",
     "fit_heads",

@@ -210,3 +210,61 @@ def bench_fit(
     print_record(print_fitting, record)
     if output is not None:
         typer.echo(f"Wrote {output / 'bench.json'}", err=True)
+
+
+@bench.command("collect-hard")
+def bench_collect_hard(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
+    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens per pass; the embedded corpus is repeated as needed.")
+    ] = 20480,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 5,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads to compute with; as torch has it without.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the order of the ways in every round.")] = 0,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.json.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")
+    ] = False,
+) -> None:
+    """Time collecting hard tokens against the bare forward pass over the same batches.
+
+    One process, rounds interleaved in random order. A missed target is
+    printed and recorded; it does not fail the command.
+    """
+    from cascade.files import RunFolder
+    from cascade.report import print_collecting
+
+    with contextlib.ExitStack() as cleanup:
+        folder = None
+        if output is not None:
+            folder = cleanup.enter_context(RunFolder(output, ("bench.json",), overwrite=overwrite))
+        from cascade import benchmarks
+        from cascade.baselines import to_json
+
+        setup = benchmarks.HardSetup(
+            model=model,
+            layer=layer,
+            tokens=tokens,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            rounds=rounds,
+            threads=threads,
+            seed=seed,
+            device=device,
+        )
+        record = benchmarks.collect_hard_tokens(
+            setup,
+            command=command_line(),
+            progress=lambda text: typer.echo(text, err=True),
+        )
+        if folder is not None:
+            folder.write("bench.json", to_json(record) + "\n")
+    print_record(print_collecting, record)
+    if output is not None:
+        typer.echo(f"Wrote {output / 'bench.json'}", err=True)

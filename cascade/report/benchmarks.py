@@ -107,6 +107,29 @@ def print_fitting(record: Record, console: Console) -> None:
     print_pairs([("Interval", record["interval"])], console)
 
 
+def print_collecting(record: Record, console: Console) -> None:
+    """Print a benchmark of collecting hard tokens: speed, the ratio, its target met or not.
+
+    Args:
+        record: A saved record of kind `bench.collect-hard`.
+        console: Where to print; its width and encoding are respected.
+
+    Raises:
+        ValueError: The record is of another kind or schema.
+    """
+    _check(record, "bench.collect-hard")
+    exit_layer = ("Exit", f"layer {record['settings']['layer']}")
+    print_pairs([*_bench_headline(record), exit_layer], console)
+    print_heading("Speed", console)
+    _print_speed(record, console)
+    print_heading(_RATIOS, console)
+    _print_ratios(record, console)
+    print_heading("Targets (set for 2 cores)", console)
+    _print_targets(record, console)
+    print_heading("Notes", console)
+    print_pairs([("Interval", record["interval"])], console)
+
+
 _RATIOS = "Ratios of seconds: median and 95 % interval over rounds"
 
 
