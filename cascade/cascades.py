@@ -173,6 +173,24 @@ class Cascade:
         self.stages.append(stage)
         self.entries.append(entry)
 
+    def entered_like(self, other: Cascade) -> Cascade:
+        """Return a cascade of these stages that tokens enter as they do another one's.
+
+        Args:
+            other: Of the same base, with as many stages.
+
+        Raises:
+            UsageError: With more stages, or fewer.
+        """
+        if len(other.entries) != len(self.stages):
+            raise UsageError(
+                f"expected a cascade of {len(self.stages)} stages, got {len(other.entries)}"
+            )
+        same = Cascade(self.base, propagation=self.propagation)
+        for stage, entry in zip(self.stages, other.entries, strict=True):
+            same.add_stage(stage, entry)
+        return same
+
     def _check_origin(self, stage: Stage) -> None:
         made_for = stage.provenance.get("base") or {}
         own = self._base_record()

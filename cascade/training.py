@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from cascade.errors import TrainingError, UsageError, first_line
 from cascade.exits import ExitPoint, HiddenHistory, check_seed, find_rule
-from cascade.hard_tokens import HardTokens
+from cascade.hard_dataset import HardTokens
 from cascade.models import DecoderStack
 from cascade.saturation import machine_of
 from cascade.stages import Stage, Start, extended, new_stage, run_stage
