@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from cascade.baselines import read_profile as read_profile
     from cascade.baselines import read_record as read_record
     from cascade.calibration import calibrate as calibrate
+    from cascade.cascade_evaluation import evaluate_cascade as evaluate_cascade
+    from cascade.cascades import Cascade as Cascade
+    from cascade.cascades import Entry as Entry
     from cascade.corpora import TokenBlocks as TokenBlocks
     from cascade.corpora import load_blocks as load_blocks
     from cascade.distillation import distill as distill
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from cascade.saturation import SaturationProfile as SaturationProfile
     from cascade.saturation import analyze as analyze
     from cascade.statistics import SimilarityStatistics as SimilarityStatistics
+    from cascade.training import Recipe as Recipe
+    from cascade.training import train_stage as train_stage
 
 try:
     __version__ = version("cascade-exit")
@@ -40,13 +45,16 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 #: Public name -> the room it lives in; loaded on first use, so that importing cascade is cheap.
 _ROOMS = {
+    "Cascade": "cascades",
     "CascadeError": "errors",
     "Comparison": "drift",
     "DecoderStack": "models",
     "EarlyExit": "early_exit",
+    "Entry": "cascades",
     "FittedHeads": "heads",
     "Gate": "gate",
     "HardTokens": "hard_tokens",
+    "Recipe": "training",
     "SaturationProfile": "saturation",
     "SimilarityStatistics": "statistics",
     "StoredProfile": "baselines",
@@ -57,6 +65,7 @@ _ROOMS = {
     "compare": "drift",
     "distill": "distillation",
     "evaluate": "evaluation",
+    "evaluate_cascade": "cascade_evaluation",
     "fit_heads": "heads",
     "load": "models",
     "load_blocks": "corpora",
@@ -65,6 +74,7 @@ _ROOMS = {
     "read_profile": "baselines",
     "read_record": "baselines",
     "run_gate": "gate",
+    "train_stage": "training",
 }
 
 __all__ = ["__version__", *_ROOMS]

@@ -112,11 +112,7 @@ def new_stage(
     """
     if start not in STARTS:
         raise UsageError(f"expected a start among {', '.join(STARTS)}, got {start!r}")
-    if not 1 <= num_layers <= stack.num_layers:
-        raise UsageError(
-            f"expected 1 to {stack.num_layers} layers for a stage, as many as the model has, got "
-            f"{num_layers}"
-        )
+    check_depth(stack, num_layers)
     sources = tuple(range(stack.num_layers - num_layers + 1, stack.num_layers + 1))
     layers = [_trainable(stack, copy.deepcopy(stack.layers[source - 1])) for source in sources]
     if start == "fresh":
@@ -132,6 +128,19 @@ def new_stage(
         parameter.requires_grad_(True)
     _check_identity(stack, stage)
     return stage
+
+
+def check_depth(stack: DecoderStack, num_layers: int) -> None:
+    """Refuse a stage of more layers than the model has to copy.
+
+    Raises:
+        UsageError: Names the range.
+    """
+    if not 1 <= num_layers <= stack.num_layers:
+        raise UsageError(
+            f"expected 1 to {stack.num_layers} layers for a stage, as many as the model has, got "
+            f"{num_layers}"
+        )
 
 
 def _trainable(stack: DecoderStack, layer: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from cascade.exits import ExitPoint, HiddenHistory, check_seed, find_rule
 from cascade.hard_dataset import HardTokens
 from cascade.models import DecoderStack
 from cascade.saturation import machine_of
-from cascade.stages import Stage, Start, extended, new_stage, run_stage
+from cascade.stages import STARTS, Stage, Start, extended, new_stage, run_stage
 
 #: Which tokens a stage is trained on: the hard ones, all, or as many drawn at random (controls).
 Routing = Literal["hard", "all", "random"]
@@ -75,6 +75,8 @@ class Recipe:
             UsageError: Says what was expected.
         """
         check_seed(self.seed)
+        if self.start not in STARTS:
+            raise UsageError(f"expected a start among {', '.join(STARTS)}, got {self.start!r}")
         if self.routing not in ROUTINGS:
             raise UsageError(f"expected a routing among {', '.join(ROUTINGS)}, got {self.routing}")
         for name, value, low in (

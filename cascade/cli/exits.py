@@ -384,10 +384,7 @@ def _evaluate_cascade(
         if name not in _OF_A_CASCADE
         and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
-    if others:
-        raise UsageError(
-            f"--cascade says base, stages and thresholds itself; leave out {', '.join(others)}"
-        )
+    _check_cascade_alone(others)
     with contextlib.ExitStack() as cleanup:
         run = None
         if output is not None:
@@ -400,6 +397,13 @@ def _evaluate_cascade(
     print_record(print_cascade_evaluation, record)
     if output is not None:
         typer.echo(f"Wrote {output / 'cascade-evaluation.json'}", err=True)
+
+
+def _check_cascade_alone(others: list[str]) -> None:
+    if others:
+        raise UsageError(
+            f"--cascade says base, stages and thresholds itself; leave out {', '.join(others)}"
+        )
 
 
 @app.command()
@@ -420,6 +424,9 @@ def generate(
     ] = None,
     hard_ratio: Annotated[
         float | None, typer.Option(help="Which of the calibration's thresholds.")
+    ] = None,
+    cascade: Annotated[
+        Path | None, typer.Option(help="A cascade of `cascade train`: base, stages, thresholds.")
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="The full model confirms every token.")
@@ -469,6 +476,9 @@ def generate(
             "--calibration says layer, rule, threshold and propagation; leave out "
             f"{', '.join(given)}"
         )
+    if cascade is not None:
+        said |= {"--calibration": calibration, "--heads": heads}
+        _check_cascade_alone([name for name, value in said.items() if value is not None])
     if verify and propagation not in (None, "exact"):
         raise UsageError(f"--verify needs --propagation exact, got {propagation}; leave one out")
     if hard_ratio is not None and calibration is None:
@@ -486,16 +496,20 @@ def generate(
             f"expected a --temperature above 0, got {temperature:g}; for the likeliest token leave "
             "out --sample"
         )
-    stack = _load(model, revision, dtype, device)
-    fitted = _read_heads(heads, stack)
-    if calibration is not None:
-        from cascade.calibration import early_exit_of, read_calibration
+    if cascade is not None:
+        from cascade.cli.stages import read_cascade
 
-        record = read_calibration(calibration, stack)
-        early = early_exit_of(record, stack, heads=fitted, hard_ratio=hard_ratio)
+        staged = read_cascade(cascade, dtype, device)
+        stack, early = staged.base, staged.early_exit()
     else:
-        propagation = propagation or ("exact" if verify else "frozen")
-        early = _early_exit(stack, layer, rule or "cosine", threshold, fitted, propagation, seed)
+        stack = _load(model, revision, dtype, device)
+        fitted = _read_heads(heads, stack)
+        way = propagation or ("exact" if verify else "frozen")
+        early = (
+            _early_exit(stack, layer, rule or "cosine", threshold, fitted, way, seed)
+            if calibration is None
+            else _calibrated(calibration, stack, fitted, hard_ratio)
+        )
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": sample,
@@ -508,6 +522,15 @@ def generate(
     with status("Generating"):
         summary = _generate(stack, early, ids, settings, verify=verify, compare=compare)
     print_record(print_generation, summary | {"prompt": prompt, "chat": chat})
+
+
+def _calibrated(
+    path: Path, stack: DecoderStack, heads: FittedHeads | None, hard_ratio: float | None
+) -> EarlyExit:
+    from cascade.calibration import early_exit_of, read_calibration
+
+    record = read_calibration(path, stack)
+    return early_exit_of(record, stack, heads=heads, hard_ratio=hard_ratio)
 
 
 def _early_exit(
@@ -585,11 +608,12 @@ def _generate(
             "speed_ratio": (len(new) / seconds) / (len(theirs) / full_seconds),
         }
     layers = made.exit_layers[0].tolist()
-    known = sorted({*(at.layer for at in early.exits), stack.num_layers})
+    last = early.stack.num_layers
+    known = sorted({*(at.layer for at in early.exits), last})
     return {
         "schema": 1,
         "kind": "generation",
-        "num_layers": stack.num_layers,
+        "num_layers": last,
         "exits": [
             {
                 "layer": at.layer,

@@ -249,6 +249,7 @@ def train(
     from cascade.report import print_training
 
     _check_train(output, after, dataset, threshold, hard_ratio, overwrite=overwrite, resume=resume)
+    from cascade.stages import check_depth
     from cascade.training import Recipe
 
     recipe = Recipe(
@@ -263,6 +264,7 @@ def train(
     )
     recipe.check()
     base = _cascade(after, model, revision, dtype, device)
+    check_depth(base.stack, additional_layers)
     routed = base.routed() if base.stages else base.stack
     tokens = _dataset_of(
         routed,
