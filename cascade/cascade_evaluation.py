@@ -250,11 +250,13 @@ def _verdict(main: dict[str, Any], comparisons: Sequence[dict[str, Any]]) -> dic
         stage = f"the stage harms: perplexity of {text} {ratio}"
     else:
         stage = f"nothing can be said of the stage: perplexity of {text} {ratio}"
-    random = next((one for one in comparisons if one["entered_by"] == "random"), None)
+    found = {(one["trained_on"], one["entered_by"]): one for one in comparisons}
+    random, trained = found.get(("random", "random")), found.get(("all", "hard"))
     return {
         "stage": stage,
         "helps": high < 1,
         "routing": None if random is None else _routing(random, scope),
+        "training": None if trained is None else _training(trained, scope),
         "earns_its_keep": None if random is None else random[scope]["wins"] == "cascade",
     }
 
@@ -268,3 +270,14 @@ def _routing(random: dict[str, Any], scope: str) -> str:
         "control": f"routing by hardness does not earn its keep: {against}",
         "neither": f"routing by hardness and at random cannot be told apart: {against}",
     }[random[scope]["wins"]]
+
+
+def _training(trained: dict[str, Any], scope: str) -> str:
+    """Say what training on hard tokens alone is worth, where hard tokens enter in any case."""
+    ratio, (low, high) = trained[scope]["ratio"], trained[scope]["interval"]
+    against = f"{ratio:.3f} x ({low:.3f} to {high:.3f}) the perplexity of a stage trained on all"
+    return {
+        "cascade": f"training on hard tokens alone is better: {against}",
+        "control": f"training on all tokens is better: {against}",
+        "neither": f"training on hard tokens alone and on all cannot be told apart: {against}",
+    }[trained[scope]["wins"]]

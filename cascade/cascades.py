@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cascade.baselines import read_record, to_json
-from cascade.early_exit import EarlyExit, Propagation, Score
+from cascade.early_exit import EarlyExit, Propagation, Score, make_chunk
 from cascade.errors import ModelError, RecordError, UsageError, first_line
 from cascade.exits import exit_entries, find_rule, looking_at, read_threshold
 from cascade.files import RunFolder
 from cascade.generation import Generation
 from cascade.heads import FittedHeads, LogitLens, load_heads
 from cascade.models import DecoderStack, load
-from cascade.passes import Exit
+from cascade.passes import Exit, Pass
 from cascade.shapes import COUNT, FLAG, TEXT, Kind, Maybe, Shape, flaw, one_of
 from cascade.skipping import Counts
 from cascade.stages import STARTS, Stage, check_fits, extended, new_stage
@@ -228,6 +230,14 @@ class Cascade:
     def stack_below(self, stages: int) -> DecoderStack:
         """Return the base with the layers of its first stages, 0 for the base alone."""
         return self._stacks[stages]
+
+    def routed(self) -> DecoderStack:
+        """Return the stack whose `visit` lets tokens leave as they do in the cascade.
+
+        Of tokens that left, every later entry of the history is their exit state. What a next
+        stage is trained on is collected from it.
+        """
+        return _Routed(self)
 
     def early_exit(self, stages: int | None = None) -> EarlyExit:
         """Return the cascade, or the part of it up to a stage, as what runs it.
@@ -457,6 +467,32 @@ class Cascade:
                     f"{name} {expected}, this model has {own[name]}; load that base, or train "
                     "stages for this one"
                 )
+
+
+class _Routed(DecoderStack):
+    """A cascade's stack, shown as its tokens really go."""
+
+    def __init__(self, cascade: Cascade) -> None:
+        vars(self).update(vars(cascade.stack))
+        self._early = cascade.early_exit()
+
+    @torch.no_grad()
+    def visit(self, input_ids: Tensor, visitor: Callable[[int, Tensor], None]) -> Tensor | None:
+        """Show each entry of the hidden history; see `DecoderStack.visit`."""
+        layers, (batch, length) = self._early.layers, input_ids.shape
+        chunk = make_chunk(self, input_ids, torch.ones_like(input_ids))
+        cache = layers.new_cache(batch, length, keep=False)
+        cache.window(0, length)
+        going = Pass(layers, self._early.exits, chunk, cache, Counts.of(self.num_layers))
+        exits = {at.layer: at for at in going.exits}
+        visitor(0, going.hidden)
+        nobody = torch.zeros_like(chunk.valid)
+        for layer in range(1, self.num_layers + 1):
+            going.climb(layer)
+            visitor(layer, going.hidden)
+            if layer in exits:
+                going.decide(exits[layer], nobody, lambda *_: None)
+        return None
 
 
 def _folder_of(source: str | Path, revision: str | None) -> Path:

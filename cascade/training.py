@@ -550,13 +550,13 @@ class _frozen:  # noqa: N801
 def _provenance(
     stack: DecoderStack, tokens: HardTokens, recipe: Recipe, training: Training
 ) -> dict[str, Any]:
-    base = stack.provenance
+    *_, base = stack.with_those_below()  # of stages that follow stages, the same as theirs
     return {
         "base": {
-            "name": base.get("name"),
-            "weights_hash": stack.weights_hash(),
-            "tokenizer_hash": base.get("tokenizer_hash"),
-            "vocab_size": stack.vocab_size,
+            "name": base.provenance.get("name"),
+            "weights_hash": base.weights_hash(),
+            "tokenizer_hash": base.provenance.get("tokenizer_hash"),
+            "vocab_size": base.vocab_size,
         },
         "tokens": {
             "layer": tokens.layer,

@@ -5,7 +5,7 @@ from cascade.cli.bench import bench_collect, bench_collect_hard, bench_decode, b
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.gate import compare, gate
 from cascade.cli.measure import RUN_FILES, accept, analyze
-from cascade.cli.stages import collect_hard
+from cascade.cli.stages import collect_hard, train
 
 __all__ = [
     "RUN_FILES",
@@ -24,4 +24,5 @@ __all__ = [
     "gate",
     "generate",
     "main",
+    "train",
 ]

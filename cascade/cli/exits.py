@@ -240,6 +240,10 @@ EVALUATION_FILES = ("evaluation.json", "pareto.svg", "evaluation.html")
 
 @app.command()
 def evaluate(
+    context: typer.Context,
+    cascade: Annotated[
+        Path | None, typer.Option(help="A cascade of `cascade train`, measured stage by stage.")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Exit layers, e.g. 24,28; the heads' own without.")
     ] = None,
@@ -280,7 +284,24 @@ def evaluate(
 
     Half of the sequences fit the thresholds, every figure comes from the
     other half. Of the embedded corpus the held-out split is taken.
+    With --cascade, stage by stage, against the controls trained with it.
     """
+    if cascade is not None:
+        _evaluate_cascade(
+            context,
+            cascade,
+            output,
+            overwrite=overwrite,
+            corpus=corpus,
+            text_column=text_column,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+        )
+        return
     from cascade.files import RunFolder
     from cascade.report import evaluation_page, pareto_svg, print_evaluation
 
@@ -331,6 +352,54 @@ def evaluate(
     print_record(print_evaluation, record)
     if output is not None:
         typer.echo(f"Wrote {output / 'evaluation.html'}", err=True)
+
+
+#: What `cascade evaluate --cascade` listens to.
+_OF_A_CASCADE = {
+    "cascade",
+    "corpus",
+    "text_column",
+    "seq_len",
+    "max_tokens",
+    "batch_size",
+    "dtype",
+    "device",
+    "seed",
+    "output",
+    "overwrite",
+}
+
+
+def _evaluate_cascade(
+    context: typer.Context, folder: Path, output: Path | None, *, overwrite: bool, **options: Any
+) -> None:
+    from cascade.baselines import to_json
+    from cascade.cli.stages import evaluate_stages
+    from cascade.files import RunFolder
+    from cascade.report import print_cascade_evaluation
+
+    others = [
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        if name not in _OF_A_CASCADE
+        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if others:
+        raise UsageError(
+            f"--cascade says base, stages and thresholds itself; leave out {', '.join(others)}"
+        )
+    with contextlib.ExitStack() as cleanup:
+        run = None
+        if output is not None:
+            run = cleanup.enter_context(
+                RunFolder(output, ("cascade-evaluation.json",), overwrite=overwrite)
+            )
+        record = evaluate_stages(folder, **options)
+        if run is not None:
+            run.write("cascade-evaluation.json", to_json(record) + "\n")
+    print_record(print_cascade_evaluation, record)
+    if output is not None:
+        typer.echo(f"Wrote {output / 'cascade-evaluation.json'}", err=True)
 
 
 @app.command()

@@ -5,6 +5,7 @@ Nothing is measured here: numbers are formatted, scaled to pixels, or rebinned f
 
 from cascade.report.benchmarks import print_bench, print_collecting, print_decoding, print_fitting
 from cascade.report.calibration import print_calibration
+from cascade.report.cascades import print_cascade_evaluation, print_training
 from cascade.report.drift import print_comparison, print_report
 from cascade.report.drift_markdown import report_markdown
 from cascade.report.drift_page import report_page
@@ -23,6 +24,7 @@ __all__ = [
     "pareto_svg",
     "print_bench",
     "print_calibration",
+    "print_cascade_evaluation",
     "print_collecting",
     "print_comparison",
     "print_decoding",
@@ -32,6 +34,7 @@ __all__ = [
     "print_hard_tokens",
     "print_profile",
     "print_report",
+    "print_training",
     "profile_page",
     "report_markdown",
     "report_page",
