@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from cascade.corpora import TokenBlocks, load_blocks
 from cascade.early_exit import Propagation
 from cascade.hard_tokens import HardTokens, collect_hard
 from cascade.models import DecoderStack
-from cascade.stages import Stage, extended, new_stage
+from cascade.stages import Stage, new_stage
 
 
 def moved(stage: Stage, seed: int = 0, by: float = 0.3) -> Stage:
@@ -43,33 +42,33 @@ def share_of(stack: DecoderStack, ids: Tensor, layer: int, share: float = 0.5) -
     return similarity.double().quantile(share).item()
 
 
-def cascade_of(
-    stack: DecoderStack, entries: Sequence[Entry], *, propagation: Propagation = "frozen"
+@functools.cache
+def a_cascade(
+    family: str, propagation: Propagation = "frozen", *, stages: int = 2, rule: str = "cosine"
 ) -> Cascade:
-    """Return a cascade of moved stages of two layers and one, entered as told."""
-    cascade = Cascade(stack, propagation=propagation)
-    for number, entry in enumerate(entries):
-        cascade.add_stage(a_moved_stage(cascade.stack, 2 - number % 2, seed=number), entry)
+    """Return a cascade whose stages each take about half of the tokens that come to them.
+
+    By cosine, layer 3 of 4 decides who enters the first one, and the last layer who enters the
+    second. Made once; for tests that leave it as it is.
+    """
+    cascade = Cascade(a_stack(family), propagation=propagation)
+    for number in range(stages):
+        top = cascade.stack
+        layer = 3 if rule == "cosine" and number == 0 else top.num_layers
+        threshold = 0.5 if rule == "random" else share_of(top, TEXT, layer, (0.6, 0.4)[number])
+        stage = a_moved_stage(top, 2 - number, seed=number)
+        cascade.add_stage(stage, Entry(layer, threshold, rule))
     return cascade
 
 
-def everybody(stack: DecoderStack, count: int, threshold: float) -> list[Entry]:
-    """Return entries by cosine at each last layer below a stage, with one threshold."""
-    depth = [stack.num_layers + 2 * number - number // 2 for number in range(count)]
-    return [Entry(layer, threshold) for layer in depth]
-
-
-@functools.cache
-def a_mixed_cascade(family: str, propagation: Propagation = "frozen", stages: int = 2) -> Cascade:
-    """Return a cascade that half of TEXT's tokens leave below the first stage, half of the rest
-    below the second; made once, not to be changed."""
-    stack = a_stack(family)
-    cascade = Cascade(stack, propagation=propagation)
-    for number in range(stages):
+def ends(stack: DecoderStack, thresholds: Sequence[float], **settings: Any) -> Cascade:
+    """Return a cascade of as many stages as thresholds, entered by cosine at the last layer."""
+    cascade = Cascade(stack, **settings)
+    for number, threshold in enumerate(thresholds):
         top = cascade.stack
-        layer = top.num_layers if number else top.num_layers - 1
-        entry = Entry(layer, share_of(top, TEXT, layer, (0.6, 0.4)[number]))
-        cascade.add_stage(a_moved_stage(top, 2 - number, seed=number), entry)
+        cascade.add_stage(
+            a_moved_stage(top, 2 - number, seed=number), Entry(top.num_layers, threshold)
+        )
     return cascade
 
 
@@ -113,7 +112,3 @@ def some_hard_tokens(
     """Collect the tiny model's hard tokens at layer 3 of 4, half of all."""
     usual: dict[str, Any] = {"layer": 3, "hard_ratio": 0.5}
     return collect_hard(stack or a_reader(), some_text(samples), folder, **(usual | about))
-
-
-INF = math.inf
-__all__ = ["INF", "TEXT", "extended"]
