@@ -452,7 +452,7 @@ class Cascade:
                     entry["layer"],
                     read_infinite(entry["threshold"]) or 0.0,
                     entry["rule"],
-                    None if heads is None else load_heads(folder / heads, base),
+                    None if heads is None else load_heads(folder / heads, cascade.stack),
                 ),
             )
         return cascade
