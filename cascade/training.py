@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from cascade.errors import TrainingError, UsageError, first_line
 from cascade.exits import ExitPoint, HiddenHistory, check_seed, find_rule
-from cascade.files import write_text
 from cascade.hard_dataset import HardTokens
 from cascade.models import DecoderStack
 from cascade.saturation import machine_of
@@ -33,9 +31,6 @@ SCOPES = ("all", "hard", "response", "hard_response")
 
 #: Rows that go through the LM head at once: 512 rows of 49,152 logits in fp32 are 100 MB.
 _LOGIT_ROWS = 512
-
-#: Beside the checkpoints: the recipe and the dataset that they are of.
-_WISH = "recipe.json"
 
 Batch = dict[str, Tensor]
 
@@ -188,7 +183,6 @@ def train_stage(
     with _frozen(stack.model):
         start = trainer.look_now()
         checkpoint = _last_checkpoint(folder) if resume else None
-        _keep_wish(folder, recipe, tokens, steps, resume=resume)
         trainer.run(checkpoint)
         training = trainer.chosen(start, stage)
     if stack.weights_in_memory() != before:
@@ -535,34 +529,6 @@ def _last_checkpoint(folder: Path) -> Path:
     if last is None:
         raise TrainingError(f"no checkpoint in {folder} to resume from; train without --resume")
     return last[1]
-
-
-def _keep_wish(
-    folder: Path, recipe: Recipe, tokens: HardTokens, steps: int | None, *, resume: bool
-) -> None:
-    """Keep beside the checkpoints what is trained; refuse to resume anything else.
-
-    Raises:
-        TrainingError: The checkpoints are of another recipe or dataset (says what differs).
-    """
-    path = folder / _WISH
-    wish = dataclasses.asdict(recipe) | {"steps": steps, "dataset": tokens.record["hash"]}
-    if resume:
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TrainingError(
-                f"cannot read {path} ({first_line(error)}), which says what the checkpoints beside "
-                "it are of; train without --resume"
-            ) from error
-        differs = [name for name, value in wish.items() if kept.get(name) != value]
-        if differs:
-            words = ", ".join(f"{name} {kept.get(name)}, now {wish[name]}" for name in differs)
-            raise TrainingError(
-                f"the checkpoints in {folder} are of another training ({words}): repeat its "
-                "options to go on, or train without --resume"
-            )
-    write_text(path, json.dumps(wish, indent=1) + "\n")
 
 
 class _frozen:  # noqa: N801
