@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,10 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from cascade.errors import TrainingError, UsageError, first_line
 from cascade.exits import ExitPoint, HiddenHistory, check_seed, find_rule
+from cascade.files import write_text
 from cascade.hard_dataset import HardTokens
 from cascade.models import DecoderStack
+from cascade.passes import slices
 from cascade.saturation import machine_of
 from cascade.stages import STARTS, Stage, Start, extended, new_stage, run_stage
 
@@ -29,8 +33,18 @@ ROUTINGS = ("hard", "all", "random")
 #: What every figure is given for.
 SCOPES = ("all", "hard", "response", "hard_response")
 
-#: Rows that go through the LM head at once: 512 rows of 49,152 logits in fp32 are 100 MB.
-_LOGIT_ROWS = 512
+#: In the folder of checkpoints: what they are of. Only the same request goes on from them.
+_REQUEST = "training.json"
+
+#: What a checkpoint has to hold for training to go on as if it had not stopped; of what is missing
+#: the Trainer itself makes no more than a warning, or nothing.
+_CHECKPOINT_FILES = (
+    "model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+)
 
 Batch = dict[str, Tensor]
 
@@ -153,17 +167,18 @@ def train_stage(
         tokens: Its exit states; see `collect_hard`.
         recipe: How.
         folder: For checkpoints, of which the last and the best are kept.
-        resume: Go on from the last checkpoint in the folder.
+        resume: Go on from the last checkpoint in the folder; those of an earlier training go
+            where this one starts anew.
         steps: Make exactly so many steps, without patience; the recipe's epochs where not given.
         tensorboard: A folder to log to, for TensorBoard.
-        told: Called with "start" (steps, trained parameters), "step" (step, loss) and "look"
+        told: Called with "start" (steps, how many of them are done), "step" (step) and "look"
             (step, ratios) as they happen.
 
     Raises:
         UsageError: A recipe that cannot be, or TensorBoard that is not installed.
         ModelError: The states belong to another model.
         TrainingError: A loss that is NaN or infinite (says at which step, and what is left), or
-            nothing to resume from, or a checkpoint that is cut short.
+            nothing to resume from, or a checkpoint that is cut short or of another recipe.
     """
     recipe.check()
     tokens.check(stack)
@@ -182,8 +197,10 @@ def train_stage(
     trainer.follow(recipe, told or (lambda *_: None), patient=steps is None)
     with _frozen(stack.model):
         start = trainer.look_now()
-        checkpoint = _last_checkpoint(folder) if resume else None
-        trainer.run(checkpoint)
+        request = _request(tokens, recipe, steps)
+        if not resume:
+            _begin(folder, request)
+        trainer.run(_checkpoint_of(folder, request) if resume else None)
         training = trainer.chosen(start, stage)
     if stack.weights_in_memory() != before:
         raise AssertionError("training changed the base's weights")  # cannot be: it has no gradient
@@ -251,11 +268,11 @@ class _StageModule(nn.Module):
         stack = through if own else below
         parts = [
             functional.cross_entropy(
-                stack.decode(some[None].to(stack.dtype))[0].float(), target, reduction="none"
+                stack.decode(states[some][None].to(stack.dtype))[0].float(),
+                labels[some],
+                reduction="none",
             )
-            for some, target in zip(
-                states.split(_LOGIT_ROWS), labels.split(_LOGIT_ROWS), strict=True
-            )
+            for some in slices(len(states), stack.max_positions)
         ]
         return torch.cat(parts) if parts else states.new_zeros(0)
 
@@ -320,7 +337,7 @@ class _StageTrainer(Trainer):
         loss = model(**inputs)["loss"]
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {float(loss):g} at step {self.state.global_step + 1}; "
+                f"the loss is {loss.item():g} at step {self.state.global_step + 1}; "
                 f"{self._kept()}; take a smaller --lr"
             )
         return loss
@@ -395,8 +412,8 @@ class _StageTrainer(Trainer):
         except Exception as error:
             # Trainer, torch and safetensors each have errors of their own for a torn file.
             raise TrainingError(
-                f"cannot resume from {checkpoint}: {first_line(error)}; it is cut short or of "
-                "another recipe: remove it to go on from the one before, or train without --resume"
+                f"cannot resume from {checkpoint}: {first_line(error)}; it is cut short: "
+                "remove it to go on from the one before, or train without --resume"
             ) from error
 
     def chosen(self, start: Look, stage: Stage) -> Training:
@@ -520,14 +537,62 @@ def _check_tensorboard() -> None:
 def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
     for path in folder.glob("checkpoint-*"):
         number = path.name.partition("-")[2]
+        # The Trainer writes its state last: without, the checkpoint was never finished.
         if number.isdigit() and (path / "trainer_state.json").is_file():
             yield int(number), path
 
 
-def _last_checkpoint(folder: Path) -> Path:
+def can_resume(folder: Path) -> bool:
+    """Say whether a folder holds a checkpoint to go on from.
+
+    Args:
+        folder: Of `train_stage`.
+    """
+    return any(_checkpoints(folder))
+
+
+def _request(tokens: HardTokens, recipe: Recipe, steps: int | None) -> dict[str, Any]:
+    """Return what decides how a training goes, besides the code."""
+    return dataclasses.asdict(recipe) | {
+        "steps": steps,
+        "tokens": tokens.record["request"],
+        "threshold": tokens.threshold,
+    }
+
+
+def _begin(folder: Path, request: dict[str, Any]) -> None:
+    """Say what the checkpoints to come are of; those of an earlier training go."""
+    for path in folder.glob("checkpoint-*"):
+        if path.name.partition("-")[2].isdigit():
+            shutil.rmtree(path)
+    write_text(folder / _REQUEST, json.dumps(request, indent=1) + "\n")
+
+
+def _checkpoint_of(folder: Path, request: dict[str, Any]) -> Path:
+    """Return the last checkpoint of a training, which has to be of the same request."""
     last = max(_checkpoints(folder), default=None)
     if last is None:
         raise TrainingError(f"no checkpoint in {folder} to resume from; train without --resume")
+    try:
+        made = dict(json.loads((folder / _REQUEST).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainingError(
+            f"{folder / _REQUEST} is missing, torn or edited ({first_line(error)}): what the "
+            "checkpoints beside it are of is not known; train without --resume"
+        ) from error
+    differs = [name for name in request if made.get(name) != request[name]]
+    if differs:
+        name = differs[0]
+        raise TrainingError(
+            f"the checkpoints in {folder} are of another recipe ({name} {made.get(name)}, now "
+            f"{request[name]}); go on with that one, or train without --resume"
+        )
+    missing = [name for name in _CHECKPOINT_FILES if not (last[1] / name).is_file()]
+    if missing:
+        raise TrainingError(
+            f"the checkpoint {last[1]} is cut short ({missing[0]} is missing): remove it to go on "
+            "from the one before, or train without --resume"
+        )
     return last[1]
 
 

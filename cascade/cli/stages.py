@@ -250,7 +250,7 @@ def train(
 
     _check_train(output, after, dataset, threshold, hard_ratio, overwrite=overwrite, resume=resume)
     from cascade.stages import check_depth
-    from cascade.training import Recipe
+    from cascade.training import Recipe, can_resume
 
     recipe = Recipe(
         additional_layers=additional_layers,
@@ -296,7 +296,7 @@ def train(
             dataclasses.replace(recipe, routing=routing),
             folder / routing,
             steps=max(1, trained.steps),
-            resume=resume and (folder / routing).is_dir(),
+            resume=resume and can_resume(folder / routing),
         )
         entry = _control_entry(routing, base, tokens)
         _save(base, control, entry, output / _CONTROLS / routing, overwrite or resume)
