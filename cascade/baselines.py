@@ -38,6 +38,7 @@ _MADE_BY = {
     "evaluation": "evaluate --output",
     "budgets": "accept",
     "hard-tokens": "collect-hard --output",
+    "cascade": "train --output",
 }
 
 

@@ -132,8 +132,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "stages",
         "weights",
     },
-    "training": {"errors", "exits", "files", "hard_dataset", "models",
-        "passes", "saturation", "stages"},
+    "training": {
+        "errors",
+        "exits",
+        "files",
+        "hard_dataset",
+        "models",
+        "passes",
+        "saturation",
+        "stages",
+    },
     "cascade_evaluation": {
         "cascades",
         "corpora",
