@@ -116,6 +116,35 @@ MAY_IMPORT: dict[str, set[str]] = {
         "shards",
         "thresholds",
     },
+    "stages": {"errors", "models"},
+    "cascades": {
+        "baselines",
+        "early_exit",
+        "errors",
+        "exits",
+        "files",
+        "generation",
+        "heads",
+        "models",
+        "passes",
+        "shapes",
+        "skipping",
+        "stages",
+        "weights",
+    },
+    "training": {
+        "passes",
+    },
+    "cascade_evaluation": {
+        "cascades",
+        "corpora",
+        "costs",
+        "early_exit",
+        "errors",
+        "exits",
+        "saturation",
+        "skipping",
+    },
     "renewal": {
         "baselines",
         "budgets",
@@ -157,6 +186,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models",
         "saturation",
         "statistics",
+        "cascade_evaluation",
+        "cascades",
+        "training",
     },
     "report.reading": set(),
     "report.terminal": {"report.reading"},
@@ -191,6 +223,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.drift_reading",
         "report.reading",
     },
+    "report.cascades": {"report.exits", "report.reading", "report.terminal"},
     "report.hard_tokens": {"report.exits", "report.reading", "report.terminal"},
     "report.generation": {"report.exits", "report.reading", "report.terminal"},
     "report": {
@@ -202,6 +235,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.evaluation",
         "report.figures",
         "report.generation",
+        "report.cascades",
         "report.hard_tokens",
         "report.page",
         "report.pareto",
@@ -272,6 +306,7 @@ MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors"}
 for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure", "cli.stages"):
     MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.showing"}
+MAY_IMPORT["cli.exits"] = MAY_IMPORT["cli.exits"] | {"cli.stages"}
 MAY_IMPORT["cli"] = {
     "cli.app",
     "cli.bench",

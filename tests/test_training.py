@@ -570,7 +570,7 @@ def test_a_stage_that_starts_elsewhere_is_refused(
         return moved(made(*args, **settings), by=1e-3)
 
     monkeypatch.setattr(training, "new_stage", shifted)
-    with pytest.raises(TrainingError, match="expected the identity") as caught:
+    with pytest.raises(TrainingError, match="is not the identity on the held-out states") as caught:
         train_stage(a_reader(), tokens, RECIPE, tmp_path)
     one_line(caught)
     assert not list(tmp_path.iterdir())

@@ -464,7 +464,7 @@ def generate(
     """Generate, and show at which layer each token left."""
     from cascade.report import print_generation
 
-    said: dict[str, object] = {
+    said: dict[str, Any] = {
         "--layer": layer,
         "--rule": rule,
         "--threshold": threshold,

@@ -269,7 +269,8 @@ def train(
     tokens = _dataset_of(
         routed,
         dataset or output / _DATASET,
-        layer=layer or (base.stack.num_layers if base.stages else max(1, routed.num_layers - 1)),
+        layer=layer,
+        usual=base.stack.num_layers if base.stages else max(1, base.stack.num_layers - 1),
         threshold=threshold,
         hard_ratio=hard_ratio,
         given=dataset is not None,
@@ -355,7 +356,8 @@ def _dataset_of(
     stack: DecoderStack,
     folder: Path,
     *,
-    layer: int,
+    layer: int | None,
+    usual: int,
     threshold: float | None,
     hard_ratio: float | None,
     given: bool,
@@ -363,13 +365,12 @@ def _dataset_of(
 ) -> HardTokens:
     """Return a dataset that is there and fits, or collect it."""
     from cascade import hard_tokens
-    from cascade.hard_dataset import RECORD, load_hard_tokens
+    from cascade.hard_dataset import load_hard_tokens
 
-    if given or (folder / RECORD).exists():
+    if given:
         found = load_hard_tokens(folder)
-        if given:
-            found.check(stack, threshold=threshold)
-            return found
+        found.check(stack, layer=layer, threshold=threshold)
+        return found
     with status(f"Reading {reading['corpus']}"):
         parts = _parts(stack, seed=None, **reading)
     with (
@@ -380,7 +381,7 @@ def _dataset_of(
             stack,
             parts,
             folder,
-            layer=layer,
+            layer=usual if layer is None else layer,
             threshold=threshold,
             hard_ratio=hard_ratio,
             provenance={"command": command_line()},
