@@ -113,7 +113,8 @@ class Look:
 
     Attributes:
         step: After so many steps; 0 before the first.
-        ratios: Per scope, the cascade's perplexity relative to that without the stage.
+        ratios: Per scope in which there are tokens, the cascade's perplexity relative to that
+            without the stage.
     """
 
     step: int
@@ -122,7 +123,7 @@ class Look:
     @property
     def worst(self) -> float:
         """What stages are chosen by: the larger ratio of all tokens and of response text."""
-        return max(self.ratios["all"], self.ratios["response"])
+        return max(self.ratios["all"], self.ratios.get("response", 0.0))
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Training:
         looks: Every look, step 0 first.
         chosen: The look whose weights it has.
         steps: Steps made.
-        perplexities: Held-out perplexity without the stage, per scope.
+        perplexities: Held-out perplexity without the stage, per scope in which there are tokens.
     """
 
     stage: Stage
@@ -243,7 +244,7 @@ class _StageModule(nn.Module):
         if stage.head is not None:
             self.head = stage.head
         # In a tuple, so that the base is no part of this module: neither saved nor trained.
-        self._held = (stack, stage, recipe, extended(stack, stage) if stage.head else stack)
+        self._held = (stack, stage, recipe, _behind(stack, stage))
         self._hard_ratio = float(tokens.record["parts"]["train"]["hard_ratio"])
 
     def selected(self, batch: Batch) -> Tensor:
@@ -284,6 +285,26 @@ class _StageModule(nn.Module):
         return {"loss": losses.sum() / counted.sum().clamp_min(1)}
 
 
+def _behind(stack: DecoderStack, stage: Stage) -> DecoderStack:
+    """Return the stack whose last steps make the stage's logits."""
+    if stage.head is None:
+        return stack
+    return extended(stack, dataclasses.replace(stage, head=_InFp32(stage.head)))
+
+
+class _InFp32(nn.Module):
+    """A head in training: it is in fp32, whatever the model's dtype is."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """Return fp32 logits of normed states in any dtype."""
+        logits: Tensor = self.head(normed.float())
+        return logits
+
+
 class _Sequences(Dataset[int]):
     """Numbers of stored sequences; batches are read from disk together."""
 
@@ -321,7 +342,9 @@ class _StageTrainer(Trainer):
                 self.remove_callback(callback)
 
     def _collate(self, numbers: Sequence[int]) -> Batch:
-        return next(iter(self._tokens.batches("train", len(numbers), order=list(numbers))))
+        batch = next(iter(self._tokens.batches("train", len(numbers), order=list(numbers))))
+        _check_whole(batch)
+        return batch
 
     def follow(
         self, recipe: Recipe, told: Callable[[str, dict[str, Any]], None], *, patient: bool
@@ -375,6 +398,7 @@ class _StageTrainer(Trainer):
         for number, read in enumerate(batches):
             batch = {name: value.to(device) for name, value in read.items()}
             if first:
+                _check_whole(batch)
                 self._without.append(_without(module, batch))
             without = self._without[number].to(device)
             selected = module.selected(batch)
@@ -393,9 +417,13 @@ class _StageTrainer(Trainer):
                 sums[1, place] += losses[mask].double().sum().cpu()
                 counts[place] += mask.sum().cpu()
         if first:
-            self.perplexities = dict(zip(SCOPES, _perplexity(sums[0] / counts), strict=True))
+            found = zip(SCOPES, _perplexity(sums[0] / counts), strict=True)
+            self.perplexities = {scope: value for scope, value in found if not math.isnan(value)}
         ratios = _perplexity((sums[1] - sums[0]) / counts)
-        look = Look(self.state.global_step, dict(zip(SCOPES, ratios, strict=True)))
+        there = zip(SCOPES, ratios, counts.tolist(), strict=True)
+        look = Look(
+            self.state.global_step, {scope: ratio for scope, ratio, tokens in there if tokens}
+        )
         self.looks.append(look)
         self._told("look", {"step": look.step, **look.ratios})
         return look
@@ -453,7 +481,9 @@ def _history(log: Sequence[dict[str, Any]], start: Look) -> tuple[Look, ...]:
     looks = [start]
     for entry in log:
         if "eval_worst" in entry:
-            ratios = {scope: float(entry[f"eval_{scope}"]) for scope in SCOPES}
+            ratios = {
+                scope: float(entry[f"eval_{scope}"]) for scope in SCOPES if f"eval_{scope}" in entry
+            }
             looks.append(Look(int(entry["step"]), ratios))
     return tuple(looks)
 
@@ -464,6 +494,21 @@ def _without(module: _StageModule, batch: Batch) -> Tensor:
     losses = torch.zeros(counted.shape, device=counted.device)
     losses[counted] = module.losses(batch["states"][counted], batch["labels"][counted], own=False)
     return losses
+
+
+def _check_whole(batch: Batch) -> None:
+    """Refuse tokens of different sequences glued together, or out of their places.
+
+    The stage would learn to attend to what it will not see. It is what made the first CASCADE
+    worse, and nothing else would notice: such a stage starts as the identity, too.
+    """
+    ids, positions = batch["input_ids"], batch["positions"]
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(positions)
+    if not torch.equal(positions, places) or not torch.equal(batch["labels"][:, :-1], ids[:, 1:]):
+        raise TrainingError(
+            "expected whole sequences, each token at its own position and followed by its label, "
+            "got others; collect the dataset anew"
+        )
 
 
 def _scopes(batch: Batch, selected: Tensor) -> Iterator[Tensor]:
@@ -560,12 +605,13 @@ def _request(tokens: HardTokens, recipe: Recipe, steps: int | None) -> dict[str,
     }
 
 
-def _begin(folder: Path, request: dict[str, Any]) -> None:
+def _begin(folder: Path, request: dict[str, Any]) -> Path | None:
     """Say what the checkpoints to come are of; those of an earlier training go."""
     for path in folder.glob("checkpoint-*"):
         if path.name.partition("-")[2].isdigit():
             shutil.rmtree(path)
     write_text(folder / _REQUEST, json.dumps(request, indent=1) + "\n")
+    return None
 
 
 def _checkpoint_of(folder: Path, request: dict[str, Any]) -> Path:

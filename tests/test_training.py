@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from by_hand import one_line, own_logits
@@ -17,9 +18,11 @@ from tiny_stages import a_moved_stage, a_reader, moved, some_hard_tokens, some_t
 from torch import Tensor
 
 from cascade import training
+from cascade.baselines import to_json
 from cascade.cascades import Cascade, Entry
 from cascade.errors import ModelError, TrainingError, UsageError
 from cascade.hard_dataset import HardTokens
+from cascade.hard_tokens import collect_hard
 from cascade.models import DecoderStack
 from cascade.stages import extended, new_stage
 from cascade.training import SCOPES, Look, Recipe, Training, can_resume, goes_on, train_stage
@@ -192,6 +195,38 @@ def test_an_own_head_is_trained_and_chosen(tokens: HardTokens, tmp_path: Path) -
     assert done.stage.head is not None
     weight: Any = done.stage.head.weight
     assert not torch.equal(weight, a_reader().lm_head.weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("routing", ["hard", "all", "random"])
+def test_a_stage_starts_at_a_ratio_of_exactly_one(
+    routing: Any, tokens: HardTokens, tmp_path: Path
+) -> None:
+    for size in (3, 8):  # of batches, and so of the rows that go through the LM head together
+        recipe = dataclasses.replace(RECIPE, routing=routing, batch_size=size)
+        done = train_stage(a_reader(), tokens, recipe, tmp_path, steps=1)
+        assert set(done.looks[0].ratios.values()) == {1.0}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_own_head_starts_as_the_models(bf16: bool, tmp_path: Path) -> None:
+    stack = a_reader(bf16=bf16)
+    found = some_hard_tokens(tmp_path / "d", stack, dtype="bfloat16")
+    recipe = dataclasses.replace(RECIPE, own_head=True)
+    done = train_stage(stack, found, recipe, tmp_path / "c", steps=1)
+    assert list(done.looks[0].ratios.values()) == pytest.approx([1.0] * 4, abs=1e-5)
+
+
+def test_text_without_any_response_is_trained_on(tmp_path: Path) -> None:
+    parts = {
+        part: dataclasses.replace(blocks, response=np.zeros_like(blocks.response))
+        for part, blocks in some_text().items()
+    }
+    found = collect_hard(a_reader(), parts, tmp_path / "d", layer=3, hard_ratio=0.5)
+    recipe = dataclasses.replace(RECIPE, epochs=0.5)
+    done = train_stage(a_reader(), found, recipe, tmp_path / "c")
+    assert set(done.chosen.ratios) == set(done.perplexities) == {"all", "hard"}
+    assert done.chosen.worst == done.chosen.ratios["all"] < 1
+    to_json(done.stage.provenance)
 
 
 def test_a_bf16_base_keeps_its_weights_and_trains_in_fp32(tmp_path: Path) -> None:
@@ -535,7 +570,7 @@ def test_a_stage_that_starts_elsewhere_is_refused(
         return moved(made(*args, **settings), by=1e-3)
 
     monkeypatch.setattr(training, "new_stage", shifted)
-    with pytest.raises(TrainingError, match="not the identity") as caught:
+    with pytest.raises(TrainingError, match="is not the identity on the held-out states") as caught:
         train_stage(a_reader(), tokens, RECIPE, tmp_path)
     one_line(caught)
     assert not list(tmp_path.iterdir())

@@ -435,10 +435,10 @@ class _Told:
         elif what == "step":
             self._advance(self._tokens)
         else:
+            response = about.get("response")  # a corpus can be without
+            also = "" if response is None else f", response text {response:.4f} x"
             typer.echo(
-                f"Step {about['step']}: held-out perplexity {about['all']:.4f} x, response text "
-                f"{about['response']:.4f} x",
-                err=True,
+                f"Step {about['step']}: held-out perplexity {about['all']:.4f} x{also}", err=True
             )
 
 

@@ -57,7 +57,8 @@ def print_training(record: Record, console: Console) -> None:
 
 
 def _look(look: dict[str, Any], chosen: int) -> list[str]:
-    ratios = [f"{look[scope]:.4f}" for scope in ("all", "hard", "response", "hard_response")]
+    scopes = ("all", "hard", "response", "hard_response")
+    ratios = [f"{look[scope]:.4f}" if scope in look else "-" for scope in scopes]
     return [f"{look['step']}", *ratios, "chosen" if look["step"] == chosen else ""]
 
 
