@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 #: Suites on the real model: only they have enough to compute for several threads.
-_REAL = ("saturation", "budgets", "cascade", "published")
+_REAL = ("saturation", "budgets", "cascade", "published", "slow")
 
 
 @pytest.fixture(autouse=True)
