@@ -9,6 +9,17 @@ need is in `timing`, peak memory in `memory`.
 from cascade.benchmarks.collect import Setup, collect
 from cascade.benchmarks.decode import DecodeSetup, decode
 from cascade.benchmarks.fit import FitSetup, fit
+from cascade.benchmarks.gate import GateSetup, gate
 from cascade.benchmarks.timing import BenchmarkError
 
-__all__ = ["BenchmarkError", "DecodeSetup", "FitSetup", "Setup", "collect", "decode", "fit"]
+__all__ = [
+    "BenchmarkError",
+    "DecodeSetup",
+    "FitSetup",
+    "GateSetup",
+    "Setup",
+    "collect",
+    "decode",
+    "fit",
+    "gate",
+]

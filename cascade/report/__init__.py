@@ -3,7 +3,12 @@
 Nothing is measured here: numbers are formatted, scaled to pixels, or rebinned for display.
 """
 
-from cascade.report.benchmarks import print_bench, print_decoding, print_fitting
+from cascade.report.benchmarks import (
+    print_bench,
+    print_decoding,
+    print_fitting,
+    print_gating,
+)
 from cascade.report.calibration import print_calibration
 from cascade.report.drift import print_comparison, print_report
 from cascade.report.drift_markdown import report_markdown
@@ -26,6 +31,7 @@ __all__ = [
     "print_decoding",
     "print_evaluation",
     "print_fitting",
+    "print_gating",
     "print_generation",
     "print_profile",
     "print_report",
