@@ -9,6 +9,7 @@ need is in `timing`, peak memory in `memory`.
 from cascade.benchmarks.collect import Setup, collect
 from cascade.benchmarks.decode import DecodeSetup, decode
 from cascade.benchmarks.fit import FitSetup, fit
+from cascade.benchmarks.gate import GateSetup, gate
 from cascade.benchmarks.hard_tokens import HardSetup, collect_hard_tokens
 from cascade.benchmarks.timing import BenchmarkError
 
@@ -16,10 +17,12 @@ __all__ = [
     "BenchmarkError",
     "DecodeSetup",
     "FitSetup",
+    "GateSetup",
     "HardSetup",
     "Setup",
     "collect",
     "collect_hard_tokens",
     "decode",
     "fit",
+    "gate",
 ]

@@ -1,7 +1,7 @@
 """The command line: one function per command; heavy imports wait until a command needs them."""
 
 from cascade.cli.app import app, main
-from cascade.cli.bench import bench_collect, bench_collect_hard, bench_decode, bench_fit
+from cascade.cli.bench import bench_collect, bench_collect_hard, bench_decode, bench_fit, bench_gate
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.gate import compare, gate
 from cascade.cli.measure import RUN_FILES, accept, analyze
@@ -16,6 +16,7 @@ __all__ = [
     "bench_collect_hard",
     "bench_decode",
     "bench_fit",
+    "bench_gate",
     "calibrate",
     "collect_hard",
     "compare",

@@ -268,3 +268,58 @@ def bench_collect_hard(
     print_record(print_collecting, record)
     if output is not None:
         typer.echo(f"Wrote {output / 'bench.json'}", err=True)
+
+
+@bench.command("gate")
+def bench_gate(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
+    baselines: Annotated[Path, typer.Option(help="The folder of all baselines.")] = Path(
+        "baselines"
+    ),
+    tokens: Annotated[int, typer.Option(help="The budget of the quick gate.")] = 512,
+    rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 7,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads to compute with; as torch has it without.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the order of the ways in every round.")] = 0,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.json.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")
+    ] = False,
+) -> None:
+    """Time the quick gate against one bare forward over the same tokens.
+
+    One process, rounds interleaved in random order; comparing records,
+    loading the model and importing the plugin are timed by themselves. A
+    missed target is printed and recorded; it does not fail the command.
+    """
+    from cascade.files import RunFolder
+    from cascade.report import print_gating
+
+    with contextlib.ExitStack() as cleanup:
+        folder = None
+        if output is not None:
+            folder = cleanup.enter_context(RunFolder(output, ("bench.json",), overwrite=overwrite))
+        from cascade import benchmarks
+        from cascade.baselines import to_json
+
+        setup = benchmarks.GateSetup(
+            model=model,
+            baselines=str(baselines),
+            tokens=tokens,
+            rounds=rounds,
+            threads=threads,
+            seed=seed,
+            device=device,
+        )
+        record = benchmarks.gate(
+            setup,
+            command=command_line(),
+            progress=lambda text: typer.echo(text, err=True),
+        )
+        if folder is not None:
+            folder.write("bench.json", to_json(record) + "\n")
+    print_record(print_gating, record)
+    if output is not None:
+        typer.echo(f"Wrote {output / 'bench.json'}", err=True)

@@ -3,7 +3,13 @@
 Nothing is measured here: numbers are formatted, scaled to pixels, or rebinned for display.
 """
 
-from cascade.report.benchmarks import print_bench, print_collecting, print_decoding, print_fitting
+from cascade.report.benchmarks import (
+    print_bench,
+    print_collecting,
+    print_decoding,
+    print_fitting,
+    print_gating,
+)
 from cascade.report.calibration import print_calibration
 from cascade.report.cascades import print_cascade_evaluation, print_training
 from cascade.report.drift import print_comparison, print_report
@@ -30,6 +36,7 @@ __all__ = [
     "print_decoding",
     "print_evaluation",
     "print_fitting",
+    "print_gating",
     "print_generation",
     "print_hard_tokens",
     "print_profile",

@@ -107,6 +107,66 @@ def print_fitting(record: Record, console: Console) -> None:
     print_pairs([("Interval", record["interval"])], console)
 
 
+def print_gating(record: Record, console: Console) -> None:
+    """Print a benchmark of the gate: speed, ratios, what surrounds it, and targets met or not.
+
+    Args:
+        record: A saved record of kind `bench.gate`.
+        console: Where to print; its width and encoding are respected.
+
+    Raises:
+        ValueError: The record is of another kind or schema.
+    """
+    _check(record, "bench.gate")
+    print_pairs(_bench_headline(record), console)
+    print_heading("Speed", console)
+    _print_speed(record, console)
+    print_heading(_RATIOS, console)
+    _print_ratios(record, console)
+    print_heading("By themselves", console)
+    print_table(
+        ("median seconds", "fastest", "slowest", "what"),
+        _alone_rows(record),
+        console,
+        gap=2,
+        text_columns=1,
+    )
+    print_heading("Targets (set for 2 cores and 512 tokens)", console)
+    _print_targets(record, console)
+    print_heading("Notes", console)
+    print_pairs(_gating_notes(record), console)
+
+
+_RATIOS = "Ratios of seconds: median and 95 % interval over rounds"
+
+
+def _alone_rows(record: Record) -> list[list[str]]:
+    return [
+        [
+            f"{np.median(row['seconds']):.3f}",
+            f"{min(row['seconds']):.3f}",
+            f"{max(row['seconds']):.3f}",
+            name,
+        ]
+        for name, row in record["alone"].items()
+    ]
+
+
+def _gating_notes(record: Record) -> list[tuple[str, str]]:
+    noise = "not needed here: the baseline was made on this machine"
+    if record["elsewhere"]:
+        noise = (
+            f"the baseline was made elsewhere ({'; '.join(record['elsewhere'])}): the first gate "
+            "here measures the noise as well, later ones read it from the cache"
+        )
+    return [
+        ("Looks", f"after {', '.join(f'{tokens:,}' for tokens in record['looks'])} tokens"),
+        ("Noise", noise),
+        ("Interval", record["interval"]),
+        *((name.capitalize(), row["what"]) for name, row in record["alone"].items()),
+    ]
+
+
 def print_collecting(record: Record, console: Console) -> None:
     """Print a benchmark of collecting hard tokens: speed, the ratio, its target met or not.
 
