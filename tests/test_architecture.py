@@ -133,7 +133,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "weights",
     },
     "training": {
+        "errors",
+        "exits",
+        "files",
+        "hard_dataset",
+        "models",
         "passes",
+        "saturation",
+        "stages",
     },
     "cascade_evaluation": {
         "cascades",
