@@ -167,8 +167,10 @@ def _baseline_path(stack: DecoderStack, setup: GateSetup) -> Path:
 
 
 def _blocks(stack: DecoderStack, baseline: StoredProfile) -> TokenBlocks:
-    seq_len = baseline.record()["provenance"]["corpus"]["seq_len"]
-    return load_blocks(EMBEDDED, stack.tokenizer, seq_len=seq_len, num_samples=None)
+    corpus = baseline.record()["provenance"]["corpus"]
+    return load_blocks(
+        EMBEDDED, stack.tokenizer, seq_len=corpus["seq_len"], num_samples=corpus["records"]
+    )
 
 
 def _check_passed(verdict: str, setup: GateSetup) -> None:
