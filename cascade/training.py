@@ -605,13 +605,12 @@ def _request(tokens: HardTokens, recipe: Recipe, steps: int | None) -> dict[str,
     }
 
 
-def _begin(folder: Path, request: dict[str, Any]) -> Path | None:
+def _begin(folder: Path, request: dict[str, Any]) -> None:
     """Say what the checkpoints to come are of; those of an earlier training go."""
     for path in folder.glob("checkpoint-*"):
         if path.name.partition("-")[2].isdigit():
             shutil.rmtree(path)
     write_text(folder / _REQUEST, json.dumps(request, indent=1) + "\n")
-    return None
 
 
 def _checkpoint_of(folder: Path, request: dict[str, Any]) -> Path:

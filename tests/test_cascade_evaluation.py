@@ -196,6 +196,8 @@ def test_each_control_is_measured_with_its_own_entry_and_with_the_cascades() -> 
         "trained on random",
         "random tokens",
     ]
+    for scope, mask in masks().items():  # of the cascade's entry, not of a control's
+        assert {row["scopes"][scope]["tokens"] for row in found.values()} == {int(mask.sum())}
     hard = found["cascade"]["exits"]
     for routing in ("all", "random"):
         assert found[f"trained on {routing}"]["exits"] == hard

@@ -84,6 +84,19 @@ def test_its_figures_are_those_of_the_whole_cascade(trained: Training, tokens: H
         assert trained.chosen.ratios[scope] == pytest.approx(with_stage / without, rel=2e-3)
 
 
+def test_a_token_counts_by_the_text_that_it_predicts(tokens: HardTokens) -> None:
+    (batch,) = tokens.batches("held-out", 1000)
+    found = dict(zip(SCOPES, training._scopes(batch, batch["hard"]), strict=True))
+    rows, length = batch["input_ids"].shape
+    for row in range(rows):
+        for place in range(length):
+            there = place + 1 < length  # the last token predicts nothing of its sequence
+            response = there and bool(batch["response"][row, place + 1])
+            hard = bool(batch["hard"][row, place])
+            expected = [there, there and hard, response, response and hard]
+            assert [bool(found[scope][row, place]) for scope in SCOPES] == expected
+
+
 @pytest.mark.parametrize("start", ["copies", "fresh"])
 def test_where_learning_hurts_the_identity_is_chosen(
     start: Any, tokens: HardTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
