@@ -194,6 +194,16 @@ def test_other_text_needs_the_full_gate(baseline: StoredProfile) -> None:
     assert full.verdict in ("PASS", "INCONCLUSIVE")
 
 
+def test_other_text_of_the_same_name_and_length_is_told_by_its_fingerprint(
+    baseline: StoredProfile,
+) -> None:
+    comparison = run_gate(a_stack(), blocks_of(60, seed=1), baseline).comparison
+    ((_, expected, obtained, _),) = comparison.mismatches
+    assert expected != obtained
+    stored = baseline.content["provenance"]["corpus"]["fingerprint"]
+    assert expected == f"random in sequences of {LENGTH} ({stored[:19]}...)"
+
+
 def test_text_that_shares_some_sequences_is_held_to_those(baseline: StoredProfile) -> None:
     mixed = dataclasses.replace(
         BLOCKS, ids=np.concatenate([blocks_of(5, seed=1).ids, BLOCKS.ids[7:12]])
