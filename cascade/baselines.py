@@ -90,7 +90,12 @@ def read_record(path: Path, *, kind: str) -> Record:
         got = record.get("kind") if isinstance(record, dict) else type(record).__name__
         raise RecordError(f"{path}: expected a record of kind {kind}, got {got}")
     schema, newest = record.get("schema"), SCHEMAS.get(kind, 1)
-    if not isinstance(schema, int) or schema > newest:
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise RecordError(
+            f"{path} has schema {schema!r}, expected a whole number from 1 to {newest}; restore it "
+            "or make it anew"
+        )
+    if schema > newest:
         writer = at(record, ("provenance", "versions", "cascade-exit"))
         raise RecordError(
             f"{path} has schema {schema}, this release reads up to {newest}; use cascade-exit "
@@ -221,18 +226,15 @@ def read_profile(path: Path) -> StoredProfile:
         path = path / "profile.json"
     record = read_record(path, kind="saturation")
     arrays = read_arrays(path.with_suffix(".npz"))
-    if record["schema"] >= 2:
-        for name, found in (
-            ("hash", _record_hash_of(record, path)),
-            ("arrays_hash", _arrays_hash(arrays)),
-        ):
-            if record.get(name) != found:
-                changed = path if name == "hash" else path.with_suffix(".npz")
-                raise RecordError(
-                    f"{changed} was changed after it was made ({name} is {found[:19]}..., expected"
-                    f" {str(record.get(name))[:19]}...); restore it, or make both files anew with "
-                    "`cascade analyze --output` and `cascade accept`"
-                )
+    # The first schema had no seal; with one, an older number is an edit like any other.
+    if record["schema"] >= 2 or {"hash", "arrays_hash"} & record.keys():
+        _check_seal(path, record, arrays)
+    for part in ("model", "corpus"):
+        if not isinstance(at(record, ("provenance", part)), dict):
+            raise RecordError(
+                f"{path} does not say which {part} it is of; restore it, or run `cascade analyze` "
+                "again"
+            )
     try:
         table = SimilarityStatistics.from_arrays(arrays).table()
         fingerprints = len(arrays["sequence_fingerprint"])
@@ -260,6 +262,20 @@ def read_profile(path: Path) -> StoredProfile:
             "`cascade analyze` again"
         )
     return StoredProfile(record, arrays)
+
+
+def _check_seal(path: Path, record: Record, arrays: Mapping[str, Array]) -> None:
+    for name, found in (
+        ("hash", _record_hash_of(record, path)),
+        ("arrays_hash", _arrays_hash(arrays)),
+    ):
+        if record.get(name) != found:
+            changed = path if name == "hash" else path.with_suffix(".npz")
+            raise RecordError(
+                f"{changed} was changed after it was made ({name} is {found[:19]}..., expected"
+                f" {str(record.get(name))[:19]}...); restore it, or make both files anew with "
+                "`cascade analyze --output` and `cascade accept`"
+            )
 
 
 def _record_hash_of(record: Record, path: Path) -> str:

@@ -143,7 +143,7 @@ class Cascade:
         self.propagation: Propagation = propagation
         self.provenance = dict(provenance or {})
         self.stages: list[Stage] = []
-        self.entries: list[Entry] = []
+        self.entrances: list[Entry] = []
         self._stacks = [base]
         self._exits: list[Exit] = []
         self._ways: dict[int, EarlyExit] = {}
@@ -173,7 +173,7 @@ class Cascade:
         self._stacks.append(extended(top, stage))
         self._exits.append(leaving)
         self.stages.append(stage)
-        self.entries.append(entry)
+        self.entrances.append(entry)
 
     def entered_like(self, other: Cascade) -> Cascade:
         """Return a cascade of these stages that tokens enter as they do another one's.
@@ -184,12 +184,12 @@ class Cascade:
         Raises:
             UsageError: With more stages, or fewer.
         """
-        if len(other.entries) != len(self.stages):
+        if len(other.entrances) != len(self.stages):
             raise UsageError(
-                f"expected a cascade of {len(self.stages)} stages, got {len(other.entries)}"
+                f"expected a cascade of {len(self.stages)} stages, got {len(other.entrances)}"
             )
         same = Cascade(self.base, propagation=self.propagation)
-        for stage, entry in zip(self.stages, other.entries, strict=True):
+        for stage, entry in zip(self.stages, other.entrances, strict=True):
             same.add_stage(stage, entry)
         return same
 
@@ -350,7 +350,7 @@ class Cascade:
                     "provenance": stage.provenance,
                 }
                 for number, (stage, entry) in enumerate(
-                    zip(self.stages, self.entries, strict=True), start=1
+                    zip(self.stages, self.entrances, strict=True), start=1
                 )
             ],
             "provenance": self.provenance,
@@ -373,7 +373,7 @@ class Cascade:
         files += [name for stage in record["stages"] if (name := stage["entry"]["heads"])]
         with RunFolder(Path(folder), [*files, CONFIG], overwrite=overwrite) as out:
             for about, stage, entry in zip(
-                record["stages"], self.stages, self.entries, strict=True
+                record["stages"], self.stages, self.entrances, strict=True
             ):
                 weights = {name: value.contiguous() for name, value in stage.weights().items()}
                 out.write(about["file"], save(weights, metadata={"format": "pt"}))

@@ -217,8 +217,10 @@ class Comparison:
         for cell in self.cells:
             counts[cell.verdict] += 1
         count = self.sequences[1]
-        which = f"{count:,} {self.way}" if count != 1 else f"1 {(self.way or '').removesuffix('s')}"
-        seen = f"{self.tokens:,} tokens, {which}"
+        which = "of the baseline's sequences"
+        if self.way == "other sequences":
+            which = f"other sequence{'s' * (count != 1)}"
+        seen = f"{self.tokens:,} tokens, {count:,} {which}"
         if self.verdict == "PASS":
             limit = "tolerance" if self.way == "same sequences" else "margin"
             return f"no drift: all {counts['PASS']:,} cells within their {limit} ({seen})"

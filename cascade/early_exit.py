@@ -61,6 +61,13 @@ class Score:
         return math.exp(-float(values.mean())) if len(values) else math.nan
 
 
+def _read_seed(seed: Any) -> int:
+    read = whole(seed)
+    if read is None:
+        raise UsageError(f"expected seed a whole number, got {seed!r}")
+    return read
+
+
 class EarlyExit:
     """A model whose easy tokens leave early.
 
@@ -82,7 +89,7 @@ class EarlyExit:
         seed: For rules that draw.
 
     Raises:
-        UsageError: A layer, rule, threshold, heads or propagation that cannot be.
+        UsageError: A layer, rule, threshold, heads, propagation or seed that cannot be.
         ModelError: The heads, or those of `exits`, belong to another model.
     """
 
@@ -126,7 +133,7 @@ class EarlyExit:
             )
         self.exits = _checked(exits, stack, propagation)
         self.layers = SkippingLayers(stack, skip=skip)
-        self.seed = seed
+        self.seed = _read_seed(seed)
 
     @property
     def fallback_reason(self) -> str | None:

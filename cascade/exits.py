@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,11 @@ def whole(value: Any) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
+
+
+def flag(value: Any) -> bool | None:
+    """Return True or False, numpy's too, as Python's; None for anything else."""
+    return bool(value) if isinstance(value, bool | np.bool_) else None
 
 
 def number(value: Any) -> float | None:
@@ -396,10 +402,11 @@ def check_seed(seed: int) -> None:
     """Refuse a seed that not every generator takes.
 
     Raises:
-        UsageError: It is negative, or takes more than 63 bits.
+        UsageError: It is no whole number, negative, or takes more than 63 bits.
     """
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"expected a seed in 0..{2**63 - 1}, got {seed}")
+    read = whole(seed)
+    if read is None or not 0 <= read < 2**63:
+        raise UsageError(f"expected a seed in 0..{2**63 - 1}, got {seed!r}")
 
 
 def check_layers(rules: Mapping[int, ExitRule], num_layers: int) -> None:

@@ -205,6 +205,9 @@ def _other_text(about: Record, expected: Record, shared: int) -> tuple[str, Any,
         f"{side['corpus'].get('name')} in sequences of {side['corpus'].get('seq_len')}"
         for side in (expected, about)
     ]
+    if sizes[0] == sizes[1]:  # of the same name, but other text
+        prints = (str(side["corpus"].get("fingerprint"))[:19] for side in (expected, about))
+        sizes = [f"{size} ({text}...)" for size, text in zip(sizes, prints, strict=True)]
     return (
         "corpus",
         sizes[0],

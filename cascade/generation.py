@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cascade.errors import UsageError
-from cascade.exits import number, whole
+from cascade.exits import flag, number, whole
 from cascade.models import DecoderStack, Plan
 from cascade.passes import Chunk, Exit, Pass, decode_tokens
 from cascade.skipping import Counts, Selection, SkippingLayers
@@ -220,6 +220,7 @@ def _read(given: Mapping[str, Any], last: int) -> dict[str, Any]:
     kinds: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
         "max_new_tokens": (whole, lambda new: new >= 1, "a whole number from 1"),
         "max_length": (whole, lambda _: True, "a whole number"),
+        "do_sample": (flag, lambda _: True, "True or False"),
         "temperature": (
             number,
             lambda value: value > 0,

@@ -66,7 +66,10 @@ def test_nan_is_never_written(tmp_path: Path) -> None:
             "has schema 3, this release reads up to 2; use cascade-exit 9 or a later one",
         ),
         ('{"schema": 3, "kind": "saturation"}', "use cascade-exit of the release that wrote it"),
-        ('{"kind": "saturation"}', "has schema None"),
+        ('{"kind": "saturation"}', "has schema None, expected a whole number from 1 to 2"),
+        ('{"schema": "2", "kind": "saturation"}', "has schema '2', expected a whole number"),
+        ('{"schema": true, "kind": "saturation"}', "has schema True, expected a whole number"),
+        ('{"schema": 0, "kind": "saturation"}', "has schema 0, expected a whole number"),
     ],
 )
 def test_what_is_no_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -158,6 +161,9 @@ EDITS: dict[str, Any] = {
     "a layer twice": lambda record: record["layers"].append(record["layers"][0]),
     "no layers": lambda record: record.pop("layers"),
     "another table": lambda record: record.update(layers=[1, 2]),
+    "an older schema": lambda record: record.update(schema=1),
+    "no provenance": lambda record: record.pop("provenance"),
+    "no corpus": lambda record: record["provenance"].pop("corpus"),
 }
 
 
@@ -176,6 +182,8 @@ def test_an_edit_by_hand_is_noticed_and_named(tmp_path: Path, name: str) -> None
         ("a layer twice", "has layer 1 twice"),
         ("no layers", "has no table of layers"),
         ("another table", "has no table of layers"),
+        ("no provenance", "does not say which model it is of"),
+        ("no corpus", "does not say which corpus it is of"),
     ],
 )
 def test_an_edit_that_was_sealed_again_is_held_to_the_arrays(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,27 +16,79 @@ from commands import Run
 from rich.console import Console
 
 from cascade import benchmarks
+from cascade.baselines import read_profile, seal
 from cascade.benchmarks import BenchmarkError, GateSetup
+from cascade.corpora import load_blocks
+from cascade.errors import RecordError
+from cascade.models import load
+from cascade.renewal import measure_whole, store_profile
 from cascade.report import print_gating
 
-
-@pytest.fixture
-def record(run: Run, here: Path, models: Path) -> dict[str, Any]:
-    model = str(models / "tiny")
-    made = run("analyze", "--model", model, "--seq-len", 16, "--num-samples", 20, "--output", "run")
-    assert made.status == 0, made.err
-    assert run("accept", "run").status == 0
-    setup = GateSetup(model=model, tokens=64, rounds=2)
-    return benchmarks.gate(setup, command="cascade bench gate")
+ROOM = importlib.import_module("cascade.benchmarks.gate")
+LENGTH = 16
 
 
-def test_the_gate_is_timed_against_a_forward_over_the_tokens_that_it_takes(
-    record: dict[str, Any],
+@pytest.fixture(scope="module")
+def baselines(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny checkpoint's baseline on a part of the embedded corpus."""
+    folder = tmp_path_factory.mktemp("baselines")
+    stack = load(str(saved))
+    blocks = load_blocks("embedded", stack.tokenizer, seq_len=LENGTH, num_samples=20)
+    store_profile(folder, measure_whole(stack, blocks))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_records() -> Iterator[None]:
+    """Read as much of the corpus as the baseline saw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ROOM,
+            "load_blocks",
+            lambda *names, **given: load_blocks(*names, **(given | {"num_samples": 20})),
+        )
+        yield
+
+
+def settings(saved: Path, baselines: Path, **changes: Any) -> GateSetup:
+    small = {"tokens": 5 * LENGTH, "rounds": 2}
+    return GateSetup(model=str(saved), baselines=str(baselines), **(small | changes))
+
+
+@pytest.fixture(scope="module")
+def record(saved: Path, baselines: Path) -> dict[str, Any]:
+    return benchmarks.gate(settings(saved, baselines), command="cascade bench gate")
+
+
+def test_the_forward_is_over_the_sequences_that_the_gate_measures(
+    saved: Path, baselines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert record["settings"]["tokens"] == 64
-    assert record["looks"][-1] == 64
-    assert set(record["ways"]) == {"bare", "gate", "noise"}
-    assert {row["name"] for row in record["ratios"]} == {"gate/bare", "noise/bare"}
+    seen: list[Any] = []
+    gates: list[Any] = []
+    right = ROOM.run_gate
+
+    def watched(*given: Any, **options: Any) -> Any:
+        gates.append(right(*given, **options))
+        return gates[-1]
+
+    monkeypatch.setattr(ROOM, "run_gate", watched)
+    monkeypatch.setattr(ROOM, "bare_forward", lambda _, blocks, size: seen.append((blocks, size)))
+    monkeypatch.setattr(ROOM, "_alone", lambda *_: {n: {"seconds": [1.0]} for n in ROOM.ALONE})
+    benchmarks.gate(settings(saved, baselines))
+    assert len(seen) == len(gates) == 3  # one round warms up
+    for (blocks, size), gate in zip(seen, gates, strict=True):
+        assert gate.comparison.tokens == blocks.tokens == 5 * LENGTH
+        assert size == 5
+        assert (gate.profile.sequence_fingerprints == blocks.sequence_fingerprints()).all()
+
+
+def test_the_record_has_every_target_of_what_was_timed(record: dict[str, Any]) -> None:
+    seconds = {name: row["seconds"] for name, row in record["ways"].items()}
+    by_hand = [a / b for a, b in zip(seconds["gate"], seconds["bare"], strict=True)]
+    assert record["ratios"][0]["name"] == "gate/bare"
+    assert record["ratios"][0]["rounds"] == pytest.approx(by_hand)
+    assert record["settings"]["tokens"] == 5 * LENGTH
+    assert record["looks"] == [LENGTH, 2 * LENGTH, 4 * LENGTH, 5 * LENGTH]
     targets = {row["name"]: (row["sense"], row["limit"]) for row in record["targets"]}
     assert targets == {
         "gate/bare": ("at most", 2.0),
@@ -42,46 +96,100 @@ def test_the_gate_is_timed_against_a_forward_over_the_tokens_that_it_takes(
         "load, seconds": ("below", 2.0),
         "plugin, seconds": ("below", 0.05),
     }
-    assert all(len(row["seconds"]) == 2 for row in record["alone"].values())
+    for row in record["targets"][1:]:
+        values = record["alone"][row["name"].split(",")[0]]["seconds"]
+        assert len(values) == 2
+        assert row["measured"] == pytest.approx(sum(values) / 2)
+        assert min(values) > 0
+    assert record["elsewhere"] == []
     assert json.loads(json.dumps(record)) == record
 
 
-def test_the_report_says_what_surrounds_the_gate_and_refuses_another_kind(
+def test_the_noise_of_a_baseline_made_elsewhere_is_named_and_timed(
     record: dict[str, Any],
+    saved: Path,
+    baselines: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    folder = shutil.copytree(baselines, tmp_path / "moved")
+    (path,) = folder.glob("*/*.json")
+    stored = read_profile(path)
+    about = stored.content["provenance"]
+    machine = about["machine"] | {"processor": "another"}
+    moved = stored.content | {"provenance": about | {"machine": machine}}
+    store_profile(folder, dataclasses.replace(stored, content=seal(moved, stored.state)))
+    monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ROOM, "_alone", lambda *_: record["alone"])
+    found = benchmarks.gate(settings(saved, folder))
+    assert "the baseline's another" in found["elsewhere"][0]
+    assert list((tmp_path / "cache/noise").iterdir())  # in the round that warms up
+    assert len(found["ways"]["noise"]["seconds"]) == 2
+    assert "the first gate here measures the noise as well" in " ".join(printed(found).split())
+    assert "not needed here" in printed(record)
+
+
+def printed(record: dict[str, Any]) -> str:
     text = io.StringIO()
-    print_gating(record, Console(file=text, width=100))
-    for words in ("gate/bare", "compare", "import of the plugin", "made on this machine"):
-        assert words in text.getvalue()
+    print_gating(record, Console(file=text, width=80))
+    return text.getvalue()
+
+
+def test_the_report_shows_all_and_refuses_another_kind(record: dict[str, Any]) -> None:
+    text = printed(record)
+    for name in (*record["ways"], *record["alone"], *(row["name"] for row in record["targets"])):
+        assert name in text
+    assert max(map(len, text.splitlines())) <= 80
     with pytest.raises(ValueError, match="expected kind"):
-        print_gating(record | {"kind": "bench.fit"}, Console(file=text))
+        printed(record | {"kind": "bench.fit"})
 
 
-def test_a_gate_that_does_not_pass_is_not_timed(
-    record: dict[str, Any], models: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_gate_that_stops_early_is_no_time(
+    saved: Path, baselines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = importlib.import_module("cascade.benchmarks.gate")
-    failed = SimpleNamespace(comparison=SimpleNamespace(verdict="FAIL"))
-    monkeypatch.setattr(room, "run_gate", lambda *_, **__: failed)
+    def broken(source: str, **given: Any) -> Any:
+        stack = load(source, **given)
+        stack.layers[1].mlp.down_proj.weight.data.mul_(1.01)
+        return stack
+
+    monkeypatch.setattr(ROOM, "load", broken)
     with pytest.raises(BenchmarkError, match="says FAIL, and stopped before its budget"):
-        benchmarks.gate(GateSetup(model=str(models / "tiny"), tokens=64, rounds=2))
+        benchmarks.gate(settings(saved, baselines))
+
+
+def test_a_process_that_fails_is_no_time() -> None:
+    with pytest.raises(BenchmarkError, match=r"a timed process failed: .*nowhere"):
+        ROOM._python("-m", "cascade", "compare", "nowhere", "nowhere")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": 0}, "expected --tokens of at least 1, got 0"),
-        ({"rounds": 1}, "expected --rounds of at least 2, got 1"),
-        ({"threads": 0}, "expected --threads of at least 1, got 0"),
+        ({"tokens": 0}, "--tokens of at least 1, got 0"),
+        ({"rounds": 1}, "--rounds of at least 2, got 1"),
+        ({"threads": 0}, "--threads of at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_number_that_is_too_small_is_refused(
+    saved: Path, baselines: Path, changes: dict[str, int], message: str
+) -> None:
     with pytest.raises(BenchmarkError, match=message):
-        GateSetup(**changes)
+        settings(saved, baselines, **changes)
 
 
-def test_a_missing_baseline_is_one_line(run: Run, here: Path, models: Path) -> None:
-    done = run("bench", "gate", "--model", models / "tiny", "--output", "out")
-    assert done.status == 2
-    assert "no record baselines/tiny/embedded.saturation.json" in done.err
-    assert not Path("out/bench.json").exists()
+def test_a_missing_baseline_is_named_with_what_makes_it(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="cascade analyze --output"):
+        benchmarks.gate(settings(saved, tmp_path))
+
+
+def test_the_command_writes_its_record(
+    run: Run, saved: Path, baselines: Path, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ROOM, "_alone", lambda *_: record["alone"])
+    given = ("--model", saved, "--baselines", baselines, "--tokens", 80, "--rounds", 2)
+    done = run("bench", "gate", *given, "--output", "out")
+    assert done.status == 0, done.err
+    stored = json.loads(Path("out/bench.json").read_text())
+    assert stored["kind"] == "bench.gate"
+    assert stored["provenance"]["command"].startswith("cascade bench gate --model")
+    assert "gate/bare" in done.out

@@ -392,7 +392,7 @@ def test_routed_states_are_those_of_the_mixed_pass(family: str, propagation: Pro
 def test_entries_can_be_those_of_another_cascade() -> None:
     one, other = a_cascade("llama"), a_cascade("llama", rule="random")
     same = one.entered_like(other)
-    assert same.entries == other.entries
+    assert same.entrances == other.entrances
     assert same.stages == one.stages
     assert torch.equal(same.score(TEXT).exit_layers, other.score(TEXT).exit_layers)
     with pytest.raises(UsageError, match="expected a cascade of 2 stages, got 1"):
@@ -421,7 +421,7 @@ def check_same(one: Cascade, other: Cascade) -> None:
     for a, b in pairs:
         assert (a.fingerprint(), a.start, a.sources) == (b.fingerprint(), b.start, b.sources)
         assert (a.provenance, a.head is None) == (b.provenance, b.head is None)
-    for mine, read in zip(one.entries, other.entries, strict=True):
+    for mine, read in zip(one.entrances, other.entrances, strict=True):
         assert (mine.layer, mine.rule, mine.threshold) == (read.layer, read.rule, read.threshold)
         assert (mine.heads is None) == (read.heads is None)
     scores = [cascade.score(TEXT, keep_logits=True) for cascade in (one, other)]
@@ -447,7 +447,7 @@ def test_thresholds_come_back_as_they_were(threshold: float, tmp_path: Path) -> 
     ends(a_stack("llama"), [threshold]).save_pretrained(tmp_path / "c")
     text = (tmp_path / "c" / CONFIG).read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    (entry,) = Cascade.from_pretrained(tmp_path / "c", a_stack("llama")).entries
+    (entry,) = Cascade.from_pretrained(tmp_path / "c", a_stack("llama")).entrances
     assert (entry.threshold, entry.rule) == (threshold, "cosine")
 
 

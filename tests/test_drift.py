@@ -30,6 +30,7 @@ from cascade.drift import (
     STATISTICS,
     TABLE_TOLERANCE,
     Cell,
+    Comparison,
     compare,
     made_elsewhere,
     table_cells,
@@ -429,6 +430,21 @@ def test_a_profile_without_rows_per_sequence_is_refused() -> None:
     bare = StoredProfile(profile.content, {"layers": profile.state["layers"]})
     with pytest.raises(RecordError, match="no rows per sequence"):
         compare(bare, profile)
+
+
+@pytest.mark.parametrize(
+    ("way", "count", "words"),
+    [
+        ("same sequences", 1, "128 tokens, 1 of the baseline's sequences"),
+        ("same sequences", 4, "128 tokens, 4 of the baseline's sequences"),
+        ("other sequences", 1, "128 tokens, 1 other sequence"),
+        ("other sequences", 64, "128 tokens, 64 other sequences"),
+    ],
+)
+def test_the_headline_says_which_sequences_were_compared(way: Any, count: int, words: str) -> None:
+    cell = Cell("1", "mean", 0.5, 0.5, 1e-6)
+    comparison = Comparison(way, cells=(cell,), sequences=(count, count), tokens=128)
+    assert comparison.headline().endswith(f"({words})")
 
 
 def test_the_record_is_json_and_has_the_verdict_first() -> None:

@@ -232,6 +232,17 @@ def test_the_oracle_lets_go_exactly_those_on_whom_head_and_full_model_agree() ->
     assert torch.equal(score.exit_layers == 3, agrees)
 
 
+@pytest.mark.parametrize("seed", [1.5, "1", None, True, [1]])
+def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
+    with pytest.raises(UsageError) as caught:
+        EarlyExit(a_stack("llama"), seed=seed)
+    assert str(caught.value) == f"expected seed a whole number, got {seed!r}"
+
+
+def test_a_seed_of_numpy_is_one_of_pythons() -> None:
+    assert type(EarlyExit(a_stack("llama"), seed=np.int64(3)).seed) is int  # type: ignore[arg-type]
+
+
 def test_random_exits_depend_on_the_seed() -> None:
     first, again, other = (
         scorer("llama", rule="random", seed=seed).score(TEXT).exit_layers for seed in (1, 1, 2)

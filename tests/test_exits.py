@@ -956,3 +956,10 @@ def test_a_rule_of_three_lines_decides_scores_and_generates(own_rule: ExitRule) 
 def test_a_rule_taken_out_again_is_gone() -> None:
     with pytest.raises(UsageError, match="expected a rule among"):
         EarlyExit(a_stack("llama"), layer=2, rule="odd", threshold=1.0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "1", None, True])
+def test_a_seed_that_not_every_generator_takes_is_refused(seed: Any) -> None:
+    exits.check_seed(2**63 - 1)
+    with pytest.raises(UsageError, match=rf"expected a seed in 0\.\.{2**63 - 1}, got "):
+        exits.check_seed(seed)

@@ -1158,6 +1158,10 @@ KNOWN = (
         ({"top_k": 2.5}, "expected top_k a whole number from 0, got 2.5"),
         ({"seed": 1.5}, "expected seed a whole number, got 1.5"),
         *(
+            ({"do_sample": value}, f"expected do_sample True or False, got {value!r}")
+            for value in (1, 0, "no", "false", [True])
+        ),
+        *(
             (
                 {"temperature": value},
                 f"expected temperature more than 0 (do_sample=False for greedy), got {value!r}",

@@ -458,7 +458,7 @@ def _save(base: Cascade, trained: Training, entry: Entry, folder: Path, overwrit
     cascade = Cascade(
         base.base, propagation=base.propagation, provenance={"command": command_line()}
     )
-    for stage, before in zip(base.stages, base.entries, strict=True):
+    for stage, before in zip(base.stages, base.entrances, strict=True):
         cascade.add_stage(stage, before)
     cascade.add_stage(trained.stage, entry)
     cascade.save_pretrained(folder, overwrite=overwrite)
