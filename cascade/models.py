@@ -329,10 +329,9 @@ class DecoderStack:
             self._run_decoder(input_ids, **kwargs)
         return Plan(embedded[0], tuple(calls))
 
+    @torch.no_grad()
     def step(self, layer: int, hidden: Tensor, call: LayerCall) -> Tensor:
         """Compute one decoder layer, as the model itself would.
-
-        Gradients pass through where they are enabled.
 
         Args:
             layer: 1..N.

@@ -41,6 +41,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 _REAL = ("saturation", "budgets", "cascade", "published", "slow")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take minutes: two workers then end at the same time."""
+    real = {item.path for item in items if any(map(item.get_closest_marker, _REAL))}
+    items.sort(key=lambda item: item.path not in real)
+
+
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compute on one thread: two of them wait longer for each other than a tiny model takes."""
