@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cascade.generation import Generation
 from cascade.heads import FittedHeads, LogitLens, load_heads
 from cascade.models import DecoderStack, load
 from cascade.passes import Exit, Pass
-from cascade.shapes import COUNT, FLAG, TEXT, Kind, Maybe, Shape, flaw, one_of
+from cascade.shapes import COUNT, FLAG, NUMBER, TEXT, Kind, Maybe, Shape, flaw, one_of
 from cascade.skipping import Counts
 from cascade.stages import STARTS, Stage, check_fits, extended, new_stage
 from cascade.weights import file_hash
@@ -33,7 +33,8 @@ _KIND = "cascade"
 _SCHEMA = 1
 
 _THRESHOLD = Kind(
-    "a number, or inf or -inf as text", lambda value: read_infinite(value) is not None
+    "a number, or inf or -inf as text",
+    lambda value: value in ("inf", "-inf") or NUMBER.holds(value),
 )
 _CONFIG: Shape = {
     "base": {
@@ -61,14 +62,6 @@ _CONFIG: Shape = {
         }
     ],
 }
-
-
-def read_infinite(value: Any) -> float | None:
-    """Return a threshold as JSON holds it: a number, or "inf" or "-inf"; None for anything else."""
-    if value in ("inf", "-inf"):
-        return float(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -194,19 +187,26 @@ class Cascade:
         return same
 
     def _check_origin(self, stage: Stage) -> None:
-        made_for = stage.provenance.get("base") or {}
+        names = {
+            "tokenizer_hash": "tokenizer",
+            "vocab_size": "vocabulary",
+            "weights_hash": "base model",
+        }
+        for name, expected, got in self._differences(stage.provenance.get("base") or {}, names):
+            raise ModelError(
+                f"the stage was trained for another {names[name]} ({expected}, here {got}); "
+                "train one for this model"
+            )
+
+    def _differences(
+        self, made_for: dict[str, Any], names: Iterable[str]
+    ) -> Iterator[tuple[str, Any, Any]]:
+        """Yield what of the base is known to be another: its name, what it was made for, ours."""
         own = self._base_record()
-        for name, what in (
-            ("tokenizer_hash", "tokenizer"),
-            ("vocab_size", "vocabulary"),
-            ("weights_hash", "base model"),
-        ):
+        for name in names:
             expected = made_for.get(name)
             if expected is not None and own[name] is not None and expected != own[name]:
-                raise ModelError(
-                    f"the stage was trained for another {what} ({expected}, here {own[name]}); "
-                    "train one for this model"
-                )
+                yield name, expected, own[name]
 
     def _base_record(self) -> dict[str, Any]:
         known = self.base.provenance
@@ -450,7 +450,7 @@ class Cascade:
                 stage,
                 Entry(
                     entry["layer"],
-                    read_infinite(entry["threshold"]) or 0.0,
+                    float(entry["threshold"]),
                     entry["rule"],
                     None if heads is None else load_heads(folder / heads, cascade.stack),
                 ),
@@ -458,15 +458,13 @@ class Cascade:
         return cascade
 
     def _check_base(self, made_for: dict[str, Any]) -> None:
-        own = self._base_record()
-        for name in ("hidden_size", "vocab_size", "num_layers", "tokenizer_hash", "weights_hash"):
-            expected = made_for.get(name)
-            if expected is not None and own[name] is not None and expected != own[name]:
-                raise ModelError(
-                    f"the cascade was made for the base {made_for.get('name') or '(unnamed)'} with "
-                    f"{name} {expected}, this model has {own[name]}; load that base, or train "
-                    "stages for this one"
-                )
+        names = ("hidden_size", "vocab_size", "num_layers", "tokenizer_hash", "weights_hash")
+        for name, expected, got in self._differences(made_for, names):
+            raise ModelError(
+                f"the cascade was made for the base {made_for.get('name') or '(unnamed)'} with "
+                f"{name} {expected}, this model has {got}; load that base, or train "
+                "stages for this one"
+            )
 
 
 class _Routed(DecoderStack):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from cascade.corpora import TokenBlocks
 from cascade.errors import CorpusError, UsageError
 from cascade.exits import check_seed
 from cascade.heads import CHECKED, FittedHeads, rows_of
-from cascade.models import DecoderStack
+from cascade.models import DecoderStack, frozen
 from cascade.ridge import rms_normalized
 from cascade.saturation import check_blocks
 
@@ -103,7 +102,7 @@ def distill(
     shuffler = torch.Generator().manual_seed(seed)
     tell = progress or (lambda _: None)
     losses = {layer: [loss] for layer, loss in _check(stack, trained, blocks, checking).items()}
-    with _frozen(stack.model):
+    with frozen(stack.model):
         for _ in range(epochs):
             order = training[torch.randperm(len(training), generator=shuffler).numpy()]
             for start in range(0, len(order), batch_size):
@@ -194,16 +193,3 @@ def _loss(stack: DecoderStack, head: _Head, states: Tensor, teacher: Tensor) -> 
     student = logits.float().log_softmax(dim=-1)
     loss: Tensor = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return loss
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let gradients pass through the model without being computed for its weights."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)

@@ -162,9 +162,7 @@ class DecoderStack:
         weights = self.model.state_dict(keep_vars=True).values()
         for value in {id(value): value for value in weights}.values():
             for tensor in _plain(value):
-                digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-                numbers = tensor.detach().cpu().contiguous().flatten()
-                digest.update(numbers.view(torch.uint8).numpy().data)
+                add_to_digest(digest, tensor)
         return f"in-memory-sha256:{digest.hexdigest()}"
 
     def with_those_below(self) -> Iterator[DecoderStack]:
@@ -441,6 +439,19 @@ def _forward_set(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Non
             module.forward = before
 
 
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let gradients pass through a model without being computed for its weights."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
 def _gradients_of(values: Tensor) -> torch.set_grad_enabled:
     """Let gradients through where `values` asks for them: the model's own weights learn nothing."""
     return torch.set_grad_enabled(values.requires_grad and torch.is_grad_enabled())
@@ -462,6 +473,13 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
             "expected a decoder-only model whose layers are an nn.ModuleList"
         )
     return min(lists, key=lambda entry: entry[:2])[2]
+
+
+def add_to_digest(digest: hashlib._Hash, tensor: Tensor) -> None:
+    """Add a tensor's dtype, shape and every bit of it to a digest."""
+    digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    numbers = tensor.detach().cpu().contiguous().flatten()
+    digest.update(numbers.view(torch.uint8).numpy().data)
 
 
 def _plain(value: Any) -> Iterator[Tensor]:

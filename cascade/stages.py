@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.errors import ModelError, UnsupportedModelError, UsageError
-from cascade.models import DecoderStack, LayerCall, find_layers
+from cascade.models import DecoderStack, LayerCall, add_to_digest, find_layers
 
 #: From what a stage's layers start: copies of the layers before them, or random weights.
 Start = Literal["copies", "fresh"]
@@ -68,9 +68,8 @@ class Stage:
         """Return a SHA-256 over every weight: equal exactly when all of them are."""
         digest = hashlib.sha256()
         for name, value in self.weights().items():
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            numbers = value.detach().cpu().contiguous().flatten()
-            digest.update(numbers.view(torch.uint8).numpy().data)
+            digest.update(name.encode())
+            add_to_digest(digest, value)
         return f"sha256:{digest.hexdigest()}"
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -273,12 +272,8 @@ def extended(stack: DecoderStack, stage: Stage) -> DecoderStack:
         ModelError: The stage is of another width or vocabulary, or its weights are not finite.
     """
     check_fits(stack, stage)
-    shared = {
-        id(value): value
-        for module in (stack.model,)
-        for value in (*module.parameters(), *module.buffers())
-    }
-    model = copy.deepcopy(stack.model, shared)
+    weights = (*stack.model.parameters(), *stack.model.buffers())
+    model = copy.deepcopy(stack.model, {id(value): value for value in weights})
     layers = find_layers(model)
     config = model.config.get_text_config()
     _lengthen(config, stage.sources, len(layers))
@@ -287,8 +282,8 @@ def extended(stack: DecoderStack, stage: Stage) -> DecoderStack:
         layers.append(layer)
     if stage.head is not None:
         model.set_output_embeddings(stage.head)
-    kept = ("weights_hash", "num_layers")  # the hash is that of the model alone
-    about = {name: value for name, value in stack.provenance.items() if name not in kept}
+    its_own = {"weights_hash", "num_layers"}  # what only the model alone is
+    about = {name: value for name, value in stack.provenance.items() if name not in its_own}
     longer = DecoderStack(model, tokenizer=stack.tokenizer, provenance=about)
     longer.below = stack
     return longer
@@ -307,9 +302,7 @@ def check_fits(stack: DecoderStack, stage: Stage) -> None:
                 f"a stage of {type(layer).__name__}s cannot follow {type(made).__name__}s; train "
                 "one for this model"
             )
-    like = dict(
-        stack.layers[stage.sources[-1] - 1 if len(stage.sources) else -1].named_parameters()
-    )
+    like = dict(stack.layers[stage.sources[-1] - 1].named_parameters())
     for name, value in stage.layers[-1].named_parameters():
         if name not in like or like[name].shape != value.shape:
             raise ModelError(

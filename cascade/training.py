@@ -21,7 +21,7 @@ from cascade.errors import TrainingError, UsageError, first_line
 from cascade.exits import ExitPoint, HiddenHistory, check_seed, find_rule
 from cascade.files import write_text
 from cascade.hard_dataset import HardTokens
-from cascade.models import DecoderStack
+from cascade.models import DecoderStack, frozen
 from cascade.passes import slices
 from cascade.saturation import machine_of
 from cascade.stages import STARTS, Stage, Start, extended, new_stage, run_stage
@@ -184,19 +184,13 @@ def train_stage(
     recipe.check()
     tokens.check(stack)
     before = stack.weights_in_memory()
-    stage = new_stage(
-        stack,
-        recipe.additional_layers,
-        start=recipe.start,
-        own_head=recipe.own_head,
-        seed=recipe.seed,
-    )
+    stage = _untrained(stack, recipe)
     module = _StageModule(stack, stage, tokens, recipe)
     trainer = _StageTrainer(
         module, tokens, _arguments(recipe, folder, stack, tokens, steps, tensorboard)
     )
     trainer.follow(recipe, told or (lambda *_: None), patient=steps is None)
-    with _frozen(stack.model):
+    with frozen(stack.model):
         start = trainer.look_now()
         request = _request(tokens, recipe, steps)
         if not resume:
@@ -207,6 +201,16 @@ def train_stage(
         raise AssertionError("training changed the base's weights")  # cannot be: it has no gradient
     stage.provenance = _provenance(stack, tokens, recipe, training)
     return training
+
+
+def _untrained(stack: DecoderStack, recipe: Recipe) -> Stage:
+    return new_stage(
+        stack,
+        recipe.additional_layers,
+        start=recipe.start,
+        own_head=recipe.own_head,
+        seed=recipe.seed,
+    )
 
 
 def goes_on(batch: Batch, recipe: Recipe, num_layers: int, hard_ratio: float) -> Tensor:
@@ -327,7 +331,6 @@ class _StageTrainer(Trainer):
         self._tokens = tokens
         self._stage_module = module
         self._without: list[Tensor] = []
-        self.looks: list[Look] = []
         self.perplexities: dict[str, float] = {}
         self._told: Callable[[str, dict[str, Any]], None] = lambda *_: None
         super().__init__(
@@ -424,7 +427,6 @@ class _StageTrainer(Trainer):
         look = Look(
             self.state.global_step, {scope: ratio for scope, ratio, tokens in there if tokens}
         )
-        self.looks.append(look)
         self._told("look", {"step": look.step, **look.ratios})
         return look
 
@@ -450,14 +452,7 @@ class _StageTrainer(Trainer):
         best = min(looks, key=lambda look: look.worst)
         if best.step == 0:
             stack, _, recipe, _ = self._stage_module._held
-            fresh = new_stage(
-                stack,
-                recipe.additional_layers,
-                start=recipe.start,
-                own_head=recipe.own_head,
-                seed=recipe.seed,
-            )
-            stage.load(fresh.weights())  # the identity
+            stage.load(_untrained(stack, recipe).weights())  # the identity
         return Training(stage, looks, best, self.state.global_step, self.perplexities)
 
 
@@ -639,21 +634,6 @@ def _checkpoint_of(folder: Path, request: dict[str, Any]) -> Path:
             "from the one before, or train without --resume"
         )
     return last[1]
-
-
-class _frozen:  # noqa: N801
-    """Let no weight of a model ask for gradients, and give it back as it was."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._before = [(value, value.requires_grad) for value in model.parameters()]
-
-    def __enter__(self) -> None:
-        for value, _ in self._before:
-            value.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for value, flag in self._before:
-            value.requires_grad_(flag)
 
 
 def _provenance(
