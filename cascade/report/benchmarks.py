@@ -6,8 +6,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from cascade.report.reading import SCHEMA, Record
+from cascade.report.reading import Record, check_record
 from cascade.report.terminal import print_heading, print_pairs, print_table
+
+_RATIOS = "Ratios of seconds: median and 95 % interval over rounds"
 
 
 def print_bench(record: Record, console: Console) -> None:
@@ -20,7 +22,7 @@ def print_bench(record: Record, console: Console) -> None:
     Raises:
         ValueError: The record is of another kind or schema.
     """
-    _check(record, "bench.collect")
+    check_record(record, "bench.collect", ())
     print_pairs(_bench_headline(record), console)
     print_heading("Speed", console)
     _print_speed(record, console)
@@ -53,7 +55,7 @@ def print_decoding(record: Record, console: Console) -> None:
     Raises:
         ValueError: The record is of another kind or schema.
     """
-    _check(record, "bench.decode")
+    check_record(record, "bench.decode", ())
     print_pairs(_decoding_headline(record), console)
     print_heading("Speed", console)
     _print_speed(record, console)
@@ -93,7 +95,7 @@ def print_fitting(record: Record, console: Console) -> None:
     Raises:
         ValueError: The record is of another kind or schema.
     """
-    _check(record, "bench.fit")
+    check_record(record, "bench.fit", ())
     settings = record["settings"]
     heads = ("Heads", f"layers {', '.join(map(str, settings['layers']))}, in one pass")
     print_pairs([*_bench_headline(record), heads], console)
@@ -117,7 +119,7 @@ def print_gating(record: Record, console: Console) -> None:
     Raises:
         ValueError: The record is of another kind or schema.
     """
-    _check(record, "bench.gate")
+    check_record(record, "bench.gate", ())
     print_pairs(_bench_headline(record), console)
     print_heading("Speed", console)
     _print_speed(record, console)
@@ -135,9 +137,6 @@ def print_gating(record: Record, console: Console) -> None:
     _print_targets(record, console)
     print_heading("Notes", console)
     print_pairs(_gating_notes(record), console)
-
-
-_RATIOS = "Ratios of seconds: median and 95 % interval over rounds"
 
 
 def _alone_rows(record: Record) -> list[list[str]]:
@@ -177,7 +176,7 @@ def print_collecting(record: Record, console: Console) -> None:
     Raises:
         ValueError: The record is of another kind or schema.
     """
-    _check(record, "bench.collect-hard")
+    check_record(record, "bench.collect-hard", ())
     exit_layer = ("Exit", f"layer {record['settings']['layer']}")
     print_pairs([*_bench_headline(record), exit_layer], console)
     print_heading("Speed", console)
@@ -188,15 +187,6 @@ def print_collecting(record: Record, console: Console) -> None:
     _print_targets(record, console)
     print_heading("Notes", console)
     print_pairs([("Interval", record["interval"])], console)
-
-
-_RATIOS = "Ratios of seconds: median and 95 % interval over rounds"
-
-
-def _check(record: Record, kind: str) -> None:
-    for key, expected in (("kind", kind), ("schema", SCHEMA)):
-        if record.get(key) != expected:
-            raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
 
 
 def _print_speed(record: Record, console: Console) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 from rich.console import Console
 
 from cascade.report.exits import corpus_words, show_threshold
-from cascade.report.reading import SCHEMA, Record, percent
-from cascade.report.terminal import print_pairs, print_table
+from cascade.report.reading import Record, check_record, percent
+from cascade.report.terminal import print_heading, print_pairs, print_table
 
+_SECTIONS = ("provenance", "cascade", "rows", "verdict")
 _SCOPES = {
     "all": "all",
     "easy": "easy",
@@ -37,16 +38,14 @@ def print_training(record: Record, console: Console) -> None:
                 f"{recipe['routing']} tokens: {record['steps']} steps of {recipe['batch_size']} "
                 f"sequences, learning rate {recipe['learning_rate']:g}, seed {recipe['seed']}",
             ),
-            (
-                "Enter",
-                f"similarity at layer {tokens['layer']} below {threshold}",
-            ),
+            ("Enter", f"similarity at layer {tokens['layer']} below {threshold}"),
             ("Held out", corpus_words(tokens["corpora"]["held-out"])),
         ],
         console,
     )
-    console.print()
-    console.print("Held-out perplexity of the whole cascade, relative to that without the stage")
+    print_heading(
+        "Held-out perplexity of the whole cascade, relative to that without the stage", console
+    )
     print_table(
         ("step", "all tokens", "hard", "response", "hard response", ""),
         [_look(look, record["chosen_step"]) for look in record["looks"]],
@@ -72,9 +71,7 @@ def print_cascade_evaluation(record: Record, console: Console) -> None:
     Raises:
         ValueError: The record is of another kind or schema.
     """
-    for key, expected in (("kind", "cascade-evaluation"), ("schema", SCHEMA)):
-        if record.get(key) != expected:
-            raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
+    check_record(record, "cascade-evaluation", _SECTIONS)
     verdict = record["verdict"]
     console.print(_sentence(verdict["stage"]), highlight=False, markup=False)
     for name in ("routing", "training"):
@@ -97,8 +94,7 @@ def print_cascade_evaluation(record: Record, console: Console) -> None:
         ("Perplexity", "perplexity", 2),
         ("Next tokens predicted rightly", "accuracy", 3),
     ):
-        console.print()
-        console.print(title)
+        print_heading(title, console)
         print_table(
             (*(_SCOPES[scope] for scope in scopes), ""),
             [
@@ -109,8 +105,7 @@ def print_cascade_evaluation(record: Record, console: Console) -> None:
             gap=2,
             text_columns=1,
         )
-    console.print()
-    console.print("What it costs")
+    print_heading("What it costs", console)
     print_table(
         ("layers per token", "operations", "enter the stage", ""),
         [_cost(row) for row in record["rows"]],

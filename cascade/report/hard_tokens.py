@@ -5,8 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 
 from cascade.report.exits import corpus_words, share, show_threshold
-from cascade.report.reading import SCHEMA, Record
+from cascade.report.reading import Record, check_record
 from cascade.report.terminal import print_pairs, print_table
+
+_SECTIONS = ("provenance", "layer", "threshold", "asked", "states", "parts", "notes")
 
 
 def print_hard_tokens(record: Record, console: Console) -> None:
@@ -19,9 +21,7 @@ def print_hard_tokens(record: Record, console: Console) -> None:
     Raises:
         ValueError: The record is of another kind or schema.
     """
-    for key, expected in (("kind", "hard-tokens"), ("schema", SCHEMA)):
-        if record.get(key) != expected:
-            raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
+    check_record(record, "hard-tokens", _SECTIONS)
     print_pairs(_headline(record), console)
     console.print()
     print_table(
