@@ -106,6 +106,7 @@ def collect_hard(
     provenance: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
     overwrite: bool = False,
+    reuse: bool = False,
 ) -> HardTokens:
     """Run a model once over a corpus; store its exit states and which tokens are hard.
 
@@ -128,6 +129,7 @@ def collect_hard(
         provenance: What is known beside model, corpus and machine.
         progress: Called with the number of tokens done since the last call.
         overwrite: Replace an earlier dataset, or an unfinished one of other arguments.
+        reuse: Return a whole dataset of the same arguments that is there, instead.
 
     Raises:
         UsageError: No such layer or dtype, a threshold or ratio that cannot be meant or neither of
@@ -141,7 +143,7 @@ def collect_hard(
     wish = _Wish(layer, threshold, hard_ratio, dtype, batch_size)
     _check_parts(stack, parts, batch_size)
     collection = _Collection(stack, parts, Path(folder), wish, provenance or {})
-    return collection.run(progress or (lambda _: None), overwrite=overwrite)
+    return collection.run(progress or (lambda _: None), overwrite=overwrite, reuse=reuse)
 
 
 @dataclass(frozen=True)
@@ -275,11 +277,11 @@ class _Collection:
             ]
         return found
 
-    def run(self, progress: Callable[[int], None], *, overwrite: bool) -> HardTokens:
-        check_output(self.folder, overwrite=overwrite)
+    def run(self, progress: Callable[[int], None], *, overwrite: bool, reuse: bool) -> HardTokens:
+        check_output(self.folder, overwrite=overwrite or reuse)
         interrupted = os.path.isdir(self.work)
         with self._working():
-            finished = self._just_finished() if interrupted else None
+            finished = self._finished() if interrupted or reuse else None
             if finished is not None:
                 shutil.rmtree(self.work)
                 return finished
@@ -317,8 +319,8 @@ class _Collection:
                 "another --output"
             ) from error
 
-    def _just_finished(self) -> HardTokens | None:
-        """Return the dataset where all but the end of clearing up was done; else None."""
+    def _finished(self) -> HardTokens | None:
+        """Return the dataset in its place where it is whole and what is wanted; else None."""
         try:
             found = load_hard_tokens(self.folder)
         except RecordError:

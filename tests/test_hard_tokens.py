@@ -530,6 +530,21 @@ def test_an_earlier_dataset_goes_only_when_told_and_only_for_a_finished_one(
     assert contents(tmp_path / "d") == contents(tmp_path / "e") | {"mine.txt": b"mine"}
 
 
+def test_a_whole_dataset_of_the_same_arguments_is_reused_when_asked_for(tmp_path: Path) -> None:
+    done: list[int] = []
+    made = collect(tmp_path / "d", hard_ratio=0.3)
+    before = contents(tmp_path / "d")
+    for same in ({"reuse": True}, {"reuse": True, "overwrite": True}):
+        again = collect(tmp_path / "d", hard_ratio=0.3, progress=done.append, **same)
+        assert again.record == made.record
+        assert contents(tmp_path / "d") == before
+    assert not done, "the model ran again"
+    with pytest.raises(OutputError, match="replace it with --overwrite"):
+        collect(tmp_path / "d", hard_ratio=0.5, reuse=True)
+    other = collect(tmp_path / "d", hard_ratio=0.5, reuse=True, overwrite=True)
+    assert other.threshold != made.threshold
+
+
 @pytest.mark.parametrize("name", ["train/mine.py", "held-out/x", "dataset_dict.json"])
 @pytest.mark.parametrize("ours", [False, True])
 def test_files_that_are_not_ours_are_never_replaced(tmp_path: Path, name: str, ours: bool) -> None:
