@@ -322,9 +322,10 @@ MAY_IMPORT["plugin.checks"] = _BELOW | {"plugin.findings", "plugin.measuring", "
 MAY_IMPORT["plugin.budget_check"] = MAY_IMPORT["plugin.checks"] | {"plugin.checks"}
 MAY_IMPORT["plugin"] = MAY_IMPORT["plugin.budget_check"] | {"plugin.budget_check"}
 MAY_IMPORT["cli.app"] = {"errors"}
-MAY_IMPORT["cli.showing"] = {"errors"}
+MAY_IMPORT["cli.showing"] = {"errors", "models"}
+MAY_IMPORT["cli.options"] = {"cli.showing"}
 for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure", "cli.stages"):
-    MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.showing"}
+    MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.options", "cli.showing"}
 MAY_IMPORT["cli.exits"] = MAY_IMPORT["cli.exits"] | {"cli.stages"}
 MAY_IMPORT["cli"] = {
     "cli.app",

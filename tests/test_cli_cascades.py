@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,19 @@ def test_a_second_stage_follows_the_first(train: Run, run: Run, here: Path) -> N
 def test_resumed_the_same_command_ends_at_the_same_stage(train: Run, here: Path) -> None:
     assert train(*BRIEFLY, "--output", "staged").status == 0
     first = Path("staged/stage-1.safetensors").read_bytes()
-    last = max(Path("staged/checkpoints/hard").glob("checkpoint-*"), key=_step)
-    for path in last.iterdir():
-        path.unlink()
-    last.rmdir()
+    collected = _changed_at("staged/hard-tokens")
+    before, last = sorted(Path("staged/checkpoints/hard").glob("checkpoint-*"), key=_step)
+    shutil.rmtree(last)
     done = train(*BRIEFLY, "--resume", "--output", "staged")
     assert done.status == 0, done.err
     assert Path("staged/stage-1.safetensors").read_bytes() == first
+    assert f"Step {_step(last)}:" in done.err
+    assert f"Step {_step(before)}:" not in done.err, "it began anew"
+    assert _changed_at("staged/hard-tokens") == collected, "the model ran a second time"
+
+
+def _changed_at(folder: str) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def _step(path: Path) -> int:

@@ -19,6 +19,7 @@ from cascade.benchmarks.timing import (
     BenchmarkError,
     Record,
     Way,
+    check_least,
     load_average,
     machine_provenance,
     pinned_threads,
@@ -102,17 +103,11 @@ class Setup:
 
     def __post_init__(self) -> None:
         least = {"seq_len": 2, "batch_size": 1, "rounds": 2, "threads": 1, "seed": 0}
-        for name, minimum in (least | {"tokens": self.seq_len}).items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                option = name.replace("_", "-")
-                reason = {
-                    "tokens": " (one sequence of --seq-len)",
-                    "rounds": " (one round has no interval)",
-                }.get(name, "")
-                raise BenchmarkError(
-                    f"expected --{option} of at least {minimum}{reason}, got {value}"
-                )
+        reasons = {
+            "tokens": "one sequence of --seq-len",
+            "rounds": "one round has no interval",
+        }
+        check_least(self, least | {"tokens": self.seq_len}, reasons)
 
 
 def collect(

@@ -17,6 +17,7 @@ from cascade.benchmarks.timing import (
     BenchmarkError,
     Record,
     Way,
+    check_least,
     load_average,
     machine_provenance,
     pinned_threads,
@@ -121,14 +122,7 @@ class DecodeSetup:
             "threads": 1,
             "seed": 0,
         }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                reason = " (one round has no interval)" if name == "rounds" else ""
-                option = name.replace("_", "-")
-                raise BenchmarkError(
-                    f"expected --{option} of at least {minimum}{reason}, got {value}"
-                )
+        check_least(self, least, {"rounds": "one round has no interval"})
         if self.dtype not in ("float32", "bfloat16"):
             raise BenchmarkError(f"expected --dtype float32 or bfloat16, got {self.dtype}")
         if not 0 <= self.hard_ratio <= 1:

@@ -18,6 +18,7 @@ from cascade.benchmarks.timing import (
     INTERVAL,
     BenchmarkError,
     Record,
+    check_least,
     load_average,
     machine_provenance,
     pinned_threads,
@@ -84,10 +85,7 @@ class GateSetup:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, minimum in {"tokens": 1, "rounds": 2, "threads": 1, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise BenchmarkError(f"expected --{name} of at least {minimum}, got {value}")
+        check_least(self, {"tokens": 1, "rounds": 2, "threads": 1, "seed": 0})
 
 
 def gate(

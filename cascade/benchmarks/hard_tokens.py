@@ -12,8 +12,8 @@ import torch
 
 from cascade.benchmarks.timing import (
     INTERVAL,
-    BenchmarkError,
     Record,
+    check_least,
     load_average,
     machine_provenance,
     pinned_threads,
@@ -73,12 +73,7 @@ class HardSetup:
 
     def __post_init__(self) -> None:
         least = {"seq_len": 2, "batch_size": 1, "rounds": 2, "threads": 1, "seed": 0}
-        for name, minimum in (least | {"tokens": 5 * self.seq_len}).items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise BenchmarkError(
-                    f"expected --{name.replace('_', '-')} of at least {minimum}, got {value}"
-                )
+        check_least(self, least | {"tokens": 5 * self.seq_len})
 
 
 def collect_hard_tokens(

@@ -37,6 +37,27 @@ class BenchmarkError(CascadeError):
     """What was asked for cannot be measured, or measuring it failed."""
 
 
+def check_least(
+    setup: object, least: Mapping[str, int], reasons: Mapping[str, str] | None = None
+) -> None:
+    """Refuse a setup of which a number is too small.
+
+    Args:
+        setup: Its attributes are what options of the same names say; None is not looked at.
+        least: Name -> the least that is allowed.
+        reasons: Name -> why, in brackets behind the least.
+
+    Raises:
+        BenchmarkError: Names the option, the least and what came.
+    """
+    for name, minimum in least.items():
+        value = getattr(setup, name)
+        if value is not None and value < minimum:
+            option, reason = name.replace("_", "-"), (reasons or {}).get(name)
+            why = "" if reason is None else f" ({reason})"
+            raise BenchmarkError(f"expected --{option} of at least {minimum}{why}, got {value}")
+
+
 # --- Time ------------------------------------------------------------------------------------
 
 

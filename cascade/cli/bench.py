@@ -3,48 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cascade.cli.app import bench
+from cascade.cli.options import Device, Model
 from cascade.cli.showing import (
-    DEVICE_HELP,
-    MODEL_HELP,
     command_line,
     print_record,
     read_layers,
 )
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-@bench.command("collect")
-def bench_collect(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
-    tokens: Annotated[int, typer.Option(help="Tokens per pass over the embedded corpus.")] = 4096,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass, all ways.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 7,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads to compute with; as torch has it without.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the order of the ways in every round.")] = 0,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    memory: Annotated[
-        bool, typer.Option(help="Measure peak memory too, in processes of their own.")
-    ] = True,
-    output: Annotated[Path | None, typer.Option(help="Folder for bench.json.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")
-    ] = False,
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", help="Threads to compute with; as torch has it without."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Draws the order of the ways in every round.")]
+Output = Annotated[Path | None, typer.Option("--output", help="Folder for bench.json.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")]
+
+
+def _run(
+    measure: Callable[..., dict[str, Any]],
+    show: Callable[[dict[str, Any], Console], None],
+    output: Path | None,
+    *,
+    overwrite: bool,
 ) -> None:
-    """Time the ways to collect similarities: the seed's, the bare decoder's, analyze, a peer's.
+    """Measure, write the record where it is wanted, and show it.
 
-    One process, rounds interleaved in random order. A missed target is
-    printed and recorded; it does not fail the command.
+    Args:
+        measure: Called with the benchmarks, the command line and who is told what is being done.
+        show: Prints the record.
+        output: A folder for it, which must be free before anything is measured.
+        overwrite: Replace the file of an earlier run.
     """
     from cascade.files import RunFolder
-    from cascade.report import print_bench
 
     with contextlib.ExitStack() as cleanup:
         folder = None
@@ -53,7 +53,43 @@ def bench_collect(
         from cascade import benchmarks
         from cascade.baselines import to_json
 
-        setup = benchmarks.Setup(
+        record = measure(
+            benchmarks,
+            command=command_line(),
+            progress=lambda text: typer.echo(text, err=True),
+        )
+        if folder is not None:
+            folder.write("bench.json", to_json(record) + "\n")
+    print_record(show, record)
+    if output is not None:
+        typer.echo(f"Wrote {output / 'bench.json'}", err=True)
+
+
+@bench.command("collect")
+def bench_collect(
+    model: Model = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(help="Tokens per pass over the embedded corpus.")] = 4096,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass, all ways.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 7,
+    threads: Threads = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    memory: Annotated[
+        bool, typer.Option(help="Measure peak memory too, in processes of their own.")
+    ] = True,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Time the ways to collect similarities: the seed's, the bare decoder's, analyze, a peer's.
+
+    One process, rounds interleaved in random order. A missed target is
+    printed and recorded; it does not fail the command.
+    """
+    from cascade.report import print_bench
+
+    def measure(rooms: Any, **about: Any) -> dict[str, Any]:
+        setup = rooms.Setup(
             model=model,
             tokens=tokens,
             seq_len=seq_len,
@@ -63,22 +99,15 @@ def bench_collect(
             seed=seed,
             device=device,
         )
-        record = benchmarks.collect(
-            setup,
-            memory=memory,
-            command=command_line(),
-            progress=lambda text: typer.echo(text, err=True),
-        )
-        if folder is not None:
-            folder.write("bench.json", to_json(record) + "\n")
-    print_record(print_bench, record)
-    if output is not None:
-        typer.echo(f"Wrote {output / 'bench.json'}", err=True)
+        record: dict[str, Any] = rooms.collect(setup, memory=memory, **about)
+        return record
+
+    _run(measure, print_bench, output, overwrite=overwrite)
 
 
 @bench.command("decode")
 def bench_decode(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     dtype: Annotated[str, typer.Option(help="Arithmetic: float32 or bfloat16.")] = "float32",
     prompts: Annotated[int, typer.Option(help="Prompts that every way continues.")] = 2,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 64,
@@ -99,32 +128,21 @@ def bench_decode(
         Path | None, typer.Option(help="Heads of `cascade fit-heads`; fitted without.")
     ] = None,
     scoring: Annotated[bool, typer.Option(help="Time the scoring of skipped tokens too.")] = True,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads to compute with; as torch has it without.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the order of the ways in every round.")] = 0,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    output: Annotated[Path | None, typer.Option(help="Folder for bench.json.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")
-    ] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Time the ways to decode: transformers' generate, ours in full, and with early exits.
 
     One process, rounds interleaved in random order, on held-out text. A
     missed target is printed and recorded; it does not fail the command.
     """
-    from cascade.files import RunFolder
     from cascade.report import print_decoding
 
-    with contextlib.ExitStack() as cleanup:
-        folder = None
-        if output is not None:
-            folder = cleanup.enter_context(RunFolder(output, ("bench.json",), overwrite=overwrite))
-        from cascade import benchmarks
-        from cascade.baselines import to_json
-
-        setup = benchmarks.DecodeSetup(
+    def measure(rooms: Any, **about: Any) -> dict[str, Any]:
+        setup = rooms.DecodeSetup(
             model=model,
             dtype=dtype,
             prompts=prompts,
@@ -142,21 +160,15 @@ def bench_decode(
             seed=seed,
             device=device,
         )
-        record = benchmarks.decode(
-            setup,
-            command=command_line(),
-            progress=lambda text: typer.echo(text, err=True),
-        )
-        if folder is not None:
-            folder.write("bench.json", to_json(record) + "\n")
-    print_record(print_decoding, record)
-    if output is not None:
-        typer.echo(f"Wrote {output / 'bench.json'}", err=True)
+        record: dict[str, Any] = rooms.decode(setup, **about)
+        return record
+
+    _run(measure, print_decoding, output, overwrite=overwrite)
 
 
 @bench.command("fit")
 def bench_fit(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     layers: Annotated[str, typer.Option(help="Exit layers, e.g. 20,24,28.")] = "20,24,26,28,29",
     tokens: Annotated[
         int, typer.Option(help="Tokens per pass; the embedded corpus is repeated as needed.")
@@ -164,32 +176,21 @@ def bench_fit(
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 32,
     rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 3,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads to compute with; as torch has it without.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the order of the ways in every round.")] = 0,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    output: Annotated[Path | None, typer.Option(help="Folder for bench.json.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")
-    ] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Time fitting exit heads against the bare forward pass over the same tokens.
 
     One process, rounds interleaved in random order. A missed target is
     printed and recorded; it does not fail the command.
     """
-    from cascade.files import RunFolder
     from cascade.report import print_fitting
 
-    with contextlib.ExitStack() as cleanup:
-        folder = None
-        if output is not None:
-            folder = cleanup.enter_context(RunFolder(output, ("bench.json",), overwrite=overwrite))
-        from cascade import benchmarks
-        from cascade.baselines import to_json
-
-        setup = benchmarks.FitSetup(
+    def measure(rooms: Any, **about: Any) -> dict[str, Any]:
+        setup = rooms.FitSetup(
             model=model,
             layers=read_layers(layers),
             tokens=tokens,
@@ -200,21 +201,15 @@ def bench_fit(
             seed=seed,
             device=device,
         )
-        record = benchmarks.fit(
-            setup,
-            command=command_line(),
-            progress=lambda text: typer.echo(text, err=True),
-        )
-        if folder is not None:
-            folder.write("bench.json", to_json(record) + "\n")
-    print_record(print_fitting, record)
-    if output is not None:
-        typer.echo(f"Wrote {output / 'bench.json'}", err=True)
+        record: dict[str, Any] = rooms.fit(setup, **about)
+        return record
+
+    _run(measure, print_fitting, output, overwrite=overwrite)
 
 
 @bench.command("collect-hard")
 def bench_collect_hard(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
     tokens: Annotated[
         int, typer.Option(help="Tokens per pass; the embedded corpus is repeated as needed.")
@@ -222,32 +217,21 @@ def bench_collect_hard(
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 32,
     rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 5,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads to compute with; as torch has it without.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the order of the ways in every round.")] = 0,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    output: Annotated[Path | None, typer.Option(help="Folder for bench.json.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")
-    ] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Time collecting hard tokens against the bare forward pass over the same batches.
 
     One process, rounds interleaved in random order. A missed target is
     printed and recorded; it does not fail the command.
     """
-    from cascade.files import RunFolder
     from cascade.report import print_collecting
 
-    with contextlib.ExitStack() as cleanup:
-        folder = None
-        if output is not None:
-            folder = cleanup.enter_context(RunFolder(output, ("bench.json",), overwrite=overwrite))
-        from cascade import benchmarks
-        from cascade.baselines import to_json
-
-        setup = benchmarks.HardSetup(
+    def measure(rooms: Any, **about: Any) -> dict[str, Any]:
+        setup = rooms.HardSetup(
             model=model,
             layer=layer,
             tokens=tokens,
@@ -258,35 +242,25 @@ def bench_collect_hard(
             seed=seed,
             device=device,
         )
-        record = benchmarks.collect_hard_tokens(
-            setup,
-            command=command_line(),
-            progress=lambda text: typer.echo(text, err=True),
-        )
-        if folder is not None:
-            folder.write("bench.json", to_json(record) + "\n")
-    print_record(print_collecting, record)
-    if output is not None:
-        typer.echo(f"Wrote {output / 'bench.json'}", err=True)
+        record: dict[str, Any] = rooms.collect_hard_tokens(setup, **about)
+        return record
+
+    _run(measure, print_collecting, output, overwrite=overwrite)
 
 
 @bench.command("gate")
 def bench_gate(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     baselines: Annotated[Path, typer.Option(help="The folder of all baselines.")] = Path(
         "baselines"
     ),
     tokens: Annotated[int, typer.Option(help="The budget of the quick gate.")] = 512,
     rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 7,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads to compute with; as torch has it without.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the order of the ways in every round.")] = 0,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    output: Annotated[Path | None, typer.Option(help="Folder for bench.json.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")
-    ] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Time the quick gate against one bare forward over the same tokens.
 
@@ -294,17 +268,10 @@ def bench_gate(
     loading the model and importing the plugin are timed by themselves. A
     missed target is printed and recorded; it does not fail the command.
     """
-    from cascade.files import RunFolder
     from cascade.report import print_gating
 
-    with contextlib.ExitStack() as cleanup:
-        folder = None
-        if output is not None:
-            folder = cleanup.enter_context(RunFolder(output, ("bench.json",), overwrite=overwrite))
-        from cascade import benchmarks
-        from cascade.baselines import to_json
-
-        setup = benchmarks.GateSetup(
+    def measure(rooms: Any, **about: Any) -> dict[str, Any]:
+        setup = rooms.GateSetup(
             model=model,
             baselines=str(baselines),
             tokens=tokens,
@@ -313,13 +280,7 @@ def bench_gate(
             seed=seed,
             device=device,
         )
-        record = benchmarks.gate(
-            setup,
-            command=command_line(),
-            progress=lambda text: typer.echo(text, err=True),
-        )
-        if folder is not None:
-            folder.write("bench.json", to_json(record) + "\n")
-    print_record(print_gating, record)
-    if output is not None:
-        typer.echo(f"Wrote {output / 'bench.json'}", err=True)
+        record: dict[str, Any] = rooms.gate(setup, **about)
+        return record
+
+    _run(measure, print_gating, output, overwrite=overwrite)

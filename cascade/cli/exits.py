@@ -12,11 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cascade.cli.app import app
+from cascade.cli.options import (
+    BatchSize,
+    Column,
+    Corpus,
+    Device,
+    Dtype,
+    MaxTokens,
+    Model,
+    Output,
+    Overwrite,
+    Revision,
+    SeqLen,
+    Split,
+)
 from cascade.cli.showing import (
-    DEVICE_HELP,
-    DTYPE_HELP,
-    MODEL_HELP,
     command_line,
+    load_model,
     print_record,
     progress_bar,
     read_layers,
@@ -31,23 +43,6 @@ if TYPE_CHECKING:
     from cascade.heads import FittedHeads
     from cascade.models import DecoderStack
 
-Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
-Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.")]
-Dtype = Annotated[str, typer.Option("--dtype", help=DTYPE_HELP)]
-Device = Annotated[str, typer.Option("--device", help=DEVICE_HELP)]
-Corpus = Annotated[
-    str,
-    typer.Option("--corpus", help="embedded, a .jsonl/.json/.parquet/.txt file, or a hub dataset."),
-]
-Split = Annotated[str | None, typer.Option("--split", help="Split of a hub or embedded corpus.")]
-Column = Annotated[
-    str | None,
-    typer.Option("--text-column", help="Column to read, where records are not in Alpaca form."),
-]
-SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per sequence.")]
-MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", min=1, help="Stop at this many tokens.")
-]
 Heads = Annotated[
     Path | None,
     typer.Option("--heads", help="Heads of `cascade fit-heads`; the logit lens without."),
@@ -55,10 +50,6 @@ Heads = Annotated[
 PropagationOption = Annotated[
     str,
     typer.Option("--propagation", help="What upper layers see of exited tokens."),
-]
-Output = Annotated[Path | None, typer.Option("--output", help="Folder for the results.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of draws and intervals.")]
 
@@ -76,7 +67,7 @@ def fit_heads(
     text_column: Column = None,
     seq_len: SeqLen = 128,
     max_tokens: MaxTokens = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
+    batch_size: BatchSize = 32,
     distill: Annotated[
         int, typer.Option(min=0, help="Then learn from the full model, in so many passes.")
     ] = 0,
@@ -97,7 +88,7 @@ def fit_heads(
     from cascade import distillation, heads
     from cascade.saturation import provenance_of
 
-    stack = _load(model, revision, dtype, device)
+    stack = load_model(model, revision, dtype, device)
     blocks = _read(
         stack, corpus, split or _embedded(corpus, "train"), text_column, seq_len, max_tokens
     )
@@ -186,7 +177,7 @@ def calibrate(
         from cascade import calibration
         from cascade.baselines import to_json
 
-        stack = _load(model, revision, dtype, device)
+        stack = load_model(model, revision, dtype, device)
         fitted = _read_heads(heads, stack)
         wish = calibration.Wish(
             layer=layer if layer is not None else _usual_layer(stack, fitted),
@@ -273,7 +264,7 @@ def evaluate(
     text_column: Column = None,
     seq_len: SeqLen = 128,
     max_tokens: MaxTokens = 8192,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -314,7 +305,7 @@ def evaluate(
         from cascade.baselines import to_json
         from cascade.points import Point
 
-        stack = _load(model, revision, dtype, device)
+        stack = load_model(model, revision, dtype, device)
         fitted = _read_heads(heads, stack)
         request = evaluation.Request(
             layers=_evaluated_layers(layers, stack, fitted, only_points),
@@ -502,7 +493,7 @@ def generate(
         staged = read_cascade(cascade, dtype, device)
         stack, early = staged.base, staged.early_exit()
     else:
-        stack = _load(model, revision, dtype, device)
+        stack = load_model(model, revision, dtype, device)
         fitted = _read_heads(heads, stack)
         way = propagation or ("exact" if verify else "frozen")
         early = (
@@ -654,13 +645,6 @@ def _pieces(stack: DecoderStack, ids: Any, new: list[int]) -> list[str]:
         for count in range(len(new) + 1)
     ]
     return [after[len(start) :] for start, after in pairwise(texts)]
-
-
-def _load(model: str, revision: str | None, dtype: str, device: str) -> DecoderStack:
-    from cascade import models
-
-    with status(f"Loading {model} (a first time can take half a minute)"):
-        return models.load(model, revision=revision, dtype=dtype, device=device)
 
 
 def _read(

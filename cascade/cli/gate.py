@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cascade.cli.app import app
+from cascade.cli.options import (
+    BatchSize,
+    Column,
+    Device,
+    Dtype,
+    Model,
+    NumSamples,
+    Revision,
+    SeqLen,
+    Split,
+)
 from cascade.cli.showing import (
-    DEVICE_HELP,
-    DTYPE_HELP,
-    MODEL_HELP,
     command_line,
+    load_model,
     print_record,
     progress_bar,
     status,
@@ -85,17 +94,15 @@ def compare(
 
 @app.command()
 def gate(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    model: Model = "smollm2-135m",
+    revision: Revision = None,
     corpus: Annotated[
         str, typer.Option(help="The baseline's: embedded, a file, or a hub dataset.")
     ] = "embedded",
-    split: Annotated[str | None, typer.Option(help="Split of a hub or embedded corpus.")] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column to read, where records are not in Alpaca form.")
-    ] = None,
-    num_samples: Annotated[int, typer.Option(min=0, help="Records to take; 0 for all.")] = 500,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
+    split: Split = None,
+    text_column: Column = None,
+    num_samples: NumSamples = 500,
+    seq_len: SeqLen = 128,
     baselines: Annotated[Path, typer.Option(help="The folder of all baselines.")] = Path(
         "baselines"
     ),
@@ -106,9 +113,9 @@ def gate(
     full: Annotated[
         bool, typer.Option("--full", help="Measure the whole corpus, its table included.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     strict: Strict = False,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -119,12 +126,11 @@ def gate(
     not comparable.
     """
     with _report_folder(output, overwrite) as folder:
-        from cascade import corpora, models
+        from cascade import corpora
         from cascade.baselines import read_profile
         from cascade.gate import run_gate
 
-        with status(f"Loading {model}"):
-            stack = models.load(model, revision=revision, dtype=dtype, device=device)
+        stack = load_model(model, revision, dtype, device)
         with status(f"Reading {corpus}"):
             blocks = corpora.load_blocks(
                 corpus,

@@ -9,11 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade.cli.app import app
+from cascade.cli.options import (
+    BatchSize,
+    Column,
+    Corpus,
+    Device,
+    Dtype,
+    MaxTokens,
+    Model,
+    NumSamples,
+    Overwrite,
+    Revision,
+    SeqLen,
+    Split,
+)
 from cascade.cli.showing import (
-    DEVICE_HELP,
-    DTYPE_HELP,
-    MODEL_HELP,
     command_line,
+    load_model,
     print_record,
     progress_bar,
     status,
@@ -30,22 +42,18 @@ RUN_FILES = ("profile.json", "profile.npz", "layer-profile.svg", "density.svg", 
 
 @app.command()
 def analyze(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    corpus: Annotated[
-        str, typer.Option(help="embedded, a .jsonl/.json/.parquet/.txt file, or a hub dataset.")
-    ] = "embedded",
-    split: Annotated[str | None, typer.Option(help="Split of a hub or embedded corpus.")] = None,
+    model: Model = "smollm2-135m",
+    revision: Revision = None,
+    corpus: Corpus = "embedded",
+    split: Split = None,
     config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column to read, where records are not in Alpaca form.")
-    ] = None,
-    num_samples: Annotated[int, typer.Option(min=0, help="Records to take; 0 for all.")] = 500,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop at this many tokens.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    text_column: Column = None,
+    num_samples: NumSamples = 500,
+    seq_len: SeqLen = 128,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     seed: Annotated[
         int | None, typer.Option(help="Draw the records at random; in corpus order without.")
     ] = None,
@@ -55,9 +63,7 @@ def analyze(
     npz: Annotated[
         Path | None, typer.Option(help="File for one similarity per token and layer.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure the saturation of every decoder layer over a corpus.
 
@@ -80,10 +86,9 @@ def analyze(
             check_free(npz, overwrite=overwrite)
             if output is not None and npz.resolve() in [(output / f).resolve() for f in RUN_FILES]:
                 raise OutputError(f"--output writes {npz} itself; choose another --npz")
-        from cascade import corpora, models, saturation
+        from cascade import corpora, saturation
 
-        with status(f"Loading {model} (a first time can take half a minute)"):
-            stack = models.load(model, revision=revision, dtype=dtype, device=device)
+        stack = load_model(model, revision, dtype, device)
         with status(f"Reading {corpus}"):
             blocks = corpora.load_blocks(
                 corpus,

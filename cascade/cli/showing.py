@@ -13,6 +13,8 @@ from cascade.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cascade.models import DecoderStack
+
 MODEL_HELP = "Model: smollm2-135m, a hub id, a local folder, or a .gguf file."
 DTYPE_HELP = "Arithmetic: float32, bfloat16 or float16."
 DEVICE_HELP = "Device: cpu, cuda, mps or auto."
@@ -29,6 +31,14 @@ def status(text: str) -> Iterator[None]:
         return
     with console.status(text):
         yield
+
+
+def load_model(model: str, revision: str | None, dtype: str, device: str) -> DecoderStack:
+    """Load a model, with a spinner while it takes long."""
+    from cascade import models
+
+    with status(f"Loading {model} (a first time can take half a minute)"):
+        return models.load(model, revision=revision, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager

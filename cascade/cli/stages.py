@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cascade.cli.app import app
+from cascade.cli.options import (
+    BatchSize,
+    Column,
+    Corpus,
+    Device,
+    Dtype,
+    Model,
+    NumSamples,
+    Revision,
+    SeqLen,
+)
 from cascade.cli.showing import (
-    DEVICE_HELP,
-    DTYPE_HELP,
-    MODEL_HELP,
     command_line,
+    load_model,
     print_record,
     progress_bar,
     status,
@@ -44,25 +53,21 @@ def collect_hard(
         typer.Option(help="Share of hard tokens; without --threshold, fits it."),
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    corpus: Annotated[
-        str, typer.Option(help="embedded, a .jsonl/.json/.parquet/.txt file, or a hub dataset.")
-    ] = "embedded",
-    text_column: Annotated[
-        str | None, typer.Option(help="Column to read, where records are not in Alpaca form.")
-    ] = None,
-    num_samples: Annotated[int, typer.Option(min=0, help="Records to take; 0 for all.")] = 0,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
+    model: Model = "smollm2-135m",
+    revision: Revision = None,
+    corpus: Corpus = "embedded",
+    text_column: Column = None,
+    num_samples: NumSamples = 0,
+    seq_len: SeqLen = 128,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop at this many tokens, a fifth of them held out.")
     ] = None,
     states_dtype: Annotated[
         str, typer.Option(help="How states are stored: float16, or bfloat16 for large ones.")
     ] = "float16",
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     seed: Annotated[
         int | None, typer.Option(help="Draw the records at random; in corpus order without.")
     ] = None,
@@ -82,10 +87,7 @@ def collect_hard(
 
     hard_tokens.check_output(output, overwrite=overwrite)
     hard_tokens.check_wish(threshold, hard_ratio, states_dtype)
-    from cascade import models
-
-    with status(f"Loading {model} (a first time can take half a minute)"):
-        stack = models.load(model, revision=revision, dtype=dtype, device=device)
+    stack = load_model(model, revision, dtype, device)
     with status(f"Reading {corpus}"):
         parts = _parts(
             stack,
@@ -220,21 +222,17 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
     ] = False,
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2-135m",
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    corpus: Annotated[
-        str, typer.Option(help="embedded, a .jsonl/.json/.parquet/.txt file, or a hub dataset.")
-    ] = "embedded",
-    text_column: Annotated[
-        str | None, typer.Option(help="Column to read, where records are not in Alpaca form.")
-    ] = None,
-    num_samples: Annotated[int, typer.Option(min=0, help="Records to take; 0 for all.")] = 0,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
+    model: Model = "smollm2-135m",
+    revision: Revision = None,
+    corpus: Corpus = "embedded",
+    text_column: Column = None,
+    num_samples: NumSamples = 0,
+    seq_len: SeqLen = 128,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop at this many tokens, a fifth of them held out.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Of fresh weights and of the order.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier cascade.")
@@ -285,13 +283,15 @@ def train(
     for note in tokens.notes:
         typer.echo(f"Beware: {note}", err=True)
     folder = output / _CHECKPOINTS
-    trained = _train(base, tokens, recipe, folder / "hard", resume=resume, tensorboard=tensorboard)
+    trained = _train(
+        routed, tokens, recipe, folder / "hard", resume=resume, tensorboard=tensorboard
+    )
     from cascade.cascades import Entry
 
     _save(base, trained, Entry(tokens.layer, tokens.threshold), output, overwrite or resume)
     for routing in ("all", "random") if controls else ():
         control = _train(
-            base,
+            routed,
             tokens,
             dataclasses.replace(recipe, routing=routing),
             folder / routing,
@@ -335,12 +335,10 @@ def _cascade(
     folder: Path | None, model: str, revision: str | None, dtype: str, device: str
 ) -> Cascade:
     """Return the cascade in a folder, or the model alone."""
-    from cascade import models
     from cascade.cascades import Cascade
 
     if folder is None:
-        with status(f"Loading {model} (a first time can take half a minute)"):
-            return Cascade(models.load(model, revision=revision, dtype=dtype, device=device))
+        return Cascade(load_model(model, revision, dtype, device))
     return read_cascade(folder, dtype, device)
 
 
@@ -387,11 +385,12 @@ def _dataset_of(
             provenance={"command": command_line()},
             progress=advance,
             overwrite=True,
+            reuse=True,
         )
 
 
 def _train(
-    base: Cascade,
+    stack: DecoderStack,
     tokens: HardTokens,
     recipe: Recipe,
     folder: Path,
@@ -404,7 +403,6 @@ def _train(
     from cascade.training import train_stage
 
     length = int(tokens.record["states"]["seq_len"])
-    stack = base.routed() if base.stages else base.stack
     with contextlib.ExitStack() as shown:
         told = _Told(recipe, length, shown)
         return train_stage(
