@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from cascade.evaluation import evaluate as evaluate
     from cascade.gate import Gate as Gate
     from cascade.gate import run_gate as run_gate
-    from cascade.hard_tokens import HardTokens as HardTokens
+    from cascade.hard_dataset import HardTokens as HardTokens
+    from cascade.hard_dataset import load_hard_tokens as load_hard_tokens
     from cascade.hard_tokens import collect_hard as collect_hard
-    from cascade.hard_tokens import load_hard_tokens as load_hard_tokens
     from cascade.heads import FittedHeads as FittedHeads
     from cascade.heads import fit_heads as fit_heads
     from cascade.heads import load_heads as load_heads
@@ -53,7 +53,7 @@ _ROOMS = {
     "Entry": "cascades",
     "FittedHeads": "heads",
     "Gate": "gate",
-    "HardTokens": "hard_tokens",
+    "HardTokens": "hard_dataset",
     "Recipe": "training",
     "SaturationProfile": "saturation",
     "SimilarityStatistics": "statistics",
@@ -69,7 +69,7 @@ _ROOMS = {
     "fit_heads": "heads",
     "load": "models",
     "load_blocks": "corpora",
-    "load_hard_tokens": "hard_tokens",
+    "load_hard_tokens": "hard_dataset",
     "load_heads": "heads",
     "read_profile": "baselines",
     "read_record": "baselines",

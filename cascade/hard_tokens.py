@@ -32,10 +32,7 @@ from cascade.errors import (
 )
 from cascade.exits import ExitPoint, HiddenHistory, exit_entries, find_rule, least_fp32, number
 from cascade.files import make_folder, remove_empty, write_text
-from cascade.hard_dataset import KIND, RECORD, WORK, hash_of
-from cascade.hard_dataset import HardTokens as HardTokens
-from cascade.hard_dataset import is_unfinished as is_unfinished
-from cascade.hard_dataset import load_hard_tokens as load_hard_tokens
+from cascade.hard_dataset import KIND, RECORD, WORK, HardTokens, hash_of, load_hard_tokens
 from cascade.models import DecoderStack
 from cascade.saturation import check_blocks, provenance_of
 from cascade.shards import (

@@ -188,6 +188,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
         "evaluation",
         "gate",
+        "hard_dataset",
         "hard_tokens",
         "heads",
         "models",

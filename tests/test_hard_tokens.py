@@ -33,7 +33,8 @@ from cascade.errors import (
     RecordError,
     UsageError,
 )
-from cascade.hard_tokens import HardTokens, collect_hard, expected_bytes, load_hard_tokens
+from cascade.hard_dataset import HardTokens, load_hard_tokens
+from cascade.hard_tokens import collect_hard, expected_bytes
 from cascade.models import DecoderStack
 from cascade.thresholds import fit_threshold
 

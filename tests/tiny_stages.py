@@ -15,7 +15,8 @@ from torch import Tensor
 from cascade.cascades import Cascade, Entry
 from cascade.corpora import TokenBlocks, load_blocks
 from cascade.early_exit import Propagation
-from cascade.hard_tokens import HardTokens, collect_hard
+from cascade.hard_dataset import HardTokens
+from cascade.hard_tokens import collect_hard
 from cascade.models import DecoderStack
 from cascade.stages import Stage, new_stage
 

@@ -131,7 +131,7 @@ def collect_hard(
 @contextlib.contextmanager
 def _told_to_go_on(output: Path) -> Iterator[None]:
     """Say after an interruption that what is done is not lost."""
-    from cascade.hard_tokens import is_unfinished
+    from cascade.hard_dataset import is_unfinished
 
     try:
         yield
