@@ -182,14 +182,16 @@ def train_stage(
             nothing to resume from, or a checkpoint that is cut short or of another recipe.
     """
     recipe.check()
+    if tensorboard is not None:
+        _check_tensorboard()
     tokens.check(stack)
     before = stack.weights_in_memory()
     stage = _untrained(stack, recipe)
     module = _StageModule(stack, stage, tokens, recipe)
-    trainer = _StageTrainer(
-        module, tokens, _arguments(recipe, folder, stack, tokens, steps, tensorboard)
-    )
+    trainer = _StageTrainer(module, tokens, _arguments(recipe, folder, stack, tokens, steps))
     trainer.follow(recipe, told or (lambda *_: None), patient=steps is None)
+    if tensorboard is not None:
+        trainer.add_callback(_logging_to(tensorboard))
     with frozen(stack.model):
         start = trainer.look_now()
         request = _request(tokens, recipe, steps)
@@ -527,14 +529,11 @@ def _arguments(
     stack: DecoderStack,
     tokens: HardTokens,
     steps: int | None,
-    tensorboard: Path | None,
 ) -> TrainingArguments:
     per_epoch = math.ceil(len(tokens.part("train")) / recipe.batch_size)
     total = steps or max(1, math.ceil(recipe.epochs * per_epoch))
     every = max(1, per_epoch // recipe.looks)
     on_cpu = stack.device.type == "cpu"
-    if tensorboard is not None:
-        _check_tensorboard()
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
@@ -560,11 +559,23 @@ def _arguments(
         remove_unused_columns=False,
         disable_tqdm=True,
         log_level="error",
-        report_to="none" if tensorboard is None else "tensorboard",
+        report_to="none",
         dataloader_pin_memory=False,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # a stage is small: one device
     return arguments
+
+
+def _logging_to(folder: Path) -> TrainerCallback:
+    """Return what logs every step and look to a folder, for TensorBoard."""
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        from tensorboardX import SummaryWriter  # type: ignore[import-not-found, no-redef]
+    callback: TrainerCallback = TensorBoardCallback(SummaryWriter(str(folder)))
+    return callback
 
 
 def _check_tensorboard() -> None:

@@ -565,7 +565,6 @@ def test_tensorboard_that_is_not_installed_is_one_line(
 
 
 def test_tensorboard_gets_the_loss_and_every_look(tokens: HardTokens, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="an optional library")
     recipe = dataclasses.replace(RECIPE, epochs=0.5)
     train_stage(a_reader(), tokens, recipe, tmp_path / "c", tensorboard=tmp_path / "t")
     (events,) = (tmp_path / "t").rglob("events.out.tfevents*")
