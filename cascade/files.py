@@ -119,15 +119,24 @@ class RunFolder:
     Args:
         path: The folder; made where it is missing.
         names: The names of the files this run will write.
+        optional: Names of files that it may write or not; an older run's go in any case.
         overwrite: Replace the files of an earlier run.
 
     Raises:
         OutputError: The folder holds another run and `overwrite` is false, or cannot be written.
     """
 
-    def __init__(self, path: Path, names: Iterable[str], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        names: Iterable[str],
+        *,
+        optional: Iterable[str] = (),
+        overwrite: bool = False,
+    ) -> None:
         self.path = path
-        self.names = tuple(names)
+        self.optional = tuple(optional)
+        self.names = (*names, *self.optional)
         self._made: list[Path] = []
         try:
             self._check(overwrite)
@@ -184,6 +193,8 @@ class RunFolder:
                     target.replace(kept)
                 else:
                     undo.callback(target.unlink, missing_ok=True)
+                if name in self.optional and not (self.staging / name).exists():
+                    continue
                 (self.staging / name).replace(target)
             undo.pop_all()
 

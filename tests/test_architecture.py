@@ -204,6 +204,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report.figures": {"report.drawing", "report.reading"},
     "report.document": {"report.drawing"},
     "report.page": {"report.document", "report.figures", "report.reading"},
+    "report.sections": {"report.document", "report.terminal"},
     "report.benchmarks": {"report.reading", "report.terminal"},
     "report.exits": {"report.reading"},
     "report.calibration": {"report.exits", "report.reading", "report.terminal"},
@@ -325,8 +326,9 @@ MAY_IMPORT["plugin"] = MAY_IMPORT["plugin.budget_check"] | {"plugin.budget_check
 MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors", "models"}
 MAY_IMPORT["cli.options"] = {"cli.showing"}
+MAY_IMPORT["cli.reports"] = {"baselines", "files", "report.sections"}
 for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure", "cli.stages"):
-    MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.options", "cli.showing"}
+    MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.options", "cli.reports", "cli.showing"}
 MAY_IMPORT["cli.exits"] = MAY_IMPORT["cli.exits"] | {"cli.stages"}
 MAY_IMPORT["cli"] = {
     "cli.app",

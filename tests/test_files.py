@@ -319,3 +319,19 @@ def test_wherever_the_last_step_is_struck_all_files_are_old_or_all_are_new(
         renames = len(NAMES) + len(present)
         new = {"notes.txt": b"mine"} | dict.fromkeys(NAMES, b"new")
         assert contents(target) == (before if failing <= renames else new)
+
+
+def test_an_optional_file_that_is_not_written_takes_the_older_one_away(tmp_path: Path) -> None:
+    for content in ("old", None):
+        with RunFolder(tmp_path, ["a"], optional=["b"], overwrite=True) as folder:
+            folder.write("a", "new")
+            if content is not None:
+                folder.write("b", content)
+        assert (tmp_path / "b").exists() is (content is not None)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_optional_file_is_part_of_another_run(tmp_path: Path) -> None:
+    (tmp_path / "b").write_text("of an older run")
+    with pytest.raises(OutputError, match="holds another run"):
+        RunFolder(tmp_path, ["a"], optional=["b"])
