@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from cascade.early_exit import EarlyExit as EarlyExit
     from cascade.errors import CascadeError as CascadeError
     from cascade.evaluation import evaluate as evaluate
+    from cascade.explanation import explain as explain
+    from cascade.final_norm import explain_norm as explain_norm
     from cascade.gate import Gate as Gate
     from cascade.gate import run_gate as run_gate
     from cascade.hard_dataset import HardTokens as HardTokens
@@ -66,6 +68,8 @@ _ROOMS = {
     "distill": "distillation",
     "evaluate": "evaluation",
     "evaluate_cascade": "cascade_evaluation",
+    "explain": "explanation",
+    "explain_norm": "final_norm",
     "fit_heads": "heads",
     "load": "models",
     "load_blocks": "corpora",

@@ -44,6 +44,33 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ridge": set(),
     "lean": set(),
     "skipping": {"errors", "lean", "models"},
+    "resampling": set(),
+    "parts": {"errors", "models"},
+    "token_classes": set(),
+    "residual_stream": {"parts"},
+    "causes": {"models", "parts", "residual_stream"},
+    "ablations": {"causes", "models", "parts", "passes"},
+    "explanation": {
+        "ablations",
+        "causes",
+        "corpora",
+        "errors",
+        "models",
+        "parts",
+        "resampling",
+        "residual_stream",
+        "saturation",
+        "structure",
+        "token_classes",
+    },
+    "final_norm": {
+        "corpora",
+        "errors",
+        "models",
+        "resampling",
+        "residual_stream",
+        "saturation",
+    },
     "heads": {"corpora", "errors", "exits", "files", "models", "ridge", "saturation", "shapes"},
     "passes": {"errors", "exits", "heads", "models", "skipping"},
     "generation": {"errors", "exits", "models", "passes", "skipping"},
@@ -60,6 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "heads",
         "models",
         "passes",
+        "resampling",
         "saturation",
         "skipping",
     },
@@ -116,7 +144,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "shards",
         "thresholds",
     },
-    "stages": {"errors", "models"},
+    "stages": {"errors", "models", "parts"},
     "cascades": {
         "baselines",
         "early_exit",
@@ -187,6 +215,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "early_exit",
         "errors",
         "evaluation",
+        "explanation",
+        "final_norm",
         "gate",
         "hard_dataset",
         "hard_tokens",
@@ -205,6 +235,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report.document": {"report.drawing"},
     "report.page": {"report.document", "report.figures", "report.reading"},
     "report.sections": {"report.document", "report.terminal"},
+    "report.explanation_figures": {"report.drawing", "report.figures", "report.reading"},
+    "report.explanation": {"report.explanation_figures", "report.reading", "report.sections"},
+    "report.final_norm": {"report.drawing", "report.reading", "report.sections"},
     "report.benchmarks": {"report.reading", "report.terminal"},
     "report.exits": {"report.reading"},
     "report.calibration": {"report.exits", "report.reading", "report.terminal"},
@@ -327,17 +360,11 @@ MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors", "models"}
 MAY_IMPORT["cli.options"] = {"cli.showing"}
 MAY_IMPORT["cli.reports"] = {"baselines", "files", "report.sections"}
-for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure", "cli.stages"):
+_COMMANDS = ("bench", "exits", "explain", "gate", "measure", "stages")
+for _command in (f"cli.{name}" for name in _COMMANDS):
     MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.options", "cli.reports", "cli.showing"}
 MAY_IMPORT["cli.exits"] = MAY_IMPORT["cli.exits"] | {"cli.stages"}
-MAY_IMPORT["cli"] = {
-    "cli.app",
-    "cli.bench",
-    "cli.exits",
-    "cli.gate",
-    "cli.measure",
-    "cli.stages",
-}
+MAY_IMPORT["cli"] = {"cli.app", *(f"cli.{name}" for name in _COMMANDS)}
 
 
 def rooms_imported_by(path: Path) -> set[str]:

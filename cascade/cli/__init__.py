@@ -3,6 +3,7 @@
 from cascade.cli.app import app, main
 from cascade.cli.bench import bench_collect, bench_collect_hard, bench_decode, bench_fit, bench_gate
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
+from cascade.cli.explain import explain
 from cascade.cli.gate import compare, gate
 from cascade.cli.measure import RUN_FILES, accept, analyze
 from cascade.cli.stages import collect_hard, train
@@ -21,6 +22,7 @@ __all__ = [
     "collect_hard",
     "compare",
     "evaluate",
+    "explain",
     "fit_heads",
     "gate",
     "generate",
