@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,14 +97,27 @@ def blocked(call: LayerCall, columns: Tensor) -> LayerCall | None:
     Returns:
         The call; None where its mask is none that can be changed.
     """
-    mask = call.kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] != columns.shape[-1]:
-        return None
-    hidden = columns[:, None, None, :].expand(-1, 1, columns.shape[-1], -1)
-    hidden = hidden & ~torch.eye(columns.shape[-1], dtype=torch.bool, device=columns.device)
-    lowest = False if mask.dtype is torch.bool else torch.finfo(mask.dtype).min
-    changed = torch.where(hidden, torch.full_like(mask[:1, :1, :1, :1], lowest), mask)
-    return replace(call, kwargs=call.kwargs | {"attention_mask": changed})
+    length = columns.shape[-1]
+    hidden = columns[:, None, None, :].expand(-1, 1, length, -1)
+    hidden = hidden & ~torch.eye(length, dtype=torch.bool, device=columns.device)
+    found = False
+
+    def changed(value: Any) -> Any:
+        nonlocal found
+        if (
+            not isinstance(value, Tensor)
+            or value.ndim != 4
+            or value.shape[-2:] != hidden.shape[-2:]
+        ):
+            return value
+        found = True
+        lowest = False if value.dtype is torch.bool else torch.finfo(value.dtype).min
+        return torch.where(hidden, torch.full_like(value[:1, :1, :1, :1], lowest), value)
+
+    # Some families pass their mask by name, some by place.
+    args = tuple(map(changed, call.args))
+    kwargs = {name: changed(value) for name, value in call.kwargs.items()}
+    return LayerCall(args, kwargs) if found else None
 
 
 @dataclass(frozen=True)
