@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "corpora": {"errors"},
     "baselines": {"errors", "files", "statistics"},
     "attribution": set(),
-    "drift": {"attribution", "baselines", "errors", "statistics"},
+    "resampling": set(),
+    "drift": {"attribution", "baselines", "errors", "resampling", "statistics"},
     "noise": {"models", "saturation"},
     "session": set(),
     "gate": {
@@ -90,6 +91,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "saturation",
         "thresholds",
         "verdict",
+    },
+    "corpus_comparison": {
+        "corpora",
+        "errors",
+        "models",
+        "resampling",
+        "saturation",
+        "structure",
+        "thresholds",
     },
     "distillation": {"corpora", "errors", "exits", "heads", "models", "ridge", "saturation"},
     "budgets": {"baselines", "errors", "files", "shapes"},
@@ -182,6 +192,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "baselines",
         "calibration",
         "corpora",
+        "corpus_comparison",
         "distillation",
         "drift",
         "early_exit",
@@ -231,6 +242,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.drift_figures",
         "report.drift_reading",
         "report.reading",
+    },
+    "report.corpora": {
+        "report.drawing",
+        "report.exits",
+        "report.figures",
+        "report.reading",
+        "report.sections",
     },
     "report.cascades": {"report.exits", "report.reading", "report.terminal"},
     "report.hard_tokens": {"report.exits", "report.reading", "report.terminal"},
@@ -327,12 +345,13 @@ MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors", "models"}
 MAY_IMPORT["cli.options"] = {"cli.showing"}
 MAY_IMPORT["cli.reports"] = {"baselines", "files", "report.sections"}
-for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure", "cli.stages"):
+for _command in ("cli.bench", "cli.corpora", "cli.exits", "cli.gate", "cli.measure", "cli.stages"):
     MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.options", "cli.reports", "cli.showing"}
 MAY_IMPORT["cli.exits"] = MAY_IMPORT["cli.exits"] | {"cli.stages"}
 MAY_IMPORT["cli"] = {
     "cli.app",
     "cli.bench",
+    "cli.corpora",
     "cli.exits",
     "cli.gate",
     "cli.measure",

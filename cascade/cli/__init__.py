@@ -2,6 +2,7 @@
 
 from cascade.cli.app import app, main
 from cascade.cli.bench import bench_collect, bench_collect_hard, bench_decode, bench_fit, bench_gate
+from cascade.cli.corpora import compare_corpora
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.gate import compare, gate
 from cascade.cli.measure import RUN_FILES, accept, analyze
@@ -20,6 +21,7 @@ __all__ = [
     "calibrate",
     "collect_hard",
     "compare",
+    "compare_corpora",
     "evaluate",
     "fit_heads",
     "gate",
