@@ -243,10 +243,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.drift_reading",
         "report.reading",
     },
+    "report.corpora_figures": {"report.drawing", "report.figures", "report.reading"},
     "report.corpora": {
-        "report.drawing",
+        "report.corpora_figures",
         "report.exits",
-        "report.figures",
         "report.reading",
         "report.sections",
     },
