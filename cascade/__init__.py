@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cascade.cascades import Entry as Entry
     from cascade.corpora import TokenBlocks as TokenBlocks
     from cascade.corpora import load_blocks as load_blocks
+    from cascade.corpus_comparison import compare_corpora as compare_corpora
     from cascade.distillation import distill as distill
     from cascade.drift import Comparison as Comparison
     from cascade.drift import compare as compare
@@ -65,6 +66,7 @@ _ROOMS = {
     "calibrate": "calibration",
     "collect_hard": "hard_tokens",
     "compare": "drift",
+    "compare_corpora": "corpus_comparison",
     "distill": "distillation",
     "evaluate": "evaluation",
     "evaluate_cascade": "cascade_evaluation",

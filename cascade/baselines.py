@@ -39,6 +39,7 @@ _MADE_BY = {
     "budgets": "accept",
     "hard-tokens": "collect-hard --output",
     "cascade": "train --output",
+    "corpus-comparison": "compare-corpora --output",
 }
 
 

@@ -1,20 +1,99 @@
-"""Resampling: intervals of means over whole sequences, whose tokens are correlated."""
+"""Resampling whole sequences: means of resamples, intervals from them, and what those decide.
+
+Tokens of one sequence are correlated, so that sequences are what is drawn anew, never tokens.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Interval = tuple[float, float]
+Place = Literal["within", "beyond", "straddles"]
 
-#: Resamples of an interval.
 RESAMPLES = 999
+#: Weights that are held at once: many sequences are drawn in several goes, and are drawn alike.
+_HELD = 1 << 22
+
+
+def resampled_means(
+    rows: Array, generator: np.random.Generator, *, resamples: int = RESAMPLES
+) -> Array:
+    """Return the means of resamples of whole sequences, `[resamples, C]`.
+
+    Args:
+        rows: `[S, C]`, one row per sequence, each of as many tokens as the others.
+        generator: Draws the resamples.
+        resamples: How many.
+    """
+    count = len(rows)
+    each = max(1, _HELD // count)
+    means = [
+        generator.multinomial(count, np.full(count, 1 / count), size=min(each, resamples - done))
+        @ rows
+        / count
+        for done in range(0, resamples, each)
+    ]
+    return np.concatenate(means)
+
+
+def half_widths(means: Array, center: Array, confidence: float) -> Array:
+    """Return how far intervals of this confidence reach to either side, each by itself, `[C]`.
+
+    Symmetric percentile intervals (Hall, The Bootstrap and Edgeworth Expansion, 1992, section 3.6).
+
+    Args:
+        means: `[resamples, C]`, of `resampled_means`.
+        center: `[C]`, the means of the sequences themselves.
+        confidence: That one interval holds, in (0, 1).
+    """
+    reach: Array = np.quantile(np.abs(means - center), confidence, axis=0, method="higher")
+    return reach
+
+
+def simultaneous_half_widths(means: Array, center: Array, confidence: float) -> Array:
+    """Return how far intervals reach that hold all at once with this confidence, `[C]`.
+
+    By the largest |t| over all columns (Romano and Wolf 2005, Econometrica 73): correlated columns
+    cost no more than they must. NaN where a column is.
+
+    Args:
+        means: `[resamples, C]`: of `resampled_means`, or differences of two of them.
+        center: `[C]`, the same of the sequences themselves.
+        confidence: That all intervals hold, in (0, 1).
+    """
+    error = means.std(axis=0, ddof=1)
+    known = np.isfinite(error) & (error > 0)
+    largest = (np.abs(means - center)[:, known] / error[known]).max(axis=1, initial=0.0)
+    reach: Array = float(np.quantile(largest, confidence, method="higher")) * error
+    return reach
+
+
+def placed(interval: Interval, limit: float) -> Place:
+    """Return where an interval lies: "within" +-limit, "beyond" it, or on both sides of it.
+
+    Args:
+        interval: Lower and upper end.
+        limit: At least 0.
+    """
+    low, high = interval
+    if -limit <= low and high <= limit:
+        return "within"
+    return "straddles" if low <= limit and high >= -limit else "beyond"
 
 
 def draws(count: int, seed: int) -> Array:
-    """Return which sequences each resample has, `[RESAMPLES, count]`."""
+    """Return which sequences each resample has, `[RESAMPLES, count]`.
+
+    For what is no mean: a ratio, or a statistic of several means that are drawn together.
+
+    Args:
+        count: How many sequences there are.
+        seed: Of the resamples.
+    """
     drawn: Array = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
     return drawn
 
@@ -44,7 +123,6 @@ def ratio_interval(part: Array, whole: Array, seed: int) -> list[float] | None:
     """
     drawn = draws(len(part), seed)
     totals = whole[drawn].sum(axis=1)
-    some = totals > 0
-    if not some.all():
+    if not (totals > 0).all():
         return None
     return interval(part[drawn].sum(axis=1) / totals)

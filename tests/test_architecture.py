@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "corpora": {"errors"},
     "baselines": {"errors", "files", "statistics"},
     "attribution": set(),
-    "drift": {"attribution", "baselines", "errors", "statistics"},
+    "resampling": set(),
+    "drift": {"attribution", "baselines", "errors", "resampling", "statistics"},
     "noise": {"models", "saturation"},
     "session": set(),
     "gate": {
@@ -119,6 +120,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "thresholds",
         "verdict",
     },
+    "corpus_comparison": {
+        "corpora",
+        "errors",
+        "models",
+        "resampling",
+        "saturation",
+        "structure",
+        "thresholds",
+    },
     "distillation": {"corpora", "errors", "exits", "heads", "models", "ridge", "saturation"},
     "budgets": {"baselines", "errors", "files", "shapes"},
     "shards": {"files"},
@@ -210,6 +220,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "baselines",
         "calibration",
         "corpora",
+        "corpus_comparison",
         "distillation",
         "drift",
         "early_exit",
@@ -264,6 +275,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.drift_figures",
         "report.drift_reading",
         "report.reading",
+    },
+    "report.corpora_figures": {"report.drawing", "report.figures", "report.reading"},
+    "report.corpora": {
+        "report.corpora_figures",
+        "report.exits",
+        "report.reading",
+        "report.sections",
     },
     "report.cascades": {"report.exits", "report.reading", "report.terminal"},
     "report.hard_tokens": {"report.exits", "report.reading", "report.terminal"},
@@ -360,7 +378,7 @@ MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors", "models"}
 MAY_IMPORT["cli.options"] = {"cli.showing"}
 MAY_IMPORT["cli.reports"] = {"baselines", "files", "report.sections"}
-_COMMANDS = ("bench", "exits", "explain", "gate", "measure", "stages")
+_COMMANDS = ("bench", "corpora", "exits", "explain", "gate", "measure", "stages")
 for _command in (f"cli.{name}" for name in _COMMANDS):
     MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.options", "cli.reports", "cli.showing"}
 MAY_IMPORT["cli.exits"] = MAY_IMPORT["cli.exits"] | {"cli.stages"}

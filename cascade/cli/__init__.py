@@ -2,6 +2,7 @@
 
 from cascade.cli.app import app, main
 from cascade.cli.bench import bench_collect, bench_collect_hard, bench_decode, bench_fit, bench_gate
+from cascade.cli.corpora import compare_corpora
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.explain import explain
 from cascade.cli.gate import compare, gate
@@ -21,6 +22,7 @@ __all__ = [
     "calibrate",
     "collect_hard",
     "compare",
+    "compare_corpora",
     "evaluate",
     "explain",
     "fit_heads",
