@@ -45,7 +45,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ridge": set(),
     "lean": set(),
     "skipping": {"errors", "lean", "models"},
-    "resampling": set(),
     "parts": {"errors", "models"},
     "token_classes": set(),
     "residual_stream": {"parts"},
