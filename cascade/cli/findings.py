@@ -1,0 +1,105 @@
+"""The command that draws the page of findings, and measures what it is drawn from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cascade.cli.app import app
+from cascade.errors import RecordError, UsageError
+
+
+@app.command()
+def findings(
+    page: Annotated[
+        Path, typer.Argument(help="The page; its records and pictures lie in a folder beside it.")
+    ] = Path("docs/findings.md"),
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure every record anew, by its command.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="Model to measure: smollm2-135m, a hub id, a folder, a .gguf file.")
+    ] = "smollm2-135m",
+    layer: Annotated[int, typer.Option(min=1, help="The layer to explain.")] = 25,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="Corpora beside the embedded one; repeatable."),
+    ] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="Heads of `cascade fit-heads` for the exit search.")
+    ] = None,
+) -> None:
+    """Draw the page of findings from its records; with --measure, measure them first.
+
+    Without options the page is drawn anew from docs/findings/*.json. With
+    --measure, five commands are run, each of which writes its record and
+    its pictures: explain (twice), compare-corpora, compare-models,
+    search-exit.
+    """
+    folder = page.with_suffix("")
+    if folder == page:
+        raise UsageError(f"expected a page such as docs/findings.md, got {page}")
+    if measure:
+        for command in _commands(folder, model, layer, corpus or [], heads):
+            _run(command)
+    elif corpus or heads is not None:
+        raise UsageError("--corpus and --heads are for measuring; give --measure as well")
+    _draw(page, folder)
+    typer.echo(f"Wrote {page} and its pictures in {folder}", err=True)
+
+
+def _commands(
+    folder: Path, model: str, layer: int, corpora: list[str], heads: Path | None
+) -> list[list[str]]:
+    """Return the command lines that measure everything."""
+    if not corpora:
+        raise UsageError("expected at least one corpus beside the embedded one; name it: --corpus")
+    of_model = ["--model", model]
+    if model == "smollm2-135m":
+        of_model = []
+    last = _num_layers(model)
+    copies = [part for how in ("bf16", "int8", "int4", "noise:0.01") for part in ("--copy", how)]
+    fitted = [] if heads is None else ["--heads", str(heads)]
+    commands = [
+        ["explain", "--layer", str(layer), *of_model],
+        ["explain", "--layer", f"{last}+norm", *of_model],
+        ["compare-corpora", "embedded", *corpora, *of_model],
+        ["compare-models", model, *copies],
+        ["search-exit", "--agreement", "0.95", *of_model, *fitted],
+    ]
+    return [[*command, "--output", str(folder), "--overwrite"] for command in commands]
+
+
+def _num_layers(model: str) -> int:
+    from cascade.cli.showing import load_model
+
+    return load_model(model, None, "float32", "cpu").num_layers
+
+
+def _run(command: list[str]) -> None:
+    """Run one command as a user would: its line stands in its record."""
+    typer.echo(f"cascade {' '.join(command)}", err=True)
+    done = subprocess.run([sys.executable, "-m", "cascade", *command], check=False)
+    if done.returncode:
+        raise typer.Exit(done.returncode)  # it has said why
+
+
+def _draw(page: Path, folder: Path) -> None:
+    from cascade.baselines import read_record
+    from cascade.files import write_text
+    from cascade.report.findings import QUESTIONS, findings_markdown, findings_pictures
+
+    records: dict[str, Any] = {}
+    for question in QUESTIONS:
+        path = folder / f"{question.stem}.json"
+        if not path.exists():
+            raise RecordError(f"{path} is missing; measure it with `cascade findings --measure`")
+        records[question.stem] = read_record(path, kind=_kind(question.stem))
+    text = findings_markdown(records, pictures=folder.name)
+    for picture in findings_pictures(records):
+        write_text(folder / picture.file, picture.svg)
+    write_text(page, text)
