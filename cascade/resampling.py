@@ -83,3 +83,19 @@ def placed(interval: Interval, limit: float) -> Place:
     if -limit <= low and high <= limit:
         return "within"
     return "straddles" if low <= limit and high >= -limit else "beyond"
+
+
+def times_more(center: float, half: float, limit: float) -> float | None:
+    """Return how many times as many sequences would decide where an interval lies.
+
+    An interval's width goes with one over the root of the number of sequences. Where the center is
+    as it is now, so many move the whole interval to one side of the limit; None where no number
+    does, because the center is at the limit.
+
+    Args:
+        center: Of the interval.
+        half: How far it reaches to either side.
+        limit: As for `placed`; the interval straddles it.
+    """
+    room = abs(abs(center) - limit)
+    return (half / room) ** 2 if room > 0 else None
