@@ -27,7 +27,6 @@ from cascade.saturation import (
     SaturationProfile,
     analyze,
     check_blocks,
-    provenance_of,
 )
 from cascade.structure import find_structure, suggested_exit_layer
 from cascade.thresholds import FittedThreshold, fit_threshold, transfer
@@ -147,7 +146,7 @@ def compare_corpora(
     layer = question.layer
     measured = []
     for blocks in corpora:
-        found = _measure(stack, blocks, layer, batch_size, progress)
+        found = _measure(stack, blocks, layer, batch_size, command, progress)
         layer = found.layer
         measured.append(found)
     assert layer is not None  # the first corpus has named it
@@ -155,8 +154,9 @@ def compare_corpora(
         found.resampled(np.random.default_rng([question.seed, number]))
         for number, found in enumerate(measured)
     ]
-    provenance = provenance_of(stack, corpora[0], command)
-    del provenance["corpus"]
+    provenance = {
+        name: value for name, value in measured[0].profile.provenance.items() if name != "corpus"
+    }
     labels = stack.layer_labels
     about = [
         found.about(label, draw, labels)
@@ -298,6 +298,7 @@ def _measure(
     blocks: TokenBlocks,
     layer: int | None,
     batch_size: int,
+    command: str | None,
     progress: Callable[[int], None] | None,
 ) -> _Measured:
     """Measure a corpus in one pass, and keep the exit layer's similarities of every token."""
@@ -307,7 +308,9 @@ def _measure(
         # A copy: a view would hold the batch's similarities of every layer.
         kept.append(values.copy() if layer is None else values[layer - 1].copy())
 
-    profile = analyze(stack, blocks, batch_size=batch_size, progress=progress, sink=keep)
+    profile = analyze(
+        stack, blocks, batch_size=batch_size, command=command, progress=progress, sink=keep
+    )
     if layer is not None:
         return _Measured(profile, layer, np.concatenate(kept))
     layer = int(profile.record()["thresholds"]["exit_layer"])
