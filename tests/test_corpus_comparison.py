@@ -213,18 +213,18 @@ def test_a_structure_is_the_profiles_own() -> None:
 
 @pytest.mark.parametrize("layer", [1, 3, 4])
 def test_every_threshold_is_fitted_and_applied_at_the_exit_layer(layer: int) -> None:
-    record = compared(layer=layer, hard_ratios=(0.25, 0.6))
+    corpora = [*CORPORA[:2], text_of(50, 20, 70, seed=2)]
+    record = compared(*corpora, layer=layer, hard_ratios=(0.25, 0.6))
     rows = record["thresholds"]["rows"]
     pairs = list(itertools.permutations("ABC", 2))
     assert [(row["from"], row["to"]) for row in rows[::2]] == pairs
     assert [row["hard_ratio"] for row in rows] == [0.25, 0.6] * len(pairs)
-    values = dict(zip("ABC", (similarities_of(blocks, layer) for blocks in CORPORA), strict=True))
+    values = dict(zip("ABC", (similarities_of(blocks, layer) for blocks in corpora), strict=True))
     for row in rows:
-        expected = np.quantile(values[row["from"]], row["hard_ratio"])
-        # Two ways of going through the layers differ by rounding.
-        assert row["threshold"] == pytest.approx(expected, abs=1e-6)
-        realized = (values[row["to"]] < row["threshold"]).mean()
-        assert row["realized"] == pytest.approx(realized, abs=2 / values[row["to"]].size)
+        # Tokens that begin a sequence tie, and two ways of going through the layers part ties by
+        # rounding; a neighbouring layer's similarities would be off by tenths.
+        for side, share in ((row["from"], row["hard_ratio"]), (row["to"], row["realized"])):
+            assert (values[side] < row["threshold"]).mean() == pytest.approx(share, abs=0.02)
         low, high = row["interval"]
         assert low <= row["realized"] <= high
         assert row["off"] == pytest.approx(row["realized"] - row["hard_ratio"])
