@@ -203,7 +203,8 @@ def _differences(record: Record, pair: Record) -> Table:
             row["layer"],
             f"{row['difference']:+.4f}",
             f"±{_half(row['interval'])}",
-            _verdict(row),
+            row["verdict"],
+            _takes(row),
         ]
         for row in pair["rows"]
         if row["verdict"] != "stays"
@@ -211,23 +212,23 @@ def _differences(record: Record, pair: Record) -> Table:
     name = f"{pair['corpus']} - {pair['against']}"
     return table_of(
         f"{name}: the layers that do not stay within {record['settings']['margin']:g}.",
-        ["Layer", name, "", "verdict"],
+        ["Layer", name, "", "verdict", "takes tokens"],
         rows,
-        text_columns=1,
+        text_columns=2,
         active=pair["layers"]["moves"],
     )
 
 
-def _verdict(row: Record) -> str:
-    """Return a row's verdict, with the tokens that would decide where these could not."""
+def _takes(row: Record) -> str:
+    """Return the tokens that would decide what cannot be told, where any number would."""
     needed = row["tokens_needed"]
     if needed is None:
-        return str(row["verdict"])
+        return ""
     if needed > _MOST_TOKENS:
-        return f"{row['verdict']} (takes > {_MOST_TOKENS:,} tokens)"
+        return f"> {_MOST_TOKENS:,}"
     # Two digits: it is an estimate.
-    digits = max(0, len(str(needed)) - 2)
-    return f"{row['verdict']} (takes {-(-needed // 10**digits) * 10**digits:,} tokens)"
+    unit = 10 ** max(0, len(str(needed)) - 2)
+    return f"{-(-needed // unit) * unit:,}"
 
 
 # --- Special layers --------------------------------------------------------------------------
@@ -297,9 +298,18 @@ def _transfers(record: Record) -> Iterator[Block]:
             f"{row['threshold']:.4f}",
             share(row["realized"]),
             between(row["interval"], share, " to "),
-            _verdict(row),
+            row["verdict"],
+            _takes(row),
         ]
         for row in record["thresholds"]["rows"]
     ]
-    header = ["threshold of", "wanted", "threshold", "realized", "95 % interval", "verdict"]
-    yield table_of("Hard tokens, wanted and realized.", header, rows, text_columns=1)
+    header = [
+        "threshold of",
+        "wanted",
+        "threshold",
+        "realized",
+        "95 % interval",
+        "verdict",
+        "takes tokens",
+    ]
+    yield table_of("Hard tokens, wanted and realized.", header, rows, text_columns=2)
