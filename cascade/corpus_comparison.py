@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
@@ -19,16 +20,16 @@ from cascade.resampling import (
     placed,
     resampled_means,
     simultaneous_half_widths,
+    times_more,
 )
 from cascade.saturation import (
     HARD_RATIOS,
     SaturationProfile,
     analyze,
     check_blocks,
-    provenance_of,
 )
 from cascade.structure import find_structure, suggested_exit_layer
-from cascade.thresholds import fit_threshold, transfer
+from cascade.thresholds import FittedThreshold, fit_threshold, transfer
 
 Array = npt.NDArray[Any]
 
@@ -145,7 +146,7 @@ def compare_corpora(
     layer = question.layer
     measured = []
     for blocks in corpora:
-        found = _measure(stack, blocks, layer, batch_size, progress)
+        found = _measure(stack, blocks, layer, batch_size, command, progress)
         layer = found.layer
         measured.append(found)
     assert layer is not None  # the first corpus has named it
@@ -153,8 +154,9 @@ def compare_corpora(
         found.resampled(np.random.default_rng([question.seed, number]))
         for number, found in enumerate(measured)
     ]
-    provenance = provenance_of(stack, corpora[0], command)
-    del provenance["corpus"]
+    provenance = {
+        name: value for name, value in measured[0].profile.provenance.items() if name != "corpus"
+    }
     labels = stack.layer_labels
     about = [
         found.about(label, draw, labels)
@@ -296,6 +298,7 @@ def _measure(
     blocks: TokenBlocks,
     layer: int | None,
     batch_size: int,
+    command: str | None,
     progress: Callable[[int], None] | None,
 ) -> _Measured:
     """Measure a corpus in one pass, and keep the exit layer's similarities of every token."""
@@ -305,7 +308,9 @@ def _measure(
         # A copy: a view would hold the batch's similarities of every layer.
         kept.append(values.copy() if layer is None else values[layer - 1].copy())
 
-    profile = analyze(stack, blocks, batch_size=batch_size, progress=progress, sink=keep)
+    profile = analyze(
+        stack, blocks, batch_size=batch_size, command=command, progress=progress, sink=keep
+    )
     if layer is not None:
         return _Measured(profile, layer, np.concatenate(kept))
     layer = int(profile.record()["thresholds"]["exit_layer"])
@@ -373,15 +378,11 @@ def _differences(
     """Return how far each other corpus's layers lie from the first one's."""
     found = []
     for number in range(1, len(measured)):
+        tokens = max(measured[0].confidence.size, measured[number].confidence.size)
         difference = measured[number].means - measured[0].means
         halves = simultaneous_half_widths(draws[number] - draws[0], difference, CONFIDENCE)
-        rows: list[dict[str, Any]] = [
-            {
-                "layer": layer,
-                "difference": float(by),
-                "interval": _around(by, half),
-                "verdict": _MOVED[placed((by - half, by + half), margin)],
-            }
+        rows = [
+            {"layer": layer} | _moved(float(by), float(half), margin, tokens)
             for layer, by, half in zip(labels, difference, halves, strict=True)
         ]
         by_size = sorted(rows, key=lambda row: -abs(row["difference"]))
@@ -398,6 +399,18 @@ def _differences(
             }
         )
     return found
+
+
+def _moved(by: float, half: float, margin: float, tokens: int) -> dict[str, Any]:
+    """Return how far a layer's mean differs, and whether that is beyond the margin."""
+    place = placed((by - half, by + half), margin)
+    times = times_more(by, half, margin) if place == "straddles" else None
+    return {
+        "difference": by,
+        "interval": _around(by, half),
+        "verdict": _MOVED[place],
+        "tokens_needed": None if times is None else math.ceil(times * tokens),
+    }
 
 
 def _special_layers(about: Sequence[dict[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
@@ -442,25 +455,12 @@ def _thresholds(measured: Sequence[_Measured], question: Question) -> dict[str, 
         {ratio: fit_threshold(found.confidence, ratio, seed=question.seed) for ratio in ratios}
         for found in measured
     ]
-    rows = []
-    for a, b in permutations(range(len(measured)), 2):
-        for ratio in ratios:
-            threshold = fitted[a][ratio].threshold
-            there = transfer(threshold, measured[b].confidence, seed=question.seed)
-            low, high = there.hard_ratio_interval
-            rows.append(
-                {
-                    "from": LABELS[a],
-                    "to": LABELS[b],
-                    "hard_ratio": ratio,
-                    "threshold": threshold,
-                    "realized": there.hard_ratio,
-                    "interval": [low, high],
-                    "verdict": _TRANSFERRED[
-                        placed((low - ratio, high - ratio), question.tolerance)
-                    ],
-                }
-            )
+    rows = [
+        {"from": LABELS[a], "to": LABELS[b]}
+        | _transferred(fitted[a][ratio], measured[b].confidence, question)
+        for a, b in permutations(range(len(measured)), 2)
+        for ratio in ratios
+    ]
     return {
         "fitted": [
             {"corpus": label} | asdict(row)
@@ -472,4 +472,24 @@ def _thresholds(measured: Sequence[_Measured], question: Question) -> dict[str, 
             verdict: sum(row["verdict"] == verdict for row in rows)
             for verdict in _TRANSFERRED.values()
         },
+    }
+
+
+def _transferred(fitted: FittedThreshold, onto: Array, question: Question) -> dict[str, Any]:
+    """Return what a threshold does on another corpus, and whether that is what was wanted."""
+    there = transfer(fitted.threshold, onto, seed=question.seed)
+    low, high = (end - fitted.hard_ratio for end in there.hard_ratio_interval)
+    place, off = placed((low, high), question.tolerance), there.hard_ratio - fitted.hard_ratio
+    times = None
+    if place == "straddles":
+        times = times_more(off, max(off - low, high - off), question.tolerance)
+    return {
+        "hard_ratio": fitted.hard_ratio,
+        "threshold": fitted.threshold,
+        "realized": there.hard_ratio,
+        "interval": list(there.hard_ratio_interval),
+        "off": off,
+        "off_interval": [low, high],
+        "verdict": _TRANSFERRED[place],
+        "tokens_needed": None if times is None else math.ceil(times * onto.size),
     }

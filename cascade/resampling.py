@@ -126,3 +126,19 @@ def ratio_interval(part: Array, whole: Array, seed: int) -> list[float] | None:
     if not (totals > 0).all():
         return None
     return interval(part[drawn].sum(axis=1) / totals)
+
+
+def times_more(center: float, half: float, limit: float) -> float | None:
+    """Return how many times as many sequences would decide where an interval lies.
+
+    An interval's width goes with one over the root of the number of sequences. Where the center is
+    as it is now, so many move the whole interval to one side of the limit; None where no number
+    does, because the center is at the limit.
+
+    Args:
+        center: Of the interval.
+        half: How far it reaches to either side.
+        limit: As for `placed`; the interval straddles it.
+    """
+    room = abs(abs(center) - limit)
+    return (half / room) ** 2 if room > 0 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -224,6 +224,9 @@ def _load(named: NamedCorpus, stack: DecoderStack, sizes: _Sizes) -> TokenBlocks
             )
     except CorpusError as error:
         raise CorpusError(_in_this_grammar(str(error))) from error
+    if named.text_column is not None:
+        # Two columns of one corpus are two corpora.
+        blocks = replace(blocks, name=f"{blocks.name}-{named.text_column.lower()}")
     if sizes.max_tokens is None:
         return blocks
     return blocks.spread(sizes.max_tokens // sizes.seq_len)

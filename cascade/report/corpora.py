@@ -39,6 +39,8 @@ _SECTIONS = (
 _BESIDE = 4
 #: Beyond this many names of layers a sentence gives their number alone.
 _MAX_NAMED = 8
+#: An estimate of more tokens than this says only that it is too close to call.
+_MOST_TOKENS = 9_900_000
 
 
 def corpora_report(record: Record) -> Report:
@@ -110,7 +112,8 @@ def _moves(record: Record) -> Iterator[Block]:
     sure = f"{100 * confidence:g} %"
     yield (
         "A layer moves where the interval of its difference lies wholly beyond the margin of "
-        f"{margin:g}, stays where it lies wholly within, and cannot be told otherwise. Whole "
+        f"{margin:g}, stays where it lies wholly within, and cannot be told otherwise (then with "
+        "the tokens of each corpus that it would take, if the difference stays what it is). Whole "
         f"sequences are resampled; the intervals of a corpus's differences hold all at once with "
         f"{sure}."
     )
@@ -120,8 +123,9 @@ def _moves(record: Record) -> Iterator[Block]:
         "corpora-profiles.svg",
         corpora_profiles_svg(record),
         f"Above: mean similarity per layer and corpus, with {sure} intervals. Below: differences "
-        "to A, with intervals that hold all at once; filled: the layer moves, open: it stays or "
-        "cannot be told.",
+        "to A, with intervals that hold all at once; where some are far beyond the margin, the "
+        "axis is logarithmic outside it. Filled: the layer moves; open: it stays or cannot be "
+        "told.",
     )
     for start in range(0, len(record["corpora"]), _BESIDE):
         yield _means(record, range(start, min(start + _BESIDE, len(record["corpora"]))))
@@ -138,18 +142,16 @@ def _pair_words(record: Record, pair: Record) -> str:
         verdict: [f"{layer} ({rows[layer]['difference']:+.4f})" for layer in layers]
         for verdict, layers in pair["layers"].items()
     }
-    count = f"{len(by['moves'])} of {len(rows)} layer means move"
-    moves = f"{count}: {_few(by['moves'])}." if by["moves"] else f"{count}."
-    stay = f" {len(by['stays'])} stay."
-    unsure = ""
+    count = len(by["moves"])
+    told = [
+        f"{count or 'none'} of {len(rows)} layer means {'moves' if count == 1 else 'move'}"
+        + (f": {_few(by['moves'])}" if by["moves"] else ""),
+        f"{len(by['stays']) or 'none'} stay{'s' * (len(by['stays']) == 1)}",
+    ]
     if by["cannot tell"]:
-        unsure = (
-            f" {len(by['cannot tell'])} cannot be told ({_few(by['cannot tell'])}); more text "
-            "would tell (a larger --max-tokens)."
-        )
-    return f"{_name(record, pair['corpus'])} against {pair['against']}: {moves}{stay}{unsure}" + (
-        _norm_words(rows)
-    )
+        told.append(f"{len(by['cannot tell'])} cannot be told: {_few(by['cannot tell'])}")
+    name = _name(record, pair["corpus"])
+    return f"{name} against {pair['against']}: {'; '.join(told)}.{_norm_words(rows)}"
 
 
 def _few(names: Sequence[str]) -> str:
@@ -202,6 +204,7 @@ def _differences(record: Record, pair: Record) -> Table:
             f"{row['difference']:+.4f}",
             f"±{_half(row['interval'])}",
             row["verdict"],
+            _takes(row),
         ]
         for row in pair["rows"]
         if row["verdict"] != "stays"
@@ -209,11 +212,23 @@ def _differences(record: Record, pair: Record) -> Table:
     name = f"{pair['corpus']} - {pair['against']}"
     return table_of(
         f"{name}: the layers that do not stay within {record['settings']['margin']:g}.",
-        ["Layer", name, "", "verdict"],
+        ["Layer", name, "", "verdict", "takes tokens"],
         rows,
-        text_columns=1,
+        text_columns=2,
         active=pair["layers"]["moves"],
     )
+
+
+def _takes(row: Record) -> str:
+    """Return the tokens that would decide what cannot be told, where any number would."""
+    needed = row["tokens_needed"]
+    if needed is None:
+        return ""
+    if needed > _MOST_TOKENS:
+        return f"> {_MOST_TOKENS:,}"
+    # Two digits: it is an estimate.
+    unit = 10 ** max(0, len(str(needed)) - 2)
+    return f"{-(-needed // unit) * unit:,}"
 
 
 # --- Special layers --------------------------------------------------------------------------
@@ -272,8 +287,9 @@ def _transfers(record: Record) -> Iterator[Block]:
     yield Picture(
         "corpora-thresholds.svg",
         corpora_thresholds_svg(record),
-        "The hard ratio that the thresholds of the other corpora realize on each corpus, with 95 % "
-        "intervals, against the wanted one.",
+        "How far the hard ratio that other corpora's thresholds realize on each corpus lies from "
+        "the wanted one, with 95 % intervals. Filled: the threshold does not transfer; open: it "
+        "does, or cannot be told.",
     )
     rows = [
         [
@@ -283,8 +299,17 @@ def _transfers(record: Record) -> Iterator[Block]:
             share(row["realized"]),
             between(row["interval"], share, " to "),
             row["verdict"],
+            _takes(row),
         ]
         for row in record["thresholds"]["rows"]
     ]
-    header = ["threshold of", "wanted", "threshold", "realized", "95 % interval", "verdict"]
-    yield table_of("Hard tokens, wanted and realized.", header, rows, text_columns=1)
+    header = [
+        "threshold of",
+        "wanted",
+        "threshold",
+        "realized",
+        "95 % interval",
+        "verdict",
+        "takes tokens",
+    ]
+    yield table_of("Hard tokens, wanted and realized.", header, rows, text_columns=2)

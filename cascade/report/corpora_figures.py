@@ -12,6 +12,7 @@ from cascade.report.reading import Record, is_normed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 #: Colour and marker of each corpus, in order: both tell them apart.
 _LOOKS = (
@@ -63,22 +64,28 @@ def corpora_profiles_svg(record: Record) -> str:
         upper.set_ylabel("mean similarity\n(axis uniform in angle)")
         lower.set_ylabel(f"difference to {record['corpora'][0]['label']}")
         lower.set_xlabel("decoder layer")
-        handles = {
-            label: handle
-            for axes in (upper, lower)
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        legend = figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=2
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        _draw_legend(figure, (upper, lower))
         label = (
             "Two charts: mean similarity per layer in "
             f"{', '.join(_named(corpus) for corpus in record['corpora'])}, and the differences to "
             "the first."
         )
         return as_svg(figure, "corpora-profiles", label)
+
+
+def _draw_legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """Name every look once, in the order of the names: A before B."""
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    names = sorted(handles)
+    legend = figure.legend(
+        [handles[name] for name in names], names, loc="outside lower center", ncols=2
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a "$" in a name would start a formula
 
 
 def _named(corpus: Record) -> str:
@@ -188,26 +195,16 @@ def corpora_thresholds_svg(record: Record) -> str:
         corpora = record["corpora"]
         columns = min(_PANELS_PER_ROW, len(corpora))
         lines = math.ceil(len(corpora) / columns)
-        figure = Figure(figsize=(10, 0.8 + 10 / columns * lines), layout="constrained")
+        figure = Figure(figsize=(10, 1.0 + 3.2 * lines), layout="constrained")
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for axes, corpus in _panels(grid, corpora):
             _draw_transfers(axes, record, corpus)
         for line in grid:
-            line[0].set_ylabel("realized hard ratio")
-        handles = {
-            label: handle
-            for line in grid
-            for axes in line
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        legend = figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=2
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+            line[0].set_ylabel("realized - wanted, in points")
+        _draw_legend(figure, [axes for line in grid for axes in line])
         label = (
-            "One chart per corpus: the hard ratio that the thresholds of the other corpora realize "
-            "on it, against the one that they were fitted to."
+            "One chart per corpus: how far the hard ratio that the thresholds of the other corpora "
+            "realize on it lies from the wanted one."
         )
         return as_svg(figure, "corpora-thresholds", label)
 
@@ -223,45 +220,42 @@ def _panels(
 
 
 def _draw_transfers(axes: Axes, record: Record, corpus: Mapping[str, Any]) -> None:
-    tolerance, looks = record["settings"]["tolerance"], looks_of(record)
+    """Draw how far off other corpora's thresholds are on one, filled where they do not transfer."""
+    settings, looks = record["settings"], looks_of(record)
     axes.set_title(f"on {_named(corpus)}", loc="left", fontsize=10, parse_math=False)
     axes.set_xlabel("wanted hard ratio")
-    axes.grid(linewidth=0.8)
-    axes.fill_between(
-        [0, 1],
-        [-tolerance, 1 - tolerance],
-        [tolerance, 1 + tolerance],
-        color=LIGHT["stable"],
-        linewidth=0,
-        zorder=0,
-        label=f"within {tolerance:g}: transfers",
-    )
-    axes.plot([0, 1], [0, 1], color=LIGHT["muted"], linewidth=0.8)
+    axes.grid(axis="y", linewidth=0.8)
+    within = 100 * settings["tolerance"]
+    label = f"tolerance: {within:g} points"
+    axes.axhspan(-within, within, color=LIGHT["stable"], linewidth=0, zorder=0, label=label)
+    axes.axhline(0, color=LIGHT["muted"], linewidth=0.8)
     others = [other for other in record["corpora"] if other["label"] != corpus["label"]]
     for number, other in enumerate(others):
-        rows = [
-            row
-            for row in record["thresholds"]["rows"]
-            if (row["from"], row["to"]) == (other["label"], corpus["label"])
-        ]
         colour, marker = looks[other["label"]]
-        x = [row["hard_ratio"] + 0.06 * _aside(number, len(others)) for row in rows]
-        axes.vlines(
-            x,
-            [row["interval"][0] for row in rows],
-            [row["interval"][1] for row in rows],
-            color=colour,
-            linewidth=1.4,
-        )
-        axes.plot(
-            x,
-            [row["realized"] for row in rows],
-            color=colour,
-            marker=marker,
-            markersize=5.5,
-            linestyle="none",
-            label=f"thresholds of {_named(other)}",
-        )
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
-    axes.set_aspect("equal")
+        label = f"thresholds of {_named(other)}"
+        for place, row in enumerate(_rows_between(record, other, corpus)):
+            x = place + _aside(number, len(others))
+            ends = [100 * end for end in row["off_interval"]]
+            axes.vlines(x, *ends, color=colour, linewidth=1.4)
+            axes.plot(
+                x,
+                100 * row["off"],
+                color=colour,
+                marker=marker,
+                markersize=5.5,
+                markerfacecolor=colour if row["verdict"] == "does not" else LIGHT["paper"],
+                linestyle="none",
+                label="_" if place else label,
+            )
+    ratios = settings["hard_ratios"]
+    axes.set_xticks(range(len(ratios)), [f"{100 * ratio:g} %" for ratio in ratios])
+    axes.set_xlim(-0.6, len(ratios) - 0.4)
+
+
+def _rows_between(record: Record, one: Record, other: Record) -> list[Record]:
+    """Return what the thresholds of one corpus do on another, by hard ratio as they were asked."""
+    return [
+        row
+        for row in record["thresholds"]["rows"]
+        if (row["from"], row["to"]) == (one["label"], other["label"])
+    ]
