@@ -14,6 +14,7 @@ from cascade.corpora import TokenBlocks
 from cascade.costs import full_flops
 from cascade.early_exit import Propagation
 from cascade.errors import CorpusError, UsageError
+from cascade.exit_curves import curve, lowest_threshold
 from cascade.exits import check_layers, check_seed, find_rule
 from cascade.heads import FittedHeads, heads_provenance
 from cascade.models import DecoderStack
@@ -167,7 +168,7 @@ def evaluate(
     fitted_on = {} if request.only_given else {"fitted_on": fit.provenance()}
     corpora = (confirm,) if request.only_given else (fit, confirm)
     evaluator = Evaluator(stack, rules, heads=heads, propagation=propagation, seed=seed)
-    points, searched = [*request.thresholds], []
+    points, searched, fitted = [*request.thresholds], [], None
     if not request.only_given:
         fitted = evaluator.table(fit, batch_size=batch_size, progress=progress)
         searched = search(fitted, layers, names, request.agreement)
@@ -198,6 +199,7 @@ def evaluate(
         "full": _full_record(stack, table, rows),
         "points": rows,
         "auroc": _auroc_rows(table, rules),
+        "curves": None if fitted is None else _curves(fitted, table, points, seed),
         "search": _search_record(rows, searched, request.agreement),
         "verdict": _verdict(rows, request),
     }
@@ -290,17 +292,9 @@ def search(
     for layer, rule in itertools.product(layers, rules):
         if (layer, rule) not in table.confidence or rule in CONTROLS:
             continue
-        confidence = table.confidence[layer, rule].ravel()
-        order = np.argsort(-confidence, kind="stable")
-        wrong = np.cumsum(~table.agrees[layer].ravel()[order])
-        # As the row of a point says it: 1 - 0.9 is a little less than a tenth.
-        fine = (len(order) - wrong) / len(order) >= agreement
-        # Ties leave together: a threshold may only fall between different confidences.
-        distinct = np.append(confidence[order][1:] < confidence[order][:-1], True)
-        last = np.flatnonzero(fine & distinct)
-        if len(last):
-            threshold = float(confidence[order][last[-1]])
-            points.append(Point(layer, rule, threshold, f"agreement {agreement:g}"))
+        found = lowest_threshold(table.confidence[layer, rule], table.agrees[layer], agreement)
+        if found is not None:
+            points.append(Point(layer, rule, found, f"agreement {agreement:g}"))
     return points
 
 
@@ -316,6 +310,24 @@ def _full_record(
         "layers": stack.num_layers,
         "flops_per_token": full_flops(stack, *table.full_log_probability.shape)
         / table.full_log_probability.size,
+    }
+
+
+def _curves(
+    fitted: ExitTable, table: ExitTable, points: Sequence[Point], seed: int
+) -> dict[str, Any]:
+    """Return what a search for another agreement needs: each layer's and rule's exit curve."""
+    rows = []
+    for layer, name in fitted.confidence:
+        if name in CONTROLS:
+            continue
+        own = [p.threshold for p in points if (p.layer, p.rule) == (layer, name)]
+        tables = ((one.confidence[layer, name], one.agrees[layer]) for one in (fitted, table))
+        rows.append({"exit_layer": layer, "rule": name} | curve(*tables, own, seed=seed))
+    return {
+        "fit_tokens": int(fitted.full_log_probability.size),
+        "tokens": int(table.full_log_probability.size),
+        "rows": rows,
     }
 
 

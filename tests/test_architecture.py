@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "early_exit": {"errors", "exits", "generation", "heads", "models", "passes", "skipping"},
     "verdict": {"errors"},
     "thresholds": set(),
+    "exit_curves": set(),
     "costs": {"models", "skipping"},
     "points": {
         "corpora",
@@ -83,6 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "costs",
         "early_exit",
         "errors",
+        "exit_curves",
         "exits",
         "heads",
         "models",
