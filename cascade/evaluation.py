@@ -194,9 +194,9 @@ def evaluate(
             "seed": seed,
             "computes_every_token_because": evaluator.layers.reason,
             "interval": INTERVAL,
-            "seconds": _SECONDS,
+            "seconds": SECONDS,
         },
-        "full": _full_record(stack, table, rows),
+        "full": full_record(stack, table),
         "points": rows,
         "auroc": _auroc_rows(table, rules),
         "curves": None if fitted is None else _curves(fitted, table, points, seed),
@@ -214,7 +214,8 @@ def _verdict(rows: Sequence[dict[str, Any]], request: Request) -> dict[str, Any]
     return judge(rows, **wanted)
 
 
-_SECONDS = (
+#: How a row's seconds come about.
+SECONDS = (
     "one process, every batch through the full model and through every point in turn; a point's "
     "time is that of the layers below its exit, of its rule and head on every token that they "
     "look at, and of the layers and the LM head above for the tokens that stayed (with exact "
@@ -298,9 +299,13 @@ def search(
     return points
 
 
-def _full_record(
-    stack: DecoderStack, table: ExitTable, rows: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def full_record(stack: DecoderStack, table: ExitTable) -> dict[str, Any]:
+    """Return what a record says of the full model.
+
+    Args:
+        stack: The model.
+        table: Of the corpus that was measured on.
+    """
     scored = table.full_log_probability[:, :-1]
     return {
         "perplexity": math.exp(-scored.mean(dtype=np.float64)),
@@ -322,8 +327,13 @@ def _curves(
         if name in CONTROLS:
             continue
         own = [p.threshold for p in points if (p.layer, p.rule) == (layer, name)]
-        tables = ((one.confidence[layer, name], one.agrees[layer]) for one in (fitted, table))
-        rows.append({"exit_layer": layer, "rule": name} | curve(*tables, own, seed=seed))
+        known = curve(
+            (fitted.confidence[layer, name], fitted.agrees[layer]),
+            (table.confidence[layer, name], table.agrees[layer]),
+            own,
+            seed=seed,
+        )
+        rows.append({"exit_layer": layer, "rule": name} | known)
     return {
         "fit_tokens": int(fitted.full_log_probability.size),
         "tokens": int(table.full_log_probability.size),

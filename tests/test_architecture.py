@@ -93,6 +93,21 @@ MAY_IMPORT: dict[str, set[str]] = {
         "thresholds",
         "verdict",
     },
+    "exit_choice": {"errors", "thresholds"},
+    "exit_search": {
+        "corpora",
+        "early_exit",
+        "errors",
+        "evaluation",
+        "exit_choice",
+        "exit_curves",
+        "exits",
+        "heads",
+        "models",
+        "points",
+        "saturation",
+        "verdict",
+    },
     "distillation": {"corpora", "errors", "exits", "heads", "models", "ridge", "saturation"},
     "budgets": {"baselines", "errors", "files", "shapes"},
     "shards": {"files"},
@@ -219,6 +234,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.terminal",
         "verdict",
     },
+    "report.exit_search": {
+        "report.drawing",
+        "report.exits",
+        "report.pareto",
+        "report.reading",
+        "report.sections",
+    },
     "report.drift_reading": {"report.reading", "session"},
     "report.drift": {"report.drift_reading", "report.reading", "report.terminal"},
     "report.drift_markdown": {"report.drift_reading", "report.reading"},
@@ -329,15 +351,17 @@ MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors", "models"}
 MAY_IMPORT["cli.options"] = {"cli.showing"}
 MAY_IMPORT["cli.reports"] = {"baselines", "files", "report.sections"}
-for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure", "cli.stages"):
+for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure", "cli.search", "cli.stages"):
     MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.options", "cli.reports", "cli.showing"}
 MAY_IMPORT["cli.exits"] = MAY_IMPORT["cli.exits"] | {"cli.stages"}
+MAY_IMPORT["cli.search"] = MAY_IMPORT["cli.search"] | {"cli.exits"}
 MAY_IMPORT["cli"] = {
     "cli.app",
     "cli.bench",
     "cli.exits",
     "cli.gate",
     "cli.measure",
+    "cli.search",
     "cli.stages",
 }
 

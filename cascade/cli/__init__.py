@@ -5,6 +5,7 @@ from cascade.cli.bench import bench_collect, bench_collect_hard, bench_decode, b
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.gate import compare, gate
 from cascade.cli.measure import RUN_FILES, accept, analyze
+from cascade.cli.search import search_exit
 from cascade.cli.stages import collect_hard, train
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "gate",
     "generate",
     "main",
+    "search_exit",
     "train",
 ]
