@@ -11,10 +11,11 @@ import numpy as np
 
 from cascade.corpora import TokenBlocks
 from cascade.early_exit import Propagation
-from cascade.errors import CorpusError, UsageError
+from cascade.errors import CorpusError, RecordError, UsageError
 from cascade.evaluation import SECONDS, full_record
-from cascade.exit_choice import Wish, point_row, search_record
+from cascade.exit_choice import TABLE, Wish, point_row, search_record
 from cascade.exit_curves import exits_and_wrong, lowest_threshold, threshold_of_share
+from cascade.exit_records import Found
 from cascade.exits import check_layers, check_seed, find_rule
 from cascade.heads import FittedHeads, heads_provenance
 from cascade.models import DecoderStack
@@ -165,6 +166,124 @@ def _pairs(
     for layer, name in pairs:
         check_layers({layer: find_rule(name)}, stack.num_layers)
     return pairs
+
+
+def measure_lacking(
+    stack: DecoderStack,
+    record: Row,
+    found: Found,
+    fit: TokenBlocks,
+    confirm: TokenBlocks,
+    wish: Wish,
+    *,
+    heads: FittedHeads | None = None,
+    source: int = 0,
+    progress: Progress = None,
+) -> Found:
+    """Measure what a stored evaluation lacks, as its own settings say, and nothing else.
+
+    Args:
+        stack: The model.
+        record: Of kind `evaluation`.
+        found: What it says of the wanted agreement.
+        fit: The sequences that it fitted on.
+        confirm: Those that it measured on.
+        wish: What is searched for.
+        heads: Those that it was made with.
+        source: Its number among the records.
+        progress: Called with the number of tokens done since the last call.
+
+    Raises:
+        RecordError: The model, the text or the heads are not those of the record.
+        ModelError: A state is not finite.
+    """
+    check_same(stack, record, fit, confirm, heads)
+    settings = record["settings"]
+    if found.lacks is not None:
+        made = search_exits(
+            stack,
+            fit,
+            confirm,
+            wish,
+            layers=settings["layers"],
+            rules=[name for name in settings["rules"] if name not in CONTROLS],
+            heads=heads,
+            propagation=settings["propagation"],
+            batch_size=settings["batch_size"],
+            seed=settings["seed"],
+            progress=progress,
+        )
+        points, nothing = made["points"], made["nothing"]
+        return Found([row | {"source": source} for row in points], _of(source, nothing))
+    evaluator = Evaluator(
+        stack,
+        dict.fromkeys(settings["layers"], settings["rules"]),
+        heads=heads,
+        propagation=settings["propagation"],
+        seed=settings["seed"],
+    )
+    table = found.on_table
+    points = [Point(*(row[name] for name in _POINT)) for row in table]
+    rows, _ = evaluator.run(confirm, points, batch_size=settings["batch_size"], progress=progress)
+    run = [
+        point_row(
+            row,
+            propagation=settings["propagation"],
+            source=source,
+            fit=(old["fit_exit_share"], old["fit_agreement"], old["fit_by"]),
+            candidate=True,
+        )
+        for row, old in zip(rows, table, strict=True)
+    ]
+    rest = [row for row in found.points if row["confirmed_by"] != TABLE]
+    return Found([*rest, *run], found.nothing)
+
+
+_POINT = ("exit_layer", "rule", "threshold", "threshold_from")
+
+
+def _of(source: int, rows: Sequence[Row]) -> list[Row]:
+    return [row | {"source": source} for row in rows]
+
+
+def check_same(
+    stack: DecoderStack,
+    record: Row,
+    fit: TokenBlocks,
+    confirm: TokenBlocks,
+    heads: FittedHeads | None,
+) -> None:
+    """Refuse to complete an evaluation with another model, text or heads than it was made with.
+
+    Args:
+        stack: The model.
+        record: Of kind `evaluation`.
+        fit: The sequences that it fitted on.
+        confirm: Those that it measured on.
+        heads: Those that it was made with.
+
+    Raises:
+        RecordError: Something differs; names what.
+    """
+    provenance = record["provenance"]
+    expected = provenance["model"]
+    own = dict(stack.provenance)
+    fingerprint = None if heads is None else heads.fingerprint()
+    for what, was, now in (
+        *((name, expected.get(name), own.get(name)) for name in _MODEL),
+        ("text to fit on", provenance["fitted_on"]["fingerprint"], fit.fingerprint()),
+        ("text to confirm on", provenance["corpus"]["fingerprint"], confirm.fingerprint()),
+        ("heads", provenance.get("heads_fingerprint"), fingerprint),
+    ):
+        if was != now:
+            raise RecordError(
+                f"expected the record's own {what}, {was}, to measure what it lacks; got {now}: "
+                "name what it was made with, or evaluate anew"
+            )
+
+
+#: What of a model two runs must share.
+_MODEL = ("family", "num_layers", "hidden_size", "revision", "dtype", "weights_hash")
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "verdict",
     },
     "exit_choice": {"errors", "thresholds"},
+    "exit_records": {
+        "baselines",
+        "errors",
+        "exit_choice",
+        "exit_curves",
+        "shapes",
+        "verdict",
+    },
     "exit_search": {
         "corpora",
         "early_exit",
@@ -101,6 +109,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "evaluation",
         "exit_choice",
         "exit_curves",
+        "exit_records",
         "exits",
         "heads",
         "models",
