@@ -77,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "early_exit": {"errors", "exits", "generation", "heads", "models", "passes", "skipping"},
     "verdict": {"errors"},
     "thresholds": set(),
+    "exit_curves": set(),
     "costs": {"models", "skipping"},
     "points": {
         "corpora",
@@ -111,6 +112,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "costs",
         "early_exit",
         "errors",
+        "exit_curves",
         "exits",
         "heads",
         "models",
@@ -127,6 +129,30 @@ MAY_IMPORT: dict[str, set[str]] = {
         "saturation",
         "structure",
         "thresholds",
+    },
+    "exit_choice": {"errors", "thresholds"},
+    "exit_records": {
+        "baselines",
+        "errors",
+        "exit_choice",
+        "exit_curves",
+        "shapes",
+        "verdict",
+    },
+    "exit_search": {
+        "corpora",
+        "early_exit",
+        "errors",
+        "evaluation",
+        "exit_choice",
+        "exit_curves",
+        "exit_records",
+        "exits",
+        "heads",
+        "models",
+        "points",
+        "saturation",
+        "verdict",
     },
     "distillation": {"corpora", "errors", "exits", "heads", "models", "ridge", "saturation"},
     "budgets": {"baselines", "errors", "files", "shapes"},
@@ -260,6 +286,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.terminal",
         "verdict",
     },
+    "report.exit_search": {
+        "report.drawing",
+        "report.exits",
+        "report.pareto",
+        "report.reading",
+        "report.sections",
+    },
     "report.drift_reading": {"report.reading", "session"},
     "report.drift": {"report.drift_reading", "report.reading", "report.terminal"},
     "report.drift_markdown": {"report.drift_reading", "report.reading"},
@@ -377,10 +410,11 @@ MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors", "models"}
 MAY_IMPORT["cli.options"] = {"cli.showing"}
 MAY_IMPORT["cli.reports"] = {"baselines", "files", "report.sections"}
-_COMMANDS = ("bench", "corpora", "exits", "explain", "gate", "measure", "stages")
+_COMMANDS = ("bench", "corpora", "exits", "explain", "gate", "measure", "search", "stages")
 for _command in (f"cli.{name}" for name in _COMMANDS):
     MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.options", "cli.reports", "cli.showing"}
 MAY_IMPORT["cli.exits"] = MAY_IMPORT["cli.exits"] | {"cli.stages"}
+MAY_IMPORT["cli.search"] = MAY_IMPORT["cli.search"] | {"cli.exits"}
 MAY_IMPORT["cli"] = {"cli.app", *(f"cli.{name}" for name in _COMMANDS)}
 
 

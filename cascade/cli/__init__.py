@@ -7,6 +7,7 @@ from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.explain import explain
 from cascade.cli.gate import compare, gate
 from cascade.cli.measure import RUN_FILES, accept, analyze
+from cascade.cli.search import search_exit
 from cascade.cli.stages import collect_hard, train
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "gate",
     "generate",
     "main",
+    "search_exit",
     "train",
 ]
