@@ -50,7 +50,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "early_exit": {"errors", "exits", "generation", "heads", "models", "passes", "skipping"},
     "verdict": {"errors"},
     "thresholds": set(),
-    "costs": {"models", "skipping"},
+    "costs": {"skipping"},
+    "configurations": {"costs", "errors", "models", "weights"},
+    "copies": {"errors", "models"},
+    "model_comparison": {
+        "configurations",
+        "copies",
+        "corpora",
+        "errors",
+        "models",
+        "saturation",
+        "weights",
+    },
     "points": {
         "corpora",
         "costs",
@@ -196,6 +207,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "statistics",
         "cascade_evaluation",
         "cascades",
+        "copies",
+        "model_comparison",
         "training",
     },
     "report.reading": set(),
@@ -232,6 +245,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.drift_reading",
         "report.reading",
     },
+    "report.model_figures": {"report.drawing", "report.figures", "report.reading"},
+    "report.models": {"report.model_figures", "report.reading", "report.sections"},
     "report.cascades": {"report.exits", "report.reading", "report.terminal"},
     "report.hard_tokens": {"report.exits", "report.reading", "report.terminal"},
     "report.generation": {"report.exits", "report.reading", "report.terminal"},
@@ -327,7 +342,7 @@ MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors", "models"}
 MAY_IMPORT["cli.options"] = {"cli.showing"}
 MAY_IMPORT["cli.reports"] = {"baselines", "files", "report.sections"}
-for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure", "cli.stages"):
+for _command in ("cli.bench", "cli.exits", "cli.gate", "cli.measure", "cli.models", "cli.stages"):
     MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.options", "cli.reports", "cli.showing"}
 MAY_IMPORT["cli.exits"] = MAY_IMPORT["cli.exits"] | {"cli.stages"}
 MAY_IMPORT["cli"] = {
@@ -336,6 +351,7 @@ MAY_IMPORT["cli"] = {
     "cli.exits",
     "cli.gate",
     "cli.measure",
+    "cli.models",
     "cli.stages",
 }
 

@@ -5,6 +5,7 @@ from cascade.cli.bench import bench_collect, bench_collect_hard, bench_decode, b
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.gate import compare, gate
 from cascade.cli.measure import RUN_FILES, accept, analyze
+from cascade.cli.models import compare_models
 from cascade.cli.stages import collect_hard, train
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "calibrate",
     "collect_hard",
     "compare",
+    "compare_models",
     "evaluate",
     "fit_heads",
     "gate",
