@@ -62,7 +62,8 @@ RULES = {
     ),
     "paired": (
         "the same tokens through both models: each sequence's mean similarity in a layer, the "
-        "first model's subtracted; intervals are Student's over sequences, at 95 %"
+        "first model's subtracted; size: the mean of its size over sequences, whatever its sign; "
+        "intervals are Student's over sequences, at 95 %"
     ),
     "apart": (
         "root mean square of the difference in the angle of mean similarities, in degrees, at the "
@@ -467,7 +468,7 @@ def _paired(first: MeasuredModel, other: MeasuredModel) -> dict[str, Any]:
         )
     # The final norm magnifies what the layers did: it is no layer, and would always be the answer.
     decoder = rows[: first.sizes.num_layers]
-    largest = max(decoder, key=lambda entry: abs(entry["largest"]))
+    largest = max(decoder, key=lambda entry: float(entry["mean_size"]))
     return {"sequences": sequences, "layers": rows, "largest_mover": largest["layer"]}
 
 

@@ -32,7 +32,7 @@ MODELS_PICTURES = ("models-profiles.svg", "models-operations.svg")
 
 @app.command("compare-models")
 def compare_models(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP)],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     copies: Annotated[
         list[str] | None,
         typer.Option("--copy", help="Copy of the first: int8, int4, bf16, noise:0.01; repeatable."),
@@ -77,7 +77,8 @@ def compare_models(
             unmeasured=unmeasured or (),
             config_only=config_only,
         )
-        for candidate in wanted:  # what cannot be read is said before minutes are spent
+        # What cannot be read is said before minutes are spent; copies are of the first model.
+        for candidate in {each.source: each for each in reversed(wanted)}.values():
             _check(candidate)
         text = model_comparison.SameText(
             corpus,

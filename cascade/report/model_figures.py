@@ -170,12 +170,12 @@ def _at_one_depth(found: Iterable[tuple[float, str, str]]) -> list[tuple[float, 
     for depth, label, layer in found:
         groups.setdefault(depth, {}).setdefault(layer, []).append(label)
     return [
-        (depth, ", ".join(f"{layer} ({_listed(labels)})" for layer, labels in layers.items()))
+        (depth, ", ".join(f"{layer} ({listed(labels)})" for layer, labels in layers.items()))
         for depth, layers in sorted(groups.items())
     ]
 
 
-def _listed(labels: Sequence[str]) -> str:
+def listed(labels: Sequence[str]) -> str:
     """Return "A to E" for letters that follow each other, else "A, C"."""
     follow = [chr(ord(labels[0]) + number) for number in range(len(labels))]
     if len(labels) > 2 and list(labels) == follow:

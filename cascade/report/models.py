@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cascade.report.model_figures import operations_svg, profiles_svg
+from cascade.report.model_figures import listed, operations_svg, profiles_svg
 from cascade.report.reading import Record, check_record, is_normed, percent, show
 from cascade.report.sections import Block, Lead, Pairs, Picture, Report, Section, Table, table_of
 
@@ -164,8 +164,8 @@ def _profiles(record: Record, measured: Sequence[Record]) -> Iterator[Block]:
     if any(pair["paired"] for pair in record["pairs"]):
         caption += (
             " Below, where models read the same tokens through as many layers: how far a "
-            "sequence's mean similarity moved, on average of its size; the ring is the layer in "
-            "which any one sequence moved most."
+            "sequence's mean similarity moved, the mean of its size; the ring is the layer that "
+            "moved most."
         )
     yield Picture("models-profiles.svg", picture, caption)
     yield _means_table(measured)
@@ -333,16 +333,17 @@ def _paired(record: Record) -> Iterator[Block]:
     paired = [pair for pair in record["pairs"] if pair["paired"] is not None]
     if paired:
         yield table_of(
-            f"What moved from {paired[0]['against']}: the layer in which any one of "
-            f"{paired[0]['paired']['sequences']:,} sequences moved most.",
-            ("", "layer", "mean change", "95% interval", "largest", "sequence"),
+            f"What moved most from {paired[0]['against']}: the layer whose mean similarity changed "
+            f"most over {paired[0]['paired']['sequences']:,} sequences, and the sequence that "
+            "changed most there.",
+            ("", "layer", "size", "mean change", "95% interval", "largest", "sequence"),
             [_mover(pair) for pair in paired],
         )
         normed = [[pair["model"], *_norm_move(pair)] for pair in paired if _norm_move(pair)]
         if normed:
             yield table_of(
                 "The same for the state behind the final norm.",
-                ("", "mean change", "95% interval", "largest", "sequence"),
+                ("", "size", "mean change", "95% interval", "largest", "sequence"),
                 normed,
             )
     for pair in record["pairs"]:
@@ -356,6 +357,7 @@ def _paired(record: Record) -> Iterator[Block]:
 def _change(row: Record) -> list[str]:
     interval = row["interval"]
     return [
+        f"{row['mean_size']:.2g}",
         f"{row['mean']:+.2g}",
         "-" if interval is None else f"{interval[0]:+.2g} to {interval[1]:+.2g}",
         f"{row['largest']:+.2g}",
@@ -367,7 +369,7 @@ def _mover(pair: Record) -> list[str]:
     rows = {row["layer"]: row for row in pair["paired"]["layers"]}
     most = rows[pair["paired"]["largest_mover"]]
     if most["largest"] == 0:
-        return [pair["model"], "none", "0", "-", "0", "-"]
+        return [pair["model"], "none", "0", "0", "-", "0", "-"]
     return [pair["model"], most["layer"], *_change(most)]
 
 
@@ -383,18 +385,7 @@ def _configured(record: Record) -> Iterator[Block]:
     yield table_of(
         "What follows from each configuration.",
         ("", "layers", "width", "in layers", "operations", "one layer", "LM head"),
-        [
-            [
-                entry["label"],
-                str(entry["sizes"]["num_layers"]),
-                f"{entry['sizes']['hidden_size']:,}",
-                percent(entry["sizes"]["layer_parameters"] / entry["sizes"]["parameters"], 1),
-                f"{entry['sizes']['operations_per_token'] / 1e9:.3f}e9",
-                percent(entry["sizes"]["layer_share"], 1),
-                percent(entry["sizes"]["lm_head_share"], 1),
-            ]
-            for entry in record["models"]
-        ],
+        [[listed(labels), *row] for row, labels in _by_size(record).items()],
     )
     picture = operations_svg(record)
     if picture is None:
@@ -410,10 +401,27 @@ def _configured(record: Record) -> Iterator[Block]:
         yield _by_depth(record)
 
 
+def _by_size(record: Record) -> dict[tuple[str, ...], list[str]]:
+    """Return what each size comes to, with the models that have it."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for entry in record["models"]:
+        sizes = entry["sizes"]
+        row = (
+            str(sizes["num_layers"]),
+            f"{sizes['hidden_size']:,}",
+            percent(sizes["layer_parameters"] / sizes["parameters"], 1),
+            f"{sizes['operations_per_token'] / 1e9:.3g}e9",
+            percent(sizes["layer_share"], 1),
+            percent(sizes["lm_head_share"], 1),
+        )
+        found.setdefault(row, []).append(entry["label"])
+    return found
+
+
 def _by_depth(record: Record) -> Table:
     rows = []
     for entry in record["by_depth"]:
-        origin = f"exit of {_joined(entry['from'])}" if entry["from"] else "for reference"
+        origin = f"exit of {listed(entry['from'])}" if entry["from"] else "for reference"
         for place in entry["layers"]:
             rows.append(
                 [
@@ -421,12 +429,12 @@ def _by_depth(record: Record) -> Table:
                     f"{entry['depth']:.3f}",
                     str(place["layer"]),
                     percent(place["spared"], 1),
-                    f"{origin}; not measured in {place['model']}",
+                    origin,
                 ]
             )
     return table_of(
-        "Layers of models that were not measured, by depth alone: where to look first, no exit "
-        "layers that were found.",
+        "Layers of models that were not measured, by depth alone: where to look first. No exit "
+        "layer was found there.",
         ("", "depth", "layer", "can spare", "why this depth"),
         sorted(rows, key=lambda row: row[0]),
         text_columns=1,
