@@ -422,7 +422,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
         assert losses[-1] < 0.8 * losses[0]
         model.eval().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -442,7 +442,7 @@ def test_trained_models_of_two_depths_and_a_copy(here: Path, trained: dict[int, 
 
     record = compare_models(seen(), command="cascade compare-models")
     json.dumps(record, allow_nan=False)
-    first, copy, deeper = record["models"]
+    first, _, deeper = record["models"]
     assert [entry["name"] for entry in record["models"]] == ["deep6", "deep6+int8", "deep9"]
     assert [row["depth"] for row in deeper["layers"][:3]] == [0.111111, 0.222222, 0.333333]
     assert first["provenance"]["corpus"] == deeper["provenance"]["corpus"]

@@ -126,7 +126,10 @@ def _dip_words(record: Record) -> str:
         return "No model has a dip."
     if left == 0:
         return "Every dip has its match in the first model, and every one of its in the others."
-    return f"Over all pairs {matched} dips match and {left} have no match."
+    return (
+        f"Over all pairs {matched} {'dip matches' if matched == 1 else 'dips match'} and {left} "
+        f"{'has' if left == 1 else 'have'} no match."
+    )
 
 
 def _models_table(record: Record) -> Table:
