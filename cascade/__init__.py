@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cascade.cascade_evaluation import evaluate_cascade as evaluate_cascade
     from cascade.cascades import Cascade as Cascade
     from cascade.cascades import Entry as Entry
+    from cascade.copies import copy_of as copy_of
     from cascade.corpora import TokenBlocks as TokenBlocks
     from cascade.corpora import load_blocks as load_blocks
     from cascade.corpus_comparison import compare_corpora as compare_corpora
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from cascade.heads import FittedHeads as FittedHeads
     from cascade.heads import fit_heads as fit_heads
     from cascade.heads import load_heads as load_heads
+    from cascade.model_comparison import compare_models as compare_models
+    from cascade.model_comparison import measure_model as measure_model
     from cascade.models import DecoderStack as DecoderStack
     from cascade.models import load as load
     from cascade.saturation import SaturationProfile as SaturationProfile
@@ -67,6 +70,8 @@ _ROOMS = {
     "collect_hard": "hard_tokens",
     "compare": "drift",
     "compare_corpora": "corpus_comparison",
+    "compare_models": "model_comparison",
+    "copy_of": "copies",
     "distill": "distillation",
     "evaluate": "evaluation",
     "evaluate_cascade": "cascade_evaluation",
@@ -77,6 +82,7 @@ _ROOMS = {
     "load_blocks": "corpora",
     "load_hard_tokens": "hard_dataset",
     "load_heads": "heads",
+    "measure_model": "model_comparison",
     "read_profile": "baselines",
     "read_record": "baselines",
     "run_gate": "gate",

@@ -78,7 +78,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verdict": {"errors"},
     "thresholds": set(),
     "exit_curves": set(),
-    "costs": {"models", "skipping"},
+    "costs": {"skipping"},
+    "configurations": {"costs", "errors", "models", "weights"},
+    "copies": {"errors", "models"},
+    "model_comparison": {
+        "configurations",
+        "copies",
+        "corpora",
+        "errors",
+        "models",
+        "saturation",
+        "weights",
+    },
     "points": {
         "corpora",
         "costs",
@@ -262,6 +273,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "statistics",
         "cascade_evaluation",
         "cascades",
+        "copies",
+        "model_comparison",
         "training",
     },
     "report.reading": set(),
@@ -274,6 +287,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report.explanation_figures": {"report.drawing", "report.figures", "report.reading"},
     "report.explanation": {"report.explanation_figures", "report.reading", "report.sections"},
     "report.final_norm": {"report.drawing", "report.reading", "report.sections"},
+    "report.findings": {
+        "report.corpora",
+        "report.exit_search",
+        "report.explanation",
+        "report.final_norm",
+        "report.models",
+        "report.reading",
+        "report.sections",
+    },
     "report.benchmarks": {"report.reading", "report.terminal"},
     "report.exits": {"report.reading"},
     "report.calibration": {"report.exits", "report.reading", "report.terminal"},
@@ -315,6 +337,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.reading",
         "report.sections",
     },
+    "report.model_figures": {"report.drawing", "report.figures", "report.reading"},
+    "report.models": {"report.model_figures", "report.reading", "report.sections"},
     "report.cascades": {"report.exits", "report.reading", "report.terminal"},
     "report.hard_tokens": {"report.exits", "report.reading", "report.terminal"},
     "report.generation": {"report.exits", "report.reading", "report.terminal"},
@@ -410,7 +434,18 @@ MAY_IMPORT["cli.app"] = {"errors"}
 MAY_IMPORT["cli.showing"] = {"errors", "models"}
 MAY_IMPORT["cli.options"] = {"cli.showing"}
 MAY_IMPORT["cli.reports"] = {"baselines", "files", "report.sections"}
-_COMMANDS = ("bench", "corpora", "exits", "explain", "gate", "measure", "search", "stages")
+_COMMANDS = (
+    "bench",
+    "corpora",
+    "exits",
+    "explain",
+    "findings",
+    "gate",
+    "measure",
+    "models",
+    "search",
+    "stages",
+)
 for _command in (f"cli.{name}" for name in _COMMANDS):
     MAY_IMPORT[_command] = _BELOW | {"cli.app", "cli.options", "cli.reports", "cli.showing"}
 MAY_IMPORT["cli.exits"] = MAY_IMPORT["cli.exits"] | {"cli.stages"}

@@ -5,8 +5,10 @@ from cascade.cli.bench import bench_collect, bench_collect_hard, bench_decode, b
 from cascade.cli.corpora import compare_corpora
 from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
 from cascade.cli.explain import explain
+from cascade.cli.findings import findings
 from cascade.cli.gate import compare, gate
 from cascade.cli.measure import RUN_FILES, accept, analyze
+from cascade.cli.models import compare_models
 from cascade.cli.search import search_exit
 from cascade.cli.stages import collect_hard, train
 
@@ -24,8 +26,10 @@ __all__ = [
     "collect_hard",
     "compare",
     "compare_corpora",
+    "compare_models",
     "evaluate",
     "explain",
+    "findings",
     "fit_heads",
     "gate",
     "generate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,45 +45,39 @@ def findings(
     if folder == page:
         raise UsageError(f"expected a page such as docs/findings.md, got {page}")
     if measure:
-        for command in _commands(folder, model, layer, corpus or [], heads):
-            _run(command)
+        _measure(folder, model, layer, corpus or [], heads)
     elif corpus or heads is not None:
         raise UsageError("--corpus and --heads are for measuring; give --measure as well")
     _draw(page, folder)
     typer.echo(f"Wrote {page} and its pictures in {folder}", err=True)
 
 
-def _commands(
-    folder: Path, model: str, layer: int, corpora: list[str], heads: Path | None
-) -> list[list[str]]:
-    """Return the command lines that measure everything."""
+#: Copies of the model that it is compared with.
+_COPIES = ("bf16", "int8", "int4", "noise:0.01")
+
+
+def _measure(folder: Path, model: str, layer: int, corpora: list[str], heads: Path | None) -> None:
+    """Run the commands that write the records."""
+    from cascade.baselines import read_record
+
     if not corpora:
         raise UsageError("expected at least one corpus beside the embedded one; name it: --corpus")
-    of_model = ["--model", model]
-    if model == "smollm2-135m":
-        of_model = []
-    last = _num_layers(model)
-    copies = [part for how in ("bf16", "int8", "int4", "noise:0.01") for part in ("--copy", how)]
+    of_model = [] if model == "smollm2-135m" else ["--model", model]
+    to_folder = ["--output", str(folder), "--overwrite"]
+    _run(["explain", "--layer", str(layer), *of_model, *to_folder])
+    record = read_record(folder / "explanation.json", kind="explanation")
+    last = record["provenance"]["model"]["num_layers"]
+    _run(["explain", "--layer", f"{last}+norm", *of_model, *to_folder])
+    _run(["compare-corpora", "embedded", *corpora, *of_model, *to_folder])
+    copies = [part for how in _COPIES for part in ("--copy", how)]
+    _run(["compare-models", model, *copies, *to_folder])
     fitted = [] if heads is None else ["--heads", str(heads)]
-    commands = [
-        ["explain", "--layer", str(layer), *of_model],
-        ["explain", "--layer", f"{last}+norm", *of_model],
-        ["compare-corpora", "embedded", *corpora, *of_model],
-        ["compare-models", model, *copies],
-        ["search-exit", "--agreement", "0.95", *of_model, *fitted],
-    ]
-    return [[*command, "--output", str(folder), "--overwrite"] for command in commands]
-
-
-def _num_layers(model: str) -> int:
-    from cascade.cli.showing import load_model
-
-    return load_model(model, None, "float32", "cpu").num_layers
+    _run(["search-exit", *of_model, *fitted, *to_folder])
 
 
 def _run(command: list[str]) -> None:
     """Run one command as a user would: its line stands in its record."""
-    typer.echo(f"cascade {' '.join(command)}", err=True)
+    typer.echo(f"cascade {shlex.join(command)}", err=True)
     done = subprocess.run([sys.executable, "-m", "cascade", *command], check=False)
     if done.returncode:
         raise typer.Exit(done.returncode)  # it has said why
@@ -98,7 +93,7 @@ def _draw(page: Path, folder: Path) -> None:
         path = folder / f"{question.stem}.json"
         if not path.exists():
             raise RecordError(f"{path} is missing; measure it with `cascade findings --measure`")
-        records[question.stem] = read_record(path, kind=_kind(question.stem))
+        records[question.stem] = read_record(path, kind=question.kind)
     text = findings_markdown(records, pictures=folder.name)
     for picture in findings_pictures(records):
         write_text(folder / picture.file, picture.svg)

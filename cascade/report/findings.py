@@ -20,12 +20,14 @@ class Question:
 
     Attributes:
         stem: The record's file is `stem.json`.
+        kind: The record's kind.
         heading: The question.
         draw: Makes a report of the record.
         why: Why it is asked.
     """
 
     stem: str
+    kind: str
     heading: str
     draw: Callable[[Record], Report]
     why: str
@@ -33,6 +35,7 @@ class Question:
 
 QUESTIONS = (
     Question(
+        "explanation",
         "explanation",
         "Why does a layer dip?",
         explanation_report,
@@ -42,6 +45,7 @@ QUESTIONS = (
     ),
     Question(
         "final-norm",
+        "final-norm",
         "What does the final norm do to the last layer?",
         final_norm_report,
         "The study published a similarity of 0.13 for the last layer, measured behind the final "
@@ -50,17 +54,20 @@ QUESTIONS = (
     ),
     Question(
         "corpora",
+        "corpus-comparison",
         "Does it hold on other text?",
         corpora_report,
-        "The study measured one corpus. Thresholds that are fitted on one text are used on another.",
+        "The study measured one corpus; thresholds fitted on one text are used on others.",
     ),
     Question(
         "models",
+        "model-comparison",
         "Does it hold for other models?",
         models_report,
         "The study measured one size. Depths are compared relative to the number of layers.",
     ),
     Question(
+        "exit-search",
         "exit-search",
         "Which exit layer is best?",
         exit_search_report,
