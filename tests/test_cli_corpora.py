@@ -231,6 +231,13 @@ def test_an_earlier_run_is_replaced_only_when_told(compare: Callable[..., Done])
     assert contents(Path("o")) != before
 
 
+def test_help_says_how_a_corpus_is_named(run: Run) -> None:
+    done = run("compare-corpora", "--help")
+    assert done.status == 0
+    assert "NAME:CONFIG@SPLIT#COLUMN" in done.out
+    assert "Salesforce/wikitext:wikitext-2-raw-v1@test" in done.out
+
+
 # --- How corpora are named -------------------------------------------------------------------
 
 

@@ -90,8 +90,10 @@ def compare_corpora(
     corpora: Annotated[
         list[str],
         typer.Argument(
-            metavar="CORPUS CORPUS...",
-            help="Two or more, each NAME[:CONFIG][@SPLIT][#COLUMN]; the first is the reference.",
+            metavar="CORPUS",
+            # No brackets: help reads them as markup.
+            help="Two or more, the first is the reference: NAME, or as much as is needed of "
+            "NAME:CONFIG@SPLIT#COLUMN.",
             show_default=False,
         ),
     ],
