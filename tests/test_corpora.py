@@ -541,6 +541,107 @@ def test_a_hub_id_is_named_for_a_file_system(monkeypatch: pytest.MonkeyPatch) ->
     assert asked[1] == (("tatsu-lab/alpaca", None), {"split": "train"})
 
 
+def test_a_dataset_can_be_streamed_and_gives_the_same_text(hub_dataset: Path) -> None:
+    for settings in ({}, {"split": "test"}, {"config": "loud", "text_column": "body"}):
+        fetched = blocks_of(hub_dataset, **settings)
+        assert (
+            blocks_of(hub_dataset, stream=True, **settings).fingerprint() == fetched.fingerprint()
+        )
+    some = blocks_of(hub_dataset, stream=True, num_samples=2)
+    assert decoded(some) == joined(SPLITS["train"][:2])[: some.tokens]
+
+
+def test_a_stream_is_read_no_further_than_its_records_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import datasets
+
+    read = []
+
+    def endless() -> Any:
+        for number in range(1000):
+            read.append(number)
+            yield {"text": f"record {number}"}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: endless())
+    assert blocks_of("allenai/c4", config="en", stream=True, num_samples=3).records == 3
+    assert read == [0, 1, 2]
+
+
+def test_a_stream_that_breaks_off_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def breaking() -> Any:
+        yield {"text": "the first record"}
+        raise ConnectionError("the network went away\nTraceback")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: breaking())
+    with pytest.raises(CorpusError) as caught:
+        blocks_of("allenai/c4", config="en", stream=True)
+    assert str(caught.value).startswith("no corpus allenai/c4: the network went away -- expected")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "validation"}, "validation"),
+        ({"config": "quiet"}, "BuilderConfig 'quiet' not found"),
+        ({"text_column": "body"}, "record 1: expected the column 'body', got text"),
+        ({"seed": 0}, "expected no seed for a stream"),
+    ],
+)
+def test_a_stream_without_what_is_named_is_refused(
+    hub_dataset: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CorpusError) as caught:
+        blocks_of(hub_dataset, stream=True, **settings)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --- Sequences spread over the text ----------------------------------------------------------
+
+
+@given(rows=st.integers(1, 60), wanted=st.integers(1, 80))
+def test_sequences_are_spread_evenly(rows: int, wanted: int) -> None:
+    ids = np.repeat(np.arange(rows), 3).reshape(rows, 3)
+    blocks = some_blocks(ids).spread(wanted)
+    taken = blocks.ids[:, 0].tolist()
+    assert len(taken) == min(rows, wanted)
+    if wanted >= rows:
+        assert taken == list(range(rows))
+        assert blocks.spread_over is None
+        assert "spread" not in blocks.provenance()
+        return
+    steps = np.diff([-1, *taken, rows])
+    apart = rows / wanted
+    assert all(apart - 1 < step < apart + 1 for step in steps[1:-1])
+    # As much is left out before the first as behind the last, to one sequence.
+    assert abs(int(steps[0]) - int(steps[-1])) <= 1
+    assert blocks.provenance()["spread"] == f"evenly over {rows} sequences"
+    assert blocks.provenance()["sequences"] == wanted
+
+
+def test_marks_go_with_the_sequences_that_are_taken(tmp_path: Path) -> None:
+    path = in_lines(tmp_path / "x.jsonl", [{"instruction": "ab", "output": "cd" * 9}] * 6)
+    whole = blocks_of(path, marks=True, part="train")
+    some = whole.spread(5)
+    rows = [int(np.flatnonzero((whole.ids == row).all(axis=1))[0]) for row in some.ids]
+    assert some.record_of is not None
+    assert some.response is not None
+    assert whole.record_of is not None
+    assert whole.response is not None
+    assert some.record_of.shape == some.response.shape == some.ids.shape
+    assert some.ids.shape == (5, 4)
+    assert len(set(rows)) > 1
+    places = (np.arange(5) * 2 + 1) * len(whole.ids) // 10
+    assert (some.record_of == whole.record_of[places]).all()
+    assert (some.response == whole.response[places]).all()
+    assert some.provenance()["part"] == "train"
+    assert some.spread(2).provenance()["spread"] == f"evenly over {len(whole.ids)} sequences"
+
+
 # --- Fingerprints ----------------------------------------------------------------------------
 
 

@@ -8,14 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from by_hand import a_stack, one_line
-from tiny_models import VOCABULARY
+from tiny_models import VOCABULARY, tiny_model
 
 from cascade import TokenBlocks, analyze, compare_corpora
 from cascade.baselines import to_json
 from cascade.calibration import confidences
-from cascade.corpus_comparison import LABELS, Question, _special_layers, _transferred
+from cascade.corpus_comparison import (
+    LABELS,
+    Question,
+    _Measured,
+    _special_layers,
+    _special_shares,
+    _transferred,
+)
 from cascade.errors import CascadeError, CorpusError, ModelError, UsageError
+from cascade.models import DecoderStack
 from cascade.statistics import Array
 from cascade.thresholds import fit_threshold
 
@@ -141,12 +150,15 @@ def test_resampling_is_seeded_and_each_corpus_has_draws_of_its_own() -> None:
     assert compared(seed=0) == the_record()
     other = compared(seed=1)
     assert other["layers"] != the_record()["layers"]
-    # With the same draws for both, the difference of a corpus and its copy would not vary.
-    blocks = text_of(30)
-    copy = TokenBlocks(blocks.ids[::-1].copy(), "copy", "copy", 30)
-    rows = compared(blocks, copy)["differences"][0]["rows"]
-    assert all(row["difference"] == pytest.approx(0, abs=1e-9) for row in rows)
-    assert all(row["interval"][1] > 1e-4 for row in rows)
+    # With the same draws for both, the difference to a copy would hardly vary from draw to draw.
+    ids = CORPORA[0].ids.copy()
+    ids[0, -1] = ids[0, -1] % 90 + 2
+    copy = TokenBlocks(ids, "copy", "copy", 60)
+    found = compared(CORPORA[0], copy)
+    for row, means in zip(found["differences"][0]["rows"], found["layers"], strict=True):
+        assert abs(row["difference"]) < 1e-3
+        low, high = means["means"][0]["interval"]
+        assert row["interval"][1] - row["interval"][0] > 1.2 * (high - low)
 
 
 def test_sequences_in_common_are_counted() -> None:
@@ -200,12 +212,57 @@ def test_another_role_is_another_structure() -> None:
     assert _special_layers(about, ["1", "2"]) == {"same": False, "differ": []}
 
 
+@functools.cache
+def a_deep_record() -> Record:
+    """Return a comparison on a model with layers enough for a structure, one of them special."""
+    return compare_corpora(_deep_stack(), CORPORA, Question(hard_ratios=(0.5,)))
+
+
+@functools.cache
+def _deep_stack() -> DecoderStack:
+    model = tiny_model("llama", num_layers=8)
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            # All layers but the fourth turn the stream little.
+            scale = 1.0 if number == 3 else 0.05
+            layer.mlp.down_proj.weight.mul_(scale)
+            layer.self_attn.o_proj.weight.mul_(scale)
+    return DecoderStack(model)
+
+
 def test_a_structure_is_the_profiles_own() -> None:
-    for corpus, blocks in zip(the_record()["corpora"], CORPORA, strict=True):
-        profile = analyze(a_stack("llama"), blocks).record()
+    record = a_deep_record()
+    for corpus, blocks in zip(record["corpora"], CORPORA, strict=True):
+        profile = analyze(_deep_stack(), blocks).record()
         assert corpus["structure"] == profile["structure"]
+        assert corpus["structure"]["dips"] == ["4"]
         assert str(corpus["suggested_exit_layer"]) == profile["thresholds"]["exit_layer"]
         assert corpus["tokens"] == blocks.tokens
+        row = next(row for row in corpus["special"] if row["layer"] == "4")
+        assert (row["role"], row["share_of_resamples"]) == ("dips", 1.0)
+    # Two tokens alone turn the last layer far more: the norm behind it no longer stands out.
+    (row,) = record["special"]["differ"]
+    assert (row["layer"], row["special_in"], row["sure"]) == ("8+norm", ["A", "B"], True)
+    assert not record["special"]["same"]
+
+
+def test_resamples_say_how_sure_a_special_layer_is() -> None:
+    flat, dip = [0.95] * 7, [0.95] * 3 + [0.1] + [0.95] * 3
+    labels = [str(number) for number in range(1, 8)]
+    shares = _special_shares(labels, np.array([flat, dip, dip, dip]))
+    assert shares == dict.fromkeys(labels, 0.0) | {"4": 0.75}
+
+
+def test_a_layer_special_in_resamples_alone_is_told_without_a_role() -> None:
+    profile = analyze(_deep_stack(), CORPORA[0])
+    found = _Measured(profile, 1, np.zeros((60, 12)))
+    dip = np.array([0.95] * 2 + [0.1] + [0.95] * 6)
+    draws = np.stack([found.means] * 3 + [dip])
+    rows = {
+        row["layer"]: row for row in found.about("A", draws, profile.statistics.layers)["special"]
+    }
+    assert rows["3"] == {"layer": "3", "role": None, "share_of_resamples": 0.25}
+    assert rows["4"] == {"layer": "4", "role": "dips", "share_of_resamples": 0.75}
 
 
 # --- Thresholds ------------------------------------------------------------------------------

@@ -324,9 +324,9 @@ def test_a_picture_fills_what_moves_and_what_does_not_transfer() -> None:
             row["verdict"] = changes.get(row["verdict"], row["verdict"])
         return [filled(picture.svg) for picture in corpora_report(record).pictures()]
 
-    profiles, _ = drawn({})
-    without, _ = drawn({"moves": "stays"})
-    assert profiles - without == 2
+    profiles, thresholds = drawn({})
+    assert profiles - drawn({"moves": "stays"})[0] == 2
+    assert thresholds - drawn({"does not": "transfers"})[1] == 1
 
 
 def test_names_that_no_font_has_or_that_are_formulas_are_drawn_as_they_are() -> None:

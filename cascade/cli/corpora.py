@@ -90,8 +90,10 @@ def compare_corpora(
     corpora: Annotated[
         list[str],
         typer.Argument(
-            metavar="CORPUS CORPUS...",
-            help="Two or more, each NAME[:CONFIG][@SPLIT][#COLUMN]; the first is the reference.",
+            metavar="CORPUS",
+            # No brackets: help reads them as markup.
+            help="Two or more, the first is the reference: NAME, or as much as is needed of "
+            "NAME:CONFIG@SPLIT#COLUMN.",
             show_default=False,
         ),
     ],
@@ -150,10 +152,9 @@ def compare_corpora(
         )
         question.check()
         named = _read_names(corpora)
-        if stream and not num_samples:
-            raise UsageError("expected --num-samples above 0 with --stream, got 0 for all of them")
-        stack = load_model(model, revision, dtype, device)
         sizes = _Sizes(num_samples or None, max_tokens or None, seq_len, stream)
+        sizes.check()
+        stack = load_model(model, revision, dtype, device)
         blocks = [_load(one, stack, sizes) for one in named]
         corpus_comparison.check_corpora(stack, blocks, question, batch_size)
         total = sum(one.tokens for one in blocks)
@@ -183,6 +184,15 @@ class _Sizes:
     seq_len: int
     stream: bool
 
+    def check(self) -> None:
+        if self.stream and self.num_samples is None:
+            raise UsageError("expected --num-samples above 0 with --stream, got 0 for all of them")
+        if self.max_tokens is not None and self.max_tokens < self.seq_len:
+            raise UsageError(
+                f"expected --max-tokens of at least one sequence of {self.seq_len} tokens, got "
+                f"{self.max_tokens}; raise it or take a smaller --seq-len"
+            )
+
 
 def _read_names(texts: Sequence[str]) -> list[NamedCorpus]:
     """Return the corpora that a command names, each once."""
@@ -205,11 +215,6 @@ def _load(named: NamedCorpus, stack: DecoderStack, sizes: _Sizes) -> TokenBlocks
     """Read a corpus, and take as many of its sequences as are wanted, evenly spaced."""
     from cascade.corpora import load_blocks
 
-    if sizes.max_tokens is not None and sizes.max_tokens < sizes.seq_len:
-        raise UsageError(
-            f"expected --max-tokens of at least one sequence of {sizes.seq_len} tokens, got "
-            f"{sizes.max_tokens}; raise it or take a smaller --seq-len"
-        )
     try:
         with status(f"Reading {named.source}"):
             blocks = load_blocks(

@@ -282,7 +282,8 @@ def _transfers(record: Record) -> Iterator[Block]:
     yield (
         "A threshold is fitted on one corpus and realizes a hard ratio on another. It transfers "
         f"where the 95 % interval of that ratio lies within {settings['tolerance']:g} of the "
-        "wanted one, does not where it lies wholly beyond, and cannot be told otherwise."
+        "wanted one, does not where it lies wholly beyond, and cannot be told otherwise (then with "
+        "the tokens of that corpus that it would take)."
     )
     yield Picture(
         "corpora-thresholds.svg",

@@ -95,9 +95,9 @@ def _named(corpus: Record) -> str:
     return f"{corpus['label']}: {short}".encode("ascii", "replace").decode()
 
 
-def _aside(number: int, count: int) -> float:
+def _aside(number: int, count: int, width: float = _DODGE) -> float:
     """Return how far aside of its layer's place a corpus is drawn: none covers another."""
-    return _DODGE * ((number + 0.5) / count - 0.5)
+    return width * ((number + 0.5) / count - 0.5)
 
 
 def _draw_means(axes: Axes, record: Record) -> None:
@@ -107,7 +107,8 @@ def _draw_means(axes: Axes, record: Record) -> None:
     drawn = []
     for number, corpus in enumerate(record["corpora"]):
         colour, marker = looks[corpus["label"]]
-        aside = _aside(number, len(looks))
+        # Hardly aside: lines that are drawn apart look as if the means were.
+        aside = _aside(number, len(looks), _DODGE / 3)
         means = [row["means"][number] for row in rows]
         drawn += [end for mean in means for end in mean["interval"]]
         axes.vlines(
@@ -232,7 +233,14 @@ def _draw_transfers(axes: Axes, record: Record, corpus: Mapping[str, Any]) -> No
     others = [other for other in record["corpora"] if other["label"] != corpus["label"]]
     for number, other in enumerate(others):
         colour, marker = looks[other["label"]]
+        look: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "markersize": 5.5,
+            "linestyle": "none",
+        }
         label = f"thresholds of {_named(other)}"
+        axes.plot([], [], markerfacecolor=LIGHT["paper"], label=label, **look)
         for place, row in enumerate(_rows_between(record, other, corpus)):
             x = place + _aside(number, len(others))
             ends = [100 * end for end in row["off_interval"]]
@@ -240,12 +248,8 @@ def _draw_transfers(axes: Axes, record: Record, corpus: Mapping[str, Any]) -> No
             axes.plot(
                 x,
                 100 * row["off"],
-                color=colour,
-                marker=marker,
-                markersize=5.5,
                 markerfacecolor=colour if row["verdict"] == "does not" else LIGHT["paper"],
-                linestyle="none",
-                label="_" if place else label,
+                **look,
             )
     ratios = settings["hard_ratios"]
     axes.set_xticks(range(len(ratios)), [f"{100 * ratio:g} %" for ratio in ratios])
