@@ -71,18 +71,25 @@ def test_every_figure_comes_from_the_split_that_it_is_said_to(propagation: Propa
     assert record["provenance"]["corpus"]["fingerprint"] == CONFIRM.fingerprint()
 
 
-def test_a_threshold_corrected_by_running_is_near_what_running_it_says() -> None:
-    record = searched("ridge", 0.95)
-    again = run_again(record, FIT)
-    corrected = [
-        (row["fit_agreement"], other["agreement"])
-        for row, other in zip(record["points"], again, strict=True)
-        if row["fit_by"] == "table, corrected by running"
+@pytest.mark.parametrize("agreement", [0.7, 0.9, 0.95])
+def test_a_threshold_corrected_by_running_is_near_what_running_it_says(agreement: float) -> None:
+    record = searched("frozen", agreement)
+    found = [
+        (row, other["agreement"])
+        for row, other in zip(record["points"], run_again(record, FIT), strict=True)
     ]
+    corrected = [pair for pair in found if pair[0]["fit_by"] == "table, corrected by running"]
     assert corrected
-    for fitted, run in corrected:
-        assert fitted >= 0.95
-        assert run == pytest.approx(fitted, abs=0.02)
+    for row, run in corrected:
+        assert row["fit_agreement"] >= agreement
+        # Of 288 tokens two at most; the boldest on the table misses by up to five times that.
+        assert run == pytest.approx(row["fit_agreement"], abs=2 / FIT.tokens)
+        boldest = [
+            other
+            for other, _ in found
+            if (other["exit_layer"], other["rule"]) == (row["exit_layer"], row["rule"])
+        ]
+        assert min(other["fit_agreement"] for other in boldest) < agreement
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
