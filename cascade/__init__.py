@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cascade.early_exit import EarlyExit as EarlyExit
     from cascade.errors import CascadeError as CascadeError
     from cascade.evaluation import evaluate as evaluate
+    from cascade.exit_search import search_exits as search_exits
     from cascade.gate import Gate as Gate
     from cascade.gate import run_gate as run_gate
     from cascade.hard_dataset import HardTokens as HardTokens
@@ -74,6 +75,7 @@ _ROOMS = {
     "read_profile": "baselines",
     "read_record": "baselines",
     "run_gate": "gate",
+    "search_exits": "exit_search",
     "train_stage": "training",
 }
 

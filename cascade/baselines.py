@@ -36,6 +36,7 @@ _MADE_BY = {
     "saturation": "analyze --output",
     "calibration": "calibrate --output",
     "evaluation": "evaluate --output",
+    "exit-search": "search-exit --output",
     "budgets": "accept",
     "hard-tokens": "collect-hard --output",
     "cascade": "train --output",

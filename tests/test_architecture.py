@@ -213,6 +213,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "early_exit",
         "errors",
         "evaluation",
+        "exit_search",
         "gate",
         "hard_dataset",
         "hard_tokens",
