@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cascade.early_exit import EarlyExit as EarlyExit
     from cascade.errors import CascadeError as CascadeError
     from cascade.evaluation import evaluate as evaluate
+    from cascade.exit_search import search_exits as search_exits
     from cascade.explanation import explain as explain
     from cascade.final_norm import explain_norm as explain_norm
     from cascade.gate import Gate as Gate
@@ -86,6 +87,7 @@ _ROOMS = {
     "read_profile": "baselines",
     "read_record": "baselines",
     "run_gate": "gate",
+    "search_exits": "exit_search",
     "train_stage": "training",
 }
 

@@ -36,6 +36,7 @@ _MADE_BY = {
     "saturation": "analyze --output",
     "calibration": "calibrate --output",
     "evaluation": "evaluate --output",
+    "exit-search": "search-exit --output",
     "budgets": "accept",
     "hard-tokens": "collect-hard --output",
     "cascade": "train --output",
@@ -43,7 +44,6 @@ _MADE_BY = {
     "final-norm": "explain --output",
     "corpus-comparison": "compare-corpora --output",
     "model-comparison": "compare-models --output",
-    "exit-search": "search-exit --output",
 }
 
 

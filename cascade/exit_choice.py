@@ -366,7 +366,7 @@ def _table_alone(points: Sequence[Row], found: Row) -> list[str]:
 
 def _point(row: Row) -> str:
     head = "logit lens" if row["head"] == "logit_lens" else f"{row['head']} head"
-    return f"layer {row['exit_layer']}, {row['rule']} >= {row['threshold']:.4g} ({head})"
+    return f"layer {row['exit_layer']}, {row['rule']} >= {row['threshold']:.4g} with the {head}"
 
 
 def _cost(row: Row) -> str:

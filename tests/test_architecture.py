@@ -264,6 +264,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "evaluation",
         "explanation",
         "final_norm",
+        "exit_search",
         "gate",
         "hard_dataset",
         "hard_tokens",
