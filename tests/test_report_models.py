@@ -70,6 +70,9 @@ EVERY = {
     "one measured": lambda: stored(unmeasured(), measured(levels(30, 25))),
     "few layers": lambda: stored(measured([0.1, 0.9, 0.6]), measured([0.9, 0.8], norm=False)),
     "the same twice": lambda: stored(measured(levels(10)), measured(levels(10))),
+    "same depth": lambda: stored(
+        *[measured(levels(30, 25), moved=-0.004 * number) for number in range(3)]
+    ),
     "no dips": lambda: stored(measured(levels(10)), measured(levels(20))),
     "one sequence": lambda: stored(*[measured(levels(10), sequences=1) for _ in range(2)]),
     "many": lambda: stored(*[measured(levels(10), moved=0.001 * n) for n in range(12)]),
@@ -97,11 +100,24 @@ def test_every_record_has_a_report_that_is_whole(case: str) -> None:
 
 def test_the_lead_says_where_to_exit_and_whether_dips_match() -> None:
     text = " ".join(printed(of_copies()).split())
-    assert "One exit layer is suggested for all: layer 29 of 30, relative depth 0.967." in text
+    assert "for all that were measured: layer 29 of 30, relative depth 0.967." in text
     assert "Every dip has its match" in text
     text = " ".join(printed(of_sizes()).split())
     assert "exit layers lie at relative depths from 0.958 to 0.975." in text
     assert "Over all pairs 2 dips match and 1 has no match." in text
+
+
+def test_the_lead_names_the_threshold_that_is_furthest_off() -> None:
+    record = EVERY["same depth"]()
+    worst = max(
+        record["pairs"][1]["thresholds"], key=lambda row: row["reached"] - row["hard_ratio"]
+    )
+    text = " ".join(printed(record).split())
+    assert (
+        f"A's threshold for {100 * worst['hard_ratio']:g}% hard tokens makes "
+        f"{100 * worst['reached']:.1f}% hard in C; no other is further off."
+    ) in text
+    assert "further off" not in printed(of_sizes())
 
 
 def test_dips_are_shown_with_their_depth_and_those_without_match_are_named() -> None:

@@ -100,12 +100,30 @@ def _lead(record: Record, measured: Sequence[Record]) -> str:
         only = measured[0]
         return f"One model was measured: {_exit_words(only)} is suggested for {only['label']}."
     if len(exits) == 1:
-        return (
-            f"One exit layer is suggested for all: {_exit_words(measured[0])}. {_dip_words(record)}"
+        text = (
+            f"One exit layer is suggested for all that were measured: {_exit_words(measured[0])}."
         )
+    else:
+        text = (
+            f"The suggested exit layers lie at relative depths from {depths[0]:.3f} to "
+            f"{depths[-1]:.3f}."
+        )
+    return " ".join(filter(None, (text, _dip_words(record), _threshold_words(record))))
+
+
+def _threshold_words(record: Record) -> str:
+    """Say which model the first one's thresholds suit least, where they can be tried."""
+    tried = [
+        (abs(row["reached"] - row["hard_ratio"]), pair, row)
+        for pair in record["pairs"]
+        for row in pair["thresholds"] or ()
+    ]
+    if not tried:
+        return ""
+    _, pair, row = max(tried, key=lambda entry: entry[0])
     return (
-        f"The suggested exit layers lie at relative depths from {depths[0]:.3f} to "
-        f"{depths[-1]:.3f}. {_dip_words(record)}"
+        f"{pair['against']}'s threshold for {100 * row['hard_ratio']:g}% hard tokens makes "
+        f"{percent(row['reached'], 1)} hard in {pair['model']}; no other is further off."
     )
 
 
