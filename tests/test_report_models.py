@@ -130,10 +130,19 @@ def test_dips_are_shown_with_their_depth_and_those_without_match_are_named() -> 
 def test_profiles_of_several_depths_say_which_layer_each_value_is() -> None:
     record = of_sizes()
     text = printed(record)
-    means = {row["layer"]: row["mean"] for row in record["models"][0]["layers"]}
-    assert row_of(text, "0.833")[1:3] == ["25:", f"{means['25']:.4f}"]
+    means = [
+        {row["layer"]: f"{row['mean']:.4f}" for row in entry["layers"]}
+        for entry in record["models"]
+    ]
+    # Line 33 of 40: 25/30 of A and 20/24 of C are nearest to it.
+    assert row_of(text, "0.825") == [
+        *("0.825", "25:", means[0]["25"], "33:", means[1]["33"], "20:", means[2]["20"]),
+    ]
     line = row_of(text, " norm")
     assert [cell for cell in line if cell.endswith("norm:")] == ["30+norm:", "40+norm:", "24+norm:"]
+    # Every layer of every model has a cell of its own.
+    table = text.split("Mean similarity", 1)[1].split("How far", 1)[0]
+    assert len(re.findall(r" \d+(?:\+norm)?: ", table)) == 31 + 41 + 25
 
 
 def test_exit_layers_are_shown_with_depth_share_and_thresholds() -> None:
@@ -200,8 +209,9 @@ def test_the_picture_names_models_exits_and_dips() -> None:
     svg = profiles_svg(of_sizes())
     assert svg is not None
     said = texts(svg)
-    assert {"exit 23 (C)", "exit 29 (A)", "exit 39 (B)"} <= set(said)
-    assert {"dip 25 (A), 20 (C)", "dip 33 (B)", "dip 12 (B)"} <= set(said)
+    # What lies close is written once, from left to right.
+    assert "exit 23 (C), 29 (A), 39 (B)" in said
+    assert {"dip 33 (B), 25 (A), 20 (C)", "dip 12 (B)"} <= set(said)
     assert {"A  small", "B  large", "C  wide"} <= set(said)
     assert "how far" not in svg
 
