@@ -141,7 +141,7 @@ def test_a_hub_model_is_compared_by_id_and_by_short_name(
         (("TINY", "--copy", "int8", "--config-only"), "which is not measured; leave it out"),
         (("TINY", "OTHER", "--seq-len", 65), "exceed the model's 64 positions"),
         (("TINY", "OTHER", "--seq-len", 60_000), "at least one block of 60000 tokens"),
-        (("TINY", "OTHER", "--num-samples", 1, "--seq-len", 60), "gives 56 tokens, expected"),
+        (("TINY", "OTHER", "--num-samples", 1, "--seq-len", 60), "gives 52 tokens, expected"),
         (("TINY", "OTHER", "--corpus", "none.jsonl"), "no corpus file none.jsonl"),
         (("TINY", "OTHER", "--dtype", "int8"), "expected --dtype among"),
         (("TINY", "OTHER", "--output", "texts.jsonl"), "texts.jsonl is a file"),

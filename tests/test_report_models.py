@@ -70,6 +70,9 @@ EVERY = {
     "one measured": lambda: stored(unmeasured(), measured(levels(30, 25))),
     "few layers": lambda: stored(measured([0.1, 0.9, 0.6]), measured([0.9, 0.8], norm=False)),
     "the same twice": lambda: stored(measured(levels(10)), measured(levels(10))),
+    "same depth": lambda: stored(
+        *[measured(levels(30, 25), moved=-0.004 * number) for number in range(3)]
+    ),
     "no dips": lambda: stored(measured(levels(10)), measured(levels(20))),
     "one sequence": lambda: stored(*[measured(levels(10), sequences=1) for _ in range(2)]),
     "many": lambda: stored(*[measured(levels(10), moved=0.001 * n) for n in range(12)]),
@@ -97,11 +100,24 @@ def test_every_record_has_a_report_that_is_whole(case: str) -> None:
 
 def test_the_lead_says_where_to_exit_and_whether_dips_match() -> None:
     text = " ".join(printed(of_copies()).split())
-    assert "One exit layer is suggested for all: layer 29 of 30, relative depth 0.967." in text
+    assert "for all that were measured: layer 29 of 30, relative depth 0.967." in text
     assert "Every dip has its match" in text
     text = " ".join(printed(of_sizes()).split())
     assert "exit layers lie at relative depths from 0.958 to 0.975." in text
     assert "Over all pairs 2 dips match and 1 has no match." in text
+
+
+def test_the_lead_names_the_threshold_that_is_furthest_off() -> None:
+    record = EVERY["same depth"]()
+    worst = max(
+        record["pairs"][1]["thresholds"], key=lambda row: row["reached"] - row["hard_ratio"]
+    )
+    text = " ".join(printed(record).split())
+    assert (
+        f"A's threshold for {100 * worst['hard_ratio']:g}% hard tokens makes "
+        f"{100 * worst['reached']:.1f}% hard in C; no other is further off."
+    ) in text
+    assert "further off" not in printed(of_sizes())
 
 
 def test_dips_are_shown_with_their_depth_and_those_without_match_are_named() -> None:
@@ -114,10 +130,19 @@ def test_dips_are_shown_with_their_depth_and_those_without_match_are_named() -> 
 def test_profiles_of_several_depths_say_which_layer_each_value_is() -> None:
     record = of_sizes()
     text = printed(record)
-    means = {row["layer"]: row["mean"] for row in record["models"][0]["layers"]}
-    assert row_of(text, "0.833")[1:3] == ["25:", f"{means['25']:.4f}"]
+    means = [
+        {row["layer"]: f"{row['mean']:.4f}" for row in entry["layers"]}
+        for entry in record["models"]
+    ]
+    # Line 33 of 40: 25/30 of A and 20/24 of C are nearest to it.
+    assert row_of(text, "0.825") == [
+        *("0.825", "25:", means[0]["25"], "33:", means[1]["33"], "20:", means[2]["20"]),
+    ]
     line = row_of(text, " norm")
     assert [cell for cell in line if cell.endswith("norm:")] == ["30+norm:", "40+norm:", "24+norm:"]
+    # Every layer of every model has a cell of its own.
+    table = text.split("Mean similarity", 1)[1].split("How far", 1)[0]
+    assert len(re.findall(r" \d+(?:\+norm)?: ", table)) == 31 + 41 + 25
 
 
 def test_exit_layers_are_shown_with_depth_share_and_thresholds() -> None:
@@ -184,8 +209,9 @@ def test_the_picture_names_models_exits_and_dips() -> None:
     svg = profiles_svg(of_sizes())
     assert svg is not None
     said = texts(svg)
-    assert {"exit 23 (C)", "exit 29 (A)", "exit 39 (B)"} <= set(said)
-    assert {"dip 25 (A), 20 (C)", "dip 33 (B)", "dip 12 (B)"} <= set(said)
+    # What lies close is written once, from left to right.
+    assert "exit 23 (C), 29 (A), 39 (B)" in said
+    assert {"dip 33 (B), 25 (A), 20 (C)", "dip 12 (B)"} <= set(said)
     assert {"A  small", "B  large", "C  wide"} <= set(said)
     assert "how far" not in svg
 

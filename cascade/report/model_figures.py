@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 _COLOURS = ("rule1", "rule3", "rule2", "rule4", "rule5", "rule6")
 #: Names longer than this run out of the legend.
 _LONGEST_NAME = 44
+#: Depths that lie closer share what is written beside them.
+_CLOSE = 0.06
+#: Beyond this many curves the names of their largest movers would cover each other; rings remain.
+_MOST_NAMED = 6
 
 
 def profiles_svg(record: Record) -> str | None:
@@ -124,11 +128,10 @@ def _draw_dips(axes: Axes, record: Record, measured: Sequence[Record]) -> None:
                 **colour_of(record, entry["label"]) | {"linestyle": "none"},
             )
     _join_matches(axes, record, places)
-    for depth, names in _at_one_depth(
-        (place[0], label, layer) for (label, layer), place in places.items()
-    ):
-        lowest = max(place[1] for place in places.values() if place[0] == depth)
-        _say(axes, f"dip {names}", (depth, lowest), above=False)
+    found = [(place[0], label, layer) for (label, layer), place in places.items()]
+    for depths, names in _near(found):
+        lowest = max(place[1] for place in places.values() if place[0] in depths)
+        _say_below(axes, f"dip {names}", (sum(depths) / len(depths), lowest))
 
 
 def _join_matches(
@@ -148,30 +151,47 @@ def _join_matches(
 
 
 def _draw_exits(axes: Axes, measured: Sequence[Record]) -> None:
-    exits = ((entry["exit"]["depth"], entry["label"], entry["exit"]["layer"]) for entry in measured)
-    for number, (depth, names) in enumerate(_at_one_depth(exits)):
-        axes.axvline(depth, color=LIGHT["muted"], linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+    exits = [(entry["exit"]["depth"], entry["label"], entry["exit"]["layer"]) for entry in measured]
+    for depths, names in _near(exits):
+        for depth in depths:
+            axes.axvline(depth, color=LIGHT["muted"], linewidth=1, linestyle=(0, (1, 2)), zorder=1)
         axes.annotate(
             f"exit {names}",
-            (depth, 1),
+            (depths[-1], 1),
             xycoords=("data", "axes fraction"),
-            # Exits that lie close would cover each other's names.
-            xytext=(0, 3 + 10 * (number % 2)),
+            xytext=(0, 4),
             textcoords="offset points",
-            ha="right" if depth > 0.7 else "left",
+            ha="right" if depths[-1] > 0.5 else "left",
             color=LIGHT["muted"],
             fontsize=8.5,
         )
 
 
-def _at_one_depth(found: Iterable[tuple[float, str, str]]) -> list[tuple[float, str]]:
-    """Return what to write at each depth: "29 (A, B)"."""
-    groups: dict[float, dict[str, list[str]]] = {}
+def _near(found: Iterable[tuple[float, str, str]]) -> list[tuple[list[float], str]]:
+    """Return what to write beside depths that lie close: "29 (A, B), 39 (C)".
+
+    Args:
+        found: Relative depth, label of the model, layer.
+    """
+    depths: dict[float, dict[str, list[str]]] = {}
     for depth, label, layer in found:
-        groups.setdefault(depth, {}).setdefault(layer, []).append(label)
+        depths.setdefault(depth, {}).setdefault(layer, []).append(label)
+    groups: list[list[float]] = []
+    for depth in sorted(depths):
+        if groups and depth - groups[-1][-1] < _CLOSE:
+            groups[-1].append(depth)
+        else:
+            groups.append([depth])
     return [
-        (depth, ", ".join(f"{layer} ({listed(labels)})" for layer, labels in layers.items()))
-        for depth, layers in sorted(groups.items())
+        (
+            group,
+            ", ".join(
+                f"{layer} ({listed(labels)})"
+                for depth in group
+                for layer, labels in depths[depth].items()
+            ),
+        )
+        for group in groups
     ]
 
 
@@ -183,14 +203,14 @@ def listed(labels: Sequence[str]) -> str:
     return ", ".join(labels)
 
 
-def _say(axes: Axes, text: str, place: tuple[float, float], *, above: bool) -> None:
+def _say_below(axes: Axes, text: str, place: tuple[float, float]) -> None:
     axes.annotate(
         text,
         place,
-        xytext=(0, 9 if above else -9),
+        xytext=(0, -9),
         textcoords="offset points",
         ha="center",
-        va="bottom" if above else "top",
+        va="top",
         fontsize=8.5,
         zorder=5,
         bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
@@ -230,7 +250,22 @@ def _draw_moves(axes: Axes, record: Record, moved: Sequence[Record]) -> None:
                 markeredgewidth=1.4,
                 **look | {"linestyle": "none"},
             )
-            _say(axes, f"{pair['model']} {most}", place, above=True)
+            if len(moved) <= _MOST_NAMED:
+                _name_mover(axes, f"{pair['model']} {most}", place)
+
+
+def _name_mover(axes: Axes, text: str, place: tuple[float, float]) -> None:
+    to_left = place[0] > 0.9
+    axes.annotate(
+        text,
+        place,
+        xytext=(-7 if to_left else 7, 5),
+        textcoords="offset points",
+        ha="right" if to_left else "left",
+        fontsize=8.5,
+        zorder=5,
+        bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 0.5, "alpha": 0.7},
+    )
 
 
 def operations_svg(record: Record) -> str | None:

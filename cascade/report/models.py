@@ -100,12 +100,30 @@ def _lead(record: Record, measured: Sequence[Record]) -> str:
         only = measured[0]
         return f"One model was measured: {_exit_words(only)} is suggested for {only['label']}."
     if len(exits) == 1:
-        return (
-            f"One exit layer is suggested for all: {_exit_words(measured[0])}. {_dip_words(record)}"
+        text = (
+            f"One exit layer is suggested for all that were measured: {_exit_words(measured[0])}."
         )
+    else:
+        text = (
+            f"The suggested exit layers lie at relative depths from {depths[0]:.3f} to "
+            f"{depths[-1]:.3f}."
+        )
+    return " ".join(filter(None, (text, _dip_words(record), _threshold_words(record))))
+
+
+def _threshold_words(record: Record) -> str:
+    """Say which model the first one's thresholds suit least, where they can be tried."""
+    tried = [
+        (abs(row["reached"] - row["hard_ratio"]), pair, row)
+        for pair in record["pairs"]
+        for row in pair["thresholds"] or ()
+    ]
+    if not tried:
+        return ""
+    _, pair, row = max(tried, key=lambda entry: entry[0])
     return (
-        f"The suggested exit layers lie at relative depths from {depths[0]:.3f} to "
-        f"{depths[-1]:.3f}. {_dip_words(record)}"
+        f"{pair['against']}'s threshold for {100 * row['hard_ratio']:g}% hard tokens makes "
+        f"{percent(row['reached'], 1)} hard in {pair['model']}; no other is further off."
     )
 
 
@@ -189,36 +207,41 @@ def _profiles(record: Record, measured: Sequence[Record]) -> Iterator[Block]:
 
 
 def _means_table(measured: Sequence[Record]) -> Table:
-    cells: dict[float, dict[str, str]] = {}
-    several = len({entry["sizes"]["num_layers"] for entry in measured}) > 1
-    for entry in measured:
+    """Return one row per layer of the deepest model; each layer of another in the nearest row."""
+    deepest = max(entry["sizes"]["num_layers"] for entry in measured)
+    several = any(entry["sizes"]["num_layers"] != deepest for entry in measured)
+    lines: list[list[str]] = [[""] * len(measured) for _ in range(deepest + 1)]
+    dips = set()
+    for column, entry in enumerate(measured):
+        depth = entry["sizes"]["num_layers"]
         for row in entry["layers"]:
-            # The normed row stands below all layers.
-            depth = 2.0 if is_normed(row) else row["depth"]
+            # layer / depth * deepest, to the nearest: no two layers share a line.
+            line = deepest if is_normed(row) else _nearest(int(row["layer"]), depth, deepest) - 1
             # Of models that differ in depth, each cell says which layer it is.
             text = f"{row['layer']}: {show(row['mean'])}" if several else show(row["mean"])
-            cells.setdefault(depth, {})[entry["label"]] = text
-    names = {row["depth"]: row["layer"] for row in measured[0]["layers"]}
-    first = ("depth",) if several else ("depth", "layer")
-    rows = []
-    for depth, found in sorted(cells.items()):
-        place = ["norm"] if depth == 2.0 else [f"{depth:.3f}"]
-        if not several:
-            place.append(names.get(None if depth == 2.0 else depth, ""))
-        rows.append([*place, *(found.get(entry["label"], "") for entry in measured)])
-    dips = {
-        f"{row['depth']:.3f}"
-        for entry in measured
-        for row in entry["layers"]
-        if row["layer"] in entry["structure"]["dips"]
-    }
+            lines[line][column] = text
+            if row["layer"] in entry["structure"]["dips"]:
+                dips.add(f"{(line + 1) / deepest:.3f}")
+    names = [str(layer) for layer in range(1, deepest + 1)]
+    rows = [
+        [f"{int(name) / deepest:.3f}", *([] if several else [name]), *cells]
+        for name, cells in zip(names, lines, strict=False)
+    ]
+    if any(lines[-1]):
+        rows.append(["norm", *([] if several else [""]), *lines[-1]])
+    caption = "Mean similarity of each layer"
+    if several:
+        caption += " (layer: mean), in the line of the relative depth that is nearest"
     return table_of(
-        "Mean similarity of each layer"
-        + (", by relative depth (layer: mean)." if several else "."),
-        (*first, *(entry["label"] for entry in measured)),
+        f"{caption}; norm: of the state behind the final norm.",
+        ("depth", *([] if several else ["layer"]), *(entry["label"] for entry in measured)),
         rows,
         active=tuple(dips),
     )
+
+
+def _nearest(layer: int, depth: int, deepest: int) -> int:
+    return (2 * layer * deepest + depth) // (2 * depth)
 
 
 # --- Dips ------------------------------------------------------------------------------------
