@@ -54,6 +54,7 @@ from cascade.models import DecoderStack, load
         (([5], 10), ([22], 40), [(5, 22)]),
         # Nearest first: 9 takes 10, and 12 is left without any.
         (([9, 12], 100), ([10], 100), [(9, 10)]),
+        (([8, 9], 100), ([10], 100), [(9, 10)]),
         (([9, 12], 100), ([10, 13], 100), [(9, 10), (12, 13)]),
         # As near on both sides: the one further up.
         (([9, 11], 100), ([10], 100), [(9, 10)]),
@@ -381,6 +382,15 @@ def test_another_tokenizer_reads_the_same_records(here: Path) -> None:
     assert other.tokens == words // 8 * 8
     # The first model's tokens are read once, whoever comes between.
     assert text.blocks(stack_of(tiny_tokenizer())) is first
+
+
+def test_a_tokenizer_of_more_tokens_reads_the_same_records_to_their_end(here: Path) -> None:
+    text = SameText("texts.jsonl", seq_len=8, max_tokens=160)
+    first = text.blocks(stack_of(coarse_tokenizer()))
+    other = text.blocks(stack_of(tiny_tokenizer()))
+    assert (first.tokens, first.records) == (160, other.records)
+    letters = sum(len(each) + 1 for each in TEXTS[: first.records])
+    assert other.tokens == letters // 8 * 8 > 160
 
 
 def test_one_long_document_is_read_up_to_as_many_tokens(here: Path) -> None:

@@ -138,6 +138,8 @@ def test_profiles_of_several_depths_say_which_layer_each_value_is() -> None:
     assert row_of(text, "0.825") == [
         *("0.825", "25:", means[0]["25"], "33:", means[1]["33"], "20:", means[2]["20"]),
     ]
+    # 2/30 is nearer to 3/40 than to 2/40.
+    assert row_of(text, "0.075")[1::2] == ["2:", "3:", "2:"]
     line = row_of(text, " norm")
     assert [cell for cell in line if cell.endswith("norm:")] == ["30+norm:", "40+norm:", "24+norm:"]
     # Every layer of every model has a cell of its own.
@@ -180,6 +182,7 @@ def test_what_was_not_measured_is_said_to_be_so() -> None:
     assert row_of(by_depth, "B  0.900")[:4] == ["B", "0.900", "11", "7.1%"]
     assert "exit of C" in by_depth
     text = printed(EVERY["unmeasured"]())
+    assert text.startswith("2 models by their configurations")
     assert "Nothing was measured." in text
     assert "there is no profile to draw" in text
     assert "Suggested exit layers" not in text

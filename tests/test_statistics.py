@@ -250,6 +250,16 @@ def test_the_share_below_inverts_the_quantile_within_a_token(values: Values, q: 
         assert abs(share - q) <= (alike.sum() + 1) / tokens
 
 
+def test_the_share_below_spreads_a_bins_tokens_evenly_over_it() -> None:
+    # One token in each of the bins 99 to 103, in the middle.
+    values = np.cos((np.arange(99, 104) + 0.5) * np.pi / BINS)
+    statistics = SimilarityStatistics(["1"], EDGES[:1])
+    statistics.update(values[None, None], np.array([0]))
+    # A quarter into bin 101, three quarters of it are below, and bins 102 and 103.
+    share = statistics.share_below(float(np.cos(101.25 * np.pi / BINS)))
+    assert share == pytest.approx([2.75 / 5])
+
+
 def test_the_share_below_knows_where_no_token_lies() -> None:
     statistics = SimilarityStatistics(["1"], EDGES[:1])
     statistics.update(np.full((1, 1, 4), 0.5), np.array([0]))

@@ -34,7 +34,10 @@ def models_report(record: Record) -> Report:
     )
     return Report(
         kicker="CASCADE comparison of models",
-        title=f"{len(record['models'])} models over relative depth",
+        title=(
+            f"{len(record['models'])} models "
+            f"{'over relative depth' if measured else 'by their configurations'}"
+        ),
         about=_about(measured),
         sections=sections,
         provenance=_provenance(record),
@@ -420,8 +423,8 @@ def _configured(record: Record) -> Iterator[Block]:
         yield Picture(
             "models-operations.svg",
             picture,
-            "Shares of the model's operations per token: decoder layers before and behind the "
-            "suggested exit layer, and LM head.",
+            "Shares of each model's operations per token. Where a model was measured, its decoder "
+            "layers are parted at the suggested exit layer.",
         )
     if record["by_depth"]:
         yield _by_depth(record)
