@@ -372,7 +372,8 @@ def _point(row: Row) -> str:
 def _cost(row: Row) -> str:
     if row["flops_ratio"] is None:
         return "an unknown cost"
-    text = f"{row['flops_ratio']:.2f} x the full model's operations"
+    # What hardly any token saves would read 1.00.
+    text = f"{row['flops_ratio']:.3f} x the full model's operations"
     if row["seconds_ratio"] is None:
         return text
     interval = row["seconds_ratio_interval"]

@@ -71,8 +71,8 @@ def test_the_best_is_the_cheapest_whose_agreement_is_confirmed() -> None:
     assert found["verdict"]["exit"] is True
     assert found["verdict"]["headline"] == (
         "Exit at layer 24, cosine >= 0.9 with the ridge head: 95.5 % of all tokens are predicted "
-        "as by the full model (wanted: 95.0 %), at 0.90 x the full model's operations and 0.90 x "
-        "its time (0.89 to 0.91)."
+        "as by the full model (wanted: 95.0 %), at 0.900 x the full model's operations and "
+        "0.90 x its time (0.89 to 0.91)."
     )
     (also,) = found["verdict"]["also"]
     assert "94.5 % to 96.5 %, reaches below the wanted 95.0 %" in also

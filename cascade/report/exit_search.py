@@ -137,7 +137,7 @@ def _cells(row: Record, best: bool) -> list[str]:
         share(row["fit_agreement"]),
         share(row["agreement"]),
         between(row["agreement_interval"], lambda value: f"{100 * value:.1f}", "-"),
-        ratio(row["flops_ratio"], 2),
+        ratio(row["flops_ratio"]),
         ratio(row["seconds_ratio"], 2),
         share(row["risk_bound"]),
         f"{_KEPT[row['outcome']]}{'?' if on_table else ''}",
