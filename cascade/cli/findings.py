@@ -71,7 +71,7 @@ def _measure(folder: Path, model: str, layer: int, corpora: list[str], heads: Pa
     _run(["compare-corpora", "embedded", *corpora, *of_model, *to_folder])
     copies = [part for how in _COPIES for part in ("--copy", how)]
     _run(["compare-models", model, *copies, *to_folder])
-    fitted = [] if heads is None else ["--heads", str(heads)]
+    fitted = [] if heads is None else ["--heads", str(heads), "--propagation", "ridge"]
     _run(["search-exit", *of_model, *fitted, *to_folder])
 
 
