@@ -139,7 +139,7 @@ def measure(
     layer: int,
     update: Update,
     call: LayerCall,
-    delimiters: Tensor,
+    delimiters: Tensor | None,
 ) -> Measured:
     """Run a layer again with the first token hidden from the others, and with the delimiters.
 
@@ -149,17 +149,23 @@ def measure(
         layer: 1..N.
         update: What it does as it is.
         call: Its call, with eager attention.
-        delimiters: `[B, T]`.
+        delimiters: `[B, T]`; where a batch has none, the layer gives what it gives. None: they are
+            not to be hidden.
     """
-    first = torch.zeros_like(delimiters)
+    first = torch.zeros(update.hidden.shape[:2], dtype=torch.bool, device=update.hidden.device)
     first[:, 0] = True
+    hidden = {"first_token": first}
+    if delimiters is not None:
+        hidden["delimiters"] = delimiters & ~first
     outputs = {}
-    for name, columns in (("first_token", first), ("delimiters", delimiters & ~first)):
+    for name, columns in hidden.items():
         changed = blocked(call, columns)
-        if changed is not None and columns.any():
-            hidden = update.hidden.to(stack.dtype)
-            output = stack.step(layer, hidden, changed)
-            outputs[name] = output.to(update.hidden.dtype)
+        if changed is None:
+            continue
+        output = update.hidden + update.whole
+        if columns.any():
+            output = stack.step(layer, update.hidden.to(stack.dtype), changed).to(output.dtype)
+        outputs[name] = output
     return Measured(update, outputs)
 
 

@@ -202,6 +202,8 @@ class _Run:
         }
         assert stack.tokenizer is not None
         self.classes, self.delimiters = classify(blocks.ids, stack.tokenizer)
+        #: First tokens cannot be hidden from themselves.
+        self.has_delimiters = bool(self.measured(self.delimiters)[:, 1:].any())
         self.pilots: dict[int, Pilot] = {}
         self.stream = StreamStatistics()
         #: side -> removal -> per batch, `[2, B, T]`: degrees and similarities.
@@ -251,8 +253,9 @@ class _Run:
                 self.stream.add_layer(layer, update, next(iter(weights), None), delimiters)
                 self.stream.add_entry(layer, hidden, ids)
                 if layer in self.sides:
+                    hides = delimiters if self.has_delimiters else None
                     found[layer] = measure(
-                        self.stack, self.parts[layer], layer, update, call, delimiters
+                        self.stack, self.parts[layer], layer, update, call, hides
                     )
             self.full.append(self._nats(plan, self.stack.num_layers, hidden, ids))
             for layer, measured in found.items():
@@ -291,11 +294,7 @@ class _Run:
     def values(self, side: int, name: str) -> Array | None:
         """Return a removal's degrees and similarities, `[2, S, T]`; None where there are none."""
         parts = self.angles[side].get(name)
-        # A batch in which there was nothing to hide is as it is.
-        plain = self.angles[side]["nothing"]
-        if parts is None:
-            return None
-        return np.concatenate(parts if len(parts) == len(plain) else plain, axis=1)
+        return None if parts is None else np.concatenate(parts, axis=1)
 
     def measured(self, values: Array) -> Array:
         """Return the rows of `[S, T]` that were measured, not learned from."""
@@ -544,8 +543,6 @@ class _Judge:
             parts = self.run.nats[side].get(name)
             if parts is None:
                 continue
-            if len(parts) < len(self.run.full):
-                continue  # nothing to hide in some batch
             more = (np.concatenate(parts) - full) / (scored / len(full))
             low, high = interval(more[self.gap.drawn].mean(axis=1))
             yield {

@@ -79,8 +79,7 @@ def test_each_removal_takes_away_what_it_says() -> None:
     plan = stack.plan(random_ids())
     parts = find_parts(stack, 1)
     _, real = split(stack, parts, 1, plan.embedded, plan.calls[0])
-    none = torch.zeros(2, 12, dtype=torch.bool)
-    assert not measure(stack, parts, 1, real, plan.calls[0], none).hidden_away
+    assert not measure(stack, parts, 1, real, plan.calls[0], None).hidden_away, "SDPA: no mask"
     found = angles_without(Measured(update, {}), own, own)
     start, end = update.hidden, update.hidden + update.whole
     keep = [dim for dim in range(16) if dim != 5]

@@ -178,6 +178,23 @@ def test_empty_classes_are_named_and_not_counted_as_zeros() -> None:
     )
 
 
+def test_delimiters_in_some_batches_alone_are_hidden_there() -> None:
+    ids = planted.blocks(8).ids.copy()
+    tokens = tiny_tokenizer().convert_tokens_to_ids
+    ids[np.isin(ids, tokens(list(".,;:!?")))] = tokens("x")
+    without = TokenBlocks(ids, "d", "d", records=8)
+    stack = planted.quiet_stack()
+    record = explain(stack, without, 3, contrast=2, batch_size=2)
+    causes = {row["cause"]: row for row in record["causes"]}
+    assert causes["delimiters"]["verdict"] == "not tried"
+    assert "delimiters_hidden" not in {row["ablation"] for row in record["ablations"]}
+    some = ids.copy()
+    some[-1, 1::2] = tokens(".")
+    record = explain(stack, TokenBlocks(some, "d", "d", records=8), 3, contrast=2, batch_size=2)
+    row = next(row for row in record["ablations"] if row["ablation"] == "delimiters_hidden")
+    assert row["perplexity"] != row["full_perplexity"]
+
+
 def test_the_neighbour_is_the_nearest_layer_of_a_stable_band() -> None:
     stack = planted.quiet_stack(8)
     planted.constant_of(stack, "attention", 40.0)
