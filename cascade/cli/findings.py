@@ -54,6 +54,8 @@ def findings(
 
 #: Copies of the model that it is compared with.
 _COPIES = ("bf16", "int8", "int4", "noise:0.01")
+#: Other sizes of the reference model.
+_KIN = ("smollm2-360m", "smollm2-1.7b")
 
 
 def _measure(folder: Path, model: str, layer: int, corpora: list[str], heads: Path | None) -> None:
@@ -70,7 +72,9 @@ def _measure(folder: Path, model: str, layer: int, corpora: list[str], heads: Pa
     _run(["explain", "--layer", f"{last}+norm", *of_model, *to_folder])
     _run(["compare-corpora", "embedded", *corpora, *of_model, *to_folder])
     copies = [part for how in _COPIES for part in ("--copy", how)]
-    _run(["compare-models", model, *copies, *to_folder])
+    # Of the reference model's kin the sizes are known, whether or not their weights are at hand.
+    kin = [] if of_model else [part for name in _KIN for part in ("--unmeasured", name)]
+    _run(["compare-models", model, *copies, *kin, *to_folder])
     fitted = [] if heads is None else ["--heads", str(heads), "--propagation", "ridge"]
     _run(["search-exit", *of_model, *fitted, *to_folder])
 
