@@ -14,14 +14,18 @@ if TYPE_CHECKING:
     from cascade.cascade_evaluation import evaluate_cascade as evaluate_cascade
     from cascade.cascades import Cascade as Cascade
     from cascade.cascades import Entry as Entry
+    from cascade.copies import copy_of as copy_of
     from cascade.corpora import TokenBlocks as TokenBlocks
     from cascade.corpora import load_blocks as load_blocks
+    from cascade.corpus_comparison import compare_corpora as compare_corpora
     from cascade.distillation import distill as distill
     from cascade.drift import Comparison as Comparison
     from cascade.drift import compare as compare
     from cascade.early_exit import EarlyExit as EarlyExit
     from cascade.errors import CascadeError as CascadeError
     from cascade.evaluation import evaluate as evaluate
+    from cascade.explanation import explain as explain
+    from cascade.final_norm import explain_norm as explain_norm
     from cascade.gate import Gate as Gate
     from cascade.gate import run_gate as run_gate
     from cascade.hard_dataset import HardTokens as HardTokens
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from cascade.heads import FittedHeads as FittedHeads
     from cascade.heads import fit_heads as fit_heads
     from cascade.heads import load_heads as load_heads
+    from cascade.model_comparison import compare_models as compare_models
+    from cascade.model_comparison import measure_model as measure_model
     from cascade.models import DecoderStack as DecoderStack
     from cascade.models import load as load
     from cascade.saturation import SaturationProfile as SaturationProfile
@@ -63,14 +69,20 @@ _ROOMS = {
     "calibrate": "calibration",
     "collect_hard": "hard_tokens",
     "compare": "drift",
+    "compare_corpora": "corpus_comparison",
+    "compare_models": "model_comparison",
+    "copy_of": "copies",
     "distill": "distillation",
     "evaluate": "evaluation",
     "evaluate_cascade": "cascade_evaluation",
+    "explain": "explanation",
+    "explain_norm": "final_norm",
     "fit_heads": "heads",
     "load": "models",
     "load_blocks": "corpora",
     "load_hard_tokens": "hard_dataset",
     "load_heads": "heads",
+    "measure_model": "model_comparison",
     "read_profile": "baselines",
     "read_record": "baselines",
     "run_gate": "gate",

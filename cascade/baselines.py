@@ -39,6 +39,11 @@ _MADE_BY = {
     "budgets": "accept",
     "hard-tokens": "collect-hard --output",
     "cascade": "train --output",
+    "explanation": "explain --output",
+    "final-norm": "explain --output",
+    "corpus-comparison": "compare-corpora --output",
+    "model-comparison": "compare-models --output",
+    "exit-search": "search-exit --output",
 }
 
 

@@ -50,6 +50,8 @@ class TokenBlocks:
             that begin behind its last heading, and its EOS; of any other record all of them. None
             where it was not asked for.
         part: The part of the corpus that this is; None for all of it.
+        spread_over: How many sequences the text gave, where only some of them, evenly spaced, are
+            these; None where they are all.
     """
 
     ids: npt.NDArray[np.int32]
@@ -59,6 +61,7 @@ class TokenBlocks:
     record_of: npt.NDArray[np.int32] | None = None
     response: npt.NDArray[np.bool_] | None = None
     part: Part | None = None
+    spread_over: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -89,6 +92,30 @@ class TokenBlocks:
             rows = self.ids[start : start + batch_size]
             yield rows, np.arange(start, start + len(rows))
 
+    def spread(self, sequences: int) -> TokenBlocks:
+        """Return so many sequences, evenly spaced over the text; all of them where it has fewer.
+
+        The first ones would be of the first documents alone, and their neighbours much like them.
+
+        Args:
+            sequences: How many, at least 1.
+        """
+        if sequences >= len(self.ids):
+            return self
+        # The middles of as many equal parts of the text.
+        rows = (np.arange(sequences) * 2 + 1) * len(self.ids) // (2 * sequences)
+
+        def some(marks: Any) -> Any:
+            return None if marks is None else marks[rows]
+
+        return replace(
+            self,
+            ids=self.ids[rows],
+            record_of=some(self.record_of),
+            response=some(self.response),
+            spread_over=self.spread_over or len(self.ids),
+        )
+
     def provenance(self) -> dict[str, Any]:
         """Return what a record says of the corpus."""
         return {
@@ -99,15 +126,18 @@ class TokenBlocks:
             "tokens": self.tokens,
             "sequences": len(self.ids),
             "seq_len": int(self.ids.shape[1]),
-        } | self._parted()
+        } | self._taken()
 
-    def _parted(self) -> dict[str, str]:
+    def _taken(self) -> dict[str, str]:
+        spread = {}
+        if self.spread_over is not None:
+            spread["spread"] = f"evenly over {self.spread_over:,} sequences"
         if self.part is None:
-            return {}
+            return spread
         rule = f"every {_HELD_OUT_EVERY}th is held out"
         if self.source == EMBEDDED:
             rule = "as the corpus says of each"
-        return {"part": self.part, "parted": f"by record, {rule}"}
+        return {"part": self.part, "parted": f"by record, {rule}"} | spread
 
 
 def load_blocks(
@@ -123,6 +153,7 @@ def load_blocks(
     seed: int | None = None,
     part: Part | None = None,
     marks: bool = False,
+    stream: bool = False,
 ) -> TokenBlocks:
     """Read a corpus, put its records together, and cut the tokens into blocks.
 
@@ -144,6 +175,7 @@ def load_blocks(
         part: Take the records of one part alone, "train" or "held-out". No record is in both: the
             embedded corpus says of each in which it is, of any other every fifth is held out.
         marks: Mark each token with its record and as response text or not.
+        stream: Read a hub dataset record by record, without fetching the whole of it first.
 
     Raises:
         CorpusError: The corpus is missing, empty, malformed or too small for one block.
@@ -153,7 +185,12 @@ def load_blocks(
     _check_sizes(seq_len, max_tokens)
     if part is not None:
         _check_part(part, source, split)
-    records = _read(source, split=split, config=config)
+    if stream and seed is not None:
+        raise CorpusError(
+            "expected no seed for a stream, which gives its records in their own order; leave the "
+            "one or the other out"
+        )
+    records = _read(source, split=split, config=config, stream=stream)
     if seed is not None:
         records = _shuffled(records, seed)
     texts = (
@@ -395,7 +432,7 @@ def alpaca_text(instruction: str, given: str, output: str) -> str:
     return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n{output}"
 
 
-def _read(source: str, *, split: str | None, config: str | None) -> Iterable[Record]:
+def _read(source: str, *, split: str | None, config: str | None, stream: bool) -> Iterable[Record]:
     if source == EMBEDDED:
         if config is not None:
             raise CorpusError(
@@ -408,7 +445,7 @@ def _read(source: str, *, split: str | None, config: str | None) -> Iterable[Rec
     if suffix not in _READERS:
         if os.path.isfile(path):
             raise CorpusError(f"expected a {', '.join(_READERS)} file, got {source}; convert it")
-        return _read_dataset(source, split=split, config=config)
+        return _read_dataset(source, split=split, config=config, stream=stream)
     if not os.path.isfile(path):
         raise CorpusError(f"no corpus file {source}; expected a path to an existing file")
     if split or config:
@@ -489,16 +526,34 @@ _READERS: dict[str, Callable[[Path], Iterable[Record]]] = {
 }
 
 
-def _read_dataset(source: str, *, split: str | None, config: str | None) -> Iterable[Record]:
+def _read_dataset(
+    source: str, *, split: str | None, config: str | None, stream: bool
+) -> Iterable[Record]:
     import datasets
 
+    # Only where it is wanted: a dataset that was fetched is kept for the next time.
+    streaming = {"streaming": True} if stream else {}
     try:
-        records: Iterable[Record] = datasets.load_dataset(source, config, split=split or "train")
-        return records
+        records: Iterable[Record] = datasets.load_dataset(
+            source, config, split=split or "train", **streaming
+        )
     except Exception as error:
-        # As with hub models: many unrelated types, one meaning for the user.
-        raise CorpusError(
-            f"no corpus {source}: {first_line(error)} -- expected embedded, a .jsonl, .json,"
-            " .parquet or .txt file, or a hub dataset (with --config and --split) where the hub"
-            " can be reached"
-        ) from error
+        raise _no_dataset(source, error) from error
+    return _streamed(source, records) if stream else records
+
+
+def _streamed(source: str, records: Iterable[Record]) -> Iterator[Record]:
+    """Yield the same records; what goes wrong on the way is said as at the beginning."""
+    try:
+        yield from records
+    except Exception as error:
+        raise _no_dataset(source, error) from error
+
+
+def _no_dataset(source: str, error: Exception) -> CorpusError:
+    # As with hub models: many unrelated types, one meaning for the user.
+    return CorpusError(
+        f"no corpus {source}: {first_line(error)} -- expected embedded, a .jsonl, .json,"
+        " .parquet or .txt file, or a hub dataset (with --config and --split) where the hub"
+        " can be reached"
+    )

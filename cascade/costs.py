@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from torch import nn
 
-from cascade.models import DecoderStack
 from cascade.skipping import Counts
 
 
-def flops(stack: DecoderStack, counts: Counts, *, map_width: int = 0, head_size: int = 0) -> float:
+class Layered(Protocol):
+    """What costs are counted of: a `DecoderStack`, or a model that is known by its sizes alone."""
+
+    @property
+    def layers(self) -> Sequence[nn.Module] | nn.ModuleList:
+        """Decoder layers 1 to N."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Outputs of the LM head."""
+
+
+def flops(stack: Layered, counts: Counts, *, map_width: int = 0, head_size: int = 0) -> float:
     """Return the floating-point operations behind counts: two per multiplication and addition.
 
     Counted are matrix products and attention; norms, rotations and softmax are left out (below
     1 % of SmolLM2-135M). A mixture of experts is counted as if every expert ran.
 
     Args:
-        stack: The model.
+        stack: The model; no weight is looked at, only sizes.
         counts: What was computed.
         map_width: Outputs of the propagation maps per upper layer.
         head_size: Multiplications of an exit head per row, beside the LM head's.
@@ -32,14 +50,28 @@ def flops(stack: DecoderStack, counts: Counts, *, map_width: int = 0, head_size:
     return total
 
 
-def full_flops(stack: DecoderStack, batch: int, length: int) -> float:
+def full_flops(stack: Layered, batch: int, length: int) -> float:
     """Return the operations of the full model over `batch` sequences of `length` tokens."""
-    rows = batch * length
-    counts = Counts.of(stack.num_layers)
-    counts.layer_rows = [rows] * stack.num_layers
-    counts.pairs = [rows * length] * stack.num_layers
+    rows, depth = batch * length, len(stack.layers)
+    counts = Counts.of(depth)
+    counts.layer_rows = [rows] * depth
+    counts.pairs = [rows * length] * depth
     counts.lm_head_rows = rows
     return flops(stack, counts)
+
+
+def layer_flops(stack: Layered, batch: int, length: int) -> list[float]:
+    """Return the operations of each decoder layer over `batch` sequences of `length` tokens.
+
+    What `full_flops` counts beside them is the LM head.
+    """
+    rows, depth = batch * length, len(stack.layers)
+    found = []
+    for index in range(depth):
+        counts = Counts.of(depth)
+        counts.layer_rows[index], counts.pairs[index] = rows, rows * length
+        found.append(flops(stack, counts))
+    return found
 
 
 def _matrices(layer: nn.Module) -> int:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from cascade.attribution import attribute
 from cascade.baselines import Record, at
 from cascade.errors import RecordError, UsageError
+from cascade.resampling import Place, placed, resampled_means, simultaneous_half_widths
 from cascade.statistics import QUANTILES
 
 Array = npt.NDArray[Any]
@@ -50,7 +51,8 @@ MARGIN = 1.0
 MARGIN_FLOOR = {"mean": 0.002, "mean_square": 0.004} | dict.fromkeys(SHARES, 0.02)
 #: The probability that all intervals of a comparison hold at once.
 CONFIDENCE = 0.99
-_RESAMPLES = 999
+#: What an interval's place says of a margin.
+_VERDICTS: dict[Place, Verdict] = {"within": "PASS", "straddles": "INCONCLUSIVE", "beyond": "FAIL"}
 
 #: Two results are comparable only where all of these agree; and what to do where they do not.
 IDENTITY = {
@@ -125,10 +127,7 @@ class Cell:
         if self.interval is None:
             # A comparison with NaN is false: what is missing or NaN never passes.
             return "PASS" if abs(self.difference) <= self.limit else "FAIL"
-        low, high = self.interval
-        if -self.limit <= low and high <= self.limit:
-            return "PASS"
-        return "INCONCLUSIVE" if low <= self.limit and high >= -self.limit else "FAIL"
+        return _VERDICTS[placed(self.interval, self.limit)]
 
     def row(self) -> Record:
         """Return the cell as a record holds it; None for what is no number."""
@@ -603,21 +602,15 @@ def _resampled(
     flat = [side.reshape(len(side), -1) for side in sides]
     means = [side.mean(axis=0) for side in flat]
     generator = np.random.default_rng(seed)
-    draws = [_bootstrap(side, generator) for side in flat]
-    shifts = draws[0] - draws[1]
+    draws = [resampled_means(side, generator) for side in flat]
     difference = means[0] - means[1]
-    error = shifts.std(axis=0, ddof=1)
-    # Simultaneous by the largest |t| over all cells (Romano and Wolf 2005): correlated layers cost
-    # no more than they must.
-    known = np.isfinite(error) & (error > 0)
-    largest = (np.abs(shifts - difference)[:, known] / error[known]).max(axis=1, initial=0.0)
-    factor = float(np.quantile(largest, confidence, method="higher"))
+    halves = simultaneous_half_widths(draws[0] - draws[1], difference, confidence)
     floors = np.tile([MARGIN_FLOOR[name] for name in statistics], len(layers))
     margins = np.maximum(margin * flat[1].std(axis=0, ddof=1), floors)
     margins = np.where(np.isfinite(margins), margins, floors)
     cells = []
     for index, (label, statistic) in enumerate((a, b) for a in layers for b in statistics):
-        half = factor * float(error[index])
+        half = float(halves[index])
         interval = float(difference[index]) - half, float(difference[index]) + half
         cells.append(
             Cell(
@@ -645,13 +638,6 @@ def _resampled(
     mine, theirs = (side[..., 0].mean(axis=0, keepdims=True) for side in sides)
     limits = margins.reshape(len(layers), -1)[:, 0]
     return replace(comparison, attribution=attribute(layers, mine, theirs, limits))
-
-
-def _bootstrap(rows: Array, generator: np.random.Generator) -> Array:
-    """Return the means of resamples of whole sequences, `[resamples, columns]`."""
-    weights = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=_RESAMPLES)
-    means: Array = weights @ rows / len(rows)
-    return means
 
 
 def _needed(difference: float, half: float, margin: float, new: Array, old: Array) -> int | None:

@@ -14,6 +14,7 @@ from cascade.corpora import TokenBlocks
 from cascade.costs import full_flops
 from cascade.early_exit import Propagation
 from cascade.errors import CorpusError, UsageError
+from cascade.exit_curves import curve, lowest_threshold
 from cascade.exits import check_layers, check_seed, find_rule
 from cascade.heads import FittedHeads, heads_provenance
 from cascade.models import DecoderStack
@@ -167,7 +168,7 @@ def evaluate(
     fitted_on = {} if request.only_given else {"fitted_on": fit.provenance()}
     corpora = (confirm,) if request.only_given else (fit, confirm)
     evaluator = Evaluator(stack, rules, heads=heads, propagation=propagation, seed=seed)
-    points, searched = [*request.thresholds], []
+    points, searched, fitted = [*request.thresholds], [], None
     if not request.only_given:
         fitted = evaluator.table(fit, batch_size=batch_size, progress=progress)
         searched = search(fitted, layers, names, request.agreement)
@@ -193,11 +194,12 @@ def evaluate(
             "seed": seed,
             "computes_every_token_because": evaluator.layers.reason,
             "interval": INTERVAL,
-            "seconds": _SECONDS,
+            "seconds": SECONDS,
         },
-        "full": _full_record(stack, table, rows),
+        "full": full_record(stack, table),
         "points": rows,
         "auroc": _auroc_rows(table, rules),
+        "curves": None if fitted is None else _curves(fitted, table, points, seed),
         "search": _search_record(rows, searched, request.agreement),
         "verdict": _verdict(rows, request),
     }
@@ -212,7 +214,8 @@ def _verdict(rows: Sequence[dict[str, Any]], request: Request) -> dict[str, Any]
     return judge(rows, **wanted)
 
 
-_SECONDS = (
+#: How a row's seconds come about.
+SECONDS = (
     "one process, every batch through the full model and through every point in turn; a point's "
     "time is that of the layers below its exit, of its rule and head on every token that they "
     "look at, and of the layers and the LM head above for the tokens that stayed (with exact "
@@ -290,23 +293,19 @@ def search(
     for layer, rule in itertools.product(layers, rules):
         if (layer, rule) not in table.confidence or rule in CONTROLS:
             continue
-        confidence = table.confidence[layer, rule].ravel()
-        order = np.argsort(-confidence, kind="stable")
-        wrong = np.cumsum(~table.agrees[layer].ravel()[order])
-        # As the row of a point says it: 1 - 0.9 is a little less than a tenth.
-        fine = (len(order) - wrong) / len(order) >= agreement
-        # Ties leave together: a threshold may only fall between different confidences.
-        distinct = np.append(confidence[order][1:] < confidence[order][:-1], True)
-        last = np.flatnonzero(fine & distinct)
-        if len(last):
-            threshold = float(confidence[order][last[-1]])
-            points.append(Point(layer, rule, threshold, f"agreement {agreement:g}"))
+        found = lowest_threshold(table.confidence[layer, rule], table.agrees[layer], agreement)
+        if found is not None:
+            points.append(Point(layer, rule, found, f"agreement {agreement:g}"))
     return points
 
 
-def _full_record(
-    stack: DecoderStack, table: ExitTable, rows: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def full_record(stack: DecoderStack, table: ExitTable) -> dict[str, Any]:
+    """Return what a record says of the full model.
+
+    Args:
+        stack: The model.
+        table: Of the corpus that was measured on.
+    """
     scored = table.full_log_probability[:, :-1]
     return {
         "perplexity": math.exp(-scored.mean(dtype=np.float64)),
@@ -316,6 +315,29 @@ def _full_record(
         "layers": stack.num_layers,
         "flops_per_token": full_flops(stack, *table.full_log_probability.shape)
         / table.full_log_probability.size,
+    }
+
+
+def _curves(
+    fitted: ExitTable, table: ExitTable, points: Sequence[Point], seed: int
+) -> dict[str, Any]:
+    """Return what a search for another agreement needs: each layer's and rule's exit curve."""
+    rows = []
+    for layer, name in fitted.confidence:
+        if name in CONTROLS:
+            continue
+        own = [p.threshold for p in points if (p.layer, p.rule) == (layer, name)]
+        known = curve(
+            (fitted.confidence[layer, name], fitted.agrees[layer]),
+            (table.confidence[layer, name], table.agrees[layer]),
+            own,
+            seed=seed,
+        )
+        rows.append({"exit_layer": layer, "rule": name} | known)
+    return {
+        "fit_tokens": int(fitted.full_log_probability.size),
+        "tokens": int(table.full_log_probability.size),
+        "rows": rows,
     }
 
 

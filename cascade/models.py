@@ -373,6 +373,27 @@ class DecoderStack:
             ).logits
         return logits
 
+    @torch.no_grad()
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Return states behind the model's final norm, which follows layer N.
+
+        Args:
+            hidden: `[B, T, D]`, an entry of the residual stream; T at most `max_positions`.
+
+        Raises:
+            UnsupportedModelError: The model has no final norm, or one that changes the width.
+        """
+        if not self.has_final_norm:
+            raise UnsupportedModelError(
+                f"this {self.model.config.model_type} has no final norm that keeps the width"
+            )
+        if self._norm is not None:
+            normed: Tensor = self._norm(hidden)
+            return normed
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        with self._replaced(lambda number, args, kwargs: self._shaped(number, hidden)):
+            return self._run_decoder(ids)
+
     def decode_normed(self, normed: Tensor) -> Tensor:
         """Turn states that are already behind the final norm into logits: the LM head's own steps.
 

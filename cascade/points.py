@@ -22,12 +22,12 @@ from cascade.exits import ExitPoint, ExitRule, check_layers, find_rule
 from cascade.heads import FittedHeads
 from cascade.models import DecoderStack
 from cascade.passes import Exit, Pass, decode_tokens, slices
+from cascade.resampling import draws, interval, mean_interval
 from cascade.saturation import check_blocks
 from cascade.skipping import Counts, SkippingLayers
 
 Array = npt.NDArray[Any]
 
-_RESAMPLES = 999
 
 #: Means beyond this many nats are cut off: exp(709.8) is the largest double, and a record holds no
 #: infinite number.
@@ -573,7 +573,7 @@ class Evaluator:
             "threshold_from": point.source,
             "exit_share": float(exits.sum() / tokens),
             "agreement": float(agreed.sum() / tokens),
-            "agreement_interval": _mean_interval(agreed / length, self.seed),
+            "agreement_interval": mean_interval(agreed / length, self.seed),
             "exit_agreement": _ratio_of(tally.sums("exit_agreement"), exits),
             "perplexity": _exp(tally.sums("nll").sum() / scored),
             "perplexity_ratio": _exp(more.sum() / scored),
@@ -632,23 +632,10 @@ def _exp(value: float) -> float:
     return math.exp(min(value, _MOST_NATS))
 
 
-def _draws(count: int, seed: int) -> Array:
-    draws: Array = np.random.default_rng(seed).integers(count, size=(_RESAMPLES, count))
-    return draws
-
-
-def _interval(values: Array) -> list[float]:
-    return [float(value) for value in np.quantile(values, [0.025, 0.975])]
-
-
-def _mean_interval(values: Array, seed: int) -> list[float]:
-    return _interval(values[_draws(len(values), seed)].mean(axis=1))
-
-
 def _resampled_ratio(difference: Array, scored: int, seed: int) -> list[float]:
     per_token = difference * (len(difference) / scored)
-    means = per_token[_draws(len(per_token), seed)].mean(axis=1)
-    return _interval(np.exp(np.minimum(means, _MOST_NATS)))
+    means = per_token[draws(len(per_token), seed)].mean(axis=1)
+    return interval(np.exp(np.minimum(means, _MOST_NATS)))
 
 
 def _seconds_interval(seconds: list[float], full: list[float]) -> list[float] | None:

@@ -236,7 +236,7 @@ def provenance_of(stack: DecoderStack, blocks: TokenBlocks, command: str | None)
         "model": model,
         "corpus": blocks.provenance(),
         "machine": machine_of(stack.device),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": library_versions(),
         "command": command,
     }
 
@@ -255,8 +255,9 @@ def machine_of(device: torch.device) -> dict[str, Any]:
     return machine
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def library_versions() -> dict[str, str]:
+    """Return the versions that can move a number: Python's, and each library's."""
+    found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
             found[name] = metadata.version(name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cascade.errors import ModelError, UnsupportedModelError, UsageError
 from cascade.models import DecoderStack, LayerCall, add_to_digest, find_layers
+from cascade.parts import last_products
 
 #: From what a stage's layers start: copies of the layers before them, or random weights.
 Start = Literal["copies", "fresh"]
@@ -168,33 +169,9 @@ def _draw(stack: DecoderStack, layer: nn.Module) -> None:
 @torch.no_grad()
 def _zero_outputs(stack: DecoderStack, source: int, layer: nn.Module) -> None:
     """Zero the last product of the attention and the last product of the rest of a layer."""
-    used: list[nn.Module] = []
-
-    def note(module: nn.Module, *_: Any) -> None:
-        used.append(module)
-
-    products = [module for module in layer.modules() if _is_product(module)]
-    handles = [module.register_forward_hook(note) for module in products]
-    try:
-        _run_once(stack, source, layer)
-    finally:
-        for handle in handles:
-            handle.remove()
-    inside = {id(module) for part in _attention_parts(layer) for module in part.modules()}
-    for where in (True, False):
-        last = [module for module in used if (id(module) in inside) == where][-1:]
-        for module in last:
-            for parameter in module.parameters(recurse=False):
-                parameter.zero_()
-
-
-def _is_product(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
-
-
-def _attention_parts(layer: nn.Module) -> list[nn.Module]:
-    return [child for child in layer.children() if "Attention" in type(child).__name__]
+    for module in last_products(layer, lambda: _run_once(stack, source, layer)):
+        for parameter in module.parameters(recurse=False):
+            parameter.zero_()
 
 
 def _run_once(stack: DecoderStack, source: int, layer: nn.Module) -> tuple[Tensor, Tensor]:

@@ -252,6 +252,28 @@ class SimilarityStatistics:
         value: Array = np.clip(bin_edge(BINS - position - fraction), self.minimum, self.maximum)
         return value
 
+    def share_below(self, similarity: float) -> Array:
+        """Return each layer's share of tokens below a similarity, `[L]`: what `quantile` inverts.
+
+        Off by at most the tokens of one bin, which are spread evenly over it.
+
+        Raises:
+            EmptyStatisticsError: No token was seen.
+            ValueError: `similarity` is outside [-1, 1].
+        """
+        self._require_tokens()
+        if not -1 <= similarity <= 1:
+            raise ValueError(f"expected a similarity in [-1, 1], got {similarity}")
+        position = float(np.arccos(similarity)) * (BINS / np.pi)
+        inside = min(int(position), BINS - 1)
+        # Larger angles are smaller similarities.
+        below = self.histogram[:, inside + 1 :].sum(axis=1)
+        below = below + self.histogram[:, inside] * (inside + 1 - position)
+        share: Array = below / self.count
+        # Within the outermost bins it is known where no token lies.
+        share = np.where(similarity <= self.minimum, 0.0, share)
+        return np.where(similarity > self.maximum, 1.0, share)
+
     def table(self) -> list[dict[str, Any]]:
         """Return one row per layer with the seed's statistics, rounded to 6 decimals.
 

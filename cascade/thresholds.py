@@ -347,12 +347,34 @@ def certify(thresholds: Array, losses: Array, *, risk: float, confidence: float)
             f"expected losses in [0, 1], got {table[row, column]} at threshold {grid[row]:g},"
             f" sequence {column}; rescale or clip the loss"
         )
+    # Exact sums: those of numpy depend on the sequences' order, which could tip a p-value.
+    means = np.array([math.fsum(row) for row in table.tolist()]) / table.shape[1]
+    return certify_means(grid, means, sequences=table.shape[1], risk=risk, confidence=confidence)
+
+
+def certify_means(
+    thresholds: Array, means: Array, *, sequences: int, risk: float, confidence: float
+) -> Certificate:
+    """Return what `certify` does, from mean losses alone: no more of them enters the test.
+
+    Args:
+        thresholds: `[J]`, strictly decreasing.
+        means: `[J]`, in [0, 1]: the mean loss of all sequences at each threshold.
+        sequences: How many sequences each mean is over.
+        risk: The bound on the true mean loss, in (0, 1).
+        confidence: The probability that the guarantee holds, in (0, 1).
+
+    Raises:
+        ValueError: As `certify`.
+    """
+    grid, losses = _checked_thresholds(thresholds), np.asarray(means, dtype=np.float64)
+    if losses.shape != grid.shape:
+        raise ValueError(
+            f"expected {len(grid)} mean losses, got shape {losses.shape}; give one per threshold"
+        )
     risk, confidence = float(risk), float(confidence)
     needed = sequences_needed(risk, confidence)
-    sequences = table.shape[1]
-    # Exact sums: those of numpy depend on the sequences' order, which could tip a p-value.
-    means = np.array([math.fsum(row) for row in table.tolist()]) / sequences
-    p_values = hoeffding_p_value(means, sequences=sequences, risk=risk)
+    p_values = hoeffding_p_value(losses, sequences=sequences, risk=risk)
     stops = np.flatnonzero(~(p_values <= 1 - confidence))
     certified = int(stops[0]) if len(stops) else len(grid)
     return Certificate(
@@ -361,11 +383,33 @@ def certify(thresholds: Array, losses: Array, *, risk: float, confidence: float)
         confidence=confidence,
         sequences=sequences,
         sequences_needed=needed,
-        empirical_risk=float(means[certified - 1]) if certified else None,
+        empirical_risk=float(losses[certified - 1]) if certified else None,
         p_values=[float(p) for p in p_values],
         certified=certified,
-        reason=_reason(grid, means, certified, sequences, risk, confidence),
+        reason=_reason(grid, losses, certified, sequences, risk, confidence),
     )
+
+
+def risk_bound(loss: float, *, sequences: int, confidence: float) -> float:
+    """Return the least risk that a mean loss certifies, by the test that `certify` applies.
+
+    This is loss + sqrt(ln(1 / (1 - confidence)) / (2 n)), Hoeffding 1963, theorem 1, and never
+    more than 1: with probability `confidence` the true mean loss is no larger.
+
+    Args:
+        loss: The mean loss, in [0, 1].
+        sequences: How many sequences it is over.
+        confidence: The probability that the bound holds, in (0, 1).
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+    _check_confidence_level(confidence)
+    if not 0 <= loss <= 1:
+        raise ValueError(f"expected a mean loss in [0, 1], got {loss}; rescale the loss")
+    if sequences < 1:
+        raise ValueError(f"expected at least one sequence, got {sequences}; count those averaged")
+    return min(1.0, loss + math.sqrt(-math.log(1 - confidence) / (2 * sequences)))
 
 
 def _reason(

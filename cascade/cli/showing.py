@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from cascade.models import DecoderStack
 
-MODEL_HELP = "Model: smollm2-135m, a hub id, a local folder, or a .gguf file."
+MODEL_HELP = "Model: smollm2-135m, -360m or -1.7b, a hub id, a local folder, or a .gguf file."
 DTYPE_HELP = "Arithmetic: float32, bfloat16 or float16."
 DEVICE_HELP = "Device: cpu, cuda, mps or auto."
 

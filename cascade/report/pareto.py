@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SECTIONS = ("provenance", "settings", "full", "points", "auroc", "search", "verdict")
 
 #: Colour and marker of every rule; one that is not here is drawn like the last.
-_LOOKS = {
+LOOKS = {
     "cosine": ("rule1", "o"),
     "mean_cosine": ("rule2", "p"),
     "top2_gap": ("rule3", "s"),
@@ -129,8 +129,17 @@ def _draw_panel(panel: _Panel, record: Record) -> None:
 
 def _front(panel: _Panel, rows: Sequence[Record]) -> list[tuple[float, float]]:
     """Return the places that no other beats in both, from left to right, the full model's too."""
+    return front_of([(1.0, panel.full_loss), *map(panel.place, rows)])
+
+
+def front_of(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the places that no other beats in both, from left to right.
+
+    Args:
+        places: Cost and loss; of both, less is better.
+    """
     front: list[tuple[float, float]] = []
-    for cost, loss in sorted([(1.0, panel.full_loss), *map(panel.place, rows)]):
+    for cost, loss in sorted(places):
         if not front or loss < front[-1][1]:
             front.append((cost, loss))
     return front
@@ -154,7 +163,7 @@ def _draw_curves(
     named: set[str] = set()
     for number, (rule, layer, points) in enumerate(curves):
         control = rule in CONTROLS
-        colour, marker = _LOOKS.get(rule, _LOOKS[""])
+        colour, marker = LOOKS.get(rule, LOOKS[""])
         if control:
             colour, marker = "control", _CONTROL_MARKERS[rule]
         places = [panel.place(row) for row in points]

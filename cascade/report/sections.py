@@ -204,12 +204,12 @@ def markdown(report: Report, *, level: int = 1, pictures: str = "") -> str:
         level: Of the report's own heading; sections are one below it.
         pictures: The folder of the pictures as seen from the page, "" for the page's own.
     """
-    lines = [f"{'#' * level} {_escaped(report.title)}", "", f"*{_escaped(report.about)}*", ""]
+    lines = [f"{'#' * level} {plain(report.title)}", "", f"*{plain(report.about)}*", ""]
     for section in report.sections:
         if not section.blocks:
             continue
         if section.heading:
-            lines += [f"{'#' * (level + 1)} {_escaped(section.heading)}", ""]
+            lines += [f"{'#' * (level + 1)} {plain(section.heading)}", ""]
         for block in section.blocks:
             lines += [_as_markdown(block, pictures), ""]
     return "\n".join(lines)
@@ -217,27 +217,27 @@ def markdown(report: Report, *, level: int = 1, pictures: str = "") -> str:
 
 def _as_markdown(block: Block, pictures: str) -> str:
     if isinstance(block, Pairs):
-        return "\n".join(f"- **{_escaped(name)}**: {_escaped(text)}" for name, text in block.pairs)
+        return "\n".join(f"- **{plain(name)}**: {plain(text)}" for name, text in block.pairs)
     if isinstance(block, Table):
         first_text = len(block.header) - block.text_columns
         rule = ["---:" if index < first_text else ":---" for index in range(len(block.header))]
         rows = (tuple(map(_cell, block.header)), rule, *(map(_cell, row) for row in block.rows))
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        return f"{_escaped(block.caption)}\n\n{table}"
+        return f"{plain(block.caption)}\n\n{table}"
     if isinstance(block, Picture):
         place = f"{pictures}/{block.file}" if pictures else block.file
-        caption = _escaped(block.caption)
+        caption = plain(block.caption)
         return f"![{caption}]({place})\n\n*{caption}*"
     if isinstance(block, Lead):
-        return f"**{_escaped(block.text)}**"
-    return _escaped(block)
+        return f"**{plain(block.text)}**"
+    return plain(block)
 
 
 def _cell(text: str) -> str:
-    return _escaped(text) or " "
+    return plain(text) or " "
 
 
-def _escaped(text: str) -> str:
+def plain(text: str) -> str:
     """Return plain text that Markdown shows as it is."""
     for character in "\\`*_[]|":
         text = text.replace(character, f"\\{character}")

@@ -1,0 +1,100 @@
+"""The command that draws the page of findings, and measures what it is drawn from."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cascade.cli.app import app
+from cascade.errors import RecordError, UsageError
+
+
+@app.command()
+def findings(
+    page: Annotated[
+        Path, typer.Argument(help="The page; its records and pictures lie in a folder beside it.")
+    ] = Path("docs/findings.md"),
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure every record anew, by its command.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="Model to measure: smollm2-135m, a hub id, a folder, a .gguf file.")
+    ] = "smollm2-135m",
+    layer: Annotated[int, typer.Option(min=1, help="The layer to explain.")] = 25,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="Corpora beside the embedded one; repeatable."),
+    ] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="Heads of `cascade fit-heads` for the exit search.")
+    ] = None,
+) -> None:
+    """Draw the page of findings from its records; with --measure, measure them first.
+
+    Without options the page is drawn anew from docs/findings/*.json. With
+    --measure, five commands are run, each of which writes its record and
+    its pictures: explain (twice), compare-corpora, compare-models,
+    search-exit.
+    """
+    folder = page.with_suffix("")
+    if folder == page:
+        raise UsageError(f"expected a page such as docs/findings.md, got {page}")
+    if measure:
+        _measure(folder, model, layer, corpus or [], heads)
+    elif corpus or heads is not None:
+        raise UsageError("--corpus and --heads are for measuring; give --measure as well")
+    _draw(page, folder)
+    typer.echo(f"Wrote {page} and its pictures in {folder}", err=True)
+
+
+#: Copies of the model that it is compared with.
+_COPIES = ("bf16", "int8", "int4", "noise:0.01")
+
+
+def _measure(folder: Path, model: str, layer: int, corpora: list[str], heads: Path | None) -> None:
+    """Run the commands that write the records."""
+    from cascade.baselines import read_record
+
+    if not corpora:
+        raise UsageError("expected at least one corpus beside the embedded one; name it: --corpus")
+    of_model = [] if model == "smollm2-135m" else ["--model", model]
+    to_folder = ["--output", str(folder), "--overwrite"]
+    _run(["explain", "--layer", str(layer), *of_model, *to_folder])
+    record = read_record(folder / "explanation.json", kind="explanation")
+    last = record["provenance"]["model"]["num_layers"]
+    _run(["explain", "--layer", f"{last}+norm", *of_model, *to_folder])
+    _run(["compare-corpora", "embedded", *corpora, *of_model, *to_folder])
+    copies = [part for how in _COPIES for part in ("--copy", how)]
+    _run(["compare-models", model, *copies, *to_folder])
+    fitted = [] if heads is None else ["--heads", str(heads)]
+    _run(["search-exit", *of_model, *fitted, *to_folder])
+
+
+def _run(command: list[str]) -> None:
+    """Run one command as a user would: its line stands in its record."""
+    typer.echo(f"cascade {shlex.join(command)}", err=True)
+    done = subprocess.run([sys.executable, "-m", "cascade", *command], check=False)
+    if done.returncode:
+        raise typer.Exit(done.returncode)  # it has said why
+
+
+def _draw(page: Path, folder: Path) -> None:
+    from cascade.baselines import read_record
+    from cascade.files import write_text
+    from cascade.report.findings import QUESTIONS, findings_markdown, findings_pictures
+
+    records: dict[str, Any] = {}
+    for question in QUESTIONS:
+        path = folder / f"{question.stem}.json"
+        if not path.exists():
+            raise RecordError(f"{path} is missing; measure it with `cascade findings --measure`")
+        records[question.stem] = read_record(path, kind=question.kind)
+    text = findings_markdown(records, pictures=folder.name)
+    for picture in findings_pictures(records):
+        write_text(folder / picture.file, picture.svg)
+    write_text(page, text)
