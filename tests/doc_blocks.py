@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from dataclasses import dataclass
@@ -120,8 +121,9 @@ def commands_of(block: Block) -> list[Command]:
 def _split(line: str, place: str) -> list[Command]:
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
+    lexer.commenters = ""  # to shlex, one in the middle of a word would be a comment too
     try:
-        words = list(lexer)
+        words = list(itertools.takewhile(lambda word: not word.startswith("#"), lexer))
     except ValueError as error:
         raise DocsError(f"{place}: {error}: {line}") from error
     found: list[list[str]] = [[]]

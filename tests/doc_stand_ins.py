@@ -4,15 +4,20 @@ Every option is used as the page writes it. What differs from a reader's machine
 
 - `smollm2-135m` is a random Llama of 30 layers, 16 wide, with its name and a small BPE tokenizer;
 - the hub cannot be reached, its cache holds the models of `HUB_MODELS`, likewise random;
-- the embedded corpus is its first 40 records, a hub dataset is a folder of the same name;
+- the embedded corpus is the first records of its two splits, a hub dataset a folder of its name;
 - the local files that pages speak of are those of `lay_out`;
-- benchmarks time two rounds whatever `--rounds` says, and no processes of their own.
+- benchmarks go each way once, whatever `--rounds` says, and start no processes of their own;
+- budgets of time are wide, what a tiny model takes being nobody's subject;
+- the noise of arithmetic is what `NOISE` says, not measured.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import shutil
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -24,15 +29,16 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cascade import corpora, weights
+from cascade import corpora, gate, noise, renewal, weights
 from cascade.benchmarks import memory
+from cascade.budgets import SLACK
 
 #: Deep as SmolLM2-135M, so that pages can speak of its layers; narrow, so that this costs nothing.
 SHAPE = {
     "num_layers": 30,
     "hidden_size": 16,
     "intermediate_size": 16,
-    "num_attention_heads": 2,
+    "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "max_position_embeddings": 512,
     "vocab_size": 1000,
@@ -44,16 +50,27 @@ HUB_MODELS = ("ORG/NAME",)
 #: Datasets that pages take from the hub, in Alpaca form.
 HUB_DATASETS = ("tatsu-lab/alpaca",)
 
-#: Records of the embedded corpus that are left of it.
-RECORDS = 40
+#: Records of the embedded corpus that are left of it, by split.
+RECORDS = {"train": 14, "held-out": 9}
+
+#: Of any model.
+NOISE = {
+    "repeat": 1e-7,
+    "exact": 1e-7,
+    "ways": {"batch_size": 1e-7, "threads": 1e-7, "attention": 1e-7, "float64": 1e-7},
+    "sequences": 4,
+}
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def embedded_records(count: int = RECORDS) -> list[dict[str, Any]]:
-    """Return the first records of the embedded corpus, as its file has them."""
+@functools.cache
+def embedded_records(start: int = 0) -> list[dict[str, Any]]:
+    """Return some records of either split of the embedded corpus, as its file has them."""
     path = Path(corpora.__file__).parent / "data/embedded.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][start:]
+    few = [[one for one in records if one["split"] == name][:n] for name, n in RECORDS.items()]
+    return sorted(itertools.chain(*few), key=lambda record: record["id"])
 
 
 def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -109,6 +126,9 @@ def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(weights, "_from_wheel", from_wheel)
     monkeypatch.setattr(corpora, "_read_embedded", read_embedded)
+    monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)
+    for room in (noise, gate, renewal):
+        monkeypatch.setattr(room, "measure_noise", lambda *_: NOISE)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(saved / "hub"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -120,20 +140,28 @@ def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _shorten_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("collect", "decode", "fit", "gate", "hard_tokens"):
         room = import_module(f"cascade.benchmarks.{name}")
-        monkeypatch.setattr(room, "time_ways", _two_rounds(room.time_ways))
+        monkeypatch.setattr(room, "time_ways", _go_once)
     monkeypatch.setattr(
         memory, "_in_fresh_process", lambda *_: {"tokens": 1, "loaded_mb": 1.0, "peak_mb": 1.0}
     )
-    monkeypatch.setattr(import_module("cascade.benchmarks.gate"), "_python", lambda *_: "0.01")
+    gating = import_module("cascade.benchmarks.gate")
+    monkeypatch.setattr(gating, "_python", lambda *_: "0.01")
+    monkeypatch.setattr(gating, "measure_noise", lambda *_: NOISE)
 
 
-def _two_rounds(time_ways: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda ways, **options: time_ways(ways, **options | {"rounds": 2})
+def _go_once(ways: dict[str, Callable[[], Any]], **_: Any) -> tuple[Any, Any, Any]:
+    """Go every way once, as `time_ways` does to warm up, and give its seconds for two rounds."""
+    first, seconds = {}, {}
+    for name, way in ways.items():
+        start = time.perf_counter()
+        first[name] = way()
+        seconds[name] = [time.perf_counter() - start] * 2
+    return first, [list(ways)] * 2, seconds
 
 
 def lay_out(folder: Path, saved: Path) -> None:
     """Lay the local files that pages speak of into the folder that their lines are run in."""
-    records = embedded_records()
+    records = embedded_records(200)
     texts = [corpora.record_text(record, source="", number=1) for record in records]
     shutil.copytree(saved / "reference", folder / "checkpoint")
     lines = "".join(json.dumps({"body": text}) + "\n" for text in texts)

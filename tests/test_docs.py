@@ -48,6 +48,9 @@ from doc_lines import (
 )
 from doc_stand_ins import lay_out, save_all, stand_in
 
+from cascade import read_record
+from cascade.report import layer_profile_svg
+
 
 class Page:
     """A page that is being read: its folder, its names, what its lines have printed."""
@@ -126,7 +129,10 @@ class Page:
         self.printed += out.getvalue()
 
     def run_steps(self, block: Block) -> None:
-        found = yaml.safe_load(block.text)
+        try:
+            found = yaml.safe_load(block.text)
+        except yaml.YAMLError as error:
+            raise DocsError(f"{block.place}: {error}") from error
         for job in found.get("jobs", {}).values():
             for step in job["steps"]:
                 if "run" in step:
@@ -149,9 +155,9 @@ def check_output(block: Block, printed: str) -> None:
     """Hold an output in a page against what was printed: words must be, numbers may differ.
 
     Raises:
-        DocsError: A line without a number was not printed so.
+        DocsError: A line without a number was not printed, wherever lines are broken.
     """
-    known = {" ".join(line.split()) for line in printed.splitlines()}
+    known = " ".join(printed.split())
     for number, line in enumerate(block.text.splitlines(), start=block.line):
         words = " ".join(line.split())
         if re.search(r"\d", words) or set(words) <= set("─."):
@@ -182,3 +188,130 @@ def page(
 @pytest.mark.parametrize("name", pages())
 def test_everything_that_a_page_runs_runs(page: Page, name: str) -> None:
     page.read(name, read(name))
+
+
+# --- Would it be seen? -----------------------------------------------------------------------
+
+
+def fenced(language: str, *lines: str) -> str:
+    return "\n".join([f"```{language}", *lines, "```", ""])
+
+
+BROKEN = {
+    "an option that is not there": (
+        fenced("", "cascade analyze --max-token 256"),
+        "x.md:2: exit status 2: cascade analyze --max-token 256\ncascade: no such option",
+    ),
+    "a command misspelt": (fenced("bash", "cascade analize"), "no such command 'analize'"),
+    "a value out of range": (fenced("bash", "cascade analyze --seq-len 1"), "exit status 2"),
+    "an option of the second line": (
+        fenced("bash", "cascade --version", "cascade bench \\", "  fit --round 2"),
+        "x.md:3: exit status 2",
+    ),
+    "a file that no line before has made": (
+        fenced("", "cascade accept nowhere"),
+        "no record nowhere/profile.json",
+    ),
+    "another exit status than the page says": (
+        fenced("", "cascade gate  # exit status 1"),
+        "x.md:2: exit status 2",
+    ),
+    "a placeholder that nobody fills in": (
+        fenced("", "cascade accept SOMEWHERE"),
+        "no placeholder is called SOMEWHERE",
+    ),
+    "a line of no kind": (fenced("bash", "make docs"), "x.md:2: a line of no kind: make docs"),
+    "a pipe": (fenced("bash", "cascade --version | cat"), "'|' is more than commands"),
+    "a quote left open": (fenced("bash", "cascade generate --prompt 'x"), "No closing quotation"),
+    "a line that goes on to nowhere": (fenced("", "cascade gate \\"), "nothing follows"),
+    "a tox environment misspelt": (fenced("", "tox -e reports"), "no environment reports"),
+    "another tox command": (fenced("", "tox run"), "expected tox or tox -e ENV"),
+    "a package that is not pinned": (fenced("", "pip install torchh"), "torchh is not in"),
+    "another version than is pinned": (fenced("", "pip install torch==1.0"), "torch==1.0 is not"),
+    "an extra that is not there": (fenced("", "pip install '.[tests]'"), ".[tests] is not in"),
+    "a constraints file misspelt": (fenced("", "pip install -c pins.txt ."), "no file pins.txt"),
+    "a marker misspelt": (fenced("", "pytest -m satuartion"), "there is no satuartion"),
+    "a test file that is gone": (fenced("", "pytest tests/test_x.py"), "no tests/test_x.py"),
+    "an option of pytest misspelt": (fenced("", "pytest --force-regem"), "no --force-regem"),
+    "a name that Python does not find": (
+        fenced("python", "import cascade", "cascade.analise"),
+        "x.md:2: AttributeError: module 'cascade' has no attribute 'analise'",
+    ),
+    "a syntax error": (fenced("python", "print("), "x.md:2: SyntaxError"),
+    "a test that no line runs": (
+        fenced("python", "def test_it():", "    pass"),
+        "no pytest line of the page runs test_x_md_2.py",
+    ),
+    "a test that fails": (
+        fenced("python", "def test_it():", "    assert 0") + fenced("", "pytest"),
+        "1 failed",
+    ),
+    "a step of a workflow": (
+        fenced("yaml", "jobs: {gate: {steps: [{run: cascade gaet}]}}"),
+        "no such command 'gaet'",
+    ),
+    "YAML that is none": (fenced("yaml", "a: ["), "x.md:2: while parsing"),
+    "an output that nothing prints": (
+        fenced("", "cascade --version") + fenced("text", "cascade 0.0", "Hello"),
+        "x.md:6: no line before printed 'Hello'",
+    ),
+    "a block of a language that nobody runs": (fenced("ini", "[pytest]"), "blocks of ini"),
+    "a block without an end": ("```bash\ncascade --version\n", "this block has no end"),
+    "an option in prose": ("Run `cascade gate --fulll`.", "x.md:1: No such option: --fulll"),
+    "a command in prose": ("\nOr `cascade\ngaet --full`.", "x.md:2: No such command 'gaet'"),
+    "a marker in prose": ("As `pytest -m budget` does.", "there is no budget"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), BROKEN.values(), ids=BROKEN)
+def test_what_is_broken_in_a_page_is_seen(page: Page, text: str, words: str) -> None:
+    with pytest.raises(DocsError, match=re.escape(words)):
+        page.read("x.md", text)
+
+
+def test_what_is_right_in_a_page_passes(page: Page) -> None:
+    page.read(
+        "x.md",
+        fenced("", "tox -e lint && cascade --version  # a comment", "cascade bench fit --help")
+        + fenced("python", "# notes.py", "here = 1")
+        + fenced(
+            "python",
+            "from pathlib import Path",
+            "here = 2",
+            "print('here', here)",
+            "print(Path('notes.py').read_text())",
+        )
+        + fenced("text", "here 3", "# notes.py")
+        + fenced("", "cascade gate  # exit status 2")
+        + fenced("python", "def test_it():", "    pass")
+        + fenced("bash", "pytest -q")
+        + "`cascade evaluate --heads HEADS`, `pytest -m budgets`, `cascade` and `--full`.",
+    )
+    assert "1 passed" in page.printed
+
+
+def test_a_page_without_its_blocks_has_no_commands() -> None:
+    found = [block for name in pages() for block in blocks_of(name, read(name))]
+    assert sum(read(name).count("```") for name in pages()) == 2 * len(found)
+    assert {block.language for block in found} == {"", "bash", "python", "text", "yaml"}
+
+
+# --- What the pages hold beside lines ----------------------------------------------------------
+
+
+def test_the_picture_of_the_pages_is_the_one_that_analyze_draws() -> None:
+    stored = ROOT / "baselines/smollm2-135m-instruct-q4_1/embedded.saturation.json"
+    drawn = layer_profile_svg(read_record(stored, kind="saturation"))
+    assert (ROOT / "docs/layer-profile.svg").read_text(encoding="utf-8") == drawn
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_the_pages_outside_of_the_site_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#([\w-]+))?\)", read(name))
+    assert links
+    for path, anchor in links:
+        target = ROOT / Path(name).parent / path
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^a-z0-9]+", "-", each.lower()) for each in headings}
