@@ -287,8 +287,11 @@ class _StageModule(nn.Module):
         """Return the mean loss of the tokens that enter the stage."""
         selected = self.selected(batch)
         counted = selected & (batch["labels"] >= 0)
+        if not counted.any():
+            # Nothing is learned from such a batch: a loss of zero, with a gradient of zero.
+            return {"loss": torch.stack([0 * weight.sum() for weight in self.parameters()]).sum()}
         losses = self.losses(self.states(batch, selected)[counted], batch["labels"][counted])
-        return {"loss": losses.sum() / counted.sum().clamp_min(1)}
+        return {"loss": losses.sum() / counted.sum()}
 
 
 def _behind(stack: DecoderStack, stage: Stage) -> DecoderStack:

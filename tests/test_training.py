@@ -193,6 +193,16 @@ def test_the_loss_is_that_of_the_tokens_that_enter(
     assert not any(unlabelled for _, unlabelled in seen)
 
 
+def test_a_batch_without_hard_tokens_is_passed_over(tmp_path: Path) -> None:
+    few = some_hard_tokens(tmp_path / "d", hard_ratio=0.003)
+    hard = [bool(batch["hard"].any()) for batch in few.batches("train", 1)]
+    assert not all(hard)
+    assert any(hard)
+    one_by_one = dataclasses.replace(RECIPE, batch_size=1, epochs=1, looks=1)
+    done = train_stage(a_reader(), few, one_by_one, tmp_path / "c")
+    assert done.steps == len(hard)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "bloom"])
 def test_other_families_train(family: str, tmp_path: Path) -> None:
     stack = a_reader(family)

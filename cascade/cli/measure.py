@@ -138,12 +138,12 @@ def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
 
     arrays = profile.arrays()
     record = seal(profile.record(), arrays)
+    pictures = layer_profile_svg(record), density_svg(record, arrays)
     contents: tuple[str | bytes, ...] = (
         to_json(record) + "\n",
         packed(arrays),
-        layer_profile_svg(record),
-        density_svg(record, arrays),
-        profile_page(record, arrays),
+        *pictures,
+        profile_page(record, arrays, pictures=pictures),
     )
     for name, content in zip(RUN_FILES, contents, strict=True):
         folder.write(name, content)

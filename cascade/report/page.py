@@ -32,12 +32,13 @@ from cascade.report.reading import (
 )
 
 
-def profile_page(record: Record, arrays: Arrays) -> str:
+def profile_page(record: Record, arrays: Arrays, *, pictures: tuple[str, str] | None = None) -> str:
     """Return one self-contained HTML page of a profile: nothing is loaded, no script runs.
 
     Args:
         record: A saved record of kind `saturation`.
         arrays: Its arrays, as for `density_svg`.
+        pictures: What `layer_profile_svg` and `density_svg` draw of them, where that is known.
 
     Raises:
         ValueError: The record is of another kind or schema, or the arrays do not belong to it.
@@ -46,7 +47,7 @@ def profile_page(record: Record, arrays: Arrays) -> str:
     sections = [
         _page_head(record),
         _page_summary(record),
-        _page_figures(record, arrays),
+        _page_figures(pictures or (layer_profile_svg(record), density_svg(record, arrays)), record),
         _page_statistics(record),
         _page_thresholds(record),
         html_provenance(record["provenance"]),
@@ -69,15 +70,15 @@ def _page_summary(record: Record) -> str:
     return html_section("What was found", "\n".join([*paragraphs, details]))
 
 
-def _page_figures(record: Record, arrays: Arrays) -> str:
+def _page_figures(pictures: tuple[str, str], record: Record) -> str:
     apart = " The row behind the final norm stands apart: it is no decoder layer."
     profile = html_figure(
-        layer_profile_svg(record),
+        pictures[0],
         "Similarity of each layer's input and output. The axis is uniform in angle, which spreads "
         f"the values near 1.{apart if any(map(is_normed, record['layers'])) else ''}",
     )
     density = html_figure(
-        density_svg(record, arrays),
+        pictures[1],
         "Where the tokens lie: each column is one layer, each cell the share of its tokens at that "
         "similarity, on a logarithmic colour scale. Dark cells hold no token at all.",
     )

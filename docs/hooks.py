@@ -1,0 +1,134 @@
+"""What the site is told while it is built: pages from outside docs/, and the commands."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+
+#: Pages that lie where GitHub looks for them -> where the site has them.
+OUTSIDE = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "baselines/README.md": "baselines.md",
+}
+
+#: What links may name beside pages of the site -> the page that says the same there.
+ELSEWHERE = OUTSIDE | {"README.md": "index.md"}
+
+_LINK = re.compile(r"(?<=\]\()(?P<path>[\w./-]+)(?P<anchor>#[\w-]+)?(?=\))")
+_COMMANDS = "<!-- commands -->"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages from outside docs/."""
+    for source, target in OUTSIDE.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, target, content=_relinked(text, source, target)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill in what is made from the code, and send links out of docs/ to the site's own pages."""
+    if page.file.src_uri == "reference/cli.md":
+        return markdown.replace(_COMMANDS, _commands())
+    if page.file.src_uri == "reference/python.md":
+        _check_public(markdown)
+    if page.file.generated_by is not None:
+        return markdown
+    return _relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
+
+
+def _relinked(text: str, source: str, target: str) -> str:
+    """Return a page with its links as they are on the site.
+
+    Args:
+        text: The page.
+        source: Where it lies in the repository; what its links start from.
+        target: Where it lies on the site.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        path = os.path.normpath(os.path.join(os.path.dirname(source), match["path"]))
+        on_site = ELSEWHERE.get(path, path.removeprefix("docs/"))
+        return os.path.relpath(on_site, os.path.dirname(target)) + (match["anchor"] or "")
+
+    return _LINK.sub(replaced, text)
+
+
+# --- Commands --------------------------------------------------------------------------------
+
+
+def _commands() -> str:
+    """Return the command line's reference, read from the commands themselves."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        cli = importlib.import_module("cascade.cli")
+        root = importlib.import_module("typer").main.get_command(cli.app)
+    finally:
+        sys.path.remove(str(ROOT))
+    return "\n".join(_described("cascade", root))
+
+
+def _described(name: str, command: Any) -> list[str]:
+    """Return one command's section, or those of a group's commands."""
+    if hasattr(command, "commands"):
+        below = sorted(command.commands.items())
+        return [line for each, one in below for line in _described(f"{name} {each}", one)]
+    options = [param for param in command.params if param.param_type_name == "option"]
+    arguments = [param for param in command.params if param.param_type_name == "argument"]
+    usage = " ".join([name, *(param.name.upper() for param in arguments), "[OPTIONS]"])
+    lines = [f"## {name}", "", f"`{usage}`", "", _paragraphs(command.help or ""), ""]
+    if arguments:
+        lines += ["| argument | |", "| --- | --- |"]
+        lines += [f"| `{param.name.upper()}` | {_cell(param.help)} |" for param in arguments]
+        lines.append("")
+    lines += ["| option | | default |", "| --- | --- | --- |"]
+    lines += [_row(param, command) for param in options]
+    return [*lines, ""]
+
+
+def _row(param: Any, command: Any) -> str:
+    names = " / ".join(f"`{name}`" for name in [*param.opts, *param.secondary_opts])
+    default = "required" if param.required else ""
+    if not param.required and param.default not in (None, False, ()):
+        default = f"`{param.default}`"
+    return f"| {names} | {_cell(param.help)} | {default} |"
+
+
+def _cell(text: str | None) -> str:
+    # `[` would start a link of mkdocstrings, `|` ends a cell, `<` begins a tag.
+    return re.sub(r"([\[\]|<])", r"\\\1", " ".join((text or "").split()))
+
+
+def _paragraphs(text: str) -> str:
+    return "\n\n".join(" ".join(part.split()) for part in re.split(r"\n\s*\n", text.strip()))
+
+
+# --- Python ----------------------------------------------------------------------------------
+
+
+def _check_public(markdown: str) -> None:
+    """Refuse a reference that lacks a public name, or has one that is not."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        rooms = importlib.import_module("cascade")._ROOMS
+    finally:
+        sys.path.remove(str(ROOT))
+    wanted = {f"cascade.{room}.{name}" for name, room in rooms.items()}
+    found = set(re.findall(r"^::: (\S+)$", markdown, re.MULTILINE))
+    if wanted != found:
+        raise PluginError(
+            f"reference/python.md lacks {sorted(wanted - found) or 'nothing'} and has "
+            f"{sorted(found - wanted) or 'nothing'} that is not public"
+        )
