@@ -206,15 +206,14 @@ class _Run:
         self.has_delimiters = bool(self.measured(self.delimiters)[:, 1:].any())
         self.pilots: dict[int, Pilot] = {}
         self.stream = StreamStatistics()
-        #: side -> removal -> per batch, `[2, B, T]`: degrees and similarities.
-        self.angles: dict[int, dict[str, list[Array]]] = {
+        #: side -> removal -> `[2, S, T]`: degrees and similarities.
+        self.angles: dict[int, dict[str, Array]] = {number: {} for number in sides}
+        #: side -> ablation -> nats of each sequence.
+        self.nats: dict[int, dict[str, list[float]]] = {
             number: defaultdict(list) for number in sides
         }
-        #: side -> ablation -> per batch, `[B]` nats; "nothing" is the model as it is.
-        self.nats: dict[int, dict[str, list[Array]]] = {
-            number: defaultdict(list) for number in sides
-        }
-        self.full: list[Array] = []
+        #: Those of the model as it is.
+        self.full: list[float] = []
 
     def _batches(self, rows: slice) -> Iterator[tuple[Tensor, Tensor]]:
         part = replace(self.blocks, ids=self.blocks.ids[rows], record_of=None, response=None)
@@ -257,9 +256,10 @@ class _Run:
                     found[layer] = measure(
                         self.stack, self.parts[layer], layer, update, call, hides
                     )
-            self.full.append(self._nats(plan, self.stack.num_layers, hidden, ids))
+            done = len(self.full)
+            self.full += self._nats(plan, self.stack.num_layers, hidden, ids)
             for layer, measured in found.items():
-                self._take_away(layer, measured)
+                self._take_away(layer, measured, done)
                 of_layer = outputs(
                     self.stack,
                     self.parts[layer],
@@ -269,32 +269,39 @@ class _Run:
                     plan.calls[layer - 1],
                 )
                 for name, output in of_layer:
-                    self.nats[layer][name].append(self._nats(plan, layer, output, ids))
+                    self.nats[layer][name] += self._nats(plan, layer, output, ids)
 
-    def _nats(self, plan: Any, layer: int, hidden: Tensor, ids: Tensor) -> Array:
-        found: Array = nats(self.stack, plan, layer, hidden, ids).cpu().numpy()
+    def _nats(self, plan: Any, layer: int, hidden: Tensor, ids: Tensor) -> list[float]:
+        found: list[float] = nats(self.stack, plan, layer, hidden, ids).tolist()
         return found
 
-    def _take_away(self, layer: int, measured: Any) -> None:
+    def _take_away(self, layer: int, measured: Any, done: int) -> None:
         own, of = self.pilots[layer], self.pilots[self.sides[0]]
         angles = angles_without(measured, own, of)
         if layer == self.sides[0]:
             angles |= angles_alike(measured.update, own, self.pilots[self.sides[1]])
         for name, pair in angles.items():
-            self.angles[layer][name].append(torch.stack(pair).double().cpu().numpy())
+            self._put(layer, name, pair, done)
         start, update = measured.update.hidden, measured.update
         for name, part in (
             ("attention_to_stream", update.attention),
             ("mlp_to_stream", update.mlp),
             ("update_to_stream", update.whole),
         ):
-            pair = (angle(part, start), cosine(part, start))
-            self.angles[layer][name].append(torch.stack(pair).double().cpu().numpy())
+            self._put(layer, name, (angle(part, start), cosine(part, start)), done)
+
+    def _put(self, layer: int, name: str, pair: tuple[Tensor, Tensor], done: int) -> None:
+        """Keep a batch's degrees and similarities, behind the `done` sequences before it."""
+        if name not in self.angles[layer]:
+            # Made once: what stays must not lie between what batches allocate and free.
+            shape = (2, len(self.blocks.ids) - self.pilot_sequences, pair[0].shape[1])
+            self.angles[layer][name] = np.empty(shape)
+        for kind, values in enumerate(pair):
+            self.angles[layer][name][kind, done : done + len(values)] = values.cpu().numpy()
 
     def values(self, side: int, name: str) -> Array | None:
         """Return a removal's degrees and similarities, `[2, S, T]`; None where there are none."""
-        parts = self.angles[side].get(name)
-        return None if parts is None else np.concatenate(parts, axis=1)
+        return self.angles[side].get(name)
 
     def measured(self, values: Array) -> Array:
         """Return the rows of `[S, T]` that were measured, not learned from."""
@@ -537,18 +544,18 @@ class _Judge:
         return rows
 
     def _ablations(self, side: int) -> Iterator[dict[str, Any]]:
-        full = np.concatenate(self.run.full)
+        full = np.array(self.run.full)
         scored = len(full) * (self.classes.shape[1] - 1)
         for name in ABLATIONS:
-            parts = self.run.nats[side].get(name)
-            if parts is None:
+            if name not in self.run.nats[side]:
                 continue
-            more = (np.concatenate(parts) - full) / (scored / len(full))
+            without = np.array(self.run.nats[side][name])
+            more = (without - full) / (scored / len(full))
             low, high = interval(more[self.gap.drawn].mean(axis=1))
             yield {
                 "layer": str(side),
                 "ablation": name,
-                "perplexity": math.exp(min(float(np.concatenate(parts).sum()) / scored, 700.0)),
+                "perplexity": math.exp(min(float(without.sum()) / scored, 700.0)),
                 "full_perplexity": math.exp(float(full.sum()) / scored),
                 "perplexity_ratio": math.exp(min(float(more.mean()), 700.0)),
                 "interval": [math.exp(min(low, 700.0)), math.exp(min(high, 700.0))],

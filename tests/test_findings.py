@@ -62,7 +62,7 @@ def test_every_answer_has_its_command_and_its_lead(question: Any, records: dict[
     assert f"## {question.heading}" in page
     line = records[question.stem]["provenance"]["command"]
     assert line.startswith("cascade ")
-    assert f"```\n{line}\n```" in page
+    assert f"```bash\n{line}\n```" in page
 
 
 def test_a_number_of_a_record_is_a_number_of_the_page(records: dict[str, Any]) -> None:

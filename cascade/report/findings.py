@@ -110,7 +110,7 @@ def findings_markdown(records: Mapping[str, Record], *, pictures: str) -> str:
         report = replace(reports[question.stem], title=question.heading)
         body = markdown(report, level=2, pictures=pictures).split("\n")
         command = records[question.stem]["provenance"].get("command")
-        shown = ["```", command, "```", ""] if command else []
+        shown = ["```bash", command, "```", ""] if command else []
         # Heading and empty line first, then why it is asked and with which command.
         lines += [*body[:2], plain(question.why), "", *shown, *body[2:]]
     return "\n".join(lines).rstrip() + "\n"
