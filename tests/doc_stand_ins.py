@@ -104,12 +104,27 @@ def save_stand_in(folder: Path, *, seed: int) -> Path:
 def save_all(folder: Path) -> Path:
     """Save everything that stands in for downloads: `reference/`, and a hub's cache, `hub/`."""
     save_stand_in(folder / "reference", seed=0)
+    _fit_heads(folder)
     for number, name in enumerate(HUB_MODELS, start=1):
         cached = folder / "hub" / f"models--{name.replace('/', '--')}"
         save_stand_in(cached / "snapshots" / _COMMIT, seed=number)
         (cached / "refs").mkdir()
         (cached / "refs/main").write_text(_COMMIT)
     return folder
+
+
+def _fit_heads(folder: Path) -> None:
+    """Fit what stands in for the stored heads."""
+    from cascade.heads import fit_heads
+    from cascade.models import load
+
+    stack = load(str(folder / "reference"))
+    texts = [
+        {"text": corpora.record_text(record, source="", number=1)} for record in embedded_records()
+    ]
+    (folder / "heads.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    blocks = corpora.load_blocks(str(folder / "heads.jsonl"), stack.tokenizer, seq_len=64)
+    fit_heads(stack, blocks, [24, 28]).save(folder / "heads.safetensors")
 
 
 def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +181,21 @@ def lay_out(folder: Path, saved: Path) -> None:
     shutil.copytree(saved / "reference", folder / "checkpoint")
     lines = "".join(json.dumps({"body": text}) + "\n" for text in texts)
     (folder / "text.jsonl").write_text(lines, encoding="utf-8")
+    _lay_out_findings(folder, saved, records, texts)
     for name in HUB_DATASETS:
         (folder / name).mkdir(parents=True)
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / name / "train.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _lay_out_findings(
+    folder: Path, saved: Path, records: list[dict[str, Any]], texts: list[str]
+) -> None:
+    """Lay out what docs/findings.md is measured from: two corpora and stored heads."""
+    (folder / "data").mkdir()
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "data/self-instruct-seed-tasks.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "data/wikitext-2-valid.txt").write_text("\n".join(texts), encoding="utf-8")
+    place = folder / "baselines/smollm2-135m-instruct-q4_1"
+    place.mkdir(parents=True)
+    shutil.copy(saved / "heads.safetensors", place / "embedded.heads.safetensors")

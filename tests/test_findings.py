@@ -7,6 +7,8 @@ import importlib
 import json
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ def test_a_number_of_a_record_is_a_number_of_the_page(records: dict[str, Any]) -
 def test_one_number_behind_two_answers_is_said_only_where_it_is_one(
     records: dict[str, Any],
 ) -> None:
-    words = "The two go together"
+    words = "These two answers are one"
     side = records["explanation"]["sides"][0]
     assert words in findings_markdown(records, pictures="f")
     other = copy.deepcopy(records)
@@ -133,14 +135,13 @@ def test_measuring_runs_every_command_and_draws_the_page(
 ) -> None:
     lines: list[list[str]] = []
 
-    def in_process(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
-        assert not check
-        lines.append(command[3:])
-        done: Done = run(*command[3:], *_SMALL[command[3]])
+    def in_process(line: list[str]) -> int:
+        lines.append(line[3:])
+        done: Done = run(*line[3:], *_SMALL[line[3]])
         assert done.status == 0, done.err
-        return subprocess.CompletedProcess(command, done.status)
+        return done.status
 
-    monkeypatch.setattr(command.subprocess, "run", in_process)
+    monkeypatch.setattr(command, "_status_of", in_process)
     done = run(
         *("findings", "page.md", "--measure", "--model", models / "tiny", "--layer", 2),
         *("--corpus", "texts.jsonl"),
@@ -164,12 +165,37 @@ def test_measuring_runs_every_command_and_draws_the_page(
 def test_a_command_that_fails_ends_the_measuring(
     run: Run, here: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        command.subprocess, "run", lambda line, check: subprocess.CompletedProcess(line, 2)
-    )
+    monkeypatch.setattr(command, "_status_of", lambda line: 2)
     done = run("findings", "page.md", "--measure", "--corpus", "texts.jsonl")
     assert done.status == 2
     assert not (here / "page.md").exists()
+
+
+def test_a_command_whose_wait_is_broken_off_clears_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n"
+        "    pathlib.Path('tidied').touch()\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    wait = subprocess.Popen.wait
+
+    def broken_off(child: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess.Popen, "wait", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        command._status_of([sys.executable, "-c", script])
+    assert (tmp_path / "tidied").exists()
 
 
 #: What keeps the commands short, on a model of 64 positions.

@@ -85,3 +85,10 @@ def test_a_paragraph_stays_one(start: str) -> None:
 
 def test_pictures_are_listed_for_the_folder_of_a_run() -> None:
     assert [picture.file for picture in a_report().pictures()] == ["dots.svg"]
+
+
+def test_commands_are_shown_as_commands_and_a_lone_backtick_as_itself() -> None:
+    report = Report("k", "t", "a", (Section("", ("`cascade --a_b *`, not a_b", "a ` b_c")),), {})
+    text = markdown(report)
+    assert "`cascade --a_b *`, not a\\_b" in text
+    assert "a \\` b\\_c" in text

@@ -82,9 +82,19 @@ def _measure(folder: Path, model: str, layer: int, corpora: list[str], heads: Pa
 def _run(command: list[str]) -> None:
     """Run one command as a user would: its line stands in its record."""
     typer.echo(f"cascade {shlex.join(command)}", err=True)
-    done = subprocess.run([sys.executable, "-m", "cascade", *command], check=False)
-    if done.returncode:
-        raise typer.Exit(done.returncode)  # it has said why
+    status = _status_of([sys.executable, "-m", "cascade", *command])
+    if status:
+        raise typer.Exit(status)  # it has said why
+
+
+def _status_of(command: list[str]) -> int:
+    """Wait for a command; where the wait is broken off, let it clear up after itself first."""
+    with subprocess.Popen(command) as child:
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            raise
 
 
 def _draw(page: Path, folder: Path) -> None:

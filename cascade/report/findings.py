@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from string import ascii_uppercase
 
 from cascade.report.corpora import corpora_report
 from cascade.report.exit_search import exit_search_report
@@ -102,10 +103,11 @@ def findings_markdown(records: Mapping[str, Record], *, pictures: str) -> str:
         "",
     ]
     for question in QUESTIONS:
-        lines += [f"**{question.heading}** {plain(_lead(reports[question.stem]))}", ""]
-    shared = _one_number(records["explanation"], records["final-norm"])
-    if shared:
-        lines += [plain(shared), ""]
+        words = f"{_lead(reports[question.stem])}{_letters(records[question.stem])}"
+        lines += [f"**{question.heading}** {plain(words)}", ""]
+        shared = _one_number(records["explanation"], records["final-norm"])
+        if question.stem == "final-norm" and shared:
+            lines += [plain(shared), ""]
     for question in QUESTIONS:
         report = replace(reports[question.stem], title=question.heading)
         body = markdown(report, level=2, pictures=pictures).split("\n")
@@ -139,6 +141,13 @@ def _lead(report: Report) -> str:
     )
 
 
+def _letters(record: Record) -> str:
+    """Say what the letters of a comparison stand for; nothing where a record has none."""
+    rows = record.get("corpora") or record.get("models") or ()
+    names = [f"{letter}: {row['name']}" for letter, row in zip(ascii_uppercase, rows, strict=False)]
+    return f" ({'; '.join(names)}.)" if names else ""
+
+
 def _one_number(explanation: Record, norm: Record) -> str | None:
     """Say where what a layer writes and what the final norm turns round are the same dimensions.
 
@@ -160,11 +169,10 @@ def _one_number(explanation: Record, norm: Record) -> str | None:
     means = {row["between"]: row["mean"] for row in norm["similarities"]}
     share = lost / (means["residual"] - means["behind"])
     return (
-        f"The two go together: {_dimensions(both)}, into which layer {layer} writes "
+        f"These two answers are one: {_dimensions(both)}, into which layer {layer} writes "
         f"{100 * energy:.0f} % of its update's energy, {'is' if len(both) == 1 else 'are'} where "
-        f"the final norm has a negative weight. What layer {layer} adds to every token, the norm "
-        f"turns round: that makes {100 * share:.0f} % of the difference between layer {last} and "
-        f"{last}+norm."
+        "the final norm has a negative weight and turns the stream round. What is lost there "
+        f"makes {100 * share:.0f} % of the difference between layer {last} and {last}+norm."
     )
 
 

@@ -234,16 +234,30 @@ def _as_markdown(block: Block, pictures: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return plain(text) or " "
+    return _inline(text) or " "
 
 
 def plain(text: str) -> str:
-    """Return plain text that Markdown shows as it is."""
-    for character in "\\`*_[]|":
-        text = text.replace(character, f"\\{character}")
-    text = " ".join(text.split()).replace("<", "&lt;").replace(">", "&gt;")
+    """Return plain text that Markdown shows as it is, as a paragraph."""
+    text = _inline(text)
     # At the start of a line it would be a heading or a list.
     return f"\\{text}" if text[:1] in ("#", "+", "-") else text
+
+
+def _inline(text: str) -> str:
+    # Pairs of backticks are meant: they name commands, in which nothing is escaped.
+    parts = text.split("`")
+    if len(parts) % 2:
+        parts[::2] = map(_escaped, parts[::2])
+        parts[1::2] = [part.replace("|", "\\|") for part in parts[1::2]]
+        return " ".join("`".join(parts).split())
+    return " ".join(_escaped(text).split())
+
+
+def _escaped(text: str) -> str:
+    for character in "\\`*_[]|":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def table_of(
