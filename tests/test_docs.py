@@ -285,7 +285,8 @@ def test_what_is_right_in_a_page_passes(page: Page) -> None:
         + fenced("", "cascade gate  # exit status 2")
         + fenced("python", "def test_it():", "    pass")
         + fenced("bash", "pytest -q")
-        + "`cascade evaluate --heads HEADS`, `pytest -m budgets`, `cascade` and `--full`.",
+        + "`cascade evaluate --heads HEADS`, `pytest -m budgets`, `cascade` and `--full`.\n"
+        + "As text, and no code: \\`cascade gaet\\`.",
     )
     assert "1 passed" in page.printed
 
