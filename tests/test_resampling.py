@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade import resampling
-from cascade.resampling import half_widths, placed, resampled_means, simultaneous_half_widths
+from cascade.resampling import (
+    RESAMPLES,
+    draws,
+    half_widths,
+    mean_interval,
+    placed,
+    ratio_interval,
+    resampled_means,
+    simultaneous_half_widths,
+)
 
 
 def rows_of(sequences: int, columns: int = 5, *, seed: int = 0) -> np.ndarray:
@@ -115,3 +124,20 @@ def test_where_an_interval_lies_every_value_of_it_does(
     assert place == placed((-interval[1], -interval[0]), limit)
     if place != "straddles":
         assert (abs(inside) <= limit) is (place == "within")
+
+
+def test_a_ratio_of_sums_is_resampled_by_whole_sequences() -> None:
+    part, whole = np.array([1.0, 4.0, 0.0, 9.0]), np.array([2.0, 8.0, 5.0, 10.0])
+    drawn = draws(4, 7)
+    assert drawn.shape == (RESAMPLES, 4)
+    by_hand = [part[row].sum() / whole[row].sum() for row in drawn]
+    expected = np.quantile(by_hand, [0.025, 0.975])
+    assert ratio_interval(part, whole, 7) == pytest.approx(expected.tolist())
+    assert ratio_interval(whole, whole, 7) == pytest.approx([1.0, 1.0])
+    assert mean_interval(part, 7) == pytest.approx(
+        np.quantile([part[row].mean() for row in drawn], [0.025, 0.975]).tolist()
+    )
+
+
+def test_a_ratio_has_no_interval_where_a_resample_has_no_whole() -> None:
+    assert ratio_interval(np.array([1.0, 0.0]), np.array([2.0, 0.0]), 0) is None
