@@ -80,7 +80,11 @@ def test_each_removal_takes_away_what_it_says() -> None:
     parts = find_parts(stack, 1)
     _, real = split(stack, parts, 1, plan.embedded, plan.calls[0])
     assert not measure(stack, parts, 1, real, plan.calls[0], None).hidden_away, "SDPA: no mask"
-    found = angles_without(Measured(update, {}), own, own)
+    other = an_update(2)
+    other.attention[..., 5] -= 30.0
+    of = Pilot.of([other])
+    assert of.dimensions == (5,)
+    found = angles_without(Measured(update, {}), own, of)
     start, end = update.hidden, update.hidden + update.whole
     keep = [dim for dim in range(16) if dim != 5]
     for name, pair in {

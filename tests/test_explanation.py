@@ -12,10 +12,14 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model, tiny_tokenizer
 
+from cascade.ablations import outputs
+from cascade.causes import Measured, Pilot
 from cascade.corpora import TokenBlocks
 from cascade.errors import CorpusError, UnsupportedModelError, UsageError
-from cascade.explanation import explain, tokens_to_read
+from cascade.explanation import _Gap, explain, tokens_to_read
 from cascade.models import DecoderStack
+from cascade.parts import find_parts, split
+from cascade.resampling import draws
 
 
 def causes_of(plant: Callable[[DecoderStack], None], corpus: TokenBlocks) -> dict[str, Any]:
@@ -165,6 +169,38 @@ def test_perplexities_are_the_models_own() -> None:
     expected = perplexity()
     halved.remove()
     assert rows["update_halved"]["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_common_part_is_left_out_of_every_token_but_the_first() -> None:
+    stack = planted.quiet_stack()
+    ids = torch.from_numpy(planted.blocks(4).ids.astype(np.int64))
+    plan = stack.plan(ids)
+    parts = find_parts(stack, 1)
+    _, update = split(stack, parts, 1, plan.embedded, plan.calls[0])
+    pilot = Pilot.of([update])
+    found = dict(outputs(stack, parts, 1, Measured(update, {}), pilot, plan.calls[0]))
+    whole = update.hidden + update.whole
+    torch.testing.assert_close(found["common_left_out"][:, 1:], whole[:, 1:] - pilot.common)
+    torch.testing.assert_close(found["common_left_out"][:, 0], whole[:, 0])
+    torch.testing.assert_close(found["layer_skipped"], update.hidden)
+
+
+@pytest.mark.parametrize(
+    ("left", "verdict"), [(2.0, "carries"), (5.0, "cannot tell"), (8.0, "does not carry")]
+)
+def test_a_cause_carries_only_where_its_whole_interval_does(left: float, verdict: str) -> None:
+    generator = np.random.default_rng(0)
+    contrast = generator.normal(20.0, 0.1, 16)
+    target = contrast + 10.0
+    gap = _Gap(draws(16, 0), target, contrast)
+    without = contrast + left + generator.normal(0.0, 1.0, 16)
+    found = gap.closed(without, contrast)
+    assert found["verdict"] == verdict
+    low, high = found["interval"]
+    assert low < found["closed"] < high
+    assert found["closed"] == pytest.approx(1 - left / 10, abs=0.08)
+    if verdict == "cannot tell":
+        assert low < 0.5 < high
 
 
 def test_empty_classes_are_named_and_not_counted_as_zeros() -> None:

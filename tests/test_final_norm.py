@@ -14,6 +14,7 @@ from torch import nn
 from cascade.errors import CorpusError, UnsupportedModelError
 from cascade.final_norm import explain_norm, norm_weights
 from cascade.models import DecoderStack
+from cascade.residual_stream import cosine
 from cascade.saturation import similarities
 
 
@@ -76,6 +77,12 @@ def test_similarities_are_those_of_the_profile() -> None:
     means = {row["between"]: row["mean"] for row in record["similarities"]}
     assert means["residual"] == pytest.approx(float(expected[-2]), abs=1e-6)
     assert means["behind"] == pytest.approx(float(expected[-1]), abs=1e-6)
+    kept: dict[int, torch.Tensor] = {}
+    normed = stack.visit(ids, lambda entry, hidden: kept.update({entry: hidden}))
+    assert normed is not None
+    both = cosine(stack.norm(kept[stack.num_layers - 1]), normed).mean()
+    assert means["both_behind"] == pytest.approx(float(both), abs=1e-5)
+    assert means["both_behind"] != pytest.approx(means["behind"], abs=1e-2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "cohere"])
