@@ -281,13 +281,14 @@ def compare_models(
     }
 
 
-def _provenance(entries: Sequence[dict[str, Any]], command: str | None) -> dict[str, Any]:
-    """Return what all models share; each entry has its own model and corpus besides."""
+def _provenance(compared: Sequence[dict[str, Any]], command: str | None) -> dict[str, Any]:
+    """Return what all models share; each one has its own model and corpus besides."""
     import torch
 
-    seen = [entry["provenance"] for entry in entries if entry["provenance"] is not None]
+    origins = (each["provenance"] for each in compared if each["provenance"] is not None)
+    first = next(origins, None)
     return {
-        "machine": seen[0]["machine"] if seen else machine_of(torch.device("cpu")),
+        "machine": first["machine"] if first else machine_of(torch.device("cpu")),
         "versions": library_versions(),
         "command": command,
     }

@@ -363,7 +363,8 @@ def _ends(interval: Sequence[float] | None) -> str:
 
 
 def _depth(record: Record) -> tuple[Table | Picture | Pairs | str, ...]:
-    entries = record["entries"]
+    rows = record["entries"]
+    norms = {row["entry"]: row["norm"] for row in rows}
     blocks: list[Table | Picture | Pairs | str] = [
         Picture(
             "explanation-depth.svg",
@@ -372,12 +373,11 @@ def _depth(record: Record) -> tuple[Table | Picture | Pairs | str, ...]:
             "first token and to delimiters. Shaded: the layer and its neighbour.",
         )
     ]
-    first, last = entries[1], entries[-1]
     growth = (
-        f"The median token's norm grows from {first['norm']:,.1f} behind layer 1 to "
-        f"{last['norm']:,.1f} behind layer {last['entry']}."
+        f"The median token's norm grows from {norms[1]:,.1f} behind layer 1 to "
+        f"{norms[max(norms)]:,.1f} behind layer {max(norms)}."
     )
-    massive = _massive_rows(entries)
+    massive = _massive_rows(rows)
     if not massive:
         return (f"{growth} No activation is massive anywhere.", *blocks)
     blocks.append(

@@ -226,14 +226,14 @@ def _moves(pair: Record) -> bool:
 
 
 def _draw_moves(axes: Axes, record: Record, moved: Sequence[Record]) -> None:
-    entries = {entry["label"]: entry for entry in record["models"]}
+    by_label = {model["label"]: model for model in record["models"]}
     axes.set_yscale("log")
     axes.grid(axis="y", linewidth=0.8)
     axes.set_ylabel("mean size of the change")
     title = f"how far a sequence's mean similarity moved from {moved[0]['against']}'s, same tokens"
     axes.set_title(title, loc="left", fontsize=11)
     for pair in moved:
-        depth = entries[pair["model"]]["sizes"]["num_layers"]
+        depth = by_label[pair["model"]]["sizes"]["num_layers"]
         rows = [row for row in pair["paired"]["layers"] if not is_normed(row)]
         places = [(int(row["layer"]) / depth, row["mean_size"]) for row in rows]
         look = colour_of(record, pair["model"])
