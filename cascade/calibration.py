@@ -22,7 +22,14 @@ from cascade.points import Array, Evaluator, Point
 from cascade.saturation import check_blocks, provenance_of
 from cascade.shapes import COUNT, NUMBER, SHARE, TEXT, WHOLE, Maybe, Shape, flaw, one_of
 from cascade.skipping import Counts, SkippingLayers
-from cascade.thresholds import Certificate, certify, fit_threshold, too_few, transfer
+from cascade.thresholds import (
+    Certificate,
+    certify,
+    check_certifiable,
+    fit_threshold,
+    too_few,
+    transfer,
+)
 
 KIND = "calibration"
 
@@ -37,9 +44,6 @@ _PARTS: Shape = {
     "certificate": Maybe({"threshold": Maybe(NUMBER, present=True)}, present=True),
     "provenance": {"model": {}, "heads_fingerprint": Maybe(TEXT)},
 }
-
-#: At a confidence of 0.95 this takes 1.5e12 sequences.
-_LEAST_RISK = 1e-6
 
 #: Exit shares whose thresholds are tested one after the other, the safest first.
 _TESTED_SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, *(share / 100 for share in range(10, 100, 5)), 1.0)
@@ -83,14 +87,7 @@ class Wish:
         for ratio in self.hard_ratios:
             if not 0 <= ratio <= 1:
                 raise UsageError(f"expected a hard ratio in 0..1, got {ratio:g}")
-        for name, value in (("risk", self.risk), ("confidence", self.confidence)):
-            if value is not None and not 0 < value < 1:
-                raise UsageError(f"expected a {name} between 0 and 1, got {value:g}")
-        if self.risk is not None and self.risk < _LEAST_RISK:
-            raise UsageError(
-                f"expected a risk of at least {_LEAST_RISK:g}, got {self.risk:g}: no corpus has "
-                "the sequences that it would need"
-            )
+        check_certifiable(self.risk, self.confidence)
 
     def _check_rule(self) -> None:
         rule = find_rule(self.rule)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cascade.models import DecoderStack, LayerCall
 from cascade.parts import Parts, Update
-from cascade.residual_stream import angle, cosine, massive, norm
+from cascade.residual_stream import angle, massive
+from cascade.similarity import cosine, norm
 
 #: The update is in few dimensions when so many hold half of its energy.
 MOST_DIMENSIONS = 5

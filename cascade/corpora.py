@@ -31,6 +31,9 @@ Part = Literal["train", "held-out"]
 #: The two parts of a corpus that something is trained and judged on.
 PARTS: tuple[Part, ...] = ("train", "held-out")
 
+#: With fewer sequences there is nothing left to measure beside a pilot.
+_FEWEST_WITH_PILOT = 4
+
 #: Of a corpus without a split of its own, one record in so many is held out: the 5th, the 10th.
 _HELD_OUT_EVERY = 5
 
@@ -104,16 +107,39 @@ class TokenBlocks:
             return self
         # The middles of as many equal parts of the text.
         rows = (np.arange(sequences) * 2 + 1) * len(self.ids) // (2 * sequences)
+        return replace(self._only(rows), spread_over=self.spread_over or len(self.ids))
+
+    def pilot(self, *, least: int = 1, most: int | None = None) -> tuple[TokenBlocks, TokenBlocks]:
+        """Part off the first quarter of the sequences: to learn from before the rest is measured.
+
+        Args:
+            least: The pilot has so many sequences at least.
+            most: And so many at most; any number where None.
+
+        Returns:
+            The pilot and the rest.
+
+        Raises:
+            CorpusError: Fewer than 4 sequences.
+        """
+        if len(self.ids) < _FEWEST_WITH_PILOT:
+            raise CorpusError(
+                f"expected at least {_FEWEST_WITH_PILOT} sequences to learn from and to measure "
+                f"on, got {len(self.ids)}; take a larger corpus, a larger --max-tokens or a "
+                "smaller --seq-len"
+            )
+        first = max(least, len(self.ids) // 4)
+        first = first if most is None else min(first, most)
+        return self._only(slice(first)), self._only(slice(first, None))
+
+    def _only(self, rows: Any) -> TokenBlocks:
+        """Return some of the sequences, with their marks."""
 
         def some(marks: Any) -> Any:
             return None if marks is None else marks[rows]
 
         return replace(
-            self,
-            ids=self.ids[rows],
-            record_of=some(self.record_of),
-            response=some(self.response),
-            spread_over=self.spread_over or len(self.ids),
+            self, ids=self.ids[rows], record_of=some(self.record_of), response=some(self.response)
         )
 
     def provenance(self) -> dict[str, Any]:

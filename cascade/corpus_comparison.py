@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import permutations
 from typing import Any
 
@@ -256,12 +257,12 @@ class _Measured:
     layer: int
     confidence: Array
 
-    @property
+    @cached_property
     def rows(self) -> Array:
         """Each sequence's mean of every layer, `[S, L]`."""
         return np.asarray(self.profile.arrays()["sequence_mean"])
 
-    @property
+    @cached_property
     def means(self) -> Array:
         """Every layer's mean, `[L]`."""
         return np.asarray(self.rows.mean(axis=0))

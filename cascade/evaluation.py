@@ -112,6 +112,20 @@ def split(blocks: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks]:
     )
 
 
+def check_split(fit: TokenBlocks, confirm: TokenBlocks) -> None:
+    """Refuse corpora too small for an interval.
+
+    Raises:
+        CorpusError: One of them has fewer than two sequences.
+    """
+    for blocks in (fit, confirm):
+        if len(blocks.ids) < 2:
+            raise CorpusError(
+                f"expected at least 2 sequences to fit on and 2 to confirm on, got "
+                f"{len(blocks.ids)} in {blocks.name}; {_MORE_SEQUENCES}"
+            )
+
+
 def evaluate(
     stack: DecoderStack,
     fit: TokenBlocks,
@@ -150,12 +164,7 @@ def evaluate(
     """
     request.check()
     check_seed(seed)
-    for blocks in (fit, confirm):
-        if len(blocks.ids) < 2:
-            raise CorpusError(
-                f"expected at least 2 sequences to fit on and 2 to confirm on, got "
-                f"{len(blocks.ids)} in {blocks.name}; {_MORE_SEQUENCES}"
-            )
+    check_split(fit, confirm)
     asked = [*itertools.product(request.layers, request.rules)]
     for layer, name in [*asked, *((point.layer, point.rule) for point in request.thresholds)]:
         check_layers({layer: find_rule(name)}, stack.num_layers)

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 
 from cascade.errors import UsageError
-from cascade.thresholds import certify_means, risk_bound, sequences_needed
+from cascade.thresholds import (
+    LEAST_RISK,
+    certify_means,
+    check_certifiable,
+    risk_bound,
+    sequences_needed,
+)
 
 Row = dict[str, Any]
 
 KIND = "exit-search"
-
-#: At a confidence of 0.95 this takes 1.5e12 sequences.
-_LEAST_RISK = 1e-6
 
 #: How a point's agreement was confirmed: by running it, or on the table of what every token would
 #: do, which with exact propagation says the same.
@@ -70,14 +73,7 @@ class Wish:
         """
         if not 0 <= self.agreement <= 1:
             raise UsageError(f"expected a share of agreement in 0..1, got {self.agreement:g}")
-        for name, value in (("risk", self.risk), ("confidence", self.confidence)):
-            if value is not None and not 0 < value < 1:
-                raise UsageError(f"expected a {name} between 0 and 1, got {value:g}")
-        if self.risk is not None and self.risk < _LEAST_RISK:
-            raise UsageError(
-                f"expected a risk of at least {_LEAST_RISK:g}, got {self.risk:g}: no corpus has "
-                "the sequences that it would need"
-            )
+        check_certifiable(self.risk, self.confidence)
 
     @property
     def bound(self) -> float | None:
@@ -86,7 +82,7 @@ class Wish:
             return self.risk
         # 1 - 0.95 is a little more than a twentieth.
         left = round(1 - self.agreement, 12)
-        return left if _LEAST_RISK <= left < 1 else None
+        return left if LEAST_RISK <= left < 1 else None
 
 
 def point_row(

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cascade.resampling import draws
+
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
 
 #: Shares of the tokens to fit on that leave at a curve's thresholds, about.
 _SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.075, *(step / 40 for step in range(4, 41)))
-
-#: As many as a point's own intervals take.
-_RESAMPLES = 999
 
 
 def lowest_threshold(
@@ -128,8 +127,7 @@ def _intervals(
     agreed = np.stack(
         [(agrees | (values < threshold)).sum(axis=1) for threshold in thresholds], axis=1
     )
-    draws = np.random.default_rng(seed).integers(sequences, size=(_RESAMPLES, sequences))
-    weights = np.stack([np.bincount(draw, minlength=sequences) for draw in draws])
+    weights = np.stack([np.bincount(one, minlength=sequences) for one in draws(sequences, seed)])
     ends = np.quantile(weights @ agreed / (sequences * length), [0.025, 0.975], axis=0)
     # Six digits: a token in a million is finer than any corpus here.
     low, high = np.round(ends, 6).tolist()

@@ -11,8 +11,8 @@ import numpy as np
 
 from cascade.corpora import TokenBlocks
 from cascade.early_exit import Propagation
-from cascade.errors import CorpusError, RecordError, UsageError
-from cascade.evaluation import SECONDS, full_record
+from cascade.errors import RecordError, UsageError
+from cascade.evaluation import SECONDS, check_split, full_record
 from cascade.exit_choice import TABLE, Wish, point_row, search_record
 from cascade.exit_curves import exits_and_wrong, lowest_threshold, threshold_of_share
 from cascade.exit_records import Found
@@ -83,13 +83,7 @@ def search_exits(
     """
     wish.check()
     check_seed(seed)
-    for blocks in (fit, confirm):
-        if len(blocks.ids) < 2:
-            raise CorpusError(
-                f"expected at least 2 sequences to fit on and 2 to confirm on, got "
-                f"{len(blocks.ids)} in {blocks.name}; take a larger corpus, a larger --max-tokens "
-                "or a smaller --seq-len"
-            )
+    check_split(fit, confirm)
     pairs = _pairs(stack, layers, rules)
     by_layer: dict[int, list[str]] = {}
     for layer, rule in pairs:

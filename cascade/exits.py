@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cascade.errors import UsageError
+from cascade.similarity import cosine
 
 _NORMED = "+norm"
 
@@ -164,9 +165,7 @@ class ExitPoint:
     def similarity(self, layer: int) -> Tensor:
         """Cosine of a layer's input and output, `[n]`, in [-1, 1]."""
         before, after = (state.float() for state in self.history.pair(layer))
-        norms = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)
-        cosine: Tensor = torch.linalg.vecdot(before, after) / norms.clamp_min(1e-30)
-        return cosine.clamp(-1.0, 1.0)
+        return cosine(before, after)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from cascade.causes import (
     ALIKE,
     MOST_DIMENSIONS,
     REMOVALS,
+    Measured,
     Pilot,
     angles_alike,
     angles_without,
@@ -28,8 +28,9 @@ from cascade.corpora import TokenBlocks
 from cascade.errors import CorpusError, UsageError
 from cascade.models import DecoderStack
 from cascade.parts import Parts, Update, find_parts, split
+from cascade.points import perplexity, perplexity_ratio_interval
 from cascade.resampling import draws, interval, ratio_interval
-from cascade.residual_stream import StreamStatistics, angle, attention_weights, cosine
+from cascade.residual_stream import StreamStatistics, attention_weights
 from cascade.saturation import check_blocks, provenance_of, similarities
 from cascade.structure import find_structure
 from cascade.token_classes import CLASSES, classify, token_texts
@@ -43,10 +44,8 @@ CARRIES = 0.5
 #: A smaller gap, in degrees, is none that asks for a cause.
 LEAST_GAP = 1.0
 
-#: The first sequences, on which dimensions and common parts are learned.
-_PILOT_SHARE = 4
-_MOST_PILOT = 64
-_FEWEST = 4
+#: Sequences on which dimensions and common parts are learned.
+_LEAST_PILOT, _MOST_PILOT = 2, 64
 
 _INTERVAL = "95 % percentile bootstrap over whole sequences, 999 resamples"
 
@@ -97,18 +96,14 @@ def explain(
     if stack.num_layers < 2:
         raise UsageError("the model has a single layer: there is no neighbour to compare it with")
     check_blocks(stack, blocks, batch_size)
-    if len(blocks.ids) < _FEWEST:
-        raise CorpusError(
-            f"expected at least {_FEWEST} sequences to learn from and to measure on, got "
-            f"{len(blocks.ids)}; take a larger corpus, a larger --max-tokens or a smaller --seq-len"
-        )
+    pilot, rest = blocks.pilot(least=_LEAST_PILOT, most=_MOST_PILOT)
     if stack.tokenizer is None:
         raise CorpusError("the model has no tokenizer to tell token classes with; load it with one")
     with torch.no_grad(), _eager(stack) as missing:
         if contrast is None:
-            contrast = _neighbour(stack, blocks, layer, batch_size)
-        run = _Run(stack, blocks, (layer, contrast), batch_size, progress or (lambda _: None))
-        run.learn()
+            contrast = _neighbour(stack, pilot, layer, batch_size)
+        run = _Run(stack, rest, (layer, contrast), batch_size, progress or (lambda _: None))
+        run.learn(pilot)
         run.measure()
     return {
         "schema": 1,
@@ -122,17 +117,12 @@ def explain(
             "carries": CARRIES,
             "least_gap": LEAST_GAP,
             "most_dimensions": MOST_DIMENSIONS,
-            "pilot_sequences": run.pilot_sequences,
-            "sequences": len(blocks.ids) - run.pilot_sequences,
+            "pilot_sequences": len(pilot.ids),
+            "sequences": len(rest.ids),
             "interval": _INTERVAL,
         },
         "missing": [*missing, *run.missing()],
     } | _Judge(run, seed).sections()
-
-
-def tokens_to_read(blocks: TokenBlocks) -> int:
-    """Return how many tokens `explain` goes through, which `progress` adds up to."""
-    return blocks.tokens
 
 
 def _check_layer(stack: DecoderStack, layer: int, name: str) -> None:
@@ -158,14 +148,9 @@ def _eager(stack: DecoderStack) -> Iterator[list[str]]:
             model.set_attn_implementation(before)
 
 
-def _pilot_sequences(blocks: TokenBlocks) -> int:
-    return min(max(2, len(blocks.ids) // _PILOT_SHARE), _MOST_PILOT)
-
-
-def _neighbour(stack: DecoderStack, blocks: TokenBlocks, layer: int, batch_size: int) -> int:
+def _neighbour(stack: DecoderStack, pilot: TokenBlocks, layer: int, batch_size: int) -> int:
     """Return the nearest layer of a stable band, the one before rather than the one behind."""
-    first = blocks.ids[: min(batch_size, _pilot_sequences(blocks))]
-    ids = torch.from_numpy(first.astype(np.int64)).to(stack.device)
+    ids = torch.from_numpy(pilot.ids[:batch_size].astype(np.int64)).to(stack.device)
     means = similarities(stack, ids).double().mean(dim=(1, 2)).tolist()
     structure = find_structure(stack.layer_labels, means)
     active = {int(label) for key in ("input_transform", "dips") for label in structure[key]} | {
@@ -180,7 +165,7 @@ class _Run:
 
     Args:
         stack: The model, with eager attention.
-        blocks: The corpus.
+        blocks: What is measured.
         sides: The layer and its neighbour.
         batch_size: Sequences per forward pass.
         progress: Called with tokens done.
@@ -196,14 +181,13 @@ class _Run:
     ) -> None:
         self.stack, self.blocks, self.sides = stack, blocks, sides
         self.batch_size, self.progress = batch_size, progress
-        self.pilot_sequences = _pilot_sequences(blocks)
         self.parts: dict[int, Parts] = {
             number: find_parts(stack, number) for number in range(1, stack.num_layers + 1)
         }
         assert stack.tokenizer is not None
         self.classes, self.delimiters = classify(blocks.ids, stack.tokenizer)
         #: First tokens cannot be hidden from themselves.
-        self.has_delimiters = bool(self.measured(self.delimiters)[:, 1:].any())
+        self.has_delimiters = bool(self.delimiters[:, 1:].any())
         self.pilots: dict[int, Pilot] = {}
         self.stream = StreamStatistics()
         #: side -> removal -> `[2, S, T]`: degrees and similarities.
@@ -215,18 +199,16 @@ class _Run:
         #: Those of the model as it is.
         self.full: list[float] = []
 
-    def _batches(self, rows: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        part = replace(self.blocks, ids=self.blocks.ids[rows], record_of=None, response=None)
-        delimiters = self.delimiters[rows]
-        for ids, numbers in part.batches(self.batch_size):
-            tensor = torch.from_numpy(ids.astype(np.int64)).to(self.stack.device)
-            yield tensor, torch.from_numpy(delimiters[numbers]).to(tensor.device)
+    def _batches(self, blocks: TokenBlocks) -> Iterator[tuple[Tensor, Array]]:
+        """Yield token ids `[B, T]` and sequence numbers `[B]`."""
+        for ids, numbers in blocks.batches(self.batch_size):
+            yield torch.from_numpy(ids.astype(np.int64)).to(self.stack.device), numbers
             self.progress(ids.size)
 
-    def learn(self) -> None:
-        """Fix dimensions, common parts and sizes on the first sequences."""
+    def learn(self, pilot: TokenBlocks) -> None:
+        """Fix dimensions, common parts and sizes on a pilot."""
         updates: dict[int, list[Update]] = defaultdict(list)
-        for ids, _ in self._batches(slice(self.pilot_sequences)):
+        for ids, _ in self._batches(pilot):
             plan = self.stack.plan(ids)
             hidden = plan.embedded
             for layer in range(1, max(self.sides) + 1):
@@ -239,8 +221,9 @@ class _Run:
         self.pilots = {layer: Pilot.of(updates[layer]) for layer in self.sides}
 
     def measure(self) -> None:
-        """Go through the other sequences."""
-        for ids, delimiters in self._batches(slice(self.pilot_sequences, None)):
+        """Go through the sequences."""
+        for ids, numbers in self._batches(self.blocks):
+            delimiters = torch.from_numpy(self.delimiters[numbers]).to(ids.device)
             plan = self.stack.plan(ids)
             hidden = plan.embedded
             self.stream.add_entry(0, hidden, ids)
@@ -256,10 +239,9 @@ class _Run:
                     found[layer] = measure(
                         self.stack, self.parts[layer], layer, update, call, hides
                     )
-            done = len(self.full)
             self.full += self._nats(plan, self.stack.num_layers, hidden, ids)
             for layer, measured in found.items():
-                self._take_away(layer, measured, done)
+                self._take_away(layer, measured, numbers)
                 of_layer = outputs(
                     self.stack,
                     self.parts[layer],
@@ -275,54 +257,30 @@ class _Run:
         found: list[float] = nats(self.stack, plan, layer, hidden, ids).tolist()
         return found
 
-    def _take_away(self, layer: int, measured: Any, done: int) -> None:
+    def _take_away(self, layer: int, measured: Measured, numbers: Array) -> None:
         own, of = self.pilots[layer], self.pilots[self.sides[0]]
         angles = angles_without(measured, own, of)
         if layer == self.sides[0]:
             angles |= angles_alike(measured.update, own, self.pilots[self.sides[1]])
         for name, pair in angles.items():
-            self._put(layer, name, pair, done)
-        start, update = measured.update.hidden, measured.update
-        for name, part in (
-            ("attention_to_stream", update.attention),
-            ("mlp_to_stream", update.mlp),
-            ("update_to_stream", update.whole),
-        ):
-            self._put(layer, name, (angle(part, start), cosine(part, start)), done)
-
-    def _put(self, layer: int, name: str, pair: tuple[Tensor, Tensor], done: int) -> None:
-        """Keep a batch's degrees and similarities, behind the `done` sequences before it."""
-        if name not in self.angles[layer]:
-            # Made once: what stays must not lie between what batches allocate and free.
-            shape = (2, len(self.blocks.ids) - self.pilot_sequences, pair[0].shape[1])
-            self.angles[layer][name] = np.empty(shape)
-        for kind, values in enumerate(pair):
-            self.angles[layer][name][kind, done : done + len(values)] = values.cpu().numpy()
-
-    def values(self, side: int, name: str) -> Array | None:
-        """Return a removal's degrees and similarities, `[2, S, T]`; None where there are none."""
-        return self.angles[side].get(name)
-
-    def measured(self, values: Array) -> Array:
-        """Return the rows of `[S, T]` that were measured, not learned from."""
-        return values[self.pilot_sequences :]
+            if name not in self.angles[layer]:
+                # Made once: what stays must not lie between what batches allocate and free.
+                self.angles[layer][name] = np.empty((2, *self.blocks.ids.shape))
+            for kind, values in enumerate(pair):
+                self.angles[layer][name][kind, numbers] = values.cpu().numpy()
 
     def missing(self) -> list[str]:
         """Say what could not be measured."""
         found = []
         layer = self.sides[0]
-        if not any(row.get("heads") for row in self.stream.layer_rows()):
+        if not self.stream.has_weights:
             found.append("attention weights: this family's layers do not return them")
         if "first_token" not in self.angles[layer]:
             found.append(
                 "hiding tokens from attention: this family's layers take no mask that could be "
                 "changed"
             )
-        absent = [
-            name
-            for number, name in enumerate(CLASSES)
-            if not (self.measured(self.classes) == number).any()
-        ]
+        absent = [name for number, name in enumerate(CLASSES) if not (self.classes == number).any()]
         if absent:
             found.append(f"token classes without a token in this corpus: {', '.join(absent)}")
         return found
@@ -389,17 +347,13 @@ class _Judge:
     def __init__(self, run: _Run, seed: int) -> None:
         self.run, self.seed = run, seed
         self.layer, self.contrast = run.sides
-        plain = {side: self._angles(side, "nothing") for side in run.sides}
-        self.plain = {side: values for side, values in plain.items() if values is not None}
-        self.classes = run.measured(run.classes)
+        self.plain = {side: run.angles[side]["nothing"] for side in run.sides}
+        self.classes = run.classes
         self.gap = _Gap(
             draws(len(self.classes), seed),
             self.plain[self.layer][0].mean(axis=1),
             self.plain[self.contrast][0].mean(axis=1),
         )
-
-    def _angles(self, side: int, name: str) -> Array | None:
-        return self.run.values(side, name)
 
     def sections(self) -> dict[str, Any]:
         gap = self.gap.record()
@@ -430,16 +384,10 @@ class _Judge:
 
     def _side(self, side: int) -> dict[str, Any]:
         pilot = self.run.pilots[side]
-        between = {
-            name: float(values[0][:, 1:].mean())
-            for name in ("attention_to_stream", "mlp_to_stream", "update_to_stream")
-            if (values := self._angles(side, name)) is not None
-        }
         return {
             "layer": str(side),
             "degrees": float(self.plain[side][0].mean()),
             "similarity": float(self.plain[side][1].mean()),
-            "angles_to_stream": between,
             "common_share": pilot.common_share,
             "dimensions": [
                 {"dimension": dim, "energy": share}
@@ -478,14 +426,14 @@ class _Judge:
         for name in REMOVALS:
             yield self._row(
                 name,
-                self._angles(self.layer, name),
-                self._angles(self.contrast, name),
+                self.run.angles[self.layer].get(name),
+                self.run.angles[self.contrast].get(name),
                 reason=reasons.get(name, ""),
             )
 
     def _alike(self) -> Iterator[dict[str, Any]]:
         for name in ALIKE:
-            yield self._row(name, self._angles(self.layer, name), self.plain[self.contrast])
+            yield self._row(name, self.run.angles[self.layer][name], self.plain[self.contrast])
 
     def _left_out(self) -> Iterator[dict[str, Any]]:
         """Leave out one class of tokens, or the first positions, in both layers."""
@@ -550,13 +498,12 @@ class _Judge:
             if name not in self.run.nats[side]:
                 continue
             without = np.array(self.run.nats[side][name])
-            more = (without - full) / (scored / len(full))
-            low, high = interval(more[self.gap.drawn].mean(axis=1))
+            more = without - full
             yield {
                 "layer": str(side),
                 "ablation": name,
-                "perplexity": math.exp(min(float(without.sum()) / scored, 700.0)),
-                "full_perplexity": math.exp(float(full.sum()) / scored),
-                "perplexity_ratio": math.exp(min(float(more.mean()), 700.0)),
-                "interval": [math.exp(min(low, 700.0)), math.exp(min(high, 700.0))],
+                "perplexity": perplexity(without.sum() / scored),
+                "full_perplexity": perplexity(full.sum() / scored),
+                "perplexity_ratio": perplexity(more.sum() / scored),
+                "interval": perplexity_ratio_interval(more, scored, self.seed),
             }

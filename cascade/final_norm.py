@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 
 from cascade.corpora import TokenBlocks
-from cascade.errors import CorpusError, UnsupportedModelError
+from cascade.errors import UnsupportedModelError
 from cascade.models import DecoderStack
 from cascade.resampling import mean_interval
-from cascade.residual_stream import cosine, norm
 from cascade.saturation import check_blocks, provenance_of
+from cascade.similarity import cosine, norm
 
 Array = npt.NDArray[Any]
 
@@ -25,8 +24,6 @@ KIND = "final-norm"
 #: Of how many weights, the first in order of what they take away, the effect is measured.
 _COUNTS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 _NAMED = 10
-_FEWEST = 4
-_PILOT_SHARE = 4
 
 #: A probe of this size makes the norm's epsilon vanish: 1e-5 in 1e6.
 _PROBE_SIZE = 1000.0
@@ -106,16 +103,12 @@ def explain_norm(
         UnsupportedModelError: The model has no final norm, or one of another kind.
     """
     check_blocks(stack, blocks, batch_size)
-    if len(blocks.ids) < _FEWEST:
-        raise CorpusError(
-            f"expected at least {_FEWEST} sequences to learn from and to measure on, got "
-            f"{len(blocks.ids)}; take a larger corpus, a larger --max-tokens or a smaller --seq-len"
-        )
+    pilot, rest = blocks.pilot()
     weights, bias, centred = norm_weights(stack)
-    run = _Run(stack, blocks, weights, bias, centred, batch_size, progress or (lambda _: None))
+    run = _Run(stack, weights, centred, batch_size, progress or (lambda _: None))
     with torch.no_grad():
-        run.learn()
-        run.measure()
+        run.learn(pilot)
+        run.measure(rest)
     return {
         "schema": 1,
         "kind": KIND,
@@ -124,8 +117,8 @@ def explain_norm(
             "layer": str(stack.num_layers),
             "batch_size": batch_size,
             "seed": seed,
-            "pilot_sequences": run.pilot,
-            "sequences": len(blocks.ids) - run.pilot,
+            "pilot_sequences": len(pilot.ids),
+            "sequences": len(rest.ids),
             "interval": "95 % percentile bootstrap over whole sequences, 999 resamples",
         },
         "norm": {"subtracts_mean": centred, "has_bias": bool((bias.abs() > run.limit).any())},
@@ -142,29 +135,25 @@ class _Run:
     def __init__(
         self,
         stack: DecoderStack,
-        blocks: TokenBlocks,
         weights: Tensor,
-        bias: Tensor,
         centred: bool,
         batch_size: int,
         progress: Callable[[int], None],
     ) -> None:
-        self.stack, self.blocks, self.centred = stack, blocks, centred
+        self.stack, self.centred = stack, centred
         self.weights = weights.to(stack.device)
-        self.bias = bias.to(stack.device)
         self.median = float(self.weights.median())
         self.limit = 50 * torch.finfo(stack.dtype).eps * float(weights.abs().max())
         self.batch_size, self.progress = batch_size, progress
-        self.pilot = max(1, len(blocks.ids) // _PILOT_SHARE)
         self.counts = [count for count in _COUNTS if count < stack.hidden_size]
         self.order = torch.zeros(0)
         self.parts: dict[str, list[Array]] = {}
         self.before = self.after = self.energy = self.weights
 
-    def _batches(self, rows: slice) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        part = replace(self.blocks, ids=self.blocks.ids[rows], record_of=None, response=None)
+    def _batches(self, blocks: TokenBlocks) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the last layer's input, its output, and that behind the norm, `[B, T, D]` each."""
         last = self.stack.num_layers
-        for ids, _ in part.batches(self.batch_size):
+        for ids, _ in blocks.batches(self.batch_size):
             kept: dict[int, Tensor] = {}
 
             def keep(entry: int, hidden: Tensor, kept: dict[int, Tensor] = kept) -> None:
@@ -178,13 +167,13 @@ class _Run:
             yield kept[last - 1].double(), kept[last].double(), normed.double()
             self.progress(ids.size)
 
-    def learn(self) -> None:
+    def learn(self, pilot: TokenBlocks) -> None:
         """Put the dimensions in the order of what the norm takes away in them."""
         width, tokens = self.stack.hidden_size, 0
         before, after, energy = (
             torch.zeros(width, dtype=torch.float64, device=self.stack.device) for _ in range(3)
         )
-        for start, end, normed in self._batches(slice(self.pilot)):
+        for start, end, normed in self._batches(pilot):
             before += _shares(start, end).sum(dim=(0, 1))
             after += _shares(start, normed).sum(dim=(0, 1))
             # First tokens, some hundred times as long, would be all that is seen.
@@ -192,17 +181,17 @@ class _Run:
             energy += (squares / squares.sum(dim=-1, keepdim=True)).sum(dim=(0, 1))
             tokens += start.shape[0] * start.shape[1]
         self.before, self.after = before / tokens, after / tokens
-        self.energy = energy / max(1, tokens - self.pilot)
+        self.energy = energy / max(1, tokens - len(pilot.ids))
         self.order = (before - after).argsort(descending=True)
 
-    def measure(self) -> None:
+    def measure(self, rest: TokenBlocks) -> None:
         """Measure every similarity on the other sequences."""
-        for start, end, normed in self._batches(slice(self.pilot, None)):
+        for start, end, normed in self._batches(rest):
             base = end - end.mean(dim=-1, keepdim=True) if self.centred else end
             found = {
                 "residual": cosine(start, end),
                 "behind": cosine(start, normed),
-                "both_behind": cosine(self._normed(start), normed),
+                "both_behind": cosine(self.stack.norm(start.to(self.stack.dtype)).double(), normed),
                 "equal_weights": cosine(start, base),
                 "without_bias": cosine(start, base * self.weights),
             }
@@ -215,11 +204,6 @@ class _Run:
                 found[f"alone_{count}"] = cosine(start, base * alone)
             for name, values in found.items():
                 self.parts.setdefault(name, []).append(values.mean(dim=1).cpu().numpy())
-
-    def _normed(self, hidden: Tensor) -> Tensor:
-        centre = hidden.mean(dim=-1, keepdim=True) if self.centred else 0.0
-        state = hidden - centre
-        return state / state.pow(2).mean(dim=-1, keepdim=True).sqrt() * self.weights + self.bias
 
     def _value(self, name: str) -> Array:
         return np.concatenate(self.parts[name])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,11 @@ class MeasuredModel:
     profile: SaturationProfile
     sizes: Sizes
 
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """The profile's record."""
+        return self.profile.record()
+
     @property
     def name(self) -> str:
         """The model's name."""
@@ -304,7 +310,7 @@ def _entry(label: str, model: MeasuredModel | UnmeasuredModel) -> dict[str, Any]
     if isinstance(model, UnmeasuredModel):
         nothing = dict.fromkeys(("provenance", "layers", "structure", "exit"))
         return entry | {"configuration": model.configuration.origin} | nothing
-    record = model.profile.record()
+    record = model.record
     num_layers = model.sizes.num_layers
     layer = record["thresholds"]["exit_layer"]
     return entry | {
@@ -390,7 +396,7 @@ def match_dips(
 
 
 def _matched_dips(first: MeasuredModel, other: MeasuredModel) -> dict[str, Any]:
-    records = [model.profile.record() for model in (first, other)]
+    records = [model.record for model in (first, other)]
     depths = [model.sizes.num_layers for model in (first, other)]
     means = [{row["layer"]: row["mean"] for row in record["layers"]} for record in records]
     dips = [[int(layer) for layer in record["structure"]["dips"]] for record in records]
@@ -489,7 +495,7 @@ def _digits(value: float) -> float:
 
 def _transferred(first: MeasuredModel, other: MeasuredModel) -> list[dict[str, Any]]:
     """Return the hard ratios that the first model's thresholds reach in the other."""
-    thresholds = first.profile.record()["thresholds"]
+    thresholds = first.record["thresholds"]
     row = other.profile.statistics.layers.index(thresholds["exit_layer"])
     return [
         {

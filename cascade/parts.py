@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cascade.errors import UnsupportedModelError
 from cascade.models import DecoderStack, LayerCall
+from cascade.similarity import widened
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,6 @@ def split(
     """
     output = stack.step(layer, hidden, call)
     with silenced(parts.mlp):
-        between = _widened(stack.step(layer, hidden, call))
-    start = _widened(hidden)
-    return output, Update(start, between - start, _widened(output) - between)
-
-
-def _widened(hidden: Tensor) -> Tensor:
-    return hidden if hidden.dtype is torch.float64 else hidden.float()
+        between = widened(stack.step(layer, hidden, call))
+    start = widened(hidden)
+    return output, Update(start, between - start, widened(output) - between)

@@ -575,10 +575,10 @@ class Evaluator:
             "agreement": float(agreed.sum() / tokens),
             "agreement_interval": mean_interval(agreed / length, self.seed),
             "exit_agreement": _ratio_of(tally.sums("exit_agreement"), exits),
-            "perplexity": _exp(tally.sums("nll").sum() / scored),
-            "perplexity_ratio": _exp(more.sum() / scored),
-            "perplexity_ratio_interval": _resampled_ratio(more, scored, self.seed),
-            "hard_perplexity_ratio": None if hard_more is None else _exp(hard_more),
+            "perplexity": perplexity(tally.sums("nll").sum() / scored),
+            "perplexity_ratio": perplexity(more.sum() / scored),
+            "perplexity_ratio_interval": perplexity_ratio_interval(more, scored, self.seed),
+            "hard_perplexity_ratio": None if hard_more is None else perplexity(hard_more),
             "kl": float(tally.sums("divergence").sum() / tokens),
             "layers_per_token": tally.layer_rows / tokens,
             "flops_ratio": tally.flops / full.flops,
@@ -628,11 +628,19 @@ def _sum(values: Array, where: Array) -> Array:
     return sums
 
 
-def _exp(value: float) -> float:
-    return math.exp(min(value, _MOST_NATS))
+def perplexity(nats: float) -> float:
+    """Return the perplexity of a mean loss per token, or of a difference of two: their ratio."""
+    return math.exp(min(nats, _MOST_NATS))
 
 
-def _resampled_ratio(difference: Array, scored: int, seed: int) -> list[float]:
+def perplexity_ratio_interval(difference: Array, scored: int, seed: int) -> list[float]:
+    """Return the interval of a perplexity ratio, by whole sequences.
+
+    Args:
+        difference: `[S]`, each sequence's loss less the full model's, in nats, summed over tokens.
+        scored: How many tokens that is in all.
+        seed: Of the resamples.
+    """
     per_token = difference * (len(difference) / scored)
     means = per_token[draws(len(per_token), seed)].mean(axis=1)
     return interval(np.exp(np.minimum(means, _MOST_NATS)))

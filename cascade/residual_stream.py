@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.parts import Update, attention_modules
+from cascade.similarity import cosine, norm
 
 #: An activation is massive when its magnitude exceeds 100 and is about 1,000 times the median
 #: magnitude of its hidden state (Sun et al. 2024, arXiv:2402.17762, section 2).
@@ -21,18 +22,6 @@ MASSIVE_RATIO = 1000.0
 
 #: How many of the tokens with massive activations are named.
 _NAMED_TOKENS = 3
-
-
-def norm(values: Tensor) -> Tensor:
-    """Return Euclidean norms along the last dimension."""
-    found: Tensor = torch.linalg.vector_norm(values, dim=-1)
-    return found
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Return cosines along the last dimension; 0 beside a zero vector."""
-    product: Tensor = torch.linalg.vecdot(a, b)
-    return (product / (norm(a) * norm(b)).clamp_min(1e-30)).clamp(-1.0, 1.0)
 
 
 def angle(a: Tensor, b: Tensor) -> Tensor:
@@ -49,9 +38,18 @@ def massive(hidden: Tensor) -> Tensor:
     Returns:
         `[B, T, D]`.
     """
-    size = hidden.abs()
-    median = size.flatten(1).median(dim=1).values[:, None, None]
-    return (size > MASSIVE_MAGNITUDE) & (size > MASSIVE_RATIO * median)
+    sizes = hidden.abs()
+    return _beyond(sizes, _medians(sizes))
+
+
+def _medians(sizes: Tensor) -> Tensor:
+    """Return each sequence's median magnitude, `[B]`."""
+    found: Tensor = sizes.flatten(1).median(dim=1).values
+    return found
+
+
+def _beyond(sizes: Tensor, medians: Tensor) -> Tensor:
+    return (sizes > MASSIVE_MAGNITUDE) & (sizes > MASSIVE_RATIO * medians[:, None, None])
 
 
 @contextlib.contextmanager
@@ -108,11 +106,12 @@ class StreamStatistics:
         """
         hidden = hidden.float()
         sizes = hidden.abs()
+        medians = _medians(sizes)
         self._keep("norm", entry, norm(hidden[:, 1:]).median(dim=1).values)
         self._keep("first_norm", entry, norm(hidden[:, 0]))
         self._keep("largest", entry, sizes.flatten(1).amax(dim=1))
-        self._keep("median", entry, sizes.flatten(1).median(dim=1).values)
-        rows, columns, dims = torch.nonzero(massive(hidden), as_tuple=True)
+        self._keep("median", entry, medians)
+        rows, columns, dims = torch.nonzero(_beyond(sizes, medians), as_tuple=True)
         for row, column, dim in zip(rows.tolist(), columns.tolist(), dims.tolist(), strict=True):
             one = self._massive[entry].setdefault(dim, _Massive())
             one.count += 1
@@ -154,6 +153,11 @@ class StreamStatistics:
         others[:, 0] = False
         to_others = (weights * others[:, None, None, :]).sum(dim=-1)
         self._keep("delimiter_attention", layer, to_others.mean(dim=(1, 2)))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether any layer returned its attention."""
+        return bool(self._heads)
 
     def layer_rows(self) -> list[dict[str, Any]]:
         """Return one row per layer: norms, ratios, angles in degrees, attention to sinks.

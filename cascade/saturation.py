@@ -18,6 +18,7 @@ from torch import Tensor
 from cascade.corpora import TokenBlocks
 from cascade.errors import CorpusError, ModelError
 from cascade.models import DecoderStack
+from cascade.similarity import cosine_of, norm, widened
 from cascade.statistics import SimilarityStatistics, quantile_edges
 from cascade.structure import find_structure, suggested_exit_layer
 
@@ -95,32 +96,20 @@ class _Similarity:
 
     def __call__(self, entry: int, hidden: Tensor) -> None:
         # Each entry's norm serves twice: as a layer's output, then as the next one's input.
-        current = _widened(hidden)
-        norm = torch.linalg.vector_norm(current, dim=-1)
+        current = widened(hidden)
+        size = norm(current)
         if self._hidden is not None and self._norm is not None:
-            self.rows.append(_cosine(self._hidden, self._norm, current, norm))
+            self.rows.append(cosine_of(self._hidden, self._norm, current, size))
             self._before = (self._hidden, self._norm)
-        self._hidden, self._norm = current, norm
+        self._hidden, self._norm = current, size
 
     def finish(self, normed: Tensor | None) -> Tensor:
         """Return `[L, B, T]`, the row `N+norm` last: the last layer's input to the normed state."""
         if normed is not None and self._before is not None:
-            final = _widened(normed)
-            norm = torch.linalg.vector_norm(final, dim=-1)
-            self.rows.append(_cosine(*self._before, final, norm))
+            final = widened(normed)
+            size = norm(final)
+            self.rows.append(cosine_of(*self._before, final, size))
         return torch.stack(self.rows)
-
-
-def _widened(hidden: Tensor) -> Tensor:
-    """Return states in fp32, or in float64 where they are that already."""
-    return hidden if hidden.dtype is torch.float64 else hidden.float()
-
-
-def _cosine(a: Tensor, a_norm: Tensor, b: Tensor, b_norm: Tensor) -> Tensor:
-    """Return the cosine along the last dimension, 0 beside a zero vector, within [-1, 1]."""
-    # torch.clamp keeps NaN, which the statistics refuse by the layer's name.
-    product: Tensor = torch.linalg.vecdot(a, b)
-    return (product / (a_norm * b_norm).clamp_min(1e-30)).clamp(-1.0, 1.0)
 
 
 def similarities(stack: DecoderStack, ids: Tensor) -> Tensor:

@@ -15,11 +15,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cascade.errors import UsageError
+
 Array = npt.NDArray[Any]
 Interval = tuple[float, float]
 
 #: The two ends of a 95 % percentile interval.
 _ENDS = (0.025, 0.975)
+
+#: At a confidence of 0.95 this takes 1.5e12 sequences.
+LEAST_RISK = 1e-6
 
 #: The ends have ranks 0.025 (R + 1) and 0.975 (R + 1): among fewer resamples there are none.
 _FEWEST_RESAMPLES = 39
@@ -214,6 +219,26 @@ def transfer(
         loss_interval=intervals[1] if loss else None,
         sequences=len(rows),
     )
+
+
+def check_certifiable(risk: float | None, confidence: float) -> None:
+    """Refuse a wish for a certificate that cannot be meant.
+
+    Args:
+        risk: The bound on the true mean loss; None: no certificate is wanted.
+        confidence: The probability that the guarantee holds.
+
+    Raises:
+        UsageError: One of them is out of its range, or the risk too small for any corpus.
+    """
+    for name, value in (("risk", risk), ("confidence", confidence)):
+        if value is not None and not 0 < value < 1:
+            raise UsageError(f"expected a {name} between 0 and 1, got {value:g}")
+    if risk is not None and risk < LEAST_RISK:
+        raise UsageError(
+            f"expected a risk of at least {LEAST_RISK:g}, got {risk:g}: no corpus has the "
+            "sequences that it would need"
+        )
 
 
 def hoeffding_p_value(loss: Array | float, *, sequences: int, risk: float) -> Array:

@@ -11,7 +11,8 @@ from tiny_models import FAMILIES, random_ids, tiny_model
 from cascade.causes import Measured, Pilot, angles_alike, angles_without, blocked, measure
 from cascade.models import DecoderStack
 from cascade.parts import Update, find_parts, split
-from cascade.residual_stream import angle, cosine, norm
+from cascade.residual_stream import angle
+from cascade.similarity import cosine, norm
 
 
 @pytest.mark.parametrize("family", FAMILIES)

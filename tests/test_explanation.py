@@ -16,7 +16,7 @@ from cascade.ablations import outputs
 from cascade.causes import Measured, Pilot
 from cascade.corpora import TokenBlocks
 from cascade.errors import CorpusError, UnsupportedModelError, UsageError
-from cascade.explanation import _Gap, explain, tokens_to_read
+from cascade.explanation import _Gap, explain
 from cascade.models import DecoderStack
 from cascade.parts import find_parts, split
 from cascade.resampling import draws
@@ -109,7 +109,7 @@ def test_the_record_is_whole_and_the_model_as_it_was(family: str) -> None:
     corpus = planted.blocks(8, 12)
     done: list[int] = []
     record = explain(stack, corpus, 2, batch_size=3, progress=done.append)
-    assert sum(done) == tokens_to_read(corpus) == 96
+    assert sum(done) == corpus.tokens == 96
     assert model.config._attn_implementation == attention
     assert torch.equal(model(ids).logits, before)
     text = json.dumps(record, allow_nan=False)

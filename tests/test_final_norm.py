@@ -14,8 +14,8 @@ from torch import nn
 from cascade.errors import CorpusError, UnsupportedModelError
 from cascade.final_norm import explain_norm, norm_weights
 from cascade.models import DecoderStack
-from cascade.residual_stream import cosine
 from cascade.saturation import similarities
+from cascade.similarity import cosine
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ import typer
 
 from cascade.cli.app import app
 from cascade.cli.options import (
+    RULES_HELP,
     BatchSize,
     Column,
     Corpus,
@@ -22,9 +23,12 @@ from cascade.cli.options import (
     Model,
     Output,
     Overwrite,
+    PropagationOption,
     Revision,
+    Seed,
     SeqLen,
     Split,
+    given,
 )
 from cascade.cli.showing import (
     command_line,
@@ -47,13 +51,6 @@ Heads = Annotated[
     Path | None,
     typer.Option("--heads", help="Heads of `cascade fit-heads`; the logit lens without."),
 ]
-PropagationOption = Annotated[
-    str,
-    typer.Option("--propagation", help="What upper layers see of exited tokens."),
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of draws and intervals.")]
-
-RULES_HELP = "cosine, mean_cosine, top2_gap, max_probability, entropy, patience, ..."
 
 
 @app.command("fit-heads")
@@ -369,12 +366,7 @@ def _evaluate_cascade(
     from cascade.files import RunFolder
     from cascade.report import print_cascade_evaluation
 
-    others = [
-        f"--{name.replace('_', '-')}"
-        for name in context.params
-        if name not in _OF_A_CASCADE
-        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
+    others = given(context, context.params.keys() - _OF_A_CASCADE)
     _check_cascade_alone(others)
     with contextlib.ExitStack() as cleanup:
         run = None

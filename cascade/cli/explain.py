@@ -107,9 +107,9 @@ def _number(layer: str) -> int:
 def _explain_layer(
     stack: DecoderStack, blocks: TokenBlocks, layer: int, contrast: int | None, **about: Any
 ) -> dict[str, Any]:
-    from cascade.explanation import explain, tokens_to_read
+    from cascade.explanation import explain
 
-    with progress_bar("Explaining", tokens_to_read(blocks)) as advance:
+    with progress_bar("Explaining", blocks.tokens) as advance:
         return explain(stack, blocks, layer, contrast=contrast, progress=advance, **about)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -34,3 +35,20 @@ Output = Annotated[Path | None, typer.Option("--output", help="Folder for the re
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")
 ]
+PropagationOption = Annotated[
+    str,
+    typer.Option("--propagation", help="What upper layers see of exited tokens."),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of draws and intervals.")]
+
+RULES_HELP = "cosine, mean_cosine, top2_gap, max_probability, entropy, patience, ..."
+
+
+def given(context: typer.Context, names: Collection[str]) -> list[str]:
+    """Return which of some options the command line gives, as it spells them, in its own order."""
+    return [
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        if name in names
+        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cascade.cli.app import app
-from cascade.cli.exits import RULES_HELP, PropagationOption, Seed
 from cascade.cli.options import (
+    RULES_HELP,
     BatchSize,
     Column,
     Corpus,
@@ -20,9 +20,12 @@ from cascade.cli.options import (
     Model,
     Output,
     Overwrite,
+    PropagationOption,
     Revision,
+    Seed,
     SeqLen,
     Split,
+    given,
 )
 from cascade.cli.reports import finish, report_folder, show
 from cascade.cli.showing import command_line, load_model, progress_bar
@@ -196,7 +199,9 @@ def _from_records(
 ) -> dict[str, Any]:
     from cascade import exit_records
 
-    _check_given(context, _OF_THE_RECORDS, "records say themselves what was measured; leave out")
+    beside = given(context, _OF_THE_RECORDS)
+    if beside:
+        raise UsageError(f"records say themselves what was measured; leave out {', '.join(beside)}")
     evaluations = exit_records.read_evaluations(paths)
     names = [str(path) for path in paths]
     found = [
@@ -213,17 +218,6 @@ def _from_records(
     return exit_records.search_evaluations(
         evaluations, found, wish, names=names, command=command_line()
     )
-
-
-def _check_given(context: typer.Context, names: set[str], why: str) -> None:
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in context.params
-        if name in names
-        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    if given:
-        raise UsageError(f"{why} {', '.join(given)}")
 
 
 def _completed(

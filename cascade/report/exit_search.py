@@ -18,7 +18,7 @@ from cascade.report.exits import (
     share,
     show_threshold,
 )
-from cascade.report.pareto import LOOKS, front_of
+from cascade.report.pareto import LOOKS, front_of, name_curve, ring
 from cascade.report.reading import Record, check_record, headline
 from cascade.report.sections import (
     Block,
@@ -287,18 +287,7 @@ def _draw_curves(axes: Axes, record: Record, rows: Sequence[Record], cost: str) 
             )
             named.add(name)
         if len(groups) <= _MAX_LABELS:
-            axes.annotate(
-                str(layer),
-                places[0],
-                # By turns above and below: ends that lie close would cover each other's names.
-                xytext=(-4, -3 if number % 2 else 2),
-                textcoords="offset points",
-                ha="right",
-                va="top" if number % 2 else "bottom",
-                fontsize=8.5,
-                color=LIGHT[colour],
-                zorder=4,
-            )
+            name_curve(axes, layer, places[0], number, LIGHT[colour])
 
 
 def _ring(axes: Axes, record: Record, cost: str) -> None:
@@ -308,18 +297,7 @@ def _ring(axes: Axes, record: Record, cost: str) -> None:
         return
     row = record["points"][number]
     name = "nearest to the wanted agreement" if best is None else "cheapest that keeps it"
-    axes.plot(
-        [row[cost]],
-        [row["agreement"]],
-        color="none",
-        marker="o",
-        markersize=13,
-        markeredgecolor=LIGHT["ink"],
-        markeredgewidth=1.2,
-        linestyle="none",
-        zorder=5,
-        label=name,
-    )
+    ring(axes, (row[cost], row["agreement"]), name)
 
 
 def _draw_wanted(axes: Axes, agreement: float) -> None:

@@ -181,28 +181,38 @@ def _draw_curves(
         end = min(places)
         crowded = len(curves) > _MAX_LABELS
         if rule == "fixed" or not (control or (crowded and not set(places) & set(front))):
-            panel.axes.annotate(
-                str(layer),
-                end,
-                # By turns above and below: ends that lie close would cover each other's names.
-                xytext=(-4, -3 if number % 2 else 2),
-                textcoords="offset points",
-                ha="right",
-                va="top" if number % 2 else "bottom",
-                fontsize=8.5,
-                color=LIGHT["muted" if control else colour],
-                zorder=4,
-            )
+            name_curve(panel.axes, layer, end, number, LIGHT["muted" if control else colour])
 
 
-def _ring_verdict(panel: _Panel, record: Record) -> None:
-    number = record["verdict"]["point"]
-    if number is None or not all(map(math.isfinite, panel.place(record["points"][number]))):
-        return
-    x, y = panel.place(record["points"][number])
-    panel.axes.plot(
-        [x],
-        [y],
+def name_curve(axes: Axes, layer: int, end: tuple[float, float], number: int, colour: str) -> None:
+    """Write a curve's exit layer at its end.
+
+    Args:
+        axes: Where it is drawn.
+        layer: The exit layer.
+        end: Where the curve ends.
+        number: Of the curve: names stand by turns above and below, as ends that lie close would
+            cover each other's.
+        colour: The curve's.
+    """
+    axes.annotate(
+        str(layer),
+        end,
+        xytext=(-4, -3 if number % 2 else 2),
+        textcoords="offset points",
+        ha="right",
+        va="top" if number % 2 else "bottom",
+        fontsize=8.5,
+        color=colour,
+        zorder=4,
+    )
+
+
+def ring(axes: Axes, place: tuple[float, float], name: str) -> None:
+    """Draw a ring around the point that is named."""
+    axes.plot(
+        [place[0]],
+        [place[1]],
         color="none",
         marker="o",
         markersize=13,
@@ -210,8 +220,16 @@ def _ring_verdict(panel: _Panel, record: Record) -> None:
         markeredgewidth=1.2,
         linestyle="none",
         zorder=5,
-        label="use this" if record["verdict"]["use"] else "nearest to paying",
+        label=name,
     )
+
+
+def _ring_verdict(panel: _Panel, record: Record) -> None:
+    number = record["verdict"]["point"]
+    if number is None or not all(map(math.isfinite, panel.place(record["points"][number]))):
+        return
+    place = panel.place(record["points"][number])
+    ring(panel.axes, place, "use this" if record["verdict"]["use"] else "nearest to paying")
 
 
 def _name_axes(grid: Sequence[Sequence[Axes]], record: Record) -> None:
