@@ -88,7 +88,8 @@ class StreamStatistics:
 
     def __init__(self) -> None:
         # Floats, not arrays: what stays must not lie between what each batch allocates and frees,
-        # or memory grows with the tokens (2.8 GB instead of 1.1 after 8,192).
+        # or memory grows with the tokens: `cascade explain --layer 25` held 2.8 GB at most
+        # (maximum resident set), and holds 1.4.
         self._values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._heads: dict[int, list[list[float]]] = defaultdict(list)
         self._massive: dict[int, dict[int, _Massive]] = defaultdict(dict)
