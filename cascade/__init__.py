@@ -7,97 +7,97 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cascade.baselines import StoredProfile as StoredProfile
-    from cascade.baselines import read_profile as read_profile
-    from cascade.baselines import read_record as read_record
-    from cascade.calibration import calibrate as calibrate
-    from cascade.cascade_evaluation import evaluate_cascade as evaluate_cascade
-    from cascade.cascades import Cascade as Cascade
-    from cascade.cascades import Entry as Entry
-    from cascade.copies import copy_of as copy_of
-    from cascade.corpora import TokenBlocks as TokenBlocks
-    from cascade.corpora import load_blocks as load_blocks
-    from cascade.corpus_comparison import compare_corpora as compare_corpora
-    from cascade.distillation import distill as distill
-    from cascade.drift import Comparison as Comparison
-    from cascade.drift import compare as compare
-    from cascade.early_exit import EarlyExit as EarlyExit
-    from cascade.errors import CascadeError as CascadeError
-    from cascade.evaluation import evaluate as evaluate
-    from cascade.exit_search import search_exits as search_exits
-    from cascade.explanation import explain as explain
-    from cascade.final_norm import explain_norm as explain_norm
-    from cascade.gate import Gate as Gate
-    from cascade.gate import run_gate as run_gate
-    from cascade.hard_dataset import HardTokens as HardTokens
-    from cascade.hard_dataset import load_hard_tokens as load_hard_tokens
-    from cascade.hard_tokens import collect_hard as collect_hard
-    from cascade.heads import FittedHeads as FittedHeads
-    from cascade.heads import fit_heads as fit_heads
-    from cascade.heads import load_heads as load_heads
-    from cascade.model_comparison import compare_models as compare_models
-    from cascade.model_comparison import measure_model as measure_model
-    from cascade.models import DecoderStack as DecoderStack
-    from cascade.models import load as load
-    from cascade.saturation import SaturationProfile as SaturationProfile
-    from cascade.saturation import analyze as analyze
-    from cascade.statistics import SimilarityStatistics as SimilarityStatistics
-    from cascade.training import Recipe as Recipe
-    from cascade.training import train_stage as train_stage
+    from cascade.core.errors import CascadeError as CascadeError
+    from cascade.core.records import read_record as read_record
+    from cascade.corpora.blocks import TokenBlocks as TokenBlocks
+    from cascade.corpora.blocks import load_blocks as load_blocks
+    from cascade.decoding.early_exit import EarlyExit as EarlyExit
+    from cascade.evaluation.calibration import calibrate as calibrate
+    from cascade.evaluation.exit_evaluation import evaluate as evaluate
+    from cascade.evaluation.search import search_exits as search_exits
+    from cascade.exits.distillation import distill as distill
+    from cascade.exits.fitted_heads import FittedHeads as FittedHeads
+    from cascade.exits.fitted_heads import load_heads as load_heads
+    from cascade.exits.head_fitting import fit_heads as fit_heads
+    from cascade.gate.baselines import StoredProfile as StoredProfile
+    from cascade.gate.baselines import read_profile as read_profile
+    from cascade.gate.drift import Comparison as Comparison
+    from cascade.gate.drift import compare as compare
+    from cascade.gate.quick_gate import Gate as Gate
+    from cascade.gate.quick_gate import run_gate as run_gate
+    from cascade.models.loading import load as load
+    from cascade.models.stack import DecoderStack as DecoderStack
+    from cascade.saturation.profile import SaturationProfile as SaturationProfile
+    from cascade.saturation.profile import analyze as analyze
+    from cascade.stages.cascades import Cascade as Cascade
+    from cascade.stages.cascades import Entry as Entry
+    from cascade.stages.collecting import collect_hard as collect_hard
+    from cascade.stages.dataset import HardTokens as HardTokens
+    from cascade.stages.dataset import load_hard_tokens as load_hard_tokens
+    from cascade.stages.evaluation import evaluate_cascade as evaluate_cascade
+    from cascade.stages.training import train_stage as train_stage
+    from cascade.stages.training_config import Recipe as Recipe
+    from cascade.stats.similarity_statistics import SimilarityStatistics as SimilarityStatistics
+    from cascade.studies.altered_models import copy_of as copy_of
+    from cascade.studies.corpus_comparison import compare_corpora as compare_corpora
+    from cascade.studies.final_norm import explain_norm as explain_norm
+    from cascade.studies.layer_explanation import explain as explain
+    from cascade.studies.model_comparison import compare_models as compare_models
+    from cascade.studies.model_comparison import measure_model as measure_model
 
 try:
     __version__ = version("cascade-exit")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-#: Public name -> the room it lives in; loaded on first use, so that importing cascade is cheap.
-_ROOMS = {
-    "Cascade": "cascades",
-    "CascadeError": "errors",
-    "Comparison": "drift",
-    "DecoderStack": "models",
-    "EarlyExit": "early_exit",
-    "Entry": "cascades",
-    "FittedHeads": "heads",
-    "Gate": "gate",
-    "HardTokens": "hard_dataset",
-    "Recipe": "training",
-    "SaturationProfile": "saturation",
-    "SimilarityStatistics": "statistics",
-    "StoredProfile": "baselines",
-    "TokenBlocks": "corpora",
-    "analyze": "saturation",
-    "calibrate": "calibration",
-    "collect_hard": "hard_tokens",
-    "compare": "drift",
-    "compare_corpora": "corpus_comparison",
-    "compare_models": "model_comparison",
-    "copy_of": "copies",
-    "distill": "distillation",
-    "evaluate": "evaluation",
-    "evaluate_cascade": "cascade_evaluation",
-    "explain": "explanation",
-    "explain_norm": "final_norm",
-    "fit_heads": "heads",
-    "load": "models",
-    "load_blocks": "corpora",
-    "load_hard_tokens": "hard_dataset",
-    "load_heads": "heads",
-    "measure_model": "model_comparison",
-    "read_profile": "baselines",
-    "read_record": "baselines",
-    "run_gate": "gate",
-    "search_exits": "exit_search",
-    "train_stage": "training",
+#: Public name -> its module; loaded on first use, so that importing cascade is cheap.
+_MODULES = {
+    "Cascade": "stages.cascades",
+    "CascadeError": "core.errors",
+    "Comparison": "gate.drift",
+    "DecoderStack": "models.stack",
+    "EarlyExit": "decoding.early_exit",
+    "Entry": "stages.cascades",
+    "FittedHeads": "exits.fitted_heads",
+    "Gate": "gate.quick_gate",
+    "HardTokens": "stages.dataset",
+    "Recipe": "stages.training_config",
+    "SaturationProfile": "saturation.profile",
+    "SimilarityStatistics": "stats.similarity_statistics",
+    "StoredProfile": "gate.baselines",
+    "TokenBlocks": "corpora.blocks",
+    "analyze": "saturation.profile",
+    "calibrate": "evaluation.calibration",
+    "collect_hard": "stages.collecting",
+    "compare": "gate.drift",
+    "compare_corpora": "studies.corpus_comparison",
+    "compare_models": "studies.model_comparison",
+    "copy_of": "studies.altered_models",
+    "distill": "exits.distillation",
+    "evaluate": "evaluation.exit_evaluation",
+    "evaluate_cascade": "stages.evaluation",
+    "explain": "studies.layer_explanation",
+    "explain_norm": "studies.final_norm",
+    "fit_heads": "exits.head_fitting",
+    "load": "models.loading",
+    "load_blocks": "corpora.blocks",
+    "load_hard_tokens": "stages.dataset",
+    "load_heads": "exits.fitted_heads",
+    "measure_model": "studies.model_comparison",
+    "read_profile": "gate.baselines",
+    "read_record": "core.records",
+    "run_gate": "gate.quick_gate",
+    "search_exits": "evaluation.search",
+    "train_stage": "stages.training",
 }
 
-__all__ = ["__version__", *_ROOMS]
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'cascade' has no attribute {name!r}")
-    return getattr(import_module(f"cascade.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"cascade.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TEXTS, Done, Run
-from tiny_models import save_checkpoint, save_gguf
+from support.commands import TEXTS, Done, Run
+from support.tiny_models import save_checkpoint, save_gguf
 
 from cascade import cli
 

@@ -15,7 +15,6 @@ from torch.nn import functional
 from cascade.benchmarks.memory import LONG, measure_peak, measure_usage, not_measured
 from cascade.benchmarks.timing import (
     INTERVAL,
-    Array,
     BenchmarkError,
     Record,
     Way,
@@ -29,10 +28,13 @@ from cascade.benchmarks.timing import (
     time_ways,
     way_rows,
 )
-from cascade.corpora import EMBEDDED, TokenBlocks, load_blocks
-from cascade.exits import HiddenHistory
-from cascade.models import DecoderStack, load
-from cascade.saturation import SaturationProfile, analyze
+from cascade.core.arrays import Array
+from cascade.corpora.blocks import TokenBlocks, load_blocks
+from cascade.corpora.readers import EMBEDDED
+from cascade.exits.history import HiddenHistory
+from cascade.models.loading import load
+from cascade.models.stack import DecoderStack
+from cascade.saturation.profile import SaturationProfile, analyze
 
 #: The kind of the record.
 KIND = "bench.collect"

@@ -27,17 +27,20 @@ from cascade.benchmarks.timing import (
     time_ways,
     way_rows,
 )
-from cascade.calibration import confidences
-from cascade.corpora import EMBEDDED, TokenBlocks, load_blocks
-from cascade.costs import flops
-from cascade.early_exit import EarlyExit, Propagation, Score
-from cascade.errors import first_line
-from cascade.exits import check_layers, find_rule
-from cascade.generation import Generation
-from cascade.heads import FittedHeads, fit_heads, load_heads
-from cascade.models import DecoderStack, load
-from cascade.saturation import provenance_of
-from cascade.thresholds import fit_threshold
+from cascade.core.errors import first_line
+from cascade.core.provenance import provenance_of
+from cascade.corpora.blocks import TokenBlocks, load_blocks
+from cascade.corpora.readers import EMBEDDED
+from cascade.decoding.early_exit import EarlyExit, Propagation, Score
+from cascade.decoding.generation import Generation
+from cascade.evaluation.calibration import confidences
+from cascade.exits.fitted_heads import FittedHeads, load_heads
+from cascade.exits.head_fitting import fit_heads
+from cascade.exits.rules import check_layers, find_rule
+from cascade.models.flops import flops
+from cascade.models.loading import load
+from cascade.models.stack import DecoderStack
+from cascade.stats.thresholds import fit_threshold
 
 #: The kind of the record.
 KIND = "bench.decode"

@@ -22,10 +22,11 @@ from cascade.benchmarks.timing import (
     time_ways,
     way_rows,
 )
-from cascade.corpora import EMBEDDED, load_blocks
-from cascade.heads import fit_heads
-from cascade.models import load
-from cascade.saturation import provenance_of
+from cascade.core.provenance import provenance_of
+from cascade.corpora.blocks import load_blocks
+from cascade.corpora.readers import EMBEDDED
+from cascade.exits.head_fitting import fit_heads
+from cascade.models.loading import load
 
 #: The kind of the record.
 KIND = "bench.fit"

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cascade.baselines import StoredProfile, baseline_paths, read_profile
 from cascade.benchmarks.collect import bare_forward
 from cascade.benchmarks.timing import (
     INTERVAL,
@@ -28,12 +27,15 @@ from cascade.benchmarks.timing import (
     time_ways,
     way_rows,
 )
-from cascade.corpora import EMBEDDED, TokenBlocks, load_blocks
-from cascade.drift import made_elsewhere
-from cascade.gate import QUICK_TOKENS, quick_blocks, quick_ids, run_gate
-from cascade.models import DecoderStack, load
-from cascade.noise import measure_noise
-from cascade.saturation import provenance_of
+from cascade.core.provenance import provenance_of
+from cascade.corpora.blocks import TokenBlocks, load_blocks
+from cascade.corpora.readers import EMBEDDED
+from cascade.gate.baselines import StoredProfile, baseline_paths, read_profile
+from cascade.gate.drift import made_elsewhere
+from cascade.gate.noise import measure_noise
+from cascade.gate.quick_gate import QUICK_TOKENS, quick_blocks, quick_ids, run_gate
+from cascade.models.loading import load
+from cascade.models.stack import DecoderStack
 
 #: The kind of the record.
 KIND = "bench.gate"

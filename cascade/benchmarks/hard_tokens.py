@@ -23,10 +23,12 @@ from cascade.benchmarks.timing import (
     time_ways,
     way_rows,
 )
-from cascade.corpora import EMBEDDED, PARTS, TokenBlocks, load_blocks
-from cascade.hard_tokens import collect_hard
-from cascade.models import DecoderStack, load
-from cascade.saturation import provenance_of
+from cascade.core.provenance import provenance_of
+from cascade.corpora.blocks import PARTS, TokenBlocks, load_blocks
+from cascade.corpora.readers import EMBEDDED
+from cascade.models.loading import load
+from cascade.models.stack import DecoderStack
+from cascade.stages.collecting import collect_hard
 
 #: The kind of the record.
 KIND = "bench.collect-hard"

@@ -10,21 +10,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from cascade.errors import CascadeError
+from cascade.core.arrays import Array
+from cascade.core.errors import CascadeError
 
-Array = npt.NDArray[Any]
 Record = dict[str, Any]
+
 
 #: One way to do the benchmark's work once. What it returns is not looked at while time runs.
 Way = Callable[[], Any]
 
+
 _RESAMPLES = 9999
+
 
 #: More than these gain nothing, and very many end the process without a word.
 _THREADS_PER_CORE = 8
+
 
 #: How `ratio_rows` comes to its median and interval, in the record's words.
 INTERVAL = (

@@ -1,39 +1,27 @@
 """The command line: one function per command; heavy imports wait until a command needs them."""
 
-from cascade.cli.app import app, main
-from cascade.cli.bench import bench_collect, bench_collect_hard, bench_decode, bench_fit, bench_gate
-from cascade.cli.corpora import compare_corpora
-from cascade.cli.exits import calibrate, evaluate, fit_heads, generate
-from cascade.cli.explain import explain
-from cascade.cli.findings import findings
-from cascade.cli.gate import compare, gate
-from cascade.cli.measure import RUN_FILES, accept, analyze
-from cascade.cli.models import compare_models
-from cascade.cli.search import search_exit
-from cascade.cli.stages import collect_hard, train
+from importlib import import_module
 
-__all__ = [
-    "RUN_FILES",
-    "accept",
-    "analyze",
-    "app",
-    "bench_collect",
-    "bench_collect_hard",
-    "bench_decode",
-    "bench_fit",
-    "bench_gate",
+from cascade.cli.app import app, main
+
+#: Modules in the order in which `cascade --help` lists their commands.
+_COMMANDS = (
+    "corpora",
+    "heads",
     "calibrate",
-    "collect_hard",
-    "compare",
-    "compare_corpora",
-    "compare_models",
     "evaluate",
+    "generate",
     "explain",
     "findings",
-    "fit_heads",
     "gate",
-    "generate",
-    "main",
-    "search_exit",
-    "train",
-]
+    "analyze",
+    "accept",
+    "models",
+    "search",
+    "stages",
+    "bench",
+)
+for _name in _COMMANDS:
+    import_module(f"cascade.cli.commands.{_name}")
+
+__all__ = ["app", "main"]

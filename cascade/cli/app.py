@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cascade.errors import CascadeError, UsageError, os_reason
+from cascade.core.errors import CascadeError, UsageError, os_reason
 
 app = typer.Typer(
     name="cascade",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cascade.cli.showing import DEVICE_HELP, DTYPE_HELP, MODEL_HELP
+from cascade.cli.console import DEVICE_HELP, DTYPE_HELP, MODEL_HELP
 
 Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.")]

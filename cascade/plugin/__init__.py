@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cascade.errors import CascadeError, OutputError
-from cascade.plugin.findings import REPORT_FILES, Findings, show_summary, write_reports
+from cascade.core.errors import CascadeError, OutputError
+from cascade.plugin.results import REPORT_FILES, Findings, show_summary, write_reports
 from cascade.plugin.settings import (
     MARKED_BY,
     MARKERS,
@@ -27,7 +27,7 @@ from cascade.plugin.settings import (
 )
 
 if TYPE_CHECKING:
-    from cascade.models import DecoderStack
+    from cascade.models.stack import DecoderStack
     from cascade.plugin.budget_check import BudgetCheck
     from cascade.plugin.checks import SaturationCheck
     from cascade.plugin.measuring import MeasuredEvaluations, MeasuredProfile
@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     register_markers(config)
     if settings.report is not None and not _is_worker(config):
         # What cannot be written is said now, not after the tests.
-        from cascade.files import check_writable
+        from cascade.core.files import check_writable
 
         try:
             check_writable(settings.report / REPORT_FILES[0])
@@ -132,8 +132,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def cascade_model(pytestconfig: pytest.Config) -> DecoderStack:
     """The model under test, loaded once: a `cascade.DecoderStack`."""
-    from cascade.exits import exit_entries
-    from cascade.models import load
+    from cascade.exits.history import exit_entries
+    from cascade.models.loading import load
     from cascade.plugin.checks import nothing_compared
     from cascade.plugin.measuring import one_line
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cascade.errors import RecordError
+from cascade.core.errors import RecordError
 from cascade.plugin.checks import Check
 from cascade.plugin.measuring import MeasuredEvaluations, one_line
 from cascade.plugin.settings import marked, shown
@@ -48,7 +48,7 @@ class BudgetCheck(Check):
             pytest.fail(self._message(overruns, points, path), pytrace=False)
 
     def _path(self, evaluation: Any) -> Path:
-        from cascade.baselines import baseline_paths
+        from cascade.gate.baselines import baseline_paths
 
         if isinstance(evaluation, MeasuredEvaluations):
             return evaluation.path
@@ -58,7 +58,7 @@ class BudgetCheck(Check):
 
     def _groups(self, path: Path) -> list[tuple[int, Record]]:
         """Return the groups that this test is about, with their numbers."""
-        from cascade.rerun import read_groups
+        from cascade.gate.remeasuring import read_groups
 
         given = marked(self.item, self.kind)
         layer = given.get("exit_layer", self.settings.exit_layer)
@@ -82,7 +82,7 @@ class BudgetCheck(Check):
         return kept
 
     def _overruns(self, evaluation: Any, path: Path) -> tuple[list[Any], int, int]:
-        from cascade.budgets import check_budgets
+        from cascade.gate.budgets import check_budgets
 
         groups = self._groups(path)
         overruns: list[Any] = []
@@ -130,9 +130,9 @@ class BudgetCheck(Check):
         )
 
     def _regenerate(self, evaluation: Any, path: Path, option: str) -> None:
-        from cascade.budgets import check_budgets
-        from cascade.renewal import replace_budgets
-        from cascade.rerun import read_groups
+        from cascade.gate.budgets import check_budgets
+        from cascade.gate.remeasuring import read_groups
+        from cascade.gate.renewal import replace_budgets
 
         if not isinstance(evaluation, MeasuredEvaluations):
             records = _records(evaluation)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from cascade.errors import CascadeError, RecordError
-from cascade.plugin.findings import Findings, drawn
+from cascade.core.errors import CascadeError, RecordError
 from cascade.plugin.measuring import MeasuredProfile, make_command, missing_line, one_line
+from cascade.plugin.results import Findings, drawn
 from cascade.plugin.settings import Settings, marked, shown
 
 if TYPE_CHECKING:
-    from cascade.baselines import StoredProfile
-    from cascade.saturation import SaturationProfile
+    from cascade.gate.baselines import StoredProfile
+    from cascade.saturation.profile import SaturationProfile
 
 Record = dict[str, Any]
 
@@ -128,7 +128,7 @@ class SaturationCheck(Check):
         self._judge(record, worst, path)
 
     def _path(self, profile: Any) -> Path:
-        from cascade.baselines import baseline_paths
+        from cascade.gate.baselines import baseline_paths
 
         if isinstance(profile, MeasuredProfile):
             return profile.path
@@ -136,8 +136,8 @@ class SaturationCheck(Check):
         return baseline_paths(self.settings.baselines, about)[0]
 
     def _compare(self, profile: Any, path: Path) -> tuple[Record, str]:
-        from cascade.baselines import read_profile
-        from cascade.drift import compare
+        from cascade.gate.baselines import read_profile
+        from cascade.gate.drift import compare
 
         given = marked(self.item, self.kind)
         if isinstance(profile, MeasuredProfile):
@@ -165,7 +165,7 @@ class SaturationCheck(Check):
         self._add(nothing_compared(reason), path)
 
     def _judge(self, record: Record, worst: str, path: Path) -> None:
-        from cascade.report import print_comparison
+        from cascade.report.gate.terminal import print_comparison
 
         self._add(record, path)
         verdict = record["verdict"]
@@ -215,10 +215,10 @@ class SaturationCheck(Check):
         yield f"To accept what is meant: {made} && {self.settings.accept_command()}"
 
     def _regenerate(self, profile: Any, path: Path, option: str) -> None:
-        from cascade.baselines import read_profile
-        from cascade.drift import compare
-        from cascade.renewal import still_holds, store_profile
-        from cascade.report import print_comparison
+        from cascade.gate.baselines import read_profile
+        from cascade.gate.drift import compare
+        from cascade.gate.renewal import still_holds, store_profile
+        from cascade.report.gate.terminal import print_comparison
 
         before = None
         with contextlib.suppress(RecordError):  # missing, torn or newer: then it is made
@@ -243,7 +243,7 @@ def nothing_compared(reason: str) -> Record:
     Args:
         reason: Why; of several lines one is made.
     """
-    from cascade.drift import Comparison
+    from cascade.gate.drift import Comparison
 
     return Comparison(None).record() | {"headline": " ".join(reason.splitlines())}
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cascade.errors import CascadeError, RecordError
+from cascade.core.errors import CascadeError, RecordError
 from cascade.plugin.settings import Settings, shown
 
 if TYPE_CHECKING:
-    from cascade.baselines import StoredProfile
-    from cascade.corpora import TokenBlocks
-    from cascade.gate import Gate
-    from cascade.models import DecoderStack
-    from cascade.saturation import SaturationProfile
-    from cascade.statistics import SimilarityStatistics
+    from cascade.corpora.blocks import TokenBlocks
+    from cascade.gate.baselines import StoredProfile
+    from cascade.gate.quick_gate import Gate
+    from cascade.models.stack import DecoderStack
+    from cascade.saturation.profile import SaturationProfile
+    from cascade.stats.similarity_statistics import SimilarityStatistics
 
 Record = dict[str, Any]
 
@@ -80,8 +80,8 @@ class MeasuredProfile:
     @cached_property
     def path(self) -> Path:
         """Where its baseline is stored."""
-        from cascade.baselines import baseline_paths
-        from cascade.corpora import corpus_name
+        from cascade.corpora.blocks import corpus_name
+        from cascade.gate.baselines import baseline_paths
 
         corpus = corpus_name(self.settings.corpus, split=self.settings.split)
         names = {"model": {"name": self.stack.provenance.get("name")}, "corpus": {"name": corpus}}
@@ -91,7 +91,7 @@ class MeasuredProfile:
     @cached_property
     def baseline(self) -> StoredProfile:
         """The stored profile."""
-        from cascade.baselines import read_profile
+        from cascade.gate.baselines import read_profile
 
         return read_profile(self.path)
 
@@ -102,7 +102,7 @@ class MeasuredProfile:
         return self._read(about["seq_len"], about["records"], about["tokens"])
 
     def _read(self, seq_len: int, records: int | None, tokens: int | None) -> TokenBlocks:
-        from cascade.corpora import load_blocks
+        from cascade.corpora.blocks import load_blocks
 
         settings = self.settings
         seq_len = settings.seq_len or seq_len
@@ -126,7 +126,7 @@ class MeasuredProfile:
         Raises:
             CascadeError: The baseline or the corpus cannot be read, or a state is not finite.
         """
-        from cascade.gate import run_gate
+        from cascade.gate.quick_gate import run_gate
 
         key = (0 if full else tokens, full)
         if key not in self._gates:
@@ -149,7 +149,7 @@ class MeasuredProfile:
         Raises:
             CascadeError: The corpus cannot be read, or a state is not finite.
         """
-        from cascade.renewal import measure_whole
+        from cascade.gate.renewal import measure_whole
 
         about = {} if before is None else before.record()["provenance"]["corpus"]
         records = self.settings.num_samples
@@ -168,8 +168,8 @@ class MeasuredProfile:
 
     @cached_property
     def _profile(self) -> SaturationProfile:
-        from cascade.gate import quick_blocks
-        from cascade.saturation import analyze
+        from cascade.gate.quick_gate import quick_blocks
+        from cascade.saturation.profile import analyze
 
         with one_line():
             if not self.path.exists():
@@ -232,8 +232,8 @@ class MeasuredEvaluations(Sequence[Record]):
     @cached_property
     def path(self) -> Path:
         """Where the budgets are stored."""
-        from cascade.baselines import baseline_paths
-        from cascade.corpora import corpus_name
+        from cascade.corpora.blocks import corpus_name
+        from cascade.gate.baselines import baseline_paths
 
         corpus = f"{corpus_name(self.settings.corpus, split=self.split)}-confirm"
         names = {"model": {"name": self.stack.provenance.get("name")}, "corpus": {"name": corpus}}
@@ -248,7 +248,7 @@ class MeasuredEvaluations(Sequence[Record]):
     @cached_property
     def groups(self) -> list[Record]:
         """The stored groups of points."""
-        from cascade.rerun import read_groups
+        from cascade.gate.remeasuring import read_groups
 
         return read_groups(self.path)
 
@@ -269,7 +269,7 @@ class MeasuredEvaluations(Sequence[Record]):
         Raises:
             CascadeError: The corpus or the heads cannot be read.
         """
-        from cascade.rerun import find_heads, group_blocks, rerun
+        from cascade.gate.remeasuring import find_heads, group_blocks, rerun
 
         if number not in self._done:
             group = self.groups[number]
@@ -292,8 +292,8 @@ class MeasuredEvaluations(Sequence[Record]):
         Raises:
             CascadeError: The corpus cannot be read, or the model has no such layer.
         """
-        from cascade.corpora import load_blocks
-        from cascade.rerun import evaluate_points, first_points
+        from cascade.corpora.blocks import load_blocks
+        from cascade.gate.remeasuring import evaluate_points, first_points
 
         blocks = load_blocks(
             self.settings.corpus,

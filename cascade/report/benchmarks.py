@@ -6,8 +6,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from cascade.report.reading import Record, check_record
-from cascade.report.terminal import print_heading, print_pairs, print_table
+from cascade.report.common.records import Record, check_record
+from cascade.report.common.terminal import print_heading, print_pairs, print_table
 
 _RATIOS = "Ratios of seconds: median and 95 % interval over rounds"
 

@@ -1,0 +1,92 @@
+"""What commands share: option texts, layers, spinner, progress bar, records in print."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from cascade.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cascade.models.stack import DecoderStack
+
+MODEL_HELP = "Model: smollm2-135m, -360m or -1.7b, a hub id, a local folder, or a .gguf file."
+DTYPE_HELP = "Arithmetic: float32, bfloat16 or float16."
+DEVICE_HELP = "Device: cpu, cuda, mps or auto."
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show a spinner on stderr while something takes long; nothing where it is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+def load_model(model: str, revision: str | None, dtype: str, device: str) -> DecoderStack:
+    """Load a model, with a spinner while it takes long."""
+    from cascade.models import loading
+
+    with status(f"Loading {model} (a first time can take half a minute)"):
+        return loading.load(model, revision=revision, dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, tokens: int) -> Iterator[Callable[[int], None]]:
+    """Show tokens done, tokens/s and the time left on stderr, where it is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:,.0f} tokens/s" if speed else "- tokens/s")
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        Speed(),
+        TimeLeft(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=tokens)
+        yield lambda done: bar.advance(task, done)
+
+
+def read_layers(text: str) -> tuple[int, ...]:
+    """Return the exit layers that an option names, e.g. "20,24,28".
+
+    Raises:
+        UsageError: It names something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"expected layers such as 24 or 20,24,28, got {text!r}") from None
+
+
+def command_line() -> str:
+    """Return what the user ran, as a line that can be run again."""
+    return shlex.join(["cascade", *sys.argv[1:]])
+
+
+def print_record(show: Callable[[dict[str, Any], Console], None], record: dict[str, Any]) -> None:
+    """Print a record; what it is drawn from was saved before."""
+    from rich.console import Console
+
+    show(record, Console())

@@ -1,0 +1,89 @@
+"""What commands write: folders, reports and messages."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from cascade.core.errors import OutputError
+
+if TYPE_CHECKING:
+    from cascade.core.files import RunFolder
+    from cascade.report.common.sections import Report
+
+
+@contextlib.contextmanager
+def report_folder(
+    output: Path | None, stem: str, pictures: Sequence[str], *, overwrite: bool
+) -> Iterator[RunFolder | None]:
+    """Yield the folder that a report goes to; what cannot be written is said on entering.
+
+    Args:
+        output: The folder; None yields None.
+        stem: The record becomes `stem.json`, the page `stem.html`.
+        pictures: The files of all pictures that the report may have.
+        overwrite: Replace the files of an earlier run.
+
+    Raises:
+        OutputError: The folder holds another run, or cannot be written to.
+    """
+    if output is None:
+        yield None
+        return
+    from cascade.core.files import RunFolder
+
+    names = (f"{stem}.json", f"{stem}.html")
+    with RunFolder(output, names, optional=pictures, overwrite=overwrite) as folder:
+        yield folder
+
+
+def finish(
+    folder: RunFolder | None, stem: str, record: dict[str, Any], draw: Callable[..., Report]
+) -> Report:
+    """Draw a record's report and stage its files.
+
+    Args:
+        folder: Of `report_folder`; None: nothing is written.
+        stem: As for `report_folder`.
+        record: The record.
+        draw: Makes the report of it.
+    """
+    from cascade.core.records import to_json
+    from cascade.report.common.sections import html_page
+
+    report = draw(record)
+    if folder is not None:
+        folder.write(f"{stem}.json", to_json(record) + "\n")
+        folder.write(f"{stem}.html", html_page(report))
+        for picture in report.pictures():
+            folder.write(picture.file, picture.svg)
+    return report
+
+
+def show(report: Report, output: Path | None, stem: str) -> None:
+    """Print a report, and say where its page lies."""
+    from rich.console import Console
+
+    from cascade.report.common.sections import print_sections
+
+    print_sections(report, Console())
+    if output is not None:
+        typer.echo(f"Wrote {output / f'{stem}.html'}", err=True)
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    from cascade.core.files import check_writable
+
+    if path.suffix != ".safetensors":
+        raise OutputError(f"expected --output to be a .safetensors file, got {path}")
+    # os.path answers for any string, where Path raises for an overlong name.
+    if os.path.isdir(path):
+        raise OutputError(f"{path} is a folder, expected a file; choose another --output")
+    if os.path.exists(path) and not overwrite:
+        raise OutputError(f"{path} exists: choose another --output, or replace it with --overwrite")
+    check_writable(path)

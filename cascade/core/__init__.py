@@ -1,0 +1,1 @@
+"""Errors, files, records and provenance. Imports no other subpackage."""

@@ -1,0 +1,152 @@
+"""Stored records: JSON and `.npz` files, written atomically, read with checks, and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import operator
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cascade.core.arrays import Array
+from cascade.core.errors import RecordError
+from cascade.core.files import atomic_path, write_text
+
+Record = dict[str, Any]
+
+
+#: The newest schema of each kind that this release reads, and the one it writes.
+SCHEMAS = {"saturation": 2}
+
+
+#: The command that makes a record, by its kind.
+_MADE_BY = {
+    "saturation": "analyze --output",
+    "calibration": "calibrate --output",
+    "evaluation": "evaluate --output",
+    "exit-search": "search-exit --output",
+    "budgets": "accept",
+    "hard-tokens": "collect-hard --output",
+    "cascade": "train --output",
+    "explanation": "explain --output",
+    "final-norm": "explain --output",
+    "corpus-comparison": "compare-corpora --output",
+    "model-comparison": "compare-models --output",
+}
+
+
+def to_json(value: Any, indent: int = 0) -> str:
+    """Return JSON for people: one line per row of a table, so that a diff shows what moved.
+
+    Raises:
+        ValueError: A number is NaN or infinite.
+    """
+    pad = " " * (indent + 1)
+    if isinstance(value, dict) and any(isinstance(item, dict | list) for item in value.values()):
+        items = [f"{pad}{json.dumps(k)}: {to_json(v, indent + 1)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(items) + "\n" + " " * indent + "}"
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = [f"{pad}{to_json(item, indent + 1)}" for item in value]
+        return "[\n" + ",\n".join(items) + "\n" + " " * indent + "]"
+    # A whole number of numpy is one, too.
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, default=operator.index)
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as JSON, whole or not at all.
+
+    Raises:
+        OutputError: The file cannot be written.
+        ValueError: A number is NaN or infinite.
+    """
+    write_text(path, to_json(record) + "\n")
+
+
+def read_record(path: Path, *, kind: str) -> Record:
+    """Read a record of the given kind.
+
+    Raises:
+        RecordError: It is missing, torn, of another kind or of a newer schema.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        command = _MADE_BY.get(kind, kind)
+        raise RecordError(f"no record {path}; make one with `cascade {command}`") from None
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise RecordError(
+            f"{path} is torn or edited ({error}); restore it or make it anew"
+        ) from error
+    if not isinstance(record, dict) or record.get("kind") != kind:
+        got = record.get("kind") if isinstance(record, dict) else type(record).__name__
+        raise RecordError(f"{path}: expected a record of kind {kind}, got {got}")
+    schema, newest = record.get("schema"), SCHEMAS.get(kind, 1)
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise RecordError(
+            f"{path} has schema {schema!r}, expected a whole number from 1 to {newest}; restore it "
+            "or make it anew"
+        )
+    if schema > newest:
+        writer = at(record, ("provenance", "versions", "cascade-exit"))
+        raise RecordError(
+            f"{path} has schema {schema}, this release reads up to {newest}; use cascade-exit "
+            f"{writer or 'of the release that wrote it'} or a later one, or make the record anew"
+        )
+    return record
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write arrays as a compressed `.npz`, whole or not at all.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_arrays(path: Path) -> dict[str, Array]:
+    """Read an `.npz`.
+
+    Raises:
+        RecordError: It is missing or torn.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except FileNotFoundError:
+        raise RecordError(f"no file {path}; it belongs beside its .json record") from None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise RecordError(f"{path} is torn ({error}); restore it or make it anew") from error
+
+
+def at(value: Any, path: tuple[str, ...]) -> Any:
+    """Return what lies at a path of keys in nested dictionaries; None where there is nothing."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def record_hash(record: Record) -> str:
+    """Return a SHA-256 over all that a record says, its own entry `hash` left out.
+
+    Raises:
+        ValueError: A number is NaN or infinite.
+    """
+    bound = {name: value for name, value in record.items() if name != "hash"}
+    text = json.dumps(bound, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return f"sha256:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
+
+
+def packed(arrays: Mapping[str, Array]) -> bytes:
+    """Return arrays as the bytes of a compressed `.npz`."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""Corpora: reading, tokenizing and cutting text into sequences. Imports core and models."""

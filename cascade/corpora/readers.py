@@ -1,0 +1,146 @@
+"""Readers of corpus files and hub datasets."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cascade.core.errors import CorpusError, first_line, os_reason
+from cascade.corpora.record_text import Record
+
+#: The corpus that comes with the package: 500 records in Alpaca form.
+EMBEDDED = "embedded"
+
+
+def read_records(
+    source: str, *, split: str | None, config: str | None, stream: bool
+) -> Iterable[Record]:
+    if source == EMBEDDED:
+        if config is not None:
+            raise CorpusError(
+                f"--config belongs to hub datasets, got it for {source}; leave it out"
+            )
+        return _read_embedded(split)
+    # These of os.path answer for any string; Path's raise for "~nobody" and for long names.
+    path = Path(os.path.expanduser(source))
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        if os.path.isfile(path):
+            raise CorpusError(f"expected a {', '.join(_READERS)} file, got {source}; convert it")
+        return _read_dataset(source, split=split, config=config, stream=stream)
+    if not os.path.isfile(path):
+        raise CorpusError(f"no corpus file {source}; expected a path to an existing file")
+    if split or config:
+        raise CorpusError(f"--split and --config belong to hub datasets, got them for {source}")
+    return _READERS[suffix](path)
+
+
+def _read_embedded(split: str | None) -> list[Record]:
+    text = resources.files("cascade").joinpath("data/embedded.jsonl").read_text(encoding="utf-8")
+    records: list[Record] = [json.loads(line) for line in text.splitlines()]
+    splits = sorted({record["split"] for record in records})
+    if split is not None and split not in splits:
+        raise CorpusError(f"expected --split among {', '.join(splits)}, got {split}")
+    return [record for record in records if split in (None, record["split"])]
+
+
+def _read_lines(path: Path) -> Iterator[Record]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CorpusError(f"{path}, line {number}: not JSON ({error}); mend it") from error
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    with _open(path) as file:
+        try:
+            content = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise CorpusError(f"{path}: not JSON ({error}); mend it") from error
+    if not isinstance(content, list):
+        raise CorpusError(f"{path}: expected a list of records, got {type(content).__name__}")
+    return iter(content)
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except Exception as error:
+        # Damage shows as Arrow's errors, OSError or UnicodeDecodeError, by where it struck.
+        raise CorpusError(
+            f"{path} is not a readable Parquet file ({first_line(error)}); get it again"
+        ) from error
+
+
+def _read_document(path: Path) -> Iterator[Record]:
+    with _open(path) as file:
+        text = file.read()
+    if text.strip():
+        yield {"text": text}
+
+
+def _open(path: Path) -> Any:
+    try:
+        # Decoding errors would surface lines later, without a place: check them at the door.
+        # With or without a byte order mark.
+        return io.StringIO(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: expected UTF-8 text ({error})") from error
+    except OSError as error:
+        raise CorpusError(
+            f"cannot read {path}: {os_reason(error)}; choose a file you can read"
+        ) from error
+
+
+_READERS: dict[str, Callable[[Path], Iterable[Record]]] = {
+    ".jsonl": _read_lines,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".txt": _read_document,
+}
+
+
+def _read_dataset(
+    source: str, *, split: str | None, config: str | None, stream: bool
+) -> Iterable[Record]:
+    import datasets
+
+    # Only where it is wanted: a dataset that was fetched is kept for the next time.
+    streaming = {"streaming": True} if stream else {}
+    try:
+        records: Iterable[Record] = datasets.load_dataset(
+            source, config, split=split or "train", **streaming
+        )
+    except Exception as error:
+        raise _no_dataset(source, error) from error
+    return _streamed(source, records) if stream else records
+
+
+def _streamed(source: str, records: Iterable[Record]) -> Iterator[Record]:
+    """Yield the same records; what goes wrong on the way is said as at the beginning."""
+    try:
+        yield from records
+    except Exception as error:
+        raise _no_dataset(source, error) from error
+
+
+def _no_dataset(source: str, error: Exception) -> CorpusError:
+    # As with hub models: many unrelated types, one meaning for the user.
+    return CorpusError(
+        f"no corpus {source}: {first_line(error)} -- expected embedded, a .jsonl, .json,"
+        " .parquet or .txt file, or a hub dataset (with --config and --split) where the hub"
+        " can be reached"
+    )

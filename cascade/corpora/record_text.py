@@ -1,0 +1,80 @@
+"""The text of a record: Alpaca form or a text column."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cascade.core.errors import CorpusError
+
+Record = dict[str, Any]
+
+
+def record_text(record: Any, *, source: str, number: int, text_column: str | None = None) -> str:
+    """Return a record's text: Alpaca form as the seed put it together, else its text column.
+
+    Args:
+        record: A mapping of columns.
+        source: The corpus, for the error.
+        number: The record's number from 1, for the error.
+        text_column: The column to take; without it, Alpaca form or a column called "text".
+
+    Raises:
+        CorpusError: The columns are others, or do not hold text.
+    """
+    return text_of(record, source, number, text_column)[0]
+
+
+def text_of(record: Any, source: str, number: int, text_column: str | None) -> tuple[str, int]:
+    """Return a record's text, and at which character its response text begins."""
+    place = f"{source}, record {number}"
+    if not isinstance(record, dict):
+        raise CorpusError(f"{place}: expected an object, got {type(record).__name__}; mend it")
+    fields = _alpaca_fields(record) if text_column is None else None
+    if fields is not None:
+        for column, value in fields.items():
+            _check_text(value, column, place)
+        text = alpaca_text(*fields.values())
+        return text, len(text) - len(fields["output"])
+    column = text_column or "text"
+    if column not in record:
+        raise CorpusError(
+            f"{place}: expected the column {column!r}"
+            f"{'' if text_column else ' or instruction and output'}, got "
+            f"{', '.join(sorted(map(str, record))) or 'no columns'}; name one with --text-column"
+        )
+    _check_text(record[column], column, place)
+    return record[column], 0
+
+
+def _alpaca_fields(record: Record) -> dict[str, Any] | None:
+    """Return instruction, input and output, or None where the record is not in Alpaca form."""
+    nested = record.get("instances")
+    rest = nested[0] if isinstance(nested, list) and nested else record
+    if "instruction" not in record or not isinstance(rest, dict) or "output" not in rest:
+        return None
+    return {
+        "instruction": record["instruction"],
+        "input": rest.get("input") or "",
+        "output": rest["output"],
+    }
+
+
+def _check_text(value: Any, column: str, place: str) -> None:
+    if not isinstance(value, str):
+        raise CorpusError(
+            f"{place}: expected text in column {column!r}, got {type(value).__name__}; "
+            "mend it or name another with --text-column"
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell one half of a surrogate pair
+        raise CorpusError(
+            f"{place}: column {column!r} is no valid Unicode ({error.reason} at character "
+            f"{error.start}); mend it"
+        ) from error
+
+
+def alpaca_text(instruction: str, given: str, output: str) -> str:
+    """Return a record in Alpaca form as one text, its `input` part only where there is one."""
+    middle = f"### Input:\n{given}\n\n" if given else ""
+    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n{output}"

@@ -1,0 +1,1 @@
+"""Forward passes and generation with early exits. Imports core, models and exits."""

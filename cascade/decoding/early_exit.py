@@ -1,0 +1,347 @@
+"""EarlyExit: score and generate with tokens that exit early."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from cascade.core.arguments import whole
+from cascade.core.errors import UsageError
+from cascade.decoding.forward import Chunk, Exit, Pass
+from cascade.decoding.generation import Generation, generate
+from cascade.decoding.generation_settings import Settings, padding_token
+from cascade.decoding.inputs import make_chunk, read_seed
+from cascade.decoding.selective_layers import SkippingLayers
+from cascade.exits.decision import read_threshold
+from cascade.exits.fitted_heads import FittedHeads
+from cascade.exits.heads import ExitHead, LogitLens
+from cascade.exits.history import exit_entries
+from cascade.exits.rules import ExitRule, check_layers, find_rule
+from cascade.models.flops import Counts
+from cascade.models.identity import check_same_model
+from cascade.models.stack import DecoderStack
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+    from transformers.generation.streamers import BaseStreamer
+
+Propagation = Literal["frozen", "ridge", "exact"]
+
+
+PROPAGATIONS = ("frozen", "ridge", "exact")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a pass over given tokens says.
+
+    Attributes:
+        exit_layers: `[B, T]`, where each token left; N where it went all the way.
+        predictions: `[B, T]`, the most likely next token after each.
+        log_probabilities: `[B, T-1]`, of the token that really came next, in nats.
+        scored: `[B, T-1]`, false where either token is padding.
+        counts: What was really computed.
+        logits: `[B, T, V]` in fp32, where they were asked for; zeros at padding.
+    """
+
+    exit_layers: Tensor
+    predictions: Tensor
+    log_probabilities: Tensor
+    scored: Tensor
+    counts: Counts
+    logits: Tensor | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean negative log-probability of the scored tokens."""
+        values = self.log_probabilities[self.scored].double()
+        return math.exp(-float(values.mean())) if len(values) else math.nan
+
+
+class EarlyExit:
+    """A model whose easy tokens leave early.
+
+    Laws: without an exit, or with all thresholds at +inf, it is the full model; with a threshold
+    of -inf it is the exit head alone; generating equals scoring the generated text.
+
+    Args:
+        stack: The model.
+        layer: One exit layer, 1..N; or give `exits`.
+        rule: The name of its rule.
+        threshold: From which confidence on tokens leave.
+        heads: Fitted ridge heads; the logit lens where not given.
+        exits: Several exits, in ascending order of layers, instead of `layer`.
+        propagation: What upper layers see of tokens that left: "frozen" (keys and values from the
+            exit state; CALM, Schuster et al. 2022), "ridge" (from a fitted prediction of the
+            upper layers' inputs; needs `heads`) or "exact" (they are computed once they are
+            needed).
+        skip: False computes every token and throws away what exited tokens do not need.
+        seed: For rules that draw.
+
+    Raises:
+        UsageError: A layer, rule, threshold, heads, propagation or seed that cannot be.
+        ModelError: The heads, or those of `exits`, belong to another model.
+    """
+
+    def __init__(
+        self,
+        stack: DecoderStack,
+        *,
+        layer: int | None = None,
+        rule: str = "cosine",
+        threshold: float = math.inf,
+        heads: FittedHeads | None = None,
+        exits: Sequence[Exit] | None = None,
+        propagation: Propagation = "frozen",
+        skip: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if propagation not in PROPAGATIONS:
+            raise UsageError(
+                f"expected a propagation among {', '.join(PROPAGATIONS)}, got {propagation!r}"
+            )
+        if propagation == "ridge" and exits is None and heads is None:
+            raise UsageError(
+                "ridge propagation needs fitted heads; make them with `cascade fit-heads`"
+            )
+        if heads is not None and layer is None:  # else they are checked as they become an exit
+            _check_fitted(heads)
+            heads.check(stack)
+        if layer is not None and exits is not None:
+            raise UsageError(
+                f"expected one exit layer or exits, got layer={layer} and exits; give one"
+            )
+        self.stack = stack
+        self.propagation = propagation
+        if exits is None:
+            exits = (
+                []
+                if layer is None
+                else [
+                    make_exit(stack, layer, rule, threshold, heads=heads, propagation=propagation)
+                ]
+            )
+        self.exits = _checked(exits, stack, propagation)
+        self.layers = SkippingLayers(stack, skip=skip)
+        self.seed = read_seed(seed)
+
+    @property
+    def fallback_reason(self) -> str | None:
+        """Why tokens that left save no work in this family; None where they do."""
+        return self.layers.reason
+
+    @torch.no_grad()
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        keep_logits: bool = False,
+    ) -> Score:
+        """Run over given tokens, each leaving where it would when generated.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Where not given, the model's
+                padding token is padding, unless it ends rows too, as in `generate`.
+            keep_logits: Whether to return all logits: B x T x V x 4 bytes.
+
+        Raises:
+            UsageError: Token ids or a mask that cannot be.
+            ModelError: A confidence or logits are not finite.
+        """
+        own = self.stack.model.generation_config
+        padding = padding_token(own.pad_token_id, own.eos_token_id)
+        chunk = make_chunk(self.stack, input_ids, attention_mask, padding=padding)
+        full = None
+        if any(at.rule.needs_full for at in self.exits):
+            full = self._score(chunk, (), keep_logits=False, full=None).predictions
+        return self._score(chunk, self.exits, keep_logits=keep_logits, full=full)
+
+    def _score(
+        self, chunk: Chunk, exits: Sequence[Exit], *, keep_logits: bool, full: Tensor | None
+    ) -> Score:
+        batch, length = chunk.ids.shape
+        counts = Counts.of(self.stack.num_layers)
+        cache = self.layers.new_cache(batch, length, keep=False)
+        cache.window(0, length)
+        predictions = torch.zeros_like(chunk.ids)
+        log_probabilities = torch.zeros(chunk.ids.shape, device=chunk.ids.device)
+        logits: Tensor | None = None
+        if keep_logits:
+            shape = (batch, length, self.stack.vocab_size)
+            logits = torch.zeros(shape, device=chunk.ids.device)
+        following = torch.cat([chunk.ids[:, 1:], torch.zeros_like(chunk.ids[:, :1])], dim=1)
+
+        def take(_: int, rows: Tensor, columns: Tensor, made: Tensor) -> None:
+            predictions[rows, columns] = made.argmax(dim=-1)
+            target = following[rows, columns]
+            chosen = made.gather(1, target[:, None])[:, 0]
+            log_probabilities[rows, columns] = chosen - made.logsumexp(dim=-1)
+            if logits is not None:
+                logits[rows, columns] = made
+
+        going = Pass(
+            self.layers,
+            exits,
+            chunk,
+            cache,
+            counts,
+            leaving=self.propagation != "exact",
+            full_prediction=full,
+            seed=self.seed,
+        )
+        going.run(chunk.valid, take)
+        return Score(
+            going.exit_layers,
+            predictions,
+            log_probabilities[:, :-1],
+            chunk.valid[:, 1:] & chunk.valid[:, :-1],
+            counts,
+            logits,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        return_dict_in_generate: bool = False,
+        verify: bool = False,
+        draft_length: int = 8,
+        **kwargs: Any,
+    ) -> Tensor | Generation:
+        """Generate as `transformers` does, with tokens leaving early.
+
+        Args:
+            input_ids: The prompts, `[B, T]`, padded on the left.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Where not given, the padding
+                token is padding, unless it ends rows too, as in `transformers`.
+            generation_config: Settings, as `transformers` knows them; the model's own say what it
+                leaves open. Those that early exit does not know (beams, ...) are refused.
+            streamer: Gets each token as soon as it is certain.
+            return_dict_in_generate: Return a `Generation` instead of the ids alone.
+            verify: Let the full model confirm every token (needs propagation="exact"): the result
+                is the full model's, token for token; exits only draft (self-speculative decoding).
+            draft_length: With `verify`, the most tokens drafted before they are looked at.
+            kwargs: Single settings: max_new_tokens, do_sample, temperature, top_p, top_k, seed,
+                eos_token_id, pad_token_id, stop_strings.
+
+        Returns:
+            `[B, T + new]`, rows that ended earlier padded, or the whole `Generation`.
+
+        Raises:
+            UsageError: A prompt, mask or setting that cannot be.
+            ModelError: A confidence or logits are not finite.
+        """
+        settings = Settings.of(self.stack, generation_config, kwargs)
+        if any(at.rule.needs_full for at in self.exits):
+            names = ", ".join(at.rule.name for at in self.exits if at.rule.needs_full)
+            raise UsageError(f"{names} needs the full model's answer: it can score, not generate")
+        if verify and self.propagation != "exact":
+            raise UsageError(
+                f'verify=True needs propagation="exact", got "{self.propagation}": only exact keys'
+                " and values let the full model confirm a token"
+            )
+        drafts = whole(draft_length)
+        if drafts is None or drafts < 1:
+            raise UsageError(f"expected a draft_length of at least 1, got {draft_length!r}")
+        prompt = make_chunk(self.stack, input_ids, attention_mask, padding=settings.padding)
+        result = generate(
+            self.layers,
+            self.exits,
+            prompt,
+            settings,
+            exact=self.propagation == "exact",
+            draft_length=drafts if verify else None,
+            streamer=streamer,
+            seed=self.seed,
+        )
+        return result if return_dict_in_generate else result.sequences
+
+
+def make_exit(
+    stack: DecoderStack,
+    layer: int,
+    rule: str | ExitRule,
+    threshold: float,
+    *,
+    heads: FittedHeads | None = None,
+    propagation: Propagation = "frozen",
+) -> Exit:
+    """Return an exit with the ridge head and map fitted for its layer, or the logit lens.
+
+    Args:
+        stack: The model.
+        layer: 1..N.
+        rule: Its name, or the rule.
+        threshold: From which confidence on tokens leave.
+        heads: Fitted heads; the logit lens where not given.
+        propagation: The map is taken only for "ridge".
+
+    Raises:
+        UsageError: No such layer or rule, no number as a threshold, or no head was fitted for the
+            layer.
+        ModelError: The heads belong to another model.
+    """
+    rule = rule if isinstance(rule, ExitRule) else find_rule(rule)
+    _, layer = exit_entries(layer, stack.num_layers)  # its own entry has its number
+    check_layers({layer: rule}, stack.num_layers)
+    if heads is not None:
+        _check_fitted(heads)
+    head: ExitHead = LogitLens(stack) if heads is None else heads.head(stack, layer)
+    takes_map = heads is not None and propagation == "ridge"
+    return Exit(
+        layer,
+        rule,
+        read_threshold(threshold),
+        head,
+        heads.propagation(stack, layer) if heads is not None and takes_map else None,
+    )
+
+
+def _check_fitted(heads: Any) -> None:
+    if not isinstance(heads, FittedHeads):
+        raise UsageError(
+            f"expected fitted heads, got {type(heads).__name__}; read them with load_heads"
+        )
+
+
+def _checked(
+    exits: Sequence[Exit], stack: DecoderStack, propagation: Propagation
+) -> tuple[Exit, ...]:
+    """Return the exits, without their propagation maps where nobody asked for those."""
+    layers = [at.layer for at in exits]
+    if layers != sorted(set(layers)):
+        raise UsageError(f"expected exits in ascending order of layers, got layers {layers}")
+    check_layers({at.layer: at.rule for at in exits}, stack.num_layers)
+    for at in exits:
+        at.rule.check(at.threshold)
+        owner = getattr(at.head, "stack", stack)  # a head of one's own need not know its model
+        if owner.model not in [part.model for part in stack.with_those_below()]:
+            model = owner.provenance | {"weights_hash": owner.weights_hash()}
+            check_same_model(model, stack, what=f"the heads of the exit at layer {at.layer}")
+        if propagation == "ridge" and at.propagation is None and at.layer < stack.num_layers:
+            raise UsageError(
+                f"the exit at layer {at.layer} has no propagation map; give it the one of its "
+                "fitted heads, or use frozen propagation"
+            )
+    looking = [at for at in exits if at.rule.needs_earlier]
+    # The first exit of several that look at earlier ones is what the others look at.
+    if len(looking) == 1 and looking[0] is exits[0]:
+        raise UsageError(
+            f"the rule {exits[0].rule.name} looks at earlier exits, and none lies below layer "
+            f"{exits[0].layer}; give exits below it, or take another rule"
+        )
+    if propagation == "ridge":
+        return tuple(exits)
+    return tuple(dataclasses.replace(at, propagation=None) for at in exits)

@@ -1,0 +1,152 @@
+"""The KV cache of a forward pass in which tokens exit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class Selection:
+    """Which tokens of a chunk `[B, T]` a layer computes, and which only owe it keys and values.
+
+    Args:
+        active: `[B, T]`, true for the tokens that go through the layer.
+        exited: `[B, T]`, true for those that left below it. What is neither is padding.
+    """
+
+    def __init__(self, active: Tensor, exited: Tensor) -> None:
+        self.active = active
+        self.exited = exited
+        self.rows, self.columns = torch.nonzero(active, as_tuple=True)
+        self.exited_rows, self.exited_columns = torch.nonzero(exited, as_tuple=True)
+        # Padding alone is no reason to pack: a dense pass is what the model itself would do.
+        padded = len(self.exited_rows) == 0 and active.shape[1] > 1 and len(self.rows) > 0
+        self.dense = padded or len(self.rows) == active.numel()
+
+    @cached_property
+    def groups(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed rows grouped by sequence: sequences [G], packed index [G, M], place [n].
+
+        `packed[g, m]` is the packed row of sequence g's m-th active token, sequences with fewer
+        repeat their first; `place[i]` is the flat index g * M + m of packed row i.
+        """
+        counts = self.active.sum(dim=1)
+        sequences = torch.nonzero(counts, as_tuple=True)[0]
+        counts = counts[sequences]
+        most = int(counts.max())
+        first = counts.cumsum(0) - counts
+        offset = torch.arange(most, device=counts.device)
+        packed = first[:, None] + torch.where(offset < counts[:, None], offset, 0)
+        group = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        place = group * most + torch.arange(len(group), device=counts.device) - first[group]
+        return sequences, packed, place
+
+
+class _Buffer(DynamicLayer):
+    """One layer's keys and values, `[B, heads, capacity, head_dim]`."""
+
+    keys: Any
+    values: Any
+
+
+class KeyValueCache(Cache):
+    """Keys and values of every layer, in buffers made once; a layer may lag behind another.
+
+    `window` says which columns the next calls write; a plan made with this cache takes the
+    window's start for what was seen before.
+
+    Args:
+        num_layers: How many layers.
+        batch: How many sequences.
+        capacity: The most columns that a sequence can come to.
+        keep: Whether later calls will read what earlier ones wrote. A single chunk needs one
+            layer's keys and values at a time.
+    """
+
+    def __init__(self, num_layers: int, batch: int, capacity: int, *, keep: bool = True) -> None:
+        self._buffers = [
+            _Buffer()  # type: ignore[no-untyped-call]
+            for _ in range(num_layers)
+        ]
+        super().__init__(layers=list(self._buffers))
+        self.batch, self.capacity, self.keep = batch, capacity, keep
+        self.start = self.stop = 0
+        self._packed: Selection | None = None
+
+    def window(self, start: int, stop: int) -> None:
+        """Let the next calls write columns start to stop - 1."""
+        self.start, self.stop = start, stop
+
+    @contextlib.contextmanager
+    def packed(self, selection: Selection) -> Iterator[None]:
+        """Let the next updates bring the active rows of a selection, packed into one."""
+        self._packed = selection
+        try:
+            yield
+        finally:
+            self._packed = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return how many columns lie before the window."""
+        return self.start
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return the window's first column."""
+        return self.start
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return how many columns attention sees, and the first of them."""
+        return self.start + query_length, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values; return all that its attention may see.
+
+        Args:
+            key_states: `[B, heads, T, head_dim]`, or `[1, heads, n, head_dim]` when packed.
+            value_states: The same.
+            layer_idx: From 0.
+            args: Ignored.
+            kwargs: Ignored.
+        """
+        if self._packed is not None:
+            rows, columns = self._packed.rows, self._packed.columns
+            return self.put(layer_idx, rows, columns, key_states[0], value_states[0])
+        if not self.keep:
+            return key_states, value_states
+        buffer = self._buffer(layer_idx, key_states, value_states)
+        buffer.keys[:, :, self.start : self.stop] = key_states
+        buffer.values[:, :, self.start : self.stop] = value_states
+        return self.read(layer_idx)
+
+    def put(
+        self, index: int, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Write single tokens' keys and values, `[heads, n, head_dim]`, columns of the window."""
+        buffer = self._buffer(index, keys, values)
+        buffer.keys[rows, :, self.start + columns] = keys.transpose(0, 1)
+        buffer.values[rows, :, self.start + columns] = values.transpose(0, 1)
+        return self.read(index)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values up to the window's end, `[B, heads, stop, head_dim]`."""
+        buffer = self._buffers[index if self.keep else 0]
+        return buffer.keys[:, :, : self.stop], buffer.values[:, :, : self.stop]
+
+    def _buffer(self, index: int, keys: Tensor, values: Tensor) -> _Buffer:
+        # Without `keep` all layers share one buffer: each writes every column that it reads.
+        buffer = self._buffers[index if self.keep else 0]
+        shape = (self.batch, keys.shape[-3], self.capacity, keys.shape[-1])
+        if buffer.keys is None or buffer.keys.shape != shape:
+            # Zeros: what padding never writes is masked, but NaN times nothing is NaN.
+            buffer.keys = keys.new_zeros(shape)
+            buffer.values = values.new_zeros((*shape[:3], values.shape[-1]))
+            buffer.is_initialized = True
+        return buffer

@@ -1,0 +1,1 @@
+"""What early exit is worth: operating points, calibration, search and verdict."""

@@ -1,0 +1,305 @@
+"""The verdict: whether early exit pays, from measured rows alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cascade.core.errors import RecordError
+
+Row = dict[str, Any]
+
+#: Rules that are yardsticks: nobody runs them to save work.
+CONTROLS = ("fixed", "random", "oracle")
+
+#: What a verdict rests on; each has to be a number.
+_FIGURES = ("agreement", "perplexity_ratio", "exit_share", "flops_ratio", "seconds_ratio")
+_INTERVALS = ("agreement_interval", "perplexity_ratio_interval", "seconds_ratio_interval")
+
+_QUALITY = ("agreement", "perplexity")
+
+
+def judge(rows: Sequence[Row], *, agreement: float, perplexity_ratio: float) -> Row:
+    """Say whether any measured point is worth running instead of the full model.
+
+    A point is worth it when its outputs are good enough, it is faster beyond doubt, and neither
+    a random exit at the same share nor one static layer for all tokens does as well. Of several
+    such points it is the fastest. Of none, it is the one that comes nearest: the fastest of those
+    that are good enough, or, where none is, the one that lacks least of it.
+
+    Args:
+        rows: The points of an evaluation, controls among them.
+        agreement: The least share of tokens whose prediction is the full model's.
+        perplexity_ratio: The largest perplexity, relative to the full model's.
+
+    Returns:
+        `use`, `point` (index of the point to use, or of the one that came nearest), `headline`,
+        `reasons` (one sentence per comparison), `failed` (the names of those that failed),
+        `good_enough` and `faster` (index of the best point that is), `against` (the indices
+        compared with) and `wanted`.
+
+    Raises:
+        RecordError: A figure of a row is missing or not a number.
+    """
+    for number, row in enumerate(rows):
+        _check_row(number, row)
+    candidates = [
+        number
+        for number, row in enumerate(rows)
+        if row["rule"] not in CONTROLS and row["exit_share"] > 0
+    ]
+    failed = {
+        number: _failed(_checks(number, rows, agreement, perplexity_ratio)) for number in candidates
+    }
+
+    def lacks(number: int) -> float:
+        return _shortfall(rows[number], agreement, perplexity_ratio)
+
+    def seconds(number: int) -> float:
+        ratio: float = rows[number]["seconds_ratio"]
+        return ratio
+
+    good = [number for number in candidates if not {*_QUALITY} & {*failed[number]}]
+    fast = [number for number in candidates if "speed" not in failed[number]]
+    both = [number for number in good if number in fast]
+    fine = [number for number in both if not failed[number]]
+    good_enough = min(good, key=seconds, default=None)
+    faster = min(fast, key=lacks, default=None)
+    point = min(fine or both or good or candidates, key=seconds if good else lacks, default=None)
+    verdict: Row = {
+        "use": bool(fine),
+        "point": point,
+        "headline": "Do not use early exit here: no token left at any measured point.",
+        "reasons": [],
+        "failed": [],
+        "good_enough": good_enough,
+        "faster": faster,
+        "against": {"random": None, "static": None, "oracle": None},
+        "wanted": {"agreement": agreement, "perplexity_ratio": perplexity_ratio},
+    }
+    if point is None:
+        return verdict
+    return verdict | {
+        "headline": _headline(rows, point, failed[point], good_enough, faster),
+        "reasons": [check["text"] for check in _checks(point, rows, agreement, perplexity_ratio)],
+        "failed": failed[point],
+        "against": {
+            "random": _random(rows[point], rows),
+            "static": _static(rows[point], rows),
+            "oracle": _oracle(rows[point], rows),
+        },
+    }
+
+
+def _check_row(number: int, row: Row) -> None:
+    # Seconds have no interval where there was one batch.
+    intervals = [row.get(name) for name in _INTERVALS]
+    figures = [row.get(name) for name in _FIGURES]
+    figures += [end for interval in intervals if interval is not None for end in interval]
+    if intervals[0] is None or intervals[1] is None or not all(map(_is_number, figures)):
+        raise RecordError(
+            f"point {number} ({row.get('rule')} at layer {row.get('exit_layer')}) lacks a figure or"
+            f" holds NaN, expected numbers for {', '.join((*_FIGURES, *_INTERVALS))}; evaluate anew"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _shortfall(row: Row, agreement: float, perplexity: float) -> float:
+    """Return what a point lacks of the wanted quality: a share of tokens plus nats per token."""
+    tokens: float = max(0.0, agreement - row["agreement"])
+    return tokens + max(0.0, math.log(row["perplexity_ratio"] / perplexity))
+
+
+def _checks(number: int, rows: Sequence[Row], agreement: float, perplexity: float) -> list[Row]:
+    row = rows[number]
+    checks = [
+        _check(
+            "agreement",
+            row["agreement"] >= agreement,
+            f"{_percent(row['agreement'])} of all tokens are predicted as by the full model "
+            f"({_between(row['agreement_interval'], _percent)}; wanted: {_percent(agreement)})",
+        ),
+        _check(
+            "perplexity",
+            row["perplexity_ratio"] <= perplexity,
+            f"perplexity is {_ratio(row['perplexity_ratio'])} x the full model's "
+            f"({_between(row['perplexity_ratio_interval'], _ratio)}; wanted: at most "
+            f"{_ratio(perplexity)})",
+        ),
+        _check("speed", _is_faster(row), _speed(row)),
+    ]
+    control = _random(row, rows)
+    if control is not None:
+        other = rows[control]
+        beaten = _beaten_in(row, other)
+        checks.append(
+            _check(
+                "random",
+                bool(beaten),
+                f"random exit of {_percent(other['exit_share'])} at the same layer: "
+                f"{_quality(other)} (beaten in {_measures(beaten)})",
+            )
+        )
+    static = _static(row, rows)
+    if static is not None:
+        other = rows[static]
+        checks.append(
+            _check(
+                "static",
+                not _dominates(other, row),
+                f"every token leaving at layer {other['exit_layer']} takes "
+                f"{other['seconds_ratio']:.2f} x the time: {_quality(other)}",
+            )
+        )
+    return checks
+
+
+def _check(name: str, passed: bool, text: str) -> Row:
+    return {"name": name, "passed": bool(passed), "text": text}
+
+
+def _failed(checks: Sequence[Row]) -> list[str]:
+    return [check["name"] for check in checks if not check["passed"]]
+
+
+def _is_faster(row: Row) -> bool:
+    interval = row["seconds_ratio_interval"]
+    return interval is not None and interval[1] < 1 and row["flops_ratio"] < 1
+
+
+def _beaten_in(row: Row, other: Row) -> list[str]:
+    """Return the measures in which a point is better than a control by more than chance.
+
+    One of them is enough: how bad it may be in the other at most has its own check.
+    """
+    better = {
+        "agreement": row["agreement_interval"][0] > other["agreement"],
+        "perplexity": row["perplexity_ratio_interval"][1] < other["perplexity_ratio"],
+    }
+    return [name for name, is_better in better.items() if is_better]
+
+
+def _measures(names: Sequence[str]) -> str:
+    return {0: "neither", 1: f"{''.join(names)} alone"}.get(len(names), " and ".join(names))
+
+
+def _dominates(other: Row, row: Row) -> bool:
+    return bool(
+        other["agreement"] >= row["agreement"]
+        and other["perplexity_ratio"] <= row["perplexity_ratio"]
+    )
+
+
+def _random(row: Row, rows: Sequence[Row]) -> int | None:
+    """Return the random control of the same layer whose exit share is nearest."""
+    found = [
+        number
+        for number, other in enumerate(rows)
+        if other["rule"] == "random" and other["exit_layer"] == row["exit_layer"]
+    ]
+    return min(
+        found, key=lambda number: abs(rows[number]["exit_share"] - row["exit_share"]), default=None
+    )
+
+
+def _static(row: Row, rows: Sequence[Row]) -> int | None:
+    """Return the best static exit that is no slower than the point: one that does as well first."""
+    found = [
+        number
+        for number, other in enumerate(rows)
+        if other["rule"] == "fixed" and other["seconds_ratio"] <= row["seconds_ratio"]
+    ]
+    return max(
+        found,
+        key=lambda number: (_dominates(rows[number], row), rows[number]["agreement"]),
+        default=None,
+    )
+
+
+def _oracle(row: Row, rows: Sequence[Row]) -> int | None:
+    return next(
+        (
+            number
+            for number, other in enumerate(rows)
+            if other["rule"] == "oracle" and other["exit_layer"] == row["exit_layer"]
+        ),
+        None,
+    )
+
+
+def _headline(
+    rows: Sequence[Row],
+    point: int,
+    failed: Sequence[str],
+    good_enough: int | None,
+    faster: int | None,
+) -> str:
+    row = rows[point]
+    if not failed:
+        return (
+            f"Use early exit here: {_point(row)} with the {row['head']} head, "
+            f"{_percent(row['exit_share'])} of the tokens leave."
+        )
+    if not {*_QUALITY, "speed"} & {*failed}:
+        instead = {"random": "leaving at random", "static": "one static layer for all tokens"}
+        return (
+            f"Do not use early exit here: {_point(row)} is good enough and faster, but no better "
+            f"than {' or '.join(instead[name] for name in failed)}."
+        )
+    if good_enough is not None:
+        slow = f"(best: {_point(rows[good_enough])}, {_time(rows[good_enough])})"
+        if faster is None:
+            return (
+                "Do not use early exit here: some points are good enough, but none is faster beyond"
+                f" doubt {slow}."
+            )
+        return (
+            f"Do not use early exit here: what is good enough is not faster beyond doubt {slow}, "
+            f"and what is faster is not good enough (best: {_point(rows[faster])}, "
+            f"{_quality(rows[faster])})."
+        )
+    return (
+        "Do not use early exit here: no point is good enough (nearest: "
+        f"{_point(row)}, {_quality(row)})."
+    )
+
+
+def _point(row: Row) -> str:
+    return f"layer {row['exit_layer']}, {row['rule']} >= {row['threshold']:.4g}"
+
+
+def _quality(row: Row) -> str:
+    return f"perplexity {_ratio(row['perplexity_ratio'])} x, agreement {_percent(row['agreement'])}"
+
+
+def _time(row: Row) -> str:
+    interval = row["seconds_ratio_interval"]
+    between = "no interval: one batch" if interval is None else _between(interval, _hundredths)
+    return f"{_hundredths(row['seconds_ratio'])} x the full model's time ({between})"
+
+
+def _speed(row: Row) -> str:
+    found = f"scoring takes {_time(row)}, {_hundredths(row['flops_ratio'])} x its operations"
+    if row["seconds_ratio_interval"] is None:
+        found += "; one batch cannot tell, take a smaller --batch-size or more text"
+    return found
+
+
+def _between(interval: Sequence[float], show: Any) -> str:
+    return f"{show(interval[0])} to {show(interval[1])}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
+
+
+def _hundredths(value: float) -> str:
+    return f"{value:.2f}"

@@ -1,0 +1,1 @@
+"""Exit rules, exit heads and propagation. Imports core, stats, models and corpora."""

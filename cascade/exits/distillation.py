@@ -1,0 +1,196 @@
+"""Distillation: exit heads that go on learning from the full model where the closed form ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cascade.core.arguments import check_seed
+from cascade.core.errors import CorpusError, UsageError
+from cascade.corpora.blocks import TokenBlocks, check_blocks
+from cascade.exits.fitted_heads import CHECKED, FittedHeads
+from cascade.exits.head_fitting import rows_of
+from cascade.models.hooks import frozen
+from cascade.models.stack import DecoderStack
+from cascade.stats.ridge import rms_normalized
+
+#: Token rows per step: 1,024 rows of 49,152 logits in fp32 are 200 MB.
+_ROWS = 1024
+
+#: Adam's second moment looks back over some 100 steps: an epoch has only as many.
+_BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A head in training: its parameters, and the best of them so far."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def copy(self) -> tuple[Tensor, Tensor]:
+        return self.weight.detach().clone(), self.bias.detach().clone()
+
+
+def distill(
+    stack: DecoderStack,
+    heads: FittedHeads,
+    blocks: TokenBlocks,
+    *,
+    epochs: int = 3,
+    learning_rate: float = 1e-3,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> FittedHeads:
+    """Train fitted heads on the full model's distributions, and keep what is better.
+
+    Minimizes KL(full || head) over every token (Hinton et al. 2015, arXiv 1503.02531, at
+    temperature 1). Of every ten sequences one is not trained on: a head is replaced only by the
+    state, after some epoch, that is better there than all before it, the closed form included.
+
+    Args:
+        stack: The model; its weights are not touched.
+        heads: Closed-form heads of this model.
+        blocks: The corpus, best the one that they were fitted on.
+        epochs: Passes over it; all heads learn in the same pass.
+        learning_rate: Adam's at the start; it falls to 0 along a half cosine.
+        batch_size: Sequences per forward pass.
+        seed: Draws the order.
+        progress: Called with the number of tokens done since the last call.
+
+    Returns:
+        New heads with the same propagation maps; `provenance["distillation"]` has, per exit layer,
+        the KL on the sequences kept aside after every epoch, in nats, the closed form first.
+
+    Raises:
+        CorpusError: Fewer than ten sequences: none is left to check with; or a corpus that the
+            model cannot read.
+        UsageError: No epoch, a learning rate that is not positive, or a seed out of range.
+        ModelError: The heads belong to another model.
+    """
+    if epochs < 1 or not learning_rate > 0:
+        raise UsageError(
+            "expected at least one epoch and a positive learning rate, got "
+            f"{epochs} and {learning_rate}"
+        )
+    check_seed(seed)
+    heads.check(stack)
+    check_blocks(stack, blocks, batch_size)
+    numbers = np.arange(len(blocks.ids))
+    training, checking = numbers[numbers % 10 != CHECKED], numbers[numbers % 10 == CHECKED]
+    if len(checking) == 0:
+        raise CorpusError(
+            f"{len(numbers)} sequences leave none to check a distilled head with, expected at "
+            "least 10; take a larger corpus"
+        )
+    trained = {
+        layer: _Head(*(nn.Parameter(part.clone().to(stack.device)) for part in pair))
+        for layer, pair in heads.weights.items()
+    }
+    best = {layer: head.copy() for layer, head in trained.items()}
+    parameters = [part for head in trained.values() for part in (head.weight, head.bias)]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=_BETAS)
+    steps = epochs * _steps(len(training), batch_size, blocks.ids.shape[1])
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    )
+    shuffler = torch.Generator().manual_seed(seed)
+    tell = progress or (lambda _: None)
+    losses = {layer: [loss] for layer, loss in _check(stack, trained, blocks, checking).items()}
+    with frozen(stack.model):
+        for _ in range(epochs):
+            order = training[torch.randperm(len(training), generator=shuffler).numpy()]
+            for start in range(0, len(order), batch_size):
+                ids = blocks.ids[order[start : start + batch_size]]
+                _train(stack, trained, ids, optimizer, schedule, shuffler)
+                tell(ids.size)
+            for layer, loss in _check(stack, trained, blocks, checking).items():
+                if loss < min(losses[layer]):
+                    best[layer] = trained[layer].copy()
+                losses[layer].append(loss)
+    about = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "kl_on_sequences_kept_aside": {str(layer): values for layer, values in losses.items()},
+    }
+    return replace(heads, weights=best, provenance=heads.provenance | {"distillation": about})
+
+
+def trained_tokens(blocks: TokenBlocks) -> int:
+    """Return how many tokens of a corpus an epoch learns from: one sequence in ten checks."""
+    sequences, length = blocks.ids.shape
+    trained = sum(number % 10 != CHECKED for number in range(sequences))
+    return trained * int(length)
+
+
+def _steps(sequences: int, batch_size: int, length: int) -> int:
+    """Return how often an epoch steps: every batch for itself, `_ROWS` token rows at a time."""
+    sizes = [min(batch_size, sequences - start) for start in range(0, sequences, batch_size)]
+    return sum(math.ceil(size * length / _ROWS) for size in sizes)
+
+
+def _train(
+    stack: DecoderStack,
+    heads: dict[int, _Head],
+    ids: np.ndarray[tuple[int, ...], np.dtype[np.int32]],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    shuffler: torch.Generator,
+) -> None:
+    states, final = rows_of(stack, ids, list(heads))
+    order = torch.randperm(len(final), generator=shuffler).to(final.device)
+    for rows in order.split(_ROWS):
+        teacher = _log_probabilities(stack, final[rows])
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            for layer, head in heads.items():
+                # One after the other: only one head's logits are held at a time.
+                _loss(stack, head, states[layer][rows], teacher).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _check(
+    stack: DecoderStack, heads: dict[int, _Head], blocks: TokenBlocks, numbers: np.ndarray
+) -> dict[int, float]:
+    """Return each head's mean KL on the sequences kept aside, in nats."""
+    totals = dict.fromkeys(heads, 0.0)
+    tokens = 0
+    with torch.no_grad():
+        for start in range(0, len(numbers), 8):
+            states, final = rows_of(stack, blocks.ids[numbers[start : start + 8]], list(heads))
+            tokens += len(final)
+            for rows in torch.arange(len(final), device=final.device).split(_ROWS):
+                teacher = _log_probabilities(stack, final[rows])
+                for layer, head in heads.items():
+                    loss = _loss(stack, head, states[layer][rows], teacher)
+                    totals[layer] += float(loss) * len(rows)
+    return {layer: total / tokens for layer, total in totals.items()}
+
+
+def _log_probabilities(stack: DecoderStack, normed: Tensor) -> Tensor:
+    logits: Tensor = stack.decode_normed(_shaped(stack, normed)).flatten(0, 1)[: len(normed)]
+    return logits.float().log_softmax(dim=-1)
+
+
+def _shaped(stack: DecoderStack, rows: Tensor) -> Tensor:
+    """Return rows as `[B, T, D]` with T within the model's positions, padded with the last row."""
+    length = min(len(rows), stack.max_positions or len(rows))
+    missing = -len(rows) % length
+    shaped: Tensor = torch.cat([rows, rows[-1:].expand(missing, -1)]).unflatten(0, (-1, length))
+    return shaped
+
+
+def _loss(stack: DecoderStack, head: _Head, states: Tensor, teacher: Tensor) -> Tensor:
+    predicted = torch.addmm(head.bias, rms_normalized(states), head.weight).to(states.dtype)
+    logits = stack.decode_normed(_shaped(stack, predicted)).flatten(0, 1)[: len(states)]
+    student = logits.float().log_softmax(dim=-1)
+    loss: Tensor = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return loss

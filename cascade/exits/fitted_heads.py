@@ -1,0 +1,293 @@
+"""Fitted heads: the file that stores exit heads and propagation maps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cascade.core.errors import OutputError, RecordError, UsageError, first_line
+from cascade.core.files import atomic_path
+from cascade.core.shapes import COUNT, FLAG, TEXT, Maybe, Shape, flaw
+from cascade.corpora.blocks import TokenBlocks
+from cascade.exits.heads import PropagationMap, RidgeHead
+from cascade.models.identity import check_same_model
+from cascade.models.stack import DecoderStack
+
+_SCHEMA = 1
+
+
+_KIND = "exit-heads"
+
+
+#: Of every ten sequences, this one is kept aside: it chooses strengths and epochs.
+CHECKED = 9
+
+
+@dataclass
+class FittedHeads:
+    """Ridge heads and propagation maps of several exit layers, and where they come from.
+
+    Attributes:
+        weights: Exit layer -> `(W [D, D], b [D])` of its head.
+        maps: Exit layer -> `(W [D, layers * width], b)` of its propagation.
+        width: Outputs of a propagation map per upper layer.
+        of_states: Whether the maps predict layer inputs instead of keys and values.
+        provenance: Model, corpus, strengths, versions.
+    """
+
+    weights: dict[int, tuple[Tensor, Tensor]]
+    maps: dict[int, tuple[Tensor, Tensor]]
+    width: int
+    of_states: bool
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[int]:
+        """The exit layers, ascending."""
+        return sorted(self.weights)
+
+    def _check_exit(self, stack: DecoderStack, layer: int) -> None:
+        if layer not in self.weights:
+            raise UsageError(
+                f"these heads were fitted for the layers {', '.join(map(str, self.layers))}, "
+                f"got layer {layer}; fit it with `cascade fit-heads --layers`"
+            )
+        self.check(stack)
+
+    def head(self, stack: DecoderStack, layer: int) -> RidgeHead:
+        """Return the ridge head of an exit layer.
+
+        Raises:
+            UsageError: None was fitted for it.
+            ModelError: The heads belong to another model.
+        """
+        self._check_exit(stack, layer)
+        return RidgeHead(stack, *self.weights[layer])
+
+    def propagation(self, stack: DecoderStack, layer: int) -> PropagationMap | None:
+        """Return the propagation map of an exit layer; None where no layer lies above it.
+
+        Raises:
+            UsageError: None was fitted for it.
+            ModelError: The heads belong to another model.
+        """
+        self._check_exit(stack, layer)
+        if layer == stack.num_layers:
+            return None
+        weight, bias = (tensor.to(stack.device) for tensor in self.maps[layer])
+        return PropagationMap(
+            weight, bias, first=layer + 1, width=self.width, of_states=self.of_states
+        )
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over every weight: equal exactly when all of them are."""
+        digest = hashlib.sha256()
+        for name, pairs in (("head", self.weights), ("propagation", self.maps)):
+            for layer in sorted(pairs):
+                digest.update(f"{name}.{layer}".encode())
+                for tensor in pairs[layer]:
+                    digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def saw(self, blocks: TokenBlocks) -> bool:
+        """Say whether they were fitted on a corpus, a part of it, or one that it is a part of.
+
+        On such text they are better than on any other: what is measured there holds for it alone.
+
+        Args:
+            blocks: A corpus to measure on.
+        """
+        fitted = self.provenance.get("corpus") or {}
+        if fitted.get("fingerprint") == blocks.fingerprint():
+            return True
+        names = f"{fitted.get('name')}-", f"{blocks.name}-"
+        same = names[0].startswith(names[1]) or names[1].startswith(names[0])
+        return same and fitted.get("source") == blocks.source
+
+    def check(self, stack: DecoderStack) -> None:
+        """Refuse to serve another model.
+
+        Raises:
+            ModelError: Names both models and what differs.
+        """
+        check_same_model(self.provenance.get("model", {}), stack, what="these exit heads")
+
+    def save(self, path: Path, *, half: bool = False) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Args:
+            path: The file.
+            half: Store in 16 bits (float16): half the size.
+
+        Raises:
+            OutputError: It cannot be written.
+            UsageError: With `half`, a weight is too large for 16 bits.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for kind, pairs in (("head", self.weights), ("propagation", self.maps)):
+            for layer, (weight, bias) in pairs.items():
+                for part, tensor in (("weight", weight), ("bias", bias)):
+                    stored = _halved(tensor, layer) if half else tensor
+                    tensors[f"{kind}.{layer}.{part}"] = stored.cpu().contiguous()
+        about = {
+            "schema": _SCHEMA,
+            "kind": _KIND,
+            "width": self.width,
+            "of_states": self.of_states,
+            "provenance": self.provenance,
+        }
+        with atomic_path(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={"cascade": json.dumps(about)})
+            except SafetensorError as error:  # what a full disk is to safetensors
+                raise OutputError(
+                    f"cannot write {path}: {first_line(error)}; free some space or choose another"
+                    " place (what was there before is unharmed)"
+                ) from error
+
+
+def heads_provenance(heads: FittedHeads | None, *corpora: TokenBlocks) -> dict[str, Any]:
+    """Return what a record says of the heads behind its figures.
+
+    Args:
+        heads: None for the logit lens.
+        corpora: What the figures are measured on.
+    """
+    return {
+        "heads": None if heads is None else heads.provenance,
+        "heads_fingerprint": None if heads is None else heads.fingerprint(),
+        "heads_saw_corpus": heads is not None and any(map(heads.saw, corpora)),
+    }
+
+
+def _halved(tensor: Tensor, layer: int) -> Tensor:
+    stored = tensor.half()
+    if not torch.isfinite(stored).all():
+        raise UsageError(
+            f"the weights of exit layer {layer} reach {float(tensor.abs().max()):.3g}, more than 16"
+            " bits hold; save them without half"
+        )
+    return stored
+
+
+def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
+    """Read fitted heads and make sure that they belong to the model.
+
+    Raises:
+        RecordError: The file is missing, torn, or no exit heads.
+        ModelError: They belong to another model (both are named).
+    """
+    from safetensors import safe_open
+
+    if path.is_dir():
+        raise RecordError(
+            f"{path} is a folder, expected the .safetensors file of `cascade fit-heads`"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("cascade", "null"))
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise RecordError(f"no exit heads at {path}; make them with `cascade fit-heads`") from error
+    except Exception as error:
+        # safetensors has an error type of its own for each way a file can be torn.
+        raise RecordError(
+            f"{path} is no readable safetensors file ({first_line(error)}); make it anew with "
+            "`cascade fit-heads`"
+        ) from error
+    if not isinstance(about, dict) or (about.get("kind"), about.get("schema")) != (_KIND, _SCHEMA):
+        raise RecordError(f"{path} holds no exit heads; make them with `cascade fit-heads`")
+    try:
+        heads = _assembled(tensors, about)
+    except ValueError as error:
+        raise RecordError(
+            f"{path} is torn or edited ({error}); make it anew with `cascade fit-heads`"
+        ) from error
+    heads.check(stack)
+    return heads
+
+
+#: What is read of a file's metadata.
+_ABOUT: Shape = {
+    "width": COUNT,
+    "of_states": FLAG,
+    "provenance": {
+        "model": {"num_layers": COUNT, "hidden_size": COUNT},
+        "corpus": Maybe(
+            {
+                "name": TEXT,
+                "source": TEXT,
+                "fingerprint": TEXT,
+                "tokens": COUNT,
+                "sequences": COUNT,
+                "seq_len": COUNT,
+            }
+        ),
+    },
+}
+
+
+def _assembled(tensors: dict[str, Tensor], about: dict[str, Any]) -> FittedHeads:
+    """Return a file's content as heads; ValueError, in words, where it is not whole."""
+    found = flaw(about, _ABOUT)
+    if found is not None:
+        raise ValueError(found)
+    model, width = about["provenance"]["model"], about["width"]
+    hidden, last = model["hidden_size"], model["num_layers"]
+    if about["of_states"] and width != hidden:
+        raise ValueError(
+            f"expected a width of {hidden} where layer inputs are predicted, got {width}"
+        )
+    _check_tensors(tensors, _shapes(tensors, hidden, last, width))
+
+    def pairs(kind: str) -> dict[int, tuple[Tensor, Tensor]]:
+        layers = [int(name.split(".")[1]) for name in tensors if name.startswith(f"{kind}.")]
+        return {
+            layer: (tensors[f"{kind}.{layer}.weight"], tensors[f"{kind}.{layer}.bias"])
+            for layer in layers
+        }
+
+    return FittedHeads(
+        pairs("head"), pairs("propagation"), width, about["of_states"], about["provenance"]
+    )
+
+
+def _shapes(
+    tensors: Iterable[str], hidden: int, last: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    """Return every tensor that belongs into a file: those of all layers that any is named after."""
+    named = [re.fullmatch(r"(?:head|propagation)\.([1-9]\d*)\.\w+", name) for name in tensors]
+    layers = sorted({int(match[1]) for match in named if match is not None})
+    return {
+        f"{kind}.{layer}.{part}": shape
+        for layer in layers
+        if layer <= last
+        for kind, outputs in (("head", hidden), ("propagation", (last - layer) * width))
+        if outputs
+        for part, shape in (("weight", (hidden, outputs)), ("bias", (outputs,)))
+    }
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"it has {name}, which is no part of exit heads of its model")
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing or not expected:
+        raise ValueError(f"it lacks {', '.join(missing) or 'heads altogether'}")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            got = list(tensors[name].shape)
+            raise ValueError(f"expected {name} of shape {list(shape)}, got {got}")
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{name} holds NaN or infinite values")

@@ -1,0 +1,202 @@
+"""Fitting exit heads and propagation maps in closed form."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cascade.core.errors import ModelError, UsageError
+from cascade.corpora.blocks import TokenBlocks, check_blocks
+from cascade.exits.fitted_heads import CHECKED, FittedHeads
+from cascade.exits.heads import weights_size
+from cascade.exits.history import exit_entries
+from cascade.models.stack import DecoderStack
+from cascade.stats.ridge import NormalEquations, fit, rms_normalized
+
+# --- Fitting ---------------------------------------------------------------------------------
+
+
+def fit_heads(
+    stack: DecoderStack,
+    blocks: TokenBlocks,
+    layers: Sequence[int],
+    *,
+    batch_size: int = 32,
+    provenance: dict[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> FittedHeads:
+    """Fit a ridge head and a propagation map for every exit layer, in one pass over a corpus.
+
+    Closed form, from streaming normal equations: memory grows with the square of the model's
+    width, not with the corpus.
+
+    Args:
+        stack: The model.
+        blocks: The corpus.
+        layers: Exit layers, 1..N.
+        batch_size: Sequences per forward pass.
+        provenance: What is known beside model and corpus.
+        progress: Called with the number of tokens done since the last call.
+
+    Raises:
+        UsageError: A layer is outside 1..N, or comes twice.
+        CorpusError: Sequences beyond the model's positions, or batches of none.
+        ModelError: A layer's output is NaN or infinite, or tokens lie beyond the vocabulary.
+    """
+    layers = [exit_entries(layer, stack.num_layers)[1] for layer in layers]  # numpy's as Python's
+    if len(set(layers)) != len(layers) or not layers:
+        raise UsageError(f"expected distinct exit layers, got {layers}")
+    check_blocks(stack, blocks, batch_size)
+    fitter = _Fitter(stack, sorted(layers))
+    for ids, numbers in blocks.batches(batch_size):
+        fitter.add(torch.from_numpy(ids).long().to(stack.device), numbers)
+        if progress is not None:
+            progress(ids.size)
+    heads = fitter.fit()
+    heads.provenance |= {
+        "model": dict(stack.provenance),
+        "corpus": blocks.provenance(),
+    } | (provenance or {})
+    model = heads.provenance["model"] | {"weights_hash": stack.weights_hash()}
+    heads.provenance["model"] = model
+    return heads
+
+
+def rows_of(
+    stack: DecoderStack, ids: npt.NDArray[np.int32], layers: Sequence[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Run the decoder once; return the exit states by layer and the final ones, `[B * T, D]`.
+
+    Args:
+        stack: The model.
+        ids: `[B, T]`.
+        layers: Exit layers.
+    """
+    states: dict[int, Tensor] = {}
+
+    def keep(entry: int, hidden: Tensor) -> None:
+        if entry in layers or entry == stack.num_layers:
+            states[entry] = hidden.flatten(0, 1)
+
+    normed = stack.visit(torch.from_numpy(ids).long().to(stack.device), keep)
+    final = states[stack.num_layers] if normed is None else normed.flatten(0, 1)
+    return states, final
+
+
+class _Fitter:
+    """Sums up what the fits of several exit layers need, batch by batch."""
+
+    def __init__(self, stack: DecoderStack, layers: list[int]) -> None:
+        self.stack, self.layers = stack, layers
+        projections = [_projections(layer) for layer in stack.layers]
+        self.of_states = any(found is None for found in projections)
+        self.projections = [] if self.of_states else projections
+        self.width = stack.hidden_size
+        if not self.of_states:
+            self.width = sum(projection.out_features for projection in projections[0] or ())
+        self.equations = {
+            layer: [
+                NormalEquations(
+                    stack.hidden_size,
+                    stack.hidden_size + (stack.num_layers - layer) * self.width,
+                    device=stack.device if stack.device.type != "mps" else torch.device("cpu"),
+                )
+                for _ in ("train", "check")
+            ]
+            for layer in layers
+        }
+
+    def add(self, ids: Tensor, numbers: Any) -> None:
+        history: dict[int, Tensor] = {}
+        wanted = set(self.layers) | {self.stack.num_layers}
+        if self.of_states:
+            wanted |= set(range(min(self.layers), self.stack.num_layers))
+
+        def keep(entry: int, hidden: Tensor) -> None:
+            if entry in wanted:
+                history[entry] = hidden.flatten(0, 1)
+
+        # Those kept aside come last: both kinds are then a slice, and nothing has to be copied.
+        checked = numbers % 10 == CHECKED
+        ids = ids[torch.from_numpy(np.argsort(checked, kind="stable")).to(ids.device)]
+        with _captured(self.projections[min(self.layers) :]) as raw:
+            normed = self.stack.visit(ids, keep)
+        final = history[self.stack.num_layers] if normed is None else normed.flatten(0, 1)
+        trained = int((~checked).sum()) * ids.shape[1]
+        for layer in self.layers:
+            targets = [final, *self._upper(layer, history, raw)]
+            x = rms_normalized(history[layer])
+            for equations, rows in zip(
+                self.equations[layer], (slice(trained), slice(trained, None)), strict=True
+            ):
+                if len(x[rows]):
+                    self._update(equations, x[rows], [y[rows] for y in targets], layer, history)
+
+    def _update(
+        self,
+        equations: NormalEquations,
+        x: Tensor,
+        targets: list[Tensor],
+        layer: int,
+        history: dict[int, Tensor],
+    ) -> None:
+        device = equations.xx.device
+        try:
+            equations.update(x.to(device), *(y.to(device) for y in targets))
+        except ValueError as error:
+            for entry, states in sorted(history.items()):
+                if not torch.isfinite(states).all():
+                    raise ModelError(
+                        f"layer {entry} gives NaN or infinite hidden states; use a wider --dtype, "
+                        "or get the checkpoint again"
+                    ) from error
+            raise ModelError(f"exit layer {layer}: {error}; use a wider --dtype") from error
+
+    def _upper(self, layer: int, history: dict[int, Tensor], raw: list[Tensor]) -> list[Tensor]:
+        """Return the upper layers' targets, the lowest first: in all `width` outputs for each."""
+        if self.of_states:
+            size = weights_size(history[layer])
+            return [history[entry].float() / size for entry in range(layer, self.stack.num_layers)]
+        return [part.flatten(0, 1) for part in raw[2 * (layer - min(self.layers)) :]]
+
+    def fit(self) -> FittedHeads:
+        weights, maps, strengths = {}, {}, {}
+        hidden = self.stack.hidden_size
+        for layer, (train, check) in self.equations.items():
+            groups = [hidden] + [self.width] * (self.stack.num_layers - layer)
+            weight, bias, chosen = fit(train, check, groups)
+            weights[layer] = (weight[:, :hidden].clone(), bias[:hidden].clone())
+            if layer < self.stack.num_layers:
+                maps[layer] = (weight[:, hidden:].clone(), bias[hidden:].clone())
+            strengths[str(layer)] = chosen
+        return FittedHeads(weights, maps, self.width, self.of_states, {"strengths": strengths})
+
+
+def _projections(layer: nn.Module) -> list[Any] | None:
+    """Return a layer's key and value projection, where it has them apart."""
+    attention = getattr(layer, "self_attn", None)
+    found = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
+    if all(isinstance(projection, nn.Linear) for projection in found):
+        return found
+    return None
+
+
+@contextlib.contextmanager
+def _captured(projections: Sequence[Sequence[nn.Module] | None]) -> Iterator[list[Tensor]]:
+    """Collect what the layers' key and value projections give: `[B, T, width]` each, in turn."""
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        kept.append(output)
+
+    with contextlib.ExitStack() as hooks:
+        for pair in projections:
+            for projection in pair or ():
+                hooks.callback(projection.register_forward_hook(keep).remove)
+        yield kept

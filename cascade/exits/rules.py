@@ -1,0 +1,283 @@
+"""Exit rules: from what a token shows at an exit layer to a confidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cascade.core.errors import UsageError
+from cascade.exits.decision import read_threshold
+from cascade.exits.history import HiddenHistory, exit_entries
+from cascade.stats.cosine import cosine
+
+
+@dataclass
+class ExitPoint:
+    """What an exit rule may look at: n tokens at one exit layer.
+
+    Attributes:
+        layer: The exit layer.
+        history: Its states `[n, D]`: its own entry and those before it that the rule asked for.
+        compute_logits: Makes the exit head's logits, `[n, V]`; called once, and only if asked.
+        token_ids: `[n]`, the tokens themselves.
+        positions: `[n]`, their positions, from 0.
+        earlier: Predictions `[n]` of the exit layers before this one, nearest last.
+        full_prediction: `[n]`, what the full model says; only for rules that need it.
+        seed: For rules that draw.
+    """
+
+    layer: int
+    history: HiddenHistory
+    compute_logits: Callable[[], Tensor]
+    token_ids: Tensor
+    positions: Tensor
+    earlier: Sequence[Tensor] = ()
+    full_prediction: Tensor | None = None
+    seed: int = 0
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The exit head's logits, `[n, V]`, in fp32."""
+        return self.compute_logits().float()
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """Their log-softmax, `[n, V]`."""
+        return self.logits.log_softmax(dim=-1)
+
+    @cached_property
+    def prediction(self) -> Tensor:
+        """The exit head's most likely token, `[n]`."""
+        return self.logits.argmax(dim=-1)
+
+    def similarity(self, layer: int) -> Tensor:
+        """Cosine of a layer's input and output, `[n]`, in [-1, 1]."""
+        before, after = (state.float() for state in self.history.pair(layer))
+        return cosine(before, after)
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """How sure of itself a token is at an exit layer; it exits where confidence >= threshold.
+
+    Attributes:
+        name: As the command line spells it.
+        confidence: `[n]` from an `ExitPoint`; the larger, the surer.
+        low: The least confidence there is.
+        high: The largest.
+        needs_logits: Whether the exit head has to run to decide.
+        entries: How many entries before the exit layer's own the rule looks at.
+        needs_earlier: Whether it looks at the predictions of earlier exit layers.
+        needs_full: Whether it looks at the full model's answer: it can score, not generate.
+        what: One line for tables.
+        source: Where it comes from.
+    """
+
+    name: str
+    confidence: Callable[[ExitPoint], Tensor]
+    low: float
+    high: float
+    needs_logits: bool
+    entries: int
+    needs_earlier: bool
+    needs_full: bool
+    what: str
+    source: str
+
+    def check(self, threshold: float, *, infinite: bool = True) -> None:
+        """Refuse a threshold that cannot be meant.
+
+        Any may be the next fp32 number above the range, which a fit gives where the surest tokens
+        are to stay.
+
+        Args:
+            threshold: From which confidence on tokens leave.
+            infinite: It may be +inf (nothing exits: the full model) or -inf (everything exits).
+
+        Raises:
+            UsageError: No number, NaN, or outside the rule's range.
+        """
+        threshold = read_threshold(threshold)
+        above = torch.nextafter(torch.tensor(self.high), torch.tensor(math.inf)).item()
+        if self.low <= threshold <= above or (infinite and math.isinf(threshold)):
+            return
+        also = " (or inf, or -inf)" if infinite else ""
+        high = "" if math.isinf(self.high) else f" to {self.high:g}"
+        raise UsageError(
+            f"the rule {self.name} gives confidences from {self.low:g}{high}; expected a threshold"
+            f" in there{also}, got {threshold:g}"
+        )
+
+
+#: Every rule by name.
+RULES: dict[str, ExitRule] = {}
+
+
+def exit_rule(
+    name: str,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    needs_logits: bool = True,
+    entries: int = 0,
+    needs_earlier: bool = False,
+    needs_full: bool = False,
+    source: str = "",
+) -> Callable[[Callable[[ExitPoint], Tensor]], Callable[[ExitPoint], Tensor]]:
+    """Register a confidence function as an exit rule; its docstring becomes the rule's `what`."""
+
+    def register(confidence: Callable[[ExitPoint], Tensor]) -> Callable[[ExitPoint], Tensor]:
+        what = (confidence.__doc__ or name).strip().splitlines()[0]
+        RULES[name] = ExitRule(
+            name,
+            confidence,
+            low,
+            high,
+            needs_logits,
+            entries,
+            needs_earlier,
+            needs_full,
+            what,
+            source,
+        )
+        return confidence
+
+    return register
+
+
+def find_rule(name: str) -> ExitRule:
+    """Return the rule called `name`.
+
+    Raises:
+        UsageError: There is none (lists those there are).
+    """
+    if not isinstance(name, str) or name not in RULES:
+        raise UsageError(f"expected a rule among {', '.join(RULES)}, got {name!r}")
+    return RULES[name]
+
+
+def looking_at(rule: ExitRule, layer: int, *, leaving: int) -> ExitRule:
+    """Return a rule that decides by a layer below the one at which tokens leave.
+
+    So may a token that Layer 29 finds easy leave behind Layer 30, at the model's own LM head.
+
+    Args:
+        rule: One that looks at similarities alone: they do not depend on where tokens leave.
+        layer: Whose states are compared.
+        leaving: The exit layer, at or above it.
+
+    Raises:
+        UsageError: No such layer, or the rule needs the exit head's logits.
+    """
+    if layer == leaving:
+        return rule
+    exit_entries(layer, leaving)
+    if rule.needs_logits or not rule.entries:
+        raise UsageError(
+            f"the rule {rule.name} decides where tokens leave, layer {leaving}; expected cosine or "
+            f"mean_cosine to decide by layer {layer}"
+        )
+
+    def confidence(at: ExitPoint) -> Tensor:
+        return rule.confidence(replace(at, layer=layer))
+
+    return replace(
+        rule,
+        name=f"{rule.name}@{layer}",
+        confidence=confidence,
+        entries=rule.entries + leaving - layer,
+    )
+
+
+@exit_rule("cosine", low=-1.0, needs_logits=False, entries=1, source="the seed study")
+def _cosine(at: ExitPoint) -> Tensor:
+    """Similarity of the exit layer's input and output."""
+    return at.similarity(at.layer)
+
+
+@exit_rule("mean_cosine", low=-1.0, needs_logits=False, entries=2, source="the first CASCADE")
+def _mean_cosine(at: ExitPoint) -> Tensor:
+    """Mean similarity of the exit layer and the one before it."""
+    return (at.similarity(at.layer) + at.similarity(at.layer - 1)) / 2
+
+
+@exit_rule("top2_gap", source="CALM, Schuster et al. 2022, section 3.5, softmax response")
+def _top2_gap(at: ExitPoint) -> Tensor:
+    """Gap between the exit head's two largest probabilities."""
+    best = at.log_probabilities.topk(2, dim=-1).values.exp()
+    return best[:, 0] - best[:, 1]
+
+
+@exit_rule("max_probability", source="BranchyNet, Teerapittayanon et al. 2016; CALM")
+def _max_probability(at: ExitPoint) -> Tensor:
+    """The exit head's largest probability."""
+    return at.log_probabilities.amax(dim=-1).exp()
+
+
+@exit_rule("entropy", source="BranchyNet, Teerapittayanon et al. 2016; DeeBERT, Xin et al. 2020")
+def _entropy(at: ExitPoint) -> Tensor:
+    """One minus the entropy of the exit head's distribution, in units of its largest, ln V."""
+    logs = at.log_probabilities
+    entropy = -(logs.exp() * logs.nan_to_num(neginf=0.0)).sum(dim=-1)
+    return (1 - entropy / math.log(logs.shape[-1])).clamp(0.0, 1.0)
+
+
+@exit_rule("patience", high=math.inf, needs_earlier=True, source="PABEE, Zhou et al. 2020")
+def _patience(at: ExitPoint) -> Tensor:
+    """How many exit layers before this one, one after the other, predict the same token."""
+    streak = torch.zeros_like(at.prediction)
+    unbroken = torch.ones_like(at.prediction, dtype=torch.bool)
+    for prediction in reversed(at.earlier):
+        unbroken = unbroken & (prediction == at.prediction)
+        streak = streak + unbroken
+    return streak.float()
+
+
+@exit_rule("fixed", needs_logits=False, source="a static exit layer")
+def _fixed(at: ExitPoint) -> Tensor:
+    """The same for every token: all of them leave at the exit layer."""
+    return torch.ones(len(at.token_ids), device=at.token_ids.device)
+
+
+@exit_rule("random", needs_logits=False, source="control at equal exit share")
+def _random(at: ExitPoint) -> Tensor:
+    """A number drawn from token, position, layer and seed: the control at equal exit share."""
+    mixed = at.token_ids * 0x9E3779B1 + at.positions * 0x85EBCA77 + at.layer * 0x27D4EB2F
+    mixed = (mixed + (at.seed * 0x165667B1 & 0xFFFFFFFF)) & 0xFFFFFFFF
+    # The finalizer of a 32-bit integer hash; every product stays below 2**63.
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+    # The upper 24 bits: what fp32 holds exactly, and below 1.
+    return (mixed >> 8).float() / 2**24
+
+
+@exit_rule("oracle", needs_full=True, source="control: knows the full model's answer")
+def _oracle(at: ExitPoint) -> Tensor:
+    """1 where the exit head predicts what the full model will, 0 elsewhere."""
+    if at.full_prediction is None:
+        raise UsageError("the oracle needs the full model's answer: it can score, not generate")
+    return (at.prediction == at.full_prediction).float()
+
+
+def check_layers(rules: Mapping[int, ExitRule], num_layers: int) -> None:
+    """Refuse exit layers that are not there, or where a rule looks beyond the first entry.
+
+    Args:
+        rules: Exit layer -> its rule.
+        num_layers: N.
+
+    Raises:
+        UsageError: Names the valid range.
+    """
+    for layer, rule in rules.items():
+        exit_entries(layer, num_layers)
+        if rule.entries > layer:
+            raise UsageError(
+                f"the rule {rule.name} looks at {rule.entries} layers; expected an exit layer in "
+                f"{rule.entries}..{num_layers}, got {layer}"
+            )

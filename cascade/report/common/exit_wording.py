@@ -1,0 +1,96 @@
+"""What records of early exit say, in words: layers, rules, heads, thresholds and intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from cascade.report.common.records import Record, percent
+
+_HEADS = {
+    "logit_lens": "logit lens: the model's own final norm and LM head",
+    "ridge": "ridge: an affine map of the exit state, fitted in advance, before the LM head",
+}
+_PROPAGATIONS = {
+    "frozen": "frozen: upper layers take keys and values from the exit state",
+    "ridge": "ridge: upper layers take keys and values from a fitted prediction of their inputs",
+    "exact": "exact: upper layers catch up on tokens that left, once a later one goes on",
+}
+
+#: Measured with the heads of SmolLM2-135M's layers 24 and 28: of the tokens that left, 0.971 and
+#: 1.000 agreed with the full model on the text that the heads were fitted on, 0.936 and 0.980 on
+#: other text.
+_SEEN = (
+    "the heads were fitted on this very text, where they are better than elsewhere: take another "
+    "corpus, or another --split"
+)
+
+#: Percentile bootstraps over fewer sequences than this are far too narrow.
+_FEW = 8
+
+
+def head_words(name: str) -> str:
+    """Say what an exit head is."""
+    return _HEADS.get(name, name)
+
+
+def propagation_words(name: str) -> str:
+    """Say what upper layers see of tokens that left."""
+    return _PROPAGATIONS.get(name, name)
+
+
+def heads_pairs(record: Record) -> list[tuple[str, str]]:
+    """Return where fitted heads come from, as (label, text); nothing for the logit lens."""
+    heads = record["provenance"].get("heads")
+    corpus = (heads or {}).get("corpus")
+    pairs = [("Head corpus", corpus_words(corpus))] if corpus else []
+    if record["provenance"].get("heads_saw_corpus"):
+        pairs.append(("Beware", _SEEN))
+    return pairs
+
+
+def few_pairs(corpus: Record) -> list[tuple[str, str]]:
+    """Return a warning, as (label, text), where a corpus has few sequences; nothing elsewhere."""
+    if corpus["sequences"] >= _FEW:
+        return []
+    return [("Beware", f"{corpus['sequences']} sequences are few: their intervals mean little")]
+
+
+def corpus_words(corpus: Record) -> str:
+    """Name a corpus and its size."""
+    return (
+        f"{corpus['name']}, {corpus['tokens']:,} tokens: "
+        f"{corpus['sequences']:,} sequences x {corpus['seq_len']:,}"
+    )
+
+
+def show_threshold(value: float, digits: int = 6) -> str:
+    """Format a threshold; one that is not 0 or 1 is not shown as such."""
+    if math.isinf(value) or (value.is_integer() and abs(value) > 1):
+        return f"{value:g}"
+    for more in range(digits, 18, 2):
+        shown = f"{value:z.{more}f}"
+        if float(shown) == value or abs(float(shown)) not in (0.0, 1.0):
+            return shown
+    return f"{value:g}"
+
+
+def between(interval: Sequence[float] | None, show: Callable[[float], str], to: str) -> str:
+    """Format an interval; a dash where there is none."""
+    return "-" if interval is None else f"{show(interval[0])}{to}{show(interval[1])}"
+
+
+def share(value: float | None) -> str:
+    """Format a share with one decimal; a dash where there is none."""
+    return "-" if value is None else percent(value, 1)
+
+
+def ratio(value: float | None, digits: int = 3) -> str:
+    """Format a ratio; thousands and more as a power of ten, a dash where there is none."""
+    if value is None:
+        return "-"
+    if value >= 10_000:
+        return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+    # As many digits after the point as leave five characters, the point among them.
+    whole = len(f"{value:.0f}")
+    return f"{value:.{max(0, min(digits, digits + 1 - whole))}f}"

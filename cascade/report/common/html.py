@@ -1,0 +1,261 @@
+"""What every HTML page is made of: nothing is loaded, no script runs."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from cascade.report.common.svg import LIGHT, PALETTE
+
+_CSS = """
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
+}
+main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { margin: 2.75rem 0 .75rem; font-size: 1.2rem; }
+h3 { margin: 2rem 0 .5rem; font-size: 1.02rem; }
+p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
+.kicker, .about, caption, figcaption, dt { color: var(--muted); }
+.kicker { margin: 0 0 .25rem; font-size: .85rem; letter-spacing: .04em; }
+.lead { margin: 1.25rem 0 1rem; padding-left: 1rem; border-left: 4px solid var(--mean);
+  font-size: 1.1rem; }
+.fail { border-color: var(--active); }
+.pass { border-color: var(--rule5); }
+.open { border-color: var(--muted); }
+h1.fail { color: var(--active); }
+h1.pass { color: var(--rule5); }
+summary { margin: 2rem 0 .5rem; font-weight: 600; cursor: pointer; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.25rem;
+  max-width: 50rem; margin: 1.25rem 0 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 1.5rem 0; }
+figcaption, caption { font-size: .9rem; text-align: left; }
+figcaption { max-width: 46rem; margin-top: .25rem; }
+caption { padding-bottom: .5rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2.5rem); }
+.scroll { overflow-x: auto; margin-bottom: 1.5rem; }
+.scroll svg { display: block; width: 100%; min-width: 40rem; height: auto; }
+.scroll svg text { font-family: inherit !important; }
+table { min-width: 22rem; border-collapse: collapse; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .22rem .7rem; border-bottom: 1px solid var(--grid); text-align: right; }
+th { font-weight: 600; }
+.scroll th[scope=row] { position: sticky; left: 0; background: var(--paper); }
+thead th { border-bottom-color: var(--muted); white-space: nowrap; }
+td:not(.text) { white-space: nowrap; }
+td.text, th.text { text-align: left; }
+.scroll tr.active > * { background: var(--tint); }
+tr.active td.text { color: var(--active); font-weight: 600; white-space: nowrap; }
+tr.control > * { color: var(--muted); font-weight: 400; }
+.provenance { width: 100%; }
+.provenance td { overflow-wrap: anywhere; }
+.provenance .active > * { background: var(--tint); }
+.provenance tr.active td.text { white-space: normal; }
+.provenance tbody th { font-weight: 400; color: var(--muted); vertical-align: top; }
+.provenance tbody th[scope=rowgroup] { padding-top: 1rem; color: var(--ink); font-weight: 600; }
+@media (max-width: 64rem) {
+  table { font-size: .82rem; }
+  th, td { padding: .22rem .38rem; }
+}
+@media (max-width: 36rem) {
+  dl { display: block; }
+  dd { margin-bottom: .75rem; }
+}
+"""
+
+
+def html_document(title: str, sections: Iterable[str]) -> str:
+    """Return one self-contained HTML page.
+
+    Args:
+        title: Plain text; escaped here.
+        sections: The page's parts, as HTML.
+    """
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{html.escape(title)}</title>
+<style>{_theme()}{_CSS}</style>
+</head>
+<body>
+<main>
+{"".join(sections)}</main>
+</body>
+</html>
+"""
+
+
+def _theme() -> str:
+    def variables(index: int) -> str:
+        return " ".join(f"--{name}: {colours[index]};" for name, colours in PALETTE.items())
+
+    return (
+        f"\n:root {{ color-scheme: light dark; {variables(0)} }}"
+        f"\n@media (prefers-color-scheme: dark) {{ :root {{ {variables(1)} }} }}"
+    )
+
+
+def _themed(svg: str) -> str:
+    for name, colour in LIGHT.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
+
+
+def html_head(kicker: str, name: str, about: str, *, mark: str = "") -> str:
+    """Return the page's head: what it is, of which model, measured how; all plain text.
+
+    Args:
+        kicker: What the page is.
+        name: Of the model, or what came of it.
+        about: How it was measured.
+        mark: A CSS class of the name; say it in words as well.
+    """
+    opening = f'<h1 class="{mark}">' if mark else "<h1>"
+    return (
+        f'<header>\n<p class="kicker">{html.escape(kicker)}</p>\n{opening}{html.escape(name)}</h1>'
+        f'\n<p class="about">{html.escape(about)}</p>\n</header>\n'
+    )
+
+
+def html_pairs(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return labels and texts as a definition list; both are plain text."""
+    items = "\n".join(
+        f"<dt>{html.escape(label)}</dt><dd>{html.escape(text)}</dd>" for label, text in pairs
+    )
+    return f"<dl>\n{items}\n</dl>\n"
+
+
+def html_section(heading: str, body: str) -> str:
+    """Return a section of a page: a plain heading and HTML."""
+    return f"<section>\n<h2>{html.escape(heading)}</h2>\n{body}</section>\n"
+
+
+def html_figure(svg: str, caption: str) -> str:
+    """Return a figure whose colours follow the reader's scheme, with a plain caption."""
+    return (
+        '<figure>\n<div class="scroll" tabindex="0" role="region" aria-label="figure">\n'
+        f"{_themed(svg)}</div>\n"
+        f"<figcaption>{html.escape(caption)}</figcaption>\n</figure>\n"
+    )
+
+
+def html_table(
+    caption: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    text_columns: int = 0,
+    active: Collection[str] = (),
+    classes: Mapping[int, str] | None = None,
+) -> str:
+    """Build a table whose first column names the row and whose last `text_columns` hold text.
+
+    Args:
+        caption: What the table shows.
+        header: The columns' names.
+        rows: As many cells each as the header has; plain text.
+        text_columns: How many columns, counted from the last, hold text.
+        active: First cells of the rows to stand out, by colour alone: say it in words as well.
+        classes: CSS classes of other rows by their number, from 0; the same holds for them.
+    """
+    first_text = len(header) - text_columns
+
+    def cell(tag: str, attributes: str, index: int, text: str) -> str:
+        aligned = ' class="text"' if index >= first_text else ""
+        return f"<{tag}{attributes}{aligned}>{html.escape(text)}</{tag}>"
+
+    head = "".join(cell("th", ' scope="col"', *pair) for pair in enumerate(header))
+    body = ""
+    for number, row in enumerate(rows):
+        cells = [cell("th", ' scope="row"', 0, row[0])]
+        cells += [cell("td", "", index, text) for index, text in enumerate(row[1:], start=1)]
+        mark = "active" if row[0] in active else (classes or {}).get(number, "")
+        body += (
+            f'<tr class="{mark}">{"".join(cells)}</tr>\n'
+            if mark
+            else f"<tr>{''.join(cells)}</tr>\n"
+        )
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="table">\n<table>\n'
+        f"<caption><span>{html.escape(caption)}</span></caption>\n"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
+    )
+
+
+def html_provenance(provenance: Mapping[str, Any]) -> str:
+    """Return the section that lists everything a record says about where its numbers come from."""
+    return html_section("Provenance", _provenance_table([provenance], ()))
+
+
+def html_provenances(new: Mapping[str, Any], old: Mapping[str, Any]) -> str:
+    """Return two provenances as one folded table, the lines in which they differ marked.
+
+    Args:
+        new: Of what was measured.
+        old: Of what it was compared with.
+    """
+    table = _provenance_table([new, old], ("measured", "baseline"))
+    return f"<details>\n<summary>Provenance</summary>\n{table}</details>\n"
+
+
+def _provenance_table(sides: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    groups = [dict(_groups("run", side)) for side in sides]
+    bodies = []
+    for name in dict.fromkeys(name for side in groups for name in side):
+        found = [side.get(name, {}) for side in groups]
+        lines = ""
+        for key in dict.fromkeys(key for group in found for key in group):
+            values = [_shown(group.get(key)) for group in found]
+            mark = "" if len(set(values)) == 1 else ' class="active"'
+            cells = "".join(f'<td class="text">{html.escape(value)}</td>' for value in values)
+            lines += (
+                f'<tr{mark}><th scope="row" class="text">{html.escape(_spaced(key))}</th>'
+                f"{cells}</tr>\n"
+            )
+        bodies.append(
+            f'<tbody>\n<tr><th scope="rowgroup" colspan="{1 + len(sides)}" class="text">'
+            f"{html.escape(_spaced(name))}</th></tr>\n{lines}</tbody>\n"
+        )
+    caption = "What was measured, on what, with what."
+    head = ""
+    if names:
+        caption += " Shaded: the baseline's is another."
+        columns = "".join(f'<th scope="col" class="text">{name}</th>' for name in ("", *names))
+        head = f"<thead><tr>{columns}</tr></thead>\n"
+    return (
+        f'<table class="provenance">\n<caption>{caption}</caption>\n{head}{"".join(bodies)}'
+        "</table>\n"
+    )
+
+
+def _groups(name: str, values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what is nested, group by group, and at last what stands alone."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _groups(key if name == "run" else f"{name}: {key}", value)
+    alone = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    if alone:
+        yield name, alone
+
+
+def _spaced(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not recorded"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    # bool is an int, and True would read 1.
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if is_number else str(value)

@@ -1,0 +1,278 @@
+"""Reports in sections: written once, shown in the terminal, as an HTML page, or as Markdown."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from cascade.report.common.html import (
+    html_document,
+    html_figure,
+    html_head,
+    html_pairs,
+    html_provenance,
+    html_section,
+    html_table,
+)
+from cascade.report.common.terminal import (
+    print_heading,
+    print_lines,
+    print_pairs,
+    print_table,
+    printable,
+)
+
+
+@dataclass(frozen=True)
+class Lead:
+    """The sentence that a reader should take home.
+
+    Attributes:
+        text: Plain text.
+        mark: "pass", "fail" or "open", for colour alone: the words say it as well.
+    """
+
+    text: str
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Labels and texts.
+
+    Attributes:
+        pairs: Plain text both.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names the row.
+
+    Attributes:
+        caption: What it shows.
+        header: The columns' names.
+        rows: As many cells each as the header has; plain text.
+        text_columns: How many columns, counted from the last, hold text.
+        active: First cells of the rows to stand out, by colour alone.
+    """
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: int = 0
+    active: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure; the terminal, which cannot show it, leaves it out.
+
+    Attributes:
+        file: The name of its file beside the report, e.g. "explanation-classes.svg".
+        svg: One `<svg>` element whose texts say what it shows (see `as_svg`).
+        caption: What it shows, and how to read it.
+    """
+
+    file: str
+    svg: str
+    caption: str
+
+
+#: A plain paragraph is a string.
+Block = str | Lead | Pairs | Table | Picture
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it.
+
+    Attributes:
+        heading: Plain text; "" where the report itself goes on.
+        blocks: In order; a section without any is left out.
+    """
+
+    heading: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole report, drawn from one record.
+
+    Attributes:
+        kicker: What it is, e.g. "CASCADE explanation".
+        title: What came of it, or of what it is.
+        about: How it was measured.
+        sections: In order.
+        provenance: The record's.
+    """
+
+    kicker: str
+    title: str
+    about: str
+    sections: tuple[Section, ...]
+    provenance: Mapping[str, Any]
+
+    def pictures(self) -> tuple[Picture, ...]:
+        """Return every picture, in order: each becomes a file of the run."""
+        return tuple(
+            block
+            for section in self.sections
+            for block in section.blocks
+            if isinstance(block, Picture)
+        )
+
+
+def print_sections(report: Report, console: Console) -> None:
+    """Print a report; pictures are left out.
+
+    Args:
+        report: The report.
+        console: Where to print; its width and encoding are respected.
+    """
+    for line, style in ((report.title, "bold"), (report.about, "dim")):
+        text = Text(printable(line, console), style=style)
+        print_lines(text, console, console.width)
+    for section in report.sections:
+        blocks = [block for block in section.blocks if not isinstance(block, Picture)]
+        if not blocks:
+            continue
+        if section.heading:
+            print_heading(printable(section.heading, console), console)
+        else:
+            console.print()
+        for number, block in enumerate(blocks):
+            if number:
+                console.print()
+            _print(block, console)
+
+
+def _print(block: str | Lead | Pairs | Table, console: Console) -> None:
+    if isinstance(block, Pairs):
+        print_pairs(block.pairs, console)
+    elif isinstance(block, Table):
+        print_lines(Text(printable(block.caption, console), style="dim"), console, console.width)
+        print_table(
+            block.header,
+            block.rows,
+            console,
+            gap=1,
+            text_columns=block.text_columns,
+            active=block.active,
+        )
+    else:
+        text = block.text if isinstance(block, Lead) else block
+        print_lines(Text(printable(text, console)), console, console.width)
+
+
+def html_page(report: Report) -> str:
+    """Return a report as one self-contained HTML page: nothing is loaded, no script runs."""
+    body = [html_head(report.kicker, report.title, report.about)]
+    for section in report.sections:
+        if section.blocks:
+            blocks = "".join(map(_as_html, section.blocks))
+            body.append(html_section(section.heading, blocks) if section.heading else blocks)
+    body.append(html_provenance(report.provenance))
+    return html_document(f"{report.kicker}: {report.title}", body)
+
+
+def _as_html(block: Block) -> str:
+    if isinstance(block, Pairs):
+        return html_pairs(block.pairs)
+    if isinstance(block, Table):
+        return html_table(
+            block.caption,
+            block.header,
+            block.rows,
+            text_columns=block.text_columns,
+            active=block.active,
+        )
+    if isinstance(block, Picture):
+        return html_figure(block.svg, block.caption)
+    if isinstance(block, Lead):
+        return f'<p class="lead {block.mark}">{html.escape(block.text)}</p>\n'
+    return f"<p>{html.escape(block)}</p>\n"
+
+
+def markdown(report: Report, *, level: int = 1, pictures: str = "") -> str:
+    """Return a report as Markdown, without its provenance, to stand in a longer page.
+
+    Args:
+        report: The report.
+        level: Of the report's own heading; sections are one below it.
+        pictures: The folder of the pictures as seen from the page, "" for the page's own.
+    """
+    lines = [f"{'#' * level} {plain(report.title)}", "", f"*{plain(report.about)}*", ""]
+    for section in report.sections:
+        if not section.blocks:
+            continue
+        if section.heading:
+            lines += [f"{'#' * (level + 1)} {plain(section.heading)}", ""]
+        for block in section.blocks:
+            lines += [_as_markdown(block, pictures), ""]
+    return "\n".join(lines)
+
+
+def _as_markdown(block: Block, pictures: str) -> str:
+    if isinstance(block, Pairs):
+        return "\n".join(f"- **{plain(name)}**: {plain(text)}" for name, text in block.pairs)
+    if isinstance(block, Table):
+        first_text = len(block.header) - block.text_columns
+        rule = ["---:" if index < first_text else ":---" for index in range(len(block.header))]
+        rows = (tuple(map(_cell, block.header)), rule, *(map(_cell, row) for row in block.rows))
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return f"{plain(block.caption)}\n\n{table}"
+    if isinstance(block, Picture):
+        place = f"{pictures}/{block.file}" if pictures else block.file
+        caption = plain(block.caption)
+        return f"![{caption}]({place})\n\n*{caption}*"
+    if isinstance(block, Lead):
+        return f"**{plain(block.text)}**"
+    return plain(block)
+
+
+def _cell(text: str) -> str:
+    return _inline(text) or " "
+
+
+def plain(text: str) -> str:
+    """Return plain text that Markdown shows as it is, as a paragraph."""
+    text = _inline(text)
+    # At the start of a line it would be a heading or a list.
+    return f"\\{text}" if text[:1] in ("#", "+", "-") else text
+
+
+def _inline(text: str) -> str:
+    # Pairs of backticks are meant: they name commands, in which nothing is escaped.
+    parts = text.split("`")
+    if len(parts) % 2:
+        parts[::2] = map(_escaped, parts[::2])
+        parts[1::2] = [part.replace("|", "\\|") for part in parts[1::2]]
+        return " ".join("`".join(parts).split())
+    return " ".join(_escaped(text).split())
+
+
+def _escaped(text: str) -> str:
+    for character in "\\`*_[]|":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def table_of(
+    caption: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    text_columns: int = 0,
+    active: Sequence[str] = (),
+) -> Table:
+    """Return a table of whatever sequences its cells come in."""
+    return Table(caption, tuple(header), tuple(map(tuple, rows)), text_columns, tuple(active))

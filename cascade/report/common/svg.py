@@ -1,0 +1,110 @@
+"""How every figure is drawn: colours, style, titles, and SVG that can share a page."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from cascade.report.common.records import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Colours by name, for light and dark surroundings. A plot is drawn in the light ones; the page
+#: swaps each for a CSS variable, so one drawing serves both.
+PALETTE = {
+    "paper": ("#ffffff", "#14181f"),
+    "ink": ("#1c2430", "#e4e8ee"),
+    "muted": ("#5b6675", "#9aa6b5"),
+    "grid": ("#e3e7ec", "#2a323d"),
+    "stable": ("#e6f2ec", "#1b2e29"),
+    "tint": ("#fbf0e9", "#2e231d"),
+    "spread": ("#a9c4ea", "#35558a"),
+    "whisker": ("#8d9bb0", "#76859b"),
+    "mean": ("#1d5bb8", "#7fb0f5"),
+    "active": ("#c2410c", "#fb9a5b"),
+    "empty": ("#1a1626", "#0b0a12"),
+    "control": ("#a3acb8", "#6a7480"),
+    "rule1": ("#1d5bb9", "#7fb0f6"),
+    "rule2": ("#0f7f87", "#45c4cd"),
+    "rule3": ("#c2410d", "#fb9a5c"),
+    "rule4": ("#7c3aab", "#c79bf0"),
+    "rule5": ("#3f7d20", "#8ccb6a"),
+    "rule6": ("#b02a6b", "#f08abc"),
+}
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+
+_DPI = 200
+
+
+@contextmanager
+def plain_style() -> Iterator[None]:
+    """Draw independently of the user's matplotlibrc, and reproducibly."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "svg.hashsalt": "cascade",
+                "svg.fonttype": "none",
+                "font.size": 9.5,
+                "figure.facecolor": LIGHT["paper"],
+                "axes.facecolor": LIGHT["paper"],
+                "axes.edgecolor": LIGHT["muted"],
+                "axes.labelcolor": LIGHT["muted"],
+                "axes.axisbelow": True,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "grid.color": LIGHT["grid"],
+                "text.color": LIGHT["ink"],
+                "xtick.color": LIGHT["muted"],
+                "ytick.color": LIGHT["muted"],
+                "legend.frameon": False,
+            }
+        )
+        yield
+
+
+def title_of(record: Record, subject: str) -> str:
+    """Return `model on corpus: subject`, in characters that every font has."""
+    model, corpus = record["provenance"]["model"], record["provenance"]["corpus"]
+    # A path can be a name: what is longer than this runs out of the figure.
+    names = [
+        name if len(name) <= 40 else f"{name[:37]}..." for name in (model["name"], corpus["name"])
+    ]
+    # A character that the font lacks would warn.
+    return f"{' on '.join(names)}: {subject}".encode("ascii", "replace").decode()
+
+
+def as_svg(figure: Figure, name: str, label: str) -> str:
+    """Write a figure as one `<svg>` element that can share a page with others.
+
+    Every id is renamed to `name-<number>`, in order of appearance: two figures on a page share
+    none, and none depends on a memory address.
+
+    Args:
+        figure: Drawn inside `plain_style`.
+        name: The id of the element.
+        label: What the figure shows, for those who cannot see it.
+    """
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", dpi=_DPI, metadata=no_metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].rstrip() + "\n"
+    numbers: dict[str, str] = {}
+    # "<" and ">" are escaped in texts, so this sees only attributes.
+    for old in re.findall(r'<[^<>]*?\sid="([^"]+)"', svg):
+        numbers.setdefault(old, f"{name}-{len(numbers) + 1}")
+    svg = re.sub(r'(<[^<>]*?\sid=")([^"]+)', lambda m: m[1] + numbers[m[2]], svg)
+    svg = re.sub(r"(url\(#)([^)]+)", lambda m: m[1] + numbers[m[2]], svg)
+    svg = re.sub(r'(href="#)([^"]+)', lambda m: m[1] + numbers[m[2]], svg)
+    # matplotlib's one CSS rule would otherwise style the whole page.
+    svg = svg.replace("*{stroke", f"#{name} *{{stroke")
+    root = f'<svg id="{name}" role="img" aria-label="{html.escape(label)}" '
+    return svg.replace("<svg ", root, 1)

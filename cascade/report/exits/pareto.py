@@ -1,0 +1,278 @@
+"""The trade-off of an evaluation as SVG: what each point loses against what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from cascade.evaluation.verdict import CONTROLS
+from cascade.report.common.records import Record, check_record
+from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SECTIONS = ("provenance", "settings", "full", "points", "auroc", "search", "verdict")
+
+#: Colour and marker of every rule; one that is not here is drawn like the last.
+LOOKS = {
+    "cosine": ("rule1", "o"),
+    "mean_cosine": ("rule2", "p"),
+    "top2_gap": ("rule3", "s"),
+    "max_probability": ("rule4", "^"),
+    "entropy": ("rule5", "v"),
+    "patience": ("rule6", "D"),
+    "": ("ink", "P"),
+}
+_CONTROL_MARKERS = {"fixed": "d", "random": "x", "oracle": "*"}
+#: Beyond this many curves their labels would cover each other; those of the front remain.
+_MAX_LABELS = 12
+#: From this largest perplexity ratio on, the axis is logarithmic.
+_LOGARITHMIC_FROM = 3.0
+
+
+def check_evaluation(record: Record) -> None:
+    """Refuse what is not an evaluation, before anything is shown."""
+    check_record(record, "evaluation", _SECTIONS)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One panel: what is drawn against what, and where the full model lies."""
+
+    axes: Axes
+    cost: str
+    loss: Callable[[Record], float]
+    full_loss: float
+
+    def place(self, row: Record) -> tuple[float, float]:
+        """Return where a point lies."""
+        return float(row[self.cost]), self.loss(row)
+
+
+#: What is lost: perplexity, relative to the full model's, and tokens predicted otherwise; each
+#: with the full model's own.
+_LOSSES: tuple[tuple[Callable[[Record], float], float], ...] = (
+    (lambda row: float(row["perplexity_ratio"]), 1.0),
+    (lambda row: 1 - float(row["agreement"]), 0.0),
+)
+_COSTS = ("flops_ratio", "seconds_ratio")
+
+
+def pareto_svg(record: Record) -> str:
+    """Draw perplexity and differing predictions against operations and time, point by point.
+
+    The full model lies at (1, 1) and (1, 0): lower left is better. Rules differ in colour and
+    marker; controls are grey; the line joins the points that no other point beats.
+
+    Args:
+        record: A saved record of kind `evaluation`.
+
+    Returns:
+        One `<svg>` element, the same bytes for the same record; it stands alone as a file, too.
+
+    Raises:
+        ValueError: The record is of another kind or schema, lacks a section, or holds NaN.
+    """
+    check_evaluation(record)
+    with plain_style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 8.6), layout="constrained")
+        grid = figure.subplots(2, 2, sharex="col", sharey="row")
+        title = title_of(record, "loss against cost, numbers are exit layers")
+        # Without parse_math=False a "$" in a name would start a formula.
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
+        for row, (loss, full_loss) in zip(grid, _LOSSES, strict=True):
+            for axes, cost in zip(row, _COSTS, strict=True):
+                _draw_panel(_Panel(axes, cost, loss, full_loss), record)
+        _name_axes(grid, record)
+        handles, names = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=4)
+        return as_svg(figure, "pareto", _label(record))
+
+
+def _draw_panel(panel: _Panel, record: Record) -> None:
+    panel.axes.grid(linewidth=0.8)
+    panel.axes.margins(0.08)
+    panel.axes.axvline(1, color=LIGHT["muted"], linewidth=0.9, zorder=1)
+    points = [row for row in record["points"] if all(map(math.isfinite, panel.place(row)))]
+    controls = [row for row in points if row["rule"] in CONTROLS]
+    rules = [row for row in points if row["rule"] not in CONTROLS]
+    front = _front(panel, rules)
+    _draw_curves(panel, rules, front)
+    _draw_curves(panel, controls, front)
+    panel.axes.plot(
+        *zip(*front, strict=True),
+        color=LIGHT["ink"],
+        linewidth=1.1,
+        zorder=2,
+        label="no point is better in both",
+    )
+    panel.axes.plot(
+        [1.0],
+        [panel.full_loss],
+        color=LIGHT["ink"],
+        marker="o",
+        markersize=9,
+        markerfacecolor=LIGHT["paper"],
+        markeredgewidth=2,
+        linestyle="none",
+        zorder=5,
+        label="full model",
+    )
+    _ring_verdict(panel, record)
+
+
+def _front(panel: _Panel, rows: Sequence[Record]) -> list[tuple[float, float]]:
+    """Return the places that no other beats in both, from left to right, the full model's too."""
+    return front_of([(1.0, panel.full_loss), *map(panel.place, rows)])
+
+
+def front_of(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the places that no other beats in both, from left to right.
+
+    Args:
+        places: Cost and loss; of both, less is better.
+    """
+    front: list[tuple[float, float]] = []
+    for cost, loss in sorted(places):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
+
+
+def _curves(rows: Sequence[Record]) -> Iterator[tuple[str, int, list[Record]]]:
+    """Yield rule, layer and points, ordered by threshold: what one knob can reach."""
+
+    def key(row: Record) -> tuple[str, int]:
+        return row["rule"], row["exit_layer"]
+
+    ordered = sorted(rows, key=lambda row: (*key(row), row["threshold"]))
+    for (rule, layer), group in groupby(ordered, key=key):
+        yield rule, layer, list(group)
+
+
+def _draw_curves(
+    panel: _Panel, rows: Sequence[Record], front: Sequence[tuple[float, float]]
+) -> None:
+    curves = list(_curves(rows))
+    named: set[str] = set()
+    for number, (rule, layer, points) in enumerate(curves):
+        control = rule in CONTROLS
+        colour, marker = LOOKS.get(rule, LOOKS[""])
+        if control:
+            colour, marker = "control", _CONTROL_MARKERS[rule]
+        places = [panel.place(row) for row in points]
+        panel.axes.plot(
+            *zip(*places, strict=True),
+            color=LIGHT[colour],
+            linewidth=0.7,
+            linestyle="none" if len(places) == 1 else (0, (2, 2)) if control else "-",
+            marker=marker,
+            markersize=7 if rule == "oracle" else 5,
+            zorder=2.5 if control else 3,
+            label="_" if rule in named else f"{rule} (control)" if control else rule,
+        )
+        named.add(rule)
+        end = min(places)
+        crowded = len(curves) > _MAX_LABELS
+        if rule == "fixed" or not (control or (crowded and not set(places) & set(front))):
+            name_curve(panel.axes, layer, end, number, LIGHT["muted" if control else colour])
+
+
+def name_curve(axes: Axes, layer: int, end: tuple[float, float], number: int, colour: str) -> None:
+    """Write a curve's exit layer at its end.
+
+    Args:
+        axes: Where it is drawn.
+        layer: The exit layer.
+        end: Where the curve ends.
+        number: Of the curve: names stand by turns above and below, as ends that lie close would
+            cover each other's.
+        colour: The curve's.
+    """
+    axes.annotate(
+        str(layer),
+        end,
+        xytext=(-4, -3 if number % 2 else 2),
+        textcoords="offset points",
+        ha="right",
+        va="top" if number % 2 else "bottom",
+        fontsize=8.5,
+        color=colour,
+        zorder=4,
+    )
+
+
+def ring(axes: Axes, place: tuple[float, float], name: str) -> None:
+    """Draw a ring around the point that is named."""
+    axes.plot(
+        [place[0]],
+        [place[1]],
+        color="none",
+        marker="o",
+        markersize=13,
+        markeredgecolor=LIGHT["ink"],
+        markeredgewidth=1.2,
+        linestyle="none",
+        zorder=5,
+        label=name,
+    )
+
+
+def _ring_verdict(panel: _Panel, record: Record) -> None:
+    number = record["verdict"]["point"]
+    if number is None or not all(map(math.isfinite, panel.place(record["points"][number]))):
+        return
+    place = panel.place(record["points"][number])
+    ring(panel.axes, place, "use this" if record["verdict"]["use"] else "nearest to paying")
+
+
+def _name_axes(grid: Sequence[Sequence[Axes]], record: Record) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    settings = record["settings"]
+    (perplexity, _), (otherwise, other) = grid
+    perplexity.set_ylabel("perplexity / the full model's")
+    otherwise.set_ylabel("tokens predicted otherwise")
+    otherwise.set_xlabel("operations / the full model's")
+    other.set_xlabel("time / the full model's")
+    ratios = [row["perplexity_ratio"] for row in record["points"]]
+    if max(ratios, default=1.0) > _LOGARITHMIC_FROM:
+        perplexity.set_yscale("log")
+        perplexity.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        perplexity.yaxis.set_minor_formatter("")
+    otherwise.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    wanted = (settings["perplexity_ratio"], 1 - settings["agreement"])
+    for row, most in zip(grid, wanted, strict=True):
+        for axes in row:
+            _draw_target(axes, most)
+
+
+def _draw_target(axes: Axes, most: float) -> None:
+    """Shade where a point is good enough and cheaper than the full model."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    axes.fill_between(
+        [left, 1.0],
+        low,
+        most,
+        color=LIGHT["stable"],
+        linewidth=0,
+        zorder=0,
+        label="wanted: good enough, and cheaper",
+    )
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, max(high, most))
+
+
+def _label(record: Record) -> str:
+    rules = ", ".join(dict.fromkeys(row["rule"] for row in record["points"])) or "none"
+    return (
+        "Four scatter plots: perplexity and share of tokens predicted otherwise, against "
+        f"operations and time, relative to the full model. Rules: {rules}. "
+        f"{record['verdict']['headline']}"
+    )

@@ -1,0 +1,356 @@
+"""The search for an exit layer: the choice, every layer and rule, certificates, the frontier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from cascade.report.common.exit_wording import (
+    between,
+    corpus_words,
+    few_pairs,
+    head_words,
+    heads_pairs,
+    propagation_words,
+    ratio,
+    share,
+    show_threshold,
+)
+from cascade.report.common.records import Record, check_record, headline
+from cascade.report.common.sections import Block, Lead, Pairs, Picture, Report, Section, table_of
+from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
+from cascade.report.exits.pareto import LOOKS, front_of, name_curve, ring
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SECTIONS = ("provenance", "settings", "sources", "full", "points", "pairs", "verdict")
+FRONTIER = "exit-search-frontier.svg"
+
+#: How a point's outcome is told in a column.
+_KEPT = {"beyond doubt": "sure", "kept": "yes", "lost": "no"}
+_MARK = " *"
+#: Beyond this many curves their labels would cover each other.
+_MAX_LABELS = 16
+
+
+def exit_search_report(record: Record) -> Report:
+    """Return the report of a search for an exit layer.
+
+    Args:
+        record: A saved record of kind `exit-search`.
+
+    Raises:
+        ValueError: The record is of another kind or schema, lacks a section, or holds NaN.
+    """
+    check_record(record, "exit-search", (*_SECTIONS, "nothing", "certificate"))
+    verdict = record["verdict"]
+    model, _, run = headline(record)
+    return Report(
+        kicker="CASCADE search for an exit layer",
+        title=model[1],
+        about=f"{share(record['settings']['agreement'])} agreement wanted; {run[1]}",
+        sections=(
+            Section(
+                "",
+                (
+                    Lead(verdict["headline"], "pass" if verdict["exit"] else "open"),
+                    *verdict["also"],
+                ),
+            ),
+            Section("What was measured", (Pairs(tuple(_measured(record))),)),
+            Section("Every layer and rule", tuple(_tables(record))),
+            Section("What is certified", (_certificate(record),)),
+            Section("The frontier", tuple(_pictures(record))),
+            Section("Notes", (Pairs(tuple(_notes(record))),)),
+        ),
+        provenance=record["provenance"],
+    )
+
+
+def _measured(record: Record) -> list[tuple[str, str]]:
+    provenance = record["provenance"]
+    pairs = [
+        ("Fitted on", corpus_words(provenance["fitted_on"])),
+        ("Confirmed on", corpus_words(provenance["corpus"])),
+        *heads_pairs(record),
+        ("Full model", f"perplexity {record['full']['perplexity']:.2f}"),
+        *few_pairs(provenance["corpus"]),
+    ]
+    pairs += [("From the record", source["words"]) for source in record["sources"]]
+    because = record["settings"]["computes_every_token_because"]
+    if because is not None:
+        pairs.append(("No skipping", f"every layer computed every token here: {because}"))
+    return pairs
+
+
+# --- The tables ------------------------------------------------------------------------------
+
+_HEADER = ("layer", "exits", "fit", "agree", "interval", "FLOPs", "time", "risk", "kept", "rule")
+
+
+def _tables(record: Record) -> Iterator[Block]:
+    """Yield one table for every head and propagation, then what lets nothing leave."""
+
+    def key(pair: Record) -> tuple[int, str, str]:
+        return pair["source"], pair["head"], pair["propagation"]
+
+    pairs = sorted(record["pairs"], key=lambda pair: (key(pair), pair["exit_layer"], pair["rule"]))
+    for (_, head, propagation), group in groupby(pairs, key=key):
+        rows = [row for pair in group for row in _rows(record, pair)]
+        if rows:
+            yield table_of(
+                f"Head: {head_words(head)}. Propagation: {propagation_words(propagation)}. Of every"
+                " layer and rule the boldest threshold that was fitted and, where that is another, "
+                "the boldest that kept the agreement, and that kept it beyond doubt.",
+                _HEADER,
+                rows,
+                text_columns=2,
+            )
+    for row in record["nothing"]:
+        yield (
+            f"Layer {row['exit_layer']}, {row['rule']} ({row['head']}, {row['propagation']}): "
+            f"{row['why']}."
+        )
+
+
+def _rows(record: Record, pair: Record) -> list[list[str]]:
+    numbers = (pair["fitted"], pair["kept"], pair["beyond_doubt"])
+    shown = dict.fromkeys(number for number in numbers if number is not None)
+    return [_cells(record["points"][number], number == record["best"]) for number in shown]
+
+
+def _cells(row: Record, best: bool) -> list[str]:
+    on_table = row["confirmed_by"] == "table"
+    return [
+        str(row["exit_layer"]),
+        share(row["exit_share"]),
+        share(row["fit_agreement"]),
+        share(row["agreement"]),
+        between(row["agreement_interval"], lambda value: f"{100 * value:.1f}", "-"),
+        ratio(row["flops_ratio"]),
+        ratio(row["seconds_ratio"], 2),
+        share(row["risk_bound"]),
+        f"{_KEPT[row['outcome']]}{'?' if on_table else ''}",
+        f"{row['rule']} {show_threshold(row['threshold'], 4)}{_MARK if best else ''}",
+    ]
+
+
+def _certificate(record: Record) -> str:
+    found, settings = record["certificate"], record["settings"]
+    if settings["risk"] is None:
+        return "No risk was asked for, and the wanted agreement leaves none to certify."
+    risk, sure = share(settings["risk"]), f"{settings['confidence']:g}"
+    if not found["tested"]:
+        return f"No threshold was run that could be certified for a risk of {risk}."
+    tested = (
+        f"{found['tested']} thresholds, chosen without these sequences, were tested on "
+        f"{found['sequences']:,} of them for a risk of {risk}, all together at confidence {sure}"
+    )
+    if found["best"] is not None:
+        row = record["points"][found["best"]]
+        return (
+            f"{tested}. Certified: {len(found['certified'])}; the cheapest of them is layer "
+            f"{row['exit_layer']}, {row['rule']} >= {show_threshold(row['threshold'], 4)} "
+            f"({share(1 - row['agreement'])} of these tokens differed; at "
+            f"{ratio(row['flops_ratio'])} x the operations)."
+        )
+    if found["sequences"] < found["sequences_needed"]:
+        return (
+            f"{tested}. None can be: even without any loss it takes "
+            f"{found['sequences_needed']:,} sequences. Take a larger corpus, or a larger --risk."
+        )
+    return f"{tested}. None is: too many tokens differed at each of them."
+
+
+# --- The picture -----------------------------------------------------------------------------
+
+
+def _pictures(record: Record) -> Iterator[Block]:
+    if not record["points"]:
+        yield "No point was measured, so there is nothing to draw: no layer and rule lets any go."
+        return
+    yield Picture(
+        FRONTIER,
+        frontier_svg(record),
+        "What is kept against what it costs; upper left is better. Each line is one rule at one "
+        "exit layer (the number) over its thresholds; hollow marks were not run and come from the "
+        "table alone. The dark line joins the points that no other point beats in both, the full "
+        "model's at the right among them.",
+    )
+
+
+def frontier_svg(record: Record) -> str:
+    """Draw agreement against operations and time, point by point, with the frontier.
+
+    Args:
+        record: A saved record of kind `exit-search` with at least one point.
+
+    Returns:
+        One `<svg>` element, the same bytes for the same record.
+    """
+    with plain_style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 5.4), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        title = title_of(record, "agreement against cost")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
+        for axes, cost, name in (
+            (left, "flops_ratio", "operations / the full model's"),
+            (right, "seconds_ratio", "time / the full model's"),
+        ):
+            _draw_panel(axes, record, cost)
+            axes.set_xlabel(name)
+        left.set_ylabel("tokens predicted as by the full model")
+        handles, names = left.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=4)
+        return as_svg(figure, "exit-search-frontier", _label(record))
+
+
+def _draw_panel(axes: Axes, record: Record, cost: str) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axes.grid(linewidth=0.8)
+    axes.margins(0.08)
+    axes.axvline(1, color=LIGHT["muted"], linewidth=0.9, zorder=1)
+    rows = [row for row in record["points"] if row[cost] is not None]
+    _draw_curves(axes, record, rows, cost)
+    run = [row for row in rows if row["confirmed_by"] != "table"]
+    front = front_of([(1.0, 0.0), *((row[cost], 1 - row["agreement"]) for row in run)])
+    axes.plot(
+        [place for place, _ in front],
+        [1 - loss for _, loss in front],
+        color=LIGHT["ink"],
+        linewidth=1.1,
+        zorder=2,
+        label="frontier: no point is better in both",
+    )
+    axes.plot(
+        [1.0],
+        [1.0],
+        color=LIGHT["ink"],
+        marker="o",
+        markersize=9,
+        markerfacecolor=LIGHT["paper"],
+        markeredgewidth=2,
+        linestyle="none",
+        zorder=5,
+        label="full model",
+    )
+    _ring(axes, record, cost)
+    _draw_wanted(axes, record["settings"]["agreement"])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+
+
+def _draw_curves(axes: Axes, record: Record, rows: Sequence[Record], cost: str) -> None:
+    def key(row: Record) -> tuple[Any, ...]:
+        return row["source"], row["head"], row["propagation"], row["rule"], row["exit_layer"]
+
+    ordered = sorted(rows, key=lambda row: (*key(row), row["threshold"]))
+    groups = [(pair, list(group)) for pair, group in groupby(ordered, key=key)]
+    several = len({pair[:3] for pair, _ in groups}) > 1
+    sources = sorted({pair[0] for pair, _ in groups})
+    named: set[str] = set()
+    for number, ((source, head, _, rule, layer), points) in enumerate(groups):
+        colour, marker = LOOKS.get(rule, LOOKS[""])
+        name = f"{rule}, {head}" if several else rule
+        places = [(row[cost], row["agreement"]) for row in points]
+        axes.plot(
+            *zip(*places, strict=True),
+            color=LIGHT[colour],
+            linewidth=0.8,
+            linestyle="-" if source == sources[0] else (0, (4, 2)),
+            zorder=3,
+        )
+        for row in points:
+            hollow = row["confirmed_by"] == "table"
+            axes.plot(
+                [row[cost]],
+                [row["agreement"]],
+                color=LIGHT[colour],
+                linestyle="none",
+                marker=marker,
+                markersize=5,
+                markerfacecolor=LIGHT["paper" if hollow else colour],
+                zorder=3,
+                label="_" if name in named else name,
+            )
+            named.add(name)
+        if len(groups) <= _MAX_LABELS:
+            name_curve(axes, layer, places[0], number, LIGHT[colour])
+
+
+def _ring(axes: Axes, record: Record, cost: str) -> None:
+    best = record["best"]
+    number = record["nearest"] if best is None else best
+    if number is None or record["points"][number][cost] is None:
+        return
+    row = record["points"][number]
+    name = "nearest to the wanted agreement" if best is None else "cheapest that keeps it"
+    ring(axes, (row[cost], row["agreement"]), name)
+
+
+def _draw_wanted(axes: Axes, agreement: float) -> None:
+    """Draw the wanted agreement, and shade where a point keeps it and is cheaper."""
+    axes.axhline(agreement, color=LIGHT["active"], linewidth=1, zorder=1, label="wanted agreement")
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    axes.fill_between(
+        [left, 1.0],
+        agreement,
+        high,
+        color=LIGHT["stable"],
+        linewidth=0,
+        zorder=0,
+        label="wanted: keeps it, and cheaper",
+    )
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, high)
+
+
+def _label(record: Record) -> str:
+    rules = ", ".join(dict.fromkeys(row["rule"] for row in record["points"]))
+    return (
+        "Two scatter plots: the share of tokens predicted as by the full model, against operations "
+        f"and time relative to the full model's. Rules: {rules}. {record['verdict']['headline']}"
+    )
+
+
+# --- Notes -----------------------------------------------------------------------------------
+
+
+def _notes(record: Record) -> list[tuple[str, str]]:
+    settings, certificate = record["settings"], record["certificate"]
+    notes = [
+        ("exits", "share of the confirming tokens that leave; the others go on to the last layer"),
+        (
+            "fit",
+            "share of all tokens to fit on whose prediction is the full model's; a dash: not "
+            "recorded, but no less than wanted",
+        ),
+        ("agree", "the same of the tokens to confirm on, which had no part in the fit"),
+        ("interval", f"of that, in %; {settings['interval']}"),
+        ("FLOPs, time", f"relative to the full model's; {settings['seconds']}"),
+        (
+            "risk",
+            "with confidence "
+            f"{settings['confidence']:g} no more tokens than this differ from the full model's on "
+            "sequences like these, for all thresholds together (Hoeffding's bound; each of the "
+            f"{certificate['tested']} gets an equal part of the error)",
+        ),
+        (
+            "kept",
+            "yes: the agreement on the sequences to confirm on is no less than wanted; sure: so is "
+            "its whole interval; no: it is less. A question mark: not run, but read off the table, "
+            "where every token that stays counts as predicted alike",
+        ),
+        (
+            "not judged",
+            "whether leaving at random would do as well: cascade evaluate judges a point against "
+            "that",
+        ),
+    ]
+    if record["best"] is not None:
+        notes.append(("*", "the cheapest that keeps the agreement"))
+    return notes

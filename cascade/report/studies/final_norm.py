@@ -1,0 +1,220 @@
+"""The final norm in words: what it does to the last layer's similarity, and by which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cascade.report.common.records import Record, check_record
+from cascade.report.common.sections import Lead, Picture, Report, Section, Table, table_of
+from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
+
+_SECTIONS = ("provenance", "settings", "norm", "weights", "similarities", "dimensions", "levelled")
+
+#: The pictures that the report may have.
+PICTURES = ("final-norm.svg",)
+
+_WORDS = {
+    "residual": "both on the residual stream",
+    "behind": "the output behind the norm, the input before it (the usual mistake)",
+    "both_behind": "both behind the norm",
+    "equal_weights": "the output behind a norm with equal weights and no bias",
+    "without_bias": "the output behind the norm without its bias",
+}
+
+
+def final_norm_report(record: Record) -> Report:
+    """Return the report of a final norm.
+
+    Args:
+        record: A saved record of kind `final-norm`.
+
+    Raises:
+        ValueError: The record is of another kind or schema, or lacks a section.
+    """
+    check_record(record, "final-norm", _SECTIONS)
+    settings = record["settings"]
+    model, corpus = record["provenance"]["model"], record["provenance"]["corpus"]
+    layer = settings["layer"]
+    return Report(
+        kicker="CASCADE final norm",
+        title=f"Layer {layer} of {model.get('name') or model['family']} behind its final norm",
+        about=(
+            f"{corpus['name']}: {settings['sequences']:,} sequences x {corpus['seq_len']:,} tokens "
+            f"measured, {settings['pilot_sequences']:,} others to order the weights; "
+            f"{model['dtype']} on {model['device']}"
+        ),
+        sections=(
+            Section("", (Lead(_verdict(record), "pass"),)),
+            Section("Similarity of the last layer", (_similarities(record),)),
+            Section("By which weights", _weights(record)),
+        ),
+        provenance=record["provenance"],
+    )
+
+
+def _means(record: Record) -> dict[str, float]:
+    return {row["between"]: row["mean"] for row in record["similarities"]}
+
+
+def _verdict(record: Record) -> str:
+    means, layer = _means(record), record["settings"]["layer"]
+    text = (
+        f"Layer {layer}'s similarity is {means['residual']:.3f} on the residual stream and "
+        f"{means['behind']:.3f} where only its output is taken behind the final norm; behind the "
+        f"norm on both sides it is {means['both_behind']:.3f}."
+    )
+    enough = _enough(record)
+    if enough is None:
+        return f"{text} No few weights explain the difference."
+    dims = [row["dimension"] for row in record["dimensions"][: enough["weights"]]]
+    if enough["weights"] == 1:
+        first = record["dimensions"][0]
+        sign = ", which is negative," if first["weight"] < 0 else ""
+        which = f"A single weight, {first['weight']:.2f} in dimension {first['dimension']}{sign}"
+        verb, them = "explains", "it"
+    elif len(dims) <= 5:
+        which = f"The weights of the dimensions {', '.join(map(str, dims))}"
+        verb, them = "explain", "them"
+    else:
+        which, verb, them = f"{enough['weights']} weights", "explain", "them"
+    return (
+        f"{text} {which} {verb} {100 * enough['explained']:.0f} % of the difference: with {them} "
+        f"set to the median weight of {record['weights']['median']:.2f} it is "
+        f"{enough['similarity']:.3f}."
+    )
+
+
+def _enough(record: Record) -> Record | None:
+    """Return the fewest weights that explain most of the difference; None where none do."""
+    for row in record["levelled"]:
+        if row["explained"] is not None and row["explained"] >= 0.8:
+            found: Record = row
+            return found
+    return None
+
+
+def _interval(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def _similarities(record: Record) -> Table:
+    shown = [
+        row
+        for row in record["similarities"]
+        if row["between"] != "without_bias" or record["norm"]["has_bias"]
+    ]
+    centred = record["norm"]["subtracts_mean"]
+    # A norm that only divides by the size leaves every angle as it is.
+    shown = [row for row in shown if row["between"] != "equal_weights" or centred]
+    return table_of(
+        f"Mean similarity of layer {record['settings']['layer']}'s input and output, by where the "
+        "two are taken.",
+        ("mean", "95 % interval", "input and output"),
+        [
+            [f"{row['mean']:.3f}", _interval(row["interval"]), _WORDS[row["between"]]]
+            for row in shown
+        ],
+        text_columns=1,
+    )
+
+
+def _weights(record: Record) -> tuple[str | Table | Picture, ...]:
+    spread = record["weights"]
+    words = (
+        f"The norm has {spread['dimensions']:,} weights from {spread['smallest']:.2f} to "
+        f"{spread['largest']:.2f}, their median is {spread['median']:.2f}, {spread['negative']:,} "
+        "are negative."
+    )
+    dims = table_of(
+        "The dimensions in which the norm takes most away: the weight, the dimension's share of "
+        "the output's energy (first tokens left out), and what it adds to the similarity before "
+        "and behind the norm.",
+        ("dimension", "weight", "energy", "before", "behind"),
+        [
+            [
+                str(row["dimension"]),
+                f"{row['weight']:.3f}",
+                f"{100 * row['energy']:.1f} %",
+                f"{row['before']:.4f}",
+                f"{row['behind']:.4f}",
+            ]
+            for row in record["dimensions"]
+        ],
+    )
+    levelled = table_of(
+        "The first weights of that order set to the median, all others as they are; and the other "
+        "way round, all others set to the median.",
+        ("weights", "similarity", "explains", "alone", "explain alone"),
+        [
+            [
+                f"{row['weights']:,}",
+                f"{row['similarity']:.3f}",
+                _percent(row["explained"]),
+                f"{row['alone']:.3f}",
+                _percent(row["explained_alone"]),
+            ]
+            for row in record["levelled"]
+        ],
+    )
+    picture = Picture(
+        "final-norm.svg",
+        final_norm_svg(record),
+        "The similarity of the last layer with the first weights set to the median. Dashed: on the "
+        "residual stream, and with the output behind the norm as it is.",
+    )
+    return (words, dims, levelled, picture)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def final_norm_svg(record: Record) -> str:
+    """Draw the similarity against the number of levelled weights.
+
+    Args:
+        record: A saved record of kind `final-norm`.
+    """
+    from matplotlib.figure import Figure
+
+    means = _means(record)
+    with plain_style():
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        title = title_of(record, f"layer {record['settings']['layer']} and the final norm")
+        axes.set_title(title, loc="left", pad=14, fontsize=11, parse_math=False)
+        rows = record["levelled"]
+        places = range(1, len(rows) + 1)
+        axes.plot(
+            [0, *places],
+            [means["behind"], *(row["similarity"] for row in rows)],
+            color=LIGHT["active"],
+            marker="o",
+            markersize=4,
+            label="these weights set to the median",
+        )
+        axes.plot(
+            [0, *places],
+            [means["residual"], *(row["alone"] for row in rows)],
+            color=LIGHT["mean"],
+            marker="s",
+            markersize=4,
+            label="all others set to the median",
+        )
+        for name, words in (("residual", "residual stream"), ("behind", "behind the norm")):
+            axes.axhline(means[name], color=LIGHT["muted"], linestyle=(0, (4, 3)), linewidth=1)
+            axes.annotate(
+                f"{words}: {means[name]:.3f}",
+                (len(rows), means[name]),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="right",
+                color=LIGHT["muted"],
+                fontsize=8.5,
+            )
+        axes.set_xticks([0, *places], ["none", *(f"{row['weights']:,}" for row in rows)])
+        axes.set_xlabel("how many weights, those that take most away first")
+        axes.set_ylabel("mean similarity")
+        axes.grid(axis="y")
+        figure.legend(loc="outside lower center", ncols=2)
+        return as_svg(figure, "final-norm", "Line chart: similarity against levelled weights.")

@@ -1,0 +1,1 @@
+"""Saturation profiles. Imports core, stats, models and corpora."""

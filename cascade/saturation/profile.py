@@ -1,0 +1,183 @@
+"""Saturation: the similarity of every decoder layer's input and output, per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade.core.arrays import Array
+from cascade.core.errors import ModelError
+from cascade.core.provenance import provenance_of
+from cascade.corpora.blocks import TokenBlocks, check_blocks
+from cascade.models.stack import DecoderStack
+from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
+from cascade.stats.cosine import cosine_of, norm, widened
+from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
+
+#: The hard ratios of the seed's table of thresholds.
+HARD_RATIOS = (0.3, 0.5, 0.7)
+
+
+#: The sequences' shares count tokens against the quantiles of this many first sequences: fixed
+#: before the pass goes on, whatever the batch size, so that one pass is enough.
+_PILOT_SEQUENCES = 16
+
+
+@dataclass(frozen=True)
+class SaturationProfile:
+    """Similarity statistics of every layer, with where they come from.
+
+    Attributes:
+        statistics: One row per layer label.
+        sequence_fingerprints: `[S]`, which sequences were seen.
+        provenance: Model, corpus, machine, versions and command.
+        noise: How far arithmetic alone moves a sequence (see `cascade.gate.noise`), where measured.
+    """
+
+    statistics: SimilarityStatistics
+    sequence_fingerprints: Array
+    provenance: dict[str, Any]
+    noise: dict[str, Any] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what `profile.json` holds: provenance, the table, structure and thresholds."""
+        labels = self.statistics.layers
+        structure = find_structure(labels, [float(mean) for mean in self.statistics.mean()])
+        return {
+            "schema": 2,
+            "kind": "saturation",
+            "provenance": self.provenance,
+            "noise": self.noise,
+            "layers": self.statistics.table(),
+            "structure": structure,
+            "thresholds": self._thresholds(structure),
+        }
+
+    def _thresholds(self, structure: dict[str, Any]) -> dict[str, Any]:
+        num_layers = self.provenance["model"]["num_layers"]
+        layer = suggested_exit_layer(structure, num_layers)
+        row = self.statistics.layers.index(str(layer))
+        return {
+            "exit_layer": str(layer),
+            "by_hard_ratio": [
+                {
+                    "hard_ratio": ratio,
+                    "threshold": round(float(self.statistics.quantile(ratio)[row]), 6),
+                }
+                for ratio in HARD_RATIOS
+            ],
+        }
+
+    def arrays(self) -> dict[str, Array]:
+        """Return what `profile.npz` holds: the statistics' whole state, sequence by sequence."""
+        return self.statistics.arrays() | {"sequence_fingerprint": self.sequence_fingerprints}
+
+
+class _Similarity:
+    """Takes in a hidden history entry by entry and keeps only each layer's similarity."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+        self._hidden: Tensor | None = None
+        self._norm: Tensor | None = None
+        self._before: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, entry: int, hidden: Tensor) -> None:
+        # Each entry's norm serves twice: as a layer's output, then as the next one's input.
+        current = widened(hidden)
+        size = norm(current)
+        if self._hidden is not None and self._norm is not None:
+            self.rows.append(cosine_of(self._hidden, self._norm, current, size))
+            self._before = (self._hidden, self._norm)
+        self._hidden, self._norm = current, size
+
+    def finish(self, normed: Tensor | None) -> Tensor:
+        """Return `[L, B, T]`, the row `N+norm` last: the last layer's input to the normed state."""
+        if normed is not None and self._before is not None:
+            final = widened(normed)
+            size = norm(final)
+            self.rows.append(cosine_of(*self._before, final, size))
+        return torch.stack(self.rows)
+
+
+def similarities(stack: DecoderStack, ids: Tensor) -> Tensor:
+    """Return every layer's similarity for every token, `[L, B, T]` in fp32.
+
+    Args:
+        stack: The model.
+        ids: `[B, T]` token ids on the model's device.
+    """
+    similarity = _Similarity()
+    return similarity.finish(stack.visit(ids, similarity))
+
+
+def analyze(
+    stack: DecoderStack,
+    blocks: TokenBlocks,
+    *,
+    batch_size: int = 32,
+    edges: Array | None = None,
+    command: str | None = None,
+    progress: Callable[[int], None] | None = None,
+    sink: Callable[[Array, Array], None] | None = None,
+) -> SaturationProfile:
+    """Measure the saturation of every layer over a corpus, in one pass.
+
+    Memory beyond the model and one batch does not grow with the number of tokens.
+
+    Args:
+        stack: The model.
+        blocks: The corpus.
+        batch_size: Sequences per forward pass.
+        edges: `[L, 3]` bin edges for the sequences' shares, those of the baseline to compare
+            with; taken from the first sequences where not given.
+        command: What the user ran, for the provenance.
+        progress: Called with the number of tokens done since the last call.
+        sink: Called with every batch's similarities `[L, B, T]` and sequence numbers `[B]`.
+
+    Raises:
+        CorpusError: Sequences beyond the model's positions, or tokens beyond its vocabulary.
+        ModelError: A layer's output is NaN (names the layer).
+    """
+    check_blocks(stack, blocks, batch_size)
+    labels = stack.layer_labels
+    statistics = None if edges is None else SimilarityStatistics(labels, edges)
+    waiting: list[tuple[Array, Array]] = []
+    for ids, numbers in blocks.batches(batch_size):
+        tensor = torch.from_numpy(ids.astype(np.int64)).to(stack.device)
+        values = similarities(stack, tensor).cpu().numpy()
+        _check_finite(values, labels)
+        if sink is not None:
+            sink(values, numbers)
+        waiting.append((values, numbers))
+        pilot = min(_PILOT_SEQUENCES, len(blocks.ids))
+        if statistics is None and sum(len(seen) for _, seen in waiting) >= pilot:
+            first = np.concatenate([part for part, _ in waiting], axis=1)[:, :pilot]
+            statistics = SimilarityStatistics(
+                labels, quantile_edges(first.reshape(len(labels), -1))
+            )
+        if statistics is not None:
+            for part, seen in waiting:
+                statistics.update(part, seen)
+            waiting.clear()
+        if progress is not None:
+            progress(ids.size)
+    assert statistics is not None  # load_blocks gives at least one sequence
+    return SaturationProfile(
+        statistics, blocks.sequence_fingerprints(), provenance_of(stack, blocks, command)
+    )
+
+
+def _check_finite(values: Array, labels: Sequence[str]) -> None:
+    wrong = ~np.isfinite(values).all(axis=(1, 2))
+    if wrong.any():
+        label = labels[int(np.argmax(wrong))]
+        raise ModelError(
+            f"layer {label} is the first to give NaN or infinite hidden states; "
+            "use a wider --dtype, or get the checkpoint again"
+        )

@@ -1,0 +1,136 @@
+"""The seed's `cos_sim_data.npz`: one similarity per token and layer, written as they come."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade.core.errors import OutputError, os_reason
+from cascade.core.files import atomic_path, make_folder, remove_empty
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Refuse an existing file before any work is done.
+
+    Raises:
+        OutputError: `path` exists and `overwrite` is false, or it is a folder.
+    """
+    # os.path answers for any string, where Path raises for an overlong name.
+    if os.path.isdir(path):
+        raise OutputError(f"{path} is a folder, expected a file name for --npz")
+    if os.path.exists(path) and not overwrite:
+        raise OutputError(f"{path} exists: choose another --npz, or replace it with --overwrite")
+
+
+class SimilarityArchive:
+    """Collects similarities on disk, not in memory, and packs them into one `.npz`.
+
+    Entries: `layer_1` ... `layer_N`, float32, one value per token; `layer_N` as the seed had it,
+    that is, to the *normed* last state where the model has a final norm; `layer_N_residual`
+    besides; `metadata`, the provenance as JSON text.
+
+    Args:
+        path: The `.npz` to write.
+        labels: The rows' labels, "1".."N" and perhaps "N+norm".
+        overwrite: Replace an existing file.
+
+    Raises:
+        OutputError: The file exists and `overwrite` is false, or cannot be written.
+    """
+
+    def __init__(self, path: Path, labels: Sequence[str], *, overwrite: bool = False) -> None:
+        check_free(path, overwrite=overwrite)
+        self.path = path
+        self.names = _entry_names(labels)
+        self._tokens = 0
+        self._made: list[Path] = []
+        self._folder: Path | None = None
+        self._files: list[IO[bytes]] = []
+        try:
+            self._made = make_folder(path.parent)
+            self._folder = Path(tempfile.mkdtemp(prefix=".cascade-", dir=path.parent))
+            for row in range(len(labels)):
+                self._files.append((self._folder / str(row)).open("w+b"))
+        except OSError as error:
+            self._remove()
+            raise OutputError(
+                f"cannot write {path}: {os_reason(error)}; choose an --npz you can write to"
+            ) from error
+
+    def __enter__(self) -> SimilarityArchive:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the working files, and folders made for an archive that was never saved."""
+        self._remove()
+
+    def _remove(self) -> None:
+        for file in self._files:
+            # Closing flushes, which a full disk fails once more: the folder goes anyway.
+            try:
+                file.close()
+            except OSError:
+                continue
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        remove_empty(self._made)
+
+    def add(self, similarity: npt.NDArray[Any], sequences: npt.NDArray[Any]) -> None:
+        """Add one batch, `[L, B, T]`, in corpus order (the `sink` of `saturation.analyze`).
+
+        Raises:
+            OutputError: The disk is full.
+        """
+        self._tokens += similarity[0].size
+        try:
+            for file, values in zip(self._files, similarity, strict=True):
+                file.write(np.ascontiguousarray(values, dtype="<f4").tobytes())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path}: {os_reason(error)}; free some space"
+            ) from error
+
+    def save(self, provenance: dict[str, Any]) -> None:
+        """Pack everything into the `.npz`, whole or not at all.
+
+        Raises:
+            OutputError: The disk is full.
+        """
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self._tokens,)}
+        with atomic_path(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            for row, names in self.names.items():
+                for name in names:
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        np.lib.format.write_array_header_1_0(entry, header)
+                        self._files[row].seek(0, os.SEEK_SET)
+                        shutil.copyfileobj(self._files[row], entry)
+            with archive.open("metadata.npy", "w") as entry:
+                np.lib.format.write_array(entry, np.array(json.dumps(provenance)))
+
+
+def _entry_names(labels: Sequence[str]) -> dict[int, list[str]]:
+    """Return which entries each row fills; without a final norm the last row fills two."""
+    last = len(labels) - 1
+    normed = labels[last].endswith("+norm")
+    depth = len(labels) - normed
+    names = {row: [f"layer_{row + 1}"] for row in range(depth)}
+    if normed:
+        names[depth - 1] = []
+    names[last] = [f"layer_{depth}"]
+    names[depth - 1] = [*names[depth - 1], f"layer_{depth}_residual"]
+    return names

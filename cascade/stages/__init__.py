@@ -1,0 +1,1 @@
+"""Stages for hard tokens: datasets, training, cascades and their evaluation."""

@@ -1,0 +1,73 @@
+"""The options of training a stage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from cascade.core.arguments import check_seed
+from cascade.core.errors import UsageError
+from cascade.stages.stage import STARTS, Start
+
+#: Which tokens a stage is trained on: the hard ones, all, or as many drawn at random (controls).
+Routing = Literal["hard", "all", "random"]
+ROUTINGS = ("hard", "all", "random")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train a stage.
+
+    Attributes:
+        additional_layers: The stage's layers.
+        start: From copies of the model's last layers, or fresh ones.
+        own_head: Whether the stage trains an LM head of its own.
+        routing: Which tokens it learns from and is chosen by.
+        epochs: Passes over the training part.
+        learning_rate: AdamW's at its highest; it rises over a twentieth of the steps and falls to 0
+            along a half cosine.
+        batch_size: Sequences per step.
+        patience: Stop after so many looks at the held-out part without a better one; None: never.
+        looks: How often per epoch the held-out part is looked at.
+        weight_decay: AdamW's.
+        clipping: The largest norm of a step's gradient.
+        seed: Of fresh weights, of the order, and of the random routing.
+    """
+
+    additional_layers: int = 2
+    start: Start = "copies"
+    own_head: bool = False
+    routing: Routing = "hard"
+    epochs: float = 2.0
+    learning_rate: float = 3e-4
+    batch_size: int = 8
+    patience: int | None = 3
+    looks: int = 2
+    weight_decay: float = 0.0
+    clipping: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            UsageError: Says what was expected.
+        """
+        check_seed(self.seed)
+        if self.start not in STARTS:
+            raise UsageError(f"expected a start among {', '.join(STARTS)}, got {self.start!r}")
+        if self.routing not in ROUTINGS:
+            raise UsageError(f"expected a routing among {', '.join(ROUTINGS)}, got {self.routing}")
+        for name, value, low in (
+            ("epochs", self.epochs, 0),
+            ("learning_rate", self.learning_rate, 0),
+            ("clipping", self.clipping, 0),
+            ("batch_size", self.batch_size, 0),
+            ("looks", self.looks, 0),
+            ("patience", 1 if self.patience is None else self.patience, 0),
+        ):
+            if not low < value < math.inf:
+                raise UsageError(f"expected {name} above {low}, got {value}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"expected weight_decay of 0 or more, got {self.weight_decay}")

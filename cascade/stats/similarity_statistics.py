@@ -1,0 +1,351 @@
+"""Mergeable similarity statistics: one pass over everything equals any split, to the last bit.
+
+Per layer: count, sums, minimum, maximum, exact counters, and a histogram uniform in angle. Per
+sequence and layer: one small row, because tokens of one sequence are correlated and sequences,
+not tokens, are the unit of every interval. Memory does not grow with the number of tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade.core.arrays import Array
+
+#: Histogram bins, uniform in angle over [0, pi]: similarities 0 and 0.5 fall on edges, and near 1,
+#: where saturated layers have all of their mass, a bin is narrower than 1e-4 (from 0.981 on).
+BINS = 6144
+
+
+#: The quantiles that each sequence's row counts tokens against.
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+#: Sums are kept as integers in units of 2**-40, so that addition is exact and order cannot matter.
+_UNIT = 1 << 40
+
+
+class EmptyStatisticsError(ValueError):
+    """A statistic was asked of zero tokens."""
+
+
+def bin_index(similarity: Array) -> npt.NDArray[np.int64]:
+    """Return the angle bin of each similarity; bin k holds angles [k, k+1) * pi / BINS.
+
+    Args:
+        similarity: Values in [-1, 1], any shape.
+    """
+    angle = np.arccos(similarity.astype(np.float64))
+    # 1e-9 of a bin: arccos(0.5) * BINS / pi must reach 2048 whichever way it was rounded.
+    index = np.floor(angle * (BINS / np.pi) + 1e-9).astype(np.int64)
+    return np.minimum(index, BINS - 1)
+
+
+def bin_edge(index: Array | float) -> Array:
+    """Return the similarity at the upper edge of bin `index`: cos(index * pi / BINS)."""
+    edge: Array = np.cos(np.asarray(index, dtype=np.float64) * (np.pi / BINS))
+    return edge
+
+
+def quantile_edges(similarity: Array) -> npt.NDArray[np.int64]:
+    """Return the bin edges nearest to each layer's QUANTILES.
+
+    Args:
+        similarity: A sample, `[L, tokens]`.
+
+    Returns:
+        Bin edges, `[L, len(QUANTILES)]`.
+    """
+    exact = np.quantile(similarity.astype(np.float64), QUANTILES, axis=1).T
+    return np.rint(np.arccos(np.clip(exact, -1, 1)) * (BINS / np.pi)).astype(np.int64)
+
+
+class SimilarityStatistics:
+    """Statistics of the similarities of several layers.
+
+    Args:
+        layers: The rows' labels, e.g. `["1", ..., "30", "30+norm"]`.
+        edges: `[L, 3]` bin edges for the sequences' shares (see `quantile_edges`).
+
+    Raises:
+        ValueError: Labels are missing or repeated, or `edges` does not fit them.
+    """
+
+    def __init__(self, layers: Sequence[str], edges: Array) -> None:
+        self.layers = tuple(layers)
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"expected distinct layer labels, got {list(layers)}")
+        self.edges = np.asarray(edges, dtype=np.int64)
+        rows = len(self.layers)
+        if self.edges.shape != (rows, len(QUANTILES)):
+            raise ValueError(
+                f"expected edges of shape {(rows, len(QUANTILES))}, got {self.edges.shape}"
+            )
+        self.count = 0
+        self.total = [0] * rows
+        self.square_total = [0] * rows
+        self.minimum = np.full(rows, np.inf)
+        self.maximum = np.full(rows, -np.inf)
+        self.negative = np.zeros(rows, np.int64)
+        self.below_half = np.zeros(rows, np.int64)
+        self.histogram = np.zeros((rows, BINS), np.int64)
+        self._sequences: dict[int, dict[str, Array]] = {}
+
+    def update(self, similarity: Array, sequences: Array) -> None:
+        """Add a batch of whole sequences.
+
+        Args:
+            similarity: `[L, B, T]`, in [-1, 1].
+            sequences: `[B]`, the number of each row's sequence in the corpus.
+
+        Raises:
+            ValueError: A shape is wrong, a sequence came before, or a value is NaN or outside
+                [-1, 1] (names the layer).
+        """
+        rows = len(self.layers)
+        if similarity.ndim != 3 or similarity.shape[0] != rows or similarity.shape[2] == 0:
+            raise ValueError(f"expected similarity of shape [{rows}, B, T], got {similarity.shape}")
+        if sequences.shape != similarity.shape[1:2]:
+            raise ValueError(f"expected {similarity.shape[1]} sequences, got {sequences.shape}")
+        numbers = [int(number) for number in sequences]
+        repeated = len(set(numbers)) != len(numbers) or self._sequences.keys() & set(numbers)
+        if repeated:
+            raise ValueError("expected every sequence once, got one a second time")
+        values = similarity.astype(np.float64)
+        self._check_range(values)
+        bins = bin_index(values)
+        self._add_tokens(values.reshape(rows, -1), bins.reshape(rows, -1))
+        self._add_sequences(numbers, values, bins)
+
+    def _check_range(self, values: Array) -> None:
+        wrong = ~(np.abs(values) <= 1)  # true for NaN as well
+        if wrong.any():
+            row = int(np.argmax(wrong.any(axis=(1, 2))))
+            got = values[row][wrong[row]][0]
+            raise ValueError(
+                f"layer {self.layers[row]}: expected similarities in [-1, 1], got {got}"
+            )
+
+    def _add_tokens(self, values: Array, bins: Array) -> None:
+        rows, tokens = values.shape
+        self.count += tokens
+        for row, (value, square) in enumerate(
+            zip(
+                np.rint(values * _UNIT).astype(np.int64).sum(axis=1),
+                np.rint(values**2 * _UNIT).astype(np.int64).sum(axis=1),
+                strict=True,
+            )
+        ):
+            self.total[row] += int(value)
+            self.square_total[row] += int(square)
+        self.minimum = np.minimum(self.minimum, values.min(axis=1))
+        self.maximum = np.maximum(self.maximum, values.max(axis=1))
+        self.negative += (values < 0).sum(axis=1)
+        self.below_half += (values < 0.5).sum(axis=1)
+        flat = (bins + BINS * np.arange(rows)[:, None]).ravel()
+        self.histogram += np.bincount(flat, minlength=rows * BINS).reshape(rows, BINS)
+
+    def _add_sequences(self, numbers: list[int], values: Array, bins: Array) -> None:
+        mean = values.mean(axis=2)
+        square = (values**2).mean(axis=2)
+        # A bin index at or above the edge is a similarity at or below it.
+        share = (bins[..., None] >= self.edges[:, None, None, :]).mean(axis=2)
+        for column, number in enumerate(numbers):
+            self._sequences[number] = {
+                "mean": mean[:, column],
+                "mean_square": square[:, column],
+                "share": share[:, column],
+            }
+
+    def renumbered(self, shift: int) -> SimilarityStatistics:
+        """Return the same statistics, every sequence's number moved up.
+
+        Args:
+            shift: By how much.
+        """
+        moved = copy.copy(self)
+        moved._sequences = {number + shift: row for number, row in self._sequences.items()}
+        return moved
+
+    def merge(self, other: SimilarityStatistics) -> SimilarityStatistics:
+        """Return the statistics of both together, as if one pass had seen everything.
+
+        Raises:
+            ValueError: The two have other layers or edges, or share a sequence.
+        """
+        if self.layers != other.layers or not np.array_equal(self.edges, other.edges):
+            raise ValueError("expected statistics with the same layers and edges")
+        if self._sequences.keys() & other._sequences.keys():
+            raise ValueError("expected every sequence once, got one on both sides")
+        merged = SimilarityStatistics(self.layers, self.edges)
+        merged.count = self.count + other.count
+        merged.total = [a + b for a, b in zip(self.total, other.total, strict=True)]
+        merged.square_total = [
+            a + b for a, b in zip(self.square_total, other.square_total, strict=True)
+        ]
+        merged.minimum = np.minimum(self.minimum, other.minimum)
+        merged.maximum = np.maximum(self.maximum, other.maximum)
+        merged.negative = self.negative + other.negative
+        merged.below_half = self.below_half + other.below_half
+        merged.histogram = self.histogram + other.histogram
+        merged._sequences = self._sequences | other._sequences
+        return merged
+
+    def _require_tokens(self) -> None:
+        if self.count == 0:
+            raise EmptyStatisticsError("expected at least one token, got none")
+
+    def mean(self) -> Array:
+        """Return each layer's mean similarity, `[L]`.
+
+        Raises:
+            EmptyStatisticsError: No token was seen.
+        """
+        self._require_tokens()
+        return np.array([total / (_UNIT * self.count) for total in self.total])
+
+    def std(self) -> Array:
+        """Return each layer's (population) standard deviation, `[L]`.
+
+        Raises:
+            EmptyStatisticsError: No token was seen.
+        """
+        self._require_tokens()
+        # n * sum(v^2) - sum(v)^2 in integers: no cancellation, however small the variance.
+        variance = [
+            max(0, self.count * square * _UNIT - total * total) / (_UNIT * self.count) ** 2
+            for total, square in zip(self.total, self.square_total, strict=True)
+        ]
+        std: Array = np.sqrt(np.array(variance))
+        return std
+
+    def quantile(self, q: float) -> Array:
+        """Return each layer's quantile `q`, `[L]`, interpolated as `numpy.quantile` does.
+
+        Off by at most the width of a bin: below 1e-4 for similarities above 0.981.
+
+        Raises:
+            EmptyStatisticsError: No token was seen.
+            ValueError: `q` is outside [0, 1].
+        """
+        self._require_tokens()
+        if not 0 <= q <= 1:
+            raise ValueError(f"expected a quantile in [0, 1], got {q}")
+        rank = q * (self.count - 1)
+        low = int(np.floor(rank))
+        high = min(low + 1, self.count - 1)
+        values = self._order_statistic(low)
+        quantile: Array = values + (rank - low) * (self._order_statistic(high) - values)
+        return quantile
+
+    def _order_statistic(self, rank: int) -> Array:
+        """Return each layer's value of ascending `rank`, its bin's tokens spread evenly over it."""
+        ascending = self.histogram[:, ::-1]  # the largest angle is the smallest similarity
+        upto = ascending.cumsum(axis=1)
+        position = (upto <= rank).sum(axis=1)
+        rows = np.arange(len(self.layers))
+        inside = ascending[rows, position]
+        before = upto[rows, position] - inside
+        fraction = (rank - before + 0.5) / inside
+        value: Array = np.clip(bin_edge(BINS - position - fraction), self.minimum, self.maximum)
+        return value
+
+    def share_below(self, similarity: float) -> Array:
+        """Return each layer's share of tokens below a similarity, `[L]`: what `quantile` inverts.
+
+        Off by at most the tokens of one bin, which are spread evenly over it.
+
+        Raises:
+            EmptyStatisticsError: No token was seen.
+            ValueError: `similarity` is outside [-1, 1].
+        """
+        self._require_tokens()
+        if not -1 <= similarity <= 1:
+            raise ValueError(f"expected a similarity in [-1, 1], got {similarity}")
+        position = float(np.arccos(similarity)) * (BINS / np.pi)
+        inside = min(int(position), BINS - 1)
+        # Larger angles are smaller similarities.
+        below = self.histogram[:, inside + 1 :].sum(axis=1)
+        below = below + self.histogram[:, inside] * (inside + 1 - position)
+        share: Array = below / self.count
+        # Within the outermost bins it is known where no token lies.
+        share = np.where(similarity <= self.minimum, 0.0, share)
+        return np.where(similarity > self.maximum, 1.0, share)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return one row per layer with the seed's statistics, rounded to 6 decimals.
+
+        Raises:
+            EmptyStatisticsError: No token was seen.
+        """
+        columns = {
+            "mean": self.mean(),
+            "std": self.std(),
+            "min": self.minimum,
+            "p10": self.quantile(0.1),
+            "p50": self.quantile(0.5),
+            "p90": self.quantile(0.9),
+            "max": self.maximum,
+            "frac_negative": self.negative / self.count,
+            "frac_below_half": self.below_half / self.count,
+        }
+        return [
+            {"layer": label, "count": self.count}
+            | {name: round(float(values[row]), 6) for name, values in columns.items()}
+            for row, label in enumerate(self.layers)
+        ]
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the whole state as arrays for an `.npz` file; sequences in ascending order."""
+        numbers = sorted(self._sequences)
+        rows = [self._sequences[number] for number in numbers]
+        shape = (0, len(self.layers))
+        return {
+            "layers": np.array(self.layers),
+            "edges": self.edges,
+            "count": np.array(self.count),
+            # Decimal text: exact sums outgrow 64 bits after some 8 million tokens.
+            "total": np.array([str(value) for value in self.total]),
+            "square_total": np.array([str(value) for value in self.square_total]),
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+            "negative": self.negative,
+            "below_half": self.below_half,
+            "histogram": self.histogram,
+            "sequence": np.array(numbers, dtype=np.int64),
+        } | {
+            f"sequence_{name}": np.stack([row[name] for row in rows])
+            if rows
+            else np.zeros(shape + ((len(QUANTILES),) if name == "share" else ()))
+            for name in ("mean", "mean_square", "share")
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> SimilarityStatistics:
+        """Return the statistics whose `arrays()` these are.
+
+        Raises:
+            KeyError: An array is missing.
+            ValueError: Shapes do not fit each other.
+        """
+        self = cls([str(label) for label in arrays["layers"]], arrays["edges"])
+        self.count = int(arrays["count"])
+        self.total = [int(value) for value in arrays["total"]]
+        self.square_total = [int(value) for value in arrays["square_total"]]
+        for name in ("minimum", "maximum", "negative", "below_half", "histogram"):
+            value = np.array(arrays[name])
+            if value.shape != getattr(self, name).shape:
+                raise ValueError(
+                    f"{name}: expected shape {getattr(self, name).shape}, got {value.shape}"
+                )
+            setattr(self, name, value)
+        for row, number in enumerate(arrays["sequence"]):
+            self._sequences[int(number)] = {
+                name: np.array(arrays[f"sequence_{name}"][row])
+                for name in ("mean", "mean_square", "share")
+            }
+        return self

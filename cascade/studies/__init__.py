@@ -1,0 +1,1 @@
+"""Studies: explanations of layers, and comparisons of corpora and models."""

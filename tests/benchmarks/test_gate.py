@@ -1,0 +1,198 @@
+"""Benchmark of the gate: the same tokens both ways. No test asserts a speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from support.commands import Run
+
+from cascade.benchmarks import gate as benchmark
+from cascade.benchmarks.gate import GateSetup
+from cascade.benchmarks.timing import BenchmarkError
+from cascade.core.errors import RecordError
+from cascade.corpora.blocks import load_blocks
+from cascade.gate.baselines import read_profile, seal
+from cascade.gate.renewal import measure_whole, store_profile
+from cascade.models.loading import load
+from cascade.report.benchmarks import print_gating
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def baselines(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny checkpoint's baseline on a part of the embedded corpus."""
+    folder = tmp_path_factory.mktemp("baselines")
+    stack = load(str(saved))
+    blocks = load_blocks("embedded", stack.tokenizer, seq_len=LENGTH, num_samples=20)
+    store_profile(folder, measure_whole(stack, blocks))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_records() -> Iterator[None]:
+    """Read as much of the corpus as the baseline saw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            benchmark,
+            "load_blocks",
+            lambda *names, **given: load_blocks(*names, **(given | {"num_samples": 20})),
+        )
+        yield
+
+
+def settings(saved: Path, baselines: Path, **changes: Any) -> GateSetup:
+    small = {"tokens": 5 * LENGTH, "rounds": 2}
+    return GateSetup(model=str(saved), baselines=str(baselines), **(small | changes))
+
+
+@pytest.fixture(scope="module")
+def record(saved: Path, baselines: Path) -> dict[str, Any]:
+    return benchmark.gate(settings(saved, baselines), command="cascade bench gate")
+
+
+def test_the_forward_is_over_the_sequences_that_the_gate_measures(
+    saved: Path, baselines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    gates: list[Any] = []
+    right = benchmark.run_gate
+
+    def watched(*given: Any, **options: Any) -> Any:
+        gates.append(right(*given, **options))
+        return gates[-1]
+
+    monkeypatch.setattr(benchmark, "run_gate", watched)
+    monkeypatch.setattr(
+        benchmark, "bare_forward", lambda _, blocks, size: seen.append((blocks, size))
+    )
+    monkeypatch.setattr(
+        benchmark, "_alone", lambda *_: {n: {"seconds": [1.0]} for n in benchmark.ALONE}
+    )
+    benchmark.gate(settings(saved, baselines))
+    assert len(seen) == len(gates) == 3  # one round warms up
+    for (blocks, size), gate in zip(seen, gates, strict=True):
+        assert gate.comparison.tokens == blocks.tokens == 5 * LENGTH
+        assert size == 5
+        assert (gate.profile.sequence_fingerprints == blocks.sequence_fingerprints()).all()
+
+
+def test_the_record_has_every_target_of_what_was_timed(record: dict[str, Any]) -> None:
+    seconds = {name: row["seconds"] for name, row in record["ways"].items()}
+    by_hand = [a / b for a, b in zip(seconds["gate"], seconds["bare"], strict=True)]
+    assert record["ratios"][0]["name"] == "gate/bare"
+    assert record["ratios"][0]["rounds"] == pytest.approx(by_hand)
+    assert record["settings"]["tokens"] == 5 * LENGTH
+    assert record["looks"] == [LENGTH, 2 * LENGTH, 4 * LENGTH, 5 * LENGTH]
+    targets = {row["name"]: (row["sense"], row["limit"]) for row in record["targets"]}
+    assert targets == {
+        "gate/bare": ("at most", 2.0),
+        "compare, seconds": ("below", 1.0),
+        "load, seconds": ("below", 2.0),
+        "plugin, seconds": ("below", 0.05),
+    }
+    for row in record["targets"][1:]:
+        values = record["alone"][row["name"].split(",")[0]]["seconds"]
+        assert len(values) == 2
+        assert row["measured"] == pytest.approx(sum(values) / 2)
+        assert min(values) > 0
+    assert record["elsewhere"] == []
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_the_noise_of_a_baseline_made_elsewhere_is_named_and_timed(
+    record: dict[str, Any],
+    saved: Path,
+    baselines: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = shutil.copytree(baselines, tmp_path / "moved")
+    (path,) = folder.glob("*/*.json")
+    stored = read_profile(path)
+    about = stored.content["provenance"]
+    machine = about["machine"] | {"processor": "another"}
+    moved = stored.content | {"provenance": about | {"machine": machine}}
+    store_profile(folder, dataclasses.replace(stored, content=seal(moved, stored.state)))
+    monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(benchmark, "_alone", lambda *_: record["alone"])
+    found = benchmark.gate(settings(saved, folder))
+    assert "the baseline's another" in found["elsewhere"][0]
+    assert list((tmp_path / "cache/noise").iterdir())  # in the round that warms up
+    assert len(found["ways"]["noise"]["seconds"]) == 2
+    assert "the first gate here measures the noise as well" in " ".join(printed(found).split())
+    assert "not needed here" in printed(record)
+
+
+def printed(record: dict[str, Any]) -> str:
+    text = io.StringIO()
+    print_gating(record, Console(file=text, width=80))
+    return text.getvalue()
+
+
+def test_the_report_shows_all_and_refuses_another_kind(record: dict[str, Any]) -> None:
+    text = printed(record)
+    for name in (*record["ways"], *record["alone"], *(row["name"] for row in record["targets"])):
+        assert name in text
+    assert max(map(len, text.splitlines())) <= 80
+    with pytest.raises(ValueError, match="expected kind"):
+        printed(record | {"kind": "bench.fit"})
+
+
+def test_a_gate_that_stops_early_is_no_time(
+    saved: Path, baselines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(source: str, **given: Any) -> Any:
+        stack = load(source, **given)
+        stack.layers[1].mlp.down_proj.weight.data.mul_(1.01)
+        return stack
+
+    monkeypatch.setattr(benchmark, "load", broken)
+    with pytest.raises(BenchmarkError, match="says FAIL, and stopped before its budget"):
+        benchmark.gate(settings(saved, baselines))
+
+
+def test_a_process_that_fails_is_no_time() -> None:
+    with pytest.raises(BenchmarkError, match=r"a timed process failed: .*nowhere"):
+        benchmark._python("-m", "cascade", "compare", "nowhere", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 0}, "--tokens of at least 1, got 0"),
+        ({"rounds": 1}, "--rounds of at least 2, got 1"),
+        ({"threads": 0}, "--threads of at least 1, got 0"),
+    ],
+)
+def test_a_number_that_is_too_small_is_refused(
+    saved: Path, baselines: Path, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(BenchmarkError, match=message):
+        settings(saved, baselines, **changes)
+
+
+def test_a_missing_baseline_is_named_with_what_makes_it(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="cascade analyze --output"):
+        benchmark.gate(settings(saved, tmp_path))
+
+
+def test_the_command_writes_its_record(
+    run: Run, saved: Path, baselines: Path, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "_alone", lambda *_: record["alone"])
+    given = ("--model", saved, "--baselines", baselines, "--tokens", 80, "--rounds", 2)
+    done = run("bench", "gate", *given, "--output", "out")
+    assert done.status == 0, done.err
+    stored = json.loads(Path("out/bench.json").read_text())
+    assert stored["kind"] == "bench.gate"
+    assert stored["provenance"]["command"].startswith("cascade bench gate --model")
+    assert "gate/bare" in done.out

@@ -1,0 +1,272 @@
+"""Records are read with care and compared without holes."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.build_profiles import a_profile, edited, provenance, save_run
+from support.disk import contents, largest_file
+
+from cascade.core.errors import OutputError, RecordError
+from cascade.core.records import (
+    packed,
+    read_arrays,
+    read_record,
+    to_json,
+    write_arrays,
+    write_record,
+)
+from cascade.gate.baselines import StoredProfile, accept, baseline_paths, read_profile, seal
+
+
+def a_record(seed: int = 0) -> dict[str, Any]:
+    return a_profile(4, seed=seed).record()
+
+
+def test_json_shows_one_row_a_line_and_reads_back(tmp_path: Path) -> None:
+    record = a_record()
+    text = to_json(record)
+    assert json.loads(text) == record
+    rows = [line for line in text.splitlines() if '"p50"' in line]
+    assert len(rows) == len(record["layers"])
+    write_record(tmp_path / "a.json", record)
+    assert read_record(tmp_path / "a.json", kind="saturation") == record
+
+
+def test_a_whole_number_of_numpy_is_written_as_one_and_other_objects_are_not() -> None:
+    assert json.loads(to_json({"layers": [np.int64(29)]})) == {"layers": [29]}
+    with pytest.raises(TypeError):
+        to_json({"layers": [object()]})
+
+
+def test_nan_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_record(tmp_path / "a.json", {"mean": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"schema": 1, "kind": "satu', "torn or edited"),
+        ('{"schema": 1, "kind": "evaluation"}', "record of kind saturation, got evaluation"),
+        ("[1]", "record of kind saturation, got list"),
+        (
+            '{"schema": 3, "kind": "saturation",'
+            ' "provenance": {"versions": {"cascade-exit": "9"}}}',
+            "has schema 3, this release reads up to 2; use cascade-exit 9 or a later one",
+        ),
+        ('{"schema": 3, "kind": "saturation"}', "use cascade-exit of the release that wrote it"),
+        ('{"kind": "saturation"}', "has schema None, expected a whole number from 1 to 2"),
+        ('{"schema": "2", "kind": "saturation"}', "has schema '2', expected a whole number"),
+        ('{"schema": true, "kind": "saturation"}', "has schema True, expected a whole number"),
+        ('{"schema": 0, "kind": "saturation"}', "has schema 0, expected a whole number"),
+    ],
+)
+def test_what_is_no_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(RecordError, match=message):
+        read_record(path, kind="saturation")
+
+
+def test_missing_files_are_named_with_their_remedy(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="cascade analyze --output"):
+        read_record(tmp_path / "none.json", kind="saturation")
+    with pytest.raises(RecordError, match="belongs beside"):
+        read_arrays(tmp_path / "none.npz")
+
+
+def test_a_torn_npz_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    write_arrays(path, a_profile(4).arrays())
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(RecordError, match="is torn"):
+        read_arrays(path)
+
+
+def a_run(folder: Path, seed: int = 0) -> Path:
+    return save_run(folder, a_profile(4, seed=seed))
+
+
+def test_an_accepted_run_is_the_baseline_and_the_one_before_comes_back(tmp_path: Path) -> None:
+    store = tmp_path / "baselines"
+    path, before = accept(store, a_run(tmp_path / "first"))
+    assert path == store / "tiny/words.saturation.json" == baseline_paths(store, a_record())[0]
+    assert before is None
+    first = read_profile(path)
+    assert first.record() == a_record()
+    assert set(first.arrays()) == set(a_profile(4).arrays())
+    _, before = accept(store, a_run(tmp_path / "other", seed=1))
+    assert before is not None
+    assert before.record() == a_record()
+    assert read_profile(path).record() == a_record(1)
+    assert sorted(contents(store)) == [
+        "tiny",
+        "tiny/words.saturation.json",
+        "tiny/words.saturation.npz",
+    ]
+
+
+def test_a_torn_baseline_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
+    store = tmp_path / "baselines"
+    path, _ = accept(store, a_run(tmp_path / "first"))
+    path.write_text(path.read_text()[:-50])
+    _, before = accept(store, a_run(tmp_path / "other", seed=1))
+    assert before is None
+    assert read_profile(path).record() == a_record(1)
+
+
+def test_files_of_two_runs_are_not_accepted_together(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    (run / "profile.npz").write_bytes(packed(a_profile(4, seed=1).state))
+    with pytest.raises(RecordError, match=r"profile\.npz was changed after it was made"):
+        accept(tmp_path / "baselines", run)
+    assert not (tmp_path / "baselines").exists()
+
+
+def test_accepting_nothing_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="make one with"):
+        accept(tmp_path / "baselines", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../out", "a/b", "a\\b", "", ".", "..", None, 3])
+@pytest.mark.parametrize("part", ["model", "corpus"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(
+    tmp_path: Path, part: str, name: Any
+) -> None:
+    profile = a_profile(4, about=provenance(**{f"{part}__name": name}))
+    with pytest.raises(RecordError, match="expected the provenance to name model and corpus"):
+        accept(tmp_path / "deep/baselines", save_run(tmp_path / "run", profile))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def number(record: dict[str, Any]) -> None:
+    record["layers"][1]["mean"] += 1e-6
+
+
+#: Edits of a record, by hand; sealed again, what they make is still no profile.
+EDITS: dict[str, Any] = {
+    "a number": number,
+    "a layer gone": lambda record: record["layers"].pop(),
+    "a layer twice": lambda record: record["layers"].append(record["layers"][0]),
+    "no layers": lambda record: record.pop("layers"),
+    "another table": lambda record: record.update(layers=[1, 2]),
+    "an older schema": lambda record: record.update(schema=1),
+    "no provenance": lambda record: record.pop("provenance"),
+    "no corpus": lambda record: record["provenance"].pop("corpus"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_by_hand_is_noticed_and_named(tmp_path: Path, name: str) -> None:
+    run = save_run(tmp_path / "run", edited(a_profile(4), EDITS[name], sealed=False))
+    with pytest.raises(RecordError, match=r"profile\.json was changed after it was made \(hash"):
+        read_profile(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a number", "not of one run"),
+        ("a layer gone", "not of one run"),
+        ("a layer twice", "has layer 1 twice"),
+        ("no layers", "has no table of layers"),
+        ("another table", "has no table of layers"),
+        ("no provenance", "does not say which model it is of"),
+        ("no corpus", "does not say which corpus it is of"),
+    ],
+)
+def test_an_edit_that_was_sealed_again_is_held_to_the_arrays(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    run = save_run(tmp_path / "run", edited(a_profile(4), EDITS[name], sealed=True))
+    with pytest.raises(RecordError, match=message):
+        read_profile(run)
+
+
+@pytest.mark.parametrize("name", ["hash", "arrays_hash"])
+def test_a_seal_that_is_gone_is_noticed(tmp_path: Path, name: str) -> None:
+    profile = edited(a_profile(4), lambda record: record.pop(name), sealed=False)
+    with pytest.raises(RecordError, match="was changed after it was made"):
+        read_profile(save_run(tmp_path / "run", profile))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layers", None),
+        ("total", np.array(["x"] * 4)),
+        ("sequence_mean", None),
+        ("sequence_fingerprint", None),
+    ],
+)
+def test_arrays_that_are_no_statistics_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+    profile = a_profile(4)
+    arrays = {key: part for key, part in profile.state.items() if key != name}
+    arrays |= {} if value is None else {name: value}
+    run = save_run(tmp_path / "run", StoredProfile(seal(profile.content, arrays), arrays))
+    with pytest.raises(RecordError, match="torn or edited"):
+        read_profile(run)
+
+
+def test_a_fingerprint_too_few_is_refused(tmp_path: Path) -> None:
+    profile = a_profile(4)
+    arrays = profile.state | {"sequence_fingerprint": profile.state["sequence_fingerprint"][:-1]}
+    run = save_run(tmp_path / "run", StoredProfile(seal(profile.content, arrays), arrays))
+    with pytest.raises(RecordError, match="not of one run"):
+        read_profile(run)
+
+
+def test_nan_in_a_record_is_refused(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    text = (run / "profile.json").read_text(encoding="utf-8")
+    (run / "profile.json").write_text(text.replace('"schema": 2', '"schema": 2, "x": NaN'))
+    with pytest.raises(RecordError, match="holds NaN"):
+        accept(tmp_path / "baselines", run)
+
+
+def test_a_missing_npz_is_named(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    (run / "profile.npz").unlink()
+    with pytest.raises(RecordError, match=r"no file .*profile\.npz; it belongs beside"):
+        read_profile(run)
+
+
+def test_records_of_the_first_schema_had_no_seal_and_are_still_read(tmp_path: Path) -> None:
+    old = a_profile(4)
+    content = {k: v for k, v in old.content.items() if k not in ("hash", "arrays_hash", "noise")}
+    content["schema"] = 1
+    run = save_run(tmp_path / "run", StoredProfile(content, old.state))
+    assert read_profile(run).record() == content
+    number(content)
+    save_run(tmp_path / "edited", StoredProfile(content, old.state))
+    with pytest.raises(RecordError, match="not of one run"):
+        read_profile(tmp_path / "edited")
+
+
+def test_a_disk_that_fills_while_accepting_leaves_the_old_pair(tmp_path: Path) -> None:
+    store = tmp_path / "baselines"
+    accept(store, a_run(tmp_path / "first"))
+    before = contents(store)
+    second = a_run(tmp_path / "second", seed=1)
+    with largest_file(100), pytest.raises(OutputError, match="unharmed"):
+        accept(store, second)
+    assert contents(store) == before
+
+
+def test_writers_at_the_same_time_leave_one_whole_baseline(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / f"run{seed}", seed) for seed in range(4)]
+    store = tmp_path / "baselines"
+    with ThreadPoolExecutor(8) as pool:
+        # Each time over another one: what is left has to be some run's, both files of it.
+        for done in [pool.submit(accept, store, run) for run in runs * 12]:
+            done.result()
+    left = read_profile(baseline_paths(store, a_record())[0])
+    assert left.record() in [a_record(seed) for seed in range(4)]
+    assert len(contents(store)) == 3

@@ -1,0 +1,430 @@
+"""Budgets: stored limits of early exit, on records by hand and on the real model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from support.build_evaluations import a_row, an_evaluation
+from support.paths import BASELINES
+from support.reference_early_exit import one_line
+
+from cascade.core.errors import RecordError
+from cascade.evaluation.exit_evaluation import Request, evaluate, split
+from cascade.evaluation.operating_points import Point
+from cascade.exits.fitted_heads import load_heads
+from cascade.gate.budgets import SLACK, accept_budgets, check_budgets
+from cascade.gate.remeasuring import find_heads, group_blocks, rerun
+
+if TYPE_CHECKING:
+    from cascade import DecoderStack
+    from cascade.decoding.early_exit import Propagation
+
+STORED = BASELINES / "smollm2-135m-instruct-q4_1"
+BUDGETS = STORED / "embedded-held-out-confirm.budgets.json"
+HEADS = STORED / "embedded.heads.safetensors"
+
+Record = dict[str, Any]
+
+
+def stored(tmp_path: Path, *evaluations: Record) -> Record:
+    for evaluation in evaluations:
+        path = accept_budgets(tmp_path, evaluation).path
+    record: Record = json.loads(path.read_text())
+    return record
+
+
+def test_what_was_accepted_keeps_its_budgets(tmp_path: Path) -> None:
+    evaluation = an_evaluation(a_row(), a_row(threshold=0.9))
+    assert check_budgets(evaluation, stored(tmp_path, evaluation)) == []
+
+
+@pytest.mark.parametrize(
+    ("figure", "sign"),
+    [
+        ("perplexity_ratio", 1),
+        ("agreement", -1),
+        ("exit_share", 1),
+        ("exit_share", -1),
+        ("layers_per_token", 1),
+    ],
+)
+def test_each_hard_limit_fails_just_beyond_its_slack_and_not_before(
+    tmp_path: Path, figure: str, sign: int
+) -> None:
+    budgets = stored(tmp_path, an_evaluation(a_row()))
+    for share, count in ((0.9, 0), (1.2, 1)):
+        moved = a_row(**{figure: a_row()[figure] + sign * share * SLACK[figure]})
+        overruns = check_budgets(an_evaluation(moved), budgets)
+        assert [overrun.figure for overrun in overruns] == [figure] * count
+
+
+@pytest.mark.parametrize("figure", ["perplexity_ratio", "agreement", "layers_per_token"])
+def test_what_got_better_keeps_its_budget(tmp_path: Path, figure: str) -> None:
+    budgets = stored(tmp_path, an_evaluation(a_row()))
+    better = {"perplexity_ratio": 1.0, "agreement": 1.0, "layers_per_token": 1.0}[figure]
+    assert check_budgets(an_evaluation(a_row(**{figure: better})), budgets) == []
+
+
+@pytest.mark.parametrize(
+    ("ratio", "interval", "fails"),
+    [
+        (1.5, [1.1, 1.9], False),  # the good end keeps to it: noise, not a verdict
+        (1.5, [1.4, 1.6], True),
+        (1.5, None, True),
+        (0.5, None, False),
+    ],
+)
+def test_seconds_fail_only_where_the_good_end_of_the_interval_misses(
+    tmp_path: Path, ratio: float, interval: list[float] | None, fails: bool
+) -> None:
+    budgets = stored(tmp_path, an_evaluation(a_row()))
+    row = a_row(seconds_ratio=ratio, seconds_ratio_interval=interval)
+    assert [o.figure for o in check_budgets(an_evaluation(row), budgets)] == (
+        ["seconds_ratio"] if fails else []
+    )
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+@pytest.mark.parametrize("figure", SLACK)
+def test_a_figure_that_is_missing_or_nan_fails(tmp_path: Path, figure: str, value: Any) -> None:
+    budgets = stored(tmp_path, an_evaluation(a_row()))
+    row = a_row(**{figure: value, "seconds_ratio_interval": None})
+    assert figure in {o.figure for o in check_budgets(an_evaluation(row), budgets)}
+
+
+def test_a_point_that_was_not_measured_fails(tmp_path: Path) -> None:
+    budgets = stored(tmp_path, an_evaluation(a_row(), a_row(exit_layer=2)))
+    (overrun,) = check_budgets(an_evaluation(a_row()), budgets)
+    assert str(overrun) == (
+        "layer 2, cosine >= 0.95, logit_lens: not measured at all; "
+        "look closer with `cascade evaluate --point 3:cosine:0.95`"
+    )
+
+
+def test_a_failure_says_budget_measured_and_what_to_run(tmp_path: Path) -> None:
+    budgets = stored(tmp_path, an_evaluation(a_row()))
+    (overrun,) = check_budgets(an_evaluation(a_row(agreement=0.5)), budgets)
+    assert str(overrun) == (
+        "layer 3, cosine >= 0.95, logit_lens: agreement budget at least 0.897, measured 0.5000; "
+        "look closer with `cascade evaluate --point 3:cosine:0.95`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (("model",), "weights_hash"),
+        (("model",), "dtype"),
+        (("corpus",), "fingerprint"),
+        ((), "heads_fingerprint"),
+        ((), "tokenizer_hash"),
+    ],
+)
+def test_another_model_corpus_or_heads_cannot_be_compared(
+    tmp_path: Path, part: tuple[str, ...], name: str
+) -> None:
+    budgets = stored(tmp_path, an_evaluation(a_row()))
+    other = copy.deepcopy(an_evaluation(a_row()))
+    place = other["provenance"]
+    for key in part:
+        place = place[key]
+    place[name] = "another"
+    with pytest.raises(RecordError, match=f"{name} is another"):
+        check_budgets(other, budgets)
+
+
+def test_groups_of_other_heads_and_propagations_live_side_by_side(tmp_path: Path) -> None:
+    lens, ridge = an_evaluation(a_row()), an_evaluation(a_row(), heads="h", propagation="ridge")
+    budgets = stored(tmp_path, lens, ridge)
+    assert len(budgets["groups"]) == 2
+    assert check_budgets(lens, budgets) == check_budgets(ridge, budgets) == []
+    again = accept_budgets(tmp_path, an_evaluation(a_row(agreement=0.5)))
+    assert [overrun.figure for overrun in again.overruns] == ["agreement"]
+    assert again.replaced_heads is None
+    groups = json.loads(again.path.read_text())["groups"]
+    assert [group["points"][0]["agreement"] for group in groups] == [0.5, 0.9]
+
+
+def test_refitted_heads_replace_the_budgets_of_those_before_and_it_is_said(tmp_path: Path) -> None:
+    before = an_evaluation(a_row(), heads="sha256:before", propagation="ridge")
+    lens = an_evaluation(a_row())
+    stored(tmp_path, before, lens)
+    after = an_evaluation(a_row(agreement=0.8), heads="sha256:after", propagation="ridge")
+    accepted = accept_budgets(tmp_path, after)
+    assert accepted.replaced_heads == "sha256:before"
+    budgets = json.loads(accepted.path.read_text())
+    assert len(budgets["groups"]) == 2
+    assert check_budgets(after, budgets) == check_budgets(lens, budgets) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "what"),
+    [
+        (("model",), "weights_hash", "model.weights_hash"),
+        (("model",), "dtype", "model.dtype"),
+        (("model",), "revision", "model.revision"),
+        (("corpus",), "fingerprint", "corpus.fingerprint"),
+        ((), "tokenizer_hash", "tokenizer_hash"),
+    ],
+)
+def test_budgets_of_another_model_or_corpus_are_not_replaced_but_refused(
+    tmp_path: Path, part: tuple[str, ...], name: str, what: str
+) -> None:
+    path = accept_budgets(tmp_path, an_evaluation(a_row())).path
+    before = path.read_bytes()
+    other = copy.deepcopy(an_evaluation(a_row(), propagation="exact"))
+    place = other["provenance"]
+    for key in part:
+        place = place[key]
+    expected, place[name] = place[name], "another"
+    with pytest.raises(RecordError) as error:
+        accept_budgets(tmp_path, other)
+    words = one_line(error)
+    assert str(path) in words
+    assert f"{what} is another, the budget's is {expected}" in words
+    assert "remove" in words
+    assert "--baselines" in words
+    assert path.read_bytes() == before
+
+
+def without(record: Record, *place: Any) -> Record:
+    """Return a copy of a record that lacks what lies at a place."""
+    changed = inner = copy.deepcopy(record)
+    for name in place[:-1]:
+        inner = inner[name]
+    del inner[place[-1]]
+    return changed
+
+
+FIGURES = ("exit_share", "agreement", "perplexity_ratio", "layers_per_token", "seconds_ratio")
+
+TORN: dict[str, tuple[Record, str]] = {
+    "no points": (without(an_evaluation(), "points"), "a list at points"),
+    "null for points": (an_evaluation() | {"points": None}, "a list at points"),
+    "an empty point": (an_evaluation({}), "points[0].exit_layer"),
+    "no settings": (without(an_evaluation(a_row()), "settings"), "an object at settings"),
+    "no propagation": (an_evaluation(a_row()) | {"settings": {}}, "settings.propagation"),
+    "no provenance": (without(an_evaluation(a_row()), "provenance"), "an object at provenance"),
+    "no weights": (
+        without(an_evaluation(a_row()), "provenance", "model", "weights_hash"),
+        "provenance.model.weights_hash",
+    ),
+    "negative perplexity": (an_evaluation(a_row(perplexity_ratio=-1.2)), "got -1.2"),
+    "half an interval": (an_evaluation(a_row(seconds_ratio_interval=[0.8])), "got [0.8]"),
+    **{
+        f"{figure} {name}": (an_evaluation(a_row(**{figure: value})), f"points[0].{figure}")
+        for figure in FIGURES
+        for name, value in (("null", None), ("NaN", math.nan), ("as text", "0.9"))
+    },
+    **{
+        f"without {figure}": (without(an_evaluation(a_row()), "points", 0, figure), figure)
+        for figure in FIGURES
+    },
+}
+
+
+@pytest.mark.parametrize("case", TORN)
+def test_an_evaluation_that_lacks_something_is_refused_and_nothing_is_written(
+    tmp_path: Path, case: str
+) -> None:
+    evaluation, words = TORN[case]
+    with pytest.raises(RecordError) as error:
+        accept_budgets(tmp_path / "baselines", evaluation)
+    assert "torn or edited" in one_line(error)
+    assert words in one_line(error)
+    assert not (tmp_path / "baselines").exists()
+
+
+TORN_BUDGETS = {
+    "no groups": ("groups", None),
+    "a group that is none": ("groups", [None]),
+    "no points": ("groups", 0, "points", None),
+    "a point that is none": ("groups", 0, "points", [{}]),
+    "no budget": ("groups", 0, "points", 0, "budget", None),
+    "a budget that is no limit": ("groups", 0, "points", 0, "budget", {"agreement": 0.9}),
+    "a limit that is no number": (
+        *("groups", 0, "points", 0, "budget"),
+        {"agreement": {"least": "0.9"}},
+    ),
+    "no settings": ("groups", 0, "settings", None),
+    "no provenance": ("groups", 0, "provenance", None),
+}
+
+
+@pytest.mark.parametrize("case", TORN_BUDGETS)
+def test_stored_budgets_that_are_torn_are_refused(tmp_path: Path, case: str) -> None:
+    budgets = stored(tmp_path, an_evaluation(a_row()))
+    *place, last, value = TORN_BUDGETS[case]
+    inner: Any = budgets
+    for name in place:
+        inner = inner[name]
+    inner[last] = value
+    (path,) = tmp_path.rglob("*.budgets.json")
+    path.write_text(json.dumps(budgets))
+    before = path.read_bytes()
+    with pytest.raises(RecordError) as error:
+        accept_budgets(tmp_path, an_evaluation(a_row()))
+    assert str(path) in one_line(error)
+    assert path.read_bytes() == before
+    with pytest.raises(RecordError, match="torn or edited"):
+        check_budgets(an_evaluation(a_row()), budgets)
+
+
+def test_only_given_points_become_budgets(tmp_path: Path) -> None:
+    evaluation = an_evaluation(a_row(), a_row(exit_layer=1, threshold_from="hard ratio 0.3"))
+    (group,) = stored(tmp_path, evaluation)["groups"]
+    assert [point["exit_layer"] for point in group["points"]] == [3]
+    with pytest.raises(RecordError, match="no point to budget"):
+        accept_budgets(tmp_path, an_evaluation(a_row(threshold_from="control")))
+
+
+# --- The real model --------------------------------------------------------------------------
+
+
+def measured(stack: DecoderStack, group: Record) -> Record:
+    """Evaluate a group's points again, as its own settings say."""
+    blocks = group_blocks(stack, group, "embedded", part="held-out")
+    fingerprint = group["provenance"]["heads_fingerprint"]
+    return rerun(stack, group, blocks, heads=find_heads(STORED, fingerprint, stack))
+
+
+@pytest.mark.budgets
+@pytest.mark.parametrize("index", [0, 1], ids=["logit_lens", "ridge"])
+def test_early_exit_on_the_real_model_keeps_its_budgets(
+    reference_model: DecoderStack, index: int
+) -> None:
+    budgets = json.loads(BUDGETS.read_text(encoding="utf-8"))
+    evaluation = measured(reference_model, budgets["groups"][index])
+    overruns = check_budgets(evaluation, budgets)
+    assert not overruns, "\n".join(map(str, overruns))
+    if index == 1:
+        check_promises(evaluation)
+
+
+def check_promises(evaluation: Record) -> None:
+    """Hold the ridge points to what the project promises, not only to what it once measured."""
+    rows = {
+        (row["exit_layer"], row["rule"]): row
+        for row in evaluation["points"]
+        if 0.25 <= row["exit_share"] <= 0.35
+    }
+    # Measured: 0.950 and 0.982 over all of the held-out text, 0.936 and 0.9805 over these 4,096
+    # tokens, on two processors alike.
+    assert rows[24, "top2_gap"]["exit_agreement"] >= 0.93
+    assert rows[28, "top2_gap"]["exit_agreement"] >= 0.98
+    assert rows[28, "top2_gap"]["perplexity_ratio"] <= 1.08
+
+
+#: Perplexity of the hard tokens, relative to the full model's, half of the tokens leaving by the
+#: cosine with ridge propagation: layer -> threshold and what is promised. Measured on two
+#: processors: 1.111, 1.015 and 1.001 with heads fitted on the whole training split, 1.115, 1.019
+#: and 1.001 with those fitted here, and 1.28, 1.15 and 1.05 with frozen propagation.
+PROMISED_HARD_PERPLEXITY = {16: (0.9710, 1.16), 20: (0.9587, 1.05), 24: (0.9531, 1.01)}
+
+
+@pytest.mark.budgets
+def test_ridge_propagation_spares_the_tokens_that_stay(reference_model: DecoderStack) -> None:
+    from cascade import fit_heads, load_blocks
+
+    stack = reference_model
+    train, held_out = (
+        load_blocks("embedded", stack.tokenizer, num_samples=None, split=part, max_tokens=tokens)
+        for part, tokens in (("train", 16384), ("held-out", 8192))
+    )
+    heads = fit_heads(stack, train, tuple(PROMISED_HARD_PERPLEXITY))
+    corpora = split(held_out)
+
+    def hard_perplexity(propagation: Propagation, *layers: int) -> dict[int, float]:
+        points = tuple(
+            Point(layer, "cosine", PROMISED_HARD_PERPLEXITY[layer][0], "given") for layer in layers
+        )
+        request = Request(layers=(), rules=(), thresholds=points, only_given=True)
+        evaluation = evaluate(stack, *corpora, request, heads=heads, propagation=propagation)
+        for row in evaluation["points"]:
+            assert 0.45 < row["exit_share"] < 0.55
+        return {row["exit_layer"]: row["hard_perplexity_ratio"] for row in evaluation["points"]}
+
+    ridge = hard_perplexity("ridge", 16, 20, 24)
+    for layer, (_, promised) in PROMISED_HARD_PERPLEXITY.items():
+        assert ridge[layer] <= promised
+    # The probe has to tell the two apart.
+    assert hard_perplexity("frozen", 16)[16] > PROMISED_HARD_PERPLEXITY[16][1]
+
+
+@pytest.mark.budgets
+def test_early_exit_does_not_pay_at_the_studys_layer_and_the_verdict_says_so(
+    reference_model: DecoderStack,
+) -> None:
+    from cascade import load_blocks
+
+    fit, confirm = split(
+        load_blocks(
+            "embedded",
+            reference_model.tokenizer,
+            num_samples=None,
+            split="held-out",
+            max_tokens=2048,
+        )
+    )
+    request = Request(layers=(29,), rules=("cosine",))
+    verdict = evaluate(reference_model, fit, confirm, request)["verdict"]
+    assert verdict["use"] is False
+    assert verdict["headline"].startswith("Do not use early exit here")
+    assert "perplexity" in verdict["failed"]
+
+
+@pytest.mark.budgets
+@pytest.mark.parametrize("propagation", ["ridge", "exact"])
+def test_generating_on_the_real_model_is_scoring_and_verified_text_is_the_full_models(
+    reference_model: DecoderStack, propagation: str
+) -> None:
+    from cascade import EarlyExit, load_blocks
+
+    stack = reference_model
+    prompts = torch.from_numpy(
+        load_blocks(
+            "embedded", stack.tokenizer, num_samples=None, split="held-out", max_tokens=256
+        ).ids[:, :48]
+    ).long()
+    early = EarlyExit(
+        stack,
+        layer=24,
+        rule="cosine",
+        threshold=0.9532,  # half of the tokens
+        heads=load_heads(HEADS, stack),
+        propagation=propagation,
+    )
+    made = early.generate(prompts, max_new_tokens=16, eos_token_id=(), return_dict_in_generate=True)
+    left = made.exit_layers == 24
+    assert 0.2 < left.double().mean() < 0.8
+    scored = early.score(made.sequences)
+    assert torch.equal(scored.predictions[:, 47:-1], made.sequences[:, 48:])
+    assert torch.equal(scored.exit_layers[:, 47:-1], made.exit_layers)
+    if propagation == "exact":
+        full = stack.model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=16,
+            eos_token_id=stack.vocab_size,  # no token has this number: nothing ends early
+            pad_token_id=0,
+        )
+        verified = early.generate(prompts, max_new_tokens=16, eos_token_id=(), verify=True)
+        assert torch.equal(verified, full)
+        unexited = EarlyExit(stack).generate(prompts, max_new_tokens=16, eos_token_id=())
+        assert torch.equal(unexited, full)
+
+
+@pytest.mark.budgets
+def test_the_seeds_thresholds_with_the_logit_lens_are_budgeted_as_bad_as_they_are() -> None:
+    (lens, _) = json.loads(BUDGETS.read_text(encoding="utf-8"))["groups"]
+    points = {point["threshold"]: point for point in lens["points"]}
+    assert sorted(points) == [0.9453, 0.9517, 0.957]
+    assert all(point["exit_layer"] == 29 for point in points.values())
+    assert points[0.9453]["perplexity_ratio"] > 2

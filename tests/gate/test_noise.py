@@ -1,0 +1,90 @@
+"""The noise floor: every way is really another one, and the model is left as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.reference_early_exit import random_blocks
+from support.tiny_models import tiny_model
+
+from cascade.gate import noise
+from cascade.gate.noise import measure_noise
+from cascade.models.stack import DecoderStack
+from cascade.saturation.profile import similarities
+
+IDS = random_blocks(4, 16).ids
+
+
+def test_in_fp32_the_floor_is_some_digits_of_fp32_and_says_its_ways() -> None:
+    stack = DecoderStack(tiny_model("llama"))
+    found = measure_noise(stack, IDS)
+    assert set(found["ways"]) == {"batch_size", "threads", "attention", "float64"}
+    assert found["sequences"] == 4
+    # Means of 16 similarities, each good to some 1e-7.
+    assert 0 < found["repeat"] < 1e-6
+    assert 0 < found["exact"] < 1e-6
+    assert found["repeat"] == max(
+        value for name, value in found["ways"].items() if name != "float64"
+    )
+
+
+def test_in_bf16_the_floor_is_as_wide_as_bf16_is() -> None:
+    found = measure_noise(DecoderStack(tiny_model("llama").to(torch.bfloat16)), IDS)
+    assert 1e-5 < found["exact"] < 1e-1
+    assert found["repeat"] <= found["exact"] * 3
+
+
+def test_each_way_runs_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = DecoderStack(tiny_model("llama"))
+    seen: list[tuple[Any, ...]] = []
+
+    def watched(other: DecoderStack, ids: torch.Tensor) -> torch.Tensor:
+        config: Any = other.model.config
+        seen.append(
+            (len(ids), torch.get_num_threads(), config._attn_implementation, str(other.dtype))
+        )
+        return similarities(other, ids)
+
+    monkeypatch.setattr(noise, "similarities", watched)
+    torch.set_num_threads(2)
+    measure_noise(stack, IDS)
+    assert seen == [
+        (4, 2, "sdpa", "torch.float32"),
+        *[(1, 2, "sdpa", "torch.float32")] * 4,
+        (4, 1, "sdpa", "torch.float32"),
+        (4, 2, "eager", "torch.float32"),
+        (2, 2, "sdpa", "torch.float64"),
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_model_is_left_as_it_was(family: str) -> None:
+    stack = DecoderStack(tiny_model(family))
+    ids = torch.from_numpy(IDS).long()
+    before, threads = similarities(stack, ids), torch.get_num_threads()
+    attention = stack.model.config._attn_implementation
+    measure_noise(stack, IDS)
+    assert torch.equal(similarities(stack, ids), before)
+    assert stack.model.config._attn_implementation == attention
+    assert stack.dtype == torch.float32
+    assert torch.get_num_threads() == threads
+
+
+def test_a_way_that_cannot_be_had_is_left_out_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stack = DecoderStack(tiny_model("llama"))
+    monkeypatch.setattr(noise, "_MOST_BYTES", 0)
+
+    def refuse(implementation: str) -> None:
+        if implementation == "eager":
+            raise ValueError("no such attention")
+
+    monkeypatch.setattr(stack.model, "set_attn_implementation", refuse)
+    found = measure_noise(stack, IDS)
+    assert found["exact"] is None
+    assert "would take" in found["ways"]["float64"]
+    assert "no eager attention" in found["ways"]["attention"]
+    assert found["repeat"] == max(found["ways"]["batch_size"], found["ways"]["threads"])

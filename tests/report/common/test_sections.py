@@ -1,0 +1,94 @@
+"""A report in sections says the same in the terminal, as a page and as Markdown."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from support.html import VOID, Page
+
+from cascade.report.common.sections import (
+    Lead,
+    Pairs,
+    Picture,
+    Report,
+    Section,
+    html_page,
+    markdown,
+    print_sections,
+    table_of,
+)
+
+SVG = '<svg id="dots" role="img" aria-label="Dots."><title>x</title></svg>'
+
+
+def a_report() -> Report:
+    table = table_of(
+        "Shares per class.", ("class", "share", "words"), [["a|b", "0.5", "x*y"]], text_columns=1
+    )
+    return Report(
+        kicker="CASCADE test",
+        title="tiny_model <1>",
+        about="4 tokens, float32",
+        sections=(
+            Section("", (Lead("All is [well].", "pass"),)),
+            Section("What was found", ("A plain sentence.", Pairs((("Layer", "25"),)), table)),
+            Section("Only a picture", (Picture("dots.svg", SVG, "Some dots."),)),
+            Section("Nothing", ()),
+        ),
+        provenance={"model": {"name": "tiny"}},
+    )
+
+
+def printed(width: int = 80) -> str:
+    stream = io.StringIO()
+    print_sections(a_report(), Console(file=stream, width=width, color_system=None))
+    return stream.getvalue()
+
+
+def test_the_terminal_shows_everything_but_pictures() -> None:
+    text = printed()
+    for part in ("tiny_model <1>", "All is [well].", "A plain sentence.", "a|b", "x*y", "25"):
+        assert part in text
+    assert "Only a picture" not in text
+    assert "Nothing" not in text
+
+
+def test_the_page_nests_and_holds_pictures_and_provenance() -> None:
+    text = html_page(a_report())
+    page = Page(text)
+    assert not page.misnested
+    assert not [tag for tag in page.open if tag not in VOID]
+    assert SVG.replace("Dots.", "Dots.") in text
+    assert ["a|b", "0.5", "x*y"] in page.rows
+    assert "Provenance" in text
+    assert "Nothing" not in text
+    assert "tiny_model &lt;1&gt;" in text
+
+
+def test_markdown_shows_markup_as_it_is_written() -> None:
+    text = markdown(a_report(), level=2, pictures="findings")
+    assert "## tiny\\_model &lt;1&gt;" in text
+    assert "### What was found" in text
+    assert "| a\\|b | 0.5 | x\\*y |" in text
+    assert "| ---: | ---: | :--- |" in text
+    assert "![Some dots.](findings/dots.svg)" in text
+    assert "Nothing" not in text
+
+
+@pytest.mark.parametrize("start", ["#", "+", "-"])
+def test_a_paragraph_stays_one(start: str) -> None:
+    report = Report("k", "t", "a", (Section("", (f"{start} no heading,\nno list",)),), {})
+    assert f"\\{start} no heading, no list" in markdown(report)
+
+
+def test_pictures_are_listed_for_the_folder_of_a_run() -> None:
+    assert [picture.file for picture in a_report().pictures()] == ["dots.svg"]
+
+
+def test_commands_are_shown_as_commands_and_a_lone_backtick_as_itself() -> None:
+    report = Report("k", "t", "a", (Section("", ("`cascade --a_b *`, not a_b", "a ` b_c")),), {})
+    text = markdown(report)
+    assert "`cascade --a_b *`, not a\\_b" in text
+    assert "a \\` b\\_c" in text

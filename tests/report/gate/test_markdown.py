@@ -1,0 +1,182 @@
+"""A session as Markdown: verdict first, the worst first, below 100 kB, names mean themselves."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from support.build_comparisons import (
+    BUDGET,
+    KINDS,
+    Record,
+    a_full_session,
+    a_session,
+    clean,
+    comparisons,
+    foreign,
+    moved,
+    named,
+)
+
+from cascade.gate.session import session_record
+from cascade.report.gate.markdown import report_markdown
+from cascade.report.gate.wording import cell_row, worst_cells
+
+PARSER = MarkdownIt("commonmark").enable("table").enable("strikethrough")
+
+
+def tokens(markdown: str) -> list[Token]:
+    return PARSER.parse(markdown)
+
+
+def shown(inline: Token) -> str:
+    """Return what a reader sees of a line."""
+    return "".join(
+        child.content if child.type != "softbreak" else " " for child in inline.children or ()
+    )
+
+
+def headings(markdown: str) -> list[str]:
+    found = tokens(markdown)
+    return [
+        shown(found[place + 1]) for place, token in enumerate(found) if token.type == "heading_open"
+    ]
+
+
+def tables(markdown: str) -> list[list[list[str]]]:
+    found: list[list[list[str]]] = []
+    for before, token in zip(tokens(markdown), tokens(markdown)[1:], strict=False):
+        if before.type == "table_open":
+            found.append([])
+        if before.type == "tr_open":
+            found[-1].append([])
+        if before.type in ("th_open", "td_open"):
+            found[-1][-1].append(shown(token))
+    return found
+
+
+def everything(markdown: str) -> str:
+    return "\n".join(shown(token) for token in tokens(markdown) if token.type == "inline")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_verdict_is_the_first_line_and_tables_are_whole(kind: str) -> None:
+    record = KINDS[kind]()
+    text = report_markdown(a_session(record))
+    assert text.startswith(f"# CASCADE: {record['verdict']}\n")
+    assert headings(text)[1] == f"{record['verdict']}: tiny/words"
+    found = tables(text)
+    assert [len({len(row) for row in rows}) for rows in found] == [1] * len(found)
+    if worst_cells(record):
+        expected = [cell_row(record, cell) for cell in worst_cells(record)[:10]]
+        assert found[-1][1:] == expected
+
+
+def test_what_a_comparison_says_is_in_it() -> None:
+    text = everything(report_markdown(a_session(moved())))
+    for part in (
+        "Points to: one layer: layers below 2",
+        "15 cells beyond their tolerance; the worst 10:",
+        "Measured: tiny (float32 on cpu)",
+        "Stored in: baselines/tiny/words.saturation.json",
+    ):
+        assert part in text
+    ((_, row),) = tables(report_markdown(a_session(foreign())))
+    assert row == [
+        *("model.dtype", "float32", "bfloat16"),
+        "other arithmetic: run with the baseline's --dtype",
+    ]
+
+
+def test_a_session_shows_the_worst_first_and_what_is_missing_before_all() -> None:
+    text = report_markdown(a_full_session())
+    assert headings(text) == [
+        "CASCADE: FAIL",
+        "Baselines",
+        "FAIL: tiny/words",
+        "FAIL: budgets of tiny/texts",
+        "NOT COMPARABLE: tiny/words",
+        "NOT COMPARABLE: budgets of tiny/texts",
+        "INCONCLUSIVE: tiny/words",
+        "PASS: tiny/words",
+        "PASS: budgets of tiny/texts",
+    ]
+    overview, *_ = tables(text)
+    assert [row[0] for row in overview[1:]] == [
+        *("FAIL", "FAIL", "NOT COMPARABLE", "NOT COMPARABLE", "INCONCLUSIVE", "PASS", "PASS")
+    ]
+    assert ["agreement", "at least 0.897", "0.5000", BUDGET["overruns"][0]["point"]] in [
+        row for rows in tables(text) for row in rows
+    ]
+    # In code a bar is a bar, and is not escaped.
+    assert "`cascade analyze --output a | tee b`" in text
+    assert "Regenerated: baselines/b.json" in everything(text)
+    assert "Not used: baselines/c.json" in everything(text)
+
+
+NASTY = "a|b\\|c *d* <script>x</script> ![e](f) ~~g~~ `h` _i_ __k__ l_m # j"
+
+
+def test_what_would_be_markup_means_itself() -> None:
+    record = moved() | {"headline": NASTY, "notes": [NASTY]}
+    text = report_markdown(session_record([named(record, NASTY)] * 2))
+    overview, *_ = tables(text)
+    plain = NASTY.replace("`h`", "h")  # what stands between backticks is code
+    assert overview[1][1:] == [plain, plain]
+    assert f"FAIL: {plain}" in headings(text)
+    assert f"Note: {plain}" in everything(text)
+    types = {child.type for token in tokens(text) for child in token.children or ()}
+    assert types <= {"text", "code_inline", "strong_open", "strong_close", "softbreak"}
+    (code,) = tables(report_markdown(session_record([named(clean(), "`x|y`")] * 2)))
+    assert code[1][1] == "`x|y`"
+
+
+def test_a_text_without_end_is_cut() -> None:
+    text = report_markdown(a_session(moved() | {"notes": ["long " * 1000, *["short"] * 50]}))
+    assert len(max(text.splitlines(), key=len)) < 700
+    assert "long..." in text.replace("long ...", "long...")
+    assert re.search(r"- \.\.\. and 3\d more", text)
+
+
+def test_what_does_not_fit_is_counted_and_what_failed_is_kept() -> None:
+    many = [named(clean(), f"clean-{number}") for number in range(500)]
+    text = report_markdown(session_record([*many, named(moved(), "broken")]))
+    assert 50_000 < len(text.encode()) < 100_000
+    assert headings(text)[1] == "FAIL: broken"
+    kept = len(headings(text)) - 1
+    assert f"... and {501 - kept} more sections: see the HTML report." in text
+    overview, *_ = tables(text)
+    assert f"... and {501 - (len(overview) - 1)} more\n" in text
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    record=comparisons(),
+    count=st.integers(1, 60),
+    name=st.text(max_size=300) | st.text("\U0001f600|*", min_size=300, max_size=300),
+    overruns=st.integers(0, 500),
+)
+def test_markdown_stays_below_a_hundred_kilobytes(
+    record: Record, count: int, name: str, overruns: int
+) -> None:
+    overrun = BUDGET["overruns"][0] | {"point": name, "command": name}
+    budget = BUDGET | {"name": name, "overruns": [overrun] * overruns}
+    parts: dict[str, Any] = {
+        "budgets": [budget],
+        "missing": [{"path": name, "command": name}] * overruns,
+        "unused": [name] * overruns,
+    }
+    text = report_markdown(session_record([named(record, name)] * count, **parts))
+    assert len(text.encode()) < 100_000
+    assert text.startswith("# CASCADE: FAIL\n")
+    assert tables(text)[0][0] == ["verdict", "what", "outcome"]
+
+
+def test_a_name_that_is_no_text_is_shown_all_the_same() -> None:
+    text = report_markdown(session_record([named(clean(), "a\udcffb")]))
+    assert "a?b" in text.encode().decode()

@@ -1,0 +1,406 @@
+"""A session as a page: every cell on the map where it belongs, no hole drawn as zero."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.build_comparisons import (
+    BUDGET,
+    KINDS,
+    Record,
+    a_full_session,
+    a_session,
+    clean,
+    comparisons,
+    foreign,
+    hidden_drift,
+    lacking,
+    mixed,
+    moved,
+    named,
+    of_a_model,
+    of_layers,
+    other_text,
+)
+from support.build_profiles import a_profile, provenance
+from support.html import Page, ids, svgs
+
+from cascade.gate.drift import compare
+from cascade.gate.session import session_record
+from cascade.report.gate.figures import drift_map_svg, profiles_svg, shade
+from cascade.report.gate.page import report_page
+from cascade.report.gate.wording import cell_name, cell_row, distance, worst_cells
+
+SPACE = "{http://www.w3.org/2000/svg}"
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def told(page: str) -> str:
+    """Return all that a reader reads."""
+    return flat(" ".join(Page(page).texts))
+
+
+def drawing(record: Record) -> ElementTree.Element:
+    """Return the map as the page has it, colours by their names."""
+    found = [svg for svg in svgs(report_page(a_session(record))) if 'id="map-1"' in svg]
+    return ElementTree.fromstring(re.sub(r"var\(--(\w+)\)", r"\1", found[0]))
+
+
+def squares(record: Record) -> dict[str, ElementTree.Element]:
+    """Return the cells of the map by what they say."""
+    found = {}
+    for square in drawing(record).iter(f"{SPACE}rect"):
+        title = square.findtext(f"{SPACE}title")
+        if title is not None:
+            found[title] = square
+    return found
+
+
+def square_of(
+    record: Record, cell: Record, found: dict[str, ElementTree.Element]
+) -> tuple[str, ElementTree.Element]:
+    """Return what a cell says, and its rectangle: by its place in the order of the rows."""
+    layers = list(dict.fromkeys(c["layer"] for c in record["cells"]))
+    columns = list(dict.fromkeys(cell_name(record, c) for c in record["cells"]))
+    place = columns.index(cell_name(record, cell)), layers.index(cell["layer"])
+    xs = sorted({float(square.get("x", 0)) for square in found.values()})
+    ys = sorted({float(square.get("y", 0)) for square in found.values()})
+    ((title, square),) = [
+        (title, square)
+        for title, square in found.items()
+        if (xs.index(float(square.get("x", 0))), ys.index(float(square.get("y", 0)))) == place
+    ]
+    return title, square
+
+
+# --- The map ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["moved", "mixed", "model: broken", "model: broken, whole"])
+def test_every_cell_has_a_place_of_its_own_and_its_own_numbers(kind: str) -> None:
+    record = KINDS[kind]()
+    found = squares(record)
+    places = {(square.get("x"), square.get("y")) for square in found.values()}
+    assert len(found) == len(places) == len(record["cells"])
+    for cell in itertools.islice(record["cells"], 0, None, 7):
+        title, square = square_of(record, cell, found)
+        assert title.startswith(f"layer {cell['layer']}, ")
+        assert f"({cell['verdict']})" in title
+        _, _, *numbers, _ = cell_row(record, cell)
+        assert all(number in title for number in numbers)
+        assert square.get("fill") == ("active" if cell["standardized"] > 0 else "mean")
+        opacity = shade(abs(cell["standardized"]))
+        assert float(square.get("fill-opacity", -1)) == pytest.approx(opacity, abs=1e-3)
+
+
+def test_a_sequence_that_fails_is_not_covered_by_a_table_that_passes() -> None:
+    record = hidden_drift()
+    by_verdict = {
+        name: {c["verdict"] for c in record["cells"] if cell_name(record, c) == name}
+        for name in ("mean", "table mean")
+    }
+    assert by_verdict == {"mean": {"PASS", "FAIL"}, "table mean": {"PASS"}}
+    framed = [title for title, s in squares(record).items() if s.get("stroke") == "ink"]
+    assert len(framed) == 6
+    # Two cells of one place, as no comparison makes them: the worse one is on top.
+    failed = next(cell for cell in record["cells"] if cell["verdict"] == "FAIL")
+    passed = failed | {"standardized": 0.0, "verdict": "PASS"}
+    for cells in ([passed, *record["cells"]], [*record["cells"], passed]):
+        titles = [
+            title
+            for title in squares(record | {"cells": cells})
+            if title.startswith(f"layer {failed['layer']}, mean similarity: ")
+        ]
+        assert ["FAIL" in title for title in titles] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["moved", "mixed"])
+def test_what_does_not_pass_is_framed_and_what_fails_has_a_sign(kind: str) -> None:
+    record = KINDS[kind]()
+    for title, square in squares(record).items():
+        verdict = re.findall(r"\((PASS|FAIL|INCONCLUSIVE)\)", title)[0]
+        assert square.get("stroke") == {"FAIL": "ink", "INCONCLUSIVE": "muted"}.get(verdict, "grid")
+        assert (square.get("stroke-dasharray") is not None) is (verdict == "INCONCLUSIVE")
+    failed = [cell["standardized"] > 0 for cell in record["cells"] if cell["verdict"] == "FAIL"]
+    signs = [text.text for text in drawing(record).iter(f"{SPACE}text") if text.text in "+\u2212"]
+    assert sorted(signs) == sorted("+" if above else "\u2212" for above in failed)
+
+
+def test_cells_without_a_number_are_hatched_and_named_not_drawn_as_zero() -> None:
+    record = lacking()
+    holes = [cell for cell in record["cells"] if cell["difference"] is None]
+    found = squares(record)
+    hatched = [title for title, s in found.items() if s.get("fill") == "url(#map-1-none)"]
+    assert len(hatched) == len(holes) == 12
+    assert all("no number on one side (FAIL)" in title for title in hatched)
+    assert all("obtained none" in title for title in hatched)
+    page = report_page(a_session(record))
+    assert "map-1-none" in ids(page)
+    assert "Hatched, for want of a number on one side: layer 3 (12 statistics)." in told(page)
+    assert "no number on one side: missing, or NaN" in told(page)
+    whole = report_page(a_session(moved()))
+    assert "atched" not in whole
+    assert "missing, or NaN" not in whole
+
+
+def test_what_may_not_move_at_all_and_did_is_as_deep_as_can_be_and_no_hole() -> None:
+    record = moved()
+    cell = next(cell for cell in record["cells"] if cell["statistic"] == "count")
+    cell.update(obtained=191.0, difference=-1.0, standardized=None, verdict="FAIL")
+    title, square = square_of(record, cell, squares(record))
+    assert "-inf x its tolerance (FAIL); expected 192, obtained 191, moved -1" in title
+    assert (square.get("fill"), square.get("fill-opacity")) == ("mean", "1.000")
+
+
+@given(st.floats(0, 1e9), st.floats(0, 1e9))
+@example(0.0, 1e-320)
+@example(1.0, math.nextafter(1.0, 2.0))
+@example(100.0, math.inf)
+def test_the_farther_the_deeper(one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    assert 0 <= shade(low) <= shade(high) <= 1
+
+
+def test_the_limit_is_a_step_and_every_decade_is_told_from_the_next() -> None:
+    assert shade(math.nextafter(1.0, 2.0)) - shade(1.0) >= 0.2
+    depths = [shade(10.0**power) for power in (-3, -2, -1, 0, 1, 2)]
+    assert all(high - low > 0.04 for low, high in itertools.pairwise(depths))
+    assert (shade(0.0), shade(math.inf)) == (0.0, 1.0)
+
+
+def test_the_legend_marks_the_limit_in_the_middle_of_its_scale() -> None:
+    marks = {
+        text.text: float(text.get("x", 0))
+        for text in drawing(moved()).iter(f"{SPACE}text")
+        if re.fullmatch(r"[+-]?[\d.]+( limit)?", text.text or "") and text.get("font-weight")
+    }
+    scale = ("-100", "-10", "-1 limit", "-0.1", "0", "+0.1", "+1 limit", "+10", "+100")
+    places = [marks[name] for name in scale]
+    gaps = [right - left for left, right in itertools.pairwise(places)]
+    assert gaps == pytest.approx([gaps[0]] * 8, abs=0.5)
+    # The colours below the marks step where the limit is, and end where the scale does.
+    strip = [rect for rect in drawing(moved()).iter(f"{SPACE}rect") if rect.get("height") == "12"]
+    ends = (
+        float(strip[0].get("x", 0)),
+        float(strip[-1].get("x", 0)) + float(strip[-1].get("width", 0)),
+    )
+    assert ends == pytest.approx((places[0], places[-1]), abs=0.5)
+    for rect in strip:
+        middle = float(rect.get("x", 0)) + float(rect.get("width", 0)) / 2
+        within = marks["-1 limit"] < middle < marks["+1 limit"]
+        assert (float(rect.get("fill-opacity", 0)) <= shade(1.0)) is within
+        assert rect.get("fill") == ("active" if middle > marks["0"] else "mean")
+
+
+def test_the_layer_that_it_points_to_is_marked_on_the_map_the_profile_and_the_table() -> None:
+    page = report_page(a_session(moved()))
+    names = [text.text for text in drawing(moved()).iter(f"{SPACE}text") if text.text]
+    assert [name for name in names if "\u25b8" in name] == ["\u25b8 2"]
+    assert "The arrow marks layer 2, which it points to." in told(page)
+    assert "layer 2, which it points to" in svgs(page)[1]
+    active = re.findall(r'<tr class="active"><th scope="row">([^<]*)</th>', page)
+    assert active
+    assert set(active) == {"2"}
+    nowhere = report_page(a_session(clean()))
+    assert "\u25b8" not in nowhere
+    assert "points to" not in nowhere
+
+
+# --- The profiles ----------------------------------------------------------------------------
+
+
+def curves(svg: str) -> list[list[str]]:
+    """Return the lines of the drawing of more than three points, each as its path's commands."""
+    paths = re.findall(r'<path d="([^"]*)"[^>]*style="fill: none', svg)
+    found = [re.findall(r"[ML]", path) for path in paths]
+    return [commands for commands in found if len(commands) > 3]
+
+
+def test_both_profiles_are_drawn_and_a_layer_that_lacks_is_a_gap() -> None:
+    whole = profiles_svg(of_a_model("broken, whole"), "p")
+    assert curves(whole) == [["M", *"LLLLL"]] * 2
+    assert "no number on one side" not in whole
+    record = of_a_model("broken, whole")
+    record["profile"][2]["obtained"] = None
+    # The baseline goes on; the new one begins anew behind the gap.
+    holed = profiles_svg(record, "p")
+    assert curves(holed) == [["M", *"LLLLL"], ["M", "L", "M", "L", "L"]]
+    assert "no number on one side" in holed
+
+
+def test_the_lower_chart_shows_the_limit_and_what_went_beyond_it() -> None:
+    same, other = profiles_svg(moved(), "p"), profiles_svg(mixed(), "p")
+    assert "within the tolerance" in same
+    assert "within the margin" in other
+    texts = [text.strip() for text in Page(same).texts]
+    assert {"-2e-06", "0", "+2e-06", "+1e-05", "-1e-05"} <= set(texts)
+    # Ticks of a logarithmic axis would be a forest.
+    assert len([text for text in texts if re.fullmatch(r"[+-]\de-\d\d", text)]) <= 8
+
+
+def test_a_profile_without_any_number_is_drawn() -> None:
+    empty = of_layers(3, [moved()["cells"][0] | {"expected": None}], intervals=False)
+    for row in empty["profile"]:
+        row.update(expected=None, obtained=None)
+    for cell in empty["cells"]:
+        cell.update(difference=None, standardized=None)
+    assert profiles_svg(empty, "p").startswith("<svg id=")
+    assert drift_map_svg(empty, "m").count("url(#m-none)") == 3 + 1
+
+
+def test_eighty_layers_are_named_as_far_as_there_is_room() -> None:
+    cell = moved()["cells"][0]
+    record = of_layers(80, [cell], intervals=False)
+    names = [text.strip() for text in Page(profiles_svg(record, "p")).texts]
+    assert {"1", "5", "75", "80\n+norm"} <= set(names) | {"80\n+norm"}
+    assert "2" not in names
+    assert len(squares(record)) == 80
+
+
+# --- The page --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_is_whole_and_loads_nothing(kind: str) -> None:
+    record = KINDS[kind]()
+    session = a_session(record, unused=["baselines/<c>.json"])
+    page = report_page(session)
+    parsed = Page(page)
+    assert parsed.misnested == []
+    assert parsed.open == []
+    assert not {tag for tag, _ in parsed.tags} & {"script", "link", "iframe", "img", "a"}
+    urls = re.findall(r"https?://[^\"'<> ]+", page)
+    assert set(urls) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert "baselines/<c>.json" in told(page)
+    assert ("Every layer and statistic" in page) is bool(record["cells"])
+    assert ("Profiles" in page) is bool(record["profile"])
+    assert page == report_page(session)
+
+
+def test_the_page_begins_with_the_verdict_and_has_its_parts_in_order() -> None:
+    text = told(report_page(a_session(moved())))
+    order = [
+        text.index(part)
+        for part in (
+            "CASCADE gate FAIL 1 compared",
+            "tiny/words FAIL: drift: 15 of 60 cells",
+            "Points to one layer",
+            "Measured tiny (float32 on cpu)",
+            "Stored in baselines/tiny/words.saturation.json",
+            "Every layer and statistic",
+            "Each row is a layer",
+            "Profiles",
+            "Worst cells",
+            "mean, mean_square: of the similarity, in the sequence that moved most",
+            "Provenance",
+        )
+    ]
+    assert order == sorted(order)
+
+
+def test_the_worst_cells_are_listed_with_the_records_own_numbers() -> None:
+    record = of_a_model("broken, whole")
+    rows = Page(report_page(a_session(record))).rows
+    cells = worst_cells(record)
+    start = rows.index(cell_row(record, cells[0]))
+    assert rows[start : start + 25] == [cell_row(record, cell) for cell in cells[:25]]
+    assert rows[start + 25] != cell_row(record, cells[25])
+    assert f"{len(cells)} cells beyond their tolerance; the worst 25." in told(
+        report_page(a_session(record))
+    )
+
+
+def test_what_cannot_be_compared_shows_both_sides_and_no_map() -> None:
+    page = report_page(a_session(foreign()))
+    assert "model.dtype expected float32, got bfloat16; other arithmetic" in told(page)
+    assert svgs(page) == []
+    assert "Worst cells" not in page
+
+
+def test_the_provenances_stand_side_by_side_and_what_differs_is_marked() -> None:
+    about = provenance(versions__torch="2.14.0", machine__novel="x")
+    page = report_page(a_session(compare(a_profile(about=about), a_profile()).record()))
+    rows = Page(page).rows
+    assert ["", "measured", "baseline"] in rows
+    assert ["torch", "2.14.0", "2.13.0"] in rows
+    assert ["novel", "x", "not recorded"] in rows
+    assert ["name", "tiny", "tiny"] in rows
+    marked = re.findall(r'<tr class="active"><th scope="row" class="text">([^<]*)</th>', page)
+    assert marked == ["novel", "torch"]
+    bare = report_page(a_session(moved() | {"provenance": None}))
+    assert "<summary>Provenance" not in bare
+
+
+def test_the_verdicts_colour_only_adds_to_its_word() -> None:
+    for record, mark in ((clean(), "pass"), (moved(), "fail"), (other_text(), "open")):
+        page = report_page(a_session(record))
+        assert f'<h1 class="{mark}">{record["verdict"]}</h1>' in page
+        assert f'<p class="lead {mark}">{record["verdict"]}: ' in page
+
+
+def test_a_session_has_an_overview_the_worst_first() -> None:
+    page = report_page(a_full_session())
+    rows = Page(page).rows
+    start = rows.index(["verdict", "what", "outcome"])
+    assert [row[0] for row in rows[start + 1 : start + 8]] == [
+        *("FAIL", "FAIL", "NOT COMPARABLE", "NOT COMPARABLE", "INCONCLUSIVE", "PASS", "PASS")
+    ]
+    text = told(page)
+    assert "4 compared (1 FAIL, 1 NOT COMPARABLE, 1 INCONCLUSIVE, 1 PASS); 3 budget files" in text
+    assert "Missing baselines/a.json: make it with `cascade analyze --output a | tee b`" in text
+    assert ["agreement", "at least 0.897", "0.5000", BUDGET["overruns"][0]["point"]] in rows
+    assert "Look closer cascade evaluate --point 3:cosine:0.95" in text
+    assert "NOT COMPARABLE: other heads" in text
+    assert text.index("tiny/words FAIL: drift") < text.index("tiny/words PASS: no drift")
+    assert "Overview" not in told(report_page(a_session(clean())))
+
+
+def test_two_comparisons_on_a_page_share_no_id() -> None:
+    page = report_page(a_session(lacking(), moved(), lacking()))
+    assert len(svgs(page)) == 6
+    assert len(ids(page)) == len(set(ids(page))) > 20
+    # Every figure refers only to what is its own.
+    for svg in svgs(page):
+        assert set(re.findall(r"url\(#([^)]+)\)", svg)) <= set(ids(svg))
+
+
+def test_everything_of_the_record_is_escaped() -> None:
+    nasty = "<script>alert('x')</script>\"&amp;<b>"
+
+    def poison(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: poison(inner) for key, inner in value.items()}
+        return nasty if isinstance(value, str) else value
+
+    record = moved()
+    record.update(headline=nasty, notes=[nasty], provenance=poison(record["provenance"]))
+    record["attribution"].update(text=nasty)
+    for cell in record["cells"]:
+        cell.update(statistic=nasty) if cell["layer"] == "1" else None
+    budget = BUDGET | {"name": nasty, "overruns": [poison(BUDGET["overruns"][0])]}
+    session = session_record([named(record, nasty)], [budget], unused=[nasty])
+    page = report_page(session)
+    assert "<script" not in page
+    assert Page(page).misnested == []
+    assert told(page).count("<script>alert('x')</script>\"&amp;<b>") > 10
+
+
+@settings(max_examples=15, deadline=None)
+@given(record=comparisons(most=40))
+def test_any_record_is_drawn(record: Record) -> None:
+    page = report_page(a_session(record))
+    assert Page(page).misnested == []
+    found = squares(record)
+    assert found
+    hatched = any(s.get("fill") == "url(#map-1-none)" for s in found.values())
+    assert hatched is any(distance(cell) is None for cell in record["cells"])

@@ -1,0 +1,373 @@
+"""Comparisons in the terminal: verdict first, every number from the record, nothing hidden."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from support.build_comparisons import (
+    BUDGET,
+    KEPT,
+    KINDS,
+    REFUSED,
+    Record,
+    a_full_session,
+    a_session,
+    clean,
+    comparisons,
+    elsewhere,
+    foreign,
+    hidden_drift,
+    lacking,
+    mixed,
+    moved,
+    named,
+    of_a_model,
+    other_text,
+)
+from support.build_profiles import a_profile, provenance
+
+from cascade.gate.drift import Comparison, compare
+from cascade.gate.session import session_record
+from cascade.report.gate.markdown import report_markdown
+from cascade.report.gate.page import report_page
+from cascade.report.gate.terminal import print_comparison, print_report
+from cascade.report.gate.wording import cell_name, cell_row, distance, worst_cells
+
+
+def printed(record: Record, width: int = 80, **options: Any) -> str:
+    text = io.StringIO()
+    show = print_report if record["kind"] == "report" else print_comparison
+    show(record, Console(file=text, width=width, **options))
+    return text.getvalue()
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def table(text: str) -> list[dict[str, str]]:
+    """Return the rows of the table of cells, by its header; no cell of it has a blank."""
+    lines = text.splitlines()
+    start = next(
+        (n for n, line in enumerate(lines) if line.split()[:2] == ["layer", "statistic"]), None
+    )
+    if start is None:
+        return []
+    header, rows = lines[start].split(), []
+    for line in lines[start + 2 :]:
+        cells = line.replace("table ", "table_").split()
+        if len(cells) != len(header):
+            break
+        rows.append(dict(zip(header, cells, strict=True)))
+    return rows
+
+
+def close(text: str, value: float | None) -> bool:
+    """Whether a text shows a value, up to the digits that it has."""
+    if value is None:
+        return text == "none"
+    mantissa = text.split("e")[0]
+    digits = len(mantissa.partition(".")[2])
+    exponent = int(text.split("e")[1]) if "e" in text else 0
+    return abs(float(text.replace(",", "")) - value) <= 0.51 * 10.0 ** (exponent - digits)
+
+
+# --- One comparison --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_the_verdict_comes_first_and_eighty_columns_are_enough(kind: str, ascii_only: bool) -> None:
+    record = KINDS[kind]()
+    for shown in (record, a_session(record)):
+        file = io.TextIOWrapper(io.BytesIO(), encoding="ascii" if ascii_only else "utf-8")
+        show = print_report if shown["kind"] == "report" else print_comparison
+        show(shown, Console(file=file, width=80))
+        file.seek(0)
+        text = file.read()
+        assert text.startswith(f"{record['verdict']}: ")
+        assert flat(record["headline"]) in flat(text)
+        assert max(map(len, text.splitlines())) <= 80
+        assert not [line for line in text.splitlines() if line != line.rstrip()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_worst_cells_are_shown_with_the_records_own_numbers(kind: str) -> None:
+    record = KINDS[kind]()
+    rows = table(printed(record))
+    beyond = [cell for cell in record["cells"] if cell["verdict"] != "PASS"]
+    assert len(rows) == min(10, len(beyond))
+    for row, cell in zip(rows, worst_cells(record), strict=False):
+        assert row["layer"] == cell["layer"]
+        assert row["statistic"].removeprefix("table_") == cell["statistic"]
+        assert close(row["expected"], cell["expected"])
+        assert close(row["obtained"], cell["obtained"])
+        assert close(row["moved"], cell["difference"])
+        assert row["moved"] == "none" or row["moved"][0] in "+-"
+        limit = row["margin" if record["way"] == "other sequences" else "tolerance"]
+        assert close(limit, cell["limit"])
+        assert row["verdict"] == {"FAIL": "fail", "INCONCLUSIVE": "undecided"}[cell["verdict"]]
+
+
+def test_a_failure_says_where_it_points_to_and_shows_the_worst_first() -> None:
+    record = moved()
+    text = printed(record)
+    assert "one layer: layers below 2 are as before" in flat(text)
+    sizes = [abs(cell["standardized"]) for cell in worst_cells(record)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert "15 cells beyond their tolerance; the worst 10" in text
+    # What arithmetic moves is seen in the sixth digit.
+    assert all(re.fullmatch(r"0\.\d{6}", row["expected"]) for row in table(text))
+
+
+def test_all_cells_that_fit_are_said_to_be_all() -> None:
+    text = printed(hidden_drift())
+    assert "\n6 cells beyond their tolerance\n" in text
+    assert len(table(text)) == 6
+
+
+def test_the_mean_of_a_sequence_and_that_of_the_table_have_two_names() -> None:
+    record = moved()
+    means = [cell for cell in record["cells"] if cell["statistic"] == "mean"]
+    assert {cell_name(record, cell) for cell in means} == {"mean", "table mean"}
+    names = [(cell["layer"], cell_name(record, cell)) for cell in record["cells"]]
+    assert len(set(names)) == len(names)
+    other = other_text()
+    assert {cell_name(other, c) for c in other["cells"] if c["statistic"] == "mean"} == {"mean"}
+
+
+def test_what_has_no_number_is_named_and_reads_none() -> None:
+    record = lacking()
+    text = printed(record)
+    holes = [cell for cell in record["cells"] if cell["layer"] == "3"]
+    assert len(holes) == 12
+    assert "No number on one side: layer 3 (12 statistics)" in flat(text)
+    rows = [row for row in table(text) if row["layer"] == "3"]
+    assert rows
+    assert all((row["obtained"], row["moved"]) == ("none", "none") for row in rows)
+    one = copy.deepcopy(moved())
+    one["cells"][0].update(obtained=None, difference=None, standardized=None, verdict="FAIL")
+    assert "No number on one side: layer 1 (mean)" in flat(printed(one))
+    # A row without a number is a dozen cells; they do not hide the others.
+    assert [distance(cell) is None for cell in worst_cells(one)] == [False] * 15 + [True]
+
+
+def test_a_count_that_may_not_move_at_all_is_worse_than_any_other() -> None:
+    record = moved()
+    cell = next(cell for cell in record["cells"] if cell["statistic"] == "count")
+    cell.update(obtained=191.0, difference=-1.0, standardized=None, verdict="FAIL")
+    assert distance(cell) == -math.inf
+    row = table(printed(record))[0]
+    assert [row[name] for name in ("statistic", "expected", "obtained", "moved", "tolerance")] == [
+        *("count", "192", "191", "-1", "0")
+    ]
+    assert "No number" not in printed(record)
+
+
+def test_other_sequences_show_interval_and_margin() -> None:
+    record = mixed()
+    for row, cell in zip(table(printed(record)), worst_cells(record), strict=False):
+        low, _, high = row["interval"].partition("..")
+        assert close(low, cell["interval"][0])
+        assert close(high, cell["interval"][1])
+    assert "6 cells beyond their margin, 10 undecided; the worst 10" in printed(record)
+    # What is decided needs no more sequences.
+    assert "To decide" not in printed(record)
+
+
+def test_what_is_undecided_says_how_many_sequences_would_decide() -> None:
+    record = other_text()
+    undecided = [cell for cell in record["cells"] if cell["verdict"] == "INCONCLUSIVE"]
+    needed = [cell["needed"] for cell in undecided]
+    assert None not in needed
+    text = flat(printed(record))
+    assert f"To decide take {max(needed):,} new sequences (now: 12)" in text
+    assert "11 cells undecided; the worst 10" in text
+    for cell in undecided[1:]:
+        cell["needed"] = None
+    text = flat(printed(record))
+    assert f"1 of the 11 undecided cells take {needed[0]:,} new sequences (now: 12)" in text
+    assert "no number of new ones would do: the baseline's 400 sequences are too few" in text
+    undecided[0]["needed"] = None
+    text = flat(printed(record))
+    assert "To decide no number of new sequences would do: the baseline's 400" in text
+
+
+def test_what_cannot_be_compared_shows_both_sides_the_remedy_and_no_number() -> None:
+    text = printed(foreign())
+    assert "model.dtype expected float32, got bfloat16; other arithmetic: run with" in flat(text)
+    assert "the baseline's --dtype" in flat(text)
+    assert not table(text)
+    assert "cells" not in text
+    hashes = ("sha256:" + "0123456789abcdef" * 4, "f" * 64)
+    about = provenance(tokenizer_hash=hashes[0], model__revision=hashes[1])
+    text = flat(printed(compare(a_profile(about=about), a_profile()).record()))
+    assert "tokenizer_hash expected t, got sha256:0123456789ab...; another tokenizer" in text
+    assert "model.revision expected none, got ffffffffffff...; another revision" in text
+
+
+def test_a_gate_says_after_how_many_tokens_it_was_decided() -> None:
+    assert "Decided after 128 of at most 128 tokens" in flat(printed(of_a_model("clean")))
+    assert "Decided after 16 of at most 128 tokens" in flat(printed(of_a_model("broken")))
+    text = flat(printed(of_a_model("other words")))
+    assert "Undecided after 128 of at most 128 tokens" in text
+    assert "after" not in printed(clean())
+
+
+def test_a_tolerance_that_was_widened_is_seen_with_a_pass_too() -> None:
+    record = elsewhere()
+    assert record["verdict"] == "PASS"
+    for shown in (record, a_session(record)):
+        assert (
+            "Note the baseline was made elsewhere (processor B, the baseline's A): tolerance"
+            in (flat(printed(shown)))
+        )
+
+
+def test_the_provenance_takes_two_lines_and_the_second_only_says_what_differs() -> None:
+    lines = printed(clean(), width=200).splitlines()
+    assert lines[-2:] == [
+        "Measured  tiny (float32 on cpu) on corpus words; A, torch 2.13.0",
+        "Baseline  the same model, corpus, machine and versions",
+    ]
+    about = provenance(versions__torch="2.14.0", machine__threads=3, command="another")
+    lines = printed(compare(a_profile(about=about), a_profile()).record(), width=200).splitlines()
+    assert lines[-1] == "Baseline  the same, but threads 2, torch 2.13.0"
+    # What makes them not comparable was told above.
+    assert "Baseline the same in all else" in flat(printed(foreign()))
+    many = provenance(versions={f"library{number}": "1" for number in range(9)})
+    text = flat(printed(compare(a_profile(about=many), a_profile()).record()))
+    assert "the same, but cascade-exit 0.1.0, torch 2.13.0, library0 none" in text
+    assert "and 6 more" in text
+
+
+def test_without_any_provenance_a_comparison_is_shown_all_the_same() -> None:
+    record = moved() | {"provenance": None, "baseline": None}
+    assert "Measured" not in printed(record)
+    assert "Baseline" not in printed(record)
+    assert "Measured None (None on None)" in flat(printed(record | {"provenance": {"model": 1}}))
+
+
+def test_a_comparison_that_could_not_be_made_says_why_and_nothing_else() -> None:
+    record = Comparison(None).record() | {"headline": "the baseline is torn"}
+    assert printed(record) == "NOT COMPARABLE: the baseline is torn\n"
+    assert "NOT COMPARABLE: tiny/words: the baseline is torn" in printed(a_session(record))
+    for show in (report_markdown, report_page):
+        assert "the baseline is torn" in show(a_session(record))
+
+
+def test_colours_only_add_to_the_words() -> None:
+    for kind, code in (
+        ("clean", "32"),
+        ("moved", "1;31"),
+        ("other text", "33"),
+        ("foreign", "1;31"),
+    ):
+        record = KINDS[kind]()
+        coloured = printed(record, force_terminal=True, color_system="standard")
+        assert coloured.startswith(f"\x1b[{code}m{record['verdict']}\x1b[0m: ")
+
+
+def test_nothing_in_a_record_steers_the_terminal() -> None:
+    record = moved() | {"headline": "[red]drift[/red]\x1b[31m", "notes": ["\x07[b]note[/b]"]}
+    text = printed(record)
+    assert "[red]drift[/red]\\x1b[31m" in text
+    assert "\\x07[b]note[/b]" in text
+    assert not {"\x1b", "\x07"} & set(text)
+
+
+# --- A session -------------------------------------------------------------------------------
+
+
+def test_a_session_begins_with_its_verdict_and_what_it_consists_of() -> None:
+    assert flat(printed(a_full_session())).startswith(
+        "FAIL: 4 compared (1 FAIL, 1 NOT COMPARABLE, 1 INCONCLUSIVE, 1 PASS); 3 budget files "
+        "(1 FAIL, 1 NOT COMPARABLE, 1 PASS); 1 baseline missing; 1 baseline made anew; 1 baseline "
+        "not used PASS: tiny/words: no drift"
+    )
+    assert printed(a_session(clean())).startswith("PASS: 1 compared\n")
+    both = a_session(clean(), elsewhere(), unused=["a", "b"])
+    assert printed(both).startswith("PASS: 2 compared, all PASS; 2 baselines not used\n")
+
+
+def test_a_session_that_held_nothing_to_a_baseline_says_so() -> None:
+    assert printed(a_session()) == "INCONCLUSIVE: nothing was held to a baseline\n"
+
+
+def test_a_session_shows_all_of_its_parts() -> None:
+    text = flat(printed(a_full_session()))
+    for part in (
+        "PASS: tiny/words: no drift",
+        "FAIL: tiny/words: drift",
+        "Baseline baselines/tiny/words.saturation.json",
+        "PASS: tiny/texts: all budgets of 3 points of early exit kept",
+        "FAIL: tiny/texts: 2 budgets of early exit not kept",
+        "agreement at least 0.897 0.5000 layer 3, cosine >= 0.95, logit_lens",
+        "Look closer `cascade evaluate --point 3:cosine:0.95`",
+        "NOT COMPARABLE: tiny/texts: other heads",
+        "Missing baselines/a.json: make it with `cascade analyze --output a | tee b`",
+        "Regenerated baselines/b.json: review and commit it",
+        "Not used baselines/c.json: no test of this session",
+    ):
+        assert part in text
+    # Said once, though two budgets were not kept.
+    assert text.count("cascade evaluate") == 1
+    one = BUDGET | {"overruns": BUDGET["overruns"][:1]}
+    assert "1 budget of early exit not kept" in flat(printed(a_session(budgets=[one])))
+
+
+def test_a_session_is_short() -> None:
+    assert len(table(printed(a_session(moved())))) == 3
+    assert "15 cells beyond their tolerance; the worst 3" in printed(a_session(moved()))
+    assert len(printed(a_session(*[clean()] * 10)).splitlines()) <= 1 + 10 * 3
+
+
+@pytest.mark.parametrize("show", [printed, report_markdown, report_page])
+def test_what_is_no_whole_session_is_refused(show: Any) -> None:
+    report = a_session(clean(), budgets=[KEPT, REFUSED])
+    show(report)
+    with pytest.raises(ValueError, match="expected schema 1, got 2"):
+        show(report | {"schema": 2})
+    for place in ("unused", "cells"):
+        broken = copy.deepcopy(report)
+        del (broken if place == "unused" else broken["comparisons"][0])[place]
+        with pytest.raises(ValueError, match=place):
+            show(broken)
+    broken = copy.deepcopy(report)
+    del broken["budgets"][1]["reason"]
+    with pytest.raises(ValueError, match="reason"):
+        show(broken)
+    broken = copy.deepcopy(report)
+    broken["comparisons"][0]["cells"][0]["expected"] = math.nan
+    with pytest.raises(ValueError, match="nan"):
+        show(broken)
+
+
+# --- Any record ------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(record=comparisons(), name=st.text(max_size=80))
+def test_any_record_is_printed(record: Record, name: str) -> None:
+    text = printed(record)
+    assert text.startswith(f"{record['verdict']}: ")
+    assert len(table(text)) <= 10
+    assert printed(session_record([named(record, name)]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(record=comparisons(most=3))
+def test_any_cell_has_as_many_texts_as_columns_and_shows_what_it_lacks(record: Record) -> None:
+    for cell in record["cells"]:
+        row = cell_row(record, cell)
+        assert len(row) == 7 + (record["way"] == "other sequences")
+        assert (row[2] == "none") is (cell["expected"] is None)
+        assert (row[4] == "none") is (cell["difference"] is None)

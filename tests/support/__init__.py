@@ -1,0 +1,1 @@
+"""Builders, references and planted faults that several test modules share."""

@@ -1,0 +1,103 @@
+"""Models to compare, by hand: measured ones from drawn similarities, with the sizes they need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade.saturation.profile import SaturationProfile
+from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
+from cascade.studies.configurations import Sizes
+from cascade.studies.model_comparison import MeasuredModel
+
+Array = npt.NDArray[Any]
+
+TOKENS = 8
+
+
+def sizes(num_layers: int, **changes: Any) -> Sizes:
+    """Return sizes in which every layer costs the same, and the LM head as much as two."""
+    share = 1 / (num_layers + 2)
+    made: dict[str, Any] = {
+        "family": "llama",
+        "num_layers": num_layers,
+        "hidden_size": 32,
+        "vocab_size": 97,
+        "parameters": 1000 * num_layers + 500,
+        "layer_parameters": 1000 * num_layers,
+        "seq_len": TOKENS,
+        "operations": 2000.0 * (num_layers + 2),
+        "layer_shares": (share,) * num_layers,
+        "lm_head_share": 2 * share,
+    }
+    return Sizes(**made | changes)
+
+
+def levels(num_layers: int, *dips: int) -> list[float]:
+    """Return mean similarities: saturated but for the first layer, the last, and dips."""
+    found = [0.95] * num_layers
+    found[0], found[-1] = 0.1, 0.6
+    for dip in dips:
+        found[dip - 1] = 0.8
+    return found
+
+
+def measured(
+    means: list[float],
+    *,
+    sequences: int = 6,
+    moved: Array | float = 0.0,
+    name: str = "tiny",
+    tokenizer: str | None = "t",
+    fingerprints: Array | None = None,
+    norm: bool = True,
+) -> MeasuredModel:
+    """Return a model of these mean similarities, the same draw whatever they are.
+
+    Args:
+        means: Of each decoder layer.
+        sequences: How many.
+        moved: Added to every similarity: a number, or `[L, S]`.
+        name: The model's.
+        tokenizer: The hash of its tokenizer.
+        fingerprints: Of its sequences.
+        norm: Whether it has a row behind a final norm.
+    """
+    num_layers = len(means)
+    labels = [str(layer) for layer in range(1, num_layers + 1)]
+    rows = list(means)
+    if norm:
+        labels.append(f"{num_layers}+norm")
+        rows.append(0.2)
+    draw = 0.01 * np.random.default_rng(0).normal(size=(64, sequences, TOKENS))
+    values = np.array(rows)[:, None, None] + draw[: len(rows)]
+    values += np.broadcast_to(np.asarray(moved, dtype=float).T, values.T.shape[1:]).T[..., None]
+    values = np.clip(values, -1, 1)
+    statistics = SimilarityStatistics(labels, quantile_edges(values.reshape(len(rows), -1)))
+    statistics.update(values, np.arange(sequences))
+    prints = np.arange(sequences) if fingerprints is None else fingerprints
+    provenance = {
+        "tokenizer_hash": tokenizer,
+        "model": {
+            "name": name,
+            "family": "llama",
+            "num_layers": num_layers,
+            "dtype": "float32",
+            "device": "cpu",
+        },
+        "corpus": {
+            "name": "words",
+            "fingerprint": f"c{sequences}",
+            "records": sequences,
+            "tokens": sequences * TOKENS,
+            "sequences": sequences,
+            "seq_len": TOKENS,
+        },
+        "machine": {"processor": "P", "threads": 1},
+        "versions": {"python": "3"},
+        "command": None,
+    }
+    profile = SaturationProfile(statistics, prints.astype(np.uint64), provenance)
+    return MeasuredModel(profile, sizes(num_layers))

@@ -1,0 +1,26 @@
+"""What should be cheap to import is, and every public name can be had."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import cascade
+
+
+@pytest.mark.parametrize("module", ["cascade", "cascade.cli", "cascade.plugin"])
+def test_importing_the_surface_loads_no_heavy_library(module: str) -> None:
+    heavy = {"torch", "transformers", "datasets", "numpy", "matplotlib"}
+    code = f"import sys, {module}; print(sorted({heavy} & {{*sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_had() -> None:
+    for name in cascade.__all__:
+        assert getattr(cascade, name) is not None
+    assert set(dir(cascade)) == set(cascade.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'analyse'"):
+        cascade.__getattr__("analyse")
