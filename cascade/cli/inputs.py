@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_cascade_alone(others: list[str]) -> None:
+    """Refuse options that have no meaning together with `--cascade`."""
     if others:
         raise UsageError(
             f"--cascade says base, stages and thresholds itself; leave out {', '.join(others)}"
@@ -76,6 +77,7 @@ def evaluated_layers(
 
 
 def parse_point(text: str) -> tuple[int, str, float]:
+    """Return exit layer, rule and threshold of `LAYER:RULE:THRESHOLD`."""
     parts = text.split(":")
     try:
         layer, rule, threshold = parts

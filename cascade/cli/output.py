@@ -77,6 +77,7 @@ def show(report: Report, output: Path | None, stem: str) -> None:
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output file that exists, unless it may be overwritten."""
     from cascade.core.files import check_writable
 
     if path.suffix != ".safetensors":

@@ -9,15 +9,18 @@ import operator
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cascade.core.arrays import Array
 from cascade.core.errors import RecordError
 from cascade.core.files import atomic_path, write_text
+from cascade.core.schema import SchemaError, StoredRecord, from_plain, to_plain
 
 Record = dict[str, Any]
+
+R = TypeVar("R", bound=StoredRecord)
 
 
 #: The newest schema of each kind that this release reads, and the one it writes.
@@ -57,14 +60,14 @@ def to_json(value: Any, indent: int = 0) -> str:
     return json.dumps(value, allow_nan=False, ensure_ascii=False, default=operator.index)
 
 
-def write_record(path: Path, record: Record) -> None:
+def write_record(path: Path, record: Record | StoredRecord) -> None:
     """Write a record as JSON, whole or not at all.
 
     Raises:
         OutputError: The file cannot be written.
         ValueError: A number is NaN or infinite.
     """
-    write_text(path, to_json(record) + "\n")
+    write_text(path, to_json(to_plain(record)) + "\n")
 
 
 def read_record(path: Path, *, kind: str) -> Record:
@@ -100,6 +103,34 @@ def read_record(path: Path, *, kind: str) -> Record:
             f"{writer or 'of the release that wrote it'} or a later one, or make the record anew"
         )
     return record
+
+
+def read_typed(path: Path, kind: type[R]) -> R:
+    """Read a record of the given type.
+
+    Args:
+        path: Its JSON file.
+        kind: A subclass of `StoredRecord`.
+
+    Raises:
+        RecordError: It is missing, torn, of another kind or of a newer schema.
+    """
+    return typed(read_record(path, kind=kind.KIND), kind, path)
+
+
+def typed(record: Record, kind: type[R], path: Path) -> R:
+    """Return the typed record of what was read from a file.
+
+    Raises:
+        RecordError: A field is missing or has another type.
+    """
+    try:
+        return from_plain(record, kind)
+    except SchemaError as error:
+        raise RecordError(
+            f"{path} is torn or edited ({error}); restore it, or make it anew with "
+            f"`cascade {kind.COMMAND}`"
+        ) from error
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:

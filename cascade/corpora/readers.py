@@ -20,6 +20,7 @@ EMBEDDED = "embedded"
 def read_records(
     source: str, *, split: str | None, config: str | None, stream: bool
 ) -> Iterable[Record]:
+    """Return the records of a corpus file or dataset, one after the other."""
     if source == EMBEDDED:
         if config is not None:
             raise CorpusError(

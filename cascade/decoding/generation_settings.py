@@ -184,6 +184,7 @@ def padding_token(pad: int | None, ends: int | Sequence[int] | None) -> int | No
 
 
 def check_supported(values: Mapping[str, Any]) -> None:
+    """Refuse generation settings that are not supported."""
     from transformers import GenerationConfig
 
     # What transformers does not know itself, it does not follow either.

@@ -14,6 +14,7 @@ from cascade.models.stack import DecoderStack
 
 
 def read_seed(seed: Any) -> int:
+    """Return a seed as an int, checked."""
     read = whole(seed)
     if read is None:
         raise UsageError(f"expected seed a whole number, got {seed!r}")

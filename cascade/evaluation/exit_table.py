@@ -50,11 +50,13 @@ class Clock:
         self._aside = 0.0
 
     def now(self) -> float:
+        """Return the time in seconds, once the device has finished."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
+        """Run `work` and add its seconds to `name`."""
         aside, start = self._aside, self.now()
         result = work()
         spent = self.now() - start - (self._aside - aside)

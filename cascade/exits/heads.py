@@ -104,5 +104,6 @@ class PropagationMap:
 
 
 def weights_size(hidden: Tensor) -> Tensor:
+    """Return the root mean square of each state, `[..., 1]`."""
     size: Tensor = hidden.float().square().mean(dim=-1, keepdim=True).clamp_min(1e-30).sqrt()
     return size

@@ -38,6 +38,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def hidden_of(output: Any) -> Any:
+    """Return the hidden states of a layer's output."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -53,6 +54,8 @@ def split_output(
 
 @contextlib.contextmanager
 def layer_hooks(layers: nn.ModuleList, hook: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    """Call `hook(layer, output)` after each layer while the context is open."""
+
     def call(module: nn.Module, _: Any, output: Any) -> None:
         hook(module, output)  # what it returns, if anything, would take the output's place
 
@@ -66,6 +69,8 @@ def layer_hooks(layers: nn.ModuleList, hook: Callable[[nn.Module, Any], None]) -
 
 @contextlib.contextmanager
 def layer_pre_hook(layer: nn.Module, hook: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call `hook(hidden)` with a layer's input while the context is open."""
+
     def call(_: nn.Module, args: Any, kwargs: Any) -> None:
         hook(split_output(args, kwargs)[0])
 

@@ -30,6 +30,7 @@ _CHECKPOINT_FILES = (
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Yield step and folder of each complete checkpoint."""
     for path in folder.glob("checkpoint-*"):
         number = path.name.partition("-")[2]
         # The Trainer writes its state last: without, the checkpoint was never finished.

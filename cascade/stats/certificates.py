@@ -285,6 +285,7 @@ def _reason(
 
 
 def checked_losses(losses: Array, sequences: int) -> Array:
+    """Return losses `[S]` as float64, checked to be finite."""
     values = np.asarray(losses, dtype=np.float64)
     if values.shape != (sequences,):
         raise ValueError(
@@ -300,6 +301,7 @@ def checked_losses(losses: Array, sequences: int) -> Array:
 
 
 def checked_thresholds(thresholds: Array) -> Array:
+    """Return thresholds `[J]` as float64, checked to be strictly decreasing."""
     grid = np.asarray(thresholds, dtype=np.float64)
     if grid.ndim != 1 or grid.size == 0 or np.isnan(grid).any():
         got = "nan" if grid.ndim == 1 and grid.size else f"shape {grid.shape}"
@@ -319,6 +321,7 @@ def _check_risk(risk: float) -> None:
 
 
 def check_confidence_level(confidence: float) -> None:
+    """Refuse a confidence outside (0, 1)."""
     if not 0 < confidence < 1:
         raise ValueError(
             f"expected a confidence in (0, 1), got {confidence}; 0.95 is the usual choice"

@@ -439,8 +439,6 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeClock, DecoderStack]:
         monkeypatch.setitem(RULES, name, dataclasses.replace(RULES[name], confidence=slow))
     ticking = clock.ticking(exit_table.kl_divergence, METRIC)
     monkeypatch.setattr(exit_table, "kl_divergence", ticking)
-        exit_table, "kl_divergence", clock.ticking(exit_table.kl_divergence, METRIC)
-    )
     softmax = clock.ticking(torch.Tensor.log_softmax, METRIC)
     monkeypatch.setattr(torch.Tensor, "log_softmax", softmax)
     return clock, stack

@@ -35,7 +35,6 @@ from cascade.core.errors import UsageError
 from cascade.decoding.early_exit import EarlyExit
 from cascade.evaluation.calibration import confidences
 from cascade.exits import history
-from cascade.exits import rules as exits
 from cascade.exits.history import HiddenHistory, exit_entries
 from cascade.exits.rules import RULES, ExitPoint, ExitRule, check_layers, exit_rule, find_rule
 from cascade.models.stack import DecoderStack

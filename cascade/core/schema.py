@@ -1,0 +1,183 @@
+"""Typed records: the base classes of every stored record, and conversion from and to JSON.
+
+A record is a frozen `msgspec.Struct`. Its fields are the keys of the JSON, in the order in which they
+are written. `msgspec` checks a record when it is read; its JSON Schema is made from the same types.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+__all__ = [
+    "UNSET",
+    "Count",
+    "Finite",
+    "Index",
+    "Interval",
+    "Part",
+    "Positive",
+    "SchemaError",
+    "Share",
+    "StoredRecord",
+    "Text",
+    "UnsetType",
+    "from_plain",
+    "to_plain",
+]
+
+_LARGEST = sys.float_info.max
+
+Finite = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST, description="a finite number")]
+Positive = Annotated[float, Meta(gt=0, le=_LARGEST, description="a number above 0")]
+Share = Annotated[float, Meta(ge=0, le=1, description="a share in 0..1")]
+#: From 1 on.
+Count = Annotated[int, Meta(ge=1, description="a whole number from 1 on")]
+#: From 0 on.
+Index = Annotated[int, Meta(ge=0, description="a whole number from 0 on")]
+Text = Annotated[str, Meta(min_length=1, description="some text")]
+#: Lower and upper end.
+Interval = Annotated[
+    list[Finite], Meta(min_length=2, max_length=2, description="two finite numbers")
+]
+
+
+class SchemaError(ValueError):
+    """A value does not have the type of its record; the message says where."""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a record.
+
+    A field that may be absent from the JSON has the default `UNSET`; one that may be null, `None`.
+    """
+
+    # Transitional: lets code that still indexes records work while it is ported. To be removed.
+    def __getitem__(self, name: str) -> Any:
+        """Return a field by its name."""
+        try:
+            value = getattr(self, name)
+        except AttributeError:
+            raise KeyError(name) from None
+        if value is UNSET:
+            raise KeyError(name)
+        return value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field by its name, or a default where it is absent."""
+        value = getattr(self, name, UNSET)
+        return default if value is UNSET else value
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether a field is there."""
+        return getattr(self, name, UNSET) is not UNSET
+
+
+class StoredRecord(Part, frozen=True, kw_only=True):
+    """A record that is stored in a file of its own.
+
+    A subclass declares `schema: int = SCHEMA` and `kind: Literal["..."] = "..."` first, so that
+    they are written first.
+
+    Attributes:
+        KIND: The record's kind, as in its JSON.
+        SCHEMA: The schema that this release writes, and the newest that it reads.
+        COMMAND: The command that makes such a record, for error messages.
+    """
+
+    KIND: ClassVar[str]
+    SCHEMA: ClassVar[int] = 1
+    COMMAND: ClassVar[str]
+
+
+T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:
+    """Return a record as dictionaries, lists and plain values, absent fields left out.
+
+    Args:
+        value: A record, a part of one, or a collection of them.
+    """
+    return msgspec.to_builtins(value, enc_hook=_plain_number)
+
+
+def _plain_number(value: Any) -> Any:
+    # Numbers of NumPy.
+    if hasattr(value, "__index__"):
+        return value.__index__()
+    if isinstance(value, float):
+        return float(value)
+    raise NotImplementedError(f"a {type(value).__name__} cannot be stored in a record")
+
+
+def from_plain(value: Any, kind: type[T]) -> T:
+    """Return a typed value from plain ones, and check it. Unknown keys are ignored.
+
+    Args:
+        value: Dictionaries, lists and plain values, as JSON has them.
+        kind: The type to make.
+
+    Raises:
+        SchemaError: A field is missing or has another type; says where, what was expected and what
+            was found.
+
+    Example:
+        >>> from_plain([0.1, 0.2], Interval)
+        [0.1, 0.2]
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise SchemaError(_flaw(value, str(error))) from error
+
+
+_PLACE = re.compile(r" - at `\$(?P<path>.*)`$")
+_STEP = re.compile(r"\.([\w-]+)|\[(\d+)\]|\[\.\.\.\]")
+_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
+_TYPES = {
+    "float": "a number",
+    "int": "a whole number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def _flaw(value: Any, text: str) -> str:
+    """Return what `msgspec` found, e.g. "expected a number at points[0].threshold, got null"."""
+    place = _PLACE.search(text)
+    path = place["path"] if place else ""
+    words = text[: place.start()] if place else text
+    missing = _MISSING.match(words)
+    if missing is not None:
+        where = f"{path}.{missing['name']}".lstrip(".")
+        return f"expected {where}, got nothing"
+    expected, _, _ = words.partition(", got ")
+    expected = re.sub(
+        r"`([^`]*)`",
+        lambda found: " or ".join(_TYPES.get(name, name) for name in found[1].split(" | ")),
+        expected,
+    )
+    expected = expected[:1].lower() + expected[1:]
+    where = path.lstrip(".")
+    got = _at(value, path)
+    return f"{expected}{f' at {where}' if where else ''}{got}"
+
+
+def _at(value: Any, path: str) -> str:
+    for step in _STEP.finditer(path):
+        name, number = step[1], step[2]
+        try:
+            value = value[name] if name is not None else value[int(number)]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return ""
+    shown = json.dumps(value, default=str)
+    return f", got {shown if len(shown) <= 40 else f'{shown[:37]}...'}"
