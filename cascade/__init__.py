@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from cascade.saturation.profile import analyze as analyze
     from cascade.stages.cascades import Cascade as Cascade
     from cascade.stages.cascades import Entry as Entry
-    from cascade.stages.collecting import collect_hard as collect_hard
-    from cascade.stages.dataset import HardTokens as HardTokens
-    from cascade.stages.dataset import load_hard_tokens as load_hard_tokens
     from cascade.stages.evaluation import evaluate_cascade as evaluate_cascade
+    from cascade.stages.hard_tokens.collecting import collect_hard as collect_hard
+    from cascade.stages.hard_tokens.dataset import HardTokens as HardTokens
+    from cascade.stages.hard_tokens.dataset import load_hard_tokens as load_hard_tokens
+    from cascade.stages.hard_tokens.plan import CollectingConfig as CollectingConfig
     from cascade.stages.training import train_stage as train_stage
     from cascade.stages.training_config import Recipe as Recipe
+    from cascade.stages.training_config import TrainingConfig as TrainingConfig
     from cascade.stats.similarity_statistics import SimilarityStatistics as SimilarityStatistics
     from cascade.studies.altered_models import copy_of as copy_of
     from cascade.studies.corpus_comparison import compare_corpora as compare_corpora
@@ -54,21 +56,23 @@ except PackageNotFoundError:  # a source tree that was never installed
 _MODULES = {
     "Cascade": "stages.cascades",
     "CascadeError": "core.errors",
+    "CollectingConfig": "stages.hard_tokens.plan",
     "Comparison": "gate.drift",
     "DecoderStack": "models.stack",
     "EarlyExit": "decoding.early_exit",
     "Entry": "stages.cascades",
     "FittedHeads": "exits.fitted_heads",
     "Gate": "gate.quick_gate",
-    "HardTokens": "stages.dataset",
+    "HardTokens": "stages.hard_tokens.dataset",
     "Recipe": "stages.training_config",
     "SaturationProfile": "saturation.profile",
     "SimilarityStatistics": "stats.similarity_statistics",
     "StoredProfile": "gate.baselines",
     "TokenBlocks": "corpora.blocks",
+    "TrainingConfig": "stages.training_config",
     "analyze": "saturation.profile",
     "calibrate": "evaluation.calibration",
-    "collect_hard": "stages.collecting",
+    "collect_hard": "stages.hard_tokens.collecting",
     "compare": "gate.drift",
     "compare_corpora": "studies.corpus_comparison",
     "compare_models": "studies.model_comparison",
@@ -81,7 +85,7 @@ _MODULES = {
     "fit_heads": "exits.head_fitting",
     "load": "models.loading",
     "load_blocks": "corpora.blocks",
-    "load_hard_tokens": "stages.dataset",
+    "load_hard_tokens": "stages.hard_tokens.dataset",
     "load_heads": "exits.fitted_heads",
     "measure_model": "studies.model_comparison",
     "read_profile": "gate.baselines",

@@ -24,11 +24,12 @@ from cascade.benchmarks.timing import (
     way_rows,
 )
 from cascade.core.provenance import provenance_of
-from cascade.corpora.blocks import PARTS, TokenBlocks, load_blocks
+from cascade.corpora.blocks import PARTS, Part, TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
-from cascade.stages.collecting import collect_hard
+from cascade.stages.hard_tokens.collecting import collect_hard
+from cascade.stages.hard_tokens.plan import CollectingConfig
 
 #: The kind of the record.
 KIND = "bench.collect-hard"
@@ -137,7 +138,7 @@ def collect_hard_tokens(
     }
 
 
-def bare_visit(stack: DecoderStack, parts: dict[str, TokenBlocks], batch_size: int) -> None:
+def bare_visit(stack: DecoderStack, parts: dict[Part, TokenBlocks], batch_size: int) -> None:
     """Run the decoder over all batches and look at nothing: the limit to be close to.
 
     Args:
@@ -150,7 +151,7 @@ def bare_visit(stack: DecoderStack, parts: dict[str, TokenBlocks], batch_size: i
             stack.visit(torch.from_numpy(ids).long().to(stack.device), lambda entry, hidden: None)
 
 
-def _parts(stack: DecoderStack, setup: HardSetup) -> dict[str, TokenBlocks]:
+def _parts(stack: DecoderStack, setup: HardSetup) -> dict[Part, TokenBlocks]:
     total = setup.tokens // setup.seq_len
     rows = dict(zip(PARTS, (total - total // 5, total // 5), strict=True))
     return {part: _repeated(stack, setup, part, rows[part]) for part in PARTS}
@@ -177,15 +178,13 @@ def _repeated(stack: DecoderStack, setup: HardSetup, part: str, rows: int) -> To
 
 
 def _collect(
-    stack: DecoderStack, parts: dict[str, TokenBlocks], setup: HardSetup, folder: Path
+    stack: DecoderStack, parts: dict[Part, TokenBlocks], setup: HardSetup, folder: Path
 ) -> None:
     assert setup.layer is not None  # chosen with the model at hand
     collect_hard(
         stack,
         parts,
         folder,
-        layer=setup.layer,
-        hard_ratio=_HARD_RATIO,
-        batch_size=setup.batch_size,
+        CollectingConfig(layer=setup.layer, hard_ratio=_HARD_RATIO, batch_size=setup.batch_size),
         overwrite=True,
     )

@@ -1,84 +1,64 @@
-"""Cascades: a base model and the stages that its hard tokens go on to."""
+"""Cascades: a base model and the stages that its hard tokens enter."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cascade.core.errors import ModelError, RecordError, UsageError, first_line
-from cascade.core.files import RunFolder
-from cascade.core.records import read_record, to_json
-from cascade.core.shapes import COUNT, FLAG, NUMBER, TEXT, Kind, Maybe, Shape, flaw, one_of
+from cascade.core.errors import ModelError, UsageError
+from cascade.core.schema import UNSET
 from cascade.decoding.early_exit import EarlyExit, Propagation, Score
 from cascade.decoding.forward import Exit, Pass
 from cascade.decoding.generation import Generation
 from cascade.decoding.inputs import make_chunk
 from cascade.exits.decision import read_threshold
-from cascade.exits.fitted_heads import FittedHeads, load_heads
+from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.heads import LogitLens
 from cascade.exits.history import exit_entries
 from cascade.exits.rules import find_rule, looking_at
 from cascade.models.flops import Counts
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
-from cascade.models.weights import file_hash
-from cascade.stages.stage import STARTS, Stage, check_fits, extended, new_stage
-
-#: The record of a saved cascade, and of a stage.
-CONFIG = "cascade_config.json"
-_KIND = "cascade"
-_SCHEMA = 1
-
-_THRESHOLD = Kind(
-    "a number, or inf or -inf as text",
-    lambda value: value in ("inf", "-inf") or NUMBER.holds(value),
+from cascade.stages.records import (
+    CascadeBase,
+    CascadeProvenance,
+    CascadeRecord,
+    EntryRecord,
+    StageBase,
+    StageRecord,
+    StageWork,
 )
-_CONFIG: Shape = {
-    "base": {
-        "source": Maybe(TEXT),
-        "weights_hash": TEXT,
-        "tokenizer_hash": Maybe(TEXT),
-        "num_layers": COUNT,
-        "hidden_size": COUNT,
-        "vocab_size": COUNT,
-    },
-    "propagation": one_of("frozen", "exact"),
-    "stages": [
-        {
-            "file": TEXT,
-            "sha256": TEXT,
-            "num_layers": COUNT,
-            "start": one_of(*STARTS),
-            "own_head": FLAG,
-            "entry": {
-                "layer": COUNT,
-                "rule": TEXT,
-                "threshold": _THRESHOLD,
-                "heads": Maybe(TEXT),
-            },
-        }
-    ],
-}
+from cascade.stages.saved_cascades import (
+    local_folder,
+    read_cascade_record,
+    read_entry_heads,
+    read_stage,
+    upload,
+    write_cascade,
+)
+from cascade.stages.stage import Stage, check_fits, extended
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Who enters a stage: tokens that its rule finds hard. The others leave below it.
+    """Which tokens enter a stage: those that its rule finds hard. The others exit below it.
 
     Attributes:
-        layer: Decides, 1..N of the model below the stage.
-        threshold: Tokens with a confidence at or above it leave.
+        layer: The layer that decides, 1..N of the model below the stage.
+        threshold: Tokens with a confidence at or above it exit.
         rule: The rule's name.
-        heads: Fitted heads: easy tokens leave at `layer` itself, through its ridge head. Without,
-            they leave behind the last layer below the stage, through the LM head there.
+        heads: Fitted heads: easy tokens exit at `layer` itself, through its ridge head. Without
+            heads they exit after the last layer below the stage, through the LM head there.
+
+    Example:
+        >>> Entry(layer=29, threshold=0.9517).rule
+        'cosine'
     """
 
     layer: int
@@ -87,13 +67,13 @@ class Entry:
     heads: FittedHeads | None = None
 
     def exit_of(self, stack: DecoderStack) -> Exit:
-        """Return where easy tokens leave a model, and how.
+        """Return where easy tokens exit from a model, and how.
 
         Args:
             stack: The model below the stage.
 
         Raises:
-            UsageError: No such layer or rule, or a threshold that the rule cannot give.
+            UsageError: No such layer or rule, or a threshold outside the rule's range.
             ModelError: The heads belong to another model.
         """
         rule = find_rule(self.rule)
@@ -106,20 +86,39 @@ class Entry:
         rule = looking_at(rule, self.layer, leaving=last)
         return Exit(last, rule, threshold, LogitLens(stack))
 
+    def record(self, heads_file: str) -> EntryRecord:
+        """Return the entry as a record holds it.
+
+        Args:
+            heads_file: The name of the file of its heads, if it has any.
+        """
+        return EntryRecord(
+            layer=self.layer,
+            rule=self.rule,
+            threshold=_stored_threshold(self.threshold),
+            heads=None if self.heads is None else heads_file,
+        )
+
+
+def _stored_threshold(threshold: float) -> float | Literal["inf", "-inf"]:
+    if math.isinf(threshold):
+        return "inf" if threshold > 0 else "-inf"
+    return threshold
+
 
 class Cascade:
     """A base model and stages; each stage computes only the tokens that are hard below it.
 
-    A stage's tokens attend to the hard tokens before them and to the exit states of the easy ones,
-    at their own positions. The whole is an `EarlyExit` of the base with the stages' layers
-    appended, so its laws hold: with all thresholds at -inf the cascade is the base, exactly; with
-    +inf it is the base with all layers appended; generating equals scoring.
+    The tokens in a stage attend to the hard tokens before them and to the exit states of the easy
+    ones, at their own positions. A cascade is an `EarlyExit` of the base with the stages' layers
+    appended, so the same laws hold: with all thresholds at -inf the cascade is exactly the base;
+    with +inf it is the base with all layers appended; generating equals scoring.
 
     Args:
-        base: The base model; its weights are not touched.
+        base: The base model; its weights are not changed.
         propagation: What a stage sees of easy tokens: "frozen" (keys and values from their exit
-            states) or "exact" (they are computed once a hard one needs them).
-        provenance: What is known of its origin.
+            states) or "exact" (they are computed once a hard token needs them).
+        provenance: Where it comes from.
 
     Raises:
         UsageError: Another propagation.
@@ -130,7 +129,7 @@ class Cascade:
         base: DecoderStack,
         *,
         propagation: Propagation = "frozen",
-        provenance: dict[str, Any] | None = None,
+        provenance: CascadeProvenance | None = None,
     ) -> None:
         if propagation not in ("frozen", "exact"):
             raise UsageError(
@@ -139,23 +138,23 @@ class Cascade:
             )
         self.base = base
         self.propagation: Propagation = propagation
-        self.provenance = dict(provenance or {})
+        self.provenance = provenance or CascadeProvenance()
         self.stages: list[Stage] = []
         self.entrances: list[Entry] = []
         self._stacks = [base]
         self._exits: list[Exit] = []
-        self._ways: dict[int, EarlyExit] = {}
+        self._early_exits: dict[int, EarlyExit] = {}
 
     def add_stage(self, stage: Stage, entry: Entry) -> None:
-        """Let the tokens that are hard so far go on to a stage.
+        """Append a stage, for tokens that are hard in all stages below it.
 
         Args:
             stage: The stage; its weights take the base's dtype and device.
-            entry: Who enters it.
+            entry: Which tokens enter it.
 
         Raises:
             ModelError: The stage is of another width, vocabulary, tokenizer or base.
-            UsageError: An entry that cannot be; or one at or below the one before it.
+            UsageError: An invalid entry, or one at or below the entry before it.
         """
         top = self.stack
         check_fits(top, stage)
@@ -173,8 +172,28 @@ class Cascade:
         self.stages.append(stage)
         self.entrances.append(entry)
 
+    def with_stage(
+        self, stage: Stage, entry: Entry, *, provenance: CascadeProvenance | None = None
+    ) -> Cascade:
+        """Return a cascade of the same base and stages, and one more; this one is not changed.
+
+        Args:
+            stage: The stage; its weights take the base's dtype and device.
+            entry: Which tokens enter it.
+            provenance: Where the new cascade comes from.
+
+        Raises:
+            ModelError: The stage is of another width, vocabulary, tokenizer or base.
+            UsageError: An invalid entry, or one at or below the entry before it.
+        """
+        longer = Cascade(self.base, propagation=self.propagation, provenance=provenance)
+        for own, before in zip(self.stages, self.entrances, strict=True):
+            longer.add_stage(own, before)
+        longer.add_stage(stage, entry)
+        return longer
+
     def entered_like(self, other: Cascade) -> Cascade:
-        """Return a cascade of these stages that tokens enter as they do another one's.
+        """Return a cascade of these stages that tokens enter by the entries of another cascade.
 
         Args:
             other: Of the same base, with as many stages.
@@ -197,35 +216,39 @@ class Cascade:
             "vocab_size": "vocabulary",
             "weights_hash": "base model",
         }
-        for name, expected, got in self._differences(stage.provenance.get("base") or {}, names):
+        if stage.provenance.base is UNSET:
+            return
+        difference = self._difference(stage.provenance.base, names)
+        if difference is not None:
             raise ModelError(
-                f"the stage was trained for another {names[name]} ({expected}, here {got}); "
-                "train one for this model"
+                f"the stage was trained for another {names[difference.name]} "
+                f"({difference.expected}, here {difference.found}); train one for this model"
             )
 
-    def _differences(
-        self, made_for: dict[str, Any], names: Iterable[str]
-    ) -> Iterator[tuple[str, Any, Any]]:
-        """Yield what of the base is known to be another: its name, what it was made for, ours."""
+    def _difference(
+        self, made_for: StageBase | CascadeBase, names: Iterable[str]
+    ) -> _Difference | None:
+        """Return the first known difference between this base and another one."""
         own = self._base_record()
         for name in names:
-            expected = made_for.get(name)
-            if expected is not None and own[name] is not None and expected != own[name]:
-                yield name, expected, own[name]
+            expected, found = getattr(made_for, name), getattr(own, name)
+            if expected is not UNSET and None not in (expected, found) and expected != found:
+                return _Difference(name, expected, found)
+        return None
 
-    def _base_record(self) -> dict[str, Any]:
+    def _base_record(self) -> CascadeBase:
         known = self.base.provenance
-        return {
-            "source": known.get("source"),
-            "name": known.get("name"),
-            "revision": known.get("revision"),
-            "family": known.get("family"),
-            "weights_hash": self.base.weights_hash(),
-            "tokenizer_hash": known.get("tokenizer_hash"),
-            "num_layers": self.base.num_layers,
-            "hidden_size": self.base.hidden_size,
-            "vocab_size": self.base.vocab_size,
-        }
+        return CascadeBase(
+            source=known.get("source"),
+            name=known.get("name"),
+            revision=known.get("revision"),
+            family=known.get("family"),
+            weights_hash=self.base.weights_hash(),
+            tokenizer_hash=known.get("tokenizer_hash"),
+            num_layers=self.base.num_layers,
+            hidden_size=self.base.hidden_size,
+            vocab_size=self.base.vocab_size,
+        )
 
     @property
     def stack(self) -> DecoderStack:
@@ -237,18 +260,18 @@ class Cascade:
         return self._stacks[stages]
 
     def routed(self) -> DecoderStack:
-        """Return the stack whose `visit` lets tokens leave as they do in the cascade.
+        """Return the stack whose `visit` lets tokens exit as they do in the cascade.
 
-        Of tokens that left, every later entry of the history is their exit state. What a next
-        stage is trained on is collected from it.
+        Every later entry of the history of an exited token is its exit state. The hard tokens of a
+        next stage are collected from this stack.
         """
-        return _Routed(self)
+        return RoutedStack(self.early_exit())
 
     def early_exit(self, stages: int | None = None) -> EarlyExit:
-        """Return the cascade, or the part of it up to a stage, as what runs it.
+        """Return the cascade, or its first stages, as the `EarlyExit` that runs it.
 
         Args:
-            stages: How many stages; all where not given, 0 for the base alone.
+            stages: How many stages; all where None, 0 for the base alone.
 
         Raises:
             UsageError: More than there are.
@@ -256,11 +279,11 @@ class Cascade:
         count = len(self.stages) if stages is None else stages
         if not 0 <= count <= len(self.stages):
             raise UsageError(f"expected 0 to {len(self.stages)} stages, got {count}")
-        if count not in self._ways:
-            self._ways[count] = EarlyExit(
+        if count not in self._early_exits:
+            self._early_exits[count] = EarlyExit(
                 self._stacks[count], exits=self._exits[:count], propagation=self.propagation
             )
-        return self._ways[count]
+        return self._early_exits[count]
 
     def score(
         self,
@@ -275,7 +298,7 @@ class Cascade:
         Args:
             input_ids: `[B, T]`.
             attention_mask: `[B, T]`.
-            stages: How many stages take part; all where not given.
+            stages: How many stages are used; all where None.
             keep_logits: Whether to return all logits.
         """
         return self.early_exit(stages).score(input_ids, attention_mask, keep_logits=keep_logits)
@@ -288,18 +311,18 @@ class Cascade:
         stages: int | None = None,
         **kwargs: Any,
     ) -> Tensor | Generation:
-        """Generate; see `EarlyExit.generate`, whose settings these are.
+        """Generate; see `EarlyExit.generate`.
 
         Args:
             input_ids: `[B, T]`, padded on the left.
             attention_mask: `[B, T]`.
-            stages: How many stages take part; all where not given.
-            kwargs: The settings.
+            stages: How many stages are used; all where None.
+            kwargs: The settings of `EarlyExit.generate`.
         """
         return self.early_exit(stages).generate(input_ids, attention_mask, **kwargs)
 
     def exit_shares(self, score: Score) -> list[float]:
-        """Return which share of the tokens left below each stage, and behind the last one.
+        """Return the share of tokens that exit below each stage, and after the last one.
 
         Args:
             score: Of the whole cascade.
@@ -308,58 +331,44 @@ class Cascade:
         total = score.exit_layers.numel()
         return [float((score.exit_layers == place).sum()) / total for place in places]
 
-    def stage_rows(self, counts: Counts) -> list[dict[str, int]]:
-        """Return, per stage, what was really computed, summed over its layers.
+    def stage_rows(self, counts: Counts) -> list[StageWork]:
+        """Return what each stage computed, summed over its layers.
 
         Args:
             counts: Of a score or a generation of the whole cascade.
-
-        Returns:
-            Token rows that went through its layers, and rows of which only keys and values were
-            made.
         """
         rows = []
         for below, above in zip(self._stacks, self._stacks[1:], strict=False):
-            part = slice(below.num_layers, above.num_layers)
+            layers = slice(below.num_layers, above.num_layers)
             rows.append(
-                {
-                    "layer_rows": sum(counts.layer_rows[part]),
-                    "key_value_rows": sum(counts.key_value_rows[part]),
-                }
+                StageWork(
+                    layer_rows=sum(counts.layer_rows[layers]),
+                    key_value_rows=sum(counts.key_value_rows[layers]),
+                )
             )
         return rows
 
     # --- saved -------------------------------------------------------------------------------
 
-    def config(self) -> dict[str, Any]:
-        """Return the record that `save_pretrained` writes, without the stages' hashes."""
-        return {
-            "kind": _KIND,
-            "schema": _SCHEMA,
-            "base": self._base_record(),
-            "propagation": self.propagation,
-            "stages": [
-                {
-                    "file": f"stage-{number}.safetensors",
-                    "num_layers": len(stage.layers),
-                    "start": stage.start,
-                    "own_head": stage.head is not None,
-                    "entry": {
-                        "layer": entry.layer,
-                        "rule": entry.rule,
-                        "threshold": entry.threshold
-                        if math.isfinite(entry.threshold)
-                        else str(entry.threshold),
-                        "heads": None if entry.heads is None else f"heads-{number}.safetensors",
-                    },
-                    "provenance": stage.provenance,
-                }
-                for number, (stage, entry) in enumerate(
-                    zip(self.stages, self.entrances, strict=True), start=1
+    def record(self) -> CascadeRecord:
+        """Return the record that `save_pretrained` writes, without the hashes of the files."""
+        numbered = enumerate(zip(self.stages, self.entrances, strict=True), start=1)
+        return CascadeRecord(
+            base=self._base_record(),
+            propagation="exact" if self.propagation == "exact" else "frozen",
+            stages=[
+                StageRecord(
+                    file=f"stage-{number}.safetensors",
+                    num_layers=len(stage.layers),
+                    start=stage.start,
+                    own_head=stage.head is not None,
+                    entry=entry.record(f"heads-{number}.safetensors"),
+                    provenance=stage.provenance,
                 )
+                for number, (stage, entry) in numbered
             ],
-            "provenance": self.provenance,
-        }
+            provenance=self.provenance,
+        )
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write stages, entries and provenance to a folder; the base is named, not copied.
@@ -373,19 +382,8 @@ class Cascade:
         Raises:
             OutputError: It holds a cascade already, or cannot be written.
         """
-        record = self.config()
-        files = [stage["file"] for stage in record["stages"]]
-        files += [name for stage in record["stages"] if (name := stage["entry"]["heads"])]
-        with RunFolder(Path(folder), [*files, CONFIG], overwrite=overwrite) as out:
-            for about, stage, entry in zip(
-                record["stages"], self.stages, self.entrances, strict=True
-            ):
-                weights = {name: value.contiguous() for name, value in stage.weights().items()}
-                out.write(about["file"], save(weights, metadata={"format": "pt"}))
-                about["sha256"] = file_hash(out.staging / about["file"])
-                if entry.heads is not None:
-                    entry.heads.save(out.staging / about["entry"]["heads"])
-            out.write(CONFIG, to_json(record) + "\n")
+        heads = [entry.heads for entry in self.entrances]
+        write_cascade(Path(folder), self.record(), self.stages, heads, overwrite=overwrite)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **kwargs: Any) -> Any:
         """Upload what `save_pretrained` writes to a model repository of the hub.
@@ -395,15 +393,7 @@ class Cascade:
             private: Whether a repository that is made is private.
             kwargs: For `huggingface_hub.HfApi.upload_folder`: revision, commit_message, ...
         """
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return api.upload_folder(repo_id=repository, folder_path=folder, **kwargs)
+        return upload(self.save_pretrained, repo_id, private=private, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -428,56 +418,58 @@ class Cascade:
             RecordError: Nothing is there, or it is torn, edited or of a newer release.
             ModelError: The base is another model than the one it was made for.
         """
-        folder = _folder_of(source, revision)
-        record = read_record(folder / CONFIG, kind=_KIND)
-        found = flaw(record, _CONFIG)
-        if found is not None:
-            raise RecordError(f"{folder / CONFIG} is torn or edited ({found}); restore it")
-        made_for = record["base"]
+        folder = local_folder(source, revision)
+        record = read_cascade_record(folder)
         if base is None:
-            if made_for["source"] is None:
+            if record.base.source is None:
                 raise UsageError(
                     f"{source} was made for a model without a name; give it: "
                     "Cascade.from_pretrained(folder, base)"
                 )
             base = load(
-                made_for["source"], revision=made_for.get("revision"), dtype=dtype, device=device
+                record.base.source, revision=record.base.revision, dtype=dtype, device=device
             )
-        cascade = cls(
-            base, propagation=record["propagation"], provenance=record.get("provenance") or {}
-        )
-        cascade._check_base(made_for)
-        for about in record["stages"]:
-            stage = _read_stage(folder, about, cascade.stack)
-            entry = about["entry"]
-            heads = entry.get("heads")
-            cascade.add_stage(
-                stage,
-                Entry(
-                    entry["layer"],
-                    float(entry["threshold"]),
-                    entry["rule"],
-                    None if heads is None else load_heads(folder / heads, cascade.stack),
-                ),
-            )
+        cascade = cls(base, propagation=record.propagation, provenance=record.provenance)
+        cascade._check_base(record.base)
+        for row in record.stages:
+            stage = read_stage(folder, row, cascade.stack)
+            heads = read_entry_heads(folder, row, cascade.stack)
+            entry = Entry(row.entry.layer, float(row.entry.threshold), row.entry.rule, heads)
+            cascade.add_stage(stage, entry)
         return cascade
 
-    def _check_base(self, made_for: dict[str, Any]) -> None:
+    def _check_base(self, made_for: CascadeBase) -> None:
         names = ("hidden_size", "vocab_size", "num_layers", "tokenizer_hash", "weights_hash")
-        for name, expected, got in self._differences(made_for, names):
+        difference = self._difference(made_for, names)
+        if difference is not None:
             raise ModelError(
-                f"the cascade was made for the base {made_for.get('name') or '(unnamed)'} with "
-                f"{name} {expected}, this model has {got}; load that base, or train "
-                "stages for this one"
+                f"the cascade was made for the base {made_for.name or '(unnamed)'} with "
+                f"{difference.name} {difference.expected}, this model has {difference.found}; "
+                "load that base, or train stages for this one"
             )
 
 
-class _Routed(DecoderStack):
-    """A cascade's stack, shown as its tokens really go."""
+@dataclass(frozen=True)
+class _Difference:
+    """What a base was expected to be, and what it is."""
 
-    def __init__(self, cascade: Cascade) -> None:
-        vars(self).update(vars(cascade.stack))
-        self._early = cascade.early_exit()
+    name: str
+    expected: object
+    found: object
+
+
+class RoutedStack(DecoderStack):
+    """A cascade's stack whose `visit` lets tokens exit as they do in the cascade.
+
+    Args:
+        early: The cascade, as what runs it.
+    """
+
+    def __init__(self, early: EarlyExit) -> None:
+        stack = early.stack
+        super().__init__(stack.model, tokenizer=stack.tokenizer, provenance=stack.provenance)
+        self.below = stack.below
+        self._early = early
 
     @torch.no_grad()
     def visit(self, input_ids: Tensor, visitor: Callable[[int, Tensor], None]) -> Tensor | None:
@@ -486,52 +478,13 @@ class _Routed(DecoderStack):
         chunk = make_chunk(self, input_ids, torch.ones_like(input_ids))
         cache = layers.new_cache(batch, length, keep=False)
         cache.window(0, length)
-        going = Pass(layers, self._early.exits, chunk, cache, Counts.of(self.num_layers))
-        exits = {at.layer: at for at in going.exits}
-        visitor(0, going.hidden)
-        nobody = torch.zeros_like(chunk.valid)
+        one_pass = Pass(layers, self._early.exits, chunk, cache, Counts.of(self.num_layers))
+        exits = {at.layer: at for at in one_pass.exits}
+        visitor(0, one_pass.hidden)
+        no_logits = torch.zeros_like(chunk.valid)
         for layer in range(1, self.num_layers + 1):
-            going.climb(layer)
-            visitor(layer, going.hidden)
+            one_pass.climb(layer)
+            visitor(layer, one_pass.hidden)
             if layer in exits:
-                going.decide(exits[layer], nobody, lambda *_: None)
+                one_pass.decide(exits[layer], no_logits, lambda *_: None)
         return None
-
-
-def _folder_of(source: str | Path, revision: str | None) -> Path:
-    """Return a local folder, or what the hub has under a name."""
-    folder = Path(source).expanduser()
-    if folder.is_dir() or isinstance(source, Path) or source.count("/") != 1:
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(source, revision=revision, allow_patterns=[CONFIG, "*.safetensors"])
-        )
-    except Exception as error:  # many unrelated types, one meaning for the user
-        raise RecordError(
-            f"no cascade {source}: {first_line(error)}; expected a folder of `cascade train`, or a "
-            "hub id where the hub can be reached"
-        ) from error
-
-
-def _read_stage(folder: Path, about: dict[str, Any], below: DecoderStack) -> Stage:
-    path = folder / Path(about["file"]).name
-    if not path.is_file():
-        raise RecordError(f"{path} is missing; restore it, or train the cascade anew")
-    if file_hash(path) != about["sha256"]:
-        raise RecordError(
-            f"{path} is cut short or changed (its hash is not the one in {CONFIG}); restore it, or "
-            "train the cascade anew"
-        )
-    stage = new_stage(below, about["num_layers"], start=about["start"], own_head=about["own_head"])
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RecordError(
-            f"{path} is no readable safetensors file ({first_line(error)})"
-        ) from error
-    stage.load(weights)
-    stage.provenance = dict(about.get("provenance") or {})
-    return stage

@@ -1,26 +1,42 @@
-"""What a cascade is worth: base alone, with each stage, and against the controls of its routing."""
+"""Evaluating a cascade: the base alone, with each stage, and against the controls."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cascade.core.arguments import check_seed
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
-from cascade.core.provenance import provenance_of
+from cascade.core.provenance import provenance_of, typed_provenance
+from cascade.core.schema import UNSET, UnsetType, from_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.decoding.early_exit import EarlyExit
 from cascade.models.flops import Counts, flops
 from cascade.stages.cascades import Cascade
+from cascade.stages.records import (
+    CascadeEvaluationRecord,
+    CascadeVerdict,
+    ComputedRows,
+    ControlComparison,
+    ExitShare,
+    PairedRatio,
+    ScopeFigures,
+    VariantFigures,
+)
 
-#: What every figure is given for; a token counts by the text that it predicts.
+#: The scopes of every figure; a token counts by the text that it predicts.
 SCOPES = ("all", "easy", "hard", "response", "easy_response", "hard_response")
+
+
+#: The scopes by which a cascade is judged.
+Scope = Literal["all", "response"]
 
 
 #: How often sequences are resampled for an interval.
@@ -28,8 +44,8 @@ _RESAMPLES = 1000
 
 
 @dataclass
-class _Way:
-    """One row of the table: a cascade up to some stage, or a control."""
+class _Variant:
+    """One row of the table: the base, the cascade up to a stage, or a control."""
 
     name: str
     early: EarlyExit
@@ -40,10 +56,18 @@ class _Way:
     counts: Counts = field(init=False)
     losses: list[Array] = field(default_factory=list)
     hits: list[Array] = field(default_factory=list)
-    left: list[Array] = field(default_factory=list)
+    exit_layers: list[Array] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.counts = Counts.of(self.early.stack.num_layers)
+
+    def add(self, batch: Tensor) -> None:
+        """Score a batch, and keep its losses, hits and exits."""
+        score = self.early.score(batch, torch.ones_like(batch))
+        self.losses.append(-score.log_probabilities.double().cpu().numpy())
+        self.hits.append((score.predictions[:, :-1] == batch[:, 1:]).cpu().numpy())
+        self.exit_layers.append(score.exit_layers.cpu().numpy())
+        self.counts = self.counts + score.counts
 
 
 def evaluate_cascade(
@@ -55,29 +79,25 @@ def evaluate_cascade(
     seed: int = 0,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """Measure a cascade on text, stage by stage, beside its controls.
+) -> CascadeEvaluationRecord:
+    """Measure a cascade on text, stage by stage, and its controls.
 
-    Easy and hard tokens are those of the first stage's entry, the same ones in every row, so that
-    rows can be compared.
+    Easy and hard tokens are those of the first stage's entry. They are the same in every row, so
+    that rows can be compared.
 
     Args:
         cascade: At least one stage.
         blocks: Held-out text, read with `marks=True`.
-        controls: Routing -> a cascade whose only difference is a last stage trained on other
-            tokens: "all" of them, or as many drawn at "random". Each is measured with its own
+        controls: The tokens of a control, "all" or as many drawn at "random" -> a cascade whose
+            only difference is a last stage trained on those tokens. Each is measured with its own
             entry and with the cascade's.
         batch_size: Sequences per pass.
-        seed: Of the intervals.
-        command: For the provenance.
+        seed: Seed of the intervals.
+        command: The command that the user ran, for the record.
         progress: Called with the number of tokens done since the last call.
 
     Returns:
-        A record of kind `cascade-evaluation`: `rows`, each with figures per scope (perplexity,
-        accuracy, the perplexity's ratio to the base's with a 95 % interval over sequences), the
-        share of tokens leaving at each place, layers per token, operations relative to the base,
-        and token rows computed per stage; `comparisons` of the cascade with each control; and a
-        `verdict`.
+        Figures of every variant, comparisons of the cascade with each control, and a verdict.
 
     Raises:
         UsageError: A cascade without stages.
@@ -89,56 +109,51 @@ def evaluate_cascade(
     if blocks.response is None:
         raise CorpusError("the text does not say what is response; read it with marks=True")
     check_blocks(cascade.base, blocks, batch_size)
-    ways = _ways(cascade, controls or {})
+    variants = _variants(cascade, controls or {})
+    base, first_stage = variants[0], variants[1]
     hard: list[Array] = []
     first_exit = cascade.early_exit(1).exits[0].layer
     for ids, numbers in blocks.batches(batch_size):
         batch = torch.from_numpy(ids).long().to(cascade.base.device)
-        for way in ways:
-            score = way.early.score(batch, torch.ones_like(batch))
-            way.losses.append(-score.log_probabilities.double().cpu().numpy())
-            way.hits.append((score.predictions[:, :-1] == batch[:, 1:]).cpu().numpy())
-            way.left.append(score.exit_layers.cpu().numpy())
-            way.counts = way.counts + score.counts
-        hard.append((ways[1].left[-1] > first_exit)[:, :-1])
+        for variant in variants:
+            variant.add(batch)
+        hard.append((first_stage.exit_layers[-1] > first_exit)[:, :-1])
         (progress or (lambda _: None))(len(numbers) * ids.shape[1])
     masks = _masks(np.concatenate(hard), blocks.response[:, 1:])
-    figures = [_figures(way, masks) for way in ways]
+    sums = [_sums(variant, masks) for variant in variants]
     rows = [
-        _row(way, own, figures[0], ways[0], blocks.tokens, seed)
-        for way, own in zip(ways, figures, strict=True)
+        _row(variant, own, sums[0], base, blocks.tokens, seed)
+        for variant, own in zip(variants, sums, strict=True)
     ]
-    main = next(place for place, way in enumerate(ways) if way.name == "cascade")
+    main = next(place for place, variant in enumerate(variants) if variant.name == "cascade")
     comparisons = [
-        _compared(way, figures[main], own, seed)
-        for way, own in zip(ways, figures, strict=True)
-        if way.trained_on not in (None, "hard")
+        _compared(variant, sums[main], own, seed)
+        for variant, own in zip(variants, sums, strict=True)
+        if variant.trained_on not in (None, "hard")
     ]
-    return {
-        "schema": 1,
-        "kind": "cascade-evaluation",
-        "provenance": provenance_of(cascade.base, blocks, command),
-        "cascade": cascade.config(),
-        "rows": rows,
-        "comparisons": comparisons,
-        "verdict": _verdict(rows[main], comparisons),
-    }
+    return CascadeEvaluationRecord(
+        provenance=typed_provenance(provenance_of(cascade.base, blocks, command)),
+        cascade=cascade.record(),
+        rows=rows,
+        comparisons=comparisons,
+        verdict=verdict_of(rows[main].scopes, comparisons),
+    )
 
 
-def _ways(cascade: Cascade, controls: Mapping[str, Cascade]) -> list[_Way]:
-    ways = [_Way("base", cascade.early_exit(0), 0, None, None, cascade)]
+def _variants(cascade: Cascade, controls: Mapping[str, Cascade]) -> list[_Variant]:
+    variants = [_Variant("base", cascade.early_exit(0), 0, None, None, cascade)]
     last = len(cascade.stages)
     for count in range(1, last + 1):
         name = "cascade" if count == last else f"stage {count}"
-        ways.append(_Way(name, cascade.early_exit(count), count, "hard", "hard", cascade))
-    for routing, control in controls.items():
-        routed = control.entered_like(cascade)
-        ways.append(
-            _Way(f"trained on {routing}", routed.early_exit(), last, routing, "hard", routed)
-        )
+        early = cascade.early_exit(count)
+        variants.append(_Variant(name, early, count, "hard", "hard", cascade))
+    for tokens, control in controls.items():
+        like = control.entered_like(cascade)
+        early = like.early_exit()
+        variants.append(_Variant(f"trained on {tokens}", early, last, tokens, "hard", like))
         own = control.early_exit()
-        ways.append(_Way(f"{routing} tokens", own, last, routing, routing, control))
-    return ways
+        variants.append(_Variant(f"{tokens} tokens", own, last, tokens, tokens, control))
+    return variants
 
 
 def _masks(hard: Array, response: Array) -> dict[str, Array]:
@@ -153,17 +168,23 @@ def _masks(hard: Array, response: Array) -> dict[str, Array]:
 
 
 @dataclass(frozen=True)
-class _Figures:
-    """Sums per sequence and scope, `[S]` each."""
+class SequenceSums:
+    """Sums per sequence, `[S]`, by scope.
+
+    Attributes:
+        losses: Of negative log-probabilities, in nats.
+        hits: Of tokens that are predicted.
+        tokens: Of tokens.
+    """
 
     losses: dict[str, Array]
     hits: dict[str, Array]
     tokens: dict[str, Array]
 
 
-def _figures(way: _Way, masks: Mapping[str, Array]) -> _Figures:
-    losses, hits = np.concatenate(way.losses), np.concatenate(way.hits)
-    return _Figures(
+def _sums(variant: _Variant, masks: Mapping[str, Array]) -> SequenceSums:
+    losses, hits = np.concatenate(variant.losses), np.concatenate(variant.hits)
+    return SequenceSums(
         {scope: np.where(mask, losses, 0.0).sum(axis=1) for scope, mask in masks.items()},
         {scope: (mask & hits).sum(axis=1) for scope, mask in masks.items()},
         {scope: mask.sum(axis=1) for scope, mask in masks.items()},
@@ -171,44 +192,58 @@ def _figures(way: _Way, masks: Mapping[str, Array]) -> _Figures:
 
 
 def _row(
-    way: _Way, own: _Figures, base: _Figures, alone: _Way, tokens: int, seed: int
-) -> dict[str, Any]:
-    left = np.concatenate(way.left)
-    places = [at.layer for at in way.early.exits] + [way.early.stack.num_layers]
-    return {
-        "name": way.name,
-        "stages": way.stages,
-        "trained_on": way.trained_on,
-        "entered_by": way.entered_by,
-        "scopes": {
+    variant: _Variant,
+    own: SequenceSums,
+    base: SequenceSums,
+    alone: _Variant,
+    tokens: int,
+    seed: int,
+) -> VariantFigures:
+    exit_layers = np.concatenate(variant.exit_layers)
+    places = [at.layer for at in variant.early.exits] + [variant.early.stack.num_layers]
+    return VariantFigures(
+        name=variant.name,
+        stages=variant.stages,
+        trained_on=variant.trained_on,
+        entered_by=variant.entered_by,
+        scopes={
             scope: _scope(own, base, scope, seed) for scope in SCOPES if own.tokens[scope].any()
         },
-        "exits": [
-            {"layer": place, "share": float((left == place).mean())}
+        exits=[
+            ExitShare(layer=place, share=float((exit_layers == place).mean()))
             for place in sorted(set(places))
         ],
-        "layers_per_token": sum(way.counts.layer_rows) / tokens,
-        "operations_ratio": flops(way.early.stack, way.counts)
+        layers_per_token=sum(variant.counts.layer_rows) / tokens,
+        operations_ratio=flops(variant.early.stack, variant.counts)
         / flops(alone.early.stack, alone.counts),
-        "stage_rows": way.cascade.stage_rows(way.counts)[: way.stages],
-        "counts": way.counts.record(),
-    }
+        stage_rows=variant.cascade.stage_rows(variant.counts)[: variant.stages],
+        counts=from_plain(variant.counts.record(), ComputedRows),
+    )
 
 
-def _scope(own: _Figures, base: _Figures, scope: str, seed: int) -> dict[str, Any]:
+def _scope(own: SequenceSums, base: SequenceSums, scope: str, seed: int) -> ScopeFigures:
     tokens = own.tokens[scope]
-    ratio, interval = _ratio(own, base, scope, seed)
-    return {
-        "tokens": int(tokens.sum()),
-        "perplexity": math.exp(own.losses[scope].sum() / tokens.sum()),
-        "accuracy": float(own.hits[scope].sum() / tokens.sum()),
-        "ratio": ratio,
-        "ratio_interval": interval,
-    }
+    ratio, interval = perplexity_ratio(own, base, scope, seed)
+    return ScopeFigures(
+        tokens=int(tokens.sum()),
+        perplexity=math.exp(own.losses[scope].sum() / tokens.sum()),
+        accuracy=float(own.hits[scope].sum() / tokens.sum()),
+        ratio=ratio,
+        ratio_interval=interval,
+    )
 
 
-def _ratio(own: _Figures, other: _Figures, scope: str, seed: int) -> tuple[float, list[float]]:
-    """Return the ratio of two perplexities, and its interval over resampled sequences."""
+def perplexity_ratio(
+    own: SequenceSums, other: SequenceSums, scope: str, seed: int
+) -> tuple[float, list[float]]:
+    """Return the ratio of two perplexities, and its 95 % interval over resampled sequences.
+
+    Args:
+        own: Of one variant.
+        other: Of another one, over the same tokens.
+        scope: The tokens.
+        seed: Seed of the resamples.
+    """
     difference, tokens = own.losses[scope] - other.losses[scope], own.tokens[scope]
     count = len(tokens)
     draws = np.random.default_rng(seed).integers(count, size=(_RESAMPLES, count))
@@ -219,63 +254,95 @@ def _ratio(own: _Figures, other: _Figures, scope: str, seed: int) -> tuple[float
     return math.exp(difference.sum() / tokens.sum()), [float(low), float(high)]
 
 
-def _compared(way: _Way, main: _Figures, control: _Figures, seed: int) -> dict[str, Any]:
+def _compared(
+    variant: _Variant, main: SequenceSums, control: SequenceSums, seed: int
+) -> ControlComparison:
     """Return whether the cascade's perplexity is below a control's, on all and response text."""
-    found: dict[str, Any] = {
-        "control": way.name,
-        "trained_on": way.trained_on,
-        "entered_by": way.entered_by,
-    }
-    for scope in ("all", "response"):
-        if not main.tokens[scope].any():
-            continue
-        ratio, (low, high) = _ratio(main, control, scope, seed)
-        wins = "cascade" if high < 1 else "control" if low > 1 else "neither"
-        found[scope] = {"ratio": ratio, "interval": [low, high], "wins": wins}
-    return found
+    return ControlComparison(
+        control=variant.name,
+        trained_on=variant.trained_on,
+        entered_by=variant.entered_by,
+        all=_paired(main, control, "all", seed),
+        response=_paired(main, control, "response", seed),
+    )
 
 
-def _verdict(main: dict[str, Any], comparisons: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Say whether the stage pays, and whether sending it the hard tokens does."""
-    scope = "response" if "response" in main["scopes"] else "all"
-    figures = main["scopes"][scope]
-    low, high = figures["ratio_interval"]
+def _paired(
+    main: SequenceSums, control: SequenceSums, scope: str, seed: int
+) -> PairedRatio | UnsetType:
+    if not main.tokens[scope].any():
+        return UNSET
+    ratio, (low, high) = perplexity_ratio(main, control, scope, seed)
+    return PairedRatio(
+        ratio=ratio,
+        interval=[low, high],
+        wins="cascade" if high < 1 else "control" if low > 1 else "neither",
+    )
+
+
+# --- The verdict -----------------------------------------------------------------------------
+
+
+def verdict_of(
+    scopes: Mapping[str, ScopeFigures], comparisons: Sequence[ControlComparison]
+) -> CascadeVerdict:
+    """Return whether the stages help, and whether it pays to send them the hard tokens.
+
+    Args:
+        scopes: The cascade's figures; judged by response text where there is any.
+        comparisons: The cascade against each control.
+    """
+    scope: Scope = "response" if "response" in scopes else "all"
+    figures = scopes[scope]
+    low, high = figures.ratio_interval
     text = "response text" if scope == "response" else "all text"
-    ratio = f"{figures['ratio']:.3f} x ({low:.3f} to {high:.3f})"
+    ratio = f"{figures.ratio:.3f} x ({low:.3f} to {high:.3f})"
     if high < 1:
         stage = f"the stage helps: perplexity of {text} {ratio}"
     elif low > 1:
         stage = f"the stage harms: perplexity of {text} {ratio}"
     else:
         stage = f"nothing can be said of the stage: perplexity of {text} {ratio}"
-    found = {(one["trained_on"], one["entered_by"]): one for one in comparisons}
-    random, trained = found.get(("random", "random")), found.get(("all", "hard"))
+    random = _comparison(comparisons, "random", "random", scope)
+    trained = _comparison(comparisons, "all", "hard", scope)
+    return CascadeVerdict(
+        stage=stage,
+        helps=high < 1,
+        routing=None if random is None else _routing(random),
+        training=None if trained is None else _training(trained),
+        earns_its_keep=None if random is None else random.wins == "cascade",
+    )
+
+
+def _comparison(
+    comparisons: Sequence[ControlComparison], trained_on: str, entered_by: str, scope: Scope
+) -> PairedRatio | None:
+    """Return the cascade's ratio to one control; None where there is no such control."""
+    for one in comparisons:
+        if (one.trained_on, one.entered_by) == (trained_on, entered_by):
+            ratio = one.response if scope == "response" else one.all
+            return None if ratio is UNSET else ratio
+    return None
+
+
+def _routing(random: PairedRatio) -> str:
+    """Say what sending hard tokens is worth, compared with as many random ones: the same work."""
+    low, high = random.interval
+    against = f"{random.ratio:.3f} x ({low:.3f} to {high:.3f}) the perplexity of as many random"
     return {
-        "stage": stage,
-        "helps": high < 1,
-        "routing": None if random is None else _routing(random, scope),
-        "training": None if trained is None else _training(trained, scope),
-        "earns_its_keep": None if random is None else random[scope]["wins"] == "cascade",
-    }
+        "cascade": f"routing by hardness earns its keep: {against} tokens",
+        "control": f"routing by hardness does not earn its keep: {against} tokens",
+        "neither": f"routing by hardness and at random cannot be told apart: {against} tokens",
+    }[random.wins]
 
 
-def _routing(random: dict[str, Any], scope: str) -> str:
-    """Say what sending hard tokens is worth against as many random ones: the same work."""
-    ratio, (low, high) = random[scope]["ratio"], random[scope]["interval"]
-    against = f"{ratio:.3f} x ({low:.3f} to {high:.3f}) the perplexity of as many random tokens"
-    return {
-        "cascade": f"routing by hardness earns its keep: {against}",
-        "control": f"routing by hardness does not earn its keep: {against}",
-        "neither": f"routing by hardness and at random cannot be told apart: {against}",
-    }[random[scope]["wins"]]
-
-
-def _training(trained: dict[str, Any], scope: str) -> str:
+def _training(trained: PairedRatio) -> str:
     """Say what training on hard tokens alone is worth, where hard tokens enter in any case."""
-    ratio, (low, high) = trained[scope]["ratio"], trained[scope]["interval"]
-    against = f"{ratio:.3f} x ({low:.3f} to {high:.3f}) the perplexity of a stage trained on all"
+    low, high = trained.interval
+    against = f"{trained.ratio:.3f} x ({low:.3f} to {high:.3f}) the perplexity of a stage"
     return {
-        "cascade": f"training on hard tokens alone is better: {against}",
-        "control": f"training on all tokens is better: {against}",
-        "neither": f"training on hard tokens alone and on all cannot be told apart: {against}",
-    }[trained[scope]["wins"]]
+        "cascade": f"training on hard tokens alone is better: {against} trained on all",
+        "control": f"training on all tokens is better: {against} trained on all",
+        "neither": f"training on hard tokens alone and on all cannot be told apart: {against} "
+        "trained on all",
+    }[trained.wins]

@@ -1,4 +1,4 @@
-"""Stages: decoder layers appended to a model, which start by changing nothing at all."""
+"""Stages: decoder layers appended to a model, which start as the identity."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,42 +14,40 @@ from torch import Tensor, nn
 from cascade.core.errors import ModelError, UnsupportedModelError, UsageError
 from cascade.models.stack import DecoderStack, LayerCall, add_to_digest, find_layers
 from cascade.models.sublayers import last_products
-
-#: From what a stage's layers start: copies of the layers before them, or random weights.
-Start = Literal["copies", "fresh"]
-STARTS = ("copies", "fresh")
+from cascade.stages.records import StageProvenance
+from cascade.stages.training_config import STARTS, Start
 
 
 @dataclass
 class Stage:
-    """Decoder layers of a model's own class that go on where its last layer ends.
+    """Decoder layers of a model's own class that continue where its last layer ends.
 
     Attributes:
         layers: The layers, in fp32 while they are trained.
-        sources: Per layer, the layer (from 1) of the model below whose kind it is of: some
-            families alternate kinds of attention.
+        sources: Per layer, the layer (from 1) of the model below that it is of the same kind as:
+            some families alternate kinds of attention.
         start: What they started from.
-        head: An LM head of its own; None: the model's, which stays as it is.
-        provenance: How it was trained.
+        head: An LM head of its own; the model's where None.
+        provenance: How it was trained, if it was.
     """
 
     layers: nn.ModuleList
     sources: tuple[int, ...]
     start: Start = "copies"
     head: nn.Module | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: StageProvenance = field(default_factory=StageProvenance)
 
     def weights(self) -> dict[str, Tensor]:
         """Return every weight by name, each once."""
-        parts = {"layers": self.layers} | ({} if self.head is None else {"head": self.head})
+        modules = {"layers": self.layers} | ({} if self.head is None else {"head": self.head})
         return {
-            f"{part}.{name}": value
-            for part, module in parts.items()
+            f"{prefix}.{name}": value
+            for prefix, module in modules.items()
             for name, value in module.state_dict().items()
         }
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take over weights that `weights` returned, here or in another process.
+        """Copy weights that `weights` returned, here or in another process.
 
         Raises:
             ModelError: Other names or shapes than this stage's.
@@ -74,7 +72,7 @@ class Stage:
         return f"sha256:{digest.hexdigest()}"
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what training changes."""
+        """Yield the parameters that training changes."""
         yield from self.layers.parameters()
         if self.head is not None:
             yield from self.head.parameters()
@@ -92,17 +90,17 @@ def new_stage(
     own_head: bool = False,
     seed: int = 0,
 ) -> Stage:
-    """Return a stage for a model that, untrained, is the identity, exactly.
+    """Return an untrained stage for a model, which is exactly the identity.
 
-    Its layers are copies of the model's last ones, or drawn anew; either way the projections by
-    which attention and MLP write to the residual stream are zero, so that the stage adds nothing
-    until it has learned something (block expansion, Wu et al. 2024, arXiv 2401.02415).
+    Its layers are copies of the model's last ones, or have random weights. In both cases the
+    projections by which attention and MLP write to the residual stream are zero, so that the stage
+    adds nothing until it has learned something (block expansion, Wu et al. 2024, arXiv 2401.02415).
 
     Args:
         stack: The model that it follows: a base, or a base with stages.
         num_layers: How many layers.
         start: "copies" or "fresh".
-        own_head: Train a copy of the LM head too, which starts as the model's.
+        own_head: Whether it has an LM head of its own, which starts as a copy of the model's.
         seed: Of fresh weights.
 
     Raises:
@@ -121,12 +119,12 @@ def new_stage(
             for layer in layers:
                 _draw(stack, layer)
     for source, layer in zip(sources, layers, strict=True):
-        _zero_outputs(stack, source, layer)
+        zero_outputs(stack, source, layer)
     head = copy.deepcopy(stack.lm_head).float() if own_head else None
     stage = Stage(nn.ModuleList(layers), sources, start, head)
     for parameter in stage.parameters():
         parameter.requires_grad_(True)
-    _check_identity(stack, stage)
+    check_identity(stack, stage)
     return stage
 
 
@@ -155,7 +153,7 @@ def _trainable(stack: DecoderStack, layer: nn.Module) -> nn.Module:
 
 
 def _draw(stack: DecoderStack, layer: nn.Module) -> None:
-    """Draw a layer's weights as the family does, and reset its norms."""
+    """Initialize a layer's weights randomly as the family does, and reset its norms."""
     for module in layer.modules():
         if hasattr(module, "_is_hf_initialized"):
             del module._is_hf_initialized
@@ -167,7 +165,7 @@ def _draw(stack: DecoderStack, layer: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _zero_outputs(stack: DecoderStack, source: int, layer: nn.Module) -> None:
+def zero_outputs(stack: DecoderStack, source: int, layer: nn.Module) -> None:
     """Zero the last product of the attention and the last product of the rest of a layer."""
     for module in last_products(layer, lambda: _run_once(stack, source, layer)):
         for parameter in module.parameters(recurse=False):
@@ -175,14 +173,14 @@ def _zero_outputs(stack: DecoderStack, source: int, layer: nn.Module) -> None:
 
 
 def _run_once(stack: DecoderStack, source: int, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Run a layer in fp32 on a few random states in the place of the one that it copies."""
+    """Run a layer in fp32 on a few random states, called as the layer that it copies."""
     ids = torch.arange(8, device=stack.device).remainder(stack.vocab_size)[None]
     drawn = torch.randn((1, 8, stack.hidden_size), generator=torch.Generator().manual_seed(0))
     hidden = drawn.to(stack.device)
-    return hidden, _computed(layer, hidden, stack.plan(ids).calls[source - 1])
+    return hidden, run_in_fp32(layer, hidden, stack.plan(ids).calls[source - 1])
 
 
-def _computed(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+def run_in_fp32(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     """Run a layer in fp32: masks and rotary tables come in the model's dtype."""
     kwargs = {name: _in_fp32(value) for name, value in call.kwargs.items()}
     output = layer(hidden, *map(_in_fp32, call.args), **kwargs)
@@ -192,12 +190,17 @@ def _computed(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
 
 def _in_fp32(value: Any) -> Any:
     if isinstance(value, tuple):
-        return tuple(_in_fp32(part) for part in value)
+        return tuple(_in_fp32(item) for item in value)
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 @torch.no_grad()
-def _check_identity(stack: DecoderStack, stage: Stage) -> None:
+def check_identity(stack: DecoderStack, stage: Stage) -> None:
+    """Refuse a stage whose layers change their input.
+
+    Raises:
+        UnsupportedModelError: They do, even with their output projections zeroed.
+    """
     for source, layer in zip(stage.sources, stage.layers, strict=True):
         hidden, output = _run_once(stack, source, layer)
         if not torch.equal(hidden, output):
@@ -209,7 +212,7 @@ def _check_identity(stack: DecoderStack, stage: Stage) -> None:
 
 
 def run_stage(
-    stack: DecoderStack, stage: Stage, input_ids: Tensor, states: Tensor, goes_on: Tensor
+    stack: DecoderStack, stage: Stage, input_ids: Tensor, states: Tensor, entering: Tensor
 ) -> Tensor:
     """Run a stage over stored states, as a cascade with frozen propagation would.
 
@@ -220,9 +223,9 @@ def run_stage(
             layers is computed.
         stage: The stage, in fp32 or in the states' dtype.
         input_ids: `[B, T]`.
-        states: `[B, T, D]`, what leaves the model's last layer.
-        goes_on: `[B, T]`, true for tokens that enter the stage; the others stay at their states,
-            to which those that enter attend.
+        states: `[B, T, D]`, the output of the model's last layer.
+        entering: `[B, T]`, true for tokens that enter the stage. The others keep their states, to
+            which the tokens that enter attend.
 
     Returns:
         `[B, T, D]`, the states of the others unchanged.
@@ -230,20 +233,20 @@ def run_stage(
     calls = stack.plan(input_ids).calls
     hidden = states
     for source, layer in zip(stage.sources, stage.layers, strict=True):
-        output = _computed(layer, hidden, calls[source - 1])
-        hidden = torch.where(goes_on[..., None], output, states)
+        output = run_in_fp32(layer, hidden, calls[source - 1])
+        hidden = torch.where(entering[..., None], output, states)
     return hidden
 
 
 def extended(stack: DecoderStack, stage: Stage) -> DecoderStack:
     """Return the model with a stage's layers appended, itself a decoder stack.
 
-    Every weight is shared with the model and the stage; neither is changed, and training the stage
-    is seen here at once.
+    Every weight is shared with the model and the stage: neither is changed, and training the stage
+    changes the returned model at once.
 
     Args:
         stack: The model, or a model with stages.
-        stage: What follows.
+        stage: The stage that follows.
 
     Raises:
         ModelError: The stage is of another width or vocabulary, or its weights are not finite.
@@ -259,7 +262,7 @@ def extended(stack: DecoderStack, stage: Stage) -> DecoderStack:
         layers.append(layer)
     if stage.head is not None:
         model.set_output_embeddings(stage.head)
-    its_own = {"weights_hash", "num_layers"}  # what only the model alone is
+    its_own = {"weights_hash", "num_layers"}  # true only of the model without the stage
     about = {name: value for name, value in stack.provenance.items() if name not in its_own}
     longer = DecoderStack(model, tokenizer=stack.tokenizer, provenance=about)
     longer.below = stack
@@ -297,7 +300,7 @@ def check_fits(stack: DecoderStack, stage: Stage) -> None:
 
 
 def _lengthen(config: Any, sources: Sequence[int], depth: int) -> None:
-    """Let a config say that layers like `sources` follow: its lists with one entry per layer."""
+    """Extend the lists of a config that have one entry per layer by those of layers `sources`."""
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == depth:
             setattr(config, name, [*value, *(value[source - 1] for source in sources)])
@@ -305,7 +308,7 @@ def _lengthen(config: Any, sources: Sequence[int], depth: int) -> None:
 
 
 def _place(layer: nn.Module, number: int, config: Any) -> None:
-    """Tell a layer's parts where it stands, counted from 0: that is its place in the KV cache."""
+    """Set a layer's number, counted from 0, in its modules: its place in the KV cache."""
     for module in layer.modules():
         for name in ("layer_idx", "layer_id", "layer_number"):
             if isinstance(getattr(module, name, None), int):

@@ -8,7 +8,10 @@ from typing import Literal
 
 from cascade.core.arguments import check_seed
 from cascade.core.errors import UsageError
-from cascade.stages.stage import STARTS, Start
+
+#: What a stage's layers start from: copies of the layers before them, or random weights.
+Start = Literal["copies", "fresh"]
+STARTS = ("copies", "fresh")
 
 #: Which tokens a stage is trained on: the hard ones, all, or as many drawn at random (controls).
 Routing = Literal["hard", "all", "random"]
@@ -16,23 +19,27 @@ ROUTINGS = ("hard", "all", "random")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingConfig:
     """How to train a stage.
 
     Attributes:
-        additional_layers: The stage's layers.
-        start: From copies of the model's last layers, or fresh ones.
+        additional_layers: Layers of the stage.
+        start: "copies" of the model's last layers, or "fresh" ones.
         own_head: Whether the stage trains an LM head of its own.
-        routing: Which tokens it learns from and is chosen by.
-        epochs: Passes over the training part.
-        learning_rate: AdamW's at its highest; it rises over a twentieth of the steps and falls to 0
-            along a half cosine.
+        routing: The tokens that enter the stage in training: "hard", "all" or "random".
+        epochs: Passes over the training split.
+        learning_rate: The highest learning rate of AdamW; it rises over a twentieth of the steps
+            and falls to 0 along a half cosine.
         batch_size: Sequences per step.
-        patience: Stop after so many looks at the held-out part without a better one; None: never.
-        looks: How often per epoch the held-out part is looked at.
+        patience: Stop after so many evaluations without a better one; never where None.
+        looks: Evaluations on the held-out split per epoch.
         weight_decay: AdamW's.
         clipping: The largest norm of a step's gradient.
-        seed: Of fresh weights, of the order, and of the random routing.
+        seed: Of fresh weights, of the order of sequences, and of random routing.
+
+    Example:
+        >>> TrainingConfig(epochs=1, learning_rate=1e-3).batch_size
+        8
     """
 
     additional_layers: int = 2
@@ -49,10 +56,10 @@ class Recipe:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse what cannot be meant.
+        """Refuse invalid options.
 
         Raises:
-            UsageError: Says what was expected.
+            UsageError: Names the option and what was expected.
         """
         check_seed(self.seed)
         if self.start not in STARTS:
@@ -71,3 +78,7 @@ class Recipe:
                 raise UsageError(f"expected {name} above {low}, got {value}")
         if not 0 <= self.weight_decay < math.inf:
             raise UsageError(f"expected weight_decay of 0 or more, got {self.weight_decay}")
+
+
+#: The former name.
+Recipe = TrainingConfig

@@ -186,6 +186,7 @@ def _evaluate_cascade(
     from cascade.cli.commands.stages import evaluate_stages
     from cascade.core.files import RunFolder
     from cascade.core.records import to_json
+    from cascade.core.schema import to_plain
     from cascade.report.exits.cascades import print_cascade_evaluation
 
     others = given(context, context.params.keys() - _OF_A_CASCADE)
@@ -198,7 +199,7 @@ def _evaluate_cascade(
             )
         record = evaluate_stages(folder, **options)
         if run is not None:
-            run.write("cascade-evaluation.json", to_json(record) + "\n")
+            run.write("cascade-evaluation.json", to_json(to_plain(record)) + "\n")
     print_record(print_cascade_evaluation, record)
     if output is not None:
         typer.echo(f"Wrote {output / 'cascade-evaluation.json'}", err=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -26,15 +26,15 @@ from cascade.cli.options import (
 from cascade.core.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from cascade.corpora.blocks import TokenBlocks
     from cascade.models.stack import DecoderStack
     from cascade.stages.cascades import Cascade, Entry
-    from cascade.stages.dataset import HardTokens
+    from cascade.stages.hard_tokens.dataset import HardTokens
+    from cascade.stages.hard_tokens.plan import CollectingConfig
+    from cascade.stages.hard_tokens.records import StatesDtype
+    from cascade.stages.hard_tokens.splits import CorpusConfig
+    from cascade.stages.records import CascadeEvaluationRecord, HeldOutEvaluation
     from cascade.stages.training import Training
-    from cascade.stages.training_config import Recipe
-
-#: One token in so many is of the held-out part, as is one record.
-_HELD_OUT = 5
+    from cascade.stages.training_config import TrainingConfig
 
 
 @app.command("collect-hard")
@@ -78,44 +78,44 @@ def collect_hard(
     was. datasets.load_from_disk reads the result.
     """
     from cascade.report.exits.hard_tokens import print_hard_tokens
-    from cascade.stages import collecting as hard_tokens
+    from cascade.stages.hard_tokens import collecting, splits
+    from cascade.stages.hard_tokens.plan import CollectingConfig
+    from cascade.stages.hard_tokens.working_folder import check_output
 
-    hard_tokens.check_output(output, overwrite=overwrite)
-    hard_tokens.check_wish(threshold, hard_ratio, states_dtype)
+    check_output(output, overwrite=overwrite)
+    config = CollectingConfig(
+        layer=layer,
+        threshold=threshold,
+        hard_ratio=hard_ratio,
+        dtype=cast("StatesDtype", states_dtype),  # checked next
+        batch_size=batch_size,
+        command=command_line(),
+    )
+    config.check()
     stack = load_model(model, revision, dtype, device)
+    text = splits.CorpusConfig(
+        corpus=corpus,
+        text_column=text_column,
+        num_samples=num_samples or None,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
     with status(f"Reading {corpus}"):
-        parts = _parts(
-            stack,
-            corpus,
-            text_column=text_column,
-            num_samples=num_samples or None,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            seed=seed,
-        )
-    tokens = sum(part.tokens for part in parts.values())
-    size = hard_tokens.expected_bytes(stack, parts)
+        read = splits.load_splits(text, stack.tokenizer)
+    tokens = sum(blocks.tokens for blocks in read.values())
+    size = splits.expected_bytes(stack, read)
     typer.echo(
         f"Collecting {tokens:,} tokens into {output}: about {_bytes(size)}, states of "
         f"{stack.hidden_size:,} numbers in {states_dtype}",
         err=True,
     )
-    with _told_to_go_on(output), progress_bar("Collecting", tokens) as advance:
-        found = hard_tokens.collect_hard(
-            stack,
-            parts,
-            output,
-            layer=max(1, stack.num_layers - 1) if layer is None else layer,
-            threshold=threshold,
-            hard_ratio=hard_ratio,
-            dtype=states_dtype,
-            batch_size=batch_size,
-            provenance={"command": command_line()},
-            progress=advance,
-            overwrite=overwrite,
+    with _says_how_to_resume(output), progress_bar("Collecting", tokens) as advance:
+        found = collecting.collect_hard(
+            stack, read, output, config, progress=advance, overwrite=overwrite
         )
     print_record(print_hard_tokens, found.record)
-    written = sum(file["bytes"] for file in found.record["files"])
+    written = sum(file.bytes for file in found.record.files)
     typer.echo(
         f"Wrote {output} ({_bytes(written)}); read it with "
         f"datasets.load_from_disk({str(output)!r})",
@@ -124,9 +124,9 @@ def collect_hard(
 
 
 @contextlib.contextmanager
-def _told_to_go_on(output: Path) -> Iterator[None]:
-    """Say after an interruption that what is done is not lost."""
-    from cascade.stages.dataset import is_unfinished
+def _says_how_to_resume(output: Path) -> Iterator[None]:
+    """Say after an interruption that the work done so far is kept."""
+    from cascade.stages.hard_tokens.dataset import is_unfinished
 
     try:
         yield
@@ -136,45 +136,12 @@ def _told_to_go_on(output: Path) -> Iterator[None]:
         raise
 
 
-def _parts(
-    stack: DecoderStack,
-    corpus: str,
-    *,
-    text_column: str | None,
-    num_samples: int | None,
-    seq_len: int,
-    max_tokens: int | None,
-    seed: int | None,
-) -> dict[str, TokenBlocks]:
-    """Return both parts of a corpus, with the records of their tokens."""
-    from cascade.corpora import blocks as corpora
-
-    most: dict[str, int | None] = dict.fromkeys(corpora.PARTS)
-    if max_tokens is not None:
-        held_out = max(seq_len, max_tokens // _HELD_OUT)
-        most = {"train": max_tokens - held_out, "held-out": held_out}
-    return {
-        part: corpora.load_blocks(
-            corpus,
-            stack.tokenizer,
-            seq_len=seq_len,
-            num_samples=num_samples,
-            max_tokens=most[part],
-            text_column=text_column,
-            seed=seed,
-            part=part,
-            marks=True,
-        )
-        for part in corpora.PARTS
-    }
-
-
 def _bytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-#: Of a cascade's folder: the dataset that its stage learned from, checkpoints, and controls.
-_DATASET, _CHECKPOINTS, _CONTROLS = "hard-tokens", "checkpoints", "controls"
+#: In a cascade's folder: the dataset that its stage learned from, and checkpoints.
+_DATASET, _CHECKPOINTS = "hard-tokens", "checkpoints"
 
 
 @app.command()
@@ -242,11 +209,12 @@ def train(
     from cascade.report.exits.cascades import print_training
 
     _check_train(output, after, dataset, threshold, hard_ratio, overwrite=overwrite, resume=resume)
-    from cascade.stages.checkpoints import can_resume
+    from cascade.stages.hard_tokens.plan import CollectingConfig
+    from cascade.stages.hard_tokens.splits import CorpusConfig
     from cascade.stages.stage import check_depth
-    from cascade.stages.training_config import Recipe
+    from cascade.stages.training_config import TrainingConfig
 
-    recipe = Recipe(
+    config = TrainingConfig(
         additional_layers=additional_layers,
         start=start,  # type: ignore[arg-type]  # checked by the stage
         own_head=own_head,
@@ -256,47 +224,62 @@ def train(
         patience=patience or None,
         seed=seed,
     )
-    recipe.check()
+    config.check()
     base = _cascade(after, model, revision, dtype, device)
     check_depth(base.stack, additional_layers)
     routed = base.routed() if base.stages else base.stack
+    usual = base.stack.num_layers if base.stages else max(1, base.stack.num_layers - 1)
     tokens = _dataset_of(
         routed,
         dataset or output / _DATASET,
-        layer=layer,
-        usual=base.stack.num_layers if base.stages else max(1, base.stack.num_layers - 1),
-        threshold=threshold,
-        hard_ratio=hard_ratio,
+        CollectingConfig(
+            layer=usual if layer is None and dataset is None else layer,
+            threshold=threshold,
+            hard_ratio=hard_ratio,
+            command=command_line(),
+        ),
         given=dataset is not None,
-        reading={
-            "corpus": corpus,
-            "text_column": text_column,
-            "num_samples": num_samples or None,
-            "seq_len": seq_len,
-            "max_tokens": max_tokens,
-        },
+        text=CorpusConfig(
+            corpus=corpus,
+            text_column=text_column,
+            num_samples=num_samples or None,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+        ),
     )
     for note in tokens.notes:
         typer.echo(f"Beware: {note}", err=True)
     folder = output / _CHECKPOINTS
-    trained = _train(
-        routed, tokens, recipe, folder / "hard", resume=resume, tensorboard=tensorboard
-    )
+    from cascade.stages import controls as of_controls
     from cascade.stages.cascades import Entry
+    from cascade.stages.training import train_stage
 
-    _save(base, trained, Entry(tokens.layer, tokens.threshold), output, overwrite or resume)
-    for routing in ("all", "random") if controls else ():
-        control = _train(
+    with _shown_training(config, tokens) as progress:
+        trained = train_stage(
             routed,
             tokens,
-            dataclasses.replace(recipe, routing=routing),
-            folder / routing,
-            steps=max(1, trained.steps),
-            resume=resume and can_resume(folder / routing),
+            config,
+            folder / config.routing,
+            resume=resume,
+            tensorboard=tensorboard,
+            progress=progress,
         )
-        entry = _control_entry(routing, base, tokens)
-        _save(base, control, entry, output / _CONTROLS / routing, overwrite or resume)
-    print_record(print_training, trained.stage.provenance)
+    _save(base, trained, Entry(tokens.layer, tokens.threshold), output, overwrite or resume)
+    for control in of_controls.CONTROLS if controls else ():
+        with _shown_training(dataclasses.replace(config, routing=control), tokens) as progress:
+            made = of_controls.train_control(
+                routed,
+                tokens,
+                trained,
+                control,
+                folder / control,
+                resume=resume,
+                progress=progress,
+            )
+        entry = of_controls.control_entry(control, base.stack, tokens)
+        place = output / of_controls.CONTROLS_FOLDER / control
+        _save(base, made, entry, place, overwrite or resume)
+    print_record(print_training, trained.provenance)
     typer.echo(f"Wrote {output}; measure it with `cascade evaluate --cascade {output}`", err=True)
 
 
@@ -310,8 +293,8 @@ def _check_train(
     overwrite: bool,
     resume: bool,
 ) -> None:
-    from cascade.stages.cascades import CONFIG
-    from cascade.stages.collecting import check_wish
+    from cascade.stages.hard_tokens.plan import CollectingConfig
+    from cascade.stages.saved_cascades import CONFIG
 
     if (output / CONFIG).exists() and not (overwrite or resume):
         raise OutputError(
@@ -322,7 +305,7 @@ def _check_train(
     if after is not None and after.resolve() == output.resolve():
         raise OutputError(f"--after and --output are both {output}; choose another --output")
     if dataset is None:
-        check_wish(threshold, hard_ratio, "float16")
+        CollectingConfig(threshold=threshold, hard_ratio=hard_ratio).check()
     elif hard_ratio is not None and threshold is None:
         raise UsageError("--dataset has its hard ratio already; leave --hard-ratio out")
 
@@ -349,112 +332,65 @@ def read_cascade(folder: Path, dtype: str, device: str) -> Cascade:
 def _dataset_of(
     stack: DecoderStack,
     folder: Path,
+    config: CollectingConfig,
     *,
-    layer: int | None,
-    usual: int,
-    threshold: float | None,
-    hard_ratio: float | None,
     given: bool,
-    reading: dict[str, Any],
+    text: CorpusConfig,
 ) -> HardTokens:
     """Return a dataset that is there and fits, or collect it."""
-    from cascade.stages import collecting as hard_tokens
-    from cascade.stages.dataset import load_hard_tokens
+    from cascade.stages.hard_tokens.collecting import collect_hard
+    from cascade.stages.hard_tokens.dataset import load_hard_tokens
+    from cascade.stages.hard_tokens.splits import load_splits
 
     if given:
         found = load_hard_tokens(folder)
-        found.check(stack, layer=layer, threshold=threshold)
+        found.check(stack, layer=config.layer, threshold=config.threshold)
         return found
-    with status(f"Reading {reading['corpus']}"):
-        parts = _parts(stack, seed=None, **reading)
-    with (
-        _told_to_go_on(folder),
-        progress_bar("Collecting", sum(part.tokens for part in parts.values())) as advance,
-    ):
-        return hard_tokens.collect_hard(
-            stack,
-            parts,
-            folder,
-            layer=usual if layer is None else layer,
-            threshold=threshold,
-            hard_ratio=hard_ratio,
-            provenance={"command": command_line()},
-            progress=advance,
-            overwrite=True,
-            reuse=True,
+    with status(f"Reading {text.corpus}"):
+        splits = load_splits(text, stack.tokenizer)
+    tokens = sum(blocks.tokens for blocks in splits.values())
+    with _says_how_to_resume(folder), progress_bar("Collecting", tokens) as advance:
+        return collect_hard(
+            stack, splits, folder, config, progress=advance, overwrite=True, reuse=True
         )
 
 
-def _train(
-    stack: DecoderStack,
-    tokens: HardTokens,
-    recipe: Recipe,
-    folder: Path,
-    *,
-    steps: int | None = None,
-    resume: bool = False,
-    tensorboard: Path | None = None,
-) -> Training:
-    """Train with a progress bar in sequences' tokens; say what every look finds."""
-    from cascade.stages.training import train_stage
+@contextlib.contextmanager
+def _shown_training(config: TrainingConfig, tokens: HardTokens) -> Iterator[_ShownTraining]:
+    """Yield a progress that is shown on stderr until the training ends."""
+    with contextlib.ExitStack() as cleanup:
+        yield _ShownTraining(config, tokens.record.states.seq_len, cleanup)
 
-    length = int(tokens.record["states"]["seq_len"])
-    with contextlib.ExitStack() as shown:
-        told = _Told(recipe, length, shown)
-        return train_stage(
-            stack,
-            tokens,
-            recipe,
-            folder,
-            resume=resume,
-            steps=steps,
-            tensorboard=tensorboard,
-            told=told,
+
+class _ShownTraining:
+    """Shows steps as a progress bar of tokens, and every evaluation as a line on stderr."""
+
+    def __init__(self, config: TrainingConfig, seq_len: int, cleanup: contextlib.ExitStack) -> None:
+        self._routing, self._cleanup = config.routing, cleanup
+        self._tokens = config.batch_size * seq_len
+        self._advance: Callable[[int], None] = lambda _: None
+
+    def started(self, steps: int, done: int) -> None:
+        bar = progress_bar(f"Training ({self._routing})", steps * self._tokens)
+        self._advance = self._cleanup.enter_context(bar)
+        self._advance(done * self._tokens)
+
+    def step_done(self, step: int) -> None:
+        self._advance(self._tokens)
+
+    def evaluated(self, evaluation: HeldOutEvaluation) -> None:
+        response = evaluation.ratios.get("response")  # a corpus can be without
+        also = "" if response is None else f", response text {response:.4f} x"
+        typer.echo(
+            f"Step {evaluation.step}: held-out perplexity {evaluation.all:.4f} x{also}", err=True
         )
-
-
-class _Told:
-    """Shows steps as a progress bar, and every look as a line on stderr."""
-
-    def __init__(self, recipe: Recipe, length: int, shown: contextlib.ExitStack) -> None:
-        self._recipe, self._shown = recipe, shown
-        self._tokens = recipe.batch_size * length
-        self._advance: Any = None
-
-    def __call__(self, what: str, about: dict[str, Any]) -> None:
-        if what == "start":
-            bar = progress_bar(f"Training ({self._recipe.routing})", about["steps"] * self._tokens)
-            self._advance = self._shown.enter_context(bar)
-            self._advance(about["done"] * self._tokens)
-        elif what == "step":
-            self._advance(self._tokens)
-        else:
-            response = about.get("response")  # a corpus can be without
-            also = "" if response is None else f", response text {response:.4f} x"
-            typer.echo(
-                f"Step {about['step']}: held-out perplexity {about['all']:.4f} x{also}", err=True
-            )
-
-
-def _control_entry(routing: str, base: Cascade, tokens: HardTokens) -> Entry:
-    """Return how a control's tokens enter its stage: all of them, or as many drawn at random."""
-    from cascade.stages.cascades import Entry
-
-    last = base.stack.num_layers
-    if routing == "all":
-        return Entry(last, float("inf"), "fixed")
-    return Entry(last, float(tokens.record["parts"]["train"]["hard_ratio"]), "random")
 
 
 def _save(base: Cascade, trained: Training, entry: Entry, folder: Path, overwrite: bool) -> None:
-    from cascade.stages.cascades import Cascade
+    from cascade.stages.records import CascadeProvenance
 
-    cascade = Cascade(
-        base.base, propagation=base.propagation, provenance={"command": command_line()}
-    )
-    for stage, before in zip(base.stages, base.entrances, strict=True):
-        cascade.add_stage(stage, before)
-    cascade.add_stage(trained.stage, entry)
+    provenance = CascadeProvenance(command=command_line())
+    cascade = base.with_stage(trained.stage, entry, provenance=provenance)
     cascade.save_pretrained(folder, overwrite=overwrite)
 
 
@@ -469,18 +405,14 @@ def evaluate_stages(
     dtype: str,
     device: str,
     seed: int,
-) -> dict[str, Any]:
+) -> CascadeEvaluationRecord:
     """Measure the cascade in a folder, and its controls, on held-out text; return the record."""
     from cascade.corpora.blocks import load_blocks
-    from cascade.stages.cascades import CONFIG, Cascade
+    from cascade.stages.controls import read_controls
     from cascade.stages.evaluation import evaluate_cascade
 
     cascade = read_cascade(folder, dtype, device)
-    controls = {
-        routing: Cascade.from_pretrained(folder / _CONTROLS / routing, cascade.base)
-        for routing in ("all", "random")
-        if (folder / _CONTROLS / routing / CONFIG).exists()
-    }
+    controls = read_controls(folder, cascade.base)
     with status(f"Reading {corpus}"):
         blocks = load_blocks(
             corpus,

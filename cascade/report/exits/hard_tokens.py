@@ -1,68 +1,88 @@
-"""Datasets of hard tokens for the terminal: where they come from, and how many of them are hard."""
+"""Reports of datasets of hard tokens: where they come from, and how many of them are hard."""
 
 from __future__ import annotations
 
 from rich.console import Console
 
+from cascade.core.schema import to_plain
 from cascade.report.common.exit_wording import corpus_words, share, show_threshold
-from cascade.report.common.records import Record, check_record
-from cascade.report.common.terminal import print_pairs, print_table
-
-_SECTIONS = ("provenance", "layer", "threshold", "asked", "states", "parts", "notes")
+from cascade.report.common.sections import Pairs, Report, Section, print_sections, table_of
+from cascade.stages.hard_tokens.records import HardTokensRecord, SplitCounts
 
 
-def print_hard_tokens(record: Record, console: Console) -> None:
+def print_hard_tokens(record: HardTokensRecord, console: Console) -> None:
     """Print what a dataset of hard tokens holds.
 
     Args:
-        record: A saved record of kind `hard-tokens`.
+        record: The dataset's record.
         console: Where to print; its width and encoding are respected.
-
-    Raises:
-        ValueError: The record is of another kind or schema.
     """
-    check_record(record, "hard-tokens", _SECTIONS)
-    print_pairs(_headline(record), console)
-    console.print()
-    print_table(
-        ("sequences", "tokens", "hard", "response tokens", "hard", "part"),
-        [_row(part, row) for part, row in record["parts"].items()],
-        console,
-        gap=2,
-        text_columns=1,
+    print_sections(hard_tokens_report(record), console)
+
+
+def hard_tokens_report(record: HardTokensRecord) -> Report:
+    """Return the report of a dataset of hard tokens.
+
+    Args:
+        record: The dataset's record.
+    """
+    model = record.provenance.model
+    name, trained_on = _model_name(record), record.parts["train"]
+    return Report(
+        kicker="CASCADE hard tokens",
+        title=f"Hard tokens of {name}: {share(trained_on.hard_ratio)} of the training part",
+        about=f"Model: {name}, {model.dtype} on {model.device}",
+        sections=(
+            Section("", (Pairs(_pairs(record)),)),
+            Section(
+                "Parts",
+                (
+                    table_of(
+                        "How many tokens are hard, of all tokens and of response text",
+                        ("sequences", "tokens", "hard", "response tokens", "hard", "part"),
+                        [_row(split, counts) for split, counts in record.parts.items()],
+                        text_columns=1,
+                    ),
+                ),
+            ),
+        ),
+        provenance=to_plain(record.provenance),
     )
 
 
-def _headline(record: Record) -> list[tuple[str, str]]:
-    layer, states, asked = record["layer"], record["states"], record["asked"]
-    model, corpora = record["provenance"]["model"], record["provenance"]["corpora"]
-    name = model.get("name") or model["family"]
+def _model_name(record: HardTokensRecord) -> str:
+    model = record.provenance.model
+    return str(model.name or model.family)
+
+
+def _pairs(record: HardTokensRecord) -> tuple[tuple[str, str], ...]:
+    layer, states, asked = record.layer, record.states, record.asked
     source = "given"
-    if asked["threshold"] is None:
-        source = f"fitted to a hard ratio of {asked['hard_ratio']:g} on the training part"
-    return [
-        ("Model", f"{name}, {model['dtype']} on {model['device']}"),
-        *((f"Corpus, {part}", corpus_words(corpora[part])) for part in record["parts"]),
+    if asked.threshold is None and asked.hard_ratio is not None:
+        source = f"fitted to a hard ratio of {asked.hard_ratio:g} on the training part"
+    corpora = record.provenance.corpora
+    return (
+        *((f"Corpus, {split}", corpus_words(to_plain(corpora[split]))) for split in record.parts),
         (
             "Hard",
             f"similarity at layer {layer} (history[{layer - 1}] against history[{layer}]) below "
-            f"{show_threshold(record['threshold'])}, {source}",
+            f"{show_threshold(record.threshold)}, {source}",
         ),
         (
             "States",
-            f"what leaves layer {states['entry']}, before the final norm: "
-            f"{states['seq_len']:,} x {states['hidden_size']:,} per sequence in {states['dtype']}",
+            f"what leaves layer {states.entry}, before the final norm: "
+            f"{states.seq_len:,} x {states.hidden_size:,} per sequence in {states.dtype}",
         ),
-        *(("Beware", note) for note in record["notes"]),
-    ]
+        *(("Beware", note) for note in record.notes),
+    )
 
 
-def _row(part: str, row: Record) -> list[str]:
+def _row(split: str, counts: SplitCounts) -> list[str]:
     return [
-        f"{row['sequences']:,}",
-        f"{row['tokens']:,}",
-        share(row["hard_ratio"]),
-        f"{row['response']:,}",
-        share(row["hard_response"] / row["response"] if row["response"] else None),
-        part,
+        f"{counts.sequences:,}",
+        f"{counts.tokens:,}",
+        share(counts.hard_ratio),
+        f"{counts.response:,}",
+        share(counts.hard_response / counts.response if counts.response else None),
+        split,
     ]

@@ -28,7 +28,7 @@ STATE_DTYPES = {"float16": "float16", "bfloat16": "int16"}
 _TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-#: Columns of one value per token, beside the states -> their type.
+#: Columns of one value per token, in addition to the states -> their type.
 _PER_TOKEN = {
     "input_ids": "int32",
     "labels": "int32",
@@ -40,12 +40,12 @@ _PER_TOKEN = {
 }
 
 
-#: Where a shard says from which threshold on its tokens are easy.
+#: The key of a shard's metadata under which the least similarity of easy tokens is stored.
 _THRESHOLD = b"cascade.threshold"
 
 
-#: Values of states in one record batch; Arrow counts them with 31 bits.
-_MOST_VALUES = 2**28
+#: The most numbers of states in one record batch; Arrow counts them with 31 bits.
+MOST_VALUES = 2**28
 
 
 def features_of(seq_len: int, hidden_size: int, dtype: str) -> datasets.Features:
@@ -67,7 +67,7 @@ def features_of(seq_len: int, hidden_size: int, dtype: str) -> datasets.Features
 
 
 def row_bytes(seq_len: int, hidden_size: int) -> float:
-    """Return what one sequence takes on disk, bytes.
+    """Return the bytes that one sequence takes on disk.
 
     Args:
         seq_len: Tokens per sequence.
@@ -79,7 +79,7 @@ def row_bytes(seq_len: int, hidden_size: int) -> float:
 
 
 def stored(states: Tensor, dtype: str) -> Array:
-    """Return states as a shard holds them, of any shape; infinite where float16 cannot hold one.
+    """Return states of any shape as a shard holds them; infinite where float16 cannot hold one.
 
     Args:
         states: In any dtype.
@@ -113,7 +113,7 @@ def write_shard(
         pyarrow.ipc.new_stream(file, schema) as writer,
     ):
         for batch in batches:
-            size = max(1, _MOST_VALUES // batch["states"][0].size)
+            size = max(1, MOST_VALUES // batch["states"][0].size)
             for start in range(0, len(batch["states"]), size):
                 rows = {name: values[start : start + size] for name, values in batch.items()}
                 rows["hard"] = np.zeros_like(rows["response"])
@@ -136,13 +136,13 @@ def _column(values: Array, kind: Any) -> Any:
 def write_split(
     folder: Path, names: Sequence[str], features: datasets.Features, *, made_of: str
 ) -> None:
-    """Write what makes a folder of shards a split, in the layout of `Dataset.save_to_disk`.
+    """Write the files that make a folder of shards a split, as `Dataset.save_to_disk` does.
 
     Args:
         folder: Where the shards are.
         names: Their names, in order.
         features: Of `features_of`.
-        made_of: Tells this split from all others: `datasets` knows cached results by it.
+        made_of: A text that no other split has: `datasets` finds cached results by it.
 
     Raises:
         OutputError: A file cannot be written.
@@ -156,7 +156,7 @@ def write_split(
         "_format_kwargs": {},
         "_format_type": None,
         "_output_all_columns": False,
-        "_split": None,  # the name of a split may not have a hyphen there
+        "_split": None,  # no split's name may have a hyphen there
     }
     info = asdict(DatasetInfo(features=features))
     write_text(folder / "state.json", json.dumps(state, indent=2) + "\n")
@@ -164,7 +164,7 @@ def write_split(
 
 
 def mark_hard(path: Path, least: float) -> None:
-    """Set a shard's hard mask; a shard that has it already stays as it is.
+    """Set a shard's hard mask; a shard that has it already is not changed.
 
     Args:
         path: The shard; it is replaced whole or not at all.
@@ -175,11 +175,11 @@ def mark_hard(path: Path, least: float) -> None:
     """
     import pyarrow
 
-    said = repr(least).encode()
+    mark = repr(least).encode()
     with pyarrow.OSFile(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
-        if reader.schema.metadata.get(_THRESHOLD) == said:
+        if reader.schema.metadata.get(_THRESHOLD) == mark:
             return
-        schema = reader.schema.with_metadata(reader.schema.metadata | {_THRESHOLD: said})
+        schema = reader.schema.with_metadata(reader.schema.metadata | {_THRESHOLD: mark})
         place = schema.get_field_index("hard")
         with (
             atomic_path(path) as temporary,
@@ -201,7 +201,7 @@ def read_similarity(path: Path) -> Array:
 
 
 def holds(path: Path, sequences: range) -> bool:
-    """Say whether a file is a shard of exactly these sequences, from first to last."""
+    """Return whether a file is a shard of exactly these sequences, from first to last."""
     try:
         with _mapped(path) as table:
             return bool(table.column("sequence").to_pylist() == list(sequences))
@@ -238,7 +238,7 @@ def tensors_of(table: pyarrow.Table, shape: tuple[int, int], dtype: str) -> dict
             found[name] = _restored(values, dtype).reshape(len(table), *shape)
         else:
             kind = np.int64 if values.dtype == np.int32 else values.dtype
-            # A copy of its own: what is mapped from a file must not be written to.
+            # A copy: memory that is mapped from a file must not be written to.
             own = torch.from_numpy(np.array(values, dtype=kind))
             found[name] = own if name == "sequence" else own.reshape(len(table), shape[0])
     return found
@@ -251,7 +251,7 @@ def _restored(values: Array, dtype: str) -> Tensor:
 
 
 def _values(array: Any) -> Array:
-    """Return the numbers of a column's chunk, all its lists put together."""
+    """Return the numbers of a column's chunk, its lists joined."""
     import pyarrow
 
     if isinstance(array, pyarrow.ExtensionArray):

@@ -1,0 +1,177 @@
+"""Completing a dataset whose states are stored: threshold, hard mask, layout and record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from cascade.core.arrays import Array
+from cascade.core.errors import UsageError
+from cascade.core.files import write_text
+from cascade.core.provenance import CorpusProvenance, provenance_of, typed_provenance
+from cascade.core.records import record_hash, write_record
+from cascade.core.schema import from_plain, to_plain
+from cascade.exits.decision import least_fp32
+from cascade.stages.hard_tokens.dataset import RECORD, SPLITS_FILE, hash_of
+from cascade.stages.hard_tokens.plan import CollectionPlan
+from cascade.stages.hard_tokens.records import (
+    SPLITS,
+    DatasetFile,
+    HardTokensProvenance,
+    HardTokensRecord,
+    Split,
+    SplitCounts,
+    StoredStates,
+)
+from cascade.stages.hard_tokens.shards import mark_hard, read_similarity, write_split
+from cascade.stages.hard_tokens.splits import MarkedText
+from cascade.stats.thresholds import quantile_threshold
+
+#: A given hard ratio and the one reached may differ by this much without a note.
+_TOLERATED = 0.05
+
+Counts = Mapping[Split, SplitCounts]
+
+
+def complete(plan: CollectionPlan, folder: Path, *, own_files: tuple[str, ...]) -> None:
+    """Choose the threshold, set the hard mask, and write the other files, the record last.
+
+    Args:
+        plan: What is collected.
+        folder: Holds every shard.
+        own_files: Names of files in the folder that are not of the dataset.
+
+    Raises:
+        UsageError: No token of a split is hard, or every token.
+        OutputError: A file cannot be written.
+    """
+    similarity = {
+        split: np.concatenate(
+            [read_similarity(folder / shard.name) for shard in plan.shards_of(split)]
+        )
+        for split in SPLITS
+    }
+    threshold = _threshold_of(plan, similarity["train"])
+    least = least_fp32(threshold)
+    counts = {
+        split: _counts(plan.texts[split], values < np.float32(least))
+        for split, values in similarity.items()
+    }
+    _check_mixed(plan.layer, counts, threshold)
+    for shard in plan.shards:
+        mark_hard(folder / shard.name, least)
+    for split in SPLITS:
+        names = [Path(shard.name).name for shard in plan.shards_of(split)]
+        # What `datasets` knows its cached results by.
+        made_of = f"{plan.request_hash} {threshold!r} {split}"
+        write_split(folder / split, names, plan.features, made_of=made_of)
+    write_text(folder / SPLITS_FILE, json.dumps({"splits": list(SPLITS)}) + "\n")
+    files = _files(folder, own_files)
+    write_record(folder / RECORD, _record(plan, threshold, counts, files))
+
+
+def _threshold_of(plan: CollectionPlan, similarity: Array) -> float:
+    """Return the given threshold, or the one that the hard ratio has on the training split."""
+    if plan.config.threshold is not None:
+        return float(plan.config.threshold)
+    if plan.config.hard_ratio is not None:
+        return float(quantile_threshold(similarity, plan.config.hard_ratio))
+    raise UsageError("expected a threshold or a hard ratio, got neither")
+
+
+def _counts(text: MarkedText, hard: Array) -> SplitCounts:
+    return SplitCounts(
+        sequences=len(hard),
+        tokens=int(hard.size),
+        hard=int(hard.sum()),
+        hard_ratio=float(hard.mean()),
+        response=int(text.response.sum()),
+        hard_response=int((hard & text.response).sum()),
+    )
+
+
+def _check_mixed(layer: int, counts: Counts, threshold: float) -> None:
+    for split, row in counts.items():
+        if row.hard in (0, row.tokens):
+            what = "no token" if row.hard == 0 else "every token"
+            raise UsageError(
+                f"{what} of the {split} part is hard: its similarity at layer {layer} "
+                f"is {'never' if row.hard == 0 else 'always'} below {threshold:.6g}; give "
+                "another --threshold or --hard-ratio (the states collected so far are kept and "
+                "need no second pass)"
+            )
+
+
+def _files(folder: Path, own_files: tuple[str, ...]) -> list[DatasetFile]:
+    return [
+        DatasetFile(
+            name=path.relative_to(folder).as_posix(),
+            bytes=path.stat().st_size,
+            hash=hash_of(path),
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in own_files
+    ]
+
+
+def _record(
+    plan: CollectionPlan, threshold: float, counts: Counts, files: list[DatasetFile]
+) -> HardTokensRecord:
+    record = HardTokensRecord(
+        provenance=_provenance(plan),
+        layer=plan.layer,
+        threshold=threshold,
+        asked=plan.config.asked_for(),
+        states=StoredStates(
+            entry=plan.stack.num_layers,
+            dtype=plan.config.dtype,
+            seq_len=plan.seq_len,
+            hidden_size=plan.stack.hidden_size,
+        ),
+        batch_size=plan.config.batch_size,
+        parts=dict(counts),
+        notes=_notes(plan, threshold, counts),
+        request=plan.request_hash,
+        files=files,
+        hash="",
+    )
+    return from_plain(to_plain(record) | {"hash": record_hash(to_plain(record))}, HardTokensRecord)
+
+
+def _provenance(plan: CollectionPlan) -> HardTokensProvenance:
+    made = typed_provenance(
+        provenance_of(plan.stack, plan.texts["train"].blocks, plan.config.command)
+    )
+    return HardTokensProvenance(
+        tokenizer_hash=made.tokenizer_hash,
+        model=plan.request.model,
+        machine=made.machine,
+        versions=made.versions,
+        command=made.command,
+        corpora={
+            split: from_plain(plan.texts[split].blocks.provenance(), CorpusProvenance)
+            for split in SPLITS
+        },
+    )
+
+
+def _notes(plan: CollectionPlan, threshold: float, counts: Counts) -> list[str]:
+    notes = []
+    wanted, reached = plan.config.hard_ratio, counts["train"].hard_ratio
+    if wanted is not None and abs(wanted - reached) > _TOLERATED:
+        notes.append(
+            f"the threshold {threshold:.6g} decides: it makes {reached:.3f} of the training "
+            f"tokens hard, not the {wanted:.3f} that were asked for"
+        )
+    train, held_out = (
+        set(plan.texts[split].blocks.sequence_fingerprints().tolist()) for split in SPLITS
+    )
+    if train & held_out:
+        notes.append(
+            f"{len(train & held_out)} of the held-out sequences are in the training part too: "
+            "what is measured on them flatters"
+        )
+    return notes

@@ -1,0 +1,276 @@
+"""The `transformers.Trainer` of a stage, whose evaluation is the whole cascade's perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from cascade.core.errors import TrainingError, first_line
+from cascade.stages.hard_tokens.dataset import Batch, HardTokens
+from cascade.stages.records import HeldOutEvaluation
+from cascade.stages.trainer.checkpoints import checkpoints
+from cascade.stages.trainer.stage_module import SCOPES, StageModule, scope_masks
+
+
+class TrainingProgress(Protocol):
+    """What is called as a training goes."""
+
+    def started(self, steps: int, done: int) -> None:
+        """Called before the first step.
+
+        Args:
+            steps: Steps of the whole training.
+            done: Steps that were done before, where it resumes.
+        """
+
+    def step_done(self, step: int) -> None:
+        """Called after every step.
+
+        Args:
+            step: Its number, from 1.
+        """
+
+    def evaluated(self, evaluation: HeldOutEvaluation) -> None:
+        """Called after every evaluation on the held-out split; the first is that of step 0.
+
+        Args:
+            evaluation: Its figures.
+        """
+
+
+class NoProgress:
+    """A `TrainingProgress` that does nothing.
+
+    Subclasses override what they need.
+    """
+
+    def started(self, steps: int, done: int) -> None:
+        """Do nothing."""
+
+    def step_done(self, step: int) -> None:
+        """Do nothing."""
+
+    def evaluated(self, evaluation: HeldOutEvaluation) -> None:
+        """Do nothing."""
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose evaluation is the whole cascade's held-out perplexity.
+
+    Args:
+        module: The stage.
+        tokens: The stored states.
+        arguments: The Trainer's.
+        patience: Stop after so many evaluations without a better one; never where None.
+        progress: Called as the training goes.
+    """
+
+    def __init__(
+        self,
+        module: StageModule,
+        tokens: HardTokens,
+        arguments: TrainingArguments,
+        *,
+        patience: int | None,
+        progress: TrainingProgress,
+    ) -> None:
+        self._tokens = tokens
+        self._stage_module = module
+        self._progress = progress
+        self._losses_without: list[Tensor] = []
+        self.perplexities: dict[str, float] = {}
+        super().__init__(
+            model=module,
+            args=arguments,
+            train_dataset=_Sequences(len(tokens.split("train"))),
+            eval_dataset=_Sequences(len(tokens.split("held-out"))),
+            data_collator=self._collate,
+        )
+        for callback in list(self.callback_handler.callbacks):
+            if "Printer" in type(callback).__name__ or "Progress" in type(callback).__name__:
+                self.remove_callback(callback)
+        if patience is not None:
+            self.add_callback(EarlyStoppingCallback(patience))
+        self.add_callback(_StepCallback(progress))
+
+    def _collate(self, numbers: Sequence[int]) -> Batch:
+        batch = next(iter(self._tokens.batches("train", len(numbers), order=list(numbers))))
+        _check_whole(batch)
+        return batch
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss; raise a `TrainingError` where it is not finite."""
+        loss = model(**inputs)["loss"]
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item():g} at step {self.state.global_step + 1}; "
+                f"{self._last_checkpoint()}; take a smaller --lr"
+            )
+        return loss
+
+    def _last_checkpoint(self) -> str:
+        last = max(checkpoints(Path(str(self.args.output_dir))), default=None)
+        if last is None:
+            return "no checkpoint was made yet"
+        return f"the last good checkpoint, of step {last[0]}, is {last[1]}"
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate on the held-out split; raise a `TrainingError` where that is not finite."""
+        evaluation = self.evaluate_now()
+        if not all(map(math.isfinite, evaluation.ratios.values())):
+            raise TrainingError(
+                f"the held-out perplexity is not finite at step {evaluation.step}; "
+                f"{self._last_checkpoint()}; take a smaller --lr"
+            )
+        metrics = {f"eval_{scope}": ratio for scope, ratio in evaluation.ratios.items()}
+        metrics["eval_worst"] = evaluation.worst
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    @torch.no_grad()
+    def evaluate_now(self) -> HeldOutEvaluation:
+        """Return the cascade's held-out perplexity relative to that without the stage.
+
+        The first call, before any step, also computes the perplexity without the stage, and checks
+        that the untrained stage is the identity.
+        """
+        first = not self._losses_without
+        without, with_stage, counts = torch.zeros((3, len(SCOPES)), dtype=torch.float64)
+        for number, batch in enumerate(self._held_out_batches()):
+            selected = self._stage_module.selected(batch)
+            before, after = self._losses(number, batch, selected, first=first)
+            for place, mask in enumerate(scope_masks(batch, selected)):
+                without[place] += before[mask].double().sum().cpu()
+                with_stage[place] += after[mask].double().sum().cpu()
+                counts[place] += mask.sum().cpu()
+        if first:
+            found = zip(SCOPES, _perplexity(without / counts), strict=True)
+            self.perplexities = {scope: value for scope, value in found if not math.isnan(value)}
+        ratios = _perplexity((with_stage - without) / counts)
+        there = zip(SCOPES, ratios, counts.tolist(), strict=True)
+        evaluation = HeldOutEvaluation(
+            step=self.state.global_step, **{scope: ratio for scope, ratio, some in there if some}
+        )
+        self._progress.evaluated(evaluation)
+        return evaluation
+
+    def _held_out_batches(self) -> Iterator[Batch]:
+        size = self.args.per_device_train_batch_size
+        for batch in self._tokens.batches("held-out", size):
+            yield {name: value.to(self.args.device) for name, value in batch.items()}
+
+    def _losses(
+        self, number: int, batch: Batch, selected: Tensor, *, first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return a batch's losses without the stage and with it, `[B, T]` both."""
+        module = self._stage_module
+        if first:
+            _check_whole(batch)
+            self._losses_without.append(module.losses_without(batch))
+        without = self._losses_without[number].to(self.args.device)
+        losses = without.clone()
+        states = module.states(batch, selected)
+        if not first:
+            counted = selected & (batch["labels"] >= 0)
+            losses[counted] = module.losses(states[counted], batch["labels"][counted])
+        elif not torch.equal(states, batch["states"]):
+            raise TrainingError(
+                "the untrained stage is not the identity on the held-out states, as it must "
+                "be; report this with the model's family"
+            )
+        return without, losses
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train.
+
+        Args:
+            checkpoint: Resume from it; start from the first step where None.
+
+        Raises:
+            TrainingError: The checkpoint is cut short, or a loss is not finite.
+        """
+        if checkpoint is None:
+            self.train()
+            return
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint))
+        except TrainingError:
+            raise
+        except Exception as error:
+            # Trainer, torch and safetensors each have errors of their own for a torn file.
+            raise TrainingError(
+                f"cannot resume from {checkpoint}: {first_line(error)}; it is cut short: "
+                "remove it to go on from the one before, or train without --resume"
+            ) from error
+
+    def evaluations(self) -> list[HeldOutEvaluation]:
+        """Return every evaluation after step 0, those before an interruption included."""
+        return [
+            HeldOutEvaluation(
+                step=int(entry["step"]),
+                **{
+                    scope: float(entry[f"eval_{scope}"])
+                    for scope in SCOPES
+                    if f"eval_{scope}" in entry
+                },
+            )
+            for entry in self.state.log_history
+            if "eval_worst" in entry
+        ]
+
+
+class _Sequences(Dataset[int]):
+    """Numbers of stored sequences; batches are read from disk together."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> int:
+        return number
+
+
+class _StepCallback(TrainerCallback):
+    """Passes the Trainer's steps on."""
+
+    def __init__(self, progress: TrainingProgress) -> None:
+        self.progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Pass on how many steps there are."""
+        self.progress.started(state.max_steps, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Pass on that a step was done."""
+        self.progress.step_done(state.global_step)
+
+
+def _check_whole(batch: Batch) -> None:
+    """Refuse tokens of different sequences that were joined, or that are not at their positions.
+
+    The stage would learn to attend to tokens that it will not see. Nothing else would notice: such
+    a stage starts as the identity, too. It made the first CASCADE worse than its base.
+    """
+    ids, positions = batch["input_ids"], batch["positions"]
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(positions)
+    if not torch.equal(positions, places) or not torch.equal(batch["labels"][:, :-1], ids[:, 1:]):
+        raise TrainingError(
+            "expected whole sequences, each token at its own position and followed by its label, "
+            "got others; collect the dataset anew"
+        )
+
+
+def _perplexity(losses: Tensor) -> list[float]:
+    return [float(value) for value in losses.exp()]
