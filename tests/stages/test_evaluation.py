@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +16,19 @@ from torch import Tensor
 
 from cascade.core.errors import CorpusError, UsageError
 from cascade.core.records import to_json
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import Score
 from cascade.models.stack import DecoderStack
-from cascade.stages import evaluation as cascade_evaluation
 from cascade.stages.cascades import Cascade, Entry
-from cascade.stages.evaluation import SCOPES, _Figures, _verdict, evaluate_cascade
+from cascade.stages.evaluation import (
+    SCOPES,
+    SequenceSums,
+    evaluate_cascade,
+    perplexity_ratio,
+    verdict_of,
+)
+from cascade.stages.records import CascadeEvaluationRecord, ScopeFigures, VariantFigures
 from cascade.stages.stage import new_stage
 
 SEQUENCES, LENGTH = 12, 16
@@ -68,14 +74,14 @@ def controls() -> dict[str, Cascade]:
 
 
 @functools.cache
-def a_record(stages: int = 2) -> dict[str, Any]:
-    """Return a record; made once, not to be changed."""
+def a_record(stages: int = 2) -> CascadeEvaluationRecord:
+    """Return a record, made once."""
     own = {} if stages > 1 else controls()
     return evaluate_cascade(a_cascade(stages=stages), some_blocks(), controls=own, batch_size=5)
 
 
-def rows(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in record["rows"]}
+def rows(record: CascadeEvaluationRecord) -> dict[str, VariantFigures]:
+    return {row.name: row for row in record.rows}
 
 
 def masks() -> dict[str, Tensor]:
@@ -104,72 +110,72 @@ def test_every_figure_is_that_of_scoring(name: str, stages: int) -> None:
     row, base = rows(a_record())[name], a_cascade().score(ids(), stages=0)
     score = a_cascade().score(ids(), stages=stages)
     hits = score.predictions[:, :-1] == ids()[:, 1:]
-    assert row["stages"] == stages
-    assert tuple(row["scopes"]) == SCOPES
+    assert row.stages == stages
+    assert tuple(row.scopes) == SCOPES
     for scope, mask in masks().items():
-        got = row["scopes"][scope]
-        assert got["tokens"] == int(mask.sum()) > 0
-        assert got["perplexity"] == pytest.approx(perplexity(score, mask), rel=1e-6)
-        assert got["accuracy"] == pytest.approx(float(hits[mask].double().mean()))
+        got = row.scopes[scope]
+        assert got.tokens == int(mask.sum()) > 0
+        assert got.perplexity == pytest.approx(perplexity(score, mask), rel=1e-6)
+        assert got.accuracy == pytest.approx(float(hits[mask].double().mean()))
         expected = perplexity(score, mask) / perplexity(base, mask)
-        assert got["ratio"] == pytest.approx(expected, rel=1e-6)
-        low, high = got["ratio_interval"]
-        assert low <= got["ratio"] <= high
+        assert got.ratio == pytest.approx(expected, rel=1e-6)
+        low, high = got.ratio_interval
+        assert low <= got.ratio <= high
 
 
 def test_the_base_is_one_times_itself_exactly() -> None:
-    for scope in rows(a_record())["base"]["scopes"].values():
-        assert (scope["ratio"], scope["ratio_interval"]) == (1.0, [1.0, 1.0])
-    assert rows(a_record())["base"]["operations_ratio"] == 1.0
-    assert rows(a_record())["base"]["layers_per_token"] == 4.0
+    for scope in rows(a_record())["base"].scopes.values():
+        assert (scope.ratio, scope.ratio_interval) == (1.0, [1.0, 1.0])
+    assert rows(a_record())["base"].operations_ratio == 1.0
+    assert rows(a_record())["base"].layers_per_token == 4.0
 
 
 def test_easy_tokens_are_the_same_in_every_row_and_no_stage_moves_them() -> None:
     found = rows(a_record())
     for scope in ("easy", "easy_response"):
-        counts = {row["scopes"][scope]["tokens"] for row in found.values()}
+        counts = {row.scopes[scope].tokens for row in found.values()}
         assert len(counts) == 1
         for row in found.values():
-            assert row["scopes"][scope]["ratio"] == pytest.approx(1.0, abs=1e-6)
+            assert row.scopes[scope].ratio == pytest.approx(1.0, abs=1e-6)
     for name in ("stage 1", "cascade"):
-        assert abs(found[name]["scopes"]["hard"]["ratio"] - 1) > 1e-3
+        assert abs(found[name].scopes["hard"].ratio - 1) > 1e-3
 
 
 def test_shares_sum_to_one_and_are_those_of_the_cascade() -> None:
     for name, row in rows(a_record()).items():
-        shares = {at["layer"]: at["share"] for at in row["exits"]}
+        shares = {at.layer: at.share for at in row.exits}
         assert sum(shares.values()) == pytest.approx(1.0)
         assert sorted(shares) == {"base": [4], "stage 1": [4, 6], "cascade": [4, 6, 7]}[name]
         assert all(share > 0 for share in shares.values())
-    exits = [at["share"] for at in rows(a_record())["cascade"]["exits"]]
+    exits = [at.share for at in rows(a_record())["cascade"].exits]
     assert exits == pytest.approx(a_cascade().exit_shares(a_cascade().score(ids())))
 
 
 def test_layers_and_operations_are_those_computed() -> None:
     row = rows(a_record())["cascade"]
-    share = {at["layer"]: at["share"] for at in row["exits"]}
+    share = {at.layer: at.share for at in row.exits}
     expected = 4 + 2 * (share[6] + share[7]) + share[7]
-    assert row["layers_per_token"] == pytest.approx(expected)
+    assert row.layers_per_token == pytest.approx(expected)
     tokens = SEQUENCES * LENGTH
-    computed = [stage["layer_rows"] for stage in row["stage_rows"]]
+    computed = [stage.layer_rows for stage in row.stage_rows]
     assert computed == pytest.approx([2 * (share[6] + share[7]) * tokens, share[7] * tokens])
-    assert 1 < rows(a_record())["stage 1"]["operations_ratio"] < row["operations_ratio"] < 2
+    assert 1 < rows(a_record())["stage 1"].operations_ratio < row.operations_ratio < 2
 
 
 def test_batches_change_nothing_but_the_last_digits() -> None:
     other = evaluate_cascade(a_cascade(), some_blocks(), batch_size=SEQUENCES)
-    for one, two in zip(a_record()["rows"], other["rows"], strict=True):
+    for one, two in zip(a_record().rows, other.rows, strict=True):
         for scope in SCOPES:
-            a, b = one["scopes"][scope], two["scopes"][scope]
-            assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-6)
-            assert a["accuracy"] == b["accuracy"]
+            a, b = one.scopes[scope], two.scopes[scope]
+            assert a.perplexity == pytest.approx(b.perplexity, rel=1e-6)
+            assert a.accuracy == b.accuracy
 
 
 def test_the_record_can_be_stored_and_says_of_what_it_is() -> None:
     record = a_record(1)
-    to_json(record)
-    assert record["kind"] == "cascade-evaluation"
-    assert record["cascade"] == a_cascade(stages=1).config()
+    to_json(to_plain(record))
+    assert record.kind == "cascade-evaluation"
+    assert record.cascade == a_cascade(stages=1).record()
     done: list[int] = []
     evaluate_cascade(a_cascade(), some_blocks(), batch_size=5, progress=done.append)
     assert done == [5 * LENGTH, 5 * LENGTH, 2 * LENGTH]
@@ -178,9 +184,9 @@ def test_the_record_can_be_stored_and_says_of_what_it_is() -> None:
 def test_text_without_response_has_no_response_figures() -> None:
     blocks = dataclasses.replace(some_blocks(), response=np.zeros((SEQUENCES, LENGTH), bool))
     record = evaluate_cascade(a_cascade(stages=1), blocks, controls=controls())
-    assert set(rows(record)["cascade"]["scopes"]) == {"all", "easy", "hard"}
-    assert "perplexity of all text" in record["verdict"]["stage"]
-    assert record["verdict"]["routing"] is not None
+    assert set(rows(record)["cascade"].scopes) == {"all", "easy", "hard"}
+    assert "perplexity of all text" in record.verdict.stage
+    assert record.verdict.routing is not None
 
 
 # --- Controls ---------------------------------------------------------------------------------
@@ -197,42 +203,40 @@ def test_each_control_is_measured_with_its_own_entry_and_with_the_cascades() -> 
         "random tokens",
     ]
     for scope, mask in masks().items():  # of the cascade's entry, not of a control's
-        assert {row["scopes"][scope]["tokens"] for row in found.values()} == {int(mask.sum())}
-    hard = found["cascade"]["exits"]
+        assert {row.scopes[scope].tokens for row in found.values()} == {int(mask.sum())}
+    hard = found["cascade"].exits
     for routing in ("all", "random"):
-        assert found[f"trained on {routing}"]["exits"] == hard
-    assert found["all tokens"]["exits"] == [
+        assert found[f"trained on {routing}"].exits == hard
+    assert to_plain(found["all tokens"].exits) == [
         {"layer": 4, "share": 0.0},
         {"layer": 6, "share": 1.0},
     ]
     for routing, own in controls().items():
         score = own.score(ids())
-        got = found[f"{routing} tokens"]["scopes"]["response"]["perplexity"]
+        got = found[f"{routing} tokens"].scopes["response"].perplexity
         assert got == pytest.approx(perplexity(score, masks()["response"]), rel=1e-6)
 
 
 def test_comparisons_are_paired_ratios_of_the_rows() -> None:
     record = a_record(1)
     found = rows(record)
-    assert [one["control"] for one in record["comparisons"]] == list(found)[2:]
-    for one in record["comparisons"]:
+    assert [one.control for one in record.comparisons] == list(found)[2:]
+    for one in record.comparisons:
         for scope in ("all", "response"):
-            own, other = (
-                found[name]["scopes"][scope]["perplexity"] for name in ("cascade", one["control"])
-            )
-            assert one[scope]["ratio"] == pytest.approx(own / other, rel=1e-9)
-            low, high = one[scope]["interval"]
+            own, other = (found[name].scopes[scope].perplexity for name in ("cascade", one.control))
+            assert getattr(one, scope).ratio == pytest.approx(own / other, rel=1e-9)
+            low, high = getattr(one, scope).interval
             expected = "cascade" if high < 1 else "control" if low > 1 else "neither"
-            assert one[scope]["wins"] == expected
+            assert getattr(one, scope).wins == expected
 
 
 def test_a_cascade_against_itself_wins_nothing() -> None:
     same = a_cascade(stages=1)
     record = evaluate_cascade(same, some_blocks(), controls={"random": same})
-    for one in record["comparisons"]:
-        assert (one["response"]["ratio"], one["response"]["wins"]) == (1.0, "neither")
-    assert record["verdict"]["earns_its_keep"] is False
-    assert "cannot be told apart" in record["verdict"]["routing"]
+    for one in record.comparisons:
+        assert (one["response"].ratio, one["response"].wins) == (1.0, "neither")
+    assert record.verdict.earns_its_keep is False
+    assert "cannot be told apart" in record.verdict.routing
 
 
 # --- The verdict ------------------------------------------------------------------------------
@@ -245,10 +249,10 @@ def a_trained_one(stack: DecoderStack, sign: float, only: Tensor | None = None) 
     stage = new_stage(stack, 1)
     kept: dict[int, Tensor] = {}
     stack.visit(ids(), kept.__setitem__)
-    goes_on = torch.ones_like(ids()).bool() if only is None else only
+    entering = torch.ones_like(ids()).bool() if only is None else only
     optimizer = torch.optim.Adam(stage.parameters(), lr=0.01)
     for _ in range(25):
-        states = run_stage(stack, stage, ids(), kept[4], goes_on)
+        states = run_stage(stack, stage, ids(), kept[4], entering)
         logits = stack.decode(states)[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids()[:, 1:].flatten())
         optimizer.zero_grad()
@@ -268,25 +272,25 @@ def entered_by_half(cascade: Cascade) -> Cascade:
 def test_a_stage_that_helps_is_said_to_help_and_one_that_harms_to_harm() -> None:
     good, bad = (entered_by_half(a_trained_one(a_reader(), sign)) for sign in (1.0, -1.0))
     helps = evaluate_cascade(good, some_blocks(), controls={"random": bad})
-    assert helps["verdict"]["helps"] is True
-    assert "the stage helps: perplexity of response text 0." in helps["verdict"]["stage"]
-    assert helps["verdict"]["earns_its_keep"] is True
-    assert "routing by hardness earns its keep: 0." in helps["verdict"]["routing"]
+    assert helps.verdict.helps is True
+    assert "the stage helps: perplexity of response text 0." in helps.verdict.stage
+    assert helps.verdict.earns_its_keep is True
+    assert "routing by hardness earns its keep: 0." in helps.verdict.routing
     harms = evaluate_cascade(bad, some_blocks(), controls={"random": good, "all": good})
-    assert harms["verdict"]["helps"] is False
-    assert "the stage harms: perplexity of response text" in harms["verdict"]["stage"]
-    assert harms["verdict"]["earns_its_keep"] is False
-    assert "does not earn its keep" in harms["verdict"]["routing"]
-    assert "training on all tokens is better" in harms["verdict"]["training"]
+    assert harms.verdict.helps is False
+    assert "the stage harms: perplexity of response text" in harms.verdict.stage
+    assert harms.verdict.earns_its_keep is False
+    assert "does not earn its keep" in harms.verdict.routing
+    assert "training on all tokens is better" in harms.verdict.training
 
 
 def test_of_an_untrained_stage_nothing_can_be_said() -> None:
     cascade = Cascade(a_reader())
     cascade.add_stage(new_stage(a_reader(), 1), Entry(3, share_of(a_reader(), ids(), 3)))
-    verdict = evaluate_cascade(cascade, some_blocks())["verdict"]
-    assert verdict["helps"] is False
-    assert "nothing can be said of the stage" in verdict["stage"]
-    assert (verdict["routing"], verdict["training"], verdict["earns_its_keep"]) == (None,) * 3
+    verdict = evaluate_cascade(cascade, some_blocks()).verdict
+    assert verdict.helps is False
+    assert "nothing can be said of the stage" in verdict.stage
+    assert (verdict.routing, verdict.training, verdict.earns_its_keep) == (None,) * 3
 
 
 @pytest.mark.parametrize(
@@ -294,8 +298,10 @@ def test_of_an_untrained_stage_nothing_can_be_said() -> None:
     [((0.9, 0.99), "helps"), ((1.01, 1.1), "harms"), ((0.9, 1.0), "nothing can be said")],
 )
 def test_the_verdict_is_the_intervals(interval: tuple[float, float], words: str) -> None:
-    main = {"scopes": {"response": {"ratio": 0.95, "ratio_interval": interval}}}
-    assert words in _verdict(main, [])["stage"]
+    figures = ScopeFigures(
+        tokens=9, perplexity=8.0, accuracy=0.5, ratio=0.95, ratio_interval=list(interval)
+    )
+    assert words in verdict_of({"response": figures}, []).stage
 
 
 def test_intervals_are_over_sequences() -> None:
@@ -303,10 +309,10 @@ def test_intervals_are_over_sequences() -> None:
     difference = np.zeros(20)
     difference[0] = -4.0
     own, other = (
-        _Figures({"all": losses}, {"all": np.zeros(20)}, {"all": np.full(20, 10)})
+        SequenceSums({"all": losses}, {"all": np.zeros(20)}, {"all": np.full(20, 10)})
         for losses in (difference, np.zeros(20))
     )
-    ratio, (low, high) = cascade_evaluation._ratio(own, other, "all", 0)
+    ratio, (low, high) = perplexity_ratio(own, other, "all", 0)
     assert ratio == pytest.approx(math.exp(-4 / 200))
     assert high == 1.0
     assert low < math.exp(-8 / 200)

@@ -24,7 +24,8 @@ from cascade.core.errors import ModelError, UnsupportedModelError, UsageError
 from cascade.models.stack import DecoderStack
 from cascade.stages import stage as stages
 from cascade.stages.cascades import Cascade, Entry
-from cascade.stages.stage import STARTS, Stage, extended, new_stage, run_stage
+from cascade.stages.stage import Stage, extended, new_stage, run_stage
+from cascade.stages.training_config import STARTS
 
 ALL_STARTS = pytest.mark.parametrize("start", STARTS)
 TEXT = a_text(3, 20, seed=1)
@@ -157,12 +158,12 @@ def test_a_stage_over_stored_states_is_the_cascades_frozen_pass(family: str, sta
     cascade = Cascade(stack)
     cascade.add_stage(stage, Entry(3, share_of(stack, TEXT, 3)))
     score = cascade.score(TEXT, keep_logits=True)
-    goes_on = score.exit_layers > LAYERS
-    assert 0 < int(goes_on.sum()) < goes_on.numel()
+    entering = score.exit_layers > LAYERS
+    assert 0 < int(entering.sum()) < entering.numel()
     with torch.no_grad():
-        states = run_stage(stack, stage, TEXT, kept[LAYERS], goes_on)
-    assert torch.equal(states[~goes_on], kept[LAYERS][~goes_on])
-    assert not torch.allclose(states[goes_on], kept[LAYERS][goes_on], atol=1e-2)
+        states = run_stage(stack, stage, TEXT, kept[LAYERS], entering)
+    assert torch.equal(states[~entering], kept[LAYERS][~entering])
+    assert not torch.allclose(states[entering], kept[LAYERS][entering], atol=1e-2)
     assert score.logits is not None
     assert (stack.decode(states) - score.logits).abs().max() <= CLOSE
 
@@ -172,13 +173,13 @@ def test_tokens_that_go_on_see_those_that_left_before_them_alone(family: str) ->
     stack = a_stack(family)
     stage = a_moved_stage(stack)
     states = torch.randn((1, 10, 32), generator=torch.Generator().manual_seed(0))
-    goes_on = torch.tensor([[False, False, True] + [False] * 5 + [True, False]])
+    entering = torch.tensor([[False, False, True] + [False] * 5 + [True, False]])
     with torch.no_grad():
-        usual = run_stage(stack, stage, TEXT[:1, :10], states, goes_on)
+        usual = run_stage(stack, stage, TEXT[:1, :10], states, entering)
         for easy, touched in ((1, [2, 8]), (5, [8]), (9, [])):
             other = states.clone()
             other[0, easy, ::2] += 1.0
-            seen = run_stage(stack, stage, TEXT[:1, :10], other, goes_on)
+            seen = run_stage(stack, stage, TEXT[:1, :10], other, entering)
             moves = (seen - usual)[0].abs().amax(dim=-1) > 0
             assert moves.nonzero().flatten().tolist() == sorted([easy, *touched])
 
@@ -190,8 +191,8 @@ def one_step(stack: DecoderStack, stage: Stage) -> None:
     """Make one step of plain gradient descent on random tokens."""
     kept: dict[int, Tensor] = {}
     stack.visit(TEXT, kept.__setitem__)
-    goes_on = torch.rand(TEXT.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    states = run_stage(stack, stage, TEXT, kept[LAYERS], goes_on)
+    entering = torch.rand(TEXT.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    states = run_stage(stack, stage, TEXT, kept[LAYERS], entering)
     through = stack if stage.head is None else extended(stack, stage)
     logits = through.decode(states)[:, :-1]
     nn.functional.cross_entropy(logits.flatten(0, 1), TEXT[:, 1:].flatten()).backward()
@@ -392,6 +393,6 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 
 @ALL_STARTS
 def test_a_stage_that_is_not_zeroed_is_refused(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "_zero_outputs", lambda *_: None)
+    monkeypatch.setattr(stages, "zero_outputs", lambda *_: None)
     with pytest.raises(UnsupportedModelError, match="would not start as the identity"):
         new_stage(a_stack("llama"), start=start)

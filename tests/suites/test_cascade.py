@@ -12,10 +12,13 @@ from support.paths import BASELINES
 
 from cascade import load_blocks
 from cascade.stages.cascades import Cascade, Entry
-from cascade.stages.collecting import collect_hard
 from cascade.stages.evaluation import evaluate_cascade
+from cascade.stages.hard_tokens.collecting import collect_hard
+from cascade.stages.hard_tokens.plan import CollectingConfig
+from cascade.stages.hard_tokens.records import SPLITS
+from cascade.stages.records import CascadeEvaluationRecord, StageWork
 from cascade.stages.training import Training, train_stage
-from cascade.stages.training_config import Recipe
+from cascade.stages.training_config import TrainingConfig
 
 if TYPE_CHECKING:
     from cascade import DecoderStack
@@ -38,22 +41,21 @@ def trained(
     """Train the stage of the stored record; with the hashes of the base before and after."""
     folder = tmp_path_factory.mktemp("cascade")
     made = stored["made"]
-    parts = {
-        part: load_blocks(
+    splits = {
+        split: load_blocks(
             "embedded",
             reference_model.tokenizer,
-            max_tokens=made["tokens"][part],
-            part=part,
+            max_tokens=made["tokens"][split],
+            part=split,
             marks=True,
         )
-        for part in ("train", "held-out")
+        for split in SPLITS
     }
     before = reference_model.weights_in_memory()
-    tokens = collect_hard(
-        reference_model, parts, folder / "hard", layer=made["layer"], hard_ratio=made["hard_ratio"]
-    )
-    recipe = Recipe(**made["recipe"])
-    training = train_stage(reference_model, tokens, recipe, folder / "checkpoints")
+    collecting = CollectingConfig(layer=made["layer"], hard_ratio=made["hard_ratio"])
+    tokens = collect_hard(reference_model, splits, folder / "hard", collecting)
+    config = TrainingConfig(**made["recipe"])
+    training = train_stage(reference_model, tokens, config, folder / "checkpoints")
     cascade = Cascade(reference_model)
     cascade.add_stage(training.stage, Entry(tokens.layer, tokens.threshold))
     return training, cascade, before, reference_model.weights_in_memory()
@@ -64,7 +66,7 @@ def evaluation(
     reference_model: DecoderStack,
     stored: dict[str, Any],
     trained: tuple[Training, Cascade, str, str],
-) -> dict[str, Any]:
+) -> CascadeEvaluationRecord:
     blocks = load_blocks(
         "embedded",
         reference_model.tokenizer,
@@ -76,44 +78,44 @@ def evaluation(
 
 
 def test_the_trained_cascade_keeps_its_budgets(
-    evaluation: dict[str, Any], stored: dict[str, Any]
+    evaluation: CascadeEvaluationRecord, stored: dict[str, Any]
 ) -> None:
-    base, cascade = evaluation["rows"]
-    assert base["name"] == "base"
-    reached = {scope: cascade["scopes"][scope]["ratio"] for scope in stored["limits"]}
+    base, cascade = evaluation.rows
+    assert base.name == "base"
+    reached = {scope: cascade.scopes[scope].ratio for scope in stored["limits"]}
     beyond = {
         scope: (ratio, limit)
         for scope, limit in stored["limits"].items()
         if not (ratio := reached[scope]) <= limit
     }
     assert not beyond, f"held-out perplexity, relative to the base's: (reached, limit) {beyond}"
-    assert evaluation["verdict"]["helps"]
+    assert evaluation.verdict.helps
 
 
-def test_easy_tokens_are_the_bases_to_the_last_bit(evaluation: dict[str, Any]) -> None:
+def test_easy_tokens_are_the_bases_to_the_last_bit(evaluation: CascadeEvaluationRecord) -> None:
     for scope in ("easy", "easy_response"):
-        assert evaluation["rows"][1]["scopes"][scope]["ratio"] == 1.0
+        assert evaluation.rows[1].scopes[scope].ratio == 1.0
 
 
 def test_what_was_chosen_by_stored_states_is_what_the_cascade_does(
-    evaluation: dict[str, Any], trained: tuple[Training, Cascade, str, str]
+    evaluation: CascadeEvaluationRecord, trained: tuple[Training, Cascade, str, str]
 ) -> None:
     # States are stored in float16: they part in the fourth digit.
     for scope, ratio in trained[0].chosen.ratios.items():
-        assert evaluation["rows"][1]["scopes"][scope]["ratio"] == pytest.approx(ratio, rel=2e-3)
+        assert evaluation.rows[1].scopes[scope].ratio == pytest.approx(ratio, rel=2e-3)
 
 
 def test_training_never_touches_the_base(trained: tuple[Training, Cascade, str, str]) -> None:
     assert trained[2] == trained[3]
 
 
-def test_only_hard_tokens_cost_a_stages_work(evaluation: dict[str, Any]) -> None:
-    row = evaluation["rows"][1]
-    layers = evaluation["cascade"]["stages"][0]["num_layers"]
-    tokens = evaluation["provenance"]["corpus"]["tokens"]
-    hard = round(row["exits"][-1]["share"] * tokens)
-    assert row["stage_rows"] == [
-        {"layer_rows": layers * hard, "key_value_rows": layers * (tokens - hard)}
+def test_only_hard_tokens_cost_a_stages_work(evaluation: CascadeEvaluationRecord) -> None:
+    row = evaluation.rows[1]
+    layers = evaluation.cascade.stages[0].num_layers
+    tokens = evaluation.provenance.corpus.tokens
+    hard = round(row.exits[-1].share * tokens)
+    assert row.stage_rows == [
+        StageWork(layer_rows=layers * hard, key_value_rows=layers * (tokens - hard))
     ]
 
 

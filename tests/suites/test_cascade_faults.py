@@ -23,15 +23,18 @@ from cascade.core.errors import TrainingError, UnsupportedModelError
 from cascade.exits.rules import ExitPoint
 from cascade.models.stack import DecoderStack
 from cascade.stages import stage as stages
-from cascade.stages import training
 from cascade.stages.cascades import Cascade, Entry
-from cascade.stages.collecting import collect_hard
-from cascade.stages.dataset import HardTokens
+from cascade.stages.hard_tokens.collecting import collect_hard
+from cascade.stages.hard_tokens.dataset import Batch, HardTokens
+from cascade.stages.hard_tokens.plan import CollectingConfig
+from cascade.stages.records import HeldOutEvaluation
 from cascade.stages.stage import Stage, extended, new_stage
-from cascade.stages.training import Batch, Look, Training, train_stage
-from cascade.stages.training_config import Recipe
+from cascade.stages.trainer import stage_module
+from cascade.stages.trainer.stage_module import StageModule
+from cascade.stages.training import Training, train_stage
+from cascade.stages.training_config import STARTS, TrainingConfig
 
-RECIPE = Recipe(epochs=1, looks=2, learning_rate=3e-3)
+SHORT = TrainingConfig(epochs=1, looks=2, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def goes_red() -> Iterator[None]:
 
 def law_of_the_identity() -> None:
     stack = a_stack("llama")
-    for start in stages.STARTS:
+    for start in STARTS:
         longer = extended(stack, new_stage(stack, 2, start=start))
         assert torch.equal(own_logits(longer, TEXT), own_logits(stack, TEXT))
 
@@ -59,15 +62,15 @@ def test_scratch_weights_that_are_not_zeroed_are_seen(
     tokens: HardTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     law_of_the_identity()
-    monkeypatch.setattr(stages, "_zero_outputs", lambda *_: None)
+    monkeypatch.setattr(stages, "zero_outputs", lambda *_: None)
     with pytest.raises(UnsupportedModelError, match="would not start as the identity"):
         new_stage(a_reader(), start="fresh")
-    monkeypatch.setattr(stages, "_check_identity", lambda *_: None)
+    monkeypatch.setattr(stages, "check_identity", lambda *_: None)
     with goes_red():
         law_of_the_identity()
-    recipe = dataclasses.replace(RECIPE, start="fresh")
+    config = dataclasses.replace(SHORT, start="fresh")
     with pytest.raises(TrainingError, match="not the identity on the held-out states") as caught:
-        train_stage(a_reader(), tokens, recipe, tmp_path)
+        train_stage(a_reader(), tokens, config, tmp_path)
     one_line(caught)
 
 
@@ -81,47 +84,47 @@ def law_of_stored_states() -> None:
     cascade = Cascade(stack)
     cascade.add_stage(stage, Entry(3, share_of(stack, TEXT, 3)))
     score = cascade.score(TEXT, keep_logits=True)
-    goes_on = score.exit_layers > stack.num_layers
+    entering = score.exit_layers > stack.num_layers
     with torch.no_grad():
-        states = training.run_stage(stack, stage, TEXT, visited(stack, TEXT)[-1], goes_on)
+        states = stage_module.run_stage(stack, stage, TEXT, visited(stack, TEXT)[-1], entering)
     assert score.logits is not None
     assert (stack.decode(states) - score.logits).abs().max() <= CLOSE
 
 
 def glued(
-    stack: DecoderStack, stage: Stage, ids: Tensor, states: Tensor, goes_on: Tensor
+    stack: DecoderStack, stage: Stage, ids: Tensor, states: Tensor, entering: Tensor
 ) -> Tensor:
     """Run a stage over the hard tokens of all sequences in one row, as the first CASCADE did."""
     made = states.clone()
-    row, row_ids = states[goes_on], ids[goes_on]
+    row, row_ids = states[entering], ids[entering]
     for some in torch.arange(len(row)).split(stack.max_positions or 64):
         own = torch.ones((1, len(some)), dtype=torch.bool)
         made_row = stages.run_stage(stack, stage, row_ids[some][None], row[some][None], own)
-        where = tuple(part[some] for part in torch.nonzero(goes_on, as_tuple=True))
+        where = tuple(axis[some] for axis in torch.nonzero(entering, as_tuple=True))
         made = made.index_put(where, made_row[0])
     return made
 
 
 def without_the_easy(
-    stack: DecoderStack, stage: Stage, ids: Tensor, states: Tensor, goes_on: Tensor
+    stack: DecoderStack, stage: Stage, ids: Tensor, states: Tensor, entering: Tensor
 ) -> Tensor:
     """Run a stage over each sequence's hard tokens, as if they stood side by side."""
     rows = []
     for number in range(len(ids)):
         one = slice(number, number + 1)
-        rows.append(glued(stack, stage, ids[one], states[one], goes_on[one]))
+        rows.append(glued(stack, stage, ids[one], states[one], entering[one]))
     return torch.cat(rows)
 
 
 def nowhere(
-    stack: DecoderStack, stage: Stage, ids: Tensor, states: Tensor, goes_on: Tensor
+    stack: DecoderStack, stage: Stage, ids: Tensor, states: Tensor, entering: Tensor
 ) -> Tensor:
     """Run a stage with every token at position 0."""
     calls = stack.plan(ids, position_ids=torch.zeros_like(ids)).calls
     hidden = states
     for source, layer in zip(stage.sources, stage.layers, strict=True):
-        output = stages._computed(layer, hidden, calls[source - 1])
-        hidden = torch.where(goes_on[..., None], output, states)
+        output = stages.run_in_fp32(layer, hidden, calls[source - 1])
+        hidden = torch.where(entering[..., None], output, states)
     return hidden
 
 
@@ -130,7 +133,7 @@ def test_a_stage_that_is_run_otherwise_is_seen(
     fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     law_of_stored_states()
-    monkeypatch.setattr(training, "run_stage", fault)
+    monkeypatch.setattr(stage_module, "run_stage", fault)
     with goes_red():
         law_of_stored_states()
 
@@ -140,8 +143,8 @@ def test_a_stage_that_is_run_otherwise_is_seen(
 
 def law_of_whole_sequences(tokens: HardTokens) -> None:
     """Every row is a sequence of the corpus, whole and in order, with the model's own states."""
-    for part, blocks in some_text().items():
-        for batch in tokens.batches(part, 16):
+    for split, blocks in some_text().items():
+        for batch in tokens.batches(split, 16):
             ids = torch.from_numpy(blocks.ids)[batch["sequence"]].long()
             assert torch.equal(batch["input_ids"], ids)
             assert torch.equal(batch["labels"][:, :-1], ids[:, 1:])
@@ -191,23 +194,23 @@ def test_sequences_that_are_not_whole_are_seen_and_refused(
     with goes_red():
         law_of_whole_sequences(tokens)
     with pytest.raises(TrainingError, match="expected whole sequences") as caught:
-        train_stage(a_reader(), tokens, RECIPE, tmp_path)
+        train_stage(a_reader(), tokens, SHORT, tmp_path)
     one_line(caught)
 
 
-@pytest.mark.parametrize("part", ["train", "held-out"])
-def test_sequences_that_are_not_whole_are_refused_in_either_part(
-    part: str, tokens: HardTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_sequences_that_are_not_whole_are_refused_in_either_split(
+    split: str, tokens: HardTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = HardTokens.batches
 
     def batches(self: HardTokens, name: str, *args: Any, **settings: Any) -> Iterator[Batch]:
         found = sound(self, name, *args, **settings)
-        yield from map(shifted, found) if name == part else found
+        yield from map(shifted, found) if name == split else found
 
     monkeypatch.setattr(HardTokens, "batches", batches)
     with pytest.raises(TrainingError, match="expected whole sequences"):
-        train_stage(a_reader(), tokens, RECIPE, tmp_path)
+        train_stage(a_reader(), tokens, SHORT, tmp_path)
 
 
 # --- The exit on the normed row ---------------------------------------------------------------
@@ -263,17 +266,19 @@ def test_selection_by_hard_tokens_alone_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Marks that a stage can tell apart at once: the last letters of the alphabet.
-    parts = {
-        part: dataclasses.replace(blocks, response=blocks.ids > 85)
-        for part, blocks in some_text().items()
+    splits = {
+        split: dataclasses.replace(blocks, response=blocks.ids > 85)
+        for split, blocks in some_text().items()
     }
-    tokens = collect_hard(a_reader(), parts, tmp_path / "d", layer=3, hard_ratio=0.5)
-    monkeypatch.setattr(training._StageModule, "forward", learns_all_but_the_response)
-    done = train_stage(a_reader(), tokens, RECIPE, tmp_path / "sound")
-    assert any(look.ratios["hard"] < 1 < look.ratios["response"] for look in done.looks)
+    tokens = collect_hard(
+        a_reader(), splits, tmp_path / "d", CollectingConfig(layer=3, hard_ratio=0.5)
+    )
+    monkeypatch.setattr(StageModule, "forward", learns_all_but_the_response)
+    done = train_stage(a_reader(), tokens, SHORT, tmp_path / "sound")
+    assert any(one.ratios["hard"] < 1 < one.ratios["response"] for one in done.evaluations)
     law_of_never_worse(done)
-    monkeypatch.setattr(Look, "worst", property(lambda look: look.ratios["hard"]))
-    planted = train_stage(a_reader(), tokens, RECIPE, tmp_path / "planted")
+    monkeypatch.setattr(HeldOutEvaluation, "worst", property(lambda one: one.ratios["hard"]))
+    planted = train_stage(a_reader(), tokens, SHORT, tmp_path / "planted")
     assert planted.chosen.step > 0
     with goes_red():
         law_of_never_worse(planted)

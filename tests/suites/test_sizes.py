@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cascade import (
     Cascade,
+    CollectingConfig,
     DecoderStack,
     Entry,
-    Recipe,
     analyze,
     collect_hard,
     load,
@@ -65,9 +65,11 @@ def test_measuring_training_and_evaluating_need_no_more_than_the_configuration(
     }
     profile = analyze(stack, parts["held-out"])
     assert len(profile.record()["layers"]) == depth + 1  # and the normed row
-    tokens = collect_hard(stack, parts, tmp_path / "hard", layer=depth - 1, hard_ratio=0.5)
+    tokens = collect_hard(
+        stack, parts, tmp_path / "hard", CollectingConfig(layer=depth - 1, hard_ratio=0.5)
+    )
     training = train_stage(
-        stack, tokens, Recipe(epochs=1, learning_rate=1e-3), tmp_path / "checkpoints"
+        stack, tokens, TrainingConfig(epochs=1, learning_rate=1e-3), tmp_path / "checkpoints"
     )
     assert training.chosen.step > 0
     cascade = Cascade(stack)
@@ -77,4 +79,4 @@ def test_measuring_training_and_evaluating_need_no_more_than_the_configuration(
     assert isinstance(read.base, DecoderStack)
     assert read.stack.num_layers == depth + 2
     record = evaluate_cascade(read, parts["held-out"])
-    assert record["rows"][1]["scopes"]["all"]["ratio"] < 1
+    assert record.rows[1].scopes["all"].ratio < 1

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from cascade.corpora.blocks import TokenBlocks, load_blocks
-from cascade.decoding.early_exit import Propagation
+from cascade.decoding.early_exit import Propagation, Score
 from cascade.models.stack import DecoderStack
 from cascade.stages.cascades import Cascade, Entry
-from cascade.stages.collecting import collect_hard
-from cascade.stages.dataset import HardTokens
+from cascade.stages.hard_tokens.collecting import collect_hard
+from cascade.stages.hard_tokens.dataset import HardTokens
+from cascade.stages.hard_tokens.plan import CollectingConfig
+from cascade.stages.hard_tokens.records import SPLITS, Split
+from cascade.stages.records import HeldOutEvaluation
 from cascade.stages.stage import Stage, new_stage
+from cascade.stages.trainer.stage_trainer import NoProgress
+from cascade.stages.training_config import TrainingConfig
 from support.reference_early_exit import a_stack
 from support.tiny_models import tiny_model, tiny_tokenizer
 
@@ -92,18 +97,18 @@ def a_reader(family: str = "llama", *, bf16: bool = False) -> DecoderStack:
 
 
 @functools.cache
-def some_text(samples: int = 40) -> dict[str, TokenBlocks]:
+def some_text(samples: int = 40) -> dict[Split, TokenBlocks]:
     """Return the embedded corpus in characters, "train" and "held-out", with marks."""
     return {
-        part: load_blocks(
+        split: load_blocks(
             "embedded",
             tiny_tokenizer(),
             seq_len=32,
             num_samples=samples,
-            part=part,  # type: ignore[arg-type]
+            part=split,
             marks=True,
         )
-        for part in ("train", "held-out")
+        for split in SPLITS
     }
 
 
@@ -112,4 +117,53 @@ def some_hard_tokens(
 ) -> HardTokens:
     """Collect the tiny model's hard tokens at layer 3 of 4, half of all."""
     usual: dict[str, Any] = {"layer": 3, "hard_ratio": 0.5}
-    return collect_hard(stack or a_reader(), some_text(samples), folder, **(usual | about))
+    config = CollectingConfig(**(usual | about))
+    return collect_hard(stack or a_reader(), some_text(samples), folder, config)
+
+
+def held_out() -> Tensor:
+    return torch.from_numpy(some_text()["held-out"].ids).long()
+
+
+# --- Training them -----------------------------------------------------------------------------
+
+#: Lowers the held-out perplexity in a second or two.
+SHORT = TrainingConfig(epochs=2, looks=2, learning_rate=3e-3)
+
+
+class Noted(NoProgress):
+    """Keeps everything that a training reports."""
+
+    def __init__(self) -> None:
+        self.starts: list[tuple[int, int]] = []
+        self.steps: list[int] = []
+        self.evaluations: list[HeldOutEvaluation] = []
+
+    def started(self, steps: int, done: int) -> None:
+        self.starts.append((steps, done))
+
+    def step_done(self, step: int) -> None:
+        self.steps.append(step)
+
+    def evaluated(self, evaluation: HeldOutEvaluation) -> None:
+        self.evaluations.append(evaluation)
+
+
+class StageStopped(Exception):  # noqa: N818
+    """An interruption of a training."""
+
+
+class StoppingAt(NoProgress):
+    """Interrupts a training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def step_done(self, step: int) -> None:
+        if step == self.step:
+            raise StageStopped
+
+
+def logits_of(score: Score) -> Tensor:
+    assert score.logits is not None
+    return score.logits

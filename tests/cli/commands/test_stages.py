@@ -37,17 +37,17 @@ def test_a_dataset_is_collected_and_its_summary_says_what_it_is(
     assert done.status == 0, done.err
     found = load_hard_tokens("hard")
     found.check(load(str(models / "tiny")), layer=3, threshold=found.threshold)
-    train, held_out = (found.record["parts"][part] for part in ("train", "held-out"))
+    train, held_out = (found.record.parts[split] for split in ("train", "held-out"))
     estimate, written = done.err.strip().splitlines()
-    tokens = train["tokens"] + held_out["tokens"]
+    tokens = train.tokens + held_out.tokens
     assert f"Collecting {tokens:,} tokens into hard: about" in estimate
     assert written.endswith("read it with datasets.load_from_disk('hard')")
     assert "similarity at layer 3 (history[2] against history[3]) below" in done.out
     assert "fitted to a hard ratio of 0.5 on the training part" in " ".join(done.out.split())
     assert "what leaves layer 4, before the final norm" in done.out
-    assert f"{train['hard_ratio']:.1%}".replace("%", "") in done.out
-    assert found.record["provenance"]["command"].startswith("cascade collect-hard --model")
-    assert len(datasets.load_from_disk("hard")["train"]) == train["sequences"]
+    assert f"{train.hard_ratio:.1%}".replace("%", "") in done.out
+    assert found.record.provenance.command.startswith("cascade collect-hard --model")
+    assert len(datasets.load_from_disk("hard")["train"]) == train.sequences
 
 
 def test_every_fifth_record_is_held_out(collect: Run, here: Path) -> None:
@@ -59,8 +59,8 @@ def test_every_fifth_record_is_held_out(collect: Run, here: Path) -> None:
 
 def test_max_tokens_are_those_of_both_parts_together(collect: Run, here: Path) -> None:
     assert collect("--hard-ratio", 0.5, "--output", "hard", "--max-tokens", 800).status == 0
-    parts = load_hard_tokens("hard").record["parts"]
-    assert [parts[part]["tokens"] for part in ("train", "held-out")] == [640, 160]
+    parts = load_hard_tokens("hard").record.parts
+    assert [parts[split].tokens for split in ("train", "held-out")] == [640, 160]
 
 
 def test_options_select_what_is_collected(collect: Run, here: Path) -> None:
@@ -70,10 +70,10 @@ def test_options_select_what_is_collected(collect: Run, here: Path) -> None:
     assert done.status == 0, done.err
     found = load_hard_tokens("hard")
     assert (found.layer, found.threshold) == (2, 0.8)
-    assert found.record["states"]["dtype"] == "bfloat16"
-    assert found.record["provenance"]["model"]["dtype"] == "bfloat16"
-    corpora = found.record["provenance"]["corpora"]
-    assert corpora["train"]["records"] + corpora["held-out"]["records"] == 20
+    assert found.record.states.dtype == "bfloat16"
+    assert found.record.provenance.model.dtype == "bfloat16"
+    corpora = found.record.provenance.corpora
+    assert corpora["train"].records + corpora["held-out"].records == 20
     assert "the threshold 0.8 decides" in found.notes[0]
     for note in found.notes:
         assert f"Beware {note}" in " ".join(done.out.split())
@@ -121,10 +121,11 @@ def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
 
 def test_an_interrupted_command_run_again_goes_on(collect: Run, here: Path, models: Path) -> None:
     code = (
-        "import time; from cascade import cli, hard_tokens; "
-        "hard_tokens._SHARD_BYTES, hard_tokens._MOST_SHARDS = 1, 1000; "
-        "visit = hard_tokens._visited; "
-        "hard_tokens._visited = lambda *a: (time.sleep(0.2), visit(*a))[1]; cli.main()"
+        "import time; from cascade import cli; "
+        "from cascade.stages.hard_tokens import exit_states, plan; "
+        "plan.SHARD_BYTES, plan.MOST_SHARDS = 1, 1000; "
+        "states = exit_states.exit_states; "
+        "exit_states.exit_states = lambda *a: (time.sleep(0.2), states(*a))[1]; cli.main()"
     )
     options = ("--corpus", "texts.jsonl", "--seq-len", "16", "--batch-size", "4")
     command = ("collect-hard", "--model", str(models / "tiny"), *options, "--hard-ratio", "0.5")

@@ -1,0 +1,228 @@
+"""Collecting: interrupted at any point it resumes to the same bytes, in constant memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.disk import contents
+from support.reference_early_exit import (
+    one_line,
+)
+from support.tiny_hard_tokens import (
+    LENGTH,
+    SMALL_SHARDS,
+    Stopped,
+    collect,
+    edited,
+    some_splits,
+    stop_after,
+)
+
+from cascade.core.errors import (
+    OutputError,
+)
+from cascade.models.stack import DecoderStack
+
+
+@SMALL_SHARDS
+def test_progress_adds_up_to_all_tokens_and_counts_what_is_there_already(tmp_path: Path) -> None:
+    done: list[int] = []
+    collect(tmp_path / "a", progress=done.append)
+    assert sum(done) == 29 * LENGTH
+    with pytest.raises(Stopped):
+        collect(tmp_path / "d", progress=stop_after(12 * LENGTH))
+    done.clear()
+    collect(tmp_path / "d", progress=done.append)
+    assert sum(done) == 29 * LENGTH
+
+
+@SMALL_SHARDS
+def test_an_interrupted_pass_goes_on_and_computes_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect(tmp_path / "whole")
+    visit, seen = DecoderStack.visit, []
+
+    def counted(self: DecoderStack, ids: torch.Tensor, visitor: Any) -> Any:
+        seen.append(len(ids))
+        return visit(self, ids, visitor)
+
+    with pytest.raises(Stopped):
+        collect(tmp_path / "d", progress=stop_after(13 * LENGTH))
+    monkeypatch.setattr(DecoderStack, "visit", counted)
+    collect(tmp_path / "d")
+    # Three whole shards of 4 sequences were there; the fourth was half on its way.
+    assert sum(seen) == 29 - 12
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+
+
+@SMALL_SHARDS
+def test_a_shard_that_was_harmed_meanwhile_is_made_again(tmp_path: Path) -> None:
+    collect(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        collect(tmp_path / "d", progress=stop_after(13 * LENGTH))
+    shards = sorted((tmp_path / "d").rglob("data-*.arrow"))
+    edited(shards[0], lambda content: content[: len(content) // 2])
+    shutil.copy(shards[2], shards[1])
+    collect(tmp_path / "d")
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+
+
+@SMALL_SHARDS
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"layer": 2}, "states, layer: 3, now 2"),
+        ({"dtype": "bfloat16"}, "states, dtype: float16, now bfloat16"),
+        ({"batch_size": 2}, "batches, batch_size: 4, now 2"),
+        ({"family": "qwen2"}, "model, family: llama, now qwen2"),
+        ({"splits": some_splits(21, 8)}, "train part, tokens: 264, now 252"),
+    ],
+)
+def test_an_unfinished_dataset_of_other_arguments_is_refused_by_name(
+    tmp_path: Path, settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(Stopped):
+        collect(tmp_path / "d", progress=stop_after(13 * LENGTH))
+    before = contents(tmp_path / "d")
+    with pytest.raises(OutputError) as caught:
+        collect(tmp_path / "d", **settings)
+    assert f"holds an unfinished dataset of other arguments ({named})" in one_line(caught)
+    assert contents(tmp_path / "d") == before
+    collect(tmp_path / "d", overwrite=True, **settings)
+    collect(tmp_path / "e", **settings)
+    assert contents(tmp_path / "d") == contents(tmp_path / "e")
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import torch
+from cascade.core.errors import RecordError
+from cascade.stages.hard_tokens import plan
+from cascade.stages.hard_tokens.dataset import load_hard_tokens
+from support import tiny_hard_tokens as tiny
+from support.disk import contents
+
+torch.set_num_threads(1)
+plan.SHARD_BYTES, plan.MOST_SHARDS = 1, 1000
+folder = Path(sys.argv[2])
+tiny.a_stack("llama"), tiny.some_splits()
+earlier = len(sys.argv) > 3
+
+def collect(name):
+    return tiny.collect(folder / name, overwrite=earlier)
+
+def dies_at(number):
+    # Every rename, and every removal of a file: all that changes what is on the disk for good.
+    left = [number]
+    def counted(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return call
+    Path.replace = counted(Path.replace)
+    os.unlink = counted(os.unlink)
+    os.rmdir = counted(os.rmdir)
+
+collect("whole")
+expected = contents(folder / "whole")
+killed = 0
+for number in range(1000):
+    name = str(number)
+    if earlier:
+        tiny.collect(folder / name, hard_ratio=0.3)
+    child = os.fork()
+    if child == 0:
+        dies_at(number)
+        collect(name)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, (number, status)
+    killed += 1
+    if not (folder / name / "hard-tokens.json").exists():
+        try:
+            load_hard_tokens(folder / name)
+        except RecordError:
+            pass
+        else:
+            raise AssertionError(number)
+    found = collect(name)
+    assert contents(folder / name) == expected, number
+    assert load_hard_tokens(folder / name).record == found.record
+print(killed)
+"""
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_killed_at_any_point_it_goes_on_to_the_same_bytes(tmp_path: Path, earlier: bool) -> None:
+    """Kill a process at every single change of the disk, over an earlier dataset as well."""
+    arguments = [str(Path(__file__).parents[2]), str(tmp_path), *(["earlier"] if earlier else [])]
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    # 8 shards are written and then marked, and 6 files more; moved up, and cleared away.
+    assert int(done.stdout) > 25
+
+
+_PEAK = """
+import sys, tempfile
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import torch
+from cascade.models.stack import DecoderStack
+from cascade.stages.hard_tokens import plan
+from cascade.stages.hard_tokens.collecting import collect_hard
+from cascade.stages.hard_tokens.plan import CollectingConfig
+from support.tiny_hard_tokens import some_splits
+from support.tiny_models import tiny_model
+from cascade.benchmarks.memory import _forget_peak, _peak
+
+torch.set_num_threads(1)
+plan.SHARD_BYTES = 1e6
+stack = DecoderStack(tiny_model("llama", hidden_size=512, num_layers=2))
+peaks = []
+for rows in (160, 160, 1280):
+    splits = some_splits(rows, rows // 4, 32)
+    _forget_peak()
+    found = collect_hard(stack, splits, Path(sys.argv[2]) / "d",
+                         CollectingConfig(layer=1, hard_ratio=0.5, batch_size=8), overwrite=True)
+    peaks.append(_peak())
+print(peaks[2] - peaks[1], sum(file.bytes for file in found.record.files))
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    from cascade.benchmarks.memory import _STEADY_MALLOC
+
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(Path(__file__).parents[2]), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | _STEADY_MALLOC,
+    )
+    assert done.returncode == 0, done.stderr
+    growth, size = map(int, done.stdout.split())
+    # Eight times the tokens: the states alone would add 46 MB. Tokens, marks and similarities do.
+    assert size > 50e6
+    assert growth < 8e6

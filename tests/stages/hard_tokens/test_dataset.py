@@ -1,0 +1,125 @@
+"""A finished dataset: read as `datasets` reads it, and refused where it was changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from support.reference_early_exit import (
+    a_stack,
+    one_line,
+)
+from support.tiny_hard_tokens import (
+    LENGTH,
+    collect,
+    edited,
+    everything,
+    some_splits,
+)
+from support.tiny_models import tiny_model
+
+from cascade.core.errors import (
+    ModelError,
+    RecordError,
+    UsageError,
+)
+from cascade.models.stack import DecoderStack
+from cascade.stages.hard_tokens.dataset import load_hard_tokens
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_datasets_reads_it_as_ours_does(tmp_path: Path, dtype: str) -> None:
+    found = collect(tmp_path / "d", dtype=dtype)
+    loaded = datasets.load_from_disk(str(tmp_path / "d"))
+    assert isinstance(loaded, datasets.DatasetDict)
+    assert list(loaded) == ["train", "held-out"]
+    for split, blocks in some_splits().items():
+        assert loaded[split].num_rows == len(blocks.ids)
+        rows = loaded[split].with_format("numpy")[:]
+        ours = everything(found, split)
+        for name, values in ours.items():
+            theirs = rows[name]
+            if name == "states" and dtype == "bfloat16":
+                bits = torch.from_numpy(theirs.astype(np.int16))
+                theirs = bits.view(torch.bfloat16).float().numpy()
+            assert np.array_equal(theirs, values.numpy()), name
+        assert loaded[split].features["states"].shape == (LENGTH, 32)
+    loaded.save_to_disk(str(tmp_path / "copy"))
+    assert len(datasets.load_from_disk(str(tmp_path / "copy"))["held-out"]) == 7
+
+
+def test_batches_come_in_any_order_and_can_be_written_to(tmp_path: Path) -> None:
+    found = collect(tmp_path / "d")
+    whole = everything(found, "train")
+    order = [21, 0, 7, 7, 3]
+    batches = list(found.batches("train", 2, order=order))
+    assert [len(batch["sequence"]) for batch in batches] == [2, 2, 1]
+    for name, values in whole.items():
+        assert torch.equal(torch.cat([batch[name] for batch in batches]), values[order])
+    for values in batches[0].values():
+        values.zero_()
+    assert torch.equal(everything(found, "train")["states"], whole["states"])
+    with pytest.raises(UsageError, match=r"expected sequences in 0\.\.21, got 0\.\.22"):
+        next(found.batches("train", 2, order=[0, 22]))
+    with pytest.raises(UsageError, match="batch size of at least 1, got 0"):
+        next(found.batches("train", 0))
+    with pytest.raises(UsageError, match="a part among train, held-out, got 'test'"):
+        found.split("test")
+
+
+def test_a_dataset_of_another_model_layer_or_threshold_is_refused(tmp_path: Path) -> None:
+    found = collect(tmp_path / "d")
+    found.check(a_stack("llama"), layer=3, threshold=found.threshold)
+    found.check(DecoderStack(tiny_model("llama")))
+    for stack in (DecoderStack(tiny_model("llama", seed=1)), a_stack("qwen2")):
+        with pytest.raises(ModelError, match="make them anew for this model") as caught:
+            found.check(stack)
+        assert one_line(caught).startswith("the hard tokens in ")
+    with pytest.raises(UsageError, match="are those of exit layer 3, got layer 2"):
+        found.check(a_stack("llama"), layer=2)
+    with pytest.raises(UsageError, match=r"below the threshold .*, got 0\.9517; collect"):
+        found.check(a_stack("llama"), threshold=0.9517)
+
+
+def with_record(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    record = json.loads((folder / "hard-tokens.json").read_text())
+    change(record)
+    (folder / "hard-tokens.json").write_text(json.dumps(record))
+
+
+SHARD = "train/data-00000-of-00001.arrow"
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda d: edited(d / SHARD, lambda b: b[:-100]), "was cut short or edited"),
+        (lambda d: edited(d / SHARD, lambda b: b[:900] + b"?" + b[901:]), "its hash is another"),
+        (lambda d: (d / SHARD).unlink(), "cannot be read (No such file"),
+        (lambda d: edited(d / "dataset_dict.json", lambda b: b + b" "), "was cut short or edited"),
+        (lambda d: (d / "held-out/state.json").unlink(), "cannot be read (No such file"),
+        (lambda d: (d / "hard-tokens.json").unlink(), "make one with `cascade collect-hard --out"),
+        (lambda d: shutil.rmtree(d), "make one with `cascade collect-hard --output`"),
+        (lambda d: edited(d / "hard-tokens.json", lambda b: b[:-9]), "is torn or edited"),
+        (lambda d: with_record(d, lambda r: r.update(layer=2)), "it is not what its hash says"),
+        (lambda d: with_record(d, lambda r: r.pop("parts")), "expected parts, got nothing"),
+        (lambda d: with_record(d, lambda r: r.update(schema=2)), "this release reads up to 1"),
+        (lambda d: with_record(d, lambda r: r.update(kind="bench")), "of kind hard-tokens, got"),
+    ],
+)
+def test_a_dataset_that_was_harmed_is_refused_in_one_line(
+    tmp_path: Path, harm: Callable[[Path], None], message: str
+) -> None:
+    collect(tmp_path / "d")
+    assert len(load_hard_tokens(tmp_path / "d")) == 29
+    harm(tmp_path / "d")
+    with pytest.raises(RecordError) as caught:
+        load_hard_tokens(tmp_path / "d")
+    assert message in one_line(caught)

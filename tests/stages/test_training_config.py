@@ -1,0 +1,50 @@
+"""Options of training: invalid ones are refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.reference_early_exit import (
+    one_line,
+)
+from support.tiny_stages import (
+    SHORT,
+    a_reader,
+)
+
+from cascade.core.errors import (
+    UsageError,
+)
+from cascade.stages.hard_tokens.dataset import HardTokens
+from cascade.stages.training import train_stage
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"routing": "easy"}, "expected a routing among hard, all, random, got easy"),
+        ({"epochs": 0}, "expected epochs above 0, got 0"),
+        ({"epochs": math.inf}, "expected epochs above 0, got inf"),
+        ({"learning_rate": 0.0}, "expected learning_rate above 0"),
+        ({"learning_rate": math.nan}, "expected learning_rate above 0, got nan"),
+        ({"clipping": -1.0}, "expected clipping above 0"),
+        ({"batch_size": 0}, "expected batch_size above 0"),
+        ({"looks": 0}, "expected looks above 0"),
+        ({"patience": 0}, "expected patience above 0"),
+        ({"weight_decay": -0.1}, "expected weight_decay of 0 or more"),
+        ({"seed": -1}, "expected a seed in"),
+        ({"additional_layers": 0}, "expected 1 to 4 layers for a stage"),
+        ({"start": "zeros"}, "expected a start among copies, fresh"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(
+    change: dict[str, Any], message: str, tokens: HardTokens, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        train_stage(a_reader(), tokens, dataclasses.replace(SHORT, **change), tmp_path)
+    one_line(caught)
+    assert not list(tmp_path.iterdir())

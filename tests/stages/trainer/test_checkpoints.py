@@ -1,0 +1,137 @@
+"""Checkpoints: a resumed training ends at the same stage; others are refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.reference_early_exit import (
+    one_line,
+)
+from support.tiny_stages import (
+    SHORT,
+    Noted,
+    StageStopped,
+    StoppingAt,
+    a_reader,
+)
+
+from cascade.core.errors import (
+    TrainingError,
+)
+from cascade.stages.hard_tokens.dataset import HardTokens
+from cascade.stages.trainer.checkpoints import can_resume
+from cascade.stages.training import Training, train_stage
+
+
+@pytest.mark.parametrize("share", [0.35, 0.7, 0.95])
+def test_resumed_it_is_what_it_would_have_been(
+    share: float, trained: Training, tokens: HardTokens, tmp_path: Path
+) -> None:
+    with pytest.raises(StageStopped):
+        train_stage(
+            a_reader(), tokens, SHORT, tmp_path, progress=StoppingAt(int(trained.steps * share))
+        )
+    noted = Noted()
+    done = train_stage(
+        a_reader(),
+        tokens,
+        SHORT,
+        tmp_path,
+        resume=True,
+        progress=noted,
+    )
+    ((_, before),) = noted.starts
+    assert before > 0, "it began anew"
+    assert done.evaluations == trained.evaluations
+    assert done.chosen == trained.chosen
+    assert done.stage.fingerprint() == trained.stage.fingerprint()
+    assert done.stage.provenance == trained.stage.provenance
+
+
+def test_a_finished_training_resumed_is_itself(
+    trained: Training, tokens: HardTokens, tmp_path: Path
+) -> None:
+    train_stage(a_reader(), tokens, SHORT, tmp_path)
+    done = train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
+    assert (done.evaluations, done.chosen) == (trained.evaluations, trained.chosen)
+    assert done.stage.fingerprint() == trained.stage.fingerprint()
+
+
+def stopped(tokens: HardTokens, folder: Path, trained: Training) -> Path:
+    """Interrupt a training; return its last checkpoint."""
+    with pytest.raises(StageStopped):
+        train_stage(
+            a_reader(), tokens, SHORT, folder, progress=StoppingAt(int(trained.steps * 0.7))
+        )
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_checkpoint_cut_short_is_one_line(
+    name: str, trained: Training, tokens: HardTokens, tmp_path: Path
+) -> None:
+    last = stopped(tokens, tmp_path, trained)
+    path = last / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(TrainingError, match="cut short") as caught:
+        train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
+    assert str(last) in one_line(caught)
+    shutil.rmtree(last)  # as it says
+    done = train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
+    assert done.stage.fingerprint() == trained.stage.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_with_a_file_gone_is_one_line(
+    name: str, trained: Training, tokens: HardTokens, tmp_path: Path
+) -> None:
+    last = stopped(tokens, tmp_path, trained)
+    (last / name).unlink()
+    with pytest.raises(TrainingError) as caught:
+        train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
+    assert str(last) in one_line(caught)
+
+
+def test_checkpoints_of_another_recipe_are_refused(
+    trained: Training, tokens: HardTokens, tmp_path: Path
+) -> None:
+    stopped(tokens, tmp_path, trained)
+    changes: list[dict[str, Any]] = [
+        {"additional_layers": 1},
+        {"learning_rate": 1e-3},
+        {"routing": "all"},
+        {"epochs": 3},
+    ]
+    for change in changes:
+        config = dataclasses.replace(SHORT, **change)
+        (name,) = change
+        with pytest.raises(TrainingError, match=rf"another recipe \({name} ") as caught:
+            train_stage(a_reader(), tokens, config, tmp_path, resume=True)
+        one_line(caught)
+    (tmp_path / "training.json").write_text("{")
+    with pytest.raises(TrainingError, match="torn or edited") as caught:
+        train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
+    one_line(caught)
+
+
+def test_a_training_that_starts_anew_never_goes_on_from_an_earlier_one(
+    trained: Training, tokens: HardTokens, tmp_path: Path
+) -> None:
+    stopped(tokens, tmp_path, trained)
+    assert can_resume(tmp_path)
+    other = dataclasses.replace(SHORT, seed=1)
+    with pytest.raises(StageStopped):
+        train_stage(a_reader(), tokens, other, tmp_path, progress=StoppingAt(2))
+    assert not can_resume(tmp_path)
+    with pytest.raises(TrainingError, match=r"no checkpoint in .* to resume from"):
+        train_stage(a_reader(), tokens, other, tmp_path, resume=True)
+
+
+def test_nothing_to_resume_from_is_one_line(tokens: HardTokens, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"no checkpoint in .* to resume from") as caught:
+        train_stage(a_reader(), tokens, SHORT, tmp_path / "none", resume=True)
+    one_line(caught)
