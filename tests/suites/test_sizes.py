@@ -14,6 +14,7 @@ from cascade import (
     CollectingConfig,
     DecoderStack,
     Entry,
+    TrainingConfig,
     analyze,
     collect_hard,
     load,
