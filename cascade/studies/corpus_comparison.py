@@ -290,7 +290,7 @@ class _Measured:
             "sequences": corpus["sequences"],
             "seq_len": corpus["seq_len"],
             "spread": corpus.get("spread"),
-            "structure": structure,
+            "structure": to_plain(structure),
             "suggested_exit_layer": suggested_exit_layer(structure, num_layers),
             "special": [
                 {"layer": name, "role": roles.get(name), "share_of_resamples": shares[name]}
@@ -320,7 +320,7 @@ def _measure(
     )
     if layer is not None:
         return _Measured(profile, layer, np.concatenate(kept))
-    layer = int(profile.record()["thresholds"]["exit_layer"])
+    layer = int(profile.record().thresholds.exit_layer)
     return _Measured(profile, layer, np.concatenate([values[layer - 1] for values in kept]))
 
 

@@ -194,7 +194,8 @@ class MeasuredModel:
     @cached_property
     def record(self) -> dict[str, Any]:
         """The profile's record."""
-        return self.profile.record()
+        plain: dict[str, Any] = to_plain(self.profile.record())
+        return plain
 
     @property
     def name(self) -> str:
