@@ -20,6 +20,7 @@ from cascade.core.errors import RecordError, UsageError
 from cascade.core.records import Record, at
 from cascade.core.schema import to_plain
 from cascade.gate.attribution import attribute
+from cascade.saturation.records import ProfileRecord
 from cascade.stats.resampling import Place, placed, resampled_means, simultaneous_half_widths
 from cascade.stats.similarity_statistics import QUANTILES
 
@@ -96,7 +97,7 @@ _MACHINE = (
 class Profile(Protocol):
     """What is compared: a `SaturationProfile`, or a stored one."""
 
-    def record(self) -> Record:
+    def record(self) -> ProfileRecord | Record:
         """Return the record: provenance and tables."""
         ...
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cascade.gate.quick_gate import Gate
     from cascade.models.stack import DecoderStack
     from cascade.saturation.profile import SaturationProfile
+    from cascade.saturation.records import NoiseFloor, ProfileRecord
     from cascade.stats.similarity_statistics import SimilarityStatistics
 
 Record = dict[str, Any]
@@ -204,11 +205,11 @@ class MeasuredProfile:
         return self._profile.provenance
 
     @property
-    def noise(self) -> Record | None:
+    def noise(self) -> NoiseFloor | None:
         """How far arithmetic alone moves a sequence, where measured."""
         return self._profile.noise
 
-    def record(self) -> Record:
+    def record(self) -> ProfileRecord:
         """Return the record: provenance and tables."""
         return self._profile.record()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cascade.saturation.records import LayerRoles
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
 from cascade.core.schema import to_plain
@@ -324,7 +325,7 @@ def _measure(
     return _Measured(profile, layer, np.concatenate([values[layer - 1] for values in kept]))
 
 
-def _roles(structure: dict[str, Any]) -> dict[str, str]:
+def _roles(structure: LayerRoles | dict[str, Any]) -> dict[str, str]:
     """Return the role of every special layer, as the structure names it."""
     return {layer: role for role in _ROLES for layer in structure[role]}
 
