@@ -173,7 +173,7 @@ def first_points(stack: DecoderStack, blocks: TokenBlocks, layer: int | None) ->
     """
     profile = analyze(stack, split(blocks)[0])
     if layer is None:
-        layer = int(profile.record()["thresholds"]["exit_layer"])
+        layer = int(profile.record().thresholds.exit_layer)
     exit_entries(layer, stack.num_layers)
     row = profile.statistics.layers.index(str(layer))
     # As they are typed: a stored point can be asked for again.

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from cascade.saturation.records import LayerRoles
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
@@ -161,9 +163,8 @@ def compare_corpora(
         found.resampled(np.random.default_rng([question.seed, number]))
         for number, found in enumerate(measured)
     ]
-    provenance = {
-        name: value for name, value in measured[0].profile.provenance.items() if name != "corpus"
-    }
+    provenance = to_plain(measured[0].profile.provenance)
+    del provenance["corpus"]
     labels = stack.layer_labels
     about = [
         found.about(label, draw, labels)
@@ -173,7 +174,7 @@ def compare_corpora(
         "schema": 1,
         "kind": KIND,
         "provenance": provenance
-        | {"corpora": dict(zip(LABELS, (b.provenance() for b in corpora), strict=False))},
+        | {"corpora": dict(zip(LABELS, (to_plain(b.provenance()) for b in corpora), strict=False))},
         "settings": asdict(question)
         | {
             "layer": layer,
@@ -290,7 +291,7 @@ class _Measured:
             "sequences": corpus["sequences"],
             "seq_len": corpus["seq_len"],
             "spread": corpus.get("spread"),
-            "structure": structure,
+            "structure": to_plain(structure),
             "suggested_exit_layer": suggested_exit_layer(structure, num_layers),
             "special": [
                 {"layer": name, "role": roles.get(name), "share_of_resamples": shares[name]}
@@ -320,11 +321,11 @@ def _measure(
     )
     if layer is not None:
         return _Measured(profile, layer, np.concatenate(kept))
-    layer = int(profile.record()["thresholds"]["exit_layer"])
+    layer = int(profile.record().thresholds.exit_layer)
     return _Measured(profile, layer, np.concatenate([values[layer - 1] for values in kept]))
 
 
-def _roles(structure: dict[str, Any]) -> dict[str, str]:
+def _roles(structure: LayerRoles | dict[str, Any]) -> dict[str, str]:
     """Return the role of every special layer, as the structure names it."""
     return {layer: role for role in _ROLES for layer in structure[role]}
 

@@ -111,15 +111,18 @@ def analyze(
                 sink=archive.add if archive else None,
             )
         if folder is not None:
+            from cascade.core.schema import from_plain
             from cascade.gate.noise import measure_noise
             from cascade.gate.quick_gate import quick_ids
+            from cascade.saturation.records import NoiseFloor
 
             with status("Measuring what arithmetic alone moves"):
-                profile = replace(profile, noise=measure_noise(stack, quick_ids(blocks)))
+                noise = measure_noise(stack, quick_ids(blocks))
+                profile = replace(profile, noise=from_plain(noise, NoiseFloor))
             _write_run(folder, profile)
         record = profile.record()
         if archive is not None:
-            archive.save(record["provenance"])
+            archive.save(record.provenance)
     print_record(print_profile, record)
     written = [str(output / "report.html")] if output else []
     written += [str(npz)] if npz else []
@@ -129,15 +132,17 @@ def analyze(
 
 def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
     from cascade.core.records import packed, to_json
+    from cascade.core.schema import from_plain, to_plain
     from cascade.gate.baselines import seal
     from cascade.report.saturation.figures import density_svg, layer_profile_svg
     from cascade.report.saturation.page import profile_page
+    from cascade.saturation.records import ProfileRecord
 
     arrays = profile.arrays()
-    record = seal(profile.record(), arrays)
+    record = from_plain(seal(to_plain(profile.record()), arrays), ProfileRecord)
     pictures = layer_profile_svg(record), density_svg(record, arrays)
     contents: tuple[str | bytes, ...] = (
-        to_json(record) + "\n",
+        to_json(to_plain(record)) + "\n",
         packed(arrays),
         *pictures,
         profile_page(record, arrays, pictures=pictures),

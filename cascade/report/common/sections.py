@@ -20,6 +20,7 @@ from cascade.report.common.html import (
     html_table,
 )
 from cascade.report.common.terminal import (
+    print_bars,
     print_heading,
     print_lines,
     print_pairs,
@@ -62,6 +63,9 @@ class Table:
         rows: As many cells each as the header has; plain text.
         text_columns: How many columns, counted from the last, hold text.
         active: First cells of the rows to stand out, by colour alone.
+        gap: Additional blanks between the columns in the terminal, if they fit.
+        page_caption: The caption is for pages alone, where the table stands below no heading of
+            its own.
     """
 
     caption: str
@@ -69,6 +73,19 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     text_columns: int = 0
     active: tuple[str, ...] = ()
+    gap: int = 1
+    page_caption: bool = False
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A bar chart of similarities in the terminal; a page leaves it out and has a picture.
+
+    Attributes:
+        bars: Name, similarity and note of each; the notes stand out.
+    """
+
+    bars: tuple[tuple[str, float, str], ...]
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,7 @@ class Picture:
 
 
 #: A plain paragraph is a string.
-Block = str | Lead | Pairs | Table | Picture
+Block = str | Lead | Pairs | Table | Bars | Picture
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,7 @@ class Report:
         about: How it was measured.
         sections: In order.
         provenance: The record's.
+        labels: Labels and texts that the terminal shows in place of title and about, if any.
     """
 
     kicker: str
@@ -120,6 +138,7 @@ class Report:
     about: str
     sections: tuple[Section, ...]
     provenance: Mapping[str, Any]
+    labels: tuple[tuple[str, str], ...] = ()
 
     def pictures(self) -> tuple[Picture, ...]:
         """Return every picture, in order: each becomes a file of the run."""
@@ -138,9 +157,12 @@ def print_sections(report: Report, console: Console) -> None:
         report: The report.
         console: Where to print; its width and encoding are respected.
     """
-    for line, style in ((report.title, "bold"), (report.about, "dim")):
-        text = Text(printable(line, console), style=style)
-        print_lines(text, console, console.width)
+    if report.labels:
+        print_pairs(report.labels, console)
+    else:
+        for line, style in ((report.title, "bold"), (report.about, "dim")):
+            text = Text(printable(line, console), style=style)
+            print_lines(text, console, console.width)
     for section in report.sections:
         blocks = [block for block in section.blocks if not isinstance(block, Picture)]
         if not blocks:
@@ -155,16 +177,20 @@ def print_sections(report: Report, console: Console) -> None:
             _print(block, console)
 
 
-def _print(block: str | Lead | Pairs | Table, console: Console) -> None:
+def _print(block: str | Lead | Pairs | Table | Bars, console: Console) -> None:
     if isinstance(block, Pairs):
         print_pairs(block.pairs, console)
+    elif isinstance(block, Bars):
+        print_bars(block.bars, console)
     elif isinstance(block, Table):
-        print_lines(Text(printable(block.caption, console), style="dim"), console, console.width)
+        if not block.page_caption:
+            caption = Text(printable(block.caption, console), style="dim")
+            print_lines(caption, console, console.width)
         print_table(
             block.header,
             block.rows,
             console,
-            gap=1,
+            gap=block.gap,
             text_columns=block.text_columns,
             active=block.active,
         )
@@ -197,6 +223,8 @@ def _as_html(block: Block) -> str:
         )
     if isinstance(block, Picture):
         return html_figure(block.svg, block.caption)
+    if isinstance(block, Bars):
+        return ""
     if isinstance(block, Lead):
         return f'<p class="lead {block.mark}">{html.escape(block.text)}</p>\n'
     return f"<p>{html.escape(block)}</p>\n"
@@ -217,11 +245,12 @@ def markdown(report: Report, *, level: int = 1, pictures: str = "") -> str:
         if section.heading:
             lines += [f"{'#' * (level + 1)} {plain(section.heading)}", ""]
         for block in section.blocks:
-            lines += [_as_markdown(block, pictures), ""]
+            if not isinstance(block, Bars):
+                lines += [_as_markdown(block, pictures), ""]
     return "\n".join(lines)
 
 
-def _as_markdown(block: Block, pictures: str) -> str:
+def _as_markdown(block: str | Lead | Pairs | Table | Picture, pictures: str) -> str:
     if isinstance(block, Pairs):
         return "\n".join(f"- **{plain(name)}**: {plain(text)}" for name, text in block.pairs)
     if isinstance(block, Table):

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cascade.report.common.axes import angle, label_layers, layer_positions, limit_angles
 from cascade.report.common.records import Record, is_normed
 from cascade.report.common.svg import LIGHT, as_svg, plain_style
-from cascade.report.saturation.figures import angle, label_layers, layer_positions, limit_angles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from cascade.report.common.axes import angle, limit_angles
 from cascade.report.common.records import Record
 from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
-from cascade.report.saturation.figures import angle, limit_angles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
