@@ -11,6 +11,7 @@ import numpy as np
 
 from cascade.core.arrays import Array
 from cascade.stats.certificates import checked_losses
+from cascade.stats.decision import reaches
 
 Interval = tuple[float, float]
 
@@ -105,7 +106,7 @@ def fit_threshold(
     tokens = _RankedTokens(ascending, np.arange(1, values.size + 1))
     threshold = _fit(tokens, hard_ratio)
     below, upto = tokens.count(threshold, "left"), tokens.count(threshold, "right")
-    hard = (values < threshold).sum(axis=1)
+    hard = (~reaches(values, float(threshold))).sum(axis=1)
     refitted, realized = [], []
     for weights in _resampled(len(values), resamples, seed):
         refitted.append(_fit(_RankedTokens(ascending, weights[sequence].cumsum()), hard_ratio))
@@ -164,8 +165,7 @@ def transfer(
     if math.isnan(threshold):
         raise ValueError("expected a threshold, got nan; take it from a fit or a certificate")
     _check_resampling(resamples, seed)
-    # A Python float compares in the confidences' own precision, as it does inside the model.
-    columns = [(values < float(threshold)).sum(axis=1)]
+    columns = [(~reaches(values, float(threshold))).sum(axis=1)]
     if losses is not None:
         columns.append(checked_losses(losses, len(values)))
     rows = np.stack(columns, axis=1)
