@@ -15,7 +15,7 @@ import numpy as np
 
 from cascade.core.arrays import Array
 from cascade.stats.decision import reaches
-from cascade.stats.resampling import draws
+from cascade.stats.resampling import draw_counts, percentile_ends
 
 Row = dict[str, Any]
 
@@ -126,8 +126,8 @@ def _intervals(
     agreed = np.stack(
         [(agrees | ~reaches(confidence, threshold)).sum(axis=1) for threshold in thresholds], axis=1
     )
-    weights = np.stack([np.bincount(one, minlength=sequences) for one in draws(sequences, seed)])
-    ends = np.quantile(weights @ agreed / (sequences * length), [0.025, 0.975], axis=0)
+    weights = np.stack(list(draw_counts(sequences, seed)))
+    ends = percentile_ends(weights @ agreed / (sequences * length))
     # Six digits: a token in a million is finer than any corpus here.
     low, high = np.round(ends, 6).tolist()
     return low, high
