@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from cascade.core.arrays import Array
-from cascade.stats.resampling import draws
+from cascade.stats.decision import reaches
+from cascade.stats.resampling import draw_counts, percentile_ends
 
 Row = dict[str, Any]
 
@@ -75,8 +76,7 @@ def exits_and_wrong(confidence: Array, agrees: Array, threshold: float) -> tuple
         agrees: Whether its exit head predicts what the full model does, the same shape.
         threshold: From which confidence on tokens leave.
     """
-    # In double precision: a threshold rounded to fp32 could let a token go that it keeps.
-    leaves = confidence.astype(np.float64) >= threshold
+    leaves = reaches(confidence, threshold)
     return int(leaves.sum()), int((leaves & ~agrees).sum())
 
 
@@ -123,12 +123,11 @@ def _intervals(
     confidence: Array, agrees: Array, thresholds: list[float], seed: int
 ) -> tuple[list[float], list[float]]:
     sequences, length = confidence.shape
-    values = confidence.astype(np.float64)
     agreed = np.stack(
-        [(agrees | (values < threshold)).sum(axis=1) for threshold in thresholds], axis=1
+        [(agrees | ~reaches(confidence, threshold)).sum(axis=1) for threshold in thresholds], axis=1
     )
-    weights = np.stack([np.bincount(one, minlength=sequences) for one in draws(sequences, seed)])
-    ends = np.quantile(weights @ agreed / (sequences * length), [0.025, 0.975], axis=0)
+    weights = np.stack(list(draw_counts(sequences, seed)))
+    ends = percentile_ends(weights @ agreed / (sequences * length))
     # Six digits: a token in a million is finer than any corpus here.
     low, high = np.round(ends, 6).tolist()
     return low, high

@@ -25,6 +25,7 @@ from cascade.exits.fitted_heads import FittedHeads, heads_provenance
 from cascade.exits.rules import check_layers, find_rule
 from cascade.models.flops import full_flops
 from cascade.models.stack import DecoderStack
+from cascade.stats.decision import reaches
 from cascade.stats.thresholds import fit_threshold
 
 
@@ -266,7 +267,7 @@ def _matched(fitted: ExitTable, points: Sequence[Point]) -> list[Point]:
     for point in points:
         if point.rule in CONTROLS:
             continue
-        leaves = fitted.confidence[point.layer, point.rule] >= point.threshold
+        leaves = reaches(fitted.confidence[point.layer, point.rule], point.threshold)
         # Where none leaves here, some may on the other sequences: one token, then.
         share = max(float(leaves.mean()), 1 / leaves.size)
         near = any(

@@ -21,6 +21,7 @@ from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.rules import check_layers, find_rule
 from cascade.models.flops import Counts, flops, full_flops
 from cascade.models.stack import DecoderStack
+from cascade.stats.decision import reaches
 from cascade.stats.perplexity import perplexity, perplexity_ratio_interval
 from cascade.stats.resampling import mean_interval
 
@@ -244,8 +245,7 @@ class Evaluator:
         shape = tuple(batch.chunk.ids.shape)
         table, clock = batch.table, batch.clock
         way_out = self.exits[point.layer]
-        # In double precision: a threshold rounded to fp32 could let a token go that it keeps.
-        leaves = table.confidence[point.layer, point.rule].astype(np.float64) >= point.threshold
+        leaves = reaches(table.confidence[point.layer, point.rule], point.threshold)
         log_probability = np.where(
             leaves, table.head_log_probability[point.layer], table.full_log_probability
         )

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cascade.core.arguments import read_threshold
 from cascade.core.errors import UsageError
-from cascade.exits.decision import read_threshold
 from cascade.exits.history import HiddenHistory, exit_entries
 from cascade.stats.cosine import cosine
 
