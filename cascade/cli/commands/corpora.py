@@ -141,7 +141,7 @@ def compare_corpora(
     with report_folder(output, "corpora", PICTURES, overwrite=overwrite) as folder:
         from cascade.report.studies.corpora import corpora_report
         from cascade.saturation.profile import HARD_RATIOS
-        from cascade.studies import corpus_comparison
+        from cascade.studies.comparisons import corpus_comparison
 
         question = corpus_comparison.Question(
             layer=layer,
@@ -196,7 +196,7 @@ class _Sizes:
 
 def _read_names(texts: Sequence[str]) -> list[NamedCorpus]:
     """Return the corpora that a command names, each once."""
-    from cascade.studies.corpus_comparison import check_number
+    from cascade.studies.comparisons.corpus_comparison import check_number
 
     check_number(len(texts))
     named = [NamedCorpus.read(text) for text in texts]

@@ -107,7 +107,7 @@ def _number(layer: str) -> int:
 def _explain_layer(
     stack: DecoderStack, blocks: TokenBlocks, layer: int, contrast: int | None, **about: Any
 ) -> dict[str, Any]:
-    from cascade.studies.layer_explanation import explain
+    from cascade.studies.explanations.layer_explanation import explain
 
     with progress_bar("Explaining", blocks.tokens) as advance:
         return explain(stack, blocks, layer, contrast=contrast, progress=advance, **about)
@@ -116,7 +116,7 @@ def _explain_layer(
 def _explain_norm(
     stack: DecoderStack, blocks: TokenBlocks, layer: int, **about: Any
 ) -> dict[str, Any]:
-    from cascade.studies.final_norm import explain_norm
+    from cascade.studies.explanations.final_norm import explain_norm
 
     if layer != stack.num_layers:
         raise UsageError(

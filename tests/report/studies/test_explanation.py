@@ -14,8 +14,8 @@ from support.html import Page, svgs
 from cascade.report.common.sections import Report, html_page, markdown, print_sections
 from cascade.report.studies.explanation import PICTURES, explanation_report
 from cascade.report.studies.final_norm import final_norm_report
-from cascade.studies.final_norm import explain_norm
-from cascade.studies.layer_explanation import explain
+from cascade.studies.explanations.final_norm import explain_norm
+from cascade.studies.explanations.layer_explanation import explain
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch import Tensor
 from cascade.decoding.forward import slices
 from cascade.models.stack import DecoderStack, LayerCall, Plan
 from cascade.models.sublayers import Parts, silenced
-from cascade.studies.causes import Measured, Pilot
+from cascade.studies.explanations.causes import Measured, Pilot
 
 #: In the order in which they are shown.
 ABLATIONS = (

@@ -15,7 +15,7 @@ from cascade.core.errors import CorpusError, UnsupportedModelError
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import similarities
 from cascade.stats.cosine import cosine
-from cascade.studies.final_norm import explain_norm, norm_weights
+from cascade.studies.explanations.final_norm import explain_norm, norm_weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,7 +19,7 @@ from cascade.evaluation.calibration import confidences
 from cascade.models.stack import DecoderStack
 from cascade.stats.similarity_statistics import Array
 from cascade.stats.thresholds import fit_threshold
-from cascade.studies.corpus_comparison import (
+from cascade.studies.comparisons.corpus_comparison import (
     LABELS,
     Question,
     _Measured,

@@ -11,8 +11,15 @@ from support.tiny_models import FAMILIES, random_ids, tiny_model
 from cascade.models.stack import DecoderStack
 from cascade.models.sublayers import Update, find_parts, split
 from cascade.stats.cosine import cosine, norm
-from cascade.studies.causes import Measured, Pilot, angles_alike, angles_without, blocked, measure
-from cascade.studies.residual_stream import angle
+from cascade.studies.explanations.causes import (
+    Measured,
+    Pilot,
+    angles_alike,
+    angles_without,
+    blocked,
+    measure,
+)
+from cascade.studies.explanations.residual_stream import angle
 
 
 @pytest.mark.parametrize("family", FAMILIES)

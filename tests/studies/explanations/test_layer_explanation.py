@@ -17,9 +17,9 @@ from cascade.corpora.blocks import TokenBlocks
 from cascade.models.stack import DecoderStack
 from cascade.models.sublayers import find_parts, split
 from cascade.stats.resampling import draws
-from cascade.studies.ablations import outputs
-from cascade.studies.causes import Measured, Pilot
-from cascade.studies.layer_explanation import _Gap, explain
+from cascade.studies.explanations.ablations import outputs
+from cascade.studies.explanations.causes import Measured, Pilot
+from cascade.studies.explanations.layer_explanation import _Gap, explain
 
 
 def causes_of(plant: Callable[[DecoderStack], None], corpus: TokenBlocks) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cascade.models.stack import DecoderStack, LayerCall
 from cascade.models.sublayers import Parts, Update
 from cascade.stats.cosine import cosine, norm
-from cascade.studies.residual_stream import angle, massive
+from cascade.studies.explanations.residual_stream import angle, massive
 
 #: The update is in few dimensions when so many hold half of its energy.
 MOST_DIMENSIONS = 5

@@ -10,7 +10,12 @@ from support.tiny_models import random_ids, tiny_model
 
 from cascade.models.stack import DecoderStack
 from cascade.models.sublayers import Update
-from cascade.studies.residual_stream import StreamStatistics, angle, attention_weights, massive
+from cascade.studies.explanations.residual_stream import (
+    StreamStatistics,
+    angle,
+    attention_weights,
+    massive,
+)
 
 
 def test_an_activation_is_massive_by_both_of_its_bounds() -> None:

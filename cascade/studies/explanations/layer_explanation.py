@@ -23,8 +23,8 @@ from cascade.saturation.layer_roles import find_structure
 from cascade.saturation.profile import similarities
 from cascade.stats.perplexity import perplexity, perplexity_ratio_interval
 from cascade.stats.resampling import draws, interval, ratio_interval
-from cascade.studies.ablations import ABLATIONS, nats, outputs
-from cascade.studies.causes import (
+from cascade.studies.explanations.ablations import ABLATIONS, nats, outputs
+from cascade.studies.explanations.causes import (
     ALIKE,
     MOST_DIMENSIONS,
     REMOVALS,
@@ -34,7 +34,7 @@ from cascade.studies.causes import (
     angles_without,
     measure,
 )
-from cascade.studies.residual_stream import StreamStatistics, attention_weights
+from cascade.studies.explanations.residual_stream import StreamStatistics, attention_weights
 
 KIND = "explanation"
 
