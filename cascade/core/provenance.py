@@ -18,7 +18,14 @@ _LIBRARIES = ("cascade-exit", "torch", "transformers", "tokenizers", "datasets",
 
 
 class ModelProvenance(Part, frozen=True, kw_only=True):
-    """Which model a record is of; what is not known of a model in memory is absent."""
+    """Which model a record is of; what is not known of a model in memory is absent.
+
+    Attributes:
+        weights_hash: SHA-256 of what the weights were loaded from, or of the weights in memory.
+        tokenizer_hash: In files of hard tokens and of fitted heads; other records have it next to
+            the model, in `Provenance`.
+        altered: What was done to the weights after loading (see `cascade.studies.altered_models`).
+    """
 
     family: str | UnsetType = UNSET
     num_layers: Count | UnsetType = UNSET
@@ -27,10 +34,12 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
     device: str | UnsetType = UNSET
     attention: str | UnsetType | None = UNSET
     source: str | UnsetType | None = UNSET
-    name: str | UnsetType = UNSET
+    name: str | UnsetType | None = UNSET
     revision: str | UnsetType | None = UNSET
     weights_hash: str | UnsetType | None = UNSET
     quantization: str | UnsetType | None = UNSET
+    tokenizer_hash: str | UnsetType | None = UNSET
+    altered: str | UnsetType = UNSET
 
 
 class CorpusProvenance(Part, frozen=True, kw_only=True):
