@@ -10,8 +10,8 @@ import numpy.typing as npt
 from cascade.core.provenance import typed_provenance
 from cascade.saturation.profile import SaturationProfile
 from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
-from cascade.studies.configurations import Sizes
-from cascade.studies.model_comparison import MeasuredModel
+from cascade.studies.comparisons.configurations import Sizes
+from cascade.studies.comparisons.model_comparison import MeasuredModel
 
 Array = npt.NDArray[Any]
 

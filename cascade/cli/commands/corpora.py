@@ -141,28 +141,28 @@ def compare_corpora(
     with report_folder(output, "corpora", PICTURES, overwrite=overwrite) as folder:
         from cascade.report.studies.corpora import corpora_report
         from cascade.saturation.profile import HARD_RATIOS
-        from cascade.studies import corpus_comparison
+        from cascade.studies.comparisons import corpus_comparison
 
-        question = corpus_comparison.Question(
+        comparison = corpus_comparison.CorpusComparisonConfig(
             layer=layer,
             hard_ratios=tuple(hard_ratio or HARD_RATIOS),
             margin=margin,
             tolerance=tolerance,
             seed=seed,
         )
-        question.check()
+        comparison.check()
         named = _read_names(corpora)
         sizes = _Sizes(num_samples or None, max_tokens or None, seq_len, stream)
         sizes.check()
         stack = load_model(model, revision, dtype, device)
         blocks = [_load(one, stack, sizes) for one in named]
-        corpus_comparison.check_corpora(stack, blocks, question, batch_size)
+        corpus_comparison.check_corpora(stack, blocks, comparison, batch_size)
         total = sum(one.tokens for one in blocks)
         with progress_bar("Measuring", total) as advance:
             record = corpus_comparison.compare_corpora(
                 stack,
                 blocks,
-                question,
+                comparison,
                 batch_size=batch_size,
                 command=command_line(),
                 progress=advance,
@@ -196,7 +196,7 @@ class _Sizes:
 
 def _read_names(texts: Sequence[str]) -> list[NamedCorpus]:
     """Return the corpora that a command names, each once."""
-    from cascade.studies.corpus_comparison import check_number
+    from cascade.studies.comparisons.corpus_comparison import check_number
 
     check_number(len(texts))
     named = [NamedCorpus.read(text) for text in texts]

@@ -28,6 +28,7 @@ from cascade.core.errors import UsageError
 if TYPE_CHECKING:
     from cascade.corpora.blocks import TokenBlocks
     from cascade.models.stack import DecoderStack
+    from cascade.studies.explanations.records import FinalNormExplanation, LayerExplanation
 
 _NORM = "+norm"
 
@@ -87,8 +88,8 @@ def explain(
         about: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
         about["command"] = command_line()
         if of_norm:
-            record = _explain_norm(stack, blocks, number, **about)
-            report = finish(folder, stem, record, final_norm.final_norm_report)
+            norm_record = _explain_norm(stack, blocks, number, **about)
+            report = finish(folder, stem, norm_record, final_norm.final_norm_report)
         else:
             record = _explain_layer(stack, blocks, number, contrast, **about)
             report = finish(folder, stem, record, explanation.explanation_report)
@@ -106,8 +107,8 @@ def _number(layer: str) -> int:
 
 def _explain_layer(
     stack: DecoderStack, blocks: TokenBlocks, layer: int, contrast: int | None, **about: Any
-) -> dict[str, Any]:
-    from cascade.studies.layer_explanation import explain
+) -> LayerExplanation:
+    from cascade.studies.explanations.layer_explanation import explain
 
     with progress_bar("Explaining", blocks.tokens) as advance:
         return explain(stack, blocks, layer, contrast=contrast, progress=advance, **about)
@@ -115,8 +116,8 @@ def _explain_layer(
 
 def _explain_norm(
     stack: DecoderStack, blocks: TokenBlocks, layer: int, **about: Any
-) -> dict[str, Any]:
-    from cascade.studies.final_norm import explain_norm
+) -> FinalNormExplanation:
+    from cascade.studies.explanations.final_norm import explain_norm
 
     if layer != stack.num_layers:
         raise UsageError(

@@ -24,7 +24,12 @@ from cascade.cli.output import finish, report_folder, show
 from cascade.core.errors import ModelError
 
 if TYPE_CHECKING:
-    from cascade.studies.model_comparison import Candidate, MeasuredModel, SameText, UnmeasuredModel
+    from cascade.studies.comparisons.model_comparison import (
+        Candidate,
+        MeasuredModel,
+        SameText,
+        UnmeasuredModel,
+    )
 
 #: The pictures that a comparison may have.
 MODELS_PICTURES = ("models-profiles.svg", "models-operations.svg")
@@ -68,8 +73,8 @@ def compare_models(
     """
     with report_folder(output, "models", MODELS_PICTURES, overwrite=overwrite) as folder:
         from cascade.report.studies.models import models_report
-        from cascade.studies import model_comparison
-        from cascade.studies.altered_models import Copy
+        from cascade.studies.comparisons import model_comparison
+        from cascade.studies.comparisons.altered_models import Copy
 
         wanted = model_comparison.candidates(
             models,
@@ -97,7 +102,7 @@ def compare_models(
 
 
 def _check(candidate: Candidate) -> None:
-    from cascade.studies.configurations import known_names
+    from cascade.studies.comparisons.configurations import known_names
 
     with status(f"Looking for {candidate.source}"):
         try:
@@ -117,8 +122,8 @@ def _seen(
     dtype: str,
     device: str,
 ) -> MeasuredModel | UnmeasuredModel:
-    from cascade.studies.altered_models import alter
-    from cascade.studies.model_comparison import describe_model, measure_model
+    from cascade.studies.comparisons.altered_models import alter
+    from cascade.studies.comparisons.model_comparison import describe_model, measure_model
 
     if not candidate.measured:
         return describe_model(candidate.source, seq_len)

@@ -16,9 +16,9 @@ from support.html import VOID, Page, ids
 from cascade.report.common.sections import html_page, markdown, print_sections
 from cascade.report.studies.model_figures import listed, operations_svg, profiles_svg
 from cascade.report.studies.models import models_report
-from cascade.studies.altered_models import Copy
-from cascade.studies.configurations import Configuration
-from cascade.studies.model_comparison import UnmeasuredModel, compare_models
+from cascade.studies.comparisons.altered_models import Copy
+from cascade.studies.comparisons.configurations import Configuration
+from cascade.studies.comparisons.model_comparison import UnmeasuredModel, compare_models
 
 Record = dict[str, Any]
 

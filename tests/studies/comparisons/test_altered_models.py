@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cascade.core.errors import ModelError, UsageError
 from cascade.models.stack import DecoderStack
-from cascade.studies.altered_models import INT4_GROUP, Copy, alter, copy_of, rounded
+from cascade.studies.comparisons.altered_models import INT4_GROUP, Copy, alter, copy_of, rounded
 
 COPIES = ("int8", "int4", "bf16", "noise:0.01")
 

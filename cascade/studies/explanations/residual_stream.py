@@ -1,4 +1,4 @@
-"""The residual stream over depth: how it grows, what each layer adds, where it is massive."""
+"""The residual stream over depth: its growth, what each layer adds, its massive activations."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cascade.core.schema import UNSET
 from cascade.models.sublayers import Update, attention_modules
 from cascade.stats.cosine import cosine, norm
+from cascade.studies.explanations.records import (
+    LayerRow,
+    MassiveDimension,
+    StreamEntry,
+    TokenCount,
+)
 
 #: An activation is massive when its magnitude exceeds 100 and is about 1,000 times the median
 #: magnitude of its hidden state (Sun et al. 2024, arXiv:2402.17762, section 2).
@@ -33,10 +40,10 @@ def massive(hidden: Tensor) -> Tensor:
     """Return which activations are massive, by the rule of Sun et al. 2024.
 
     Args:
-        hidden: `[B, T, D]`; the median magnitude is that of each sequence's whole hidden state.
+        hidden: `[B, T, D]`; the median magnitude is taken over each sequence's whole hidden state.
 
     Returns:
-        `[B, T, D]`.
+        `[B, T, D]`, true for massive activations.
     """
     sizes = hidden.abs()
     return _beyond(sizes, _medians(sizes))
@@ -54,7 +61,7 @@ def _beyond(sizes: Tensor, medians: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def attention_weights(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the attention weights `[B, H, T, T]` of a layer's runs, where it returns them."""
+    """Collect the attention weights that a layer returns, `[B, H, T, T]` for each of its runs."""
     found: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -70,7 +77,7 @@ def attention_weights(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @dataclass
-class _Massive:
+class _MassiveCount:
     """The massive activations of one dimension in one entry of the history."""
 
     count: int = 0
@@ -80,19 +87,18 @@ class _Massive:
 
 
 class StreamStatistics:
-    """What every layer does to the stream, gathered batch by batch.
+    """Gathers, batch by batch, what every layer does to the stream.
 
-    The first token of a sequence is left out of medians: its norm can be a hundred times any
-    other's.
+    Medians leave out the first token of a sequence, whose norm can be a hundred times any other's.
     """
 
     def __init__(self) -> None:
-        # Floats, not arrays: what stays must not lie between what each batch allocates and frees,
-        # or memory grows with the tokens: `cascade explain --layer 25` held 2.8 GB at most
-        # (maximum resident set), and holds 1.4.
+        # Floats, not arrays. Arrays that are kept must not lie between those that each batch
+        # allocates and frees, or memory grows with the number of tokens: with arrays,
+        # `cascade explain --layer 25` held 2.8 GB at most (maximum resident set), without 1.4.
         self._values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._heads: dict[int, list[list[float]]] = defaultdict(list)
-        self._massive: dict[int, dict[int, _Massive]] = defaultdict(dict)
+        self._massive: dict[int, dict[int, _MassiveCount]] = defaultdict(dict)
 
     def _keep(self, name: str, number: int, values: Tensor) -> None:
         self._values[name][number].extend(values.tolist())
@@ -114,7 +120,7 @@ class StreamStatistics:
         self._keep("median", entry, medians)
         rows, columns, dims = torch.nonzero(_beyond(sizes, medians), as_tuple=True)
         for row, column, dim in zip(rows.tolist(), columns.tolist(), dims.tolist(), strict=True):
-            one = self._massive[entry].setdefault(dim, _Massive())
+            one = self._massive[entry].setdefault(dim, _MassiveCount())
             one.count += 1
             one.first += column == 0
             one.largest = max(one.largest, float(sizes[row, column, dim]))
@@ -128,19 +134,19 @@ class StreamStatistics:
         Args:
             layer: 1..N.
             update: What it added.
-            weights: Its attention, `[B, H, T, T]`, where it returns it.
-            delimiters: `[B, T]`.
+            weights: Its attention weights, `[B, H, T, T]`; None where it does not return them.
+            delimiters: `[B, T]`, true for delimiters.
         """
         start, whole = update.hidden, update.whole
         length = norm(start[:, 1:]).clamp_min(1e-30)
-        for name, part in (
+        for name, added in (
             ("update", whole),
             ("attention", update.attention),
             ("mlp", update.mlp),
         ):
-            ratio = norm(part[:, 1:]) / length
+            ratio = norm(added[:, 1:]) / length
             self._keep(f"{name}_ratio", layer, ratio.median(dim=1).values)
-            self._keep(f"{name}_angle", layer, angle(part, start)[:, 1:].mean(dim=1))
+            self._keep(f"{name}_angle", layer, angle(added, start)[:, 1:].mean(dim=1))
         self._keep("angle", layer, angle(start, start + whole).mean(dim=1))
         self._keep("similarity", layer, cosine(start, start + whole).mean(dim=1))
         self._keep("without_attention", layer, angle(start, start + update.mlp).mean(dim=1))
@@ -157,73 +163,81 @@ class StreamStatistics:
 
     @property
     def has_weights(self) -> bool:
-        """Whether any layer returned its attention."""
+        """Whether any layer returned its attention weights."""
         return bool(self._heads)
 
-    def layer_rows(self) -> list[dict[str, Any]]:
+    def layer_rows(self) -> list[LayerRow]:
         """Return one row per layer: norms, ratios, angles in degrees, attention to sinks.
 
-        `attention_share` is the attention's part of the angle, `mlp_share` the MLP's: the mean of
-        what each takes away when it leaves first and when it leaves last (Shapley 1953).
+        `attention_share` is the attention's share of the angle, `mlp_share` the MLP's. Each is the
+        mean of the angles that are lost when it is removed first and when it is removed last
+        (Shapley 1953).
         """
-        rows = []
-        for layer in sorted(self._values["angle"]):
-            names = [name for name, by in self._values.items() if layer in by and name != "norm"]
-            row: dict[str, Any] = {
-                name: self._mean(name, layer) for name in names if name not in _OF_ENTRIES
-            }
-            turn = row["angle"]
-            without, alone = row.pop("without_attention"), row.pop("without_mlp")
-            share = None if turn == 0 else (turn - without + alone) / 2 / turn
-            rows.append(
-                {"layer": str(layer)}
-                | row
-                | {
-                    "attention_share": share,
-                    "mlp_share": None if share is None else 1 - share,
-                    "heads": [float(value) for value in np.mean(self._heads[layer], axis=0)]
-                    if layer in self._heads
-                    else None,
-                }
-            )
-        return rows
+        return [self._layer_row(layer) for layer in sorted(self._values["angle"])]
 
-    def entry_rows(self, texts: dict[int, str]) -> list[dict[str, Any]]:
+    def _layer_row(self, layer: int) -> LayerRow:
+        turn = self._mean("angle", layer)
+        without, alone = self._mean("without_attention", layer), self._mean("without_mlp", layer)
+        share = None if turn == 0 else (turn - without + alone) / 2 / turn
+        has_weights = layer in self._heads
+        return LayerRow(
+            layer=str(layer),
+            update_ratio=self._mean("update_ratio", layer),
+            update_angle=self._mean("update_angle", layer),
+            attention_ratio=self._mean("attention_ratio", layer),
+            attention_angle=self._mean("attention_angle", layer),
+            mlp_ratio=self._mean("mlp_ratio", layer),
+            mlp_angle=self._mean("mlp_angle", layer),
+            angle=turn,
+            similarity=self._mean("similarity", layer),
+            first_token_attention=(
+                self._mean("first_token_attention", layer) if has_weights else UNSET
+            ),
+            delimiter_attention=self._mean("delimiter_attention", layer) if has_weights else UNSET,
+            attention_share=share,
+            mlp_share=None if share is None else 1 - share,
+            heads=(
+                [float(value) for value in np.mean(self._heads[layer], axis=0)]
+                if has_weights
+                else None
+            ),
+        )
+
+    def entry_rows(self, texts: dict[int, str]) -> list[StreamEntry]:
         """Return one row per entry of the history: norms, magnitudes, massive activations.
 
         Args:
-            texts: Token id -> its text, for those that have massive activations.
+            texts: Token id -> its text; an id without a text is shown as a number.
         """
         return [
-            {"entry": entry}
-            | {name: self._mean(name, entry) for name in _OF_ENTRIES if name != "largest"}
-            | {
-                "largest": max(self._values["largest"][entry]),
-                "massive": self._massive_rows(entry, texts),
-            }
+            StreamEntry(
+                entry=entry,
+                norm=self._mean("norm", entry),
+                first_norm=self._mean("first_norm", entry),
+                median=self._mean("median", entry),
+                largest=max(self._values["largest"][entry]),
+                massive=self._massive_rows(entry, texts),
+            )
             for entry in sorted(self._values["norm"])
         ]
 
-    def _massive_rows(self, entry: int, texts: dict[int, str]) -> list[dict[str, Any]]:
+    def _massive_rows(self, entry: int, texts: dict[int, str]) -> list[MassiveDimension]:
         found = sorted(self._massive[entry].items(), key=lambda pair: -pair[1].largest)
         return [
-            {
-                "dimension": dim,
-                "activations": one.count,
-                "at_first_token": one.first,
-                "largest": one.largest,
-                "tokens": [
-                    {"text": texts.get(number, str(number)), "count": count}
+            MassiveDimension(
+                dimension=dim,
+                activations=one.count,
+                at_first_token=one.first,
+                largest=one.largest,
+                tokens=[
+                    TokenCount(text=texts.get(number, str(number)), count=count)
                     for number, count in sorted(
                         one.tokens.items(), key=lambda pair: (-pair[1], pair[0])
                     )[:_NAMED_TOKENS]
                 ],
-            }
+            )
             for dim, one in found
         ]
 
     def _mean(self, name: str, number: int) -> float:
         return float(np.mean(self._values[name][number]))
-
-
-_OF_ENTRIES = ("norm", "first_norm", "median", "largest")

@@ -1,4 +1,4 @@
-"""The final norm's weights are read off it, and those that make the difference are named."""
+"""Tests of the explanation of a final norm."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from support.tiny_models import FAMILIES, random_ids, tiny_model, tiny_tokenizer
 from torch import nn
 
 from cascade.core.errors import CorpusError, UnsupportedModelError
+from cascade.core.schema import from_plain, to_plain
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import similarities
 from cascade.stats.cosine import cosine
-from cascade.studies.final_norm import explain_norm, norm_weights
+from cascade.studies.explanations.final_norm import explain_norm, norm_weights
+from cascade.studies.explanations.records import FinalNormExplanation
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_norm_of_a_stack_is_the_models_own(family: str) -> None:
+def test_the_norm_of_a_stack_equals_the_models_norm(family: str) -> None:
     stack = DecoderStack(tiny_model(family))
     kept: dict[int, torch.Tensor] = {}
     normed = stack.visit(random_ids(), lambda entry, hidden: kept.update({entry: hidden}))
@@ -28,7 +30,7 @@ def test_the_norm_of_a_stack_is_the_models_own(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_bias_and_centring_are_those_of_the_module(family: str) -> None:
+def test_probed_weights_bias_and_centring_equal_the_modules(family: str) -> None:
     model = tiny_model(family)
     stack = DecoderStack(model)
     weights, bias, centred = norm_weights(stack)
@@ -55,26 +57,28 @@ def a_stack(*, dimension: int = 5, weight: float = -1.0) -> DecoderStack:
     return stack
 
 
-def test_the_one_weight_that_makes_the_difference_is_named() -> None:
+def test_the_weight_that_makes_the_difference_comes_first() -> None:
     record = explain_norm(a_stack(), planted.blocks())
-    means = {row["between"]: row["mean"] for row in record["similarities"]}
+    means = {row.between: row.mean for row in record.similarities}
     assert means["residual"] > 0.8
     assert means["behind"] < 0
     assert means["equal_weights"] == pytest.approx(means["residual"])
-    assert record["dimensions"][0]["dimension"] == 5
-    assert record["dimensions"][0]["weight"] == pytest.approx(-1.0, abs=1e-4)
-    assert record["levelled"][0]["explained"] == pytest.approx(1.0, abs=1e-3)
-    assert record["levelled"][0]["similarity"] == pytest.approx(means["residual"], abs=1e-3)
-    assert record["weights"]["negative"] == 1
-    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record.dimensions[0].dimension == 5
+    assert record.dimensions[0].weight == pytest.approx(-1.0, abs=1e-4)
+    assert record.levelled[0].explained == pytest.approx(1.0, abs=1e-3)
+    assert record.levelled[0].similarity == pytest.approx(means["residual"], abs=1e-3)
+    assert record.weights.negative == 1
+    plain = to_plain(record)
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert from_plain(plain, FinalNormExplanation) == record
 
 
-def test_similarities_are_those_of_the_profile() -> None:
+def test_similarities_equal_the_profiles() -> None:
     stack, corpus = a_stack(), planted.blocks(8)
     record = explain_norm(stack, corpus, batch_size=3)
-    ids = torch.from_numpy(corpus.ids[record["settings"]["pilot_sequences"] :]).long()
+    ids = torch.from_numpy(corpus.ids[record.settings.pilot_sequences :]).long()
     expected = similarities(stack, ids).double().mean(dim=(1, 2))
-    means = {row["between"]: row["mean"] for row in record["similarities"]}
+    means = {row.between: row.mean for row in record.similarities}
     assert means["residual"] == pytest.approx(float(expected[-2]), abs=1e-6)
     assert means["behind"] == pytest.approx(float(expected[-1]), abs=1e-6)
     kept: dict[int, torch.Tensor] = {}
@@ -86,22 +90,22 @@ def test_similarities_are_those_of_the_profile() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "cohere"])
-def test_levelling_every_weight_but_the_bias_is_the_norm_without_weights(family: str) -> None:
+def test_levelling_almost_all_weights_comes_close_to_equal_weights(family: str) -> None:
     model = tiny_model(family)
     stack = DecoderStack(model, tokenizer=tiny_tokenizer())
     done: list[int] = []
     record = explain_norm(stack, planted.blocks(8), progress=done.append)
     assert sum(done) == planted.blocks(8).tokens
-    means = {row["between"]: row["mean"] for row in record["similarities"]}
+    means = {row.between: row.mean for row in record.similarities}
     # Counted from the other side: levelling the first is close to all of them, where few are left.
-    last = record["levelled"][-1]
-    assert last["weights"] < stack.hidden_size
-    assert abs(last["similarity"] - means["equal_weights"]) < 0.2
-    if not record["norm"]["has_bias"]:
+    last = record.levelled[-1]
+    assert last.weights < stack.hidden_size
+    assert abs(last.similarity - means["equal_weights"]) < 0.2
+    if not record.norm.has_bias:
         assert means["without_bias"] == pytest.approx(means["behind"], abs=1e-5)
 
 
-def test_what_cannot_be_explained_is_refused_in_one_line() -> None:
+def test_invalid_corpora_and_norms_are_refused() -> None:
     with pytest.raises(CorpusError, match=r"at least 4 sequences .* got 3"):
         explain_norm(a_stack(), planted.blocks(3))
     stack = a_stack()

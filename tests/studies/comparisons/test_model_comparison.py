@@ -21,9 +21,9 @@ import cascade
 from cascade.core.errors import CorpusError, ModelError, UsageError
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
-from cascade.studies.altered_models import Copy, alter
-from cascade.studies.configurations import Configuration
-from cascade.studies.model_comparison import (
+from cascade.studies.comparisons.altered_models import Copy, alter
+from cascade.studies.comparisons.configurations import Configuration
+from cascade.studies.comparisons.model_comparison import (
     MOST_MODELS,
     Candidate,
     SameText,

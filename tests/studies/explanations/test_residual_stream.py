@@ -1,4 +1,4 @@
-"""What each layer does to the stream: norms, angles, sinks, massive activations."""
+"""Tests of the statistics of the residual stream over depth."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ import pytest
 import torch
 from support.tiny_models import random_ids, tiny_model
 
+from cascade.core.schema import to_plain
 from cascade.models.stack import DecoderStack
 from cascade.models.sublayers import Update
-from cascade.studies.residual_stream import StreamStatistics, angle, attention_weights, massive
+from cascade.studies.explanations.residual_stream import (
+    StreamStatistics,
+    angle,
+    attention_weights,
+    massive,
+)
 
 
-def test_an_activation_is_massive_by_both_of_its_bounds() -> None:
+def test_massive_activations_exceed_both_bounds() -> None:
     hidden = torch.full((1, 4, 8), 0.15)
     hidden[0, 0, 3] = -160.0  # above 100 and above 1,000 x the median of 0.15
     hidden[0, 1, 2] = 140.0  # above 100, but not above 150
@@ -38,45 +44,45 @@ def an_update() -> Update:
     return Update(hidden, attention, mlp)
 
 
-def test_shares_of_the_angle_add_up_and_a_part_along_the_stream_can_be_negative() -> None:
+def test_shares_of_the_angle_add_up_to_one_and_may_be_negative() -> None:
     stream = StreamStatistics()
     stream.add_layer(1, an_update(), None, torch.zeros(1, 3, dtype=torch.bool))
     (row,) = stream.layer_rows()
-    assert row["attention_ratio"] == pytest.approx(1.0)
-    assert row["mlp_ratio"] == pytest.approx(0.5)
-    assert row["attention_angle"] == pytest.approx(90.0, abs=1e-3)
-    assert row["mlp_angle"] == pytest.approx(0.0, abs=0.1)
+    assert row.attention_ratio == pytest.approx(1.0)
+    assert row.mlp_ratio == pytest.approx(0.5)
+    assert row.attention_angle == pytest.approx(90.0, abs=1e-3)
+    assert row.mlp_angle == pytest.approx(0.0, abs=0.1)
     turn = math.degrees(math.atan2(2, 3))
-    assert row["angle"] == pytest.approx(turn, abs=1e-3)
+    assert row.angle == pytest.approx(turn, abs=1e-3)
     # The MLP alone turns nothing; it takes 45 - turn degrees away from the attention's 45.
-    assert row["attention_share"] == pytest.approx((turn + 45) / 2 / turn, abs=1e-4)
-    assert row["mlp_share"] == pytest.approx((turn - 45) / 2 / turn, abs=1e-4)
-    assert row["attention_share"] + row["mlp_share"] == pytest.approx(1.0)
-    assert row["heads"] is None
-    assert "first_token_attention" not in row
+    assert row.attention_share == pytest.approx((turn + 45) / 2 / turn, abs=1e-4)
+    assert row.mlp_share == pytest.approx((turn - 45) / 2 / turn, abs=1e-4)
+    assert row.attention_share + row.mlp_share == pytest.approx(1.0)
+    assert row.heads is None
+    assert "first_token_attention" not in to_plain(row)
 
 
-def test_attention_to_sinks_leaves_the_first_token_out_of_the_delimiters() -> None:
+def test_the_first_token_does_not_count_as_a_delimiter() -> None:
     weights = torch.tensor([[1.0, 0.0, 0.0], [0.7, 0.3, 0.0], [0.5, 0.2, 0.3]])[None, None]
     delimiters = torch.tensor([[True, True, False]])
     stream = StreamStatistics()
     stream.add_layer(1, an_update(), weights, delimiters)
     (row,) = stream.layer_rows()
-    assert row["first_token_attention"] == pytest.approx(0.6)
-    assert row["delimiter_attention"] == pytest.approx(0.25)
-    assert row["heads"] == pytest.approx([0.6])
+    assert row.first_token_attention == pytest.approx(0.6)
+    assert row.delimiter_attention == pytest.approx(0.25)
+    assert row.heads == pytest.approx([0.6])
 
 
-def test_massive_activations_are_counted_with_place_and_token() -> None:
+def test_massive_activations_are_counted_by_dimension_and_token() -> None:
     hidden = torch.full((2, 3, 4), 0.1)
     hidden[:, 0, 1] = 500.0
     hidden[1, 2, 1] = -700.0
     stream = StreamStatistics()
     stream.add_entry(5, hidden, torch.tensor([[7, 8, 9], [7, 8, 9]]))
     (row,) = stream.entry_rows({7: "A"})
-    assert row["entry"] == 5
-    assert row["largest"] == pytest.approx(700.0)
-    assert row["massive"] == [
+    assert row.entry == 5
+    assert row.largest == pytest.approx(700.0)
+    assert to_plain(row.massive) == [
         {
             "dimension": 1,
             "activations": 3,

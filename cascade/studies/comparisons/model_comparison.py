@@ -21,8 +21,8 @@ from cascade.models.identity import tokenizer_hash
 from cascade.models.stack import DecoderStack, check_config
 from cascade.models.weights import resolve
 from cascade.saturation.profile import SaturationProfile, analyze
-from cascade.studies.altered_models import Copy
-from cascade.studies.configurations import (
+from cascade.studies.comparisons.altered_models import Copy
+from cascade.studies.comparisons.configurations import (
     Configuration,
     Sizes,
     lacks_weights,

@@ -17,7 +17,7 @@ from cascade.core.errors import ModelError, UnsupportedModelError
 from cascade.models.flops import full_flops
 from cascade.models.stack import DecoderStack
 from cascade.models.weights import HUB_NAMES, WHEELS
-from cascade.studies.configurations import (
+from cascade.studies.comparisons.configurations import (
     known_names,
     lacks_weights,
     layer_at,

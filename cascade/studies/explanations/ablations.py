@@ -1,4 +1,4 @@
-"""Ablations: what a layer is worth, by the perplexity of the model without it or a part of it."""
+"""Ablations: what a layer is worth, by the model's perplexity without it or a part of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cascade.decoding.forward import slices
 from cascade.models.stack import DecoderStack, LayerCall, Plan
-from cascade.models.sublayers import Parts, silenced
-from cascade.studies.causes import Measured, Pilot
+from cascade.models.sublayers import Sublayers, silenced
+from cascade.studies.explanations.causes import MeasuredUpdate, UpdateTraits
 
 #: In the order in which they are shown.
 ABLATIONS = (
@@ -24,36 +24,43 @@ ABLATIONS = (
 )
 
 
-def outputs(
-    stack: DecoderStack, parts: Parts, layer: int, found: Measured, pilot: Pilot, call: LayerCall
+def ablated_outputs(
+    stack: DecoderStack,
+    sublayers: Sublayers,
+    layer: int,
+    measured: MeasuredUpdate,
+    traits: UpdateTraits,
+    call: LayerCall,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield each ablation's name and what the layer then gives, `[B, T, D]`.
+    """Yield each ablation's name and the layer's output under it, `[B, T, D]`.
 
     Args:
         stack: The model.
-        parts: The layer's.
+        sublayers: The layer's.
         layer: 1..N.
-        found: Its update in this batch.
-        pilot: The layer's.
+        measured: The layer's update in this batch.
+        traits: The layer's traits.
         call: The layer's entry of the plan.
     """
-    start, whole = found.update.hidden, found.update.whole
+    start, whole = measured.update.hidden, measured.update.whole
     yield "layer_skipped", start
-    with silenced(parts.attention):
+    with silenced(sublayers.attention):
         without = stack.step(layer, start.to(stack.dtype), call)
     yield "attention_skipped", without
-    yield "mlp_skipped", start + found.update.attention
+    yield "mlp_skipped", start + measured.update.attention
     yield "update_halved", start + whole / 2
-    left = start + whole - pilot.common
+    left = start + whole - traits.common
     left[:, 0] = (start + whole)[:, 0]
     yield "common_left_out", left
-    for name, output in found.hidden_away.items():
+    for name, output in measured.outputs_hidden.items():
         yield f"{name}_hidden", output
 
 
 @torch.no_grad()
-def nats(stack: DecoderStack, plan: Plan, layer: int, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Go on from a layer's output to the end, and return each sequence's loss.
+def sequence_losses(
+    stack: DecoderStack, plan: Plan, layer: int, hidden: Tensor, ids: Tensor
+) -> Tensor:
+    """Run the model from a layer's output to the end, and return each sequence's loss.
 
     Args:
         stack: The model.
@@ -63,7 +70,7 @@ def nats(stack: DecoderStack, plan: Plan, layer: int, hidden: Tensor, ids: Tenso
         ids: `[B, T]`.
 
     Returns:
-        `[B]`, the sum of the next tokens' negative log-probabilities, in nats; float64.
+        `[B]`, the summed negative log-probability of the next tokens, in nats; float64.
     """
     hidden = hidden.to(stack.dtype)
     for number in range(layer + 1, stack.num_layers + 1):
