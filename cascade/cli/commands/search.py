@@ -1,32 +1,28 @@
-"""Command of the search for an exit layer."""
+"""`cascade search-exit`."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cascade.cli.app import app
-from cascade.cli.console import command_line, load_model, progress_bar
+from cascade.cli.app import command
+from cascade.cli.console import command_line, progress_bar
+from cascade.cli.inputs import evaluated_layers, load_model, read_blocks, read_heads
 from cascade.cli.options import (
     RULES_HELP,
-    BatchSize,
-    Column,
-    Corpus,
-    Device,
-    Dtype,
+    EvaluationCorpusOptions,
     MaxTokens,
-    Model,
-    Output,
-    Overwrite,
-    PropagationOption,
-    Revision,
-    Seed,
-    SeqLen,
-    Split,
+    ModelOptions,
+    OutputOptions,
+    PassOptions,
+    Propagation,
+    field_names,
     given,
+    picked,
 )
 from cascade.cli.output import finish, report_folder, show
 from cascade.core.errors import RecordError, UsageError
@@ -39,63 +35,84 @@ if TYPE_CHECKING:
 
 _STEM = "exit-search"
 
-#: What records say themselves: not to be given beside them.
-_OF_THE_RECORDS = {
-    "layers",
-    "rule",
-    "propagation",
-    "seq_len",
-    "max_tokens",
-    "batch_size",
-    "dtype",
-    "seed",
-}
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """What is searched for, and in which records."""
 
-@app.command("search-exit")
-def search_exit(
-    context: typer.Context,
     records: Annotated[
         list[Path] | None,
         typer.Argument(help="Evaluations of `cascade evaluate --output`: files or folders."),
-    ] = None,
+    ] = None
     agreement: Annotated[
         float, typer.Option(help="Wanted share of tokens predicted as by the full model.")
-    ] = 0.95,
+    ] = 0.95
     layers: Annotated[
         str | None, typer.Option(help="Exit layers, e.g. 20,24,28; the heads' own without.")
-    ] = None,
-    rule: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {RULES_HELP}")] = None,
+    ] = None
+    rule: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {RULES_HELP}")] = None
     risk: Annotated[
         float | None,
         typer.Option(help="Certify: at most this share of tokens differs; 1 - agreement without."),
-    ] = None,
-    confidence: Annotated[float, typer.Option(help="How sure all certificates must be.")] = 0.95,
+    ] = None
+    confidence: Annotated[float, typer.Option(help="How sure all certificates must be.")] = 0.95
     measure: Annotated[
         bool | None,
         typer.Option(
             "--measure/--no-measure",
             help="Run what records have on the table alone; or nothing, whatever they lack.",
         ),
-    ] = None,
-    model: Model = "smollm2-135m",
-    revision: Revision = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class SearchHeads:
+    """Exit heads, several files for several records, and what upper layers get of exited tokens."""
+
     heads: Annotated[
         list[Path] | None,
         typer.Option("--heads", help="Heads of `cascade fit-heads`; the logit lens without."),
-    ] = None,
-    propagation: PropagationOption = "frozen",
-    corpus: Corpus = "embedded",
-    split: Split = None,
-    text_column: Column = None,
-    seq_len: SeqLen = 128,
-    max_tokens: MaxTokens = 8192,
-    batch_size: BatchSize = 8,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    seed: Seed = 0,
-    output: Output = None,
-    overwrite: Overwrite = False,
+    ] = None
+    propagation: Propagation = "frozen"
+
+
+@dataclass(frozen=True)
+class SearchSource:
+    """The model, the heads and the text of a pass."""
+
+    model: ModelOptions
+    heads: tuple[Path, ...]
+    corpus: EvaluationCorpusOptions
+
+    def blocks(self, stack: DecoderStack, seq_len: int, max_tokens: int | None) -> TokenBlocks:
+        """Read the text, in sequences of `seq_len` tokens, at most `max_tokens` of them."""
+        sized = dataclasses.replace(self.corpus, seq_len=seq_len, max_tokens=max_tokens)
+        return read_blocks(stack, sized, embedded_split="held-out")
+
+
+@dataclass(frozen=True)
+class _MeasuredOptions:
+    """The options of a new measurement; records have them already."""
+
+    layers: str | None
+    rule: list[str] | None
+    propagation: str
+    seq_len: int
+    max_tokens: MaxTokens
+    batch_size: int
+    dtype: str
+    seed: int
+
+
+@command("search-exit")
+def search_exit(
+    context: typer.Context,
+    search: SearchOptions,
+    model: ModelOptions,
+    heads: SearchHeads,
+    corpus: EvaluationCorpusOptions,
+    passes: PassOptions,
+    output: OutputOptions,
 ) -> None:
     """Search the exit layer, rule and threshold that save most at a wanted agreement.
 
@@ -106,86 +123,43 @@ def search_exit(
     from cascade.evaluation.search_choice import Wish
     from cascade.report.exits.search import FRONTIER, exit_search_report
 
-    wish = Wish(agreement, risk, confidence)
+    wish = Wish(search.agreement, search.risk, search.confidence)
     wish.check()
-    if measure is not None and not records:
+    if search.measure is not None and not search.records:
         raise UsageError("--measure and --no-measure are for records; name some, or leave it out")
-    with report_folder(output, _STEM, (FRONTIER,), overwrite=overwrite) as folder:
-        if records:
-            own = _Options(model, revision, tuple(heads or ()), corpus, split, text_column, device)
-            record = _from_records(context, records, wish, measure, own)
+    source = SearchSource(model, tuple(heads.heads or ()), corpus)
+    with report_folder(output, _STEM, (FRONTIER,)) as folder:
+        if search.records:
+            record = _from_records(context, search.records, wish, search.measure, source)
         else:
-            record = _measured(
-                wish,
-                _Options(model, revision, tuple(heads or ()), corpus, split, text_column, device),
-                layers=layers,
-                rules=tuple(rule or ("cosine", "top2_gap")),
-                propagation=propagation,
-                seq_len=seq_len,
-                max_tokens=max_tokens,
-                batch_size=batch_size,
-                dtype=dtype,
-                seed=seed,
-            )
+            options = picked(_MeasuredOptions, search, model, heads, corpus, passes)
+            record = _measured(wish, source, options)
         report = finish(folder, _STEM, record, exit_search_report)
-    show(report, output, _STEM)
+    show(report, output.output, _STEM)
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What a pass is made with."""
-
-    model: str
-    revision: str | None
-    heads: tuple[Path, ...]
-    corpus: str
-    split: str | None
-    text_column: str | None
-    device: str
-
-    def blocks(self, stack: DecoderStack, seq_len: int, max_tokens: int | None) -> TokenBlocks:
-        from cascade.cli.inputs import embedded, read_blocks
-
-        split = self.split or embedded(self.corpus, "held-out")
-        return read_blocks(stack, self.corpus, split, self.text_column, seq_len, max_tokens)
-
-
-def _measured(
-    wish: Wish,
-    options: _Options,
-    *,
-    layers: str | None,
-    rules: tuple[str, ...],
-    propagation: str,
-    seq_len: int,
-    max_tokens: int | None,
-    batch_size: int,
-    dtype: str,
-    seed: int,
-) -> dict[str, Any]:
-    from cascade.cli.inputs import evaluated_layers, read_heads
+def _measured(wish: Wish, source: SearchSource, options: _MeasuredOptions) -> dict[str, Any]:
     from cascade.evaluation import exit_evaluation as evaluation
     from cascade.evaluation import search as exit_search
 
-    if len(options.heads) > 1:
+    if len(source.heads) > 1:
         raise UsageError("expected one --heads, got several; evaluate each, and search the records")
-    stack = load_model(options.model, options.revision, dtype, options.device)
-    fitted = read_heads(options.heads[0] if options.heads else None, stack)
-    fit, confirm = evaluation.split(options.blocks(stack, seq_len, max_tokens))
-    with progress_bar(
-        "Searching", exit_search.tokens_to_read(fit, confirm, propagation)
-    ) as advance:
+    stack = load_model(source.model)
+    fitted = read_heads(source.heads[0] if source.heads else None, stack)
+    fit, confirm = evaluation.split(source.blocks(stack, options.seq_len, options.max_tokens))
+    total = exit_search.tokens_to_read(fit, confirm, options.propagation)
+    with progress_bar("Searching", total) as advance:
         return exit_search.search_exits(
             stack,
             fit,
             confirm,
             wish,
-            layers=evaluated_layers(layers, stack, fitted, False),
-            rules=rules,
+            layers=evaluated_layers(options.layers, stack, fitted, False),
+            rules=tuple(options.rule or ("cosine", "top2_gap")),
             heads=fitted,
-            propagation=propagation,  # type: ignore[arg-type]  # checked by the evaluator
-            batch_size=batch_size,
-            seed=seed,
+            propagation=options.propagation,  # type: ignore[arg-type]  # checked by the evaluator
+            batch_size=options.batch_size,
+            seed=options.seed,
             command=command_line(),
             progress=advance,
         )
@@ -196,14 +170,14 @@ def _from_records(
     paths: list[Path],
     wish: Wish,
     measure: bool | None,
-    options: _Options,
+    source: SearchSource,
 ) -> dict[str, Any]:
     from cascade.evaluation import stored_evaluations as exit_records
 
-    beside = given(context, _OF_THE_RECORDS)
+    beside = given(context, field_names(_MeasuredOptions))
     if beside:
         raise UsageError(f"records say themselves what was measured; leave out {', '.join(beside)}")
-    evaluations = exit_records.read_evaluations(paths)
+    evaluations = exit_records.read_evaluations(list(paths))
     names = [str(path) for path in paths]
     found = [
         exit_records.look_up(record, wish, source=number)
@@ -215,7 +189,7 @@ def _from_records(
         if measure is not False and (one.lacks is not None or (measure and one.on_table))
     ]
     if wanted:
-        found = _completed(evaluations, found, wanted, names, wish, options)
+        found = _completed(evaluations, found, wanted, names, wish, source)
     return exit_records.search_evaluations(
         evaluations, found, wish, names=names, command=command_line()
     )
@@ -227,7 +201,7 @@ def _completed(
     wanted: list[int],
     names: list[str],
     wish: Wish,
-    options: _Options,
+    source: SearchSource,
 ) -> list[Any]:
     """Measure what some records lack, and say what that is."""
     from cascade.evaluation import exit_evaluation as evaluation
@@ -240,10 +214,10 @@ def _completed(
         typer.echo(f"Measuring for {names[number]}: {lacks}", err=True)
     provenance = evaluations[0]["provenance"]
     dtype = provenance["model"]["dtype"]
-    stack = load_model(options.model, options.revision, dtype, options.device)
-    fingerprints = _fingerprints(options.heads, stack)
+    stack = load_model(dataclasses.replace(source.model, dtype=dtype))
+    fingerprints = _fingerprints(source.heads, stack)
     corpora = provenance["fitted_on"], provenance["corpus"]
-    blocks = options.blocks(
+    blocks = source.blocks(
         stack, corpora[0]["seq_len"], sum(corpus["tokens"] for corpus in corpora)
     )
     fit, confirm = evaluation.split(blocks)

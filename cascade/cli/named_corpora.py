@@ -1,28 +1,13 @@
-"""The command that puts corpora side by side, and how each of several corpora is named."""
+"""Corpora as `cascade compare-corpora` names them: NAME:CONFIG@SPLIT#COLUMN."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from cascade.cli.app import app
-from cascade.cli.console import command_line, load_model, progress_bar, status
-from cascade.cli.options import (
-    BatchSize,
-    Device,
-    Dtype,
-    Model,
-    NumSamples,
-    Output,
-    Overwrite,
-    Revision,
-    SeqLen,
-)
-from cascade.cli.output import finish, report_folder, show
+from cascade.cli.console import status
 from cascade.core.errors import CorpusError, UsageError
 
 if TYPE_CHECKING:
@@ -85,99 +70,16 @@ def _is_path(text: str) -> bool:
     return text.lower().endswith(_FILES) or os.path.exists(os.path.expanduser(text))
 
 
-@app.command("compare-corpora")
-def compare_corpora(
-    corpora: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CORPUS",
-            # No brackets: help reads them as markup.
-            help="Two or more, the first is the reference: NAME, or as much as is needed of "
-            "NAME:CONFIG@SPLIT#COLUMN.",
-            show_default=False,
-        ),
-    ],
-    model: Model = "smollm2-135m",
-    revision: Revision = None,
-    layer: Annotated[
-        int | None,
-        typer.Option("--layer", help="Exit layer; as the first corpus suggests without."),
-    ] = None,
-    hard_ratio: Annotated[
-        list[float] | None, typer.Option(help="Share of hard tokens; repeatable.")
-    ] = None,
-    margin: Annotated[
-        float, typer.Option(help="The smallest difference of mean similarities that matters.")
-    ] = 0.01,
-    tolerance: Annotated[
-        float, typer.Option(help="How far off the hard ratio may be where a threshold transfers.")
-    ] = 0.05,
-    num_samples: NumSamples = 500,
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-tokens", min=0, help="Tokens of each, spread evenly over it; 0 for all."
-        ),
-    ] = 16_384,
-    seq_len: SeqLen = 128,
-    stream: Annotated[
-        bool,
-        typer.Option("--stream", help="Read hub datasets without fetching the whole of them."),
-    ] = False,
-    batch_size: BatchSize = 32,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the resampling.")] = 0,
-    output: Output = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Put corpora side by side: which layers move, do thresholds transfer?
-
-    A corpus is named as elsewhere (embedded, a file, a hub dataset), with
-    its settings behind it: Salesforce/wikitext:wikitext-2-raw-v1@test,
-    embedded@held-out, texts.jsonl#body. With --output, writes
-    corpora.json, corpora.html and two SVGs.
-    """
-    with report_folder(output, "corpora", PICTURES, overwrite=overwrite) as folder:
-        from cascade.report.studies.corpora import corpora_report
-        from cascade.saturation.profile import HARD_RATIOS
-        from cascade.studies.comparisons import corpus_comparison
-
-        comparison = corpus_comparison.CorpusComparisonConfig(
-            layer=layer,
-            hard_ratios=tuple(hard_ratio or HARD_RATIOS),
-            margin=margin,
-            tolerance=tolerance,
-            seed=seed,
-        )
-        comparison.check()
-        named = _read_names(corpora)
-        sizes = _Sizes(num_samples or None, max_tokens or None, seq_len, stream)
-        sizes.check()
-        stack = load_model(model, revision, dtype, device)
-        blocks = [_load(one, stack, sizes) for one in named]
-        corpus_comparison.check_corpora(stack, blocks, comparison, batch_size)
-        total = sum(one.tokens for one in blocks)
-        with progress_bar("Measuring", total) as advance:
-            record = corpus_comparison.compare_corpora(
-                stack,
-                blocks,
-                comparison,
-                batch_size=batch_size,
-                command=command_line(),
-                progress=advance,
-            )
-        report = finish(folder, "corpora", record, corpora_report)
-    show(report, output, "corpora")
-
-
-#: The pictures of `cascade compare-corpora --output`.
-PICTURES = ("corpora-profiles.svg", "corpora-thresholds.svg")
-
-
 @dataclass(frozen=True)
-class _Sizes:
-    """How much is read of each corpus."""
+class Amount:
+    """How much is read of each corpus.
+
+    Attributes:
+        num_samples: Records; None for all.
+        max_tokens: Tokens, spread evenly over it; None for all.
+        seq_len: Tokens per sequence.
+        stream: Read hub datasets without fetching the whole of them.
+    """
 
     num_samples: int | None
     max_tokens: int | None
@@ -185,6 +87,11 @@ class _Sizes:
     stream: bool
 
     def check(self) -> None:
+        """Refuse what gives no sequence, or never ends.
+
+        Raises:
+            UsageError: It does.
+        """
         if self.stream and self.num_samples is None:
             raise UsageError("expected --num-samples above 0 with --stream, got 0 for all of them")
         if self.max_tokens is not None and self.max_tokens < self.seq_len:
@@ -194,7 +101,7 @@ class _Sizes:
             )
 
 
-def _read_names(texts: Sequence[str]) -> list[NamedCorpus]:
+def read_names(texts: Sequence[str]) -> list[NamedCorpus]:
     """Return the corpora that a command names, each once."""
     from cascade.studies.comparisons.corpus_comparison import check_number
 
@@ -211,7 +118,7 @@ def _read_names(texts: Sequence[str]) -> list[NamedCorpus]:
     return named
 
 
-def _load(named: NamedCorpus, stack: DecoderStack, sizes: _Sizes) -> TokenBlocks:
+def load_corpus(named: NamedCorpus, stack: DecoderStack, amount: Amount) -> TokenBlocks:
     """Read a corpus, and take as many of its sequences as are wanted, evenly spaced."""
     from cascade.corpora.blocks import load_blocks
 
@@ -220,21 +127,21 @@ def _load(named: NamedCorpus, stack: DecoderStack, sizes: _Sizes) -> TokenBlocks
             blocks = load_blocks(
                 named.source,
                 stack.tokenizer,
-                seq_len=sizes.seq_len,
-                num_samples=sizes.num_samples,
+                seq_len=amount.seq_len,
+                num_samples=amount.num_samples,
                 split=named.split,
                 config=named.config,
                 text_column=named.text_column,
-                stream=sizes.stream,
+                stream=amount.stream,
             )
     except CorpusError as error:
         raise CorpusError(_in_this_grammar(str(error))) from error
     if named.text_column is not None:
         # Two columns of one corpus are two corpora.
         blocks = replace(blocks, name=f"{blocks.name}-{named.text_column.lower()}")
-    if sizes.max_tokens is None:
+    if amount.max_tokens is None:
         return blocks
-    return blocks.spread(sizes.max_tokens // sizes.seq_len)
+    return blocks.spread(amount.max_tokens // amount.seq_len)
 
 
 def _in_this_grammar(text: str) -> str:
