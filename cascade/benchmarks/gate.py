@@ -28,6 +28,7 @@ from cascade.benchmarks.timing import (
     way_rows,
 )
 from cascade.core.provenance import provenance_of
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.gate.baselines import StoredProfile, baseline_paths, read_profile
@@ -135,7 +136,7 @@ def gate(
         )
         _check_passed(first["gate"].comparison.verdict, setup)
         alone = _alone(setup, path, tell)
-    about = provenance_of(stack, few, command)
+    about = to_plain(provenance_of(stack, few, command))
     ratios = ratio_rows(seconds, [("gate", "bare"), ("noise", "bare")], seed=setup.seed)
     medians = {name: float(np.median(row["seconds"])) for name, row in alone.items()}
     return {

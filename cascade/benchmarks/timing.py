@@ -14,6 +14,8 @@ import torch
 
 from cascade.core.arrays import Array
 from cascade.core.errors import CascadeError
+from cascade.core.provenance import Provenance
+from cascade.core.schema import to_plain
 
 Record = dict[str, Any]
 
@@ -238,7 +240,9 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def machine_provenance(provenance: Record, load_average_before: float | None) -> Record:
+def machine_provenance(
+    provenance: Record | Provenance, load_average_before: float | None
+) -> Record:
     """Return `provenance`, its machine completed by what matters to a time.
 
     Args:
@@ -246,4 +250,5 @@ def machine_provenance(provenance: Record, load_average_before: float | None) ->
         load_average_before: What `load_average` said before the benchmark started.
     """
     machine = {"cores": os.cpu_count(), "load_average_before": load_average_before}
-    return provenance | {"machine": provenance["machine"] | machine}
+    plain: Record = to_plain(provenance)
+    return plain | {"machine": plain["machine"] | machine}

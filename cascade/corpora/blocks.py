@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cascade.core.errors import CorpusError, ModelError
+from cascade.core.provenance import CorpusProvenance
+from cascade.core.schema import UNSET
 from cascade.corpora.readers import EMBEDDED, read_records
 from cascade.corpora.record_text import Record, text_of
 from cascade.models.stack import DecoderStack
@@ -141,28 +143,24 @@ class TokenBlocks:
             self, ids=self.ids[rows], record_of=some(self.record_of), response=some(self.response)
         )
 
-    def provenance(self) -> dict[str, Any]:
-        """Return what a record says of the corpus."""
-        return {
-            "source": self.source,
-            "name": self.name,
-            "fingerprint": self.fingerprint(),
-            "records": self.records,
-            "tokens": self.tokens,
-            "sequences": len(self.ids),
-            "seq_len": int(self.ids.shape[1]),
-        } | self._taken()
-
-    def _taken(self) -> dict[str, str]:
-        spread = {}
-        if self.spread_over is not None:
-            spread["spread"] = f"evenly over {self.spread_over:,} sequences"
-        if self.part is None:
-            return spread
+    def provenance(self) -> CorpusProvenance:
+        """Return which text these tokens are."""
         rule = f"every {_HELD_OUT_EVERY}th is held out"
         if self.source == EMBEDDED:
             rule = "as the corpus says of each"
-        return {"part": self.part, "parted": f"by record, {rule}"} | spread
+        over = self.spread_over
+        return CorpusProvenance(
+            source=self.source,
+            name=self.name,
+            fingerprint=self.fingerprint(),
+            records=self.records,
+            tokens=self.tokens,
+            sequences=len(self.ids),
+            seq_len=int(self.ids.shape[1]),
+            part=UNSET if self.part is None else self.part,
+            parted=UNSET if self.part is None else f"by record, {rule}",
+            spread=UNSET if over is None else f"evenly over {over:,} sequences",
+        )
 
 
 def load_blocks(

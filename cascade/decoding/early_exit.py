@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from cascade.core.arguments import whole
@@ -325,7 +326,7 @@ def _checked(
         at.rule.check(at.threshold)
         owner = getattr(at.head, "stack", stack)  # a user's own head need not know its model
         if owner.model not in [below.model for below in stack.with_those_below()]:
-            model = owner.provenance | {"weights_hash": owner.weights_hash()}
+            model = replace(owner.provenance, weights_hash=owner.weights_hash())
             check_same_model(model, stack, what=f"the heads of the exit at layer {at.layer}")
         if propagation == "ridge" and at.propagation is None and at.layer < stack.num_layers:
             raise UsageError(

@@ -15,6 +15,7 @@ from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, ModelError, RecordError, UsageError
 from cascade.core.provenance import provenance_of
 from cascade.core.records import read_record
+from cascade.core.schema import to_plain
 from cascade.core.shapes import COUNT, NUMBER, SHARE, TEXT, WHOLE, Maybe, Shape, flaw, one_of
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.decoding.early_exit import PROPAGATIONS, EarlyExit, Propagation, make_exit
@@ -215,7 +216,7 @@ def calibrate(
     values = run.confidences(blocks)
     fitted = [fit_threshold(values, ratio, seed=seed) for ratio in wish.hard_ratios]
     certificate = run.certificate(blocks, values) if wish.risk is not None else None
-    provenance = provenance_of(stack, blocks, command)
+    provenance = to_plain(provenance_of(stack, blocks, command))
     provenance["model"]["weights_hash"] = stack.weights_hash()
     return {
         "schema": 1,
@@ -317,14 +318,14 @@ class _Run:
         if certificate is not None and certificate.threshold is not None:
             wanted.append((f"risk {certificate.risk:g}", certificate.threshold))
         if not wanted:  # nothing was certified, and nothing else asked for
-            return {"corpus": onto.provenance(), "rows": []}
+            return {"corpus": to_plain(onto.provenance()), "rows": []}
         values = self.confidences(onto)
         losses = self.losses(onto, [threshold for _, threshold in wanted])
         rows = [
             {"from": source} | asdict(transfer(threshold, values, loss, seed=self.seed))
             for (source, threshold), loss in zip(wanted, losses, strict=True)
         ]
-        return {"corpus": onto.provenance(), "rows": rows}
+        return {"corpus": to_plain(onto.provenance()), "rows": rows}
 
 
 def read_calibration(path: Path, stack: DecoderStack) -> dict[str, Any]:

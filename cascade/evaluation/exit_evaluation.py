@@ -14,6 +14,7 @@ from cascade.core.arguments import check_seed
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import provenance_of
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import Propagation
 from cascade.evaluation.exit_curves import curve, lowest_threshold
@@ -177,7 +178,7 @@ def evaluate(
     rules = {layer: [*names, *(c for c in controls if c not in names)] for layer in layers}
     _drop_too_wide(rules)
     # What is given is fitted on nothing.
-    fitted_on = {} if request.only_given else {"fitted_on": fit.provenance()}
+    fitted_on = {} if request.only_given else {"fitted_on": to_plain(fit.provenance())}
     corpora = (confirm,) if request.only_given else (fit, confirm)
     evaluator = Evaluator(stack, rules, heads=heads, propagation=propagation, seed=seed)
     points, searched, fitted = [*request.thresholds], [], None
@@ -192,7 +193,7 @@ def evaluate(
     return {
         "schema": 1,
         "kind": "evaluation",
-        "provenance": provenance_of(stack, confirm, command)
+        "provenance": to_plain(provenance_of(stack, confirm, command))
         | fitted_on
         | heads_provenance(heads, *corpora),
         "settings": {

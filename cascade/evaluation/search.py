@@ -12,6 +12,7 @@ import numpy as np
 from cascade.core.arguments import check_seed
 from cascade.core.errors import RecordError, UsageError
 from cascade.core.provenance import provenance_of
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import Propagation
 from cascade.evaluation.exit_curves import exits_and_wrong, lowest_threshold, threshold_of_share
@@ -106,8 +107,8 @@ def search_exits(
         for row, one in zip(rows, fits, strict=True)
     ]
     parts = {
-        "provenance": provenance_of(stack, confirm, command)
-        | {"fitted_on": fit.provenance()}
+        "provenance": to_plain(provenance_of(stack, confirm, command))
+        | {"fitted_on": to_plain(fit.provenance())}
         | heads_provenance(heads, fit, confirm),
         "settings": {
             "layers": sorted({layer for layer, _ in pairs}),
@@ -263,7 +264,7 @@ def check_same(
     """
     provenance = record["provenance"]
     expected = provenance["model"]
-    own = dict(stack.provenance)
+    own = to_plain(stack.provenance)
     fingerprint = None if heads is None else heads.fingerprint()
     for what, was, now in (
         *((name, expected.get(name), own.get(name)) for name in _MODEL),

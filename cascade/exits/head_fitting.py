@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import ModelError, UsageError
+from cascade.core.provenance import Provenance
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.exits.fitted_heads import CHECKED, FittedHeads
 from cascade.exits.heads import weights_size
@@ -28,7 +30,7 @@ def fit_heads(
     layers: Sequence[int],
     *,
     batch_size: int = 32,
-    provenance: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | Provenance | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FittedHeads:
     """Fit a ridge head and a propagation map for every exit layer, in one pass over a corpus.
@@ -60,9 +62,9 @@ def fit_heads(
             progress(ids.size)
     heads = fitter.fit()
     heads.provenance |= {
-        "model": dict(stack.provenance),
-        "corpus": blocks.provenance(),
-    } | (provenance or {})
+        "model": to_plain(stack.provenance),
+        "corpus": to_plain(blocks.provenance()),
+    } | (to_plain(provenance) if provenance is not None else {})
     model = heads.provenance["model"] | {"weights_hash": stack.weights_hash()}
     heads.provenance["model"] = model
     return heads

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from cascade.core.errors import ModelError
+from cascade.core.provenance import ModelProvenance
+from cascade.core.schema import from_plain, known, to_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +33,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 IDENTITY = ("revision", "family", "num_layers", "hidden_size", "dtype")
 
 
-def check_same_model(expected: dict[str, Any], stack: DecoderStack, *, what: str) -> None:
+def check_same_model(
+    expected: ModelProvenance | Mapping[str, Any], stack: DecoderStack, *, what: str
+) -> None:
     """Refuse heads or a calibration of another model, revision or dtype.
 
     Args:
@@ -40,18 +46,23 @@ def check_same_model(expected: dict[str, Any], stack: DecoderStack, *, what: str
     Raises:
         ModelError: Names both models and what differs.
     """
-    own = dict(stack.provenance)
-    differs = [name for name in IDENTITY if expected.get(name) != own.get(name)]
+    wanted, own = from_plain(to_plain(expected), ModelProvenance), stack.provenance
+    differs = [name for name in IDENTITY if _value(wanted, name) != _value(own, name)]
     if not differs:  # else there is no need to read all weights
-        own["weights_hash"] = stack.weights_hash()
-        differs = [name for name in ("weights_hash",) if expected.get(name) != own[name]]
+        own = replace(own, weights_hash=stack.weights_hash())
+        differs = ["weights_hash"] if known(wanted.weights_hash) != own.weights_hash else []
     if differs:
         raise ModelError(
-            f"{what} belong to {_named(expected, differs)}, but the model is "
+            f"{what} belong to {_named(wanted, differs)}, but the model is "
             f"{_named(own, differs)}; make them anew for this model"
         )
 
 
-def _named(model: dict[str, Any], differs: Sequence[str]) -> str:
-    parts = ", ".join(f"{name} {model.get(name)}" for name in differs)
-    return f"{model.get('name') or model.get('family') or 'an unknown model'} ({parts})"
+def _value(model: ModelProvenance, name: str) -> str | int | None:
+    value: str | int | None = known(getattr(model, name))
+    return value
+
+
+def _named(model: ModelProvenance, differs: Sequence[str]) -> str:
+    details = ", ".join(f"{name} {_value(model, name)}" for name in differs)
+    return f"{known(model.name) or known(model.family) or 'an unknown model'} ({details})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from msgspec.structs import replace
 
 from cascade.core.errors import DeviceError, ModelError, first_line
 from cascade.models.identity import tokenizer_hash
@@ -94,5 +95,5 @@ def load(
     return DecoderStack(
         model.to(place),
         tokenizer=tokenizer,
-        provenance=weights.provenance() | {"tokenizer_hash": tokenizer_hash(tokenizer)},
+        provenance=replace(weights.provenance(), tokenizer_hash=tokenizer_hash(tokenizer)),
     )

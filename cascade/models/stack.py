@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import ModelError, UnsupportedModelError
+from cascade.core.provenance import ModelProvenance, model_provenance
+from cascade.core.schema import known
 from cascade.models.fast_layers import product
 from cascade.models.hooks import (
     hidden_of,
@@ -108,7 +110,7 @@ class DecoderStack:
         model: PreTrainedModel,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        provenance: dict[str, Any] | None = None,
+        provenance: Mapping[str, Any] | ModelProvenance | None = None,
     ) -> None:
         check_config(model.config)
         self.model = model
@@ -136,14 +138,15 @@ class DecoderStack:
         self._takes_position_ids = "position_ids" in parameters
         self.has_final_norm = self._probe()
         self._norm = self._find_norm()
-        self.provenance = {
-            "family": model.config.model_type,
-            "num_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "attention": model.config._attn_implementation,
-        } | (provenance or {})
+        found = ModelProvenance(
+            family=model.config.model_type,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.type,
+            attention=model.config._attn_implementation,
+        )
+        self.provenance = model_provenance(found, provenance)
 
     @property
     def device(self) -> torch.device:
@@ -170,8 +173,7 @@ class DecoderStack:
         a SHA-256 over the weights as they are at this moment, whoever changed them (650 MB took
         0.5 s on one core).
         """
-        known = self.provenance.get("weights_hash")
-        return self.weights_in_memory() if known is None else str(known)
+        return known(self.provenance.weights_hash) or self.weights_in_memory()
 
     def weights_in_memory(self) -> str:
         """Return a SHA-256 over the weights as they are at this moment, whoever changed them."""

@@ -15,6 +15,7 @@ from cascade.core.errors import CascadeError, RecordError
 from cascade.plugin.settings import Settings, shown
 
 if TYPE_CHECKING:
+    from cascade.core.provenance import Provenance
     from cascade.corpora.blocks import TokenBlocks
     from cascade.gate.baselines import StoredProfile
     from cascade.gate.quick_gate import Gate
@@ -198,7 +199,7 @@ class MeasuredProfile:
         return self._profile.sequence_fingerprints
 
     @property
-    def provenance(self) -> Record:
+    def provenance(self) -> Provenance:
         """Model, corpus, machine, versions and command."""
         return self._profile.provenance
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cascade.core.arrays import Array
 from cascade.core.errors import ModelError
-from cascade.core.provenance import provenance_of
+from cascade.core.provenance import Provenance, provenance_of
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
@@ -41,7 +42,7 @@ class SaturationProfile:
 
     statistics: SimilarityStatistics
     sequence_fingerprints: Array
-    provenance: dict[str, Any]
+    provenance: Provenance
     noise: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class SaturationProfile:
         return {
             "schema": 2,
             "kind": "saturation",
-            "provenance": self.provenance,
+            "provenance": to_plain(self.provenance),
             "noise": self.noise,
             "layers": self.statistics.table(),
             "structure": structure,

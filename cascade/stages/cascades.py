@@ -16,6 +16,7 @@ from torch import Tensor
 from cascade.core.errors import ModelError, RecordError, UsageError, first_line
 from cascade.core.files import RunFolder
 from cascade.core.records import read_record, to_json
+from cascade.core.schema import known
 from cascade.core.shapes import COUNT, FLAG, NUMBER, TEXT, Kind, Maybe, Shape, flaw, one_of
 from cascade.decoding.early_exit import EarlyExit, Propagation, Score
 from cascade.decoding.forward import Exit, ForwardPass
@@ -214,14 +215,14 @@ class Cascade:
                 yield name, expected, own[name]
 
     def _base_record(self) -> dict[str, Any]:
-        known = self.base.provenance
+        model = self.base.provenance
         return {
-            "source": known.get("source"),
-            "name": known.get("name"),
-            "revision": known.get("revision"),
-            "family": known.get("family"),
+            "source": known(model.source),
+            "name": known(model.name),
+            "revision": known(model.revision),
+            "family": known(model.family),
             "weights_hash": self.base.weights_hash(),
-            "tokenizer_hash": known.get("tokenizer_hash"),
+            "tokenizer_hash": known(model.tokenizer_hash),
             "num_layers": self.base.num_layers,
             "hidden_size": self.base.hidden_size,
             "vocab_size": self.base.vocab_size,

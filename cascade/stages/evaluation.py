@@ -14,6 +14,7 @@ from cascade.core.arguments import check_seed
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import provenance_of
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.core.schema import to_plain
 from cascade.decoding.early_exit import EarlyExit
@@ -118,7 +119,7 @@ def evaluate_cascade(
     return {
         "schema": 1,
         "kind": "cascade-evaluation",
-        "provenance": provenance_of(cascade.base, blocks, command),
+        "provenance": to_plain(provenance_of(cascade.base, blocks, command)),
         "cascade": cascade.config(),
         "rows": rows,
         "comparisons": comparisons,

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from cascade.core.errors import ModelError, UsageError
+from cascade.core.schema import known
 from cascade.models.stack import DecoderStack
 
 #: Inputs that share one scale in an int4 copy.
@@ -95,10 +97,12 @@ def alter(stack: DecoderStack, how: Copy) -> None:
         # In fp32 with the inputs last, whatever they were stored as.
         wide = weight.detach().float().movedim(inputs, -1)
         weight.copy_(_altered(wide, how, generator).movedim(-1, inputs))
-    known = stack.provenance
-    known["altered"] = how.words()
-    known["name"] = f"{known.get('name', 'model')}+{how.name}"
-    known["weights_hash"] = stack.weights_in_memory()
+    stack.provenance = replace(
+        stack.provenance,
+        altered=how.words(),
+        name=f"{known(stack.provenance.name) or 'model'}+{how.name}",
+        weights_hash=stack.weights_in_memory(),
+    )
 
 
 def copy_of(stack: DecoderStack, how: Copy) -> DecoderStack:
@@ -114,7 +118,7 @@ def copy_of(stack: DecoderStack, how: Copy) -> DecoderStack:
     twin = DecoderStack(
         copy.deepcopy(stack.model),
         tokenizer=stack.tokenizer,
-        provenance=copy.deepcopy(stack.provenance),
+        provenance=stack.provenance,
     )
     alter(twin, how)
     return twin

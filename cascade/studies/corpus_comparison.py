@@ -13,6 +13,7 @@ import numpy as np
 
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
@@ -161,9 +162,8 @@ def compare_corpora(
         found.resampled(np.random.default_rng([question.seed, number]))
         for number, found in enumerate(measured)
     ]
-    provenance = {
-        name: value for name, value in measured[0].profile.provenance.items() if name != "corpus"
-    }
+    provenance = to_plain(measured[0].profile.provenance)
+    del provenance["corpus"]
     labels = stack.layer_labels
     about = [
         found.about(label, draw, labels)
@@ -173,7 +173,7 @@ def compare_corpora(
         "schema": 1,
         "kind": KIND,
         "provenance": provenance
-        | {"corpora": dict(zip(LABELS, (b.provenance() for b in corpora), strict=False))},
+        | {"corpora": dict(zip(LABELS, (to_plain(b.provenance()) for b in corpora), strict=False))},
         "settings": asdict(question)
         | {
             "layer": layer,

@@ -12,6 +12,7 @@ from torch import Tensor
 from cascade.core.arrays import Array
 from cascade.core.errors import UnsupportedModelError
 from cascade.core.provenance import provenance_of
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.models.stack import DecoderStack
 from cascade.stats.cosine import cosine, norm
@@ -114,7 +115,7 @@ def explain_norm(
     return {
         "schema": 1,
         "kind": KIND,
-        "provenance": provenance_of(stack, blocks, command),
+        "provenance": to_plain(provenance_of(stack, blocks, command)),
         "settings": {
             "layer": str(stack.num_layers),
             "batch_size": batch_size,

@@ -15,6 +15,7 @@ from torch import Tensor
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import provenance_of
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.corpora.token_classes import CLASSES, classify, token_texts
 from cascade.models.stack import DecoderStack
@@ -112,7 +113,7 @@ def explain(
     return {
         "schema": 1,
         "kind": KIND,
-        "provenance": provenance_of(stack, blocks, command),
+        "provenance": to_plain(provenance_of(stack, blocks, command)),
         "settings": {
             "layer": str(layer),
             "contrast": str(contrast),

@@ -15,6 +15,7 @@ from scipy import stats
 from cascade.core.arrays import Array
 from cascade.core.errors import UsageError
 from cascade.core.provenance import library_versions, machine_of
+from cascade.core.schema import known, to_plain
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.models.identity import tokenizer_hash
 from cascade.models.stack import DecoderStack, check_config
@@ -198,7 +199,7 @@ class MeasuredModel:
     @property
     def name(self) -> str:
         """The model's name."""
-        return str(self.profile.provenance["model"].get("name", "model"))
+        return known(self.profile.provenance.model.name) or "model"
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ def _provenance(compared: Sequence[dict[str, Any]], command: str | None) -> dict
     origins = (each["provenance"] for each in compared if each["provenance"] is not None)
     first = next(origins, None)
     return {
-        "machine": first["machine"] if first else machine_of(torch.device("cpu")),
+        "machine": first["machine"] if first else to_plain(machine_of(torch.device("cpu"))),
         "versions": library_versions(),
         "command": command,
     }

@@ -23,6 +23,7 @@ from pyarrow import parquet
 from support.tiny_models import tiny_tokenizer
 
 from cascade.core.errors import CorpusError
+from cascade.core.schema import UNSET, to_plain
 from cascade.corpora.blocks import TokenBlocks, corpus_name, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.corpora.record_text import alpaca_text, record_text
@@ -607,15 +608,15 @@ def test_sequences_are_spread_evenly(rows: int, wanted: int) -> None:
     if wanted >= rows:
         assert taken == list(range(rows))
         assert blocks.spread_over is None
-        assert "spread" not in blocks.provenance()
+        assert blocks.provenance().spread is UNSET
         return
     steps = np.diff([-1, *taken, rows])
     apart = rows / wanted
     assert all(apart - 1 < step < apart + 1 for step in steps[1:-1])
     # As much is left out before the first as behind the last, to one sequence.
     assert abs(int(steps[0]) - int(steps[-1])) <= 1
-    assert blocks.provenance()["spread"] == f"evenly over {rows} sequences"
-    assert blocks.provenance()["sequences"] == wanted
+    assert blocks.provenance().spread == f"evenly over {rows} sequences"
+    assert blocks.provenance().sequences == wanted
 
 
 def test_marks_go_with_the_sequences_that_are_taken(tmp_path: Path) -> None:
@@ -633,8 +634,8 @@ def test_marks_go_with_the_sequences_that_are_taken(tmp_path: Path) -> None:
     places = (np.arange(5) * 2 + 1) * len(whole.ids) // 10
     assert (some.record_of == whole.record_of[places]).all()
     assert (some.response == whole.response[places]).all()
-    assert some.provenance()["part"] == "train"
-    assert some.spread(2).provenance()["spread"] == f"evenly over {len(whole.ids)} sequences"
+    assert some.provenance().part == "train"
+    assert some.spread(2).provenance().spread == f"evenly over {len(whole.ids)} sequences"
 
 
 # --- Fingerprints ----------------------------------------------------------------------------
@@ -695,7 +696,7 @@ def test_batches_hold_every_sequence_once_in_order(sequences: int, batch_size: i
 def test_the_provenance_says_all_of_the_corpus(tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", RECORDS)
     blocks = blocks_of(path, num_samples=5, seq_len=16)
-    assert blocks.provenance() == {
+    assert to_plain(blocks.provenance()) == {
         "source": str(path),
         "name": "x",
         "fingerprint": blocks.fingerprint(),

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from cascade.core.errors import CorpusError, ModelError, OutputError, RecordError, UsageError
 from cascade.core.provenance import provenance_of
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import EarlyExit, make_exit
 from cascade.evaluation.calibration import confidences
@@ -416,8 +417,8 @@ def test_fits_say_where_they_come_from() -> None:
     heads = fit_heads(stack, blocks, [4], provenance={"command": "cascade fit-heads"})
     assert heads.provenance == {
         "strengths": heads.provenance["strengths"],
-        "model": stack.provenance | {"weights_hash": stack.weights_hash()},
-        "corpus": blocks.provenance(),
+        "model": to_plain(stack.provenance) | {"weights_hash": stack.weights_hash()},
+        "corpus": to_plain(blocks.provenance()),
         "command": "cascade fit-heads",
     }
     assert set(heads.provenance["strengths"]) == {"4"}
@@ -536,7 +537,9 @@ def test_heads_know_the_text_they_were_fitted_on(
         TokenBlocks(random_blocks(3 + part).ids, source, name, 3)
         for part, (source, name) in enumerate((fitted, measured))
     ]
-    heads = dataclasses.replace(some_heads("llama"), provenance={"corpus": corpora[0].provenance()})
+    heads = dataclasses.replace(
+        some_heads("llama"), provenance={"corpus": to_plain(corpora[0].provenance())}
+    )
     assert heads.saw(corpora[1]) is expected
     assert heads_provenance(heads, corpora[1])["heads_saw_corpus"] is expected
     assert heads.saw(dataclasses.replace(corpora[0], name="copy", source="elsewhere"))

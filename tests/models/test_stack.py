@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from cascade.core.errors import CascadeError, DeviceError, ModelError, UnsupportedModelError
+from cascade.core.schema import UNSET, to_plain
 from cascade.models.loading import load, resolve_device
 from cascade.models.stack import DecoderStack, Plan, check_config
 
@@ -323,7 +324,7 @@ def test_a_layer_outside_the_stack_is_refused(layer: int) -> None:
 def test_bfloat16_is_as_exact_as_fp32(family: str) -> None:
     stack = DecoderStack(tiny_model(family).to(torch.bfloat16))
     assert stack.dtype == torch.bfloat16
-    assert stack.provenance["dtype"] == "bfloat16"
+    assert stack.provenance.dtype == "bfloat16"
     check_capture_contract(stack)
     ids = random_ids()
     assert differences(stepped(stack, stack.plan(ids)), visited(stack, ids)[0]) == [0.0] * 5
@@ -334,7 +335,7 @@ def test_eager_attention_is_exact_too(family: str) -> None:
     model = tiny_model(family)
     model.set_attn_implementation("eager")
     stack, ids = DecoderStack(model), random_ids()
-    assert stack.provenance["attention"] == "eager"
+    assert stack.provenance.attention == "eager"
     check_capture_contract(stack)
     assert differences(stepped(stack, stack.plan(ids)), visited(stack, ids)[0]) == [0.0] * 5
 
@@ -642,7 +643,7 @@ def test_a_stack_knows_its_layers_by_number_and_its_norm_by_name(family: str) ->
     assert stack.layer_labels == ["1", "2", "3", "4", "4+norm"]
     # ALiBi has no last position; falcon's default is 2,048.
     assert stack.max_positions == {"bloom": None, "falcon": 2048}.get(family, 64)
-    assert stack.provenance == {
+    assert to_plain(stack.provenance) == {
         "family": family,
         "num_layers": LAYERS,
         "hidden_size": WIDTH,
@@ -952,10 +953,11 @@ def test_loading_records_where_the_weights_come_from(saved: Path) -> None:
     assert stack.dtype == torch.bfloat16
     assert stack.tokenizer is not None
     assert stack.tokenizer.convert_ids_to_tokens(stack.tokenizer("a b").input_ids) == [*"a b"]
-    hashes = {stack.provenance.pop("weights_hash"), stack.provenance.pop("tokenizer_hash")}
+    provenance = to_plain(stack.provenance)
+    hashes = {provenance.pop("weights_hash"), provenance.pop("tokenizer_hash")}
     assert {name.split(":")[0] for name in hashes} == {"sha256"}
     assert len(hashes) == 2
-    assert stack.provenance == {
+    assert provenance == {
         "family": "llama",
         "num_layers": LAYERS,
         "hidden_size": WIDTH,
@@ -974,7 +976,7 @@ def test_loaded_weights_are_known_by_their_file_and_not_read_again(
 ) -> None:
     stack = load(str(saved))
     monkeypatch.setattr(type(stack.model), "state_dict", None)
-    assert stack.weights_hash() == stack.provenance["weights_hash"]
+    assert stack.weights_hash() == stack.provenance.weights_hash
 
 
 @ALL_FAMILIES
@@ -992,7 +994,7 @@ def test_weights_in_memory_are_known_by_every_one_of_them(family: str) -> None:
     assert stack.weights_hash() == before
     own_run(stack.model, random_ids())
     assert stack.weights_hash() == before
-    assert "weights_hash" not in stack.provenance
+    assert stack.provenance.weights_hash is UNSET
 
 
 def test_weights_of_several_tensors_are_known_by_each() -> None:
@@ -1185,6 +1187,6 @@ def test_the_reference_model_steps_exactly_as_it_runs(reference_model: DecoderSt
     assert differences(steps, history) == [0.0] * 31
     assert differences([*history[:-1], normed], list(own.hidden_states)) == [0.0] * 31
     assert difference(stack.decode(steps[-1]), own.logits) == 0.0
-    assert stack.provenance["quantization"] == "Q4_1"
-    assert stack.provenance["name"] == "smollm2-135m-instruct-q4_1"
-    assert stack.provenance["weights_hash"].startswith("sha256:b179c9523d0e6a0f98a330c7562b6827")
+    assert stack.provenance.quantization == "Q4_1"
+    assert stack.provenance.name == "smollm2-135m-instruct-q4_1"
+    assert stack.provenance.weights_hash.startswith("sha256:b179c9523d0e6a0f98a330c7562b6827")

@@ -30,6 +30,7 @@ from cascade.core.errors import (
     RecordError,
     UsageError,
 )
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.evaluation.calibration import confidences
 from cascade.models.stack import DecoderStack
@@ -456,7 +457,7 @@ def test_what_a_record_says_of_its_origin(tmp_path: Path) -> None:
     assert said["model"]["weights_hash"] == a_stack("llama").weights_hash()
     assert said["command"] == "cascade collect-hard"
     for part, blocks in some_parts().items():
-        assert said["corpora"][part] == blocks.provenance()
+        assert said["corpora"][part] == to_plain(blocks.provenance())
         hard = everything(found, part)["hard"].numpy()
         assert record["parts"][part] == {
             "sequences": len(blocks.ids),

@@ -41,11 +41,11 @@ def test_a_copy_changes_the_layers_matrices_alone_and_the_original_not_at_all(te
 def test_a_copy_says_what_it_is(text: str) -> None:
     stack = a_stack()
     twin = copy_of(stack, Copy.parse(text))
-    assert twin.provenance["name"] == f"tiny+{text}"
-    assert twin.provenance["weights_hash"] == twin.weights_in_memory() != stack.weights_in_memory()
-    assert "all decoder layers" in twin.provenance["altered"]
-    assert stack.provenance["name"] == "tiny"
-    assert stack.provenance["weights_hash"] == "w"
+    assert twin.provenance.name == f"tiny+{text}"
+    assert twin.provenance.weights_hash == twin.weights_in_memory() != stack.weights_in_memory()
+    assert "all decoder layers" in twin.provenance.altered
+    assert stack.provenance.name == "tiny"
+    assert stack.provenance.weights_hash == "w"
 
 
 def test_int8_has_at_most_255_values_per_output_and_is_off_by_half_a_step() -> None:

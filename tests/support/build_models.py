@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cascade.core.provenance import typed_provenance
 from cascade.saturation.profile import SaturationProfile
 from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
 from cascade.studies.configurations import Sizes
@@ -88,6 +89,7 @@ def measured(
             "device": "cpu",
         },
         "corpus": {
+            "source": "words",
             "name": "words",
             "fingerprint": f"c{sequences}",
             "records": sequences,
@@ -95,9 +97,9 @@ def measured(
             "sequences": sequences,
             "seq_len": TOKENS,
         },
-        "machine": {"processor": "P", "threads": 1},
+        "machine": {"processor": "P", "threads": 1, "capability": "AVX2", "blas": None},
         "versions": {"python": "3"},
         "command": None,
     }
-    profile = SaturationProfile(statistics, prints.astype(np.uint64), provenance)
+    profile = SaturationProfile(statistics, prints.astype(np.uint64), typed_provenance(provenance))
     return MeasuredModel(profile, sizes(num_layers))

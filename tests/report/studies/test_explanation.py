@@ -7,6 +7,7 @@ import io
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 from support import planted_causes as planted
 from support.html import Page, svgs
@@ -22,7 +23,7 @@ from cascade.studies.layer_explanation import explain
 def whole() -> dict[str, Any]:
     stack = planted.quiet_stack()
     planted.constant_of(stack, "attention", 4.0)
-    stack.provenance["name"] = "tiny"
+    stack.provenance = replace(stack.provenance, name="tiny")
     return explain(stack, planted.blocks(), planted.DIP, contrast=planted.DIP - 1)
 
 
@@ -153,7 +154,7 @@ def test_other_records_are_refused(record: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def norm_record() -> dict[str, Any]:
     stack = planted.quiet_stack(4)
-    stack.provenance["name"] = "tiny"
+    stack.provenance = replace(stack.provenance, name="tiny")
     return explain_norm(stack, planted.blocks())
 
 
