@@ -19,7 +19,7 @@ from cascade.core.schema import to_plain
 from cascade.core.shapes import COUNT, NUMBER, SHARE, TEXT, WHOLE, Maybe, Shape, flaw, one_of
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.decoding.early_exit import PROPAGATIONS, EarlyExit, Propagation, make_exit
-from cascade.decoding.forward import Pass, slices
+from cascade.decoding.forward import ForwardPass, PassConfig, slices
 from cascade.decoding.inputs import make_chunk
 from cascade.decoding.selective_layers import SkippingLayers
 from cascade.evaluation.operating_points import Evaluator, Point
@@ -144,11 +144,11 @@ def confidences(
         cache = layers.new_cache(*ids.shape, keep=False)
         cache.window(0, ids.shape[1])
         counts = Counts.of(stack.num_layers)
-        going = Pass(layers, (way_out,), chunk, cache, counts, seed=seed)
-        going.climb(layer)
+        going = ForwardPass(layers, (way_out,), chunk, cache, counts, PassConfig(seed=seed))
+        going.run_layers_to(layer)
         rows, columns = torch.nonzero(chunk.valid, as_tuple=True)
         values = [
-            way_out.rule.confidence(going.point(way_out, rows[some], columns[some]))
+            way_out.rule.confidence(going.exit_point(way_out, rows[some], columns[some]))
             for some in slices(len(rows), stack.max_positions)
         ]
         made = torch.cat(values).reshape(ids.shape).float()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cascade.core.arrays import Array
 from cascade.core.errors import ModelError
-from cascade.decoding.forward import Exit, Pass, decode_tokens, slices
+from cascade.decoding.forward import Exit, ForwardPass, PassConfig, decode_tokens, slices
 from cascade.decoding.inputs import make_chunk
 from cascade.decoding.selective_layers import SkippingLayers
 from cascade.exits.rules import ExitPoint, ExitRule
@@ -93,21 +93,21 @@ class ExitBatch:
         cache.window(0, self.chunk.ids.shape[1])
         going = self.clock.time(
             "layers to 0",
-            lambda: Pass(
+            lambda: ForwardPass(
                 layers,
                 tuple(self.exits.values()),
                 self.chunk,
                 cache,
                 Counts.of(self.stack.num_layers),
-                seed=seed,
+                PassConfig(seed=seed),
             ),
         )
-        self.forks: dict[int, Pass] = {}
+        self.forks: dict[int, ForwardPass] = {}
         for layer in sorted(rules):
-            self.clock.time(f"layers to {layer}", functools.partial(going.climb, layer))
+            self.clock.time(f"layers to {layer}", functools.partial(going.run_layers_to, layer))
             self.forks[layer] = going.fork()
         last = self.stack.num_layers
-        self.clock.time(f"layers to {last}", lambda: going.climb(last))
+        self.clock.time(f"layers to {last}", lambda: going.run_layers_to(last))
         self.final = going.hidden
         self._measure()
 
@@ -149,7 +149,7 @@ class ExitBatch:
     def _measure_layer(
         self,
         layer: int,
-        fork: Pass,
+        fork: ForwardPass,
         rows: Tensor,
         columns: Tensor,
         target: Tensor,
@@ -165,7 +165,7 @@ class ExitBatch:
             rule.name: torch.zeros(count, device=rows.device) for rule in self.rules[layer]
         }
         for some in slices(count, self.stack.max_positions):
-            point = fork.point(self.exits[layer], rows[some], columns[some])
+            point = fork.exit_point(self.exits[layer], rows[some], columns[some])
             point.earlier = [before[some] for before in earlier]
             point.full_prediction = self.full_prediction[rows[some], columns[some]]
             logits = self.clock.time(f"head {layer}", functools.partial(getattr, point, "logits"))

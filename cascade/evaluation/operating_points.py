@@ -253,11 +253,10 @@ class Evaluator:
         divergence = np.where(leaves, table.divergence[point.layer], 0.0)
         counts = Counts.of(self.stack.num_layers)
         if self.propagation != "exact":
-            going = batch.forks[point.layer].fork()
-            going.counts = counts
+            going = batch.forks[point.layer].fork(counts)
             mask = torch.from_numpy(leaves).to(batch.stack.device)
             name = f"upper {point}"
-            clock.time(name, lambda: going.take_out(way_out, mask))
+            clock.time(name, lambda: going.exit_tokens(way_out, mask))
             following = torch.cat([batch.chunk.ids[:, 1:], batch.chunk.ids[:, :1]], dim=1)
 
             def take(_: int, rows: Tensor, columns: Tensor, logits: Tensor) -> None:

@@ -45,6 +45,11 @@ class ExitPoint:
         """The exit head's logits, `[n, V]`, in fp32."""
         return self.compute_logits().float()
 
+    @property
+    def has_logits(self) -> bool:
+        """Whether the logits have been computed."""
+        return "logits" in self.__dict__
+
     @cached_property
     def log_probabilities(self) -> Tensor:
         """Their log-softmax, `[n, V]`."""

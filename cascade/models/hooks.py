@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,7 +53,9 @@ def split_output(
 
 
 @contextlib.contextmanager
-def layer_hooks(layers: nn.ModuleList, hook: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+def layer_hooks(
+    layers: Iterable[nn.Module], hook: Callable[[nn.Module, Any], None]
+) -> Iterator[None]:
     """Call `hook(layer, output)` after each layer while the context is open."""
 
     def call(module: nn.Module, _: Any, output: Any) -> None:

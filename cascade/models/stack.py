@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,14 @@ from cascade.models.hooks import (
     layer_pre_hook,
     replaced_forward,
     split_output,
+)
+from cascade.models.views import (
+    can_be_copied,
+    holders,
+    paths_of,
+    with_children,
+    with_descendants,
+    with_own_hooks,
 )
 
 if TYPE_CHECKING:
@@ -111,8 +120,12 @@ class DecoderStack:
         self.below: DecoderStack | None = None
         self.decoder = model.base_model
         self.layers = find_layers(model)
+        self._layer_paths = {
+            root: paths_of(self.layers, root) for root in (self.model, self.decoder)
+        }
         self.num_layers = len(self.layers)
         self.lm_head: nn.Module = model.get_output_embeddings()
+        self._head_paths = paths_of(self.lm_head, model)
         text_config = model.config.get_text_config()
         self.hidden_size = int(text_config.hidden_size)
         self.vocab_size = int(text_config.vocab_size)
@@ -261,10 +274,13 @@ class DecoderStack:
                 " to come; expected a causal language model"
             )
 
-    def _run_decoder(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+    def _run_decoder(
+        self, input_ids: Tensor, *, decoder: nn.Module | None = None, **kwargs: Any
+    ) -> Tensor:
         kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
         kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
-        output: Tensor = self.decoder(input_ids=input_ids, **kwargs).last_hidden_state
+        decoder = self.decoder if decoder is None else decoder
+        output: Tensor = decoder(input_ids=input_ids, **kwargs).last_hidden_state
         return output
 
     @torch.no_grad()
@@ -283,11 +299,16 @@ class DecoderStack:
             The final normed state, `[B, T, D]`, or None where the model has no final norm.
         """
         entries = iter(range(1, self.num_layers + 1))
+        layers: Iterable[nn.Module] = self.layers
+        decoder = self.decoder
+        if self._can_be_copied(decoder):  # hooks on copies: other threads may run the model
+            layers = [with_own_hooks(layer) for layer in self.layers]
+            decoder = self._with_layers(decoder, layers)
         with (
-            layer_pre_hook(self.layers[0], lambda hidden: visitor(0, hidden)),
-            layer_hooks(self.layers, lambda _, output: visitor(next(entries), hidden_of(output))),
+            layer_pre_hook(next(iter(layers)), lambda hidden: visitor(0, hidden)),
+            layer_hooks(layers, lambda _, output: visitor(next(entries), hidden_of(output))),
         ):
-            final = self._run_decoder(input_ids)
+            final = self._run_decoder(input_ids, decoder=decoder)
         return final if self.has_final_norm else None
 
     @torch.no_grad()
@@ -330,8 +351,8 @@ class DecoderStack:
             if attention_mask is None:
                 # None lets the model take the cache's length into account; ones would not.
                 kwargs["attention_mask"] = None
-        with self._replaced(record):
-            self._run_decoder(input_ids, **kwargs)
+        with self._standing_in(self.decoder, record) as decoder:
+            self._run_decoder(input_ids, decoder=decoder, **kwargs)
         return Plan(embedded[0], tuple(calls))
 
     @torch.no_grad()
@@ -374,8 +395,8 @@ class DecoderStack:
             return self._shaped(number, hidden)
 
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with self._replaced(stand_in), _gradients_of(hidden):
-            logits: Tensor = self.model(
+        with self._standing_in(self.model, stand_in) as model, _gradients_of(hidden):
+            logits: Tensor = model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             ).logits
         return logits
@@ -398,8 +419,12 @@ class DecoderStack:
             normed: Tensor = self._norm(hidden)
             return normed
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with self._replaced(lambda number, args, kwargs: self._shaped(number, hidden)):
-            return self._run_decoder(ids)
+
+        def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._shaped(number, hidden)
+
+        with self._standing_in(self.decoder, stand_in) as decoder:
+            return self._run_decoder(ids, decoder=decoder)
 
     def decode_normed(self, normed: Tensor) -> Tensor:
         """Turn states that are already behind the final norm into logits: the LM head's own steps.
@@ -423,11 +448,15 @@ class DecoderStack:
             return (normed, *args[1:])
 
         ids = torch.zeros(normed.shape[:2], dtype=torch.long, device=normed.device)
-        with contextlib.ExitStack() as restored:
-            restored.enter_context(self._replaced(stand_in))
-            restored.callback(self.lm_head.register_forward_pre_hook(swap).remove)
+        with self._standing_in(self.model, stand_in) as model, contextlib.ExitStack() as restored:
+            if model is self.model:
+                head = self.lm_head
+            else:
+                head = with_own_hooks(self.lm_head)
+                model = with_descendants(model, dict.fromkeys(self._head_paths, head))
+            restored.callback(head.register_forward_pre_hook(swap).remove)
             restored.enter_context(_gradients_of(normed))
-            logits: Tensor = self.model(
+            logits: Tensor = model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             ).logits
         return logits
@@ -438,18 +467,50 @@ class DecoderStack:
         return (hidden,) + (None,) * (size - 1) if size else hidden
 
     @contextlib.contextmanager
-    def _replaced(
-        self, stand_in: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
-    ) -> Iterator[None]:
-        """Let `stand_in` answer for every layer's forward; the model is restored in any case."""
+    def _standing_in(
+        self,
+        root: nn.Module,
+        stand_in: Callable[[int, tuple[Any, ...], dict[str, Any]], Any],
+    ) -> Iterator[nn.Module]:
+        """Yield a model in which `stand_in` answers for every layer's forward.
+
+        That is a copy, so that other threads can run the model meanwhile. Where a library answers
+        the model's calls itself (see `can_be_copied`), a copy cannot work: there the model's own
+        layers are changed and restored, and the model is for one thread at a time.
+
+        Args:
+            root: The model or its decoder.
+            stand_in: Called as `stand_in(index, args, kwargs)` with the layer's index from 0.
+        """
 
         def forward_of(number: int) -> Callable[..., Any]:
             return lambda *args, **kwargs: stand_in(number, args, kwargs)
 
         with contextlib.ExitStack() as restored:
+            if not self._can_be_copied(root):
+                for number, layer in enumerate(self.layers):
+                    restored.enter_context(replaced_forward(layer, forward_of(number)))
+                yield root
+                return
+            layers = []
             for number, layer in enumerate(self.layers):
-                restored.enter_context(replaced_forward(layer, forward_of(number)))
-            yield
+                copied = copy.copy(layer)
+                copied.forward = forward_of(number)
+                layers.append(copied)
+            yield self._with_layers(root, layers)
+
+    def _can_be_copied(self, root: nn.Module) -> bool:
+        """Return whether a copy of the model or its decoder runs by itself."""
+        paths = self._layer_paths[root]
+        holding = [module for path in paths for module in holders(root, path)]
+        compiled = any("_compiled_call_impl" in layer.__dict__ for layer in self.layers)
+        return not compiled and all(map(can_be_copied, holding))
+
+    def _with_layers(self, root: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
+        """Return a copy of the model or its decoder with other decoder layers."""
+        names = map(str, range(self.num_layers))
+        made = with_children(self.layers, dict(zip(names, layers, strict=True)))
+        return with_descendants(root, dict.fromkeys(self._layer_paths[root], made))
 
 
 def _gradients_of(values: Tensor) -> torch.set_grad_enabled:

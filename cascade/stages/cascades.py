@@ -20,7 +20,7 @@ from cascade.core.records import read_record, to_json
 from cascade.core.schema import known
 from cascade.core.shapes import COUNT, FLAG, NUMBER, TEXT, Kind, Maybe, Shape, flaw, one_of
 from cascade.decoding.early_exit import EarlyExit, Propagation, Score
-from cascade.decoding.forward import Exit, Pass
+from cascade.decoding.forward import Exit, ForwardPass
 from cascade.decoding.generation import Generation
 from cascade.decoding.inputs import make_chunk
 from cascade.exits.fitted_heads import FittedHeads, load_heads
@@ -487,12 +487,12 @@ class _Routed(DecoderStack):
         chunk = make_chunk(self, input_ids, torch.ones_like(input_ids))
         cache = layers.new_cache(batch, length, keep=False)
         cache.window(0, length)
-        going = Pass(layers, self._early.exits, chunk, cache, Counts.of(self.num_layers))
+        going = ForwardPass(layers, self._early.exits, chunk, cache, Counts.of(self.num_layers))
         exits = {at.layer: at for at in going.exits}
         visitor(0, going.hidden)
         nobody = torch.zeros_like(chunk.valid)
         for layer in range(1, self.num_layers + 1):
-            going.climb(layer)
+            going.run_layers_to(layer)
             visitor(layer, going.hidden)
             if layer in exits:
                 going.decide(exits[layer], nobody, lambda *_: None)

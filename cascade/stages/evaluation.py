@@ -16,6 +16,7 @@ from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import provenance_of
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
+from cascade.core.schema import to_plain
 from cascade.decoding.early_exit import EarlyExit
 from cascade.models.flops import Counts, flops
 from cascade.stages.cascades import Cascade
@@ -189,7 +190,7 @@ def _row(
         "operations_ratio": flops(way.early.stack, way.counts)
         / flops(alone.early.stack, alone.counts),
         "stage_rows": way.cascade.stage_rows(way.counts)[: way.stages],
-        "counts": way.counts.record(),
+        "counts": to_plain(way.counts.record()),
     }
 
 

@@ -42,7 +42,7 @@ from transformers import BatchEncoding
 
 from cascade.core.errors import ModelError, UsageError
 from cascade.decoding.early_exit import EarlyExit, Propagation, Score, make_exit
-from cascade.decoding.forward import Exit, Pass
+from cascade.decoding.forward import Exit, ForwardPass
 from cascade.decoding.inputs import make_chunk
 from cascade.decoding.selective_layers import SkippingLayers
 from cascade.exits.fitted_heads import FittedHeads
@@ -328,15 +328,15 @@ def test_a_forked_pass_goes_on_by_itself() -> None:
     layers, chunk = SkippingLayers(stack), make_chunk(stack, TEXT)
     cache = layers.new_cache(*TEXT.shape, keep=False)
     cache.window(0, TEXT.shape[1])
-    first = Pass(layers, [stays, later], chunk, cache, counts)
-    first.climb(2)
+    first = ForwardPass(layers, [stays, later], chunk, cache, counts)
+    first.run_layers_to(2)
     second = first.fork()
     second.exits = [everybody, later]
-    made: dict[Pass, list[tuple[int, int]]] = {first: [], second: []}
+    made: dict[ForwardPass, list[tuple[int, int]]] = {first: [], second: []}
     for going in (second, first):  # the fork first: it must leave nothing of itself behind
         take = functools.partial(keep_layer, made[going])
         for at in going.exits:
-            going.climb(at.layer)
+            going.run_layers_to(at.layer)
             going.decide(at, chunk.valid, take)
         going.finish(chunk.valid, take)
     assert made == {first: [(3, 60)], second: [(2, 60)]}

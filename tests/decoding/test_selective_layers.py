@@ -40,9 +40,9 @@ from transformers import DynamicCache
 
 from cascade.decoding.early_exit import EarlyExit, Propagation
 from cascade.decoding.kv_cache import KeyValueCache, Selection
-from cascade.decoding.selective_layers import SkippingLayers
+from cascade.decoding.selective_layers import LayerTask, SkippingLayers
 from cascade.exits.fitted_heads import FittedHeads
-from cascade.models.fast_layers import LeanLayers
+from cascade.models.fast_layers import FastLayers
 from cascade.models.flops import Counts
 from cascade.models.stack import DecoderStack, LayerCall
 
@@ -299,7 +299,7 @@ def run(
             if mixture.ridge and bool(selection.exited.any()):
                 table = predictions(mixture, expected, heads, layer)[:, start:stop]
                 predicted = table[selection.exited_rows, selection.exited_columns]
-            hidden = layers.run(
+            task = LayerTask(
                 layer,
                 hidden,
                 selection,
@@ -307,8 +307,9 @@ def run(
                 cache,
                 counts,
                 predicted=predicted,
-                of_states=heads.of_states,
+                predicts_states=heads.of_states,
             )
+            hidden = layers.run(task)
         outputs.append(hidden)
         start = stop
     return torch.cat(outputs, dim=1), cache, counts
@@ -624,7 +625,8 @@ def own_difference(layers: SkippingLayers, ids: Tensor) -> float:
         everything = torch.ones(len(ids), 1).bool()
         for layer, call in enumerate(plan.calls, start=1):
             selection = Selection(everything, ~everything)
-            hidden = layers.run(layer, hidden, selection, call, cache, Counts.of(LAYERS))
+            task = LayerTask(layer, hidden, selection, call, cache, Counts.of(LAYERS))
+            hidden = layers.run(task)
         outputs.append(hidden)
     return difference(stack.decode(torch.cat(outputs, dim=1)), own_logits(stack, ids))
 
@@ -634,13 +636,13 @@ def test_only_layers_that_are_llamas_take_the_lean_way(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    step = LeanLayers.step
+    step = FastLayers.compute
 
-    def counting(self: LeanLayers, layer: int, *args: Any) -> Tensor:
+    def counting(self: FastLayers, layer: int, *args: Any) -> Tensor:
         steps.append(layer)
         return step(self, layer, *args)
 
-    monkeypatch.setattr(LeanLayers, "step", counting)
+    monkeypatch.setattr(FastLayers, "compute", counting)
     layers = SkippingLayers(own_stack(family))
     steps.clear()
     assert own_difference(layers, random_ids(2, 6)) <= CLOSE
@@ -651,13 +653,13 @@ def test_only_layers_that_are_llamas_take_the_lean_way(
 def test_a_planted_bug_in_the_lean_way_is_caught(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = LeanLayers.step
+    step = FastLayers.compute
 
-    def wrong(self: LeanLayers, layer: int, *args: Any) -> Tensor:
+    def wrong(self: FastLayers, layer: int, *args: Any) -> Tensor:
         assert layer <= 3
         return step(self, layer, *args) * (1.01 if layer == 3 else 1)
 
-    monkeypatch.setattr(LeanLayers, "step", wrong)
+    monkeypatch.setattr(FastLayers, "compute", wrong)
     layers = SkippingLayers(own_stack(family))
     assert layers.skips
     assert own_difference(layers, random_ids(2, 6)) <= CLOSE

@@ -649,7 +649,7 @@ def test_a_wish_that_cannot_be_meant_is_refused_before_any_pass(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "cascade.evaluation.calibration.Pass", lambda *_, **__: pytest.fail("a pass")
+        "cascade.evaluation.calibration.ForwardPass", lambda *_, **__: pytest.fail("a pass")
     )
     changes, words = WRONG[name]
     assert words in refusal(
@@ -662,7 +662,7 @@ def test_a_seed_that_not_every_generator_takes_is_refused_before_any_pass(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "cascade.evaluation.calibration.Pass", lambda *_, **__: pytest.fail("a pass")
+        "cascade.evaluation.calibration.ForwardPass", lambda *_, **__: pytest.fail("a pass")
     )
     words = refusal(UsageError, lambda: calibrate(a_stack("llama"), BLOCKS, wish(), seed=seed))
     assert words == f"expected a seed in 0..{2**63 - 1}, got {seed}"
@@ -686,7 +686,7 @@ def test_a_corpus_too_small_or_too_long_is_refused_before_any_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "cascade.evaluation.calibration.Pass", lambda *_, **__: pytest.fail("a pass")
+        "cascade.evaluation.calibration.ForwardPass", lambda *_, **__: pytest.fail("a pass")
     )
     stack = a_stack("llama")
     for onto in (None, blocks_of(1)):

@@ -18,7 +18,6 @@ from cascade.core.errors import UsageError
 
 if TYPE_CHECKING:
     from cascade.decoding.early_exit import EarlyExit
-    from cascade.decoding.generation import Generation
     from cascade.exits.fitted_heads import FittedHeads
     from cascade.models.stack import DecoderStack
 
@@ -168,6 +167,7 @@ def generate(
     seed: Seed = 0,
 ) -> None:
     """Generate, and show at which layer each token left."""
+    from cascade.decoding.transcript import transcribe
     from cascade.report.exits.generation import print_generation
 
     exits.check(heads)
@@ -181,10 +181,17 @@ def generate(
         "stop_strings": draw.stop,
     }
     settings |= draw.settings()
-    ids = _encode(stack, prompt.prompt, chat=draw.chat)
     with status("Generating"):
-        summary = _generate(stack, early, ids, settings, verify=exits.verify, compare=draw.compare)
-    print_record(print_generation, summary | {"prompt": prompt.prompt, "chat": draw.chat})
+        record = transcribe(
+            early,
+            prompt.prompt,
+            settings,
+            chat=draw.chat,
+            verify=exits.verify,
+            compare=draw.compare,
+            full=stack,
+        )
+    print_record(print_generation, record)
 
 
 def _early_exit_of(
@@ -235,104 +242,3 @@ def _early_exit(
         propagation=propagation,  # type: ignore[arg-type]  # checked by EarlyExit itself
         seed=seed,
     )
-
-
-def _encode(stack: DecoderStack, prompt: str, *, chat: bool) -> Any:
-    import torch
-
-    if stack.tokenizer is None:
-        raise UsageError("the model has no tokenizer to read a prompt with")
-    if chat:
-        if not getattr(stack.tokenizer, "chat_template", None):
-            raise UsageError("the model's tokenizer has no chat template; leave out --chat")
-        prompt = str(
-            stack.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        )
-    return torch.tensor([stack.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]])
-
-
-def _generate(
-    stack: DecoderStack,
-    early: EarlyExit,
-    ids: Any,
-    settings: dict[str, Any],
-    *,
-    verify: bool,
-    compare: bool,
-) -> dict[str, Any]:
-    """Generate, with the full model too where wanted; return a record of kind `generation`."""
-    from cascade.decoding.early_exit import EarlyExit
-    from cascade.decoding.generation import Generation
-
-    mask = ids.new_ones(ids.shape)  # a prompt is text, whatever its tokens are
-
-    def timed(model: EarlyExit, **options: Any) -> tuple[Generation, list[int], float]:
-        start = time.perf_counter()
-        made = model.generate(ids, mask, return_dict_in_generate=True, **settings, **options)
-        assert isinstance(made, Generation)  # asked for as such
-        seconds = time.perf_counter() - start
-        return made, made.sequences[0, ids.shape[1] :].tolist(), seconds
-
-    # The first pass warms caches up for whichever comes after it; some tokens are enough.
-    early.generate(ids[:, -8:], mask[:, -8:], **settings | {"max_new_tokens": 1})
-    made, new, seconds = timed(early, verify=verify)
-    full = None
-    if compare:
-        _, theirs, full_seconds = timed(EarlyExit(stack))
-        same = [a == b for a, b in zip(new, theirs, strict=False)]
-        full = {
-            "text": "".join(_pieces(stack, ids, theirs)),
-            "tokens": len(theirs),
-            "same_tokens": same.index(False) if False in same else len(same),
-            "tokens_per_second": len(theirs) / full_seconds,
-            "speed_ratio": (len(new) / seconds) / (len(theirs) / full_seconds),
-        }
-    layers = made.exit_layers[0].tolist()
-    last = early.stack.num_layers
-    known = sorted({*(at.layer for at in early.exits), last})
-    return {
-        "schema": 1,
-        "kind": "generation",
-        "num_layers": last,
-        "exits": [
-            {
-                "layer": at.layer,
-                "rule": at.rule.name,
-                "head": at.head.name,
-                "threshold": None if at.threshold == float("inf") else at.threshold,
-            }
-            for at in early.exits
-        ],
-        "propagation": early.propagation,
-        "tokens": _pieces(stack, ids, new),
-        "exit_layers": layers,
-        "by_layer": [
-            {
-                "layer": layer,
-                "tokens": layers.count(layer),
-                "share": layers.count(layer) / len(layers),
-            }
-            for layer in known
-        ],
-        "layers_per_token": made.layers_per_token,
-        "tokens_per_second": len(new) / seconds,
-        "counts": made.counts.record(),
-        "verified": verify,
-        "drafted": made.drafted,
-        "accepted": made.accepted,
-        "fallback_reason": early.fallback_reason,
-        "full": full,
-    }
-
-
-def _pieces(stack: DecoderStack, ids: Any, new: list[int]) -> list[str]:
-    """Return what each new token adds to the text: decoded alone, some would be half a letter."""
-    assert stack.tokenizer is not None  # the prompt was read with it
-    before = ids[0].tolist()
-    texts = [
-        str(stack.tokenizer.decode(before + new[:count])).rstrip("\ufffd")
-        for count in range(len(new) + 1)
-    ]
-    return [after[len(start) :] for start, after in pairwise(texts)]
