@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
@@ -15,6 +15,8 @@ from cascade.core.errors import OutputError
 if TYPE_CHECKING:
     from cascade.core.files import RunFolder
     from cascade.report.common.sections import Report
+
+R = TypeVar("R")
 
 
 @contextlib.contextmanager
@@ -42,9 +44,7 @@ def report_folder(
         yield folder
 
 
-def finish(
-    folder: RunFolder | None, stem: str, record: dict[str, Any], draw: Callable[..., Report]
-) -> Report:
+def finish(folder: RunFolder | None, stem: str, record: R, draw: Callable[[R], Report]) -> Report:
     """Draw a record's report and stage its files.
 
     Args:
@@ -54,11 +54,12 @@ def finish(
         draw: Makes the report of it.
     """
     from cascade.core.records import to_json
+    from cascade.core.schema import to_plain
     from cascade.report.common.sections import html_page
 
     report = draw(record)
     if folder is not None:
-        folder.write(f"{stem}.json", to_json(record) + "\n")
+        folder.write(f"{stem}.json", to_json(to_plain(record)) + "\n")
         folder.write(f"{stem}.html", html_page(report))
         for picture in report.pictures():
             folder.write(picture.file, picture.svg)

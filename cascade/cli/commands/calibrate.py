@@ -81,19 +81,21 @@ def calibrate(
             names = ("calibration.json",)
             folder = cleanup.enter_context(RunFolder(output, names, overwrite=overwrite))
         from cascade.core.records import to_json
+        from cascade.core.schema import to_plain
         from cascade.evaluation import calibration
 
         stack = load_model(model, revision, dtype, device)
         fitted = read_heads(heads, stack)
-        wish = calibration.Wish(
+        config = calibration.CalibrationConfig(
             layer=layer if layer is not None else usual_layer(stack, fitted),
             rule=rule,
             hard_ratios=tuple(hard_ratio or (0.3, 0.5, 0.7)),
-            propagation=propagation,  # type: ignore[arg-type]  # checked by the wish itself
+            propagation=propagation,  # type: ignore[arg-type]  # checked by the config itself
             risk=risk,
             confidence=confidence,
+            seed=seed,
         )
-        wish.check()
+        config.check()
         if transfer_to is None and (transfer_split or transfer_text_column):
             raise UsageError(
                 "--transfer-split and --transfer-text-column are of the corpus that --transfer-to "
@@ -112,20 +114,19 @@ def calibrate(
                 seq_len,
                 max_tokens,
             )
-        total = calibration.tokens_to_read(blocks, wish, onto=onto)
+        total = calibration.tokens_to_read(blocks, config, onto=onto)
         with progress_bar("Calibrating", total) as advance:
             record = calibration.calibrate(
                 stack,
                 blocks,
-                wish,
+                config,
                 heads=fitted,
                 onto=onto,
-                seed=seed,
                 command=command_line(),
                 progress=advance,
             )
         if folder is not None:
-            folder.write("calibration.json", to_json(record) + "\n")
+            folder.write("calibration.json", to_json(to_plain(record)) + "\n")
     print_record(print_calibration, record)
     if output is not None:
         typer.echo(f"Wrote {output / 'calibration.json'}", err=True)
