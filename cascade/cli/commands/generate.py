@@ -218,8 +218,7 @@ def _calibrated(
 ) -> EarlyExit:
     from cascade.evaluation.calibration import early_exit_of, read_calibration
 
-    record = read_calibration(path, stack)
-    return early_exit_of(record, stack, heads=heads, hard_ratio=hard_ratio)
+    return early_exit_of(read_calibration(path), stack, heads=heads, hard_ratio=hard_ratio)
 
 
 def _early_exit(

@@ -182,27 +182,27 @@ def calibrate(
 
         stack = load_model(model)
         fitted = read_heads(heads.heads, stack)
-        wish = calibration.Wish(
+        config = calibration.CalibrationConfig(
             layer=wanted.layer if wanted.layer is not None else usual_layer(stack, fitted),
             rule=wanted.rule,
             hard_ratios=tuple(wanted.hard_ratio or (0.3, 0.5, 0.7)),
-            propagation=heads.propagation,  # type: ignore[arg-type]  # checked by the wish itself
+            propagation=heads.propagation,  # type: ignore[arg-type]  # checked by the config
             risk=wanted.risk,
             confidence=wanted.confidence,
+            seed=seed,
         )
-        wish.check()
+        config.check()
         transfer.check()
         blocks = read_blocks(stack, corpus, embedded_split="held-out")
         onto = transfer.read(stack, corpus)
-        total = calibration.tokens_to_read(blocks, wish, onto=onto)
+        total = calibration.tokens_to_read(blocks, config, onto=onto)
         with progress_bar("Calibrating", total) as advance:
             record = calibration.calibrate(
                 stack,
                 blocks,
-                wish,
+                config,
                 heads=fitted,
                 onto=onto,
-                seed=seed,
                 command=command_line(),
                 progress=advance,
             )

@@ -40,7 +40,7 @@ def propagation_words(name: str) -> str:
     return _PROPAGATIONS.get(name, name)
 
 
-def heads_pairs(record: Record) -> list[tuple[str, str]]:
+def heads_pairs(record: Record | Part) -> list[tuple[str, str]]:
     """Return where fitted heads come from, as (label, text); nothing for the logit lens."""
     heads = record["provenance"].get("heads")
     corpus = (heads or {}).get("corpus")
@@ -81,9 +81,9 @@ def between(interval: Sequence[float] | None, show: Callable[[float], str], to: 
     return "-" if interval is None else f"{show(interval[0])}{to}{show(interval[1])}"
 
 
-def share(value: float | None) -> str:
-    """Format a share with one decimal; a dash where there is none."""
-    return "-" if value is None else percent(value, 1)
+def share(value: float | None, digits: int = 1) -> str:
+    """Format a share with a number of decimals; a dash where there is none."""
+    return "-" if value is None else percent(value, digits)
 
 
 def ratio(value: float | None, digits: int = 3) -> str:
