@@ -27,7 +27,12 @@ from cascade.cli.output import finish, report_folder, show
 from cascade.core.errors import ModelError
 
 if TYPE_CHECKING:
-    from cascade.studies.comparisons.model_comparison import Candidate, MeasuredModel, SameText, UnmeasuredModel
+    from cascade.studies.comparisons.model_comparison import (
+        Candidate,
+        MeasuredModel,
+        SameText,
+        UnmeasuredModel,
+    )
 
 #: The pictures of `cascade compare-corpora --output`.
 CORPORA_PICTURES = ("corpora-profiles.svg", "corpora-thresholds.svg")

@@ -7,11 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cascade.report.common.axes import angle, label_layers, layer_positions, limit_angles
-from cascade.report.common.records import Record, is_normed
-from cascade.report.common.svg import LIGHT, as_svg, plain_style
 from cascade.report.common.records import is_normed
 from cascade.report.common.svg import LIGHT, as_svg, plain_style
-from cascade.report.saturation.figures import angle, label_layers, layer_positions, limit_angles
 from cascade.studies.comparisons.corpus_records import (
     ComparedCorpus,
     CorpusComparison,

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cascade.report.common.axes import angle, limit_angles
-from cascade.report.common.records import Record
-from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
 from cascade.core.schema import known
+from cascade.report.common.axes import angle, limit_angles
 from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
-from cascade.report.saturation.figures import angle, limit_angles
 from cascade.report.studies.explanation_wording import (
     ablation_words,
     cause_words,
