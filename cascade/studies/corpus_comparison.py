@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from cascade.saturation.records import LayerRoles
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
 from cascade.core.schema import to_plain
@@ -19,6 +18,7 @@ from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
 from cascade.saturation.profile import HARD_RATIOS, SaturationProfile, analyze
+from cascade.saturation.records import LayerRoles
 from cascade.stats.resampling import (
     Place,
     half_widths,
