@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from cascade.core.errors import CascadeError, DeviceError, ModelError, UnsupportedModelError
 from cascade.core.schema import UNSET, to_plain
+from cascade.models.architecture import check_config
 from cascade.models.loading import load, resolve_device
-from cascade.models.stack import DecoderStack, Plan, check_config
+from cascade.models.stack import DecoderStack, Plan
 
 ALL_FAMILIES = pytest.mark.parametrize("family", FAMILIES)
 LAYERS = 4
