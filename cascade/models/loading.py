@@ -6,8 +6,9 @@ import torch
 from msgspec.structs import replace
 
 from cascade.core.errors import DeviceError, ModelError, first_line
+from cascade.models.architecture import check_config
 from cascade.models.identity import tokenizer_hash
-from cascade.models.stack import DecoderStack, check_config
+from cascade.models.stack import DecoderStack
 from cascade.models.weights import read_or_explain, resolve
 
 #: Names of the dtypes a model can be run in.

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from cascade.core.errors import ModelError, UnsupportedModelError, UsageError
 from cascade.core.schema import UNSET
-from cascade.models.stack import DecoderStack, LayerCall, add_to_digest, find_layers
+from cascade.models.architecture import find_layers
+from cascade.models.identity import add_to_digest
+from cascade.models.stack import DecoderStack, LayerCall
 from cascade.models.sublayers import last_products
 
 #: From what a stage's layers start: copies of the layers before them, or random weights.

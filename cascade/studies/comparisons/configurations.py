@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from cascade.core.errors import ModelError, UnsupportedModelError, first_line
+from cascade.models.architecture import check_config, find_layers
 from cascade.models.flops import full_flops, layer_flops
-from cascade.models.stack import check_config, find_layers
 from cascade.models.weights import HUB_NAMES, WHEELS, quiet_transformers, read_or_explain
 
 #: The files that weights are read from.

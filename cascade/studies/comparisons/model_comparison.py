@@ -17,8 +17,9 @@ from cascade.core.errors import UsageError
 from cascade.core.provenance import library_versions, machine_of
 from cascade.core.schema import known, to_plain
 from cascade.corpora.blocks import TokenBlocks, load_blocks
+from cascade.models.architecture import check_config
 from cascade.models.identity import tokenizer_hash
-from cascade.models.stack import DecoderStack, check_config
+from cascade.models.stack import DecoderStack
 from cascade.models.weights import resolve
 from cascade.saturation.profile import SaturationProfile, analyze
 from cascade.studies.comparisons.altered_models import Copy

@@ -45,7 +45,7 @@ def test_everything_of_the_record_is_escaped() -> None:
         return nasty if isinstance(value, str) or value is None else value
 
     record["provenance"] = poison(record["provenance"])
-    record["provenance"]["machine"][nasty] = 1
+    record["provenance"]["versions"][nasty] = "1"
     record["structure"]["rule"] = record["structure"]["source"] = nasty
     page = page_of(record, some_arrays(record))
     parsed = Page(page)
@@ -73,10 +73,10 @@ def test_the_page_begins_with_what_was_found() -> None:
         "output transform in 30 and 30+norm."
     )
     norm = text.index(
-        "Layer 30 itself has a mean similarity of 0.7101; read behind the final norm "
+        "layer 30 itself has a mean similarity of 0.7101; read behind the final norm "
         "(row 30+norm) it is 0.0800. The difference is made by the norm, not by the layer."
     )
-    assert found < norm < text.index("Similarity per layer")
+    assert found < norm < text.index("Similarity of each layer's input and output")
 
 
 def test_every_entry_of_the_provenance_is_on_the_page() -> None:

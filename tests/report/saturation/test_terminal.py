@@ -25,6 +25,11 @@ def bar_rows(text: str) -> dict[str, str]:
     return {line.split()[0]: line for line in section(text, "Mean similarity")}
 
 
+def special_layers(text: str) -> str:
+    """Return what stands below "Special layers": a sentence, then labels and texts."""
+    return text.split("\nSpecial layers\n", 1)[1].split("\n\nSuggested thresholds", 1)[0]
+
+
 def bar_length(line: str) -> int:
     """Return the signed length of a drawn bar, in eighths of a cell."""
     before, _, after = line.partition("│")
@@ -91,8 +96,9 @@ def test_a_share_is_neither_none_nor_all_unless_it_is(share: float, shown: str) 
     assert [line.split() for line in lines] == [["2", "0.00%", shown]]
 
 
-def test_without_outliers_the_table_says_none() -> None:
-    assert section(printed(a_record([0.9, 0.95])), "Outliers: share of tokens") == ["none"]
+def test_without_outliers_a_sentence_says_so() -> None:
+    lines = section(printed(a_record([0.9, 0.95])), "Outliers: share of tokens")
+    assert lines == ["No token lies below 0.5 in any layer."]
 
 
 @pytest.mark.parametrize("normed", [0.08, -0.09])
@@ -180,7 +186,8 @@ def test_the_headline_names_model_corpus_and_run() -> None:
 
 
 def test_special_layers_are_said_in_words_with_rule_and_source() -> None:
-    text = "\n".join(section(printed(a_full_record(), width=300), "Special layers"))
+    text = special_layers(printed(a_full_record(), width=300))
+    assert text.startswith("Hidden states are saturated in layers 3 to 24 and 26 to 29: there, ")
     assert re.search(r"Stable bands +3 to 24 and 26 to 29\n", text)
     assert re.search(r"Input transform +1 \(mean 0\.0068\) and 2 \(mean 0\.8175\)\n", text)
     assert re.search(r"Dips +25 \(mean 0\.8316\)\n", text)
@@ -191,7 +198,7 @@ def test_special_layers_are_said_in_words_with_rule_and_source() -> None:
 
 
 def test_absent_special_layers_are_said_to_be_none() -> None:
-    text = "\n".join(section(printed(a_record([0.9, 0.95])), "Special layers"))
+    text = special_layers(printed(a_record([0.9, 0.95])))
     for label in ("Input transform", "Dips", "Output transform"):
         assert re.search(rf"{label} +none$", text, flags=re.MULTILINE)
     assert "Final norm" not in text
@@ -214,5 +221,5 @@ def test_thresholds_say_which_states_they_compare_and_who_goes_on() -> None:
 
 def test_absent_thresholds_are_said_to_be_none() -> None:
     record = a_record([0.9, 0.95])
-    record["thresholds"] = {"exit_layer": None, "by_hard_ratio": []}
+    record["thresholds"] = {"exit_layer": "1", "by_hard_ratio": []}
     assert printed(record).endswith("\nSuggested thresholds\nnone\n")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
@@ -253,7 +255,12 @@ def test_letters_that_follow_each_other_are_a_range(labels: list[str], words: st
 
 def test_what_copies_are_is_said() -> None:
     model = measured(levels(10), name="tiny+int8")
-    model.profile.provenance["model"]["altered"] = Copy("int8").words()
+    origin = model.profile.provenance
+    altered = msgspec.structs.replace(origin.model, altered=Copy("int8").words())
+    profile = dataclasses.replace(
+        model.profile, provenance=msgspec.structs.replace(origin, model=altered)
+    )
+    model = dataclasses.replace(model, profile=profile)
     text = " ".join(printed(stored(measured(levels(10)), model)).split())
     assert "the matrices of all decoder layers rounded to int8" in text
 
