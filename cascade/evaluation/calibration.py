@@ -21,7 +21,7 @@ from cascade.decoding.early_exit import PROPAGATIONS, EarlyExit, Propagation, ma
 from cascade.decoding.forward import Pass, slices
 from cascade.decoding.inputs import make_chunk
 from cascade.decoding.selective_layers import SkippingLayers
-from cascade.evaluation.operating_points import Evaluator, Point
+from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.exits.fitted_heads import FittedHeads, heads_provenance
 from cascade.exits.rules import check_layers, find_rule
 from cascade.models.flops import Counts
@@ -295,7 +295,10 @@ class _Run:
         )
 
     def losses(self, blocks: TokenBlocks, thresholds: Sequence[float]) -> Array:
-        points = [Point(self.wish.layer, self.wish.rule, threshold, "") for threshold in thresholds]
+        points = [
+            OperatingPoint(self.wish.layer, self.wish.rule, threshold, "")
+            for threshold in thresholds
+        ]
         return self.evaluator.losses(blocks, points, progress=self.progress)
 
     def certificate(self, blocks: TokenBlocks, values: Array) -> Certificate:

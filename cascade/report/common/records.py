@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from cascade.core.schema import Part
+
 Record = Mapping[str, Any]
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -228,7 +230,7 @@ def rule_sentence(layer: str, rule: str = "cosine") -> str:
     )
 
 
-def headline(record: Record) -> list[tuple[str, str]]:
+def headline(record: Record | Part) -> list[tuple[str, str]]:
     """Return model, corpus and run in one line each."""
     model, corpus = record["provenance"]["model"], record["provenance"]["corpus"]
     traits = [model["family"], f"{model['num_layers']} decoder layers", model["quantization"]]
