@@ -27,7 +27,7 @@ from cascade.evaluation.calibration_record import (
     HardRatioThreshold,
     TransferRow,
 )
-from cascade.evaluation.operating_points import Evaluator, Point
+from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.evaluation.records import ExitProvenance
 from cascade.exits.fitted_heads import FittedHeads, heads_provenance
 from cascade.exits.rules import check_layers, find_rule
@@ -297,7 +297,9 @@ class _Run:
     def losses(self, blocks: TokenBlocks, thresholds: Sequence[float]) -> Array:
         """Return each sequence's share of differing predictions, `[thresholds, S]`."""
         config = self.config
-        points = [Point(config.layer, config.rule, threshold, "") for threshold in thresholds]
+        points = [
+            OperatingPoint(config.layer, config.rule, threshold, "") for threshold in thresholds
+        ]
         return self.evaluator.losses(blocks, points, progress=self.progress)
 
     def certificate(self, blocks: TokenBlocks, values: Array, risk: float) -> CertifiedThreshold:

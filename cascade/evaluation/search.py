@@ -18,7 +18,7 @@ from cascade.decoding.early_exit import Propagation
 from cascade.evaluation.exit_curves import exits_and_wrong, lowest_threshold, threshold_of_share
 from cascade.evaluation.exit_evaluation import SECONDS, check_split, full_record
 from cascade.evaluation.exit_table import ExitTable
-from cascade.evaluation.operating_points import INTERVAL, Evaluator, Point
+from cascade.evaluation.operating_points import INTERVAL, Evaluator, OperatingPoint
 from cascade.evaluation.search_choice import TABLE, Wish, point_row, search_record
 from cascade.evaluation.stored_evaluations import Found
 from cascade.evaluation.verdict import CONTROLS
@@ -98,7 +98,7 @@ def search_exits(
     )
     points = [
         point_row(
-            row,
+            to_plain(row),
             propagation=propagation,
             source=0,
             fit=(one.exit_share, one.agreement, one.by),
@@ -120,7 +120,7 @@ def search_exits(
             "seconds": SECONDS,
         },
         "sources": [],
-        "full": full_record(stack, table),
+        "full": to_plain(full_record(stack, table)),
     }
     left_out = [
         {
@@ -220,11 +220,11 @@ def measure_lacking(
         seed=settings["seed"],
     )
     table = found.on_table
-    points = [Point(*(row[name] for name in _POINT)) for row in table]
+    points = [OperatingPoint(*(row[name] for name in _POINT)) for row in table]
     rows, _ = evaluator.run(confirm, points, batch_size=settings["batch_size"], progress=progress)
     run = [
         point_row(
-            row,
+            to_plain(row),
             propagation=settings["propagation"],
             source=source,
             fit=(old["fit_exit_share"], old["fit_agreement"], old["fit_by"]),
@@ -287,7 +287,7 @@ _MODEL = ("family", "num_layers", "hidden_size", "revision", "dtype", "weights_h
 class _Fitted:
     """A threshold, and what the sequences to fit on say of it."""
 
-    point: Point
+    point: OperatingPoint
     exit_share: float
     agreement: float
     by: str
@@ -351,7 +351,7 @@ def _on_the_table(table: ExitTable, pair: tuple[int, str], agreement: float) -> 
         source = f"agreement {agreement:g}" if threshold == lowest else "more cautious"
         found.append(
             _Fitted(
-                Point(layer, rule, threshold, source),
+                OperatingPoint(layer, rule, threshold, source),
                 exits / confidence.size,
                 (confidence.size - wrong) / confidence.size,
                 "table",
@@ -393,7 +393,7 @@ def _corrected(
     exits, wrong = exits_and_wrong(confidence, agrees, lowest)
     lost = wrong + float(more_wrong(np.array([exits]))[0])
     return _Fitted(
-        Point(layer, rule, lowest, f"agreement {agreement:g}, corrected"),
+        OperatingPoint(layer, rule, lowest, f"agreement {agreement:g}, corrected"),
         exits / size,
         (size - lost) / size,
         "table, corrected by running",

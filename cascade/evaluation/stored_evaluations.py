@@ -11,8 +11,10 @@ import numpy as np
 
 from cascade.core.errors import RecordError
 from cascade.core.records import at, read_record
+from cascade.core.schema import from_plain
 from cascade.core.shapes import COUNT, INTERVAL, NUMBER, SHARE, TEXT, WHOLE, Maybe, Shape, flaw
 from cascade.evaluation.exit_curves import lowest_kept
+from cascade.evaluation.records import ExitCurve
 from cascade.evaluation.search_choice import EXACT_TABLE, TABLE, Wish, point_row, search_record
 from cascade.evaluation.verdict import CONTROLS
 
@@ -219,7 +221,7 @@ def look_up(record: Row, wish: Wish, *, source: int = 0) -> Found:
         curve = known.get(pair)
         lowest = searched.get(pair)
         if curve is not None and curves is not None:
-            place = lowest_kept(curve, curves["fit_tokens"], wish.agreement)
+            place = lowest_kept(from_plain(curve, ExitCurve), curves["fit_tokens"], wish.agreement)
             lowest = None if place is None else curve["thresholds"][place]
         fits = {} if curves is None or curve is None else _fits(curve, curves["fit_tokens"])
         found.points.extend(_run_points(rows, fits, lowest, settings["propagation"], source))

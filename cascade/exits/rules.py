@@ -60,6 +60,14 @@ class ExitPoint:
         """The exit head's most likely token, `[n]`."""
         return self.logits.argmax(dim=-1)
 
+    def with_own_logits(self) -> ExitPoint:
+        """Return the same tokens with their logits made, and nothing that a rule made of them.
+
+        Several rules can so be timed on the same logits, each with its own work.
+        """
+        logits = self.logits
+        return replace(self, compute_logits=lambda: logits)
+
     def similarity(self, layer: int) -> Tensor:
         """Cosine of a layer's input and output, `[n]`, in [-1, 1]."""
         before, after = (state.float() for state in self.history.pair(layer))

@@ -15,8 +15,8 @@ from cascade.core.errors import CascadeError, CorpusError, RecordError, UsageErr
 from cascade.core.records import to_json
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import PROPAGATIONS, Propagation
-from cascade.evaluation.exit_evaluation import Request, evaluate, split
-from cascade.evaluation.operating_points import Evaluator, Point
+from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
+from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.evaluation.search import measure_lacking, search_exits, tokens_to_read
 from cascade.evaluation.search_choice import Wish
 from cascade.evaluation.stored_evaluations import look_up
@@ -50,7 +50,8 @@ def run_again(record: Record, blocks: TokenBlocks) -> list[Record]:
         propagation=record["points"][0]["propagation"],
     )
     points = [
-        Point(row["exit_layer"], row["rule"], row["threshold"], "") for row in record["points"]
+        OperatingPoint(row["exit_layer"], row["rule"], row["threshold"], "")
+        for row in record["points"]
     ]
     return evaluator.run(blocks, points)[0]
 
@@ -177,7 +178,7 @@ def test_a_search_that_cannot_be_is_refused_in_one_line(
 
 @functools.cache
 def _evaluated() -> Record:
-    request = Request(layers=LAYERS, rules=RULES, agreement=0.9)
+    request = EvaluationConfig(layers=LAYERS, rules=RULES, agreement=0.9)
     return evaluate(
         a_settled_stack("llama"),
         FIT,

@@ -17,8 +17,8 @@ from support.reference_points import blocks_of, settled_heads
 from cascade.core.errors import RecordError
 from cascade.core.records import write_record
 from cascade.decoding.early_exit import Propagation
-from cascade.evaluation.exit_evaluation import Request, evaluate, split
-from cascade.evaluation.operating_points import Evaluator, Point
+from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
+from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.evaluation.search_choice import Wish
 from cascade.evaluation.stored_evaluations import look_up, read_evaluations, search_evaluations
 
@@ -29,11 +29,11 @@ FIT, CONFIRM = split(blocks_of(20, seed=1))
 
 @functools.cache
 def _evaluated(propagation: Propagation, layers: tuple[int, ...], heads: bool) -> Record:
-    request = Request(
+    request = EvaluationConfig(
         layers=layers,
         rules=("cosine", "top2_gap"),
         hard_ratios=(0.25, 0.5, 0.75),
-        thresholds=(Point(layers[0], "cosine", 0.9375, "given"),),
+        thresholds=(OperatingPoint(layers[0], "cosine", 0.9375, "given"),),
         agreement=0.9,
     )
     return evaluate(
@@ -156,7 +156,7 @@ def test_what_was_not_run_is_said_to_be_read_off_the_table(
         heads=settled_heads("llama"),
         propagation=propagation,
     )
-    points = [Point(*key(row), "here") for row in read_off]
+    points = [OperatingPoint(*key(row), "here") for row in read_off]
     run, _ = evaluator.run(CONFIRM, points)
     for row, again in zip(read_off, run, strict=True):
         assert row["confirmed_by"] == by

@@ -24,8 +24,8 @@ from cascade.decoding.early_exit import EarlyExit, make_exit
 from cascade.decoding.generation import Generation
 from cascade.evaluation.calibration import confidences
 from cascade.evaluation.exit_curves import curve, exits_and_wrong
-from cascade.evaluation.exit_evaluation import Request, evaluate
-from cascade.evaluation.operating_points import Evaluator, Point
+from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate
+from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.exits.rules import find_rule
 from cascade.stages.collecting import collect_hard
 from cascade.stats.thresholds import transfer
@@ -134,19 +134,22 @@ def test_a_transferred_threshold_decides_exactly(place: str) -> None:
 def test_an_evaluated_operating_point_decides_exactly(place: str) -> None:
     threshold = threshold_at(place)
     evaluator = Evaluator(a_stack("llama"), {LAYER: ["cosine"]})
-    rows, table = evaluator.run(blocks(), [Point(LAYER, "cosine", threshold, "given")])
+    rows, table = evaluator.run(blocks(), [OperatingPoint(LAYER, "cosine", threshold, "given")])
     assert np.array_equal(table.confidence[LAYER, "cosine"], values())
-    assert rows[0]["exit_share"] == expected(threshold).mean()
+    assert rows[0].exit_share == expected(threshold).mean()
 
 
 @everywhere
 def test_a_random_control_has_the_exact_share_of_its_operating_point(place: str) -> None:
     threshold = threshold_at(place, share=0.1)
-    request = Request(
-        layers=(), rules=(), hard_ratios=(), thresholds=(Point(LAYER, "cosine", threshold, "it"),)
+    request = EvaluationConfig(
+        layers=(),
+        rules=(),
+        hard_ratios=(),
+        thresholds=(OperatingPoint(LAYER, "cosine", threshold, "it"),),
     )
     record = evaluate(a_stack("llama"), blocks(), random_blocks(4, 12), request)
-    shares = [row["threshold"] for row in record["points"] if row["rule"] == "random"]
+    shares = [row.threshold for row in record.points if row.rule == "random"]
     assert 1 - expected(threshold).mean() in shares
 
 
@@ -159,10 +162,10 @@ def test_an_exit_curve_decides_exactly(place: str) -> None:
     # Sequences that are all the same have an interval without width: the share that stays.
     number = int(np.argmax(expected(threshold).sum(axis=1) > 0))
     same = np.tile(values()[number], (4, 1))
-    found = curve((same, same > 2), (same, same > 2), [threshold])
-    place_of = found["thresholds"].index(threshold)
+    found = curve(LAYER, "cosine", (same, same > 2), (same, same > 2), [threshold])
+    place_of = found.thresholds.index(threshold)
     stays = (~expected(threshold)[number]).mean()
-    assert found["low"][place_of] == found["high"][place_of] == pytest.approx(stays, abs=1e-6)
+    assert found.low[place_of] == found.high[place_of] == pytest.approx(stays, abs=1e-6)
 
 
 @everywhere

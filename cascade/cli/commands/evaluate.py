@@ -30,7 +30,7 @@ from cascade.cli.options import (
     given_beside,
     picked,
 )
-from cascade.cli.output import run_folder, say_wrote, write_json
+from cascade.cli.output import run_folder, say_wrote, show, write_json
 
 #: The files of one run of `cascade evaluate --output`.
 EVALUATION_FILES = ("evaluation.json", "pareto.svg", "evaluation.html")
@@ -101,21 +101,22 @@ def _evaluate_exits(
     passes: PassOptions,
     output: OutputOptions,
 ) -> None:
-    from cascade.report.exits.evaluation import evaluation_page, print_evaluation
-    from cascade.report.exits.pareto import pareto_svg
+    from cascade.report.common.sections import html_page
+    from cascade.report.exits.evaluation import PARETO, evaluation_report
 
     with run_folder(output.output, EVALUATION_FILES, overwrite=output.overwrite) as folder:
         points = [parse_point(text) for text in wanted.point or ()]
         from cascade.evaluation import exit_evaluation as evaluation
-        from cascade.evaluation.operating_points import Point
+        from cascade.evaluation.operating_points import OperatingPoint
+        from cascade.saturation.profile import HARD_RATIOS
 
         stack = load_model(model)
         fitted = read_heads(heads.heads, stack)
-        request = evaluation.Request(
+        request = evaluation.EvaluationConfig(
             layers=evaluated_layers(wanted.layers, stack, fitted, wanted.only_points),
             rules=() if wanted.only_points else tuple(wanted.rule or ("cosine", "top2_gap")),
-            hard_ratios=tuple(wanted.hard_ratio or (0.3, 0.5, 0.7)),
-            thresholds=tuple(Point(*values, "given") for values in points),
+            hard_ratios=tuple(wanted.hard_ratio or HARD_RATIOS),
+            thresholds=tuple(OperatingPoint(*values, "given") for values in points),
             agreement=wanted.agreement,
             perplexity_ratio=wanted.perplexity_ratio,
             only_given=wanted.only_points,
@@ -137,12 +138,12 @@ def _evaluate_exits(
                 command=command_line(),
                 progress=advance,
             )
+        report = evaluation_report(record)
         write_json(folder, "evaluation.json", record)
         if folder is not None:
-            folder.write("pareto.svg", pareto_svg(record))
-            folder.write("evaluation.html", evaluation_page(record))
-    print_record(print_evaluation, record)
-    say_wrote(output.output, "evaluation.html")
+            folder.write(PARETO, report.pictures()[0].svg)
+            folder.write("evaluation.html", html_page(report))
+    show(report, output.output, "evaluation")
 
 
 def _evaluate_cascade(cascade: Path, options: CascadeEvaluationOptions) -> None:
