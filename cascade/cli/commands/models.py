@@ -24,7 +24,7 @@ from cascade.cli.output import finish, report_folder, show
 from cascade.core.errors import ModelError
 
 if TYPE_CHECKING:
-    from cascade.studies.comparisons.model_comparison import (
+    from cascade.studies.comparisons.compared_models import (
         Candidate,
         MeasuredModel,
         SameText,
@@ -73,19 +73,19 @@ def compare_models(
     """
     with report_folder(output, "models", MODELS_PICTURES, overwrite=overwrite) as folder:
         from cascade.report.studies.models import models_report
-        from cascade.studies.comparisons import model_comparison
-        from cascade.studies.comparisons.altered_models import Copy
+        from cascade.studies.comparisons import compared_models, model_comparison
+        from cascade.studies.comparisons.altered_models import Alteration
 
-        wanted = model_comparison.candidates(
+        wanted = compared_models.candidates(
             models,
-            copies=[Copy.parse(text, seed=seed) for text in copies or ()],
+            copies=[Alteration.parse(text, seed=seed) for text in copies or ()],
             unmeasured=unmeasured or (),
             config_only=config_only,
         )
         # What cannot be read is said before minutes are spent; copies are of the first model.
         for candidate in {each.source: each for each in reversed(wanted)}.values():
             _check(candidate)
-        text = model_comparison.SameText(
+        text = compared_models.SameText(
             corpus,
             seq_len=seq_len,
             max_tokens=max_tokens,
@@ -123,14 +123,14 @@ def _seen(
     device: str,
 ) -> MeasuredModel | UnmeasuredModel:
     from cascade.studies.comparisons.altered_models import alter
-    from cascade.studies.comparisons.model_comparison import describe_model, measure_model
+    from cascade.studies.comparisons.compared_models import describe_model, measure_model
 
     if not candidate.measured:
         return describe_model(candidate.source, seq_len)
     stack = load_model(candidate.source, None, dtype, device)
-    if candidate.copy is not None:
-        with status(f"Altering a copy: {candidate.copy.name}"):
-            alter(stack, candidate.copy)
+    if candidate.alteration is not None:
+        with status(f"Altering a copy: {candidate.alteration.name}"):
+            alter(stack, candidate.alteration)
     with status("Reading the corpus"):
         blocks = text.blocks(stack)
     with progress_bar(str(stack.provenance["name"]), blocks.tokens) as advance:
