@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from cascade.stages.training_config import Recipe as Recipe
     from cascade.stats.similarity_statistics import SimilarityStatistics as SimilarityStatistics
     from cascade.studies.comparisons.altered_models import copy_of as copy_of
+    from cascade.studies.comparisons.compared_models import measure_model as measure_model
     from cascade.studies.comparisons.corpus_comparison import compare_corpora as compare_corpora
     from cascade.studies.comparisons.model_comparison import compare_models as compare_models
-    from cascade.studies.comparisons.model_comparison import measure_model as measure_model
     from cascade.studies.explanations.final_norm import explain_norm as explain_norm
     from cascade.studies.explanations.layer_explanation import explain as explain
 
@@ -83,7 +83,7 @@ _MODULES = {
     "load_blocks": "corpora.blocks",
     "load_hard_tokens": "stages.dataset",
     "load_heads": "exits.fitted_heads",
-    "measure_model": "studies.comparisons.model_comparison",
+    "measure_model": "studies.comparisons.compared_models",
     "read_profile": "gate.baselines",
     "read_record": "core.records",
     "run_gate": "gate.quick_gate",

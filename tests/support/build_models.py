@@ -1,19 +1,17 @@
-"""Models to compare, by hand: measured ones from drawn similarities, with the sizes they need."""
+"""Models to compare, with drawn similarities and given sizes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from cascade.core.arrays import Array
 from cascade.core.provenance import typed_provenance
 from cascade.saturation.profile import SaturationProfile
 from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
+from cascade.studies.comparisons.compared_models import MeasuredModel
 from cascade.studies.comparisons.configurations import Sizes
-from cascade.studies.comparisons.model_comparison import MeasuredModel
-
-Array = npt.NDArray[Any]
 
 TOKENS = 8
 
@@ -54,6 +52,7 @@ def measured(
     tokenizer: str | None = "t",
     fingerprints: Array | None = None,
     norm: bool = True,
+    altered: str | None = None,
 ) -> MeasuredModel:
     """Return a model of these mean similarities, the same draw whatever they are.
 
@@ -65,6 +64,7 @@ def measured(
         tokenizer: The hash of its tokenizer.
         fingerprints: Of its sequences.
         norm: Whether it has a row behind a final norm.
+        altered: What was done to its weights.
     """
     num_layers = len(means)
     labels = [str(layer) for layer in range(1, num_layers + 1)]
@@ -87,6 +87,7 @@ def measured(
             "num_layers": num_layers,
             "dtype": "float32",
             "device": "cpu",
+            **({} if altered is None else {"altered": altered}),
         },
         "corpus": {
             "source": "words",

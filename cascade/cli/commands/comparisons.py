@@ -27,7 +27,7 @@ from cascade.cli.output import finish, report_folder, show
 from cascade.core.errors import ModelError
 
 if TYPE_CHECKING:
-    from cascade.studies.comparisons.model_comparison import (
+    from cascade.studies.comparisons.compared_models import (
         Candidate,
         MeasuredModel,
         SameText,
@@ -193,19 +193,19 @@ def compare_models(
     """
     with report_folder(output, "models", MODELS_PICTURES) as folder:
         from cascade.report.studies.models import models_report
-        from cascade.studies.comparisons import model_comparison
-        from cascade.studies.comparisons.altered_models import Copy
+        from cascade.studies.comparisons import compared_models, model_comparison
+        from cascade.studies.comparisons.altered_models import Alteration
 
-        wanted = model_comparison.candidates(
+        wanted = compared_models.candidates(
             of.models,
-            copies=[Copy.parse(text, seed=seed) for text in of.copies or ()],
+            copies=[Alteration.parse(text, seed=seed) for text in of.copies or ()],
             unmeasured=of.unmeasured or (),
             config_only=of.config_only,
         )
         # What cannot be read is said before minutes are spent; copies are of the first model.
         for candidate in {each.source: each for each in reversed(wanted)}.values():
             _check_candidate(candidate)
-        text = model_comparison.SameText(
+        text = compared_models.SameText(
             corpus.corpus,
             seq_len=corpus.seq_len,
             max_tokens=corpus.max_tokens,
@@ -238,14 +238,14 @@ def _described(
     candidate: Candidate, text: SameText, seq_len: int, batch_size: int, where: DeviceOptions
 ) -> MeasuredModel | UnmeasuredModel:
     from cascade.studies.comparisons.altered_models import alter
-    from cascade.studies.comparisons.model_comparison import describe_model, measure_model
+    from cascade.studies.comparisons.compared_models import describe_model, measure_model
 
     if not candidate.measured:
         return describe_model(candidate.source, seq_len)
     stack = load_model(picked(ModelOptions, where, model=candidate.source, revision=None))
-    if candidate.copy is not None:
-        with status(f"Altering a copy: {candidate.copy.name}"):
-            alter(stack, candidate.copy)
+    if candidate.alteration is not None:
+        with status(f"Altering a copy: {candidate.alteration.name}"):
+            alter(stack, candidate.alteration)
     with status("Reading the corpus"):
         blocks = text.blocks(stack)
     with progress_bar(str(stack.provenance["name"]), blocks.tokens) as advance:

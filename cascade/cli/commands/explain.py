@@ -22,7 +22,7 @@ from cascade.cli.options import (
     SampledCorpusOptions,
 )
 from cascade.cli.output import finish, report_folder, show
-from cascade.core.errors import RecordError, UsageError
+from cascade.core.errors import UsageError
 
 if TYPE_CHECKING:
     from cascade.corpora.blocks import TokenBlocks
@@ -161,15 +161,16 @@ def _measure_findings(
     folder: Path, model: str, layer: int, corpora: list[str], heads: Path | None
 ) -> None:
     """Run the commands that write the records."""
-    from cascade.core.records import read_record
+    from cascade.core.records import read_typed
+    from cascade.studies.explanations.records import LayerExplanation
 
     if not corpora:
         raise UsageError("expected at least one corpus beside the embedded one; name it: --corpus")
     of_model = [] if model == "smollm2-135m" else ["--model", model]
     to_folder = ["--output", str(folder), "--overwrite"]
     _run_command(["explain", "--layer", str(layer), *of_model, *to_folder])
-    record = read_record(folder / "explanation.json", kind="explanation")
-    last = record["provenance"]["model"]["num_layers"]
+    record = read_typed(folder / "explanation.json", LayerExplanation)
+    last = record.provenance.model.num_layers
     _run_command(["explain", "--layer", f"{last}+norm", *of_model, *to_folder])
     _run_command(["compare-corpora", "embedded", *corpora, *of_model, *to_folder])
     copies = [part for how in _COPIES for part in ("--copy", how)]
@@ -200,15 +201,13 @@ def status_of(command: list[str]) -> int:
 
 def _draw_findings(page: Path, folder: Path) -> None:
     from cascade.core.files import write_text
-    from cascade.core.records import read_record
-    from cascade.report.studies.findings import QUESTIONS, findings_markdown, findings_pictures
+    from cascade.report.studies.findings import (
+        findings_markdown,
+        findings_pictures,
+        read_findings,
+    )
 
-    records: dict[str, Any] = {}
-    for question in QUESTIONS:
-        path = folder / f"{question.stem}.json"
-        if not path.exists():
-            raise RecordError(f"{path} is missing; measure it with `cascade findings --measure`")
-        records[question.stem] = read_record(path, kind=question.kind)
+    records = read_findings(folder)
     text = findings_markdown(records, pictures=folder.name)
     for picture in findings_pictures(records):
         write_text(folder / picture.file, picture.svg)

@@ -1,4 +1,4 @@
-"""Copies of a model with altered weights: what quantization and perturbation do to a profile."""
+"""Models with altered weights, rounded or perturbed, to compare with the original."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cascade.models.stack import DecoderStack
 #: Inputs that share one scale in an int4 copy.
 INT4_GROUP = 32
 
-#: What each way of altering does to the matrices of all decoder layers.
-WAYS = {
+#: What each kind of alteration does to the matrices of all decoder layers.
+KINDS = {
     "int8": "rounded to int8, one scale per output, to nearest",
     "int4": f"rounded to int4, one scale per output and {INT4_GROUP} inputs, to nearest",
     "bf16": "rounded to bfloat16",
@@ -27,57 +27,61 @@ WAYS = {
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A way to alter a model's weights: the matrices of its decoder layers.
+class Alteration:
+    """How to alter a model's weights, namely the matrices of its decoder layers.
 
-    Embeddings, LM head, norms and biases stay as they are, and so does arithmetic: rounded weights
-    are computed with in the model's own dtype.
+    Embeddings, LM head, norms and biases stay as they are. Rounded weights are stored, and computed
+    with, in the model's own dtype.
 
     Attributes:
-        way: A key of `WAYS`.
-        amount: Standard deviation of the noise; 0 for all other ways.
-        seed: Of the noise.
+        kind: A key of `KINDS`.
+        amount: Standard deviation of the noise; 0 for all other kinds.
+        seed: Seed of the noise.
+
+    Example:
+        >>> Alteration.parse("noise:0.01").amount
+        0.01
     """
 
-    way: str
+    kind: str
     amount: float = 0.0
     seed: int = 0
 
     @classmethod
-    def parse(cls, text: str, *, seed: int = 0) -> Copy:
-        """Read a way as the command line names it: "int8", "int4", "bf16" or "noise:0.01".
+    def parse(cls, text: str, *, seed: int = 0) -> Alteration:
+        """Read an alteration as the command line names it: "int8", "int4", "bf16" or "noise:0.01".
 
         Raises:
             UsageError: It names something else.
         """
-        way, colon, amount = text.partition(":")
-        if way not in WAYS or bool(colon) != (way == "noise"):
+        kind, colon, amount = text.partition(":")
+        if kind not in KINDS or bool(colon) != (kind == "noise"):
             raise UsageError(f"expected a copy such as int8, int4, bf16 or noise:0.01, got {text}")
-        if way != "noise":
-            return cls(way)
+        if kind != "noise":
+            return cls(kind)
         try:
             deviation = float(amount)
         except ValueError:
             deviation = -1.0
         if not 0 < deviation < 1:
             raise UsageError(f"expected noise of a size above 0 and below 1, got {text}")
-        return cls(way, deviation, seed)
+        return cls(kind, deviation, seed)
 
     @property
     def name(self) -> str:
-        """The way as the command line names it."""
-        return f"{self.way}:{self.amount:g}" if self.way == "noise" else self.way
+        """The alteration as the command line names it."""
+        return f"{self.kind}:{self.amount:g}" if self.kind == "noise" else self.kind
 
     def words(self) -> str:
-        """Say what it does."""
-        text = f"the matrices of all decoder layers {WAYS[self.way]}"
-        if self.way == "noise":
+        """Return what it does, in words."""
+        text = f"the matrices of all decoder layers {KINDS[self.kind]}"
+        if self.kind == "noise":
             text += f" of standard deviation {self.amount:g}, seed {self.seed}"
         return text
 
 
 @torch.no_grad()
-def alter(stack: DecoderStack, how: Copy) -> None:
+def alter(stack: DecoderStack, how: Alteration) -> None:
     """Alter a model's weights in place; from then on its provenance says so.
 
     Args:
@@ -105,7 +109,7 @@ def alter(stack: DecoderStack, how: Copy) -> None:
     )
 
 
-def copy_of(stack: DecoderStack, how: Copy) -> DecoderStack:
+def copy_of(stack: DecoderStack, how: Alteration) -> DecoderStack:
     """Return an altered copy of a model; the model itself stays as it is.
 
     Args:
@@ -138,12 +142,12 @@ def _matrices(stack: DecoderStack) -> Iterator[tuple[nn.Parameter, int]]:
                 yield parameter, inputs
 
 
-def _altered(weight: Tensor, how: Copy, generator: torch.Generator) -> Tensor:
-    if how.way == "bf16":
+def _altered(weight: Tensor, how: Alteration, generator: torch.Generator) -> Tensor:
+    if how.kind == "bf16":
         return weight.bfloat16().float()
-    if how.way == "int8":
+    if how.kind == "int8":
         return rounded(weight, 127)
-    if how.way == "int4":
+    if how.kind == "int4":
         inputs = weight.shape[-1]
         group = INT4_GROUP if inputs % INT4_GROUP == 0 else inputs
         grouped = weight.reshape(*weight.shape[:-1], -1, group)

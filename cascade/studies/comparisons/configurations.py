@@ -1,4 +1,4 @@
-"""Configurations: what follows of a model from its sizes alone, without a single weight."""
+"""What follows from a model's configuration alone, without its weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from cascade.core.errors import ModelError, UnsupportedModelError, first_line
+from cascade.core.schema import Part, from_plain
 from cascade.models.architecture import check_config, find_layers
 from cascade.models.flops import full_flops, layer_flops
 from cascade.models.weights import HUB_NAMES, WHEELS, quiet_transformers, read_or_explain
+from cascade.studies.comparisons.model_records import ModelSizes
 
 #: The files that weights are read from.
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -27,7 +29,7 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model's configuration says of it.
+    """The sizes of a model.
 
     Attributes:
         family: E.g. "llama".
@@ -54,36 +56,36 @@ class Sizes:
     lm_head_share: float
 
     def spared(self, layer: int) -> float:
-        """Return the share of operations that lie in the layers behind an exit layer.
+        """Return the share of operations in the layers behind an exit layer.
 
-        More than that no token can spare by leaving there: it still owes the LM head, and its
-        keys and values.
+        A token that exits there spares at most this, because it still needs the LM head, and keys
+        and values.
 
         Args:
             layer: The exit layer, 1..N.
         """
         return sum(self.layer_shares[layer:])
 
-    def record(self) -> dict[str, Any]:
-        """Return what a record holds of it; shares and operations rounded."""
-        return {
-            "family": self.family,
-            "num_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "vocab_size": self.vocab_size,
-            "parameters": self.parameters,
-            "layer_parameters": self.layer_parameters,
-            "seq_len": self.seq_len,
-            "operations_per_token": round(self.operations),
-            "layer_share": round(sum(self.layer_shares) / self.num_layers, 6),
-            "lm_head_share": round(self.lm_head_share, 6),
-        }
+    def record(self) -> ModelSizes:
+        """Return the sizes as a record holds them; shares and operations are rounded."""
+        return ModelSizes(
+            family=self.family,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            parameters=self.parameters,
+            layer_parameters=self.layer_parameters,
+            seq_len=self.seq_len,
+            operations_per_token=round(self.operations),
+            layer_share=round(sum(self.layer_shares) / self.num_layers, 6),
+            lm_head_share=round(self.lm_head_share, 6),
+        )
 
 
 def sizes_of(config: Any, seq_len: int) -> Sizes:
     """Count parameters and operations of a model that a configuration describes.
 
-    The model is built without memory for its weights, so that one of any size can be asked for.
+    The model is built without memory for its weights, so that it can be of any size.
 
     Args:
         config: A configuration of `transformers`.
@@ -100,7 +102,7 @@ def sizes_of(config: Any, seq_len: int) -> Sizes:
             # A copy: building a model completes its configuration.
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except Exception as error:
-        # A family can refuse sizes that do not fit each other in any way it likes.
+        # Which exception a family raises for sizes that do not fit each other is not specified.
         raise UnsupportedModelError(
             f"cannot build a {config.model_type} model of this configuration "
             f"({first_line(error)}); expected the config.json of a whole model"
@@ -135,7 +137,7 @@ class _Outline:
 
 
 def layer_at(depth: float | Fraction, num_layers: int) -> int:
-    """Return the layer that lies nearest to a relative depth; of two, the deeper.
+    """Return the layer nearest to a relative depth; of two, the deeper.
 
     Args:
         depth: In (0, 1]: layer / N.
@@ -164,11 +166,16 @@ def known_names() -> Sequence[str]:
     return tuple(_known())
 
 
+class _KnownModel(Part, frozen=True, kw_only=True):
+    source: str
+    hub_id: str
+    config: dict[str, Any]
+
+
 @cache
-def _known() -> dict[str, dict[str, Any]]:
+def _known() -> dict[str, _KnownModel]:
     text = resources.files("cascade").joinpath("data/configurations.json").read_text("utf-8")
-    models: dict[str, dict[str, Any]] = json.loads(text)["models"]
-    return models
+    return from_plain(json.loads(text)["models"], dict[str, _KnownModel])
 
 
 def read_configuration(source: str, *, revision: str | None = None) -> Configuration:
@@ -190,14 +197,14 @@ def read_configuration(source: str, *, revision: str | None = None) -> Configura
     if known is not None and revision is None:
         return Configuration(
             source.rpartition("/")[2].lower(),
-            known["source"],
-            AutoConfig.for_model(**known["config"]),
+            known.source,
+            AutoConfig.for_model(**known.config),
         )
     return _from_hub(HUB_NAMES.get(source, source), revision)
 
 
-def _by_hub_id(source: str) -> dict[str, Any] | None:
-    return next((entry for entry in _known().values() if entry["hub_id"] == source), None)
+def _by_hub_id(source: str) -> _KnownModel | None:
+    return next((entry for entry in _known().values() if entry.hub_id == source), None)
 
 
 def _from_disk(path: Path, source: str) -> Configuration:
@@ -226,7 +233,7 @@ def _from_hub(source: str, revision: str | None) -> Configuration:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, revision=revision)
     except Exception as error:
-        # As for weights: to the user the client's many errors are one.
+        # The client raises many kinds of errors, which make no difference to the user.
         raise ModelError(
             f"no configuration of {source}: no such folder, and the hub says: {first_line(error)}"
             f" -- give a folder that holds its config.json, or one of {', '.join(known_names())}"
@@ -235,7 +242,7 @@ def _from_hub(source: str, revision: str | None) -> Configuration:
 
 
 def lacks_weights(source: str) -> bool:
-    """Whether a model is a local folder of a configuration without weights."""
+    """Return whether a model is a local folder with a configuration and without weights."""
     path = Path(os.path.expanduser(source))
     if source in WHEELS or not os.path.isdir(path):
         return False

@@ -222,8 +222,8 @@ def _corpus_threshold(label: str, fitted: FittedThreshold) -> CorpusThreshold:
         hard_ratio=fitted.hard_ratio,
         threshold=fitted.threshold,
         reached=fitted.reached,
-        threshold_interval=list(fitted.threshold_interval),
-        reached_interval=list(fitted.reached_interval),
+        threshold_interval=fitted.threshold_interval,
+        reached_interval=fitted.reached_interval,
         ties=fitted.ties,
     )
 

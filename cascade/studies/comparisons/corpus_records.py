@@ -171,14 +171,17 @@ class SpecialLayers(Part, frozen=True, kw_only=True):
 
 
 class CorpusThreshold(Part, frozen=True, kw_only=True):
-    """A threshold fitted on a corpus (see `cascade.stats.thresholds.FittedThreshold`)."""
+    """A threshold fitted on a corpus (see `cascade.stats.thresholds.FittedThreshold`).
+
+    Its intervals are tuples, which `to_json` writes on the row's own line.
+    """
 
     corpus: str
     hard_ratio: Share
     threshold: Finite
     reached: Share
-    threshold_interval: Interval
-    reached_interval: Interval
+    threshold_interval: tuple[Finite, Finite]
+    reached_interval: tuple[Finite, Finite]
     ties: Index
 
 

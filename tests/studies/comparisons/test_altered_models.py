@@ -1,4 +1,4 @@
-"""Altered copies: what is rounded or scaled is the matrices of decoder layers, and nothing else."""
+"""Tests of altered models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import Tensor
 
 from cascade.core.errors import ModelError, UsageError
 from cascade.models.stack import DecoderStack
-from cascade.studies.comparisons.altered_models import INT4_GROUP, Copy, alter, copy_of, rounded
+from cascade.studies.comparisons.altered_models import (
+    INT4_GROUP,
+    Alteration,
+    alter,
+    copy_of,
+    rounded,
+)
 
 COPIES = ("int8", "int4", "bf16", "noise:0.01")
 
@@ -25,10 +31,10 @@ def weights_of(stack: DecoderStack) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("text", COPIES)
-def test_a_copy_changes_the_layers_matrices_alone_and_the_original_not_at_all(text: str) -> None:
+def test_a_copy_changes_only_the_layers_matrices_and_not_the_original(text: str) -> None:
     stack = a_stack()
     before = weights_of(stack)
-    twin = copy_of(stack, Copy.parse(text))
+    twin = copy_of(stack, Alteration.parse(text))
     after = weights_of(stack)
     assert all(torch.equal(before[name], after[name]) for name in before)
     changed = {name for name, value in weights_of(twin).items() if not value.equal(before[name])}
@@ -38,20 +44,20 @@ def test_a_copy_changes_the_layers_matrices_alone_and_the_original_not_at_all(te
 
 
 @pytest.mark.parametrize("text", COPIES)
-def test_a_copy_says_what_it_is(text: str) -> None:
+def test_a_copys_provenance_names_its_alteration(text: str) -> None:
     stack = a_stack()
-    twin = copy_of(stack, Copy.parse(text))
-    assert twin.provenance.name == f"tiny+{text}"
-    assert twin.provenance.weights_hash == twin.weights_in_memory() != stack.weights_in_memory()
-    assert "all decoder layers" in twin.provenance.altered
-    assert stack.provenance.name == "tiny"
-    assert stack.provenance.weights_hash == "w"
+    twin = copy_of(stack, Alteration.parse(text))
+    assert twin.provenance["name"] == f"tiny+{text}"
+    assert twin.provenance["weights_hash"] == twin.weights_in_memory() != stack.weights_in_memory()
+    assert "all decoder layers" in twin.provenance["altered"]
+    assert stack.provenance["name"] == "tiny"
+    assert stack.provenance["weights_hash"] == "w"
 
 
-def test_int8_has_at_most_255_values_per_output_and_is_off_by_half_a_step() -> None:
+def test_int8_rounds_to_the_nearest_of_255_values_per_output() -> None:
     stack = a_stack()
     before = stack.layers[0].mlp.up_proj.weight.detach().clone()  # type: ignore[union-attr]
-    alter(stack, Copy("int8"))
+    alter(stack, Alteration("int8"))
     after = stack.layers[0].mlp.up_proj.weight.detach()  # type: ignore[union-attr]
     step = before.abs().amax(dim=1, keepdim=True) / 127
     assert ((after / step) - (after / step).round()).abs().max() < 1e-3
@@ -64,26 +70,26 @@ def test_int4_has_one_scale_per_output_and_group_of_inputs() -> None:
     down = stack.layers[1].mlp.down_proj.weight  # type: ignore[union-attr]
     assert weight.shape[1] == INT4_GROUP
     assert down.shape[1] % INT4_GROUP
-    alter(stack, Copy("int4"))
+    alter(stack, Alteration("int4"))
     for matrix in (weight, down):  # a row that no group divides is one group
         for row in matrix.detach():
             assert len(row.unique()) <= 15
 
 
-def test_the_outputs_of_gpt2s_layers_are_its_columns() -> None:
+def test_gpt2_weights_are_scaled_by_column() -> None:
     stack = a_stack("gpt2")
     before = stack.layers[0].mlp.c_fc.weight.detach().clone()  # type: ignore[union-attr]
-    alter(stack, Copy("int8"))
+    alter(stack, Alteration("int8"))
     after = stack.layers[0].mlp.c_fc.weight.detach()  # type: ignore[union-attr]
     assert torch.equal(after, rounded(before.T, 127).T)
     assert not torch.equal(after, rounded(before, 127))
 
 
-def test_noise_is_of_its_size_and_follows_its_seed() -> None:
+def test_noise_has_the_given_size_and_seed() -> None:
     stack = a_stack()
     before = weights_of(stack)
     one, same, other = (
-        weights_of(copy_of(stack, Copy.parse("noise:0.05", seed=seed))) for seed in (1, 1, 2)
+        weights_of(copy_of(stack, Alteration.parse("noise:0.05", seed=seed))) for seed in (1, 1, 2)
     )
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(one[name], same[name])
@@ -93,10 +99,10 @@ def test_noise_is_of_its_size_and_follows_its_seed() -> None:
     assert abs(float(factor.mean())) < 0.005
 
 
-def test_a_copy_in_bfloat16_of_a_bfloat16_model_is_the_model() -> None:
+def test_bf16_does_not_change_a_bfloat16_model() -> None:
     stack = DecoderStack(tiny_model("llama").bfloat16())
     before = weights_of(stack)
-    alter(stack, Copy("bf16"))
+    alter(stack, Alteration("bf16"))
     assert all(torch.equal(before[name], value) for name, value in weights_of(stack).items())
 
 
@@ -105,7 +111,7 @@ def test_packed_weights_are_refused() -> None:
     linear = stack.layers[2].mlp.up_proj  # type: ignore[union-attr]
     linear.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ModelError, match=r"stored as uint8, expected floating-point"):
-        alter(stack, Copy("int8"))
+        alter(stack, Alteration("int8"))
 
 
 @given(
@@ -137,12 +143,12 @@ def test_rounding_is_near_and_rounding_again_changes_nothing(
         ("", "expected a copy such as int8"),
     ],
 )
-def test_a_way_that_cannot_be_meant_is_refused(text: str, words: str) -> None:
+def test_invalid_alterations_are_refused(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        Copy.parse(text)
+        Alteration.parse(text)
     assert f"got {text}" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", COPIES)
-def test_a_way_is_called_what_it_was_read_from(text: str) -> None:
-    assert Copy.parse(text).name == text
+def test_the_name_of_an_alteration_is_the_text_it_was_parsed_from(text: str) -> None:
+    assert Alteration.parse(text).name == text

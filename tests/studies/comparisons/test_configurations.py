@@ -1,4 +1,4 @@
-"""What follows of a configuration alone is what the built model has."""
+"""Tests of what follows from a configuration alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_sizes_of_known_models_are_the_published_ones(name: str) -> None:
+def test_sizes_of_known_models_equal_the_published_ones(name: str) -> None:
     sizes = sizes_of(read_configuration(name).config, 128)
     assert (sizes.num_layers, sizes.hidden_size, sizes.parameters) == PARAMETERS[name]
 
@@ -44,14 +44,14 @@ def test_every_short_name_has_sizes() -> None:
 
 
 @pytest.mark.parametrize("hub_id", HUB_NAMES.values())
-def test_a_hub_id_of_a_known_model_needs_no_hub(here: Path, hub_id: str) -> None:
+def test_hub_ids_of_known_models_need_no_hub(here: Path, hub_id: str) -> None:
     short = next(name for name, known in HUB_NAMES.items() if known == hub_id)
     by_id, by_name = read_configuration(hub_id), read_configuration(short)
     assert by_id.config.to_dict() == by_name.config.to_dict()
     assert by_id.origin == by_name.origin
 
 
-def test_the_lm_head_of_the_smallest_is_a_fifth() -> None:
+def test_operations_of_the_smallest_model_equal_those_counted_by_hand() -> None:
     # By hand, per token: the head 2 x 576 x 49152; a layer's matrices 2 x (2 x 576^2 + 2 x 192 x
     # 576 + 3 x 576 x 1536) and 4 x 128 x 576 for attention.
     head = 2 * 576 * 49152
@@ -65,7 +65,7 @@ def test_the_lm_head_of_the_smallest_is_a_fifth() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sizes_are_those_of_the_built_model(family: str) -> None:
+def test_sizes_equal_those_of_the_built_model(family: str) -> None:
     model = tiny_model(family)
     before = model.config.to_dict()
     sizes = sizes_of(model.config, 16)
@@ -79,7 +79,7 @@ def test_sizes_are_those_of_the_built_model(family: str) -> None:
     assert model.device == torch.device("cpu")
 
 
-def test_a_folder_needs_no_more_than_its_configuration(folder: Path) -> None:
+def test_a_folder_needs_only_its_configuration(folder: Path) -> None:
     whole = sizes_of(read_configuration(str(folder)).config, 16)
     assert not lacks_weights(str(folder))
     for file in folder.iterdir():
@@ -97,7 +97,7 @@ def test_a_folder_of_torch_files_has_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["smollm2-135m", "smollm2-360m", "nowhere", "a\0b", "a" * 5000])
-def test_what_is_no_folder_lacks_no_weights(here: Path, source: str) -> None:
+def test_only_a_folder_can_lack_weights(here: Path, source: str) -> None:
     assert not lacks_weights(source)
 
 
@@ -151,7 +151,7 @@ def test_a_hub_model_is_described_by_its_cached_configuration(
         ),
     ],
 )
-def test_what_is_no_configuration_is_one_line(
+def test_invalid_configurations_are_refused_in_one_line(
     folder: Path, spoil: object, error: type[ModelError], words: str
 ) -> None:
     spoil(folder / "config.json")  # type: ignore[operator]
@@ -161,7 +161,7 @@ def test_what_is_no_configuration_is_one_line(
 
 
 @pytest.mark.parametrize("source", ["some-org/unknown", "~nobody/x", "a" * 5000, "a\0b"])
-def test_an_unknown_model_is_refused_with_what_is_known(here: Path, source: str) -> None:
+def test_an_unknown_model_is_refused_with_the_known_names(here: Path, source: str) -> None:
     with pytest.raises(ModelError) as caught:
         read_configuration(source)
     assert str(caught.value).startswith(f"no configuration of {source}: ")
@@ -182,7 +182,7 @@ def test_the_nearest_layer_by_hand() -> None:
 
 
 @given(st.integers(1, 120), st.data())
-def test_a_layers_own_depth_names_it(num_layers: int, data: st.DataObject) -> None:
+def test_a_layers_own_depth_leads_back_to_it(num_layers: int, data: st.DataObject) -> None:
     layer = data.draw(st.integers(1, num_layers))
     assert layer_at(Fraction(layer, num_layers), num_layers) == layer
     other = data.draw(st.integers(1, 120))

@@ -10,8 +10,9 @@ from support.build_corpora import CORPORA
 from support.tiny_models import tiny_model
 
 from cascade import analyze, compare_corpora
-from cascade.core.schema import to_plain
+from cascade.core.schema import from_plain, to_plain
 from cascade.models.stack import DecoderStack
+from cascade.saturation.records import ProfileRecord
 from cascade.studies.comparisons.corpus_comparison import CorpusComparisonConfig
 from cascade.studies.comparisons.corpus_measurement import MeasuredCorpus, special_shares
 from cascade.studies.comparisons.corpus_records import CorpusComparison
@@ -38,10 +39,11 @@ def _deep_stack() -> DecoderStack:
 def test_structures_equal_those_of_each_corpus_profile() -> None:
     record = a_deep_record()
     for corpus, blocks in zip(record.corpora, CORPORA, strict=True):
-        profile = analyze(_deep_stack(), blocks).record()
-        assert to_plain(corpus.structure) == profile["structure"]
+        found = analyze(_deep_stack(), blocks).record()
+        profile = from_plain(to_plain(found), ProfileRecord)
+        assert corpus.structure == profile.structure
         assert corpus.structure.dips == ["4"]
-        assert str(corpus.suggested_exit_layer) == profile["thresholds"]["exit_layer"]
+        assert str(corpus.suggested_exit_layer) == profile.thresholds.exit_layer
         assert corpus.tokens == blocks.tokens
         row = next(row for row in corpus.special if row.layer == "4")
         assert (row.role, row.share_of_resamples) == ("dips", 1.0)
