@@ -19,7 +19,7 @@ from support.paths import DOCS
 from cascade.report.studies.findings import QUESTIONS, findings_markdown, findings_pictures
 
 #: The room; the command of the same name hides it.
-command = importlib.import_module("cascade.cli.commands.findings")
+command = importlib.import_module("cascade.cli.commands.explain")
 
 FOLDER = DOCS / "findings"
 
@@ -141,7 +141,7 @@ def test_measuring_runs_every_command_and_draws_the_page(
         assert done.status == 0, done.err
         return done.status
 
-    monkeypatch.setattr(command, "_status_of", in_process)
+    monkeypatch.setattr(command, "status_of", in_process)
     done = run(
         *("findings", "page.md", "--measure", "--model", models / "tiny", "--layer", 2),
         *("--corpus", "texts.jsonl"),
@@ -165,7 +165,7 @@ def test_measuring_runs_every_command_and_draws_the_page(
 def test_a_command_that_fails_ends_the_measuring(
     run: Run, here: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_status_of", lambda line: 2)
+    monkeypatch.setattr(command, "status_of", lambda line: 2)
     done = run("findings", "page.md", "--measure", "--corpus", "texts.jsonl")
     assert done.status == 2
     assert not (here / "page.md").exists()
@@ -194,7 +194,7 @@ def test_a_command_whose_wait_is_broken_off_clears_up(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess.Popen, "wait", broken_off)
     with pytest.raises(KeyboardInterrupt):
-        command._status_of([sys.executable, "-c", script])
+        command.status_of([sys.executable, "-c", script])
     assert (tmp_path / "tidied").exists()
 
 
