@@ -90,14 +90,14 @@ def finish(folder: RunFolder | None, stem: str, record: R, draw: Callable[[R], R
     return report
 
 
-def show(report: Report, output: Path | None, stem: str) -> None:
-    """Print a report, and say where its page is."""
+def show(report: Report, output: Path | None, name: str) -> None:
+    """Print a report, and say which file was written, if there is a folder for it."""
     from rich.console import Console
 
     from cascade.report.common.sections import print_sections
 
     print_sections(report, Console())
-    say_wrote(output, f"{stem}.html")
+    say_wrote(output, name)
 
 
 def say_wrote(output: Path | None, name: str) -> None:

@@ -6,18 +6,23 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from cascade.cli.app import bench, command
-from cascade.cli.console import command_line, print_record
+from cascade.cli.console import command_line
 from cascade.cli.inputs import read_layers
 from cascade.cli.options import Behind, Device, Model
-from cascade.cli.output import run_folder, say_wrote, write_json
+from cascade.cli.output import run_folder, show, write_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from cascade.benchmarks.collection import CollectionBenchmark
+    from cascade.benchmarks.decoding import DecodingBenchmark
+    from cascade.benchmarks.gate import GateBenchmark
+    from cascade.benchmarks.hard_tokens import HardTokenBenchmark
+    from cascade.benchmarks.head_fitting import HeadFittingBenchmark
+    from cascade.report.common.sections import Report
 
 R = TypeVar("R")
 
@@ -48,21 +53,20 @@ class BenchmarkOutput:
 
 def _run(
     measure: Callable[[str, Callable[[str], None]], R],
-    show: Callable[[R, Console], None],
+    draw: Callable[[R], Report],
     output: BenchmarkOutput,
 ) -> None:
     """Measure, write the record where one is wanted, and print it.
 
     Args:
         measure: Called with the command line and a callback for progress messages.
-        show: Prints the record.
+        draw: Returns the record's report.
         output: Where the record goes; checked before anything is measured.
     """
     with run_folder(output.output, [_FILE], overwrite=output.overwrite) as folder:
         record = measure(command_line(), lambda text: typer.echo(text, err=True))
         write_json(folder, _FILE, record)
-    print_record(show, record)
-    say_wrote(output.output, _FILE)
+    show(draw(record), output.output, _FILE)
 
 
 @dataclass(frozen=True)
@@ -94,15 +98,15 @@ def bench_collect(
     One process, rounds interleaved in random order. A missed target is
     printed and recorded; it does not fail the command.
     """
-    from cascade.report.benchmarks import print_bench
+    from cascade.report.benchmarks.collection import collection_benchmark_report
 
-    def measure(line: str, progress: Callable[[str], None]) -> dict[str, Any]:
-        from cascade.benchmarks.collect import Setup, collect
+    def measure(line: str, progress: Callable[[str], None]) -> CollectionBenchmark:
+        from cascade.benchmarks.collection import CollectionBenchmarkConfig, benchmark_collection
 
-        config = Setup(**dataclasses.asdict(options))
-        return collect(config, memory=memory, command=line, progress=progress)
+        config = CollectionBenchmarkConfig(**dataclasses.asdict(options))
+        return benchmark_collection(config, memory=memory, command=line, progress=progress)
 
-    _run(measure, print_bench, output)
+    _run(measure, collection_benchmark_report, output)
 
 
 @dataclass(frozen=True)
@@ -142,16 +146,16 @@ def bench_decode(options: DecodingOptions, output: BenchmarkOutput) -> None:
     One process, rounds interleaved in random order, on held-out text. A
     missed target is printed and recorded; it does not fail the command.
     """
-    from cascade.report.benchmarks import print_decoding
+    from cascade.report.benchmarks.decoding import decoding_benchmark_report
 
-    def measure(line: str, progress: Callable[[str], None]) -> dict[str, Any]:
-        from cascade.benchmarks.decode import DecodeSetup, decode
+    def measure(line: str, progress: Callable[[str], None]) -> DecodingBenchmark:
+        from cascade.benchmarks.decoding import DecodingBenchmarkConfig, benchmark_decoding
 
         heads = None if options.heads is None else str(options.heads)
-        config = DecodeSetup(**dataclasses.asdict(options) | {"heads": heads})
-        return decode(config, command=line, progress=progress)
+        config = DecodingBenchmarkConfig(**dataclasses.asdict(options) | {"heads": heads})
+        return benchmark_decoding(config, command=line, progress=progress)
 
-    _run(measure, print_decoding, output)
+    _run(measure, decoding_benchmark_report, output)
 
 
 @dataclass(frozen=True)
@@ -176,16 +180,19 @@ def bench_fit(options: HeadFittingOptions, output: BenchmarkOutput) -> None:
     One process, rounds interleaved in random order. A missed target is
     printed and recorded; it does not fail the command.
     """
-    from cascade.report.benchmarks import print_fitting
+    from cascade.report.benchmarks.collection import head_fitting_benchmark_report
 
-    def measure(line: str, progress: Callable[[str], None]) -> dict[str, Any]:
-        from cascade.benchmarks.fit import FitSetup, fit
+    def measure(line: str, progress: Callable[[str], None]) -> HeadFittingBenchmark:
+        from cascade.benchmarks.head_fitting import (
+            HeadFittingBenchmarkConfig,
+            benchmark_head_fitting,
+        )
 
         layers = read_layers(options.layers)
-        config = FitSetup(**dataclasses.asdict(options) | {"layers": layers})
-        return fit(config, command=line, progress=progress)
+        config = HeadFittingBenchmarkConfig(**dataclasses.asdict(options) | {"layers": layers})
+        return benchmark_head_fitting(config, command=line, progress=progress)
 
-    _run(measure, print_fitting, output)
+    _run(measure, head_fitting_benchmark_report, output)
 
 
 @dataclass(frozen=True)
@@ -210,15 +217,15 @@ def bench_collect_hard(options: HardTokenOptions, output: BenchmarkOutput) -> No
     One process, rounds interleaved in random order. A missed target is
     printed and recorded; it does not fail the command.
     """
-    from cascade.report.benchmarks import print_collecting
+    from cascade.report.benchmarks.collection import hard_token_benchmark_report
 
-    def measure(line: str, progress: Callable[[str], None]) -> dict[str, Any]:
-        from cascade.benchmarks.hard_tokens import HardSetup, collect_hard_tokens
+    def measure(line: str, progress: Callable[[str], None]) -> HardTokenBenchmark:
+        from cascade.benchmarks.hard_tokens import HardTokenBenchmarkConfig, benchmark_hard_tokens
 
-        config = HardSetup(**dataclasses.asdict(options))
-        return collect_hard_tokens(config, command=line, progress=progress)
+        config = HardTokenBenchmarkConfig(**dataclasses.asdict(options))
+        return benchmark_hard_tokens(config, command=line, progress=progress)
 
-    _run(measure, print_collecting, output)
+    _run(measure, hard_token_benchmark_report, output)
 
 
 @dataclass(frozen=True)
@@ -244,13 +251,13 @@ def bench_gate(options: GateOptions, output: BenchmarkOutput) -> None:
     loading the model and importing the plugin are timed by themselves. A
     missed target is printed and recorded; it does not fail the command.
     """
-    from cascade.report.benchmarks import print_gating
+    from cascade.report.benchmarks.gate import gate_benchmark_report
 
-    def measure(line: str, progress: Callable[[str], None]) -> dict[str, Any]:
-        from cascade.benchmarks.gate import GateSetup, gate
+    def measure(line: str, progress: Callable[[str], None]) -> GateBenchmark:
+        from cascade.benchmarks.gate import GateBenchmarkConfig, benchmark_gate
 
         baselines = str(options.baselines)
-        config = GateSetup(**dataclasses.asdict(options) | {"baselines": baselines})
-        return gate(config, command=line, progress=progress)
+        config = GateBenchmarkConfig(**dataclasses.asdict(options) | {"baselines": baselines})
+        return benchmark_gate(config, command=line, progress=progress)
 
-    _run(measure, print_gating, output)
+    _run(measure, gate_benchmark_report, output)

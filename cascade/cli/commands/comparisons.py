@@ -145,7 +145,7 @@ def compare_corpora(
                 progress=advance,
             )
         report = finish(folder, "corpora", record, corpora_report)
-    show(report, output.output, "corpora")
+    show(report, output.output, "corpora.html")
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def compare_models(
             command=command_line(),
         )
         report = finish(folder, "models", record, models_report)
-    show(report, output.output, "models")
+    show(report, output.output, "models.html")
 
 
 def _check_candidate(candidate: Candidate) -> None:

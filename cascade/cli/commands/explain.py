@@ -78,7 +78,7 @@ def explain(
         else:
             record = _explain_layer(stack, blocks, number, contrast, **about)
             report = finish(folder, stem, record, explanation.explanation_report)
-    show(report, output.output, stem)
+    show(report, output.output, f"{stem}.html")
 
 
 def _number(layer: str) -> int:

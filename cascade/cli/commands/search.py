@@ -135,7 +135,7 @@ def search_exit(
             options = picked(_MeasuredOptions, search, model, heads, corpus, passes)
             record = _measured(wish, source, options)
         report = finish(folder, _STEM, record, exit_search_report)
-    show(report, output.output, _STEM)
+    show(report, output.output, f"{_STEM}.html")
 
 
 def _measured(wish: Wish, source: SearchSource, options: _MeasuredOptions) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from cascade.report.common.axes import angle, limit_angles
 from cascade.report.common.records import is_normed
 from cascade.report.common.svg import LIGHT, as_svg, plain_style
-from cascade.report.saturation.figures import angle, limit_angles
 from cascade.studies.comparisons.model_records import (
     ComparedModel,
     LayerChange,

@@ -28,7 +28,7 @@ from cascade.report.studies.findings import (
 from cascade.studies.explanations.records import FinalNormExplanation, LayerExplanation
 
 #: The module, which the command of the same name hides in its package.
-command = importlib.import_module("cascade.cli.commands.findings")
+command = importlib.import_module("cascade.cli.commands.explain")
 
 FOLDER = DOCS / "findings"
 
@@ -162,7 +162,7 @@ def test_measuring_runs_every_command_and_draws_the_page(
         assert done.status == 0, done.err
         return done.status
 
-    monkeypatch.setattr(command, "_status_of", in_process)
+    monkeypatch.setattr(command, "status_of", in_process)
     done = run(
         *("findings", "page.md", "--measure", "--model", models / "tiny", "--layer", 2),
         *("--corpus", "texts.jsonl"),
@@ -186,7 +186,7 @@ def test_measuring_runs_every_command_and_draws_the_page(
 def test_a_failing_command_ends_the_measuring(
     run: Run, here: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_status_of", lambda line: 2)
+    monkeypatch.setattr(command, "status_of", lambda line: 2)
     done = run("findings", "page.md", "--measure", "--corpus", "texts.jsonl")
     assert done.status == 2
     assert not (here / "page.md").exists()

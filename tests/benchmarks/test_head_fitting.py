@@ -11,23 +11,25 @@ import pytest
 from rich.console import Console
 from support.commands import Run
 
-from cascade.benchmarks import fit as benchmark
-from cascade.benchmarks.fit import FitSetup
+from cascade.benchmarks import head_fitting as benchmark
+from cascade.benchmarks.head_fitting import HeadFittingBenchmark, HeadFittingBenchmarkConfig
 from cascade.benchmarks.timing import BenchmarkError
-from cascade.report.benchmarks import print_fitting
+from cascade.core.schema import SchemaError, from_plain, to_plain
+from cascade.report.benchmarks.collection import head_fitting_benchmark_report
+from cascade.report.common.sections import print_sections
 
 
-def settings(saved: Path, **changes: Any) -> FitSetup:
+def settings(saved: Path, **changes: Any) -> HeadFittingBenchmarkConfig:
     small = {"layers": (1, 3), "tokens": 160, "seq_len": 16, "batch_size": 4, "rounds": 2}
-    return FitSetup(model=str(saved), **(small | changes))
+    return HeadFittingBenchmarkConfig(model=str(saved), **(small | changes))
 
 
 @pytest.fixture(scope="module")
-def record(saved: Path) -> dict[str, Any]:
-    return benchmark.fit(settings(saved), command="cascade bench fit")
+def record(saved: Path) -> HeadFittingBenchmark:
+    return benchmark.benchmark_head_fitting(settings(saved), command="cascade bench fit")
 
 
-def test_both_ways_go_over_the_same_tokens_in_the_same_batches(
+def test_both_variants_go_over_the_same_tokens_in_the_same_batches(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Any]] = {"bare": [], "fit": []}
@@ -39,7 +41,7 @@ def test_both_ways_go_over_the_same_tokens_in_the_same_batches(
         "fit_heads",
         lambda _, blocks, layers, batch_size: seen["fit"].append((blocks.ids, batch_size, layers)),
     )
-    benchmark.fit(settings(saved))
+    benchmark.benchmark_head_fitting(settings(saved))
     assert len(seen["bare"]) == len(seen["fit"]) == 3  # one round warms up
     for (ids, size), (fitted, fitted_size, layers) in zip(*seen.values(), strict=True):
         assert (ids == fitted).all()
@@ -53,34 +55,36 @@ def test_more_tokens_than_the_corpus_has_are_its_tokens_again(
 ) -> None:
     monkeypatch.setattr(benchmark, "bare_forward", lambda *_: None)
     monkeypatch.setattr(benchmark, "fit_heads", lambda *_, **__: None)
-    record = benchmark.fit(settings(saved, tokens=200_000, seq_len=64, layers=(3,)))
-    corpus = record["provenance"]["corpus"]
-    assert record["settings"]["tokens"] == corpus["tokens"] == 200_000
+    record = benchmark.benchmark_head_fitting(
+        settings(saved, tokens=200_000, seq_len=64, layers=(3,))
+    )
+    corpus = record.provenance.corpus
+    assert record.settings.tokens == corpus.tokens == 200_000
 
 
-def test_the_record_has_the_ratio_and_its_target(record: dict[str, Any]) -> None:
-    (ratio,) = record["ratios"]
+def test_the_record_has_the_ratio_and_its_target(record: HeadFittingBenchmark) -> None:
+    (ratio,) = record.ratios
     by_hand = [
         fit / bare
         for fit, bare in zip(
-            record["ways"]["fit"]["seconds"], record["ways"]["bare"]["seconds"], strict=True
+            record.variants["fit"].seconds, record.variants["bare"].seconds, strict=True
         )
     ]
-    assert ratio["name"] == "fit/bare"
-    assert ratio["rounds"] == pytest.approx(by_hand)
-    (target,) = record["targets"]
-    assert (target["name"], target["sense"], target["limit"]) == ("fit/bare", "at most", 1.1)
-    assert target["measured"] == ratio["median"]
-    assert json.loads(json.dumps(record)) == record
+    assert ratio.name == "fit/bare"
+    assert ratio.rounds == pytest.approx(by_hand)
+    (target,) = record.targets
+    assert (target.name, target.sense, target.limit) == ("fit/bare", "at most", 1.1)
+    assert target.measured == ratio.median
+    assert from_plain(json.loads(json.dumps(to_plain(record))), HeadFittingBenchmark) == record
 
 
-def test_the_report_names_the_layers_and_refuses_another_kind(record: dict[str, Any]) -> None:
+def test_the_report_names_the_layers_and_refuses_another_kind(record: HeadFittingBenchmark) -> None:
     text = io.StringIO()
-    print_fitting(record, Console(file=text, width=80))
+    print_sections(head_fitting_benchmark_report(record), Console(file=text, width=80))
     assert "layers 1, 3, in one pass" in text.getvalue()
     assert "fit/bare" in text.getvalue()
-    with pytest.raises(ValueError, match="expected kind"):
-        print_fitting(record | {"kind": "bench.decode"}, Console(file=text))
+    with pytest.raises(SchemaError, match=r'at kind, got "bench\.decode"'):
+        from_plain(to_plain(record) | {"kind": "bench.decode"}, HeadFittingBenchmark)
 
 
 @pytest.mark.parametrize(
