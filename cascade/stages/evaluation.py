@@ -16,7 +16,6 @@ from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import provenance_of
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
-from cascade.core.schema import to_plain
 from cascade.decoding.early_exit import EarlyExit
 from cascade.models.flops import Counts, flops
 from cascade.stages.cascades import Cascade

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from cascade.core.errors import CorpusError, ModelError, OutputError, RecordError, UsageError
 from cascade.core.provenance import provenance_of
-from cascade.core.schema import to_plain
+from cascade.core.schema import known, to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import EarlyExit, make_exit
 from cascade.evaluation.calibration import confidences
@@ -43,6 +43,7 @@ from cascade.evaluation.operating_points import Evaluator
 from cascade.exits.fitted_heads import CHECKED, FittedHeads, heads_provenance, load_heads
 from cascade.exits.head_fitting import fit_heads, rows_of
 from cascade.exits.heads import LogitLens
+from cascade.exits.records import HeadsProvenance
 from cascade.models.stack import DecoderStack
 from cascade.stats import ridge
 from cascade.stats.ridge import STRENGTHS, NormalEquations
@@ -112,6 +113,12 @@ def truth(stack: DecoderStack, ids: Tensor) -> tuple[list[Tensor], Tensor, list[
         if is_projected(stack)
     ]
     return [entry.flatten(0, 1) for entry in history], own.hidden_states[-1].flatten(0, 1), raw
+
+
+def strengths_of(heads: FittedHeads) -> dict[str, list[float]]:
+    found = known(heads.provenance.strengths)
+    assert found is not None
+    return found
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -281,7 +288,7 @@ def test_fits_are_the_textbooks_ridge_at_the_strength_they_name(family: str) -> 
     stack, blocks, heads = a_stack(family), random_blocks(), some_heads(family)
     for layer in (1, 3):
         x, y, _ = rows_by_hand(stack, blocks, layer)
-        strengths = heads.provenance["strengths"][str(layer)]
+        strengths = strengths_of(heads)[str(layer)]
         assert len(strengths) == 1 + LAYERS - layer
         weights = torch.cat([heads.weights[layer][0], heads.maps[layer][0]], dim=1)
         biases = torch.cat([heads.weights[layer][1], heads.maps[layer][1]])
@@ -335,7 +342,7 @@ def test_the_strengths_are_those_that_do_best_on_the_sequences_kept_aside() -> N
         groups = [WIDTH] + [heads.width] * (LAYERS - layer)
         by_group = [part.mean(dim=1) for part in torch.stack(errors).split(groups, dim=1)]
         for error, strength in zip(
-            by_group, heads.provenance["strengths"][str(layer)], strict=True
+            by_group, strengths_of(heads)[str(layer)], strict=True
         ):
             # Neighbours can be as good to fp32's last digits.
             assert error[STRENGTHS.index(strength)] <= error.min() * 1.001
@@ -346,7 +353,7 @@ def test_the_strengths_are_those_that_do_best_on_the_sequences_kept_aside() -> N
 def test_batches_of_any_size_fit_the_same(family: str, batch_size: int) -> None:
     stack, expected = a_stack(family), some_heads(family)
     heads = fit_heads(stack, random_blocks(), range(1, LAYERS + 1), batch_size=batch_size)
-    assert heads.provenance["strengths"].keys() == expected.provenance["strengths"].keys()
+    assert strengths_of(heads).keys() == strengths_of(expected).keys()
     history = [entry.flatten(0, 1) for entry in visited(stack, TEXT)]
     for layer in range(1, LAYERS):
         # Batches differ in the last digits of fp32 (1e-7), which the least penalty (1e-6) can
@@ -412,16 +419,21 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_fits_say_where_they_come_from() -> None:
+def test_fits_have_a_provenance() -> None:
     stack, blocks = a_stack("llama"), random_blocks(21)
-    heads = fit_heads(stack, blocks, [4], provenance={"command": "cascade fit-heads"})
-    assert heads.provenance == {
-        "strengths": heads.provenance["strengths"],
-        "model": to_plain(stack.provenance) | {"weights_hash": stack.weights_hash()},
+    heads = fit_heads(stack, blocks, [4])
+    model = to_plain(stack.provenance) | {"weights_hash": stack.weights_hash()}
+    expected = {
+        "strengths": strengths_of(heads),
+        "model": model,
         "corpus": to_plain(blocks.provenance()),
-        "command": "cascade fit-heads",
     }
-    assert set(heads.provenance["strengths"]) == {"4"}
+    assert to_plain(heads.provenance) == expected
+    assert set(strengths_of(heads)) == {"4"}
+    origin = provenance_of(stack, blocks, "cascade fit-heads")
+    heads = fit_heads(stack, blocks, [4], provenance=origin)
+    assert to_plain(heads.provenance) == expected | to_plain(origin) | {"model": model}
+    assert list(to_plain(heads.provenance))[:3] == ["strengths", "model", "corpus"]
 
 
 def test_fewer_tokens_than_the_states_are_wide_still_fit() -> None:
@@ -538,7 +550,7 @@ def test_heads_know_the_text_they_were_fitted_on(
         for part, (source, name) in enumerate((fitted, measured))
     ]
     heads = dataclasses.replace(
-        some_heads("llama"), provenance={"corpus": to_plain(corpora[0].provenance())}
+        some_heads("llama"), provenance=HeadsProvenance(corpus=corpora[0].provenance())
     )
     assert heads.saw(corpora[1]) is expected
     assert heads_provenance(heads, corpora[1])["heads_saw_corpus"] is expected
@@ -759,7 +771,7 @@ SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
     "NaN in a map": (spoil("propagation.1.weight", math.nan), "propagation.1.weight holds NaN"),
     "no width": (
         lambda tensors, about: about.pop("width"),
-        "expected a whole number from 1 on at width, got nothing",
+        "expected width, got nothing",
     ),
     "another width": (lambda tensors, about: about.update(width=8), "of shape [32, 24], got"),
     "a width in words": (lambda tensors, about: about.update(width="32"), 'at width, got "32"'),
@@ -773,7 +785,7 @@ SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "no provenance": (
         lambda tensors, about: about.pop("provenance"),
-        "expected an object at provenance, got nothing",
+        "expected provenance, got nothing",
     ),
     "a provenance that is none": (
         lambda tensors, about: about.update(provenance=[]),
@@ -784,6 +796,18 @@ SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
         'expected an object at provenance.model, got "ours"',
     ),
     "layers in words": (of_model(num_layers="4"), 'at provenance.model.num_layers, got "4"'),
+    "no model": (
+        lambda tensors, about: about["provenance"].pop("model"),
+        "expected provenance.model, got nothing",
+    ),
+    "a model without layers": (
+        lambda tensors, about: about["provenance"]["model"].pop("num_layers"),
+        "expected provenance.model.num_layers, got nothing",
+    ),
+    "a model without a size": (
+        lambda tensors, about: about["provenance"]["model"].pop("hidden_size"),
+        "expected provenance.model.hidden_size, got nothing",
+    ),
     "a size that is none": (
         of_model(hidden_size=None),
         "at provenance.model.hidden_size, got null",
@@ -794,7 +818,7 @@ SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "a corpus without tokens": (
         lambda tensors, about: about["provenance"]["corpus"].pop("tokens"),
-        "at provenance.corpus.tokens, got nothing",
+        "expected provenance.corpus.tokens, got nothing",
     ),
 }
 
@@ -888,7 +912,9 @@ def test_heads_of_a_model_in_memory_serve_its_weights_and_no_others(tmp_path: Pa
     trained = DecoderStack(tiny_model("llama"))
     trained.lm_head.weight.data[3, 4] += 1e-3
     for stack in (DecoderStack(tiny_model("llama", seed=1)), trained):
-        hashes = (heads.provenance["model"]["weights_hash"], stack.weights_hash())
+        model = known(heads.provenance.model)
+        assert model is not None
+        hashes = (model.weights_hash, stack.weights_hash())
         for use in uses_of(heads, stack, saved):
             with pytest.raises(ModelError) as error:
                 use()
@@ -914,7 +940,7 @@ def test_heads_of_the_same_weights_in_another_dtype_are_refused() -> None:
 
 
 def test_heads_without_provenance_serve_no_model() -> None:
-    heads = dataclasses.replace(some_heads("llama"), provenance={})
+    heads = dataclasses.replace(some_heads("llama"), provenance=HeadsProvenance())
     with pytest.raises(ModelError, match="belong to an unknown model"):
         heads.check(a_stack("llama"))
 
