@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
-from support.reference_early_exit import ALL_FAMILIES, LAYERS, SKIPPING_FAMILIES, some_heads
+from support.reference_early_exit import (
+    ALL_FAMILIES,
+    LAYERS,
+    SKIPPING_FAMILIES,
+    some_heads,
+    state_of,
+)
 from support.tiny_models import random_ids, tiny_model
 from torch import Tensor
 
@@ -154,3 +162,23 @@ def test_a_thread_visits_all_states_while_another_thread_decodes(family: str) ->
         return (*states, normed)
 
     check_threads_do_not_matter(visit, scoring(some_of_them_exit(stack), random_ids(3, 14, seed=1)))
+
+
+@pytest.mark.parametrize("part", ["", "self_attn"], ids=["layer", "attention"])
+@pytest.mark.parametrize("propagation", ["frozen", "ridge"])
+def test_a_model_whose_calls_a_library_answers_is_restored_after_each_call(
+    part: str, propagation: Propagation
+) -> None:
+    stack = DecoderStack(tiny_model("llama"))
+    work = scoring(some_of_them_exit(stack, propagation), random_ids(3, 14, seed=1))
+    generic = scoring(some_of_them_exit(stack, propagation, skip=False), random_ids(3, 14, seed=1))
+    expected, all_computed = work(), generic()
+    for layer in stack.layers:
+        module = layer.get_submodule(part)
+        module.forward = functools.partial(type(module).forward, module)  # as accelerate does
+    before = state_of(stack)
+    for one, other in zip((*work(), *generic()), (*expected, *all_computed), strict=True):
+        assert torch.equal(one, other)
+    assert state_of(stack) == before
+    attention: Any = stack.layers[0].self_attn
+    assert attention.config is stack.model.config

@@ -1,4 +1,4 @@
-"""Fast layers compute what the layers of Llama-like models do, checked before they are used."""
+"""Fast layers compute what layers of Llama's shape do; this is checked before they are used."""
 
 from __future__ import annotations
 
