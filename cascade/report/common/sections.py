@@ -103,8 +103,9 @@ class Picture:
     caption: str
 
 
-#: A plain paragraph is a string.
-Block = str | Lead | Pairs | Table | Bars | Picture
+#: What a page shows; a plain paragraph is a string.
+PageBlock = str | Lead | Pairs | Table | Picture
+Block = PageBlock | Bars
 
 
 @dataclass(frozen=True)
@@ -203,14 +204,19 @@ def html_page(report: Report) -> str:
     """Return a report as one self-contained HTML page: nothing is loaded, no script runs."""
     body = [html_head(report.kicker, report.title, report.about)]
     for section in report.sections:
-        if section.blocks:
-            blocks = "".join(map(_as_html, section.blocks))
+        shown = _without_bars(section)
+        if shown:
+            blocks = "".join(map(_as_html, shown))
             body.append(html_section(section.heading, blocks) if section.heading else blocks)
     body.append(html_provenance(report.provenance))
     return html_document(f"{report.kicker}: {report.title}", body)
 
 
-def _as_html(block: Block) -> str:
+def _without_bars(section: Section) -> list[PageBlock]:
+    return [block for block in section.blocks if not isinstance(block, Bars)]
+
+
+def _as_html(block: PageBlock) -> str:
     if isinstance(block, Pairs):
         return html_pairs(block.pairs)
     if isinstance(block, Table):
@@ -223,8 +229,6 @@ def _as_html(block: Block) -> str:
         )
     if isinstance(block, Picture):
         return html_figure(block.svg, block.caption)
-    if isinstance(block, Bars):
-        return ""
     if isinstance(block, Lead):
         return f'<p class="lead {block.mark}">{html.escape(block.text)}</p>\n'
     return f"<p>{html.escape(block)}</p>\n"
@@ -240,17 +244,17 @@ def markdown(report: Report, *, level: int = 1, pictures: str = "") -> str:
     """
     lines = [f"{'#' * level} {plain(report.title)}", "", f"*{plain(report.about)}*", ""]
     for section in report.sections:
-        if not section.blocks:
+        shown = _without_bars(section)
+        if not shown:
             continue
         if section.heading:
             lines += [f"{'#' * (level + 1)} {plain(section.heading)}", ""]
-        for block in section.blocks:
-            if not isinstance(block, Bars):
-                lines += [_as_markdown(block, pictures), ""]
+        for block in shown:
+            lines += [_as_markdown(block, pictures), ""]
     return "\n".join(lines)
 
 
-def _as_markdown(block: str | Lead | Pairs | Table | Picture, pictures: str) -> str:
+def _as_markdown(block: PageBlock, pictures: str) -> str:
     if isinstance(block, Pairs):
         return "\n".join(f"- **{plain(name)}**: {plain(text)}" for name, text in block.pairs)
     if isinstance(block, Table):
