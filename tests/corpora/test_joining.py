@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.corpora import MIXED, blocks_of, decoded, embedded_records, in_lines, in_vocabulary
 
 from cascade.core.errors import CorpusError
 from cascade.corpora.blocks import load_blocks
@@ -18,7 +19,6 @@ from cascade.corpora.record_text import alpaca_text
 
 if TYPE_CHECKING:
     from cascade import DecoderStack
-from support.corpora import MIXED, blocks_of, decoded, embedded_records, in_lines, in_vocabulary
 
 
 def marked_by_hand(records: Sequence[dict[str, str]]) -> list[tuple[str, int, bool]]:

@@ -15,14 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
-from support.tiny_models import tiny_tokenizer
-
-from cascade.core.errors import CorpusError
-from cascade.corpora.blocks import load_blocks
-from cascade.corpora.record_text import alpaca_text, record_text
-
-if TYPE_CHECKING:
-    from cascade import DecoderStack
 from support.corpora import (
     RECORDS,
     SPLITS,
@@ -37,6 +29,14 @@ from support.corpora import (
     outcome,
     the_tokenizer,
 )
+from support.tiny_models import tiny_tokenizer
+
+from cascade.core.errors import CorpusError
+from cascade.corpora.blocks import load_blocks
+from cascade.corpora.record_text import alpaca_text, record_text
+
+if TYPE_CHECKING:
+    from cascade import DecoderStack
 
 WRITERS: dict[str, Callable[[Path, Sequence[Any]], Path]] = {
     "My Corpus.jsonl": in_lines,
@@ -261,6 +261,16 @@ def test_a_dataset_that_is_nowhere_is_refused_with_what_can_be_given(
     assert str(caught.value).startswith(f"no corpus {source}: ")
     assert "expected embedded, a .jsonl, .json, .parquet or .txt file" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_never_leaves_the_folder_of_baselines(
+    tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine/below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine/below")
+    in_lines(tmp_path / "mine/x.jsonl", RECORDS)
+    assert blocks_of("../x.jsonl").name == "x"
+    assert blocks_of("..").name == "mine"
 
 
 def test_a_hub_id_is_named_for_a_file_system(monkeypatch: pytest.MonkeyPatch) -> None:

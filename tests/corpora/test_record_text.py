@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.corpora import outcome
 
 from cascade.core.errors import CorpusError
 from cascade.corpora.record_text import alpaca_text, record_text
 
 if TYPE_CHECKING:
     pass
-from support.corpora import outcome
 
 
 def test_alpaca_form_is_put_together_to_the_letter() -> None:

@@ -108,8 +108,9 @@ class Picture:
     caption: str
 
 
-#: A plain paragraph is a string.
-Block = str | Lead | Pairs | Table | Bars | Picture
+#: What a page shows; a plain paragraph is a string.
+PageBlock = str | Lead | Pairs | Table | Picture
+Block = PageBlock | Bars
 
 
 @dataclass(frozen=True)
@@ -222,15 +223,24 @@ def html_page(report: Report) -> str:
     """Return a report as one self-contained HTML page: nothing is loaded, no script runs."""
     body = [html_head(report.kicker, report.title, report.about)]
     for section in report.sections:
-        if section.blocks:
-            shown = (block for block in section.blocks if not _is_for(block, "terminal"))
+        shown = _for_page(section)
+        if shown:
             blocks = "".join(map(_as_html, shown))
             body.append(html_section(section.heading, blocks) if section.heading else blocks)
     body.append(html_provenance(report.provenance))
     return html_document(f"{report.kicker}: {report.title}", body)
 
 
-def _as_html(block: Block) -> str:
+def _for_page(section: Section) -> list[PageBlock]:
+    """Return the blocks that a page or Markdown shows: no bars, and no tables for the terminal."""
+    return [
+        block
+        for block in section.blocks
+        if not isinstance(block, Bars) and not _is_for(block, "terminal")
+    ]
+
+
+def _as_html(block: PageBlock) -> str:
     if isinstance(block, Pairs):
         return html_pairs(block.pairs)
     if isinstance(block, Table):
@@ -244,8 +254,6 @@ def _as_html(block: Block) -> str:
         )
     if isinstance(block, Picture):
         return html_figure(block.svg, block.caption)
-    if isinstance(block, Bars):
-        return ""
     if isinstance(block, Lead):
         return f'<p class="lead {block.mark}">{html.escape(block.text)}</p>\n'
     return f"<p>{html.escape(block)}</p>\n"
@@ -261,17 +269,17 @@ def markdown(report: Report, *, level: int = 1, pictures: str = "") -> str:
     """
     lines = [f"{'#' * level} {plain(report.title)}", "", f"*{plain(report.about)}*", ""]
     for section in report.sections:
-        if not section.blocks:
+        shown = _for_page(section)
+        if not shown:
             continue
         if section.heading:
             lines += [f"{'#' * (level + 1)} {plain(section.heading)}", ""]
-        for block in section.blocks:
-            if not isinstance(block, Bars) and not _is_for(block, "terminal"):
-                lines += [_as_markdown(block, pictures), ""]
+        for block in shown:
+            lines += [_as_markdown(block, pictures), ""]
     return "\n".join(lines)
 
 
-def _as_markdown(block: str | Lead | Pairs | Table | Picture, pictures: str) -> str:
+def _as_markdown(block: PageBlock, pictures: str) -> str:
     if isinstance(block, Pairs):
         return "\n".join(f"- **{plain(name)}**: {plain(text)}" for name, text in block.pairs)
     if isinstance(block, Table):
