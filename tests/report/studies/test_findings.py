@@ -38,14 +38,18 @@ def records() -> FindingsRecords:
     return read_findings(FOLDER)
 
 
+@pytest.fixture(scope="module")
+def page(records: FindingsRecords) -> str:
+    return findings_markdown(records, pictures="findings")
+
+
 def page_of(records: FindingsRecords, **changes: Any) -> str:
     """Return the page of some records, with other ones in the place of those of these names."""
     return findings_markdown(replace(records, **changes), pictures="findings")
 
 
-def test_the_stored_page_equals_the_page_of_its_records(records: FindingsRecords) -> None:
-    page = (DOCS / "findings.md").read_text(encoding="utf-8")
-    assert page == page_of(records), (
+def test_the_stored_page_equals_the_page_of_its_records(page: str) -> None:
+    assert page == (DOCS / "findings.md").read_text(encoding="utf-8"), (
         "docs/findings.md is not what its records give; run `cascade findings`"
     )
 
@@ -61,8 +65,7 @@ def test_the_stored_pictures_equal_those_of_the_records(records: FindingsRecords
 
 
 @pytest.mark.parametrize("finding", FINDINGS, ids=lambda finding: finding.stem)
-def test_every_finding_has_its_command(finding: Finding, records: FindingsRecords) -> None:
-    page = page_of(records)
+def test_every_finding_has_its_command(finding: Finding, page: str) -> None:
     assert f"## {finding.heading}" in page
     line = json.loads((FOLDER / f"{finding.stem}.json").read_text())["provenance"]["command"]
     assert line.startswith("cascade ")
@@ -81,10 +84,8 @@ def test_numbers_of_the_page_come_from_the_records(records: FindingsRecords) -> 
 _ONE_ANSWER = "These two answers are one"
 
 
-def test_layer_and_norm_are_one_answer_where_they_share_a_dimension(
-    records: FindingsRecords,
-) -> None:
-    assert _ONE_ANSWER in page_of(records)
+def test_layer_and_norm_are_one_answer_where_they_share_a_dimension(page: str) -> None:
+    assert _ONE_ANSWER in page
 
 
 @pytest.mark.parametrize(
