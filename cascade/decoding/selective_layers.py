@@ -26,7 +26,13 @@ from cascade.models.fast_layers import FastLayers
 from cascade.models.flops import Counts
 from cascade.models.hooks import hidden_of
 from cascade.models.stack import DecoderStack, LayerCall
-from cascade.models.views import can_be_copied, with_children, with_own_hooks
+from cascade.models.views import (
+    can_be_copied,
+    holders,
+    paths_of,
+    with_descendants,
+    with_own_hooks,
+)
 
 
 @dataclass(frozen=True)
@@ -300,12 +306,15 @@ def _projecting(layer: nn.Module, where: tuple[Tensor, Tensor], raw: Tensor) -> 
         raw: Their keys and values before any norm and rotation, `[n, 2 * key_value_width]`.
     """
     attention: Any = layer.self_attn
-    projections = {name: getattr(attention, name) for name in ("k_proj", "v_proj")}
-    if can_be_copied(layer) and can_be_copied(attention):
-        projections = {name: with_own_hooks(module) for name, module in projections.items()}
-        layer = with_children(layer, {"self_attn": with_children(attention, projections)})
+    projections: list[nn.Module] = [attention.k_proj, attention.v_proj]
+    # A module can be registered under several names; all of them lead to its copy.
+    paths = [(path, module) for module in projections for path in paths_of(module, layer)]
+    if all(can_be_copied(holder) for path, _ in paths for holder in holders(layer, path)):
+        copies = {module: with_own_hooks(module) for module in projections}
+        projections = list(copies.values())
+        layer = with_descendants(layer, {path: copies[module] for path, module in paths})
     with contextlib.ExitStack() as restored:
-        for projection, values in zip(projections.values(), raw.chunk(2, dim=-1), strict=True):
+        for projection, values in zip(projections, raw.chunk(2, dim=-1), strict=True):
             hook = _replacing(where, values)
             restored.callback(projection.register_forward_hook(hook).remove)
         yield layer
