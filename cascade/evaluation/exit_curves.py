@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cascade.core.arrays import Array
+from cascade.evaluation.records import ExitCurve
 from cascade.stats.resampling import draws
 
 Row = dict[str, Any]
@@ -134,7 +135,7 @@ def _intervals(
     return low, high
 
 
-def lowest_kept(row: Row, tokens: int, agreement: float) -> int | None:
+def lowest_kept(row: Row | ExitCurve, tokens: int, agreement: float) -> int | None:
     """Return the place of a curve's lowest threshold that keeps a wanted agreement.
 
     Args:

@@ -130,7 +130,7 @@ def _checks(number: int, rows: Sequence[Row], agreement: float, perplexity: floa
             f"({_between(row['perplexity_ratio_interval'], _ratio)}; wanted: at most "
             f"{_ratio(perplexity)})",
         ),
-        _check("speed", _is_faster(row), _speed(row)),
+        _check("speed", is_faster(row["seconds_ratio_interval"], row["flops_ratio"]), _speed(row)),
     ]
     control = _random(row, rows)
     if control is not None:
@@ -166,9 +166,17 @@ def _failed(checks: Sequence[Row]) -> list[str]:
     return [check["name"] for check in checks if not check["passed"]]
 
 
-def _is_faster(row: Row) -> bool:
-    interval = row["seconds_ratio_interval"]
-    return interval is not None and interval[1] < 1 and row["flops_ratio"] < 1
+def is_faster(seconds_ratio_interval: Sequence[float] | None, flops_ratio: float | None) -> bool:
+    """Return whether early exit is significantly faster than the full model.
+
+    Args:
+        seconds_ratio_interval: The 95 % interval of its seconds, relative to the full model's; None
+            where there is none.
+        flops_ratio: Its operations, relative to the full model's; None where they are not known.
+    """
+    if seconds_ratio_interval is None or flops_ratio is None:
+        return False
+    return seconds_ratio_interval[1] < 1 and flops_ratio < 1
 
 
 def _beaten_in(row: Row, other: Row) -> list[str]:

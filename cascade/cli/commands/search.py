@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,7 +33,9 @@ from cascade.core.errors import RecordError, UsageError
 
 if TYPE_CHECKING:
     from cascade.corpora.blocks import TokenBlocks
-    from cascade.evaluation.search_choice import Wish
+    from cascade.evaluation.search_choice import SearchConfig
+    from cascade.evaluation.search_record import SearchRecord
+    from cascade.evaluation.stored_evaluations import Answer
     from cascade.exits.fitted_heads import FittedHeads
     from cascade.models.stack import DecoderStack
 
@@ -103,29 +105,31 @@ def search_exit(
     From stored evaluations, what they have is not measured again: the model
     is loaded only for what they lack.
     """
-    from cascade.evaluation.search_choice import Wish
+    from cascade.evaluation.search_choice import SearchConfig
     from cascade.report.exits.search import FRONTIER, exit_search_report
 
-    wish = Wish(agreement, risk, confidence)
-    wish.check()
+    config = SearchConfig(agreement, risk, confidence)
+    config.check()
     if measure is not None and not records:
         raise UsageError("--measure and --no-measure are for records; name some, or leave it out")
     with report_folder(output, _STEM, (FRONTIER,), overwrite=overwrite) as folder:
         if records:
             own = _Options(model, revision, tuple(heads or ()), corpus, split, text_column, device)
-            record = _from_records(context, records, wish, measure, own)
+            record = _from_records(context, records, config, measure, own)
         else:
             record = _measured(
-                wish,
+                replace(
+                    config,
+                    rules=tuple(rule or ("cosine", "top2_gap")),
+                    propagation=propagation,  # type: ignore[arg-type]  # checked by the evaluator
+                    batch_size=batch_size,
+                    seed=seed,
+                ),
                 _Options(model, revision, tuple(heads or ()), corpus, split, text_column, device),
                 layers=layers,
-                rules=tuple(rule or ("cosine", "top2_gap")),
-                propagation=propagation,
                 seq_len=seq_len,
                 max_tokens=max_tokens,
-                batch_size=batch_size,
                 dtype=dtype,
-                seed=seed,
             )
         report = finish(folder, _STEM, record, exit_search_report)
     show(report, output, _STEM)
@@ -151,18 +155,14 @@ class _Options:
 
 
 def _measured(
-    wish: Wish,
+    config: SearchConfig,
     options: _Options,
     *,
     layers: str | None,
-    rules: tuple[str, ...],
-    propagation: str,
     seq_len: int,
     max_tokens: int | None,
-    batch_size: int,
     dtype: str,
-    seed: int,
-) -> dict[str, Any]:
+) -> SearchRecord:
     from cascade.cli.inputs import evaluated_layers, read_heads
     from cascade.evaluation import exit_evaluation as evaluation
     from cascade.evaluation import search as exit_search
@@ -172,20 +172,15 @@ def _measured(
     stack = load_model(options.model, options.revision, dtype, options.device)
     fitted = read_heads(options.heads[0] if options.heads else None, stack)
     fit, confirm = evaluation.split(options.blocks(stack, seq_len, max_tokens))
-    with progress_bar(
-        "Searching", exit_search.tokens_to_read(fit, confirm, propagation)
-    ) as advance:
+    config = replace(config, layers=tuple(evaluated_layers(layers, stack, fitted, False)))
+    total = exit_search.tokens_to_read(fit, confirm, config.propagation)
+    with progress_bar("Searching", total) as advance:
         return exit_search.search_exits(
             stack,
             fit,
             confirm,
-            wish,
-            layers=evaluated_layers(layers, stack, fitted, False),
-            rules=rules,
+            config,
             heads=fitted,
-            propagation=propagation,  # type: ignore[arg-type]  # checked by the evaluator
-            batch_size=batch_size,
-            seed=seed,
             command=command_line(),
             progress=advance,
         )
@@ -194,80 +189,66 @@ def _measured(
 def _from_records(
     context: typer.Context,
     paths: list[Path],
-    wish: Wish,
+    config: SearchConfig,
     measure: bool | None,
     options: _Options,
-) -> dict[str, Any]:
-    from cascade.evaluation import stored_evaluations as exit_records
+) -> SearchRecord:
+    from cascade.evaluation import stored_evaluations
 
     beside = given(context, _OF_THE_RECORDS)
     if beside:
         raise UsageError(f"records say themselves what was measured; leave out {', '.join(beside)}")
-    evaluations = exit_records.read_evaluations(paths)
-    names = [str(path) for path in paths]
-    found = [
-        exit_records.look_up(record, wish, source=number)
-        for number, record in enumerate(evaluations)
+    answers = [
+        stored_evaluations.answer(evaluation, config)
+        for evaluation in stored_evaluations.read_evaluations(paths)
     ]
-    wanted = [
-        number
-        for number, one in enumerate(found)
-        if measure is not False and (one.lacks is not None or (measure and one.on_table))
-    ]
-    if wanted:
-        found = _completed(evaluations, found, wanted, names, wish, options)
-    return exit_records.search_evaluations(
-        evaluations, found, wish, names=names, command=command_line()
-    )
+    if measure is not False:
+        answers = _completed(answers, config, options, run_table_points=bool(measure))
+    return stored_evaluations.search_evaluations(answers, config, command=command_line())
 
 
 def _completed(
-    evaluations: list[dict[str, Any]],
-    found: list[Any],
-    wanted: list[int],
-    names: list[str],
-    wish: Wish,
-    options: _Options,
-) -> list[Any]:
-    """Measure what some records lack, and say what that is."""
+    answers: list[Answer], config: SearchConfig, options: _Options, *, run_table_points: bool
+) -> list[Answer]:
+    """Measure what some evaluations lack, and say what that is."""
     from cascade.evaluation import exit_evaluation as evaluation
     from cascade.evaluation import search as exit_search
 
-    for number in wanted:
-        lacks = found[number].lacks or (
-            f"{len(found[number].on_table)} thresholds are known from the table alone"
-        )
-        typer.echo(f"Measuring for {names[number]}: {lacks}", err=True)
-    provenance = evaluations[0]["provenance"]
-    dtype = provenance["model"]["dtype"]
-    stack = load_model(options.model, options.revision, dtype, options.device)
+    lacking = [
+        one for one in answers if one.lacks is not None or (run_table_points and one.on_table)
+    ]
+    if not lacking:
+        return answers
+    for one in lacking:
+        lacks = one.lacks or f"{len(one.on_table)} thresholds are known from the table alone"
+        typer.echo(f"Measuring for {one.evaluation.name}: {lacks}", err=True)
+    first = answers[0].evaluation
+    model, confirmed_on = first.record.provenance.model, first.record.provenance.corpus
+    stack = load_model(options.model, options.revision, str(model.dtype), options.device)
     fingerprints = _fingerprints(options.heads, stack)
-    corpora = provenance["fitted_on"], provenance["corpus"]
     blocks = options.blocks(
-        stack, corpora[0]["seq_len"], sum(corpus["tokens"] for corpus in corpora)
+        stack, first.fitted_on.seq_len, first.fitted_on.tokens + confirmed_on.tokens
     )
     fit, confirm = evaluation.split(blocks)
-    made = list(found)
-    for number in wanted:
-        record = evaluations[number]
-        fingerprint = record["provenance"].get("heads_fingerprint")
+    made = list(answers)
+    for one in lacking:
+        source, record = one.evaluation.source, one.evaluation.record
+        fingerprint = record.provenance.heads_fingerprint
         if fingerprint is not None and fingerprint not in fingerprints:
             raise RecordError(
-                f"{names[number]} was made with the exit heads {fingerprint[:19]}..., which are not"
-                " among --heads; name their file"
+                f"{one.evaluation.name} was made with the exit heads {fingerprint[:19]}..., which "
+                "are not among --heads; name their file"
             )
-        passes = exit_search.tokens_to_read(fit, confirm, record["settings"]["propagation"])
-        total = confirm.tokens if found[number].lacks is None else passes
+        passes = exit_search.tokens_to_read(fit, confirm, record.settings.propagation)
+        total = confirm.tokens if one.lacks is None else passes
         with progress_bar("Measuring", total) as advance:
-            made[number] = exit_search.measure_lacking(
+            made[source] = exit_search.measure_missing(
                 stack,
-                record,
-                found[number],
+                one,
                 fit,
                 confirm,
-                wish,
+                config,
                 heads=fingerprints.get(fingerprint) if fingerprint else None,
-                source=number,
                 progress=advance,
             )
     return made

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
 
+from cascade.core.schema import from_plain
+from cascade.evaluation.search_record import SearchRecord
 from cascade.report.common.records import Record
 from cascade.report.common.sections import Lead, Picture, Report, markdown, plain
 from cascade.report.exits.search import exit_search_report
@@ -13,6 +15,10 @@ from cascade.report.studies.corpora import corpora_report
 from cascade.report.studies.explanation import explanation_report
 from cascade.report.studies.final_norm import final_norm_report
 from cascade.report.studies.models import models_report
+
+
+def _exit_search(record: Record) -> Report:
+    return exit_search_report(from_plain(record, SearchRecord))
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ QUESTIONS = (
         "exit-search",
         "exit-search",
         "Which exit layer is best?",
-        exit_search_report,
+        _exit_search,
         "The study took the last layer but one. Every exit layer, rule and threshold is fitted on "
         "one half of the text and confirmed on the other.",
     ),
