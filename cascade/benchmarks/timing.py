@@ -14,15 +14,13 @@ import torch
 
 from cascade.core.arrays import Array
 from cascade.core.errors import CascadeError
+from cascade.stats.resampling import RESAMPLES, draws, interval
 
 Record = dict[str, Any]
 
 
 #: One way to do the benchmark's work once. What it returns is not looked at while time runs.
 Way = Callable[[], Any]
-
-
-_RESAMPLES = 9999
 
 
 #: More than these gain nothing, and very many end the process without a word.
@@ -32,7 +30,7 @@ _THREADS_PER_CORE = 8
 #: How `ratio_rows` comes to its median and interval, in the record's words.
 INTERVAL = (
     f"median over rounds of the ratio within each round; 95 % percentile bootstrap of the median, "
-    f"{_RESAMPLES} resamples of whole rounds"
+    f"{RESAMPLES} resamples of whole rounds"
 )
 
 
@@ -185,9 +183,7 @@ def ratio_rows(
 
 
 def _bootstrap(values: Array, seed: int) -> list[float]:
-    generator = np.random.default_rng(seed)
-    resampled = generator.choice(values, size=(_RESAMPLES, len(values)))
-    return [float(end) for end in np.quantile(np.median(resampled, axis=1), (0.025, 0.975))]
+    return interval(np.median(values[draws(len(values), seed)], axis=1))
 
 
 def target_row(

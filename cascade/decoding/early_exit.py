@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from cascade.core.arguments import whole
+from cascade.core.arguments import read_threshold, whole
 from cascade.core.errors import UsageError
 from cascade.decoding.forward import Chunk, Exit, Pass
 from cascade.decoding.generation import Generation, generate
 from cascade.decoding.generation_settings import Settings, padding_token
 from cascade.decoding.inputs import make_chunk, read_seed
 from cascade.decoding.selective_layers import SkippingLayers
-from cascade.exits.decision import read_threshold
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.heads import ExitHead, LogitLens
 from cascade.exits.history import exit_entries

@@ -11,12 +11,12 @@ from torch import Tensor
 from cascade.core.errors import ModelError
 from cascade.decoding.kv_cache import KeyValueCache, Selection
 from cascade.decoding.selective_layers import SkippingLayers
-from cascade.exits.decision import least_fp32
 from cascade.exits.heads import ExitHead, PropagationMap
 from cascade.exits.history import HiddenHistory
 from cascade.exits.rules import ExitPoint, ExitRule
 from cascade.models.flops import Counts
 from cascade.models.stack import DecoderStack, Plan
+from cascade.stats.decision import reaches
 
 #: Rows that go through the LM head at once: 512 rows of 49,152 logits in fp32 are 100 MB.
 _LOGIT_ROWS = 512
@@ -204,7 +204,7 @@ class Pass:
                     f"the rule {at.rule.name} is NaN at exit layer {at.layer}: the states or "
                     "logits there are not finite; use a wider --dtype, or get the checkpoint again"
                 )
-            out = confidence >= least_fp32(at.threshold)
+            out = reaches(confidence, at.threshold)
             leaves[rows[some], columns[some]] = out
             if remembers:
                 predictions[rows[some], columns[some]] = point.prediction

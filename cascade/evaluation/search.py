@@ -12,14 +12,13 @@ from msgspec import structs
 
 from cascade.core.arrays import Array
 from cascade.core.errors import RecordError, UsageError
-from cascade.core.provenance import provenance_of
-from cascade.core.schema import from_plain, to_plain
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.evaluation.exit_curves import exits_and_wrong, lowest_threshold, threshold_of_share
-from cascade.evaluation.exit_evaluation import SECONDS, check_split, full_record
+from cascade.evaluation.exit_evaluation import SECONDS, check_split, exit_provenance, full_record
 from cascade.evaluation.exit_table import ExitTable
-from cascade.evaluation.operating_points import INTERVAL, Evaluator, Point
-from cascade.evaluation.records import ExitProvenance, FullModelFigures, OperatingPointRow
+from cascade.evaluation.operating_points import INTERVAL, Evaluator, OperatingPoint
+from cascade.evaluation.records import OperatingPointRow
 from cascade.evaluation.search_choice import SearchConfig, SearchOrigin, search_record
 from cascade.evaluation.search_record import (
     FitFigures,
@@ -30,7 +29,7 @@ from cascade.evaluation.search_record import (
 )
 from cascade.evaluation.stored_evaluations import Answer, StoredEvaluation
 from cascade.evaluation.verdict import CONTROLS
-from cascade.exits.fitted_heads import FittedHeads, heads_provenance
+from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.rules import check_layers, find_rule
 from cascade.models.stack import DecoderStack
 
@@ -102,7 +101,7 @@ def search_exits(
     )
     points = [
         tried_point(
-            from_plain(row, OperatingPointRow),
+            row,
             one.figures,
             propagation=config.propagation,
             source=0,
@@ -122,15 +121,10 @@ def search_exits(
         for (layer, rule), why in fitted.nothing.items()
     ]
     origin = SearchOrigin(
-        provenance=from_plain(
-            to_plain(provenance_of(stack, confirm, command))
-            | {"fitted_on": to_plain(fit.provenance())}
-            | heads_provenance(heads, fit, confirm),
-            ExitProvenance,
-        ),
+        provenance=exit_provenance(stack, confirm, command, fitted_on=fit, heads=heads),
         settings=_settings(config, pairs, evaluator),
         sources=[],
-        full=from_plain(full_record(stack, table), FullModelFigures),
+        full=full_record(stack, table),
     )
     return search_record(origin, points, nothing, config)
 
@@ -248,13 +242,13 @@ def _run_table_points(
         seed=config.seed,
     )
     points = [
-        Point(point.exit_layer, point.rule, point.threshold, point.threshold_from)
+        OperatingPoint(point.exit_layer, point.rule, point.threshold, point.threshold_from)
         for point in answer.on_table
     ]
     rows, _ = evaluator.run(confirm, points, batch_size=config.batch_size, progress=progress)
     run = [
         tried_point(
-            from_plain(row, OperatingPointRow),
+            row,
             FitFigures(old.fit_exit_share, old.fit_agreement, old.fit_by),
             propagation=config.propagation,
             source=answer.evaluation.source,
@@ -312,7 +306,7 @@ _MODEL = ("family", "num_layers", "hidden_size", "revision", "dtype", "weights_h
 class _FittedPoint:
     """An operating point, and what the sequences to fit on say of it (see `FitFigures`)."""
 
-    point: Point
+    point: OperatingPoint
     exit_share: float
     agreement: float
     by: str
@@ -355,7 +349,7 @@ def _fit(
         batch_size=config.batch_size,
         progress=progress,
     )
-    measured = iter(from_plain(row, OperatingPointRow) for row in rows)
+    measured = iter(rows)
     found: list[_FittedPoint] = []
     for pair, candidates in on_table.items():
         if not candidates:
@@ -438,7 +432,7 @@ class _PairTable:
         self, threshold: float, source: str, exits: int, wrong: float, by: str
     ) -> _FittedPoint:
         return _FittedPoint(
-            Point(self.layer, self.rule, threshold, source),
+            OperatingPoint(self.layer, self.rule, threshold, source),
             exits / self.tokens,
             (self.tokens - wrong) / self.tokens,
             by,

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cascade.core.arguments import read_threshold
 from cascade.core.errors import UsageError
-from cascade.exits.decision import read_threshold
 from cascade.exits.history import HiddenHistory, exit_entries
 from cascade.stats.cosine import cosine
 
@@ -54,6 +54,14 @@ class ExitPoint:
     def prediction(self) -> Tensor:
         """The exit head's most likely token, `[n]`."""
         return self.logits.argmax(dim=-1)
+
+    def with_own_logits(self) -> ExitPoint:
+        """Return the same tokens with their logits made, and nothing that a rule made of them.
+
+        Several rules can so be timed on the same logits, each with its own work.
+        """
+        logits = self.logits
+        return replace(self, compute_logits=lambda: logits)
 
     def similarity(self, layer: int) -> Tensor:
         """Cosine of a layer's input and output, `[n]`, in [-1, 1]."""

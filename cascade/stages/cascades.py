@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from cascade.core.arguments import read_threshold
 from cascade.core.errors import ModelError, RecordError, UsageError, first_line
 from cascade.core.files import RunFolder
 from cascade.core.records import read_record, to_json
@@ -21,7 +22,6 @@ from cascade.decoding.early_exit import EarlyExit, Propagation, Score
 from cascade.decoding.forward import Exit, Pass
 from cascade.decoding.generation import Generation
 from cascade.decoding.inputs import make_chunk
-from cascade.exits.decision import read_threshold
 from cascade.exits.fitted_heads import FittedHeads, load_heads
 from cascade.exits.heads import LogitLens
 from cascade.exits.history import exit_entries

@@ -33,7 +33,6 @@ from cascade.core.files import make_folder, remove_empty, write_text
 from cascade.core.provenance import provenance_of
 from cascade.core.records import read_record, record_hash, write_record
 from cascade.corpora.blocks import PARTS, TokenBlocks, check_blocks
-from cascade.exits.decision import least_fp32
 from cascade.exits.history import HiddenHistory, exit_entries
 from cascade.exits.rules import ExitPoint, find_rule
 from cascade.models.stack import DecoderStack
@@ -49,6 +48,7 @@ from cascade.stages.shards import (
     write_shard,
     write_split,
 )
+from cascade.stats.decision import least_fp32, reaches
 from cascade.stats.thresholds import quantile_threshold
 
 if TYPE_CHECKING:
@@ -441,7 +441,7 @@ class _Collection:
             threshold = quantile_threshold(similarity["train"], ratio)
         least = least_fp32(threshold)
         rows: Rows = {
-            part: self._counted(part, values < np.float32(least))
+            part: self._counted(part, ~reaches(values, threshold))
             for part, values in similarity.items()
         }
         self._check_mixed(rows, threshold)

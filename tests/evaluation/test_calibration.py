@@ -51,7 +51,7 @@ from cascade.evaluation.calibration_record import (
     CalibrationRecord,
     HardRatioThreshold,
 )
-from cascade.evaluation.operating_points import Evaluator, Point
+from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.head_fitting import fit_heads
 from cascade.models.stack import DecoderStack
@@ -251,7 +251,7 @@ def test_thresholds_are_proposed_on_one_half_and_tested_on_the_other(propagation
             score_by_hand(
                 stack,
                 blocks,
-                Point(2, "top2_gap", float(threshold), ""),
+                OperatingPoint(2, "top2_gap", float(threshold), ""),
                 heads=heads,
                 propagation=propagation,
                 batch_size=8,
@@ -295,7 +295,7 @@ def test_a_certified_threshold_keeps_the_risk_on_600_other_sequences() -> None:
     early = early_exit_of(record, stack, heads=heads)
     assert early.exits[0].threshold == found.threshold
     many = blocks_of(600, seed=9)
-    point = Point(2, "top2_gap", found.threshold, "")
+    point = OperatingPoint(2, "top2_gap", found.threshold, "")
     scored = score_by_hand(stack, many, point, heads=heads, propagation="exact", batch_size=200)
     losses = losses_by_hand(scored)
     assert losses.mean() + 3 * losses.std() / math.sqrt(600) < 0.35
@@ -391,7 +391,7 @@ def test_transfer_rows_are_what_the_thresholds_do_on_the_other_corpus(family: st
         scored = score_by_hand(
             stack,
             OTHER,
-            Point(2, "top2_gap", threshold, ""),
+            OperatingPoint(2, "top2_gap", threshold, ""),
             heads=heads,
             propagation="ridge",
             batch_size=8,

@@ -15,11 +15,11 @@ from support.reference_points import blocks_of, settled_heads
 
 from cascade.core.errors import CascadeError, CorpusError, RecordError, UsageError
 from cascade.core.records import to_json
-from cascade.core.schema import UNSET, UnsetType, from_plain, to_plain
+from cascade.core.schema import UNSET, UnsetType, to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import PROPAGATIONS, Propagation
-from cascade.evaluation.exit_evaluation import Request, evaluate, split
-from cascade.evaluation.operating_points import Evaluator, Point
+from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
+from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.evaluation.search import measure_missing, search_exits, tokens_to_read
 from cascade.evaluation.search_choice import SearchConfig
@@ -50,8 +50,8 @@ def run_again(tried: Sequence[TriedPoint], blocks: TokenBlocks) -> list[Operatin
         heads=settled_heads("llama"),
         propagation=tried[0].propagation,
     )
-    points = [Point(row.exit_layer, row.rule, row.threshold, "again") for row in tried]
-    return [from_plain(row, OperatingPointRow) for row in evaluator.run(blocks, points)[0]]
+    points = [OperatingPoint(row.exit_layer, row.rule, row.threshold, "again") for row in tried]
+    return evaluator.run(blocks, points)[0]
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
@@ -166,16 +166,15 @@ def test_an_invalid_search_is_refused_in_one_line(
 
 @functools.cache
 def evaluated() -> EvaluationRecord:
-    request = Request(layers=LAYERS, rules=RULES, agreement=0.9)
-    record = evaluate(
+    config = EvaluationConfig(layers=LAYERS, rules=RULES, agreement=0.9)
+    return evaluate(
         a_settled_stack("llama"),
         FIT,
         CONFIRM,
-        request,
+        config,
         heads=settled_heads("llama"),
         propagation="ridge",
     )
-    return from_plain(to_plain(record), EvaluationRecord)
 
 
 def stored(record: EvaluationRecord, source: int = 0) -> StoredEvaluation:

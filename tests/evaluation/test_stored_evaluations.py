@@ -16,10 +16,10 @@ from support.reference_points import blocks_of, settled_heads
 
 from cascade.core.errors import RecordError
 from cascade.core.records import to_json, write_record
-from cascade.core.schema import UNSET, UnsetType, from_plain, to_plain
+from cascade.core.schema import UNSET, UnsetType, to_plain
 from cascade.decoding.early_exit import Propagation
-from cascade.evaluation.exit_evaluation import Request, evaluate, split
-from cascade.evaluation.operating_points import Evaluator, Point
+from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
+from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.evaluation.search_choice import SearchConfig
 from cascade.evaluation.search_record import SearchRecord, TriedPoint
@@ -37,23 +37,22 @@ FIT, CONFIRM = split(blocks_of(20, seed=1))
 
 @functools.cache
 def _evaluated(propagation: Propagation, layers: tuple[int, ...], heads: bool) -> EvaluationRecord:
-    request = Request(
+    config = EvaluationConfig(
         layers=layers,
         rules=("cosine", "top2_gap"),
         hard_ratios=(0.25, 0.5, 0.75),
-        thresholds=(Point(layers[0], "cosine", 0.9375, "given"),),
+        thresholds=(OperatingPoint(layers[0], "cosine", 0.9375, "given"),),
         agreement=0.9,
     )
-    record = evaluate(
+    return evaluate(
         a_settled_stack("llama"),
         FIT,
         CONFIRM,
-        request,
+        config,
         heads=settled_heads("llama") if heads else None,
         propagation=propagation,
         command="cascade evaluate",
     )
-    return from_plain(to_plain(record), EvaluationRecord)
 
 
 def evaluated(
@@ -171,10 +170,9 @@ def test_points_that_were_not_run_are_marked_as_read_off_the_table(
         heads=settled_heads("llama"),
         propagation=propagation,
     )
-    points = [Point(*key(row), "here") for row in read_off]
+    points = [OperatingPoint(*key(row), "here") for row in read_off]
     run, _ = evaluator.run(CONFIRM, points)
-    for row, plain in zip(read_off, run, strict=True):
-        again = from_plain(plain, OperatingPointRow)
+    for row, again in zip(read_off, run, strict=True):
         assert row.confirmed_by == by
         assert row.exit_share == again.exit_share
         assert row.flops_ratio == pytest.approx(again.flops_ratio, abs=0.03)

@@ -36,6 +36,7 @@ from cascade.cli.options import (
     Split,
     given,
 )
+from cascade.cli.output import show
 
 Heads = Annotated[
     Path | None,
@@ -112,8 +113,8 @@ def evaluate(
         )
         return
     from cascade.core.files import RunFolder
-    from cascade.report.exits.evaluation import evaluation_page, print_evaluation
-    from cascade.report.exits.pareto import pareto_svg
+    from cascade.report.common.sections import html_page
+    from cascade.report.exits.evaluation import PARETO, evaluation_report
 
     with contextlib.ExitStack() as cleanup:
         folder = None
@@ -121,16 +122,18 @@ def evaluate(
             folder = cleanup.enter_context(RunFolder(output, EVALUATION_FILES, overwrite=overwrite))
         points = [parse_point(text) for text in point or ()]
         from cascade.core.records import to_json
+        from cascade.core.schema import to_plain
         from cascade.evaluation import exit_evaluation as evaluation
-        from cascade.evaluation.operating_points import Point
+        from cascade.evaluation.operating_points import OperatingPoint
+        from cascade.saturation.profile import HARD_RATIOS
 
         stack = load_model(model, revision, dtype, device)
         fitted = read_heads(heads, stack)
-        request = evaluation.Request(
+        request = evaluation.EvaluationConfig(
             layers=evaluated_layers(layers, stack, fitted, only_points),
             rules=() if only_points else tuple(rule or ("cosine", "top2_gap")),
-            hard_ratios=tuple(hard_ratio or (0.3, 0.5, 0.7)),
-            thresholds=tuple(Point(*values, "given") for values in points),
+            hard_ratios=tuple(hard_ratio or HARD_RATIOS),
+            thresholds=tuple(OperatingPoint(*values, "given") for values in points),
             agreement=agreement,
             perplexity_ratio=perplexity_ratio,
             only_given=only_points,
@@ -155,13 +158,12 @@ def evaluate(
                 command=command_line(),
                 progress=advance,
             )
+        report = evaluation_report(record)
         if folder is not None:
-            folder.write("evaluation.json", to_json(record) + "\n")
-            folder.write("pareto.svg", pareto_svg(record))
-            folder.write("evaluation.html", evaluation_page(record))
-    print_record(print_evaluation, record)
-    if output is not None:
-        typer.echo(f"Wrote {output / 'evaluation.html'}", err=True)
+            folder.write("evaluation.json", to_json(to_plain(record)) + "\n")
+            folder.write(PARETO, report.pictures()[0].svg)
+            folder.write("evaluation.html", html_page(report))
+    show(report, output, "evaluation")
 
 
 #: What `cascade evaluate --cascade` listens to.

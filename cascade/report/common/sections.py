@@ -20,6 +20,7 @@ from cascade.report.common.html import (
     html_table,
 )
 from cascade.report.common.terminal import (
+    ACTIVE_STYLE,
     print_heading,
     print_lines,
     print_pairs,
@@ -62,6 +63,8 @@ class Table:
         rows: As many cells each as the header has; plain text.
         text_columns: How many columns, counted from the last, hold text.
         active: First cells of the rows to stand out, by colour alone.
+        styles: Numbers of rows, from 0, with "active" or "control" (set back), by colour alone.
+        medium: "terminal" or "page" where the table is made for the width of one; "" for both.
     """
 
     caption: str
@@ -69,6 +72,8 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     text_columns: int = 0
     active: tuple[str, ...] = ()
+    styles: tuple[tuple[int, str], ...] = ()
+    medium: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,11 @@ def print_sections(report: Report, console: Console) -> None:
         text = Text(printable(line, console), style=style)
         print_lines(text, console, console.width)
     for section in report.sections:
-        blocks = [block for block in section.blocks if not isinstance(block, Picture)]
+        blocks = [
+            block
+            for block in section.blocks
+            if not isinstance(block, Picture) and not _is_for(block, "page")
+        ]
         if not blocks:
             continue
         if section.heading:
@@ -153,6 +162,15 @@ def print_sections(report: Report, console: Console) -> None:
             if number:
                 console.print()
             _print(block, console)
+
+
+def _is_for(block: Block, medium: str) -> bool:
+    """Return whether a block is a table for one medium alone."""
+    return isinstance(block, Table) and block.medium == medium
+
+
+#: Colours of styles in the terminal.
+_ROW_STYLES = {"active": ACTIVE_STYLE, "control": "dim"}
 
 
 def _print(block: str | Lead | Pairs | Table, console: Console) -> None:
@@ -167,6 +185,7 @@ def _print(block: str | Lead | Pairs | Table, console: Console) -> None:
             gap=1,
             text_columns=block.text_columns,
             active=block.active,
+            styles={number: _ROW_STYLES[style] for number, style in block.styles},
         )
     else:
         text = block.text if isinstance(block, Lead) else block
@@ -178,7 +197,8 @@ def html_page(report: Report) -> str:
     body = [html_head(report.kicker, report.title, report.about)]
     for section in report.sections:
         if section.blocks:
-            blocks = "".join(map(_as_html, section.blocks))
+            shown = (block for block in section.blocks if not _is_for(block, "terminal"))
+            blocks = "".join(map(_as_html, shown))
             body.append(html_section(section.heading, blocks) if section.heading else blocks)
     body.append(html_provenance(report.provenance))
     return html_document(f"{report.kicker}: {report.title}", body)
@@ -194,6 +214,7 @@ def _as_html(block: Block) -> str:
             block.rows,
             text_columns=block.text_columns,
             active=block.active,
+            classes=dict(block.styles),
         )
     if isinstance(block, Picture):
         return html_figure(block.svg, block.caption)
@@ -217,7 +238,8 @@ def markdown(report: Report, *, level: int = 1, pictures: str = "") -> str:
         if section.heading:
             lines += [f"{'#' * (level + 1)} {plain(section.heading)}", ""]
         for block in section.blocks:
-            lines += [_as_markdown(block, pictures), ""]
+            if not _is_for(block, "terminal"):
+                lines += [_as_markdown(block, pictures), ""]
     return "\n".join(lines)
 
 
