@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from msgspec import structs
 
 from cascade.core.arguments import check_seed
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, ModelError, RecordError, UsageError
-from cascade.core.provenance import CorpusProvenance, provenance_of
+from cascade.core.provenance import CorpusProvenance
 from cascade.core.records import read_typed
 from cascade.core.schema import UnsetType, from_plain, to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
@@ -27,9 +28,9 @@ from cascade.evaluation.calibration_record import (
     HardRatioThreshold,
     TransferRow,
 )
+from cascade.evaluation.exit_evaluation import exit_provenance
 from cascade.evaluation.operating_points import Evaluator, OperatingPoint
-from cascade.evaluation.records import ExitProvenance
-from cascade.exits.fitted_heads import FittedHeads, heads_provenance
+from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.rules import check_layers, find_rule
 from cascade.models.flops import Counts
 from cascade.models.identity import check_same_model
@@ -208,10 +209,11 @@ def calibrate(
         for ratio in config.hard_ratios
     ]
     certificate = None if config.risk is None else run.certificate(blocks, values, config.risk)
-    plain = to_plain(provenance_of(stack, blocks, command))
-    plain["model"]["weights_hash"] = stack.weights_hash()
+    provenance = exit_provenance(stack, blocks, command, heads=heads)
+    # Of a model in memory, too: a calibration runs with these weights alone.
+    model = structs.replace(provenance.model, weights_hash=stack.weights_hash())
     return CalibrationRecord(
-        provenance=from_plain(plain | heads_provenance(heads, blocks), ExitProvenance),
+        provenance=structs.replace(provenance, model=model),
         exit_layer=config.layer,
         rule=config.rule,
         seed=config.seed,

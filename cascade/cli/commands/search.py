@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,7 +29,9 @@ from cascade.core.errors import RecordError, UsageError
 
 if TYPE_CHECKING:
     from cascade.corpora.blocks import TokenBlocks
-    from cascade.evaluation.search_choice import Wish
+    from cascade.evaluation.search_choice import SearchConfig
+    from cascade.evaluation.search_record import SearchRecord
+    from cascade.evaluation.stored_evaluations import Answer
     from cascade.exits.fitted_heads import FittedHeads
     from cascade.models.stack import DecoderStack
 
@@ -120,25 +122,27 @@ def search_exit(
     From stored evaluations, what they have is not measured again: the model
     is loaded only for what they lack.
     """
-    from cascade.evaluation.search_choice import Wish
+    from cascade.evaluation.search_choice import SearchConfig
     from cascade.report.exits.search import FRONTIER, exit_search_report
 
-    wish = Wish(search.agreement, search.risk, search.confidence)
-    wish.check()
+    config = SearchConfig(search.agreement, search.risk, search.confidence)
+    config.check()
     if search.measure is not None and not search.records:
         raise UsageError("--measure and --no-measure are for records; name some, or leave it out")
     source = SearchSource(model, tuple(heads.heads or ()), corpus)
     with report_folder(output, _STEM, (FRONTIER,)) as folder:
         if search.records:
-            record = _from_records(context, search.records, wish, search.measure, source)
+            record = _from_records(context, search.records, config, search.measure, source)
         else:
             options = picked(_MeasuredOptions, search, model, heads, corpus, passes)
-            record = _measured(wish, source, options)
+            record = _measured(config, source, options)
         report = finish(folder, _STEM, record, exit_search_report)
     show(report, output.output, f"{_STEM}.html")
 
 
-def _measured(wish: Wish, source: SearchSource, options: _MeasuredOptions) -> dict[str, Any]:
+def _measured(
+    config: SearchConfig, source: SearchSource, options: _MeasuredOptions
+) -> SearchRecord:
     from cascade.evaluation import exit_evaluation as evaluation
     from cascade.evaluation import search as exit_search
 
@@ -147,19 +151,22 @@ def _measured(wish: Wish, source: SearchSource, options: _MeasuredOptions) -> di
     stack = load_model(source.model)
     fitted = read_heads(source.heads[0] if source.heads else None, stack)
     fit, confirm = evaluation.split(source.blocks(stack, options.seq_len, options.max_tokens))
-    total = exit_search.tokens_to_read(fit, confirm, options.propagation)
+    config = dataclasses.replace(
+        config,
+        layers=tuple(evaluated_layers(options.layers, stack, fitted, False)),
+        rules=tuple(options.rule or ("cosine", "top2_gap")),
+        propagation=options.propagation,  # type: ignore[arg-type]  # checked by the evaluator
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    total = exit_search.tokens_to_read(fit, confirm, config.propagation)
     with progress_bar("Searching", total) as advance:
         return exit_search.search_exits(
             stack,
             fit,
             confirm,
-            wish,
-            layers=evaluated_layers(options.layers, stack, fitted, False),
-            rules=tuple(options.rule or ("cosine", "top2_gap")),
+            config,
             heads=fitted,
-            propagation=options.propagation,  # type: ignore[arg-type]  # checked by the evaluator
-            batch_size=options.batch_size,
-            seed=options.seed,
             command=command_line(),
             progress=advance,
         )
@@ -168,80 +175,70 @@ def _measured(wish: Wish, source: SearchSource, options: _MeasuredOptions) -> di
 def _from_records(
     context: typer.Context,
     paths: list[Path],
-    wish: Wish,
+    config: SearchConfig,
     measure: bool | None,
     source: SearchSource,
-) -> dict[str, Any]:
-    from cascade.evaluation import stored_evaluations as exit_records
+) -> SearchRecord:
+    from cascade.evaluation import stored_evaluations
 
     beside = given(context, field_names(_MeasuredOptions))
     if beside:
         raise UsageError(f"records say themselves what was measured; leave out {', '.join(beside)}")
-    evaluations = exit_records.read_evaluations(list(paths))
-    names = [str(path) for path in paths]
-    found = [
-        exit_records.look_up(record, wish, source=number)
-        for number, record in enumerate(evaluations)
+    answers = [
+        stored_evaluations.answer(evaluation, config)
+        for evaluation in stored_evaluations.read_evaluations(paths)
     ]
-    wanted = [
-        number
-        for number, one in enumerate(found)
-        if measure is not False and (one.lacks is not None or (measure and one.on_table))
-    ]
-    if wanted:
-        found = _completed(evaluations, found, wanted, names, wish, source)
-    return exit_records.search_evaluations(
-        evaluations, found, wish, names=names, command=command_line()
-    )
+    if measure is not False:
+        answers = _completed(answers, config, source, run_table_points=bool(measure))
+    return stored_evaluations.search_evaluations(answers, config, command=command_line())
 
 
 def _completed(
-    evaluations: list[dict[str, Any]],
-    found: list[Any],
-    wanted: list[int],
-    names: list[str],
-    wish: Wish,
-    source: SearchSource,
-) -> list[Any]:
-    """Measure what some records lack, and say what that is."""
+    answers: list[Answer],
+    config: SearchConfig,
+    pass_source: SearchSource,
+    *,
+    run_table_points: bool,
+) -> list[Answer]:
+    """Measure what some evaluations lack, and say what that is."""
     from cascade.evaluation import exit_evaluation as evaluation
     from cascade.evaluation import search as exit_search
 
-    for number in wanted:
-        lacks = found[number].lacks or (
-            f"{len(found[number].on_table)} thresholds are known from the table alone"
-        )
-        typer.echo(f"Measuring for {names[number]}: {lacks}", err=True)
-    provenance = evaluations[0]["provenance"]
-    dtype = provenance["model"]["dtype"]
-    stack = load_model(dataclasses.replace(source.model, dtype=dtype))
-    fingerprints = _fingerprints(source.heads, stack)
-    corpora = provenance["fitted_on"], provenance["corpus"]
-    blocks = source.blocks(
-        stack, corpora[0]["seq_len"], sum(corpus["tokens"] for corpus in corpora)
+    lacking = [
+        one for one in answers if one.lacks is not None or (run_table_points and one.on_table)
+    ]
+    if not lacking:
+        return answers
+    for one in lacking:
+        lacks = one.lacks or f"{len(one.on_table)} thresholds are known from the table alone"
+        typer.echo(f"Measuring for {one.evaluation.name}: {lacks}", err=True)
+    first = answers[0].evaluation
+    model, confirmed_on = first.record.provenance.model, first.record.provenance.corpus
+    stack = load_model(dataclasses.replace(pass_source.model, dtype=str(model.dtype)))
+    fingerprints = _fingerprints(pass_source.heads, stack)
+    blocks = pass_source.blocks(
+        stack, first.fitted_on.seq_len, first.fitted_on.tokens + confirmed_on.tokens
     )
     fit, confirm = evaluation.split(blocks)
-    made = list(found)
-    for number in wanted:
-        record = evaluations[number]
-        fingerprint = record["provenance"].get("heads_fingerprint")
+    made = list(answers)
+    for one in lacking:
+        source, record = one.evaluation.source, one.evaluation.record
+        fingerprint = record.provenance.heads_fingerprint
         if fingerprint is not None and fingerprint not in fingerprints:
             raise RecordError(
-                f"{names[number]} was made with the exit heads {fingerprint[:19]}..., which are not"
-                " among --heads; name their file"
+                f"{one.evaluation.name} was made with the exit heads {fingerprint[:19]}..., which "
+                "are not among --heads; name their file"
             )
-        passes = exit_search.tokens_to_read(fit, confirm, record["settings"]["propagation"])
-        total = confirm.tokens if found[number].lacks is None else passes
+        passes = exit_search.tokens_to_read(fit, confirm, record.settings.propagation)
+        total = confirm.tokens if one.lacks is None else passes
         with progress_bar("Measuring", total) as advance:
-            made[number] = exit_search.measure_lacking(
+            made[source] = exit_search.measure_missing(
                 stack,
-                record,
-                found[number],
+                one,
                 fit,
                 confirm,
-                wish,
+                config,
                 heads=fingerprints.get(fingerprint) if fingerprint else None,
-                source=number,
                 progress=advance,
             )
     return made

@@ -8,8 +8,8 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from cascade.core.errors import RecordError
-from cascade.core.records import read_record, read_typed
-from cascade.report.common.records import Record
+from cascade.core.records import read_typed
+from cascade.evaluation.search_record import SearchRecord
 from cascade.report.common.sections import Lead, Picture, Report, markdown, plain
 from cascade.report.exits.search import exit_search_report
 from cascade.report.studies.corpora import corpora_report
@@ -29,7 +29,7 @@ class FindingsRecords:
     final_norm: FinalNormExplanation
     corpora: CorpusComparison
     models: ModelComparison
-    exit_search: Record
+    exit_search: SearchRecord
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def read_findings(folder: Path) -> FindingsRecords:
         final_norm=read_typed(paths["final-norm"], FinalNormExplanation),
         corpora=read_typed(paths["corpora"], CorpusComparison),
         models=read_typed(paths["models"], ModelComparison),
-        exit_search=read_record(paths["exit-search"], kind="exit-search"),
+        exit_search=read_typed(paths["exit-search"], SearchRecord),
     )
 
 
