@@ -18,7 +18,9 @@ import numpy as np
 from cascade.core.arrays import Array
 from cascade.core.errors import RecordError, UsageError
 from cascade.core.records import Record, at
+from cascade.core.schema import to_plain
 from cascade.gate.attribution import attribute
+from cascade.saturation.records import ProfileRecord
 from cascade.stats.resampling import Place, placed, resampled_means, simultaneous_half_widths
 from cascade.stats.similarity_statistics import QUANTILES
 
@@ -95,7 +97,7 @@ _MACHINE = (
 class Profile(Protocol):
     """What is compared: a `SaturationProfile`, or a stored one."""
 
-    def record(self) -> Record:
+    def record(self) -> ProfileRecord | Record:
         """Return the record: provenance and tables."""
         ...
 
@@ -319,7 +321,7 @@ def compare(
             f"expected a margin above 0 and a confidence between 0 and 1, got {margin:g} and "
             f"{confidence:g}"
         )
-    new, old = profile.record(), baseline.record()
+    new, old = to_plain(profile.record()), to_plain(baseline.record())
     mismatches = mismatches_of(new.get("provenance"), old.get("provenance"))
     notes = [
         f"{name} differs: expected {expected}, got {obtained}"

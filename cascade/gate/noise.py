@@ -99,7 +99,7 @@ def _with_float64(stack: DecoderStack, tokens: Tensor, plain: Array) -> float | 
     if stack.device.type == "mps":
         return "not on this device"
     # A copy: weights turned into float64 and back would be the same, the model's buffers not.
-    wide = DecoderStack(copy.deepcopy(stack.model).double(), provenance=dict(stack.provenance))
+    wide = DecoderStack(copy.deepcopy(stack.model).double(), provenance=stack.provenance)
     return _moved(plain, _means(wide, tokens))
 
 

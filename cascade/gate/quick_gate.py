@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from cascade.core.errors import OutputError, RecordError, UsageError
-from cascade.core.provenance import provenance_of
+from cascade.core.provenance import provenance_of, typed_provenance
 from cascade.core.records import Record, read_record, write_record
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.gate.baselines import StoredProfile
 from cascade.gate.drift import LEAST_SHARED, Comparison, compare, made_elsewhere, mismatches_of
@@ -96,7 +97,7 @@ def run_gate(
     if tokens < 1:
         raise UsageError(f"expected a budget of at least 1 token, got {tokens}")
     start = time.perf_counter()
-    about = provenance_of(stack, blocks, command)
+    about = to_plain(provenance_of(stack, blocks, command))
     expected = baseline.record()["provenance"]
     shared = _shared(blocks, baseline)
     mismatches = mismatches_of(about, expected)
@@ -168,7 +169,8 @@ def _joined(
     for part in parts[1:]:
         whole = whole.merge(part.statistics.renumbered(shift))
         shift += len(part.sequence_fingerprints)
-    return SaturationProfile(whole, blocks.sequence_fingerprints(), about)
+    provenance = typed_provenance(about)
+    return SaturationProfile(whole, blocks.sequence_fingerprints(), provenance)
 
 
 def quick_blocks(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from cascade.core.errors import ModelError, RecordError
 from cascade.core.records import Record, read_record
+from cascade.core.schema import to_plain
 from cascade.core.shapes import COUNT, NUMBER, TEXT, WHOLE, Shape, flaw
 from cascade.corpora.blocks import TokenBlocks, load_blocks
-from cascade.evaluation.exit_evaluation import Request, evaluate, split
-from cascade.evaluation.operating_points import Point
+from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
+from cascade.evaluation.operating_points import OperatingPoint
 from cascade.exits.fitted_heads import FittedHeads, load_heads
 from cascade.exits.history import exit_entries
 from cascade.models.stack import DecoderStack
@@ -99,7 +100,7 @@ def rerun(
     """
     settings = group["settings"]
     points = [
-        Point(point["exit_layer"], point["rule"], point["threshold"], "given")
+        OperatingPoint(point["exit_layer"], point["rule"], point["threshold"], "given")
         for point in group["points"]
     ]
     return evaluate_points(
@@ -116,7 +117,7 @@ def rerun(
 
 def evaluate_points(
     stack: DecoderStack,
-    points: list[Point],
+    points: list[OperatingPoint],
     blocks: TokenBlocks,
     *,
     heads: FittedHeads | None = None,
@@ -143,20 +144,24 @@ def evaluate_points(
         UsageError: A point that cannot be meant.
     """
     fit, confirm = split(blocks)
-    return evaluate(
+    record = evaluate(
         stack,
         fit,
         confirm,
-        Request(layers=(), rules=(), thresholds=tuple(points), only_given=True),
+        EvaluationConfig(layers=(), rules=(), thresholds=tuple(points), only_given=True),
         heads=heads,
         propagation=propagation,  # type: ignore[arg-type]  # checked by the evaluator
         batch_size=batch_size,
         seed=seed,
         command=command,
     )
+    plain: Record = to_plain(record)
+    return plain
 
 
-def first_points(stack: DecoderStack, blocks: TokenBlocks, layer: int | None) -> list[Point]:
+def first_points(
+    stack: DecoderStack, blocks: TokenBlocks, layer: int | None
+) -> list[OperatingPoint]:
     """Return points to budget where none are stored: the study's way, at one exit layer.
 
     Args:
@@ -173,12 +178,12 @@ def first_points(stack: DecoderStack, blocks: TokenBlocks, layer: int | None) ->
     """
     profile = analyze(stack, split(blocks)[0])
     if layer is None:
-        layer = int(profile.record()["thresholds"]["exit_layer"])
+        layer = int(profile.record().thresholds.exit_layer)
     exit_entries(layer, stack.num_layers)
     row = profile.statistics.layers.index(str(layer))
     # As they are typed: a stored point can be asked for again.
     thresholds = [round(float(profile.statistics.quantile(q)[row]), 4) for q in HARD_RATIOS]
-    return [Point(layer, "cosine", value, "given") for value in dict.fromkeys(thresholds)]
+    return [OperatingPoint(layer, "cosine", value, "given") for value in dict.fromkeys(thresholds)]
 
 
 def find_heads(folder: Path, fingerprint: str | None, stack: DecoderStack) -> FittedHeads | None:

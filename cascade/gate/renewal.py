@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cascade.core.files import write_text
 from cascade.core.records import SCHEMAS, Record, packed
+from cascade.core.schema import from_plain, to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.gate.baselines import StoredProfile, seal, store
 from cascade.gate.budgets import accept_budgets
@@ -17,6 +18,7 @@ from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import quick_ids
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import SaturationProfile, analyze
+from cascade.saturation.records import NoiseFloor
 
 
 def measure_whole(
@@ -41,7 +43,7 @@ def measure_whole(
         ModelError: A layer's output is NaN (names the layer).
     """
     profile = analyze(stack, blocks, batch_size=batch_size, command=command, progress=progress)
-    return replace(profile, noise=measure_noise(stack, quick_ids(blocks)))
+    return replace(profile, noise=from_plain(measure_noise(stack, quick_ids(blocks)), NoiseFloor))
 
 
 def store_profile(
@@ -61,7 +63,7 @@ def store_profile(
         OutputError: The baseline cannot be written; the one before is unharmed.
     """
     arrays = profile.arrays()
-    return store(folder, seal(profile.record(), arrays), packed(arrays))
+    return store(folder, seal(to_plain(profile.record()), arrays), packed(arrays))
 
 
 def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfile) -> bool:

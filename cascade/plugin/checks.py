@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from cascade.core.errors import CascadeError, RecordError
+from cascade.core.schema import to_plain
 from cascade.plugin.measuring import MeasuredProfile, make_command, missing_line, one_line
 from cascade.plugin.results import Findings, drawn
 from cascade.plugin.settings import Settings, marked, shown
@@ -132,7 +133,7 @@ class SaturationCheck(Check):
 
         if isinstance(profile, MeasuredProfile):
             return profile.path
-        about = {"kind": self.kind, "provenance": profile.record()["provenance"]}
+        about = {"kind": self.kind, "provenance": to_plain(profile.record()["provenance"])}
         return baseline_paths(self.settings.baselines, about)[0]
 
     def _compare(self, profile: Any, path: Path) -> tuple[Record, str]:

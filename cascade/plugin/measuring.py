@@ -15,11 +15,13 @@ from cascade.core.errors import CascadeError, RecordError
 from cascade.plugin.settings import Settings, shown
 
 if TYPE_CHECKING:
+    from cascade.core.provenance import Provenance
     from cascade.corpora.blocks import TokenBlocks
     from cascade.gate.baselines import StoredProfile
     from cascade.gate.quick_gate import Gate
     from cascade.models.stack import DecoderStack
     from cascade.saturation.profile import SaturationProfile
+    from cascade.saturation.records import NoiseFloor, ProfileRecord
     from cascade.stats.similarity_statistics import SimilarityStatistics
 
 Record = dict[str, Any]
@@ -198,16 +200,16 @@ class MeasuredProfile:
         return self._profile.sequence_fingerprints
 
     @property
-    def provenance(self) -> Record:
+    def provenance(self) -> Provenance:
         """Model, corpus, machine, versions and command."""
         return self._profile.provenance
 
     @property
-    def noise(self) -> Record | None:
+    def noise(self) -> NoiseFloor | None:
         """How far arithmetic alone moves a sequence, where measured."""
         return self._profile.noise
 
-    def record(self) -> Record:
+    def record(self) -> ProfileRecord:
         """Return the record: provenance and tables."""
         return self._profile.record()
 

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cascade.core.arguments import read_threshold
 from cascade.core.errors import ModelError, UsageError
-from cascade.core.schema import UNSET
+from cascade.core.schema import UNSET, known
 from cascade.decoding.early_exit import EarlyExit, Propagation, Score
-from cascade.decoding.forward import Exit, Pass
+from cascade.decoding.forward import Exit, ForwardPass
 from cascade.decoding.generation import Generation
 from cascade.decoding.inputs import make_chunk
-from cascade.exits.decision import read_threshold
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.heads import LogitLens
 from cascade.exits.history import exit_entries
@@ -237,14 +237,14 @@ class Cascade:
         return None
 
     def _base_record(self) -> CascadeBase:
-        known = self.base.provenance
+        model = self.base.provenance
         return CascadeBase(
-            source=known.get("source"),
-            name=known.get("name"),
-            revision=known.get("revision"),
-            family=known.get("family"),
+            source=known(model.source),
+            name=known(model.name),
+            revision=known(model.revision),
+            family=known(model.family),
             weights_hash=self.base.weights_hash(),
-            tokenizer_hash=known.get("tokenizer_hash"),
+            tokenizer_hash=known(model.tokenizer_hash),
             num_layers=self.base.num_layers,
             hidden_size=self.base.hidden_size,
             vocab_size=self.base.vocab_size,
@@ -258,6 +258,15 @@ class Cascade:
     def stack_below(self, stages: int) -> DecoderStack:
         """Return the base with the layers of its first stages, 0 for the base alone."""
         return self._stacks[stages]
+
+    @property
+    def deciding_layer(self) -> int:
+        """The layer by whose similarity tokens enter a next stage, where none is given.
+
+        The last layer of the last stage; of a base alone the second to last.
+        """
+        last = self.stack.num_layers
+        return last if self.stages else max(1, last - 1)
 
     def routed(self) -> DecoderStack:
         """Return the stack whose `visit` lets tokens exit as they do in the cascade.
@@ -478,12 +487,12 @@ class RoutedStack(DecoderStack):
         chunk = make_chunk(self, input_ids, torch.ones_like(input_ids))
         cache = layers.new_cache(batch, length, keep=False)
         cache.window(0, length)
-        one_pass = Pass(layers, self._early.exits, chunk, cache, Counts.of(self.num_layers))
+        one_pass = ForwardPass(layers, self._early.exits, chunk, cache, Counts.of(self.num_layers))
         exits = {at.layer: at for at in one_pass.exits}
         visitor(0, one_pass.hidden)
         no_logits = torch.zeros_like(chunk.valid)
         for layer in range(1, self.num_layers + 1):
-            one_pass.climb(layer)
+            one_pass.run_layers_to(layer)
             visitor(layer, one_pass.hidden)
             if layer in exits:
                 one_pass.decide(exits[layer], no_logits, lambda *_: None)

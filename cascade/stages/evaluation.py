@@ -14,8 +14,8 @@ from torch import Tensor
 from cascade.core.arguments import check_seed
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
-from cascade.core.provenance import provenance_of, typed_provenance
-from cascade.core.schema import UNSET, UnsetType, from_plain
+from cascade.core.provenance import provenance_of
+from cascade.core.schema import UNSET, UnsetType
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.decoding.early_exit import EarlyExit
 from cascade.models.flops import Counts, flops
@@ -23,13 +23,13 @@ from cascade.stages.cascades import Cascade
 from cascade.stages.records import (
     CascadeEvaluationRecord,
     CascadeVerdict,
-    ComputedRows,
     ControlComparison,
     ExitShare,
     PairedRatio,
     ScopeFigures,
     VariantFigures,
 )
+from cascade.stats.resampling import draws, interval
 
 #: The scopes of every figure; a token counts by the text that it predicts.
 SCOPES = ("all", "easy", "hard", "response", "easy_response", "hard_response")
@@ -37,10 +37,6 @@ SCOPES = ("all", "easy", "hard", "response", "easy_response", "hard_response")
 
 #: The scopes by which a cascade is judged.
 Scope = Literal["all", "response"]
-
-
-#: How often sequences are resampled for an interval.
-_RESAMPLES = 1000
 
 
 @dataclass
@@ -132,7 +128,7 @@ def evaluate_cascade(
         if variant.trained_on not in (None, "hard")
     ]
     return CascadeEvaluationRecord(
-        provenance=typed_provenance(provenance_of(cascade.base, blocks, command)),
+        provenance=provenance_of(cascade.base, blocks, command),
         cascade=cascade.record(),
         rows=rows,
         comparisons=comparisons,
@@ -217,19 +213,19 @@ def _row(
         operations_ratio=flops(variant.early.stack, variant.counts)
         / flops(alone.early.stack, alone.counts),
         stage_rows=variant.cascade.stage_rows(variant.counts)[: variant.stages],
-        counts=from_plain(variant.counts.record(), ComputedRows),
+        counts=variant.counts.record(),
     )
 
 
 def _scope(own: SequenceSums, base: SequenceSums, scope: str, seed: int) -> ScopeFigures:
     tokens = own.tokens[scope]
-    ratio, interval = perplexity_ratio(own, base, scope, seed)
+    ratio, ratio_interval = perplexity_ratio(own, base, scope, seed)
     return ScopeFigures(
         tokens=int(tokens.sum()),
         perplexity=math.exp(own.losses[scope].sum() / tokens.sum()),
         accuracy=float(own.hits[scope].sum() / tokens.sum()),
         ratio=ratio,
-        ratio_interval=interval,
+        ratio_interval=ratio_interval,
     )
 
 
@@ -245,13 +241,11 @@ def perplexity_ratio(
         seed: Seed of the resamples.
     """
     difference, tokens = own.losses[scope] - other.losses[scope], own.tokens[scope]
-    count = len(tokens)
-    draws = np.random.default_rng(seed).integers(count, size=(_RESAMPLES, count))
-    drawn = tokens[draws].sum(axis=1)
+    sequences = draws(len(tokens), seed)
+    drawn = tokens[sequences].sum(axis=1)
     kept = drawn > 0
-    resampled = np.exp(difference[draws].sum(axis=1)[kept] / drawn[kept])
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return math.exp(difference.sum() / tokens.sum()), [float(low), float(high)]
+    resampled = np.exp(difference[sequences].sum(axis=1)[kept] / drawn[kept])
+    return math.exp(difference.sum() / tokens.sum()), interval(resampled)
 
 
 def _compared(

@@ -17,6 +17,7 @@ from cascade.core.schema import (
     Text,
     UnsetType,
 )
+from cascade.models.counts import CountsRecord
 from cascade.stages.hard_tokens.records import Split, SplitCounts
 from cascade.stages.training_config import Start, TrainingConfig
 
@@ -248,17 +249,6 @@ class StageWork(Part, frozen=True, kw_only=True):
     key_value_rows: Index
 
 
-class ComputedRows(Part, frozen=True, kw_only=True):
-    """Everything that was computed, in token rows; see `cascade.models.flops.Counts`."""
-
-    layer_rows: list[Index]
-    pairs: list[Index]
-    key_value_rows: list[Index]
-    predicted_rows: list[Index]
-    lm_head_rows: Index
-    head_rows: dict[str, Index]
-
-
 class VariantFigures(Part, frozen=True, kw_only=True):
     """One variant: the base, the cascade up to a stage, or a control.
 
@@ -284,7 +274,7 @@ class VariantFigures(Part, frozen=True, kw_only=True):
     layers_per_token: Finite
     operations_ratio: Finite
     stage_rows: list[StageWork]
-    counts: ComputedRows
+    counts: CountsRecord
 
 
 class PairedRatio(Part, frozen=True, kw_only=True):

@@ -11,8 +11,8 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from cascade.core.errors import TrainingError, UsageError
-from cascade.core.provenance import MachineProvenance, machine_of
-from cascade.core.schema import from_plain
+from cascade.core.provenance import machine_of
+from cascade.core.schema import known
 from cascade.models.hooks import frozen
 from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.dataset import HardTokens
@@ -139,16 +139,16 @@ def _provenance(
         chosen_step=_best(evaluations).step,
         perplexities_without=trainer.perplexities,
         looks=list(evaluations),
-        machine=from_plain(machine_of(stack.device), MachineProvenance),
+        machine=machine_of(stack.device),
     )
 
 
 def _base(stack: DecoderStack) -> StageBase:
     *_, base = stack.with_those_below()  # of stages that follow stages, the same as theirs
     return StageBase(
-        name=base.provenance.get("name"),
+        name=known(base.provenance.name),
         weights_hash=base.weights_hash(),
-        tokenizer_hash=base.provenance.get("tokenizer_hash"),
+        tokenizer_hash=known(base.provenance.tokenizer_hash),
         vocab_size=base.vocab_size,
     )
 

@@ -15,8 +15,8 @@ from support.paths import BASELINES
 from support.reference_early_exit import one_line
 
 from cascade.core.errors import RecordError
-from cascade.evaluation.exit_evaluation import Request, evaluate, split
-from cascade.evaluation.operating_points import Point
+from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
+from cascade.evaluation.operating_points import OperatingPoint
 from cascade.exits.fitted_heads import load_heads
 from cascade.gate.budgets import SLACK, accept_budgets, check_budgets
 from cascade.gate.remeasuring import find_heads, group_blocks, rerun
@@ -342,9 +342,10 @@ def test_ridge_propagation_spares_the_tokens_that_stay(reference_model: DecoderS
 
     def hard_perplexity(propagation: Propagation, *layers: int) -> dict[int, float]:
         points = tuple(
-            Point(layer, "cosine", PROMISED_HARD_PERPLEXITY[layer][0], "given") for layer in layers
+            OperatingPoint(layer, "cosine", PROMISED_HARD_PERPLEXITY[layer][0], "given")
+            for layer in layers
         )
-        request = Request(layers=(), rules=(), thresholds=points, only_given=True)
+        request = EvaluationConfig(layers=(), rules=(), thresholds=points, only_given=True)
         evaluation = evaluate(stack, *corpora, request, heads=heads, propagation=propagation)
         for row in evaluation["points"]:
             assert 0.45 < row["exit_share"] < 0.55
@@ -372,7 +373,7 @@ def test_early_exit_does_not_pay_at_the_studys_layer_and_the_verdict_says_so(
             max_tokens=2048,
         )
     )
-    request = Request(layers=(29,), rules=("cosine",))
+    request = EvaluationConfig(layers=(29,), rules=("cosine",))
     verdict = evaluate(reference_model, fit, confirm, request)["verdict"]
     assert verdict["use"] is False
     assert verdict["headline"].startswith("Do not use early exit here")

@@ -31,7 +31,7 @@ from cascade.core.provenance import provenance_of
 from cascade.core.records import packed, to_json
 from cascade.corpora.blocks import load_blocks
 from cascade.decoding.early_exit import PROPAGATIONS
-from cascade.evaluation.operating_points import Point
+from cascade.evaluation.operating_points import OperatingPoint
 from cascade.exits.head_fitting import fit_heads
 from cascade.gate.baselines import read_profile
 from cascade.gate.budgets import SLACK, accept_budgets
@@ -499,7 +499,7 @@ def test_budgets_of_fitted_heads_are_measured_with_those_heads(
     blocks = load_blocks("texts.jsonl", stack.tokenizer, seq_len=16)
     heads = fit_heads(stack, blocks, (3,), provenance=provenance_of(stack, blocks, None))
     heads.save(STORED.parent / "texts.heads.safetensors")
-    points = [Point(3, "cosine", 0.8, "given")]
+    points = [OperatingPoint(3, "cosine", 0.8, "given")]
     record = evaluate_points(stack, points, blocks, heads=heads, propagation="ridge")
     record["points"][0] |= {"seconds_ratio": 50.0, "seconds_ratio_interval": None}
     accept_budgets(Path("baselines"), record)

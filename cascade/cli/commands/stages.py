@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from cascade.cli.app import app
-from cascade.cli.console import command_line, load_model, print_record, progress_bar, status
+from cascade.cli.app import command
+from cascade.cli.console import command_line, print_record, progress_bar, status
+from cascade.cli.inputs import load_model
 from cascade.cli.options import (
     BatchSize,
-    Column,
-    Corpus,
-    Device,
-    Dtype,
-    Model,
+    Behind,
+    DeviceOptions,
+    First,
+    MaxTokens,
+    ModelOptions,
     NumSamples,
-    Revision,
-    SeqLen,
+    OutputOptions,
+    Seed,
+    TextOptions,
 )
 from cascade.core.errors import OutputError, UsageError
 
@@ -29,47 +31,56 @@ if TYPE_CHECKING:
     from cascade.models.stack import DecoderStack
     from cascade.stages.cascades import Cascade, Entry
     from cascade.stages.hard_tokens.dataset import HardTokens
-    from cascade.stages.hard_tokens.plan import CollectingConfig
     from cascade.stages.hard_tokens.records import StatesDtype
     from cascade.stages.hard_tokens.splits import CorpusConfig
     from cascade.stages.records import CascadeEvaluationRecord, HeldOutEvaluation
     from cascade.stages.training import Training
-    from cascade.stages.training_config import TrainingConfig
+    from cascade.stages.training_config import Routing, Start, TrainingConfig
 
 
-@app.command("collect-hard")
-def collect_hard(
-    output: Annotated[Path, typer.Option(help="Folder for the dataset.")],
+@dataclass(frozen=True)
+class StageCorpus(TextOptions):
+    """The text whose hard tokens are collected."""
+
+    num_samples: NumSamples = 0
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop at this many tokens, a fifth of them held out.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class CollectionOptions:
+    """Which tokens are hard, and where the dataset goes."""
+
+    output: Annotated[Path, typer.Option(help="Folder for the dataset."), First()]
     threshold: Annotated[
         float | None, typer.Option(help="Tokens whose similarity is below it are hard.")
-    ] = None,
+    ] = None
     hard_ratio: Annotated[
         float | None,
         typer.Option(help="Share of hard tokens; without --threshold, fits it."),
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
-    model: Model = "smollm2-135m",
-    revision: Revision = None,
-    corpus: Corpus = "embedded",
-    text_column: Column = None,
-    num_samples: NumSamples = 0,
-    seq_len: SeqLen = 128,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop at this many tokens, a fifth of them held out.")
-    ] = None,
+    ] = None
+    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None
     states_dtype: Annotated[
-        str, typer.Option(help="How states are stored: float16, or bfloat16 for large ones.")
-    ] = "float16",
-    batch_size: BatchSize = 32,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    seed: Annotated[
-        int | None, typer.Option(help="Draw the records at random; in corpus order without.")
-    ] = None,
+        str,
+        typer.Option(help="How states are stored: float16, or bfloat16 for large ones."),
+        Behind("max_tokens"),
+    ] = "float16"
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Replace an earlier dataset, or another unfinished one."),
-    ] = False,
+    ] = False
+
+
+@command("collect-hard")
+def collect_hard(
+    options: CollectionOptions,
+    model: ModelOptions,
+    corpus: StageCorpus,
+    batch_size: BatchSize = 32,
+    seed: Annotated[
+        int | None, typer.Option(help="Draw the records at random; in corpus order without.")
+    ] = None,
 ) -> None:
     """Run a model once over a corpus; store its exit states and which tokens are hard.
 
@@ -82,37 +93,30 @@ def collect_hard(
     from cascade.stages.hard_tokens.plan import CollectingConfig
     from cascade.stages.hard_tokens.working_folder import check_output
 
-    check_output(output, overwrite=overwrite)
+    output = options.output
+    check_output(output, overwrite=options.overwrite)
     config = CollectingConfig(
-        layer=layer,
-        threshold=threshold,
-        hard_ratio=hard_ratio,
-        dtype=cast("StatesDtype", states_dtype),  # checked next
+        layer=options.layer,
+        threshold=options.threshold,
+        hard_ratio=options.hard_ratio,
+        dtype=cast("StatesDtype", options.states_dtype),  # checked next
         batch_size=batch_size,
         command=command_line(),
     )
     config.check()
-    stack = load_model(model, revision, dtype, device)
-    text = splits.CorpusConfig(
-        corpus=corpus,
-        text_column=text_column,
-        num_samples=num_samples or None,
-        seq_len=seq_len,
-        max_tokens=max_tokens,
-        seed=seed,
-    )
-    with status(f"Reading {corpus}"):
-        read = splits.load_splits(text, stack.tokenizer)
+    stack = load_model(model)
+    with status(f"Reading {corpus.corpus}"):
+        read = splits.load_splits(_corpus_config(corpus, seed), stack.tokenizer)
     tokens = sum(blocks.tokens for blocks in read.values())
     size = splits.expected_bytes(stack, read)
     typer.echo(
         f"Collecting {tokens:,} tokens into {output}: about {_bytes(size)}, states of "
-        f"{stack.hidden_size:,} numbers in {states_dtype}",
+        f"{stack.hidden_size:,} numbers in {options.states_dtype}",
         err=True,
     )
     with _says_how_to_resume(output), progress_bar("Collecting", tokens) as advance:
         found = collecting.collect_hard(
-            stack, read, output, config, progress=advance, overwrite=overwrite
+            stack, read, output, config, progress=advance, overwrite=options.overwrite
         )
     print_record(print_hard_tokens, found.record)
     written = sum(file.bytes for file in found.record.files)
@@ -136,6 +140,19 @@ def _says_how_to_resume(output: Path) -> Iterator[None]:
         raise
 
 
+def _corpus_config(corpus: StageCorpus, seed: int | None = None) -> CorpusConfig:
+    from cascade.stages.hard_tokens.splits import CorpusConfig
+
+    return CorpusConfig(
+        corpus=corpus.corpus,
+        text_column=corpus.text_column,
+        num_samples=corpus.num_samples or None,
+        seq_len=corpus.seq_len,
+        max_tokens=corpus.max_tokens,
+        seed=seed,
+    )
+
+
 def _bytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
@@ -144,62 +161,62 @@ def _bytes(size: int) -> str:
 _DATASET, _CHECKPOINTS = "hard-tokens", "checkpoints"
 
 
-@app.command()
-def train(
-    output: Annotated[Path, typer.Option(help="Folder for the cascade.")],
+@dataclass(frozen=True)
+class StageOptions:
+    """The stage: where it goes, which tokens enter it, its layers and its training."""
+
+    output: Annotated[Path, typer.Option(help="Folder for the cascade."), First()]
     threshold: Annotated[
         float | None, typer.Option(help="Tokens whose similarity is below it enter the stage.")
-    ] = None,
+    ] = None
     hard_ratio: Annotated[
         float | None, typer.Option(help="Share of hard tokens; without --threshold, fits it.")
-    ] = None,
+    ] = None
     layer: Annotated[
         int | None, typer.Option(help="Whose similarity decides; the last but one without.")
-    ] = None,
-    additional_layers: Annotated[int, typer.Option(min=1, help="Layers of the stage.")] = 2,
+    ] = None
+    additional_layers: Annotated[int, typer.Option(min=1, help="Layers of the stage.")] = 2
     start: Annotated[
         str, typer.Option(help="Its layers start as copies of the last ones, or fresh.")
-    ] = "copies",
+    ] = "copies"
     own_head: Annotated[
         bool, typer.Option("--own-head", help="Train an LM head of its own, too.")
-    ] = False,
-    epochs: Annotated[float, typer.Option(help="Passes over the training part.")] = 2.0,
-    lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 3e-4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
+    ] = False
+    epochs: Annotated[float, typer.Option(help="Passes over the training part.")] = 2.0
+    lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 3e-4
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step."), First()] = 8
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many looks without a better one; never: 0.")
-    ] = 3,
+    ] = 3
+    seed: Annotated[int, typer.Option(min=0, help="Of fresh weights and of the order.")] = 0
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What else is trained, from what, and what becomes of an earlier run."""
+
     controls: Annotated[
         bool,
         typer.Option("--controls", help="Train the same stage on all and on random tokens, too."),
-    ] = False,
+    ] = False
     after: Annotated[
         Path | None, typer.Option(help="A trained cascade: the new stage follows its last one.")
-    ] = None,
+    ] = None
     dataset: Annotated[
         Path | None,
         typer.Option(help="A dataset of `cascade collect-hard`; made in --output without."),
-    ] = None,
-    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's logs.")] = None,
+    ] = None
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's logs.")] = None
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
-    ] = False,
-    model: Model = "smollm2-135m",
-    revision: Revision = None,
-    corpus: Corpus = "embedded",
-    text_column: Column = None,
-    num_samples: NumSamples = 0,
-    seq_len: SeqLen = 128,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop at this many tokens, a fifth of them held out.")
-    ] = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Of fresh weights and of the order.")] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier cascade.")
-    ] = False,
-) -> None:
+    ] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier cascade.")] = (
+        False
+    )
+
+
+@command("train")
+def train(stage: StageOptions, run: RunOptions, model: ModelOptions, corpus: StageCorpus) -> None:
     """Train a stage that hard tokens go on to; it starts as the identity and never makes it worse.
 
     The model runs once, over the corpus; its states are kept in --output.
@@ -207,118 +224,71 @@ def train(
     step 0 (no stage) included. Interrupted, --resume goes on.
     """
     from cascade.report.exits.cascades import print_training
+    from cascade.stages.cascades import Entry
 
-    _check_train(output, after, dataset, threshold, hard_ratio, overwrite=overwrite, resume=resume)
-    from cascade.stages.hard_tokens.plan import CollectingConfig
-    from cascade.stages.hard_tokens.splits import CorpusConfig
+    output = stage.output
+    _check_train(stage, run)
+    config = _training_config(stage)
+    base = _cascade(run.after, model)
     from cascade.stages.stage import check_depth
-    from cascade.stages.training_config import TrainingConfig
 
-    config = TrainingConfig(
-        additional_layers=additional_layers,
-        start=start,  # type: ignore[arg-type]  # checked by the stage
-        own_head=own_head,
-        epochs=epochs,
-        learning_rate=lr,
-        batch_size=batch_size,
-        patience=patience or None,
-        seed=seed,
-    )
-    config.check()
-    base = _cascade(after, model, revision, dtype, device)
-    check_depth(base.stack, additional_layers)
+    check_depth(base.stack, stage.additional_layers)
     routed = base.routed() if base.stages else base.stack
-    usual = base.stack.num_layers if base.stages else max(1, base.stack.num_layers - 1)
-    tokens = _dataset_of(
-        routed,
-        dataset or output / _DATASET,
-        CollectingConfig(
-            layer=usual if layer is None and dataset is None else layer,
-            threshold=threshold,
-            hard_ratio=hard_ratio,
-            command=command_line(),
-        ),
-        given=dataset is not None,
-        text=CorpusConfig(
-            corpus=corpus,
-            text_column=text_column,
-            num_samples=num_samples or None,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-        ),
-    )
+    tokens = _dataset_of(base, routed, stage, run, corpus)
     for note in tokens.notes:
         typer.echo(f"Beware: {note}", err=True)
-    folder = output / _CHECKPOINTS
-    from cascade.stages import controls as of_controls
-    from cascade.stages.cascades import Entry
-    from cascade.stages.training import train_stage
-
-    with _shown_training(config, tokens) as progress:
-        trained = train_stage(
-            routed,
-            tokens,
-            config,
-            folder / config.routing,
-            resume=resume,
-            tensorboard=tensorboard,
-            progress=progress,
-        )
-    _save(base, trained, Entry(tokens.layer, tokens.threshold), output, overwrite or resume)
-    for control in of_controls.CONTROLS if controls else ():
-        with _shown_training(dataclasses.replace(config, routing=control), tokens) as progress:
-            made = of_controls.train_control(
-                routed,
-                tokens,
-                trained,
-                control,
-                folder / control,
-                resume=resume,
-                progress=progress,
-            )
-        entry = of_controls.control_entry(control, base.stack, tokens)
-        place = output / of_controls.CONTROLS_FOLDER / control
-        _save(base, made, entry, place, overwrite or resume)
+    trained = _train(routed, tokens, config, run, output / _CHECKPOINTS / config.routing)
+    entry = Entry(tokens.layer, tokens.threshold)
+    _save(base, trained, entry, output, overwrite=run.overwrite or run.resume)
+    if run.controls:
+        _train_controls(base, routed, tokens, trained, output, run)
     print_record(print_training, trained.provenance)
     typer.echo(f"Wrote {output}; measure it with `cascade evaluate --cascade {output}`", err=True)
 
 
-def _check_train(
-    output: Path,
-    after: Path | None,
-    dataset: Path | None,
-    threshold: float | None,
-    hard_ratio: float | None,
-    *,
-    overwrite: bool,
-    resume: bool,
-) -> None:
+def _training_config(stage: StageOptions) -> TrainingConfig:
+    from cascade.stages.training_config import TrainingConfig
+
+    config = TrainingConfig(
+        additional_layers=stage.additional_layers,
+        start=cast("Start", stage.start),  # checked next
+        own_head=stage.own_head,
+        epochs=stage.epochs,
+        learning_rate=stage.lr,
+        batch_size=stage.batch_size,
+        patience=stage.patience or None,
+        seed=stage.seed,
+    )
+    config.check()
+    return config
+
+
+def _check_train(stage: StageOptions, run: RunOptions) -> None:
     from cascade.stages.hard_tokens.plan import CollectingConfig
     from cascade.stages.saved_cascades import CONFIG
 
-    if (output / CONFIG).exists() and not (overwrite or resume):
+    output = stage.output
+    if (output / CONFIG).exists() and not (run.overwrite or run.resume):
         raise OutputError(
             f"{output} holds a cascade: choose another --output, or replace it with --overwrite"
         )
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file, expected a folder; choose another --output")
-    if after is not None and after.resolve() == output.resolve():
+    if run.after is not None and run.after.resolve() == output.resolve():
         raise OutputError(f"--after and --output are both {output}; choose another --output")
-    if dataset is None:
-        CollectingConfig(threshold=threshold, hard_ratio=hard_ratio).check()
-    elif hard_ratio is not None and threshold is None:
+    if run.dataset is None:
+        CollectingConfig(threshold=stage.threshold, hard_ratio=stage.hard_ratio).check()
+    elif stage.hard_ratio is not None and stage.threshold is None:
         raise UsageError("--dataset has its hard ratio already; leave --hard-ratio out")
 
 
-def _cascade(
-    folder: Path | None, model: str, revision: str | None, dtype: str, device: str
-) -> Cascade:
+def _cascade(folder: Path | None, model: ModelOptions) -> Cascade:
     """Return the cascade in a folder, or the model alone."""
     from cascade.stages.cascades import Cascade
 
     if folder is None:
-        return Cascade(load_model(model, revision, dtype, device))
-    return read_cascade(folder, dtype, device)
+        return Cascade(load_model(model))
+    return read_cascade(folder, model.dtype, model.device)
 
 
 def read_cascade(folder: Path, dtype: str, device: str) -> Cascade:
@@ -330,44 +300,91 @@ def read_cascade(folder: Path, dtype: str, device: str) -> Cascade:
 
 
 def _dataset_of(
-    stack: DecoderStack,
-    folder: Path,
-    config: CollectingConfig,
-    *,
-    given: bool,
-    text: CorpusConfig,
+    base: Cascade,
+    routed: DecoderStack,
+    stage: StageOptions,
+    run: RunOptions,
+    corpus: StageCorpus,
 ) -> HardTokens:
-    """Return a dataset that is there and fits, or collect it."""
+    """Return the dataset that was given, checked, or collect one in the output folder."""
     from cascade.stages.hard_tokens.collecting import collect_hard
     from cascade.stages.hard_tokens.dataset import load_hard_tokens
+    from cascade.stages.hard_tokens.plan import CollectingConfig
     from cascade.stages.hard_tokens.splits import load_splits
 
-    if given:
-        found = load_hard_tokens(folder)
-        found.check(stack, layer=config.layer, threshold=config.threshold)
+    if run.dataset is not None:
+        found = load_hard_tokens(run.dataset)
+        found.check(routed, layer=stage.layer, threshold=stage.threshold)
         return found
-    with status(f"Reading {text.corpus}"):
-        splits = load_splits(text, stack.tokenizer)
+    config = CollectingConfig(
+        layer=base.deciding_layer if stage.layer is None else stage.layer,
+        threshold=stage.threshold,
+        hard_ratio=stage.hard_ratio,
+        command=command_line(),
+    )
+    folder = stage.output / _DATASET
+    with status(f"Reading {corpus.corpus}"):
+        splits = load_splits(_corpus_config(corpus), routed.tokenizer)
     tokens = sum(blocks.tokens for blocks in splits.values())
     with _says_how_to_resume(folder), progress_bar("Collecting", tokens) as advance:
         return collect_hard(
-            stack, splits, folder, config, progress=advance, overwrite=True, reuse=True
+            routed, splits, folder, config, progress=advance, overwrite=True, reuse=True
         )
 
 
+def _train(
+    routed: DecoderStack, tokens: HardTokens, config: TrainingConfig, run: RunOptions, folder: Path
+) -> Training:
+    from cascade.stages.training import train_stage
+
+    with _shown_training(config.routing, config.batch_size, tokens) as progress:
+        return train_stage(
+            routed,
+            tokens,
+            config,
+            folder,
+            resume=run.resume,
+            tensorboard=run.tensorboard,
+            progress=progress,
+        )
+
+
+def _train_controls(
+    base: Cascade,
+    routed: DecoderStack,
+    tokens: HardTokens,
+    trained: Training,
+    output: Path,
+    run: RunOptions,
+) -> None:
+    from cascade.stages import controls
+
+    batch_size = trained.provenance.recipe.batch_size
+    for control in controls.CONTROLS:
+        folder = output / _CHECKPOINTS / control
+        with _shown_training(control, batch_size, tokens) as progress:
+            made = controls.train_control(
+                routed, tokens, trained, control, folder, resume=run.resume, progress=progress
+            )
+        entry = controls.control_entry(control, base.stack, tokens)
+        place = output / controls.CONTROLS_FOLDER / control
+        _save(base, made, entry, place, overwrite=run.overwrite or run.resume)
+
+
 @contextlib.contextmanager
-def _shown_training(config: TrainingConfig, tokens: HardTokens) -> Iterator[_ShownTraining]:
+def _shown_training(
+    routing: Routing, batch_size: int, tokens: HardTokens
+) -> Iterator[_ShownTraining]:
     """Yield a progress that is shown on stderr until the training ends."""
     with contextlib.ExitStack() as cleanup:
-        yield _ShownTraining(config, tokens.record.states.seq_len, cleanup)
+        yield _ShownTraining(routing, batch_size * tokens.record.states.seq_len, cleanup)
 
 
 class _ShownTraining:
     """Shows steps as a progress bar of tokens, and every evaluation as a line on stderr."""
 
-    def __init__(self, config: TrainingConfig, seq_len: int, cleanup: contextlib.ExitStack) -> None:
-        self._routing, self._cleanup = config.routing, cleanup
-        self._tokens = config.batch_size * seq_len
+    def __init__(self, routing: Routing, tokens: int, cleanup: contextlib.ExitStack) -> None:
+        self._routing, self._tokens, self._cleanup = routing, tokens, cleanup
         self._advance: Callable[[int], None] = lambda _: None
 
     def started(self, steps: int, done: int) -> None:
@@ -386,7 +403,7 @@ class _ShownTraining:
         )
 
 
-def _save(base: Cascade, trained: Training, entry: Entry, folder: Path, overwrite: bool) -> None:
+def _save(base: Cascade, trained: Training, entry: Entry, folder: Path, *, overwrite: bool) -> None:
     from cascade.stages.records import CascadeProvenance
 
     provenance = CascadeProvenance(command=command_line())
@@ -394,33 +411,32 @@ def _save(base: Cascade, trained: Training, entry: Entry, folder: Path, overwrit
     cascade.save_pretrained(folder, overwrite=overwrite)
 
 
-def evaluate_stages(
-    folder: Path,
-    *,
-    corpus: str,
-    text_column: str | None,
-    seq_len: int,
-    max_tokens: int | None,
-    batch_size: int,
-    dtype: str,
-    device: str,
-    seed: int,
-) -> CascadeEvaluationRecord:
+@dataclass(frozen=True)
+class CascadeEvaluationOptions(TextOptions, DeviceOptions, OutputOptions):
+    """What evaluating a cascade takes: the options of `cascade evaluate` that it accepts."""
+
+    cascade: Path | None = None
+    max_tokens: MaxTokens = None
+    batch_size: BatchSize = 8
+    seed: Seed = 0
+
+
+def evaluate_stages(folder: Path, options: CascadeEvaluationOptions) -> CascadeEvaluationRecord:
     """Measure the cascade in a folder, and its controls, on held-out text; return the record."""
     from cascade.corpora.blocks import load_blocks
     from cascade.stages.controls import read_controls
     from cascade.stages.evaluation import evaluate_cascade
 
-    cascade = read_cascade(folder, dtype, device)
+    cascade = read_cascade(folder, options.dtype, options.device)
     controls = read_controls(folder, cascade.base)
-    with status(f"Reading {corpus}"):
+    with status(f"Reading {options.corpus}"):
         blocks = load_blocks(
-            corpus,
+            options.corpus,
             cascade.base.tokenizer,
-            seq_len=seq_len,
+            seq_len=options.seq_len,
             num_samples=None,
-            max_tokens=max_tokens,
-            text_column=text_column,
+            max_tokens=options.max_tokens,
+            text_column=options.text_column,
             part="held-out",
             marks=True,
         )
@@ -429,8 +445,8 @@ def evaluate_stages(
             cascade,
             blocks,
             controls=controls,
-            batch_size=batch_size,
-            seed=seed,
+            batch_size=options.batch_size,
+            seed=options.seed,
             command=command_line(),
             progress=advance,
         )

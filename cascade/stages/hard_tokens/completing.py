@@ -11,10 +11,9 @@ import numpy as np
 from cascade.core.arrays import Array
 from cascade.core.errors import UsageError
 from cascade.core.files import write_text
-from cascade.core.provenance import CorpusProvenance, provenance_of, typed_provenance
+from cascade.core.provenance import provenance_of
 from cascade.core.records import record_hash, write_record
 from cascade.core.schema import from_plain, to_plain
-from cascade.exits.decision import least_fp32
 from cascade.stages.hard_tokens.dataset import RECORD, SPLITS_FILE, hash_of
 from cascade.stages.hard_tokens.plan import CollectionPlan
 from cascade.stages.hard_tokens.records import (
@@ -28,6 +27,7 @@ from cascade.stages.hard_tokens.records import (
 )
 from cascade.stages.hard_tokens.shards import mark_hard, read_similarity, write_split
 from cascade.stages.hard_tokens.splits import MarkedText
+from cascade.stats.decision import least_fp32, reaches
 from cascade.stats.thresholds import quantile_threshold
 
 #: A given hard ratio and the one reached may differ by this much without a note.
@@ -55,14 +55,13 @@ def complete(plan: CollectionPlan, folder: Path, *, own_files: tuple[str, ...]) 
         for split in SPLITS
     }
     threshold = _threshold_of(plan, similarity["train"])
-    least = least_fp32(threshold)
     counts = {
-        split: _counts(plan.texts[split], values < np.float32(least))
+        split: _counts(plan.texts[split], ~reaches(values, threshold))
         for split, values in similarity.items()
     }
     _check_mixed(plan.layer, counts, threshold)
     for shard in plan.shards:
-        mark_hard(folder / shard.name, least)
+        mark_hard(folder / shard.name, least_fp32(threshold))
     for split in SPLITS:
         names = [Path(shard.name).name for shard in plan.shards_of(split)]
         # What `datasets` knows its cached results by.
@@ -142,19 +141,14 @@ def _record(
 
 
 def _provenance(plan: CollectionPlan) -> HardTokensProvenance:
-    made = typed_provenance(
-        provenance_of(plan.stack, plan.texts["train"].blocks, plan.config.command)
-    )
+    made = provenance_of(plan.stack, plan.texts["train"].blocks, plan.config.command)
     return HardTokensProvenance(
         tokenizer_hash=made.tokenizer_hash,
         model=plan.request.model,
         machine=made.machine,
         versions=made.versions,
         command=made.command,
-        corpora={
-            split: from_plain(plan.texts[split].blocks.provenance(), CorpusProvenance)
-            for split in SPLITS
-        },
+        corpora={split: plan.texts[split].blocks.provenance() for split in SPLITS},
     )
 
 

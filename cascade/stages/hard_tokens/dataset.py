@@ -15,7 +15,6 @@ from torch import Tensor
 from cascade.core.errors import RecordError, UsageError, first_line, os_reason
 from cascade.core.records import read_record, record_hash
 from cascade.core.schema import SchemaError, from_plain, to_plain
-from cascade.exits.decision import least_fp32
 from cascade.models.identity import check_same_model
 from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.records import (
@@ -25,6 +24,7 @@ from cascade.stages.hard_tokens.records import (
     missing_split,
 )
 from cascade.stages.hard_tokens.shards import tensors_of
+from cascade.stats.decision import least_fp32
 
 if TYPE_CHECKING:
     import datasets

@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from cascade.core.arguments import number
 from cascade.core.errors import UsageError
-from cascade.core.schema import from_plain, to_plain
+from cascade.core.schema import to_plain
 from cascade.exits.history import exit_entries
 from cascade.exits.rules import find_rule
 from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.records import (
     SPLITS,
     AskedFor,
-    CollectedModel,
     CollectionRequest,
     HardTokensRecord,
     RequestedBatches,
@@ -138,10 +139,9 @@ class CollectionPlan:
     @cached_property
     def request(self) -> CollectionRequest:
         """Everything that a stored state depends on, to its last bit."""
-        model = dict(self.stack.provenance) | {"weights_hash": self.stack.weights_hash()}
         train, held_out = (self._requested_split(self.texts[split]) for split in SPLITS)
         return CollectionRequest(
-            model=from_plain(model, CollectedModel),
+            model=structs.replace(self.stack.provenance, weights_hash=self.stack.weights_hash()),
             states=RequestedStates(layer=self.layer, dtype=self.config.dtype),
             batches=RequestedBatches(
                 batch_size=self.config.batch_size, per_shard=self._batches_per_shard

@@ -27,17 +27,11 @@ SPLITS: tuple[Split, ...] = ("train", "held-out")
 StatesDtype = Literal["float16", "bfloat16"]
 
 
-class CollectedModel(ModelProvenance, frozen=True, kw_only=True):
-    """The model whose states a dataset holds, with the hash of its tokenizer."""
-
-    tokenizer_hash: str | UnsetType | None = UNSET
-
-
 class HardTokensProvenance(Part, frozen=True, kw_only=True):
     """Where a dataset comes from: model, machine, versions, command, and the text of each split."""
 
     tokenizer_hash: str | None = None
-    model: CollectedModel
+    model: ModelProvenance
     machine: MachineProvenance | UnsetType = UNSET
     versions: dict[str, str] | UnsetType = UNSET
     command: str | None = None
@@ -183,7 +177,7 @@ class CollectionRequest(Part, frozen=True, kw_only=True):
     It is stored while a dataset is collected: only an equal request resumes.
     """
 
-    model: CollectedModel
+    model: ModelProvenance
     states: RequestedStates
     batches: RequestedBatches
     train: RequestedSplit = field(name="train part")

@@ -195,7 +195,7 @@ from cascade.stages.hard_tokens.collecting import collect_hard
 from cascade.stages.hard_tokens.plan import CollectingConfig
 from support.tiny_hard_tokens import some_splits
 from support.tiny_models import tiny_model
-from cascade.benchmarks.memory import _forget_peak, _peak
+from cascade.benchmarks.memory import peak_memory, reset_peak_memory
 
 torch.set_num_threads(1)
 plan.SHARD_BYTES = 1e6
@@ -203,23 +203,23 @@ stack = DecoderStack(tiny_model("llama", hidden_size=512, num_layers=2))
 peaks = []
 for rows in (160, 160, 1280):
     splits = some_splits(rows, rows // 4, 32)
-    _forget_peak()
+    reset_peak_memory()
     found = collect_hard(stack, splits, Path(sys.argv[2]) / "d",
                          CollectingConfig(layer=1, hard_ratio=0.5, batch_size=8), overwrite=True)
-    peaks.append(_peak())
+    peaks.append(peak_memory())
 print(peaks[2] - peaks[1], sum(file.bytes for file in found.record.files))
 """
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    from cascade.benchmarks.memory import _STEADY_MALLOC
+    from cascade.benchmarks.memory import STEADY_MALLOC
 
     done = subprocess.run(
         [sys.executable, "-c", _PEAK, str(Path(__file__).parents[2]), str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | _STEADY_MALLOC,
+        env=os.environ | STEADY_MALLOC,
     )
     assert done.returncode == 0, done.stderr
     growth, size = map(int, done.stdout.split())
