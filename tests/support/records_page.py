@@ -43,13 +43,24 @@ def records_page() -> str:
         own = [name for name in schema["$defs"] if uses[name] == 1 and name != record.__name__]
         for name in [record.__name__, *sorted(own)]:
             lines += _table(name, schema["$defs"][name], top=name == record.__name__)
-        text = json.dumps(schema, separators=(",", ":"))
+        text = json.dumps(_without_descriptions(schema), separators=(",", ":"))
         lines += ['??? note "JSON Schema"', "", "    ```json", f"    {text}", "    ```", ""]
     lines += ["## Parts of several records", ""]
     parts = {name: about for schema in schemas.values() for name, about in schema["$defs"].items()}
     for name in sorted(name for name, count in uses.items() if count > 1):
         lines += _table(name, parts[name], top=False)
     return "\n".join(lines)
+
+
+def _without_descriptions(value: Any) -> Any:
+    """Return a schema without the docstrings of its types, which the package has."""
+    if isinstance(value, dict):
+        return {
+            name: _without_descriptions(item)
+            for name, item in value.items()
+            if not (name == "description" and "properties" in value)
+        }
+    return [_without_descriptions(item) for item in value] if isinstance(value, list) else value
 
 
 def _table(name: str, about: dict[str, Any], *, top: bool) -> list[str]:
