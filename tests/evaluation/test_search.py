@@ -13,6 +13,7 @@ from support.reference_points import blocks_of, settled_heads
 
 from cascade.core.errors import CascadeError, CorpusError, RecordError, UsageError
 from cascade.core.records import to_json
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import PROPAGATIONS, Propagation
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
@@ -53,7 +54,8 @@ def run_again(record: Record, blocks: TokenBlocks) -> list[Record]:
         OperatingPoint(row["exit_layer"], row["rule"], row["threshold"], "")
         for row in record["points"]
     ]
-    return evaluator.run(blocks, points)[0]
+    rows: list[Record] = to_plain(evaluator.run(blocks, points)[0])
+    return rows
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
@@ -179,14 +181,17 @@ def test_a_search_that_cannot_be_is_refused_in_one_line(
 @functools.cache
 def _evaluated() -> Record:
     request = EvaluationConfig(layers=LAYERS, rules=RULES, agreement=0.9)
-    return evaluate(
-        a_settled_stack("llama"),
-        FIT,
-        CONFIRM,
-        request,
-        heads=settled_heads("llama"),
-        propagation="ridge",
+    record: Record = to_plain(
+        evaluate(
+            a_settled_stack("llama"),
+            FIT,
+            CONFIRM,
+            request,
+            heads=settled_heads("llama"),
+            propagation="ridge",
+        )
     )
+    return record
 
 
 def completed(record: Record, agreement: float, **changes: Any) -> Any:

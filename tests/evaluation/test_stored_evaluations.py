@@ -16,6 +16,7 @@ from support.reference_points import blocks_of, settled_heads
 
 from cascade.core.errors import RecordError
 from cascade.core.records import write_record
+from cascade.core.schema import to_plain
 from cascade.decoding.early_exit import Propagation
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
 from cascade.evaluation.operating_points import Evaluator, OperatingPoint
@@ -36,15 +37,18 @@ def _evaluated(propagation: Propagation, layers: tuple[int, ...], heads: bool) -
         thresholds=(OperatingPoint(layers[0], "cosine", 0.9375, "given"),),
         agreement=0.9,
     )
-    return evaluate(
-        a_settled_stack("llama"),
-        FIT,
-        CONFIRM,
-        request,
-        heads=settled_heads("llama") if heads else None,
-        propagation=propagation,
-        command="cascade evaluate",
+    record: Record = to_plain(
+        evaluate(
+            a_settled_stack("llama"),
+            FIT,
+            CONFIRM,
+            request,
+            heads=settled_heads("llama") if heads else None,
+            propagation=propagation,
+            command="cascade evaluate",
+        )
     )
+    return record
 
 
 def evaluated(
