@@ -29,6 +29,7 @@ from cascade.benchmarks.timing import (
     way_rows,
 )
 from cascade.core.arrays import Array
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.exits.history import HiddenHistory
@@ -147,7 +148,7 @@ def collect(
     record: Record = {
         "schema": 1,
         "kind": KIND,
-        "provenance": machine_provenance(profile.provenance, load_before),
+        "provenance": machine_provenance(to_plain(profile.provenance), load_before),
         "settings": asdict(setup) | {"tokens": tokens},
         "ways": way_rows(seconds, WAYS, tokens=tokens),
         "order": order,

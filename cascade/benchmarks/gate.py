@@ -27,11 +27,11 @@ from cascade.benchmarks.timing import (
     time_ways,
     way_rows,
 )
-from cascade.core.provenance import provenance_of
+from cascade.core.provenance import provenance_of, typed_provenance
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.gate.baselines import StoredProfile, baseline_paths, read_profile
-from cascade.gate.drift import made_elsewhere
+from cascade.gate.comparison import made_elsewhere
 from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import QUICK_TOKENS, quick_blocks, quick_ids, run_gate
 from cascade.models.loading import load
@@ -148,8 +148,8 @@ def gate(
         "order": order,
         "ratios": ratios,
         "interval": INTERVAL,
-        "looks": [tokens for tokens, _ in first["gate"].looks],
-        "elsewhere": made_elsewhere(about, baseline.record()["provenance"]),
+        "looks": [step.tokens for step in first["gate"].steps],
+        "elsewhere": made_elsewhere(typed_provenance(about), baseline.record().provenance),
         "alone": alone,
         "targets": [
             target_row("gate/bare", "at most", 2.0, ratios[0]["median"], ratios[0]["interval"]),
@@ -161,15 +161,14 @@ def gate(
 
 
 def _baseline_path(stack: DecoderStack, setup: GateSetup) -> Path:
-    names = {"model": {"name": stack.provenance.get("name")}, "corpus": {"name": EMBEDDED}}
-    about = {"kind": "saturation", "provenance": names}
-    return baseline_paths(Path(setup.baselines), about)[0]
+    model = stack.provenance.get("name")
+    return baseline_paths(Path(setup.baselines), "saturation", model=model, corpus=EMBEDDED)[0]
 
 
 def _blocks(stack: DecoderStack, baseline: StoredProfile) -> TokenBlocks:
-    corpus = baseline.record()["provenance"]["corpus"]
+    corpus = baseline.record().provenance.corpus
     return load_blocks(
-        EMBEDDED, stack.tokenizer, seq_len=corpus["seq_len"], num_samples=corpus["records"]
+        EMBEDDED, stack.tokenizer, seq_len=corpus.seq_len, num_samples=corpus.records
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from cascade.core.errors import UsageError
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cascade.models.stack import DecoderStack
+
+R = TypeVar("R")
 
 MODEL_HELP = "Model: smollm2-135m, -360m or -1.7b, a hub id, a local folder, or a .gguf file."
 DTYPE_HELP = "Arithmetic: float32, bfloat16 or float16."
@@ -85,7 +87,7 @@ def command_line() -> str:
     return shlex.join(["cascade", *sys.argv[1:]])
 
 
-def print_record(show: Callable[[dict[str, Any], Console], None], record: dict[str, Any]) -> None:
+def print_record(show: Callable[[R, Console], None], record: R) -> None:
     """Print a record; what it is drawn from was saved before."""
     from rich.console import Console
 

@@ -49,12 +49,16 @@ class CorpusProvenance(Part, frozen=True, kw_only=True):
 
 
 class MachineProvenance(Part, frozen=True, kw_only=True):
-    """The machine details that affect the last digits of results."""
+    """The machine details that affect the last digits of results.
+
+    Attributes:
+        capability: Absent from the first records, as `blas` is.
+    """
 
     processor: str
     threads: Count
-    capability: str
-    blas: str | None
+    capability: str | UnsetType = UNSET
+    blas: str | UnsetType | None = UNSET
     accelerator: str | UnsetType = UNSET
 
 

@@ -1,7 +1,7 @@
 """Typed records: the base classes of every stored record, and conversion from and to JSON.
 
-A record is a frozen `msgspec.Struct`. Its fields are the keys of the JSON, in their order. `msgspec`
-checks a record when it is read; its JSON Schema is made from the same types.
+A record is a frozen `msgspec.Struct`. Its fields are the keys of the JSON, in their order.
+`msgspec` checks a record when it is read; its JSON Schema is made from the same types.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "Text",
     "UnsetType",
     "from_plain",
+    "known",
     "to_plain",
 ]
 
@@ -96,6 +97,16 @@ class StoredRecord(Part, frozen=True, kw_only=True):
 
 
 T = TypeVar("T")
+
+
+def known(value: T | UnsetType) -> T | None:
+    """Return the value of a field, or None where it is absent.
+
+    Example:
+        >>> known(UNSET) is None
+        True
+    """
+    return None if isinstance(value, UnsetType) else value
 
 
 def to_plain(value: Any) -> Any:

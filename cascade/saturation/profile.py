@@ -12,10 +12,12 @@ from torch import Tensor
 
 from cascade.core.arrays import Array
 from cascade.core.errors import ModelError
-from cascade.core.provenance import provenance_of
+from cascade.core.provenance import Provenance, provenance_of, typed_provenance
+from cascade.core.schema import from_plain, known, to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
+from cascade.saturation.records import NoiseFloor, ProfileRecord
 from cascade.stats.cosine import cosine_of, norm, widened
 from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
 
@@ -41,25 +43,26 @@ class SaturationProfile:
 
     statistics: SimilarityStatistics
     sequence_fingerprints: Array
-    provenance: dict[str, Any]
-    noise: dict[str, Any] | None = None
+    provenance: Provenance
+    noise: NoiseFloor | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> ProfileRecord:
         """Return what `profile.json` holds: provenance, the table, structure and thresholds."""
         labels = self.statistics.layers
         structure = find_structure(labels, [float(mean) for mean in self.statistics.mean()])
-        return {
+        plain = {
             "schema": 2,
             "kind": "saturation",
-            "provenance": self.provenance,
-            "noise": self.noise,
-            "layers": self.statistics.table(),
+            "provenance": to_plain(self.provenance),
+            "noise": to_plain(self.noise),
+            "layers": to_plain(self.statistics.table()),
             "structure": structure,
             "thresholds": self._thresholds(structure),
         }
+        return from_plain(plain, ProfileRecord)
 
     def _thresholds(self, structure: dict[str, Any]) -> dict[str, Any]:
-        num_layers = self.provenance["model"]["num_layers"]
+        num_layers = known(self.provenance.model.num_layers) or 0
         layer = suggested_exit_layer(structure, num_layers)
         row = self.statistics.layers.index(str(layer))
         return {
@@ -169,7 +172,9 @@ def analyze(
             progress(ids.size)
     assert statistics is not None  # load_blocks gives at least one sequence
     return SaturationProfile(
-        statistics, blocks.sequence_fingerprints(), provenance_of(stack, blocks, command)
+        statistics,
+        blocks.sequence_fingerprints(),
+        typed_provenance(provenance_of(stack, blocks, command)),
     )
 
 

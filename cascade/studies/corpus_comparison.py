@@ -13,6 +13,7 @@ import numpy as np
 
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
@@ -162,7 +163,9 @@ def compare_corpora(
         for number, found in enumerate(measured)
     ]
     provenance = {
-        name: value for name, value in measured[0].profile.provenance.items() if name != "corpus"
+        name: value
+        for name, value in to_plain(measured[0].profile.provenance).items()
+        if name != "corpus"
     }
     labels = stack.layer_labels
     about = [
@@ -281,8 +284,8 @@ class _Measured:
         structure = find_structure(labels, [float(mean) for mean in self.means])
         shares = _special_shares(labels, draws)
         roles = _roles(structure)
-        corpus = self.profile.provenance["corpus"]
-        num_layers = self.profile.provenance["model"]["num_layers"]
+        provenance = to_plain(self.profile.provenance)
+        corpus, num_layers = provenance["corpus"], provenance["model"]["num_layers"]
         return {
             "label": label,
             "name": corpus["name"],

@@ -15,6 +15,7 @@ from scipy import stats
 from cascade.core.arrays import Array
 from cascade.core.errors import UsageError
 from cascade.core.provenance import library_versions, machine_of
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.models.identity import tokenizer_hash
 from cascade.models.stack import DecoderStack, check_config
@@ -193,7 +194,8 @@ class MeasuredModel:
     @cached_property
     def record(self) -> dict[str, Any]:
         """The profile's record."""
-        return self.profile.record()
+        plain: dict[str, Any] = to_plain(self.profile.record())
+        return plain
 
     @property
     def name(self) -> str:

@@ -15,8 +15,9 @@ from support.tiny_models import FAMILIES, tiny_model
 
 from cascade.core.errors import CorpusError, ModelError
 from cascade.core.records import read_record
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, load_blocks
-from cascade.gate.baselines import baseline_paths, read_profile
+from cascade.gate.baselines import profile_path, read_profile
 from cascade.gate.drift import compare
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
@@ -49,7 +50,7 @@ def read_table(path: Path, names: dict[str, str] | None = None) -> Table:
 
 
 def table_of(profile: SaturationProfile) -> Table:
-    return {row["layer"]: row for row in profile.record()["layers"]}
+    return {row["layer"]: row for row in to_plain(profile.record())["layers"]}
 
 
 # --- On tiny models --------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def test_a_tiny_models_table_stays_as_stored(
     strict_table: Callable[[list[dict[str, Any]]], None],
 ) -> None:
     profile = analyze(DecoderStack(tiny_model("llama", num_layers=6)), random_blocks(32, 24))
-    strict_table(profile.record()["layers"])
+    strict_table(to_plain(profile.record().layers))
 
 
 # --- The real model against its stored baseline ----------------------------------------------
@@ -190,7 +191,7 @@ def test_a_tiny_models_table_stays_as_stored(
 def test_the_embedded_corpus_gives_the_stored_baseline(
     embedded_profile: SaturationProfile,
 ) -> None:
-    baseline = read_profile(baseline_paths(BASELINES, embedded_profile.record())[0])
+    baseline = read_profile(profile_path(BASELINES, embedded_profile.record()))
     comparison = compare(embedded_profile, baseline)
     assert comparison.verdict == "PASS", comparison.worst()[:5]
     # Every statistic of every sequence and layer, and the table besides: no hole.
@@ -200,8 +201,9 @@ def test_the_embedded_corpus_gives_the_stored_baseline(
 
 @pytest.mark.saturation
 def test_special_layers_and_thresholds_are_as_stored(embedded_profile: SaturationProfile) -> None:
-    record = embedded_profile.record()
-    stored = read_record(baseline_paths(BASELINES, record)[0], kind="saturation")
+    profile = embedded_profile.record()
+    record = to_plain(profile)
+    stored = read_record(profile_path(BASELINES, profile), kind="saturation")
     structure = record["structure"]
     assert structure["cutoff"] == pytest.approx(stored["structure"]["cutoff"], abs=1e-4)
     named = ("input_transform", "dips", "output_transform", "stable_bands")
@@ -220,7 +222,7 @@ def test_every_baseline_is_small_and_whole() -> None:
     for path in records:
         assert path.stat().st_size < 2_000_000
         assert path.with_suffix(".npz").stat().st_size < 2_000_000
-        assert baseline_paths(BASELINES, read_profile(path).record())[0] == path
+        assert profile_path(BASELINES, read_profile(path).record()) == path
 
 
 # --- The real model against the published table ----------------------------------------------
@@ -274,7 +276,7 @@ def test_the_final_norm_makes_the_published_layer_30(embedded: Table) -> None:
 
 
 def check_thresholds(profile: SaturationProfile) -> None:
-    thresholds = profile.record()["thresholds"]
+    thresholds = to_plain(profile.record())["thresholds"]
     assert thresholds["exit_layer"] == "29"
     published = {0.3: 0.9453, 0.5: 0.9517, 0.7: 0.9570}
     for row in thresholds["by_hard_ratio"]:

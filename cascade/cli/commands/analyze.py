@@ -65,9 +65,8 @@ def analyze(
     thresholds. With --output, writes the same as a self-contained
     HTML page, SVG and JSON.
     """
-    from dataclasses import replace
-
     from cascade.core.files import RunFolder
+    from cascade.core.schema import to_plain
     from cascade.report.saturation.terminal import print_profile
     from cascade.saturation.token_archive import SimilarityArchive, check_free
 
@@ -111,13 +110,12 @@ def analyze(
                 sink=archive.add if archive else None,
             )
         if folder is not None:
-            from cascade.gate.noise import measure_noise
-            from cascade.gate.quick_gate import quick_ids
+            from cascade.gate.remeasuring import with_noise
 
             with status("Measuring what arithmetic alone moves"):
-                profile = replace(profile, noise=measure_noise(stack, quick_ids(blocks)))
+                profile = with_noise(profile, stack, blocks)
             _write_run(folder, profile)
-        record = profile.record()
+        record = to_plain(profile.record())
         if archive is not None:
             archive.save(record["provenance"])
     print_record(print_profile, record)
@@ -129,12 +127,13 @@ def analyze(
 
 def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
     from cascade.core.records import packed, to_json
+    from cascade.core.schema import to_plain
     from cascade.gate.baselines import seal
     from cascade.report.saturation.figures import density_svg, layer_profile_svg
     from cascade.report.saturation.page import profile_page
 
     arrays = profile.arrays()
-    record = seal(profile.record(), arrays)
+    record = to_plain(seal(profile.record(), arrays))
     pictures = layer_profile_svg(record), density_svg(record, arrays)
     contents: tuple[str | bytes, ...] = (
         to_json(record) + "\n",

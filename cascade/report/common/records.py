@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from cascade.core.schema import Part
+
 Record = Mapping[str, Any]
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -91,7 +93,7 @@ def roles_of(record: Record) -> dict[str, str]:
     return {layer: role for key, role in ROLES.items() for layer in structure[key]}
 
 
-def is_normed(row: Record) -> bool:
+def is_normed(row: Record | Part) -> bool:
     """Whether a row is that of the state behind the final norm."""
     return str(row["layer"]).endswith(NORM_SUFFIX)
 

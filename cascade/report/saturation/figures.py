@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from cascade.core.schema import Part
 from cascade.report.common.records import (
     NORM_SUFFIX,
     ROLES,
@@ -108,7 +109,7 @@ def _angles(rows: Iterable[Record], name: str) -> list[float]:
     return [angle(row[name]) for row in rows]
 
 
-def layer_positions(rows: Sequence[Record]) -> list[float]:
+def layer_positions(rows: Sequence[Record | Part]) -> list[float]:
     """Return where each row stands on the x axis: layer l at l, the `+norm` row set apart."""
     # Not a decoder layer. The gap grows with the axis: half a step of eighty is not to be seen.
     gap = max(0.5, len(rows) / 40)
@@ -149,7 +150,7 @@ def _similarity_ticks(low: float, high: float) -> list[float]:
     return sorted(chosen)
 
 
-def label_layers(axes: Axes, rows: Sequence[Record]) -> None:
+def label_layers(axes: Axes, rows: Sequence[Record | Part]) -> None:
     """Put layer names below the x axis, thinned out where there are too many to read."""
     positions = layer_positions(rows)
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10_000) if len(positions) <= 36 * step)
