@@ -325,7 +325,8 @@ def _draw_differences(axes: Axes, record: ComparisonRecord) -> None:
         )
         colour = LIGHT["active" if difference > 0 else "mean"]
         if cell.interval is not None:
-            axes.vlines(place, *cell.interval, color=colour, linewidth=1.6)
+            low, high = cell.interval
+            axes.vlines(place, low, high, color=colour, linewidth=1.6)
             axes.plot(place, difference, color=colour, marker="o", markersize=4)
         else:
             axes.bar(place, difference, width=0.6, color=colour)
