@@ -157,7 +157,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(
 
 def test_a_baseline_without_a_name_has_no_place() -> None:
     for names in ({"model": None, "corpus": "words"}, {"model": "tiny", "corpus": None}):
-        with pytest.raises(RecordError, match="expected the provenance to name .*, got None"):
+        with pytest.raises(RecordError, match=r"expected the provenance to name .*, got None"):
             baseline_paths(Path("baselines"), "saturation", **names)
 
 
