@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from cascade.stages.training import train_stage as train_stage
     from cascade.stages.training_config import Recipe as Recipe
     from cascade.stats.similarity_statistics import SimilarityStatistics as SimilarityStatistics
-    from cascade.studies.altered_models import copy_of as copy_of
-    from cascade.studies.corpus_comparison import compare_corpora as compare_corpora
-    from cascade.studies.final_norm import explain_norm as explain_norm
-    from cascade.studies.layer_explanation import explain as explain
-    from cascade.studies.model_comparison import compare_models as compare_models
-    from cascade.studies.model_comparison import measure_model as measure_model
+    from cascade.studies.comparisons.altered_models import copy_of as copy_of
+    from cascade.studies.comparisons.compared_models import measure_model as measure_model
+    from cascade.studies.comparisons.corpus_comparison import compare_corpora as compare_corpora
+    from cascade.studies.comparisons.model_comparison import compare_models as compare_models
+    from cascade.studies.explanations.final_norm import explain_norm as explain_norm
+    from cascade.studies.explanations.layer_explanation import explain as explain
 
 try:
     __version__ = version("cascade-exit")
@@ -70,20 +70,20 @@ _MODULES = {
     "calibrate": "evaluation.calibration",
     "collect_hard": "stages.collecting",
     "compare": "gate.drift",
-    "compare_corpora": "studies.corpus_comparison",
-    "compare_models": "studies.model_comparison",
-    "copy_of": "studies.altered_models",
+    "compare_corpora": "studies.comparisons.corpus_comparison",
+    "compare_models": "studies.comparisons.model_comparison",
+    "copy_of": "studies.comparisons.altered_models",
     "distill": "exits.distillation",
     "evaluate": "evaluation.exit_evaluation",
     "evaluate_cascade": "stages.evaluation",
-    "explain": "studies.layer_explanation",
-    "explain_norm": "studies.final_norm",
+    "explain": "studies.explanations.layer_explanation",
+    "explain_norm": "studies.explanations.final_norm",
     "fit_heads": "exits.head_fitting",
     "load": "models.loading",
     "load_blocks": "corpora.blocks",
     "load_hard_tokens": "stages.dataset",
     "load_heads": "exits.fitted_heads",
-    "measure_model": "studies.model_comparison",
+    "measure_model": "studies.comparisons.compared_models",
     "read_profile": "gate.baselines",
     "read_record": "core.records",
     "run_gate": "gate.quick_gate",

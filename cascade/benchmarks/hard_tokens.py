@@ -1,62 +1,51 @@
-"""Collecting hard tokens, timed against the forward pass that it needs: `bench.collect-hard`."""
+"""The benchmark of collecting hard tokens: timed against the forward pass that it needs."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from msgspec import field
 
-from cascade.benchmarks.timing import (
-    INTERVAL,
-    Record,
-    check_least,
-    load_average,
-    machine_provenance,
-    pinned_threads,
-    ratio_rows,
-    synchronize,
-    target_row,
-    time_ways,
-    way_rows,
-)
+from cascade.benchmarks.records import BenchmarkProvenance, Ratio, Target, VariantTimes
+from cascade.benchmarks.timing import INTERVAL, check_least, ratio_target, session
 from cascade.core.provenance import provenance_of
+from cascade.core.schema import StoredRecord
 from cascade.corpora.blocks import PARTS, TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 from cascade.stages.collecting import collect_hard
 
-#: The kind of the record.
-KIND = "bench.collect-hard"
-
-#: What each way does, in the record's words.
-WAYS = {
+#: What each variant does, in the record's words.
+VARIANTS = {
     "bare": "decoder forward alone, every state shown to a visitor that does nothing",
     "collect": "cascade collect-hard: the pass, the similarity, the dataset on disk and its hashes",
 }
 
 #: The study's share of hard tokens.
-_HARD_RATIO = 0.5
+HARD_RATIO = 0.5
 
 
 @dataclass(frozen=True)
-class HardSetup:
-    """What is measured; the same for both ways.
+class HardTokenBenchmarkConfig:
+    """What is measured; the same for both variants.
 
     Attributes:
         model: Anything that `models.load` takes.
-        layer: The exit layer; the last but one where None.
+        layer: The exit layer; the second to last where None.
         tokens: Tokens per pass, rounded down to whole sequences; a fifth of them is held out. The
             embedded corpus is taken as often as it needs.
         seq_len: Tokens per sequence.
         batch_size: Sequences per forward pass.
-        rounds: Timed passes per way.
+        rounds: Timed passes per variant.
         threads: Threads that torch computes with; None leaves the number as it is.
-        seed: Draws the order of the ways and the bootstrap's resamples.
+        seed: Draws the order of the variants and the bootstrap's resamples.
         device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
@@ -78,114 +67,133 @@ class HardSetup:
         check_least(self, least | {"tokens": 5 * self.seq_len})
 
 
-def collect_hard_tokens(
-    setup: HardSetup,
+class HardTokenBenchmark(StoredRecord, frozen=True, kw_only=True):
+    """The record of the benchmark of collecting hard tokens."""
+
+    KIND = "bench.collect-hard"
+    COMMAND = "bench collect-hard --output"
+
+    schema: int = 1
+    kind: Literal["bench.collect-hard"] = "bench.collect-hard"
+    provenance: BenchmarkProvenance
+    settings: HardTokenBenchmarkConfig
+    variants: dict[str, VariantTimes] = field(name="ways")
+    order: list[list[str]]
+    ratios: list[Ratio]
+    interval: str
+    targets: list[Target]
+
+
+def benchmark_hard_tokens(
+    config: HardTokenBenchmarkConfig,
     *,
     command: str | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Record:
+) -> HardTokenBenchmark:
     """Time collecting hard tokens and the bare forward pass over the same batches.
 
     Args:
-        setup: What to measure.
+        config: What to measure.
         command: What the user ran, for the provenance.
-        progress: Told what is being done.
+        progress: Called with a message for each step.
 
     Returns:
-        A record of kind `bench.collect-hard`; a missed target does not raise.
+        The record; a missed target does not raise.
 
     Raises:
-        UsageError: An exit layer that is not there.
+        UsageError: The model has no such exit layer.
         ModelError: The model cannot be loaded.
         DeviceError: The device is absent.
         OutputError: The system's folder for temporary files is too small.
     """
-    tell = progress or (lambda _: None)
-    load_before = load_average()
-    setup = replace(setup, threads=setup.threads or torch.get_num_threads())
-    with pinned_threads(setup.threads), tempfile.TemporaryDirectory() as folder:
-        tell(f"Loading {setup.model}")
-        stack = load(setup.model, device=setup.device)
-        if setup.layer is None:
-            setup = replace(setup, layer=max(1, stack.num_layers - 1))
-        parts = _parts(stack, setup)
-        tokens = sum(part.tokens for part in parts.values())
-        _, order, seconds = time_ways(
+    with session(config, progress) as (config, run), tempfile.TemporaryDirectory() as folder:
+        run.progress(f"Loading {config.model}")
+        stack = load(config.model, device=config.device)
+        layer = max(1, stack.num_layers - 1) if config.layer is None else config.layer
+        splits = _splits(stack, config)
+        size, output = config.batch_size, Path(folder) / "hard"
+        timings = run.time(
             {
-                "bare": lambda: bare_visit(stack, parts, setup.batch_size),
-                "collect": lambda: _collect(stack, parts, setup, Path(folder) / "hard"),
+                "bare": lambda: bare_visit(stack, splits, size),
+                "collect": lambda: collect(stack, splits, layer, size, output),
             },
-            rounds=setup.rounds,
-            seed=setup.seed,
-            synchronize=lambda: synchronize(stack.device),
-            progress=tell,
+            stack.device,
         )
-    (ratio,) = ratios = ratio_rows(seconds, [("collect", "bare")], seed=setup.seed)
-    provenance = provenance_of(stack, parts["train"], command)
-    return {
-        "schema": 1,
-        "kind": KIND,
-        "provenance": machine_provenance(provenance, load_before),
-        "settings": asdict(setup) | {"tokens": tokens},
-        "ways": way_rows(seconds, WAYS, tokens=tokens),
-        "order": order,
-        "ratios": ratios,
-        "interval": INTERVAL,
-        "targets": [
-            target_row("collect/bare", "at most", 1.15, ratio["median"], ratio["interval"]),
-        ],
-    }
+    tokens = sum(blocks.tokens for blocks in splits.values())
+    (ratio,) = run.ratios(timings, [("collect", "bare")])
+    return HardTokenBenchmark(
+        provenance=run.provenance(provenance_of(stack, splits["train"], command)),
+        settings=replace(config, layer=layer, tokens=tokens),
+        variants=timings.rows(VARIANTS, tokens=tokens),
+        order=timings.order,
+        ratios=[ratio],
+        interval=INTERVAL,
+        targets=[ratio_target(ratio, "at most", 1.15)],
+    )
 
 
-def bare_visit(stack: DecoderStack, parts: dict[str, TokenBlocks], batch_size: int) -> None:
-    """Run the decoder over all batches and look at nothing: the limit to be close to.
+def bare_visit(stack: DecoderStack, splits: Mapping[str, TokenBlocks], batch_size: int) -> None:
+    """Run the decoder over all batches and ignore the states: no collecting can be faster.
 
     Args:
         stack: The model.
-        parts: The parts of the corpus.
+        splits: The splits of the corpus.
         batch_size: Sequences per forward pass.
     """
-    for blocks in parts.values():
+    for blocks in splits.values():
         for ids, _ in blocks.batches(batch_size):
             stack.visit(torch.from_numpy(ids).long().to(stack.device), lambda entry, hidden: None)
 
 
-def _parts(stack: DecoderStack, setup: HardSetup) -> dict[str, TokenBlocks]:
-    total = setup.tokens // setup.seq_len
+def collect(
+    stack: DecoderStack,
+    splits: Mapping[str, TokenBlocks],
+    layer: int,
+    batch_size: int,
+    folder: Path,
+) -> None:
+    """Collect the hard tokens of a corpus as `cascade collect-hard` does.
+
+    Args:
+        stack: The model.
+        splits: The splits of the corpus.
+        layer: The exit layer.
+        batch_size: Sequences per forward pass.
+        folder: Where the dataset goes; an earlier one is replaced.
+    """
+    collect_hard(
+        stack,
+        dict(splits),
+        folder,
+        layer=layer,
+        hard_ratio=HARD_RATIO,
+        batch_size=batch_size,
+        overwrite=True,
+    )
+
+
+def _splits(stack: DecoderStack, config: HardTokenBenchmarkConfig) -> dict[str, TokenBlocks]:
+    total = config.tokens // config.seq_len
     rows = dict(zip(PARTS, (total - total // 5, total // 5), strict=True))
-    return {part: _repeated(stack, setup, part, rows[part]) for part in PARTS}
+    return {split: _repeated(stack, config.seq_len, split, rows[split]) for split in PARTS}
 
 
-def _repeated(stack: DecoderStack, setup: HardSetup, part: str, rows: int) -> TokenBlocks:
+def _repeated(stack: DecoderStack, seq_len: int, split: str, rows: int) -> TokenBlocks:
+    """Return a split of the embedded corpus, taken as often as so many sequences need."""
     blocks = load_blocks(
         EMBEDDED,
         stack.tokenizer,
-        seq_len=setup.seq_len,
+        seq_len=seq_len,
         num_samples=None,
-        part=part,  # type: ignore[arg-type]  # one of PARTS
+        part=split,  # type: ignore[arg-type]  # one of PARTS
         marks=True,
     )
-    shape = (rows, setup.seq_len)
-    assert blocks.record_of is not None  # asked for
-    assert blocks.response is not None
+    shape = (rows, seq_len)
+    if blocks.record_of is None or blocks.response is None:
+        raise ValueError("expected blocks with the records of their tokens")
     return replace(
         blocks,
         ids=np.resize(blocks.ids, shape),
         record_of=np.resize(blocks.record_of, shape),
         response=np.resize(blocks.response, shape),
-    )
-
-
-def _collect(
-    stack: DecoderStack, parts: dict[str, TokenBlocks], setup: HardSetup, folder: Path
-) -> None:
-    assert setup.layer is not None  # chosen with the model at hand
-    collect_hard(
-        stack,
-        parts,
-        folder,
-        layer=setup.layer,
-        hard_ratio=_HARD_RATIO,
-        batch_size=setup.batch_size,
-        overwrite=True,
     )

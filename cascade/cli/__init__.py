@@ -4,24 +4,38 @@ from importlib import import_module
 
 from cascade.cli.app import app, main
 
-#: Modules in the order in which `cascade --help` lists their commands.
-_COMMANDS = (
-    "corpora",
+_MODULES = (
+    "analyze",
+    "bench",
+    "comparisons",
+    "evaluate",
+    "explain",
+    "gate",
+    "generate",
     "heads",
+    "search",
+    "stages",
+)
+#: The commands in the order in which `cascade --help` lists them.
+_COMMANDS = (
+    "compare-corpora",
+    "fit-heads",
     "calibrate",
     "evaluate",
     "generate",
     "explain",
     "findings",
+    "compare",
     "gate",
     "analyze",
     "accept",
-    "models",
-    "search",
-    "stages",
-    "bench",
+    "compare-models",
+    "search-exit",
+    "collect-hard",
+    "train",
 )
-for _name in _COMMANDS:
+for _name in _MODULES:
     import_module(f"cascade.cli.commands.{_name}")
+app.registered_commands.sort(key=lambda command: _COMMANDS.index(command.name or ""))
 
 __all__ = ["app", "main"]

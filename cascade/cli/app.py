@@ -8,25 +8,99 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
+from cascade.cli.options import ORDER, option_groups
 from cascade.core.errors import CascadeError, UsageError, os_reason
+
+try:
+    from typer import TyperException as Refusal
+except ImportError:  # an older typer, which takes click's own
+    from click import ClickException as Refusal  # type: ignore[assignment]
+
+#: Where a context keeps what the command line gives, as text: parameter -> its values.
+_GIVEN = "cascade.given"
+
+
+class Command(TyperCommand):
+    """A command that refuses options which a script left empty, e.g. `--output "$UNSET"`.
+
+    As a path, an empty text would mean the current folder.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command's arguments.
+
+        Raises:
+            UsageError: The value of an option or of an argument is empty.
+        """
+        values, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        given = {name: _as_texts(value) for name, value in values.items()}
+        for param in self.params:
+            if "" in given.get(str(param.name), ()):
+                flag = param.opts[0] if param.param_type_name == "option" else ctx.info_name
+                raise UsageError(f"expected a value for {flag}, got an empty one")
+        ctx.meta[_GIVEN] = given
+        return super().parse_args(ctx, args)
+
+
+class Group(TyperGroup):
+    """A group of commands that refuses an empty name of one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the arguments name.
+
+        Raises:
+            UsageError: The name is empty.
+        """
+        if args[0] == "":
+            name = ctx.info_name if ctx.parent is not None else "the command"
+            raise UsageError(f"expected a value for {name}, got an empty one")
+        return super().resolve_command(ctx, args)
+
+
+def _as_texts(value: Any) -> tuple[str, ...]:
+    """Return the texts among what was parsed: one, several, or none for a flag."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return tuple(each for each in values if isinstance(each, str))
+
 
 app = typer.Typer(
     name="cascade",
+    cls=Group,
     help="Measure how a language model's layers saturate, and hold it to stored baselines.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 bench = typer.Typer(
-    help="Measure speed and memory, in one process, interleaved.", no_args_is_help=True
+    cls=Group,
+    help="Measure speed and memory, in one process, interleaved.",
+    no_args_is_help=True,
 )
 app.add_typer(bench, name="bench")
+
+
+def command(
+    name: str, *, group: typer.Typer = app, order: Sequence[str] = ORDER
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command; its parameters are options, or groups of options.
+
+    Args:
+        name: The command's name.
+        group: The group of commands that it belongs to.
+        order: How help orders the options that several commands take (see `option_groups`).
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        group.command(name, cls=Command)(option_groups(function, order=order))
+        return function
+
+    return register
 
 
 def _show_version(value: bool) -> None:
@@ -47,9 +121,6 @@ def _root(
     pass
 
 
-#: How typer refuses a command line: the ClickException of whichever click it is made of.
-_Refusal: type[Exception] = typer.BadParameter.__mro__[2]
-
 #: What writing to an open stream can end with; every file is written with an error of its own.
 _STREAM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
@@ -62,11 +133,10 @@ def main() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         with _unwinding():
-            _refuse_empty(sys.argv[1:])
             sys.exit(app(prog_name="cascade", standalone_mode=False))
     except CascadeError as error:
         _refuse(str(error), error.exit_status)
-    except _Refusal as error:
+    except Refusal as error:
         if type(error).__name__ != "NoArgsIsHelpError":  # there the help has been shown
             _refuse(_usage_words(error))
         sys.exit(UsageError.exit_status)
@@ -93,37 +163,15 @@ def _refuse(text: str, status: int = UsageError.exit_status) -> NoReturn:
 
 def _usage_words(error: Any) -> str:
     """Return what is wrong with a command line, what was given, and where to read on."""
-    options = getattr(getattr(error, "param", None), "opts", ())
-    given = ", ".join(map(repr, _values(options, sys.argv[1:])))
-    context = getattr(error, "ctx", None)
+    context: Any = getattr(error, "ctx", None)
+    param: Any = getattr(error, "param", None)
     command = context.command_path if context is not None else "cascade"
-    got = f", got {given}" if given else ""
+    given: Sequence[str] = ()
+    if context is not None and getattr(param, "param_type_name", "") == "option":
+        given = context.meta.get(_GIVEN, {}).get(param.name, ())
+    got = f", got {', '.join(map(repr, given))}" if given else ""
     text = str(error.format_message()).rstrip(".")
     return f"{text[:1].lower()}{text[1:]}{got}; see `{command} --help`"
-
-
-def _values(options: Sequence[str], arguments: Sequence[str]) -> Iterator[str]:
-    """Yield every value that a command line gives to an option."""
-    for before, argument in pairwise(["", *arguments]):
-        name, equals, value = argument.partition("=")
-        if before in options:
-            yield argument
-        elif equals and name in options:
-            yield value
-
-
-def _refuse_empty(arguments: Sequence[str]) -> None:
-    """Refuse options that a script left empty: as a path, nothing would mean the current folder."""
-    for before, argument in pairwise(["", *arguments]):
-        flag = before if argument == "" else argument.removesuffix("=")
-        if argument == "" or (argument != flag and flag in _options(typer.main.get_command(app))):
-            raise UsageError(f"expected a value for {flag or 'the command'}, got an empty one")
-
-
-def _options(command: Any) -> set[str]:
-    """Return the names of a command's options and of all commands below it."""
-    names = {name for param in command.params for name in param.opts if name.startswith("--")}
-    return names.union(*map(_options, getattr(command, "commands", {}).values()))
 
 
 @contextlib.contextmanager

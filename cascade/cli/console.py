@@ -1,4 +1,4 @@
-"""What commands share: option texts, layers, spinner, progress bar, records in print."""
+"""What commands show while they run, and after: spinner, progress bar, printed records."""
 
 from __future__ import annotations
 
@@ -8,18 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from cascade.core.errors import UsageError
-
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cascade.models.stack import DecoderStack
-
 R = TypeVar("R")
-
-MODEL_HELP = "Model: smollm2-135m, -360m or -1.7b, a hub id, a local folder, or a .gguf file."
-DTYPE_HELP = "Arithmetic: float32, bfloat16 or float16."
-DEVICE_HELP = "Device: cpu, cuda, mps or auto."
 
 
 @contextlib.contextmanager
@@ -33,14 +25,6 @@ def status(text: str) -> Iterator[None]:
         return
     with console.status(text):
         yield
-
-
-def load_model(model: str, revision: str | None, dtype: str, device: str) -> DecoderStack:
-    """Load a model, with a spinner while it takes long."""
-    from cascade.models import loading
-
-    with status(f"Loading {model} (a first time can take half a minute)"):
-        return loading.load(model, revision=revision, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager
@@ -70,25 +54,13 @@ def progress_bar(what: str, tokens: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(task, done)
 
 
-def read_layers(text: str) -> tuple[int, ...]:
-    """Return the exit layers that an option names, e.g. "20,24,28".
-
-    Raises:
-        UsageError: It names something else.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"expected layers such as 24 or 20,24,28, got {text!r}") from None
-
-
 def command_line() -> str:
     """Return what the user ran, as a line that can be run again."""
     return shlex.join(["cascade", *sys.argv[1:]])
 
 
 def print_record(show: Callable[[R, Console], None], record: R) -> None:
-    """Print a record; what it is drawn from was saved before."""
+    """Print a record on stdout; what it is drawn from was saved before."""
     from rich.console import Console
 
     show(record, Console())

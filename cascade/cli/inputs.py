@@ -1,17 +1,31 @@
-"""What commands read: corpora, heads, layers and operating points."""
+"""What commands read: models, corpora, heads, layers and operating points."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascade.cli.console import read_layers, status
+from cascade.cli.console import status
 from cascade.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from cascade.cli.options import CorpusOptions, ModelOptions
     from cascade.corpora.blocks import TokenBlocks
     from cascade.exits.fitted_heads import FittedHeads
     from cascade.models.stack import DecoderStack
+
+
+def load_model(options: ModelOptions) -> DecoderStack:
+    """Load a model, with a spinner while it takes long."""
+    from cascade.models import loading
+
+    with status(f"Loading {options.model} (a first time can take half a minute)"):
+        return loading.load(
+            options.model,
+            revision=options.revision,
+            dtype=options.dtype,
+            device=options.device,
+        )
 
 
 def check_cascade_alone(others: list[str]) -> None:
@@ -24,24 +38,31 @@ def check_cascade_alone(others: list[str]) -> None:
 
 def read_blocks(
     stack: DecoderStack,
-    corpus: str,
-    split: str | None,
-    text_column: str | None,
-    seq_len: int,
-    max_tokens: int | None,
+    options: CorpusOptions,
+    *,
+    embedded_split: str | None = None,
+    num_samples: int | None = None,
 ) -> TokenBlocks:
-    """Read all of a corpus, or as much as `max_tokens`, with a spinner."""
+    """Read a corpus, with a spinner.
+
+    Args:
+        stack: The model whose tokenizer reads it.
+        options: Which text, and how many tokens of it.
+        embedded_split: The split of the embedded corpus, where none is given.
+        num_samples: How many records; None for all.
+    """
     from cascade.corpora import blocks as corpora
 
-    with status(f"Reading {corpus}"):
+    usual = embedded_split if options.corpus == "embedded" else None
+    with status(f"Reading {options.corpus}"):
         return corpora.load_blocks(
-            corpus,
+            options.corpus,
             stack.tokenizer,
-            seq_len=seq_len,
-            num_samples=None,
-            max_tokens=max_tokens,
-            split=split,
-            text_column=text_column,
+            seq_len=options.seq_len,
+            num_samples=num_samples,
+            max_tokens=options.max_tokens,
+            split=options.split or usual,
+            text_column=options.text_column,
         )
 
 
@@ -53,22 +74,29 @@ def read_heads(path: Path | None, stack: DecoderStack) -> FittedHeads | None:
 
 
 def usual_layer(stack: DecoderStack, heads: FittedHeads | None) -> int:
-    """Return the last layer but one, or the last below it that heads were fitted for."""
+    """Return the second to last layer, or the last one below it that heads were fitted for."""
     usual = max(1, stack.num_layers - 1)
     if heads is None:
         return usual
     return max((layer for layer in heads.layers if layer <= usual), default=heads.layers[-1])
 
 
-def embedded(corpus: str, split: str) -> str | None:
-    """Return the split that a command takes of the embedded corpus."""
-    return split if corpus == "embedded" else None
+def read_layers(text: str) -> tuple[int, ...]:
+    """Return the exit layers that an option names, e.g. "20,24,28".
+
+    Raises:
+        UsageError: It names something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"expected layers such as 24 or 20,24,28, got {text!r}") from None
 
 
 def evaluated_layers(
     text: str | None, stack: DecoderStack, heads: FittedHeads | None, only_points: bool
 ) -> tuple[int, ...]:
-    """Return the exit layers that an option names; else those of the heads, or the last but one."""
+    """Return the exit layers that an option names; else the heads', or the second to last."""
     if text is not None:
         return read_layers(text)
     if only_points:
@@ -77,7 +105,11 @@ def evaluated_layers(
 
 
 def parse_point(text: str) -> tuple[int, str, float]:
-    """Return exit layer, rule and threshold of `LAYER:RULE:THRESHOLD`."""
+    """Return exit layer, rule and threshold of `LAYER:RULE:THRESHOLD`.
+
+    Raises:
+        UsageError: It is of another form.
+    """
     parts = text.split(":")
     try:
         layer, rule, threshold = parts

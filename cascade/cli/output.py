@@ -6,27 +6,30 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
 from cascade.core.errors import OutputError
 
 if TYPE_CHECKING:
+    from cascade.cli.options import OutputOptions
     from cascade.core.files import RunFolder
     from cascade.report.common.sections import Report
 
+R = TypeVar("R")
+
 
 @contextlib.contextmanager
-def report_folder(
-    output: Path | None, stem: str, pictures: Sequence[str], *, overwrite: bool
+def run_folder(
+    output: Path | None, names: Sequence[str], *, optional: Sequence[str] = (), overwrite: bool
 ) -> Iterator[RunFolder | None]:
-    """Yield the folder that a report goes to; what cannot be written is said on entering.
+    """Yield the folder for a command's files; what cannot be written is refused on entering.
 
     Args:
         output: The folder; None yields None.
-        stem: The record becomes `stem.json`, the page `stem.html`.
-        pictures: The files of all pictures that the report may have.
+        names: The files that it gets.
+        optional: The files that it may get.
         overwrite: Replace the files of an earlier run.
 
     Raises:
@@ -37,14 +40,37 @@ def report_folder(
         return
     from cascade.core.files import RunFolder
 
-    names = (f"{stem}.json", f"{stem}.html")
-    with RunFolder(output, names, optional=pictures, overwrite=overwrite) as folder:
+    with RunFolder(output, tuple(names), optional=optional, overwrite=overwrite) as folder:
         yield folder
 
 
-def finish(
-    folder: RunFolder | None, stem: str, record: dict[str, Any], draw: Callable[..., Report]
-) -> Report:
+def report_folder(
+    output: OutputOptions, stem: str, pictures: Sequence[str]
+) -> contextlib.AbstractContextManager[RunFolder | None]:
+    """Yield the folder that a report goes to; what cannot be written is refused on entering.
+
+    Args:
+        output: The folder.
+        stem: The record becomes `stem.json`, the page `stem.html`.
+        pictures: The files of all pictures that the report may have.
+
+    Raises:
+        OutputError: The folder holds another run, or cannot be written to.
+    """
+    names = (f"{stem}.json", f"{stem}.html")
+    return run_folder(output.output, names, optional=pictures, overwrite=output.overwrite)
+
+
+def write_json(folder: RunFolder | None, name: str, record: object) -> None:
+    """Write a record into a run's folder, if there is one."""
+    from cascade.core.records import to_json
+    from cascade.core.schema import to_plain
+
+    if folder is not None:
+        folder.write(name, to_json(to_plain(record)) + "\n")
+
+
+def finish(folder: RunFolder | None, stem: str, record: R, draw: Callable[[R], Report]) -> Report:
     """Draw a record's report and stage its files.
 
     Args:
@@ -53,27 +79,31 @@ def finish(
         record: The record.
         draw: Makes the report of it.
     """
-    from cascade.core.records import to_json
     from cascade.report.common.sections import html_page
 
     report = draw(record)
+    write_json(folder, f"{stem}.json", record)
     if folder is not None:
-        folder.write(f"{stem}.json", to_json(record) + "\n")
         folder.write(f"{stem}.html", html_page(report))
         for picture in report.pictures():
             folder.write(picture.file, picture.svg)
     return report
 
 
-def show(report: Report, output: Path | None, stem: str) -> None:
-    """Print a report, and say where its page lies."""
+def show(report: Report, output: Path | None, name: str) -> None:
+    """Print a report, and say which file was written, if there is a folder for it."""
     from rich.console import Console
 
     from cascade.report.common.sections import print_sections
 
     print_sections(report, Console())
+    say_wrote(output, name)
+
+
+def say_wrote(output: Path | None, name: str) -> None:
+    """Say on stderr which file was written, if there is a folder for it."""
     if output is not None:
-        typer.echo(f"Wrote {output / f'{stem}.html'}", err=True)
+        typer.echo(f"Wrote {output / name}", err=True)
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:

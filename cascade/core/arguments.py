@@ -31,6 +31,23 @@ def number(value: Any) -> float | None:
         return None
 
 
+def read_threshold(threshold: Any) -> float:
+    """Return a threshold as a Python number; whether it suits a rule is checked by the rule.
+
+    Args:
+        threshold: A number, NumPy's too; infinities and NaN are numbers.
+
+    Raises:
+        UsageError: It is no number.
+    """
+    read = number(threshold)
+    if read is None:
+        raise UsageError(
+            f"expected a threshold as a number (inf where nothing is to leave), got {threshold!r}"
+        )
+    return read
+
+
 def check_seed(seed: int) -> None:
     """Refuse a seed that not every generator takes.
 

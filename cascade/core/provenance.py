@@ -5,10 +5,13 @@ from __future__ import annotations
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cascade.core.schema import UNSET, Count, Index, Part, UnsetType, from_plain
+from msgspec.structs import replace
+
+from cascade.core.schema import UNSET, Count, Index, Part, UnsetType, from_plain, known, to_plain
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +21,14 @@ _LIBRARIES = ("cascade-exit", "torch", "transformers", "tokenizers", "datasets",
 
 
 class ModelProvenance(Part, frozen=True, kw_only=True):
-    """Which model a record is of; what is not known of a model in memory is absent."""
+    """Which model a record is of; what is not known of a model in memory is absent.
+
+    Attributes:
+        weights_hash: SHA-256 of what the weights were loaded from, or of the weights in memory.
+        tokenizer_hash: In files of hard tokens and of fitted heads; other records have it next to
+            the model, in `Provenance`.
+        altered: What was done to the weights after loading (see `cascade.studies.altered_models`).
+    """
 
     family: str | UnsetType = UNSET
     num_layers: Count | UnsetType = UNSET
@@ -27,10 +37,12 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
     device: str | UnsetType = UNSET
     attention: str | UnsetType | None = UNSET
     source: str | UnsetType | None = UNSET
-    name: str | UnsetType = UNSET
+    name: str | UnsetType | None = UNSET
     revision: str | UnsetType | None = UNSET
     weights_hash: str | UnsetType | None = UNSET
     quantization: str | UnsetType | None = UNSET
+    tokenizer_hash: str | UnsetType | None = UNSET
+    altered: str | UnsetType = UNSET
 
 
 class CorpusProvenance(Part, frozen=True, kw_only=True):
@@ -76,54 +88,89 @@ class Provenance(Part, frozen=True, kw_only=True):
 class HasModelProvenance(Protocol):
     """A model that knows its origin, as `DecoderStack` does."""
 
-    provenance: dict[str, Any]
+    provenance: ModelProvenance
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device of the weights."""
 
 
 class HasCorpusProvenance(Protocol):
     """A corpus that knows its origin, as `TokenBlocks` does."""
 
-    def provenance(self) -> dict[str, Any]:
-        """Return what a record says of it."""
+    def provenance(self) -> CorpusProvenance:
+        """Return which text it is."""
 
 
 def provenance_of(
     stack: HasModelProvenance, blocks: HasCorpusProvenance, command: str | None
-) -> dict[str, Any]:
-    """Return what a record says of its origin: model, corpus, machine, versions and command."""
-    model = dict(stack.provenance)
-    return {
-        "tokenizer_hash": model.pop("tokenizer_hash", None),
-        "model": model,
-        "corpus": blocks.provenance(),
-        "machine": machine_of(stack.device),
-        "versions": library_versions(),
-        "command": command,
-    }
+) -> Provenance:
+    """Return the origin of a record: model, corpus, machine, versions and command.
+
+    Args:
+        stack: The model that was measured.
+        blocks: The text that it was measured on.
+        command: What the user ran; None where a record is made from Python.
+    """
+    return Provenance(
+        tokenizer_hash=known(stack.provenance.tokenizer_hash),
+        model=replace(stack.provenance, tokenizer_hash=UNSET),
+        corpus=blocks.provenance(),
+        machine=machine_of(stack.device),
+        versions=library_versions(),
+        command=command,
+    )
 
 
-def typed_provenance(provenance: dict[str, Any]) -> Provenance:
-    """Return a typed provenance."""
+def typed_provenance(provenance: Mapping[str, Any] | Provenance) -> Provenance:
+    """Return a typed provenance.
+
+    Raises:
+        SchemaError: A field is missing or has another type.
+    """
+    if isinstance(provenance, Provenance):
+        return provenance
     return from_plain(provenance, Provenance)
 
 
-def machine_of(device: torch.device) -> dict[str, Any]:
-    """Return the machine details that affect the last digits of results."""
+def model_provenance(
+    found: ModelProvenance, given: Mapping[str, Any] | ModelProvenance | None
+) -> ModelProvenance:
+    """Return what is known of a model: what was found in it, then what was given.
+
+    Args:
+        found: Read from the model itself.
+        given: Goes before it; the names of `ModelProvenance`, or some of them.
+
+    Raises:
+        TypeError: A name is none of `ModelProvenance`.
+        SchemaError: A value has the wrong type.
+    """
+    plain = to_plain({} if given is None else given)
+    for name in plain:
+        if name not in ModelProvenance.__struct_fields__:
+            names = ", ".join(ModelProvenance.__struct_fields__)
+            raise TypeError(f"expected a provenance with names among {names}, got {name!r}")
+    return from_plain(to_plain(found) | plain, ModelProvenance)
+
+
+def machine_of(device: torch.device) -> MachineProvenance:
+    """Return the machine details that affect the last digits of results.
+
+    Args:
+        device: The device that computes.
+    """
     import torch
 
     blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
-    machine = {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "blas": blas.group(1) if blas else None,
-    }
-    if device.type == "cuda":
-        machine["accelerator"] = torch.cuda.get_device_name(device)
-    return machine
+    cuda = device.type == "cuda"
+    return MachineProvenance(
+        processor=_processor(),
+        threads=torch.get_num_threads(),
+        capability=torch.backends.cpu.get_cpu_capability(),
+        blas=blas.group(1) if blas else None,
+        accelerator=torch.cuda.get_device_name(device) if cuda else UNSET,
+    )
 
 
 def library_versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 from cascade.core.arrays import Array
 from cascade.core.errors import RecordError
 from cascade.core.files import atomic_path, write_text
-from cascade.core.schema import SchemaError, StoredRecord, from_plain, to_plain
+from cascade.core.schema import Part, SchemaError, StoredRecord, from_plain, to_plain
 
 Record = dict[str, Any]
 
@@ -76,10 +76,21 @@ def read_record(path: Path, *, kind: str) -> Record:
     Raises:
         RecordError: It is missing, torn, of another kind or of a newer schema.
     """
+    return _read(path, kind, SCHEMAS.get(kind, 1), _MADE_BY.get(kind, kind))
+
+
+def _read(path: Path, kind: str, newest: int, command: str) -> Record:
+    """Read a record.
+
+    Args:
+        path: Its JSON file.
+        kind: The kind that it must be of.
+        newest: The newest schema that can be read.
+        command: What makes such a record, for the error.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        command = _MADE_BY.get(kind, kind)
         raise RecordError(f"no record {path}; make one with `cascade {command}`") from None
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error
@@ -90,7 +101,7 @@ def read_record(path: Path, *, kind: str) -> Record:
     if not isinstance(record, dict) or record.get("kind") != kind:
         got = record.get("kind") if isinstance(record, dict) else type(record).__name__
         raise RecordError(f"{path}: expected a record of kind {kind}, got {got}")
-    schema, newest = record.get("schema"), SCHEMAS.get(kind, 1)
+    schema = record.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise RecordError(
             f"{path} has schema {schema!r}, expected a whole number from 1 to {newest}; restore it "
@@ -115,7 +126,7 @@ def read_typed(path: Path, kind: type[R]) -> R:
     Raises:
         RecordError: It is missing, torn, of another kind or of a newer schema.
     """
-    return typed(read_record(path, kind=kind.KIND), kind, path)
+    return typed(_read(path, kind.KIND, kind.SCHEMA, kind.COMMAND), kind, path)
 
 
 def typed(record: Record, kind: type[R], path: Path) -> R:
@@ -159,9 +170,9 @@ def read_arrays(path: Path) -> dict[str, Array]:
 
 
 def at(value: Any, path: tuple[str, ...]) -> Any:
-    """Return what lies at a path of keys in nested dictionaries; None where there is nothing."""
+    """Return what lies at a path of keys in nested dictionaries or records; None where absent."""
     for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
+        value = value.get(name) if isinstance(value, dict | Part) else None
     return value
 
 

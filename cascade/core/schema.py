@@ -6,13 +6,13 @@ A record is a frozen `msgspec.Struct`. Its fields are the keys of the JSON, in t
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
+
+from cascade.core.schema_errors import describe
 
 __all__ = [
     "UNSET",
@@ -145,50 +145,4 @@ def from_plain(value: Any, kind: type[T]) -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise SchemaError(_flaw(value, str(error))) from error
-
-
-_PLACE = re.compile(r" - at `\$(?P<path>.*)`$")
-_STEP = re.compile(r"\.([\w-]+)|\[(\d+)\]|\[\.\.\.\]")
-_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
-_TYPES = {
-    "float": "a number",
-    "int": "a whole number",
-    "str": "text",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "an object",
-    "null": "null",
-}
-
-
-def _flaw(value: Any, text: str) -> str:
-    """Return what `msgspec` found, e.g. "expected a number at points[0].threshold, got null"."""
-    place = _PLACE.search(text)
-    path = place["path"] if place else ""
-    words = text[: place.start()] if place else text
-    missing = _MISSING.match(words)
-    if missing is not None:
-        where = f"{path}.{missing['name']}".lstrip(".")
-        return f"expected {where}, got nothing"
-    expected, _, _ = words.partition(", got ")
-    expected = re.sub(
-        r"`([^`]*)`",
-        lambda found: " or ".join(_TYPES.get(name, name) for name in found[1].split(" | ")),
-        expected,
-    )
-    expected = expected[:1].lower() + expected[1:]
-    where = path.lstrip(".")
-    got = _at(value, path)
-    return f"{expected}{f' at {where}' if where else ''}{got}"
-
-
-def _at(value: Any, path: str) -> str:
-    for step in _STEP.finditer(path):
-        name, number = step[1], step[2]
-        try:
-            value = value[name] if name is not None else value[int(number)]
-        except (KeyError, IndexError, TypeError, ValueError):
-            return ""
-    shown = json.dumps(value, default=str)
-    return f", got {shown if len(shown) <= 40 else f'{shown[:37]}...'}"
+        raise SchemaError(describe(value, kind, error)) from error

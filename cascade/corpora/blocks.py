@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cascade.core.errors import CorpusError, ModelError
+from cascade.core.provenance import CorpusProvenance
+from cascade.core.schema import UNSET
+from cascade.corpora.joining import RecordText, join
 from cascade.corpora.readers import EMBEDDED, read_records
 from cascade.corpora.record_text import Record, text_of
 from cascade.models.stack import DecoderStack
@@ -141,28 +144,24 @@ class TokenBlocks:
             self, ids=self.ids[rows], record_of=some(self.record_of), response=some(self.response)
         )
 
-    def provenance(self) -> dict[str, Any]:
-        """Return what a record says of the corpus."""
-        return {
-            "source": self.source,
-            "name": self.name,
-            "fingerprint": self.fingerprint(),
-            "records": self.records,
-            "tokens": self.tokens,
-            "sequences": len(self.ids),
-            "seq_len": int(self.ids.shape[1]),
-        } | self._taken()
-
-    def _taken(self) -> dict[str, str]:
-        spread = {}
-        if self.spread_over is not None:
-            spread["spread"] = f"evenly over {self.spread_over:,} sequences"
-        if self.part is None:
-            return spread
+    def provenance(self) -> CorpusProvenance:
+        """Return which text these tokens are."""
         rule = f"every {_HELD_OUT_EVERY}th is held out"
         if self.source == EMBEDDED:
             rule = "as the corpus says of each"
-        return {"part": self.part, "parted": f"by record, {rule}"} | spread
+        over = self.spread_over
+        return CorpusProvenance(
+            source=self.source,
+            name=self.name,
+            fingerprint=self.fingerprint(),
+            records=self.records,
+            tokens=self.tokens,
+            sequences=len(self.ids),
+            seq_len=int(self.ids.shape[1]),
+            part=UNSET if self.part is None else self.part,
+            parted=UNSET if self.part is None else f"by record, {rule}",
+            spread=UNSET if over is None else f"evenly over {over:,} sequences",
+        )
 
 
 def load_blocks(
@@ -219,13 +218,14 @@ def load_blocks(
     if seed is not None:
         records = _shuffled(records, seed)
     texts = (
-        _Text(number, *text_of(record, source, number, text_column))
+        RecordText(number, *text_of(record, source, number, text_column))
         for number, record in enumerate(itertools.islice(records, num_samples), start=1)
         if part is None or part == _part_of(record, number, source)
     )
     wanted = None if max_tokens is None else max_tokens // seq_len * seq_len
-    ids, spans = _join(texts, tokenizer, wanted, marks=marks)
-    if not spans:
+    joined = join(texts, tokenizer, wanted, marks=marks)
+    ids = joined.ids
+    if not joined.spans:
         raise CorpusError(f"{source} is empty; expected at least one record{_of_part(part)}")
     rows = len(ids) // seq_len
     if wanted is not None:
@@ -241,9 +241,9 @@ def load_blocks(
         np.array(ids[: rows * seq_len], dtype=np.int32).reshape(shape),
         source,
         f"{name}-{part}" if part else name,
-        len(spans),
-        record_of=_records_marked(spans, shape) if marks else None,
-        response=_response_marked(spans, shape) if marks else None,
+        len(joined.spans),
+        record_of=joined.record_numbers(shape) if marks else None,
+        response=joined.response_marks(shape) if marks else None,
         part=part,
     )
 
@@ -290,94 +290,6 @@ def corpus_name(source: str, *, config: str | None = None, split: str | None = N
     path = Path(os.path.expanduser(source))
     name = path.resolve().stem if os.path.exists(path) else source.replace("/", "--")
     return "-".join(part.lower() for part in (name, config, split) if part)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A record's text.
-
-    Attributes:
-        number: The record's number, from 1.
-        text: What is read of it.
-        response: At which character its response text begins.
-    """
-
-    number: int
-    text: str
-    response: int
-
-
-@dataclass(frozen=True)
-class _Span:
-    """The tokens of one record, the EOS behind them included where there is one.
-
-    Attributes:
-        number: The record's number, from 1.
-        tokens: How many they are.
-        template: How many of them come before the response text.
-    """
-
-    number: int
-    tokens: int
-    template: int
-
-
-def _join(
-    texts: Iterable[_Text], tokenizer: PreTrainedTokenizerBase, wanted: int | None, *, marks: bool
-) -> tuple[list[int], list[_Span]]:
-    """Return the ids of all texts joined by EOS, and where each text's lie."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise CorpusError("the tokenizer has no EOS token to join records with; set one")
-    ids: list[int] = []
-    spans: list[_Span] = []
-    for text in texts:
-        if spans:
-            ids.append(int(eos))
-            spans[-1] = replace(spans[-1], tokens=spans[-1].tokens + 1)
-        own, template = _encode(text, tokenizer, marks=marks)
-        ids.extend(own)
-        spans.append(_Span(text.number, len(own), template))
-        if wanted is not None and len(ids) >= wanted:
-            break
-    return ids, spans
-
-
-def _encode(
-    text: _Text, tokenizer: PreTrainedTokenizerBase, *, marks: bool
-) -> tuple[list[int], int]:
-    """Return a text's ids, and how many of them come before its response text."""
-    placed = marks and text.response > 0
-    by_offset = placed and tokenizer.is_fast
-    offsets = {"return_offsets_mapping": True} if by_offset else {}
-    encoded = tokenizer(text.text, add_special_tokens=False, verbose=False, **offsets)
-    ids: list[int] = encoded["input_ids"]
-    if not placed:
-        return ids, 0
-    if by_offset:
-        # A token across the border is the template's: it could be told from there.
-        return ids, sum(start < text.response for start, _ in encoded["offset_mapping"])
-    # Without offsets the border is known only where a token ends on it.
-    template = tokenizer(text.text[: text.response], add_special_tokens=False, verbose=False)
-    count = len(template["input_ids"])
-    if ids[:count] != template["input_ids"]:
-        raise CorpusError(
-            f"record {text.number}: this tokenizer has no offsets and a token across the border of "
-            "template and response, which cannot be told apart; take the fast tokenizer"
-        )
-    return ids, count
-
-
-def _records_marked(spans: Sequence[_Span], shape: tuple[int, int]) -> npt.NDArray[np.int32]:
-    numbers = np.array([span.number for span in spans], dtype=np.int32)
-    marked = np.repeat(numbers, [span.tokens for span in spans])
-    return marked[: shape[0] * shape[1]].reshape(shape)
-
-
-def _response_marked(spans: Sequence[_Span], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    runs = [run for span in spans for run in (span.template, span.tokens - span.template)]
-    marked = np.repeat(np.tile([False, True], len(spans)), runs)
-    return marked[: shape[0] * shape[1]].reshape(shape)
 
 
 def _shuffled(records: Iterable[Record], seed: int) -> Iterator[Record]:

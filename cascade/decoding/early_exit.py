@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
-from cascade.core.arguments import whole
+from cascade.core.arguments import read_threshold, whole
 from cascade.core.errors import UsageError
-from cascade.decoding.forward import Chunk, Exit, Pass
-from cascade.decoding.generation import Generation, generate
-from cascade.decoding.generation_settings import Settings, padding_token
+from cascade.decoding.forward import Chunk, Exit, ForwardPass, PassConfig
+from cascade.decoding.generation import ExitConfig, Generation, generate
+from cascade.decoding.generation_settings import DecodingConfig, padding_token
 from cascade.decoding.inputs import make_chunk, read_seed
 from cascade.decoding.selective_layers import SkippingLayers
-from cascade.exits.decision import read_threshold
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.heads import ExitHead, LogitLens
 from cascade.exits.history import exit_entries
@@ -39,15 +39,15 @@ PROPAGATIONS = ("frozen", "ridge", "exact")
 
 @dataclass(frozen=True)
 class Score:
-    """What a pass over given tokens says.
+    """The results of a forward pass over given tokens.
 
     Attributes:
-        exit_layers: `[B, T]`, where each token left; N where it went all the way.
+        exit_layers: `[B, T]`, where each token exited; N where it did not.
         predictions: `[B, T]`, the most likely next token after each.
-        log_probabilities: `[B, T-1]`, of the token that really came next, in nats.
+        log_probabilities: `[B, T-1]`, of the token that comes next, in nats.
         scored: `[B, T-1]`, false where either token is padding.
         counts: What was really computed.
-        logits: `[B, T, V]` in fp32, where they were asked for; zeros at padding.
+        logits: `[B, T, V]` in fp32 with `keep_logits`, zeros at padding; else None.
     """
 
     exit_layers: Tensor
@@ -65,19 +65,24 @@ class Score:
 
 
 class EarlyExit:
-    """A model whose easy tokens leave early.
+    """A model whose easy tokens exit early.
 
     Laws: without an exit, or with all thresholds at +inf, it is the full model; with a threshold
     of -inf it is the exit head alone; generating equals scoring the generated text.
+
+    Several threads may use one model, each with an `EarlyExit` of its own or all with the same
+    one: the model's modules and config are never changed. The exception is a model whose calls a
+    library answers itself, e.g. one that `accelerate` spreads over several devices, or one after
+    `Module.compile`. Use such a model from one thread at a time.
 
     Args:
         stack: The model.
         layer: One exit layer, 1..N; or give `exits`.
         rule: The name of its rule.
-        threshold: From which confidence on tokens leave.
-        heads: Fitted ridge heads; the logit lens where not given.
+        threshold: Tokens with a confidence at or above it exit.
+        heads: Fitted ridge heads (default: the logit lens).
         exits: Several exits, in ascending order of layers, instead of `layer`.
-        propagation: What upper layers see of tokens that left: "frozen" (keys and values from the
+        propagation: What upper layers see of exited tokens: "frozen" (keys and values from the
             exit state; CALM, Schuster et al. 2022), "ridge" (from a fitted prediction of the
             upper layers' inputs; needs `heads`) or "exact" (they are computed once they are
             needed).
@@ -85,7 +90,7 @@ class EarlyExit:
         seed: For rules that draw.
 
     Raises:
-        UsageError: A layer, rule, threshold, heads, propagation or seed that cannot be.
+        UsageError: A layer, rule, threshold, heads, propagation or seed is invalid.
         ModelError: The heads, or those of `exits`, belong to another model.
     """
 
@@ -133,7 +138,7 @@ class EarlyExit:
 
     @property
     def fallback_reason(self) -> str | None:
-        """Why tokens that left save no work in this family; None where they do."""
+        """Why exited tokens save no work in this family; None where they do."""
         return self.layers.reason
 
     @torch.no_grad()
@@ -144,16 +149,16 @@ class EarlyExit:
         *,
         keep_logits: bool = False,
     ) -> Score:
-        """Run over given tokens, each leaving where it would when generated.
+        """Run over given tokens; each exits where it would if it were generated.
 
         Args:
             input_ids: `[B, T]`.
-            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Where not given, the model's
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Without it, the model's
                 padding token is padding, unless it ends rows too, as in `generate`.
             keep_logits: Whether to return all logits: B x T x V x 4 bytes.
 
         Raises:
-            UsageError: Token ids or a mask that cannot be.
+            UsageError: Token ids or a mask are invalid.
             ModelError: A confidence or logits are not finite.
         """
         own = self.stack.model.generation_config
@@ -179,7 +184,7 @@ class EarlyExit:
             logits = torch.zeros(shape, device=chunk.ids.device)
         following = torch.cat([chunk.ids[:, 1:], torch.zeros_like(chunk.ids[:, :1])], dim=1)
 
-        def take(_: int, rows: Tensor, columns: Tensor, made: Tensor) -> None:
+        def on_logits(_: int, rows: Tensor, columns: Tensor, made: Tensor) -> None:
             predictions[rows, columns] = made.argmax(dim=-1)
             target = following[rows, columns]
             chosen = made.gather(1, target[:, None])[:, 0]
@@ -187,19 +192,13 @@ class EarlyExit:
             if logits is not None:
                 logits[rows, columns] = made
 
-        going = Pass(
-            self.layers,
-            exits,
-            chunk,
-            cache,
-            counts,
-            leaving=self.propagation != "exact",
-            full_prediction=full,
-            seed=self.seed,
+        config = PassConfig(
+            stop_exited=self.propagation != "exact", full_prediction=full, seed=self.seed
         )
-        going.run(chunk.valid, take)
+        forward = ForwardPass(self.layers, exits, chunk, cache, counts, config)
+        forward.run(chunk.valid, on_logits)
         return Score(
-            going.exit_layers,
+            forward.exit_layers,
             predictions,
             log_probabilities[:, :-1],
             chunk.valid[:, 1:] & chunk.valid[:, :-1],
@@ -220,19 +219,19 @@ class EarlyExit:
         draft_length: int = 8,
         **kwargs: Any,
     ) -> Tensor | Generation:
-        """Generate as `transformers` does, with tokens leaving early.
+        """Generate as `transformers` does, with tokens that exit early.
 
         Args:
             input_ids: The prompts, `[B, T]`, padded on the left.
-            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Where not given, the padding
-                token is padding, unless it ends rows too, as in `transformers`.
-            generation_config: Settings, as `transformers` knows them; the model's own say what it
-                leaves open. Those that early exit does not know (beams, ...) are refused.
-            streamer: Gets each token as soon as it is certain.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Without it, the padding token
+                is padding, unless it ends rows too, as in `transformers`.
+            generation_config: Settings of `transformers` (default: the model's own). Settings that
+                early exit does not support (beams, ...) are refused.
+            streamer: Gets each token as soon as it is final.
             return_dict_in_generate: Return a `Generation` instead of the ids alone.
             verify: Let the full model confirm every token (needs propagation="exact"): the result
                 is the full model's, token for token; exits only draft (self-speculative decoding).
-            draft_length: With `verify`, the most tokens drafted before they are looked at.
+            draft_length: With `verify`, the most tokens drafted before the full model checks them.
             kwargs: Single settings: max_new_tokens, do_sample, temperature, top_p, top_k, seed,
                 eos_token_id, pad_token_id, stop_strings.
 
@@ -240,10 +239,10 @@ class EarlyExit:
             `[B, T + new]`, rows that ended earlier padded, or the whole `Generation`.
 
         Raises:
-            UsageError: A prompt, mask or setting that cannot be.
+            UsageError: A prompt, mask or setting is invalid.
             ModelError: A confidence or logits are not finite.
         """
-        settings = Settings.of(self.stack, generation_config, kwargs)
+        config = DecodingConfig.of(self.stack, generation_config, kwargs)
         if any(at.rule.needs_full for at in self.exits):
             names = ", ".join(at.rule.name for at in self.exits if at.rule.needs_full)
             raise UsageError(f"{names} needs the full model's answer: it can score, not generate")
@@ -255,16 +254,14 @@ class EarlyExit:
         drafts = whole(draft_length)
         if drafts is None or drafts < 1:
             raise UsageError(f"expected a draft_length of at least 1, got {draft_length!r}")
-        prompt = make_chunk(self.stack, input_ids, attention_mask, padding=settings.padding)
+        prompt = make_chunk(self.stack, input_ids, attention_mask, padding=config.padding)
         result = generate(
             self.layers,
-            self.exits,
+            ExitConfig(self.exits, exact=self.propagation == "exact", seed=self.seed),
             prompt,
-            settings,
-            exact=self.propagation == "exact",
+            config,
             draft_length=drafts if verify else None,
             streamer=streamer,
-            seed=self.seed,
         )
         return result if return_dict_in_generate else result.sequences
 
@@ -284,13 +281,13 @@ def make_exit(
         stack: The model.
         layer: 1..N.
         rule: Its name, or the rule.
-        threshold: From which confidence on tokens leave.
-        heads: Fitted heads; the logit lens where not given.
-        propagation: The map is taken only for "ridge".
+        threshold: Tokens with a confidence at or above it exit.
+        heads: Fitted heads (default: the logit lens).
+        propagation: The propagation map is part of the exit only for "ridge".
 
     Raises:
-        UsageError: No such layer or rule, no number as a threshold, or no head was fitted for the
-            layer.
+        UsageError: There is no such layer or rule, the threshold is no number, or no head was
+            fitted for the layer.
         ModelError: The heads belong to another model.
     """
     rule = rule if isinstance(rule, ExitRule) else find_rule(rule)
@@ -319,25 +316,25 @@ def _check_fitted(heads: Any) -> None:
 def _checked(
     exits: Sequence[Exit], stack: DecoderStack, propagation: Propagation
 ) -> tuple[Exit, ...]:
-    """Return the exits, without their propagation maps where nobody asked for those."""
+    """Return the exits, without their propagation maps unless propagation is "ridge"."""
     layers = [at.layer for at in exits]
     if layers != sorted(set(layers)):
         raise UsageError(f"expected exits in ascending order of layers, got layers {layers}")
     check_layers({at.layer: at.rule for at in exits}, stack.num_layers)
     for at in exits:
         at.rule.check(at.threshold)
-        owner = getattr(at.head, "stack", stack)  # a head of one's own need not know its model
-        if owner.model not in [part.model for part in stack.with_those_below()]:
-            model = owner.provenance | {"weights_hash": owner.weights_hash()}
+        owner = getattr(at.head, "stack", stack)  # a user's own head need not know its model
+        if owner.model not in [below.model for below in stack.with_those_below()]:
+            model = replace(owner.provenance, weights_hash=owner.weights_hash())
             check_same_model(model, stack, what=f"the heads of the exit at layer {at.layer}")
         if propagation == "ridge" and at.propagation is None and at.layer < stack.num_layers:
             raise UsageError(
                 f"the exit at layer {at.layer} has no propagation map; give it the one of its "
                 "fitted heads, or use frozen propagation"
             )
-    looking = [at for at in exits if at.rule.needs_earlier]
-    # The first exit of several that look at earlier ones is what the others look at.
-    if len(looking) == 1 and looking[0] is exits[0]:
+    comparing = [at for at in exits if at.rule.needs_earlier]
+    # With several such exits, the first one is the earlier exit of the others.
+    if len(comparing) == 1 and comparing[0] is exits[0]:
         raise UsageError(
             f"the rule {exits[0].rule.name} looks at earlier exits, and none lies below layer "
             f"{exits[0].layer}; give exits below it, or take another rule"

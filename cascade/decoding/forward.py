@@ -1,4 +1,4 @@
-"""Passes: a chunk of tokens on its way up through the layers, some of them leaving early."""
+"""Forward passes: a chunk of tokens on its way through the layers, some of them exiting early."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch import Tensor
 
 from cascade.core.errors import ModelError
 from cascade.decoding.kv_cache import KeyValueCache, Selection
-from cascade.decoding.selective_layers import SkippingLayers
-from cascade.exits.decision import least_fp32
+from cascade.decoding.selective_layers import LayerTask, SkippingLayers
 from cascade.exits.heads import ExitHead, PropagationMap
 from cascade.exits.history import HiddenHistory
 from cascade.exits.rules import ExitPoint, ExitRule
 from cascade.models.flops import Counts
 from cascade.models.stack import DecoderStack, Plan
+from cascade.stats.decision import reaches
 
 #: Rows that go through the LM head at once: 512 rows of 49,152 logits in fp32 are 100 MB.
 _LOGIT_ROWS = 512
 
-#: Takes `(layer, rows [n], columns [n], logits [n, V])` of tokens whose logits are made.
-Sink = Callable[[int, Tensor, Tensor, Tensor], None]
+#: A callback: `(layer, rows [n], columns [n], logits [n, V])` of tokens whose logits were computed.
+OnLogits = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Exit:
-    """One exit: where, by which rule, from which confidence on, and through which head.
+    """One exit: its layer, rule, threshold and head.
 
     Attributes:
         layer: 1..N.
-        rule: Decides.
-        threshold: Tokens with a confidence at or above it leave.
-        head: Makes their logits.
+        rule: Gives each token's confidence.
+        threshold: Tokens with a confidence at or above it exit.
+        head: Computes their logits.
         propagation: Predicts what upper layers need of them; None: keys and values are projected
             from the exit state itself.
     """
@@ -47,7 +47,7 @@ class Exit:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens that go up together.
+    """Tokens that are computed together.
 
     Attributes:
         ids: `[B, T]`.
@@ -71,8 +71,24 @@ class Chunk:
         )
 
 
-class Pass:
-    """One chunk on its way up.
+@dataclass(frozen=True)
+class PassConfig:
+    """How a chunk is computed.
+
+    Attributes:
+        stop_exited: Whether exited tokens stop being computed (frozen, ridge). False: every token
+            is computed, and only the logits of exited ones come from the exit (exact).
+        full_prediction: What the full model predicts, `[B, T]`; for rules that need it.
+        seed: For rules that draw.
+    """
+
+    stop_exited: bool = True
+    full_prediction: Tensor | None = None
+    seed: int = 0
+
+
+class ForwardPass:
+    """One chunk on its way through the layers.
 
     Args:
         layers: Compute the layers.
@@ -80,11 +96,15 @@ class Pass:
         chunk: The tokens.
         cache: Its window is the chunk.
         counts: What is computed is added here.
-        leaving: Whether tokens that exit stop being computed (frozen, ridge), or everything is
-            computed and only their logits come from the exit (exact).
-        full_prediction: `[B, T]` of the full model, for controls.
-        seed: For rules that draw.
-        plan: The chunk's, where it is made already.
+        config: How the chunk is computed.
+        plan: The chunk's plan, if it was made already.
+
+    Attributes:
+        layer: The last layer computed; 0 before the first.
+        hidden: Its output, `[B, T, D]`; for exited tokens their exit state.
+        undecided: `[B, T]`, true for tokens that no exit has let exit.
+        exit_layers: `[B, T]`, the layer at which each token exited; N where it did not.
+        selection: Which tokens the next layer computes.
     """
 
     def __init__(
@@ -94,21 +114,17 @@ class Pass:
         chunk: Chunk,
         cache: KeyValueCache,
         counts: Counts,
+        config: PassConfig | None = None,
         *,
-        leaving: bool = True,
-        full_prediction: Tensor | None = None,
-        seed: int = 0,
         plan: Plan | None = None,
     ) -> None:
         self.layers, self.exits, self.chunk = layers, exits, chunk
-        self.cache, self.counts, self.leaving = cache, counts, leaving
-        self.full_prediction, self.seed = full_prediction, seed
-        plan = plan or chunk.plan(layers, cache)
-        self.calls = plan.calls
+        self.cache, self.counts = cache, counts
+        self.config = config or PassConfig()
+        self.plan = plan or chunk.plan(layers, cache)
         self.layer = 0
-        self.hidden = plan.embedded
+        self.hidden = self.plan.embedded
         self.undecided = chunk.valid
-        #: The layer at which each token left; N where it did not.
         self.exit_layers = torch.full_like(chunk.ids, layers.stack.num_layers)
         self.selection = Selection(chunk.valid, torch.zeros_like(chunk.valid))
         self._history: dict[int, Tensor] = {0: self.hidden}
@@ -119,32 +135,45 @@ class Pass:
             at.propagation.of_states for at in exits if at.propagation is not None
         )
 
-    def fork(self) -> Pass:
-        """Return a pass that goes on from here by itself, without touching this one."""
-        other = object.__new__(Pass)
-        other.__dict__.update(self.__dict__)
+    def fork(self, counts: Counts | None = None) -> ForwardPass:
+        """Return a pass that continues from here by itself and leaves this one as it is.
+
+        Args:
+            counts: What the new pass computes is added here (default: to this pass's counts).
+        """
+        other = ForwardPass(
+            self.layers,
+            self.exits,
+            self.chunk,
+            self.cache,
+            self.counts if counts is None else counts,
+            self.config,
+            plan=self.plan,
+        )
+        other.layer, other.hidden = self.layer, self.hidden
+        other.undecided, other.selection = self.undecided, self.selection
         other.exit_layers = self.exit_layers.clone()
         other._history = dict(self._history)
         other._earlier = list(self._earlier)
         other._predicted = list(self._predicted)
         return other
 
-    def climb(self, layer: int) -> None:
+    def run_layers_to(self, layer: int) -> None:
         """Compute the layers up to and including `layer`."""
         while self.layer < layer:
-            output = self.layers.run(
+            task = LayerTask(
                 self.layer + 1,
                 self.hidden,
                 self.selection,
-                self.calls[self.layer],
+                self.plan.calls[self.layer],
                 self.cache,
                 self.counts,
                 predicted=self._prediction(self.layer + 1),
-                of_states=self._predicts_states,
+                predicts_states=self._predicts_states,
             )
-            self.reach(self.layer + 1, output)
+            self.set_output(self.layer + 1, self.layers.run(task))
 
-    def reach(self, layer: int, hidden: Tensor) -> None:
+    def set_output(self, layer: int, hidden: Tensor) -> None:
         """Take a layer's output as computed.
 
         Args:
@@ -155,7 +184,7 @@ class Pass:
         self._history[layer] = hidden
         self._history.pop(layer - self._kept_entries - 1, None)
 
-    def point(self, at: Exit, rows: Tensor, columns: Tensor) -> ExitPoint:
+    def exit_point(self, at: Exit, rows: Tensor, columns: Tensor) -> ExitPoint:
         """Return what the exit's rule may see of some tokens at the layer reached.
 
         Args:
@@ -169,7 +198,7 @@ class Pass:
             if entry >= self.layer - at.rule.entries
         }
         history = HiddenHistory(self.layers.stack.num_layers, entries)
-        full = self.full_prediction
+        full = self.config.full_prediction
         return ExitPoint(
             layer=at.layer,
             history=history,
@@ -178,90 +207,82 @@ class Pass:
             positions=self.chunk.positions[rows, columns],
             earlier=[prediction[rows, columns] for prediction in self._earlier],
             full_prediction=None if full is None else full[rows, columns],
-            seed=self.seed,
+            seed=self.config.seed,
         )
 
-    def decide(self, at: Exit, wanted: Tensor, sink: Sink) -> None:
-        """Let undecided tokens leave at the layer reached, where the exit's rule says so.
+    def decide(self, at: Exit, outputs: Tensor, on_logits: OnLogits) -> None:
+        """Let undecided tokens exit at the layer reached, where the exit's rule says so.
 
         Args:
             at: The exit at this layer.
-            wanted: `[B, T]`, the tokens whose logits are to be made.
-            sink: Takes the logits of those that leave.
+            outputs: `[B, T]`, the tokens whose logits are needed.
+            on_logits: Called with the logits of those that exit.
 
         Raises:
             ModelError: A confidence or logits are not finite.
         """
-        leaves = torch.zeros_like(self.undecided)
+        exits = torch.zeros_like(self.undecided)
         predictions = torch.zeros_like(self.chunk.ids)
-        remembers = any(later.rule.needs_earlier for later in self.exits)
+        keeps_predictions = any(later.rule.needs_earlier for later in self.exits)
         rows, columns = torch.nonzero(self.undecided, as_tuple=True)
         for some in slices(len(rows), self.layers.stack.max_positions):
-            point = self.point(at, rows[some], columns[some])
+            point = self.exit_point(at, rows[some], columns[some])
             confidence = at.rule.confidence(point)
             if torch.isnan(confidence).any():
                 raise ModelError(
                     f"the rule {at.rule.name} is NaN at exit layer {at.layer}: the states or "
                     "logits there are not finite; use a wider --dtype, or get the checkpoint again"
                 )
-            out = confidence >= least_fp32(at.threshold)
-            leaves[rows[some], columns[some]] = out
-            if remembers:
+            out = reaches(confidence, at.threshold)
+            exits[rows[some], columns[some]] = out
+            if keeps_predictions:
                 predictions[rows[some], columns[some]] = point.prediction
-            self._emit(at, point, rows[some], columns[some], out, wanted, sink)
-        if remembers:
+            needed = out & outputs[rows[some], columns[some]]
+            if needed.any():
+                logits = self._exit_logits(at, point, needed)
+                on_logits(at.layer, rows[some][needed], columns[some][needed], logits)
+        if keeps_predictions:
             self._earlier.append(predictions)
-        self.take_out(at, leaves)
+        self.exit_tokens(at, exits)
 
-    def _emit(
-        self,
-        at: Exit,
-        point: ExitPoint,
-        rows: Tensor,
-        columns: Tensor,
-        out: Tensor,
-        wanted: Tensor,
-        sink: Sink,
-    ) -> None:
-        chosen = out & wanted[rows, columns]
-        if not chosen.any():
-            return
-        rows, columns = rows[chosen], columns[chosen]
-        if at.rule.needs_logits or "logits" in point.__dict__:
-            logits = point.logits[chosen]
+    def _exit_logits(self, at: Exit, point: ExitPoint, needed: Tensor) -> Tensor:
+        """Return the exit head's logits of some of a point's tokens, `[m, V]`, in fp32."""
+        if at.rule.needs_logits or point.has_logits:
+            logits = point.logits[needed]
         else:
-            logits = self._head_logits(at, self._history[self.layer][rows, columns]).float()
-        sink(at.layer, rows, columns, _finite(logits, at.layer))
+            states = point.history.entries[self.layer]
+            logits = self._head_logits(at, states[needed]).float()
+        return _finite(logits, at.layer)
 
-    def take_out(self, at: Exit, leaves: Tensor) -> None:
-        """Let tokens leave at the layer reached.
+    def exit_tokens(self, at: Exit, exits: Tensor) -> None:
+        """Let tokens exit at the layer reached.
 
         Args:
             at: The exit at this layer.
-            leaves: `[B, T]`.
+            exits: `[B, T]`, true for the tokens that exit; those that exited before are ignored.
         """
-        leaves = leaves & self.undecided
-        if not leaves.any():
+        exits = exits & self.undecided
+        if not exits.any():
             return
-        self.exit_layers[leaves] = at.layer
-        self.undecided = self.undecided & ~leaves
-        if not self.leaving:
+        self.exit_layers[exits] = at.layer
+        self.undecided = self.undecided & ~exits
+        if not self.config.stop_exited:
             return
         if at.propagation is not None:
-            predicted = at.propagation.predict(self.hidden[leaves])
-            flat = torch.nonzero(leaves.flatten(), as_tuple=True)[0]
+            predicted = at.propagation.predict(self.hidden[exits])
+            flat = torch.nonzero(exits.flatten(), as_tuple=True)[0]
             self._predicted.append((flat, predicted, at.propagation.first))
-        self.selection = Selection(self.undecided, self.selection.exited | leaves)
+        self.selection = Selection(self.undecided, self.selection.exited | exits)
 
     def _prediction(self, layer: int) -> Tensor | None:
-        """Return the ridge maps' word on the exited tokens at a layer, in their order."""
+        """Return what the ridge maps predict for the exited tokens at a layer, in token order."""
         if not self._predicted:
             return None
-        parts = [values[:, layer - first] for _, values, first in self._predicted]
-        if len(parts) == 1:
-            return parts[0]
+        values = [values[:, layer - first] for _, values, first in self._predicted]
+        if len(values) == 1:
+            return values[0]
         order = torch.cat([flat for flat, _, _ in self._predicted]).argsort()
-        return torch.cat(parts)[order]
+        return torch.cat(values)[order]
 
     def _head_logits(self, at: Exit, hidden: Tensor) -> Tensor:
         self.counts.lm_head_rows += len(hidden)
@@ -270,49 +291,55 @@ class Pass:
             self.counts.head_rows[at.layer] = before + len(hidden)
         return at.head.logits(hidden)
 
-    def finish(self, wanted: Tensor, sink: Sink) -> None:
-        """Compute the remaining layers, and the logits of the tokens that went all the way.
+    def finish(self, outputs: Tensor, on_logits: OnLogits) -> None:
+        """Compute the remaining layers, and the logits of the tokens that did not exit.
 
         Args:
-            wanted: `[B, T]`, the tokens whose logits are to be made.
-            sink: Takes them.
+            outputs: `[B, T]`, the tokens whose logits are needed.
+            on_logits: Called with the logits.
         """
-        self.climb(self.layers.stack.num_layers)
-        decode_tokens(self.layers.stack, self.hidden, self.undecided & wanted, self.counts, sink)
+        self.run_layers_to(self.layers.stack.num_layers)
+        needed = self.undecided & outputs
+        decode_tokens(self.layers.stack, self.hidden, needed, self.counts, on_logits)
 
-    def run(self, wanted: Tensor, sink: Sink) -> None:
-        """Climb from exit to exit and to the end."""
+    def run(self, outputs: Tensor, on_logits: OnLogits) -> None:
+        """Compute all layers and decide at every exit.
+
+        Args:
+            outputs: `[B, T]`, the tokens whose logits are needed.
+            on_logits: Called with the logits.
+        """
         for at in self.exits:
-            self.climb(at.layer)
-            self.decide(at, wanted, sink)
-        self.finish(wanted, sink)
+            self.run_layers_to(at.layer)
+            self.decide(at, outputs, on_logits)
+        self.finish(outputs, on_logits)
 
 
 def decode_tokens(
-    stack: DecoderStack, hidden: Tensor, wanted: Tensor, counts: Counts, sink: Sink
+    stack: DecoderStack, hidden: Tensor, outputs: Tensor, counts: Counts, on_logits: OnLogits
 ) -> None:
-    """Make the full model's logits of some tokens.
+    """Compute the full model's logits of some tokens.
 
     Args:
         stack: The model.
         hidden: `[B, T, D]`, the last layer's output.
-        wanted: `[B, T]`.
+        outputs: `[B, T]`, the tokens whose logits are needed.
         counts: What is computed is added here.
-        sink: Takes the logits.
+        on_logits: Called with the logits.
 
     Raises:
         ModelError: They are not finite.
     """
-    rows, columns = torch.nonzero(wanted, as_tuple=True)
+    rows, columns = torch.nonzero(outputs, as_tuple=True)
     for some in slices(len(rows), stack.max_positions):
         states = hidden[rows[some], columns[some]]
         counts.lm_head_rows += len(states)
         logits = stack.decode(states[None])[0].float()
-        sink(stack.num_layers, rows[some], columns[some], _finite(logits, stack.num_layers))
+        on_logits(stack.num_layers, rows[some], columns[some], _finite(logits, stack.num_layers))
 
 
 def _finite(logits: Tensor, layer: int) -> Tensor:
-    # The largest one tells: NaN is larger than any number, and -inf alone rules single tokens out.
+    # The largest one is enough: NaN is larger than any number, and -inf only excludes a token.
     if not torch.isfinite(logits.amax(dim=-1)).all():
         raise ModelError(
             f"the logits of layer {layer} are not finite; use a wider --dtype, or get the "
@@ -322,11 +349,11 @@ def _finite(logits: Tensor, layer: int) -> Tensor:
 
 
 def slices(count: int, limit: int | None) -> list[slice]:
-    """Cut rows into parts that fit through the LM head at once.
+    """Split rows into slices that fit through the LM head at once.
 
     Args:
         count: How many rows.
-        limit: The model's positions, which its forward must not exceed either.
+        limit: The model's positions, which a slice must not exceed either; None: no limit.
     """
     size = min(_LOGIT_ROWS, limit or _LOGIT_ROWS)
     return [slice(start, start + size) for start in range(0, count, size)]

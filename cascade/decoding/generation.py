@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cascade.core.errors import UsageError
-from cascade.decoding.forward import Chunk, Exit, Pass, decode_tokens
-from cascade.decoding.generation_settings import Settings
+from cascade.decoding.forward import (
+    Chunk,
+    Exit,
+    ForwardPass,
+    OnLogits,
+    PassConfig,
+    decode_tokens,
+)
+from cascade.decoding.generation_settings import DecodingConfig
 from cascade.decoding.kv_cache import Selection
-from cascade.decoding.selective_layers import SkippingLayers
+from cascade.decoding.sampling import TokenChooser
+from cascade.decoding.selective_layers import LayerTask, SkippingLayers
 from cascade.models.flops import Counts
 from cascade.models.stack import DecoderStack, Plan
 
@@ -30,7 +38,7 @@ class Generation:
         exit_layers: `[B, new]`, where each new token's logits were made: an exit layer, or N; 0
             where a row had ended.
         counts: What was really computed, prompt included.
-        passed: Tokens that went through the first layer for somebody's sake, prompt included.
+        passed: Tokens of open rows that went through the first layer, prompt included.
         drafted: With verification, tokens that an exit proposed.
         accepted: Those of them that the full model confirmed.
     """
@@ -48,65 +56,51 @@ class Generation:
         return sum(self.counts.layer_rows) / self.passed
 
 
-class _Chooser:
-    """Chooses the next token from logits; draws depend on seed, row and place alone."""
+@dataclass(frozen=True)
+class ExitConfig:
+    """How tokens exit.
 
-    def __init__(self, settings: Settings) -> None:
-        from transformers import (
-            LogitsProcessorList,
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        )
+    Attributes:
+        exits: In ascending order of layers.
+        exact: Whether upper layers are computed for exited tokens once they are needed.
+        seed: For rules that draw.
+    """
 
-        self.settings = settings
-        self.generator = torch.Generator()
-        self.warpers = LogitsProcessorList()
-        if settings.temperature != 1.0:
-            self.warpers.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k:
-            self.warpers.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1.0:
-            self.warpers.append(TopPLogitsWarper(settings.top_p))
+    exits: Sequence[Exit]
+    exact: bool
+    seed: int
 
-    def __call__(self, logits: Tensor, rows: Sequence[int], places: Sequence[int]) -> Tensor:
-        """Return `[n]` tokens from `[n, V]` logits of rows and places (columns of the token)."""
-        if not self.settings.do_sample:
-            return logits.argmax(dim=-1)
-        scores = self.warpers(None, logits)  # type: ignore[arg-type]
-        # The largest of log-probability plus Gumbel noise is a draw (Gumbel 1954). The noise is
-        # fixed by seed, row and place, so that an exit and the full model draw alike where their
-        # logits agree, and verification can compare tokens.
-        noise = torch.stack(
-            [self._noise(scores.shape[1], *key) for key in zip(rows, places, strict=True)]
-        )
-        return (scores + noise.to(scores.device)).argmax(dim=-1)
 
-    def _noise(self, size: int, row: int, place: int) -> Tensor:
-        mixed = (self.settings.seed * 1_000_003 + row) * 1_000_003 + place
-        self.generator.manual_seed(mixed % 2**63)
-        exponential = torch.empty(size).exponential_(generator=self.generator)
-        return -exponential.clamp_min(1e-30).log()
+class _Token(NamedTuple):
+    """A chosen token, and the layer whose logits it was chosen from."""
+
+    token: int
+    layer: int
 
 
 class _Text:
-    """The rows as they grow: which tokens are certain, and which rows have ended."""
+    """The rows as they grow: which tokens are confirmed, and which rows have ended.
+
+    Attributes:
+        ids: `[B, capacity]`, drafts included.
+        confirmed: How many columns of each row are final.
+    """
 
     def __init__(
         self,
         stack: DecoderStack,
         prompt: Chunk,
-        settings: Settings,
+        config: DecodingConfig,
         new_tokens: int,
         streamer: BaseStreamer | None,
     ) -> None:
-        self.stack, self.settings, self.streamer = stack, settings, streamer
+        self.stack, self.config, self.streamer = stack, config, streamer
         batch, self.prompt = prompt.ids.shape
         self.capacity = self.prompt + new_tokens
-        self.ids = torch.full((batch, self.capacity), settings.filling, device=prompt.ids.device)
+        self.ids = torch.full((batch, self.capacity), config.filling, device=prompt.ids.device)
         self.ids[:, : self.prompt] = prompt.ids
         self.layers = torch.zeros_like(self.ids)
-        self.certain = [self.prompt] * batch
+        self.confirmed = [self.prompt] * batch
         self.ended = [False] * batch
         self.mask = prompt.attention_mask
         self.first = self.prompt - prompt.valid.sum(dim=1)
@@ -114,28 +108,34 @@ class _Text:
             streamer.put(prompt.ids.cpu())
 
     @property
-    def going(self) -> list[int]:
+    def open_rows(self) -> list[int]:
         """The rows that have not ended."""
         return [row for row, ended in enumerate(self.ended) if not ended]
 
-    def add(self, row: int, token: int, layer: int) -> None:
-        """Append a certain token to a row that has not ended."""
-        column = self.certain[row]
-        self.ids[row, column] = token
-        self.layers[row, column] = layer
-        self.certain[row] = column + 1
-        full = column + 1 == self.capacity
-        ends = token in self.settings.eos_token_id
-        self.ended[row] = full or ends or self._stopped(row)
+    def add(self, row: int, chosen: _Token) -> None:
+        """Append a confirmed token to a row that has not ended."""
+        column = self.confirmed[row]
+        self.ids[row, column] = chosen.token
+        self.layers[row, column] = chosen.layer
+        self.confirmed[row] = column + 1
+        is_full = column + 1 == self.capacity
+        is_end = chosen.token in self.config.eos_token_id
+        self.ended[row] = is_full or is_end or self._has_stop_string(row)
         if self.streamer is not None and len(self.ended) == 1:
-            self.streamer.put(torch.tensor([token]))
+            self.streamer.put(torch.tensor([chosen.token]))
 
-    def _stopped(self, row: int) -> bool:
-        if not self.settings.stop_strings or self.stack.tokenizer is None:
+    def _has_stop_string(self, row: int) -> bool:
+        if not self.config.stop_strings or self.stack.tokenizer is None:
             return False
-        new = self.ids[row, self.prompt : self.certain[row]].tolist()
+        new = self.ids[row, self.prompt : self.confirmed[row]].tolist()
         text = self.stack.tokenizer.decode(new)
-        return any(stop in text for stop in self.settings.stop_strings)
+        return any(stop in text for stop in self.config.stop_strings)
+
+    def row_mask(self, rows: Sequence[int]) -> Tensor:
+        """Return a mask of some rows, `[B, 1]`."""
+        mask = torch.zeros((len(self.ended), 1), dtype=torch.bool, device=self.ids.device)
+        mask[list(rows)] = True
+        return mask
 
     def chunk(self, start: int, stop: int) -> Chunk:
         """Return columns start to stop - 1."""
@@ -152,9 +152,9 @@ class _Text:
 
     def result(self, counts: Counts, passed: int, drafted: int, accepted: int) -> Generation:
         """Return the generation; columns that no row reached are cut off."""
-        stop = max(self.certain)
-        for row, certain in enumerate(self.certain):
-            self.ids[row, certain:] = self.settings.filling
+        stop = max(self.confirmed)
+        for row, confirmed in enumerate(self.confirmed):
+            self.ids[row, confirmed:] = self.config.filling
         if self.streamer is not None:
             self.streamer.end()
         return Generation(
@@ -169,27 +169,23 @@ class _Text:
 
 def generate(
     layers: SkippingLayers,
-    exits: Sequence[Exit],
+    exits: ExitConfig,
     prompt: Chunk,
-    settings: Settings,
+    config: DecodingConfig,
     *,
-    exact: bool,
     draft_length: int | None,
     streamer: BaseStreamer | None,
-    seed: int,
 ) -> Generation:
     """Generate from checked arguments: see `EarlyExit.generate`.
 
     Args:
         layers: Compute the layers.
-        exits: In ascending order of layers.
+        exits: How tokens exit.
         prompt: Padded on the left.
-        settings: How to generate.
-        exact: Whether upper layers catch up on tokens that left.
-        draft_length: The most tokens drafted before the full model looks at them; None: it
-            never does.
-        streamer: Gets each certain token; one row only.
-        seed: For rules that draw.
+        config: How to generate.
+        draft_length: The most tokens drafted before the full model checks them; None: it never
+            does.
+        streamer: Gets each confirmed token; one row only.
 
     Raises:
         UsageError: The prompt is padded behind a token, too long, or streamed in several rows.
@@ -204,240 +200,239 @@ def generate(
     if streamer is not None and len(prompt.ids) > 1:
         raise UsageError(f"a streamer takes one row, got {len(prompt.ids)}; generate row by row")
     stack = layers.stack
-    new = settings.new_tokens(prompt.ids.shape[1], stack.max_positions)
-    text = _Text(stack, prompt, settings, new, streamer)
-    choose = _Chooser(settings)
-    if not exact:
-        return _leave(layers, exits, text, choose, seed)
-    lagging = _Lagging(layers, exits, text, seed)
+    new = config.new_tokens(prompt.ids.shape[1], stack.max_positions)
+    text = _Text(stack, prompt, config, new, streamer)
+    choose = TokenChooser(config)
+    if not exits.exact:
+        return _generate_skipping(layers, exits, text, choose)
+    segments = _DeferredSegments(layers, exits, text)
     if draft_length is None:
-        return _wait(lagging, text, choose)
-    return _verify(lagging, text, choose, draft_length)
+        return _generate_exact(segments, text, choose)
+    return _generate_verified(segments, text, choose, draft_length)
 
 
-def _leave(
-    layers: SkippingLayers, exits: Sequence[Exit], text: _Text, choose: _Chooser, seed: int
+def _generate_skipping(
+    layers: SkippingLayers, exits: ExitConfig, text: _Text, choose: TokenChooser
 ) -> Generation:
-    """Generate with tokens that leave for good: frozen and ridge propagation."""
+    """Generate with exited tokens that are never computed further: frozen and ridge propagation."""
     counts = Counts.of(layers.stack.num_layers)
     cache = layers.new_cache(len(text.ids), text.capacity)
+    config = PassConfig(seed=exits.seed)
     start, stop, passed = 0, text.prompt, 0
-    while text.going:
+    while text.open_rows:
         cache.window(start, stop)
         chunk = text.chunk(start, stop)
         passed += int(chunk.valid.sum())
-        found: dict[int, tuple[int, int]] = {}
-        wanted = torch.zeros_like(chunk.valid)
-        wanted[:, -1] = chunk.valid[:, -1]
-        Pass(layers, exits, chunk, cache, counts, seed=seed).run(
-            wanted, _collecting(found, choose, stop)
-        )
-        for row, (token, layer) in sorted(found.items()):
-            text.add(row, token, layer)
+        chosen: dict[int, _Token] = {}
+        outputs = torch.zeros_like(chunk.valid)
+        outputs[:, -1] = chunk.valid[:, -1]
+        forward = ForwardPass(layers, exits.exits, chunk, cache, counts, config)
+        forward.run(outputs, _collecting(chosen, choose, stop))
+        for row, token in sorted(chosen.items()):
+            text.add(row, token)
         start, stop = stop, stop + 1
     return text.result(counts, passed, 0, 0)
 
 
-def _collecting(
-    found: dict[int, tuple[int, int]], choose: _Chooser, place: int
-) -> Callable[[int, Tensor, Tensor, Tensor], None]:
-    """Return a sink that chooses each row's token for one place."""
+def _collecting(chosen: dict[int, _Token], choose: TokenChooser, column: int) -> OnLogits:
+    """Return a callback that chooses each row's token for one column."""
 
-    def take(layer: int, rows: Tensor, columns: Tensor, logits: Tensor) -> None:
+    def on_logits(layer: int, rows: Tensor, _: Tensor, logits: Tensor) -> None:
         numbers = rows.tolist()
-        tokens = choose(logits, numbers, [place] * len(numbers)).tolist()
-        found.update({row: (token, layer) for row, token in zip(numbers, tokens, strict=True)})
+        tokens = choose(logits, numbers, [column] * len(numbers)).tolist()
+        chosen.update(
+            {row: _Token(token, layer) for row, token in zip(numbers, tokens, strict=True)}
+        )
 
-    return take
+    return on_logits
 
 
-class _Lagging:
-    """Segments of layers between exits, the upper ones behind the lower ones.
+class _DeferredSegments:
+    """Segments of layers between exits, each computed only once a token needs it.
 
-    A token that leaves waits, as its state, below the segments it did not need. When a later
-    token goes on, everything that waits goes with it, so that keys and values are the full
-    model's.
+    The segments above an exit are deferred for a token that exits there: its state waits below
+    them. When a later token continues, all waiting states are computed with it, so that keys and
+    values are the full model's.
     """
 
-    def __init__(
-        self, layers: SkippingLayers, exits: Sequence[Exit], text: _Text, seed: int
-    ) -> None:
-        self.layers, self.exits, self.text, self.seed = layers, exits, text, seed
+    def __init__(self, layers: SkippingLayers, exits: ExitConfig, text: _Text) -> None:
+        self.layers, self.exits, self.text = layers, exits.exits, text
+        self.config = PassConfig(stop_exited=False, seed=exits.seed)
         self.counts = Counts.of(layers.stack.num_layers)
         self.cache = layers.new_cache(len(text.ids), text.capacity)
         last = layers.stack.num_layers
-        ends = [at.layer for at in exits if at.layer < last] + [last]
+        ends = [at.layer for at in self.exits if at.layer < last] + [last]
+        #: Each segment as (layer below its first, last layer).
         self.segments = list(zip([0, *ends[:-1]], ends, strict=True))
+        #: How many columns each segment has computed.
         self.done = [0] * len(ends)
-        self.waiting: list[Tensor | None] = [None] * len(ends)
+        #: The states `[B, n, D]` that wait below each segment; below the first, none ever do.
+        self.waiting: list[list[Tensor]] = [[] for _ in ends]
         self.passed = 0
 
-    def probe(self, stop: int) -> Pass:
-        """Return a pass over the last column alone, to decide with; it computes nothing."""
+    def probe(self, stop: int) -> ForwardPass:
+        """Return a pass over the last column alone, to decide with; it computes no layers."""
         chunk = self.text.chunk(stop - 1, stop)
         nothing = torch.zeros(0, device=chunk.ids.device)
-        return Pass(
+        return ForwardPass(
             self.layers,
             self.exits,
             chunk,
             self.cache,
             self.counts,
-            leaving=False,
-            seed=self.seed,
+            self.config,
             plan=Plan(nothing, ()),
         )
 
-    def run(self, index: int, stop: int, probe: Pass) -> Tensor:
-        """Let a segment catch up to column stop - 1; return its output for what it computed."""
+    def run(self, index: int, stop: int, probe: ForwardPass) -> Tensor:
+        """Compute a segment up to column stop - 1; return its output for what it computed."""
         start, (below, last) = self.done[index], self.segments[index]
         chunk = self.text.chunk(start, stop)
         self.cache.window(start, stop)
         plan = chunk.plan(self.layers, self.cache)
-        waiting = self.waiting[index]
-        hidden = plan.embedded if index == 0 else waiting
-        assert hidden is not None  # the segment below ran first
         if index == 0:
+            hidden = plan.embedded
             self.passed += int(chunk.valid.sum())
-            probe.reach(0, hidden[:, -1:])
+            probe.set_output(0, hidden[:, -1:])
+        else:
+            hidden = torch.cat(self.waiting[index], dim=1)
+            self.waiting[index] = []
         everything = torch.ones_like(chunk.valid)
         selection = Selection(everything, ~everything)
         for layer in range(below + 1, last + 1):
             call = plan.calls[layer - 1]
-            hidden = self.layers.run(layer, hidden, selection, call, self.cache, self.counts)
-            probe.reach(layer, hidden[:, -1:])
-        self.done[index], self.waiting[index] = stop, None
+            task = LayerTask(layer, hidden, selection, call, self.cache, self.counts)
+            hidden = self.layers.run(task)
+            probe.set_output(layer, hidden[:, -1:])
+        self.done[index] = stop
         if index + 1 < len(self.segments):
-            above = self.waiting[index + 1]
-            self.waiting[index + 1] = hidden if above is None else torch.cat([above, hidden], dim=1)
+            self.waiting[index + 1].append(hidden)
         return hidden
 
     def crop(self, stop: int) -> None:
-        """Forget columns from `stop` on; nothing may wait."""
+        """Forget columns from `stop` on; no state may be waiting."""
         self.done = [min(done, stop) for done in self.done]
 
 
-def _wait(lagging: _Lagging, text: _Text, choose: _Chooser) -> Generation:
-    """Generate with exact keys and values: what left waits until somebody goes on."""
+def _generate_exact(segments: _DeferredSegments, text: _Text, choose: TokenChooser) -> Generation:
+    """Generate with exact keys and values.
+
+    Exited tokens are deferred until a later token needs the upper layers.
+    """
     stop = text.prompt
-    while text.going:
-        found: dict[int, tuple[int, int]] = {}
-        take = _collecting(found, choose, stop)
-        probe = lagging.probe(stop)
-        _climb(lagging, probe, stop, take)
-        for row, (token, layer) in sorted(found.items()):
-            text.add(row, token, layer)
+    while text.open_rows:
+        chosen: dict[int, _Token] = {}
+        _run_until_exited(segments, segments.probe(stop), stop, _collecting(chosen, choose, stop))
+        for row, token in sorted(chosen.items()):
+            text.add(row, token)
         stop += 1
-    return text.result(lagging.counts, lagging.passed, 0, 0)
+    return text.result(segments.counts, segments.passed, 0, 0)
 
 
-def _climb(
-    lagging: _Lagging,
-    probe: Pass,
-    stop: int,
-    take: Callable[[int, Tensor, Tensor, Tensor], None],
+def _run_until_exited(
+    segments: _DeferredSegments, probe: ForwardPass, stop: int, on_logits: OnLogits
 ) -> None:
-    """Go up until every row has left, or to the top; the last column's tokens are taken."""
-    wanted = probe.chunk.valid
-    for index in range(len(lagging.segments)):
-        hidden = lagging.run(index, stop, probe)
-        if index < len(lagging.exits):
-            probe.decide(lagging.exits[index], wanted, take)
+    """Compute segments until every row's last token has exited, or all of them."""
+    outputs = probe.chunk.valid
+    for index in range(len(segments.segments)):
+        hidden = segments.run(index, stop, probe)
+        if index < len(segments.exits):
+            probe.decide(segments.exits[index], outputs, on_logits)
         if not bool(probe.undecided.any()):
             return
     last = hidden[:, -1:]
-    decode_tokens(lagging.layers.stack, last, probe.undecided, lagging.counts, take)
+    decode_tokens(segments.layers.stack, last, probe.undecided, segments.counts, on_logits)
 
 
-def _verify(lagging: _Lagging, text: _Text, choose: _Chooser, draft_length: int) -> Generation:
-    """Generate what the full model would: exits draft, the full model confirms.
+def _generate_verified(
+    segments: _DeferredSegments, text: _Text, choose: TokenChooser, draft_length: int
+) -> Generation:
+    """Generate what the full model would: exits draft tokens, the full model confirms them.
 
-    Rows share their columns, so a row whose draft was wrong takes the others back with it; what is
-    certain of theirs is then only passed through again.
+    Rows share their columns. A row with a wrong draft therefore moves all rows back to its column;
+    confirmed tokens of the other rows are then only computed again.
     """
-    drafts: list[dict[int, tuple[int, int]]] = [{} for _ in text.ended]
+    drafts: list[dict[int, _Token]] = [{} for _ in text.ended]  # by row, then by column
     drafted = accepted = 0
     stop = text.prompt
-    while text.going:
-        found: dict[int, tuple[int, int]] = {}
-        probe = lagging.probe(stop)
-        open_rows = [row for row in text.going if text.certain[row] <= stop]
-        probe.undecided = probe.undecided & _rows(text, open_rows)
-        lower = _draft(lagging, probe, stop, _collecting(found, choose, stop))
-        for row, draft in found.items():
+    while text.open_rows:
+        chosen: dict[int, _Token] = {}
+        probe = segments.probe(stop)
+        unconfirmed = [row for row in text.open_rows if text.confirmed[row] <= stop]
+        probe.undecided = probe.undecided & text.row_mask(unconfirmed)
+        all_exited = _draft(segments, probe, stop, _collecting(chosen, choose, stop))
+        for row, draft in chosen.items():
             drafts[row][stop] = draft
-            text.ids[row, stop : stop + 1] = draft[0]
-        drafted += len(found)
-        ends = any(token in text.settings.eos_token_id for token, _ in found.values())
-        full = stop + 1 >= text.capacity
-        if lower and not ends and not full and stop - lagging.done[-1] < draft_length:
+            text.ids[row, stop : stop + 1] = draft.token
+        drafted += len(chosen)
+        has_end = any(draft.token in text.config.eos_token_id for draft in chosen.values())
+        is_full = stop + 1 >= text.capacity
+        unchecked = stop - segments.done[-1]
+        if all_exited and not has_end and not is_full and unchecked < draft_length:
             stop += 1
             continue
-        accepted += _check(lagging, probe, text, choose, drafts, stop)
-        if text.going:
-            stop = min(text.certain[row] for row in text.going)
-            lagging.crop(stop - 1)
-            for waiting in drafts:
-                for place in [place for place in waiting if place >= stop]:
-                    del waiting[place]
-    return text.result(lagging.counts, lagging.passed, drafted, accepted)
+        accepted += _confirm(segments, probe, choose, drafts, stop)
+        if text.open_rows:
+            stop = min(text.confirmed[row] for row in text.open_rows)
+            segments.crop(stop - 1)
+            for by_column in drafts:
+                for column in [column for column in by_column if column >= stop]:
+                    del by_column[column]
+    return text.result(segments.counts, segments.passed, drafted, accepted)
 
 
-def _rows(text: _Text, rows: Sequence[int]) -> Tensor:
-    mask = torch.zeros((len(text.ended), 1), dtype=torch.bool, device=text.ids.device)
-    mask[list(rows)] = True
-    return mask
-
-
-def _draft(
-    lagging: _Lagging,
-    probe: Pass,
-    stop: int,
-    take: Callable[[int, Tensor, Tensor, Tensor], None],
-) -> bool:
-    """Go up while somebody may still leave; return whether everybody did."""
-    wanted = probe.undecided
-    for index, at in enumerate(lagging.exits[: len(lagging.segments) - 1]):
-        lagging.run(index, stop, probe)
-        probe.decide(at, wanted, take)
+def _draft(segments: _DeferredSegments, probe: ForwardPass, stop: int, on_logits: OnLogits) -> bool:
+    """Compute segments while a token may still exit; return whether all of them did."""
+    outputs = probe.undecided
+    for index, at in enumerate(segments.exits[: len(segments.segments) - 1]):
+        segments.run(index, stop, probe)
+        probe.decide(at, outputs, on_logits)
         if not bool(probe.undecided.any()):
             return True
     return not bool(probe.undecided.any())
 
 
-def _check(
-    lagging: _Lagging,
-    probe: Pass,
-    text: _Text,
-    choose: _Chooser,
-    drafts: list[dict[int, tuple[int, int]]],
+def _confirm(
+    segments: _DeferredSegments,
+    probe: ForwardPass,
+    choose: TokenChooser,
+    drafts: list[dict[int, _Token]],
     stop: int,
 ) -> int:
-    """Let the full model choose every token since its last look; return the drafts it confirmed."""
-    start = lagging.done[-1]
-    for index in range(len(lagging.segments)):
-        if lagging.done[index] < stop:
-            hidden = lagging.run(index, stop, probe)
-    choices: dict[tuple[int, int], int] = {}
-
-    def take(_: int, rows: Tensor, columns: Tensor, logits: Tensor) -> None:
-        keys = list(zip(rows.tolist(), (columns + start + 1).tolist(), strict=True))
-        tokens = choose(logits, [row for row, _ in keys], [place for _, place in keys])
-        choices.update(zip(keys, tokens.tolist(), strict=True))
-
-    columns = torch.arange(start + 1, stop + 1, device=text.ids.device)
-    certain = torch.tensor(text.certain, device=text.ids.device)[:, None]
-    wanted = (columns >= certain) & _rows(text, text.going)
-    decode_tokens(lagging.layers.stack, hidden, wanted, lagging.counts, take)
+    """Let the full model choose every token since its last check; return the drafts confirmed."""
+    text, last = segments.text, segments.layers.stack.num_layers
+    choices = _full_choices(segments, probe, choose, stop)
     accepted = 0
-    for row in text.going:
-        for place in range(text.certain[row], stop + 1):
-            token = choices[row, place]
-            draft = drafts[row].pop(place, None)
-            confirmed = draft is not None and draft[0] == token
+    for row in text.open_rows:
+        for column in range(text.confirmed[row], stop + 1):
+            token = choices[row, column]
+            draft = drafts[row].pop(column, None)
+            confirmed = draft is not None and draft.token == token
             accepted += confirmed
-            layer = draft[1] if draft is not None and confirmed else lagging.layers.stack.num_layers
-            before = None if place == stop else int(text.ids[row, place])
-            text.add(row, token, layer)
+            before = None if column == stop else int(text.ids[row, column])
+            text.add(row, draft if draft is not None and confirmed else _Token(token, last))
             if text.ended[row] or (before is not None and before != token):
                 break
     return accepted
+
+
+def _full_choices(
+    segments: _DeferredSegments, probe: ForwardPass, choose: TokenChooser, stop: int
+) -> dict[tuple[int, int], int]:
+    """Return the full model's tokens by row and column, from its last check to column stop."""
+    text, start = segments.text, segments.done[-1]
+    for index in range(len(segments.segments)):
+        if segments.done[index] < stop:
+            hidden = segments.run(index, stop, probe)
+    choices: dict[tuple[int, int], int] = {}
+
+    def on_logits(_: int, rows: Tensor, columns: Tensor, logits: Tensor) -> None:
+        keys = list(zip(rows.tolist(), (columns + start + 1).tolist(), strict=True))
+        tokens = choose(logits, [row for row, _ in keys], [column for _, column in keys])
+        choices.update(zip(keys, tokens.tolist(), strict=True))
+
+    columns = torch.arange(start + 1, stop + 1, device=text.ids.device)
+    confirmed = torch.tensor(text.confirmed, device=text.ids.device)[:, None]
+    outputs = (columns >= confirmed) & text.row_mask(text.open_rows)
+    decode_tokens(segments.layers.stack, hidden, outputs, segments.counts, on_logits)
+    return choices

@@ -1,4 +1,4 @@
-"""Generation settings, with the defaults of `transformers`."""
+"""DecodingConfig: how to generate, with the defaults of `transformers`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cascade.models.stack import DecoderStack
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-#: What `transformers` generates where nobody says how much.
+#: How many tokens `transformers` generates by default.
 _DEFAULT_NEW_TOKENS = 20
 
 
-#: Settings of a draw; where nobody says anything, they are those of `transformers`.
-_OF_A_DRAW = ("temperature", "top_p", "top_k")
+#: Sampling settings whose defaults are those of `transformers`.
+_SAMPLING = ("temperature", "top_p", "top_k")
 
 
 #: Settings of a generation config that early exit follows.
@@ -37,7 +37,7 @@ _FOLLOWED = {
 }
 
 
-#: Settings that say nothing of the tokens that come out, or only together with refused ones.
+#: Settings that do not change the tokens, or only together with refused ones.
 _HARMLESS = {
     "transformers_version",
     "use_cache",
@@ -51,7 +51,7 @@ _HARMLESS = {
 }
 
 
-#: Values, other than None, False, 0 and nothing, at which a setting changes nothing.
+#: Values at which a setting changes nothing, in addition to None, False, 0 and empty ones.
 _NEUTRAL = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -64,21 +64,21 @@ _NEUTRAL = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class DecodingConfig:
     """How to generate.
 
     Attributes:
         max_new_tokens: The most tokens to add; None: up to `max_length` in all.
         max_length: Prompt and new tokens together; None: see `max_new_tokens`.
-        do_sample: Draw tokens instead of taking the most likely one.
-        temperature: Divides the logits before drawing.
-        top_p: Draw among the most likely tokens that together reach this probability.
-        top_k: Draw among so many; 0 for all.
-        seed: Of the draws: the same seed draws the same tokens, alone or verified.
+        do_sample: Sample tokens instead of taking the most likely one.
+        temperature: Divides the logits before sampling.
+        top_p: Sample among the most likely tokens that together reach this probability.
+        top_k: Sample among this many of the most likely tokens; 0 for all.
+        seed: For sampling: the same seed gives the same tokens, verified or not.
         eos_token_id: Tokens that end a row.
         pad_token_id: Fills rows that ended, and is padding in prompts without a mask; None: the
-            first of `eos_token_id`, or 0, fills rows, and nothing is taken for padding.
-        stop_strings: Texts that end a row; its tokens keep them.
+            first of `eos_token_id`, or 0, fills rows, and no token is taken for padding.
+        stop_strings: Texts that end a row; the row keeps them.
     """
 
     max_new_tokens: int | None = None
@@ -95,11 +95,17 @@ class Settings:
     @classmethod
     def of(
         cls, stack: DecoderStack, config: GenerationConfig | None, changes: Mapping[str, Any]
-    ) -> Settings:
+    ) -> DecodingConfig:
         """Read the model's own generation config, then a given one, then single settings.
 
-        What one leaves open, those before it say, and at last `transformers` itself, which draws
-        from the likeliest 50. A single setting of None turns off what any of them said.
+        Later ones override earlier ones. Sampling settings that none of them has are those of
+        `transformers`, which samples from the 50 most likely tokens. A single setting of None
+        turns a setting off.
+
+        Args:
+            stack: The model.
+            config: A generation config of `transformers`, or None.
+            changes: Single settings by name.
 
         Raises:
             UsageError: A setting is unknown, unsupported or out of range.
@@ -118,19 +124,19 @@ class Settings:
                 f"{type(config).__name__}; give single settings by name"
             )
         defaults = Config._get_default_generation_params()
-        values: dict[str, Any] = {name: defaults[name] for name in _OF_A_DRAW}
-        for one in (stack.model.generation_config, config):
-            values |= {} if one is None else one.to_diff_dict()
+        values: dict[str, Any] = {name: defaults[name] for name in _SAMPLING}
+        for given in (stack.model.generation_config, config):
+            values |= {} if given is None else given.to_diff_dict()
         check_supported(values)
         merged = {name: values[name] for name in known & values.keys()}
         if changes.get("max_new_tokens") is not None:
             merged.pop("max_length", None)
         merged |= changes
         merged = {name: value for name, value in merged.items() if value is not None}
-        settings = cls(**_read(merged, stack.vocab_size - 1))
-        if settings.stop_strings and stack.tokenizer is None:
+        made = cls(**_read(merged, stack.vocab_size - 1))
+        if made.stop_strings and stack.tokenizer is None:
             raise UsageError("stop_strings need the model's tokenizer; load the model with it")
-        return settings
+        return made
 
     @property
     def filling(self) -> int:
@@ -141,7 +147,7 @@ class Settings:
 
     @property
     def padding(self) -> int | None:
-        """The token that is padding in prompts without a mask; None where nothing is."""
+        """The token that is padding in prompts without a mask; None where no token is."""
         return padding_token(self.pad_token_id, self.eos_token_id)
 
     def new_tokens(self, prompt: int, limit: int | None) -> int:
@@ -174,11 +180,11 @@ class Settings:
 
 
 def padding_token(pad: int | None, ends: int | Sequence[int] | None) -> int | None:
-    """Return the token that `transformers` takes for padding where it is given no mask.
+    """Return the token that `transformers` takes for padding without a mask; None: no token.
 
     Args:
         pad: The model's padding token.
-        ends: The tokens that end a row: one that pads as well may be text.
+        ends: The tokens that end a row. A padding token among them may be text.
     """
     return None if pad in _as_tuple(ends) else pad
 
@@ -187,7 +193,7 @@ def check_supported(values: Mapping[str, Any]) -> None:
     """Refuse generation settings that are not supported."""
     from transformers import GenerationConfig
 
-    # What transformers does not know itself, it does not follow either.
+    # Settings that transformers does not know have no effect there either.
     known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
     refused = sorted(
         name
@@ -208,16 +214,16 @@ def _is_neutral(name: str, value: Any) -> bool:
 
 
 def _read(given: Mapping[str, Any], last: int) -> dict[str, Any]:
-    """Return settings as they are used, numbers as Python's own.
+    """Return settings as they are used, with numbers as Python's own.
 
     Args:
         given: Settings, none of them None.
         last: The vocabulary's last token.
 
     Raises:
-        UsageError: One of them cannot be.
+        UsageError: One of them is invalid.
     """
-    # How to read a setting (None: it cannot be read), which values are good, and those in words.
+    # How to read a setting (None: it cannot be read), which values are valid, and a description.
     kinds: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
         "max_new_tokens": (whole, lambda new: new >= 1, "a whole number from 1"),
         "max_length": (whole, lambda _: True, "a whole number"),
@@ -243,11 +249,11 @@ def _read(given: Mapping[str, Any], last: int) -> dict[str, Any]:
         ),
     }
     read = dict(given)
-    for name, (reader, is_good, words) in kinds.items():
+    for name, (reader, is_valid, words) in kinds.items():
         if name not in given:
             continue
         read[name] = reader(given[name])
-        if read[name] is None or not is_good(read[name]):
+        if read[name] is None or not is_valid(read[name]):
             raise UsageError(f"expected {name} {words}, got {given[name]!r}")
     return read
 

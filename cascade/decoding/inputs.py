@@ -1,4 +1,4 @@
-"""Token ids and attention masks from callers, checked and padded."""
+"""Token ids, attention masks and seeds of callers, checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from cascade.models.stack import DecoderStack
 
 
 def read_seed(seed: Any) -> int:
-    """Return a seed as an int, checked."""
+    """Return a seed as an int.
+
+    Raises:
+        UsageError: It is no whole number.
+    """
     read = whole(seed)
     if read is None:
         raise UsageError(f"expected seed a whole number, got {seed!r}")
@@ -28,17 +32,17 @@ def make_chunk(
     *,
     padding: int | None = None,
 ) -> Chunk:
-    """Check token ids and mask, and make them a chunk.
+    """Return checked token ids and mask as a chunk.
 
     Args:
         stack: The model.
         input_ids: `[B, T]`.
         attention_mask: `[B, T]`, 1 for tokens and 0 for padding.
-        padding: The token that is padding where no mask is given; None: everything is text.
+        padding: Without a mask, this token is padding; None: every token is text.
 
     Raises:
-        UsageError: They are empty, ragged, too long, outside the vocabulary, or do not fit; or the
-            padding token stands where it may be text.
+        UsageError: Ids or mask are empty, ragged, too long, outside the vocabulary, or of
+            different shapes; or a padding token is in a place where it may be text.
     """
     ids = _checked_ids(stack, input_ids)
     if attention_mask is None and padding is not None and bool((ids == padding).any()):
@@ -55,7 +59,7 @@ def make_chunk(
 
 
 def _checked_ids(stack: DecoderStack, input_ids: Any) -> Tensor:
-    """Return token ids `[B, T]` on the model's device, or say what is wrong with them."""
+    """Return token ids `[B, T]` on the model's device, or raise an error."""
     if input_ids is None or hasattr(input_ids, "keys"):
         raise UsageError(
             f"expected token ids [B, T], got {type(input_ids).__name__}; of what a tokenizer "
@@ -113,7 +117,7 @@ def _read_mask(attention_mask: Any, ids: Tensor) -> Tensor:
 
 
 def _without(ids: Tensor, padding: int) -> Tensor:
-    """Return the mask `[B, T]` of what is no padding, which lies before or behind each row."""
+    """Return a mask `[B, T]` without the padding, which must be before or after each row's text."""
     mask = ids != padding
     inside = (mask.cumsum(dim=1) > 0) & (mask.flip(1).cumsum(dim=1).flip(1) > 0)
     if bool((inside & ~mask).any()) or not bool(mask.any(dim=1).all()):
@@ -125,7 +129,7 @@ def _without(ids: Tensor, padding: int) -> Tensor:
 
 
 def _tensor(values: Any) -> Tensor | None:
-    """Return values as a tensor; None where they are none."""
+    """Return values as a tensor; None where that is impossible."""
     try:
         return torch.as_tensor(values)
     except (ValueError, TypeError, RuntimeError, OverflowError):
@@ -133,14 +137,14 @@ def _tensor(values: Any) -> Tensor | None:
 
 
 def _is_ragged(values: Any) -> bool:
-    """Say whether values are rows of different length."""
+    """Return whether values are rows of different length."""
     if not isinstance(values, list | tuple):
         return False
     return len({len(row) for row in values if isinstance(row, list | tuple)}) > 1
 
 
 def _words(values: Any) -> str:
-    """Say what values are that are no tensor."""
+    """Describe values that are no tensor."""
     if _is_ragged(values):
         return "rows of different length"
     name = type(values).__name__

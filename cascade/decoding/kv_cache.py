@@ -13,11 +13,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class Selection:
-    """Which tokens of a chunk `[B, T]` a layer computes, and which only owe it keys and values.
+    """Which tokens of a chunk `[B, T]` a layer computes, and which only give it keys and values.
 
     Args:
-        active: `[B, T]`, true for the tokens that go through the layer.
-        exited: `[B, T]`, true for those that left below it. What is neither is padding.
+        active: `[B, T]`, true for the tokens that the layer computes.
+        exited: `[B, T]`, true for those that exited below it. The others are padding.
     """
 
     def __init__(self, active: Tensor, exited: Tensor) -> None:
@@ -25,7 +25,7 @@ class Selection:
         self.exited = exited
         self.rows, self.columns = torch.nonzero(active, as_tuple=True)
         self.exited_rows, self.exited_columns = torch.nonzero(exited, as_tuple=True)
-        # Padding alone is no reason to pack: a dense pass is what the model itself would do.
+        # With padding but no exits, compute all rows, as the model itself does.
         padded = len(self.exited_rows) == 0 and active.shape[1] > 1 and len(self.rows) > 0
         self.dense = padded or len(self.rows) == active.numel()
 
@@ -56,17 +56,17 @@ class _Buffer(DynamicLayer):
 
 
 class KeyValueCache(Cache):
-    """Keys and values of every layer, in buffers made once; a layer may lag behind another.
+    """Keys and values of every layer, in buffers made once; layers may be filled at any pace.
 
-    `window` says which columns the next calls write; a plan made with this cache takes the
-    window's start for what was seen before.
+    `window` sets the columns that the next calls write. A plan made with this cache takes the
+    window's start as the number of columns before the chunk.
 
     Args:
         num_layers: How many layers.
         batch: How many sequences.
-        capacity: The most columns that a sequence can come to.
-        keep: Whether later calls will read what earlier ones wrote. A single chunk needs one
-            layer's keys and values at a time.
+        capacity: The most columns that a sequence can have.
+        keep: Whether later calls read what earlier ones wrote. A single chunk needs one layer's
+            keys and values at a time.
     """
 
     def __init__(self, num_layers: int, batch: int, capacity: int, *, keep: bool = True) -> None:
@@ -85,7 +85,7 @@ class KeyValueCache(Cache):
 
     @contextlib.contextmanager
     def packed(self, selection: Selection) -> Iterator[None]:
-        """Let the next updates bring the active rows of a selection, packed into one."""
+        """Take the next updates as the active rows of a selection, packed into one row."""
         self._packed = selection
         try:
             yield
@@ -107,7 +107,7 @@ class KeyValueCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values; return all that its attention may see.
+        """Write a layer's new keys and values; return all that its attention can see.
 
         Args:
             key_states: `[B, heads, T, head_dim]`, or `[1, heads, n, head_dim]` when packed.
@@ -145,7 +145,7 @@ class KeyValueCache(Cache):
         buffer = self._buffers[index if self.keep else 0]
         shape = (self.batch, keys.shape[-3], self.capacity, keys.shape[-1])
         if buffer.keys is None or buffer.keys.shape != shape:
-            # Zeros: what padding never writes is masked, but NaN times nothing is NaN.
+            # Zeros: columns of padding are masked but never written, and NaN times 0 is NaN.
             buffer.keys = keys.new_zeros(shape)
             buffer.values = values.new_zeros((*shape[:3], values.shape[-1]))
             buffer.is_initialized = True

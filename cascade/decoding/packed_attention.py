@@ -1,11 +1,10 @@
-"""Attention over packed queries: only the tokens that are still in the pass."""
+"""Attention over packed queries: only the tokens that are still computed."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from cascade.decoding.kv_cache import Selection
+from cascade.models.views import can_be_copied, with_children, with_config
 
 #: The name under which packed attention is registered with `transformers`.
 _PACKED = "cascade_packed"
-
 
 #: The implementations of attention that take a mask per query, as packed queries need one.
 PACKABLE = ("eager", "sdpa")
@@ -25,14 +24,29 @@ PACKABLE = ("eager", "sdpa")
 
 @dataclass(frozen=True)
 class Packing:
-    """What packed attention must know of the call that it stands in."""
+    """What packed attention must know of the call that it serves.
+
+    Attributes:
+        selection: Which tokens of the chunk `[B, T]` the packed row holds.
+        mask: The chunk's attention mask, `[B or 1, heads or 1, T, L]`, or None.
+        implementation: The model's own attention: "eager" or "sdpa".
+    """
 
     selection: Selection
     mask: Tensor | None
     implementation: str
 
 
-_PACKING: ContextVar[Packing] = ContextVar("cascade_packing")
+class _PackedConfig:
+    """The config of an attention module that serves one packed call; otherwise the model's own."""
+
+    _attn_implementation = _PACKED
+
+    def __init__(self, config: Any, packing: Packing) -> None:
+        self.config, self.packing = config, packing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
 
 
 def _packed_attention(
@@ -43,17 +57,18 @@ def _packed_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Unpack the queries per sequence, let the model's own attention run, and pack its output.
+    """Unpack the queries per sequence, run the model's own attention, and pack its output.
 
     Args:
-        module: The attention module.
+        module: The attention module; its config has the packing.
         query: `[1, heads, n, head_dim]`.
         key: `[B, heads, L, head_dim]`.
-        value: The same.
-        attention_mask: Not looked at: the mask for all of the chunk's tokens is in the packing.
+        value: `[B, heads, L, head_dim]`.
+        attention_mask: Ignored: the mask for all tokens of the chunk is in the packing.
         kwargs: What the module passes on: scaling, soft-capping and the like.
     """
-    packing = _PACKING.get()
+    config: Any = module.config
+    packing: Packing = config.packing
     sequences, packed, place = packing.selection.groups
     if len(sequences) < key.shape[0]:
         key, value = key[sequences], value[sequences]
@@ -74,7 +89,7 @@ def _mask_of(packing: Packing, packed: Tensor, seen: int) -> Tensor | None:
         return mask[rows, :, columns].transpose(1, 2)
     if packing.selection.active.shape[1] == 1:
         return None  # a single column attends to everything before it
-    # Without a mask of its own `transformers` means: causal, nothing before the chunk.
+    # Without a mask `transformers` means causal attention, with nothing before the chunk.
     return (torch.arange(seen, device=columns.device) <= columns[..., None])[:, None]
 
 
@@ -86,16 +101,34 @@ def _attention_of(module: nn.Module, implementation: str) -> Callable[..., tuple
     return found
 
 
+# Reached only by modules whose config is a `_PackedConfig`; the model's own attention is unchanged.
 AttentionInterface.register(_PACKED, _packed_attention)
 
 
 @contextlib.contextmanager
-def packed_calls(config: Any, packing: Packing) -> Iterator[None]:
-    """Let the attention of one call unpack its queries."""
-    token = _PACKING.set(packing)
-    config._attn_implementation = _PACKED
+def packed_layer(layer: nn.Module, selection: Selection, mask: Tensor | None) -> Iterator[Any]:
+    """Yield a decoder layer whose attention takes the packed row of one call.
+
+    That is a copy, so that other threads can run the layer meanwhile. Where a library answers the
+    calls of the layer or its attention itself (see `can_be_copied`), the attention's config is
+    exchanged in place and restored; the model is then for one thread at a time.
+
+    Args:
+        layer: The layer, with its attention as `self_attn`.
+        selection: Which tokens the packed row holds.
+        mask: The mask of the whole chunk, or None.
+    """
+    attention: Any = layer.self_attn
+    config = attention.config
+    packed = _PackedConfig(config, Packing(selection, mask, config._attn_implementation))
+    readers = [module for module in attention.modules() if vars(module).get("config") is config]
+    if can_be_copied(layer) and all(map(can_be_copied, [attention, *readers])):
+        yield with_children(layer, {"self_attn": with_config(attention, config, packed)})
+        return
     try:
-        yield
+        for module in readers:
+            module.config = packed
+        yield layer
     finally:
-        config._attn_implementation = packing.implementation
-        _PACKING.reset(token)
+        for module in readers:
+            module.config = config

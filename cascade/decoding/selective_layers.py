@@ -1,16 +1,19 @@
 """Decoder layers computed for some of the tokens only: KV cache, packed rows, counted work.
 
-A token that left still owes the upper layers its keys and values, because later tokens attend to
+The upper layers still need the keys and values of an exited token, because later tokens attend to
 them. Everything else of those layers (queries, attention, output projection, MLP) is computed for
-the remaining tokens alone: they are packed into one row, `[1, n, D]`, and go through the layer's
-own forward, whose attention is unpacked per sequence.
+the active tokens alone: they are packed into one row, `[1, n, D]`, and go through the layer's own
+forward, whose attention is unpacked per sequence.
+
+Nothing of the shared model is changed meanwhile, so that several threads can decode with it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +21,60 @@ from torch import Tensor, nn
 
 from cascade.core.errors import first_line
 from cascade.decoding.kv_cache import KeyValueCache, Selection
-from cascade.decoding.packed_attention import PACKABLE, Packing, packed_calls
-from cascade.models.fast_layers import LeanLayers
+from cascade.decoding.packed_attention import PACKABLE, packed_layer
+from cascade.models.fast_layers import FastLayers
 from cascade.models.flops import Counts
+from cascade.models.hooks import hidden_of
 from cascade.models.stack import DecoderStack, LayerCall
+from cascade.models.views import (
+    can_be_copied,
+    holders,
+    paths_of,
+    with_descendants,
+    with_own_hooks,
+)
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """What one layer has to compute of a chunk.
+
+    Attributes:
+        layer: 1..N.
+        hidden: The layer's input, `[B, T, D]`; for exited tokens their exit state.
+        selection: Which tokens are active and which have exited.
+        call: The layer's entry of the chunk's plan, made with `cache`.
+        cache: Its window is the chunk.
+        counts: What is computed is added here.
+        predicted: What the ridge maps predict for the exited tokens, in the order of
+            `selection.exited_rows`: `[x, 2 * key_value_width]`, what `k_proj` and `v_proj` would
+            give. None: keys and values are made from the exit states.
+        predicts_states: The maps predict the layer's input instead, `[x, D]`.
+    """
+
+    layer: int
+    hidden: Tensor
+    selection: Selection
+    call: LayerCall
+    cache: KeyValueCache
+    counts: Counts
+    predicted: Tensor | None = None
+    predicts_states: bool = False
+
+    def count_all(self) -> None:
+        """Count every token of the chunk as computed."""
+        rows = self.hidden.shape[0] * self.hidden.shape[1]
+        self.counts.layer_rows[self.layer - 1] += rows
+        self.counts.pairs[self.layer - 1] += rows * self.cache.stop
 
 
 class SkippingLayers:
     """The decoder layers of a stack, each computable for some of the tokens.
 
     Where a family has separate query, key, value and output projections behind an input norm
-    (Llama and its likes), layers are truly skipped. Elsewhere every token is computed, and what
-    was computed for tokens that left is thrown away: the same result, no work saved. Which of the
-    two it is was tried with numbers, not read off a name: see `reason`.
+    (Llama and similar ones), layers are truly skipped. Elsewhere every token is computed, and what
+    was computed for exited tokens is thrown away: the same result, no work saved. Which of the two
+    applies is found by comparing numbers, not from the family's name: see `reason`.
 
     Args:
         stack: The model.
@@ -38,6 +82,7 @@ class SkippingLayers:
 
     Attributes:
         reason: Why layers are not truly skipped; None where they are.
+        fast: Fast layers for few tokens, if they compute the same; None elsewhere.
     """
 
     def __init__(self, stack: DecoderStack, *, skip: bool = True) -> None:
@@ -51,12 +96,12 @@ class SkippingLayers:
                 " and o_proj behind an input_layernorm"
             )
         else:
-            self.reason = self._try()
-        self._lean = self._try_lean() if skip else None
+            self.reason = self._find_reason()
+        self.fast = self._find_fast() if skip else None
 
     @property
     def skips(self) -> bool:
-        """Whether tokens that left cost no more than their keys and values."""
+        """Whether exited tokens cost no more than their keys and values."""
         return self.reason is None
 
     def new_cache(self, batch: int, capacity: int, *, keep: bool = True) -> KeyValueCache:
@@ -64,101 +109,61 @@ class SkippingLayers:
         return KeyValueCache(self.stack.num_layers, batch, capacity, keep=keep)
 
     @torch.no_grad()
-    def run(
-        self,
-        layer: int,
-        hidden: Tensor,
-        selection: Selection,
-        call: LayerCall,
-        cache: KeyValueCache,
-        counts: Counts,
-        *,
-        predicted: Tensor | None = None,
-        of_states: bool = False,
-    ) -> Tensor:
-        """Compute one layer for the active tokens; write everybody's keys and values.
-
-        Args:
-            layer: 1..N.
-            hidden: `[B, T, D]`, the layer's input; for exited tokens their exit state.
-            selection: Which tokens are which.
-            call: The layer's entry of the chunk's plan, made with `cache`.
-            cache: Its window is the chunk.
-            counts: What is computed is added here.
-            predicted: What the ridge maps say of the exited tokens, in the order of
-                `selection.exited_rows`: `[x, 2 * key_value_width]`, what `k_proj` and `v_proj`
-                would give. None: keys and values are made from the exit states.
-            of_states: The maps say the layer's input instead, `[x, D]`.
+    def run(self, task: LayerTask) -> Tensor:
+        """Compute one layer for the active tokens; write the keys and values of all tokens.
 
         Returns:
             `[B, T, D]`: the layer's output for active tokens, the exit state for exited ones.
         """
-        if selection.dense:
-            counts.layer_rows[layer - 1] += hidden.shape[0] * hidden.shape[1]
-            counts.pairs[layer - 1] += hidden.shape[0] * hidden.shape[1] * cache.stop
-            if self._lean is not None and self._lean.take(layer, hidden, call.kwargs):
-                return self._lean.step(layer, hidden, call.kwargs)
-            return self.stack.step(layer, hidden, call)
+        if task.selection.dense:
+            task.count_all()
+            if self.fast is not None and self.fast.can_compute(
+                task.layer, task.hidden, task.call.kwargs
+            ):
+                return self.fast.compute(task.layer, task.hidden, task.call.kwargs)
+            return self.stack.step(task.layer, task.hidden, task.call)
         if not self.skips:
-            return self._run_all(
-                layer, hidden, selection, call, cache, counts, predicted, of_states
-            )
-        if len(selection.exited_rows):
-            self._put_exited(layer, hidden, selection, call, cache, counts, predicted, of_states)
-        if not len(selection.rows):
-            return hidden
-        return self._run_packed(layer, hidden, selection, call, cache, counts)
+            return self._run_all(task)
+        if len(task.selection.exited_rows):
+            self._write_exited(task)
+        if not len(task.selection.rows):
+            return task.hidden
+        return self._run_packed(task)
 
-    def _run_packed(
-        self,
-        layer: int,
-        hidden: Tensor,
-        selection: Selection,
-        call: LayerCall,
-        cache: KeyValueCache,
-        counts: Counts,
-    ) -> Tensor:
-        rows, columns = selection.rows, selection.columns
-        kwargs = dict(call.kwargs)
+    def _run_packed(self, task: LayerTask) -> Tensor:
+        """Compute the active tokens alone, packed into one row."""
+        rows, columns = task.selection.rows, task.selection.columns
+        kwargs = dict(task.call.kwargs)
         cos, sin = _positions_of(kwargs, rows, columns)
         kwargs["position_embeddings"] = (cos[None], sin[None])
         if isinstance(kwargs.get("position_ids"), Tensor):
             kwargs["position_ids"] = _picked(kwargs["position_ids"], rows, columns)[None]
         mask = kwargs.pop("attention_mask", None)
-        packed = hidden[rows, columns][None]
-        _, index, _ = selection.groups
-        counts.layer_rows[layer - 1] += packed.shape[1]
-        counts.pairs[layer - 1] += index.numel() * cache.stop
-        config = self._attention(layer).config
-        packing = Packing(selection, mask, config._attn_implementation)
-        with cache.packed(selection), packed_calls(config, packing):
-            output = self.stack.step(
-                layer, packed, LayerCall(call.args, kwargs | {"attention_mask": None})
-            )
-        return hidden.index_put((rows, columns), output[0])
+        packed = task.hidden[rows, columns][None]
+        _, index, _ = task.selection.groups
+        task.counts.layer_rows[task.layer - 1] += packed.shape[1]
+        task.counts.pairs[task.layer - 1] += index.numel() * task.cache.stop
+        with (
+            task.cache.packed(task.selection),
+            packed_layer(self.stack.layers[task.layer - 1], task.selection, mask) as layer,
+        ):
+            output = layer(packed, *task.call.args, **kwargs, attention_mask=None)
+        return task.hidden.index_put((rows, columns), hidden_of(output)[0])
 
-    def _put_exited(
-        self,
-        layer: int,
-        hidden: Tensor,
-        selection: Selection,
-        call: LayerCall,
-        cache: KeyValueCache,
-        counts: Counts,
-        predicted: Tensor | None = None,
-        of_states: bool = False,
-    ) -> None:
-        rows, columns = selection.exited_rows, selection.exited_columns
-        if predicted is not None:
-            counts.predicted_rows[layer - 1] += len(rows)
-        if predicted is None or of_states:
-            counts.key_value_rows[layer - 1] += len(rows)
-            raw = self.project(layer, hidden[rows, columns] if predicted is None else predicted)
+    def _write_exited(self, task: LayerTask) -> None:
+        """Write the keys and values of exited tokens."""
+        rows, columns = task.selection.exited_rows, task.selection.exited_columns
+        if task.predicted is not None:
+            task.counts.predicted_rows[task.layer - 1] += len(rows)
+        if task.predicted is None or task.predicts_states:
+            task.counts.key_value_rows[task.layer - 1] += len(rows)
+            states = task.hidden[rows, columns] if task.predicted is None else task.predicted
+            raw = self.project(task.layer, states)
         else:
-            raw = predicted
-        cos, sin = _positions_of(call.kwargs, rows, columns)
-        keys, values = self.rotate(layer, raw, cos, sin)
-        cache.put(layer - 1, rows, columns, keys, values)
+            raw = task.predicted
+        cos, sin = _positions_of(task.call.kwargs, rows, columns)
+        keys, values = self.rotate(task.layer, raw, cos, sin)
+        task.cache.put(task.layer - 1, rows, columns, keys, values)
 
     def project(self, layer: int, hidden: Tensor) -> Tensor:
         """Return keys and values before any norm and rotation, `[n, 2 * key_value_width]`.
@@ -191,40 +196,27 @@ class SkippingLayers:
             keys = rotary(keys[None], keys[None], cos[None], sin[None])[1][0]
         return keys, values
 
-    def _run_all(
-        self,
-        layer: int,
-        hidden: Tensor,
-        selection: Selection,
-        call: LayerCall,
-        cache: KeyValueCache,
-        counts: Counts,
-        predicted: Tensor | None,
-        of_states: bool,
-    ) -> Tensor:
-        """Compute every token, as the model would, and keep the active ones' output."""
-        counts.layer_rows[layer - 1] += hidden.shape[0] * hidden.shape[1]
-        counts.pairs[layer - 1] += hidden.shape[0] * hidden.shape[1] * cache.stop
-        exited = (selection.exited_rows, selection.exited_columns)
-        with contextlib.ExitStack() as restored:
-            taken = hidden
-            if predicted is not None:
-                counts.predicted_rows[layer - 1] += len(exited[0])
-            if predicted is not None and of_states:
-                taken = hidden.index_put(exited, predicted)
-            elif predicted is not None:
-                for name, raw in zip(("k_proj", "v_proj"), predicted.chunk(2, dim=-1), strict=True):
-                    projection = getattr(self._attention(layer), name)
-                    hook = _replacing(exited, raw)
-                    restored.callback(projection.register_forward_hook(hook).remove)
-            output = self.stack.step(layer, taken, call)
-        return torch.where(selection.active[..., None], output, hidden)
+    def _run_all(self, task: LayerTask) -> Tensor:
+        """Compute every token, as the model would, and keep the output of the active ones."""
+        task.count_all()
+        exited = (task.selection.exited_rows, task.selection.exited_columns)
+        if task.predicted is not None:
+            task.counts.predicted_rows[task.layer - 1] += len(exited[0])
+        if task.predicted is None:
+            output = self.stack.step(task.layer, task.hidden, task.call)
+        elif task.predicts_states:
+            taken = task.hidden.index_put(exited, task.predicted)
+            output = self.stack.step(task.layer, taken, task.call)
+        else:
+            with _projecting(self.stack.layers[task.layer - 1], exited, task.predicted) as layer:
+                output = hidden_of(layer(task.hidden, *task.call.args, **task.call.kwargs))
+        return torch.where(task.selection.active[..., None], output, task.hidden)
 
     def _attention(self, layer: int) -> Any:
         return self.stack.layers[layer - 1].self_attn
 
-    def _try(self) -> str | None:
-        """Say why packed rows cannot be trusted here; None where they can."""
+    def _find_reason(self) -> str | None:
+        """Return why packed rows cannot be trusted here; None where they can."""
         implementation = self._attention(1).config._attn_implementation
         if implementation not in PACKABLE:
             return (
@@ -232,14 +224,14 @@ class SkippingLayers:
                 f"{' and '.join(PACKABLE)} attention only"
             )
         try:
-            return self._part()
+            return self._find_difference()
         except Exception as error:
             # Any family's layers may ask anything of their call; whatever they raise, they cannot
-            # be packed, and the model's own way still works.
+            # be packed, but every token can still be computed.
             return f"its layers cannot be run for some of the tokens ({first_line(error)})"
 
-    def _part(self) -> str | None:
-        """Run two short rows packed and dense; say in which layer they part, if they do."""
+    def _find_difference(self) -> str | None:
+        """Run two short rows packed and dense; return in which layer they differ, if they do."""
         ids = torch.arange(8, device=self.stack.device).remainder(self.stack.vocab_size)
         ids = ids.reshape(2, 4)
         active = torch.tensor([[True, False, True, True], [False, True, False, True]])
@@ -256,8 +248,9 @@ class SkippingLayers:
         for layer in range(1, self.stack.num_layers + 1):
             dense = self.stack.step(layer, hidden, plans[0].calls[layer - 1])
             call = plans[1].calls[layer - 1]
-            self._put_exited(layer, hidden, selection, call, caches[1], counts)
-            packed = self._run_packed(layer, hidden, selection, call, caches[1], counts)
+            task = LayerTask(layer, hidden, selection, call, caches[1], counts)
+            self._write_exited(task)
+            packed = self._run_packed(task)
             pairs = [(dense[active], packed[active])]
             pairs += zip(caches[0].read(layer - 1), caches[1].read(layer - 1), strict=True)
             if not all(_close(a, b) for a, b in pairs):
@@ -265,19 +258,19 @@ class SkippingLayers:
             hidden = dense
         return None
 
-    def _try_lean(self) -> LeanLayers | None:
-        """Return lean layers where they do what the model's own do, None elsewhere."""
-        lean = LeanLayers(self.stack.layers)
-        if not self.skips or not lean.are_shaped():
+    def _find_fast(self) -> FastLayers | None:
+        """Return fast layers where they compute what the model's own do; None elsewhere."""
+        fast = FastLayers(self.stack.layers)
+        if not self.skips or not fast.are_supported():
             return None
         try:
-            return lean if self._agrees(lean) else None
+            return fast if self._agrees(fast) else None
         except Exception:
-            # As in `_try`: a family that asks for more of its call than Llama's does.
+            # As in `_find_reason`: a family that asks for more of its call than Llama's does.
             return None
 
-    def _agrees(self, lean: LeanLayers) -> bool:
-        """Run two columns behind a short prompt, padded in one row, in both ways."""
+    def _agrees(self, fast: FastLayers) -> bool:
+        """Run two columns behind a short prompt, padded in one row, by both kinds of layers."""
         ids = torch.arange(10, device=self.stack.device).remainder(self.stack.vocab_size)
         ids = ids.reshape(2, 5)
         mask = torch.ones_like(ids)
@@ -291,13 +284,40 @@ class SkippingLayers:
                 real = self.stack.step(layer, hidden, call)
                 if start:
                     found = [state.clone() for state in (real, *cache.read(layer - 1))]
-                    if not lean.take(layer, hidden, call.kwargs):
+                    if not fast.can_compute(layer, hidden, call.kwargs):
                         return False
-                    made = (lean.step(layer, hidden, call.kwargs), *cache.read(layer - 1))
+                    output = fast.compute(layer, hidden, call.kwargs)
+                    made = (output, *cache.read(layer - 1))
                     if not all(_close(*pair) for pair in zip(found, made, strict=True)):
                         return False
                 hidden = real
         return True
+
+
+@contextlib.contextmanager
+def _projecting(layer: nn.Module, where: tuple[Tensor, Tensor], raw: Tensor) -> Iterator[Any]:
+    """Yield a layer whose projections give predicted keys and values for some tokens.
+
+    That is a copy, as in `packed_layer`, or the layer itself where a copy cannot work.
+
+    Args:
+        layer: The layer, with its attention as `self_attn`.
+        where: The rows `[n]` and columns `[n]` of the tokens.
+        raw: Their keys and values before any norm and rotation, `[n, 2 * key_value_width]`.
+    """
+    attention: Any = layer.self_attn
+    projections: list[nn.Module] = [attention.k_proj, attention.v_proj]
+    # A module can be registered under several names; all of them lead to its copy.
+    paths = [(path, module) for module in projections for path in paths_of(module, layer)]
+    if all(can_be_copied(holder) for path, _ in paths for holder in holders(layer, path)):
+        copies = {module: with_own_hooks(module) for module in projections}
+        projections = list(copies.values())
+        layer = with_descendants(layer, {path: copies[module] for path, module in paths})
+    with contextlib.ExitStack() as restored:
+        for projection, values in zip(projections, raw.chunk(2, dim=-1), strict=True):
+            hook = _replacing(where, values)
+            restored.callback(projection.register_forward_hook(hook).remove)
+        yield layer
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -9,15 +9,13 @@ what is read off a table has to be confirmed by running.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
 from cascade.core.arrays import Array
-from cascade.stats.resampling import draws
-
-Row = dict[str, Any]
-
+from cascade.evaluation.records import ExitCurve
+from cascade.stats.decision import reaches
+from cascade.stats.resampling import draw_counts, percentile_ends
 
 #: Shares of the tokens to fit on that leave at a curve's thresholds, about.
 _SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.075, *(step / 40 for step in range(4, 41)))
@@ -75,80 +73,78 @@ def exits_and_wrong(confidence: Array, agrees: Array, threshold: float) -> tuple
         agrees: Whether its exit head predicts what the full model does, the same shape.
         threshold: From which confidence on tokens leave.
     """
-    # In double precision: a threshold rounded to fp32 could let a token go that it keeps.
-    leaves = confidence.astype(np.float64) >= threshold
+    leaves = reaches(confidence, threshold)
     return int(leaves.sum()), int((leaves & ~agrees).sum())
 
 
 def curve(
+    layer: int,
+    rule: str,
     fit: tuple[Array, Array],
     confirm: tuple[Array, Array],
     thresholds: Iterable[float] = (),
     *,
     seed: int = 0,
-) -> Row:
-    """Return what leaving at a grid of thresholds would do on two corpora, on the table.
+) -> ExitCurve:
+    """Return what exiting at a grid of thresholds would do on two corpora, from their tables.
 
-    The grid lets about 1 % to 100 % of the tokens to fit on leave, in 43 steps.
+    The grid lets about 1 % to 100 % of the tokens to fit on exit, in 43 steps.
 
     Args:
+        layer: The exit layer.
+        rule: The exit rule's name.
         fit: Confidence and agreement of every token to fit on, `[S, T]` each.
         confirm: Those of every token to confirm on.
         thresholds: Further ones.
         seed: Of the intervals.
-
-    Returns:
-        Columns of one length, `thresholds` strictly decreasing: tokens that leave and those of
-        them that are predicted otherwise (`fit_exits`, `fit_wrong`, `exits`, `wrong`), and the
-        ends of the 95 % interval of the agreement of the tokens to confirm on (`low`, `high`:
-        percentile bootstrap over whole sequences).
     """
     grid = {threshold_of_share(fit[0], share) for share in _SHARES}
     found = sorted({*grid, *map(float, thresholds)}, reverse=True)
     fitted = [exits_and_wrong(*fit, threshold) for threshold in found]
     confirmed = [exits_and_wrong(*confirm, threshold) for threshold in found]
     low, high = _intervals(*confirm, found, seed)
-    return {
-        "thresholds": found,
-        "fit_exits": [exits for exits, _ in fitted],
-        "fit_wrong": [wrong for _, wrong in fitted],
-        "exits": [exits for exits, _ in confirmed],
-        "wrong": [wrong for _, wrong in confirmed],
-        "low": low,
-        "high": high,
-    }
+    return ExitCurve(
+        exit_layer=layer,
+        rule=rule,
+        thresholds=found,
+        fit_exits=[exits for exits, _ in fitted],
+        fit_wrong=[wrong for _, wrong in fitted],
+        exits=[exits for exits, _ in confirmed],
+        wrong=[wrong for _, wrong in confirmed],
+        low=low,
+        high=high,
+    )
 
 
 def _intervals(
     confidence: Array, agrees: Array, thresholds: list[float], seed: int
 ) -> tuple[list[float], list[float]]:
     sequences, length = confidence.shape
-    values = confidence.astype(np.float64)
     agreed = np.stack(
-        [(agrees | (values < threshold)).sum(axis=1) for threshold in thresholds], axis=1
+        [(agrees | ~reaches(confidence, threshold)).sum(axis=1) for threshold in thresholds], axis=1
     )
-    weights = np.stack([np.bincount(one, minlength=sequences) for one in draws(sequences, seed)])
-    ends = np.quantile(weights @ agreed / (sequences * length), [0.025, 0.975], axis=0)
+    weights = np.stack(list(draw_counts(sequences, seed)))
+    ends = percentile_ends(weights @ agreed / (sequences * length))
     # Six digits: a token in a million is finer than any corpus here.
     low, high = np.round(ends, 6).tolist()
     return low, high
 
 
-def lowest_kept(row: Row, tokens: int, agreement: float) -> int | None:
-    """Return the place of a curve's lowest threshold that keeps a wanted agreement.
+def lowest_kept(curve: ExitCurve, tokens: int, agreement: float) -> int | None:
+    """Return the index of a curve's lowest threshold that keeps a wanted agreement.
 
     Args:
-        row: Of `curve`.
+        curve: An exit curve.
         tokens: How many tokens it was fitted on.
         agreement: The least share of all tokens whose prediction is the full model's.
 
     Returns:
-        Its index; None where no threshold lets a token leave and keeps it.
+        The index; None where no threshold lets a token exit and keeps the agreement.
     """
-    # The lower a threshold, the more tokens leave: those predicted otherwise only grow in number.
+    # The lower a threshold, the more tokens exit: those predicted otherwise only grow in number.
     kept = [
         place
-        for place, (exits, wrong) in enumerate(zip(row["fit_exits"], row["fit_wrong"], strict=True))
+        for place, (exits, wrong) in enumerate(zip(curve.fit_exits, curve.fit_wrong, strict=True))
         if exits and (tokens - wrong) / tokens >= agreement
     ]
     return max(kept, default=None)

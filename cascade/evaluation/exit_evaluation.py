@@ -6,51 +6,79 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from cascade.core.arguments import check_seed
-from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import provenance_of
+from cascade.core.schema import from_plain, to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import Propagation
 from cascade.evaluation.exit_curves import curve, lowest_threshold
 from cascade.evaluation.exit_table import ExitTable
-from cascade.evaluation.operating_points import INTERVAL, Evaluator, Point
-from cascade.evaluation.verdict import CONTROLS, judge
+from cascade.evaluation.operating_points import INTERVAL, Evaluator, OperatingPoint
+from cascade.evaluation.records import (
+    AurocRow,
+    EvaluationRecord,
+    EvaluationSettings,
+    ExitCurves,
+    ExitProvenance,
+    FullModelFigures,
+    OperatingPointRow,
+    SearchResult,
+    Verdict,
+    WantedQuality,
+)
+from cascade.evaluation.verdict import CONTROLS, judge, no_verdict
 from cascade.exits.fitted_heads import FittedHeads, heads_provenance
 from cascade.exits.rules import check_layers, find_rule
 from cascade.models.flops import full_flops
 from cascade.models.stack import DecoderStack
-from cascade.stats.thresholds import fit_threshold
+from cascade.saturation.profile import HARD_RATIOS
+from cascade.stats.auroc import auroc
+from cascade.stats.decision import reaches
+from cascade.stats.thresholds import quantile_threshold
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationConfig:
     """What to evaluate.
 
     Attributes:
         layers: Exit layers.
         rules: Names of the rules; the controls are added.
         hard_ratios: A threshold is fitted for each.
-        thresholds: Further points, as they are.
-        agreement: What the exit-layer search wants, and the verdict.
-        perplexity_ratio: The largest that the verdict accepts.
-        only_given: Measure `thresholds` alone: nothing is fitted, searched or controlled for.
+        thresholds: Further operating points, measured as they are.
+        agreement: The least share of agreeing tokens, for the search and the verdict.
+        perplexity_ratio: The largest perplexity ratio that the verdict accepts.
+        only_given: Measure `thresholds` alone: no fit, no search and no controls.
+
+    Example:
+        >>> EvaluationConfig(layers=(24, 28), rules=("top2_gap",)).hard_ratios
+        (0.3, 0.5, 0.7)
     """
 
     layers: tuple[int, ...]
     rules: tuple[str, ...] = ("cosine", "top2_gap")
-    hard_ratios: tuple[float, ...] = (0.3, 0.5, 0.7)
-    thresholds: tuple[Point, ...] = ()
+    hard_ratios: tuple[float, ...] = HARD_RATIOS
+    thresholds: tuple[OperatingPoint, ...] = ()
     agreement: float = 0.95
     perplexity_ratio: float = 1.05
     only_given: bool = False
 
+    @property
+    def all_rules(self) -> tuple[str, ...]:
+        """The names of the rules, those of given operating points among them."""
+        return tuple(dict.fromkeys([*self.rules, *(point.rule for point in self.thresholds)]))
+
+    @property
+    def all_layers(self) -> list[int]:
+        """The exit layers in ascending order, those of given operating points among them."""
+        return sorted({*self.layers, *(point.layer for point in self.thresholds)})
+
     def check(self) -> None:
-        """Refuse what cannot be meant.
+        """Refuse a configuration that cannot be evaluated.
 
         Raises:
             UsageError: A ratio or a threshold is outside its range, or there is no exit layer, or
@@ -83,16 +111,28 @@ class Request:
             rule.check(point.threshold, infinite=False)
         self._check_judged()
 
+    def check_layers(self, num_layers: int) -> None:
+        """Refuse exit layers that the model or a rule does not have.
+
+        Args:
+            num_layers: Decoder layers of the model.
+
+        Raises:
+            UsageError: Names the valid range.
+        """
+        given = [(point.layer, point.rule) for point in self.thresholds]
+        for layer, name in [*itertools.product(self.layers, self.rules), *given]:
+            check_layers({layer: find_rule(name)}, num_layers)
+
     def _check_judged(self) -> None:
-        """Refuse to judge where there is nothing but what points are judged against."""
-        names = dict.fromkeys([*self.rules, *(point.rule for point in self.thresholds)])
-        if self.only_given or any(name not in CONTROLS for name in names):
+        """Refuse to judge where there are only controls."""
+        if self.only_given or any(name not in CONTROLS for name in self.all_rules):
             return
-        if not names:
+        if not self.all_rules:
             raise UsageError("expected a rule to judge, got none; name one")
         raise UsageError(
-            f"the rules {', '.join(names)} are controls, measured beside every rule; name a rule "
-            "to judge"
+            f"the rules {', '.join(self.all_rules)} are controls, measured beside every rule; name "
+            "a rule to judge"
         )
 
 
@@ -133,7 +173,7 @@ def evaluate(
     stack: DecoderStack,
     fit: TokenBlocks,
     confirm: TokenBlocks,
-    request: Request,
+    config: EvaluationConfig,
     *,
     heads: FittedHeads | None = None,
     propagation: Propagation = "frozen",
@@ -141,89 +181,107 @@ def evaluate(
     seed: int = 0,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
+) -> EvaluationRecord:
     """Measure early exit over layers, rules and thresholds, and judge it.
 
     Args:
         stack: The model.
-        fit: Thresholds are fitted here.
-        confirm: Every figure is measured here.
-        request: What to evaluate.
+        fit: The corpus on which thresholds are fitted.
+        confirm: The corpus on which every figure is measured.
+        config: What to evaluate.
         heads: Fitted heads; the logit lens where not given.
-        propagation: What upper layers see of tokens that left.
+        propagation: What upper layers see of tokens that exited.
         batch_size: Sequences per forward pass.
         seed: Of the random control and of the intervals.
-        command: What the user ran, for the provenance.
+        command: The command that the user ran, for the provenance.
         progress: Called with the number of tokens done since the last call, both corpora.
 
-    Returns:
-        A record of kind `evaluation`.
-
     Raises:
-        UsageError: Something that cannot be asked for, a rule that looks further down than a layer
-            lies among it.
+        UsageError: The configuration cannot be evaluated, or a rule needs more layers than lie
+            below an exit layer.
         CorpusError: Too few sequences for an interval, or too long ones.
         ModelError: The heads belong to another model, or a state is not finite.
     """
-    request.check()
+    config.check()
     check_seed(seed)
     check_split(fit, confirm)
-    asked = [*itertools.product(request.layers, request.rules)]
-    for layer, name in [*asked, *((point.layer, point.rule) for point in request.thresholds)]:
-        check_layers({layer: find_rule(name)}, stack.num_layers)
-    names = tuple(dict.fromkeys([*request.rules, *(p.rule for p in request.thresholds)]))
-    layers = sorted({*request.layers, *(point.layer for point in request.thresholds)})
-    controls = () if request.only_given else CONTROLS
-    rules = {layer: [*names, *(c for c in controls if c not in names)] for layer in layers}
-    _drop_too_wide(rules)
-    # What is given is fitted on nothing.
-    fitted_on = {} if request.only_given else {"fitted_on": fit.provenance()}
-    corpora = (confirm,) if request.only_given else (fit, confirm)
+    config.check_layers(stack.num_layers)
+    rules = _measured_rules(config)
     evaluator = Evaluator(stack, rules, heads=heads, propagation=propagation, seed=seed)
-    points, searched, fitted = [*request.thresholds], [], None
-    if not request.only_given:
+    points, searched, fitted = [*config.thresholds], list[OperatingPoint](), None
+    if not config.only_given:
         fitted = evaluator.table(fit, batch_size=batch_size, progress=progress)
-        searched = search(fitted, layers, names, request.agreement)
-        points += [*_points(fitted, rules, request), *searched]
-        points += _matched(fitted, points)
+        searched = search(fitted, config.all_layers, config.all_rules, config.agreement)
+        points += [*_fitted_points(fitted, rules, config.hard_ratios), *searched]
+        points += _random_controls(fitted, points)
     points = list({(p.layer, p.rule, p.threshold): p for p in reversed(points)}.values())
     points.sort(key=lambda point: (point.layer, point.rule, point.threshold))
     rows, table = evaluator.run(confirm, points, batch_size=batch_size, progress=progress)
+    fitted_on = None if config.only_given else fit
+    return EvaluationRecord(
+        provenance=exit_provenance(stack, confirm, command, fitted_on=fitted_on, heads=heads),
+        settings=EvaluationSettings(
+            propagation=propagation,
+            layers=config.all_layers,
+            rules=list(config.all_rules),
+            hard_ratios=list(config.hard_ratios),
+            agreement=config.agreement,
+            perplexity_ratio=config.perplexity_ratio,
+            batch_size=batch_size,
+            seed=seed,
+            computes_every_token_because=evaluator.layers.reason,
+            interval=INTERVAL,
+            seconds=SECONDS,
+        ),
+        full=full_record(stack, table),
+        points=rows,
+        auroc=_auroc_rows(table, rules),
+        curves=None if fitted is None else _curves(fitted, table, points, seed),
+        search=_search_result(rows, searched, config.agreement),
+        verdict=_verdict(rows, config),
+    )
+
+
+def exit_provenance(
+    stack: DecoderStack,
+    blocks: TokenBlocks,
+    command: str | None,
+    *,
+    fitted_on: TokenBlocks | None = None,
+    heads: FittedHeads | None = None,
+) -> ExitProvenance:
+    """Return where figures of early exit come from.
+
+    Args:
+        stack: The model.
+        blocks: The corpus that is measured on.
+        command: The command that the user ran.
+        fitted_on: The corpus that thresholds are fitted on; None where none is fitted.
+        heads: Fitted heads; None for the logit lens.
+    """
+    corpora = [blocks] if fitted_on is None else [fitted_on, blocks]
+    fitted = {} if fitted_on is None else {"fitted_on": to_plain(fitted_on.provenance())}
+    plain = to_plain(provenance_of(stack, blocks, command))
+    return from_plain(plain | fitted | heads_provenance(heads, *corpora), ExitProvenance)
+
+
+def _measured_rules(config: EvaluationConfig) -> dict[int, list[str]]:
+    """Return the rules of every exit layer, controls last.
+
+    Rules that compare more layers than lie below an exit layer are left out there: a given
+    operating point may bring them in for another layer.
+    """
+    names = config.all_rules
+    controls = () if config.only_given else tuple(c for c in CONTROLS if c not in names)
     return {
-        "schema": 1,
-        "kind": "evaluation",
-        "provenance": provenance_of(stack, confirm, command)
-        | fitted_on
-        | heads_provenance(heads, *corpora),
-        "settings": {
-            "propagation": propagation,
-            "layers": layers,
-            "rules": list(names),
-            "hard_ratios": list(request.hard_ratios),
-            "agreement": request.agreement,
-            "perplexity_ratio": request.perplexity_ratio,
-            "batch_size": batch_size,
-            "seed": seed,
-            "computes_every_token_because": evaluator.layers.reason,
-            "interval": INTERVAL,
-            "seconds": SECONDS,
-        },
-        "full": full_record(stack, table),
-        "points": rows,
-        "auroc": _auroc_rows(table, rules),
-        "curves": None if fitted is None else _curves(fitted, table, points, seed),
-        "search": _search_record(rows, searched, request.agreement),
-        "verdict": _verdict(rows, request),
+        layer: [name for name in (*names, *controls) if find_rule(name).entries <= layer]
+        for layer in config.all_layers
     }
 
 
-def _verdict(rows: Sequence[dict[str, Any]], request: Request) -> dict[str, Any]:
-    wanted = {"agreement": request.agreement, "perplexity_ratio": request.perplexity_ratio}
-    if request.only_given:
-        # Without controls a point has nothing to be better than.
-        text = "Not judged: only the given points were measured, without controls."
-        return judge([], **wanted) | {"headline": text}
-    return judge(rows, **wanted)
+def _verdict(rows: Sequence[OperatingPointRow], config: EvaluationConfig) -> Verdict:
+    wanted = WantedQuality(agreement=config.agreement, perplexity_ratio=config.perplexity_ratio)
+    return no_verdict(wanted) if config.only_given else judge(rows, wanted)
 
 
 #: How a row's seconds come about.
@@ -235,39 +293,35 @@ SECONDS = (
 )
 
 
-#: Shares of exits that are one and the same to the random control: they differ by no more than
-#: this part of them, and so does what leaving at random costs.
+#: Exit shares count as equal for the random control if they differ by at most this part of them;
+#: what exiting at random costs then differs by no more either.
 _SAME_SHARE = 0.05
 
 
-def _drop_too_wide(rules: dict[int, list[str]]) -> None:
-    """Leave out rules that look further down than there are layers: nobody asked for them there."""
-    for layer, names in rules.items():
-        rules[layer] = [name for name in names if find_rule(name).entries <= layer]
-
-
-def _points(fitted: ExitTable, rules: dict[int, list[str]], request: Request) -> Iterator[Point]:
+def _fitted_points(
+    fitted: ExitTable, rules: dict[int, list[str]], hard_ratios: Sequence[float]
+) -> Iterator[OperatingPoint]:
     for layer, names in rules.items():
         for name in names:
             if name in ("fixed", "oracle"):
-                yield Point(layer, name, 0.5, "control")
+                yield OperatingPoint(layer, name, 0.5, "control")
                 continue
-            for ratio in request.hard_ratios:
+            for ratio in hard_ratios:
                 threshold = ratio
                 if name != "random":
-                    threshold = threshold_for(fitted.confidence[layer, name], ratio)
-                yield Point(layer, name, threshold, f"hard ratio {ratio:g}")
+                    threshold = quantile_threshold(fitted.confidence[layer, name], ratio)
+                yield OperatingPoint(layer, name, threshold, f"hard ratio {ratio:g}")
 
 
-def _matched(fitted: ExitTable, points: Sequence[Point]) -> list[Point]:
-    """Return random controls for the points whose share of exits none of the others has."""
-    found: list[Point] = []
+def _random_controls(fitted: ExitTable, points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
+    """Return a random control for each point whose exit share no existing control matches."""
+    found: list[OperatingPoint] = []
     for point in points:
         if point.rule in CONTROLS:
             continue
-        leaves = fitted.confidence[point.layer, point.rule] >= point.threshold
-        # Where none leaves here, some may on the other sequences: one token, then.
-        share = max(float(leaves.mean()), 1 / leaves.size)
+        exits = reaches(fitted.confidence[point.layer, point.rule], point.threshold)
+        # Where none exits here, some may on the other sequences: assume one token.
+        share = max(float(exits.mean()), 1 / exits.size)
         near = any(
             other.rule == "random"
             and other.layer == point.layer
@@ -275,18 +329,14 @@ def _matched(fitted: ExitTable, points: Sequence[Point]) -> list[Point]:
             for other in (*points, *found)
         )
         if not near:
-            found.append(Point(point.layer, "random", 1 - share, f"the share of {point.rule}"))
+            source = f"the share of {point.rule}"
+            found.append(OperatingPoint(point.layer, "random", 1 - share, source))
     return found
-
-
-def threshold_for(confidence: Array, hard_ratio: float) -> float:
-    """Return the threshold that sends about this share of the tokens on (see `fit_threshold`)."""
-    return fit_threshold(confidence, hard_ratio, resamples=39).threshold
 
 
 def search(
     table: ExitTable, layers: Sequence[int], rules: Sequence[str], agreement: float
-) -> list[Point]:
+) -> list[OperatingPoint]:
     """Find, for every layer and rule, the lowest threshold that keeps a wanted agreement.
 
     On the table a token that stays agrees with the full model: with frozen or ridge propagation
@@ -307,105 +357,83 @@ def search(
             continue
         found = lowest_threshold(table.confidence[layer, rule], table.agrees[layer], agreement)
         if found is not None:
-            points.append(Point(layer, rule, found, f"agreement {agreement:g}"))
+            points.append(OperatingPoint(layer, rule, found, f"agreement {agreement:g}"))
     return points
 
 
-def full_record(stack: DecoderStack, table: ExitTable) -> dict[str, Any]:
-    """Return what a record says of the full model.
+def full_record(stack: DecoderStack, table: ExitTable) -> FullModelFigures:
+    """Return the figures of the full model.
 
     Args:
         stack: The model.
         table: Of the corpus that was measured on.
     """
     scored = table.full_log_probability[:, :-1]
-    return {
-        "perplexity": math.exp(-scored.mean(dtype=np.float64)),
-        "tokens": int(table.full_log_probability.size),
-        "scored_tokens": int(scored.size),
-        "sequences": len(scored),
-        "layers": stack.num_layers,
-        "flops_per_token": full_flops(stack, *table.full_log_probability.shape)
-        / table.full_log_probability.size,
-    }
+    tokens = int(table.full_log_probability.size)
+    return FullModelFigures(
+        perplexity=math.exp(-scored.mean(dtype=np.float64)),
+        tokens=tokens,
+        scored_tokens=int(scored.size),
+        sequences=len(scored),
+        layers=stack.num_layers,
+        flops_per_token=full_flops(stack, *table.full_log_probability.shape) / tokens,
+    )
 
 
 def _curves(
-    fitted: ExitTable, table: ExitTable, points: Sequence[Point], seed: int
-) -> dict[str, Any]:
-    """Return what a search for another agreement needs: each layer's and rule's exit curve."""
+    fitted: ExitTable, table: ExitTable, points: Sequence[OperatingPoint], seed: int
+) -> ExitCurves:
+    """Return each layer's and rule's exit curve, from which other agreements are searched."""
     rows = []
     for layer, name in fitted.confidence:
         if name in CONTROLS:
             continue
-        own = [p.threshold for p in points if (p.layer, p.rule) == (layer, name)]
-        known = curve(
+        found = curve(
+            layer,
+            name,
             (fitted.confidence[layer, name], fitted.agrees[layer]),
             (table.confidence[layer, name], table.agrees[layer]),
-            own,
+            [point.threshold for point in points if (point.layer, point.rule) == (layer, name)],
             seed=seed,
         )
-        rows.append({"exit_layer": layer, "rule": name} | known)
-    return {
-        "fit_tokens": int(fitted.full_log_probability.size),
-        "tokens": int(table.full_log_probability.size),
-        "rows": rows,
-    }
+        rows.append(found)
+    return ExitCurves(
+        fit_tokens=int(fitted.full_log_probability.size),
+        tokens=int(table.full_log_probability.size),
+        rows=rows,
+    )
 
 
-def _auroc_rows(table: ExitTable, rules: dict[int, list[str]]) -> list[dict[str, Any]]:
+def _auroc_rows(table: ExitTable, rules: dict[int, list[str]]) -> list[AurocRow]:
     return [
-        {
-            "exit_layer": layer,
-            "rule": name,
-            "head_agreement": float(table.agrees[layer].mean()),
-            "auroc": auroc(table.confidence[layer, name], table.agrees[layer]),
-        }
+        AurocRow(
+            exit_layer=layer,
+            rule=name,
+            head_agreement=float(table.agrees[layer].mean()),
+            auroc=auroc(table.confidence[layer, name], table.agrees[layer]),
+        )
         for layer, names in rules.items()
         for name in names
         if name not in ("fixed", "oracle")
     ]
 
 
-def _search_record(
-    rows: Sequence[dict[str, Any]], searched: Sequence[Point], agreement: float
-) -> dict[str, Any]:
-    """Say which of the searched points saves most and keeps its promise on the other split."""
+def _search_result(
+    rows: Sequence[OperatingPointRow], searched: Sequence[OperatingPoint], agreement: float
+) -> SearchResult:
+    """Return which of the searched points keep the agreement on the other corpus."""
     keys = {(point.layer, point.rule, float(point.threshold)) for point in searched}
     found = [
         number
         for number, row in enumerate(rows)
-        if (row["exit_layer"], row["rule"], row["threshold"]) in keys
+        if (row.exit_layer, row.rule, row.threshold) in keys
     ]
-    kept = [number for number in found if rows[number]["agreement"] >= agreement]
-    best = min(kept, key=lambda number: rows[number]["flops_ratio"], default=None)
-    return {
-        "agreement": agreement,
-        "points": found,
-        "confirmed": kept,
-        "best": best,
-        "saves": best is not None and rows[best]["flops_ratio"] < 1,
-    }
-
-
-def auroc(confidence: Array, agrees: Array) -> float | None:
-    """Return how well a confidence tells agreeing tokens from others: the area under the ROC.
-
-    The probability that a token on which the exit head agrees with the full model has a larger
-    confidence than one on which it does not, ties counting half (Mann and Whitney 1947).
-
-    Args:
-        confidence: Any shape.
-        agrees: The same shape.
-
-    Returns:
-        In [0, 1], 0.5 being chance; None where all tokens are of one kind.
-    """
-    from scipy.stats import mannwhitneyu
-
-    # In double precision: in fp32 the ranks' sum has too few digits for thousands of tokens.
-    yes, no = (confidence[kind].ravel().astype(np.float64) for kind in (agrees, ~agrees))
-    if not yes.size or not no.size:
-        return None
-    statistic = mannwhitneyu(yes, no, method="asymptotic").statistic
-    return float(statistic / (yes.size * no.size))
+    kept = [number for number in found if rows[number].agreement >= agreement]
+    best = min(kept, key=lambda number: rows[number].flops_ratio, default=None)
+    return SearchResult(
+        agreement=agreement,
+        points=found,
+        confirmed=kept,
+        best=best,
+        saves=best is not None and rows[best].flops_ratio < 1,
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from cascade.core.arrays import Array
 from cascade.core.errors import ModelError
-from cascade.decoding.forward import Exit, Pass, decode_tokens, slices
+from cascade.decoding.forward import Exit, ForwardPass, PassConfig, decode_tokens, slices
 from cascade.decoding.inputs import make_chunk
 from cascade.decoding.selective_layers import SkippingLayers
-from cascade.exits.rules import ExitPoint, ExitRule
+from cascade.exits.rules import ExitRule
 from cascade.models.flops import Counts
 from cascade.stats.perplexity import MOST_NATS
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,13 +43,30 @@ class ExitTable:
     full_log_probability: Array = field(default_factory=lambda: np.zeros((0, 0)))
     divergence: dict[int, Array] = field(default_factory=dict)
 
+    @classmethod
+    def joined(cls, tables: Sequence[ExitTable]) -> ExitTable:
+        """Return the table of several batches, in their order."""
+
+        def join(name: str) -> dict[Any, Array]:
+            return {
+                key: np.concatenate([getattr(table, name)[key] for table in tables])
+                for key in getattr(tables[0], name)
+            }
+
+        return cls(
+            join("confidence"),
+            join("agrees"),
+            join("head_log_probability"),
+            np.concatenate([table.full_log_probability for table in tables]),
+            join("divergence"),
+        )
+
 
 class Clock:
-    """Adds up seconds by name, leaving out what is done inside `aside`."""
+    """Measures seconds of work, without the time of what runs inside `aside`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds: dict[str, float] = {}
         self._aside = 0.0
 
     def now(self) -> float:
@@ -55,16 +75,14 @@ class Clock:
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
-    def time(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run `work` and add its seconds to `name`."""
+    def time(self, work: Callable[[], T]) -> tuple[T, float]:
+        """Run `work` and return its result and its seconds."""
         aside, start = self._aside, self.now()
         result = work()
-        spent = self.now() - start - (self._aside - aside)
-        self.seconds[name] = self.seconds.get(name, 0.0) + spent
-        return result
+        return result, self.now() - start - (self._aside - aside)
 
     def aside(self, work: Callable[..., None]) -> Callable[..., None]:
-        """Return `work`, its time not counted to whatever runs it."""
+        """Return `work` such that its time does not count to the work that calls it."""
 
         def run(*args: Any) -> None:
             start = self.now()
@@ -72,6 +90,32 @@ class Clock:
             self._aside += self.now() - start
 
         return run
+
+
+@dataclass
+class BatchSeconds:
+    """Where the seconds of one batch went.
+
+    Attributes:
+        layers: Layer -> the decoder layers up to and including it, from the previous key on; key 0
+            is the work before the first layer.
+        heads: Exit layer -> its exit head, for all tokens.
+        rules: (exit layer, rule) -> the rule's confidences, for all tokens.
+        full_head: The LM head of the full model, for all tokens.
+    """
+
+    layers: dict[int, float] = field(default_factory=dict)
+    heads: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+    rules: defaultdict[tuple[int, str], float] = field(default_factory=lambda: defaultdict(float))
+    full_head: float = 0.0
+
+    def up_to(self, layer: int) -> float:
+        """Return the seconds of the layers up to and including `layer`."""
+        return sum(spent for reached, spent in self.layers.items() if reached <= layer)
+
+    def full_model(self) -> float:
+        """Return the seconds of the full model: all layers and its head."""
+        return sum(self.layers.values()) + self.full_head
 
 
 class ExitBatch:
@@ -87,29 +131,32 @@ class ExitBatch:
     ) -> None:
         self.layers, self.stack, self.rules, self.exits = layers, layers.stack, rules, exits
         self.chunk = make_chunk(self.stack, ids)
-        self.clock = Clock(self.stack.device)
+        self.clock, self.seconds = Clock(self.stack.device), BatchSeconds()
         self.seed = seed
         cache = layers.new_cache(*self.chunk.ids.shape, keep=False)
         cache.window(0, self.chunk.ids.shape[1])
-        going = self.clock.time(
-            "layers to 0",
-            lambda: Pass(
+        going, self.seconds.layers[0] = self.clock.time(
+            lambda: ForwardPass(
                 layers,
                 tuple(self.exits.values()),
                 self.chunk,
                 cache,
                 Counts.of(self.stack.num_layers),
-                seed=seed,
+                PassConfig(seed=seed),
             ),
         )
-        self.forks: dict[int, Pass] = {}
+        self.forks: dict[int, ForwardPass] = {}
         for layer in sorted(rules):
-            self.clock.time(f"layers to {layer}", functools.partial(going.climb, layer))
+            self._climb(going, layer)
             self.forks[layer] = going.fork()
-        last = self.stack.num_layers
-        self.clock.time(f"layers to {last}", lambda: going.climb(last))
+        self._climb(going, self.stack.num_layers)
         self.final = going.hidden
         self._measure()
+
+    def _climb(self, going: ForwardPass, layer: int) -> None:
+        """Run the layers up to and including `layer`, which may be reached already."""
+        _, spent = self.clock.time(lambda: going.run_layers_to(layer))
+        self.seconds.layers[layer] = self.seconds.layers.get(layer, 0.0) + spent
 
     def _measure(self) -> None:
         """Compare every exit layer's head and rules with the full model, token by token."""
@@ -129,8 +176,7 @@ class ExitBatch:
             self.full_logs[flat] = logits.log_softmax(dim=-1)
             self.full_prediction[some_rows, some_columns] = logits.argmax(dim=-1)
 
-        self.clock.time(
-            "full head",
+        _, self.seconds.full_head = self.clock.time(
             lambda: decode_tokens(
                 self.stack,
                 self.final,
@@ -149,7 +195,7 @@ class ExitBatch:
     def _measure_layer(
         self,
         layer: int,
-        fork: Pass,
+        fork: ForwardPass,
         rows: Tensor,
         columns: Tensor,
         target: Tensor,
@@ -165,10 +211,11 @@ class ExitBatch:
             rule.name: torch.zeros(count, device=rows.device) for rule in self.rules[layer]
         }
         for some in slices(count, self.stack.max_positions):
-            point = fork.point(self.exits[layer], rows[some], columns[some])
+            point = fork.exit_point(self.exits[layer], rows[some], columns[some])
             point.earlier = [before[some] for before in earlier]
             point.full_prediction = self.full_prediction[rows[some], columns[some]]
-            logits = self.clock.time(f"head {layer}", functools.partial(getattr, point, "logits"))
+            logits, spent = self.clock.time(functools.partial(getattr, point, "logits"))
+            self.seconds.heads[layer] += spent
             # As in a pass: NaN is larger than any number, and -inf rules single tokens out.
             if not torch.isfinite(logits.amax(dim=-1)).all():
                 raise ModelError(
@@ -176,10 +223,10 @@ class ExitBatch:
                     " the checkpoint again"
                 )
             for rule in self.rules[layer]:
-                confidence[rule.name][some] = self.clock.time(
-                    f"rule {layer} {rule.name}",
-                    functools.partial(rule.confidence, _with_logits(point)),
+                confidence[rule.name][some], spent = self.clock.time(
+                    functools.partial(rule.confidence, point.with_own_logits())
                 )
+                self.seconds.rules[layer, rule.name] += spent
             logs = point.log_probabilities
             prediction[some] = point.prediction
             agrees[some] = point.prediction == point.full_prediction
@@ -197,40 +244,12 @@ class ExitBatch:
         self.table.divergence[layer] = divergence.reshape(shape).cpu().numpy()
         return prediction
 
-    def full_seconds(self) -> float:
-        """Return the seconds of the full model: all layers and its head."""
-        return self.lower_seconds(self.stack.num_layers) + self.clock.seconds["full head"]
-
-    def lower_seconds(self, layer: int) -> float:
-        """Return the seconds of the layers up to and including `layer`."""
-        return sum(
-            spent
-            for name, spent in self.clock.seconds.items()
-            if name.startswith("layers to ") and int(name.rpartition(" ")[2]) <= layer
-        )
-
 
 def but_the_last(values: Tensor) -> Array:
     """Return `[B, T]` log-probabilities, NaN at the last token: nothing comes next."""
     known: Array = values.cpu().numpy()
     known[:, -1] = np.nan
     return known
-
-
-def _with_logits(point: ExitPoint) -> ExitPoint:
-    """Return a point with the logits made, but nothing that a rule makes of them."""
-    fresh = ExitPoint(
-        point.layer,
-        point.history,
-        point.compute_logits,
-        point.token_ids,
-        point.positions,
-        point.earlier,
-        point.full_prediction,
-        point.seed,
-    )
-    fresh.__dict__["logits"] = point.logits
-    return fresh
 
 
 def kl_divergence(full: Tensor, other: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +16,14 @@ from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.decoding.early_exit import PROPAGATIONS, Propagation, make_exit
 from cascade.decoding.selective_layers import SkippingLayers
 from cascade.evaluation.exit_table import ExitBatch, ExitTable, kl_divergence
+from cascade.evaluation.records import OperatingPointRow
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.rules import check_layers, find_rule
 from cascade.models.flops import Counts, flops, full_flops
 from cascade.models.stack import DecoderStack
+from cascade.stats.decision import reaches
 from cascade.stats.perplexity import perplexity, perplexity_ratio_interval
+from cascade.stats.ratios import student_ratio_interval
 from cascade.stats.resampling import mean_interval
 
 INTERVAL = (
@@ -31,13 +33,13 @@ INTERVAL = (
 
 
 @dataclass(frozen=True)
-class Point:
-    """One way to exit early: a layer, a rule and a threshold.
+class OperatingPoint:
+    """One setting of early exit: a layer, a rule and a threshold.
 
     Attributes:
         layer: The exit layer.
         rule: The rule's name.
-        threshold: From which confidence on tokens leave.
+        threshold: Tokens exit from this confidence on.
         source: Where the threshold comes from, e.g. "hard ratio 0.3".
     """
 
@@ -48,8 +50,29 @@ class Point:
 
 
 @dataclass
+class _Outcome:
+    """What one batch does at one operating point.
+
+    Attributes:
+        exits: `[B, T]`, the tokens that exit.
+        log_probability: `[B, T]`, of the token that came next; NaN at the last.
+        agrees: `[B, T]`, whether the prediction is the full model's.
+        divergence: `[B, T]`, from the full model's prediction, in nats.
+        counts: What is computed.
+        seconds: What that takes.
+    """
+
+    exits: Array
+    log_probability: Array
+    agrees: Array
+    divergence: Array
+    counts: Counts
+    seconds: float = 0.0
+
+
+@dataclass
 class _Tally:
-    """Sums of one point, sequence by sequence, and its cost."""
+    """Sums of one operating point, one array `[B]` per batch, and its cost."""
 
     nll: list[Array] = field(default_factory=list)
     hard_nll: list[Array] = field(default_factory=list)
@@ -63,7 +86,31 @@ class _Tally:
     flops: float = 0.0
     layer_rows: int = 0
 
+    def add(self, outcome: _Outcome, full_log_probability: Array, operations: float) -> None:
+        """Add a batch.
+
+        Args:
+            outcome: What the batch does.
+            full_log_probability: `[B, T]`, the full model's.
+            operations: What it computes.
+        """
+        scored = np.ones(outcome.exits.shape, dtype=bool)
+        scored[:, -1] = False
+        hard = scored & ~outcome.exits
+        self.nll.append(-_sum(outcome.log_probability, scored))
+        self.hard_nll.append(-_sum(outcome.log_probability, hard))
+        self.full_hard_nll.append(-_sum(full_log_probability, hard))
+        self.hard_scored.append(hard.sum(axis=1))
+        self.agreement.append(outcome.agrees.sum(axis=1))
+        self.exit_agreement.append((outcome.agrees & outcome.exits).sum(axis=1))
+        self.exits.append(outcome.exits.sum(axis=1))
+        self.divergence.append(outcome.divergence.sum(axis=1, dtype=np.float64))
+        self.seconds.append(outcome.seconds)
+        self.flops += operations
+        self.layer_rows += sum(outcome.counts.layer_rows)
+
     def sums(self, name: str) -> Array:
+        """Return a figure's sums, one per sequence, `[S]`."""
         values: Array = np.concatenate(getattr(self, name))
         return values
 
@@ -122,7 +169,7 @@ class Evaluator:
         self.layers = SkippingLayers(stack)
         self.seed = seed
 
-    def check(self, points: Sequence[Point]) -> None:
+    def check(self, points: Sequence[OperatingPoint]) -> None:
         """Refuse points that cannot be measured.
 
         Args:
@@ -175,18 +222,18 @@ class Evaluator:
             batch_size: Sequences per forward pass; each holds T x V full log-probabilities.
             progress: Called with the number of tokens done since the last call.
         """
-        parts = [batch.table for batch in self._batches(blocks, batch_size, progress)]
-        return _joined(parts)
+        tables = [batch.table for batch in self._batches(blocks, batch_size, progress)]
+        return ExitTable.joined(tables)
 
     @torch.no_grad()
     def run(
         self,
         blocks: TokenBlocks,
-        points: Sequence[Point],
+        points: Sequence[OperatingPoint],
         *,
         batch_size: int = 8,
         progress: Callable[[int], None] | None = None,
-    ) -> tuple[list[dict[str, Any]], ExitTable]:
+    ) -> tuple[list[OperatingPointRow], ExitTable]:
         """Measure points: quality, counted operations, and seconds, each against the full model.
 
         Args:
@@ -203,11 +250,11 @@ class Evaluator:
         full_seconds: list[float] = []
         tables = []
         for batch in self._batches(blocks, batch_size, progress):
-            full_seconds.append(batch.full_seconds())
+            full_seconds.append(batch.seconds.full_model())
             tables.append(batch.table)
             for point, tally in zip(points, tallies, strict=True):
                 self._measure(batch, point, tally)
-        table = _joined(tables)
+        table = ExitTable.joined(tables)
         full = _Full(table, full_seconds, full_flops(self.stack, *blocks.ids.shape))
         rows = [self._row(point, tally, full) for point, tally in zip(points, tallies, strict=True)]
         return rows, table
@@ -216,7 +263,7 @@ class Evaluator:
     def losses(
         self,
         blocks: TokenBlocks,
-        points: Sequence[Point],
+        points: Sequence[OperatingPoint],
         *,
         batch_size: int = 8,
         progress: Callable[[int], None] | None = None,
@@ -240,98 +287,95 @@ class Evaluator:
         length = blocks.ids.shape[1]
         return np.stack([1 - tally.sums("agreement") / length for tally in tallies])
 
-    def _measure(self, batch: ExitBatch, point: Point, tally: _Tally) -> None:
-        shape = tuple(batch.chunk.ids.shape)
-        table, clock = batch.table, batch.clock
-        way_out = self.exits[point.layer]
-        # In double precision: a threshold rounded to fp32 could let a token go that it keeps.
-        leaves = table.confidence[point.layer, point.rule].astype(np.float64) >= point.threshold
-        log_probability = np.where(
-            leaves, table.head_log_probability[point.layer], table.full_log_probability
-        )
-        agrees = leaves & table.agrees[point.layer] | ~leaves
-        divergence = np.where(leaves, table.divergence[point.layer], 0.0)
-        counts = Counts.of(self.stack.num_layers)
-        if self.propagation != "exact":
-            going = batch.forks[point.layer].fork()
-            going.counts = counts
-            mask = torch.from_numpy(leaves).to(batch.stack.device)
-            name = f"upper {point}"
-            clock.time(name, lambda: going.take_out(way_out, mask))
-            following = torch.cat([batch.chunk.ids[:, 1:], batch.chunk.ids[:, :1]], dim=1)
-
-            def take(_: int, rows: Tensor, columns: Tensor, logits: Tensor) -> None:
-                logs = logits.log_softmax(dim=-1)
-                place = rows.cpu().numpy(), columns.cpu().numpy()
-                target = following[rows, columns][:, None]
-                log_probability[place] = logs.gather(1, target)[:, 0].cpu().numpy()
-                full = batch.full_prediction[rows, columns]
-                agrees[place] = (logs.argmax(dim=-1) == full).cpu().numpy()
-                reference = batch.full_logs[rows * shape[1] + columns]
-                divergence[place] = kl_divergence(reference, logs).cpu().numpy()
-
-            clock.time(name, lambda: going.finish(batch.chunk.valid, clock.aside(take)))
-            upper = clock.seconds.pop(name)
+    def _measure(self, batch: ExitBatch, point: OperatingPoint, tally: _Tally) -> None:
+        """Add one batch at one operating point to its sums."""
+        outcome = self._below(batch, point)
+        if self.propagation == "exact":
+            self._above_exactly(batch, point, outcome)
         else:
-            last = self.stack.num_layers
-            upper = batch.lower_seconds(last) - batch.lower_seconds(point.layer)
-            upper += clock.seconds["full head"] * float((~leaves).mean())
-            for layer in range(point.layer + 1, last + 1):
-                counts.layer_rows[layer - 1] += leaves.size
-                counts.pairs[layer - 1] += leaves.size * shape[1]
-            counts.lm_head_rows += int((~leaves).sum())
-        self._count(batch, point, counts, int(leaves.sum()))
-        tally.seconds.append(
-            batch.lower_seconds(point.layer) + self._deciding_seconds(batch, point, leaves) + upper
-        )
-        tally.flops += flops(
+            self._above_run(batch, point, outcome)
+        operations = flops(
             self.stack,
-            counts,
+            outcome.counts,
             map_width=self.heads.width if self.heads else 0,
-            head_size=way_out.head.multiplications,
+            head_size=self.exits[point.layer].head.multiplications,
         )
-        tally.layer_rows += sum(counts.layer_rows)
-        scored = np.ones(shape, dtype=bool)
-        scored[:, -1] = False
-        hard = scored & ~leaves
-        full_log_probability = table.full_log_probability
-        tally.nll.append(-_sum(log_probability, scored))
-        tally.hard_nll.append(-_sum(log_probability, hard))
-        tally.full_hard_nll.append(-_sum(full_log_probability, hard))
-        tally.hard_scored.append(hard.sum(axis=1))
-        tally.agreement.append(agrees.sum(axis=1))
-        tally.exit_agreement.append((agrees & leaves).sum(axis=1))
-        tally.exits.append(leaves.sum(axis=1))
-        tally.divergence.append(divergence.sum(axis=1, dtype=np.float64))
+        tally.add(outcome, batch.table.full_log_probability, operations)
 
-    def _count(self, batch: ExitBatch, point: Point, counts: Counts, exited: int) -> None:
-        """Add what lies below the exit, and its probing, to the counts of what lies above."""
-        rows, length = batch.chunk.ids.numel(), batch.chunk.ids.shape[1]
-        for layer in range(1, point.layer + 1):
-            counts.layer_rows[layer - 1] += rows
-            counts.pairs[layer - 1] += rows * length
-        probed = dict.fromkeys(self._looked_at(point), rows)
+    def _below(self, batch: ExitBatch, point: OperatingPoint) -> _Outcome:
+        """Return what the layers up to the exit do; of the tokens that continue, the full model."""
+        table, layer = batch.table, point.layer
+        exits = reaches(table.confidence[layer, point.rule], point.threshold)
+        counts = Counts.of(self.stack.num_layers)
+        rows, length = exits.size, exits.shape[1]
+        for lower in range(layer):
+            counts.layer_rows[lower] += rows
+            counts.pairs[lower] += rows * length
+        probed = dict.fromkeys(self._probed(point), rows)
         if not find_rule(point.rule).needs_logits:
-            probed[point.layer] = exited
-        for layer, count in probed.items():
+            probed[layer] = int(exits.sum())
+        for exit_layer, count in probed.items():
             counts.lm_head_rows += count
-            if self.exits[layer].head.multiplications:
-                counts.head_rows[layer] = count
+            if self.exits[exit_layer].head.multiplications:
+                counts.head_rows[exit_layer] = count
+        return _Outcome(
+            exits,
+            np.where(exits, table.head_log_probability[layer], table.full_log_probability),
+            exits & table.agrees[layer] | ~exits,
+            np.where(exits, table.divergence[layer], 0.0),
+            counts,
+            batch.seconds.up_to(layer) + self._deciding_seconds(batch, point, exits),
+        )
 
-    def _looked_at(self, point: Point) -> list[int]:
-        """Return the exit layers whose heads have to run for a point."""
+    def _above_run(self, batch: ExitBatch, point: OperatingPoint, outcome: _Outcome) -> None:
+        """Run the layers above the exit, and complete an outcome with what the tokens give there.
+
+        Predictions of tokens that continue change, because upper layers see other keys and values
+        of the tokens that exited.
+        """
+        going = batch.forks[point.layer].fork(Counts.of(self.stack.num_layers))
+        mask = torch.from_numpy(outcome.exits).to(batch.stack.device)
+        following = torch.cat([batch.chunk.ids[:, 1:], batch.chunk.ids[:, :1]], dim=1)
+
+        def take(_: int, rows: Tensor, columns: Tensor, logits: Tensor) -> None:
+            logs = logits.log_softmax(dim=-1)
+            place = rows.cpu().numpy(), columns.cpu().numpy()
+            target = following[rows, columns][:, None]
+            outcome.log_probability[place] = logs.gather(1, target)[:, 0].cpu().numpy()
+            full = batch.full_prediction[rows, columns]
+            outcome.agrees[place] = (logs.argmax(dim=-1) == full).cpu().numpy()
+            reference = batch.full_logs[rows * mask.shape[1] + columns]
+            outcome.divergence[place] = kl_divergence(reference, logs).cpu().numpy()
+
+        clock = batch.clock
+        _, taking_out = clock.time(lambda: going.exit_tokens(self.exits[point.layer], mask))
+        _, finishing = clock.time(lambda: going.finish(batch.chunk.valid, clock.aside(take)))
+        outcome.counts = outcome.counts + going.counts
+        outcome.seconds += taking_out + finishing
+
+    def _above_exactly(self, batch: ExitBatch, point: OperatingPoint, outcome: _Outcome) -> None:
+        """Complete an outcome with the cost of the layers above the exit, which change nothing."""
+        exits, last = outcome.exits, self.stack.num_layers
+        for layer in range(point.layer + 1, last + 1):
+            outcome.counts.layer_rows[layer - 1] += exits.size
+            outcome.counts.pairs[layer - 1] += exits.size * exits.shape[1]
+        outcome.counts.lm_head_rows += int((~exits).sum())
+        outcome.seconds += batch.seconds.up_to(last) - batch.seconds.up_to(point.layer)
+        outcome.seconds += batch.seconds.full_head * float((~exits).mean())
+
+    def _probed(self, point: OperatingPoint) -> list[int]:
+        """Return the exit layers whose heads have to run for an operating point."""
         if not find_rule(point.rule).needs_earlier:
             return [point.layer]
         return [layer for layer in self.rules if layer <= point.layer]
 
-    def _deciding_seconds(self, batch: ExitBatch, point: Point, leaves: Array) -> float:
-        seconds = batch.clock.seconds
-        heads = sum(seconds[f"head {layer}"] for layer in self._looked_at(point))
+    def _deciding_seconds(self, batch: ExitBatch, point: OperatingPoint, exits: Array) -> float:
+        heads = sum(batch.seconds.heads[layer] for layer in self._probed(point))
         if not find_rule(point.rule).needs_logits:
-            heads *= float(leaves.mean())
-        return heads + seconds[f"rule {point.layer} {point.rule}"]
+            heads *= float(exits.mean())
+        return heads + batch.seconds.rules[point.layer, point.rule]
 
-    def _row(self, point: Point, tally: _Tally, full: _Full) -> dict[str, Any]:
+    def _row(self, point: OperatingPoint, tally: _Tally, full: _Full) -> OperatingPointRow:
         tokens = full.table.full_log_probability.size
         scored = tokens - len(full.table.full_log_probability)
         exits = tally.sums("exits")
@@ -340,26 +384,26 @@ class Evaluator:
         hard_more = _ratio_of(tally.sums("hard_nll") - tally.sums("full_hard_nll"), hard_scored)
         length = full.table.full_log_probability.shape[1]
         agreed = tally.sums("agreement")
-        return {
-            "exit_layer": point.layer,
-            "rule": point.rule,
-            "head": self.exits[point.layer].head.name,
-            "threshold": float(point.threshold),
-            "threshold_from": point.source,
-            "exit_share": float(exits.sum() / tokens),
-            "agreement": float(agreed.sum() / tokens),
-            "agreement_interval": mean_interval(agreed / length, self.seed),
-            "exit_agreement": _ratio_of(tally.sums("exit_agreement"), exits),
-            "perplexity": perplexity(tally.sums("nll").sum() / scored),
-            "perplexity_ratio": perplexity(more.sum() / scored),
-            "perplexity_ratio_interval": perplexity_ratio_interval(more, scored, self.seed),
-            "hard_perplexity_ratio": None if hard_more is None else perplexity(hard_more),
-            "kl": float(tally.sums("divergence").sum() / tokens),
-            "layers_per_token": tally.layer_rows / tokens,
-            "flops_ratio": tally.flops / full.flops,
-            "seconds_ratio": sum(tally.seconds) / sum(full.seconds),
-            "seconds_ratio_interval": _seconds_interval(tally.seconds, full.seconds),
-        }
+        return OperatingPointRow(
+            exit_layer=point.layer,
+            rule=point.rule,
+            head=self.exits[point.layer].head.name,
+            threshold=float(point.threshold),
+            threshold_from=point.source,
+            exit_share=float(exits.sum() / tokens),
+            agreement=float(agreed.sum() / tokens),
+            agreement_interval=mean_interval(agreed / length, self.seed),
+            exit_agreement=_ratio_of(tally.sums("exit_agreement"), exits),
+            perplexity=perplexity(tally.sums("nll").sum() / scored),
+            perplexity_ratio=perplexity(more.sum() / scored),
+            perplexity_ratio_interval=perplexity_ratio_interval(more, scored, self.seed),
+            hard_perplexity_ratio=None if hard_more is None else perplexity(hard_more),
+            kl=float(tally.sums("divergence").sum() / tokens),
+            layers_per_token=tally.layer_rows / tokens,
+            flops_ratio=tally.flops / full.flops,
+            seconds_ratio=sum(tally.seconds) / sum(full.seconds),
+            seconds_ratio_interval=student_ratio_interval(tally.seconds, full.seconds),
+        )
 
 
 class _Full:
@@ -376,22 +420,6 @@ class _Full:
             )
 
 
-def _joined(parts: Sequence[ExitTable]) -> ExitTable:
-    def join(name: str) -> dict[Any, Array]:
-        return {
-            key: np.concatenate([getattr(part, name)[key] for part in parts])
-            for key in getattr(parts[0], name)
-        }
-
-    return ExitTable(
-        join("confidence"),
-        join("agrees"),
-        join("head_log_probability"),
-        np.concatenate([part.full_log_probability for part in parts]),
-        join("divergence"),
-    )
-
-
 def _ratio_of(part: Array, whole: Array) -> float | None:
     total = float(whole.sum())
     return float(part.sum()) / total if total else None
@@ -401,21 +429,3 @@ def _sum(values: Array, where: Array) -> Array:
     """Return the sums of `[B, T]` over the chosen tokens of each sequence, in double precision."""
     sums: Array = np.where(where, values, 0).sum(axis=1, dtype=np.float64)
     return sums
-
-
-def _seconds_interval(seconds: list[float], full: list[float]) -> list[float] | None:
-    """Return an interval of a ratio of sums over few batches (Cochran 1977, section 6.3).
-
-    Resampled batches would cover the true ratio 79 % of the time where there are 4, half of it
-    where there are 2 (3,000 simulations each); this covers it 95 % of the time.
-    """
-    from scipy.stats import t
-
-    count = len(seconds)
-    if count < 2:
-        return None
-    point, whole = np.array(seconds), np.array(full)
-    ratio = point.sum() / whole.sum()
-    spread = math.sqrt(((point - ratio * whole) ** 2).sum() / (count * (count - 1)))
-    half = float(t.ppf(0.975, count - 1)) * spread / whole.mean()
-    return [max(0.0, float(ratio - half)), float(ratio + half)]

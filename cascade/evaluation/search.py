@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+from msgspec import structs
 
-from cascade.core.arguments import check_seed
+from cascade.core.arrays import Array
 from cascade.core.errors import RecordError, UsageError
-from cascade.core.provenance import provenance_of
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
-from cascade.decoding.early_exit import Propagation
 from cascade.evaluation.exit_curves import exits_and_wrong, lowest_threshold, threshold_of_share
-from cascade.evaluation.exit_evaluation import SECONDS, check_split, full_record
+from cascade.evaluation.exit_evaluation import SECONDS, check_split, exit_provenance, full_record
 from cascade.evaluation.exit_table import ExitTable
-from cascade.evaluation.operating_points import INTERVAL, Evaluator, Point
-from cascade.evaluation.search_choice import TABLE, Wish, point_row, search_record
-from cascade.evaluation.stored_evaluations import Found
+from cascade.evaluation.operating_points import INTERVAL, Evaluator, OperatingPoint
+from cascade.evaluation.records import OperatingPointRow
+from cascade.evaluation.search_choice import SearchConfig, SearchOrigin, search_record
+from cascade.evaluation.search_record import (
+    FitFigures,
+    NoThreshold,
+    SearchRecord,
+    SearchSettings,
+    tried_point,
+)
+from cascade.evaluation.stored_evaluations import Answer, StoredEvaluation
 from cascade.evaluation.verdict import CONTROLS
-from cascade.exits.fitted_heads import FittedHeads, heads_provenance
+from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.rules import check_layers, find_rule
 from cascade.models.stack import DecoderStack
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    from cascade.decoding.early_exit import Propagation
+
 Progress = Callable[[int], None] | None
 
-#: Parts of the boldest exit share that are tried as well: a more cautious threshold may be
-#: confirmed where the boldest is not, and together they draw a curve.
-_PARTS = (1.0, 2 / 3, 1 / 3)
+#: An exit layer and the name of a rule.
+LayerRule = tuple[int, str]
 
-#: Why nothing may leave by a layer and rule.
+#: Fractions of the largest exit share that are tried as well: a higher threshold may be confirmed
+#: where the lowest is not, and together they draw a curve.
+_FRACTIONS = (1.0, 2 / 3, 1 / 3)
+
+#: Why a layer and rule have no threshold.
 _NOT_ON_THE_TABLE = "no threshold that lets a token leave keeps it on the sequences to fit on"
 _NOT_BY_RUNNING = "none of the thresholds that keep it on the table kept it when they were run"
 
@@ -41,210 +54,215 @@ def search_exits(
     stack: DecoderStack,
     fit: TokenBlocks,
     confirm: TokenBlocks,
-    wish: Wish,
+    config: SearchConfig,
     *,
-    layers: Sequence[int],
-    rules: Sequence[str] = ("cosine", "top2_gap"),
     heads: FittedHeads | None = None,
-    propagation: Propagation = "frozen",
-    batch_size: int = 8,
-    seed: int = 0,
     command: str | None = None,
     progress: Progress = None,
-) -> Row:
+) -> SearchRecord:
     """Search the exit layer, rule and threshold that save most and keep an agreement.
 
     One table on the sequences to fit on gives, for every layer and rule, the lowest threshold
-    that keeps the agreement if every token that stays is predicted as by the full model. With
-    exact propagation it is. With any other, that threshold and two more cautious ones are run on
-    the same sequences, and the table is corrected by how many tokens more they predicted
-    otherwise, in proportion between them: the lowest threshold that then keeps the agreement is
-    tried as well. All are run on the sequences to confirm on.
+    that keeps the agreement if every continuing token is predicted as by the full model. With
+    exact propagation it is. With any other, that threshold and two higher ones are run on the same
+    sequences, and the table is corrected by how many more tokens they predicted differently, in
+    proportion between them: the lowest threshold that then keeps the agreement is tried as well.
+    All are run on the sequences to confirm on.
 
     Args:
         stack: The model.
         fit: Thresholds are fitted here.
         confirm: Every figure is measured here.
-        wish: The wanted agreement, and the risk to certify.
-        layers: Exit layers.
-        rules: Names of the rules.
+        config: What to search for, and what to measure.
         heads: Fitted heads; the logit lens where not given.
-        propagation: What upper layers see of tokens that left.
-        batch_size: Sequences per forward pass.
-        seed: Of the intervals.
         command: What the user ran, for the provenance.
         progress: Called with the number of tokens done since the last call.
 
-    Returns:
-        A record of kind `exit-search`.
-
     Raises:
-        UsageError: Something that cannot be asked for.
+        UsageError: An option is out of its range.
         CorpusError: Too few sequences for an interval, or too long ones.
         ModelError: The heads belong to another model, or a state is not finite.
     """
-    wish.check()
-    check_seed(seed)
+    config.check()
     check_split(fit, confirm)
-    pairs = _pairs(stack, layers, rules)
+    pairs = _layer_rules(stack, config)
     by_layer: dict[int, list[str]] = {}
     for layer, rule in pairs:
         by_layer.setdefault(layer, []).append(rule)
-    evaluator = Evaluator(stack, by_layer, heads=heads, propagation=propagation, seed=seed)
-    fits, nothing = _fit(evaluator, fit, pairs, wish.agreement, batch_size, progress)
+    evaluator = Evaluator(
+        stack, by_layer, heads=heads, propagation=config.propagation, seed=config.seed
+    )
+    fitted = _fit(evaluator, fit, pairs, config, progress)
     rows, table = evaluator.run(
-        confirm, [one.point for one in fits], batch_size=batch_size, progress=progress
+        confirm,
+        [one.point for one in fitted.points],
+        batch_size=config.batch_size,
+        progress=progress,
     )
     points = [
-        point_row(
+        tried_point(
             row,
-            propagation=propagation,
+            one.figures,
+            propagation=config.propagation,
             source=0,
-            fit=(one.exit_share, one.agreement, one.by),
-            candidate=one.agreement >= wish.agreement,
+            candidate=one.agreement >= config.agreement,
         )
-        for row, one in zip(rows, fits, strict=True)
+        for row, one in zip(rows, fitted.points, strict=True)
     ]
-    parts = {
-        "provenance": provenance_of(stack, confirm, command)
-        | {"fitted_on": fit.provenance()}
-        | heads_provenance(heads, fit, confirm),
-        "settings": {
-            "layers": sorted({layer for layer, _ in pairs}),
-            "rules": list(dict.fromkeys(rule for _, rule in pairs)),
-            "batch_size": batch_size,
-            "seed": seed,
-            "computes_every_token_because": evaluator.layers.reason,
-            "interval": INTERVAL,
-            "seconds": SECONDS,
-        },
-        "sources": [],
-        "full": full_record(stack, table),
-    }
-    left_out = [
-        {
-            "exit_layer": layer,
-            "rule": rule,
-            "head": evaluator.exits[layer].head.name,
-            "propagation": propagation,
-            "source": 0,
-            "why": why,
-        }
-        for (layer, rule), why in nothing.items()
+    nothing = [
+        NoThreshold(
+            exit_layer=layer,
+            rule=rule,
+            head=evaluator.exits[layer].head.name,
+            propagation=config.propagation,
+            source=0,
+            why=why,
+        )
+        for (layer, rule), why in fitted.nothing.items()
     ]
-    return search_record(parts, points, left_out, wish)
+    origin = SearchOrigin(
+        provenance=exit_provenance(stack, confirm, command, fitted_on=fit, heads=heads),
+        settings=_settings(config, pairs, evaluator),
+        sources=[],
+        full=full_record(stack, table),
+    )
+    return search_record(origin, points, nothing, config)
+
+
+def _settings(
+    config: SearchConfig, pairs: Sequence[LayerRule], evaluator: Evaluator
+) -> SearchSettings:
+    return SearchSettings(
+        agreement=config.agreement,
+        risk=config.bound,
+        confidence=config.confidence,
+        layers=sorted({layer for layer, _ in pairs}),
+        rules=list(dict.fromkeys(rule for _, rule in pairs)),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        computes_every_token_because=evaluator.layers.reason,
+        interval=INTERVAL,
+        seconds=SECONDS,
+    )
 
 
 def tokens_to_read(fit: TokenBlocks, confirm: TokenBlocks, propagation: str) -> int:
-    """Return how many tokens `search_exits` goes through, which `progress` adds up to.
+    """Return how many tokens `search_exits` reads: the sum of what `progress` is called with.
 
     Args:
         fit: The sequences to fit on.
         confirm: Those to confirm on.
-        propagation: What upper layers see of tokens that left.
+        propagation: What upper layers see of exited tokens.
     """
     return confirm.tokens + fit.tokens * (1 if propagation == "exact" else 2)
 
 
-def _pairs(
-    stack: DecoderStack, layers: Sequence[int], rules: Sequence[str]
-) -> list[tuple[int, str]]:
+def _layer_rules(stack: DecoderStack, config: SearchConfig) -> list[LayerRule]:
     """Return every layer with every rule, once; refuse what cannot be searched."""
-    if not layers or not rules:
+    if not config.layers or not config.rules:
         raise UsageError("expected at least one exit layer and one rule to search; name some")
-    for name in rules:
+    for name in config.rules:
         if name in CONTROLS:
             raise UsageError(
                 f"the rule {name} is a control, which nobody runs to save work; search another rule"
             )
         find_rule(name)
-    pairs = list(dict.fromkeys(itertools.product(layers, rules)))
+    pairs = list(dict.fromkeys(itertools.product(config.layers, config.rules)))
     for layer, name in pairs:
         check_layers({layer: find_rule(name)}, stack.num_layers)
     return pairs
 
 
-def measure_lacking(
+# --- Completing a stored evaluation ----------------------------------------------------------
+
+
+def measure_missing(
     stack: DecoderStack,
-    record: Row,
-    found: Found,
+    answer: Answer,
     fit: TokenBlocks,
     confirm: TokenBlocks,
-    wish: Wish,
+    config: SearchConfig,
     *,
     heads: FittedHeads | None = None,
-    source: int = 0,
     progress: Progress = None,
-) -> Found:
-    """Measure what a stored evaluation lacks, as its own settings say, and nothing else.
+) -> Answer:
+    """Measure what a stored evaluation lacks for a search, with the evaluation's own settings.
+
+    Where it lacks everything, its layers and rules are searched. Otherwise only the thresholds are
+    run that are known from its curves alone.
 
     Args:
-        stack: The model.
-        record: Of kind `evaluation`.
-        found: What it says of the wanted agreement.
+        stack: The model that it was made with.
+        answer: What the evaluation says of the wanted agreement.
         fit: The sequences that it fitted on.
         confirm: Those that it measured on.
-        wish: What is searched for.
+        config: What is searched for; everything else is as in the evaluation.
         heads: Those that it was made with.
-        source: Its number among the records.
         progress: Called with the number of tokens done since the last call.
 
     Raises:
-        RecordError: The model, the text or the heads are not those of the record.
+        RecordError: The model, the text or the heads are not those of the evaluation.
         ModelError: A state is not finite.
     """
-    check_same(stack, record, fit, confirm, heads)
-    settings = record["settings"]
-    if found.lacks is not None:
-        made = search_exits(
-            stack,
-            fit,
-            confirm,
-            wish,
-            layers=settings["layers"],
-            rules=[name for name in settings["rules"] if name not in CONTROLS],
-            heads=heads,
-            propagation=settings["propagation"],
-            batch_size=settings["batch_size"],
-            seed=settings["seed"],
-            progress=progress,
-        )
-        points, nothing = made["points"], made["nothing"]
-        return Found([row | {"source": source} for row in points], _of(source, nothing))
+    settings, source = answer.evaluation.record.settings, answer.evaluation.source
+    check_same_inputs(stack, answer.evaluation, fit, confirm, heads)
+    own = replace(
+        config,
+        layers=tuple(settings.layers),
+        rules=tuple(name for name in settings.rules if name not in CONTROLS),
+        propagation=cast("Propagation", settings.propagation),  # checked by the evaluator
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+    if answer.lacks is None:
+        return _run_table_points(stack, answer, confirm, own, heads, progress)
+    made = search_exits(stack, fit, confirm, own, heads=heads, progress=progress)
+    return Answer(
+        answer.evaluation,
+        points=[structs.replace(point.as_tried(), source=source) for point in made.points],
+        nothing=[structs.replace(row, source=source) for row in made.nothing],
+    )
+
+
+def _run_table_points(
+    stack: DecoderStack,
+    answer: Answer,
+    confirm: TokenBlocks,
+    config: SearchConfig,
+    heads: FittedHeads | None,
+    progress: Progress,
+) -> Answer:
+    """Run the thresholds that an evaluation knows from its curves alone."""
+    settings = answer.evaluation.record.settings
     evaluator = Evaluator(
         stack,
-        dict.fromkeys(settings["layers"], settings["rules"]),
+        dict.fromkeys(settings.layers, settings.rules),
         heads=heads,
-        propagation=settings["propagation"],
-        seed=settings["seed"],
+        propagation=config.propagation,
+        seed=config.seed,
     )
-    table = found.on_table
-    points = [Point(*(row[name] for name in _POINT)) for row in table]
-    rows, _ = evaluator.run(confirm, points, batch_size=settings["batch_size"], progress=progress)
+    points = [
+        OperatingPoint(point.exit_layer, point.rule, point.threshold, point.threshold_from)
+        for point in answer.on_table
+    ]
+    rows, _ = evaluator.run(confirm, points, batch_size=config.batch_size, progress=progress)
     run = [
-        point_row(
+        tried_point(
             row,
-            propagation=settings["propagation"],
-            source=source,
-            fit=(old["fit_exit_share"], old["fit_agreement"], old["fit_by"]),
+            FitFigures(old.fit_exit_share, old.fit_agreement, old.fit_by),
+            propagation=config.propagation,
+            source=answer.evaluation.source,
             candidate=True,
         )
-        for row, old in zip(rows, table, strict=True)
+        for row, old in zip(rows, answer.on_table, strict=True)
     ]
-    rest = [row for row in found.points if row["confirmed_by"] != TABLE]
-    return Found([*rest, *run], found.nothing)
+    known = [point for point in answer.points if not point.only_on_table]
+    return Answer(answer.evaluation, points=[*known, *run], nothing=answer.nothing)
 
 
-_POINT = ("exit_layer", "rule", "threshold", "threshold_from")
-
-
-def _of(source: int, rows: Sequence[Row]) -> list[Row]:
-    return [row | {"source": source} for row in rows]
-
-
-def check_same(
+def check_same_inputs(
     stack: DecoderStack,
-    record: Row,
+    evaluation: StoredEvaluation,
     fit: TokenBlocks,
     confirm: TokenBlocks,
     heads: FittedHeads | None,
@@ -253,7 +271,7 @@ def check_same(
 
     Args:
         stack: The model.
-        record: Of kind `evaluation`.
+        evaluation: The evaluation.
         fit: The sequences that it fitted on.
         confirm: Those that it measured on.
         heads: Those that it was made with.
@@ -261,15 +279,14 @@ def check_same(
     Raises:
         RecordError: Something differs; names what.
     """
-    provenance = record["provenance"]
-    expected = provenance["model"]
-    own = dict(stack.provenance)
+    provenance = evaluation.record.provenance
+    expected, own = to_plain(provenance.model), to_plain(stack.provenance)
     fingerprint = None if heads is None else heads.fingerprint()
     for what, was, now in (
         *((name, expected.get(name), own.get(name)) for name in _MODEL),
-        ("text to fit on", provenance["fitted_on"]["fingerprint"], fit.fingerprint()),
-        ("text to confirm on", provenance["corpus"]["fingerprint"], confirm.fingerprint()),
-        ("heads", provenance.get("heads_fingerprint"), fingerprint),
+        ("text to fit on", evaluation.fitted_on.fingerprint, fit.fingerprint()),
+        ("text to confirm on", provenance.corpus.fingerprint, confirm.fingerprint()),
+        ("heads", provenance.heads_fingerprint, fingerprint),
     ):
         if was != now:
             raise RecordError(
@@ -282,118 +299,141 @@ def check_same(
 _MODEL = ("family", "num_layers", "hidden_size", "revision", "dtype", "weights_hash")
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """A threshold, and what the sequences to fit on say of it."""
+# --- Fitting thresholds ----------------------------------------------------------------------
 
-    point: Point
+
+@dataclass(frozen=True)
+class _FittedPoint:
+    """An operating point, and what the sequences to fit on say of it (see `FitFigures`)."""
+
+    point: OperatingPoint
     exit_share: float
     agreement: float
     by: str
 
+    @property
+    def figures(self) -> FitFigures:
+        return FitFigures(self.exit_share, self.agreement, self.by)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The operating points to confirm, and why some layers and rules have none."""
+
+    points: list[_FittedPoint]
+    nothing: dict[LayerRule, str]
+
 
 def _fit(
     evaluator: Evaluator,
-    fit: TokenBlocks,
-    pairs: Sequence[tuple[int, str]],
-    agreement: float,
-    batch_size: int,
+    blocks: TokenBlocks,
+    pairs: Sequence[LayerRule],
+    config: SearchConfig,
     progress: Progress,
-) -> tuple[list[_Fitted], dict[tuple[int, str], str]]:
-    """Return thresholds to confirm, and why some layers and rules have none."""
-    table = evaluator.table(fit, batch_size=batch_size, progress=progress)
-    found: list[_Fitted] = []
-    nothing: dict[tuple[int, str], str] = {}
-    for pair in pairs:
-        own = _on_the_table(table, pair, agreement)
-        found += own
-        if not own:
-            nothing[pair] = _NOT_ON_THE_TABLE
-    if evaluator.propagation == "exact":
-        return found, nothing
-    if not found:
+) -> _Fit:
+    """Fit thresholds for every layer and rule; run them, where the table alone is not exact."""
+    table = evaluator.table(blocks, batch_size=config.batch_size, progress=progress)
+    tables = {pair: _PairTable(table, pair, config.agreement) for pair in pairs}
+    on_table = {pair: one.candidates() for pair, one in tables.items()}
+    nothing = {pair: _NOT_ON_THE_TABLE for pair, found in on_table.items() if not found}
+    points = [one for found in on_table.values() for one in found]
+    if config.propagation == "exact":
+        return _Fit(points, nothing)
+    if not points:
         if progress is not None:
-            progress(fit.tokens)
-        return found, nothing
+            progress(blocks.tokens)
+        return _Fit(points, nothing)
     rows, _ = evaluator.run(
-        fit, [one.point for one in found], batch_size=batch_size, progress=progress
+        blocks,
+        [one.point for one in points],
+        batch_size=config.batch_size,
+        progress=progress,
     )
-    run: dict[tuple[int, str], list[_Fitted]] = {}
-    more: dict[tuple[int, str], list[float]] = {}
-    for one, row in zip(found, rows, strict=True):
-        pair = one.point.layer, one.point.rule
-        run.setdefault(pair, []).append(
-            _Fitted(one.point, row["exit_share"], row["agreement"], "running")
-        )
-        more.setdefault(pair, []).append(one.agreement - row["agreement"])
-    for pair, own in run.items():
-        corrected = _corrected(table, pair, own, more[pair], agreement)
+    measured = iter(rows)
+    found: list[_FittedPoint] = []
+    for pair, candidates in on_table.items():
+        if not candidates:
+            continue
+        own = [(one, _as_run(one, next(measured))) for one in candidates]
+        run = [after for _, after in own]
+        corrected = tables[pair].corrected_by(own)
         if corrected is not None:
-            own.append(corrected)
-        if not any(one.agreement >= agreement for one in own):
+            run.append(corrected)
+        if not any(one.agreement >= config.agreement for one in run):
             nothing[pair] = _NOT_BY_RUNNING
-    return [one for own in run.values() for one in own], nothing
+        found += run
+    return _Fit(found, nothing)
 
 
-def _on_the_table(table: ExitTable, pair: tuple[int, str], agreement: float) -> list[_Fitted]:
-    """Return the lowest threshold that keeps the agreement, and more cautious ones."""
-    layer, rule = pair
-    confidence, agrees = table.confidence[pair], table.agrees[layer]
-    lowest = lowest_threshold(confidence, agrees, agreement)
-    if lowest is None:
-        return []
-    share = exits_and_wrong(confidence, agrees, lowest)[0] / confidence.size
-    thresholds = {threshold_of_share(confidence, part * share) for part in _PARTS}
-    found = []
-    for threshold in sorted(thresholds):
-        exits, wrong = exits_and_wrong(confidence, agrees, threshold)
-        source = f"agreement {agreement:g}" if threshold == lowest else "more cautious"
-        found.append(
-            _Fitted(
-                Point(layer, rule, threshold, source),
-                exits / confidence.size,
-                (confidence.size - wrong) / confidence.size,
-                "table",
-            )
-        )
-    return found
+def _as_run(one: _FittedPoint, row: OperatingPointRow) -> _FittedPoint:
+    return _FittedPoint(one.point, row.exit_share, row.agreement, "running")
 
 
-def _corrected(
-    table: ExitTable,
-    pair: tuple[int, str],
-    run: Sequence[_Fitted],
-    more: Sequence[float],
-    agreement: float,
-) -> _Fitted | None:
-    """Return the lowest threshold that keeps the agreement on the table as running corrects it.
+class _PairTable:
+    """What every token of the corpus to fit on would do at one exit layer, by one rule.
 
     Args:
-        table: Of the sequences to fit on.
-        pair: Exit layer and rule.
-        run: Thresholds that were run.
-        more: The share of all tokens that each of them predicted otherwise beside those that the
-            table knows of.
+        table: Of all layers and rules.
+        pair: Which of them.
         agreement: The wanted one.
     """
-    layer, rule = pair
-    confidence, agrees = table.confidence[pair], table.agrees[layer]
-    size = confidence.size
-    order = np.argsort([one.exit_share for one in run])
-    shares = [0.0, *(run[place].exit_share for place in order)]
-    losses = [0.0, *(more[place] for place in order)]
 
-    def more_wrong(exits: Any) -> Any:
-        return size * np.interp(exits / size, shares, losses)
+    def __init__(self, table: ExitTable, pair: LayerRule, agreement: float) -> None:
+        self.layer, self.rule = pair
+        self.wanted = agreement
+        self.confidence, self.agrees = table.confidence[pair], table.agrees[self.layer]
+        self.tokens = self.confidence.size
 
-    lowest = lowest_threshold(confidence, agrees, agreement, more_wrong=more_wrong)
-    if lowest is None or any(one.point.threshold == lowest for one in run):
-        return None
-    exits, wrong = exits_and_wrong(confidence, agrees, lowest)
-    lost = wrong + float(more_wrong(np.array([exits]))[0])
-    return _Fitted(
-        Point(layer, rule, lowest, f"agreement {agreement:g}, corrected"),
-        exits / size,
-        (size - lost) / size,
-        "table, corrected by running",
-    )
+    def candidates(self) -> list[_FittedPoint]:
+        """Return the lowest threshold that keeps the agreement, and higher ones."""
+        lowest = lowest_threshold(self.confidence, self.agrees, self.wanted)
+        if lowest is None:
+            return []
+        share = exits_and_wrong(self.confidence, self.agrees, lowest)[0] / self.tokens
+        thresholds = {
+            threshold_of_share(self.confidence, fraction * share) for fraction in _FRACTIONS
+        }
+        found = []
+        for threshold in sorted(thresholds):
+            exits, wrong = exits_and_wrong(self.confidence, self.agrees, threshold)
+            source = f"agreement {self.wanted:g}" if threshold == lowest else "more cautious"
+            found.append(self._fitted(threshold, source, exits, wrong, "table"))
+        return found
+
+    def corrected_by(self, run: Sequence[tuple[_FittedPoint, _FittedPoint]]) -> _FittedPoint | None:
+        """Return the lowest threshold that keeps the agreement once the table is corrected.
+
+        Running a threshold predicts more tokens differently than the table says, since continuing
+        tokens see less of exited ones. How many more is interpolated linearly between the exit
+        shares that were run.
+
+        Args:
+            run: Each threshold as the table has it, and as it was run.
+
+        Returns:
+            None where there is none, or it was run already.
+        """
+        ordered = sorted(run, key=lambda pair: pair[1].exit_share)
+        shares = [0.0, *(after.exit_share for _, after in ordered)]
+        losses = [0.0, *(before.agreement - after.agreement for before, after in ordered)]
+
+        def more_wrong(exits: Array) -> Array:
+            return np.asarray(self.tokens * np.interp(exits / self.tokens, shares, losses))
+
+        lowest = lowest_threshold(self.confidence, self.agrees, self.wanted, more_wrong=more_wrong)
+        if lowest is None or any(one.point.threshold == lowest for one, _ in run):
+            return None
+        exits, wrong = exits_and_wrong(self.confidence, self.agrees, lowest)
+        lost = wrong + float(more_wrong(np.array([exits]))[0])
+        source = f"agreement {self.wanted:g}, corrected"
+        return self._fitted(lowest, source, exits, lost, "table, corrected by running")
+
+    def _fitted(
+        self, threshold: float, source: str, exits: int, wrong: float, by: str
+    ) -> _FittedPoint:
+        return _FittedPoint(
+            OperatingPoint(self.layer, self.rule, threshold, source),
+            exits / self.tokens,
+            (self.tokens - wrong) / self.tokens,
+            by,
+        )

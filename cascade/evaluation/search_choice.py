@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cascade.core.arguments import check_seed
 from cascade.core.errors import UsageError
+from cascade.core.formatting import percent
+from cascade.core.schema import to_plain
+from cascade.evaluation.records import ExitProvenance, FullModelFigures
+from cascade.evaluation.search_record import (
+    BEYOND_DOUBT,
+    KEPT,
+    LOST,
+    ExitVariant,
+    NoThreshold,
+    Outcome,
+    SearchCertificate,
+    SearchedPoint,
+    SearchRecord,
+    SearchSettings,
+    SearchSource,
+    SearchVerdict,
+    TriedPoint,
+    VariantResult,
+)
+from cascade.evaluation.verdict import is_faster
 from cascade.stats.certificates import (
     LEAST_RISK,
     certify_means,
@@ -18,62 +39,51 @@ from cascade.stats.certificates import (
     sequences_needed,
 )
 
-Row = dict[str, Any]
-
-KIND = "exit-search"
-
-#: How a point's agreement was confirmed: by running it, or on the table of what every token would
-#: do, which with exact propagation says the same.
-RUNNING, TABLE, EXACT_TABLE = "running", "table", "exact table"
-
-#: What became of an agreement that the sequences to fit on promise.
-BEYOND_DOUBT, KEPT, LOST = "beyond doubt", "kept", "lost"
-
-#: What of an evaluation's row a point keeps.
-_FIGURES = (
-    "exit_layer",
-    "rule",
-    "head",
-    "threshold",
-    "threshold_from",
-    "exit_share",
-    "agreement",
-    "agreement_interval",
-    "perplexity_ratio",
-    "layers_per_token",
-    "flops_ratio",
-    "seconds_ratio",
-    "seconds_ratio_interval",
-)
-
-#: What a threshold is sought for; points from several records may differ in the last three.
-_PAIR = ("exit_layer", "rule", "head", "propagation", "source")
+if TYPE_CHECKING:
+    from cascade.decoding.early_exit import Propagation
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a search is for.
+class SearchConfig:
+    """What to search for, and what to measure.
+
+    A search of stored evaluations takes all that is measured from their own settings.
 
     Attributes:
         agreement: The least share of all tokens whose prediction is the full model's.
-        risk: The largest mean share of tokens that may differ, to be certified; what the
-            agreement leaves where None.
-        confidence: How sure all certificates together have to be.
+        risk: The largest mean share of tokens that may be predicted differently, to be certified;
+            None: what the agreement leaves.
+        confidence: The probability with which all certificates hold together.
+        layers: Exit layers.
+        rules: Names of the rules.
+        propagation: What upper layers see of exited tokens: "frozen", "ridge" or "exact".
+        batch_size: Sequences per forward pass.
+        seed: Of the intervals.
+
+    Example:
+        >>> SearchConfig(agreement=0.95).bound
+        0.05
     """
 
     agreement: float = 0.95
     risk: float | None = None
     confidence: float = 0.95
+    layers: tuple[int, ...] = ()
+    rules: tuple[str, ...] = ("cosine", "top2_gap")
+    propagation: Propagation = "frozen"
+    batch_size: int = 8
+    seed: int = 0
 
     def check(self) -> None:
-        """Refuse what cannot be meant.
+        """Refuse a configuration that cannot be searched for.
 
         Raises:
-            UsageError: A share is outside its range.
+            UsageError: A share or the seed is outside its range.
         """
         if not 0 <= self.agreement <= 1:
             raise UsageError(f"expected a share of agreement in 0..1, got {self.agreement:g}")
         check_certifiable(self.risk, self.confidence)
+        check_seed(self.seed)
 
     @property
     def bound(self) -> float | None:
@@ -85,77 +95,79 @@ class Wish:
         return left if LEAST_RISK <= left < 1 else None
 
 
-def point_row(
-    row: Mapping[str, Any],
-    *,
-    propagation: str,
-    source: int,
-    fit: tuple[float | None, float | None, str],
-    candidate: bool,
-    confirmed_by: str = RUNNING,
-) -> Row:
-    """Return a point as a search holds it.
+@dataclass(frozen=True)
+class Choice:
+    """What `choose` finds; numbers are indices of `points`. See `SearchRecord`."""
 
-    Args:
-        row: Its figures on the sequences to confirm on, as an evaluation has them.
-        propagation: What upper layers see of tokens that left.
-        source: Which of the sources it is from.
-        fit: Exit share and agreement on the sequences to fit on, and where these come from.
-        candidate: Whether the sequences to fit on keep the wanted agreement there.
-        confirmed_by: `RUNNING`, `TABLE` or `EXACT_TABLE`.
-    """
-    share, agreement, by = fit
-    return {name: row[name] for name in _FIGURES} | {
-        "propagation": propagation,
-        "source": source,
-        "fit_exit_share": share,
-        "fit_agreement": agreement,
-        "fit_by": by,
-        "candidate": candidate,
-        "confirmed_by": confirmed_by,
-    }
+    points: list[SearchedPoint]
+    pairs: list[VariantResult]
+    best: int | None
+    best_beyond_doubt: int | None
+    best_on_table: int | None
+    nearest: int | None
+    certificate: SearchCertificate
+    verdict: SearchVerdict
+
+
+@dataclass(frozen=True)
+class SearchOrigin:
+    """Where the points of a search come from: what its record says besides the search itself."""
+
+    provenance: ExitProvenance
+    settings: SearchSettings
+    sources: list[SearchSource]
+    full: FullModelFigures
 
 
 def search_record(
-    parts: Row,
-    points: Sequence[Row],
-    nothing: Sequence[Row],
-    wish: Wish,
-) -> Row:
-    """Return a record of kind `exit-search`.
+    origin: SearchOrigin,
+    points: Iterable[TriedPoint],
+    nothing: Iterable[NoThreshold],
+    config: SearchConfig,
+) -> SearchRecord:
+    """Return the record of a search.
 
     Args:
-        parts: Its `provenance`, `settings`, `sources` and `full`.
-        points: What was tried (see `point_row`).
-        nothing: Layers and rules at which nothing may leave, each with a `why`.
-        wish: What was searched for.
+        origin: Where the points come from.
+        points: What was tried.
+        nothing: Layers and rules without a threshold that keeps the agreement.
+        config: What was searched for.
     """
     rows = sorted(
-        points, key=lambda row: (row["exit_layer"], row["rule"], row["source"], row["threshold"])
+        points, key=lambda point: (point.exit_layer, point.rule, point.source, point.threshold)
     )
-    settings = {"agreement": wish.agreement, "risk": wish.bound, "confidence": wish.confidence}
-    chosen = choose(rows, nothing, wish, sequences=parts["full"]["sequences"])
-    return (
-        {"schema": 1, "kind": KIND}
-        | parts
-        | {"settings": settings | parts["settings"], "points": rows, "nothing": list(nothing)}
-        | chosen
+    left_out = list(nothing)
+    found = choose(rows, left_out, config, sequences=origin.full.sequences)
+    return SearchRecord(
+        provenance=origin.provenance,
+        settings=origin.settings,
+        sources=origin.sources,
+        full=origin.full,
+        points=found.points,
+        nothing=left_out,
+        pairs=found.pairs,
+        best=found.best,
+        best_beyond_doubt=found.best_beyond_doubt,
+        best_on_table=found.best_on_table,
+        nearest=found.nearest,
+        certificate=found.certificate,
+        verdict=found.verdict,
     )
 
 
 def choose(
-    points: Sequence[Row],
-    nothing: Sequence[Row],
-    wish: Wish,
+    tried: Sequence[TriedPoint],
+    nothing: Sequence[NoThreshold],
+    config: SearchConfig,
     *,
     sequences: int,
-) -> Row:
+) -> Choice:
     """Find the cheapest points that keep an agreement, and certify what the sequences allow.
 
     A **candidate** is a threshold at which the sequences to fit on keep the agreement: it was
     chosen without those to confirm on. Of the candidates whose agreement is confirmed by at least
-    the point estimate, the best is the cheapest in operations; those that are faster than the full
-    model beyond doubt come first. The same is found for those whose whole interval keeps it.
+    the point estimate, the best is the cheapest in operations; those that are significantly faster
+    than the full model come first. The same is found for those whose whole interval keeps it.
 
     Every candidate's risk is tested on the same sequences, so with M of them each is tested at
     level (1 - confidence) / M: the family-wise error is then at most 1 - confidence, and the best
@@ -163,219 +175,255 @@ def choose(
     arXiv:2110.01052, section 2).
 
     Args:
-        points: What was tried, each with `fit_agreement`, `confirmed_by`, `candidate` and the
-            figures of an evaluation's points. Changed: `outcome`, `risk_bound` and `certified` are
-            added.
-        nothing: Layers and rules at which nothing may leave.
-        wish: What is searched for.
+        tried: What was tried.
+        nothing: Layers and rules without a threshold that keeps the agreement.
+        config: What is searched for.
         sequences: How many sequences confirm.
-
-    Returns:
-        `pairs`, `best`, `best_beyond_doubt`, `best_on_table`, `nearest` (indices of points),
-        `certificate` and `verdict`.
     """
-    candidates = [number for number, row in enumerate(points) if row["candidate"]]
-    for row in points:
-        row["outcome"] = _outcome(row, wish.agreement)
-    certificate = _certificate(points, candidates, wish, sequences)
-    run = [number for number in candidates if points[number]["confirmed_by"] != TABLE]
+    tests = _RiskTests.of(tried, config, sequences)
+    points = [_judged(point, config, tests) for point in tried]
+    candidates = [number for number, point in enumerate(points) if point.candidate]
+    run = [number for number in candidates if not points[number].only_on_table]
+    on_table = [number for number in candidates if points[number].only_on_table]
 
-    def cheapest(numbers: Sequence[int], *outcomes: str) -> int | None:
-        kept = [number for number in numbers if points[number]["outcome"] in outcomes]
+    def cheapest(numbers: Sequence[int], *outcomes: Outcome) -> int | None:
+        kept = [number for number in numbers if points[number].outcome in outcomes]
         return min(kept, key=lambda number: _price(points[number]), default=None)
 
-    found: Row = {
-        "pairs": _pairs(points, nothing),
-        "best": cheapest(run, KEPT, BEYOND_DOUBT),
-        "best_beyond_doubt": cheapest(run, BEYOND_DOUBT),
-        "best_on_table": cheapest(
-            [number for number in candidates if number not in run], KEPT, BEYOND_DOUBT
+    best = cheapest(run, KEPT, BEYOND_DOUBT)
+    best_beyond_doubt = cheapest(run, BEYOND_DOUBT)
+    best_on_table = cheapest(on_table, KEPT, BEYOND_DOUBT)
+    nearest = max(
+        candidates,
+        key=lambda number: (points[number].agreement, -_operations(points[number])),
+        default=None,
+    )
+    words = _Words(points, config.agreement)
+    return Choice(
+        points=points,
+        pairs=_variant_results(points, nothing),
+        best=best,
+        best_beyond_doubt=best_beyond_doubt,
+        best_on_table=best_on_table,
+        nearest=nearest,
+        certificate=_certificate(points, tests),
+        verdict=SearchVerdict(
+            exit=best is not None and _is_faster(points[best]),
+            headline=words.headline(best, nearest),
+            also=[
+                *words.doubt(best, best_beyond_doubt),
+                *words.table_alone(best, best_on_table),
+            ],
         ),
-        "nearest": max(
-            candidates,
-            key=lambda number: (points[number]["agreement"], -_operations(points[number])),
-            default=None,
-        ),
-        "certificate": certificate,
-    }
-    return found | {"verdict": _verdict(points, found, wish.agreement)}
+    )
 
 
-def is_faster(row: Row) -> bool:
-    """Say whether a point takes fewer operations than the full model, and less time beyond doubt.
-
-    Args:
-        row: A point.
-    """
-    interval = row["seconds_ratio_interval"]
-    return interval is not None and interval[1] < 1 and row["flops_ratio"] < 1
+def _is_faster(point: TriedPoint) -> bool:
+    return is_faster(point.seconds_ratio_interval, point.flops_ratio)
 
 
-def _outcome(row: Row, agreement: float) -> str:
-    if row["agreement_interval"][0] >= agreement and row["agreement"] >= agreement:
+def _outcome(point: TriedPoint, agreement: float) -> Outcome:
+    if point.agreement_interval[0] >= agreement and point.agreement >= agreement:
         return BEYOND_DOUBT
-    return KEPT if row["agreement"] >= agreement else LOST
+    return KEPT if point.agreement >= agreement else LOST
 
 
-def _operations(row: Row) -> float:
-    value = row["flops_ratio"]
-    return math.inf if value is None else value
+def _operations(point: TriedPoint) -> float:
+    return math.inf if point.flops_ratio is None else point.flops_ratio
 
 
-def _price(row: Row) -> tuple[bool, float]:
-    return not is_faster(row), _operations(row)
+def _price(point: TriedPoint) -> tuple[bool, float]:
+    return not _is_faster(point), _operations(point)
 
 
-def _pairs(points: Sequence[Row], nothing: Sequence[Row]) -> list[Row]:
-    """Return, for every layer and rule, its boldest candidate, and the boldest that keeps it."""
-    found: dict[tuple[Any, ...], list[int]] = {}
-    for number, row in enumerate(points):
-        if row["candidate"]:
-            found.setdefault(tuple(row[name] for name in _PAIR), []).append(number)
-    rows = []
-    for pair, numbers in found.items():
-        numbers.sort(key=lambda number: points[number]["threshold"])
-        rows.append(
-            dict(zip(_PAIR, pair, strict=True))
-            | {
-                "fitted": numbers[0],
-                "kept": _first(points, numbers, KEPT, BEYOND_DOUBT),
-                "beyond_doubt": _first(points, numbers, BEYOND_DOUBT),
-            }
+def _variant_results(
+    points: Sequence[SearchedPoint], nothing: Sequence[NoThreshold]
+) -> list[VariantResult]:
+    """Return, for every layer and rule, the lowest candidate, and the lowest that keeps it."""
+    candidates: dict[ExitVariant, list[int]] = {}
+    for number, point in enumerate(points):
+        if point.candidate:
+            candidates.setdefault(point.variant, []).append(number)
+    found = []
+    for variant, numbers in candidates.items():
+        numbers.sort(key=lambda number: points[number].threshold)
+        found.append(
+            VariantResult(
+                **to_plain(variant),
+                fitted=numbers[0],
+                kept=_first(points, numbers, KEPT, BEYOND_DOUBT),
+                beyond_doubt=_first(points, numbers, BEYOND_DOUBT),
+            )
         )
-    none = {"fitted": None, "kept": None, "beyond_doubt": None}
-    rows += [{name: row[name] for name in _PAIR} | none for row in nothing]
-    return sorted(rows, key=lambda row: (row["exit_layer"], row["rule"], row["source"]))
+    for row in nothing:
+        shared = {name: getattr(row, name) for name in ExitVariant.__struct_fields__}
+        found.append(VariantResult(**shared, fitted=None, kept=None, beyond_doubt=None))
+    return sorted(found, key=lambda row: (row.exit_layer, row.rule, row.source))
 
 
-def _first(points: Sequence[Row], numbers: Sequence[int], *outcomes: str) -> int | None:
-    return next((n for n in numbers if points[n]["outcome"] in outcomes), None)
+def _first(
+    points: Sequence[SearchedPoint], numbers: Sequence[int], *outcomes: Outcome
+) -> int | None:
+    return next((number for number in numbers if points[number].outcome in outcomes), None)
 
 
-def _certificate(
-    points: Sequence[Row], candidates: Sequence[int], wish: Wish, sequences: int
-) -> Row:
-    """Bound every candidate's risk, all bounds together holding with the wanted confidence."""
-    # What a table says of tokens that stay is no measured loss.
-    tested = [number for number in candidates if points[number]["confirmed_by"] != TABLE]
-    each = 1 - (1 - wish.confidence) / max(1, len(tested))
-    certified = []
-    for number, row in enumerate(points):
-        row["risk_bound"], row["certified"] = None, None
-        if number not in tested:
-            continue
-        loss = 1 - row["agreement"]
-        row["risk_bound"] = risk_bound(loss, sequences=sequences, confidence=each)
-        if wish.bound is None:
-            continue
-        threshold, losses = np.array([row["threshold"]]), np.array([loss])
-        row["certified"] = bool(
+# --- Certificates ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _RiskTests:
+    """The tests of all candidates: how many there are, and what each tests.
+
+    Attributes:
+        tested: How many candidates are tested.
+        confidence_each: The confidence of each test, with which all hold together.
+        sequences: How many sequences they are tested on.
+        risk: The risk to certify; None: none.
+    """
+
+    tested: int
+    confidence_each: float
+    sequences: int
+    risk: float | None
+
+    @classmethod
+    def of(cls, points: Sequence[TriedPoint], config: SearchConfig, sequences: int) -> _RiskTests:
+        tested = sum(map(_is_tested, points))
+        each = 1 - (1 - config.confidence) / max(1, tested)
+        return cls(tested, each, sequences, config.bound)
+
+    def bound(self, loss: float) -> float:
+        """Return the least risk that a mean loss certifies."""
+        return risk_bound(loss, sequences=self.sequences, confidence=self.confidence_each)
+
+    def certifies(self, threshold: float, loss: float) -> bool | None:
+        """Return whether a mean loss certifies the risk; None where there is none to certify."""
+        if self.risk is None:
+            return None
+        return bool(
             certify_means(
-                threshold, losses, sequences=sequences, risk=wish.bound, confidence=each
+                np.array([threshold]),
+                np.array([loss]),
+                sequences=self.sequences,
+                risk=self.risk,
+                confidence=self.confidence_each,
             ).certified
         )
-        if row["certified"]:
-            certified.append(number)
-    needed = None if wish.bound is None else sequences_needed(wish.bound, each)
-    return {
-        "tested": len(tested),
-        "confidence_each": each,
-        "sequences": sequences,
-        "sequences_needed": needed,
-        "certified": certified,
-        "best": min(certified, key=lambda number: _price(points[number]), default=None),
-    }
+
+
+def _is_tested(point: TriedPoint) -> bool:
+    # What a table says of continuing tokens is no measured loss.
+    return point.candidate and not point.only_on_table
+
+
+def _judged(point: TriedPoint, config: SearchConfig, tests: _RiskTests) -> SearchedPoint:
+    """Return a point with its outcome, and with its risk where it is tested."""
+    tested, loss = _is_tested(point), 1 - point.agreement
+    return SearchedPoint(
+        **{name: getattr(point, name) for name in TriedPoint.__struct_fields__},
+        outcome=_outcome(point, config.agreement),
+        risk_bound=tests.bound(loss) if tested else None,
+        certified=tests.certifies(point.threshold, loss) if tested else None,
+    )
+
+
+def _certificate(points: Sequence[SearchedPoint], tests: _RiskTests) -> SearchCertificate:
+    certified = [number for number, point in enumerate(points) if point.certified]
+    needed = None if tests.risk is None else sequences_needed(tests.risk, tests.confidence_each)
+    return SearchCertificate(
+        tested=tests.tested,
+        confidence_each=tests.confidence_each,
+        sequences=tests.sequences,
+        sequences_needed=needed,
+        certified=certified,
+        best=min(certified, key=lambda number: _price(points[number]), default=None),
+    )
 
 
 # --- In words --------------------------------------------------------------------------------
 
 
-def _verdict(points: Sequence[Row], found: Row, agreement: float) -> Row:
-    best = found["best"]
-    exit_early = best is not None and is_faster(points[best])
-    return {
-        "exit": exit_early,
-        "headline": _headline(points, found, agreement),
-        "also": [*_doubt(points, found, agreement), *_table_alone(points, found)],
-    }
+@dataclass(frozen=True)
+class _Words:
+    """Sentences about the points of a search, for a wanted agreement."""
 
+    points: Sequence[SearchedPoint]
+    agreement: float
 
-def _headline(points: Sequence[Row], found: Row, agreement: float) -> str:
-    wanted = _percent(agreement)
-    best, nearest = found["best"], found["nearest"]
-    if best is None and nearest is None:
+    def headline(self, best: int | None, nearest: int | None) -> str:
+        """Say which point to exit at, or why none is worth it."""
+        wanted = percent(self.agreement)
+        if best is not None:
+            return self._best(self.points[best])
+        if nearest is None:
+            return (
+                f"No early exit keeps {wanted} agreement: no layer and rule lets any token leave "
+                "and keeps it."
+            )
+        point = self.points[nearest]
+        by = "on the table alone" if point.only_on_table else "by running"
         return (
-            f"No early exit keeps {wanted} agreement: no layer and rule lets any token leave and "
-            "keeps it."
+            f"Nothing is confirmed to keep {wanted} agreement by running; nearest: "
+            f"{_exit(point)}, {percent(point.agreement)} {by}, at {_cost(point)}."
         )
-    if best is None:
-        row = points[nearest]
-        by = "on the table alone" if row["confirmed_by"] == TABLE else "by running"
+
+    def _best(self, point: SearchedPoint) -> str:
+        wanted = percent(self.agreement)
+        if _is_faster(point):
+            return (
+                f"Exit at {_exit(point)}: {percent(point.agreement)} of all tokens are predicted "
+                f"as by the full model (wanted: {wanted}), at {_cost(point)}."
+            )
+        what = "time beyond doubt" if _operations(point) < 1 else "anything"
         return (
-            f"Nothing is confirmed to keep {wanted} agreement by running; nearest: {_point(row)}, "
-            f"{_percent(row['agreement'])} {by}, at {_cost(row)}."
+            f"No early exit saves {what} at {wanted} agreement: the cheapest that keeps it, "
+            f"{_exit(point)} ({percent(point.agreement)}), takes {_cost(point)}."
         )
-    row = points[best]
-    if is_faster(row):
-        return (
-            f"Exit at {_point(row)}: {_percent(row['agreement'])} of all tokens are predicted as "
-            f"by the full model (wanted: {wanted}), at {_cost(row)}."
+
+    def doubt(self, best: int | None, beyond_doubt: int | None) -> list[str]:
+        """Say which point is chosen where the whole interval has to keep the agreement."""
+        if best is None or best == beyond_doubt:
+            return []
+        text = (
+            f"The interval of its agreement, {_ends(self.points[best])}, reaches below the "
+            f"wanted {percent(self.agreement)}. "
         )
-    what = "time beyond doubt" if row["flops_ratio"] < 1 else "anything"
-    return (
-        f"No early exit saves {what} at {wanted} agreement: the cheapest that keeps it, "
-        f"{_point(row)} ({_percent(row['agreement'])}), takes {_cost(row)}."
-    )
+        if beyond_doubt is None:
+            return [f"{text}None keeps it beyond doubt; more sequences would tell."]
+        point = self.points[beyond_doubt]
+        return [f"{text}Beyond doubt is {_exit(point)} ({_ends(point)}), at {_cost(point)}."]
+
+    def table_alone(self, best: int | None, on_table: int | None) -> list[str]:
+        """Name a point that was not run and would be cheaper, if the table were right."""
+        if on_table is None:
+            return []
+        point = self.points[on_table]
+        if best is not None and _price(self.points[best]) <= _price(point):
+            return []
+        return [
+            f"On the table alone, {_exit(point)} keeps {percent(point.agreement)} at "
+            f"{_cost(point)} (estimated): there every token that stays counts as predicted alike, "
+            "so running it can only show whether it does. --measure runs it."
+        ]
 
 
-def _doubt(points: Sequence[Row], found: Row, agreement: float) -> list[str]:
-    """Say what becomes of the choice where the whole interval has to keep the agreement."""
-    best, sure = found["best"], found["best_beyond_doubt"]
-    if best is None or best == sure:
-        return []
-    low, high = points[best]["agreement_interval"]
-    text = (
-        f"The interval of its agreement, {_percent(low)} to {_percent(high)}, reaches below the "
-        f"wanted {_percent(agreement)}. "
-    )
-    if sure is None:
-        return [f"{text}None keeps it beyond doubt; more sequences would tell."]
-    row = points[sure]
-    return [
-        f"{text}Beyond doubt is {_point(row)} ({_percent(row['agreement_interval'][0])} to "
-        f"{_percent(row['agreement_interval'][1])}), at {_cost(row)}."
-    ]
+def _ends(point: TriedPoint) -> str:
+    low, high = point.agreement_interval
+    return f"{percent(low)} to {percent(high)}"
 
 
-def _table_alone(points: Sequence[Row], found: Row) -> list[str]:
-    """Name what would be cheaper still, were the table right about tokens that stay."""
-    number, best = found["best_on_table"], found["best"]
-    if number is None or (best is not None and _price(points[best]) <= _price(points[number])):
-        return []
-    row = points[number]
-    return [
-        f"On the table alone, {_point(row)} keeps {_percent(row['agreement'])} at {_cost(row)} "
-        "(estimated): there every token that stays counts as predicted alike, so running it can "
-        "only show whether it does. --measure runs it."
-    ]
+def _exit(point: TriedPoint) -> str:
+    head = "logit lens" if point.head == "logit_lens" else f"{point.head} head"
+    return f"layer {point.exit_layer}, {point.rule} >= {point.threshold:.4g} with the {head}"
 
 
-def _point(row: Row) -> str:
-    head = "logit lens" if row["head"] == "logit_lens" else f"{row['head']} head"
-    return f"layer {row['exit_layer']}, {row['rule']} >= {row['threshold']:.4g} with the {head}"
-
-
-def _cost(row: Row) -> str:
-    if row["flops_ratio"] is None:
+def _cost(point: TriedPoint) -> str:
+    if point.flops_ratio is None:
         return "an unknown cost"
-    # What hardly any token saves would read 1.00.
-    text = f"{row['flops_ratio']:.3f} x the full model's operations"
-    if row["seconds_ratio"] is None:
+    # Three decimals: small savings would round to 1.00.
+    text = f"{point.flops_ratio:.3f} x the full model's operations"
+    if point.seconds_ratio is None:
         return text
-    interval = row["seconds_ratio_interval"]
+    interval = point.seconds_ratio_interval
     between = "" if interval is None else f" ({interval[0]:.2f} to {interval[1]:.2f})"
-    return f"{text} and {row['seconds_ratio']:.2f} x its time{between}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{text} and {point.seconds_ratio:.2f} x its time{between}"

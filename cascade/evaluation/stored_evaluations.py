@@ -5,85 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from cascade.core.errors import RecordError
-from cascade.core.records import at, read_record
-from cascade.core.shapes import COUNT, INTERVAL, NUMBER, SHARE, TEXT, WHOLE, Maybe, Shape, flaw
+from cascade.core.provenance import CorpusProvenance
+from cascade.core.records import at, read_typed
+from cascade.core.schema import UnsetType, to_plain
 from cascade.evaluation.exit_curves import lowest_kept
-from cascade.evaluation.search_choice import EXACT_TABLE, TABLE, Wish, point_row, search_record
+from cascade.evaluation.records import (
+    EvaluationRecord,
+    ExitCurve,
+    ExitCurves,
+    OperatingPointRow,
+)
+from cascade.evaluation.search_choice import SearchConfig, SearchOrigin, search_record
+from cascade.evaluation.search_record import (
+    EXACT_TABLE,
+    TABLE,
+    FitFigures,
+    NoThreshold,
+    SearchRecord,
+    SearchSettings,
+    SearchSource,
+    TriedPoint,
+    tried_point,
+)
 from cascade.evaluation.verdict import CONTROLS
-
-Row = dict[str, Any]
-
-_CORPUS: Shape = {
-    "source": TEXT,
-    "name": TEXT,
-    "fingerprint": TEXT,
-    "tokens": COUNT,
-    "sequences": COUNT,
-    "seq_len": COUNT,
-}
-
-#: What of an evaluation a search reads.
-_EVALUATION: Shape = {
-    "provenance": {
-        "model": {"name": TEXT, "dtype": TEXT, "num_layers": COUNT},
-        "corpus": _CORPUS,
-        "heads_fingerprint": Maybe(TEXT),
-    },
-    "settings": {
-        "propagation": TEXT,
-        "layers": [COUNT],
-        "rules": [TEXT],
-        "agreement": SHARE,
-        "batch_size": COUNT,
-        "seed": WHOLE,
-        "computes_every_token_because": Maybe(TEXT),
-        "interval": TEXT,
-        "seconds": TEXT,
-    },
-    "full": {"perplexity": NUMBER, "sequences": COUNT},
-    "points": [
-        {
-            "exit_layer": COUNT,
-            "rule": TEXT,
-            "head": TEXT,
-            "threshold": NUMBER,
-            "threshold_from": TEXT,
-            "exit_share": SHARE,
-            "agreement": SHARE,
-            "agreement_interval": INTERVAL,
-            "perplexity_ratio": NUMBER,
-            "layers_per_token": NUMBER,
-            "flops_ratio": NUMBER,
-            "seconds_ratio": NUMBER,
-            "seconds_ratio_interval": Maybe(INTERVAL),
-        }
-    ],
-    "search": {"points": [WHOLE]},
-    "curves": Maybe(
-        {
-            "fit_tokens": COUNT,
-            "tokens": COUNT,
-            "rows": [
-                {
-                    "exit_layer": COUNT,
-                    "rule": TEXT,
-                    "thresholds": [NUMBER],
-                    "fit_exits": [WHOLE],
-                    "fit_wrong": [WHOLE],
-                    "exits": [WHOLE],
-                    "wrong": [WHOLE],
-                    "low": [SHARE],
-                    "high": [SHARE],
-                }
-            ],
-        }
-    ),
-}
 
 #: Evaluations are searched together only where all of these agree.
 _IDENTITY = (
@@ -95,31 +44,61 @@ _IDENTITY = (
     ("provenance", "fitted_on", "fingerprint"),
 )
 
-#: What takes part only where its agreement and no other is searched for.
+#: Note for evaluations without exit curves, which answer for their own agreement alone.
 _NO_CURVES = "it was made without exit curves, so its thresholds are those for agreement {:g} alone"
+
+_NO_THRESHOLD = "no threshold that lets a token leave keeps it on the sequences to fit on"
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredEvaluation:
+    """One of the evaluations that are searched together.
+
+    Attributes:
+        name: What it is called in reports: its path.
+        source: Its number among them, from 0.
+        record: The evaluation.
+        fitted_on: The corpus that it fitted on.
+    """
+
+    name: str
+    source: int
+    record: EvaluationRecord
+    fitted_on: CorpusProvenance
+
+    @property
+    def curves(self) -> ExitCurves | None:
+        """Its exit curves; None where it was made without."""
+        curves = self.record.curves
+        return None if isinstance(curves, UnsetType) else curves
+
+
+@dataclass(frozen=True)
+class Answer:
     """What a stored evaluation says of a wanted agreement.
 
     Attributes:
-        points: What was tried or can be read off its curves (see `point_row`).
-        nothing: Layers and rules at which nothing may leave.
-        lacks: What the record lacks to answer, in words; None where it has what is needed.
+        evaluation: The evaluation.
+        points: What it ran, or what can be read off its curves.
+        nothing: Layers and rules without a threshold that keeps the agreement.
+        lacks: What the evaluation lacks to answer, in words; None where it has what is needed.
     """
 
-    points: list[Row] = field(default_factory=list)
-    nothing: list[Row] = field(default_factory=list)
+    evaluation: StoredEvaluation
+    points: list[TriedPoint] = field(default_factory=list)
+    nothing: list[NoThreshold] = field(default_factory=list)
     lacks: str | None = None
 
     @property
-    def on_table(self) -> list[Row]:
-        """Thresholds that nobody has run."""
-        return [row for row in self.points if row["confirmed_by"] == TABLE]
+    def on_table(self) -> list[TriedPoint]:
+        """The points that have not been run, and may differ when they are."""
+        return [point for point in self.points if point.only_on_table]
 
 
-def read_evaluations(paths: Sequence[Path]) -> list[Row]:
+# --- Reading ---------------------------------------------------------------------------------
+
+
+def read_evaluations(paths: Sequence[Path]) -> list[StoredEvaluation]:
     """Read evaluations that can be searched together.
 
     Args:
@@ -130,55 +109,58 @@ def read_evaluations(paths: Sequence[Path]) -> list[Row]:
             texts, or measured the same.
     """
     files = [path / "evaluation.json" if path.is_dir() else path for path in paths]
-    records = []
-    for path in files:
-        record = read_record(path, kind="evaluation")
-        found = flaw(record, _EVALUATION) or _uneven(record)
-        if found is not None:
-            raise RecordError(f"{path} is torn or edited ({found}); evaluate anew")
-        fitted = at(record, ("provenance", "fitted_on"))
-        if fitted is None:
-            raise RecordError(
-                f"{path} holds given points alone, for which nothing was fitted; make a record "
-                "with `cascade evaluate --output`, without --only-points"
-            )
-        if flaw(fitted, _CORPUS) is not None:
-            raise RecordError(f"{path} is torn or edited (fitted_on); evaluate anew")
-        records.append(record)
-    _check_alike(files, records)
-    return records
+    evaluations = [
+        _read(file, str(path), source)
+        for source, (file, path) in enumerate(zip(files, paths, strict=True))
+    ]
+    _check_alike(files, evaluations)
+    return evaluations
 
 
-def _uneven(record: Row) -> str | None:
-    """Return what is wrong with the numbers of points and the columns of curves; None if nothing.
+def _read(file: Path, name: str, source: int) -> StoredEvaluation:
+    record = read_typed(file, EvaluationRecord)
+    wrong = _inconsistency(record)
+    if wrong is not None:
+        raise RecordError(f"{file} is torn or edited ({wrong}); evaluate anew")
+    fitted_on = record.provenance.fitted_on
+    if isinstance(fitted_on, UnsetType):
+        raise RecordError(
+            f"{file} holds given points alone, for which nothing was fitted; make a record "
+            "with `cascade evaluate --output`, without --only-points"
+        )
+    return StoredEvaluation(name, source, record, fitted_on)
 
-    Every index in `search` is one of the points.
-    """
-    count = len(record["points"])
-    if any(number >= count for number in record["search"]["points"]):
+
+def _inconsistency(record: EvaluationRecord) -> str | None:
+    """Return what is wrong with the indices of points or the columns of curves; None if nothing."""
+    count = len(record.points)
+    if any(number >= count for number in record.search.points):
         return f"a searched point beyond the {count} points"
-    for row in (record.get("curves") or {"rows": []})["rows"]:
-        columns = ("thresholds", "fit_exits", "fit_wrong", "exits", "wrong", "low", "high")
-        if len({len(row[name]) for name in columns}) != 1:
+    curves = record.curves
+    for curve in [] if isinstance(curves, UnsetType) or curves is None else curves.rows:
+        fit, confirm = (curve.fit_exits, curve.fit_wrong), (curve.exits, curve.wrong)
+        columns = (*fit, *confirm, curve.low, curve.high)
+        if any(len(column) != len(curve.thresholds) for column in columns):
             return "a curve whose columns differ in length"
     return None
 
 
-def _check_alike(files: Sequence[Path], records: Sequence[Row]) -> None:
-    for path, record in zip(files[1:], records[1:], strict=True):
+def _check_alike(files: Sequence[Path], evaluations: Sequence[StoredEvaluation]) -> None:
+    plain = [to_plain(evaluation.record) for evaluation in evaluations]
+    for path, record in zip(files[1:], plain[1:], strict=True):
         for place in _IDENTITY:
-            expected, got = at(records[0], place), at(record, place)
+            expected, got = at(plain[0], place), at(record, place)
             if expected != got:
                 raise RecordError(
                     f"{path} and {files[0]} differ in {' '.join(place[1:])} ({got} and {expected});"
                     " search evaluations of one model on one corpus"
                 )
-    seen: dict[tuple[Any, ...], Path] = {}
-    for path, record in zip(files, records, strict=True):
-        for layer in record["settings"]["layers"]:
-            for rule in record["settings"]["rules"]:
-                what = (layer, rule, record["settings"]["propagation"])
-                key = (*what, record["provenance"].get("heads_fingerprint"))
+    seen: dict[tuple[int, str, str, str | None], Path] = {}
+    for path, evaluation in zip(files, evaluations, strict=True):
+        settings, provenance = evaluation.record.settings, evaluation.record.provenance
+        for layer in settings.layers:
+            for rule in settings.rules:
+                key = (layer, rule, settings.propagation, provenance.heads_fingerprint)
                 if key in seen:
                     raise RecordError(
                         f"{path} and {seen[key]} both measured layer {layer} with {rule} and the "
@@ -187,206 +169,237 @@ def _check_alike(files: Sequence[Path], records: Sequence[Row]) -> None:
                 seen[key] = path
 
 
-def look_up(record: Row, wish: Wish, *, source: int = 0) -> Found:
-    """Return what a stored evaluation says of a wanted agreement, without any pass.
+# --- Answering -------------------------------------------------------------------------------
 
-    Where it has exit curves, every layer's and rule's boldest threshold on them that keeps the
-    agreement on the sequences to fit on is a candidate, and so is every more cautious one that was
-    run. A curve's threshold that was not run is confirmed on the table alone, which with exact
-    propagation says the same. A record without curves answers for its own agreement alone.
+
+def answer(evaluation: StoredEvaluation, config: SearchConfig) -> Answer:
+    """Return what a stored evaluation says of a wanted agreement, without any forward pass.
+
+    Where it has exit curves, the lowest threshold of every layer and rule on them that keeps the
+    agreement on the sequences to fit on is a candidate, and so is every higher one that was run. A
+    curve's threshold that was not run is confirmed on the table alone, which with exact
+    propagation says the same. An evaluation without curves answers for its own agreement alone.
 
     Args:
-        record: Of kind `evaluation` (see `read_evaluations`).
-        wish: What is searched for.
-        source: Its number among the records.
+        evaluation: The evaluation (see `read_evaluations`).
+        config: What is searched for.
     """
-    curves = record.get("curves")
-    settings = record["settings"]
-    if curves is None and settings["agreement"] != wish.agreement:
-        return Found(lacks=_NO_CURVES.format(settings["agreement"]))
-    found = Found()
-    searched = {
-        (row["exit_layer"], row["rule"]): row["threshold"]
-        for row in (record["points"][number] for number in record["search"]["points"])
-    }
-    own: dict[tuple[int, str], list[Row]] = {}
-    for row in record["points"]:
-        if row["rule"] not in CONTROLS:
-            own.setdefault((row["exit_layer"], row["rule"]), []).append(row)
-    known = {} if curves is None else {_name(row): row for row in curves["rows"]}
-    for pair in dict.fromkeys([*own, *known]):
-        rows = own.get(pair, [])
-        curve = known.get(pair)
-        lowest = searched.get(pair)
-        if curve is not None and curves is not None:
-            place = lowest_kept(curve, curves["fit_tokens"], wish.agreement)
-            lowest = None if place is None else curve["thresholds"][place]
-        fits = {} if curves is None or curve is None else _fits(curve, curves["fit_tokens"])
-        found.points.extend(_run_points(rows, fits, lowest, settings["propagation"], source))
+    own = evaluation.record.settings.agreement
+    if evaluation.curves is None and own != config.agreement:
+        return Answer(evaluation, lacks=_NO_CURVES.format(own))
+    points: list[TriedPoint] = []
+    nothing: list[NoThreshold] = []
+    for pair in _pairs(evaluation, config):
+        lowest = pair.lowest
+        points += pair.run_points()
         if lowest is None:
-            found.nothing.append(_nothing(record, pair, rows, source))
-        elif curve is not None and all(row["threshold"] != lowest for row in rows):
-            found.points.append(_table_point(record, curve, lowest, rows, wish, source))
+            nothing.append(pair.no_threshold())
+        elif pair.curve is not None and all(row.threshold != lowest for row in pair.rows):
+            points.append(pair.table_point(pair.curve, lowest))
+    return Answer(evaluation, points, nothing)
+
+
+def _pairs(evaluation: StoredEvaluation, config: SearchConfig) -> list[_Pair]:
+    """Return every layer and rule of an evaluation, in the order of its points, then its curves."""
+    record, curves = evaluation.record, evaluation.curves
+    rows: dict[tuple[int, str], list[OperatingPointRow]] = {}
+    for row in record.points:
+        if row.rule not in CONTROLS:
+            rows.setdefault((row.exit_layer, row.rule), []).append(row)
+    known = {(row.exit_layer, row.rule): row for row in (curves.rows if curves else ())}
+    searched = {
+        (row.exit_layer, row.rule): row.threshold
+        for row in (record.points[number] for number in record.search.points)
+    }
+    found = []
+    for layer, rule in dict.fromkeys([*rows, *known]):
+        curve, lowest = known.get((layer, rule)), searched.get((layer, rule))
+        if curve is not None and curves is not None:
+            place = lowest_kept(curve, curves.fit_tokens, config.agreement)
+            lowest = None if place is None else curve.thresholds[place]
+        own = rows.get((layer, rule), [])
+        found.append(_Pair(evaluation, config.agreement, layer, rule, own, curve, lowest))
     return found
 
 
-def _name(row: Row) -> tuple[int, str]:
-    return row["exit_layer"], row["rule"]
+@dataclass(frozen=True)
+class _Pair:
+    """A layer and rule of a stored evaluation.
 
+    Attributes:
+        evaluation: The evaluation.
+        agreement: The wanted share of agreeing tokens.
+        layer: The exit layer.
+        rule: The rule's name.
+        rows: Its operating points that were run.
+        curve: Its exit curve; None where there is none.
+        lowest: The lowest threshold that keeps the agreement on the sequences to fit on; None
+            where there is none.
+    """
 
-def _fits(curve: Row, tokens: int) -> dict[float, tuple[float, float]]:
-    """Return exit share and agreement on the sequences to fit on, by threshold."""
-    columns = zip(curve["thresholds"], curve["fit_exits"], curve["fit_wrong"], strict=True)
-    return {
-        threshold: (exits / tokens, (tokens - wrong) / tokens)
-        for threshold, exits, wrong in columns
-    }
+    evaluation: StoredEvaluation
+    agreement: float
+    layer: int
+    rule: str
+    rows: list[OperatingPointRow]
+    curve: ExitCurve | None
+    lowest: float | None
 
-
-def _run_points(
-    rows: Sequence[Row],
-    fits: dict[float, tuple[float, float]],
-    lowest: float | None,
-    propagation: str,
-    source: int,
-) -> list[Row]:
-    points = []
-    for row in rows:
-        share, agreement = fits.get(row["threshold"], (None, None))
-        # On the table, a more cautious threshold never keeps less. What was given may have been
-        # chosen with the very sequences that would confirm it.
-        kept = lowest is not None and row["threshold"] >= lowest
-        points.append(
-            point_row(
+    def run_points(self) -> list[TriedPoint]:
+        """Return its points that were run."""
+        fits = self._fits()
+        return [
+            tried_point(
                 row,
-                propagation=propagation,
-                source=source,
-                fit=(share, agreement, "table"),
-                candidate=kept and row["threshold_from"] != "given",
+                fits.get(row.threshold, FitFigures(None, None, "table")),
+                propagation=self.evaluation.record.settings.propagation,
+                source=self.evaluation.source,
+                # On the table, a higher threshold never keeps less. A given one may have been
+                # chosen with the very sequences that would confirm it.
+                candidate=self.lowest is not None
+                and row.threshold >= self.lowest
+                and row.threshold_from != "given",
             )
+            for row in self.rows
+        ]
+
+    def no_threshold(self) -> NoThreshold:
+        """Say that no threshold keeps the agreement."""
+        return NoThreshold(
+            exit_layer=self.layer,
+            rule=self.rule,
+            head=self._head(),
+            propagation=self.evaluation.record.settings.propagation,
+            source=self.evaluation.source,
+            why=_NO_THRESHOLD,
         )
-    return points
+
+    def table_point(self, curve: ExitCurve, threshold: float) -> TriedPoint:
+        """Return a point that was not run, as the curve has it.
+
+        Its costs are those of a straight line through the points that were run.
+
+        Args:
+            curve: The exit curve.
+            threshold: One of its thresholds.
+        """
+        curves, place = self.evaluation.curves, curve.thresholds.index(threshold)
+        tokens = curves.tokens if curves else 1
+        share, fit = curve.exits[place] / tokens, self._fits()[threshold]
+        propagation = self.evaluation.record.settings.propagation
+        return TriedPoint(
+            exit_layer=self.layer,
+            rule=self.rule,
+            head=self._head(),
+            threshold=threshold,
+            threshold_from=f"agreement {self.agreement:g}, on the curve",
+            exit_share=share,
+            agreement=(tokens - curve.wrong[place]) / tokens,
+            agreement_interval=[curve.low[place], curve.high[place]],
+            perplexity_ratio=None,
+            layers_per_token=self._cost_at(share, [row.layers_per_token for row in self.rows]),
+            flops_ratio=self._cost_at(share, [row.flops_ratio for row in self.rows]),
+            seconds_ratio=self._cost_at(share, [row.seconds_ratio for row in self.rows]),
+            seconds_ratio_interval=None,
+            propagation=propagation,
+            source=self.evaluation.source,
+            fit_exit_share=fit.exit_share,
+            fit_agreement=fit.agreement,
+            fit_by=fit.by,
+            candidate=True,
+            confirmed_by=EXACT_TABLE if propagation == "exact" else TABLE,
+        )
+
+    def _fits(self) -> dict[float, FitFigures]:
+        """Return what the sequences to fit on say of each threshold of the curve."""
+        curve, curves = self.curve, self.evaluation.curves
+        if curve is None or curves is None:
+            return {}
+        tokens = curves.fit_tokens
+        return {
+            threshold: FitFigures(exits / tokens, (tokens - wrong) / tokens, "table")
+            for threshold, exits, wrong in zip(
+                curve.thresholds, curve.fit_exits, curve.fit_wrong, strict=True
+            )
+        }
+
+    def _head(self) -> str:
+        rows = (*self.rows, *self.evaluation.record.points)
+        return rows[0].head if rows else "logit_lens"
+
+    def _cost_at(self, share: float, costs: Sequence[float]) -> float | None:
+        """Return the cost at a share of exits: it grows in proportion to continuing tokens.
+
+        Args:
+            share: The share of tokens that exit.
+            costs: The cost of each of the rows.
+        """
+        shares = np.array([row.exit_share for row in self.rows])
+        if len(np.unique(shares)) < 2:
+            return None
+        slope, start = np.polyfit(shares, costs, 1)
+        return max(0.0, float(start + slope * share))
 
 
-def _head(record: Row, rows: Sequence[Row]) -> str:
-    heads = [row["head"] for row in (*rows, *record["points"])]
-    return heads[0] if heads else "logit_lens"
-
-
-def _nothing(record: Row, pair: tuple[int, str], rows: Sequence[Row], source: int) -> Row:
-    return {
-        "exit_layer": pair[0],
-        "rule": pair[1],
-        "head": _head(record, rows),
-        "propagation": record["settings"]["propagation"],
-        "source": source,
-        "why": "no threshold that lets a token leave keeps it on the sequences to fit on",
-    }
-
-
-def _table_point(
-    record: Row, curve: Row, lowest: float, rows: Sequence[Row], wish: Wish, source: int
-) -> Row:
-    """Return a point that nobody ran, as the curve has it; its cost lies on the line of others."""
-    curves, place = record["curves"], curve["thresholds"].index(lowest)
-    tokens = curves["tokens"]
-    share = curve["exits"][place] / tokens
-    exact = record["settings"]["propagation"] == "exact"
-    row = {
-        "exit_layer": curve["exit_layer"],
-        "rule": curve["rule"],
-        "head": _head(record, rows),
-        "threshold": lowest,
-        "threshold_from": f"agreement {wish.agreement:g}, on the curve",
-        "exit_share": share,
-        "agreement": (tokens - curve["wrong"][place]) / tokens,
-        "agreement_interval": [curve["low"][place], curve["high"][place]],
-        "perplexity_ratio": None,
-        "layers_per_token": _on_line(rows, share, "layers_per_token"),
-        "flops_ratio": _on_line(rows, share, "flops_ratio"),
-        "seconds_ratio": _on_line(rows, share, "seconds_ratio"),
-        "seconds_ratio_interval": None,
-    }
-    return point_row(
-        row,
-        propagation=record["settings"]["propagation"],
-        source=source,
-        fit=(*_fits(curve, curves["fit_tokens"])[lowest], "table"),
-        candidate=True,
-        confirmed_by=EXACT_TABLE if exact else TABLE,
-    )
-
-
-def _on_line(rows: Sequence[Row], share: float, name: str) -> float | None:
-    """Return what a cost would be: it grows in proportion to the tokens that stay."""
-    shares = np.array([row["exit_share"] for row in rows])
-    if len(np.unique(shares)) < 2:
-        return None
-    slope, start = np.polyfit(shares, [row[name] for row in rows], 1)
-    return max(0.0, float(start + slope * share))
+# --- The record ------------------------------------------------------------------------------
 
 
 def search_evaluations(
-    records: Sequence[Row],
-    found: Sequence[Found],
-    wish: Wish,
-    *,
-    names: Sequence[str],
-    command: str | None = None,
-) -> Row:
+    answers: Sequence[Answer], config: SearchConfig, *, command: str | None = None
+) -> SearchRecord:
     """Return the record of a search in stored evaluations.
 
     Args:
-        records: Of kind `evaluation`, of one model and corpus.
-        found: What each says (see `look_up`), or was measured since.
-        wish: What is searched for.
-        names: What each record is called, for the report.
+        answers: What each evaluation says (see `answer`), or was measured since; of one model and
+            corpus.
+        config: What is searched for.
         command: What the user ran, for the provenance.
 
     Raises:
-        RecordError: A record lacks what is needed.
+        RecordError: An evaluation lacks what is needed.
     """
-    for name, one in zip(names, found, strict=True):
+    for one in answers:
         if one.lacks is not None:
             raise RecordError(
-                f"{name} does not have what agreement {wish.agreement:g} needs: {one.lacks}; "
-                "measure them with --measure, or evaluate anew"
+                f"{one.evaluation.name} does not have what agreement {config.agreement:g} needs: "
+                f"{one.lacks}; measure them with --measure, or evaluate anew"
             )
-    first = records[0]
-    settings = first["settings"]
-    parts = {
-        "provenance": first["provenance"] | {"command": command},
-        "settings": {
-            "layers": sorted({n for record in records for n in record["settings"]["layers"]}),
-            "rules": list(
-                dict.fromkeys(name for record in records for name in record["settings"]["rules"])
-            ),
-            "batch_size": settings["batch_size"],
-            "seed": settings["seed"],
-            "computes_every_token_because": settings["computes_every_token_because"],
-            "interval": settings["interval"],
-            "seconds": settings["seconds"],
-        },
-        "sources": [
-            {
-                "name": name,
-                "command": at(record, ("provenance", "command")),
-                "heads_fingerprint": at(record, ("provenance", "heads_fingerprint")),
-                "propagation": record["settings"]["propagation"],
-                "words": _words(name, record, one),
-            }
-            for name, record, one in zip(names, records, found, strict=True)
-        ],
-        "full": first["full"],
-    }
-    points = [row for one in found for row in one.points]
-    return search_record(parts, points, [row for one in found for row in one.nothing], wish)
+    records = [one.evaluation.record for one in answers]
+    origin = SearchOrigin(
+        provenance=structs.replace(records[0].provenance, command=command),
+        settings=_settings(records, config),
+        sources=[_source(one) for one in answers],
+        full=records[0].full,
+    )
+    points = [point for one in answers for point in one.points]
+    return search_record(origin, points, [row for one in answers for row in one.nothing], config)
 
 
-def _words(name: str, record: Row, found: Found) -> str:
-    run = len(found.points) - len(found.on_table)
-    table = f", {len(found.on_table)} read off its curves" if found.on_table else ""
-    return (
-        f"{name}: {run} points that were run{table}, "
-        f"{record['settings']['propagation']} propagation"
+def _settings(records: Sequence[EvaluationRecord], config: SearchConfig) -> SearchSettings:
+    first = records[0].settings
+    return SearchSettings(
+        agreement=config.agreement,
+        risk=config.bound,
+        confidence=config.confidence,
+        layers=sorted({layer for record in records for layer in record.settings.layers}),
+        rules=list(dict.fromkeys(name for record in records for name in record.settings.rules)),
+        batch_size=first.batch_size,
+        seed=first.seed,
+        computes_every_token_because=first.computes_every_token_because,
+        interval=first.interval,
+        seconds=first.seconds,
+    )
+
+
+def _source(one: Answer) -> SearchSource:
+    name, record = one.evaluation.name, one.evaluation.record
+    propagation, on_table = record.settings.propagation, len(one.on_table)
+    run = len(one.points) - on_table
+    read_off = f", {on_table} read off its curves" if on_table else ""
+    return SearchSource(
+        name=name,
+        command=record.provenance.command,
+        heads_fingerprint=record.provenance.heads_fingerprint,
+        propagation=propagation,
+        words=f"{name}: {run} points that were run{read_off}, {propagation} propagation",
     )

@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from cascade.core.errors import RecordError
+from cascade.core.formatting import percent
+from cascade.evaluation.records import ControlPoints, OperatingPointRow, Verdict, WantedQuality
 
-Row = dict[str, Any]
+Rows = Sequence[OperatingPointRow]
 
-#: Rules that are yardsticks: nobody runs them to save work.
+#: Rules that the others are compared with; they are not meant for use.
 CONTROLS = ("fixed", "random", "oracle")
 
-#: What a verdict rests on; each has to be a number.
+#: The figures that a verdict rests on.
 _FIGURES = ("agreement", "perplexity_ratio", "exit_share", "flops_ratio", "seconds_ratio")
 _INTERVALS = ("agreement_interval", "perplexity_ratio_interval", "seconds_ratio_interval")
 
 _QUALITY = ("agreement", "perplexity")
 
 
-def judge(rows: Sequence[Row], *, agreement: float, perplexity_ratio: float) -> Row:
-    """Say whether any measured point is worth running instead of the full model.
+@dataclass(frozen=True)
+class _Check:
+    """One check of an operating point.
 
-    A point is worth it when its outputs are good enough, it is faster beyond doubt, and neither
-    a random exit at the same share nor one static layer for all tokens does as well. Of several
-    such points it is the fastest. Of none, it is the one that comes nearest: the fastest of those
-    that are good enough, or, where none is, the one that lacks least of it.
+    Attributes:
+        name: "agreement", "perplexity", "speed", "random" or "static".
+        passed: Whether the point passed it.
+        text: What was found, in a sentence.
+    """
+
+    name: str
+    passed: bool
+    text: str
+
+
+def judge(rows: Rows, wanted: WantedQuality) -> Verdict:
+    """Return whether any operating point is worth running instead of the full model.
+
+    A point is worth it when its quality is sufficient, it is significantly faster, and neither a
+    random exit at the same share nor one static exit layer for all tokens does as well. Of several
+    such points the fastest is chosen. If there is none, the verdict names the nearest: the fastest
+    of those of sufficient quality or, without any, the one that lacks least of it.
 
     Args:
-        rows: The points of an evaluation, controls among them.
-        agreement: The least share of tokens whose prediction is the full model's.
-        perplexity_ratio: The largest perplexity, relative to the full model's.
-
-    Returns:
-        `use`, `point` (index of the point to use, or of the one that came nearest), `headline`,
-        `reasons` (one sentence per comparison), `failed` (the names of those that failed),
-        `good_enough` and `faster` (index of the best point that is), `against` (the indices
-        compared with) and `wanted`.
+        rows: The operating points of an evaluation, controls among them.
+        wanted: The quality asked for.
 
     Raises:
         RecordError: A figure of a row is missing or not a number.
@@ -45,102 +55,126 @@ def judge(rows: Sequence[Row], *, agreement: float, perplexity_ratio: float) -> 
     for number, row in enumerate(rows):
         _check_row(number, row)
     candidates = [
-        number
-        for number, row in enumerate(rows)
-        if row["rule"] not in CONTROLS and row["exit_share"] > 0
+        number for number, row in enumerate(rows) if row.rule not in CONTROLS and row.exit_share > 0
     ]
-    failed = {
-        number: _failed(_checks(number, rows, agreement, perplexity_ratio)) for number in candidates
-    }
+    checks = {number: _checks(number, rows, wanted) for number in candidates}
+    failed = {number: _failed(checks[number]) for number in candidates}
 
     def lacks(number: int) -> float:
-        return _shortfall(rows[number], agreement, perplexity_ratio)
+        return _shortfall(rows[number], wanted)
 
     def seconds(number: int) -> float:
-        ratio: float = rows[number]["seconds_ratio"]
-        return ratio
+        return rows[number].seconds_ratio
 
     good = [number for number in candidates if not {*_QUALITY} & {*failed[number]}]
     fast = [number for number in candidates if "speed" not in failed[number]]
     both = [number for number in good if number in fast]
     fine = [number for number in both if not failed[number]]
+    point = min(fine or both or good or candidates, key=seconds if good else lacks, default=None)
+    if point is None:
+        return _without_point(
+            "Do not use early exit here: no token left at any measured point.", wanted
+        )
     good_enough = min(good, key=seconds, default=None)
     faster = min(fast, key=lacks, default=None)
-    point = min(fine or both or good or candidates, key=seconds if good else lacks, default=None)
-    verdict: Row = {
-        "use": bool(fine),
-        "point": point,
-        "headline": "Do not use early exit here: no token left at any measured point.",
-        "reasons": [],
-        "failed": [],
-        "good_enough": good_enough,
-        "faster": faster,
-        "against": {"random": None, "static": None, "oracle": None},
-        "wanted": {"agreement": agreement, "perplexity_ratio": perplexity_ratio},
-    }
-    if point is None:
-        return verdict
-    return verdict | {
-        "headline": _headline(rows, point, failed[point], good_enough, faster),
-        "reasons": [check["text"] for check in _checks(point, rows, agreement, perplexity_ratio)],
-        "failed": failed[point],
-        "against": {
-            "random": _random(rows[point], rows),
-            "static": _static(rows[point], rows),
-            "oracle": _oracle(rows[point], rows),
-        },
-    }
+    return Verdict(
+        use=bool(fine),
+        point=point,
+        headline=_headline(rows, point, failed[point], good_enough, faster),
+        reasons=[check.text for check in checks[point]],
+        failed=failed[point],
+        good_enough=good_enough,
+        faster=faster,
+        against=ControlPoints(
+            random=_random(rows[point], rows),
+            static=_static(rows[point], rows),
+            oracle=_oracle(rows[point], rows),
+        ),
+        wanted=wanted,
+    )
 
 
-def _check_row(number: int, row: Row) -> None:
-    # Seconds have no interval where there was one batch.
-    intervals = [row.get(name) for name in _INTERVALS]
-    figures = [row.get(name) for name in _FIGURES]
-    figures += [end for interval in intervals if interval is not None for end in interval]
-    if intervals[0] is None or intervals[1] is None or not all(map(_is_number, figures)):
+def no_verdict(wanted: WantedQuality) -> Verdict:
+    """Return the verdict of given operating points alone: without controls there is none.
+
+    Args:
+        wanted: The quality asked for.
+    """
+    text = "Not judged: only the given points were measured, without controls."
+    return _without_point(text, wanted)
+
+
+def _without_point(headline: str, wanted: WantedQuality) -> Verdict:
+    return Verdict(
+        use=False,
+        point=None,
+        headline=headline,
+        reasons=[],
+        failed=[],
+        good_enough=None,
+        faster=None,
+        against=ControlPoints(random=None, static=None, oracle=None),
+        wanted=wanted,
+    )
+
+
+def is_faster(seconds_ratio_interval: Sequence[float] | None, flops_ratio: float | None) -> bool:
+    """Return whether early exit is significantly faster than the full model.
+
+    Args:
+        seconds_ratio_interval: The 95 % interval of its seconds, relative to the full model's; None
+            where there is none.
+        flops_ratio: Its operations, relative to the full model's; None where they are not known.
+    """
+    if seconds_ratio_interval is None or flops_ratio is None:
+        return False
+    return seconds_ratio_interval[1] < 1 and flops_ratio < 1
+
+
+def _check_row(number: int, row: OperatingPointRow) -> None:
+    figures = [getattr(row, name) for name in _FIGURES]
+    for name in _INTERVALS:
+        figures += getattr(row, name) or ()
+    if not all(map(math.isfinite, figures)):
         raise RecordError(
-            f"point {number} ({row.get('rule')} at layer {row.get('exit_layer')}) lacks a figure or"
+            f"point {number} ({row.rule} at layer {row.exit_layer}) lacks a figure or"
             f" holds NaN, expected numbers for {', '.join((*_FIGURES, *_INTERVALS))}; evaluate anew"
         )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _shortfall(row: Row, agreement: float, perplexity: float) -> float:
+def _shortfall(row: OperatingPointRow, wanted: WantedQuality) -> float:
     """Return what a point lacks of the wanted quality: a share of tokens plus nats per token."""
-    tokens: float = max(0.0, agreement - row["agreement"])
-    return tokens + max(0.0, math.log(row["perplexity_ratio"] / perplexity))
+    tokens = max(0.0, wanted.agreement - row.agreement)
+    return tokens + max(0.0, math.log(row.perplexity_ratio / wanted.perplexity_ratio))
 
 
-def _checks(number: int, rows: Sequence[Row], agreement: float, perplexity: float) -> list[Row]:
+def _checks(number: int, rows: Rows, wanted: WantedQuality) -> list[_Check]:
     row = rows[number]
     checks = [
-        _check(
+        _Check(
             "agreement",
-            row["agreement"] >= agreement,
-            f"{_percent(row['agreement'])} of all tokens are predicted as by the full model "
-            f"({_between(row['agreement_interval'], _percent)}; wanted: {_percent(agreement)})",
+            row.agreement >= wanted.agreement,
+            f"{percent(row.agreement)} of all tokens are predicted as by the full model "
+            f"({_between(row.agreement_interval, percent)}; wanted: {percent(wanted.agreement)})",
         ),
-        _check(
+        _Check(
             "perplexity",
-            row["perplexity_ratio"] <= perplexity,
-            f"perplexity is {_ratio(row['perplexity_ratio'])} x the full model's "
-            f"({_between(row['perplexity_ratio_interval'], _ratio)}; wanted: at most "
-            f"{_ratio(perplexity)})",
+            row.perplexity_ratio <= wanted.perplexity_ratio,
+            f"perplexity is {_ratio(row.perplexity_ratio)} x the full model's "
+            f"({_between(row.perplexity_ratio_interval, _ratio)}; wanted: at most "
+            f"{_ratio(wanted.perplexity_ratio)})",
         ),
-        _check("speed", _is_faster(row), _speed(row)),
+        _Check("speed", is_faster(row.seconds_ratio_interval, row.flops_ratio), _speed(row)),
     ]
     control = _random(row, rows)
     if control is not None:
         other = rows[control]
         beaten = _beaten_in(row, other)
         checks.append(
-            _check(
+            _Check(
                 "random",
                 bool(beaten),
-                f"random exit of {_percent(other['exit_share'])} at the same layer: "
+                f"random exit of {percent(other.exit_share)} at the same layer: "
                 f"{_quality(other)} (beaten in {_measures(beaten)})",
             )
         )
@@ -148,37 +182,28 @@ def _checks(number: int, rows: Sequence[Row], agreement: float, perplexity: floa
     if static is not None:
         other = rows[static]
         checks.append(
-            _check(
+            _Check(
                 "static",
                 not _dominates(other, row),
-                f"every token leaving at layer {other['exit_layer']} takes "
-                f"{other['seconds_ratio']:.2f} x the time: {_quality(other)}",
+                f"every token leaving at layer {other.exit_layer} takes "
+                f"{other.seconds_ratio:.2f} x the time: {_quality(other)}",
             )
         )
     return checks
 
 
-def _check(name: str, passed: bool, text: str) -> Row:
-    return {"name": name, "passed": bool(passed), "text": text}
+def _failed(checks: Sequence[_Check]) -> list[str]:
+    return [check.name for check in checks if not check.passed]
 
 
-def _failed(checks: Sequence[Row]) -> list[str]:
-    return [check["name"] for check in checks if not check["passed"]]
-
-
-def _is_faster(row: Row) -> bool:
-    interval = row["seconds_ratio_interval"]
-    return interval is not None and interval[1] < 1 and row["flops_ratio"] < 1
-
-
-def _beaten_in(row: Row, other: Row) -> list[str]:
+def _beaten_in(row: OperatingPointRow, other: OperatingPointRow) -> list[str]:
     """Return the measures in which a point is better than a control by more than chance.
 
     One of them is enough: how bad it may be in the other at most has its own check.
     """
     better = {
-        "agreement": row["agreement_interval"][0] > other["agreement"],
-        "perplexity": row["perplexity_ratio_interval"][1] < other["perplexity_ratio"],
+        "agreement": row.agreement_interval[0] > other.agreement,
+        "perplexity": row.perplexity_ratio_interval[1] < other.perplexity_ratio,
     }
     return [name for name, is_better in better.items() if is_better]
 
@@ -187,52 +212,49 @@ def _measures(names: Sequence[str]) -> str:
     return {0: "neither", 1: f"{''.join(names)} alone"}.get(len(names), " and ".join(names))
 
 
-def _dominates(other: Row, row: Row) -> bool:
-    return bool(
-        other["agreement"] >= row["agreement"]
-        and other["perplexity_ratio"] <= row["perplexity_ratio"]
-    )
+def _dominates(other: OperatingPointRow, row: OperatingPointRow) -> bool:
+    return bool(other.agreement >= row.agreement and other.perplexity_ratio <= row.perplexity_ratio)
 
 
-def _random(row: Row, rows: Sequence[Row]) -> int | None:
+def _random(row: OperatingPointRow, rows: Rows) -> int | None:
     """Return the random control of the same layer whose exit share is nearest."""
     found = [
         number
         for number, other in enumerate(rows)
-        if other["rule"] == "random" and other["exit_layer"] == row["exit_layer"]
+        if other.rule == "random" and other.exit_layer == row.exit_layer
     ]
     return min(
-        found, key=lambda number: abs(rows[number]["exit_share"] - row["exit_share"]), default=None
+        found, key=lambda number: abs(rows[number].exit_share - row.exit_share), default=None
     )
 
 
-def _static(row: Row, rows: Sequence[Row]) -> int | None:
+def _static(row: OperatingPointRow, rows: Rows) -> int | None:
     """Return the best static exit that is no slower than the point: one that does as well first."""
     found = [
         number
         for number, other in enumerate(rows)
-        if other["rule"] == "fixed" and other["seconds_ratio"] <= row["seconds_ratio"]
+        if other.rule == "fixed" and other.seconds_ratio <= row.seconds_ratio
     ]
     return max(
         found,
-        key=lambda number: (_dominates(rows[number], row), rows[number]["agreement"]),
+        key=lambda number: (_dominates(rows[number], row), rows[number].agreement),
         default=None,
     )
 
 
-def _oracle(row: Row, rows: Sequence[Row]) -> int | None:
+def _oracle(row: OperatingPointRow, rows: Rows) -> int | None:
     return next(
         (
             number
             for number, other in enumerate(rows)
-            if other["rule"] == "oracle" and other["exit_layer"] == row["exit_layer"]
+            if other.rule == "oracle" and other.exit_layer == row.exit_layer
         ),
         None,
     )
 
 
 def _headline(
-    rows: Sequence[Row],
+    rows: Rows,
     point: int,
     failed: Sequence[str],
     good_enough: int | None,
@@ -241,8 +263,8 @@ def _headline(
     row = rows[point]
     if not failed:
         return (
-            f"Use early exit here: {_point(row)} with the {row['head']} head, "
-            f"{_percent(row['exit_share'])} of the tokens leave."
+            f"Use early exit here: {_point(row)} with the {row.head} head, "
+            f"{percent(row.exit_share)} of the tokens leave."
         )
     if not {*_QUALITY, "speed"} & {*failed}:
         instead = {"random": "leaving at random", "static": "one static layer for all tokens"}
@@ -268,33 +290,29 @@ def _headline(
     )
 
 
-def _point(row: Row) -> str:
-    return f"layer {row['exit_layer']}, {row['rule']} >= {row['threshold']:.4g}"
+def _point(row: OperatingPointRow) -> str:
+    return f"layer {row.exit_layer}, {row.rule} >= {row.threshold:.4g}"
 
 
-def _quality(row: Row) -> str:
-    return f"perplexity {_ratio(row['perplexity_ratio'])} x, agreement {_percent(row['agreement'])}"
+def _quality(row: OperatingPointRow) -> str:
+    return f"perplexity {_ratio(row.perplexity_ratio)} x, agreement {percent(row.agreement)}"
 
 
-def _time(row: Row) -> str:
-    interval = row["seconds_ratio_interval"]
+def _time(row: OperatingPointRow) -> str:
+    interval = row.seconds_ratio_interval
     between = "no interval: one batch" if interval is None else _between(interval, _hundredths)
-    return f"{_hundredths(row['seconds_ratio'])} x the full model's time ({between})"
+    return f"{_hundredths(row.seconds_ratio)} x the full model's time ({between})"
 
 
-def _speed(row: Row) -> str:
-    found = f"scoring takes {_time(row)}, {_hundredths(row['flops_ratio'])} x its operations"
-    if row["seconds_ratio_interval"] is None:
+def _speed(row: OperatingPointRow) -> str:
+    found = f"scoring takes {_time(row)}, {_hundredths(row.flops_ratio)} x its operations"
+    if row.seconds_ratio_interval is None:
         found += "; one batch cannot tell, take a smaller --batch-size or more text"
     return found
 
 
-def _between(interval: Sequence[float], show: Any) -> str:
+def _between(interval: Sequence[float], show: Callable[[float], str]) -> str:
     return f"{show(interval[0])} to {show(interval[1])}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _ratio(value: float) -> str:

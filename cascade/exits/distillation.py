@@ -1,4 +1,4 @@
-"""Distillation: exit heads that go on learning from the full model where the closed form ends."""
+"""Distillation: training fitted heads further, on the full model's distributions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from cascade.core.errors import CorpusError, UsageError
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.exits.fitted_heads import CHECKED, FittedHeads
 from cascade.exits.head_fitting import rows_of
+from cascade.exits.records import Distillation
 from cascade.models.hooks import frozen
 from cascade.models.stack import DecoderStack
 from cascade.stats.ridge import rms_normalized
@@ -48,11 +50,12 @@ def distill(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> FittedHeads:
-    """Train fitted heads on the full model's distributions, and keep what is better.
+    """Train fitted heads on the full model's distributions, and keep improvements.
 
     Minimizes KL(full || head) over every token (Hinton et al. 2015, arXiv 1503.02531, at
-    temperature 1). Of every ten sequences one is not trained on: a head is replaced only by the
-    state, after some epoch, that is better there than all before it, the closed form included.
+    temperature 1). One of every ten sequences is not trained on. A head is replaced by its state
+    after an epoch only if that is better on those sequences than all states before it, the closed
+    form included.
 
     Args:
         stack: The model; its weights are not touched.
@@ -65,7 +68,7 @@ def distill(
         progress: Called with the number of tokens done since the last call.
 
     Returns:
-        New heads with the same propagation maps; `provenance["distillation"]` has, per exit layer,
+        New heads with the same propagation maps; `provenance.distillation` has, per exit layer,
         the KL on the sequences kept aside after every epoch, in nats, the closed form first.
 
     Raises:
@@ -101,7 +104,7 @@ def distill(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     )
     shuffler = torch.Generator().manual_seed(seed)
-    tell = progress or (lambda _: None)
+    on_progress = progress or (lambda _: None)
     losses = {layer: [loss] for layer, loss in _check(stack, trained, blocks, checking).items()}
     with frozen(stack.model):
         for _ in range(epochs):
@@ -109,18 +112,19 @@ def distill(
             for start in range(0, len(order), batch_size):
                 ids = blocks.ids[order[start : start + batch_size]]
                 _train(stack, trained, ids, optimizer, schedule, shuffler)
-                tell(ids.size)
+                on_progress(ids.size)
             for layer, loss in _check(stack, trained, blocks, checking).items():
                 if loss < min(losses[layer]):
                     best[layer] = trained[layer].copy()
                 losses[layer].append(loss)
-    about = {
-        "epochs": epochs,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "kl_on_sequences_kept_aside": {str(layer): values for layer, values in losses.items()},
-    }
-    return replace(heads, weights=best, provenance=heads.provenance | {"distillation": about})
+    distillation = Distillation(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        seed=seed,
+        kl_on_sequences_kept_aside={str(layer): values for layer, values in losses.items()},
+    )
+    provenance = msgspec.structs.replace(heads.provenance, distillation=distillation)
+    return replace(heads, weights=best, provenance=provenance)
 
 
 def trained_tokens(blocks: TokenBlocks) -> int:

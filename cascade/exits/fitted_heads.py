@@ -15,19 +15,15 @@ from torch import Tensor
 
 from cascade.core.errors import OutputError, RecordError, UsageError, first_line
 from cascade.core.files import atomic_path
-from cascade.core.shapes import COUNT, FLAG, TEXT, Maybe, Shape, flaw
+from cascade.core.provenance import ModelProvenance
+from cascade.core.schema import from_plain, known, to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.exits.heads import PropagationMap, RidgeHead
+from cascade.exits.records import HeadsMetadata, HeadsProvenance
 from cascade.models.identity import check_same_model
 from cascade.models.stack import DecoderStack
 
-_SCHEMA = 1
-
-
-_KIND = "exit-heads"
-
-
-#: Of every ten sequences, this one is kept aside: it chooses strengths and epochs.
+#: Of every ten sequences, this one is not trained on: it chooses strengths and epochs.
 CHECKED = 9
 
 
@@ -40,14 +36,14 @@ class FittedHeads:
         maps: Exit layer -> `(W [D, layers * width], b)` of its propagation.
         width: Outputs of a propagation map per upper layer.
         of_states: Whether the maps predict layer inputs instead of keys and values.
-        provenance: Model, corpus, strengths, versions.
+        provenance: Where they come from.
     """
 
     weights: dict[int, tuple[Tensor, Tensor]]
     maps: dict[int, tuple[Tensor, Tensor]]
     width: int
     of_states: bool
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: HeadsProvenance = field(default_factory=HeadsProvenance)
 
     @property
     def layers(self) -> list[int]:
@@ -98,27 +94,33 @@ class FittedHeads:
         return f"sha256:{digest.hexdigest()}"
 
     def saw(self, blocks: TokenBlocks) -> bool:
-        """Say whether they were fitted on a corpus, a part of it, or one that it is a part of.
+        """Return whether they were fitted on a corpus, a split of it, or one that it is a split of.
 
-        On such text they are better than on any other: what is measured there holds for it alone.
+        They are better on such text than on any other, so figures measured there hold for it alone.
 
         Args:
             blocks: A corpus to measure on.
         """
-        fitted = self.provenance.get("corpus") or {}
-        if fitted.get("fingerprint") == blocks.fingerprint():
+        fitted = known(self.provenance.corpus)
+        if fitted is None:
+            return False
+        if fitted.fingerprint == blocks.fingerprint():
             return True
-        names = f"{fitted.get('name')}-", f"{blocks.name}-"
+        names = f"{fitted.name}-", f"{blocks.name}-"
         same = names[0].startswith(names[1]) or names[1].startswith(names[0])
-        return same and fitted.get("source") == blocks.source
+        return same and fitted.source == blocks.source
 
     def check(self, stack: DecoderStack) -> None:
-        """Refuse to serve another model.
+        """Refuse another model than the one that the heads were fitted for.
+
+        Args:
+            stack: The model.
 
         Raises:
             ModelError: Names both models and what differs.
         """
-        check_same_model(self.provenance.get("model", {}), stack, what="these exit heads")
+        model = known(self.provenance.model) or ModelProvenance()
+        check_same_model(model, stack, what="these exit heads")
 
     def save(self, path: Path, *, half: bool = False) -> None:
         """Write a safetensors file, whole or not at all.
@@ -137,20 +139,17 @@ class FittedHeads:
         tensors = {}
         for kind, pairs in (("head", self.weights), ("propagation", self.maps)):
             for layer, (weight, bias) in pairs.items():
-                for part, tensor in (("weight", weight), ("bias", bias)):
+                for name, tensor in (("weight", weight), ("bias", bias)):
                     stored = _halved(tensor, layer) if half else tensor
-                    tensors[f"{kind}.{layer}.{part}"] = stored.cpu().contiguous()
-        about = {
-            "schema": _SCHEMA,
-            "kind": _KIND,
-            "width": self.width,
-            "of_states": self.of_states,
-            "provenance": self.provenance,
-        }
+                    tensors[f"{kind}.{layer}.{name}"] = stored.cpu().contiguous()
+        metadata = HeadsMetadata(
+            width=self.width, of_states=self.of_states, provenance=self.provenance
+        )
+        text = json.dumps(to_plain(metadata))
         with atomic_path(path) as temporary:
             try:
-                save_file(tensors, temporary, metadata={"cascade": json.dumps(about)})
-            except SafetensorError as error:  # what a full disk is to safetensors
+                save_file(tensors, temporary, metadata={"cascade": text})
+            except SafetensorError as error:  # safetensors raises it when the disk is full
                 raise OutputError(
                     f"cannot write {path}: {first_line(error)}; free some space or choose another"
                     " place (what was there before is unharmed)"
@@ -158,14 +157,14 @@ class FittedHeads:
 
 
 def heads_provenance(heads: FittedHeads | None, *corpora: TokenBlocks) -> dict[str, Any]:
-    """Return what a record says of the heads behind its figures.
+    """Return the provenance of a record's heads: themselves, fingerprint, whether they saw text.
 
     Args:
         heads: None for the logit lens.
-        corpora: What the figures are measured on.
+        corpora: The text that the record's figures are measured on.
     """
     return {
-        "heads": None if heads is None else heads.provenance,
+        "heads": None if heads is None else to_plain(heads.provenance),
         "heads_fingerprint": None if heads is None else heads.fingerprint(),
         "heads_saw_corpus": heads is not None and any(map(heads.saw, corpora)),
     }
@@ -182,7 +181,11 @@ def _halved(tensor: Tensor, layer: int) -> Tensor:
 
 
 def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
-    """Read fitted heads and make sure that they belong to the model.
+    """Read fitted heads and check that they belong to the model.
+
+    Args:
+        path: The safetensors file.
+        stack: The model.
 
     Raises:
         RecordError: The file is missing, torn, or no exit heads.
@@ -201,15 +204,16 @@ def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
     except FileNotFoundError as error:
         raise RecordError(f"no exit heads at {path}; make them with `cascade fit-heads`") from error
     except Exception as error:
-        # safetensors has an error type of its own for each way a file can be torn.
+        # safetensors has several error types for torn files.
         raise RecordError(
             f"{path} is no readable safetensors file ({first_line(error)}); make it anew with "
             "`cascade fit-heads`"
         ) from error
-    if not isinstance(about, dict) or (about.get("kind"), about.get("schema")) != (_KIND, _SCHEMA):
+    kind = HeadsMetadata.KIND, HeadsMetadata.SCHEMA
+    if not isinstance(about, dict) or (about.get("kind"), about.get("schema")) != kind:
         raise RecordError(f"{path} holds no exit heads; make them with `cascade fit-heads`")
     try:
-        heads = _assembled(tensors, about)
+        heads = _assembled(tensors, from_plain(about, HeadsMetadata))
     except ValueError as error:
         raise RecordError(
             f"{path} is torn or edited ({error}); make it anew with `cascade fit-heads`"
@@ -218,34 +222,14 @@ def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
     return heads
 
 
-#: What is read of a file's metadata.
-_ABOUT: Shape = {
-    "width": COUNT,
-    "of_states": FLAG,
-    "provenance": {
-        "model": {"num_layers": COUNT, "hidden_size": COUNT},
-        "corpus": Maybe(
-            {
-                "name": TEXT,
-                "source": TEXT,
-                "fingerprint": TEXT,
-                "tokens": COUNT,
-                "sequences": COUNT,
-                "seq_len": COUNT,
-            }
-        ),
-    },
-}
+def _assembled(tensors: dict[str, Tensor], metadata: HeadsMetadata) -> FittedHeads:
+    """Return a file's content as heads.
 
-
-def _assembled(tensors: dict[str, Tensor], about: dict[str, Any]) -> FittedHeads:
-    """Return a file's content as heads; ValueError, in words, where it is not whole."""
-    found = flaw(about, _ABOUT)
-    if found is not None:
-        raise ValueError(found)
-    model, width = about["provenance"]["model"], about["width"]
-    hidden, last = model["hidden_size"], model["num_layers"]
-    if about["of_states"] and width != hidden:
+    Raises:
+        ValueError: The file is not complete; says what is wrong.
+    """
+    width, (hidden, last) = metadata.width, _sizes_of(metadata.provenance)
+    if metadata.of_states and width != hidden:
         raise ValueError(
             f"expected a width of {hidden} where layer inputs are predicted, got {width}"
         )
@@ -259,14 +243,27 @@ def _assembled(tensors: dict[str, Tensor], about: dict[str, Any]) -> FittedHeads
         }
 
     return FittedHeads(
-        pairs("head"), pairs("propagation"), width, about["of_states"], about["provenance"]
+        pairs("head"), pairs("propagation"), width, metadata.of_states, metadata.provenance
     )
+
+
+def _sizes_of(provenance: HeadsProvenance) -> tuple[int, int]:
+    """Return the hidden size and the number of layers of the heads' model."""
+    model = known(provenance.model)
+    if model is None:
+        raise ValueError("expected provenance.model, got nothing")
+    hidden, layers = known(model.hidden_size), known(model.num_layers)
+    if hidden is None:
+        raise ValueError("expected provenance.model.hidden_size, got nothing")
+    if layers is None:
+        raise ValueError("expected provenance.model.num_layers, got nothing")
+    return hidden, layers
 
 
 def _shapes(
     tensors: Iterable[str], hidden: int, last: int, width: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return every tensor that belongs into a file: those of all layers that any is named after."""
+    """Return name and shape of every tensor of a file: those of all layers that names mention."""
     named = [re.fullmatch(r"(?:head|propagation)\.([1-9]\d*)\.\w+", name) for name in tensors]
     layers = sorted({int(match[1]) for match in named if match is not None})
     return {

@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from cascade.core.errors import ModelError, UsageError
+from cascade.core.provenance import Provenance
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.exits.fitted_heads import CHECKED, FittedHeads
 from cascade.exits.heads import weights_size
 from cascade.exits.history import exit_entries
+from cascade.exits.records import HeadsProvenance
 from cascade.models.stack import DecoderStack
 from cascade.stats.ridge import NormalEquations, fit, rms_normalized
-
-# --- Fitting ---------------------------------------------------------------------------------
 
 
 def fit_heads(
@@ -28,7 +29,7 @@ def fit_heads(
     layers: Sequence[int],
     *,
     batch_size: int = 32,
-    provenance: dict[str, Any] | None = None,
+    provenance: Provenance | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FittedHeads:
     """Fit a ridge head and a propagation map for every exit layer, in one pass over a corpus.
@@ -41,7 +42,7 @@ def fit_heads(
         blocks: The corpus.
         layers: Exit layers, 1..N.
         batch_size: Sequences per forward pass.
-        provenance: What is known beside model and corpus.
+        provenance: Of the fit (default: only model and corpus are known).
         progress: Called with the number of tokens done since the last call.
 
     Raises:
@@ -59,13 +60,32 @@ def fit_heads(
         if progress is not None:
             progress(ids.size)
     heads = fitter.fit()
-    heads.provenance |= {
-        "model": dict(stack.provenance),
-        "corpus": blocks.provenance(),
-    } | (provenance or {})
-    model = heads.provenance["model"] | {"weights_hash": stack.weights_hash()}
-    heads.provenance["model"] = model
+    heads.provenance = _with_origin(heads.provenance, stack, blocks, provenance)
     return heads
+
+
+def _with_origin(
+    fitted: HeadsProvenance,
+    stack: DecoderStack,
+    blocks: TokenBlocks,
+    provenance: Provenance | None,
+) -> HeadsProvenance:
+    """Return the provenance of a fit, with its model and corpus, and what else is known."""
+    if provenance is None:
+        return replace(
+            fitted,
+            model=replace(stack.provenance, weights_hash=stack.weights_hash()),
+            corpus=blocks.provenance(),
+        )
+    return replace(
+        fitted,
+        model=replace(provenance.model, weights_hash=stack.weights_hash()),
+        corpus=provenance.corpus,
+        tokenizer_hash=provenance.tokenizer_hash,
+        machine=provenance.machine,
+        versions=provenance.versions,
+        command=provenance.command,
+    )
 
 
 def rows_of(
@@ -90,7 +110,7 @@ def rows_of(
 
 
 class _Fitter:
-    """Sums up what the fits of several exit layers need, batch by batch."""
+    """Adds up the normal equations of several exit layers, batch by batch."""
 
     def __init__(self, stack: DecoderStack, layers: list[int]) -> None:
         self.stack, self.layers = stack, layers
@@ -114,15 +134,15 @@ class _Fitter:
 
     def add(self, ids: Tensor, numbers: Any) -> None:
         history: dict[int, Tensor] = {}
-        wanted = set(self.layers) | {self.stack.num_layers}
+        kept = set(self.layers) | {self.stack.num_layers}
         if self.of_states:
-            wanted |= set(range(min(self.layers), self.stack.num_layers))
+            kept |= set(range(min(self.layers), self.stack.num_layers))
 
         def keep(entry: int, hidden: Tensor) -> None:
-            if entry in wanted:
+            if entry in kept:
                 history[entry] = hidden.flatten(0, 1)
 
-        # Those kept aside come last: both kinds are then a slice, and nothing has to be copied.
+        # Sequences to check with come last, so that both kinds are a slice and need no copy.
         checked = numbers % 10 == CHECKED
         ids = ids[torch.from_numpy(np.argsort(checked, kind="stable")).to(ids.device)]
         with _captured(self.projections[min(self.layers) :]) as raw:
@@ -159,11 +179,11 @@ class _Fitter:
             raise ModelError(f"exit layer {layer}: {error}; use a wider --dtype") from error
 
     def _upper(self, layer: int, history: dict[int, Tensor], raw: list[Tensor]) -> list[Tensor]:
-        """Return the upper layers' targets, the lowest first: in all `width` outputs for each."""
+        """Return the upper layers' targets, the lowest first: `width` outputs for each layer."""
         if self.of_states:
             size = weights_size(history[layer])
             return [history[entry].float() / size for entry in range(layer, self.stack.num_layers)]
-        return [part.flatten(0, 1) for part in raw[2 * (layer - min(self.layers)) :]]
+        return [values.flatten(0, 1) for values in raw[2 * (layer - min(self.layers)) :]]
 
     def fit(self) -> FittedHeads:
         weights, maps, strengths = {}, {}, {}
@@ -175,11 +195,13 @@ class _Fitter:
             if layer < self.stack.num_layers:
                 maps[layer] = (weight[:, hidden:].clone(), bias[hidden:].clone())
             strengths[str(layer)] = chosen
-        return FittedHeads(weights, maps, self.width, self.of_states, {"strengths": strengths})
+        return FittedHeads(
+            weights, maps, self.width, self.of_states, HeadsProvenance(strengths=strengths)
+        )
 
 
 def _projections(layer: nn.Module) -> list[Any] | None:
-    """Return a layer's key and value projection, where it has them apart."""
+    """Return a layer's key and value projections; None where it has no separate ones."""
     attention = getattr(layer, "self_attn", None)
     found = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
     if all(isinstance(projection, nn.Linear) for projection in found):
@@ -189,7 +211,7 @@ def _projections(layer: nn.Module) -> list[Any] | None:
 
 @contextlib.contextmanager
 def _captured(projections: Sequence[Sequence[nn.Module] | None]) -> Iterator[list[Tensor]]:
-    """Collect what the layers' key and value projections give: `[B, T, width]` each, in turn."""
+    """Collect the outputs of the layers' key and value projections, `[B, T, width]` each."""
     kept: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> None:

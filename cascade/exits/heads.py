@@ -16,7 +16,7 @@ class ExitHead(Protocol):
 
     Attributes:
         name: For tables: "logit_lens", "ridge", ...
-        multiplications: Per row, those beside the LM head's own.
+        multiplications: Per row, in addition to the LM head's own.
     """
 
     name: str
@@ -74,11 +74,11 @@ class RidgeHead:
 
 
 class PropagationMap:
-    """Predicts from an exit state what every upper layer needs of a token that left.
+    """Predicts from an exit state what every upper layer needs of an exited token.
 
-    One product for all upper layers together: for layers with separate projections it gives keys
-    and values before any norm and rotation, which costs what the projections would; for others it
-    gives the layer's input.
+    That is one product for all upper layers together. For layers with separate projections it
+    predicts keys and values before any norm and rotation, at the cost of the projections; for
+    other layers it predicts the layer's input.
 
     Args:
         weight: `[D, layers * width]`, inputs first, the lowest upper layer first.

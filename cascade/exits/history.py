@@ -16,10 +16,10 @@ _NORMED = "+norm"
 def exit_entries(layer: int, num_layers: int, *, from_end: bool = False) -> tuple[int, int]:
     """Return the two entries of the hidden history that an exit layer compares.
 
-    The history has N+1 entries: 0 the embeddings, k the output of layer k on the residual stream.
-    Layer k compares entries k-1 and k. Counted from the end, that is `[-3], [-2]` for layer 29 of
-    30; the pair `[-2], [-1]` is layer 30, and taking it for layer 29 is the off-by-one that this
-    project exists to keep out.
+    The history has N+1 entries: entry 0 is the embeddings, entry k the output of layer k on the
+    residual stream. Layer k compares entries k-1 and k. Counted from the end, that is `[-3], [-2]`
+    for layer 29 of 30. The pair `[-2], [-1]` is layer 30; taking it for layer 29 is the off-by-one
+    error that this function prevents.
 
     Args:
         layer: 1..N.
@@ -27,7 +27,7 @@ def exit_entries(layer: int, num_layers: int, *, from_end: bool = False) -> tupl
         from_end: Count from the end, as negative indices.
 
     Raises:
-        UsageError: No such layer (names the valid range).
+        UsageError: There is no such layer (names the valid range).
     """
     own = whole(layer)
     if own is None or not 1 <= own <= num_layers:
@@ -38,12 +38,12 @@ def exit_entries(layer: int, num_layers: int, *, from_end: bool = False) -> tupl
 
 @dataclass
 class HiddenHistory:
-    """The hidden history of some tokens, or as much of it as was kept.
+    """The hidden history of some tokens, or some of its entries.
 
     Attributes:
         num_layers: N.
         entries: Entry number -> states on the residual stream, `[..., D]`.
-        normed: The state behind the final norm, `[..., D]`, where there is one.
+        normed: The state after the final norm, `[..., D]`, or None.
     """
 
     num_layers: int
@@ -52,9 +52,9 @@ class HiddenHistory:
 
     @classmethod
     def from_transformers(cls, hidden_states: Sequence[Tensor]) -> HiddenHistory:
-        """Read what `output_hidden_states=True` returns, whose last entry is behind the norm.
+        """Read what `output_hidden_states=True` returns; its last entry is after the final norm.
 
-        Layer N's own output is not among them: its pair can only be had as "N+norm".
+        Layer N's own output is not among them, so its pair is only known as "N+norm".
 
         Args:
             hidden_states: N+1 tensors `[B, T, D]`.
@@ -66,10 +66,10 @@ class HiddenHistory:
         """Return the states that an exit layer compares: its input and its output.
 
         Args:
-            layer: 1..N, or "N+norm" for the last layer's input and the state behind the norm.
+            layer: 1..N, or "N+norm" for the last layer's input and the state after the norm.
 
         Raises:
-            UsageError: No such layer, or its states were not kept.
+            UsageError: There is no such layer, or its states were not kept.
         """
         number = _number(layer, self.num_layers) if isinstance(layer, str) else layer
         before, after = exit_entries(number, self.num_layers)

@@ -1,4 +1,4 @@
-"""Exit rules: from what a token shows at an exit layer to a confidence."""
+"""Exit rules: how confident a token is at an exit layer."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cascade.core.arguments import read_threshold
 from cascade.core.errors import UsageError
-from cascade.exits.decision import read_threshold
 from cascade.exits.history import HiddenHistory, exit_entries
 from cascade.stats.cosine import cosine
 
 
 @dataclass
 class ExitPoint:
-    """What an exit rule may look at: n tokens at one exit layer.
+    """The input of an exit rule: n tokens at one exit layer.
 
     Attributes:
         layer: The exit layer.
-        history: Its states `[n, D]`: its own entry and those before it that the rule asked for.
-        compute_logits: Makes the exit head's logits, `[n, V]`; called once, and only if asked.
+        history: Its states `[n, D]`: its own entry and those before it that the rule needs.
+        compute_logits: Computes the exit head's logits, `[n, V]`; called at most once.
         token_ids: `[n]`, the tokens themselves.
         positions: `[n]`, their positions, from 0.
         earlier: Predictions `[n]` of the exit layers before this one, nearest last.
-        full_prediction: `[n]`, what the full model says; only for rules that need it.
+        full_prediction: `[n]`, what the full model predicts; only for rules that need it.
         seed: For rules that draw.
     """
 
@@ -45,6 +45,11 @@ class ExitPoint:
         """The exit head's logits, `[n, V]`, in fp32."""
         return self.compute_logits().float()
 
+    @property
+    def has_logits(self) -> bool:
+        """Whether the logits have been computed."""
+        return "logits" in self.__dict__
+
     @cached_property
     def log_probabilities(self) -> Tensor:
         """Their log-softmax, `[n, V]`."""
@@ -55,6 +60,14 @@ class ExitPoint:
         """The exit head's most likely token, `[n]`."""
         return self.logits.argmax(dim=-1)
 
+    def with_own_logits(self) -> ExitPoint:
+        """Return the same tokens with their logits made, and nothing that a rule made of them.
+
+        Several rules can so be timed on the same logits, each with its own work.
+        """
+        logits = self.logits
+        return replace(self, compute_logits=lambda: logits)
+
     def similarity(self, layer: int) -> Tensor:
         """Cosine of a layer's input and output, `[n]`, in [-1, 1]."""
         before, after = (state.float() for state in self.history.pair(layer))
@@ -63,17 +76,17 @@ class ExitPoint:
 
 @dataclass(frozen=True)
 class ExitRule:
-    """How sure of itself a token is at an exit layer; it exits where confidence >= threshold.
+    """Gives each token a confidence at an exit layer; it exits where confidence >= threshold.
 
     Attributes:
-        name: As the command line spells it.
-        confidence: `[n]` from an `ExitPoint`; the larger, the surer.
-        low: The least confidence there is.
-        high: The largest.
+        name: As on the command line.
+        confidence: Returns `[n]` from an `ExitPoint`; larger means more confident.
+        low: The smallest possible confidence.
+        high: The largest possible confidence.
         needs_logits: Whether the exit head has to run to decide.
-        entries: How many entries before the exit layer's own the rule looks at.
-        needs_earlier: Whether it looks at the predictions of earlier exit layers.
-        needs_full: Whether it looks at the full model's answer: it can score, not generate.
+        entries: How many entries of the history before the exit layer's own the rule needs.
+        needs_earlier: Whether it needs the predictions of earlier exit layers.
+        needs_full: Whether it needs the full model's prediction: it can score, not generate.
         what: One line for tables.
         source: Where it comes from.
     """
@@ -90,17 +103,17 @@ class ExitRule:
     source: str
 
     def check(self, threshold: float, *, infinite: bool = True) -> None:
-        """Refuse a threshold that cannot be meant.
+        """Refuse an invalid threshold.
 
-        Any may be the next fp32 number above the range, which a fit gives where the surest tokens
-        are to stay.
+        The next fp32 number above the range is valid: a fit gives it where even the most confident
+        tokens must not exit.
 
         Args:
-            threshold: From which confidence on tokens leave.
-            infinite: It may be +inf (nothing exits: the full model) or -inf (everything exits).
+            threshold: Tokens with a confidence at or above it exit.
+            infinite: It may be +inf (no token exits: the full model) or -inf (all tokens exit).
 
         Raises:
-            UsageError: No number, NaN, or outside the rule's range.
+            UsageError: It is no number, NaN, or outside the rule's range.
         """
         threshold = read_threshold(threshold)
         above = torch.nextafter(torch.tensor(self.high), torch.tensor(math.inf)).item()
@@ -162,17 +175,17 @@ def find_rule(name: str) -> ExitRule:
 
 
 def looking_at(rule: ExitRule, layer: int, *, leaving: int) -> ExitRule:
-    """Return a rule that decides by a layer below the one at which tokens leave.
+    """Return a rule that decides by a layer below the one at which tokens exit.
 
-    So may a token that Layer 29 finds easy leave behind Layer 30, at the model's own LM head.
+    A token that is easy at layer 29 can then exit after layer 30, at the model's own LM head.
 
     Args:
-        rule: One that looks at similarities alone: they do not depend on where tokens leave.
-        layer: Whose states are compared.
+        rule: One that needs similarities alone: they do not depend on where tokens exit.
+        layer: The layer whose states are compared.
         leaving: The exit layer, at or above it.
 
     Raises:
-        UsageError: No such layer, or the rule needs the exit head's logits.
+        UsageError: There is no such layer, or the rule needs the exit head's logits.
     """
     if layer == leaving:
         return rule
@@ -265,7 +278,7 @@ def _oracle(at: ExitPoint) -> Tensor:
 
 
 def check_layers(rules: Mapping[int, ExitRule], num_layers: int) -> None:
-    """Refuse exit layers that are not there, or where a rule looks beyond the first entry.
+    """Refuse exit layers outside the model, and layers with too few below them for their rule.
 
     Args:
         rules: Exit layer -> its rule.

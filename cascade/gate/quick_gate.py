@@ -14,7 +14,7 @@ import numpy as np
 
 from cascade.core.arrays import Array
 from cascade.core.errors import OutputError, RecordError, UsageError
-from cascade.core.provenance import CorpusProvenance, Provenance, provenance_of, typed_provenance
+from cascade.core.provenance import CorpusProvenance, Provenance, provenance_of
 from cascade.core.records import read_typed, write_record
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
@@ -133,7 +133,7 @@ def run_gate(
     if tokens < 1:
         raise UsageError(f"expected a budget of at least 1 token, got {tokens}")
     start = time.perf_counter()
-    about = typed_provenance(provenance_of(stack, blocks, command))
+    about = provenance_of(stack, blocks, command)
     expected = baseline.record().provenance
     shared = _shared(blocks, baseline)
     mismatches = mismatches_of(about, expected)

@@ -14,10 +14,9 @@ from pathlib import Path
 from cascade.core.errors import ModelError, RecordError
 from cascade.core.files import write_text
 from cascade.core.records import packed
-from cascade.core.schema import from_plain, to_plain
 from cascade.corpora.blocks import TokenBlocks, load_blocks
-from cascade.evaluation.exit_evaluation import Request, evaluate, split
-from cascade.evaluation.operating_points import Point
+from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
+from cascade.evaluation.operating_points import OperatingPoint
 from cascade.evaluation.records import EvaluationRecord
 from cascade.exits.fitted_heads import FittedHeads, load_heads
 from cascade.exits.history import exit_entries
@@ -195,7 +194,8 @@ def rerun(
         ModelError: The heads belong to another model, or a state is not finite.
     """
     points = [
-        Point(point.exit_layer, point.rule, point.threshold, "given") for point in group.points
+        OperatingPoint(point.exit_layer, point.rule, point.threshold, "given")
+        for point in group.points
     ]
     config = PointsConfig(
         propagation=group.settings.propagation,
@@ -208,7 +208,7 @@ def rerun(
 
 def evaluate_points(
     stack: DecoderStack,
-    points: list[Point],
+    points: list[OperatingPoint],
     blocks: TokenBlocks,
     *,
     heads: FittedHeads | None = None,
@@ -230,21 +230,22 @@ def evaluate_points(
     """
     config = config or PointsConfig()
     fit, confirm = split(blocks)
-    record = evaluate(
+    return evaluate(
         stack,
         fit,
         confirm,
-        Request(layers=(), rules=(), thresholds=tuple(points), only_given=True),
+        EvaluationConfig(layers=(), rules=(), thresholds=tuple(points), only_given=True),
         heads=heads,
         propagation=config.propagation,  # type: ignore[arg-type]  # checked by the evaluator
         batch_size=config.batch_size,
         seed=config.seed,
         command=config.command,
     )
-    return from_plain(to_plain(record), EvaluationRecord)
 
 
-def first_points(stack: DecoderStack, blocks: TokenBlocks, layer: int | None) -> list[Point]:
+def first_points(
+    stack: DecoderStack, blocks: TokenBlocks, layer: int | None
+) -> list[OperatingPoint]:
     """Return operating points to budget where none are stored: one per hard ratio, by the cosine.
 
     Args:
@@ -263,7 +264,7 @@ def first_points(stack: DecoderStack, blocks: TokenBlocks, layer: int | None) ->
     row = profile.statistics.layers.index(str(layer))
     # Rounded as a user types them, so that a stored operating point can be named again.
     thresholds = [round(float(profile.statistics.quantile(q)[row]), 4) for q in HARD_RATIOS]
-    return [Point(layer, "cosine", value, "given") for value in dict.fromkeys(thresholds)]
+    return [OperatingPoint(layer, "cosine", value, "given") for value in dict.fromkeys(thresholds)]
 
 
 def find_heads(folder: Path, fingerprint: str | None, stack: DecoderStack) -> FittedHeads | None:

@@ -1,8 +1,8 @@
-"""Lean layers: a few tokens through a layer's own modules, with little between them.
+"""Fast layers: a few tokens through a layer's own modules, with few operations between them.
 
-Decoding one token, what decoder layers do between their matrix products takes half as long as these
-(SmolLM2-135M in fp32 on two cores: 9.8 ms beside 17.1 ms per token). For layers shaped like Llama's
-the same takes fewer operations.
+When one token is decoded, what decoder layers do between their matrix products takes half as long
+as the products (SmolLM2-135M in fp32 on two cores: 9.8 ms and 17.1 ms per token). Layers shaped
+like Llama's can compute the same with fewer operations.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 #: Where `transformers` makes the hooks that the first `output_hidden_states=True` leaves in a model
-#: for good. They collect while its own forward runs, in which no lean layer does.
+#: for good. They collect outputs while its own forward runs, which never runs fast layers.
 _CAPTURING = "transformers.utils.output_capturing"
 
-#: The most token rows, batch times columns: beyond, the products are what takes the time.
+#: The most token rows, batch times columns; with more, the products take most of the time.
 MOST_ROWS = 16
 
 
 def product(module: nn.Module, rows: Tensor) -> Tensor:
-    """Return `module(rows)`; for a single row in 16 bits, where AMX is, as matrix times vector.
+    """Return `module(rows)`; with AMX, a single bfloat16 row is a matrix-vector product.
 
-    With AMX that takes half of the time of a matrix product with one row, without it (AVX-512 with
+    With AMX that takes half the time of a matrix product with one row; without it (AVX-512 with
     bfloat16, EPYC) 1.5 times as long: torch 2.13, 576 x 1,536 and 576 x 49,152, two cores.
 
     Args:
@@ -39,7 +39,7 @@ def product(module: nn.Module, rows: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     single = rows.numel() == rows.shape[-1] and weight.dtype is torch.bfloat16 and weight.is_cpu
     single = single and _has_amx()
-    # Quantized weights are tensors of a kind of their own, and say that they are bfloat16.
+    # Quantized weights are subclasses of tensors that claim to be bfloat16.
     if not single or type(weight) is not nn.Parameter:
         return functional.linear(rows, weight, bias)
     made = torch.mv(weight, rows.reshape(-1)).view(*rows.shape[:-1], -1)
@@ -48,31 +48,31 @@ def product(module: nn.Module, rows: Tensor) -> Tensor:
 
 @functools.cache
 def _has_amx() -> bool:
-    """Say whether the processor multiplies tiles of bfloat16; releases before 2.9 do not tell."""
+    """Return whether the processor has AMX for bfloat16; False with torch before 2.9."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16"))
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Say whether nobody hooked a module or replaced its forward: then its parts may be called.
+    """Return whether a module has no hooks and its own forward, so that its parts may be called.
 
     Hooks by which `transformers` captures outputs do not count.
     """
     return not (
-        any(map(_is_heard, module._forward_hooks.values()))
+        any(map(_can_change_results, module._forward_hooks.values()))
         or module._forward_pre_hooks
         or "forward" in module.__dict__
     )
 
 
-def _is_heard(hook: Callable[..., Any]) -> bool:
+def _can_change_results(hook: Callable[..., Any]) -> bool:
     return getattr(hook, "__module__", None) != _CAPTURING
 
 
-class LeanLayers:
-    """The decoder layers of a model, those of Llama's shape, for few tokens.
+class FastLayers:
+    """The decoder layers of a model, if they have Llama's shape, for few tokens.
 
-    Whether the shape is all that there is to them, numbers have to say: `SkippingLayers` tries.
+    The shape alone does not prove that they compute what Llama's do: `SkippingLayers` compares.
 
     Args:
         layers: The decoder layers.
@@ -82,12 +82,12 @@ class LeanLayers:
         self.layers: tuple[Any, ...] = tuple(layers)
         self._tables: tuple[Any, Tensor, Tensor] | None = None
 
-    def are_shaped(self) -> bool:
-        """Say whether all layers have the parts that `step` puts together."""
+    def are_supported(self) -> bool:
+        """Return whether all layers have the modules that `compute` calls."""
         return all(_is_shaped(layer) for layer in self.layers)
 
-    def take(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Say whether this very call of a layer can be answered by `step`.
+    def can_compute(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Return whether `compute` can answer this call of a layer.
 
         Args:
             layer: 1..N.
@@ -104,8 +104,8 @@ class LeanLayers:
             and is_untouched(module.self_attn)
         )
 
-    def step(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Return a layer's output, `[B, T, D]`; its cache gets the new keys and values.
+    def compute(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Return a layer's output, `[B, T, D]`, and write its keys and values to the cache.
 
         Args:
             layer: 1..N.
@@ -143,13 +143,15 @@ class LeanLayers:
 
     def _rotated(self, heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """Rotate queries and keys, `[B, T, heads, head_dim]`, to their positions."""
-        # All layers of a pass are called with the same tables.
-        if self._tables is None or self._tables[0] is not tables:
+        # All layers of a pass are called with the same tables. Another thread may exchange the
+        # stored ones at any time.
+        stored = self._tables
+        if stored is None or stored[0] is not tables:
             cos, sin = tables
             half = sin.shape[-1] // 2
             signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-            self._tables = (tables, cos[:, :, None], signed[:, :, None])
-        _, cos, signed = self._tables
+            stored = self._tables = (tables, cos[:, :, None], signed[:, :, None])
+        _, cos, signed = stored
         return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), signed)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
+from cascade.models.counts import CountsRecord
+
 
 class Layered(Protocol):
-    """What costs are counted of: a `DecoderStack`, or a model that is known by its sizes alone."""
+    """A model whose costs are counted: a `DecoderStack`, or one known by its sizes alone."""
 
     @property
     def layers(self) -> Sequence[nn.Module] | nn.ModuleList:
@@ -26,21 +28,21 @@ class Layered(Protocol):
 
 
 def flops(stack: Layered, counts: Counts, *, map_width: int = 0, head_size: int = 0) -> float:
-    """Return the floating-point operations behind counts: two per multiplication and addition.
+    """Return the floating-point operations of counts: two per multiplication and addition.
 
-    Counted are matrix products and attention; norms, rotations and softmax are left out (below
+    Matrix products and attention are counted; norms, rotations and softmax are left out (below
     1 % of SmolLM2-135M). A mixture of experts is counted as if every expert ran.
 
     Args:
-        stack: The model; no weight is looked at, only sizes.
+        stack: The model; only its sizes are used.
         counts: What was computed.
         map_width: Outputs of the propagation maps per upper layer.
-        head_size: Multiplications of an exit head per row, beside the LM head's.
+        head_size: Multiplications of an exit head per row, in addition to the LM head's.
     """
     total = 0.0
     for index, layer in enumerate(stack.layers):
         total += 2.0 * counts.layer_rows[index] * _matrices(layer)
-        # A query meets a key, then the weight meets the value: twice heads x head_dim.
+        # Query times key, then weight times value: twice heads x head_dim.
         total += 4.0 * counts.pairs[index] * _query_width(layer, stack.hidden_size)
         total += 2.0 * counts.key_value_rows[index] * _key_value_size(layer)
         total += 2.0 * counts.predicted_rows[index] * stack.hidden_size * map_width
@@ -62,7 +64,7 @@ def full_flops(stack: Layered, batch: int, length: int) -> float:
 def layer_flops(stack: Layered, batch: int, length: int) -> list[float]:
     """Return the operations of each decoder layer over `batch` sequences of `length` tokens.
 
-    What `full_flops` counts beside them is the LM head.
+    `full_flops` is their sum and the LM head.
     """
     rows, depth = batch * length, len(stack.layers)
     found = []
@@ -95,9 +97,9 @@ class Counts:
     Attributes:
         layer_rows: Rows that went through a layer: queries, attention, output projection, MLP.
         pairs: Pairs of query and key in a layer's attention, padding included.
-        key_value_rows: Rows of which a layer only projected keys and values.
+        key_value_rows: Rows for which a layer only projected keys and values.
         predicted_rows: Rows whose keys and values in a layer came from a ridge map.
-        lm_head_rows: Rows that went through the LM head, probing included.
+        lm_head_rows: Rows that went through the LM head, also to decide whether to exit.
         head_rows: Rows that an exit head mapped before the LM head, by exit layer.
     """
 
@@ -126,16 +128,16 @@ class Counts:
             },
         )
 
-    def record(self) -> dict[str, Any]:
-        """Return the counts as a record holds them."""
-        return {
-            "layer_rows": list(self.layer_rows),
-            "pairs": list(self.pairs),
-            "key_value_rows": list(self.key_value_rows),
-            "predicted_rows": list(self.predicted_rows),
-            "lm_head_rows": self.lm_head_rows,
-            "head_rows": {str(layer): rows for layer, rows in self.head_rows.items()},
-        }
+    def record(self) -> CountsRecord:
+        """Return the counts as a record has them."""
+        return CountsRecord(
+            layer_rows=list(self.layer_rows),
+            pairs=list(self.pairs),
+            key_value_rows=list(self.key_value_rows),
+            predicted_rows=list(self.predicted_rows),
+            lm_head_rows=self.lm_head_rows,
+            head_rows={str(layer): rows for layer, rows in self.head_rows.items()},
+        )
 
 
 def _sums(some: list[int], others: list[int]) -> list[int]:

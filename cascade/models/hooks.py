@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +25,26 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextlib.contextmanager
+def replaced_layers(
+    layers: nn.ModuleList, stand_in: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+) -> Iterator[None]:
+    """Let `stand_in(index, args, kwargs)` answer for the forward of every layer.
+
+    Args:
+        layers: The decoder layers; they are restored in any case.
+        stand_in: Gets the layer's index from 0, and the arguments of its call.
+    """
+
+    def forward_of(number: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: stand_in(number, args, kwargs)
+
+    with contextlib.ExitStack() as restored:
+        for number, layer in enumerate(layers):
+            restored.enter_context(replaced_forward(layer, forward_of(number)))
+        yield
+
+
+@contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Let gradients pass through a model without being computed for its weights."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -42,6 +62,16 @@ def hidden_of(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
+def as_output(hidden: Tensor, size: int) -> Any:
+    """Return hidden states in the form in which a layer returns its output.
+
+    Args:
+        hidden: `[B, T, D]`.
+        size: The length of the tuple that the layer returns; 0 for a plain tensor.
+    """
+    return (hidden,) + (None,) * (size - 1) if size else hidden
+
+
 def split_output(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -53,7 +83,9 @@ def split_output(
 
 
 @contextlib.contextmanager
-def layer_hooks(layers: nn.ModuleList, hook: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+def layer_hooks(
+    layers: Iterable[nn.Module], hook: Callable[[nn.Module, Any], None]
+) -> Iterator[None]:
     """Call `hook(layer, output)` after each layer while the context is open."""
 
     def call(module: nn.Module, _: Any, output: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from msgspec.structs import replace
 
 from cascade.core.errors import DeviceError, ModelError, first_line
+from cascade.models.architecture import check_config
 from cascade.models.identity import tokenizer_hash
-from cascade.models.stack import DecoderStack, check_config
+from cascade.models.stack import DecoderStack
 from cascade.models.weights import read_or_explain, resolve
 
 #: Names of the dtypes a model can be run in.
@@ -94,5 +96,5 @@ def load(
     return DecoderStack(
         model.to(place),
         tokenizer=tokenizer,
-        provenance=weights.provenance() | {"tokenizer_hash": tokenizer_hash(tokenizer)},
+        provenance=replace(weights.provenance(), tokenizer_hash=tokenizer_hash(tokenizer)),
     )

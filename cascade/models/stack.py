@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from cascade.core.errors import ModelError, UnsupportedModelError
-from cascade.models.fast_layers import product
+from cascade.core.provenance import ModelProvenance, model_provenance
+from cascade.core.schema import known
+from cascade.models.architecture import check_config, check_weights, find_layers, run_decoder
 from cascade.models.hooks import (
+    as_output,
     hidden_of,
     layer_hooks,
     layer_pre_hook,
-    replaced_forward,
     split_output,
 )
+from cascade.models.identity import weights_digest
+from cascade.models.probing import probe
+from cascade.models.readout import Readout
+from cascade.models.stand_ins import StandIns
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
-
-#: Layer types with keys and values per token; any other type carries a recurrent state instead.
-_ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
@@ -48,33 +48,6 @@ class Plan:
 
     embedded: Tensor
     calls: tuple[LayerCall, ...]
-
-
-def check_config(config: Any) -> None:
-    """Refuse, before any weight is read, what can never be measured.
-
-    Raises:
-        UnsupportedModelError: An encoder-decoder, no causal LM, or recurrent layers.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    family = getattr(config, "model_type", "?")
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{family} is an encoder-decoder; expected a decoder-only causal language model"
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"{family} is not a causal language model that this transformers release knows"
-        )
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    types = set(getattr(config.get_text_config(), "layer_types", None) or _ATTENTION_TYPES)
-    if getattr(model_class, "_is_stateful", False) or types - _ATTENTION_TYPES:
-        kinds = ", ".join(sorted(types - _ATTENTION_TYPES)) or "a recurrent state"
-        raise UnsupportedModelError(
-            f"{family} has recurrent layers ({kinds}): they keep no keys and values that an early"
-            " exit could propagate; expected attention in every layer"
-        )
 
 
 class DecoderStack:
@@ -99,7 +72,7 @@ class DecoderStack:
         model: PreTrainedModel,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        provenance: dict[str, Any] | None = None,
+        provenance: Mapping[str, Any] | ModelProvenance | None = None,
     ) -> None:
         check_config(model.config)
         self.model = model
@@ -117,20 +90,22 @@ class DecoderStack:
         limit = getattr(text_config, "max_position_embeddings", None)
         #: The longest sequence the positions allow; None where they have no end (ALiBi).
         self.max_positions: int | None = int(limit) if limit else None
-        self._check_weights()
-        self._tuple_sizes: tuple[int, ...] = ()
+        check_weights(model, self.layers)
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
-        self.has_final_norm = self._probe()
-        self._norm = self._find_norm()
-        self.provenance = {
-            "family": model.config.model_type,
-            "num_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "attention": model.config._attn_implementation,
-        } | (provenance or {})
+        self._probe = probe(model, self.layers)
+        self.has_final_norm = self._probe.has_final_norm
+        self._stand_ins = StandIns(model, self.decoder, self.layers)
+        self._readout = Readout(model, self._stand_ins, self._probe)
+        found = ModelProvenance(
+            family=model.config.model_type,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.type,
+            attention=model.config._attn_implementation,
+        )
+        self.provenance = model_provenance(found, provenance)
 
     @property
     def device(self) -> torch.device:
@@ -151,24 +126,15 @@ class DecoderStack:
         return labels + ([f"{self.num_layers}+norm"] if self.has_final_norm else [])
 
     def weights_hash(self) -> str:
-        """Return what tells these weights from all others.
+        """Return the hash of what the weights were loaded from.
 
-        That is the hash of what they were loaded from. A model made in memory has none: there it is
-        a SHA-256 over the weights as they are at this moment, whoever changed them (650 MB took
-        0.5 s on one core).
+        A model that was made in memory has none; its weights are hashed as they are now.
         """
-        known = self.provenance.get("weights_hash")
-        return self.weights_in_memory() if known is None else str(known)
+        return known(self.provenance.weights_hash) or self.weights_in_memory()
 
     def weights_in_memory(self) -> str:
         """Return a SHA-256 over the weights as they are at this moment, whoever changed them."""
-        digest = hashlib.sha256()
-        # Each once and without its name: who wraps a module renames weights or lists them twice.
-        weights = self.model.state_dict(keep_vars=True).values()
-        for value in {id(value): value for value in weights}.values():
-            for tensor in _plain(value):
-                add_to_digest(digest, tensor)
-        return f"in-memory-sha256:{digest.hexdigest()}"
+        return weights_digest(self.model)
 
     def with_those_below(self) -> Iterator[DecoderStack]:
         """Yield this model, the one that it continues, and so on."""
@@ -176,94 +142,6 @@ class DecoderStack:
         while stack is not None:
             yield stack
             stack = stack.below
-
-    def _check_weights(self) -> None:
-        layer_of = {
-            id(parameter): number
-            for number, layer in enumerate(self.layers, start=1)
-            for parameter in layer.parameters()
-        }
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                number = layer_of.get(id(parameter))
-                where = f"decoder layer {number}" if number else "outside the decoder layers"
-                if self.dtype == torch.float16 and not torch.isnan(parameter).any():
-                    most = torch.finfo(torch.float16).max
-                    raise ModelError(
-                        f"the weights are infinite in float16 ({where}: {name}), which holds "
-                        f"numbers up to {most:.0f}; use --dtype bfloat16 or float32"
-                    )
-                raise ModelError(
-                    f"the weights hold NaN or infinite values ({where}: {name}); "
-                    "expected finite weights, get the checkpoint again"
-                )
-
-    @torch.no_grad()
-    def _probe(self) -> bool:
-        """Run two rows; learn which layers return tuples and whether a final norm follows."""
-        outputs: list[Any] = []
-        # The rows differ in their last token only, which no causal layer shows to the others.
-        ids = torch.zeros((2, 3), dtype=torch.long, device=self.device)
-        ids[1, -1] = self.vocab_size // 2
-        with layer_hooks(self.layers, lambda _, output: outputs.append(output)):
-            final = self._run_decoder(ids)
-        for number, output in enumerate(outputs, start=1):
-            hidden = hidden_of(output)
-            if not isinstance(hidden, Tensor) or hidden.shape != (*ids.shape, self.hidden_size):
-                got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-                raise UnsupportedModelError(
-                    f"decoder layer {number} of {self.model.config.model_type} returns {got}, "
-                    f"expected hidden states {(*ids.shape, self.hidden_size)}"
-                )
-        if len(outputs) != self.num_layers:
-            raise UnsupportedModelError(
-                f"{self.model.config.model_type} ran {len(outputs)} of its {self.num_layers} "
-                "decoder layers, expected each of them once"
-            )
-        self._check_causal(hidden_of(outputs[0])[:, :-1])
-        self._tuple_sizes = tuple(
-            len(output) if isinstance(output, tuple) else 0 for output in outputs
-        )
-        last = hidden_of(outputs[-1])
-        # A model without a final norm (or with one that changes the width, as OPT-350m's
-        # projection does) has no "N+norm" row to compare.
-        return final.shape == last.shape and not torch.equal(final, last)
-
-    @torch.no_grad()
-    def _find_norm(self) -> nn.Module | None:
-        """Return the final norm where norm and LM head are all that makes logits, else None.
-
-        Calling the two spares a fifth of decoding one state by the model's forward (SmolLM2-135M
-        in fp32, two cores: 1.3 of 5.4 ms).
-        """
-        norm = getattr(self.decoder, "norm", None)
-        if not isinstance(norm, nn.Module) or not self.has_final_norm:
-            return None
-        self._norm = None
-        # A hundred times a normed state: soft-capping and its like bend large logits alone.
-        hidden = torch.linspace(-1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
-        large = 100 * norm(hidden[None, None])
-        same = torch.equal(self.lm_head(large), self.decode_normed(large)) and torch.equal(
-            self.lm_head(norm(hidden[None, None])), self.decode(hidden[None, None])
-        )
-        return norm if same else None
-
-    def _check_causal(self, rows: Tensor) -> None:
-        """Refuse a layer that made two rows differ before the token in which their inputs do."""
-        # Half of the dtype's digits: kernels and experts may treat two rows differently, far below
-        # it; looking ahead moves fp32 states by 1e-3 of their size even in tiny random models.
-        limit = torch.finfo(rows.dtype).eps ** 0.5 * rows.abs().max()
-        if (rows[0] - rows[1]).abs().max() > limit:
-            raise UnsupportedModelError(
-                f"the layers of {self.model.config.model_type} look ahead, at tokens that are still"
-                " to come; expected a causal language model"
-            )
-
-    def _run_decoder(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
-        kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
-        output: Tensor = self.decoder(input_ids=input_ids, **kwargs).last_hidden_state
-        return output
 
     @torch.no_grad()
     def visit(self, input_ids: Tensor, visitor: Callable[[int, Tensor], None]) -> Tensor | None:
@@ -281,11 +159,12 @@ class DecoderStack:
             The final normed state, `[B, T, D]`, or None where the model has no final norm.
         """
         entries = iter(range(1, self.num_layers + 1))
+        decoder, layers = self._stand_ins.for_hooks(self.decoder)
         with (
-            layer_pre_hook(self.layers[0], lambda hidden: visitor(0, hidden)),
-            layer_hooks(self.layers, lambda _, output: visitor(next(entries), hidden_of(output))),
+            layer_pre_hook(layers[0], lambda hidden: visitor(0, hidden)),
+            layer_hooks(layers, lambda _, output: visitor(next(entries), hidden_of(output))),
         ):
-            final = self._run_decoder(input_ids)
+            final = run_decoder(decoder, input_ids)
         return final if self.has_final_norm else None
 
     @torch.no_grad()
@@ -316,7 +195,7 @@ class DecoderStack:
             hidden, rest, named = split_output(args, kwargs)
             embedded.append(hidden)
             calls.append(LayerCall(rest, named))
-            return self._shaped(number, hidden)
+            return as_output(hidden, self._probe.tuple_sizes[number])
 
         kwargs: dict[str, Any] = (
             {} if attention_mask is None else {"attention_mask": attention_mask}
@@ -328,8 +207,8 @@ class DecoderStack:
             if attention_mask is None:
                 # None lets the model take the cache's length into account; ones would not.
                 kwargs["attention_mask"] = None
-        with self._replaced(record):
-            self._run_decoder(input_ids, **kwargs)
+        with self._stand_ins.standing_in(self.decoder, record) as decoder:
+            run_decoder(decoder, input_ids, **kwargs)
         return Plan(embedded[0], tuple(calls))
 
     @torch.no_grad()
@@ -350,13 +229,9 @@ class DecoderStack:
         return output
 
     def decode(self, hidden: Tensor) -> Tensor:
-        """Turn an entry of the residual stream into logits, by the model's own last steps.
+        """Return the logits of an entry of the residual stream, by the model's own last steps.
 
-        Gradients pass through to `hidden` where it asks for them.
-
-        Final norm, LM head, soft-capping and scaling are the model's: its forward runs with its
-        first layer standing in for `hidden` and the others passing it on. Where norm and head were
-        found to be all of it, they alone are called.
+        Gradients pass through to `hidden` where it needs them.
 
         Args:
             hidden: `[B, T, D]`, before the final norm; T at most `max_positions`.
@@ -364,21 +239,8 @@ class DecoderStack:
         Returns:
             Logits, `[B, T, V]`.
         """
-        if self._norm is not None:
-            with _gradients_of(hidden):
-                return product(self.lm_head, self._norm(hidden))
+        return self._readout.decode(hidden)
 
-        def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._shaped(number, hidden)
-
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with self._replaced(stand_in), _gradients_of(hidden):
-            logits: Tensor = self.model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-            ).logits
-        return logits
-
-    @torch.no_grad()
     def norm(self, hidden: Tensor) -> Tensor:
         """Return states behind the model's final norm, which follows layer N.
 
@@ -388,21 +250,12 @@ class DecoderStack:
         Raises:
             UnsupportedModelError: The model has no final norm, or one that changes the width.
         """
-        if not self.has_final_norm:
-            raise UnsupportedModelError(
-                f"this {self.model.config.model_type} has no final norm that keeps the width"
-            )
-        if self._norm is not None:
-            normed: Tensor = self._norm(hidden)
-            return normed
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with self._replaced(lambda number, args, kwargs: self._shaped(number, hidden)):
-            return self._run_decoder(ids)
+        return self._readout.norm(hidden)
 
     def decode_normed(self, normed: Tensor) -> Tensor:
-        """Turn states that are already behind the final norm into logits: the LM head's own steps.
+        """Return the logits of states that are already behind the final norm.
 
-        Gradients pass through to `normed` where it asks for them.
+        Gradients pass through to `normed` where it needs them.
 
         Args:
             normed: `[B, T, D]`, as `visit` returns them; T at most `max_positions`.
@@ -410,80 +263,4 @@ class DecoderStack:
         Returns:
             Logits, `[B, T, V]`, soft-capped and scaled as the model does.
         """
-        if self._norm is not None:
-            with _gradients_of(normed):
-                return product(self.lm_head, normed)
-
-        def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._shaped(number, split_output(args, kwargs)[0])
-
-        def swap(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (normed, *args[1:])
-
-        ids = torch.zeros(normed.shape[:2], dtype=torch.long, device=normed.device)
-        with contextlib.ExitStack() as restored:
-            restored.enter_context(self._replaced(stand_in))
-            restored.callback(self.lm_head.register_forward_pre_hook(swap).remove)
-            restored.enter_context(_gradients_of(normed))
-            logits: Tensor = self.model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-            ).logits
-        return logits
-
-    def _shaped(self, number: int, hidden: Tensor) -> Any:
-        """Return `hidden` in the form in which the layer at index `number` returns its output."""
-        size = self._tuple_sizes[number]
-        return (hidden,) + (None,) * (size - 1) if size else hidden
-
-    @contextlib.contextmanager
-    def _replaced(
-        self, stand_in: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
-    ) -> Iterator[None]:
-        """Let `stand_in` answer for every layer's forward; the model is restored in any case."""
-
-        def forward_of(number: int) -> Callable[..., Any]:
-            return lambda *args, **kwargs: stand_in(number, args, kwargs)
-
-        with contextlib.ExitStack() as restored:
-            for number, layer in enumerate(self.layers):
-                restored.enter_context(replaced_forward(layer, forward_of(number)))
-            yield
-
-
-def _gradients_of(values: Tensor) -> torch.set_grad_enabled:
-    """Let gradients through where `values` asks for them: the model's own weights learn nothing."""
-    return torch.set_grad_enabled(values.requires_grad and torch.is_grad_enabled())
-
-
-def find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers: the shallowest list of blocks of the config's length."""
-    config = model.config.get_text_config()
-    depth = getattr(config, "num_hidden_layers", 0)
-    blocks = set(model._no_split_modules or ())
-    lists = [
-        (not blocks & {type(child).__name__ for child in module}, name.count("."), module)
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
-    ]
-    if not lists:
-        raise UnsupportedModelError(
-            f"{model.config.model_type} has no list of {depth} decoder layers; "
-            "expected a decoder-only model whose layers are an nn.ModuleList"
-        )
-    return min(lists, key=lambda entry: entry[:2])[2]
-
-
-def add_to_digest(digest: hashlib._Hash, tensor: Tensor) -> None:
-    """Add a tensor's dtype, shape and every bit of it to a digest."""
-    digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    numbers = tensor.detach().cpu().contiguous().flatten()
-    digest.update(numbers.view(torch.uint8).numpy().data)
-
-
-def _plain(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors behind one weight: quantized ones are several in one."""
-    if hasattr(value, "__tensor_flatten__"):
-        for name in value.__tensor_flatten__()[0]:
-            yield from _plain(getattr(value, name))
-    elif isinstance(value, Tensor):
-        yield value
+        return self._readout.decode_normed(normed)

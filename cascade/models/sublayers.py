@@ -1,4 +1,4 @@
-"""The two parts of a decoder layer: what its attention and what its MLP adds to the stream."""
+"""The two sublayers of a decoder layer: what its attention and what its MLP adds to the stream."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cascade.stats.cosine import widened
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The two modules by which a layer writes to the residual stream, and what each wrote.
+class Sublayers:
+    """The two modules by which a layer writes to the residual stream.
 
     Attributes:
-        attention: The last product inside the attention.
-        mlp: The last product outside of it.
+        attention: The last matrix product inside the attention.
+        mlp: The last matrix product outside of it.
     """
 
     attention: nn.Module
@@ -30,12 +30,12 @@ class Parts:
 
 @dataclass(frozen=True)
 class Update:
-    """What a layer adds to its input, all of it `[B, T, D]`, in fp32 or wider.
+    """What a layer adds to its input; all tensors are `[B, T, D]`, in fp32 or wider.
 
     Attributes:
         hidden: The layer's input.
         attention: What its attention adds.
-        mlp: What its MLP adds, with the attention at work.
+        mlp: What its MLP adds, given what the attention has added.
     """
 
     hidden: Tensor
@@ -44,8 +44,13 @@ class Update:
 
     @property
     def whole(self) -> Tensor:
-        """The layer's output less its input."""
+        """The layer's output minus its input."""
         return self.attention + self.mlp
+
+    @property
+    def output(self) -> Tensor:
+        """The layer's output."""
+        return self.hidden + self.whole
 
 
 def last_products(layer: nn.Module, run: Callable[[], Any]) -> list[nn.Module]:
@@ -53,7 +58,7 @@ def last_products(layer: nn.Module, run: Callable[[], Any]) -> list[nn.Module]:
 
     Args:
         layer: A decoder layer.
-        run: Runs it once.
+        run: Runs the layer once.
 
     Returns:
         Up to two modules, the attention's first; fewer where there is no such product.
@@ -70,7 +75,7 @@ def last_products(layer: nn.Module, run: Callable[[], Any]) -> list[nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
-    inside = {id(module) for part in attention_modules(layer) for module in part.modules()}
+    inside = {id(module) for child in attention_modules(layer) for module in child.modules()}
     return [
         module
         for where in (True, False)
@@ -84,13 +89,13 @@ def _is_product(module: nn.Module) -> bool:
 
 
 def attention_modules(layer: nn.Module) -> list[nn.Module]:
-    """Return a layer's own modules that attend."""
+    """Return a layer's direct children that compute attention."""
     return [child for child in layer.children() if "Attention" in type(child).__name__]
 
 
 @contextlib.contextmanager
 def silenced(*modules: nn.Module) -> Iterator[None]:
-    """Let modules return zeros; the model is as before afterwards."""
+    """Let modules return zeros inside the context."""
     handles = [
         module.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
         for module in modules
@@ -103,8 +108,8 @@ def silenced(*modules: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def find_parts(stack: DecoderStack, layer: int) -> Parts:
-    """Return the two modules by which a layer writes to the stream, after trying them.
+def find_sublayers(stack: DecoderStack, layer: int) -> Sublayers:
+    """Find the two modules by which a layer writes to the stream, and check them.
 
     Args:
         stack: The model.
@@ -123,7 +128,7 @@ def find_parts(stack: DecoderStack, layer: int) -> Parts:
     if len(found) == 2:
         with silenced(*found):
             if torch.equal(stack.step(layer, hidden, call), hidden):
-                return Parts(*found)
+                return Sublayers(*found)
     raise UnsupportedModelError(
         f"a layer of {family} changes its input even with attention and MLP silenced, so its "
         "update cannot be split into the two; expected layers that add both to the stream"
@@ -131,16 +136,16 @@ def find_parts(stack: DecoderStack, layer: int) -> Parts:
 
 
 @torch.no_grad()
-def split(
-    stack: DecoderStack, parts: Parts, layer: int, hidden: Tensor, call: LayerCall
+def split_update(
+    stack: DecoderStack, sublayers: Sublayers, layer: int, hidden: Tensor, call: LayerCall
 ) -> tuple[Tensor, Update]:
-    """Compute a layer, and tell what its attention from what its MLP adds.
+    """Run a layer, and split its update into what attention and what the MLP adds.
 
-    The MLP's part is what goes missing when it is silenced, the attention's what is left then.
+    The attention's share is the update with the MLP silenced; the rest is the MLP's.
 
     Args:
         stack: The model.
-        parts: The layer's, of `find_parts`.
+        sublayers: The layer's, from `find_sublayers`.
         layer: 1..N.
         hidden: The layer's input, `[B, T, D]`.
         call: The layer's entry of `Plan.calls`.
@@ -149,7 +154,7 @@ def split(
         The layer's output, `[B, T, D]` in the model's dtype, and its update.
     """
     output = stack.step(layer, hidden, call)
-    with silenced(parts.mlp):
+    with silenced(sublayers.mlp):
         between = widened(stack.step(layer, hidden, call))
     start = widened(hidden)
     return output, Update(start, between - start, widened(output) - between)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cascade.core.errors import CascadeError, ModelError, OutputError, first_line, os_reason
+from cascade.core.provenance import ModelProvenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,15 +91,15 @@ class Weights:
     revision: str | None
     quantization: str | None
 
-    def provenance(self) -> dict[str, Any]:
-        """Return what a record says of the weights."""
-        return {
-            "source": self.source,
-            "name": self.name,
-            "revision": self.revision,
-            "weights_hash": self.hash,
-            "quantization": self.quantization,
-        }
+    def provenance(self) -> ModelProvenance:
+        """Return where the weights come from; what only a loaded model says is absent."""
+        return ModelProvenance(
+            source=self.source,
+            name=self.name,
+            revision=self.revision,
+            weights_hash=self.hash,
+            quantization=self.quantization,
+        )
 
 
 def resolve(source: str, *, revision: str | None = None) -> Weights:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cascade.saturation.records import LayerRoles
+
 #: A layer is active when its mean similarity lies further from 1, in angle, than the median
 #: layer's by this many robust standard deviations (modified z-score, Iglewicz and Hoaglin 1993).
 CUTOFF_SCORE = 3.5
@@ -30,45 +32,47 @@ RULE = (
 SOURCE = "modified z-score: Iglewicz and Hoaglin, How to Detect and Handle Outliers (1993)"
 
 
-def find_structure(labels: Sequence[str], means: Sequence[float]) -> dict[str, Any]:
-    """Find the special layers of a profile.
+def find_structure(labels: Sequence[str], means: Sequence[float]) -> LayerRoles:
+    """Return which layers are active and which are stable.
 
     Args:
         labels: Row labels "1".."N", then "N+norm" where there is a final norm.
         means: Each row's mean similarity.
 
-    Returns:
-        `rule`, `source`, `cutoff` (a mean similarity below it is active; None where there are too
-        few layers to judge), `input_transform`, `dips`, `output_transform` (lists of labels) and
-        `stable_bands` (pairs of labels, first and last).
+    Example:
+        >>> roles = find_structure(["1", "2", "3", "4", "5"], [0.1, 0.95, 0.95, 0.95, 0.95])
+        >>> roles.input_transform, roles.stable_bands
+        (['1'], [['2', '5']])
     """
     residual = [row for row, label in enumerate(labels) if not label.endswith("+norm")]
     angles = np.degrees(np.arccos(np.clip([means[row] for row in residual], -1, 1)))
     cutoff = _cutoff(angles)
-    structure: dict[str, Any] = {
-        "rule": RULE,
-        "source": SOURCE,
-        "cutoff": None if cutoff is None else round(float(np.cos(np.radians(cutoff))), 6),
-        "input_transform": [],
-        "dips": [],
-        "output_transform": [],
-        "stable_bands": [],
-    }
-    if cutoff is None:
-        return structure
-    for first, last, active in _runs(angles > cutoff):
+    rounded = None if cutoff is None else round(float(np.cos(np.radians(cutoff))), 6)
+    opening: list[str] = []
+    dips: list[str] = []
+    closing: list[str] = []
+    bands: list[list[str]] = []
+    for first, last, active in [] if cutoff is None else _runs(angles > cutoff):
         names = [labels[row] for row in residual[first : last + 1]]
         if not active:
-            structure["stable_bands"].append([names[0], names[-1]])
+            bands.append([names[0], names[-1]])
         elif first == 0:
-            structure["input_transform"] = names
+            opening = names
         elif last == len(residual) - 1:
-            structure["output_transform"] = names
+            closing = names
         else:
-            structure["dips"] += names
-    if len(labels) > len(residual) and means[-1] < structure["cutoff"]:
-        structure["output_transform"].append(labels[-1])
-    return structure
+            dips += names
+    if rounded is not None and len(labels) > len(residual) and means[-1] < rounded:
+        closing = [*closing, labels[-1]]
+    return LayerRoles(
+        rule=RULE,
+        source=SOURCE,
+        cutoff=rounded,
+        input_transform=opening,
+        dips=dips,
+        output_transform=closing,
+        stable_bands=bands,
+    )
 
 
 def _cutoff(angles: np.ndarray[Any, Any]) -> float | None:
@@ -86,11 +90,15 @@ def _runs(active: Sequence[bool] | np.ndarray[Any, Any]) -> list[tuple[int, int,
     return [(a, b, bool(active[a])) for a, b in zip(starts, ends, strict=True)]
 
 
-def suggested_exit_layer(structure: dict[str, Any], num_layers: int) -> int:
-    """Return the last layer of the last stable band, the deepest place where tokens still settle.
+def suggested_exit_layer(structure: LayerRoles, num_layers: int) -> int:
+    """Return the last layer of the last stable band; without one, the second to last layer.
 
-    A layer of the output transform turns every token, so that its similarity tells easy and hard
-    tokens apart badly. Without a stable band it is the last layer but one.
+    A layer of the output transform turns every token, so that its similarity hardly separates easy
+    tokens from hard ones.
+
+    Args:
+        structure: Of `find_structure`.
+        num_layers: How many decoder layers the model has.
     """
-    bands = structure["stable_bands"]
+    bands = structure.stable_bands
     return int(bands[-1][1]) if bands else max(1, num_layers - 1)

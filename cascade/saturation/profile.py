@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +11,19 @@ from torch import Tensor
 
 from cascade.core.arrays import Array
 from cascade.core.errors import ModelError
-from cascade.core.provenance import Provenance, provenance_of, typed_provenance
-from cascade.core.schema import from_plain, known, to_plain
+from cascade.core.provenance import Provenance, provenance_of
+from cascade.core.schema import from_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
-from cascade.saturation.records import NoiseFloor, ProfileRecord
+from cascade.saturation.records import (
+    HardRatioThreshold,
+    LayerRoles,
+    LayerRow,
+    NoiseFloor,
+    ProfileRecord,
+    SuggestedThresholds,
+)
 from cascade.stats.cosine import cosine_of, norm, widened
 from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
 
@@ -25,8 +31,8 @@ from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_e
 HARD_RATIOS = (0.3, 0.5, 0.7)
 
 
-#: The sequences' shares count tokens against the quantiles of this many first sequences: fixed
-#: before the pass goes on, whatever the batch size, so that one pass is enough.
+#: The sequences' shares count tokens against the quantiles of this many first sequences. They are
+#: fixed before the pass continues, whatever the batch size, so that one pass is enough.
 _PILOT_SEQUENCES = 16
 
 
@@ -47,34 +53,37 @@ class SaturationProfile:
     noise: NoiseFloor | None = None
 
     def record(self) -> ProfileRecord:
-        """Return what `profile.json` holds: provenance, the table, structure and thresholds."""
+        """Return what `profile.json` holds: provenance, the table, structure and thresholds.
+
+        Raises:
+            EmptyStatisticsError: No token was seen.
+            SchemaError: A statistic is NaN or infinite.
+        """
         labels = self.statistics.layers
         structure = find_structure(labels, [float(mean) for mean in self.statistics.mean()])
-        plain = {
-            "schema": 2,
-            "kind": "saturation",
-            "provenance": to_plain(self.provenance),
-            "noise": to_plain(self.noise),
-            "layers": to_plain(self.statistics.table()),
-            "structure": structure,
-            "thresholds": self._thresholds(structure),
-        }
-        return from_plain(plain, ProfileRecord)
+        return ProfileRecord(
+            provenance=self.provenance,
+            noise=self.noise,
+            layers=from_plain(self.statistics.table(), list[LayerRow]),
+            structure=structure,
+            thresholds=self._thresholds(structure),
+        )
 
-    def _thresholds(self, structure: dict[str, Any]) -> dict[str, Any]:
-        num_layers = known(self.provenance.model.num_layers) or 0
-        layer = suggested_exit_layer(structure, num_layers)
-        row = self.statistics.layers.index(str(layer))
-        return {
-            "exit_layer": str(layer),
-            "by_hard_ratio": [
-                {
-                    "hard_ratio": ratio,
-                    "threshold": round(float(self.statistics.quantile(ratio)[row]), 6),
-                }
+    def _thresholds(self, structure: LayerRoles) -> SuggestedThresholds:
+        labels = self.statistics.layers
+        num_layers = sum(not label.endswith("+norm") for label in labels)
+        layer = str(suggested_exit_layer(structure, num_layers))
+        row = labels.index(layer)
+        return SuggestedThresholds(
+            exit_layer=layer,
+            by_hard_ratio=[
+                HardRatioThreshold(
+                    hard_ratio=ratio,
+                    threshold=round(float(self.statistics.quantile(ratio)[row]), 6),
+                )
                 for ratio in HARD_RATIOS
             ],
-        }
+        )
 
     def arrays(self) -> dict[str, Array]:
         """Return what `profile.npz` holds: the statistics' whole state, sequence by sequence."""
@@ -149,33 +158,55 @@ def analyze(
     """
     check_blocks(stack, blocks, batch_size)
     labels = stack.layer_labels
-    statistics = None if edges is None else SimilarityStatistics(labels, edges)
-    waiting: list[tuple[Array, Array]] = []
+    collected = _Collected(labels, edges)
     for ids, numbers in blocks.batches(batch_size):
         tensor = torch.from_numpy(ids.astype(np.int64)).to(stack.device)
         values = similarities(stack, tensor).cpu().numpy()
         _check_finite(values, labels)
         if sink is not None:
             sink(values, numbers)
-        waiting.append((values, numbers))
-        pilot = min(_PILOT_SEQUENCES, len(blocks.ids))
-        if statistics is None and sum(len(seen) for _, seen in waiting) >= pilot:
-            first = np.concatenate([part for part, _ in waiting], axis=1)[:, :pilot]
-            statistics = SimilarityStatistics(
-                labels, quantile_edges(first.reshape(len(labels), -1))
-            )
-        if statistics is not None:
-            for part, seen in waiting:
-                statistics.update(part, seen)
-            waiting.clear()
+        collected.add(values, numbers)
         if progress is not None:
             progress(ids.size)
-    assert statistics is not None  # load_blocks gives at least one sequence
     return SaturationProfile(
-        statistics,
-        blocks.sequence_fingerprints(),
-        typed_provenance(provenance_of(stack, blocks, command)),
+        collected.finish(), blocks.sequence_fingerprints(), provenance_of(stack, blocks, command)
     )
+
+
+class _Collected:
+    """Statistics of all batches; their bin edges come from the first sequences where not given.
+
+    Args:
+        labels: One per row.
+        edges: `[L, 3]`, or None.
+    """
+
+    def __init__(self, labels: Sequence[str], edges: Array | None) -> None:
+        self._labels = list(labels)
+        self._statistics = None if edges is None else SimilarityStatistics(labels, edges)
+        self._waiting: list[tuple[Array, Array]] = []
+
+    def add(self, values: Array, numbers: Array) -> None:
+        """Add a batch, similarities `[L, B, T]` and sequence numbers `[B]`."""
+        self._waiting.append((values, numbers))
+        waiting = sum(len(seen) for _, seen in self._waiting)
+        if self._statistics is not None or waiting >= _PILOT_SEQUENCES:
+            self._update()
+
+    def finish(self) -> SimilarityStatistics:
+        """Return the statistics of at least one batch."""
+        return self._update()
+
+    def _update(self) -> SimilarityStatistics:
+        if self._statistics is None:
+            batches = [values for values, _ in self._waiting]
+            first = np.concatenate(batches, axis=1)[:, :_PILOT_SEQUENCES]
+            edges = quantile_edges(first.reshape(len(self._labels), -1))
+            self._statistics = SimilarityStatistics(self._labels, edges)
+        for values, numbers in self._waiting:
+            self._statistics.update(values, numbers)
+        self._waiting.clear()
+        return self._statistics
 
 
 def _check_finite(values: Array, labels: Sequence[str]) -> None:

@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from cascade.core.errors import OutputError, os_reason
 from cascade.core.files import atomic_path, make_folder, remove_empty
+from cascade.core.provenance import Provenance
+from cascade.core.schema import to_plain
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -105,8 +107,11 @@ class SimilarityArchive:
                 f"cannot write {self.path}: {os_reason(error)}; free some space"
             ) from error
 
-    def save(self, provenance: dict[str, Any]) -> None:
+    def save(self, provenance: Provenance) -> None:
         """Pack everything into the `.npz`, whole or not at all.
+
+        Args:
+            provenance: Where the similarities come from.
 
         Raises:
             OutputError: The disk is full.
@@ -120,7 +125,7 @@ class SimilarityArchive:
                         self._files[row].seek(0, os.SEEK_SET)
                         shutil.copyfileobj(self._files[row], entry)
             with archive.open("metadata.npy", "w") as entry:
-                np.lib.format.write_array(entry, np.array(json.dumps(provenance)))
+                np.lib.format.write_array(entry, np.array(json.dumps(to_plain(provenance))))
 
 
 def _entry_names(labels: Sequence[str]) -> dict[int, list[str]]:

@@ -13,15 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from cascade.core.arguments import read_threshold
 from cascade.core.errors import ModelError, RecordError, UsageError, first_line
 from cascade.core.files import RunFolder
 from cascade.core.records import read_record, to_json
+from cascade.core.schema import known
 from cascade.core.shapes import COUNT, FLAG, NUMBER, TEXT, Kind, Maybe, Shape, flaw, one_of
 from cascade.decoding.early_exit import EarlyExit, Propagation, Score
-from cascade.decoding.forward import Exit, Pass
+from cascade.decoding.forward import Exit, ForwardPass
 from cascade.decoding.generation import Generation
 from cascade.decoding.inputs import make_chunk
-from cascade.exits.decision import read_threshold
 from cascade.exits.fitted_heads import FittedHeads, load_heads
 from cascade.exits.heads import LogitLens
 from cascade.exits.history import exit_entries
@@ -214,14 +215,14 @@ class Cascade:
                 yield name, expected, own[name]
 
     def _base_record(self) -> dict[str, Any]:
-        known = self.base.provenance
+        model = self.base.provenance
         return {
-            "source": known.get("source"),
-            "name": known.get("name"),
-            "revision": known.get("revision"),
-            "family": known.get("family"),
+            "source": known(model.source),
+            "name": known(model.name),
+            "revision": known(model.revision),
+            "family": known(model.family),
             "weights_hash": self.base.weights_hash(),
-            "tokenizer_hash": known.get("tokenizer_hash"),
+            "tokenizer_hash": known(model.tokenizer_hash),
             "num_layers": self.base.num_layers,
             "hidden_size": self.base.hidden_size,
             "vocab_size": self.base.vocab_size,
@@ -486,12 +487,12 @@ class _Routed(DecoderStack):
         chunk = make_chunk(self, input_ids, torch.ones_like(input_ids))
         cache = layers.new_cache(batch, length, keep=False)
         cache.window(0, length)
-        going = Pass(layers, self._early.exits, chunk, cache, Counts.of(self.num_layers))
+        going = ForwardPass(layers, self._early.exits, chunk, cache, Counts.of(self.num_layers))
         exits = {at.layer: at for at in going.exits}
         visitor(0, going.hidden)
         nobody = torch.zeros_like(chunk.valid)
         for layer in range(1, self.num_layers + 1):
-            going.climb(layer)
+            going.run_layers_to(layer)
             visitor(layer, going.hidden)
             if layer in exits:
                 going.decide(exits[layer], nobody, lambda *_: None)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from msgspec.structs import replace
 from torch import Tensor
 
 from cascade.core.arguments import number
@@ -32,8 +33,8 @@ from cascade.core.errors import (
 from cascade.core.files import make_folder, remove_empty, write_text
 from cascade.core.provenance import provenance_of
 from cascade.core.records import read_record, record_hash, write_record
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import PARTS, TokenBlocks, check_blocks
-from cascade.exits.decision import least_fp32
 from cascade.exits.history import HiddenHistory, exit_entries
 from cascade.exits.rules import ExitPoint, find_rule
 from cascade.models.stack import DecoderStack
@@ -49,6 +50,7 @@ from cascade.stages.shards import (
     write_shard,
     write_split,
 )
+from cascade.stats.decision import least_fp32, reaches
 from cascade.stats.thresholds import quantile_threshold
 
 if TYPE_CHECKING:
@@ -240,7 +242,9 @@ class _Collection:
     def request(self) -> dict[str, Any]:
         """What every state depends on, down to its last bit."""
         return {
-            "model": dict(self.stack.provenance) | {"weights_hash": self.stack.weights_hash()},
+            "model": to_plain(
+                replace(self.stack.provenance, weights_hash=self.stack.weights_hash())
+            ),
             "states": {"layer": self.wish.layer, "dtype": self.wish.dtype},
             "batches": {"batch_size": self.wish.batch_size, "per_shard": self._batches_per_shard},
         } | {
@@ -441,7 +445,7 @@ class _Collection:
             threshold = quantile_threshold(similarity["train"], ratio)
         least = least_fp32(threshold)
         rows: Rows = {
-            part: self._counted(part, values < np.float32(least))
+            part: self._counted(part, ~reaches(values, threshold))
             for part, values in similarity.items()
         }
         self._check_mixed(rows, threshold)
@@ -489,10 +493,10 @@ class _Collection:
                 )
 
     def _record(self, threshold: float, rows: Rows) -> dict[str, Any]:
-        provenance = provenance_of(self.stack, self.parts["train"], None)
+        provenance = to_plain(provenance_of(self.stack, self.parts["train"], None))
         del provenance["corpus"]
         provenance["model"] = self.request["model"]
-        provenance["corpora"] = {part: self.parts[part].provenance() for part in PARTS}
+        provenance["corpora"] = {part: to_plain(self.parts[part].provenance()) for part in PARTS}
         return {
             "schema": 1,
             "kind": KIND,

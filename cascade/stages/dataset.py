@@ -16,10 +16,10 @@ from cascade.core.errors import RecordError, UsageError, first_line, os_reason
 from cascade.core.records import read_record, record_hash
 from cascade.core.shapes import COUNT, NUMBER, SHARE, TEXT, WHOLE, Maybe, flaw, one_of
 from cascade.corpora.blocks import PARTS
-from cascade.exits.decision import least_fp32
 from cascade.models.identity import check_same_model
 from cascade.models.stack import DecoderStack
 from cascade.stages.shards import STATE_DTYPES, tensors_of
+from cascade.stats.decision import least_fp32
 
 if TYPE_CHECKING:
     import datasets

@@ -14,17 +14,15 @@ from cascade.core.arguments import check_seed
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import provenance_of
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.decoding.early_exit import EarlyExit
 from cascade.models.flops import Counts, flops
 from cascade.stages.cascades import Cascade
+from cascade.stats.resampling import draws, interval
 
 #: What every figure is given for; a token counts by the text that it predicts.
 SCOPES = ("all", "easy", "hard", "response", "easy_response", "hard_response")
-
-
-#: How often sequences are resampled for an interval.
-_RESAMPLES = 1000
 
 
 @dataclass
@@ -117,7 +115,7 @@ def evaluate_cascade(
     return {
         "schema": 1,
         "kind": "cascade-evaluation",
-        "provenance": provenance_of(cascade.base, blocks, command),
+        "provenance": to_plain(provenance_of(cascade.base, blocks, command)),
         "cascade": cascade.config(),
         "rows": rows,
         "comparisons": comparisons,
@@ -191,32 +189,30 @@ def _row(
         "operations_ratio": flops(way.early.stack, way.counts)
         / flops(alone.early.stack, alone.counts),
         "stage_rows": way.cascade.stage_rows(way.counts)[: way.stages],
-        "counts": way.counts.record(),
+        "counts": to_plain(way.counts.record()),
     }
 
 
 def _scope(own: _Figures, base: _Figures, scope: str, seed: int) -> dict[str, Any]:
     tokens = own.tokens[scope]
-    ratio, interval = _ratio(own, base, scope, seed)
+    ratio, between = _ratio(own, base, scope, seed)
     return {
         "tokens": int(tokens.sum()),
         "perplexity": math.exp(own.losses[scope].sum() / tokens.sum()),
         "accuracy": float(own.hits[scope].sum() / tokens.sum()),
         "ratio": ratio,
-        "ratio_interval": interval,
+        "ratio_interval": between,
     }
 
 
 def _ratio(own: _Figures, other: _Figures, scope: str, seed: int) -> tuple[float, list[float]]:
     """Return the ratio of two perplexities, and its interval over resampled sequences."""
     difference, tokens = own.losses[scope] - other.losses[scope], own.tokens[scope]
-    count = len(tokens)
-    draws = np.random.default_rng(seed).integers(count, size=(_RESAMPLES, count))
-    drawn = tokens[draws].sum(axis=1)
+    sequences = draws(len(tokens), seed)
+    drawn = tokens[sequences].sum(axis=1)
     kept = drawn > 0
-    resampled = np.exp(difference[draws].sum(axis=1)[kept] / drawn[kept])
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return math.exp(difference.sum() / tokens.sum()), [float(low), float(high)]
+    resampled = np.exp(difference[sequences].sum(axis=1)[kept] / drawn[kept])
+    return math.exp(difference.sum() / tokens.sum()), interval(resampled)
 
 
 def _compared(way: _Way, main: _Figures, control: _Figures, seed: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cascade.core.arrays import Array
 from cascade.core.files import atomic_path, write_text
+from cascade.stats.decision import reaches
 
 if TYPE_CHECKING:
     import datasets
@@ -189,7 +190,7 @@ def mark_hard(path: Path, least: float) -> None:
             for batch in reader:
                 similarity = _values(batch.column("similarity")).reshape(batch.num_rows, -1)
                 columns = batch.columns
-                columns[place] = _column(similarity < np.float32(least), None)
+                columns[place] = _column(~reaches(similarity, least), None)
                 writer.write_batch(pyarrow.RecordBatch.from_arrays(columns, schema=schema))
 
 

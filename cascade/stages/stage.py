@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from cascade.core.errors import ModelError, UnsupportedModelError, UsageError
-from cascade.models.stack import DecoderStack, LayerCall, add_to_digest, find_layers
+from cascade.core.schema import UNSET
+from cascade.models.architecture import find_layers
+from cascade.models.identity import add_to_digest
+from cascade.models.stack import DecoderStack, LayerCall
 from cascade.models.sublayers import last_products
 
 #: From what a stage's layers start: copies of the layers before them, or random weights.
@@ -259,8 +263,8 @@ def extended(stack: DecoderStack, stage: Stage) -> DecoderStack:
         layers.append(layer)
     if stage.head is not None:
         model.set_output_embeddings(stage.head)
-    its_own = {"weights_hash", "num_layers"}  # what only the model alone is
-    about = {name: value for name, value in stack.provenance.items() if name not in its_own}
+    # Absent, because they are those of the model alone.
+    about = replace(stack.provenance, weights_hash=UNSET, num_layers=UNSET)
     longer = DecoderStack(model, tokenizer=stack.tokenizer, provenance=about)
     longer.below = stack
     return longer

@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from cascade.core.errors import TrainingError, UsageError, first_line
 from cascade.core.provenance import machine_of
+from cascade.core.schema import known, to_plain
 from cascade.decoding.forward import slices
 from cascade.exits.history import HiddenHistory
 from cascade.exits.rules import ExitPoint, find_rule
@@ -520,9 +521,9 @@ def _provenance(
     *_, base = stack.with_those_below()  # of stages that follow stages, the same as theirs
     return {
         "base": {
-            "name": base.provenance.get("name"),
+            "name": known(base.provenance.name),
             "weights_hash": base.weights_hash(),
-            "tokenizer_hash": base.provenance.get("tokenizer_hash"),
+            "tokenizer_hash": known(base.provenance.tokenizer_hash),
             "vocab_size": base.vocab_size,
         },
         "tokens": {
@@ -536,5 +537,5 @@ def _provenance(
         "chosen_step": training.chosen.step,
         "perplexities_without": training.perplexities,
         "looks": [{"step": look.step, **look.ratios} for look in training.looks],
-        "machine": machine_of(stack.device),
+        "machine": to_plain(machine_of(stack.device)),
     }

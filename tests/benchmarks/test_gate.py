@@ -15,18 +15,20 @@ from rich.console import Console
 from support.commands import Run
 
 from cascade.benchmarks import gate as benchmark
-from cascade.benchmarks.gate import GateSetup
+from cascade.benchmarks.gate import GateBenchmark, GateBenchmarkConfig, TimedAlone
 from cascade.benchmarks.timing import BenchmarkError
 from cascade.core.errors import RecordError
-from cascade.core.schema import from_plain, to_plain
+from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.corpora.blocks import load_blocks
 from cascade.gate.baselines import read_profile, seal
 from cascade.gate.remeasuring import measure_whole, store_profile
 from cascade.models.loading import load
-from cascade.report.benchmarks import print_gating
+from cascade.report.benchmarks.gate import gate_benchmark_report
+from cascade.report.common.sections import print_sections
 from cascade.saturation.records import ProfileRecord
 
 LENGTH = 16
+ALONE = TimedAlone(what="it", seconds=[1.0])
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +53,14 @@ def few_records() -> Iterator[None]:
         yield
 
 
-def settings(saved: Path, baselines: Path, **changes: Any) -> GateSetup:
+def settings(saved: Path, baselines: Path, **changes: Any) -> GateBenchmarkConfig:
     small = {"tokens": 5 * LENGTH, "rounds": 2}
-    return GateSetup(model=str(saved), baselines=str(baselines), **(small | changes))
+    return GateBenchmarkConfig(model=str(saved), baselines=str(baselines), **(small | changes))
 
 
 @pytest.fixture(scope="module")
-def record(saved: Path, baselines: Path) -> dict[str, Any]:
-    return benchmark.gate(settings(saved, baselines), command="cascade bench gate")
+def record(saved: Path, baselines: Path) -> GateBenchmark:
+    return benchmark.benchmark_gate(settings(saved, baselines), command="cascade bench gate")
 
 
 def test_the_forward_is_over_the_sequences_that_the_gate_measures(
@@ -76,10 +78,8 @@ def test_the_forward_is_over_the_sequences_that_the_gate_measures(
     monkeypatch.setattr(
         benchmark, "bare_forward", lambda _, blocks, size: seen.append((blocks, size))
     )
-    monkeypatch.setattr(
-        benchmark, "_alone", lambda *_: {n: {"seconds": [1.0]} for n in benchmark.ALONE}
-    )
-    benchmark.gate(settings(saved, baselines))
+    monkeypatch.setattr(benchmark, "time_alone", lambda *_: dict.fromkeys(benchmark.ALONE, ALONE))
+    benchmark.benchmark_gate(settings(saved, baselines))
     assert len(seen) == len(gates) == 3  # one round warms up
     for (blocks, size), gate in zip(seen, gates, strict=True):
         assert gate.comparison.tokens == blocks.tokens == 5 * LENGTH
@@ -87,31 +87,31 @@ def test_the_forward_is_over_the_sequences_that_the_gate_measures(
         assert (gate.profile.sequence_fingerprints == blocks.sequence_fingerprints()).all()
 
 
-def test_the_record_has_every_target_of_what_was_timed(record: dict[str, Any]) -> None:
-    seconds = {name: row["seconds"] for name, row in record["ways"].items()}
+def test_the_record_has_every_target_of_what_was_timed(record: GateBenchmark) -> None:
+    seconds = {name: row.seconds for name, row in record.variants.items()}
     by_hand = [a / b for a, b in zip(seconds["gate"], seconds["bare"], strict=True)]
-    assert record["ratios"][0]["name"] == "gate/bare"
-    assert record["ratios"][0]["rounds"] == pytest.approx(by_hand)
-    assert record["settings"]["tokens"] == 5 * LENGTH
-    assert record["looks"] == [LENGTH, 2 * LENGTH, 4 * LENGTH, 5 * LENGTH]
-    targets = {row["name"]: (row["sense"], row["limit"]) for row in record["targets"]}
+    assert record.ratios[0].name == "gate/bare"
+    assert record.ratios[0].rounds == pytest.approx(by_hand)
+    assert record.settings.tokens == 5 * LENGTH
+    assert record.steps == [LENGTH, 2 * LENGTH, 4 * LENGTH, 5 * LENGTH]
+    targets = {row.name: (row.sense, row.limit) for row in record.targets}
     assert targets == {
         "gate/bare": ("at most", 2.0),
         "compare, seconds": ("below", 1.0),
         "load, seconds": ("below", 2.0),
         "plugin, seconds": ("below", 0.05),
     }
-    for row in record["targets"][1:]:
-        values = record["alone"][row["name"].split(",")[0]]["seconds"]
+    for row in record.targets[1:]:
+        values = record.alone[row.name.split(",")[0]].seconds
         assert len(values) == 2
-        assert row["measured"] == pytest.approx(sum(values) / 2)
+        assert row.measured == pytest.approx(sum(values) / 2)
         assert min(values) > 0
-    assert record["elsewhere"] == []
-    assert json.loads(json.dumps(record)) == record
+    assert record.elsewhere == []
+    assert from_plain(json.loads(json.dumps(to_plain(record))), GateBenchmark) == record
 
 
 def test_the_noise_of_a_baseline_made_elsewhere_is_named_and_timed(
-    record: dict[str, Any],
+    record: GateBenchmark,
     saved: Path,
     baselines: Path,
     tmp_path: Path,
@@ -125,28 +125,28 @@ def test_the_noise_of_a_baseline_made_elsewhere_is_named_and_timed(
     moved = from_plain(plain, ProfileRecord)
     store_profile(folder, dataclasses.replace(stored, content=seal(moved, stored.state)))
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(benchmark, "_alone", lambda *_: record["alone"])
-    found = benchmark.gate(settings(saved, folder))
-    assert "the baseline's another" in found["elsewhere"][0]
+    monkeypatch.setattr(benchmark, "time_alone", lambda *_: record.alone)
+    found = benchmark.benchmark_gate(settings(saved, folder))
+    assert "the baseline's another" in found.elsewhere[0]
     assert list((tmp_path / "cache/noise").iterdir())  # in the round that warms up
-    assert len(found["ways"]["noise"]["seconds"]) == 2
+    assert len(found.variants["noise"].seconds) == 2
     assert "the first gate here measures the noise as well" in " ".join(printed(found).split())
     assert "not needed here" in printed(record)
 
 
-def printed(record: dict[str, Any]) -> str:
+def printed(record: GateBenchmark) -> str:
     text = io.StringIO()
-    print_gating(record, Console(file=text, width=80))
+    print_sections(gate_benchmark_report(record), Console(file=text, width=80))
     return text.getvalue()
 
 
-def test_the_report_shows_all_and_refuses_another_kind(record: dict[str, Any]) -> None:
+def test_the_report_shows_all_and_refuses_another_kind(record: GateBenchmark) -> None:
     text = printed(record)
-    for name in (*record["ways"], *record["alone"], *(row["name"] for row in record["targets"])):
+    for name in (*record.variants, *record.alone, *(row.name for row in record.targets)):
         assert name in text
     assert max(map(len, text.splitlines())) <= 80
-    with pytest.raises(ValueError, match="expected kind"):
-        printed(record | {"kind": "bench.fit"})
+    with pytest.raises(SchemaError, match=r'at kind, got "bench\.fit"'):
+        from_plain(to_plain(record) | {"kind": "bench.fit"}, GateBenchmark)
 
 
 def test_a_gate_that_stops_early_is_no_time(
@@ -159,12 +159,12 @@ def test_a_gate_that_stops_early_is_no_time(
 
     monkeypatch.setattr(benchmark, "load", broken)
     with pytest.raises(BenchmarkError, match="says FAIL, and stopped before its budget"):
-        benchmark.gate(settings(saved, baselines))
+        benchmark.benchmark_gate(settings(saved, baselines))
 
 
 def test_a_process_that_fails_is_no_time() -> None:
     with pytest.raises(BenchmarkError, match=r"a timed process failed: .*nowhere"):
-        benchmark._python("-m", "cascade", "compare", "nowhere", "nowhere")
+        benchmark.run_python("-m", "cascade", "compare", "nowhere", "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -184,13 +184,13 @@ def test_a_number_that_is_too_small_is_refused(
 
 def test_a_missing_baseline_is_named_with_what_makes_it(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="cascade analyze --output"):
-        benchmark.gate(settings(saved, tmp_path))
+        benchmark.benchmark_gate(settings(saved, tmp_path))
 
 
 def test_the_command_writes_its_record(
-    run: Run, saved: Path, baselines: Path, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    run: Run, saved: Path, baselines: Path, record: GateBenchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "_alone", lambda *_: record["alone"])
+    monkeypatch.setattr(benchmark, "time_alone", lambda *_: record.alone)
     given = ("--model", saved, "--baselines", baselines, "--tokens", 80, "--rounds", 2)
     done = run("bench", "gate", *given, "--output", "out")
     assert done.status == 0, done.err

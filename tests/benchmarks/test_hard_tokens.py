@@ -13,23 +13,25 @@ import torch
 from rich.console import Console
 
 from cascade.benchmarks import hard_tokens as benchmark
-from cascade.benchmarks.hard_tokens import HardSetup
+from cascade.benchmarks.hard_tokens import HardTokenBenchmark, HardTokenBenchmarkConfig
 from cascade.benchmarks.timing import BenchmarkError
+from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.models.stack import DecoderStack
-from cascade.report.benchmarks import print_collecting
+from cascade.report.benchmarks.collection import hard_token_benchmark_report
+from cascade.report.common.sections import print_sections
 
 
-def settings(saved: Path, **changes: Any) -> HardSetup:
+def settings(saved: Path, **changes: Any) -> HardTokenBenchmarkConfig:
     small = {"tokens": 160, "seq_len": 16, "batch_size": 4, "rounds": 2}
-    return HardSetup(model=str(saved), **(small | changes))
+    return HardTokenBenchmarkConfig(model=str(saved), **(small | changes))
 
 
 @pytest.fixture(scope="module")
-def record(saved: Path) -> dict[str, Any]:
-    return benchmark.collect_hard_tokens(settings(saved), command="cascade bench collect-hard")
+def record(saved: Path) -> HardTokenBenchmark:
+    return benchmark.benchmark_hard_tokens(settings(saved), command="cascade bench collect-hard")
 
 
-def test_both_ways_compute_the_same_batches_in_every_round(
+def test_both_variants_compute_the_same_batches_in_every_round(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[Any]] = []
@@ -39,35 +41,35 @@ def test_both_ways_compute_the_same_batches_in_every_round(
         seen[-1].append(ids.numpy())
         return visit(self, ids, visitor)
 
-    for name in ("bare_visit", "_collect"):
-        way = getattr(benchmark, name)
-        monkeypatch.setattr(benchmark, name, lambda *given, way=way: (seen.append([]), way(*given)))
+    for name in ("bare_visit", "collect"):
+        run = getattr(benchmark, name)
+        monkeypatch.setattr(benchmark, name, lambda *given, run=run: (seen.append([]), run(*given)))
     monkeypatch.setattr(DecoderStack, "visit", watched)
-    benchmark.collect_hard_tokens(settings(saved))
+    benchmark.benchmark_hard_tokens(settings(saved))
     assert len(seen) == 6  # two rounds, and one that warms up
     for batches in seen:
         assert [len(ids) for ids in batches] == [4, 4, 2]
         assert all(np.array_equal(a, b) for a, b in zip(batches, seen[0], strict=True))
 
 
-def test_the_record_has_the_ratio_and_its_target(record: dict[str, Any]) -> None:
-    (ratio,), (target,) = record["ratios"], record["targets"]
-    collect, bare = (record["ways"][way]["seconds"] for way in ("collect", "bare"))
-    assert ratio["name"] == "collect/bare"
-    assert ratio["rounds"] == pytest.approx([a / b for a, b in zip(collect, bare, strict=True)])
-    assert (target["name"], target["sense"], target["limit"]) == ("collect/bare", "at most", 1.15)
-    assert target["measured"] == ratio["median"]
-    assert (record["settings"]["layer"], record["settings"]["tokens"]) == (3, 160)
-    assert json.loads(json.dumps(record)) == record
+def test_the_record_has_the_ratio_and_its_target(record: HardTokenBenchmark) -> None:
+    (ratio,), (target,) = record.ratios, record.targets
+    collect, bare = (record.variants[name].seconds for name in ("collect", "bare"))
+    assert ratio.name == "collect/bare"
+    assert ratio.rounds == pytest.approx([a / b for a, b in zip(collect, bare, strict=True)])
+    assert (target.name, target.sense, target.limit) == ("collect/bare", "at most", 1.15)
+    assert target.measured == ratio.median
+    assert (record.settings.layer, record.settings.tokens) == (3, 160)
+    assert from_plain(json.loads(json.dumps(to_plain(record))), HardTokenBenchmark) == record
 
 
-def test_the_report_has_the_ratio_and_refuses_another_kind(record: dict[str, Any]) -> None:
+def test_the_report_has_the_ratio_and_refuses_another_kind(record: HardTokenBenchmark) -> None:
     text = io.StringIO()
-    print_collecting(record, Console(file=text, width=80))
+    print_sections(hard_token_benchmark_report(record), Console(file=text, width=80))
     assert "layer 3" in text.getvalue()
     assert "collect/bare" in text.getvalue()
-    with pytest.raises(ValueError, match="expected kind"):
-        print_collecting(record | {"kind": "bench.fit"}, Console(file=text))
+    with pytest.raises(SchemaError, match=r'at kind, got "bench\.fit"'):
+        from_plain(to_plain(record) | {"kind": "bench.fit"}, HardTokenBenchmark)
 
 
 @pytest.mark.parametrize(

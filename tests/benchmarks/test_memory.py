@@ -10,46 +10,51 @@ import numpy as np
 import pytest
 
 from cascade.benchmarks import memory
-from cascade.benchmarks.collect import KIND, Setup
+from cascade.benchmarks.collection import CollectionBenchmark, CollectionBenchmarkConfig
 from cascade.benchmarks.timing import BenchmarkError
+
+KIND = CollectionBenchmark.KIND
 
 
 def settings(saved: Path) -> dict[str, Any]:
-    return asdict(Setup(model=str(saved), tokens=256, seq_len=16, batch_size=4, rounds=2))
+    config = CollectionBenchmarkConfig(
+        model=str(saved), tokens=256, seq_len=16, batch_size=4, rounds=2
+    )
+    return asdict(config)
 
 
-def test_the_peak_of_a_pass_is_measured_in_this_process_and_sees_what_is_held():
+def test_the_peak_covers_memory_that_is_held():
     pytest.importorskip("resource", reason="the system reports no peak of a process")
-    before = memory._peak()
+    before = memory.peak_memory()
     held = np.ones(max(before, 64_000_000) // 8 + 4_000_000)
     # All of it resident at once: the peak must have moved by at least the 32 MB beyond it.
-    assert memory._peak() > 32_000_000
-    assert memory._peak() >= before
-    assert memory._peak() >= held.nbytes
+    assert memory.peak_memory() > 32_000_000
+    assert memory.peak_memory() >= before
+    assert memory.peak_memory() >= held.nbytes
 
 
-def test_memory_is_measured_at_one_and_eight_times_the_tokens_in_processes_of_their_own(
+def test_memory_is_measured_at_one_and_eight_times_the_tokens_in_fresh_processes(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("resource", reason="the system reports no peak of a process")
     asked: list[tuple[str, int]] = []
 
-    def answer(_kind: str, _setup: dict[str, Any], way: str, factor: int) -> dict[str, Any]:
-        asked.append((way, factor))
-        return {"tokens": 256 * factor, "peak_mb": 100.0 + factor}
+    def answer(_kind: str, _config: dict[str, Any], variant: str, factor: int) -> memory.PassPeak:
+        asked.append((variant, factor))
+        return memory.PassPeak(tokens=256 * factor, loaded_mb=50.0, peak_mb=100.0 + factor)
 
-    monkeypatch.setattr(memory, "_in_fresh_process", answer)
-    usage = memory.measure_usage(KIND, settings(saved), "analyze_fp32", beside=["seed_fp32"])
+    monkeypatch.setattr(memory, "peak_in_fresh_process", answer)
+    usage = memory.measure_usage(KIND, settings(saved), "analyze_fp32", others=["seed_fp32"])
     assert asked == [("analyze_fp32", 1), ("analyze_fp32", 8), ("seed_fp32", 1)]
-    assert usage["growth_mb"] == 7.0
+    assert usage.growth_mb == 7.0
 
 
 def test_a_fresh_process_reports_its_own_peak_and_its_failure_is_one_line(saved: Path):
     pytest.importorskip("resource", reason="the system reports no peak of a process")
-    row = memory._in_fresh_process(KIND, settings(saved), "analyze_fp32", 2)
-    assert row["tokens"] == 512
-    assert row["peak_mb"] > 0
-    absent = asdict(Setup(model="/nowhere/model.gguf"))
+    peak = memory.peak_in_fresh_process(KIND, settings(saved), "analyze_fp32", 2)
+    assert peak.tokens == 512
+    assert peak.peak_mb > 0
+    absent = asdict(CollectionBenchmarkConfig(model="/nowhere/model.gguf"))
     with pytest.raises(BenchmarkError, match=r"ModelError.*--no-memory") as caught:
-        memory._in_fresh_process(KIND, absent, "analyze_fp32", 1)
+        memory.peak_in_fresh_process(KIND, absent, "analyze_fp32", 1)
     assert "\n" not in str(caught.value)

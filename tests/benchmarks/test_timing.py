@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from cascade.benchmarks import timing
 
-WAYS = ("a", "b", "c", "d")
+NAMES = ("a", "b", "c", "d")
 PAIRS = (("a", "b"), ("b", "a"), ("c", "a"), ("d", "c"))
 
 
 class CallCountingClock:
-    """Stands at a whole second; every run of a way moves it by that way's own seconds."""
+    """Stands at a whole second; every run of a variant moves it by that variant's own seconds."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.now = 0.0
@@ -26,7 +26,7 @@ class CallCountingClock:
     def __call__(self) -> float:
         return self.now
 
-    def ways(self) -> dict[str, timing.Way]:
+    def variants(self) -> dict[str, timing.Variant]:
         return {name: lambda name=name: self.run(name) for name in self.seconds}
 
     def run(self, name: str) -> str:
@@ -35,37 +35,37 @@ class CallCountingClock:
         return name
 
 
-def test_every_round_runs_every_way_once_in_an_order_of_its_own_after_a_round_that_warms_up():
+def test_after_a_warm_up_every_round_runs_every_variant_once_in_an_order_of_its_own():
     clock = CallCountingClock({"a": 1.0, "b": 2.0, "c": 4.0})
-    first, orders, seconds = timing.time_ways(clock.ways(), rounds=20, seed=0, clock=clock)
-    assert first == {"a": "a", "b": "b", "c": "c"}
+    timings = timing.time_variants(clock.variants(), rounds=20, seed=0, clock=clock)
+    assert timings.results == {"a": "a", "b": "b", "c": "c"}
     rounds = [clock.ran[start : start + 3] for start in range(0, len(clock.ran), 3)]
-    assert rounds[1:] == orders
-    assert len(orders) == 20
-    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
-    assert len({tuple(order) for order in orders}) > 1
-    assert seconds == {"a": [1.0] * 20, "b": [2.0] * 20, "c": [4.0] * 20}
+    assert rounds[1:] == timings.order
+    assert len(timings.order) == 20
+    assert all(sorted(order) == ["a", "b", "c"] for order in timings.order)
+    assert len({tuple(order) for order in timings.order}) > 1
+    assert timings.seconds == {"a": [1.0] * 20, "b": [2.0] * 20, "c": [4.0] * 20}
 
 
 def test_the_seed_decides_the_orders():
     def orders(seed: int) -> list[list[str]]:
         clock = CallCountingClock(dict.fromkeys("abcdef", 1.0))
-        return timing.time_ways(clock.ways(), rounds=5, seed=seed, clock=clock)[1]
+        return timing.time_variants(clock.variants(), rounds=5, seed=seed, clock=clock).order
 
     assert orders(1) == orders(1)
     assert orders(1) != orders(2)
 
 
-def test_the_device_is_waited_for_before_the_clock_starts_and_before_it_stops():
+def test_the_device_is_synchronized_before_the_clock_starts_and_before_it_stops():
     events: list[str] = []
-    timing.time_ways(
-        {"way": lambda: events.append("way")},
+    timing.time_variants(
+        {"variant": lambda: events.append("run")},
         rounds=1,
         seed=0,
         clock=lambda: float(events.append("clock") or 0),
         synchronize=lambda: events.append("wait"),
     )
-    assert events == ["way", "wait", "clock", "way", "wait", "clock"]
+    assert events == ["run", "wait", "clock", "run", "wait", "clock"]
 
 
 def test_more_threads_than_cores_can_serve_are_refused():
@@ -96,27 +96,27 @@ def test_threads_are_pinned_inside_and_restored_even_on_failure():
 
 
 @given(
-    st.lists(st.tuples(*[st.floats(0.01, 100)] * len(WAYS)), min_size=2, max_size=9),
+    st.lists(st.tuples(*[st.floats(0.01, 100)] * len(NAMES)), min_size=2, max_size=9),
     st.integers(0, 9),
 )
 def test_an_interval_holds_its_median_and_stays_within_the_rounds(
     rounds: list[tuple[float, ...]], seed: int
 ):
-    seconds = dict(zip(WAYS, map(list, zip(*rounds, strict=True)), strict=True))
+    seconds = dict(zip(NAMES, map(list, zip(*rounds, strict=True)), strict=True))
     for row in timing.ratio_rows(seconds, PAIRS, seed=seed):
-        low, high = row["interval"]
+        low, high = row.interval
         # Interpolation between two equal numbers may differ from them in the last bit.
-        slack = 1e-12 * row["median"]
-        assert low - slack <= row["median"] <= high + slack
-        assert min(row["rounds"]) - slack <= low
-        assert high <= max(row["rounds"]) + slack
+        slack = 1e-12 * row.median
+        assert low - slack <= row.median <= high + slack
+        assert min(row.rounds) - slack <= low
+        assert high <= max(row.rounds) + slack
 
 
 def test_a_ratio_compares_seconds_of_the_same_round():
-    seconds = {name: [10.0, 1.0, 100.0] for name in WAYS}
+    seconds = {name: [10.0, 1.0, 100.0] for name in NAMES}
     seconds["a"] = [20.0, 2.0, 200.0]
-    rows = {row["name"]: row for row in timing.ratio_rows(seconds, PAIRS, seed=0)}
+    rows = {row.name: row for row in timing.ratio_rows(seconds, PAIRS, seed=0)}
     assert list(rows) == ["a/b", "b/a", "c/a", "d/c"]
-    assert rows["a/b"]["rounds"] == [2.0, 2.0, 2.0]
-    assert rows["a/b"]["interval"] == [2.0, 2.0]
-    assert rows["c/a"]["median"] == 0.5
+    assert rows["a/b"].rounds == [2.0, 2.0, 2.0]
+    assert rows["a/b"].interval == [2.0, 2.0]
+    assert rows["c/a"].median == 0.5

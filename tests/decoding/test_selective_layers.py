@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.layer_probes import at, planned, stepped
 from support.reference_early_exit import (
     ALL_FAMILIES,
     CLOSE,
@@ -23,26 +21,19 @@ from support.reference_early_exit import (
     ByHand,
     a_stack,
     apart,
-    by_hand,
     climb,
     difference,
     map_by_hand,
-    own_logits,
     positions_of,
-    some_exits,
     some_heads,
     some_mask,
-    state_of,
 )
 from support.tiny_models import WIDTH, random_ids, tiny_model
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from cascade.decoding.early_exit import EarlyExit, Propagation
 from cascade.decoding.kv_cache import KeyValueCache, Selection
-from cascade.decoding.selective_layers import SkippingLayers
+from cascade.decoding.selective_layers import LayerTask, SkippingLayers
 from cascade.exits.fitted_heads import FittedHeads
-from cascade.models.fast_layers import LeanLayers
 from cascade.models.flops import Counts
 from cascade.models.stack import DecoderStack, LayerCall
 
@@ -55,179 +46,7 @@ def some_layers(family: str, *, skip: bool = True) -> SkippingLayers:
     return SkippingLayers(a_stack(family), skip=skip)
 
 
-def masks(least: int = 1) -> st.SearchStrategy[Tensor]:
-    """Return active tokens `[B, T]`, `least` or more."""
-    shapes = st.tuples(st.integers(1, 4), st.integers(1, 7))
-    return shapes.flatmap(
-        lambda shape: st.lists(
-            st.lists(st.booleans(), min_size=shape[1], max_size=shape[1]),
-            min_size=shape[0],
-            max_size=shape[0],
-        ).map(torch.tensor)
-    ).filter(lambda active: int(active.sum()) >= least)
-
-
-# --- Selections and counts -------------------------------------------------------------------
-
-
-@given(masks())
-def test_packed_rows_find_their_sequence_and_their_way_back(active: Tensor) -> None:
-    selection = Selection(active, torch.zeros_like(active))
-    sequences, packed, place = selection.groups
-    assert sequences.tolist() == [row for row, some in enumerate(active.any(dim=1)) if some]
-    assert torch.equal(packed.flatten()[place], torch.arange(int(active.sum())))
-    assert packed.shape[1] == int(active.sum(dim=1).max())
-    # Every place of a group holds a token of the group's own sequence, also where it repeats one.
-    assert torch.equal(selection.rows[packed], sequences[:, None].expand_as(packed))
-    assert torch.equal(active.nonzero(), torch.stack([selection.rows, selection.columns], dim=1))
-
-
-@given(masks(least=0), st.booleans())
-def test_a_selection_is_dense_where_packing_would_gain_nothing(active: Tensor, left: bool) -> None:
-    exited = ~active if left else torch.zeros_like(active)
-    padded_prompt = not bool(exited.any()) and bool(active.any()) and active.shape[1] > 1
-    assert Selection(active, exited).dense == (bool(active.all()) or padded_prompt)
-
-
-def some_counts(start: int) -> Counts:
-    a, b, c, d = (list(range(start + part, start + part + LAYERS)) for part in range(4))
-    return Counts(a, b, c, d, lm_head_rows=start, head_rows={start: 5, 2: 7})
-
-
-def test_counts_add_up_layer_by_layer() -> None:
-    total = some_counts(0) + some_counts(10)
-    assert total == Counts(
-        layer_rows=[10, 12, 14, 16],
-        pairs=[12, 14, 16, 18],
-        key_value_rows=[14, 16, 18, 20],
-        predicted_rows=[16, 18, 20, 22],
-        lm_head_rows=10,
-        head_rows={0: 5, 2: 14, 10: 5},
-    )
-    assert total + Counts.of(LAYERS) == total
-
-
-def test_a_record_of_counts_is_a_copy_that_json_can_hold() -> None:
-    counts = Counts.of(2)
-    counts.head_rows[1] = 3
-    record = counts.record()
-    assert record == {
-        "layer_rows": [0, 0],
-        "pairs": [0, 0],
-        "key_value_rows": [0, 0],
-        "predicted_rows": [0, 0],
-        "lm_head_rows": 0,
-        "head_rows": {"1": 3},
-    }
-    record["pairs"][0] = 9
-    assert counts.pairs == [0, 0]
-
-
-def test_counts_of_nothing_share_no_list() -> None:
-    counts = Counts.of(2)
-    counts.layer_rows[0] += 1
-    assert counts.pairs == counts.key_value_rows == counts.predicted_rows == [0, 0]
-
-
-# --- The cache -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("padded", [False, True], ids=["without_mask", "left_padded"])
-@ALL_FAMILIES
-def test_a_cache_filled_in_chunks_is_what_transformers_would_hold(
-    family: str, padded: bool
-) -> None:
-    stack, ids = a_stack(family), random_ids(2, 20)
-    mask = some_mask(2, 20) if padded else None
-    theirs = DynamicCache()
-    plan = planned(stack, ids, mask, theirs)
-    expected = stepped(stack, plan.embedded, plan.calls)
-    ours = KeyValueCache(LAYERS, 2, 23)
-    outputs = []
-    for start, stop in ((0, 11), (11, 14), (14, 15), (15, 20)):
-        ours.window(start, stop)
-        assert ours.get_seq_length() == ours.get_query_offset() == start
-        assert ours.get_mask_sizes(stop - start, 0) == (stop, 0)
-        part = planned(stack, ids, mask, ours, start, stop)
-        outputs.append(stepped(stack, part.embedded, part.calls))
-    valid = torch.ones_like(ids).bool() if mask is None else mask.bool()
-    assert apart(torch.cat(outputs, dim=1)[valid], expected[valid]) <= CLOSE
-    for index in range(LAYERS):
-        keys, values = ours.read(index)
-        layer: Any = theirs.layers[index]
-        assert apart(at(keys, valid), at(layer.keys, valid)) <= CLOSE
-        assert apart(at(values, valid), at(layer.values, valid)) <= CLOSE
-
-
-def planned(
-    stack: DecoderStack,
-    ids: Tensor,
-    mask: Tensor | None,
-    cache: Any,
-    start: int = 0,
-    stop: int | None = None,
-) -> Any:
-    positions = None if mask is None else positions_of(ids, mask)[:, start:stop]
-    seen = None if mask is None else mask[:, :stop]
-    return stack.plan(ids[:, start:stop], attention_mask=seen, position_ids=positions, cache=cache)
-
-
-def stepped(stack: DecoderStack, hidden: Tensor, calls: tuple[LayerCall, ...]) -> Tensor:
-    for layer, call in enumerate(calls, start=1):
-        hidden = stack.step(layer, hidden, call)
-    return hidden
-
-
-def at(states: Tensor, valid: Tensor) -> Tensor:
-    """Return `[n, heads, head_dim]` of a cache's `[B, heads, T, head_dim]`."""
-    return states.transpose(1, 2)[valid]
-
-
-def test_a_cache_writes_single_tokens_where_they_belong() -> None:
-    cache = KeyValueCache(1, 2, 5)
-    cache.window(2, 4)
-    rows, columns = torch.tensor([0, 1]), torch.tensor([1, 0])
-    keys, values = torch.rand(3, 2, 4), torch.rand(3, 2, 4)
-    got = cache.put(0, rows, columns, keys, values)
-    for states, put in zip(got, (keys, values), strict=True):
-        assert states.shape == (2, 3, 4, 4)
-        assert torch.equal(states[0, :, 3], put[:, 0])
-        assert torch.equal(states[1, :, 2], put[:, 1])
-        assert int((states != 0).sum()) == 2 * 3 * 4
-
-
-def test_packed_updates_go_to_the_active_tokens_and_only_inside_the_block() -> None:
-    cache = KeyValueCache(1, 2, 3)
-    cache.window(0, 3)
-    active = torch.tensor([[True, False, True], [False, True, False]])
-    states = torch.arange(1.0, 4.0)[None, None, :, None].expand(1, 1, 3, 2)
-    with cache.packed(Selection(active, ~active)):
-        keys, _ = cache.update(states, states, 0)
-    assert keys[:, 0, :, 0].tolist() == [[1, 0, 2], [0, 3, 0]]
-    with pytest.raises(ArithmeticError):
-        break_off(cache.packed(Selection(active, ~active)))
-    whole = torch.ones(2, 1, 3, 2)
-    keys, values = cache.update(whole, whole, 0)
-    assert bool((keys == 1).all() & (values == 1).all())
-
-
-def break_off(block: AbstractContextManager[None]) -> None:
-    with block:
-        raise ArithmeticError
-
-
-def test_a_cache_that_keeps_nothing_takes_layers_of_any_shape() -> None:
-    cache = KeyValueCache(3, 1, 2, keep=False)
-    cache.window(0, 2)
-    row, column = torch.tensor([0]), torch.tensor([1])
-    for index, (heads, width) in enumerate(((2, 4), (2, 8), (1, 8))):
-        keys = torch.full((heads, 1, width), index + 1.0)
-        got, _ = cache.put(index, row, column, keys, keys)
-        assert got.shape == (1, heads, 2, width)
-        assert bool((got[:, :, 1] == index + 1).all())
-
-
-# --- A mixture of exits, layer by layer ------------------------------------------------------
+# --- A mixture of exits, layer by layer -------------------------------------------------------
 
 
 @dataclass
@@ -299,7 +118,7 @@ def run(
             if mixture.ridge and bool(selection.exited.any()):
                 table = predictions(mixture, expected, heads, layer)[:, start:stop]
                 predicted = table[selection.exited_rows, selection.exited_columns]
-            hidden = layers.run(
+            task = LayerTask(
                 layer,
                 hidden,
                 selection,
@@ -307,8 +126,9 @@ def run(
                 cache,
                 counts,
                 predicted=predicted,
-                of_states=heads.of_states,
+                predicts_states=heads.of_states,
             )
+            hidden = layers.run(task)
         outputs.append(hidden)
         start = stop
     return torch.cat(outputs, dim=1), cache, counts
@@ -475,7 +295,7 @@ def test_maps_that_predict_layer_inputs_serve_llamas_too(skip: bool) -> None:
     assert counts.key_value_rows == ([0, 0, 16, 16] if skip else [0] * LAYERS)
 
 
-# --- What the cache holds, from the paper's formulas -----------------------------------------
+# --- What the cache holds, from the paper's formulas ------------------------------------------
 
 
 def rotated(keys: Tensor, positions: Tensor, base: float) -> Tensor:
@@ -540,7 +360,7 @@ def expected_keys(expected: ByHand, number: int) -> Tensor:
     return keys
 
 
-# --- Nothing is computed for tokens that left ------------------------------------------------
+# --- Nothing is computed for tokens that left -------------------------------------------------
 
 
 @SKIPPING_FAMILIES
@@ -590,268 +410,3 @@ def test_attention_sees_the_active_rows_only(monkeypatch: pytest.MonkeyPatch) ->
     for handle in handles:
         handle.remove()
     assert seen == [32, 32, 16, 16]
-
-
-# --- The lean way for few tokens -------------------------------------------------------------
-
-
-@pytest.fixture
-def hooked() -> Iterator[Callable[[nn.Module, Any], None]]:
-    """Return a function that hooks a module's output for one test."""
-    handles = []
-    yield lambda module, hook: handles.append(module.register_forward_hook(hook))
-    for handle in handles:
-        handle.remove()
-
-
-def own_stack(family: str) -> DecoderStack:
-    """Return a stack that no other test has hooked: what is hooked is not taken apart."""
-    return DecoderStack(tiny_model(family))
-
-
-#: Families whose layers are Llama's and nothing else, with attention that can take the lean way.
-LEAN = ("llama", "qwen2", "qwen3", "mistral", "smollm3")
-
-
-def own_difference(layers: SkippingLayers, ids: Tensor) -> float:
-    """Return how far all layers, run token by token, are from the model's own logits."""
-    stack, cache = layers.stack, layers.new_cache(*ids.shape)
-    outputs = []
-    for start in range(ids.shape[1]):
-        cache.window(start, start + 1)
-        plan = stack.plan(ids[:, start : start + 1], cache=cache)
-        hidden = plan.embedded
-        everything = torch.ones(len(ids), 1).bool()
-        for layer, call in enumerate(plan.calls, start=1):
-            selection = Selection(everything, ~everything)
-            hidden = layers.run(layer, hidden, selection, call, cache, Counts.of(LAYERS))
-        outputs.append(hidden)
-    return difference(stack.decode(torch.cat(outputs, dim=1)), own_logits(stack, ids))
-
-
-@SKIPPING_FAMILIES
-def test_only_layers_that_are_llamas_take_the_lean_way(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[int] = []
-    step = LeanLayers.step
-
-    def counting(self: LeanLayers, layer: int, *args: Any) -> Tensor:
-        steps.append(layer)
-        return step(self, layer, *args)
-
-    monkeypatch.setattr(LeanLayers, "step", counting)
-    layers = SkippingLayers(own_stack(family))
-    steps.clear()
-    assert own_difference(layers, random_ids(2, 6)) <= CLOSE
-    assert steps == (6 * [1, 2, 3, 4] if family in LEAN else [])
-
-
-@pytest.mark.parametrize("family", LEAN)
-def test_a_planted_bug_in_the_lean_way_is_caught(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = LeanLayers.step
-
-    def wrong(self: LeanLayers, layer: int, *args: Any) -> Tensor:
-        assert layer <= 3
-        return step(self, layer, *args) * (1.01 if layer == 3 else 1)
-
-    monkeypatch.setattr(LeanLayers, "step", wrong)
-    layers = SkippingLayers(own_stack(family))
-    assert layers.skips
-    assert own_difference(layers, random_ids(2, 6)) <= CLOSE
-
-
-PARTS = [name for name, _ in own_stack("qwen3").layers[0].named_modules()]
-
-
-def louder(output: Any) -> Any:
-    """Change a module's output, also where a norm follows."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    made = 1.5 * hidden + 0.1
-    return (made, *output[1:]) if isinstance(output, tuple) else made
-
-
-@pytest.mark.parametrize("part", PARTS, ids=[part or "layer" for part in PARTS])
-def test_a_hook_set_later_is_heard_by_the_lean_way_too(
-    part: str, hooked: Callable[[nn.Module, Any], None]
-) -> None:
-    layers, ids = SkippingLayers(own_stack("qwen3")), random_ids(2, 6)
-    before = own_logits(layers.stack, ids)
-    hooked(layers.stack.layers[1].get_submodule(part), lambda _, __, output: louder(output))
-    assert difference(own_logits(layers.stack, ids), before) > 1e-3
-    assert own_difference(layers, ids) <= CLOSE
-
-
-@pytest.mark.parametrize("part", PARTS, ids=[part or "layer" for part in PARTS])
-def test_a_forward_replaced_later_is_called_by_the_lean_way_too(
-    part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers, ids = SkippingLayers(own_stack("qwen3")), random_ids(2, 6)
-    before = own_logits(layers.stack, ids)
-    module = layers.stack.layers[1].get_submodule(part)
-    forward = module.forward
-
-    def replaced(*args: Any, **kwargs: Any) -> Any:
-        return louder(forward(*args, **kwargs))
-
-    monkeypatch.setitem(vars(module), "forward", replaced)
-    assert difference(own_logits(layers.stack, ids), before) > 1e-3
-    assert own_difference(layers, ids) <= CLOSE
-
-
-# --- The try-out -----------------------------------------------------------------------------
-
-
-def check_it_falls_back(stack: DecoderStack, reason: str) -> None:
-    """Raise AssertionError unless layers are not skipped, for this reason, and exits still work."""
-    heads, ids = some_heads(stack.model.config.model_type), random_ids(2, 16)
-    propagations: tuple[Propagation, ...] = ("frozen", "ridge")
-    for propagation in propagations:
-        exits = some_exits(stack, heads=heads, propagation=propagation, text=ids)
-        early = EarlyExit(stack, exits=exits, propagation=propagation)
-        assert early.fallback_reason == reason
-        score = early.score(ids, keep_logits=True)
-        expected = by_hand(stack, ids, exits, propagation=propagation, heads=heads)
-        assert score.logits is not None
-        assert apart(score.logits, expected.logits) <= CLOSE
-        assert torch.equal(score.exit_layers, expected.exit_layers)
-        assert score.counts.layer_rows == [32] * LAYERS
-
-
-DIFFERS = "layer {} computed for some of the tokens differs from the whole one"
-
-
-def forget_rotation(layers: type[SkippingLayers]) -> Callable[..., Any]:
-    rotate = layers.rotate
-
-    def wrong(self: SkippingLayers, layer: int, raw: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        return rotate(self, layer, raw, torch.ones_like(cos), torch.zeros_like(sin))
-
-    return wrong
-
-
-def rotate_too_far(layers: type[SkippingLayers]) -> Callable[..., Any]:
-    rotate = layers.rotate
-
-    def wrong(self: SkippingLayers, layer: int, raw: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        return rotate(self, layer, raw, cos.roll(1, dims=0), sin.roll(1, dims=0))
-
-    return wrong
-
-
-def swap_keys_and_values(layers: type[SkippingLayers]) -> Callable[..., Any]:
-    rotate = layers.rotate
-
-    def wrong(self: SkippingLayers, layer: int, raw: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        return rotate(self, layer, torch.cat(raw.chunk(2, dim=-1)[::-1], dim=-1), cos, sin)
-
-    return wrong
-
-
-def forget_the_norm(_: type[SkippingLayers]) -> Callable[..., Any]:
-    def wrong(self: SkippingLayers, layer: int, hidden: Tensor) -> Tensor:
-        attention: Any = self.stack.layers[layer - 1].self_attn
-        return torch.cat([attention.k_proj(hidden), attention.v_proj(hidden)], dim=-1)
-
-    return wrong
-
-
-@pytest.mark.parametrize(
-    ("method", "plant"),
-    [
-        ("rotate", forget_rotation),
-        ("rotate", rotate_too_far),
-        ("rotate", swap_keys_and_values),
-        ("project", forget_the_norm),
-    ],
-)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_a_planted_bug_is_caught_by_the_try_out(
-    family: str,
-    method: str,
-    plant: Callable[[type[SkippingLayers]], Callable[..., Any]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(SkippingLayers, method, plant(SkippingLayers))
-    check_it_falls_back(a_stack(family), DIFFERS.format(1))
-
-
-class NormsByAnotherName(nn.Module):
-    """Attention whose keys are normed by a module that nobody would look for."""
-
-    def __init__(self, attention: Any) -> None:
-        super().__init__()
-        self.real, self.key_norm = attention, attention.k_norm
-        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
-        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
-        self.head_dim, self.config = attention.head_dim, attention.config
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.real(*args, **kwargs)
-
-
-def test_a_norm_of_keys_that_is_not_found_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("qwen3")
-    module = sys.modules[type(model).__module__]
-    for name in ("apply_rotary_pos_emb", "eager_attention_forward"):
-        monkeypatch.setattr(sys.modules[__name__], name, getattr(module, name), raising=False)
-    for layer in model.model.layers:
-        layer.self_attn = NormsByAnotherName(layer.self_attn)
-    check_it_falls_back(DecoderStack(model), DIFFERS.format(1))
-
-
-def test_a_layer_that_looks_at_its_neighbours_is_caught_by_number(
-    hooked: Callable[[nn.Module, Any], None],
-) -> None:
-    def add_what_came_before(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output + 0.5 * nn.functional.pad(output[:, :-1], (0, 0, 1, 0))
-
-    hooked(a_stack("llama").layers[2].get_submodule("mlp"), add_what_came_before)
-    check_it_falls_back(a_stack("llama"), DIFFERS.format(3))
-
-
-def test_a_layer_that_cannot_take_packed_rows_at_all_is_caught(
-    hooked: Callable[[nn.Module, Any], None],
-) -> None:
-    def insist(_: nn.Module, args: Any, output: Tensor) -> None:
-        if output.shape[:2] not in ((2, 3), (2, 4), (2, 16)):
-            raise RuntimeError(f"expected two rows\nnot {output.shape[0]}")
-
-    hooked(a_stack("llama").layers[1].get_submodule("mlp"), insist)
-    reason = "its layers cannot be run for some of the tokens (expected two rows)"
-    check_it_falls_back(a_stack("llama"), reason)
-
-
-def test_attention_that_takes_no_mask_per_query_is_not_packed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    stack = a_stack("llama")
-    monkeypatch.setattr(stack.model.config, "_attn_implementation", "flex_attention")
-    assert SkippingLayers(stack).reason == (
-        "its attention is flex_attention; tokens are packed for eager and sdpa attention only"
-    )
-
-
-def test_layers_without_rotary_positions_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    stack = a_stack("llama")
-    plan = stack.plan
-
-    def planned_without(*args: Any, **kwargs: Any) -> Any:
-        made = plan(*args, **kwargs)
-        for call in made.calls:
-            call.kwargs.pop("position_embeddings")
-        return made
-
-    monkeypatch.setattr(stack, "plan", planned_without)
-    reason = SkippingLayers(stack).reason
-    assert reason == "its layers are called without rotary position_embeddings"
-
-
-@SKIPPING_FAMILIES
-def test_the_try_out_leaves_the_model_as_it_was(family: str) -> None:
-    stack = a_stack(family)
-    before = state_of(stack)
-    assert SkippingLayers(stack).skips
-    assert state_of(stack) == before

@@ -8,11 +8,13 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from support.reference_early_exit import (
     LAYERS,
     a_settled_stack,
@@ -33,10 +35,11 @@ from support.tiny_models import tiny_model
 
 from cascade.core.errors import CascadeError, CorpusError, ModelError, RecordError, UsageError
 from cascade.core.records import read_record, to_json, write_record
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import EarlyExit
 from cascade.evaluation.calibration import (
-    Wish,
+    CalibrationConfig,
     calibrate,
     confidences,
     early_exit_of,
@@ -44,19 +47,23 @@ from cascade.evaluation.calibration import (
     threshold_of,
     tokens_to_read,
 )
-from cascade.evaluation.operating_points import Evaluator, Point
+from cascade.evaluation.calibration_record import (
+    CalibrationRecord,
+    HardRatioThreshold,
+)
+from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.head_fitting import fit_heads
 from cascade.models.stack import DecoderStack
 from cascade.stats.certificates import certify, sequences_needed
 from cascade.stats.thresholds import fit_threshold, transfer
 
-Record = dict[str, Any]
+Plain = dict[str, Any]
 
 BLOCKS = blocks_of(24, seed=3)
 OTHER = blocks_of(10, seed=4)
 
-#: The shares of exits that are tested, the safest first (the same as in the room).
+#: The shares of exits that are tested, the safest first (the same as in the module).
 SHARES = [0.01, 0.02, 0.03, 0.05, 0.07, *(share / 100 for share in range(10, 100, 5)), 1.0]
 
 
@@ -64,25 +71,24 @@ def ids_of(blocks: TokenBlocks) -> torch.Tensor:
     return torch.from_numpy(blocks.ids).long()
 
 
-def wish(**changes: Any) -> Wish:
-    return dataclasses.replace(Wish(2, "top2_gap", hard_ratios=(0.3, 0.7)), **changes)
+def a_config(**changes: Any) -> CalibrationConfig:
+    usual = CalibrationConfig(2, "top2_gap", hard_ratios=(0.3, 0.7))
+    return dataclasses.replace(usual, **changes)
 
 
-def certified(propagation: str = "exact", **changes: Any) -> Wish:
-    return wish(**{"risk": 0.5, "propagation": propagation} | changes)
+def a_certifying_config(propagation: str = "exact", **changes: Any) -> CalibrationConfig:
+    return a_config(**{"risk": 0.5, "propagation": propagation} | changes)
 
 
 @functools.cache
-def calibrated(family: str = "gemma2") -> Record:
+def calibrated(family: str = "gemma2") -> CalibrationRecord:
     """Return a calibration with everything in it, on ridge heads."""
     return calibrate(
         a_settled_stack(family),
         BLOCKS,
-        certified("ridge"),
+        a_certifying_config("ridge", batch_size=5, seed=1),
         heads=settled_heads(family),
         onto=OTHER,
-        batch_size=5,
-        seed=1,
     )
 
 
@@ -130,8 +136,7 @@ def test_confidences_of_the_top2_gap_below_it_are_those_of_the_exit_head(family:
     np.testing.assert_allclose(got, (best[..., 0] - best[..., 1]).numpy(), atol=1e-6, rtol=0)
 
 
-def test_confidences_are_those_by_which_tokens_leave(  # both to the same side of the threshold
-) -> None:
+def test_tokens_exit_exactly_where_their_confidence_reaches_the_threshold() -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
     for rule in ("cosine", "top2_gap", "entropy", "random"):
         values = confidences(stack, BLOCKS, 2, rule, heads=heads, batch_size=24, seed=9)
@@ -141,7 +146,7 @@ def test_confidences_are_those_by_which_tokens_leave(  # both to the same side o
         assert np.array_equal(left.numpy(), values >= middle), rule
 
 
-def test_confidences_say_nothing_of_what_lies_above_and_leave_it_alone() -> None:
+def test_confidences_do_not_depend_on_the_layers_above_the_exit() -> None:
     stack = DecoderStack(tiny_model("llama"))
     before = confidences(stack, BLOCKS, 2, "cosine")
     for layer in stack.layers[2:]:
@@ -150,12 +155,12 @@ def test_confidences_say_nothing_of_what_lies_above_and_leave_it_alone() -> None
 
 
 @pytest.mark.parametrize("rule", ["cosine", "top2_gap"])
-def test_confidences_that_are_not_finite_are_refused_by_layer(rule: str) -> None:
+def test_confidences_that_are_not_finite_are_refused_and_name_the_layer(rule: str) -> None:
     stack = DecoderStack(tiny_model("llama"))
     stack.layers[1].mlp.down_proj.weight.data.fill_(math.nan)
     for work in (
         lambda: confidences(stack, BLOCKS, 2, rule),
-        lambda: calibrate(stack, BLOCKS, wish(rule=rule)),
+        lambda: calibrate(stack, BLOCKS, a_config(rule=rule)),
     ):
         assert f"{rule} is not finite at exit layer 2" in refusal(ModelError, work)
 
@@ -168,58 +173,58 @@ def test_confidences_that_are_not_finite_are_refused_by_layer(rule: str) -> None
 def test_thresholds_are_the_quantiles_of_the_confidences(family: str, rule: str) -> None:
     stack = a_settled_stack(family)
     ratios = (0.0, 0.3, 0.5, 0.7)
-    record = calibrate(stack, BLOCKS, wish(rule=rule, hard_ratios=ratios), batch_size=7)
+    record = calibrate(stack, BLOCKS, a_config(rule=rule, hard_ratios=ratios, batch_size=7))
     values = confidences(stack, BLOCKS, 2, rule, batch_size=24)
-    assert [row["hard_ratio"] for row in record["by_hard_ratio"]] == list(ratios)
-    for row in record["by_hard_ratio"]:
-        quantile = np.quantile(values, row["hard_ratio"])
-        assert row["threshold"] == pytest.approx(quantile, abs=1e-6)
-        assert row["reached"] == pytest.approx((values < row["threshold"]).mean(), abs=0.01)
-        low, high = row["threshold_interval"]
-        assert low <= row["threshold"] <= high
+    assert [row.hard_ratio for row in record.by_hard_ratio] == list(ratios)
+    for row in record.by_hard_ratio:
+        quantile = np.quantile(values, row.hard_ratio)
+        assert row.threshold == pytest.approx(quantile, abs=1e-6)
+        assert row.reached == pytest.approx((values < row.threshold).mean(), abs=0.01)
+        low, high = row.threshold_interval
+        assert low <= row.threshold <= high
 
 
 def test_running_with_a_threshold_reaches_the_hard_ratio_it_was_fitted_for() -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
-    record = calibrate(stack, BLOCKS, wish(), heads=heads, batch_size=24)
-    for row in record["by_hard_ratio"]:
-        early = early_exit_of(record, stack, heads=heads, hard_ratio=row["hard_ratio"])
+    record = calibrate(stack, BLOCKS, a_config(batch_size=24), heads=heads)
+    for row in record.by_hard_ratio:
+        early = early_exit_of(record, stack, heads=heads, hard_ratio=row.hard_ratio)
         hard = early.score(ids_of(BLOCKS)).exit_layers == LAYERS
-        assert hard.double().mean().item() == pytest.approx(row["reached"], abs=1e-12)
-        assert abs(row["reached"] - row["hard_ratio"]) <= 1 / BLOCKS.tokens
+        assert hard.double().mean().item() == pytest.approx(row.reached, abs=1e-12)
+        assert abs(row.reached - row.hard_ratio) <= 1 / BLOCKS.tokens
 
 
-def test_a_rule_that_draws_draws_again_as_it_was_calibrated() -> None:
+def test_the_random_rule_draws_with_the_seed_of_its_calibration() -> None:
     stack = a_stack("llama")
-    record = calibrate(stack, BLOCKS, wish(rule="random", hard_ratios=(0.3,)), seed=5)
+    record = calibrate(stack, BLOCKS, a_config(rule="random", hard_ratios=(0.3,), seed=5))
     values = confidences(stack, BLOCKS, 2, "random", seed=5)
     left = early_exit_of(record, stack).score(ids_of(BLOCKS)).exit_layers == 2
     assert np.array_equal(left.numpy(), values >= threshold_of(record))
-    other = calibrate(stack, BLOCKS, wish(rule="random", hard_ratios=(0.3,)), seed=6)
+    other = calibrate(stack, BLOCKS, a_config(rule="random", hard_ratios=(0.3,), seed=6))
     assert not torch.equal(early_exit_of(other, stack).score(ids_of(BLOCKS)).exit_layers == 2, left)
 
 
-def test_a_record_says_what_it_was_made_of_and_nothing_else_is_asked_for() -> None:
-    record = calibrate(a_stack("llama"), BLOCKS, Wish(3), command="cascade calibrate")
-    assert (record["kind"], record["schema"]) == ("calibration", 1)
-    assert (record["exit_layer"], record["rule"], record["head"]) == (3, "cosine", "logit_lens")
-    assert record["propagation"] == "frozen"
-    assert record["certificate"] is None
-    assert record["transfer"] is None
-    assert record["provenance"]["corpus"] == BLOCKS.provenance()
-    assert record["provenance"]["command"] == "cascade calibrate"
-    assert record["provenance"]["heads"] is None
-    assert record["provenance"]["heads_fingerprint"] is None
-    assert [row["hard_ratio"] for row in record["by_hard_ratio"]] == [0.3, 0.5, 0.7]
+def test_a_record_of_the_default_config_names_its_model_corpus_and_exit() -> None:
+    record = calibrate(a_stack("llama"), BLOCKS, CalibrationConfig(3), command="cascade calibrate")
+    assert (record.kind, record.schema) == ("calibration", 1)
+    assert (record.exit_layer, record.rule, record.head) == (3, "cosine", "logit_lens")
+    assert record.propagation == "frozen"
+    assert record.certificate is None
+    assert record.transfer is None
+    assert to_plain(record.provenance.corpus) == to_plain(BLOCKS.provenance())
+    assert record.provenance.command == "cascade calibrate"
+    assert record.provenance.heads is None
+    assert record.provenance.heads_fingerprint is None
+    assert [row.hard_ratio for row in record.by_hard_ratio] == [0.3, 0.5, 0.7]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_record_can_be_written_and_read_back(family: str, tmp_path: Path) -> None:
     record, path = calibrated(family), tmp_path / "calibration.json"
     write_record(path, record)
-    plain = json.loads(to_json(record))
+    plain = json.loads(to_json(to_plain(record)))
     assert read_record(path, kind="calibration") == plain
-    assert read_calibration(path, a_settled_stack(family)) == plain
+    assert json.loads(to_json(to_plain(read_calibration(path)))) == plain
     assert plain["certificate"]["threshold"] is not None
     assert len(plain["transfer"]["rows"]) == 3
 
@@ -230,7 +235,7 @@ def test_a_whole_record_can_be_written_and_read_back(family: str, tmp_path: Path
 @pytest.mark.parametrize("propagation", ["frozen", "ridge", "exact"])
 def test_thresholds_are_proposed_on_one_half_and_tested_on_the_other(propagation: Any) -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
-    record = calibrate(stack, BLOCKS, certified(propagation), heads=heads, batch_size=24)
+    record = calibrate(stack, BLOCKS, a_certifying_config(propagation, batch_size=24), heads=heads)
     proposing, testing = BLOCKS.ids[0::2], BLOCKS.ids[1::2]
     prints = [
         set(TokenBlocks(ids, "", "", 0).sequence_fingerprints().tolist())
@@ -246,7 +251,7 @@ def test_thresholds_are_proposed_on_one_half_and_tested_on_the_other(propagation
             score_by_hand(
                 stack,
                 blocks,
-                Point(2, "top2_gap", float(threshold), ""),
+                OperatingPoint(2, "top2_gap", float(threshold), ""),
                 heads=heads,
                 propagation=propagation,
                 batch_size=8,
@@ -255,15 +260,15 @@ def test_thresholds_are_proposed_on_one_half_and_tested_on_the_other(propagation
         for threshold in proposed[::-1]
     ]
     expected = certify(proposed[::-1], np.array(losses), risk=0.5, confidence=0.95)
-    assert record["certificate"]["sequences"] == 12
+    assert record.certificate.sequences == 12
     for name, value in dataclasses.asdict(expected).items():
         if name == "reason":
-            assert record["certificate"][name] == value
+            assert getattr(record.certificate, name) == value
         else:
-            assert record["certificate"][name] == pytest.approx(value, abs=1e-6), name
+            assert getattr(record.certificate, name) == pytest.approx(value, abs=1e-6), name
 
 
-def test_what_was_tested_on_decides_and_what_was_proposed_from_does_not() -> None:
+def test_losses_are_measured_on_the_tested_half_alone() -> None:
     stack = a_settled_stack("gemma2")
     seen: list[Any] = []
 
@@ -274,23 +279,23 @@ def test_what_was_tested_on_decides_and_what_was_proposed_from_does_not() -> Non
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("cascade.evaluation.calibration.Evaluator", Spy)
-        calibrate(stack, BLOCKS, certified())
+        calibrate(stack, BLOCKS, a_certifying_config())
     (tested,) = seen
     assert np.array_equal(tested.ids, BLOCKS.ids[1::2])
 
 
-def test_a_certified_threshold_keeps_its_promise_on_many_other_sequences() -> None:
+def test_a_certified_threshold_keeps_the_risk_on_600_other_sequences() -> None:
     # An unsettled model whose heads agree on about a third of the tokens: the risk binds.
     stack, heads = a_stack("llama"), fit_heads(a_stack("llama"), random_blocks(), [2])
     record = calibrate(
-        stack, blocks_of(60, seed=8), certified(risk=0.35, hard_ratios=()), heads=heads
+        stack, blocks_of(60, seed=8), a_certifying_config(risk=0.35, hard_ratios=()), heads=heads
     )
-    found = record["certificate"]
-    assert 0 < found["certified"] < len(found["p_values"])  # not all of them, and not none
+    found = record.certificate
+    assert 0 < found.certified < len(found.p_values)  # not all of them, and not none
     early = early_exit_of(record, stack, heads=heads)
-    assert early.exits[0].threshold == found["threshold"]
+    assert early.exits[0].threshold == found.threshold
     many = blocks_of(600, seed=9)
-    point = Point(2, "top2_gap", found["threshold"], "")
+    point = OperatingPoint(2, "top2_gap", found.threshold, "")
     scored = score_by_hand(stack, many, point, heads=heads, propagation="exact", batch_size=200)
     losses = losses_by_hand(scored)
     assert losses.mean() + 3 * losses.std() / math.sqrt(600) < 0.35
@@ -308,7 +313,7 @@ def test_a_certified_threshold_keeps_its_promise_on_many_other_sequences() -> No
     assert boldest.mean() > 0.35  # and could have been broken
 
 
-def test_certificates_break_their_promise_as_seldom_as_they_say() -> None:
+def test_certificates_fail_no_more_often_than_their_confidence_allows() -> None:
     # 40 calibrations of 24 sequences; each certificate's true risk is that on 300 others.
     stack, heads = a_stack("llama"), fit_heads(a_stack("llama"), random_blocks(), [2])
     many = blocks_of(300, seed=10)
@@ -317,7 +322,7 @@ def test_certificates_break_their_promise_as_seldom_as_they_say() -> None:
     wrong = ~evaluator.table(many, batch_size=100).agrees[2]
     broken, bold = 0, 0
     for seed in range(40):
-        asked = certified(risk=0.4, confidence=0.8, hard_ratios=())
+        asked = a_certifying_config(risk=0.4, confidence=0.8, hard_ratios=())
         record = calibrate(stack, blocks_of(24, seed=100 + seed), asked, heads=heads)
         threshold = threshold_of(record)
         broken += bool((wrong & (values >= threshold)).mean() > 0.4)
@@ -328,8 +333,8 @@ def test_certificates_break_their_promise_as_seldom_as_they_say() -> None:
 
 @pytest.mark.parametrize("risk", [0.05, 0.5])
 @pytest.mark.parametrize("onto", [None, OTHER])
-def test_the_tokens_to_read_are_known_beforehand(risk: float, onto: TokenBlocks | None) -> None:
-    asked, done = certified(risk=risk), list[int]()
+def test_progress_adds_up_to_the_tokens_to_read(risk: float, onto: TokenBlocks | None) -> None:
+    asked, done = a_certifying_config(risk=risk), list[int]()
     calibrate(a_stack("llama"), BLOCKS, asked, onto=onto, progress=done.append)
     assert sum(done) == tokens_to_read(BLOCKS, asked, onto=onto)
     # No threshold is tested where there are too few sequences to certify any.
@@ -337,35 +342,35 @@ def test_the_tokens_to_read_are_known_beforehand(risk: float, onto: TokenBlocks 
     assert sum(done) == BLOCKS.tokens + tested + (2 * OTHER.tokens if onto else 0)
 
 
-def test_too_few_sequences_give_an_honest_refusal_and_the_full_model() -> None:
+def test_too_few_sequences_certify_nothing_and_the_full_model_runs() -> None:
     stack = a_settled_stack("gemma2")
-    asked = certified(risk=0.05, confidence=0.9)
+    asked = a_certifying_config(risk=0.05, confidence=0.9)
     record = calibrate(stack, BLOCKS, asked, onto=OTHER)
-    found, needed = record["certificate"], sequences_needed(0.05, 0.9)
-    assert found["threshold"] is None
-    assert found["certified"] == 0
-    assert found["p_values"] == []
-    assert found["sequences"] == 12
-    assert found["sequences_needed"] == needed == math.ceil(math.log(10) / (2 * 0.05**2))
-    assert str(needed) in found["reason"]
-    assert "use the full model" in found["reason"]
+    found, needed = record.certificate, sequences_needed(0.05, 0.9)
+    assert found.threshold is None
+    assert found.certified == 0
+    assert found.p_values == []
+    assert found.sequences == 12
+    assert found.sequences_needed == needed == math.ceil(math.log(10) / (2 * 0.05**2))
+    assert str(needed) in found.reason
+    assert "use the full model" in found.reason
     assert threshold_of(record) == math.inf
     early = early_exit_of(record, stack)
     assert (early.score(ids_of(OTHER)).exit_layers == LAYERS).all()
     # What was asked for beside it is there all the same.
-    assert [row["from"] for row in record["transfer"]["rows"]] == [
+    assert [row.source for row in record.transfer.rows] == [
         "hard ratio 0.3",
         "hard ratio 0.7",
     ]
     assert threshold_of(record, 0.3) < math.inf
-    to_json(record)
+    to_json(to_plain(record))
 
 
-def test_a_refused_certificate_alone_carries_nothing_over() -> None:
-    asked = certified(risk=0.05, hard_ratios=())
+def test_without_any_threshold_the_transfer_has_no_rows() -> None:
+    asked = a_certifying_config(risk=0.05, hard_ratios=())
     record = calibrate(a_settled_stack("llama"), BLOCKS, asked, onto=OTHER)
-    assert record["by_hard_ratio"] == []
-    assert record["transfer"] == {"corpus": OTHER.provenance(), "rows": []}
+    assert record.by_hard_ratio == []
+    assert to_plain(record.transfer) == {"corpus": to_plain(OTHER.provenance()), "rows": []}
     words = refusal(UsageError, lambda: threshold_of(record, 0.3))
     assert "none at all" in words
 
@@ -376,55 +381,78 @@ def test_a_refused_certificate_alone_carries_nothing_over() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transfer_rows_are_what_the_thresholds_do_on_the_other_corpus(family: str) -> None:
     stack, heads, record = a_settled_stack(family), settled_heads(family), calibrated(family)
-    rows = record["transfer"]["rows"]
-    assert record["transfer"]["corpus"] == OTHER.provenance()
-    assert [row["from"] for row in rows] == ["hard ratio 0.3", "hard ratio 0.7", "risk 0.5"]
-    thresholds = [row["threshold"] for row in record["by_hard_ratio"]]
-    thresholds.append(record["certificate"]["threshold"])
+    rows = record.transfer.rows
+    assert to_plain(record.transfer.corpus) == to_plain(OTHER.provenance())
+    assert [row.source for row in rows] == ["hard ratio 0.3", "hard ratio 0.7", "risk 0.5"]
+    thresholds = [row.threshold for row in record.by_hard_ratio]
+    thresholds.append(record.certificate.threshold)
     for row, threshold in zip(rows, thresholds, strict=True):
-        assert row["threshold"] == threshold
+        assert row.threshold == threshold
         scored = score_by_hand(
             stack,
             OTHER,
-            Point(2, "top2_gap", threshold, ""),
+            OperatingPoint(2, "top2_gap", threshold, ""),
             heads=heads,
             propagation="ridge",
             batch_size=8,
         )
         losses = losses_by_hand(scored)
         hard = ~scored.leaves.numpy()
-        assert row["hard_ratio"] == pytest.approx(hard.mean(), abs=1e-12)
-        assert row["loss"] == pytest.approx(losses.mean(), abs=1e-12)
-        assert row["sequences"] == 10
+        assert row.hard_ratio == pytest.approx(hard.mean(), abs=1e-12)
+        assert row.loss == pytest.approx(losses.mean(), abs=1e-12)
+        assert row.sequences == 10
         # Any confidences of the right sides of the threshold have the same intervals.
         sides = np.where(hard, threshold - 1, threshold + 1)
         expected = transfer(threshold, sides, losses, seed=1)
-        assert row["hard_ratio_interval"] == pytest.approx(expected.hard_ratio_interval)
-        assert row["loss_interval"] == pytest.approx(expected.loss_interval)
-    assert rows[0]["loss"] > 0
+        assert row.hard_ratio_interval == pytest.approx(expected.hard_ratio_interval)
+        assert row.loss_interval == pytest.approx(expected.loss_interval)
+    assert rows[0].loss > 0
 
 
-def test_progress_counts_every_pass() -> None:
+def test_progress_counts_every_forward_pass() -> None:
     done: list[int] = []
-    calibrate(a_stack("llama"), BLOCKS, certified(), onto=OTHER, progress=done.append)
+    calibrate(a_stack("llama"), BLOCKS, a_certifying_config(), onto=OTHER, progress=done.append)
     assert sum(done) == BLOCKS.tokens + BLOCKS.tokens // 2 + 2 * OTHER.tokens
 
 
 # --- Choosing a threshold --------------------------------------------------------------------
 
 
-def record_of(*, certificate: Any = None, **thresholds: float) -> Record:
-    rows = [{"hard_ratio": float(f"0.{r[1:]}"), "threshold": t} for r, t in thresholds.items()]
-    return {"by_hard_ratio": rows, "certificate": certificate}
+def fitted_to(hard_ratio: float, threshold: float) -> HardRatioThreshold:
+    return HardRatioThreshold(
+        hard_ratio=hard_ratio,
+        threshold=threshold,
+        reached=hard_ratio,
+        threshold_interval=(threshold, threshold),
+        reached_interval=(hard_ratio, hard_ratio),
+        ties=0,
+    )
 
 
-def test_the_only_threshold_needs_no_choosing() -> None:
-    assert threshold_of(record_of(r3=0.9)) == 0.9
-    assert threshold_of(record_of(r3=0.9), 0.3) == 0.9
+def with_thresholds(
+    thresholds: dict[float, float], *, certified: float | EllipsisType | None = ...
+) -> CalibrationRecord:
+    """Return a calibration with a threshold for each hard ratio, and one that is certified.
+
+    Where that is None, none could be certified; where it is not given, no risk was given.
+    """
+    certificate = calibrated().certificate
+    assert certificate is not None
+    return replace(
+        calibrated(),
+        by_hard_ratio=[fitted_to(*pair) for pair in thresholds.items()],
+        certificate=None if certified is ... else replace(certificate, threshold=certified),
+    )
 
 
-def test_one_of_several_is_chosen_by_its_hard_ratio() -> None:
-    record = record_of(r3=0.9, r7=0.95)
+def test_the_only_threshold_is_the_default() -> None:
+    record = with_thresholds({0.3: 0.9})
+    assert threshold_of(record) == 0.9
+    assert threshold_of(record, 0.3) == 0.9
+
+
+def test_one_of_several_thresholds_is_chosen_by_its_hard_ratio() -> None:
+    record = with_thresholds({0.3: 0.9, 0.7: 0.95})
     assert threshold_of(record, 0.7) == 0.95
     words = refusal(UsageError, lambda: threshold_of(record))
     assert "for the hard ratios 0.3, 0.7; choose one with --hard-ratio" in words
@@ -432,18 +460,18 @@ def test_one_of_several_is_chosen_by_its_hard_ratio() -> None:
     assert words.endswith("got 0.5")
 
 
-def test_the_certified_one_goes_before_all_but_a_chosen_one() -> None:
-    record = record_of(r3=0.9, certificate={"threshold": 0.8, "risk": 0.1})
+def test_the_certified_threshold_is_the_default_unless_a_hard_ratio_is_given() -> None:
+    record = with_thresholds({0.3: 0.9}, certified=0.8)
     assert threshold_of(record) == 0.8
     assert threshold_of(record, 0.3) == 0.9
-    record = record_of(r3=0.9, certificate={"threshold": None, "risk": 0.1})
+    record = with_thresholds({0.3: 0.9}, certified=None)
     assert threshold_of(record) == math.inf
 
 
-def test_a_threshold_above_all_saturated_confidences_can_be_run_with() -> None:
+def test_a_threshold_above_a_probability_of_one_lets_no_token_exit() -> None:
     stack = DecoderStack(tiny_model("llama"))
     stack.lm_head.weight.data.mul_(100)  # probabilities of exactly 1
-    record = calibrate(stack, BLOCKS, wish(rule="max_probability", hard_ratios=(1.0,)))
+    record = calibrate(stack, BLOCKS, a_config(rule="max_probability", hard_ratios=(1.0,)))
     early = early_exit_of(record, stack)
     assert (early.score(ids_of(OTHER)).exit_layers == LAYERS).all()
 
@@ -464,40 +492,44 @@ def a_named_stack(**provenance: Any) -> DecoderStack:
         ({"dtype": "bfloat16"}, "dtype"),
     ],
 )
-def test_a_calibration_of_another_model_revision_or_dtype_is_refused_by_both_names(
+def test_a_calibration_of_other_weights_revision_or_dtype_is_refused_and_names_both(
     other: dict[str, str], named: str, tmp_path: Path
 ) -> None:
     stack = a_named_stack()
-    write_record(tmp_path / "calibration.json", calibrate(stack, BLOCKS, wish()))
-    assert read_calibration(tmp_path / "calibration.json", stack)["exit_layer"] == 2
+    write_record(tmp_path / "calibration.json", calibrate(stack, BLOCKS, a_config()))
+    assert read_calibration(tmp_path / "calibration.json").exit_layer == 2
     there = a_named_stack(name="huge", **other)
-    words = refusal(ModelError, lambda: read_calibration(tmp_path / "calibration.json", there))
+    record = read_calibration(tmp_path / "calibration.json")
+    words = refusal(ModelError, lambda: early_exit_of(record, there, hard_ratio=0.3))
     assert f"thresholds belong to tiny ({named} {stack.provenance[named]})" in words
     assert f"but the model is huge ({named} {there.provenance[named]})" in words
 
 
-def test_a_calibration_in_another_dtype_or_family_really_differs(tmp_path: Path) -> None:
+def test_a_calibration_of_another_dtype_or_family_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
-    write_record(path, calibrate(a_stack("llama"), BLOCKS, wish()))
+    write_record(path, calibrate(a_stack("llama"), BLOCKS, a_config()))
     half = DecoderStack(tiny_model("llama").to(torch.bfloat16))
-    assert "dtype bfloat16" in refusal(ModelError, lambda: read_calibration(path, half))
-    words = refusal(ModelError, lambda: read_calibration(path, a_stack("qwen2")))
+    record = read_calibration(path)
+    words = refusal(ModelError, lambda: early_exit_of(record, half, hard_ratio=0.3))
+    assert "dtype bfloat16" in words
+    words = refusal(ModelError, lambda: early_exit_of(record, a_stack("qwen2"), hard_ratio=0.3))
     assert "family qwen2" in words
 
 
-def test_a_calibration_of_a_model_in_memory_serves_its_weights_and_no_others(
+def test_a_calibration_of_a_model_in_memory_fits_equal_weights_only(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "calibration.json"
-    write_record(path, calibrate(a_stack("llama"), BLOCKS, wish()))
-    read_calibration(path, DecoderStack(tiny_model("llama")))
+    write_record(path, calibrate(a_stack("llama"), BLOCKS, a_config()))
+    record = read_calibration(path)
+    early_exit_of(record, DecoderStack(tiny_model("llama")), hard_ratio=0.3)
     other = DecoderStack(tiny_model("llama", seed=1))
-    words = refusal(ModelError, lambda: read_calibration(path, other))
+    words = refusal(ModelError, lambda: early_exit_of(record, other, hard_ratio=0.3))
     assert f"but the model is llama (weights_hash {other.weights_hash()})" in words
 
 
-def broken(change: Callable[[Record], Any]) -> Callable[[Record], str]:
-    def text(record: Record) -> str:
+def broken(change: Callable[[Plain], Any]) -> Callable[[Plain], str]:
+    def text(record: Plain) -> str:
         copied = json.loads(json.dumps(record))
         change(copied)
         return json.dumps(copied)
@@ -505,16 +537,16 @@ def broken(change: Callable[[Record], Any]) -> Callable[[Record], str]:
     return text
 
 
-BROKEN: dict[str, tuple[Callable[[Record], str], str]] = {
+BROKEN: dict[str, tuple[Callable[[Plain], str], str]] = {
     "torn": (lambda record: json.dumps(record)[:-40], "torn or edited"),
     "empty": (lambda record: "", "torn or edited"),
     "a list": (lambda record: "[]", "expected a record of kind calibration, got list"),
     "foreign": (broken(lambda r: r.update(kind="evaluation")), "got evaluation"),
     "newer": (broken(lambda r: r.update(schema=99)), "schema 99"),
-    "no layer": (broken(lambda r: r.pop("exit_layer")), "at exit_layer, got nothing"),
-    "no certificate": (broken(lambda r: r.pop("certificate")), "at certificate, got nothing"),
-    "no provenance": (broken(lambda r: r.pop("provenance")), "at provenance, got nothing"),
-    "no seed": (broken(lambda r: r.pop("seed")), "at seed, got nothing"),
+    "no layer": (broken(lambda r: r.pop("exit_layer")), "expected exit_layer, got nothing"),
+    "no certificate": (broken(lambda r: r.pop("certificate")), "expected certificate, got nothing"),
+    "no provenance": (broken(lambda r: r.pop("provenance")), "expected provenance, got nothing"),
+    "no seed": (broken(lambda r: r.pop("seed")), "expected seed, got nothing"),
     "a seed out of range": (broken(lambda r: r.update(seed=2**63)), f"got {2**63}"),
     "a seed in words": (broken(lambda r: r.update(seed="1")), 'at seed, got "1"'),
     "a layer in words": (broken(lambda r: r.update(exit_layer="2")), 'at exit_layer, got "2"'),
@@ -531,7 +563,7 @@ BROKEN: dict[str, tuple[Callable[[Record], str], str]] = {
         "the rule top2_gap gives confidences from 0 to 1",
     ),
     "a certified threshold out of range": (
-        broken(lambda r: r.update(certificate={"threshold": -3})),
+        broken(lambda r: r["certificate"].update(threshold=-3)),
         "the rule top2_gap gives confidences from 0 to 1",
     ),
     "a fingerprint that is none": (
@@ -563,16 +595,15 @@ BROKEN: dict[str, tuple[Callable[[Record], str], str]] = {
 def test_a_torn_or_foreign_calibration_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     text, words = BROKEN[name]
     path = tmp_path / "calibration.json"
-    path.write_text(text(json.loads(to_json(calibrated()))), encoding="utf-8")
-    stack = a_settled_stack("gemma2")
-    said = refusal(RecordError, lambda: read_calibration(path, stack))
+    path.write_text(text(to_plain(calibrated())), encoding="utf-8")
+    said = refusal(RecordError, lambda: read_calibration(path))
     assert words in said
     assert str(path) in said
 
 
-def test_a_missing_calibration_is_refused_with_the_command_that_makes_one(tmp_path: Path) -> None:
+def test_a_missing_calibration_names_the_command_that_makes_one(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
-    words = refusal(RecordError, lambda: read_calibration(path, a_stack("llama")))
+    words = refusal(RecordError, lambda: read_calibration(path))
     assert "cascade calibrate" in words
     assert "cascade analyze" not in words
 
@@ -594,7 +625,7 @@ def test_heads_other_than_those_calibrated_with_are_refused() -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
     words = refusal(UsageError, lambda: early_exit_of(calibrated(), stack))
     assert "made with the ridge head, got logit_lens" in words
-    lens = calibrate(stack, BLOCKS, wish(hard_ratios=(0.3,)))
+    lens = calibrate(stack, BLOCKS, a_config(hard_ratios=(0.3,)))
     words = refusal(UsageError, lambda: early_exit_of(lens, stack, heads=heads))
     assert "made with the logit_lens head, got ridge" in words
     # Of the same model, but fitted on other text; and off by one unit in the last place.
@@ -645,65 +676,69 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wish_that_cannot_be_meant_is_refused_before_any_pass(
+def test_an_invalid_config_is_refused_before_any_forward_pass(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "cascade.evaluation.calibration.Pass", lambda *_, **__: pytest.fail("a pass")
+        "cascade.evaluation.calibration.ForwardPass", lambda *_, **__: pytest.fail("a pass")
     )
     changes, words = WRONG[name]
     assert words in refusal(
-        UsageError, lambda: calibrate(a_stack("llama"), BLOCKS, wish(**changes))
+        UsageError, lambda: calibrate(a_stack("llama"), BLOCKS, a_config(**changes))
     )
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
-def test_a_seed_that_not_every_generator_takes_is_refused_before_any_pass(
+def test_a_seed_out_of_range_is_refused_before_any_forward_pass(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "cascade.evaluation.calibration.Pass", lambda *_, **__: pytest.fail("a pass")
+        "cascade.evaluation.calibration.ForwardPass", lambda *_, **__: pytest.fail("a pass")
     )
-    words = refusal(UsageError, lambda: calibrate(a_stack("llama"), BLOCKS, wish(), seed=seed))
+    words = refusal(UsageError, lambda: calibrate(a_stack("llama"), BLOCKS, a_config(seed=seed)))
     assert words == f"expected a seed in 0..{2**63 - 1}, got {seed}"
 
 
-def test_a_hard_ratio_that_comes_twice_is_fitted_once() -> None:
-    record = calibrate(a_stack("llama"), BLOCKS, wish(hard_ratios=(0.5, 0.3, 0.5)), onto=OTHER)
-    assert [row["hard_ratio"] for row in record["by_hard_ratio"]] == [0.5, 0.3]
-    rows = record["transfer"]["rows"]
-    assert [row["from"] for row in rows] == ["hard ratio 0.5", "hard ratio 0.3"]
+def test_a_repeated_hard_ratio_is_fitted_once() -> None:
+    record = calibrate(a_stack("llama"), BLOCKS, a_config(hard_ratios=(0.5, 0.3, 0.5)), onto=OTHER)
+    assert [row.hard_ratio for row in record.by_hard_ratio] == [0.5, 0.3]
+    rows = record.transfer.rows
+    assert [row.source for row in rows] == ["hard ratio 0.5", "hard ratio 0.3"]
 
 
 def test_heads_of_another_model_are_refused() -> None:
     heads = settled_heads("gemma2")
-    words = refusal(ModelError, lambda: calibrate(a_stack("llama"), BLOCKS, wish(), heads=heads))
+    words = refusal(
+        ModelError, lambda: calibrate(a_stack("llama"), BLOCKS, a_config(), heads=heads)
+    )
     assert "family gemma2" in words
     assert "family llama" in words
 
 
-def test_a_corpus_too_small_or_too_long_is_refused_before_any_pass(
+def test_too_few_or_too_long_sequences_are_refused_before_any_forward_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "cascade.evaluation.calibration.Pass", lambda *_, **__: pytest.fail("a pass")
+        "cascade.evaluation.calibration.ForwardPass", lambda *_, **__: pytest.fail("a pass")
     )
     stack = a_stack("llama")
     for onto in (None, blocks_of(1)):
         blocks = BLOCKS if onto else blocks_of(1)
         words = refusal(
             CorpusError,
-            lambda blocks=blocks, onto=onto: calibrate(stack, blocks, wish(), onto=onto),
+            lambda blocks=blocks, onto=onto: calibrate(stack, blocks, a_config(), onto=onto),
         )
         assert "expected at least 2 sequences to calibrate on, got 1 in random-0" in words
-    words = refusal(CorpusError, lambda: calibrate(stack, BLOCKS, wish(), onto=blocks_of(2, 65)))
+    words = refusal(
+        CorpusError, lambda: calibrate(stack, BLOCKS, a_config(), onto=blocks_of(2, 65))
+    )
     assert "exceed the model's 64 positions" in words
 
 
-def test_two_sequences_are_enough_for_a_threshold_and_refused_a_certificate() -> None:
-    record = calibrate(a_settled_stack("llama"), blocks_of(2), certified(risk=0.1))
-    assert record["certificate"]["sequences"] == 1
-    assert record["certificate"]["threshold"] is None
+def test_two_sequences_suffice_for_a_threshold_but_not_for_a_certificate() -> None:
+    record = calibrate(a_settled_stack("llama"), blocks_of(2), a_certifying_config(risk=0.1))
+    assert record.certificate.sequences == 1
+    assert record.certificate.threshold is None
     values = confidences(a_settled_stack("llama"), blocks_of(2), 2, "top2_gap")
     expected = fit_threshold(values, 0.3)
-    assert record["by_hard_ratio"][0]["threshold"] == expected.threshold
+    assert record.by_hard_ratio[0].threshold == expected.threshold

@@ -14,6 +14,7 @@ from cascade.evaluation.exit_curves import (
     lowest_threshold,
     threshold_of_share,
 )
+from cascade.evaluation.records import ExitCurve
 
 #: A few distinct values: ties are the rule.
 TABLES = st.lists(
@@ -77,25 +78,25 @@ def test_a_share_of_the_tokens_leaves(share: float, leave: int) -> None:
 def test_a_curve_counts_on_both_corpora(
     fit: list[tuple[float, bool]], confirm: list[tuple[float, bool]]
 ) -> None:
-    found = curve(arrays(fit), arrays(confirm), [0.3])
-    assert 0.3 in found["thresholds"]
-    assert found["thresholds"] == sorted(set(found["thresholds"]), reverse=True)
-    for place, threshold in enumerate(found["thresholds"]):
+    found = curve(2, "cosine", arrays(fit), arrays(confirm), [0.3])
+    assert 0.3 in found.thresholds
+    assert found.thresholds == sorted(set(found.thresholds), reverse=True)
+    for place, threshold in enumerate(found.thresholds):
         for name, table in (("fit_", fit), ("", confirm)):
             confidence, agrees = arrays(table)
             leaves = confidence >= threshold
-            assert found[f"{name}exits"][place] == leaves.sum()
-            assert found[f"{name}wrong"][place] == (leaves & ~agrees).sum()
+            assert getattr(found, f"{name}exits")[place] == leaves.sum()
+            assert getattr(found, f"{name}wrong")[place] == (leaves & ~agrees).sum()
         agreement = kept(*arrays(confirm), threshold)
-        assert found["low"][place] <= agreement + 1e-6
-        assert found["high"][place] >= agreement - 1e-6
+        assert found.low[place] <= agreement + 1e-6
+        assert found.high[place] >= agreement - 1e-6
 
 
 def test_a_curve_has_every_share_and_its_last_threshold_lets_all_go() -> None:
     confidence = np.random.default_rng(0).random((40, 100)).astype(np.float32)
-    found = curve((confidence, confidence > 0.5), (confidence, confidence > 0.5))
-    assert len(found["thresholds"]) == 43
-    assert (found["fit_exits"][0], found["fit_exits"][-1]) == (40, 4000)
+    found = curve(2, "cosine", (confidence, confidence > 0.5), (confidence, confidence > 0.5))
+    assert len(found.thresholds) == 43
+    assert (found.fit_exits[0], found.fit_exits[-1]) == (40, 4000)
 
 
 @given(TABLES, st.sampled_from([0.0, 0.5, 0.75, 0.9, 1.0]))
@@ -103,13 +104,25 @@ def test_of_a_curve_with_every_threshold_the_lowest_kept_is_the_table_s(
     table: list[tuple[float, bool]], agreement: float
 ) -> None:
     confidence, agrees = arrays(table)
-    found = curve((confidence, agrees), (confidence, agrees), confidence.ravel().tolist())
+    found = curve(
+        2, "cosine", (confidence, agrees), (confidence, agrees), confidence.ravel().tolist()
+    )
     place = lowest_kept(found, 12, agreement)
     lowest = lowest_threshold(confidence, agrees, agreement)
-    assert (None if place is None else found["thresholds"][place]) == lowest
+    assert (None if place is None else found.thresholds[place]) == lowest
 
 
 def test_a_threshold_at_which_none_leaves_keeps_nothing() -> None:
-    row = {"fit_exits": [0, 3], "fit_wrong": [0, 3]}
-    assert lowest_kept(row, 12, 0.9) is None
-    assert lowest_kept(row, 12, 0.75) == 1
+    found = ExitCurve(
+        exit_layer=2,
+        rule="cosine",
+        thresholds=[0.9, 0.5],
+        fit_exits=[0, 3],
+        fit_wrong=[0, 3],
+        exits=[0, 0],
+        wrong=[0, 0],
+        low=[1.0, 1.0],
+        high=[1.0, 1.0],
+    )
+    assert lowest_kept(found, 12, 0.9) is None
+    assert lowest_kept(found, 12, 0.75) == 1

@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from support.reference_early_exit import one_line
 
 from cascade.core.errors import RecordError
 from cascade.core.records import to_json
-from cascade.evaluation.verdict import CONTROLS, Row, judge
+from cascade.core.schema import SchemaError, from_plain, to_plain
+from cascade.evaluation.records import ControlPoints, OperatingPointRow, Verdict, WantedQuality
+from cascade.evaluation.verdict import CONTROLS, judge
 
-WANTED = {"agreement": 0.95, "perplexity_ratio": 1.05}
+WANTED = WantedQuality(agreement=0.95, perplexity_ratio=1.05)
+
+Row = OperatingPointRow
 
 
 def row(rule: str = "cosine", layer: int = 24, **figures: Any) -> Row:
@@ -24,16 +29,22 @@ def row(rule: str = "cosine", layer: int = 24, **figures: Any) -> Row:
         "rule": rule,
         "head": "ridge",
         "threshold": 0.95,
+        "threshold_from": "hard ratio 0.7",
         "exit_share": 0.3,
         "agreement": 0.97,
+        "exit_agreement": 0.9,
+        "perplexity": 40.0,
         "perplexity_ratio": 1.02,
+        "hard_perplexity_ratio": 1.01,
+        "kl": 0.1,
+        "layers_per_token": 28.0,
         "flops_ratio": 0.9,
         "seconds_ratio": 0.9,
     } | figures
     for name, around in (("agreement", 0.01), ("perplexity_ratio", 0.01), ("seconds_ratio", 0.02)):
         value = found[name]
-        found.setdefault(f"{name}_interval", value and [value - around, value + around])
-    return found
+        found.setdefault(f"{name}_interval", [value - around, value + around])
+    return OperatingPointRow(**found)
 
 
 GOOD = row()
@@ -43,14 +54,14 @@ ORACLE = row("oracle", exit_share=0.8, agreement=1.0, seconds_ratio=1.1)
 CONTROL_ROWS = [RANDOM, STATIC, ORACLE]
 
 
-def verdict(*rows: Row) -> Row:
-    found = judge(rows, **WANTED)
-    assert found["wanted"] == WANTED
-    to_json(found)
-    assert "\n" not in found["headline"]
-    assert found["headline"].endswith(".")
-    assert found["use"] == found["headline"].startswith("Use early exit here: ")
-    assert found["use"] != found["headline"].startswith("Do not use early exit here: ")
+def verdict(*rows: Row) -> Verdict:
+    found = judge(rows, WANTED)
+    assert found.wanted == WANTED
+    to_json(to_plain(found))
+    assert "\n" not in found.headline
+    assert found.headline.endswith(".")
+    assert found.use == found.headline.startswith("Use early exit here: ")
+    assert found.use != found.headline.startswith("Do not use early exit here: ")
     return found
 
 
@@ -59,15 +70,15 @@ def verdict(*rows: Row) -> Row:
 
 def test_a_point_that_passes_everything_is_to_be_used() -> None:
     found = verdict(GOOD, *CONTROL_ROWS)
-    assert found["use"]
-    assert found["point"] == found["good_enough"] == found["faster"] == 0
-    assert found["failed"] == []
-    assert found["against"] == {"random": 1, "static": 2, "oracle": 3}
-    assert found["headline"] == (
+    assert found.use
+    assert found.point == found.good_enough == found.faster == 0
+    assert found.failed == []
+    assert found.against == ControlPoints(random=1, static=2, oracle=3)
+    assert found.headline == (
         "Use early exit here: layer 24, cosine >= 0.95 with the ridge head, 30.0 % of the tokens "
         "leave."
     )
-    assert found["reasons"] == [
+    assert found.reasons == [
         "97.0 % of all tokens are predicted as by the full model (96.0 % to 98.0 %; wanted: "
         "95.0 %)",
         "perplexity is 1.020 x the full model's (1.010 to 1.030; wanted: at most 1.050)",
@@ -81,12 +92,12 @@ def test_a_point_that_passes_everything_is_to_be_used() -> None:
 
 def test_of_several_points_to_use_it_is_the_fastest() -> None:
     slower, faster = row(seconds_ratio=0.95), row(layer=20, seconds_ratio=0.7)
-    assert verdict(GOOD, slower, faster, *CONTROL_ROWS)["point"] == 2
+    assert verdict(GOOD, slower, faster, *CONTROL_ROWS).point == 2
 
 
 def test_a_faster_point_that_fails_does_not_stand_in_the_way() -> None:
     found = verdict(row(seconds_ratio=0.5, agreement=0.6), GOOD, *CONTROL_ROWS)
-    assert (found["use"], found["point"], found["faster"]) == (True, 1, 1)
+    assert (found.use, found.point, found.faster) == (True, 1, 1)
 
 
 # --- One reason each -------------------------------------------------------------------------
@@ -112,19 +123,19 @@ EDGES = {
 def test_a_point_that_fails_in_one_way_says_in_which(name: str) -> None:
     changes, failed = EDGES[name]
     found = verdict(row(**changes), *CONTROL_ROWS)
-    assert found["failed"] == failed
-    assert found["use"] == (not failed)
-    assert found["point"] == 0
-    assert len(found["reasons"]) == 5
+    assert found.failed == failed
+    assert found.use == (not failed)
+    assert found.point == 0
+    assert len(found.reasons) == 5
 
 
 def test_one_batch_has_no_interval_and_the_reason_says_so() -> None:
     found = verdict(row(seconds_ratio_interval=None), *CONTROL_ROWS)
-    assert found["reasons"][2] == (
+    assert found.reasons[2] == (
         "scoring takes 0.90 x the full model's time (no interval: one batch), 0.90 x its "
         "operations; one batch cannot tell, take a smaller --batch-size or more text"
     )
-    assert "none is faster beyond doubt" in found["headline"]
+    assert "none is faster beyond doubt" in found.headline
 
 
 @pytest.mark.parametrize(
@@ -144,11 +155,11 @@ def test_a_rule_has_to_beat_random_exit_by_more_than_chance(
     control: dict[str, float], beaten: str
 ) -> None:
     found = verdict(GOOD, row("random", **control))
-    assert found["reasons"][3].endswith(f"(beaten in {beaten})")
-    assert found["use"] == (beaten != "neither")
+    assert found.reasons[3].endswith(f"(beaten in {beaten})")
+    assert found.use == (beaten != "neither")
     if beaten == "neither":
-        assert found["failed"] == ["random"]
-        assert found["headline"] == (
+        assert found.failed == ["random"]
+        assert found.headline == (
             "Do not use early exit here: layer 24, cosine >= 0.95 is good enough and faster, but "
             "no better than leaving at random."
         )
@@ -169,16 +180,16 @@ def test_one_static_layer_must_not_do_as_well_in_the_same_time(
     control: dict[str, float], passes: bool
 ) -> None:
     found = verdict(GOOD, row("fixed", layer=28, **control))
-    assert found["use"] == passes
+    assert found.use == passes
     if not passes:
-        assert found["failed"] == ["static"]
-        assert "no better than one static layer for all tokens." in found["headline"]
+        assert found.failed == ["static"]
+        assert "no better than one static layer for all tokens." in found.headline
 
 
 def test_no_better_than_both_controls_says_so_of_both() -> None:
     found = verdict(GOOD, row("random"), row("fixed"))
-    assert found["failed"] == ["random", "static"]
-    assert "than leaving at random or one static layer for all tokens." in found["headline"]
+    assert found.failed == ["random", "static"]
+    assert "than leaving at random or one static layer for all tokens." in found.headline
 
 
 # --- What it is compared with ----------------------------------------------------------------
@@ -192,7 +203,7 @@ def test_the_random_control_is_the_one_of_the_layer_with_the_nearest_share() -> 
         row("random", exit_share=0.35),
         row("random", exit_share=0.1),
     ]
-    assert judge(rows, **WANTED)["against"]["random"] == 3
+    assert judge(rows, WANTED).against.random == 3
 
 
 def test_a_static_layer_that_does_as_well_is_found_behind_one_that_agrees_more() -> None:
@@ -202,16 +213,16 @@ def test_a_static_layer_that_does_as_well_is_found_behind_one_that_agrees_more()
         row("fixed", layer=29, agreement=0.99, perplexity_ratio=1.04, seconds_ratio=0.85),
         row("fixed", layer=28, agreement=0.975, perplexity_ratio=1.01, seconds_ratio=0.85),
     ]
-    found = judge(rows, **WANTED)
-    assert found["against"]["static"] == 2
-    assert found["failed"] == ["static"]
+    found = judge(rows, WANTED)
+    assert found.against.static == 2
+    assert found.failed == ["static"]
 
 
 def test_without_controls_nothing_is_compared_and_nothing_fails_for_it() -> None:
     found = verdict(GOOD)
-    assert found["use"]
-    assert found["against"] == {"random": None, "static": None, "oracle": None}
-    assert len(found["reasons"]) == 3
+    assert found.use
+    assert found.against == ControlPoints(random=None, static=None, oracle=None)
+    assert len(found.reasons) == 3
 
 
 # --- Do not: what comes nearest --------------------------------------------------------------
@@ -226,9 +237,9 @@ def test_good_enough_but_slow_and_fast_but_bad_names_the_best_of_each() -> None:
         *CONTROL_ROWS,
     ]
     found = verdict(*rows)
-    assert (found["point"], found["good_enough"], found["faster"]) == (2, 2, 1)
-    assert found["failed"] == ["speed"]
-    assert found["headline"] == (
+    assert (found.point, found.good_enough, found.faster) == (2, 2, 1)
+    assert found.failed == ["speed"]
+    assert found.headline == (
         "Do not use early exit here: what is good enough is not faster beyond doubt (best: layer "
         "28, cosine >= 0.95, 1.01 x the full model's time (0.99 to 1.03)), and what is faster is "
         "not good enough (best: layer 26, cosine >= 0.95, perplexity 1.020 x, agreement 89.0 %)."
@@ -241,14 +252,14 @@ def test_points_that_pass_more_checks_are_no_nearer_for_it() -> None:
     near = row(agreement=0.951, perplexity_ratio=1.05, seconds_ratio=1.001)
     controls = [row("random", agreement=0.96), row("fixed", agreement=0.96)]
     found = verdict(far, near, *controls)
-    assert (found["point"], found["good_enough"], found["faster"]) == (1, 1, 0)
+    assert (found.point, found.good_enough, found.faster) == (1, 1, 0)
 
 
 def test_good_enough_but_nothing_faster() -> None:
     found = verdict(row(seconds_ratio=1.3), row(layer=28, seconds_ratio=1.1), *CONTROL_ROWS)
-    assert (found["point"], found["good_enough"], found["faster"]) == (1, 1, None)
-    assert "some points are good enough, but none is faster beyond doubt" in found["headline"]
-    assert "layer 28" in found["headline"]
+    assert (found.point, found.good_enough, found.faster) == (1, 1, None)
+    assert "some points are good enough, but none is faster beyond doubt" in found.headline
+    assert "layer 28" in found.headline
 
 
 def test_nothing_good_enough_names_the_one_that_lacks_least() -> None:
@@ -258,8 +269,8 @@ def test_nothing_good_enough_names_the_one_that_lacks_least() -> None:
         row(layer=28, agreement=0.60, perplexity_ratio=1.01, seconds_ratio=0.9),
     ]
     found = verdict(*rows, *CONTROL_ROWS)
-    assert (found["point"], found["good_enough"], found["faster"]) == (1, None, 2)
-    assert found["headline"] == (
+    assert (found.point, found.good_enough, found.faster) == (1, None, 2)
+    assert found.headline == (
         "Do not use early exit here: no point is good enough (nearest: layer 24, cosine >= 0.95, "
         "perplexity 1.060 x, agreement 90.0 %)."
     )
@@ -267,7 +278,7 @@ def test_nothing_good_enough_names_the_one_that_lacks_least() -> None:
 
 def test_a_ruinous_perplexity_is_readable() -> None:
     found = verdict(row(perplexity_ratio=1e300, perplexity_ratio_interval=[1e299, 1e300]))
-    assert "perplexity 1.0e+300 x" in found["headline"]
+    assert "perplexity 1.0e+300 x" in found.headline
 
 
 @pytest.mark.parametrize(
@@ -275,44 +286,53 @@ def test_a_ruinous_perplexity_is_readable() -> None:
 )
 def test_where_no_token_leaves_by_a_rule_there_is_nothing_to_use(rows: list[Row]) -> None:
     found = verdict(*rows)
-    assert not found["use"]
-    assert found["point"] is None
-    assert found["reasons"] == found["failed"] == []
-    assert "no token left" in found["headline"]
+    assert not found.use
+    assert found.point is None
+    assert found.reasons == found.failed == []
+    assert "no token left" in found.headline
 
 
 def test_the_full_model_in_disguise_is_not_the_nearest() -> None:
     disguised = row(exit_share=0.0, agreement=1.0, perplexity_ratio=1.0, seconds_ratio=1.0)
-    assert verdict(disguised, row(seconds_ratio=1.1))["point"] == 1
+    assert verdict(disguised, row(seconds_ratio=1.1)).point == 1
 
 
 # --- Rows that cannot be judged --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, None, "0.9", "absent"])
-@pytest.mark.parametrize(
-    "name", ["agreement", "perplexity_ratio", "exit_share", "flops_ratio", "seconds_ratio"]
-)
+FIGURES = ["agreement", "perplexity_ratio", "exit_share", "flops_ratio", "seconds_ratio"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("rule", ["cosine", "random"])
 def test_a_figure_that_is_no_number_is_refused_by_point(rule: str, name: str, value: Any) -> None:
-    broken = row(rule) | {name: value}
+    with pytest.raises(RecordError, match="evaluate anew") as error:
+        judge([GOOD, replace(row(rule), **{name: value})], WANTED)
+    assert f"point 1 ({rule} at layer 24)" in one_line(error)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "0.9", "absent"])
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_that_is_no_number_is_refused_when_it_is_read(name: str, value: Any) -> None:
+    broken = to_plain(GOOD) | {name: value}
     if value == "absent":
         del broken[name]
-    with pytest.raises(RecordError, match="evaluate anew") as error:
-        judge([GOOD, broken], **WANTED)
-    assert f"point 1 ({rule} at layer 24)" in one_line(error)
+    with pytest.raises(SchemaError, match=name):
+        from_plain(broken, OperatingPointRow)
 
 
 @pytest.mark.parametrize("name", ["agreement", "perplexity_ratio", "seconds_ratio"])
 def test_an_interval_with_nan_is_refused(name: str) -> None:
     with pytest.raises(RecordError, match="holds NaN"):
-        judge([GOOD | {f"{name}_interval": [0.9, math.nan]}], **WANTED)
+        judge([replace(GOOD, **{f"{name}_interval": [0.9, math.nan]})], WANTED)
 
 
 @pytest.mark.parametrize("name", ["agreement", "perplexity_ratio"])
 def test_only_seconds_may_lack_their_interval(name: str) -> None:
-    with pytest.raises(RecordError, match="lacks a figure"):
-        judge([GOOD | {f"{name}_interval": None}], **WANTED)
+    with pytest.raises(SchemaError, match=f"{name}_interval"):
+        from_plain(to_plain(GOOD) | {f"{name}_interval": None}, OperatingPointRow)
+    from_plain(to_plain(GOOD) | {"seconds_ratio_interval": None}, OperatingPointRow)
 
 
 # --- Laws ------------------------------------------------------------------------------------
@@ -334,33 +354,34 @@ points = st.builds(
 def test_use_means_that_the_point_keeps_every_promise_and_do_not_that_none_does(
     rows: list[Row],
 ) -> None:
-    found = judge(rows, **WANTED)
+    found = judge(rows, WANTED)
 
     def keeps(at: Row) -> bool:
         return bool(
-            at["rule"] not in CONTROLS
-            and at["exit_share"] > 0
-            and at["agreement"] >= 0.95
-            and at["perplexity_ratio"] <= 1.05
-            and at["seconds_ratio_interval"][1] < 1
-            and at["flops_ratio"] < 1
+            at.rule not in CONTROLS
+            and at.exit_share > 0
+            and at.agreement >= 0.95
+            and at.perplexity_ratio <= 1.05
+            and (at.seconds_ratio_interval or [0, 1])[1] < 1
+            and at.flops_ratio < 1
         )
 
     keeping = [number for number, at in enumerate(rows) if keeps(at)]
-    if found["use"]:
-        assert found["point"] in keeping
-        assert found["failed"] == []
+    if found.use:
+        assert found.point in keeping
+        assert found.failed == []
     elif keeping:  # then only a control stands in the way
-        assert found["point"] in keeping
-        assert set(found["failed"]) <= {"random", "static"}
-    assert found["use"] == (found["point"] is not None and not found["failed"])
-    if found["point"] is not None:
-        assert rows[found["point"]]["rule"] not in CONTROLS
+        assert found.point in keeping
+        assert set(found.failed) <= {"random", "static"}
+    assert found.use == (found.point is not None and not found.failed)
+    if found.point is not None:
+        assert rows[found.point].rule not in CONTROLS
     for name in ("good_enough", "faster"):
-        assert found[name] is None or rows[found[name]]["rule"] not in CONTROLS
+        number = getattr(found, name)
+        assert number is None or rows[number].rule not in CONTROLS
 
 
 @given(st.lists(points, max_size=6), st.integers(0, 5))
 def test_the_order_of_the_rows_decides_nothing_but_numbers(rows: list[Row], turn: int) -> None:
     turned = rows[turn:] + rows[:turn]
-    assert judge(rows, **WANTED)["use"] == judge(turned, **WANTED)["use"]
+    assert judge(rows, WANTED).use == judge(turned, WANTED).use

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from support.reference_early_exit import (
     LAYERS,
     a_stack,
@@ -24,6 +25,7 @@ from support.tiny_models import WIDTH, random_ids, tiny_model
 from torch import Tensor
 
 from cascade.core.errors import CascadeError, CorpusError, ModelError, UsageError
+from cascade.core.schema import UNSET, known
 from cascade.corpora.blocks import TokenBlocks
 from cascade.exits import distillation
 from cascade.exits.distillation import distill
@@ -66,8 +68,9 @@ def distilled(family: str = "llama") -> FittedHeads:
 
 
 def losses_of(heads: FittedHeads) -> dict[int, list[float]]:
-    told = heads.provenance["distillation"]["kl_on_sequences_kept_aside"]
-    return {int(layer): values for layer, values in told.items()}
+    distillation = known(heads.provenance.distillation)
+    assert distillation is not None
+    return {int(layer): kl for layer, kl in distillation.kl_on_sequences_kept_aside.items()}
 
 
 @torch.no_grad()
@@ -270,7 +273,7 @@ def check_untouched(stack: DecoderStack, heads: FittedHeads, **settings: Any) ->
     """Raise AssertionError unless distilling leaves model and heads as they were."""
     model = (weights_hash(stack), flags(stack), state_of(stack))
     before = {layer: [part.clone() for part in pair] for layer, pair in heads.weights.items()}
-    provenance = dict(heads.provenance)
+    provenance = heads.provenance
     try:
         distill(stack, heads, some_blocks(40), **settings)
     finally:
@@ -321,19 +324,15 @@ def test_the_model_is_left_as_it_was_also_when_something_raises() -> None:
     assert calls == [1] * 3
 
 
-def test_maps_and_provenance_are_kept_and_the_rest_is_told(tmp_path: Any) -> None:
+def test_maps_and_provenance_are_kept_and_the_distillation_is_recorded(tmp_path: Any) -> None:
     heads = distilled()
     for layer in EXITS:
         assert all(map(torch.equal, heads.maps[layer], closed_form().maps[layer]))
-    told = heads.provenance["distillation"]
-    assert {name: told[name] for name in ("epochs", "learning_rate", "seed")} == {
-        "epochs": EPOCHS,
-        "learning_rate": 1e-3,
-        "seed": 0,
-    }
-    assert {k: v for k, v in heads.provenance.items() if k != "distillation"} == (
-        closed_form().provenance
-    )
+    distillation = known(heads.provenance.distillation)
+    assert distillation is not None
+    got = (distillation.epochs, distillation.learning_rate, distillation.seed)
+    assert got == (EPOCHS, 1e-3, 0)
+    assert replace(heads.provenance, distillation=UNSET) == closed_form().provenance
     heads.save(tmp_path / "heads.safetensors")
     loaded = load_heads(tmp_path / "heads.safetensors", sharp_stack())
     assert loaded.provenance == heads.provenance

@@ -17,8 +17,8 @@ from support.reference_early_exit import one_line
 
 from cascade.core.errors import RecordError
 from cascade.core.schema import from_plain, to_plain
-from cascade.evaluation.exit_evaluation import Request, evaluate, split
-from cascade.evaluation.operating_points import Point
+from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
+from cascade.evaluation.operating_points import OperatingPoint
 from cascade.evaluation.records import EvaluationRecord
 from cascade.exits.fitted_heads import load_heads
 from cascade.gate.budgets import SLACK, accept_budgets, check_budgets, read_budgets
@@ -220,12 +220,15 @@ def without(record: Record, *place: Any) -> Record:
 FIGURES = ("exit_share", "agreement", "perplexity_ratio", "layers_per_token", "seconds_ratio")
 
 TORN: dict[str, tuple[Record, str]] = {
-    "no points": (without(a_plain_evaluation(), "points"), "expected points, got nothing"),
+    "no points": (without(a_plain_evaluation(), "points"), "a list at points"),
     "null for points": (a_plain_evaluation() | {"points": None}, "a list at points"),
     "an empty point": (a_plain_evaluation({}), "points[0].exit_layer"),
-    "no settings": (without(a_plain_evaluation(a_row()), "settings"), "expected settings"),
+    "no settings": (without(a_plain_evaluation(a_row()), "settings"), "an object at settings"),
     "no propagation": (a_plain_evaluation(a_row()) | {"settings": {}}, "settings.propagation"),
-    "no provenance": (without(a_plain_evaluation(a_row()), "provenance"), "expected provenance"),
+    "no provenance": (
+        without(a_plain_evaluation(a_row()), "provenance"),
+        "an object at provenance",
+    ),
     "no weights": (
         without(a_plain_evaluation(a_row()), "provenance", "model", "weights_hash"),
         "provenance.model.weights_hash",
@@ -370,9 +373,10 @@ def test_ridge_propagation_spares_the_tokens_that_stay(reference_model: DecoderS
 
     def hard_perplexity(propagation: Propagation, *layers: int) -> dict[int, float]:
         given = tuple(
-            Point(layer, "cosine", PROMISED_HARD_PERPLEXITY[layer][0], "given") for layer in layers
+            OperatingPoint(layer, "cosine", PROMISED_HARD_PERPLEXITY[layer][0], "given")
+            for layer in layers
         )
-        request = Request(layers=(), rules=(), thresholds=given, only_given=True)
+        request = EvaluationConfig(layers=(), rules=(), thresholds=given, only_given=True)
         made = evaluate(stack, *corpora, request, heads=heads, propagation=propagation)
         points = from_plain(to_plain(made), EvaluationRecord).points
         assert all(0.45 < row.exit_share < 0.55 for row in points)
@@ -400,7 +404,7 @@ def test_early_exit_does_not_pay_at_the_studys_layer_and_the_verdict_says_so(
             max_tokens=2048,
         )
     )
-    request = Request(layers=(29,), rules=("cosine",))
+    request = EvaluationConfig(layers=(29,), rules=("cosine",))
     made = evaluate(reference_model, fit, confirm, request)
     verdict = from_plain(to_plain(made), EvaluationRecord).verdict
     assert verdict.use is False

@@ -1,4 +1,4 @@
-"""Lean layers: what a layer of Llama's shape gives, tried before it is believed."""
+"""Fast layers compute what layers of Llama's shape do; this is checked before they are used."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch import Tensor, nn
 
 from cascade.decoding.early_exit import EarlyExit
 from cascade.decoding.selective_layers import SkippingLayers
-from cascade.models.fast_layers import MOST_ROWS, LeanLayers, product
+from cascade.models.fast_layers import MOST_ROWS, FastLayers, product
 from cascade.models.stack import DecoderStack
 
 #: The families whose layers are no more than their modules put together as in Llama.
-LEAN = ["llama", "qwen2", "qwen3", "mistral", "smollm3"]
+SUPPORTED = ["llama", "qwen2", "qwen3", "mistral", "smollm3"]
 
 #: fp32 rounding of sums in another order; tiny models' states are below 100.
 CLOSE = 1e-4
 
 
-def lean_of(layers: SkippingLayers) -> LeanLayers | None:
-    return layers._lean
+def fast_of(layers: SkippingLayers) -> FastLayers | None:
+    return layers.fast
 
 
 def columns(
-    stack: DecoderStack, lean: LeanLayers, batch: int, start: int, stop: int, *, padded: bool
+    stack: DecoderStack, fast: FastLayers, batch: int, start: int, stop: int, *, padded: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return layer outputs, keys and values of some columns: the model's own, and the lean ones."""
+    """Return layer outputs, keys and values of some columns: the model's own, and the fast ones."""
     ids = random_ids(batch, stop)
     mask = torch.ones_like(ids)
     if padded:
         mask[0, :2] = 0
     found: list[list[Tensor]] = []
-    for way in ("own", "lean"):
+    for way in ("own", "fast"):
         cache = SkippingLayers(stack, skip=False).new_cache(batch, stop)
         states: list[Tensor] = []
         for first, last in ((0, start), (start, stop)):
@@ -45,9 +45,9 @@ def columns(
             )
             hidden = plan.embedded
             for layer, call in enumerate(plan.calls, start=1):
-                if first and way == "lean":
-                    assert lean.take(layer, hidden, call.kwargs)
-                    hidden = lean.step(layer, hidden, call.kwargs)
+                if first and way == "fast":
+                    assert fast.can_compute(layer, hidden, call.kwargs)
+                    hidden = fast.compute(layer, hidden, call.kwargs)
                 else:
                     hidden = stack.step(layer, hidden, call)
                 if first:
@@ -58,30 +58,30 @@ def columns(
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("batch", "start", "stop"), [(1, 9, 10), (3, 9, 10), (2, 9, 14)])
-@pytest.mark.parametrize("family", LEAN)
-def test_lean_layers_give_what_the_layers_give(
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_fast_layers_compute_what_the_layers_do(
     family: str, batch: int, start: int, stop: int, padded: bool
 ) -> None:
     stack = DecoderStack(tiny_model(family))
-    own, lean = columns(stack, LeanLayers(stack.layers), batch, start, stop, padded=padded)
-    assert len(own) == len(lean) == 12
-    for one, other in zip(own, lean, strict=True):
+    own, fast = columns(stack, FastLayers(stack.layers), batch, start, stop, padded=padded)
+    assert len(own) == len(fast) == 12
+    for one, other in zip(own, fast, strict=True):
         assert one.shape == other.shape
         assert (one - other).abs().max() <= CLOSE
 
 
 def test_windows_are_in_the_mask_that_the_model_made() -> None:
     stack = DecoderStack(tiny_model("mistral"))  # windows of 8
-    own, lean = columns(stack, LeanLayers(stack.layers), 2, 20, 22, padded=False)
-    for one, other in zip(own, lean, strict=True):
+    own, fast = columns(stack, FastLayers(stack.layers), 2, 20, 22, padded=False)
+    for one, other in zip(own, fast, strict=True):
         assert (one - other).abs().max() <= CLOSE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_families_that_agree_with_it_are_lean(family: str) -> None:
     layers = SkippingLayers(DecoderStack(tiny_model(family)))
-    assert (lean_of(layers) is not None) == (family in LEAN)
-    assert lean_of(SkippingLayers(layers.stack, skip=False)) is None
+    assert (fast_of(layers) is not None) == (family in SUPPORTED)
+    assert fast_of(SkippingLayers(layers.stack, skip=False)) is None
 
 
 class Doubled(nn.Module):
@@ -100,38 +100,38 @@ class Doubled(nn.Module):
 def test_a_layer_that_does_more_than_its_parts_is_not_lean() -> None:
     model = copy.deepcopy(tiny_model("llama"))
     stack = DecoderStack(model)
-    assert lean_of(SkippingLayers(stack)) is not None
+    assert fast_of(SkippingLayers(stack)) is not None
     layer: Any = stack.layers[2]
     layer.mlp = Doubled(layer.mlp)
-    assert lean_of(SkippingLayers(stack)) is None
+    assert fast_of(SkippingLayers(stack)) is None
 
 
 @pytest.mark.parametrize("name", ["", "self_attn", "mlp", "mlp.up_proj", "self_attn.q_proj"])
 def test_a_hook_on_any_part_is_heard(name: str) -> None:
     stack = DecoderStack(tiny_model("llama"))
-    lean, own = EarlyExit(stack), EarlyExit(stack, skip=False)
+    fast, own = EarlyExit(stack), EarlyExit(stack, skip=False)
     heard: list[int] = []
     stack.layers[1].get_submodule(name).register_forward_hook(lambda *_: heard.append(1))
     times = []
-    for early in (lean, own):
+    for early in (fast, own):
         heard.clear()
         early.generate(random_ids(1, 20), max_new_tokens=3, eos_token_id=())
         times.append(len(heard))
     assert times[0] == times[1] >= 3
 
 
-@pytest.mark.parametrize("family", LEAN)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_what_transformers_captures_by_is_no_hook_of_anybodys(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    step = LeanLayers.step
+    step = FastLayers.compute
 
-    def counting(self: LeanLayers, layer: int, *args: Any) -> Tensor:
+    def counting(self: FastLayers, layer: int, *args: Any) -> Tensor:
         steps.append(layer)
         return step(self, layer, *args)
 
-    monkeypatch.setattr(LeanLayers, "step", counting)
+    monkeypatch.setattr(FastLayers, "compute", counting)
     stack, ids = DecoderStack(tiny_model(family)), random_ids(1, 20)
     model: Any = stack.model
 
@@ -163,14 +163,14 @@ def test_what_transformers_captures_by_is_no_hook_of_anybodys(
 
 def test_weights_changed_later_are_the_ones_that_count() -> None:
     stack = DecoderStack(tiny_model("llama"))
-    lean = LeanLayers(stack.layers)
-    before, _ = columns(stack, lean, 1, 9, 10, padded=False)
+    fast = FastLayers(stack.layers)
+    before, _ = columns(stack, fast, 1, 9, 10, padded=False)
     layer: Any = stack.layers[0]
     layer.input_layernorm = copy.deepcopy(layer.input_layernorm)
     with torch.no_grad():
         layer.input_layernorm.weight.mul_(3.0)
         layer.mlp.up_proj.weight.mul_(0.5)
-    own, other = columns(stack, lean, 1, 9, 10, padded=False)
+    own, other = columns(stack, fast, 1, 9, 10, padded=False)
     assert (own[-3] - before[-3]).abs().max() > 0.1
     assert (own[-3] - other[-3]).abs().max() <= CLOSE
 
@@ -181,8 +181,8 @@ def test_many_rows_go_the_models_own_way() -> None:
     for length, taken in ((MOST_ROWS, True), (MOST_ROWS + 1, False)):
         cache.window(0, length)
         plan = stack.plan(random_ids(1, length), cache=cache)
-        lean = LeanLayers(stack.layers)
-        assert lean.take(1, plan.embedded, plan.calls[0].kwargs) is taken
+        fast = FastLayers(stack.layers)
+        assert fast.can_compute(1, plan.embedded, plan.calls[0].kwargs) is taken
 
 
 @pytest.mark.parametrize("amx", [False, True])

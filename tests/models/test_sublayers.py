@@ -8,7 +8,7 @@ from support.tiny_models import FAMILIES, random_ids, tiny_model
 
 from cascade.core.errors import UnsupportedModelError
 from cascade.models.stack import DecoderStack
-from cascade.models.sublayers import find_parts, silenced, split
+from cascade.models.sublayers import find_sublayers, silenced, split_update
 
 
 def run_to(stack: DecoderStack, layer: int) -> tuple[torch.Tensor, object]:
@@ -20,21 +20,21 @@ def run_to(stack: DecoderStack, layer: int) -> tuple[torch.Tensor, object]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_parts_add_up_to_the_update_and_each_vanishes_when_silenced(family: str) -> None:
+def test_attention_and_mlp_add_up_to_the_update(family: str) -> None:
     stack = DecoderStack(tiny_model(family))
     hidden, call = run_to(stack, 2)
-    parts = find_parts(stack, 2)
-    output, update = split(stack, parts, 2, hidden, call)
+    sublayers = find_sublayers(stack, 2)
+    output, update = split_update(stack, sublayers, 2, hidden, call)
     assert torch.equal(output, stack.step(2, hidden, call)), "the model is as it was"
     torch.testing.assert_close(hidden + update.whole, output, rtol=0, atol=1e-5)
     for part in (update.attention, update.mlp):
         assert part.abs().max() > 1e-3, "both do something in a random model"
-    with silenced(parts.attention, parts.mlp):
+    with silenced(sublayers.attention, sublayers.mlp):
         assert torch.equal(stack.step(2, hidden, call), hidden)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
-def test_the_parts_are_what_the_modules_of_the_layer_return(family: str) -> None:
+def test_each_sublayers_update_equals_its_modules_output(family: str) -> None:
     stack = DecoderStack(tiny_model(family))
     hidden, call = run_to(stack, 3)
     layer = stack.layers[2]
@@ -46,12 +46,12 @@ def test_the_parts_are_what_the_modules_of_the_layer_return(family: str) -> None
     stack.step(3, hidden, call)
     attention, mlp = found["self_attn"][0].clone(), found["mlp"].clone()
     scale = 0.5 if family == "granite" else 1.0  # its residual multiplier
-    _, update = split(stack, find_parts(stack, 3), 3, hidden, call)
+    _, update = split_update(stack, find_sublayers(stack, 3), 3, hidden, call)
     torch.testing.assert_close(update.attention, scale * attention, rtol=0, atol=1e-5)
     torch.testing.assert_close(update.mlp, scale * mlp, rtol=0, atol=1e-5)
 
 
-def test_a_layer_that_is_no_sum_of_the_two_is_refused_by_family() -> None:
+def test_a_post_norm_layer_is_refused() -> None:
     stack = DecoderStack(tiny_model("opt", do_layer_norm_before=False))
     with pytest.raises(UnsupportedModelError, match=r"a layer of opt .* cannot be split"):
-        find_parts(stack, 1)
+        find_sublayers(stack, 1)

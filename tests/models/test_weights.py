@@ -212,9 +212,9 @@ def test_a_gguf_file_loads_as_exactly_the_model_it_holds(tmp_path: Path) -> None
     # What still called itself quantized would be dequantized again on loading, or refused.
     assert not hasattr(stack.model.config, "quantization_config")
     digest = file_hash(tmp_path / "Tiny.gguf")
-    assert stack.provenance["weights_hash"] == f"sha256:{digest}"
-    assert stack.provenance["quantization"] == "Q4_1"
-    assert stack.provenance["name"] == "tiny"
+    assert stack.provenance.weights_hash == f"sha256:{digest}"
+    assert stack.provenance.quantization == "Q4_1"
+    assert stack.provenance.name == "tiny"
 
 
 def test_files_beside_a_gguf_file_change_nothing(gguf_file: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_files_beside_a_gguf_file_change_nothing(gguf_file: Path, tmp_path: Path
     shutil.copy(gguf_file, crowd)
     shutil.rmtree(tmp_path / "cache")
     other = load(str(crowd / gguf_file.name))
-    assert other.provenance["tokenizer_hash"] == alone.provenance["tokenizer_hash"]
+    assert other.provenance.tokenizer_hash == alone.provenance.tokenizer_hash
     assert other.num_layers == alone.num_layers == 4
     ids = random_ids()
     with torch.no_grad():
@@ -611,8 +611,8 @@ def test_a_hub_model_is_found_in_its_cache_and_its_revision_is_the_commit(
         quantization=None,
     )
     stack = load("Some-Org/Tiny")
-    assert stack.provenance["revision"] == COMMIT
-    assert stack.provenance["source"] == "Some-Org/Tiny"
+    assert stack.provenance.revision == COMMIT
+    assert stack.provenance.source == "Some-Org/Tiny"
 
 
 def test_the_hash_of_a_hub_model_is_that_of_its_files(hub: Path, saved: Path) -> None:

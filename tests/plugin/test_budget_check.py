@@ -19,7 +19,7 @@ from support.plugin_project import (
 
 from cascade.core.provenance import provenance_of
 from cascade.corpora.blocks import load_blocks
-from cascade.evaluation.operating_points import Point
+from cascade.evaluation.operating_points import OperatingPoint
 from cascade.exits.head_fitting import fit_heads
 from cascade.gate.budgets import accept_budgets
 from cascade.gate.remeasuring import PointsConfig, evaluate_points
@@ -61,7 +61,7 @@ def test_budgets_of_fitted_heads_are_measured_with_those_heads(
     blocks = load_blocks("texts.jsonl", stack.tokenizer, seq_len=16)
     heads = fit_heads(stack, blocks, (3,), provenance=provenance_of(stack, blocks, None))
     heads.save(STORED.parent / "texts.heads.safetensors")
-    points = [Point(3, "cosine", 0.8, "given")]
+    points = [OperatingPoint(3, "cosine", 0.8, "given")]
     config = PointsConfig(propagation="ridge")
     record = evaluate_points(stack, points, blocks, heads=heads, config=config)
     row = replace(record.points[0], seconds_ratio=50.0, seconds_ratio_interval=None)

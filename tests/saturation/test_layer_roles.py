@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +10,9 @@ from hypothesis import strategies as st
 from pytest_regressions.data_regression import DataRegressionFixture
 from support.paths import BASELINES
 
+from cascade.core.schema import to_plain
 from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
+from cascade.saturation.records import LayerRoles
 
 PUBLISHED = BASELINES / "smollm2-135m-instruct/published.csv"
 
@@ -20,7 +21,7 @@ def labels_of(means: list[float]) -> list[str]:
     return [str(layer) for layer in range(1, len(means) + 1)]
 
 
-def found(means: list[float]) -> dict[str, Any]:
+def found(means: list[float]) -> LayerRoles:
     return find_structure(labels_of(means), means)
 
 
@@ -31,8 +32,9 @@ def test_the_published_table_has_the_seeds_special_layers(
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
     labels = [row["layer"] for row in rows]
     structure = find_structure(labels, [float(row["mean"]) for row in rows])
-    del structure["rule"], structure["source"]
-    data_regression.check(structure)
+    plain = to_plain(structure)
+    del plain["rule"], plain["source"]
+    data_regression.check(plain)
 
 
 @given(st.integers(12, 48), st.data())
@@ -43,10 +45,10 @@ def test_a_planted_dip_is_found_where_it_was_planted(depth: int, data: st.DataOb
     means = [0.0, *usual[1:-1], 0.5]
     means[dip - 1] = data.draw(st.floats(0.2, 0.8))
     structure = found(means)
-    assert structure["input_transform"] == ["1"]
-    assert structure["dips"] == [str(dip)]
-    assert structure["output_transform"] == [str(depth)]
-    assert structure["stable_bands"] == [["2", str(dip - 1)], [str(dip + 1), str(depth - 1)]]
+    assert structure.input_transform == ["1"]
+    assert structure.dips == [str(dip)]
+    assert structure.output_transform == [str(depth)]
+    assert structure.stable_bands == [["2", str(dip - 1)], [str(dip + 1), str(depth - 1)]]
     assert suggested_exit_layer(structure, depth) == depth - 1
 
 
@@ -55,13 +57,13 @@ def test_every_layer_has_exactly_one_role(means: list[float]) -> None:
     structure = found(means)
     banded = [
         str(layer)
-        for first, last in structure["stable_bands"]
+        for first, last in structure.stable_bands
         for layer in range(int(first), int(last) + 1)
     ]
     roles = [
-        *structure["input_transform"],
-        *structure["dips"],
-        *structure["output_transform"],
+        *structure.input_transform,
+        *structure.dips,
+        *structure.output_transform,
         *banded,
     ]
     assert sorted(roles) == sorted(labels_of(means))
@@ -71,26 +73,26 @@ def test_every_layer_has_exactly_one_role(means: list[float]) -> None:
 
 def test_alike_layers_have_no_special_one() -> None:
     structure = found([0.97] * 10)
-    assert structure["stable_bands"] == [["1", "10"]]
-    assert not structure["input_transform"] + structure["dips"] + structure["output_transform"]
+    assert structure.stable_bands == [["1", "10"]]
+    assert not structure.input_transform + structure.dips + structure.output_transform
     assert suggested_exit_layer(structure, 10) == 10
 
 
 def test_small_unevenness_is_not_a_dip() -> None:
     # Nearly no spread among the others: without a floor, one part in a thousand would stand out.
-    assert found([0.97] * 10 + [0.969] + [0.97] * 10)["dips"] == []
+    assert found([0.97] * 10 + [0.969] + [0.97] * 10).dips == []
 
 
 def test_the_normed_row_is_judged_by_the_cutoff_of_the_residual_rows() -> None:
     means = [0.0, *[0.96] * 8, 0.955]
     labels = [*labels_of(means), "10+norm"]
-    assert find_structure(labels, [*means, 0.1])["output_transform"] == ["10+norm"]
-    assert find_structure(labels, [*means, 0.96])["output_transform"] == []
+    assert find_structure(labels, [*means, 0.1]).output_transform == ["10+norm"]
+    assert find_structure(labels, [*means, 0.96]).output_transform == []
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_too_few_layers_are_not_judged(depth: int) -> None:
     structure = found([0.1] * depth)
-    assert structure["cutoff"] is None
-    assert structure["stable_bands"] == []
+    assert structure.cutoff is None
+    assert structure.stable_bands == []
     assert suggested_exit_layer(structure, depth) == max(1, depth - 1)

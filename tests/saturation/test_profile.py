@@ -14,7 +14,7 @@ from support.paths import BASELINES, ROOT
 from support.tiny_models import FAMILIES, tiny_model
 
 from cascade.core.errors import CorpusError, ModelError
-from cascade.core.records import read_record
+from cascade.core.records import read_typed
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.gate.baselines import profile_path, read_profile
@@ -22,6 +22,7 @@ from cascade.gate.drift import compare
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import SaturationProfile, analyze, similarities
+from cascade.saturation.records import ProfileRecord
 from cascade.stats.similarity_statistics import QUANTILES, SimilarityStatistics, quantile_edges
 
 SHARED = ROOT.parent / "shared"
@@ -50,7 +51,7 @@ def read_table(path: Path, names: dict[str, str] | None = None) -> Table:
 
 
 def table_of(profile: SaturationProfile) -> Table:
-    return {row["layer"]: row for row in to_plain(profile.record())["layers"]}
+    return {row.layer: to_plain(row) for row in profile.record().layers}
 
 
 # --- On tiny models --------------------------------------------------------------------------
@@ -201,19 +202,17 @@ def test_the_embedded_corpus_gives_the_stored_baseline(
 
 @pytest.mark.saturation
 def test_special_layers_and_thresholds_are_as_stored(embedded_profile: SaturationProfile) -> None:
-    profile = embedded_profile.record()
-    record = to_plain(profile)
-    stored = read_record(profile_path(BASELINES, profile), kind="saturation")
-    structure = record["structure"]
-    assert structure["cutoff"] == pytest.approx(stored["structure"]["cutoff"], abs=1e-4)
-    named = ("input_transform", "dips", "output_transform", "stable_bands")
-    assert {n: structure[n] for n in named} == {n: stored["structure"][n] for n in named}
-    assert record["thresholds"]["exit_layer"] == stored["thresholds"]["exit_layer"]
+    record = embedded_profile.record()
+    stored = read_typed(profile_path(BASELINES, record), ProfileRecord)
+    assert record.structure.cutoff == pytest.approx(stored.structure.cutoff, abs=1e-4)
+    for name in ("input_transform", "dips", "output_transform", "stable_bands"):
+        assert getattr(record.structure, name) == getattr(stored.structure, name)
+    assert record.thresholds.exit_layer == stored.thresholds.exit_layer
     for new, old in zip(
-        record["thresholds"]["by_hard_ratio"], stored["thresholds"]["by_hard_ratio"], strict=True
+        record.thresholds.by_hard_ratio, stored.thresholds.by_hard_ratio, strict=True
     ):
-        assert new["hard_ratio"] == old["hard_ratio"]
-        assert new["threshold"] == pytest.approx(old["threshold"], abs=1e-4)
+        assert new.hard_ratio == old.hard_ratio
+        assert new.threshold == pytest.approx(old.threshold, abs=1e-4)
 
 
 def test_every_baseline_is_small_and_whole() -> None:
@@ -276,12 +275,12 @@ def test_the_final_norm_makes_the_published_layer_30(embedded: Table) -> None:
 
 
 def check_thresholds(profile: SaturationProfile) -> None:
-    thresholds = to_plain(profile.record())["thresholds"]
-    assert thresholds["exit_layer"] == "29"
+    thresholds = profile.record().thresholds
+    assert thresholds.exit_layer == "29"
     published = {0.3: 0.9453, 0.5: 0.9517, 0.7: 0.9570}
-    for row in thresholds["by_hard_ratio"]:
+    for row in thresholds.by_hard_ratio:
         # Twice what separates Q4_1 on Alpaca text from the published values.
-        assert row["threshold"] == pytest.approx(published[row["hard_ratio"]], abs=0.002)
+        assert row.threshold == pytest.approx(published[row.hard_ratio], abs=0.002)
 
 
 @pytest.mark.saturation

@@ -21,6 +21,8 @@ from support.disk import contents, largest_file
 from support.tiny_models import random_ids, tiny_model
 
 from cascade.core.errors import OutputError
+from cascade.core.provenance import CorpusProvenance, ModelProvenance, Provenance
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import analyze
@@ -29,6 +31,18 @@ from cascade.saturation.token_archive import SimilarityArchive, check_free
 Array = npt.NDArray[Any]
 
 NORMED = ["1", "2", "3", "3+norm"]
+PROVENANCE = Provenance(
+    model=ModelProvenance(revision=None),
+    corpus=CorpusProvenance(
+        source="d\u00e9j\u00e0 vu",
+        name="words",
+        fingerprint="c",
+        records=1,
+        tokens=3,
+        sequences=1,
+        seq_len=3,
+    ),
+)
 PLAIN = ["1", "2", "3"]
 
 
@@ -50,7 +64,7 @@ def save(
             archive.add(batch, np.arange(batch.shape[1]))
         if failure is not None:
             raise failure
-        archive.save({"corpus": {"source": "d\u00e9j\u00e0 vu"}, "tokens": 3, "revision": None})
+        archive.save(PROVENANCE)
     return read(path)
 
 
@@ -90,11 +104,11 @@ def test_a_model_of_one_layer_has_one_layer_and_its_residual(tmp_path: Path) -> 
 
 def test_metadata_is_the_provenance_as_json(tmp_path: Path) -> None:
     stored = save(tmp_path / "x.npz", PLAIN, [similarities(3, 2, 4)])
-    assert json.loads(str(stored["metadata"])) == {
-        "corpus": {"source": "d\u00e9j\u00e0 vu"},
-        "tokens": 3,
-        "revision": None,
-    }
+    metadata = json.loads(str(stored["metadata"]))
+    assert metadata == to_plain(PROVENANCE)
+    assert metadata["corpus"]["source"] == "d\u00e9j\u00e0 vu"
+    assert metadata["corpus"]["tokens"] == 3
+    assert metadata["model"] == {"revision": None}
 
 
 @given(cuts=st.lists(st.integers(0, 7), max_size=4).map(sorted))
@@ -120,7 +134,7 @@ def test_a_pass_stores_the_seeds_last_layer_and_the_residual_one(tmp_path: Path)
     blocks = TokenBlocks(ids.numpy().astype(np.int32), "random", "random", 5)
     with SimilarityArchive(tmp_path / "x.npz", DecoderStack(model).layer_labels) as archive:
         analyze(DecoderStack(model), blocks, batch_size=2, sink=archive.add)
-        archive.save({})
+        archive.save(PROVENANCE)
     stored = read(tmp_path / "x.npz")
     # What the seed took: `hidden_states` of transformers, whose last entry is normed.
     with torch.no_grad():

@@ -30,6 +30,7 @@ from cascade.core.errors import (
     RecordError,
     UsageError,
 )
+from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.evaluation.calibration import confidences
 from cascade.models.stack import DecoderStack
@@ -456,7 +457,7 @@ def test_what_a_record_says_of_its_origin(tmp_path: Path) -> None:
     assert said["model"]["weights_hash"] == a_stack("llama").weights_hash()
     assert said["command"] == "cascade collect-hard"
     for part, blocks in some_parts().items():
-        assert said["corpora"][part] == blocks.provenance()
+        assert said["corpora"][part] == to_plain(blocks.provenance())
         hard = everything(found, part)["hard"].numpy()
         assert record["parts"][part] == {
             "sequences": len(blocks.ids),
@@ -769,7 +770,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import test_hard_tokens as tests
 from cascade import hard_tokens
-from cascade.benchmarks.memory import _forget_peak, _peak
+from cascade.benchmarks.memory import peak_memory, reset_peak_memory
 
 torch.set_num_threads(1)
 hard_tokens._SHARD_BYTES = 1e6
@@ -777,23 +778,23 @@ stack = tests.DecoderStack(tests.tiny_model("llama", hidden_size=512, num_layers
 peaks = []
 for rows in (160, 160, 1280):
     parts = tests.some_parts(rows, rows // 4, 32)
-    _forget_peak()
+    reset_peak_memory()
     found = tests.collect_hard(stack, parts, Path(sys.argv[2]) / "d", layer=1, hard_ratio=0.5,
                                batch_size=8, overwrite=True)
-    peaks.append(_peak())
+    peaks.append(peak_memory())
 print(peaks[2] - peaks[1], sum(file["bytes"] for file in found.record["files"]))
 """
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    from cascade.benchmarks.memory import _STEADY_MALLOC
+    from cascade.benchmarks.memory import STEADY_MALLOC
 
     done = subprocess.run(
         [sys.executable, "-c", _PEAK, str(Path(__file__).parents[1]), str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | _STEADY_MALLOC,
+        env=os.environ | STEADY_MALLOC,
     )
     assert done.returncode == 0, done.stderr
     growth, size = map(int, done.stdout.split())

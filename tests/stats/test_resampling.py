@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 from cascade.stats import resampling
 from cascade.stats.resampling import (
     RESAMPLES,
+    draw_counts,
     draws,
     half_widths,
+    interval,
     mean_interval,
+    percentile_ends,
     placed,
     ratio_interval,
     resampled_means,
+    resamples,
     simultaneous_half_widths,
 )
 
@@ -43,7 +47,7 @@ def test_a_resample_is_a_mean_of_whole_sequences() -> None:
 def test_many_sequences_are_drawn_in_goes_and_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(30)
     whole = resampled_means(rows, np.random.default_rng(1))
-    monkeypatch.setattr(resampling, "_HELD", 100)
+    monkeypatch.setattr(resampling, "HELD_WEIGHTS", 100)
     assert resampled_means(rows, np.random.default_rng(1)) == pytest.approx(whole, abs=1e-12)
 
 
@@ -131,12 +135,31 @@ def test_a_ratio_of_sums_is_resampled_by_whole_sequences() -> None:
     drawn = draws(4, 7)
     assert drawn.shape == (RESAMPLES, 4)
     by_hand = [part[row].sum() / whole[row].sum() for row in drawn]
-    expected = np.quantile(by_hand, [0.025, 0.975])
+    expected = np.quantile(by_hand, [0.025, 0.975], method="weibull")
     assert ratio_interval(part, whole, 7) == pytest.approx(expected.tolist())
     assert ratio_interval(whole, whole, 7) == pytest.approx([1.0, 1.0])
     assert mean_interval(part, 7) == pytest.approx(
-        np.quantile([part[row].mean() for row in drawn], [0.025, 0.975]).tolist()
+        np.quantile([part[row].mean() for row in drawn], [0.025, 0.975], method="weibull").tolist()
     )
+
+
+def test_an_interval_ends_at_the_values_of_ranks_25_and_975_of_999() -> None:
+    values = np.random.default_rng(0).permutation(np.arange(1.0, RESAMPLES + 1))
+    assert interval(values) == [25.0, 975.0]
+    columns = np.stack([values, -2 * values], axis=1)
+    assert percentile_ends(columns).tolist() == [[25.0, -1950.0], [975.0, -50.0]]
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 511])
+def test_resamples_are_the_same_drawn_one_by_one_counted_or_all_at_once(count: int) -> None:
+    whole = np.random.default_rng(5).integers(count, size=(RESAMPLES, count))
+    assert np.array_equal(draws(count, 5), whole)
+    assert np.array_equal(np.stack(list(resamples(count, 5))), whole)
+    assert np.array_equal(np.stack(list(resamples(count, 5, 39))), whole[:39])
+    counted = np.stack(list(draw_counts(count, 5)))
+    assert (counted.sum(axis=1) == count).all()
+    values = np.arange(count)
+    assert np.array_equal(counted @ values, whole.sum(axis=1))
 
 
 def test_a_ratio_has_no_interval_where_a_resample_has_no_whole() -> None:

@@ -223,11 +223,11 @@ def test_an_infinite_threshold_lets_all_or_none_exit(threshold: float, expected:
     assert moved.hard_ratio_interval == (expected, expected)
 
 
-def test_a_threshold_is_compared_in_the_precision_of_the_confidences() -> None:
-    # The single nearest to 0.7 is below 0.7; inside the model this token would exit.
+def test_a_threshold_is_not_rounded_down_to_a_confidence() -> None:
+    # The single nearest to 0.7 is below 0.7: this token continues, as it does inside the model.
     values = np.full((2, 3), 0.7, np.float32)
     assert float(values[0, 0]) < 0.7
-    assert transfer(0.7, values, resamples=FEW).hard_ratio == 0
+    assert transfer(0.7, values, resamples=FEW).hard_ratio == 1
 
 
 def test_the_seed_decides_the_intervals_and_nothing_else() -> None:

@@ -1,18 +1,17 @@
-"""Models to compare, by hand: measured ones from drawn similarities, with the sizes they need."""
+"""Models to compare, with drawn similarities and given sizes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from cascade.core.arrays import Array
+from cascade.core.provenance import typed_provenance
 from cascade.saturation.profile import SaturationProfile
 from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
-from cascade.studies.configurations import Sizes
-from cascade.studies.model_comparison import MeasuredModel
-
-Array = npt.NDArray[Any]
+from cascade.studies.comparisons.compared_models import MeasuredModel
+from cascade.studies.comparisons.configurations import Sizes
 
 TOKENS = 8
 
@@ -53,6 +52,7 @@ def measured(
     tokenizer: str | None = "t",
     fingerprints: Array | None = None,
     norm: bool = True,
+    altered: str | None = None,
 ) -> MeasuredModel:
     """Return a model of these mean similarities, the same draw whatever they are.
 
@@ -64,6 +64,7 @@ def measured(
         tokenizer: The hash of its tokenizer.
         fingerprints: Of its sequences.
         norm: Whether it has a row behind a final norm.
+        altered: What was done to its weights.
     """
     num_layers = len(means)
     labels = [str(layer) for layer in range(1, num_layers + 1)]
@@ -86,8 +87,10 @@ def measured(
             "num_layers": num_layers,
             "dtype": "float32",
             "device": "cpu",
+            **({} if altered is None else {"altered": altered}),
         },
         "corpus": {
+            "source": "words",
             "name": "words",
             "fingerprint": f"c{sequences}",
             "records": sequences,
@@ -95,9 +98,9 @@ def measured(
             "sequences": sequences,
             "seq_len": TOKENS,
         },
-        "machine": {"processor": "P", "threads": 1},
+        "machine": {"processor": "P", "threads": 1, "capability": "AVX2", "blas": None},
         "versions": {"python": "3"},
         "command": None,
     }
-    profile = SaturationProfile(statistics, prints.astype(np.uint64), provenance)
+    profile = SaturationProfile(statistics, prints.astype(np.uint64), typed_provenance(provenance))
     return MeasuredModel(profile, sizes(num_layers))

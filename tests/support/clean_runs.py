@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -84,8 +83,7 @@ def padded_similarities(stack: DecoderStack, ids: Tensor, left: int) -> Tensor:
     states = [plan.embedded]
     for layer, call in enumerate(plan.calls, start=1):
         states.append(stack.step(layer, states[-1], call))
-    norm: Any = stack._norm
-    pairs = [*itertools.pairwise(states), (states[-2], norm(states[-1]))]
+    pairs = [*itertools.pairwise(states), (states[-2], stack.norm(states[-1]))]
     return torch.stack(
         [torch.cosine_similarity(a, b, dim=-1)[:, left:].clamp(-1, 1) for a, b in pairs]
     )

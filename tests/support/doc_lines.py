@@ -79,10 +79,11 @@ def tox_commands(command: Command) -> list[Command]:
             raise DocsError(f"{command.place}: expected tox or tox -e ENV: {command.line}")
     found = []
     for name in names:
-        section = f"testenv:{name}"
+        section = "testenv" if name == "tests" else f"testenv:{name}"
         if section not in settings:
             raise DocsError(f"{command.place}: tox.ini has no environment {name}: {command.line}")
-        lines = settings[section].get("commands", "").replace("{posargs}", "").splitlines()
+        commands = settings[section].get("commands", "").replace("{posargs}", "")
+        lines = commands.replace("{[thin]bin}", "").splitlines()
         words = [tuple(shlex.split(line)) for line in lines if line.startswith("cascade ")]
         found += [Command(command.place, each) for each in words]
     return found

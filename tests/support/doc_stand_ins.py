@@ -6,7 +6,7 @@ Every option is used as the page writes it. What differs from a reader's machine
 - the hub cannot be reached, its cache holds the models of `HUB_MODELS`, likewise random;
 - the embedded corpus is the first records of its two splits, a hub dataset a folder of its name;
 - the local files that pages speak of are those of `lay_out`;
-- benchmarks go each way once, whatever `--rounds` says, and start no processes of their own;
+- benchmarks run each variant once, whatever `--rounds` says, and start no processes of their own;
 - budgets of time are wide, what a tiny model takes being nobody's subject;
 - the noise of arithmetic is what `NOISE` says, not measured.
 """
@@ -18,8 +18,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cascade.benchmarks import memory
+from cascade.benchmarks import gate as gate_benchmark
+from cascade.benchmarks import memory, timing
 from cascade.corpora import blocks as corpora
 from cascade.corpora import readers, record_text
 from cascade.gate import noise, remeasuring
@@ -159,25 +159,24 @@ def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _shorten_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("collect", "decode", "fit", "gate", "hard_tokens"):
-        room = import_module(f"cascade.benchmarks.{name}")
-        monkeypatch.setattr(room, "time_ways", _go_once)
+    monkeypatch.setattr(timing, "time_variants", _run_once)
     monkeypatch.setattr(
-        memory, "_in_fresh_process", lambda *_: {"tokens": 1, "loaded_mb": 1.0, "peak_mb": 1.0}
+        memory,
+        "peak_in_fresh_process",
+        lambda *_: memory.PassPeak(tokens=1, loaded_mb=1.0, peak_mb=1.0),
     )
-    gating = import_module("cascade.benchmarks.gate.gate")
-    monkeypatch.setattr(gating, "_python", lambda *_: "0.01")
-    monkeypatch.setattr(gating, "measure_noise", lambda *_: NOISE)
+    monkeypatch.setattr(gate_benchmark, "run_python", lambda *_: "0.01")
+    monkeypatch.setattr(gate_benchmark, "measure_noise", lambda *_: NOISE)
 
 
-def _go_once(ways: dict[str, Callable[[], Any]], **_: Any) -> tuple[Any, Any, Any]:
-    """Go every way once, as `time_ways` does to warm up, and give its seconds for two rounds."""
-    first, seconds = {}, {}
-    for name, way in ways.items():
+def _run_once(variants: Mapping[str, timing.Variant], **_: Any) -> timing.Timings:
+    """Run every variant once, as `time_variants` does to warm up, and give it twice its seconds."""
+    results, seconds = {}, {}
+    for name, variant in variants.items():
         start = time.perf_counter()
-        first[name] = way()
+        results[name] = variant()
         seconds[name] = [time.perf_counter() - start] * 2
-    return first, [list(ways)] * 2, seconds
+    return timing.Timings(results, [list(variants)] * 2, seconds)
 
 
 def lay_out(folder: Path, saved: Path) -> None:

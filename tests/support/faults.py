@@ -317,12 +317,12 @@ def begins_with_bos(stack: DecoderStack) -> Any:
 
 def above_only(_: DecoderStack) -> Any:
     """A token exactly at the threshold stays: > in place of >=."""
-    right = passes.least_fp32
-    return attribute_of(
-        passes,
-        "least_fp32",
-        lambda threshold: float(np.nextafter(np.float32(right(threshold)), np.float32(np.inf))),
-    )
+    right = passes.reaches
+
+    def reaches(confidence: Any, threshold: float) -> Any:
+        return right(confidence, float(np.nextafter(np.float32(threshold), np.float32(np.inf))))
+
+    return attribute_of(passes, "reaches", reaches)
 
 
 @contextlib.contextmanager

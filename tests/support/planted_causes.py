@@ -1,4 +1,4 @@
-"""Causes of a dip, planted into a tiny model: what an explanation has to find, and nothing else."""
+"""Causes of a dip, planted into a tiny model, that an explanation has to find."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def blocks(sequences: int = 16, length: int = LENGTH, *, seed: int = 3) -> Token
     return TokenBlocks(ids, "planted", "planted", records=sequences)
 
 
-def quiet_stack(num_layers: int = 6) -> DecoderStack:
+def quiet_stack(num_layers: int = 6, *, name: str | None = None) -> DecoderStack:
     """Return a tiny Llama whose layers all turn the stream a little."""
+    provenance = {} if name is None else {"name": name}
     model = tiny_model("llama", num_layers=num_layers)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(3.0)
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.mul_(0.3)
             layer.mlp.down_proj.weight.mul_(0.3)
-    return DecoderStack(model, tokenizer=tiny_tokenizer())
+    return DecoderStack(model, tokenizer=tiny_tokenizer(), provenance=provenance)
 
 
 def _direction(width: int, seed: int = 0) -> Tensor:
@@ -40,26 +41,26 @@ def _direction(width: int, seed: int = 0) -> Tensor:
 
 
 def _after(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Change what a module returns, for good."""
+    """Change the output of a module permanently."""
     module.register_forward_hook(lambda _, __, output: change(output))
 
 
-def constant_of(stack: DecoderStack, part: str, size: float, *, spread: bool = False) -> None:
-    """Let attention or MLP add the same vector to every token: in one dimension, or in all."""
+def constant_of(stack: DecoderStack, sublayer: str, size: float, *, spread: bool = False) -> None:
+    """Let attention or MLP add the same vector to every token, in one dimension or in all."""
     layer: Any = stack.layers[DIP - 1]
-    product = layer.self_attn.o_proj if part == "attention" else layer.mlp.down_proj
+    product = layer.self_attn.o_proj if sublayer == "attention" else layer.mlp.down_proj
     vector = _direction(stack.hidden_size) if spread else torch.eye(stack.hidden_size)[7]
     _after(product, lambda output: output + size * vector)
 
 
 def loud_mlp(stack: DecoderStack, factor: float) -> None:
-    """Let the MLP write its own words, louder."""
+    """Multiply what the MLP writes."""
     layer: Any = stack.layers[DIP - 1]
     _after(layer.mlp.down_proj, lambda output: factor * output)
 
 
 def read_from_first_token(stack: DecoderStack, size: float) -> None:
-    """Give the first token a value that whoever attends to it is turned by."""
+    """Give the first token a value that turns every token which attends to it."""
     layer: Any = stack.layers[DIP - 1]
     vector = _direction(layer.self_attn.v_proj.out_features)
 
@@ -72,7 +73,7 @@ def read_from_first_token(stack: DecoderStack, size: float) -> None:
 
 
 def one_class(stack: DecoderStack, size: float) -> None:
-    """Turn digits alone, each in a way of its own."""
+    """Turn only digits, each in its own direction."""
     layer: Any = stack.layers[DIP - 1]
     seen: list[Tensor] = []
     stack.decoder.register_forward_pre_hook(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import EarlyExit, Propagation, make_exit
-from cascade.evaluation.operating_points import Point
+from cascade.evaluation.operating_points import OperatingPoint
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.head_fitting import fit_heads
 from cascade.models.flops import Counts, flops, full_flops
@@ -56,7 +56,7 @@ class Scored:
 def score_by_hand(
     stack: DecoderStack,
     blocks: TokenBlocks,
-    point: Point,
+    point: OperatingPoint,
     *,
     heads: FittedHeads | None,
     propagation: Propagation,

@@ -1,290 +1,263 @@
-"""Commands that measure speed and memory."""
+"""`cascade bench ...`: commands that measure speed and memory."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from cascade.cli.app import bench
-from cascade.cli.console import command_line, print_record, read_layers
-from cascade.cli.options import Device, Model
+from cascade.cli.app import bench, command
+from cascade.cli.console import command_line
+from cascade.cli.inputs import read_layers
+from cascade.cli.options import Behind, Device, Model
+from cascade.cli.output import run_folder, show, write_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from cascade.benchmarks.collection import CollectionBenchmark
+    from cascade.benchmarks.decoding import DecodingBenchmark
+    from cascade.benchmarks.gate import GateBenchmark
+    from cascade.benchmarks.hard_tokens import HardTokenBenchmark
+    from cascade.benchmarks.head_fitting import HeadFittingBenchmark
+    from cascade.report.common.sections import Report
 
+R = TypeVar("R")
+
+_FILE = "bench.json"
+
+Rounds = Annotated[int, typer.Option(help="Timed passes per way.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
+RepeatedTokens = Annotated[
+    int, typer.Option(help="Tokens per pass; the embedded corpus is repeated as needed.")
+]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", help="Threads to compute with; as torch has it without."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Draws the order of the ways in every round.")]
-Output = Annotated[Path | None, typer.Option("--output", help="Folder for bench.json.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")]
+
+
+@dataclass(frozen=True)
+class BenchmarkOutput:
+    """Where the record of a benchmark goes."""
+
+    output: Annotated[Path | None, typer.Option("--output", help="Folder for bench.json.")] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of an earlier run.")
+    ] = False
 
 
 def _run(
-    measure: Callable[..., dict[str, Any]],
-    show: Callable[[dict[str, Any], Console], None],
-    output: Path | None,
-    *,
-    overwrite: bool,
+    measure: Callable[[str, Callable[[str], None]], R],
+    draw: Callable[[R], Report],
+    output: BenchmarkOutput,
 ) -> None:
-    """Measure, write the record where it is wanted, and show it.
+    """Measure, write the record where one is wanted, and print it.
 
     Args:
         measure: Called with the command line and a callback for progress messages.
-        show: Prints the record.
-        output: A folder for it, which must be free before anything is measured.
-        overwrite: Replace the file of an earlier run.
+        draw: Returns the record's report.
+        output: Where the record goes; checked before anything is measured.
     """
-    from cascade.core.files import RunFolder
-
-    with contextlib.ExitStack() as cleanup:
-        folder = None
-        if output is not None:
-            folder = cleanup.enter_context(RunFolder(output, ("bench.json",), overwrite=overwrite))
-        from cascade.core.records import to_json
-
-        record = measure(
-            command=command_line(),
-            progress=lambda text: typer.echo(text, err=True),
-        )
-        if folder is not None:
-            folder.write("bench.json", to_json(record) + "\n")
-    print_record(show, record)
-    if output is not None:
-        typer.echo(f"Wrote {output / 'bench.json'}", err=True)
+    with run_folder(output.output, [_FILE], overwrite=output.overwrite) as folder:
+        record = measure(command_line(), lambda text: typer.echo(text, err=True))
+        write_json(folder, _FILE, record)
+    show(draw(record), output.output, _FILE)
 
 
-@bench.command("collect")
+@dataclass(frozen=True)
+class CollectionOptions:
+    """What the benchmark of collecting measures."""
+
+    model: Model = "smollm2-135m"
+    tokens: Annotated[int, typer.Option(help="Tokens per pass over the embedded corpus.")] = 4096
+    seq_len: SeqLen = 128
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass, all ways.")] = 32
+    rounds: Rounds = 7
+    threads: Threads = None
+    seed: Seed = 0
+    device: Device = "cpu"
+
+
+@command("collect", group=bench, order=())
 def bench_collect(
-    model: Model = "smollm2-135m",
-    tokens: Annotated[int, typer.Option(help="Tokens per pass over the embedded corpus.")] = 4096,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass, all ways.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 7,
-    threads: Threads = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
+    options: CollectionOptions,
+    output: BenchmarkOutput,
     memory: Annotated[
-        bool, typer.Option(help="Measure peak memory too, in processes of their own.")
+        bool,
+        typer.Option(help="Measure peak memory too, in processes of their own."),
+        Behind("device"),
     ] = True,
-    output: Output = None,
-    overwrite: Overwrite = False,
 ) -> None:
     """Time the ways to collect similarities: the seed's, the bare decoder's, analyze, a peer's.
 
     One process, rounds interleaved in random order. A missed target is
     printed and recorded; it does not fail the command.
     """
-    from cascade.report.benchmarks import print_bench
+    from cascade.report.benchmarks.collection import collection_benchmark_report
 
-    def measure(**about: Any) -> dict[str, Any]:
-        from cascade.benchmarks.collect import Setup, collect
+    def measure(line: str, progress: Callable[[str], None]) -> CollectionBenchmark:
+        from cascade.benchmarks.collection import CollectionBenchmarkConfig, benchmark_collection
 
-        setup = Setup(
-            model=model,
-            tokens=tokens,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            rounds=rounds,
-            threads=threads,
-            seed=seed,
-            device=device,
-        )
-        record: dict[str, Any] = collect(setup, memory=memory, **about)
-        return record
+        config = CollectionBenchmarkConfig(**dataclasses.asdict(options))
+        return benchmark_collection(config, memory=memory, command=line, progress=progress)
 
-    _run(measure, print_bench, output, overwrite=overwrite)
+    _run(measure, collection_benchmark_report, output)
 
 
-@bench.command("decode")
-def bench_decode(
-    model: Model = "smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="Arithmetic: float32 or bfloat16.")] = "float32",
-    prompts: Annotated[int, typer.Option(help="Prompts that every way continues.")] = 2,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Tokens added to each.")] = 24,
-    batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
-    layer: Annotated[
-        int | None, typer.Option(help="Exit layer; the heads', or 24, without.")
-    ] = None,
-    rule: Annotated[str, typer.Option(help="Exit rule: cosine, top2_gap, ...")] = "cosine",
+@dataclass(frozen=True)
+class DecodingOptions:
+    """What the benchmark of decoding measures."""
+
+    model: Model = "smollm2-135m"
+    dtype: Annotated[str, typer.Option(help="Arithmetic: float32 or bfloat16.")] = "float32"
+    prompts: Annotated[int, typer.Option(help="Prompts that every way continues.")] = 2
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 64
+    new_tokens: Annotated[int, typer.Option(help="Tokens added to each.")] = 24
+    batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 1
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 5
+    layer: Annotated[int | None, typer.Option(help="Exit layer; the heads', or 24, without.")] = (
+        None
+    )
+    rule: Annotated[str, typer.Option(help="Exit rule: cosine, top2_gap, ...")] = "cosine"
     threshold: Annotated[
         float | None, typer.Option(help="Tokens at or above it leave; fitted without.")
-    ] = None,
+    ] = None
     hard_ratio: Annotated[
         float, typer.Option(help="Share of hard tokens that a threshold is fitted to.")
-    ] = 0.5,
+    ] = 0.5
     heads: Annotated[
         Path | None, typer.Option(help="Heads of `cascade fit-heads`; fitted without.")
-    ] = None,
-    scoring: Annotated[bool, typer.Option(help="Time the scoring of skipped tokens too.")] = True,
-    threads: Threads = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    output: Output = None,
-    overwrite: Overwrite = False,
-) -> None:
+    ] = None
+    scoring: Annotated[bool, typer.Option(help="Time the scoring of skipped tokens too.")] = True
+    threads: Threads = None
+    seed: Seed = 0
+    device: Device = "cpu"
+
+
+@command("decode", group=bench, order=())
+def bench_decode(options: DecodingOptions, output: BenchmarkOutput) -> None:
     """Time the ways to decode: transformers' generate, ours in full, and with early exits.
 
     One process, rounds interleaved in random order, on held-out text. A
     missed target is printed and recorded; it does not fail the command.
     """
-    from cascade.report.benchmarks import print_decoding
+    from cascade.report.benchmarks.decoding import decoding_benchmark_report
 
-    def measure(**about: Any) -> dict[str, Any]:
-        from cascade.benchmarks.decode import DecodeSetup, decode
+    def measure(line: str, progress: Callable[[str], None]) -> DecodingBenchmark:
+        from cascade.benchmarks.decoding import DecodingBenchmarkConfig, benchmark_decoding
 
-        setup = DecodeSetup(
-            model=model,
-            dtype=dtype,
-            prompts=prompts,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            batch_size=batch_size,
-            rounds=rounds,
-            layer=layer,
-            rule=rule,
-            threshold=threshold,
-            hard_ratio=hard_ratio,
-            heads=None if heads is None else str(heads),
-            scoring=scoring,
-            threads=threads,
-            seed=seed,
-            device=device,
-        )
-        record: dict[str, Any] = decode(setup, **about)
-        return record
+        heads = None if options.heads is None else str(options.heads)
+        config = DecodingBenchmarkConfig(**dataclasses.asdict(options) | {"heads": heads})
+        return benchmark_decoding(config, command=line, progress=progress)
 
-    _run(measure, print_decoding, output, overwrite=overwrite)
+    _run(measure, decoding_benchmark_report, output)
 
 
-@bench.command("fit")
-def bench_fit(
-    model: Model = "smollm2-135m",
-    layers: Annotated[str, typer.Option(help="Exit layers, e.g. 20,24,28.")] = "20,24,26,28,29",
-    tokens: Annotated[
-        int, typer.Option(help="Tokens per pass; the embedded corpus is repeated as needed.")
-    ] = 16384,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 3,
-    threads: Threads = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    output: Output = None,
-    overwrite: Overwrite = False,
-) -> None:
+@dataclass(frozen=True)
+class HeadFittingOptions:
+    """What the benchmark of fitting heads measures."""
+
+    model: Model = "smollm2-135m"
+    layers: Annotated[str, typer.Option(help="Exit layers, e.g. 20,24,28.")] = "20,24,26,28,29"
+    tokens: RepeatedTokens = 16384
+    seq_len: SeqLen = 128
+    batch_size: BatchSize = 32
+    rounds: Rounds = 3
+    threads: Threads = None
+    seed: Seed = 0
+    device: Device = "cpu"
+
+
+@command("fit", group=bench, order=())
+def bench_fit(options: HeadFittingOptions, output: BenchmarkOutput) -> None:
     """Time fitting exit heads against the bare forward pass over the same tokens.
 
     One process, rounds interleaved in random order. A missed target is
     printed and recorded; it does not fail the command.
     """
-    from cascade.report.benchmarks import print_fitting
+    from cascade.report.benchmarks.collection import head_fitting_benchmark_report
 
-    def measure(**about: Any) -> dict[str, Any]:
-        from cascade.benchmarks.fit import FitSetup, fit
-
-        setup = FitSetup(
-            model=model,
-            layers=read_layers(layers),
-            tokens=tokens,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            rounds=rounds,
-            threads=threads,
-            seed=seed,
-            device=device,
+    def measure(line: str, progress: Callable[[str], None]) -> HeadFittingBenchmark:
+        from cascade.benchmarks.head_fitting import (
+            HeadFittingBenchmarkConfig,
+            benchmark_head_fitting,
         )
-        record: dict[str, Any] = fit(setup, **about)
-        return record
 
-    _run(measure, print_fitting, output, overwrite=overwrite)
+        layers = read_layers(options.layers)
+        config = HeadFittingBenchmarkConfig(**dataclasses.asdict(options) | {"layers": layers})
+        return benchmark_head_fitting(config, command=line, progress=progress)
+
+    _run(measure, head_fitting_benchmark_report, output)
 
 
-@bench.command("collect-hard")
-def bench_collect_hard(
-    model: Model = "smollm2-135m",
-    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
-    tokens: Annotated[
-        int, typer.Option(help="Tokens per pass; the embedded corpus is repeated as needed.")
-    ] = 20480,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 5,
-    threads: Threads = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    output: Output = None,
-    overwrite: Overwrite = False,
-) -> None:
+@dataclass(frozen=True)
+class HardTokenOptions:
+    """What the benchmark of collecting hard tokens measures."""
+
+    model: Model = "smollm2-135m"
+    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None
+    tokens: RepeatedTokens = 20480
+    seq_len: SeqLen = 128
+    batch_size: BatchSize = 32
+    rounds: Rounds = 5
+    threads: Threads = None
+    seed: Seed = 0
+    device: Device = "cpu"
+
+
+@command("collect-hard", group=bench, order=())
+def bench_collect_hard(options: HardTokenOptions, output: BenchmarkOutput) -> None:
     """Time collecting hard tokens against the bare forward pass over the same batches.
 
     One process, rounds interleaved in random order. A missed target is
     printed and recorded; it does not fail the command.
     """
-    from cascade.report.benchmarks import print_collecting
+    from cascade.report.benchmarks.collection import hard_token_benchmark_report
 
-    def measure(**about: Any) -> dict[str, Any]:
-        from cascade.benchmarks.hard_tokens import HardSetup, collect_hard_tokens
+    def measure(line: str, progress: Callable[[str], None]) -> HardTokenBenchmark:
+        from cascade.benchmarks.hard_tokens import HardTokenBenchmarkConfig, benchmark_hard_tokens
 
-        setup = HardSetup(
-            model=model,
-            layer=layer,
-            tokens=tokens,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            rounds=rounds,
-            threads=threads,
-            seed=seed,
-            device=device,
-        )
-        record: dict[str, Any] = collect_hard_tokens(setup, **about)
-        return record
+        config = HardTokenBenchmarkConfig(**dataclasses.asdict(options))
+        return benchmark_hard_tokens(config, command=line, progress=progress)
 
-    _run(measure, print_collecting, output, overwrite=overwrite)
+    _run(measure, hard_token_benchmark_report, output)
 
 
-@bench.command("gate")
-def bench_gate(
-    model: Model = "smollm2-135m",
+@dataclass(frozen=True)
+class GateOptions:
+    """What the benchmark of the gate measures."""
+
+    model: Model = "smollm2-135m"
     baselines: Annotated[Path, typer.Option(help="The folder of all baselines.")] = Path(
         "baselines"
-    ),
-    tokens: Annotated[int, typer.Option(help="The budget of the quick gate.")] = 512,
-    rounds: Annotated[int, typer.Option(help="Timed passes per way.")] = 7,
-    threads: Threads = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    output: Output = None,
-    overwrite: Overwrite = False,
-) -> None:
+    )
+    tokens: Annotated[int, typer.Option(help="The budget of the quick gate.")] = 512
+    rounds: Rounds = 7
+    threads: Threads = None
+    seed: Seed = 0
+    device: Device = "cpu"
+
+
+@command("gate", group=bench, order=())
+def bench_gate(options: GateOptions, output: BenchmarkOutput) -> None:
     """Time the quick gate against one bare forward over the same tokens.
 
     One process, rounds interleaved in random order; comparing records,
     loading the model and importing the plugin are timed by themselves. A
     missed target is printed and recorded; it does not fail the command.
     """
-    from cascade.report.benchmarks import print_gating
+    from cascade.report.benchmarks.gate import gate_benchmark_report
 
-    def measure(**about: Any) -> dict[str, Any]:
-        from cascade.benchmarks.gate import GateSetup, gate
+    def measure(line: str, progress: Callable[[str], None]) -> GateBenchmark:
+        from cascade.benchmarks.gate import GateBenchmarkConfig, benchmark_gate
 
-        setup = GateSetup(
-            model=model,
-            baselines=str(baselines),
-            tokens=tokens,
-            rounds=rounds,
-            threads=threads,
-            seed=seed,
-            device=device,
-        )
-        record: dict[str, Any] = gate(setup, **about)
-        return record
+        baselines = str(options.baselines)
+        config = GateBenchmarkConfig(**dataclasses.asdict(options) | {"baselines": baselines})
+        return benchmark_gate(config, command=line, progress=progress)
 
-    _run(measure, print_gating, output, overwrite=overwrite)
+    _run(measure, gate_benchmark_report, output)

@@ -1,93 +1,81 @@
-"""`cascade evaluate`."""
+"""`cascade evaluate`: early exit at several layers, or a trained cascade."""
 
 from __future__ import annotations
 
-import contextlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cascade.cli.app import app
-from cascade.cli.console import command_line, load_model, print_record, progress_bar
+from cascade.cli.app import command
+from cascade.cli.commands.stages import CascadeEvaluationOptions, evaluate_stages
+from cascade.cli.console import command_line, print_record, progress_bar
 from cascade.cli.inputs import (
     check_cascade_alone,
-    embedded,
     evaluated_layers,
+    load_model,
     parse_point,
     read_blocks,
     read_heads,
 )
 from cascade.cli.options import (
     RULES_HELP,
-    BatchSize,
-    Column,
-    Corpus,
-    Device,
-    Dtype,
-    MaxTokens,
-    Model,
-    Output,
-    Overwrite,
-    PropagationOption,
-    Revision,
-    Seed,
-    SeqLen,
-    Split,
-    given,
+    EvaluationCorpusOptions,
+    HeadOptions,
+    ModelOptions,
+    OutputOptions,
+    PassOptions,
+    field_names,
+    given_beside,
+    picked,
 )
-
-Heads = Annotated[
-    Path | None,
-    typer.Option("--heads", help="Heads of `cascade fit-heads`; the logit lens without."),
-]
-
+from cascade.cli.output import run_folder, say_wrote, show, write_json
 
 #: The files of one run of `cascade evaluate --output`.
 EVALUATION_FILES = ("evaluation.json", "pareto.svg", "evaluation.html")
+#: The file of one run of `cascade evaluate --cascade --output`.
+CASCADE_EVALUATION_FILE = "cascade-evaluation.json"
 
 
-@app.command()
-def evaluate(
-    context: typer.Context,
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is evaluated, and what counts as good enough."""
+
     cascade: Annotated[
         Path | None, typer.Option(help="A cascade of `cascade train`, measured stage by stage.")
-    ] = None,
+    ] = None
     layers: Annotated[
         str | None, typer.Option(help="Exit layers, e.g. 24,28; the heads' own without.")
-    ] = None,
-    rule: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {RULES_HELP}")] = None,
+    ] = None
+    rule: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {RULES_HELP}")] = None
     hard_ratio: Annotated[
         list[float] | None, typer.Option(help="Share of hard tokens; repeatable.")
-    ] = None,
+    ] = None
     point: Annotated[
         list[str] | None,
         typer.Option(help="LAYER:RULE:THRESHOLD, a point to measure as it is; repeatable."),
-    ] = None,
+    ] = None
     only_points: Annotated[
         bool, typer.Option("--only-points", help="Measure the --point alone, as budgets do.")
-    ] = False,
+    ] = False
     agreement: Annotated[
         float, typer.Option(help="Wanted share of tokens predicted as by the full model.")
-    ] = 0.95,
+    ] = 0.95
     perplexity_ratio: Annotated[
         float, typer.Option(help="Largest acceptable perplexity, relative to the full model's.")
-    ] = 1.05,
-    model: Model = "smollm2-135m",
-    revision: Revision = None,
-    heads: Heads = None,
-    propagation: PropagationOption = "frozen",
-    corpus: Corpus = "embedded",
-    split: Split = None,
-    text_column: Column = None,
-    seq_len: SeqLen = 128,
-    max_tokens: MaxTokens = 8192,
-    batch_size: BatchSize = 8,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    seed: Seed = 0,
-    output: Output = None,
-    overwrite: Overwrite = False,
+    ] = 1.05
+
+
+@command("evaluate")
+def evaluate(
+    context: typer.Context,
+    evaluation: EvaluationOptions,
+    model: ModelOptions,
+    heads: HeadOptions,
+    corpus: EvaluationCorpusOptions,
+    passes: PassOptions,
+    output: OutputOptions,
 ) -> None:
     """Measure early exit against the full model, and say whether it pays here.
 
@@ -95,110 +83,75 @@ def evaluate(
     other half. Of the embedded corpus the held-out split is taken.
     With --cascade, stage by stage, against the controls trained with it.
     """
-    if cascade is not None:
-        _evaluate_cascade(
-            context,
-            cascade,
-            output,
-            overwrite=overwrite,
-            corpus=corpus,
-            text_column=text_column,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-        )
+    if evaluation.cascade is None:
+        _evaluate_exits(evaluation, model, heads, corpus, passes, output)
         return
-    from cascade.core.files import RunFolder
-    from cascade.report.exits.evaluation import evaluation_page, print_evaluation
-    from cascade.report.exits.pareto import pareto_svg
+    check_cascade_alone(given_beside(context, field_names(CascadeEvaluationOptions)))
+    _evaluate_cascade(
+        evaluation.cascade,
+        picked(CascadeEvaluationOptions, evaluation, model, corpus, passes, output),
+    )
 
-    with contextlib.ExitStack() as cleanup:
-        folder = None
-        if output is not None:
-            folder = cleanup.enter_context(RunFolder(output, EVALUATION_FILES, overwrite=overwrite))
-        points = [parse_point(text) for text in point or ()]
-        from cascade.core.records import to_json
+
+def _evaluate_exits(
+    wanted: EvaluationOptions,
+    model: ModelOptions,
+    heads: HeadOptions,
+    corpus: EvaluationCorpusOptions,
+    passes: PassOptions,
+    output: OutputOptions,
+) -> None:
+    from cascade.report.common.sections import html_page
+    from cascade.report.exits.evaluation import PARETO, evaluation_report
+
+    with run_folder(output.output, EVALUATION_FILES, overwrite=output.overwrite) as folder:
+        points = [parse_point(text) for text in wanted.point or ()]
         from cascade.evaluation import exit_evaluation as evaluation
-        from cascade.evaluation.operating_points import Point
+        from cascade.evaluation.operating_points import OperatingPoint
+        from cascade.saturation.profile import HARD_RATIOS
 
-        stack = load_model(model, revision, dtype, device)
-        fitted = read_heads(heads, stack)
-        request = evaluation.Request(
-            layers=evaluated_layers(layers, stack, fitted, only_points),
-            rules=() if only_points else tuple(rule or ("cosine", "top2_gap")),
-            hard_ratios=tuple(hard_ratio or (0.3, 0.5, 0.7)),
-            thresholds=tuple(Point(*values, "given") for values in points),
-            agreement=agreement,
-            perplexity_ratio=perplexity_ratio,
-            only_given=only_points,
+        stack = load_model(model)
+        fitted = read_heads(heads.heads, stack)
+        request = evaluation.EvaluationConfig(
+            layers=evaluated_layers(wanted.layers, stack, fitted, wanted.only_points),
+            rules=() if wanted.only_points else tuple(wanted.rule or ("cosine", "top2_gap")),
+            hard_ratios=tuple(wanted.hard_ratio or HARD_RATIOS),
+            thresholds=tuple(OperatingPoint(*values, "given") for values in points),
+            agreement=wanted.agreement,
+            perplexity_ratio=wanted.perplexity_ratio,
+            only_given=wanted.only_points,
         )
         request.check()
-        blocks = read_blocks(
-            stack, corpus, split or embedded(corpus, "held-out"), text_column, seq_len, max_tokens
-        )
+        blocks = read_blocks(stack, corpus, embedded_split="held-out")
         fit, confirm = evaluation.split(blocks)
-        with progress_bar(
-            "Evaluating", confirm.tokens + (0 if only_points else fit.tokens)
-        ) as advance:
+        tokens = confirm.tokens + (0 if wanted.only_points else fit.tokens)
+        with progress_bar("Evaluating", tokens) as advance:
             record = evaluation.evaluate(
                 stack,
                 fit,
                 confirm,
                 request,
                 heads=fitted,
-                propagation=propagation,  # type: ignore[arg-type]  # checked by the evaluator
-                batch_size=batch_size,
-                seed=seed,
+                propagation=heads.propagation,  # type: ignore[arg-type]  # checked by the evaluator
+                batch_size=passes.batch_size,
+                seed=passes.seed,
                 command=command_line(),
                 progress=advance,
             )
+        report = evaluation_report(record)
+        write_json(folder, "evaluation.json", record)
         if folder is not None:
-            folder.write("evaluation.json", to_json(record) + "\n")
-            folder.write("pareto.svg", pareto_svg(record))
-            folder.write("evaluation.html", evaluation_page(record))
-    print_record(print_evaluation, record)
-    if output is not None:
-        typer.echo(f"Wrote {output / 'evaluation.html'}", err=True)
+            folder.write(PARETO, report.pictures()[0].svg)
+            folder.write("evaluation.html", html_page(report))
+    show(report, output.output, "evaluation")
 
 
-#: What `cascade evaluate --cascade` listens to.
-_OF_A_CASCADE = {
-    "cascade",
-    "corpus",
-    "text_column",
-    "seq_len",
-    "max_tokens",
-    "batch_size",
-    "dtype",
-    "device",
-    "seed",
-    "output",
-    "overwrite",
-}
-
-
-def _evaluate_cascade(
-    context: typer.Context, folder: Path, output: Path | None, *, overwrite: bool, **options: Any
-) -> None:
-    from cascade.cli.commands.stages import evaluate_stages
-    from cascade.core.files import RunFolder
-    from cascade.core.records import to_json
+def _evaluate_cascade(cascade: Path, options: CascadeEvaluationOptions) -> None:
     from cascade.report.exits.cascades import print_cascade_evaluation
 
-    others = given(context, context.params.keys() - _OF_A_CASCADE)
-    check_cascade_alone(others)
-    with contextlib.ExitStack() as cleanup:
-        run = None
-        if output is not None:
-            run = cleanup.enter_context(
-                RunFolder(output, ("cascade-evaluation.json",), overwrite=overwrite)
-            )
-        record = evaluate_stages(folder, **options)
-        if run is not None:
-            run.write("cascade-evaluation.json", to_json(record) + "\n")
+    name = CASCADE_EVALUATION_FILE
+    with run_folder(options.output, [name], overwrite=options.overwrite) as folder:
+        record = evaluate_stages(cascade, options)
+        write_json(folder, name, record)
     print_record(print_cascade_evaluation, record)
-    if output is not None:
-        typer.echo(f"Wrote {output / 'cascade-evaluation.json'}", err=True)
+    say_wrote(options.output, name)

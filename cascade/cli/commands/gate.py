@@ -1,26 +1,28 @@
-"""Commands that hold a model or a record to its baseline."""
+"""`cascade compare` and `cascade gate`: a record or a model against its baseline."""
 
 from __future__ import annotations
 
-import contextlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cascade.cli.app import app
-from cascade.cli.console import command_line, load_model, print_record, progress_bar, status
+from cascade.cli.app import command
+from cascade.cli.console import command_line, print_record, progress_bar
+from cascade.cli.inputs import load_model, read_blocks
 from cascade.cli.options import (
     BatchSize,
-    Column,
-    Device,
-    Dtype,
-    Model,
+    Behind,
+    CorpusOptions,
+    ModelOptions,
     NumSamples,
-    Revision,
-    SeqLen,
+    OutputOptions,
     Split,
+    TextOptions,
+    picked,
 )
+from cascade.cli.output import run_folder, say_wrote
 from cascade.core.errors import RecordError
 
 if TYPE_CHECKING:
@@ -30,39 +32,51 @@ if TYPE_CHECKING:
 #: The files of `cascade compare --output` and `cascade gate --output`.
 REPORT_FILES = ("report.json", "report.md", "report.html")
 
-Strict = Annotated[bool, typer.Option("--strict", help="What is inconclusive fails too.")]
-Output = Annotated[
-    Path | None, typer.Option(help="Folder for report.json, report.md and report.html.")
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the files of an earlier report.")
-]
+_STRICT = typer.Option("--strict", help="What is inconclusive fails too.")
 
 
-@app.command()
+@dataclass(frozen=True)
+class ReportOutput(OutputOptions):
+    """Where a gate's report goes."""
+
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report.json, report.md and report.html.")
+    ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier report.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """How two profiles are compared."""
+
+    independent: Annotated[
+        bool, typer.Option("--independent", help="Compare means even where sequences are shared.")
+    ] = False
+    margin: Annotated[
+        float,
+        typer.Option(help="On other sequences: in standard deviations between the baseline's."),
+    ] = 1.0
+    confidence: Annotated[
+        float, typer.Option(help="On other sequences: that all intervals hold at once.")
+    ] = 0.99
+    anyway: Annotated[
+        bool,
+        typer.Option("--anyway", help="Compare in spite of another model, dtype or tokenizer."),
+    ] = False
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0
+
+
+@command("compare")
 def compare(
     new: Annotated[
         Path, typer.Argument(help="A run's folder, or a profile's .json with its .npz beside it.")
     ],
     baseline: Annotated[Path, typer.Argument(help="The same, of what it is held to.")],
-    independent: Annotated[
-        bool, typer.Option("--independent", help="Compare means even where sequences are shared.")
-    ] = False,
-    margin: Annotated[
-        float,
-        typer.Option(help="On other sequences: in standard deviations between the baseline's."),
-    ] = 1.0,
-    confidence: Annotated[
-        float, typer.Option(help="On other sequences: that all intervals hold at once.")
-    ] = 0.99,
-    anyway: Annotated[
-        bool,
-        typer.Option("--anyway", help="Compare in spite of another model, dtype or tokenizer."),
-    ] = False,
-    strict: Strict = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0,
-    output: Output = None,
-    overwrite: Overwrite = False,
+    comparison: ComparisonOptions,
+    output: ReportOutput,
+    strict: Annotated[bool, _STRICT] = False,
 ) -> None:
     """Compare two stored profiles: has the first drifted from the second?
 
@@ -70,86 +84,99 @@ def compare(
     sequences are compared one by one; of other ones the means are, with
     intervals.
     """
-    with _report_folder(output, overwrite) as folder:
+    with run_folder(output.output, REPORT_FILES, overwrite=output.overwrite) as folder:
         from cascade.gate import drift
         from cascade.gate.baselines import read_profile
 
-        comparison = drift.compare(
+        found = drift.compare(
             read_profile(new),
             read_profile(baseline),
-            independent=independent,
-            margin=margin,
-            confidence=confidence,
-            anyway=anyway,
-            seed=seed,
+            independent=comparison.independent,
+            margin=comparison.margin,
+            confidence=comparison.confidence,
+            anyway=comparison.anyway,
+            seed=comparison.seed,
         )
-        _write(folder, comparison.record(), baseline)
-    _finish(comparison.record(), comparison.exit_status(strict=strict), output)
+        _write(folder, found.record(), baseline)
+    _finish(found.record(), found.exit_status(strict=strict), output.output)
 
 
-@app.command()
-def gate(
-    model: Model = "smollm2-135m",
-    revision: Revision = None,
+@dataclass(frozen=True)
+class GateCorpus(TextOptions):
+    """The baseline's text."""
+
     corpus: Annotated[
         str, typer.Option(help="The baseline's: embedded, a file, or a hub dataset.")
-    ] = "embedded",
-    split: Split = None,
-    text_column: Column = None,
-    num_samples: NumSamples = 500,
-    seq_len: SeqLen = 128,
-    baselines: Annotated[Path, typer.Option(help="The folder of all baselines.")] = Path(
-        "baselines"
-    ),
+    ] = "embedded"
+    split: Split = None
+    num_samples: NumSamples = 500
+
+
+@dataclass(frozen=True)
+class BaselineOptions:
+    """Which baseline, and how much of it is compared."""
+
+    baselines: Annotated[
+        Path, typer.Option(help="The folder of all baselines."), Behind("seq_len")
+    ] = Path("baselines")
     baseline: Annotated[
-        Path | None, typer.Option(help="One baseline's .json; found by its names without.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="The budget of the quick gate.")] = 512,
+        Path | None,
+        typer.Option(help="One baseline's .json; found by its names without."),
+        Behind("baselines"),
+    ] = None
+    tokens: Annotated[
+        int, typer.Option(min=1, help="The budget of the quick gate."), Behind("baseline")
+    ] = 512
     full: Annotated[
-        bool, typer.Option("--full", help="Measure the whole corpus, its table included.")
-    ] = False,
+        bool,
+        typer.Option("--full", help="Measure the whole corpus, its table included."),
+        Behind("tokens"),
+    ] = False
+
+
+@command("gate")
+def gate(
+    model: ModelOptions,
+    corpus: GateCorpus,
+    against: BaselineOptions,
+    output: ReportOutput,
     batch_size: BatchSize = 32,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    strict: Strict = False,
-    output: Output = None,
-    overwrite: Overwrite = False,
+    strict: Annotated[bool, _STRICT, Behind("device")] = False,
 ) -> None:
     """Hold a model to its baseline, on a few of the baseline's sequences.
 
     Stops as soon as it is decided. Exit status 0: no drift, 1: drift, 2:
     not comparable.
     """
-    with _report_folder(output, overwrite) as folder:
-        from cascade.corpora import blocks as corpora
+    with run_folder(output.output, REPORT_FILES, overwrite=output.overwrite) as folder:
         from cascade.gate.baselines import read_profile
         from cascade.gate.quick_gate import run_gate
 
-        stack = load_model(model, revision, dtype, device)
-        with status(f"Reading {corpus}"):
-            blocks = corpora.load_blocks(
-                corpus,
-                stack.tokenizer,
-                seq_len=seq_len,
-                num_samples=num_samples or None,
-                split=split,
-                text_column=text_column,
-            )
-        path = baseline or _baseline_path(stack.provenance["name"], blocks.name, baselines)
+        stack = load_model(model)
+        blocks = read_blocks(
+            stack,
+            picked(CorpusOptions, corpus, max_tokens=None),
+            num_samples=corpus.num_samples or None,
+        )
+        path = against.baseline or _baseline_path(
+            stack.provenance["name"], blocks.name, against.baselines
+        )
         stored = read_profile(path)
-        with progress_bar("Comparing", blocks.tokens if full else tokens) as advance:
+        with progress_bar(
+            "Comparing", blocks.tokens if against.full else against.tokens
+        ) as advance:
             result = run_gate(
                 stack,
                 blocks,
                 stored,
-                tokens=tokens,
-                full=full,
+                tokens=against.tokens,
+                full=against.full,
                 batch_size=batch_size,
                 command=command_line(),
                 progress=advance,
             )
         _write(folder, result.record(), path)
-    _finish(result.record(), result.comparison.exit_status(strict=strict), output)
+    _finish(result.record(), result.comparison.exit_status(strict=strict), output.output)
 
 
 def _baseline_path(model: str, corpus: str, baselines: Path) -> Path:
@@ -162,17 +189,6 @@ def _baseline_path(model: str, corpus: str, baselines: Path) -> Path:
             f"RUN --baselines {baselines}`, or name one with --baseline"
         )
     return path
-
-
-@contextlib.contextmanager
-def _report_folder(output: Path | None, overwrite: bool) -> Any:
-    from cascade.core.files import RunFolder
-
-    if output is None:
-        yield None
-        return
-    with RunFolder(output, REPORT_FILES, overwrite=overwrite) as folder:
-        yield folder
 
 
 def _write(folder: RunFolder | None, record: ComparisonRecord, path: Path) -> None:
@@ -196,7 +212,6 @@ def _finish(record: ComparisonRecord, exit_status: int, output: Path | None) -> 
     from cascade.report.gate.terminal import print_comparison
 
     print_record(print_comparison, record)
-    if output is not None:
-        typer.echo(f"Wrote {output / 'report.html'}", err=True)
+    say_wrote(output, "report.html")
     if exit_status:
         raise typer.Exit(exit_status)

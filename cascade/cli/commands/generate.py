@@ -2,145 +2,213 @@
 
 from __future__ import annotations
 
-import time
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cascade.cli.app import app
-from cascade.cli.commands.evaluate import Heads
-from cascade.cli.console import load_model, print_record, status
-from cascade.cli.inputs import check_cascade_alone, read_heads, usual_layer
-from cascade.cli.options import RULES_HELP, Device, Dtype, Model, Revision, Seed
+from cascade.cli.app import command
+from cascade.cli.console import print_record, status
+from cascade.cli.inputs import check_cascade_alone, load_model, read_heads, usual_layer
+from cascade.cli.options import RULES_HELP, HeadsFile, ModelOptions, Seed
 from cascade.core.errors import UsageError
 
 if TYPE_CHECKING:
     from cascade.decoding.early_exit import EarlyExit
-    from cascade.decoding.generation import Generation
     from cascade.exits.fitted_heads import FittedHeads
     from cascade.models.stack import DecoderStack
 
 
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Option(help="What to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
+@dataclass(frozen=True)
+class PromptOptions:
+    """The prompt, and how much is added to it."""
+
+    prompt: Annotated[str, typer.Option(help="What to go on from.")]
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40
+
+    def check(self) -> None:
+        """Refuse a prompt without text.
+
+        Raises:
+            UsageError: It has none, or not in UTF-8.
+        """
+        if not self.prompt.strip():
+            raise UsageError("expected a prompt, got an empty one; give --prompt some text")
+        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):
+            raise UsageError("expected a --prompt in UTF-8, got other bytes; convert it first")
+
+
+@dataclass(frozen=True)
+class ExitOptions:
+    """Where tokens exit: given one by one, as a calibration, or as a cascade."""
+
     layer: Annotated[
         int | None,
         typer.Option(help="Exit layer; the last but one, or the heads' highest below N, without."),
-    ] = None,
-    rule: Annotated[
-        str | None, typer.Option(help=f"Exit rule, cosine without: {RULES_HELP}")
-    ] = None,
+    ] = None
+    rule: Annotated[str | None, typer.Option(help=f"Exit rule, cosine without: {RULES_HELP}")] = (
+        None
+    )
     threshold: Annotated[
         float | None, typer.Option(help="Tokens at or above it leave; without, the full model.")
-    ] = None,
+    ] = None
     calibration: Annotated[
         Path | None,
         typer.Option(help="calibration.json: layer, rule, threshold and propagation."),
-    ] = None,
+    ] = None
     hard_ratio: Annotated[
         float | None, typer.Option(help="Which of the calibration's thresholds.")
-    ] = None,
+    ] = None
     cascade: Annotated[
         Path | None, typer.Option(help="A cascade of `cascade train`: base, stages, thresholds.")
-    ] = None,
+    ] = None
     verify: Annotated[
         bool, typer.Option("--verify", help="The full model confirms every token.")
-    ] = False,
-    sample: Annotated[bool, typer.Option("--sample", help="Draw the tokens.")] = False,
-    temperature: Annotated[
-        float | None, typer.Option(help="Divides the logits of a draw; the model's own without.")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Draw among the likeliest of this sum; the model's own without."),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="Draw among so many, 0 for all; the model's own, or 50, without."),
-    ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
-    ] = False,
-    compare: Annotated[
-        bool, typer.Option(help="Generate with the full model too, to compare.")
-    ] = True,
-    model: Model = "smollm2-135m",
-    revision: Revision = None,
-    heads: Heads = None,
+    ] = False
+
+    def check(self, heads: GenerationHeads) -> None:
+        """Refuse options that say the same thing twice.
+
+        Raises:
+            UsageError: They do.
+        """
+        one_by_one: dict[str, Any] = {
+            "--layer": self.layer,
+            "--rule": self.rule,
+            "--threshold": self.threshold,
+            "--propagation": heads.propagation,
+        }
+        if self.calibration is not None and _given(one_by_one):
+            raise UsageError(
+                "--calibration says layer, rule, threshold and propagation; leave out "
+                f"{', '.join(_given(one_by_one))}"
+            )
+        if self.cascade is not None:
+            others = {"--calibration": self.calibration, "--heads": heads.heads}
+            check_cascade_alone(_given(one_by_one | others))
+        if self.verify and heads.propagation not in (None, "exact"):
+            raise UsageError(
+                f"--verify needs --propagation exact, got {heads.propagation}; leave one out"
+            )
+        if self.hard_ratio is not None and self.calibration is None:
+            raise UsageError("--hard-ratio chooses a calibration's threshold; give --calibration")
+
+
+def _given(options: dict[str, Any]) -> list[str]:
+    return [name for name, value in options.items() if value is not None]
+
+
+@dataclass(frozen=True)
+class GenerationHeads:
+    """Exit heads, and what upper layers get of exited tokens, if that is given."""
+
+    heads: HeadsFile = None
     propagation: Annotated[
         str | None,
         typer.Option(help="What upper layers see of exited tokens; frozen without."),
-    ] = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    ] = None
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """How tokens are chosen, where the text ends, and what is shown beside it."""
+
+    sample: Annotated[bool, typer.Option("--sample", help="Draw the tokens.")] = False
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the logits of a draw; the model's own without.")
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw among the likeliest of this sum; the model's own without."),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Draw among so many, 0 for all; the model's own, or 50, without."),
+    ] = None
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False
+    compare: Annotated[bool, typer.Option(help="Generate with the full model too, to compare.")] = (
+        True
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of a draw that are given."""
+        draw = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {name: value for name, value in draw.items() if value is not None}
+
+    def check(self) -> None:
+        """Refuse settings of a draw without a draw, and a temperature that none can have.
+
+        Raises:
+            UsageError: There are some.
+        """
+        if self.settings() and not self.sample:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in self.settings())
+            raise UsageError(f"{flags} are of a draw; give --sample, or leave them out")
+        if self.temperature is not None and not self.temperature > 0:
+            raise UsageError(
+                f"expected a --temperature above 0, got {self.temperature:g}; for the likeliest "
+                "token leave out --sample"
+            )
+
+
+@command("generate")
+def generate(
+    prompt: PromptOptions,
+    exits: ExitOptions,
+    draw: DrawOptions,
+    model: ModelOptions,
+    heads: GenerationHeads,
     seed: Seed = 0,
 ) -> None:
     """Generate, and show at which layer each token left."""
+    from cascade.decoding.transcript import transcribe
     from cascade.report.exits.generation import print_generation
 
-    said: dict[str, Any] = {
-        "--layer": layer,
-        "--rule": rule,
-        "--threshold": threshold,
-        "--propagation": propagation,
+    exits.check(heads)
+    prompt.check()
+    draw.check()
+    stack, early = _early_exit_of(exits, model, heads, seed)
+    settings: dict[str, Any] = {
+        "max_new_tokens": prompt.max_new_tokens,
+        "do_sample": draw.sample,
+        "seed": seed,
+        "stop_strings": draw.stop,
     }
-    given = [name for name, value in said.items() if value is not None]
-    if calibration is not None and given:
-        raise UsageError(
-            "--calibration says layer, rule, threshold and propagation; leave out "
-            f"{', '.join(given)}"
+    settings |= draw.settings()
+    with status("Generating"):
+        record = transcribe(
+            early,
+            prompt.prompt,
+            settings,
+            chat=draw.chat,
+            verify=exits.verify,
+            compare=draw.compare,
+            full=stack,
         )
-    if cascade is not None:
-        said |= {"--calibration": calibration, "--heads": heads}
-        check_cascade_alone([name for name, value in said.items() if value is not None])
-    if verify and propagation not in (None, "exact"):
-        raise UsageError(f"--verify needs --propagation exact, got {propagation}; leave one out")
-    if hard_ratio is not None and calibration is None:
-        raise UsageError("--hard-ratio chooses a calibration's threshold; give --calibration")
-    if not prompt.strip():
-        raise UsageError("expected a prompt, got an empty one; give --prompt some text")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise UsageError("expected a --prompt in UTF-8, got other bytes; convert it first")
-    drawing = {"--temperature": temperature, "--top-p": top_p, "--top-k": top_k}
-    drawing = {name: value for name, value in drawing.items() if value is not None}
-    if drawing and not sample:
-        raise UsageError(f"{', '.join(drawing)} are of a draw; give --sample, or leave them out")
-    if temperature is not None and not temperature > 0:
-        raise UsageError(
-            f"expected a --temperature above 0, got {temperature:g}; for the likeliest token leave "
-            "out --sample"
-        )
-    if cascade is not None:
+    print_record(print_generation, record)
+
+
+def _early_exit_of(
+    exits: ExitOptions, model: ModelOptions, heads: GenerationHeads, seed: int
+) -> tuple[DecoderStack, EarlyExit]:
+    """Load the model that generates, and return how it exits early."""
+    if exits.cascade is not None:
         from cascade.cli.commands.stages import read_cascade
 
-        staged = read_cascade(cascade, dtype, device)
-        stack, early = staged.base, staged.early_exit()
-    else:
-        stack = load_model(model, revision, dtype, device)
-        fitted = read_heads(heads, stack)
-        way = propagation or ("exact" if verify else "frozen")
-        early = (
-            _early_exit(stack, layer, rule or "cosine", threshold, fitted, way, seed)
-            if calibration is None
-            else _calibrated(calibration, stack, fitted, hard_ratio)
-        )
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": sample,
-        "seed": seed,
-        "stop_strings": stop,
-    }
-    draw = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    settings |= {name: value for name, value in draw.items() if value is not None}
-    ids = _encode(stack, prompt, chat=chat)
-    with status("Generating"):
-        summary = _generate(stack, early, ids, settings, verify=verify, compare=compare)
-    print_record(print_generation, summary | {"prompt": prompt, "chat": chat})
+        staged = read_cascade(exits.cascade, model.dtype, model.device)
+        return staged.base, staged.early_exit()
+    stack = load_model(model)
+    fitted = read_heads(heads.heads, stack)
+    if exits.calibration is not None:
+        return stack, _calibrated(exits.calibration, stack, fitted, exits.hard_ratio)
+    propagation = heads.propagation or ("exact" if exits.verify else "frozen")
+    return stack, _early_exit(
+        stack, exits.layer, exits.rule or "cosine", exits.threshold, fitted, propagation, seed
+    )
 
 
 def _calibrated(
@@ -148,8 +216,7 @@ def _calibrated(
 ) -> EarlyExit:
     from cascade.evaluation.calibration import early_exit_of, read_calibration
 
-    record = read_calibration(path, stack)
-    return early_exit_of(record, stack, heads=heads, hard_ratio=hard_ratio)
+    return early_exit_of(read_calibration(path), stack, heads=heads, hard_ratio=hard_ratio)
 
 
 def _early_exit(
@@ -172,104 +239,3 @@ def _early_exit(
         propagation=propagation,  # type: ignore[arg-type]  # checked by EarlyExit itself
         seed=seed,
     )
-
-
-def _encode(stack: DecoderStack, prompt: str, *, chat: bool) -> Any:
-    import torch
-
-    if stack.tokenizer is None:
-        raise UsageError("the model has no tokenizer to read a prompt with")
-    if chat:
-        if not getattr(stack.tokenizer, "chat_template", None):
-            raise UsageError("the model's tokenizer has no chat template; leave out --chat")
-        prompt = str(
-            stack.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        )
-    return torch.tensor([stack.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]])
-
-
-def _generate(
-    stack: DecoderStack,
-    early: EarlyExit,
-    ids: Any,
-    settings: dict[str, Any],
-    *,
-    verify: bool,
-    compare: bool,
-) -> dict[str, Any]:
-    """Generate, with the full model too where wanted; return a record of kind `generation`."""
-    from cascade.decoding.early_exit import EarlyExit
-    from cascade.decoding.generation import Generation
-
-    mask = ids.new_ones(ids.shape)  # a prompt is text, whatever its tokens are
-
-    def timed(model: EarlyExit, **options: Any) -> tuple[Generation, list[int], float]:
-        start = time.perf_counter()
-        made = model.generate(ids, mask, return_dict_in_generate=True, **settings, **options)
-        assert isinstance(made, Generation)  # asked for as such
-        seconds = time.perf_counter() - start
-        return made, made.sequences[0, ids.shape[1] :].tolist(), seconds
-
-    # The first pass warms caches up for whichever comes after it; some tokens are enough.
-    early.generate(ids[:, -8:], mask[:, -8:], **settings | {"max_new_tokens": 1})
-    made, new, seconds = timed(early, verify=verify)
-    full = None
-    if compare:
-        _, theirs, full_seconds = timed(EarlyExit(stack))
-        same = [a == b for a, b in zip(new, theirs, strict=False)]
-        full = {
-            "text": "".join(_pieces(stack, ids, theirs)),
-            "tokens": len(theirs),
-            "same_tokens": same.index(False) if False in same else len(same),
-            "tokens_per_second": len(theirs) / full_seconds,
-            "speed_ratio": (len(new) / seconds) / (len(theirs) / full_seconds),
-        }
-    layers = made.exit_layers[0].tolist()
-    last = early.stack.num_layers
-    known = sorted({*(at.layer for at in early.exits), last})
-    return {
-        "schema": 1,
-        "kind": "generation",
-        "num_layers": last,
-        "exits": [
-            {
-                "layer": at.layer,
-                "rule": at.rule.name,
-                "head": at.head.name,
-                "threshold": None if at.threshold == float("inf") else at.threshold,
-            }
-            for at in early.exits
-        ],
-        "propagation": early.propagation,
-        "tokens": _pieces(stack, ids, new),
-        "exit_layers": layers,
-        "by_layer": [
-            {
-                "layer": layer,
-                "tokens": layers.count(layer),
-                "share": layers.count(layer) / len(layers),
-            }
-            for layer in known
-        ],
-        "layers_per_token": made.layers_per_token,
-        "tokens_per_second": len(new) / seconds,
-        "counts": made.counts.record(),
-        "verified": verify,
-        "drafted": made.drafted,
-        "accepted": made.accepted,
-        "fallback_reason": early.fallback_reason,
-        "full": full,
-    }
-
-
-def _pieces(stack: DecoderStack, ids: Any, new: list[int]) -> list[str]:
-    """Return what each new token adds to the text: decoded alone, some would be half a letter."""
-    assert stack.tokenizer is not None  # the prompt was read with it
-    before = ids[0].tolist()
-    texts = [
-        str(stack.tokenizer.decode(before + new[:count])).rstrip("\ufffd")
-        for count in range(len(new) + 1)
-    ]
-    return [after[len(start) :] for start, after in pairwise(texts)]

@@ -1,101 +1,120 @@
-"""Command of the search for an exit layer."""
+"""`cascade search-exit`."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cascade.cli.app import app
-from cascade.cli.console import command_line, load_model, progress_bar
+from cascade.cli.app import command
+from cascade.cli.console import command_line, progress_bar
+from cascade.cli.inputs import evaluated_layers, load_model, read_blocks, read_heads
 from cascade.cli.options import (
     RULES_HELP,
-    BatchSize,
-    Column,
-    Corpus,
-    Device,
-    Dtype,
+    EvaluationCorpusOptions,
     MaxTokens,
-    Model,
-    Output,
-    Overwrite,
-    PropagationOption,
-    Revision,
-    Seed,
-    SeqLen,
-    Split,
+    ModelOptions,
+    OutputOptions,
+    PassOptions,
+    Propagation,
+    field_names,
     given,
+    picked,
 )
 from cascade.cli.output import finish, report_folder, show
 from cascade.core.errors import RecordError, UsageError
 
 if TYPE_CHECKING:
     from cascade.corpora.blocks import TokenBlocks
-    from cascade.evaluation.search_choice import Wish
+    from cascade.evaluation.search_choice import SearchConfig
+    from cascade.evaluation.search_record import SearchRecord
+    from cascade.evaluation.stored_evaluations import Answer
     from cascade.exits.fitted_heads import FittedHeads
     from cascade.models.stack import DecoderStack
 
 _STEM = "exit-search"
 
-#: What records say themselves: not to be given beside them.
-_OF_THE_RECORDS = {
-    "layers",
-    "rule",
-    "propagation",
-    "seq_len",
-    "max_tokens",
-    "batch_size",
-    "dtype",
-    "seed",
-}
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """What is searched for, and in which records."""
 
-@app.command("search-exit")
-def search_exit(
-    context: typer.Context,
     records: Annotated[
         list[Path] | None,
         typer.Argument(help="Evaluations of `cascade evaluate --output`: files or folders."),
-    ] = None,
+    ] = None
     agreement: Annotated[
         float, typer.Option(help="Wanted share of tokens predicted as by the full model.")
-    ] = 0.95,
+    ] = 0.95
     layers: Annotated[
         str | None, typer.Option(help="Exit layers, e.g. 20,24,28; the heads' own without.")
-    ] = None,
-    rule: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {RULES_HELP}")] = None,
+    ] = None
+    rule: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {RULES_HELP}")] = None
     risk: Annotated[
         float | None,
         typer.Option(help="Certify: at most this share of tokens differs; 1 - agreement without."),
-    ] = None,
-    confidence: Annotated[float, typer.Option(help="How sure all certificates must be.")] = 0.95,
+    ] = None
+    confidence: Annotated[float, typer.Option(help="How sure all certificates must be.")] = 0.95
     measure: Annotated[
         bool | None,
         typer.Option(
             "--measure/--no-measure",
             help="Run what records have on the table alone; or nothing, whatever they lack.",
         ),
-    ] = None,
-    model: Model = "smollm2-135m",
-    revision: Revision = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class SearchHeads:
+    """Exit heads, several files for several records, and what upper layers get of exited tokens."""
+
     heads: Annotated[
         list[Path] | None,
         typer.Option("--heads", help="Heads of `cascade fit-heads`; the logit lens without."),
-    ] = None,
-    propagation: PropagationOption = "frozen",
-    corpus: Corpus = "embedded",
-    split: Split = None,
-    text_column: Column = None,
-    seq_len: SeqLen = 128,
-    max_tokens: MaxTokens = 8192,
-    batch_size: BatchSize = 8,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    seed: Seed = 0,
-    output: Output = None,
-    overwrite: Overwrite = False,
+    ] = None
+    propagation: Propagation = "frozen"
+
+
+@dataclass(frozen=True)
+class SearchSource:
+    """The model, the heads and the text of a pass."""
+
+    model: ModelOptions
+    heads: tuple[Path, ...]
+    corpus: EvaluationCorpusOptions
+
+    def blocks(self, stack: DecoderStack, seq_len: int, max_tokens: int | None) -> TokenBlocks:
+        """Read the text, in sequences of `seq_len` tokens, at most `max_tokens` of them."""
+        sized = dataclasses.replace(self.corpus, seq_len=seq_len, max_tokens=max_tokens)
+        return read_blocks(stack, sized, embedded_split="held-out")
+
+
+@dataclass(frozen=True)
+class _MeasuredOptions:
+    """The options of a new measurement; records have them already."""
+
+    layers: str | None
+    rule: list[str] | None
+    propagation: str
+    seq_len: int
+    max_tokens: MaxTokens
+    batch_size: int
+    dtype: str
+    seed: int
+
+
+@command("search-exit")
+def search_exit(
+    context: typer.Context,
+    search: SearchOptions,
+    model: ModelOptions,
+    heads: SearchHeads,
+    corpus: EvaluationCorpusOptions,
+    passes: PassOptions,
+    output: OutputOptions,
 ) -> None:
     """Search the exit layer, rule and threshold that save most at a wanted agreement.
 
@@ -103,89 +122,51 @@ def search_exit(
     From stored evaluations, what they have is not measured again: the model
     is loaded only for what they lack.
     """
-    from cascade.evaluation.search_choice import Wish
+    from cascade.evaluation.search_choice import SearchConfig
     from cascade.report.exits.search import FRONTIER, exit_search_report
 
-    wish = Wish(agreement, risk, confidence)
-    wish.check()
-    if measure is not None and not records:
+    config = SearchConfig(search.agreement, search.risk, search.confidence)
+    config.check()
+    if search.measure is not None and not search.records:
         raise UsageError("--measure and --no-measure are for records; name some, or leave it out")
-    with report_folder(output, _STEM, (FRONTIER,), overwrite=overwrite) as folder:
-        if records:
-            own = _Options(model, revision, tuple(heads or ()), corpus, split, text_column, device)
-            record = _from_records(context, records, wish, measure, own)
+    source = SearchSource(model, tuple(heads.heads or ()), corpus)
+    with report_folder(output, _STEM, (FRONTIER,)) as folder:
+        if search.records:
+            record = _from_records(context, search.records, config, search.measure, source)
         else:
-            record = _measured(
-                wish,
-                _Options(model, revision, tuple(heads or ()), corpus, split, text_column, device),
-                layers=layers,
-                rules=tuple(rule or ("cosine", "top2_gap")),
-                propagation=propagation,
-                seq_len=seq_len,
-                max_tokens=max_tokens,
-                batch_size=batch_size,
-                dtype=dtype,
-                seed=seed,
-            )
+            options = picked(_MeasuredOptions, search, model, heads, corpus, passes)
+            record = _measured(config, source, options)
         report = finish(folder, _STEM, record, exit_search_report)
-    show(report, output, _STEM)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What a pass is made with."""
-
-    model: str
-    revision: str | None
-    heads: tuple[Path, ...]
-    corpus: str
-    split: str | None
-    text_column: str | None
-    device: str
-
-    def blocks(self, stack: DecoderStack, seq_len: int, max_tokens: int | None) -> TokenBlocks:
-        from cascade.cli.inputs import embedded, read_blocks
-
-        split = self.split or embedded(self.corpus, "held-out")
-        return read_blocks(stack, self.corpus, split, self.text_column, seq_len, max_tokens)
+    show(report, output.output, f"{_STEM}.html")
 
 
 def _measured(
-    wish: Wish,
-    options: _Options,
-    *,
-    layers: str | None,
-    rules: tuple[str, ...],
-    propagation: str,
-    seq_len: int,
-    max_tokens: int | None,
-    batch_size: int,
-    dtype: str,
-    seed: int,
-) -> dict[str, Any]:
-    from cascade.cli.inputs import evaluated_layers, read_heads
+    config: SearchConfig, source: SearchSource, options: _MeasuredOptions
+) -> SearchRecord:
     from cascade.evaluation import exit_evaluation as evaluation
     from cascade.evaluation import search as exit_search
 
-    if len(options.heads) > 1:
+    if len(source.heads) > 1:
         raise UsageError("expected one --heads, got several; evaluate each, and search the records")
-    stack = load_model(options.model, options.revision, dtype, options.device)
-    fitted = read_heads(options.heads[0] if options.heads else None, stack)
-    fit, confirm = evaluation.split(options.blocks(stack, seq_len, max_tokens))
-    with progress_bar(
-        "Searching", exit_search.tokens_to_read(fit, confirm, propagation)
-    ) as advance:
+    stack = load_model(source.model)
+    fitted = read_heads(source.heads[0] if source.heads else None, stack)
+    fit, confirm = evaluation.split(source.blocks(stack, options.seq_len, options.max_tokens))
+    config = dataclasses.replace(
+        config,
+        layers=tuple(evaluated_layers(options.layers, stack, fitted, False)),
+        rules=tuple(options.rule or ("cosine", "top2_gap")),
+        propagation=options.propagation,  # type: ignore[arg-type]  # checked by the evaluator
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    total = exit_search.tokens_to_read(fit, confirm, config.propagation)
+    with progress_bar("Searching", total) as advance:
         return exit_search.search_exits(
             stack,
             fit,
             confirm,
-            wish,
-            layers=evaluated_layers(layers, stack, fitted, False),
-            rules=rules,
+            config,
             heads=fitted,
-            propagation=propagation,  # type: ignore[arg-type]  # checked by the evaluator
-            batch_size=batch_size,
-            seed=seed,
             command=command_line(),
             progress=advance,
         )
@@ -194,80 +175,70 @@ def _measured(
 def _from_records(
     context: typer.Context,
     paths: list[Path],
-    wish: Wish,
+    config: SearchConfig,
     measure: bool | None,
-    options: _Options,
-) -> dict[str, Any]:
-    from cascade.evaluation import stored_evaluations as exit_records
+    source: SearchSource,
+) -> SearchRecord:
+    from cascade.evaluation import stored_evaluations
 
-    beside = given(context, _OF_THE_RECORDS)
+    beside = given(context, field_names(_MeasuredOptions))
     if beside:
         raise UsageError(f"records say themselves what was measured; leave out {', '.join(beside)}")
-    evaluations = exit_records.read_evaluations(paths)
-    names = [str(path) for path in paths]
-    found = [
-        exit_records.look_up(record, wish, source=number)
-        for number, record in enumerate(evaluations)
+    answers = [
+        stored_evaluations.answer(evaluation, config)
+        for evaluation in stored_evaluations.read_evaluations(paths)
     ]
-    wanted = [
-        number
-        for number, one in enumerate(found)
-        if measure is not False and (one.lacks is not None or (measure and one.on_table))
-    ]
-    if wanted:
-        found = _completed(evaluations, found, wanted, names, wish, options)
-    return exit_records.search_evaluations(
-        evaluations, found, wish, names=names, command=command_line()
-    )
+    if measure is not False:
+        answers = _completed(answers, config, source, run_table_points=bool(measure))
+    return stored_evaluations.search_evaluations(answers, config, command=command_line())
 
 
 def _completed(
-    evaluations: list[dict[str, Any]],
-    found: list[Any],
-    wanted: list[int],
-    names: list[str],
-    wish: Wish,
-    options: _Options,
-) -> list[Any]:
-    """Measure what some records lack, and say what that is."""
+    answers: list[Answer],
+    config: SearchConfig,
+    pass_source: SearchSource,
+    *,
+    run_table_points: bool,
+) -> list[Answer]:
+    """Measure what some evaluations lack, and say what that is."""
     from cascade.evaluation import exit_evaluation as evaluation
     from cascade.evaluation import search as exit_search
 
-    for number in wanted:
-        lacks = found[number].lacks or (
-            f"{len(found[number].on_table)} thresholds are known from the table alone"
-        )
-        typer.echo(f"Measuring for {names[number]}: {lacks}", err=True)
-    provenance = evaluations[0]["provenance"]
-    dtype = provenance["model"]["dtype"]
-    stack = load_model(options.model, options.revision, dtype, options.device)
-    fingerprints = _fingerprints(options.heads, stack)
-    corpora = provenance["fitted_on"], provenance["corpus"]
-    blocks = options.blocks(
-        stack, corpora[0]["seq_len"], sum(corpus["tokens"] for corpus in corpora)
+    lacking = [
+        one for one in answers if one.lacks is not None or (run_table_points and one.on_table)
+    ]
+    if not lacking:
+        return answers
+    for one in lacking:
+        lacks = one.lacks or f"{len(one.on_table)} thresholds are known from the table alone"
+        typer.echo(f"Measuring for {one.evaluation.name}: {lacks}", err=True)
+    first = answers[0].evaluation
+    model, confirmed_on = first.record.provenance.model, first.record.provenance.corpus
+    stack = load_model(dataclasses.replace(pass_source.model, dtype=str(model.dtype)))
+    fingerprints = _fingerprints(pass_source.heads, stack)
+    blocks = pass_source.blocks(
+        stack, first.fitted_on.seq_len, first.fitted_on.tokens + confirmed_on.tokens
     )
     fit, confirm = evaluation.split(blocks)
-    made = list(found)
-    for number in wanted:
-        record = evaluations[number]
-        fingerprint = record["provenance"].get("heads_fingerprint")
+    made = list(answers)
+    for one in lacking:
+        source, record = one.evaluation.source, one.evaluation.record
+        fingerprint = record.provenance.heads_fingerprint
         if fingerprint is not None and fingerprint not in fingerprints:
             raise RecordError(
-                f"{names[number]} was made with the exit heads {fingerprint[:19]}..., which are not"
-                " among --heads; name their file"
+                f"{one.evaluation.name} was made with the exit heads {fingerprint[:19]}..., which "
+                "are not among --heads; name their file"
             )
-        passes = exit_search.tokens_to_read(fit, confirm, record["settings"]["propagation"])
-        total = confirm.tokens if found[number].lacks is None else passes
+        passes = exit_search.tokens_to_read(fit, confirm, record.settings.propagation)
+        total = confirm.tokens if one.lacks is None else passes
         with progress_bar("Measuring", total) as advance:
-            made[number] = exit_search.measure_lacking(
+            made[source] = exit_search.measure_missing(
                 stack,
-                record,
-                found[number],
+                one,
                 fit,
                 confirm,
-                wish,
+                config,
                 heads=fingerprints.get(fingerprint) if fingerprint else None,
-                source=number,
                 progress=advance,
             )
     return made

@@ -5,23 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cascade.cli.app import app
-from cascade.cli.console import command_line, load_model, print_record, progress_bar, status
+from cascade.cli.app import command
+from cascade.cli.console import command_line, print_record, progress_bar, status
+from cascade.cli.inputs import load_model
 from cascade.cli.options import (
     BatchSize,
-    Column,
-    Corpus,
-    Device,
-    Dtype,
-    Model,
+    Behind,
+    DeviceOptions,
+    First,
+    MaxTokens,
+    ModelOptions,
     NumSamples,
-    Revision,
-    SeqLen,
+    OutputOptions,
+    Seed,
+    TextOptions,
 )
 from cascade.core.errors import OutputError, UsageError
 
@@ -37,39 +40,49 @@ if TYPE_CHECKING:
 _HELD_OUT = 5
 
 
-@app.command("collect-hard")
-def collect_hard(
-    output: Annotated[Path, typer.Option(help="Folder for the dataset.")],
+@dataclass(frozen=True)
+class StageCorpus(TextOptions):
+    """The text whose hard tokens are collected."""
+
+    num_samples: NumSamples = 0
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop at this many tokens, a fifth of them held out.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class CollectionOptions:
+    """Which tokens are hard, and where the dataset goes."""
+
+    output: Annotated[Path, typer.Option(help="Folder for the dataset."), First()]
     threshold: Annotated[
         float | None, typer.Option(help="Tokens whose similarity is below it are hard.")
-    ] = None,
+    ] = None
     hard_ratio: Annotated[
         float | None,
         typer.Option(help="Share of hard tokens; without --threshold, fits it."),
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None,
-    model: Model = "smollm2-135m",
-    revision: Revision = None,
-    corpus: Corpus = "embedded",
-    text_column: Column = None,
-    num_samples: NumSamples = 0,
-    seq_len: SeqLen = 128,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop at this many tokens, a fifth of them held out.")
-    ] = None,
+    ] = None
+    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None
     states_dtype: Annotated[
-        str, typer.Option(help="How states are stored: float16, or bfloat16 for large ones.")
-    ] = "float16",
-    batch_size: BatchSize = 32,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    seed: Annotated[
-        int | None, typer.Option(help="Draw the records at random; in corpus order without.")
-    ] = None,
+        str,
+        typer.Option(help="How states are stored: float16, or bfloat16 for large ones."),
+        Behind("max_tokens"),
+    ] = "float16"
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Replace an earlier dataset, or another unfinished one."),
-    ] = False,
+    ] = False
+
+
+@command("collect-hard")
+def collect_hard(
+    options: CollectionOptions,
+    model: ModelOptions,
+    corpus: StageCorpus,
+    batch_size: BatchSize = 32,
+    seed: Annotated[
+        int | None, typer.Option(help="Draw the records at random; in corpus order without.")
+    ] = None,
 ) -> None:
     """Run a model once over a corpus; store its exit states and which tokens are hard.
 
@@ -80,24 +93,17 @@ def collect_hard(
     from cascade.report.exits.hard_tokens import print_hard_tokens
     from cascade.stages import collecting as hard_tokens
 
-    hard_tokens.check_output(output, overwrite=overwrite)
-    hard_tokens.check_wish(threshold, hard_ratio, states_dtype)
-    stack = load_model(model, revision, dtype, device)
-    with status(f"Reading {corpus}"):
-        parts = _parts(
-            stack,
-            corpus,
-            text_column=text_column,
-            num_samples=num_samples or None,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            seed=seed,
-        )
+    output = options.output
+    hard_tokens.check_output(output, overwrite=options.overwrite)
+    hard_tokens.check_wish(options.threshold, options.hard_ratio, options.states_dtype)
+    stack = load_model(model)
+    with status(f"Reading {corpus.corpus}"):
+        parts = _parts(stack, corpus, seed=seed)
     tokens = sum(part.tokens for part in parts.values())
     size = hard_tokens.expected_bytes(stack, parts)
     typer.echo(
         f"Collecting {tokens:,} tokens into {output}: about {_bytes(size)}, states of "
-        f"{stack.hidden_size:,} numbers in {states_dtype}",
+        f"{stack.hidden_size:,} numbers in {options.states_dtype}",
         err=True,
     )
     with _told_to_go_on(output), progress_bar("Collecting", tokens) as advance:
@@ -105,14 +111,14 @@ def collect_hard(
             stack,
             parts,
             output,
-            layer=max(1, stack.num_layers - 1) if layer is None else layer,
-            threshold=threshold,
-            hard_ratio=hard_ratio,
-            dtype=states_dtype,
+            layer=max(1, stack.num_layers - 1) if options.layer is None else options.layer,
+            threshold=options.threshold,
+            hard_ratio=options.hard_ratio,
+            dtype=options.states_dtype,
             batch_size=batch_size,
             provenance={"command": command_line()},
             progress=advance,
-            overwrite=overwrite,
+            overwrite=options.overwrite,
         )
     print_record(print_hard_tokens, found.record)
     written = sum(file["bytes"] for file in found.record["files"])
@@ -136,31 +142,22 @@ def _told_to_go_on(output: Path) -> Iterator[None]:
         raise
 
 
-def _parts(
-    stack: DecoderStack,
-    corpus: str,
-    *,
-    text_column: str | None,
-    num_samples: int | None,
-    seq_len: int,
-    max_tokens: int | None,
-    seed: int | None,
-) -> dict[str, TokenBlocks]:
+def _parts(stack: DecoderStack, corpus: StageCorpus, *, seed: int | None) -> dict[str, TokenBlocks]:
     """Return both parts of a corpus, with the records of their tokens."""
     from cascade.corpora import blocks as corpora
 
     most: dict[str, int | None] = dict.fromkeys(corpora.PARTS)
-    if max_tokens is not None:
-        held_out = max(seq_len, max_tokens // _HELD_OUT)
-        most = {"train": max_tokens - held_out, "held-out": held_out}
+    if corpus.max_tokens is not None:
+        held_out = max(corpus.seq_len, corpus.max_tokens // _HELD_OUT)
+        most = {"train": corpus.max_tokens - held_out, "held-out": held_out}
     return {
         part: corpora.load_blocks(
-            corpus,
+            corpus.corpus,
             stack.tokenizer,
-            seq_len=seq_len,
-            num_samples=num_samples,
+            seq_len=corpus.seq_len,
+            num_samples=corpus.num_samples or None,
             max_tokens=most[part],
-            text_column=text_column,
+            text_column=corpus.text_column,
             seed=seed,
             part=part,
             marks=True,
@@ -177,62 +174,62 @@ def _bytes(size: int) -> str:
 _DATASET, _CHECKPOINTS, _CONTROLS = "hard-tokens", "checkpoints", "controls"
 
 
-@app.command()
-def train(
-    output: Annotated[Path, typer.Option(help="Folder for the cascade.")],
+@dataclass(frozen=True)
+class StageOptions:
+    """The stage: where it goes, which tokens enter it, its layers and its training."""
+
+    output: Annotated[Path, typer.Option(help="Folder for the cascade."), First()]
     threshold: Annotated[
         float | None, typer.Option(help="Tokens whose similarity is below it enter the stage.")
-    ] = None,
+    ] = None
     hard_ratio: Annotated[
         float | None, typer.Option(help="Share of hard tokens; without --threshold, fits it.")
-    ] = None,
+    ] = None
     layer: Annotated[
         int | None, typer.Option(help="Whose similarity decides; the last but one without.")
-    ] = None,
-    additional_layers: Annotated[int, typer.Option(min=1, help="Layers of the stage.")] = 2,
+    ] = None
+    additional_layers: Annotated[int, typer.Option(min=1, help="Layers of the stage.")] = 2
     start: Annotated[
         str, typer.Option(help="Its layers start as copies of the last ones, or fresh.")
-    ] = "copies",
+    ] = "copies"
     own_head: Annotated[
         bool, typer.Option("--own-head", help="Train an LM head of its own, too.")
-    ] = False,
-    epochs: Annotated[float, typer.Option(help="Passes over the training part.")] = 2.0,
-    lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 3e-4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
+    ] = False
+    epochs: Annotated[float, typer.Option(help="Passes over the training part.")] = 2.0
+    lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 3e-4
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step."), First()] = 8
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many looks without a better one; never: 0.")
-    ] = 3,
+    ] = 3
+    seed: Annotated[int, typer.Option(min=0, help="Of fresh weights and of the order.")] = 0
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What else is trained, from what, and what becomes of an earlier run."""
+
     controls: Annotated[
         bool,
         typer.Option("--controls", help="Train the same stage on all and on random tokens, too."),
-    ] = False,
+    ] = False
     after: Annotated[
         Path | None, typer.Option(help="A trained cascade: the new stage follows its last one.")
-    ] = None,
+    ] = None
     dataset: Annotated[
         Path | None,
         typer.Option(help="A dataset of `cascade collect-hard`; made in --output without."),
-    ] = None,
-    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's logs.")] = None,
+    ] = None
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's logs.")] = None
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
-    ] = False,
-    model: Model = "smollm2-135m",
-    revision: Revision = None,
-    corpus: Corpus = "embedded",
-    text_column: Column = None,
-    num_samples: NumSamples = 0,
-    seq_len: SeqLen = 128,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop at this many tokens, a fifth of them held out.")
-    ] = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Of fresh weights and of the order.")] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier cascade.")
-    ] = False,
-) -> None:
+    ] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier cascade.")] = (
+        False
+    )
+
+
+@command("train")
+def train(stage: StageOptions, run: RunOptions, model: ModelOptions, corpus: StageCorpus) -> None:
     """Train a stage that hard tokens go on to; it starts as the identity and never makes it worse.
 
     The model runs once, over the corpus; its states are kept in --output.
@@ -241,101 +238,84 @@ def train(
     """
     from cascade.report.exits.cascades import print_training
 
-    _check_train(output, after, dataset, threshold, hard_ratio, overwrite=overwrite, resume=resume)
+    output = stage.output
+    _check_train(stage, run)
     from cascade.stages.checkpoints import can_resume
     from cascade.stages.stage import check_depth
     from cascade.stages.training_config import Recipe
 
     recipe = Recipe(
-        additional_layers=additional_layers,
-        start=start,  # type: ignore[arg-type]  # checked by the stage
-        own_head=own_head,
-        epochs=epochs,
-        learning_rate=lr,
-        batch_size=batch_size,
-        patience=patience or None,
-        seed=seed,
+        additional_layers=stage.additional_layers,
+        start=stage.start,  # type: ignore[arg-type]  # checked by the stage
+        own_head=stage.own_head,
+        epochs=stage.epochs,
+        learning_rate=stage.lr,
+        batch_size=stage.batch_size,
+        patience=stage.patience or None,
+        seed=stage.seed,
     )
     recipe.check()
-    base = _cascade(after, model, revision, dtype, device)
-    check_depth(base.stack, additional_layers)
+    base = _cascade(run.after, model)
+    check_depth(base.stack, stage.additional_layers)
     routed = base.routed() if base.stages else base.stack
     tokens = _dataset_of(
         routed,
-        dataset or output / _DATASET,
-        layer=layer,
+        run.dataset or output / _DATASET,
+        stage,
+        corpus,
         usual=base.stack.num_layers if base.stages else max(1, base.stack.num_layers - 1),
-        threshold=threshold,
-        hard_ratio=hard_ratio,
-        given=dataset is not None,
-        reading={
-            "corpus": corpus,
-            "text_column": text_column,
-            "num_samples": num_samples or None,
-            "seq_len": seq_len,
-            "max_tokens": max_tokens,
-        },
+        given=run.dataset is not None,
     )
     for note in tokens.notes:
         typer.echo(f"Beware: {note}", err=True)
     folder = output / _CHECKPOINTS
     trained = _train(
-        routed, tokens, recipe, folder / "hard", resume=resume, tensorboard=tensorboard
+        routed, tokens, recipe, folder / "hard", resume=run.resume, tensorboard=run.tensorboard
     )
     from cascade.stages.cascades import Entry
 
-    _save(base, trained, Entry(tokens.layer, tokens.threshold), output, overwrite or resume)
-    for routing in ("all", "random") if controls else ():
+    _save(base, trained, Entry(tokens.layer, tokens.threshold), output, run.overwrite or run.resume)
+    for routing in ("all", "random") if run.controls else ():
         control = _train(
             routed,
             tokens,
             dataclasses.replace(recipe, routing=routing),
             folder / routing,
             steps=max(1, trained.steps),
-            resume=resume and can_resume(folder / routing),
+            resume=run.resume and can_resume(folder / routing),
         )
         entry = _control_entry(routing, base, tokens)
-        _save(base, control, entry, output / _CONTROLS / routing, overwrite or resume)
+        _save(base, control, entry, output / _CONTROLS / routing, run.overwrite or run.resume)
     print_record(print_training, trained.stage.provenance)
     typer.echo(f"Wrote {output}; measure it with `cascade evaluate --cascade {output}`", err=True)
 
 
-def _check_train(
-    output: Path,
-    after: Path | None,
-    dataset: Path | None,
-    threshold: float | None,
-    hard_ratio: float | None,
-    *,
-    overwrite: bool,
-    resume: bool,
-) -> None:
+def _check_train(stage: StageOptions, run: RunOptions) -> None:
     from cascade.stages.cascades import CONFIG
     from cascade.stages.collecting import check_wish
 
-    if (output / CONFIG).exists() and not (overwrite or resume):
+    output = stage.output
+    if (output / CONFIG).exists() and not (run.overwrite or run.resume):
         raise OutputError(
             f"{output} holds a cascade: choose another --output, or replace it with --overwrite"
         )
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file, expected a folder; choose another --output")
-    if after is not None and after.resolve() == output.resolve():
+    if run.after is not None and run.after.resolve() == output.resolve():
         raise OutputError(f"--after and --output are both {output}; choose another --output")
-    if dataset is None:
-        check_wish(threshold, hard_ratio, "float16")
-    elif hard_ratio is not None and threshold is None:
+    if run.dataset is None:
+        check_wish(stage.threshold, stage.hard_ratio, "float16")
+    elif stage.hard_ratio is not None and stage.threshold is None:
         raise UsageError("--dataset has its hard ratio already; leave --hard-ratio out")
 
 
-def _cascade(
-    folder: Path | None, model: str, revision: str | None, dtype: str, device: str
-) -> Cascade:
+def _cascade(folder: Path | None, model: ModelOptions) -> Cascade:
     """Return the cascade in a folder, or the model alone."""
     from cascade.stages.cascades import Cascade
 
     if folder is None:
-        return Cascade(load_model(model, revision, dtype, device))
-    return read_cascade(folder, dtype, device)
+        return Cascade(load_model(model))
+    return read_cascade(folder, model.dtype, model.device)
 
 
 def read_cascade(folder: Path, dtype: str, device: str) -> Cascade:
@@ -349,13 +329,11 @@ def read_cascade(folder: Path, dtype: str, device: str) -> Cascade:
 def _dataset_of(
     stack: DecoderStack,
     folder: Path,
+    stage: StageOptions,
+    corpus: StageCorpus,
     *,
-    layer: int | None,
     usual: int,
-    threshold: float | None,
-    hard_ratio: float | None,
     given: bool,
-    reading: dict[str, Any],
 ) -> HardTokens:
     """Return a dataset that is there and fits, or collect it."""
     from cascade.stages import collecting as hard_tokens
@@ -363,10 +341,10 @@ def _dataset_of(
 
     if given:
         found = load_hard_tokens(folder)
-        found.check(stack, layer=layer, threshold=threshold)
+        found.check(stack, layer=stage.layer, threshold=stage.threshold)
         return found
-    with status(f"Reading {reading['corpus']}"):
-        parts = _parts(stack, seed=None, **reading)
+    with status(f"Reading {corpus.corpus}"):
+        parts = _parts(stack, corpus, seed=None)
     with (
         _told_to_go_on(folder),
         progress_bar("Collecting", sum(part.tokens for part in parts.values())) as advance,
@@ -375,9 +353,9 @@ def _dataset_of(
             stack,
             parts,
             folder,
-            layer=usual if layer is None else layer,
-            threshold=threshold,
-            hard_ratio=hard_ratio,
+            layer=usual if stage.layer is None else stage.layer,
+            threshold=stage.threshold,
+            hard_ratio=stage.hard_ratio,
             provenance={"command": command_line()},
             progress=advance,
             overwrite=True,
@@ -458,37 +436,36 @@ def _save(base: Cascade, trained: Training, entry: Entry, folder: Path, overwrit
     cascade.save_pretrained(folder, overwrite=overwrite)
 
 
-def evaluate_stages(
-    folder: Path,
-    *,
-    corpus: str,
-    text_column: str | None,
-    seq_len: int,
-    max_tokens: int | None,
-    batch_size: int,
-    dtype: str,
-    device: str,
-    seed: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CascadeEvaluationOptions(TextOptions, DeviceOptions, OutputOptions):
+    """What evaluating a cascade takes: the options of `cascade evaluate` that it accepts."""
+
+    cascade: Path | None = None
+    max_tokens: MaxTokens = None
+    batch_size: BatchSize = 8
+    seed: Seed = 0
+
+
+def evaluate_stages(folder: Path, options: CascadeEvaluationOptions) -> dict[str, Any]:
     """Measure the cascade in a folder, and its controls, on held-out text; return the record."""
     from cascade.corpora.blocks import load_blocks
     from cascade.stages.cascades import CONFIG, Cascade
     from cascade.stages.evaluation import evaluate_cascade
 
-    cascade = read_cascade(folder, dtype, device)
+    cascade = read_cascade(folder, options.dtype, options.device)
     controls = {
         routing: Cascade.from_pretrained(folder / _CONTROLS / routing, cascade.base)
         for routing in ("all", "random")
         if (folder / _CONTROLS / routing / CONFIG).exists()
     }
-    with status(f"Reading {corpus}"):
+    with status(f"Reading {options.corpus}"):
         blocks = load_blocks(
-            corpus,
+            options.corpus,
             cascade.base.tokenizer,
-            seq_len=seq_len,
+            seq_len=options.seq_len,
             num_samples=None,
-            max_tokens=max_tokens,
-            text_column=text_column,
+            max_tokens=options.max_tokens,
+            text_column=options.text_column,
             part="held-out",
             marks=True,
         )
@@ -497,8 +474,8 @@ def evaluate_stages(
             cascade,
             blocks,
             controls=controls,
-            batch_size=batch_size,
-            seed=seed,
+            batch_size=options.batch_size,
+            seed=options.seed,
             command=command_line(),
             progress=advance,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from cascade.core.schema import Part
 from cascade.report.common.records import Record, percent
 
 _HEADS = {
@@ -39,7 +40,7 @@ def propagation_words(name: str) -> str:
     return _PROPAGATIONS.get(name, name)
 
 
-def heads_pairs(record: Record) -> list[tuple[str, str]]:
+def heads_pairs(record: Record | Part) -> list[tuple[str, str]]:
     """Return where fitted heads come from, as (label, text); nothing for the logit lens."""
     heads = record["provenance"].get("heads")
     corpus = (heads or {}).get("corpus")
@@ -49,14 +50,14 @@ def heads_pairs(record: Record) -> list[tuple[str, str]]:
     return pairs
 
 
-def few_pairs(corpus: Record) -> list[tuple[str, str]]:
+def few_pairs(corpus: Record | Part) -> list[tuple[str, str]]:
     """Return a warning, as (label, text), where a corpus has few sequences; nothing elsewhere."""
     if corpus["sequences"] >= _FEW:
         return []
     return [("Beware", f"{corpus['sequences']} sequences are few: their intervals mean little")]
 
 
-def corpus_words(corpus: Record) -> str:
+def corpus_words(corpus: Record | Part) -> str:
     """Name a corpus and its size."""
     return (
         f"{corpus['name']}, {corpus['tokens']:,} tokens: "
@@ -80,9 +81,9 @@ def between(interval: Sequence[float] | None, show: Callable[[float], str], to: 
     return "-" if interval is None else f"{show(interval[0])}{to}{show(interval[1])}"
 
 
-def share(value: float | None) -> str:
-    """Format a share with one decimal; a dash where there is none."""
-    return "-" if value is None else percent(value, 1)
+def share(value: float | None, digits: int = 1) -> str:
+    """Format a share with a number of decimals; a dash where there is none."""
+    return "-" if value is None else percent(value, digits)
 
 
 def ratio(value: float | None, digits: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""What a record says, as rows and words: shared by the terminal, the figures and the page."""
+"""What all reports share: checks of a record, numbers, and words about layers and rules."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ from cascade.core.schema import Part
 Record = Mapping[str, Any]
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-_KIND = "saturation"
 SCHEMA = 1
-#: Schemas of the kinds that are beyond the first.
-_SCHEMAS = {_KIND: 2}
-_SECTIONS = ("provenance", "layers", "structure", "thresholds")
-STATISTICS = ("mean", "std", "min", "p10", "p50", "p90", "max")
 ROLES = {
     "input_transform": "input transform",
     "dips": "dip",
@@ -42,7 +37,7 @@ def check_record(record: Record, kind: str, sections: Sequence[str]) -> None:
     Raises:
         ValueError: It is of another kind or schema, lacks a section, or holds NaN; in one line.
     """
-    for key, expected in (("kind", kind), ("schema", _SCHEMAS.get(kind, SCHEMA))):
+    for key, expected in (("kind", kind), ("schema", SCHEMA)):
         if record.get(key) != expected:
             raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
     missing = [section for section in sections if section not in record]
@@ -64,37 +59,8 @@ def _nan_places(value: Any, place: str = "") -> Iterator[str]:
             yield from _nan_places(item, f"{place}[{index}]")
 
 
-def check_profile(record: Record) -> None:
-    """Refuse what is not a saturation profile, before anything is drawn."""
-    check_record(record, _KIND, _SECTIONS)
-    if not record["layers"]:
-        raise ValueError("expected at least one layer, got none")
-
-
-def check_histogram(record: Record, arrays: Arrays) -> None:
-    """Refuse arrays that belong to another record."""
-    missing = [name for name in ("layers", "histogram") if name not in arrays]
-    if missing:
-        raise ValueError(f"expected the arrays layers and histogram, got none of {missing}")
-    names = [row["layer"] for row in record["layers"]]
-    got = [str(name) for name in arrays["layers"]]
-    if got != names:
-        raise ValueError(f"expected arrays of the layers {names}, got {got}")
-    shape = arrays["histogram"].shape
-    if len(shape) != 2 or shape[0] != len(names):
-        raise ValueError(f"expected a histogram of shape [{len(names)}, bins], got {list(shape)}")
-    if not arrays["histogram"].any():
-        raise ValueError("expected a histogram with counted tokens, got only zeros")
-
-
-def roles_of(record: Record) -> dict[str, str]:
-    """Return the role of every active layer, by layer name."""
-    structure = record["structure"]
-    return {layer: role for key, role in ROLES.items() for layer in structure[key]}
-
-
 def is_normed(row: Record | Part) -> bool:
-    """Whether a row is that of the state behind the final norm."""
+    """Return whether a row is that of the state behind the final norm."""
     return str(row["layer"]).endswith(NORM_SUFFIX)
 
 
@@ -114,105 +80,6 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f}%"
 
 
-def statistics_rows(record: Record) -> list[list[str]]:
-    """Return the seed's table: layer, statistics, role."""
-    roles = roles_of(record)
-    return [
-        [
-            row["layer"],
-            *(show(row[name]) for name in STATISTICS),
-            roles.get(row["layer"], ""),
-        ]
-        for row in record["layers"]
-    ]
-
-
-def outlier_rows(record: Record) -> list[list[str]]:
-    """Return layer, share below 0 and below 0.5, for the layers that have any."""
-    return [
-        [row["layer"], percent(row["frac_negative"]), percent(row["frac_below_half"])]
-        for row in record["layers"]
-        if row["frac_negative"] > 0 or row["frac_below_half"] > 0
-    ]
-
-
-def threshold_rows(record: Record) -> list[list[str]]:
-    """Return hard ratio, threshold and what it means."""
-    return [
-        [
-            f"{100 * entry['hard_ratio']:g}%",
-            f"{entry['threshold']:.6f}",
-            f"{100 * entry['hard_ratio']:g}% go on, {100 - 100 * entry['hard_ratio']:g}% exit",
-        ]
-        for entry in record["thresholds"]["by_hard_ratio"]
-    ]
-
-
-def _listed(parts: Sequence[str]) -> str:
-    if len(parts) < 2:
-        return "".join(parts) or "none"
-    return f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _bands(record: Record) -> str:
-    """Name the stable bands: `3 to 24 and 26 to 29`, or `none`."""
-    bands = record["structure"]["stable_bands"]
-    return _listed([first if first == last else f"{first} to {last}" for first, last in bands])
-
-
-def active_layers(record: Record, key: str) -> str:
-    """Name the layers of one role with their means, or `none`."""
-    means = {row["layer"]: row["mean"] for row in record["layers"]}
-    layers = record["structure"][key]
-    return _listed([f"{layer} (mean {show(means[layer])})" for layer in layers])
-
-
-def final_norm(record: Record) -> str | None:
-    """Tell the last layer from the final norm behind it; None without a `+norm` row."""
-    rows = {row["layer"]: row for row in record["layers"]}
-    normed = next((row for row in record["layers"] if is_normed(row)), None)
-    if normed is None:
-        return None
-    last = normed["layer"].removesuffix(NORM_SUFFIX)
-    return (
-        f"layer {last} itself has a mean similarity of {show(rows[last]['mean'])}; read behind "
-        f"the final norm (row {normed['layer']}) it is {show(normed['mean'])}. The difference "
-        "is made by the norm, not by the layer."
-    )
-
-
-def _cutoff(record: Record) -> str:
-    cutoff = record["structure"]["cutoff"]
-    if cutoff is None:
-        return "too few layers to tell active layers from stable ones"
-    return f"a layer with a mean similarity below {show(cutoff)} is active"
-
-
-def findings(record: Record) -> list[tuple[str, str]]:
-    """Return the special layers in words, as (label, text)."""
-    structure = record["structure"]
-    findings = [
-        ("Stable bands", _bands(record)),
-        ("Input transform", active_layers(record, "input_transform")),
-        ("Dips", active_layers(record, "dips")),
-        ("Output transform", active_layers(record, "output_transform")),
-    ]
-    norm = final_norm(record)
-    if norm is not None:
-        findings.append(("Final norm", norm))
-    return [
-        *findings,
-        ("Cutoff", _cutoff(record)),
-        ("Rule", structure["rule"]),
-        ("Source", structure["source"]),
-    ]
-
-
-def exit_rule(record: Record) -> str:
-    """Say which two states the thresholds compare, and what hard and easy mean."""
-    return rule_sentence(str(record["thresholds"]["exit_layer"]))
-
-
 def rule_sentence(layer: str, rule: str = "cosine") -> str:
     """Say what a rule looks at in an exit layer, and what hard and easy mean."""
     value, what = "confidence", f", rule {rule}"
@@ -230,7 +97,7 @@ def rule_sentence(layer: str, rule: str = "cosine") -> str:
     )
 
 
-def headline(record: Record) -> list[tuple[str, str]]:
+def headline(record: Record | Part) -> list[tuple[str, str]]:
     """Return model, corpus and run in one line each."""
     model, corpus = record["provenance"]["model"], record["provenance"]["corpus"]
     traits = [model["family"], f"{model['num_layers']} decoder layers", model["quantization"]]
@@ -243,23 +110,3 @@ def headline(record: Record) -> list[tuple[str, str]]:
         ),
         ("Run", f"{model['dtype']} on {model['device']}"),
     ]
-
-
-def summary(record: Record) -> str:
-    """Say in two or three sentences what was found."""
-    if record["structure"]["cutoff"] is None:
-        return "There are too few layers to tell active ones from stable ones."
-    bands, cutoff = _bands(record), show(record["structure"]["cutoff"])
-    if bands == "none":
-        stable = f"No run of layers stays at or above a mean similarity of {cutoff}."
-    else:
-        stable = (
-            f"Hidden states are saturated in layers {bands}: there, every layer's mean similarity "
-            f"is at least {cutoff}."
-        )
-    active = [
-        f"{role} in {_listed(record['structure'][key])}"
-        for key, role in ROLES.items()
-        if record["structure"][key]
-    ]
-    return f"{stable} Active layers: {'; '.join(active) or 'none'}."

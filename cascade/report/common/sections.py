@@ -21,6 +21,8 @@ from cascade.report.common.html import (
     html_table,
 )
 from cascade.report.common.terminal import (
+    ACTIVE_STYLE,
+    print_bars,
     print_heading,
     print_lines,
     print_pairs,
@@ -93,6 +95,11 @@ class Table:
         rows: As many cells each as the header has; plain text.
         text_columns: How many columns, counted from the last, hold text.
         active: First cells of the rows to stand out, by colour alone.
+        gap: Additional blanks between the columns in the terminal, if they fit.
+        page_caption: The caption is for pages alone, where the table stands below no heading of
+            its own.
+        styles: Numbers of rows, from 0, with "active" or "control" (set back), by colour alone.
+        medium: "terminal" or "page" where the table is made for the width of one; "" for both.
     """
 
     caption: str
@@ -100,6 +107,21 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     text_columns: int = 0
     active: tuple[str, ...] = ()
+    gap: int = 1
+    page_caption: bool = False
+    styles: tuple[tuple[int, str], ...] = ()
+    medium: str = ""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A bar chart of similarities in the terminal; a page leaves it out and has a picture.
+
+    Attributes:
+        bars: Name, similarity and note of each; the notes stand out.
+    """
+
+    bars: tuple[tuple[str, float, str], ...]
 
 
 @dataclass(frozen=True)
@@ -117,8 +139,9 @@ class Picture:
     caption: str
 
 
-#: A plain paragraph is a string.
-Block = str | Lead | Heading | Pairs | Table | Picture | Provenances
+#: What a page shows; a plain paragraph is a string.
+PageBlock = str | Lead | Heading | Pairs | Table | Picture | Provenances
+Block = PageBlock | Bars
 
 
 @dataclass(frozen=True)
@@ -144,6 +167,7 @@ class Report:
         about: How it was measured.
         sections: In order.
         provenance: The record's; None where its parts have their own.
+        labels: Labels and texts that the terminal shows in place of title and about, if any.
         mark: "pass", "fail" or "open" where the title is a verdict, for colour alone.
     """
 
@@ -152,6 +176,7 @@ class Report:
     about: str
     sections: tuple[Section, ...]
     provenance: Mapping[str, Any] | None
+    labels: tuple[tuple[str, str], ...] = ()
     mark: str = ""
 
     def pictures(self) -> tuple[Picture, ...]:
@@ -171,14 +196,20 @@ def print_sections(report: Report, console: Console) -> None:
         report: The report.
         console: Where to print; its width and encoding are respected.
     """
-    if report.mark:
+    if report.labels:
+        print_pairs(report.labels, console)
+    elif report.mark:
         _print(Lead(report.about, report.mark, report.title), console)
     else:
         for line, style in ((report.title, "bold"), (report.about, "dim")):
             text = Text(printable(line, console), style=style)
             print_lines(text, console, console.width)
     for section in report.sections:
-        blocks = [block for block in section.blocks if not isinstance(block, Picture | Provenances)]
+        blocks = [
+            block
+            for block in section.blocks
+            if not isinstance(block, Picture | Provenances) and not _is_for(block, "page")
+        ]
         if not blocks:
             continue
         if section.heading:
@@ -196,26 +227,39 @@ def _belongs(block: Block, before: Block) -> bool:
     return isinstance(before, Lead) and bool(before.label) and isinstance(block, Pairs)
 
 
+def _is_for(block: Block, medium: str) -> bool:
+    """Return whether a block is a table for one medium alone."""
+    return isinstance(block, Table) and block.medium == medium
+
+
+#: Colours of styles in the terminal.
+_ROW_STYLES = {"active": ACTIVE_STYLE, "control": "dim"}
+
 #: Colours of marks; every verdict is also said in words.
 _STYLES = {"pass": "green", "fail": "bold red", "open": "yellow"}
 
 
-def _print(block: str | Lead | Heading | Pairs | Table, console: Console) -> None:
+def _print(block: str | Lead | Heading | Pairs | Table | Bars, console: Console) -> None:
     if isinstance(block, Lead) and block.label:
         label = (printable(block.label, console), _STYLES.get(block.mark, ""))
         line = Text.assemble(label, f": {printable(block.text, console)}")
         print_lines(line, console, console.width)
     elif isinstance(block, Pairs):
         print_pairs(block.pairs, console)
+    elif isinstance(block, Bars):
+        print_bars(block.bars, console)
     elif isinstance(block, Table):
-        print_lines(Text(printable(block.caption, console), style="dim"), console, console.width)
+        if not block.page_caption:
+            caption = Text(printable(block.caption, console), style="dim")
+            print_lines(caption, console, console.width)
         print_table(
             block.header,
             block.rows,
             console,
-            gap=1,
+            gap=block.gap,
             text_columns=block.text_columns,
             active=block.active,
+            styles={number: _ROW_STYLES[style] for number, style in block.styles},
         )
     elif isinstance(block, Heading):
         print_lines(Text(printable(block.text, console), style="bold"), console, console.width)
@@ -228,15 +272,25 @@ def html_page(report: Report) -> str:
     """Return a report as one self-contained HTML page: nothing is loaded, no script runs."""
     body = [html_head(report.kicker, report.title, report.about, mark=report.mark)]
     for section in report.sections:
-        if section.blocks:
-            blocks = "".join(map(_as_html, section.blocks))
+        shown = _for_page(section)
+        if shown:
+            blocks = "".join(map(_as_html, shown))
             body.append(html_section(section.heading, blocks) if section.heading else blocks)
     if report.provenance is not None:
         body.append(html_provenance(report.provenance))
     return html_document(f"{report.kicker}: {report.title}", body)
 
 
-def _as_html(block: Block) -> str:
+def _for_page(section: Section) -> list[PageBlock]:
+    """Return the blocks that a page or Markdown shows: no bars, and no tables for the terminal."""
+    return [
+        block
+        for block in section.blocks
+        if not isinstance(block, Bars) and not _is_for(block, "terminal")
+    ]
+
+
+def _as_html(block: PageBlock) -> str:
     if isinstance(block, Pairs):
         return html_pairs(block.pairs)
     if isinstance(block, Table):
@@ -246,6 +300,7 @@ def _as_html(block: Block) -> str:
             block.rows,
             text_columns=block.text_columns,
             active=block.active,
+            classes=dict(block.styles),
         )
     if isinstance(block, Picture):
         return html_figure(block.svg, block.caption)
@@ -280,10 +335,11 @@ def markdown_lines(section: Section, *, level: int, pictures: str = "") -> list[
         level: Of its heading.
         pictures: The folder of the pictures as seen from the page, "" for the page's own.
     """
-    if not section.blocks:
+    shown = _for_page(section)
+    if not shown:
         return []
     lines = [f"{'#' * level} {plain(section.heading)}", ""] if section.heading else []
-    for block in section.blocks:
+    for block in shown:
         if isinstance(block, Heading):
             lines += [f"{'#' * (level + 1)} {plain(block.text)}", ""]
         elif not isinstance(block, Provenances):

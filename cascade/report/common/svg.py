@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cascade.core.schema import Part
 from cascade.report.common.records import Record
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def plain_style() -> Iterator[None]:
         yield
 
 
-def title_of(record: Record, subject: str) -> str:
+def title_of(record: Record | Part, subject: str) -> str:
     """Return `model on corpus: subject`, in characters that every font has."""
     model, corpus = record["provenance"]["model"], record["provenance"]["corpus"]
     # A path can be a name: what is longer than this runs out of the figure.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -11,8 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cascade.report.common.records import show
+
 #: Seven statistics and the longest role fit into this; narrower consoles break the lines.
 _TABLE_WIDTH = 80
+
+
+#: The largest width of a bar chart: longer bars say no more and stand far from their labels.
+_CHART_WIDTH = 100
 
 
 #: Only an addition: the role is also said in words.
@@ -89,6 +96,44 @@ def print_table(
         style = ACTIVE_STYLE if row[0] in active else (styles or {}).get(number, "")
         table.add_row(*(Text(cell, style=style) for cell in row))
     print_lines(table, console, max(room, widths + (len(header) - 1) * (gap + 1)))
+
+
+def print_bars(bars: Sequence[tuple[str, float, str]], console: Console) -> None:
+    """Print one line per similarity: name, number, bar from 0 towards 1 (or left of 0), and note.
+
+    Args:
+        bars: Name, similarity and note of each; lines with a note stand out.
+        console: Where to print; its width and encoding are respected.
+    """
+    values = [value for _, value, _ in bars]
+    name_width = max(5, *(len(name) for name, _, _ in bars))
+    note_width = max((len(note) + 3 for _, _, note in bars if note), default=0)
+    # Two blanks and the number ("-0.1234") stand before the bar; the zero line takes one cell.
+    cells = max(10, min(console.width, _CHART_WIDTH) - name_width - 9 - note_width)
+    lowest = min(0.0, *values)
+    scale = int((cells - 2) / (1 - lowest))
+    left = math.ceil(-lowest * scale)
+    for name, value, note in bars:
+        bar = _bar(value, scale, left, ascii_only=console.options.ascii_only)
+        line = f"{name:>{name_width}} {show(value):>7} {bar}"
+        if note:
+            line = f"{line:<{name_width + 9 + left + 1 + scale}} ({note})"
+        console.print(Text(line, style=ACTIVE_STYLE if note else ""), soft_wrap=True)
+
+
+def _bar(value: float, scale: int, left: int, *, ascii_only: bool) -> str:
+    """Return one bar from the zero line, `scale` cells per unit, `left` cells kept for negatives.
+
+    Bars to the right end in eighths of a cell, bars to the left in halves: no other characters
+    exist. Any value other than 0 is visible.
+    """
+    steps = 1 if ascii_only else 8 if value >= 0 else 2
+    length = max(round(abs(value) * scale * steps), 1 if value else 0)
+    whole, rest = divmod(length, steps)
+    full, zero = ("#", "|") if ascii_only else ("█", "│")
+    if value >= 0:
+        return " " * left + zero + full * whole + " ▏▎▍▌▋▊▉"[rest].strip()
+    return ("▐" * rest + full * whole).rjust(left) + zero
 
 
 def printable(text: str, console: Console, *, keep: str = "") -> str:

@@ -1,10 +1,18 @@
-"""Calibrations for the terminal: thresholds, what they do elsewhere, and what is certified."""
+"""The report of a calibration: thresholds, what they do on another corpus, and the certificate."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.text import Text
+from collections.abc import Iterator
 
+from rich.console import Console
+
+from cascade.core.schema import to_plain
+from cascade.evaluation.calibration_record import (
+    CalibrationRecord,
+    CalibrationTransfer,
+    CertifiedThreshold,
+    HardRatioThreshold,
+)
 from cascade.report.common.exit_wording import (
     between,
     corpus_words,
@@ -15,173 +23,175 @@ from cascade.report.common.exit_wording import (
     share,
     show_threshold,
 )
-from cascade.report.common.records import Record, check_record, headline, percent, rule_sentence
-from cascade.report.common.terminal import print_heading, print_lines, print_pairs, print_table
-
-_SECTIONS = (
-    "provenance",
-    "exit_layer",
-    "rule",
-    "head",
-    "propagation",
-    "interval",
-    "by_hard_ratio",
-    "certificate",
-    "transfer",
+from cascade.report.common.records import check_record, headline, percent, rule_sentence
+from cascade.report.common.sections import (
+    Block,
+    Pairs,
+    Report,
+    Section,
+    Table,
+    print_sections,
+    table_of,
 )
 
 
-def print_calibration(record: Record, console: Console) -> None:
+def print_calibration(record: CalibrationRecord, console: Console) -> None:
     """Print a calibration: thresholds with intervals, transfer, and the certificate in words.
 
     Args:
-        record: A saved record of kind `calibration`.
+        record: A calibration.
         console: Where to print; its width and encoding are respected.
 
     Raises:
-        ValueError: The record is of another kind or schema, lacks a section, or holds NaN.
+        ValueError: The record holds NaN, or is of another schema.
     """
-    check_record(record, "calibration", _SECTIONS)
-    print_pairs(_headline(record), console)
-    print_heading("Thresholds by the wanted share of hard tokens", console)
-    _print_thresholds(record, console)
-    if record["transfer"] is not None:
-        place = "the same text" if _is_same_text(record) else "another corpus"
-        print_heading(f"The same thresholds on {place}", console)
-        _print_transfer(record, console)
-    if record["certificate"] is not None:
-        print_heading("Certificate", console)
-        print_pairs(_certificate(record), console)
+    print_sections(calibration_report(record), console)
 
 
-def _headline(record: Record) -> list[tuple[str, str]]:
-    return [
-        *headline(record),
-        ("Exit", f"layer {record['exit_layer']}, rule {record['rule']}"),
-        ("Head", head_words(record["head"])),
+def calibration_report(record: CalibrationRecord) -> Report:
+    """Return the report of a calibration.
+
+    Args:
+        record: A calibration.
+
+    Raises:
+        ValueError: The record holds NaN, or is of another schema.
+    """
+    check_record(to_plain(record), "calibration", ())
+    (_, model), corpus, (_, run) = headline(record)
+    measured = [
+        corpus,
+        ("Head", head_words(record.head)),
         *heads_pairs(record),
-        ("Propagation", propagation_words(record["propagation"])),
-        *few_pairs(record["provenance"]["corpus"]),
+        ("Propagation", propagation_words(record.propagation)),
+        *few_pairs(record.provenance.corpus),
     ]
-
-
-def _is_same_text(record: Record) -> bool:
-    corpora = (record["transfer"]["corpus"], record["provenance"]["corpus"])
-    return len({corpus["fingerprint"] for corpus in corpora}) == 1
-
-
-def _print_thresholds(record: Record, console: Console) -> None:
-    rows = record["by_hard_ratio"]
-    if not rows:
-        console.print(Text("none"))
-        return
-    sentence = rule_sentence(str(record["exit_layer"]), record["rule"])
-    print_lines(Text(sentence), console, console.width)
-    console.print()
-    ties = any(row["ties"] for row in rows)
-    print_table(
-        ("hard ratio", "threshold", "interval", "reached", "interval", *(["ties"] * ties)),
-        [_threshold_row(row, ties=ties) for row in rows],
-        console,
-        gap=2,
+    sections = [
+        Section("", (Pairs(tuple(measured)),)),
+        Section("Thresholds by the wanted share of hard tokens", tuple(_thresholds(record))),
+    ]
+    if record.transfer is not None:
+        same = _is_same_text(record, record.transfer)
+        place = "the same text" if same else "another corpus"
+        blocks = tuple(_transfer(record.transfer, same_text=same))
+        sections.append(Section(f"The same thresholds on {place}", blocks))
+    if record.certificate is not None:
+        sections.append(Section("Certificate", (_certificate(record.certificate),)))
+    return Report(
+        kicker="CASCADE calibration",
+        title=model,
+        about=f"Exit layer {record.exit_layer}, rule {record.rule}; {run}",
+        sections=tuple(sections),
+        provenance=to_plain(record.provenance),
     )
-    console.print()
+
+
+def _is_same_text(record: CalibrationRecord, transfer: CalibrationTransfer) -> bool:
+    return transfer.corpus.fingerprint == record.provenance.corpus.fingerprint
+
+
+def _thresholds(record: CalibrationRecord) -> Iterator[Block]:
+    rows = record.by_hard_ratio
+    if not rows:
+        yield "none"
+        return
+    ties = any(row.ties for row in rows)
+    yield table_of(
+        rule_sentence(str(record.exit_layer), record.rule),
+        ("hard ratio", "threshold", "interval", "reached", "interval", *(["ties"] * ties)),
+        [_threshold_cells(row, ties=ties) for row in rows],
+    )
     notes = [
         ("reached", "the share of these tokens that is below the threshold: hard"),
-        ("interval", record["interval"]),
+        ("interval", record.interval),
     ]
     if ties:
         exactly = "tokens exactly at the threshold: they exit, and rounding alone could move them"
         notes.append(("ties", exactly))
-    print_pairs(notes, console)
+    yield Pairs(tuple(notes))
 
 
-def _threshold_row(row: Record, *, ties: bool) -> list[str]:
+def _threshold_cells(row: HardRatioThreshold, *, ties: bool) -> list[str]:
     return [
-        f"{100 * row['hard_ratio']:g}%",
-        show_threshold(row["threshold"]),
-        between(row["threshold_interval"], show_threshold, " to "),
-        percent(row["reached"]),
-        between(row["reached_interval"], percent, " to "),
-        *([f"{row['ties']:,}"] * ties),
+        f"{100 * row.hard_ratio:g}%",
+        show_threshold(row.threshold),
+        between(row.threshold_interval, show_threshold, " to "),
+        percent(row.reached),
+        between(row.reached_interval, percent, " to "),
+        *([f"{row.ties:,}"] * ties),
     ]
 
 
-def _print_transfer(record: Record, console: Console) -> None:
-    transfer = record["transfer"]
-    about = [("Corpus", corpus_words(transfer["corpus"])), *few_pairs(transfer["corpus"])]
-    if _is_same_text(record):
+def _transfer(transfer: CalibrationTransfer, *, same_text: bool) -> Iterator[Block]:
+    about = [("Corpus", corpus_words(transfer.corpus)), *few_pairs(transfer.corpus)]
+    if same_text:
         about.append(("Beware", "it is the very text that they were fitted on: take another"))
-    print_pairs(about, console)
-    console.print()
-    if not transfer["rows"]:
-        console.print(Text("none"))
+    yield Pairs(tuple(about))
+    if not transfer.rows:
+        yield "none"
         return
-    print_table(
-        ("threshold", "hard ratio", "interval", "loss", "interval", "fitted for"),
-        [
-            [
-                show_threshold(row["threshold"]),
-                share(row["hard_ratio"]),
-                between(row["hard_ratio_interval"], share, " to "),
-                share(row["loss"]),
-                between(row["loss_interval"], share, " to "),
-                row["from"],
-            ]
-            for row in transfer["rows"]
-        ],
-        console,
-        gap=2,
-        text_columns=1,
-    )
-    console.print()
-    print_pairs(
-        [
+    yield _transfer_table(transfer)
+    yield Pairs(
+        (
             ("hard ratio", "the share of that corpus's tokens that is below the threshold"),
             (
                 "loss",
                 "the share of a sequence's tokens whose prediction is not the full model's, "
                 "on average over its sequences",
             ),
-        ],
-        console,
+        )
     )
 
 
-def _certificate(record: Record) -> list[tuple[str, str]]:
-    certificate = record["certificate"]
-    risk, sure = f"{100 * certificate['risk']:g}%", f"{100 * certificate['confidence']:g}%"
-    wish = (
-        f"on average at most {risk} of a sequence's tokens predicted otherwise than by the full "
-        f"model, at a confidence of {sure}"
-    )
-    sequences, needed = certificate["sequences"], certificate["sequences_needed"]
-    tested = f"on {sequences:,} sequences that no threshold was proposed from"
-    if certificate["threshold"] is None:
-        if sequences < needed:
-            tested = f"none: there are {sequences:,} sequences to test on"
-        outcome = [
-            ("Result", "nothing is certified: the full model is used, no token leaves"),
-            ("Tested", tested),
+def _transfer_table(transfer: CalibrationTransfer) -> Table:
+    rows = [
+        [
+            show_threshold(row.threshold),
+            share(row.hard_ratio),
+            between(row.hard_ratio_interval, share, " to "),
+            share(row.loss),
+            between(row.loss_interval, share, " to "),
+            row.source,
         ]
-        if sequences < needed:
-            enough = (
-                f"{needed:,} such sequences at least; of a corpus every second one is tested, "
-                "the others propose the thresholds"
-            )
-            outcome.append(("Needed", enough))
+        for row in transfer.rows
+    ]
+    header = ("threshold", "hard ratio", "interval", "loss", "interval", "fitted for")
+    return table_of("The thresholds on that corpus", header, rows, text_columns=1)
+
+
+def _certificate(certificate: CertifiedThreshold) -> Pairs:
+    risk, confidence = f"{100 * certificate.risk:g}%", f"{100 * certificate.confidence:g}%"
+    wanted = (
+        f"on average at most {risk} of a sequence's tokens predicted otherwise than by the full "
+        f"model, at a confidence of {confidence}"
+    )
+    tested = f"on {certificate.sequences:,} sequences that no threshold was proposed from"
+    if certificate.threshold is None:
+        outcome = _nothing_certified(certificate, tested)
     else:
+        lost = share(certificate.empirical_risk, 2)
         outcome = [
-            ("Result", f"certified: threshold {show_threshold(certificate['threshold'])}"),
-            (
-                "Tested",
-                f"{tested}; there, {percent(certificate['empirical_risk'])} were predicted "
-                "otherwise",
-            ),
+            ("Result", f"certified: threshold {show_threshold(certificate.threshold)}"),
+            ("Tested", f"{tested}; there, {lost} were predicted otherwise"),
             (
                 "Holds",
                 "for sequences drawn as these were, independently of each other; of all "
-                f"calibrations made so, {sure} keep the promise or more",
+                f"calibrations made so, {confidence} keep the promise or more",
             ),
         ]
-    return [("Wanted", wish), *outcome, ("Why", certificate["reason"])]
+    return Pairs((("Wanted", wanted), *outcome, ("Why", certificate.reason)))
+
+
+def _nothing_certified(certificate: CertifiedThreshold, tested: str) -> list[tuple[str, str]]:
+    result = ("Result", "nothing is certified: the full model is used, no token leaves")
+    if certificate.sequences >= certificate.sequences_needed:
+        return [result, ("Tested", tested)]
+    return [
+        result,
+        ("Tested", f"none: there are {certificate.sequences:,} sequences to test on"),
+        (
+            "Needed",
+            f"{certificate.sequences_needed:,} such sequences at least; of a corpus every second "
+            "one is tested, the others propose the thresholds",
+        ),
+    ]

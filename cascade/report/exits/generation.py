@@ -1,4 +1,4 @@
-"""Generated text for the terminal: each token by the layer at which it left, and the summary."""
+"""Generated text for the terminal: each token with the layer at which it exited, and a summary."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
+from cascade.decoding.transcript import ExitEntry, FullGeneration, GenerationRecord
 from cascade.report.common.exit_wording import head_words, propagation_words, share, show_threshold
-from cascade.report.common.records import Record, check_record
 from cascade.report.common.terminal import (
     print_heading,
     print_lines,
@@ -17,72 +17,25 @@ from cascade.report.common.terminal import (
     printable,
 )
 
-_SECTIONS = (
-    "prompt",
-    "chat",
-    "num_layers",
-    "exits",
-    "propagation",
-    "tokens",
-    "exit_layers",
-    "by_layer",
-    "layers_per_token",
-    "tokens_per_second",
-    "counts",
-    "verified",
-    "drafted",
-    "accepted",
-    "fallback_reason",
-    "full",
-)
-#: Of the exit layers, from the lowest on; the last layer has one of its own.
+#: The exit layers' colours, from the lowest layer on; the last layer has its own.
 _COLOURS = ("green", "cyan", "bright_blue", "magenta", "yellow")
 _FULL_COLOUR = "red"
 
 
-def print_generation(record: Record, console: Console) -> None:
-    """Print a generated text, each token by the layer at which it left, and the summary.
+def print_generation(record: GenerationRecord, console: Console) -> None:
+    """Print a generated text, each token with the layer at which it exited, and a summary.
 
-    With colours, the tokens have those of the legend; without (a pipe, a file, `NO_COLOR`) the
-    layer stands in brackets before the tokens that left there.
+    With colours, the tokens have those of the legend. Without (a pipe, a file, `NO_COLOR`), the
+    layer is in brackets before the tokens that exited there.
 
     Args:
-        record: Of kind `generation`, schema 1, with
-
-            - `prompt`: what it goes on from, as text;
-            - `chat`: whether that is a question, and the tokens its answer;
-            - `num_layers`: N;
-            - `exits`: one `{"layer", "rule", "threshold", "head"}` per exit, in ascending order;
-              a threshold of None lets nothing leave;
-            - `propagation`: "frozen", "ridge" or "exact";
-            - `tokens`: the new tokens' texts, which joined are the generated text;
-            - `exit_layers`: where each of them left, N for those that went all the way;
-            - `by_layer`: one `{"layer", "tokens", "share"}` per exit layer and for N, in ascending
-              order, those without a token included;
-            - `layers_per_token`: layers computed per token, the prompt's included;
-            - `tokens_per_second`: new tokens per second;
-            - `counts`: at least `lm_head_rows`, rows that went through the LM head;
-            - `verified`, `drafted`, `accepted`: whether the full model confirmed every token, how
-              many an exit proposed, and how many of those it confirmed;
-            - `fallback_reason`: why layers were computed for every token, or None;
-            - `full`: None, or what the full model did with the same prompt: `text`, `tokens` (how
-              many), `same_tokens` (how many first tokens are the same), `tokens_per_second`, and
-              `speed_ratio` (this speed relative to the full model's).
+        record: The record.
         console: Where to print; its width, encoding and colours are respected.
 
     Raises:
-        ValueError: The record is of another kind or schema, lacks a section, holds NaN, or has a
-            token that belongs to no layer.
+        ValueError: The record has another schema, or a token that belongs to no layer.
     """
-    check_record(record, "generation", _SECTIONS)
-    if len(record["tokens"]) != len(record["exit_layers"]):
-        raise ValueError(
-            f"expected one exit layer per token, got {len(record['exit_layers'])} for "
-            f"{len(record['tokens'])} tokens"
-        )
-    unknown = {*record["exit_layers"]} - {row["layer"] for row in record["by_layer"]}
-    if unknown:
-        raise ValueError(f"expected exit layers among those of by_layer, got {min(unknown)}")
+    _check(record)
     coloured = console.color_system is not None and not console.no_color
     print_lines(_text(record, console, coloured=coloured), console, console.width)
     print_heading("Where the tokens left", console)
@@ -91,21 +44,34 @@ def print_generation(record: Record, console: Console) -> None:
     print_pairs(_summary(record), console)
 
 
-def _colours(record: Record) -> dict[int, str]:
-    layers = [row["layer"] for row in record["by_layer"] if row["layer"] != record["num_layers"]]
+def _check(record: GenerationRecord) -> None:
+    if record.schema != GenerationRecord.SCHEMA:
+        raise ValueError(f"expected schema {GenerationRecord.SCHEMA}, got {record.schema}")
+    if len(record.tokens) != len(record.exit_layers):
+        raise ValueError(
+            f"expected one exit layer per token, got {len(record.exit_layers)} for "
+            f"{len(record.tokens)} tokens"
+        )
+    unknown = {*record.exit_layers} - {row.layer for row in record.by_layer}
+    if unknown:
+        raise ValueError(f"expected exit layers among those of by_layer, got {min(unknown)}")
+
+
+def _colours(record: GenerationRecord) -> dict[int, str]:
+    layers = [row.layer for row in record.by_layer if row.layer != record.num_layers]
     colours = {layer: _COLOURS[index % len(_COLOURS)] for index, layer in enumerate(layers)}
-    return colours | {record["num_layers"]: _FULL_COLOUR}
+    return colours | {record.num_layers: _FULL_COLOUR}
 
 
-def _text(record: Record, console: Console, *, coloured: bool) -> Text:
-    """Return prompt and tokens, the tokens coloured or, run by run, with their layer in front."""
+def _text(record: GenerationRecord, console: Console, *, coloured: bool) -> Text:
+    """Return prompt and tokens: the tokens coloured, or marked with their layer run by run."""
 
     def shown(text: str) -> str:
         return printable(text, console, keep="\n\t")
 
     colours = _colours(record)
-    text = Text(shown(record["prompt"]) + "\n\n" * record["chat"])
-    pairs = zip(record["exit_layers"], record["tokens"], strict=True)
+    text = Text(shown(record.prompt) + "\n\n" * record.chat)
+    pairs = zip(record.exit_layers, record.tokens, strict=True)
     for layer, run in groupby(pairs, key=lambda pair: pair[0]):
         joined = "".join(token for _, token in run)
         if coloured:
@@ -117,15 +83,15 @@ def _text(record: Record, console: Console, *, coloured: bool) -> Text:
     return text
 
 
-def _print_legend(record: Record, console: Console, *, coloured: bool) -> None:
+def _print_legend(record: GenerationRecord, console: Console, *, coloured: bool) -> None:
     rows, styles, colours = [], {}, _colours(record)
-    for number, row in enumerate(record["by_layer"]):
-        layer = row["layer"]
+    for number, row in enumerate(record.by_layer):
+        layer = row.layer
         if coloured:
             styles[number] = colours[layer]
-        went = "left" if layer != record["num_layers"] else "went all the way"
+        went = "left" if layer != record.num_layers else "went all the way"
         mark = colours[layer].removeprefix("bright_") if coloured else f"[{layer}]"
-        rows.append([str(layer), f"{row['tokens']:,}", share(row["share"]), mark, went])
+        rows.append([str(layer), f"{row['tokens']:,}", share(row.share), mark, went])
     if not rows:
         console.print(Text("none"))
         return
@@ -137,10 +103,10 @@ def _print_legend(record: Record, console: Console, *, coloured: bool) -> None:
         print_lines(Text(mark), console, console.width)
 
 
-def _summary(record: Record) -> list[tuple[str, str]]:
+def _summary(record: GenerationRecord) -> list[tuple[str, str]]:
     rows = [
-        *(("Exit", _exit(exit_)) for exit_ in record["exits"]),
-        ("Propagation", propagation_words(record["propagation"])),
+        *(("Exit", _exit(exit_)) for exit_ in record.exits),
+        ("Propagation", propagation_words(record.propagation)),
         (
             "Layers",
             f"{record['layers_per_token']:.2f} of {record['num_layers']} computed per token, the "
@@ -149,7 +115,7 @@ def _summary(record: Record) -> list[tuple[str, str]]:
         ("Speed", _speed(record)),
         ("LM head", f"{record['counts']['lm_head_rows']:,} rows for {_count(record)}"),
     ]
-    if record["verified"]:
+    if record.verified:
         rows.append(
             (
                 "Verified",
@@ -157,29 +123,29 @@ def _summary(record: Record) -> list[tuple[str, str]]:
                 f"{record['accepted']:,} of them and chose the others itself",
             )
         )
-    if record["full"] is not None:
-        rows += _against_full(record)
-    if record["fallback_reason"] is not None:
+    if record.full is not None:
+        rows += _compared(record, record.full)
+    if record.fallback_reason is not None:
         rows.append(
             ("No skipping", f"every layer computed every token here: {record['fallback_reason']}")
         )
     return rows
 
 
-def _exit(exit_: Record) -> str:
-    threshold = exit_["threshold"]
+def _exit(exit_: ExitEntry) -> str:
+    threshold = exit_.threshold
     when = "never" if threshold is None else f"{exit_['rule']} >= {show_threshold(threshold)}"
     return f"layer {exit_['layer']}, {when}; {head_words(exit_['head'])}"
 
 
-def _count(record: Record) -> str:
-    count = len(record["tokens"])
+def _count(record: GenerationRecord) -> str:
+    count = len(record.tokens)
     return f"{count:,} new token{'' if count == 1 else 's'}"
 
 
-def _speed(record: Record) -> str:
+def _speed(record: GenerationRecord) -> str:
     speed = f"{record['tokens_per_second']:.1f} tokens/s"
-    full = record["full"]
+    full = record.full
     if full is None:
         return speed
     return (
@@ -188,9 +154,9 @@ def _speed(record: Record) -> str:
     )
 
 
-def _against_full(record: Record) -> list[tuple[str, str]]:
-    full, count = record["full"], len(record["tokens"])
-    if full["same_tokens"] == count == full["tokens"]:
+def _compared(record: GenerationRecord, full: FullGeneration) -> list[tuple[str, str]]:
+    count = len(record.tokens)
+    if full.same_tokens == count == full.tokens:
         return [("Agreement", "the text is the full model's, token for token")]
     return [
         (
@@ -198,5 +164,5 @@ def _against_full(record: Record) -> list[tuple[str, str]]:
             f"the first {full['same_tokens']:,} of {_count(record)} are the full model's; from "
             "there on the two texts differ",
         ),
-        ("Full model", " ".join(full["text"].split())),
+        ("Full model", " ".join(full.text.split())),
     ]

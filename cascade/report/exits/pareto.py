@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.evaluation.verdict import CONTROLS
-from cascade.report.common.records import Record, check_record
 from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_SECTIONS = ("provenance", "settings", "full", "points", "auroc", "search", "verdict")
 
 #: Colour and marker of every rule; one that is not here is drawn like the last.
 LOOKS = {
@@ -34,35 +32,33 @@ _MAX_LABELS = 12
 _LOGARITHMIC_FROM = 3.0
 
 
-def check_evaluation(record: Record) -> None:
-    """Refuse what is not an evaluation, before anything is shown."""
-    check_record(record, "evaluation", _SECTIONS)
-
-
 @dataclass(frozen=True)
 class _Panel:
     """One panel: what is drawn against what, and where the full model lies."""
 
     axes: Axes
-    cost: str
-    loss: Callable[[Record], float]
+    cost: Callable[[OperatingPointRow], float]
+    loss: Callable[[OperatingPointRow], float]
     full_loss: float
 
-    def place(self, row: Record) -> tuple[float, float]:
+    def place(self, row: OperatingPointRow) -> tuple[float, float]:
         """Return where a point lies."""
-        return float(row[self.cost]), self.loss(row)
+        return self.cost(row), self.loss(row)
 
 
 #: What is lost: perplexity, relative to the full model's, and tokens predicted otherwise; each
 #: with the full model's own.
-_LOSSES: tuple[tuple[Callable[[Record], float], float], ...] = (
-    (lambda row: float(row["perplexity_ratio"]), 1.0),
-    (lambda row: 1 - float(row["agreement"]), 0.0),
+_LOSSES: tuple[tuple[Callable[[OperatingPointRow], float], float], ...] = (
+    (lambda row: row.perplexity_ratio, 1.0),
+    (lambda row: 1 - row.agreement, 0.0),
 )
-_COSTS = ("flops_ratio", "seconds_ratio")
+_COSTS: tuple[Callable[[OperatingPointRow], float], ...] = (
+    lambda row: row.flops_ratio,
+    lambda row: row.seconds_ratio,
+)
 
 
-def pareto_svg(record: Record) -> str:
+def pareto_svg(record: EvaluationRecord) -> str:
     """Draw perplexity and differing predictions against operations and time, point by point.
 
     The full model lies at (1, 1) and (1, 0): lower left is better. Rules differ in colour and
@@ -73,11 +69,7 @@ def pareto_svg(record: Record) -> str:
 
     Returns:
         One `<svg>` element, the same bytes for the same record; it stands alone as a file, too.
-
-    Raises:
-        ValueError: The record is of another kind or schema, lacks a section, or holds NaN.
     """
-    check_evaluation(record)
     with plain_style():
         from matplotlib.figure import Figure
 
@@ -95,14 +87,14 @@ def pareto_svg(record: Record) -> str:
         return as_svg(figure, "pareto", _label(record))
 
 
-def _draw_panel(panel: _Panel, record: Record) -> None:
+def _draw_panel(panel: _Panel, record: EvaluationRecord) -> None:
     panel.axes.grid(linewidth=0.8)
     panel.axes.margins(0.08)
     panel.axes.axvline(1, color=LIGHT["muted"], linewidth=0.9, zorder=1)
-    points = [row for row in record["points"] if all(map(math.isfinite, panel.place(row)))]
-    controls = [row for row in points if row["rule"] in CONTROLS]
-    rules = [row for row in points if row["rule"] not in CONTROLS]
-    front = _front(panel, rules)
+    points = [row for row in record.points if all(map(math.isfinite, panel.place(row)))]
+    controls = [row for row in points if row.rule in CONTROLS]
+    rules = [row for row in points if row.rule not in CONTROLS]
+    front = front_of([(1.0, panel.full_loss), *map(panel.place, rules)])
     _draw_curves(panel, rules, front)
     _draw_curves(panel, controls, front)
     panel.axes.plot(
@@ -127,11 +119,6 @@ def _draw_panel(panel: _Panel, record: Record) -> None:
     _ring_verdict(panel, record)
 
 
-def _front(panel: _Panel, rows: Sequence[Record]) -> list[tuple[float, float]]:
-    """Return the places that no other beats in both, from left to right, the full model's too."""
-    return front_of([(1.0, panel.full_loss), *map(panel.place, rows)])
-
-
 def front_of(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the places that no other beats in both, from left to right.
 
@@ -145,21 +132,23 @@ def front_of(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
     return front
 
 
-def _curves(rows: Sequence[Record]) -> Iterator[tuple[str, int, list[Record]]]:
-    """Yield rule, layer and points, ordered by threshold: what one knob can reach."""
+def curves_of(
+    rows: Sequence[OperatingPointRow],
+) -> Iterator[tuple[str, int, list[OperatingPointRow]]]:
+    """Yield rule, layer and operating points of each curve, ordered by threshold."""
 
-    def key(row: Record) -> tuple[str, int]:
-        return row["rule"], row["exit_layer"]
+    def key(row: OperatingPointRow) -> tuple[str, int]:
+        return row.rule, row.exit_layer
 
-    ordered = sorted(rows, key=lambda row: (*key(row), row["threshold"]))
+    ordered = sorted(rows, key=lambda row: (*key(row), row.threshold))
     for (rule, layer), group in groupby(ordered, key=key):
         yield rule, layer, list(group)
 
 
 def _draw_curves(
-    panel: _Panel, rows: Sequence[Record], front: Sequence[tuple[float, float]]
+    panel: _Panel, rows: Sequence[OperatingPointRow], front: Sequence[tuple[float, float]]
 ) -> None:
-    curves = list(_curves(rows))
+    curves = list(curves_of(rows))
     named: set[str] = set()
     for number, (rule, layer, points) in enumerate(curves):
         control = rule in CONTROLS
@@ -224,30 +213,30 @@ def ring(axes: Axes, place: tuple[float, float], name: str) -> None:
     )
 
 
-def _ring_verdict(panel: _Panel, record: Record) -> None:
-    number = record["verdict"]["point"]
-    if number is None or not all(map(math.isfinite, panel.place(record["points"][number]))):
+def _ring_verdict(panel: _Panel, record: EvaluationRecord) -> None:
+    number = record.verdict.point
+    if number is None or not all(map(math.isfinite, panel.place(record.points[number]))):
         return
-    place = panel.place(record["points"][number])
-    ring(panel.axes, place, "use this" if record["verdict"]["use"] else "nearest to paying")
+    place = panel.place(record.points[number])
+    ring(panel.axes, place, "use this" if record.verdict.use else "nearest to paying")
 
 
-def _name_axes(grid: Sequence[Sequence[Axes]], record: Record) -> None:
+def _name_axes(grid: Sequence[Sequence[Axes]], record: EvaluationRecord) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    settings = record["settings"]
+    settings = record.settings
     (perplexity, _), (otherwise, other) = grid
     perplexity.set_ylabel("perplexity / the full model's")
     otherwise.set_ylabel("tokens predicted otherwise")
     otherwise.set_xlabel("operations / the full model's")
     other.set_xlabel("time / the full model's")
-    ratios = [row["perplexity_ratio"] for row in record["points"]]
+    ratios = [row.perplexity_ratio for row in record["points"]]
     if max(ratios, default=1.0) > _LOGARITHMIC_FROM:
         perplexity.set_yscale("log")
         perplexity.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         perplexity.yaxis.set_minor_formatter("")
     otherwise.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
-    wanted = (settings["perplexity_ratio"], 1 - settings["agreement"])
+    wanted = (settings.perplexity_ratio, 1 - settings.agreement)
     for row, most in zip(grid, wanted, strict=True):
         for axes in row:
             _draw_target(axes, most)
@@ -269,10 +258,10 @@ def _draw_target(axes: Axes, most: float) -> None:
     axes.set_ylim(low, max(high, most))
 
 
-def _label(record: Record) -> str:
-    rules = ", ".join(dict.fromkeys(row["rule"] for row in record["points"])) or "none"
+def _label(record: EvaluationRecord) -> str:
+    rules = ", ".join(dict.fromkeys(row.rule for row in record.points)) or "none"
     return (
         "Four scatter plots: perplexity and share of tokens predicted otherwise, against "
         f"operations and time, relative to the full model. Rules: {rules}. "
-        f"{record['verdict']['headline']}"
+        f"{record.verdict.headline}"
     )

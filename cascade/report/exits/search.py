@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cascade.core.schema import UnsetType, to_plain
+from cascade.evaluation.search_record import SearchedPoint, SearchRecord, VariantResult
 from cascade.report.common.exit_wording import (
     between,
     corpus_words,
@@ -17,7 +19,7 @@ from cascade.report.common.exit_wording import (
     share,
     show_threshold,
 )
-from cascade.report.common.records import Record, check_record, headline
+from cascade.report.common.records import check_record, headline
 from cascade.report.common.sections import Block, Lead, Pairs, Picture, Report, Section, table_of
 from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
 from cascade.report.exits.pareto import LOOKS, front_of, name_curve, ring
@@ -25,7 +27,6 @@ from cascade.report.exits.pareto import LOOKS, front_of, name_curve, ring
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SECTIONS = ("provenance", "settings", "sources", "full", "points", "pairs", "verdict")
 FRONTIER = "exit-search-frontier.svg"
 
 #: How a point's outcome is told in a column.
@@ -35,17 +36,17 @@ _MARK = " *"
 _MAX_LABELS = 16
 
 
-def exit_search_report(record: Record) -> Report:
+def exit_search_report(record: SearchRecord) -> Report:
     """Return the report of a search for an exit layer.
 
     Args:
-        record: A saved record of kind `exit-search`.
+        record: A search.
 
     Raises:
-        ValueError: The record is of another kind or schema, lacks a section, or holds NaN.
+        ValueError: The record is of another schema, or holds NaN.
     """
-    check_record(record, "exit-search", (*_SECTIONS, "nothing", "certificate"))
-    verdict = record["verdict"]
+    check_record(to_plain(record), "exit-search", ())
+    verdict = record.verdict
     model, _, run = headline(record)
     return Report(
         kicker="CASCADE search for an exit layer",
@@ -55,8 +56,8 @@ def exit_search_report(record: Record) -> Report:
             Section(
                 "",
                 (
-                    Lead(verdict["headline"], "pass" if verdict["exit"] else "open"),
-                    *verdict["also"],
+                    Lead(verdict.headline, "pass" if verdict.exit else "open"),
+                    *verdict.also,
                 ),
             ),
             Section("What was measured", (Pairs(tuple(_measured(record))),)),
@@ -65,21 +66,21 @@ def exit_search_report(record: Record) -> Report:
             Section("The frontier", tuple(_pictures(record))),
             Section("Notes", (Pairs(tuple(_notes(record))),)),
         ),
-        provenance=record["provenance"],
+        provenance=to_plain(record.provenance),
     )
 
 
-def _measured(record: Record) -> list[tuple[str, str]]:
-    provenance = record["provenance"]
+def _measured(record: SearchRecord) -> list[tuple[str, str]]:
+    provenance, fitted_on = record.provenance, record.provenance.fitted_on
     pairs = [
-        ("Fitted on", corpus_words(provenance["fitted_on"])),
-        ("Confirmed on", corpus_words(provenance["corpus"])),
+        *([] if isinstance(fitted_on, UnsetType) else [("Fitted on", corpus_words(fitted_on))]),
+        ("Confirmed on", corpus_words(provenance.corpus)),
         *heads_pairs(record),
         ("Full model", f"perplexity {record['full']['perplexity']:.2f}"),
-        *few_pairs(provenance["corpus"]),
+        *few_pairs(provenance.corpus),
     ]
-    pairs += [("From the record", source["words"]) for source in record["sources"]]
-    because = record["settings"]["computes_every_token_because"]
+    pairs += [("From the record", source.words) for source in record.sources]
+    because = record.settings.computes_every_token_because
     if because is not None:
         pairs.append(("No skipping", f"every layer computed every token here: {because}"))
     return pairs
@@ -90,13 +91,13 @@ def _measured(record: Record) -> list[tuple[str, str]]:
 _HEADER = ("layer", "exits", "fit", "agree", "interval", "FLOPs", "time", "risk", "kept", "rule")
 
 
-def _tables(record: Record) -> Iterator[Block]:
+def _tables(record: SearchRecord) -> Iterator[Block]:
     """Yield one table for every head and propagation, then what lets nothing leave."""
 
-    def key(pair: Record) -> tuple[int, str, str]:
-        return pair["source"], pair["head"], pair["propagation"]
+    def key(pair: VariantResult) -> tuple[int, str, str]:
+        return pair.source, pair.head, pair.propagation
 
-    pairs = sorted(record["pairs"], key=lambda pair: (key(pair), pair["exit_layer"], pair["rule"]))
+    pairs = sorted(record.pairs, key=lambda pair: (key(pair), pair.exit_layer, pair.rule))
     for (_, head, propagation), group in groupby(pairs, key=key):
         rows = [row for pair in group for row in _rows(record, pair)]
         if rows:
@@ -108,55 +109,55 @@ def _tables(record: Record) -> Iterator[Block]:
                 rows,
                 text_columns=2,
             )
-    for row in record["nothing"]:
+    for row in record.nothing:
         yield (
             f"Layer {row['exit_layer']}, {row['rule']} ({row['head']}, {row['propagation']}): "
             f"{row['why']}."
         )
 
 
-def _rows(record: Record, pair: Record) -> list[list[str]]:
-    numbers = (pair["fitted"], pair["kept"], pair["beyond_doubt"])
+def _rows(record: SearchRecord, pair: VariantResult) -> list[list[str]]:
+    numbers = (pair.fitted, pair.kept, pair.beyond_doubt)
     shown = dict.fromkeys(number for number in numbers if number is not None)
-    return [_cells(record["points"][number], number == record["best"]) for number in shown]
+    return [_cells(record.points[number], number == record.best) for number in shown]
 
 
-def _cells(row: Record, best: bool) -> list[str]:
-    on_table = row["confirmed_by"] == "table"
+def _cells(row: SearchedPoint, best: bool) -> list[str]:
+    on_table = row.only_on_table
     return [
-        str(row["exit_layer"]),
-        share(row["exit_share"]),
-        share(row["fit_agreement"]),
-        share(row["agreement"]),
-        between(row["agreement_interval"], lambda value: f"{100 * value:.1f}", "-"),
-        ratio(row["flops_ratio"]),
-        ratio(row["seconds_ratio"], 2),
-        share(row["risk_bound"]),
+        str(row.exit_layer),
+        share(row.exit_share),
+        share(row.fit_agreement),
+        share(row.agreement),
+        between(row.agreement_interval, lambda value: f"{100 * value:.1f}", "-"),
+        ratio(row.flops_ratio),
+        ratio(row.seconds_ratio, 2),
+        share(row.risk_bound),
         f"{_KEPT[row['outcome']]}{'?' if on_table else ''}",
         f"{row['rule']} {show_threshold(row['threshold'], 4)}{_MARK if best else ''}",
     ]
 
 
-def _certificate(record: Record) -> str:
-    found, settings = record["certificate"], record["settings"]
-    if settings["risk"] is None:
+def _certificate(record: SearchRecord) -> str:
+    found, settings = record.certificate, record.settings
+    if settings.risk is None:
         return "No risk was asked for, and the wanted agreement leaves none to certify."
-    risk, sure = share(settings["risk"]), f"{settings['confidence']:g}"
-    if not found["tested"]:
+    risk, sure = share(settings.risk), f"{settings['confidence']:g}"
+    if not found.tested:
         return f"No threshold was run that could be certified for a risk of {risk}."
     tested = (
         f"{found['tested']} thresholds, chosen without these sequences, were tested on "
         f"{found['sequences']:,} of them for a risk of {risk}, all together at confidence {sure}"
     )
-    if found["best"] is not None:
-        row = record["points"][found["best"]]
+    if found.best is not None:
+        row = record.points[found.best]
         return (
             f"{tested}. Certified: {len(found['certified'])}; the cheapest of them is layer "
             f"{row['exit_layer']}, {row['rule']} >= {show_threshold(row['threshold'], 4)} "
             f"({share(1 - row['agreement'])} of these tokens differed; at "
             f"{ratio(row['flops_ratio'])} x the operations)."
         )
-    if found["sequences"] < found["sequences_needed"]:
+    if found.sequences_needed is not None and found.sequences < found.sequences_needed:
         return (
             f"{tested}. None can be: even without any loss it takes "
             f"{found['sequences_needed']:,} sequences. Take a larger corpus, or a larger --risk."
@@ -167,8 +168,8 @@ def _certificate(record: Record) -> str:
 # --- The picture -----------------------------------------------------------------------------
 
 
-def _pictures(record: Record) -> Iterator[Block]:
-    if not record["points"]:
+def _pictures(record: SearchRecord) -> Iterator[Block]:
+    if not record.points:
         yield "No point was measured, so there is nothing to draw: no layer and rule lets any go."
         return
     yield Picture(
@@ -181,11 +182,11 @@ def _pictures(record: Record) -> Iterator[Block]:
     )
 
 
-def frontier_svg(record: Record) -> str:
+def frontier_svg(record: SearchRecord) -> str:
     """Draw agreement against operations and time, point by point, with the frontier.
 
     Args:
-        record: A saved record of kind `exit-search` with at least one point.
+        record: A search with at least one point.
 
     Returns:
         One `<svg>` element, the same bytes for the same record.
@@ -198,8 +199,8 @@ def frontier_svg(record: Record) -> str:
         title = title_of(record, "agreement against cost")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
         for axes, cost, name in (
-            (left, "flops_ratio", "operations / the full model's"),
-            (right, "seconds_ratio", "time / the full model's"),
+            (left, _operations, "operations / the full model's"),
+            (right, _time, "time / the full model's"),
         ):
             _draw_panel(axes, record, cost)
             axes.set_xlabel(name)
@@ -209,16 +210,36 @@ def frontier_svg(record: Record) -> str:
         return as_svg(figure, "exit-search-frontier", _label(record))
 
 
-def _draw_panel(axes: Axes, record: Record, cost: str) -> None:
+#: What a point costs; None where that is not known.
+_Cost = Callable[[SearchedPoint], float | None]
+#: A point, and where it is drawn.
+_Placed = tuple[SearchedPoint, tuple[float, float]]
+
+
+def _operations(point: SearchedPoint) -> float | None:
+    return point.flops_ratio
+
+
+def _time(point: SearchedPoint) -> float | None:
+    return point.seconds_ratio
+
+
+def _priced(points: Sequence[SearchedPoint], cost: _Cost) -> list[_Placed]:
+    """Return the points whose cost is known, each with cost and agreement."""
+    prices = ((point, cost(point)) for point in points)
+    return [(point, (price, point.agreement)) for point, price in prices if price is not None]
+
+
+def _draw_panel(axes: Axes, record: SearchRecord, cost: _Cost) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axes.grid(linewidth=0.8)
     axes.margins(0.08)
     axes.axvline(1, color=LIGHT["muted"], linewidth=0.9, zorder=1)
-    rows = [row for row in record["points"] if row[cost] is not None]
-    _draw_curves(axes, record, rows, cost)
-    run = [row for row in rows if row["confirmed_by"] != "table"]
-    front = front_of([(1.0, 0.0), *((row[cost], 1 - row["agreement"]) for row in run)])
+    rows = _priced(record.points, cost)
+    _draw_curves(axes, rows)
+    run = [place for point, place in rows if not point.only_on_table]
+    front = front_of([(1.0, 0.0), *((price, 1 - agreement) for price, agreement in run)])
     axes.plot(
         [place for place, _ in front],
         [1 - loss for _, loss in front],
@@ -240,15 +261,16 @@ def _draw_panel(axes: Axes, record: Record, cost: str) -> None:
         label="full model",
     )
     _ring(axes, record, cost)
-    _draw_wanted(axes, record["settings"]["agreement"])
+    _draw_wanted(axes, record.settings.agreement)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
 
 
-def _draw_curves(axes: Axes, record: Record, rows: Sequence[Record], cost: str) -> None:
-    def key(row: Record) -> tuple[Any, ...]:
-        return row["source"], row["head"], row["propagation"], row["rule"], row["exit_layer"]
+def _draw_curves(axes: Axes, rows: Sequence[_Placed]) -> None:
+    def key(row: _Placed) -> tuple[int, str, str, str, int]:
+        point = row[0]
+        return point.source, point.head, point.propagation, point.rule, point.exit_layer
 
-    ordered = sorted(rows, key=lambda row: (*key(row), row["threshold"]))
+    ordered = sorted(rows, key=lambda row: (*key(row), row[0].threshold))
     groups = [(pair, list(group)) for pair, group in groupby(ordered, key=key)]
     several = len({pair[:3] for pair, _ in groups}) > 1
     sources = sorted({pair[0] for pair, _ in groups})
@@ -256,7 +278,7 @@ def _draw_curves(axes: Axes, record: Record, rows: Sequence[Record], cost: str) 
     for number, ((source, head, _, rule, layer), points) in enumerate(groups):
         colour, marker = LOOKS.get(rule, LOOKS[""])
         name = f"{rule}, {head}" if several else rule
-        places = [(row[cost], row["agreement"]) for row in points]
+        places = [place for _, place in points]
         axes.plot(
             *zip(*places, strict=True),
             color=LIGHT[colour],
@@ -264,11 +286,11 @@ def _draw_curves(axes: Axes, record: Record, rows: Sequence[Record], cost: str) 
             linestyle="-" if source == sources[0] else (0, (4, 2)),
             zorder=3,
         )
-        for row in points:
-            hollow = row["confirmed_by"] == "table"
+        for point, (price, agreement) in points:
+            hollow = point.only_on_table
             axes.plot(
-                [row[cost]],
-                [row["agreement"]],
+                [price],
+                [agreement],
                 color=LIGHT[colour],
                 linestyle="none",
                 marker=marker,
@@ -282,14 +304,14 @@ def _draw_curves(axes: Axes, record: Record, rows: Sequence[Record], cost: str) 
             name_curve(axes, layer, places[0], number, LIGHT[colour])
 
 
-def _ring(axes: Axes, record: Record, cost: str) -> None:
-    best = record["best"]
-    number = record["nearest"] if best is None else best
-    if number is None or record["points"][number][cost] is None:
+def _ring(axes: Axes, record: SearchRecord, cost: _Cost) -> None:
+    best = record.best
+    number = record.nearest if best is None else best
+    if number is None:
         return
-    row = record["points"][number]
     name = "nearest to the wanted agreement" if best is None else "cheapest that keeps it"
-    ring(axes, (row[cost], row["agreement"]), name)
+    for _, place in _priced([record.points[number]], cost):
+        ring(axes, place, name)
 
 
 def _draw_wanted(axes: Axes, agreement: float) -> None:
@@ -309,8 +331,8 @@ def _draw_wanted(axes: Axes, agreement: float) -> None:
     axes.set_ylim(low, high)
 
 
-def _label(record: Record) -> str:
-    rules = ", ".join(dict.fromkeys(row["rule"] for row in record["points"]))
+def _label(record: SearchRecord) -> str:
+    rules = ", ".join(dict.fromkeys(row.rule for row in record.points))
     return (
         "Two scatter plots: the share of tokens predicted as by the full model, against operations "
         f"and time relative to the full model's. Rules: {rules}. {record['verdict']['headline']}"
@@ -320,8 +342,8 @@ def _label(record: Record) -> str:
 # --- Notes -----------------------------------------------------------------------------------
 
 
-def _notes(record: Record) -> list[tuple[str, str]]:
-    settings, certificate = record["settings"], record["certificate"]
+def _notes(record: SearchRecord) -> list[tuple[str, str]]:
+    settings, certificate = record.settings, record.certificate
     notes = [
         ("exits", "share of the confirming tokens that leave; the others go on to the last layer"),
         (
@@ -351,6 +373,6 @@ def _notes(record: Record) -> list[tuple[str, str]]:
             "that",
         ),
     ]
-    if record["best"] is not None:
+    if record.best is not None:
         notes.append(("*", "the cheapest that keeps the agreement"))
     return notes

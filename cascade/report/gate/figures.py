@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cascade.gate.records import CellRow, ComparisonRecord, MeanRow
+from cascade.report.common.axes import angle, label_layers, layer_positions, limit_angles
 from cascade.report.common.records import is_normed
 from cascade.report.common.svg import LIGHT, as_svg, plain_style
 from cascade.report.gate.wording import cell_name, cell_numbers, distance, has_intervals, meaning
-from cascade.report.saturation.figures import angle, label_layers, layer_positions, limit_angles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,20 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cascade.core.schema import Part
-from cascade.report.common.records import (
-    NORM_SUFFIX,
-    ROLES,
-    Arrays,
-    Record,
-    check_histogram,
-    check_profile,
-    is_normed,
-    roles_of,
-    show,
-    summary,
-)
+from cascade.report.common.axes import angle, label_layers, layer_positions, limit_angles
+from cascade.report.common.records import ROLES, Arrays, is_normed, show
 from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
+from cascade.report.saturation.wording import check_histogram, check_profile, roles_of, summary
+from cascade.saturation.records import LayerRow, ProfileRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,17 +25,17 @@ _HEAT_ROWS = 120
 _MAX_ANNOTATIONS = 8
 
 
-def layer_profile_svg(record: Record) -> str:
+def layer_profile_svg(record: ProfileRecord) -> str:
     """Draw similarity against layer: mean, p10-p90 band, min and max, special layers.
 
     Args:
-        record: A saved record of kind `saturation`.
+        record: The profile's record.
 
     Returns:
         One `<svg>` element, the same bytes for the same record; it stands alone as a file, too.
 
     Raises:
-        ValueError: The record is of another kind or schema, or lacks a section.
+        ValueError: The record is of another schema, or has no layers.
     """
     check_profile(record)
     with plain_style():
@@ -53,18 +44,18 @@ def layer_profile_svg(record: Record) -> str:
         _draw_stable_bands(axes, record)
         _draw_statistics(axes, record)
         _draw_active_layers(axes, record)
-        label_layers(axes, record["layers"])
+        label_layers(axes, record.layers)
         figure.legend(loc="outside lower center", ncols=5)
-        first, last = record["layers"][0]["layer"], record["layers"][-1]["layer"]
+        first, last = record.layers[0].layer, record.layers[-1].layer
         label = f"Line chart: similarity per layer, {first} to {last}. {summary(record)}"
         return as_svg(figure, "layer-profile", label)
 
 
-def density_svg(record: Record, arrays: Arrays) -> str:
+def density_svg(record: ProfileRecord, arrays: Arrays) -> str:
     """Draw where the tokens of each layer lie, as a heat map of layers x similarity.
 
     Args:
-        record: A saved record of kind `saturation`.
+        record: The profile's record.
         arrays: Its arrays: `layers`, names [L], and `histogram`, counts [L, bins], bins uniform
             in angle over [0, pi].
 
@@ -72,22 +63,23 @@ def density_svg(record: Record, arrays: Arrays) -> str:
         One `<svg>` element with the map as an embedded image, the same bytes for the same input.
 
     Raises:
-        ValueError: The record is of another kind or schema, or the arrays do not belong to it.
+        ValueError: The record is of another schema or has no layers, or the arrays do not belong
+            to it.
     """
     check_profile(record)
     check_histogram(record, arrays)
     with plain_style():
         figure, axes = _new_figure(record, "where the tokens lie")
-        shares, edges = _rebinned(arrays["histogram"])
-        _draw_heat_map(figure, axes, shares, edges, layer_positions(record["layers"]))
+        shares, edges = rebinned(arrays["histogram"])
+        _draw_heat_map(figure, axes, shares, edges, layer_positions(record.layers))
         limit_angles(axes, float(edges[0]), float(edges[-1]))
-        label_layers(axes, record["layers"])
-        first, last = record["layers"][0]["layer"], record["layers"][-1]["layer"]
+        label_layers(axes, record.layers)
+        first, last = record.layers[0].layer, record.layers[-1].layer
         label = f"Heat map: share of tokens per similarity, layers {first} to {last}."
         return as_svg(figure, "token-density", label)
 
 
-def _new_figure(record: Record, subject: str) -> tuple[Figure, Axes]:
+def _new_figure(record: ProfileRecord, subject: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
@@ -100,73 +92,22 @@ def _new_figure(record: Record, subject: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def angle(similarity: float) -> float:
-    """Return the angle of a similarity, in radians; the y axis is uniform in it."""
-    return math.acos(min(1.0, max(-1.0, similarity)))
+def _angles(rows: Iterable[LayerRow], name: str) -> list[float]:
+    return [angle(getattr(row, name)) for row in rows]
 
 
-def _angles(rows: Iterable[Record], name: str) -> list[float]:
-    return [angle(row[name]) for row in rows]
-
-
-def layer_positions(rows: Sequence[Record | Part]) -> list[float]:
-    """Return where each row stands on the x axis: layer l at l, the `+norm` row set apart."""
-    # Not a decoder layer. The gap grows with the axis: half a step of eighty is not to be seen.
-    gap = max(0.5, len(rows) / 40)
-    return [index + (gap if is_normed(row) else 0.0) for index, row in enumerate(rows, start=1)]
-
-
-def _angle_range(record: Record) -> tuple[float, float]:
+def _angle_range(record: ProfileRecord) -> tuple[float, float]:
     """Return the smallest and the largest angle that is drawn."""
-    angles = _angles(record["layers"], "max") + _angles(record["layers"], "min")
-    if record["structure"]["cutoff"] is not None:
-        angles.append(angle(record["structure"]["cutoff"]))
+    angles = _angles(record.layers, "max") + _angles(record.layers, "min")
+    if record.structure.cutoff is not None:
+        angles.append(angle(record.structure.cutoff))
     return min(angles), max(angles)
 
 
-def limit_angles(axes: Axes, low: float, high: float) -> None:
-    """Show the angles [low, high], similarity 1 at the top, with similarities as tick labels."""
-    # 0.05 rad is 0.1% of similarity near 1: equal values still get an axis, not a point.
-    margin = max(0.02 * (high - low), 0.05 - (high - low), 0.0)
-    low, high = max(0.0, low - margin), min(math.pi, high + margin)
-    ticks = _similarity_ticks(low, high)
-    axes.set_ylim(high, low - (0.015 * (high - low) if low == 0 else 0.0))
-    axes.set_yticks([angle(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
-
-
-def _similarity_ticks(low: float, high: float) -> list[float]:
-    """Return round similarities, the roundest first, as many as fit between two angles."""
-    chosen: list[float] = []
-    for per_unit in (1, 2, 10, 20, 100, 1000, 10_000):
-        few = len(chosen) < 6
-        for step in range(per_unit, -per_unit - 1, -1):
-            tick = step / per_unit
-            # Finer than a tenth only where the axis is short, or where the mass is: near 1.
-            wanted = per_unit <= 10 or few or (tick > 0.9 and per_unit <= 100)
-            apart = (abs(angle(tick) - angle(other)) for other in chosen)
-            fits = low <= angle(tick) <= high and all(gap > (high - low) / 18 for gap in apart)
-            if wanted and fits:
-                chosen.append(tick)
-    return sorted(chosen)
-
-
-def label_layers(axes: Axes, rows: Sequence[Record | Part]) -> None:
-    """Put layer names below the x axis, thinned out where there are too many to read."""
-    positions = layer_positions(rows)
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10_000) if len(positions) <= 36 * step)
-    ticks = [
-        (position, row["layer"].replace(NORM_SUFFIX, f"\n{NORM_SUFFIX}"))
-        for index, (position, row) in enumerate(zip(positions, rows, strict=True), 1)
-        if index % step == 0 or index == 1 or is_normed(row)
-    ]
-    axes.set_xticks([position for position, _ in ticks], [name for _, name in ticks], fontsize=8.5)
-    axes.set_xlim(positions[0] - 0.75, positions[-1] + 0.75)
-
-
-def _draw_stable_bands(axes: Axes, record: Record) -> None:
+def _draw_stable_bands(axes: Axes, record: ProfileRecord) -> None:
     position = _positions_by_name(record)
-    cutoff = record["structure"]["cutoff"]
-    for index, (first, last) in enumerate(record["structure"]["stable_bands"]):
+    cutoff = record.structure.cutoff
+    for index, (first, last) in enumerate(record.structure.stable_bands):
         left, right = position[first] - 0.5, position[last] + 0.5
         label = "stable band" if index == 0 else None
         axes.axvspan(left, right, color=LIGHT["stable"], linewidth=0, zorder=0, label=label)
@@ -192,55 +133,55 @@ def _draw_stable_bands(axes: Axes, record: Record) -> None:
         )
 
 
-def _positions_by_name(record: Record) -> dict[str, float]:
-    names = (row["layer"] for row in record["layers"])
-    return dict(zip(names, layer_positions(record["layers"]), strict=True))
+def _positions_by_name(record: ProfileRecord) -> dict[str, float]:
+    names = (row.layer for row in record.layers)
+    return dict(zip(names, layer_positions(record.layers), strict=True))
 
 
-def _draw_statistics(axes: Axes, record: Record) -> None:
+def _draw_statistics(axes: Axes, record: ProfileRecord) -> None:
     """Draw mean, p10-p90 and min-max; the `+norm` row is not joined to the line."""
     position = _positions_by_name(record)
-    rows = [row for row in record["layers"] if not is_normed(row)]
-    x = [position[row["layer"]] for row in rows]
+    rows = [row for row in record.layers if not is_normed(row)]
+    x = [position[row.layer] for row in rows]
     low, high = _angles(rows, "min"), _angles(rows, "max")
     axes.vlines(x, high, low, color=LIGHT["whisker"], linewidth=0.9, label="min to max")
     p10, p90 = _angles(rows, "p10"), _angles(rows, "p90")
     axes.fill_between(x, p10, p90, color=LIGHT["spread"], linewidth=0, label="p10 to p90")
     mean = _angles(rows, "mean")
     axes.plot(x, mean, color=LIGHT["mean"], linewidth=1.6, marker="o", markersize=3.5, label="mean")
-    for row in record["layers"]:
+    for row in record.layers:
         if is_normed(row):
-            _draw_normed(axes, row, position[row["layer"]])
+            _draw_normed(axes, row, position[row.layer])
 
 
-def _draw_normed(axes: Axes, row: Record, x: float) -> None:
-    axes.vlines(x, angle(row["max"]), angle(row["min"]), color=LIGHT["whisker"], linewidth=0.9)
-    axes.vlines(x, angle(row["p90"]), angle(row["p10"]), color=LIGHT["spread"], linewidth=7)
+def _draw_normed(axes: Axes, row: LayerRow, x: float) -> None:
+    axes.vlines(x, angle(row.max), angle(row.min), color=LIGHT["whisker"], linewidth=0.9)
+    axes.vlines(x, angle(row.p90), angle(row.p10), color=LIGHT["spread"], linewidth=7)
     axes.plot(
         [x],
-        [angle(row["mean"])],
+        [angle(row.mean)],
         color=LIGHT["mean"],
         markerfacecolor=LIGHT["paper"],
         markeredgewidth=1.6,
         marker="D",
         markersize=6,
         linestyle="none",
-        label=f"{row['layer']}: behind the final norm",
+        label=f"{row.layer}: behind the final norm",
     )
 
 
-def _draw_active_layers(axes: Axes, record: Record) -> None:
+def _draw_active_layers(axes: Axes, record: ProfileRecord) -> None:
     """Mark active layers by role, and name them where there is room."""
     position = _positions_by_name(record)
-    rows = {row["layer"]: row for row in record["layers"]}
+    rows = {row.layer: row for row in record.layers}
     annotated = len(roles_of(record)) <= _MAX_ANNOTATIONS
     for key, role in ROLES.items():
-        layers = record["structure"][key]
+        layers: list[str] = getattr(record.structure, key)
         decoder = [layer for layer in layers if not is_normed(rows[layer])]
         if decoder:
             axes.plot(
                 [position[layer] for layer in decoder],
-                [angle(rows[layer]["mean"]) for layer in decoder],
+                [angle(rows[layer].mean) for layer in decoder],
                 color=LIGHT["active"],
                 marker=_MARKERS[role],
                 markersize=7,
@@ -253,10 +194,10 @@ def _draw_active_layers(axes: Axes, record: Record) -> None:
             _annotate(axes, rows[layer], position[layer], to_left=to_left)
 
 
-def _annotate(axes: Axes, row: Record, x: float, *, to_left: bool) -> None:
+def _annotate(axes: Axes, row: LayerRow, x: float, *, to_left: bool) -> None:
     axes.annotate(
-        f"layer {row['layer']}\n{show(row['mean'])}",
-        (x, angle(row["mean"])),
+        f"layer {row.layer}\n{show(row.mean)}",
+        (x, angle(row.mean)),
         xytext=(-9 if to_left else 9, 0),
         textcoords="offset points",
         ha="right" if to_left else "left",
@@ -268,7 +209,7 @@ def _annotate(axes: Axes, row: Record, x: float, *, to_left: bool) -> None:
     )
 
 
-def _rebinned(histogram: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def rebinned(histogram: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Sum angle bins [L, bins] into at most `_HEAT_ROWS` display cells over the range in use.
 
     Returns:

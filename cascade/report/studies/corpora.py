@@ -1,18 +1,12 @@
-"""Corpora side by side, in words and tables: which layers move, and whether thresholds transfer."""
+"""The report of a comparison of corpora: layers that move, and thresholds that transfer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from cascade.core.schema import to_plain
 from cascade.report.common.exit_wording import between, corpus_words, few_pairs, share
-from cascade.report.common.records import (
-    NORM_SUFFIX,
-    Record,
-    check_record,
-    is_normed,
-    rule_sentence,
-    show,
-)
+from cascade.report.common.records import NORM_SUFFIX, is_normed, rule_sentence, show
 from cascade.report.common.sections import (
     Block,
     Lead,
@@ -23,18 +17,16 @@ from cascade.report.common.sections import (
     Table,
     table_of,
 )
+from cascade.report.common.words import listed
 from cascade.report.studies.corpora_figures import corpora_profiles_svg, corpora_thresholds_svg
-
-_SECTIONS = (
-    "provenance",
-    "settings",
-    "corpora",
-    "shared",
-    "layers",
-    "differences",
-    "special",
-    "thresholds",
+from cascade.studies.comparisons.corpus_records import (
+    CorpusComparison,
+    CorpusDifferences,
+    LayerDifference,
+    LayerVerdict,
+    ThresholdTransfer,
 )
+
 #: So many corpora fit side by side into 80 columns.
 _BESIDE = 4
 #: Beyond this many names of layers a sentence gives their number alone.
@@ -43,23 +35,19 @@ _MAX_NAMED = 8
 _MOST_TOKENS = 9_900_000
 
 
-def corpora_report(record: Record) -> Report:
+def corpora_report(record: CorpusComparison) -> Report:
     """Return the report of a comparison of corpora.
 
     Args:
-        record: A saved record of kind `corpus-comparison`.
-
-    Raises:
-        ValueError: The record is of another kind or schema, lacks a section, or holds NaN.
+        record: The comparison.
     """
-    check_record(record, "corpus-comparison", _SECTIONS)
-    model, count = record["provenance"]["model"], len(record["corpora"])
+    model, count = record.provenance.model, len(record.corpora)
     return Report(
         kicker="CASCADE corpora",
-        title=f"{count} corpora on {model['name']}",
+        title=f"{count} corpora on {model.name}",
         about=(
-            f"{model['num_layers']} decoder layers, {model['dtype']} on {model['device']}; exit "
-            f"layer {record['settings']['layer']}"
+            f"{model.num_layers} decoder layers, {model.dtype} on {model.device}; exit "
+            f"layer {record.settings.layer}"
         ),
         sections=(
             Section("", (Lead(_lead(record), "open"), Pairs(tuple(_corpora(record))))),
@@ -67,39 +55,34 @@ def corpora_report(record: Record) -> Report:
             Section("Special layers", tuple(_special(record))),
             Section("Whether thresholds transfer", tuple(_transfers(record))),
         ),
-        provenance=record["provenance"],
+        provenance=to_plain(record.provenance),
     )
 
 
-def _lead(record: Record) -> str:
-    margin, rows = record["settings"]["margin"], len(record["layers"])
+def _lead(record: CorpusComparison) -> str:
+    margin, rows = record.settings.margin, len(record.layers)
     moved = [
-        f"{len(pair['layers']['moves']) or 'none'} in {pair['corpus']}"
-        for pair in record["differences"]
+        f"{len(pair.layers['moves']) or 'none'} in {pair.corpus}" for pair in record.differences
     ]
-    counts = record["thresholds"]["counts"]
+    counts = record.thresholds.counts
     total = sum(counts.values())
     return (
         f"Of {rows} layer means, these move by more than {margin:g} against A: "
-        f"{_listed(moved)}. Of {total} thresholds taken from one corpus to another, "
+        f"{listed(moved)}. Of {total} thresholds taken from one corpus to another, "
         f"{counts['transfers'] or 'none'} transfer, {counts['does not'] or 'none'} do not"
         + (f", {counts['cannot tell']} cannot be told." if counts["cannot tell"] else ".")
     )
 
 
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _corpora(record: Record) -> Iterator[tuple[str, str]]:
-    for corpus in record["corpora"]:
-        spread = f", spread {corpus['spread']}" if corpus["spread"] else ""
-        yield corpus["label"], corpus_words(corpus) + spread
+def _corpora(record: CorpusComparison) -> Iterator[tuple[str, str]]:
+    for corpus in record.corpora:
+        spread = f", spread {corpus.spread}" if corpus.spread else ""
+        yield corpus.label, corpus_words(corpus) + spread
         yield from few_pairs(corpus)
-    for pair in record["shared"]:
+    for pair in record.shared:
         yield (
             "Beware",
-            f"{_listed(pair['corpora'])} have {pair['sequences']:,} sequences in common: they are "
+            f"{listed(pair.corpora)} have {pair.sequences:,} sequences in common: they are "
             "not independent, and their intervals too wide or too narrow",
         )
 
@@ -107,8 +90,8 @@ def _corpora(record: Record) -> Iterator[tuple[str, str]]:
 # --- Which layers move -----------------------------------------------------------------------
 
 
-def _moves(record: Record) -> Iterator[Block]:
-    margin, confidence = record["settings"]["margin"], record["settings"]["confidence"]
+def _moves(record: CorpusComparison) -> Iterator[Block]:
+    margin, confidence = record.settings.margin, record.settings.confidence
     sure = f"{100 * confidence:g} %"
     yield (
         "A layer moves where the interval of its difference lies wholly beyond the margin of "
@@ -117,7 +100,7 @@ def _moves(record: Record) -> Iterator[Block]:
         f"sequences are resampled; the intervals of a corpus's differences hold all at once with "
         f"{sure}."
     )
-    for pair in record["differences"]:
+    for pair in record.differences:
         yield _pair_words(record, pair)
     yield Picture(
         "corpora-profiles.svg",
@@ -127,69 +110,69 @@ def _moves(record: Record) -> Iterator[Block]:
         "axis is logarithmic outside it. Filled: the layer moves; open: it stays or cannot be "
         "told.",
     )
-    for start in range(0, len(record["corpora"]), _BESIDE):
-        yield _means(record, range(start, min(start + _BESIDE, len(record["corpora"]))))
-    for pair in record["differences"]:
+    for start in range(0, len(record.corpora), _BESIDE):
+        yield _means(record, range(start, min(start + _BESIDE, len(record.corpora))))
+    for pair in record.differences:
         table = _differences(record, pair)
         if table.rows:
             yield table
 
 
-def _pair_words(record: Record, pair: Record) -> str:
+def _pair_words(record: CorpusComparison, pair: CorpusDifferences) -> str:
     """Say which layers of one corpus move, how far, and what cannot be told."""
-    rows = {row["layer"]: row for row in pair["rows"]}
-    by = {
+    rows = {row.layer: row for row in pair.rows}
+    by: dict[LayerVerdict, list[str]] = {
         verdict: [f"{layer} ({rows[layer]['difference']:+.4f})" for layer in layers]
-        for verdict, layers in pair["layers"].items()
+        for verdict, layers in pair.layers.items()
     }
     count = len(by["moves"])
-    told = [
+    parts = [
         f"{count or 'none'} of {len(rows)} layer means {'moves' if count == 1 else 'move'}"
         + (f": {_few(by['moves'])}" if by["moves"] else ""),
         f"{len(by['stays']) or 'none'} stay{'s' * (len(by['stays']) == 1)}",
     ]
     if by["cannot tell"]:
-        told.append(f"{len(by['cannot tell'])} cannot be told: {_few(by['cannot tell'])}")
-    name = _name(record, pair["corpus"])
-    return f"{name} against {pair['against']}: {'; '.join(told)}.{_norm_words(rows)}"
+        parts.append(f"{len(by['cannot tell'])} cannot be told: {_few(by['cannot tell'])}")
+    name = _name(record, pair.corpus)
+    return f"{name} against {pair.against}: {'; '.join(parts)}.{_norm_words(rows)}"
 
 
 def _few(names: Sequence[str]) -> str:
     if len(names) <= _MAX_NAMED:
-        return _listed(names)
+        return listed(names)
     return f"{', '.join(names[:_MAX_NAMED])} and {len(names) - _MAX_NAMED} more"
 
 
-def _name(record: Record, label: str) -> str:
-    name = next(corpus["name"] for corpus in record["corpora"] if corpus["label"] == label)
+def _name(record: CorpusComparison, label: str) -> str:
+    name = next(corpus.name for corpus in record.corpora if corpus.label == label)
     return f"{label} ({name})"
 
 
-def _norm_words(rows: Record) -> str:
+def _norm_words(rows: dict[str, LayerDifference]) -> str:
     """Tell the last layer from the final norm behind it, where the two differ."""
     normed = next((row for row in rows.values() if is_normed(row)), None)
     if normed is None:
         return ""
-    last = rows[normed["layer"].removesuffix(NORM_SUFFIX)]
+    last = rows[normed.layer.removesuffix(NORM_SUFFIX)]
     return (
-        f" Layer {last['layer']} itself differs by {last['difference']:+.4f}; read behind the "
-        f"final norm (row {normed['layer']}) by {normed['difference']:+.4f}."
+        f" Layer {last.layer} itself differs by {last.difference:+.4f}; read behind the "
+        f"final norm (row {normed.layer}) by {normed.difference:+.4f}."
     )
 
 
-def _means(record: Record, numbers: range) -> Table:
-    labels = [record["corpora"][number]["label"] for number in numbers]
+def _means(record: CorpusComparison, numbers: range) -> Table:
+    labels = [record.corpora[number].label for number in numbers]
     rows = [
         [
-            row["layer"],
+            row.layer,
             *(
-                f"{show(row['means'][number]['mean'])} ±{_half(row['means'][number]['interval'])}"
+                f"{show(row.means[number].mean)} ±{_half(row.means[number].interval)}"
                 for number in numbers
             ),
         ]
-        for row in record["layers"]
+        for row in record.layers
     ]
-    sure = f"{100 * record['settings']['confidence']:g} %"
+    sure = f"{100 * record.settings.confidence:g} %"
     return table_of(f"Mean similarity, with {sure} intervals.", ["Layer", *labels], rows)
 
 
@@ -197,31 +180,31 @@ def _half(interval: Sequence[float]) -> str:
     return f"{(interval[1] - interval[0]) / 2:.4f}"
 
 
-def _differences(record: Record, pair: Record) -> Table:
+def _differences(record: CorpusComparison, pair: CorpusDifferences) -> Table:
     rows = [
         [
-            row["layer"],
-            f"{row['difference']:+.4f}",
-            f"±{_half(row['interval'])}",
-            row["verdict"],
-            _takes(row),
+            row.layer,
+            f"{row.difference:+.4f}",
+            f"±{_half(row.interval)}",
+            row.verdict,
+            _tokens_needed(row),
         ]
-        for row in pair["rows"]
-        if row["verdict"] != "stays"
+        for row in pair.rows
+        if row.verdict != "stays"
     ]
-    name = f"{pair['corpus']} - {pair['against']}"
+    name = f"{pair.corpus} - {pair.against}"
     return table_of(
-        f"{name}: the layers that do not stay within {record['settings']['margin']:g}.",
+        f"{name}: the layers that do not stay within {record.settings.margin:g}.",
         ["Layer", name, "", "verdict", "takes tokens"],
         rows,
         text_columns=2,
-        active=pair["layers"]["moves"],
+        active=pair.layers["moves"],
     )
 
 
-def _takes(row: Record) -> str:
+def _tokens_needed(row: LayerDifference | ThresholdTransfer) -> str:
     """Return the tokens that would decide what cannot be told, where any number would."""
-    needed = row["tokens_needed"]
+    needed = row.tokens_needed
     if needed is None:
         return ""
     if needed > _MOST_TOKENS:
@@ -234,54 +217,58 @@ def _takes(row: Record) -> str:
 # --- Special layers --------------------------------------------------------------------------
 
 
-def _special(record: Record) -> Iterator[Block]:
+def _special(record: CorpusComparison) -> Iterator[Block]:
     yield _special_words(record)
     header = ["", "input transform", "dips", "output transform", "stable bands", "exit layer"]
     rows = [
         [
-            corpus["label"],
+            corpus.label,
             *(
-                ", ".join(corpus["structure"][role]) or "none"
-                for role in ("input_transform", "dips", "output_transform")
+                ", ".join(layers) or "none"
+                for layers in (
+                    corpus.structure.input_transform,
+                    corpus.structure.dips,
+                    corpus.structure.output_transform,
+                )
             ),
             ", ".join(
                 first if first == last else f"{first}-{last}"
-                for first, last in corpus["structure"]["stable_bands"]
+                for first, last in corpus.structure.stable_bands
             )
             or "none",
-            str(corpus["suggested_exit_layer"]),
+            str(corpus.suggested_exit_layer),
         ]
-        for corpus in record["corpora"]
+        for corpus in record.corpora
     ]
     yield table_of("Found by rule in each corpus.", header, rows, text_columns=5)
 
 
-def _special_words(record: Record) -> str:
-    special = record["special"]
-    if special["same"]:
+def _special_words(record: CorpusComparison) -> str:
+    special = record.special
+    if special.same:
         return "The same layers are special in every corpus."
-    if not special["differ"]:
+    if not special.differ:
         return "The same layers are special in every corpus, but not in the same role."
-    told = []
-    for row in special["differ"]:
-        shares = ", ".join(f"{label} {share(value)}" for label, value in row["shares"].items())
-        how = "surely" if row["sure"] else "not surely"
-        told.append(
-            f"Layer {row['layer']} is special in {_listed(row['special_in'])} alone, {how} so "
+    parts = []
+    for row in special.differ:
+        shares = ", ".join(f"{label} {share(value)}" for label, value in row.shares.items())
+        how = "surely" if row.sure else "not surely"
+        parts.append(
+            f"Layer {row.layer} is special in {listed(row.special_in)} alone, {how} so "
             f"(share of resamples in which it is: {shares})."
         )
-    return " ".join(told)
+    return " ".join(parts)
 
 
 # --- Whether thresholds transfer -------------------------------------------------------------
 
 
-def _transfers(record: Record) -> Iterator[Block]:
-    settings = record["settings"]
-    yield rule_sentence(str(settings["layer"]))
+def _transfers(record: CorpusComparison) -> Iterator[Block]:
+    settings = record.settings
+    yield rule_sentence(str(settings.layer))
     yield (
         "A threshold is fitted on one corpus and realizes a hard ratio on another. It transfers "
-        f"where the 95 % interval of that ratio lies within {settings['tolerance']:g} of the "
+        f"where the 95 % interval of that ratio lies within {settings.tolerance:g} of the "
         "wanted one, does not where it lies wholly beyond, and cannot be told otherwise (then with "
         "the tokens of that corpus that it would take)."
     )
@@ -294,15 +281,15 @@ def _transfers(record: Record) -> Iterator[Block]:
     )
     rows = [
         [
-            f"{row['from']} to {row['to']}",
-            share(row["hard_ratio"]),
-            f"{row['threshold']:.4f}",
-            share(row["realized"]),
-            between(row["interval"], share, " to "),
-            row["verdict"],
-            _takes(row),
+            f"{row.fitted_on} to {row.applied_to}",
+            share(row.hard_ratio),
+            f"{row.threshold:.4f}",
+            share(row.realized),
+            between(row.interval, share, " to "),
+            row.verdict,
+            _tokens_needed(row),
         ]
-        for row in record["thresholds"]["rows"]
+        for row in record.thresholds.rows
     ]
     header = [
         "threshold of",

@@ -1,21 +1,26 @@
-"""Corpora side by side as SVG: their profiles and how far they differ, and what thresholds do."""
+"""Figures of a comparison of corpora: profiles, their differences, transferred thresholds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cascade.report.common.records import Record, is_normed
+from cascade.report.common.axes import angle, label_layers, layer_positions, limit_angles
+from cascade.report.common.records import is_normed
 from cascade.report.common.svg import LIGHT, as_svg, plain_style
-from cascade.report.saturation.figures import angle, label_layers, layer_positions, limit_angles
+from cascade.studies.comparisons.corpus_records import (
+    ComparedCorpus,
+    CorpusComparison,
+    ThresholdTransfer,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: Colour and marker of each corpus, in order: both tell them apart.
-_LOOKS = (
+_STYLES = (
     ("rule1", "o"),
     ("rule3", "s"),
     ("rule5", "^"),
@@ -33,20 +38,20 @@ _MAX_NAME = 40
 _PANELS_PER_ROW = 3
 
 
-def looks_of(record: Record) -> dict[str, tuple[str, str]]:
+def styles_of(record: CorpusComparison) -> dict[str, tuple[str, str]]:
     """Return every corpus's colour and marker, by its label."""
-    labels = [corpus["label"] for corpus in record["corpora"]]
+    labels = [corpus.label for corpus in record.corpora]
     return {
         label: (LIGHT[colour], marker)
-        for label, (colour, marker) in zip(labels, _LOOKS, strict=False)
+        for label, (colour, marker) in zip(labels, _STYLES, strict=False)
     }
 
 
-def corpora_profiles_svg(record: Record) -> str:
+def corpora_profiles_svg(record: CorpusComparison) -> str:
     """Draw the corpora's means, layer by layer, and below it their differences to the first.
 
     Args:
-        record: A saved record of kind `corpus-comparison`.
+        record: The comparison.
 
     Returns:
         One `<svg>` element, the same bytes for the same record.
@@ -60,21 +65,21 @@ def corpora_profiles_svg(record: Record) -> str:
             axes.grid(axis="y", linewidth=0.8)
         _draw_means(upper, record)
         _draw_differences(lower, record)
-        label_layers(lower, record["layers"])
+        label_layers(lower, record.layers)
         upper.set_ylabel("mean similarity\n(axis uniform in angle)")
-        lower.set_ylabel(f"difference to {record['corpora'][0]['label']}")
+        lower.set_ylabel(f"difference to {record.corpora[0].label}")
         lower.set_xlabel("decoder layer")
         _draw_legend(figure, (upper, lower))
         label = (
             "Two charts: mean similarity per layer in "
-            f"{', '.join(_named(corpus) for corpus in record['corpora'])}, and the differences to "
+            f"{', '.join(_named(corpus) for corpus in record.corpora)}, and the differences to "
             "the first."
         )
         return as_svg(figure, "corpora-profiles", label)
 
 
 def _draw_legend(figure: Figure, panels: Iterable[Axes]) -> None:
-    """Name every look once, in the order of the names: A before B."""
+    """Name every style once, in the order of the names: A before B."""
     handles = {
         label: handle
         for axes in panels
@@ -88,39 +93,39 @@ def _draw_legend(figure: Figure, panels: Iterable[Axes]) -> None:
         text.set_parse_math(False)  # a "$" in a name would start a formula
 
 
-def _named(corpus: Record) -> str:
+def _named(corpus: ComparedCorpus) -> str:
     """Return `A: name`, in characters that every font has."""
-    name = str(corpus["name"])
+    name = str(corpus.name)
     short = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 3]}..."
-    return f"{corpus['label']}: {short}".encode("ascii", "replace").decode()
+    return f"{corpus.label}: {short}".encode("ascii", "replace").decode()
 
 
-def _aside(number: int, count: int, width: float = _DODGE) -> float:
-    """Return how far aside of its layer's place a corpus is drawn: none covers another."""
+def _offset(number: int, count: int, width: float = _DODGE) -> float:
+    """Return how far from its layer's place a corpus is drawn, so that none covers another."""
     return width * ((number + 0.5) / count - 0.5)
 
 
-def _draw_means(axes: Axes, record: Record) -> None:
+def _draw_means(axes: Axes, record: CorpusComparison) -> None:
     """Draw every corpus's means with intervals; the row behind the final norm stands apart."""
-    rows, looks = record["layers"], looks_of(record)
+    rows, styles = record.layers, styles_of(record)
     places = layer_positions(rows)
     drawn = []
-    for number, corpus in enumerate(record["corpora"]):
-        colour, marker = looks[corpus["label"]]
-        # Hardly aside: lines that are drawn apart look as if the means were.
-        aside = _aside(number, len(looks), _DODGE / 3)
-        means = [row["means"][number] for row in rows]
-        drawn += [end for mean in means for end in mean["interval"]]
+    for number, corpus in enumerate(record.corpora):
+        colour, marker = styles[corpus.label]
+        # Hardly any offset: lines that are drawn apart look as if the means were.
+        offset = _offset(number, len(styles), _DODGE / 3)
+        means = [row.means[number] for row in rows]
+        drawn += [end for mean in means for end in mean.interval]
         axes.vlines(
-            [place + aside for place in places],
-            [angle(mean["interval"][1]) for mean in means],
-            [angle(mean["interval"][0]) for mean in means],
+            [place + offset for place in places],
+            [angle(mean.interval[1]) for mean in means],
+            [angle(mean.interval[0]) for mean in means],
             color=colour,
             linewidth=1.4,
         )
         for normed in (False, True):
             some = [
-                (place + aside, angle(mean["mean"]))
+                (place + offset, angle(mean.mean))
                 for place, mean, row in zip(places, means, rows, strict=True)
                 if is_normed(row) is normed
             ]
@@ -137,30 +142,31 @@ def _draw_means(axes: Axes, record: Record) -> None:
     limit_angles(axes, angle(max(drawn)), angle(min(drawn)))
 
 
-def _draw_differences(axes: Axes, record: Record) -> None:
+def _draw_differences(axes: Axes, record: CorpusComparison) -> None:
     """Draw every other corpus's differences to the first, filled where the layer moves."""
-    margin, looks = record["settings"]["margin"], looks_of(record)
-    places = layer_positions(record["layers"])
+    margin, styles = record.settings.margin, styles_of(record)
+    places = layer_positions(record.layers)
     axes.axhspan(
         -margin, margin, color=LIGHT["stable"], linewidth=0, zorder=0, label=f"margin: {margin:g}"
     )
     axes.axhline(0, color=LIGHT["muted"], linewidth=0.8)
     ends = [margin]
-    for number, pair in enumerate(record["differences"]):
-        colour, marker = looks[pair["corpus"]]
-        aside = _aside(number, len(record["differences"]))
-        for place, row in zip(places, pair["rows"], strict=True):
-            axes.vlines(place + aside, *row["interval"], color=colour, linewidth=1.4)
+    for number, pair in enumerate(record.differences):
+        colour, marker = styles[pair.corpus]
+        offset = _offset(number, len(record.differences))
+        for place, row in zip(places, pair.rows, strict=True):
+            low, high = row.interval
+            axes.vlines(place + offset, low, high, color=colour, linewidth=1.4)
             axes.plot(
-                place + aside,
-                row["difference"],
+                place + offset,
+                row.difference,
                 color=colour,
                 marker=marker,
                 markersize=5.5,
-                markerfacecolor=colour if row["verdict"] == "moves" else LIGHT["paper"],
+                markerfacecolor=colour if row.verdict == "moves" else LIGHT["paper"],
                 linestyle="none",
             )
-            ends += map(abs, row["interval"])
+            ends += map(abs, row.interval)
     _scale_differences(axes, margin, max(ends))
 
 
@@ -181,11 +187,11 @@ def _scale_differences(axes: Axes, margin: float, most: float) -> None:
 # --- Thresholds ------------------------------------------------------------------------------
 
 
-def corpora_thresholds_svg(record: Record) -> str:
+def corpora_thresholds_svg(record: CorpusComparison) -> str:
     """Draw, for every corpus, the hard ratio that the others' thresholds realize on it.
 
     Args:
-        record: A saved record of kind `corpus-comparison`.
+        record: The comparison.
 
     Returns:
         One `<svg>` element, the same bytes for the same record.
@@ -193,7 +199,7 @@ def corpora_thresholds_svg(record: Record) -> str:
     with plain_style():
         from matplotlib.figure import Figure
 
-        corpora = record["corpora"]
+        corpora = record.corpora
         columns = min(_PANELS_PER_ROW, len(corpora))
         lines = math.ceil(len(corpora) / columns)
         figure = Figure(figsize=(10, 1.0 + 3.2 * lines), layout="constrained")
@@ -211,8 +217,8 @@ def corpora_thresholds_svg(record: Record) -> str:
 
 
 def _panels(
-    grid: Iterable[Iterable[Axes]], corpora: Sequence[Record]
-) -> Iterator[tuple[Axes, Record]]:
+    grid: Iterable[Iterable[Axes]], corpora: Sequence[ComparedCorpus]
+) -> Iterator[tuple[Axes, ComparedCorpus]]:
     """Yield a panel for every corpus; those that are left over are taken away."""
     flat = [axes for line in grid for axes in line]
     yield from zip(flat, corpora, strict=False)
@@ -220,46 +226,48 @@ def _panels(
         axes.remove()
 
 
-def _draw_transfers(axes: Axes, record: Record, corpus: Mapping[str, Any]) -> None:
+def _draw_transfers(axes: Axes, record: CorpusComparison, corpus: ComparedCorpus) -> None:
     """Draw how far off other corpora's thresholds are on one, filled where they do not transfer."""
-    settings, looks = record["settings"], looks_of(record)
+    settings, styles = record.settings, styles_of(record)
     axes.set_title(f"on {_named(corpus)}", loc="left", fontsize=10, parse_math=False)
     axes.set_xlabel("wanted hard ratio")
     axes.grid(axis="y", linewidth=0.8)
-    within = 100 * settings["tolerance"]
+    within = 100 * settings.tolerance
     label = f"tolerance: {within:g} points"
     axes.axhspan(-within, within, color=LIGHT["stable"], linewidth=0, zorder=0, label=label)
     axes.axhline(0, color=LIGHT["muted"], linewidth=0.8)
-    others = [other for other in record["corpora"] if other["label"] != corpus["label"]]
+    others = [other for other in record.corpora if other.label != corpus.label]
     for number, other in enumerate(others):
-        colour, marker = looks[other["label"]]
-        look: dict[str, Any] = {
+        colour, marker = styles[other.label]
+        style: dict[str, Any] = {
             "color": colour,
             "marker": marker,
             "markersize": 5.5,
             "linestyle": "none",
         }
         label = f"thresholds of {_named(other)}"
-        axes.plot([], [], markerfacecolor=LIGHT["paper"], label=label, **look)
+        axes.plot([], [], markerfacecolor=LIGHT["paper"], label=label, **style)
         for place, row in enumerate(_rows_between(record, other, corpus)):
-            x = place + _aside(number, len(others))
-            ends = [100 * end for end in row["off_interval"]]
-            axes.vlines(x, *ends, color=colour, linewidth=1.4)
+            x = place + _offset(number, len(others))
+            low, high = (100 * end for end in row.off_interval)
+            axes.vlines(x, low, high, color=colour, linewidth=1.4)
             axes.plot(
                 x,
-                100 * row["off"],
-                markerfacecolor=colour if row["verdict"] == "does not" else LIGHT["paper"],
-                **look,
+                100 * row.off,
+                markerfacecolor=colour if row.verdict == "does not" else LIGHT["paper"],
+                **style,
             )
-    ratios = settings["hard_ratios"]
+    ratios = settings.hard_ratios
     axes.set_xticks(range(len(ratios)), [f"{100 * ratio:g} %" for ratio in ratios])
     axes.set_xlim(-0.6, len(ratios) - 0.4)
 
 
-def _rows_between(record: Record, one: Record, other: Record) -> list[Record]:
-    """Return what the thresholds of one corpus do on another, by hard ratio as they were asked."""
+def _rows_between(
+    record: CorpusComparison, one: ComparedCorpus, other: ComparedCorpus
+) -> list[ThresholdTransfer]:
+    """Return what the thresholds of one corpus do on another, in the order of the hard ratios."""
     return [
         row
-        for row in record["thresholds"]["rows"]
-        if (row["from"], row["to"]) == (one["label"], other["label"])
+        for row in record.thresholds.rows
+        if (row.fitted_on, row.applied_to) == (one.label, other.label)
     ]

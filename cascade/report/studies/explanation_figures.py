@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cascade.report.common.records import Record
+from cascade.core.schema import known
+from cascade.report.common.axes import angle, limit_angles
 from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
-from cascade.report.saturation.figures import angle, limit_angles
+from cascade.report.studies.explanation_wording import (
+    ablation_words,
+    cause_words,
+    closing_causes,
+)
+from cascade.studies.explanations.records import GroupSimilarity, LayerExplanation, TokenGroup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +28,7 @@ _VERDICTS = {
 
 
 def _figure(
-    record: Record, subject: str, *, height: float, panels: int = 1
+    record: LayerExplanation, subject: str, *, height: float, panels: int = 1
 ) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
@@ -32,34 +38,32 @@ def _figure(
     return figure, axes
 
 
-def _names(record: Record) -> tuple[str, str]:
-    settings = record["settings"]
-    return f"layer {settings['layer']}", f"layer {settings['contrast']}"
+def _names(record: LayerExplanation) -> tuple[str, str]:
+    return f"layer {record.settings.layer}", f"layer {record.settings.contrast}"
 
 
-def causes_svg(record: Record, words: Callable[[Record], str]) -> str:
+def causes_svg(record: LayerExplanation) -> str:
     """Draw which share of the gap goes with each cause, with its interval.
 
     Args:
-        record: A saved record of kind `explanation`.
-        words: What a cause is called.
+        record: The explanation.
     """
-    rows = [row for row in record["causes"] if row.get("closed") is not None][::-1]
+    causes = closing_causes(record)[::-1]
     layer, contrast = _names(record)
     with plain_style():
         figure, (axes,) = _figure(
-            record, f"{layer} against {contrast}", height=1.6 + 0.34 * len(rows)
+            record, f"{layer} against {contrast}", height=1.6 + 0.34 * len(causes)
         )
-        for place, row in enumerate(rows):
-            colour = _VERDICTS[row["verdict"]]
-            axes.barh(place, 100 * row["closed"], color=colour, height=0.6)
-            axes.plot(
-                [100 * end for end in row["interval"]], [place] * 2, color=LIGHT["ink"], linewidth=1
-            )
-        threshold = 100 * record["settings"]["carries"]
+        for place, cause in enumerate(causes):
+            colour = _VERDICTS[cause.row.verdict]
+            axes.barh(place, 100 * cause.closed, color=colour, height=0.6)
+            ends = [100 * end for end in cause.interval]
+            axes.plot(ends, [place] * 2, color=LIGHT["ink"], linewidth=1)
+        threshold = 100 * record.settings.carries
         axes.axvline(threshold, color=LIGHT["muted"], linestyle=(0, (4, 3)), linewidth=1)
         axes.axvline(0, color=LIGHT["muted"], linewidth=0.8)
-        axes.set_yticks(range(len(rows)), [words(row) for row in rows], parse_math=False)
+        names = [cause_words(record, cause.row) for cause in causes]
+        axes.set_yticks(range(len(names)), names, parse_math=False)
         axes.set_xlabel(f"share of the gap that goes with it, % (dashed: {threshold:g} % carries)")
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
@@ -69,47 +73,63 @@ def causes_svg(record: Record, words: Callable[[Record], str]) -> str:
         return as_svg(figure, "explanation-causes", label)
 
 
-def depth_svg(record: Record) -> str:
+def depth_svg(record: LayerExplanation) -> str:
     """Draw the stream over depth: its norm, what attention and MLP add, attention to sinks.
 
     Args:
-        record: A saved record of kind `explanation`.
+        record: The explanation.
     """
-    entries, layers = record["entries"], record["layers"]
-    sinks = [row for row in layers if row.get("first_token_attention") is not None]
+    with_sinks = any(known(row.first_token_attention) is not None for row in record.layers)
     with plain_style():
         figure, axes = _figure(
-            record, "the stream over depth", height=8.4 if sinks else 5.8, panels=3 if sinks else 2
+            record,
+            "the stream over depth",
+            height=8.4 if with_sinks else 5.8,
+            panels=3 if with_sinks else 2,
         )
-        numbers = [entry["entry"] for entry in entries]
-        _line(axes[0], numbers, [row["norm"] for row in entries], "median token", "mean")
-        _line(axes[0], numbers, [row["first_norm"] for row in entries], "first token", "rule4")
-        _line(axes[0], numbers, [row["largest"] for row in entries], "largest activation", "rule6")
-        axes[0].set_yscale("log")
-        axes[0].set_ylabel("norm of the stream")
-        places = [int(row["layer"]) for row in layers]
-        for name, label, colour in (
-            ("attention_ratio", "attention's part", "active"),
-            ("mlp_ratio", "MLP's part", "rule2"),
-        ):
-            _line(axes[1], places, [row[name] for row in layers], label, colour)
-        axes[1].set_yscale("log")
-        axes[1].set_ylabel("norm over the stream's")
-        if sinks:
-            places = [int(row["layer"]) for row in sinks]
-            for name, label, colour in (
-                ("first_token_attention", "to the first token", "rule4"),
-                ("delimiter_attention", "to delimiters", "rule5"),
-            ):
-                _line(axes[2], places, [row[name] for row in sinks], label, colour)
-            axes[2].set_ylim(0, 1)
-            axes[2].set_ylabel("share of the attention")
+        _draw_norms(axes[0], record)
+        _draw_updates(axes[1], record)
+        if with_sinks:
+            _draw_sinks(axes[2], record)
         for panel in axes:
             _mark(panel, record)
             panel.grid(axis="y")
             panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         axes[-1].set_xlabel("decoder layer (0: the embeddings)")
         return as_svg(figure, "explanation-depth", "Line charts over depth: norms and attention.")
+
+
+def _draw_norms(axes: Axes, record: LayerExplanation) -> None:
+    entries = record.entries
+    numbers = [entry.entry for entry in entries]
+    _line(axes, numbers, [row.norm for row in entries], "median token", "mean")
+    _line(axes, numbers, [row.first_norm for row in entries], "first token", "rule4")
+    _line(axes, numbers, [row.largest for row in entries], "largest activation", "rule6")
+    axes.set_yscale("log")
+    axes.set_ylabel("norm of the stream")
+
+
+def _draw_updates(axes: Axes, record: LayerExplanation) -> None:
+    layers = record.layers
+    places = [int(row.layer) for row in layers]
+    _line(axes, places, [row.attention_ratio for row in layers], "attention's part", "active")
+    _line(axes, places, [row.mlp_ratio for row in layers], "MLP's part", "rule2")
+    axes.set_yscale("log")
+    axes.set_ylabel("norm over the stream's")
+
+
+def _draw_sinks(axes: Axes, record: LayerExplanation) -> None:
+    sinks = [
+        (int(row.layer), first, delimiters)
+        for row in record.layers
+        if (first := known(row.first_token_attention)) is not None
+        and (delimiters := known(row.delimiter_attention)) is not None
+    ]
+    places = [place for place, _, _ in sinks]
+    _line(axes, places, [first for _, first, _ in sinks], "to the first token", "rule4")
+    _line(axes, places, [delimiters for _, _, delimiters in sinks], "to delimiters", "rule5")
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("share of the attention")
 
 
 def _line(
@@ -120,18 +140,18 @@ def _line(
     )
 
 
-def _mark(axes: Axes, record: Record) -> None:
+def _mark(axes: Axes, record: LayerExplanation) -> None:
     """Mark the layer that is explained and its neighbour."""
-    for number, colour in (("layer", "active"), ("contrast", "mean")):
-        place = int(record["settings"][number])
+    settings = record.settings
+    for place, colour in ((int(settings.layer), "active"), (int(settings.contrast), "mean")):
         axes.axvspan(place - 0.4, place + 0.4, color=LIGHT[colour], alpha=0.13, linewidth=0)
 
 
-def tokens_svg(record: Record) -> str:
+def tokens_svg(record: LayerExplanation) -> str:
     """Draw the similarity of both layers by token class and by position.
 
     Args:
-        record: A saved record of kind `explanation`; classes without a token are not in it.
+        record: The explanation; classes without a token are not in it.
     """
     from matplotlib.figure import Figure
 
@@ -141,27 +161,14 @@ def tokens_svg(record: Record) -> str:
         left, right = figure.subplots(1, 2, sharey=True)
         title = title_of(record, "by token class and position")
         left.set_title(title, loc="left", pad=14, fontsize=11, parse_math=False)
-        angles = []
-        for axes, rows in ((left, record["classes"]), (right, record["positions"])):
-            for key, name, colour, shift in (
-                ("contrast", contrast, _CONTRAST, -0.1),
-                ("layer", layer, _LAYER, 0.1),
+        angles: list[float] = []
+        for axes, groups in ((left, record.classes), (right, record.positions)):
+            for shift, colour, name, sides in (
+                (-0.1, _CONTRAST, contrast, [group.contrast for group in groups]),
+                (0.1, _LAYER, layer, [group.layer for group in groups]),
             ):
-                places = [place + shift for place in range(len(rows))]
-                values = [angle(row[key]["similarity"]) for row in rows]
-                angles += values
-                axes.plot(places, values, "o", color=colour, markersize=4.5, label=name)
-                for place, row in zip(places, rows, strict=True):
-                    between = row[key]["interval"]
-                    if between is not None:
-                        ends = [angle(end) for end in between]
-                        angles += ends
-                        axes.plot([place] * 2, ends, color=colour, linewidth=1.4)
-            names = [f"{row['name']}\n{row['tokens']:,}" for row in rows]
-            axes.set_xticks(
-                range(len(rows)), names, rotation=40, ha="right", fontsize=8, parse_math=False
-            )
-            axes.grid(axis="y")
+                angles += _draw_groups(axes, sides, shift, colour, name)
+            _name_groups(axes, groups)
         limit_angles(left, min(angles), max(angles))
         left.set_ylabel("similarity (axis uniform in angle)")
         left.set_xlabel("token class, and its tokens")
@@ -171,45 +178,66 @@ def tokens_svg(record: Record) -> str:
         return as_svg(figure, "explanation-tokens", label)
 
 
-def ablations_svg(record: Record, words: Callable[[Record], str]) -> str:
+def _draw_groups(
+    axes: Axes, sides: Sequence[GroupSimilarity], shift: float, colour: str, name: str
+) -> list[float]:
+    """Draw one layer's similarity in each group; return the angles that are drawn."""
+    places = [place + shift for place in range(len(sides))]
+    angles = [angle(side.similarity) for side in sides]
+    axes.plot(places, angles, "o", color=colour, markersize=4.5, label=name)
+    drawn = list(angles)
+    for place, side in zip(places, sides, strict=True):
+        if side.interval is not None:
+            ends = [angle(end) for end in side.interval]
+            drawn += ends
+            axes.plot([place] * 2, ends, color=colour, linewidth=1.4)
+    return drawn
+
+
+def _name_groups(axes: Axes, groups: Sequence[TokenGroup]) -> None:
+    names = [f"{group.name}\n{group.tokens:,}" for group in groups]
+    axes.set_xticks(
+        range(len(groups)), names, rotation=40, ha="right", fontsize=8, parse_math=False
+    )
+    axes.grid(axis="y")
+
+
+def ablations_svg(record: LayerExplanation) -> str:
     """Draw the perplexity of every ablation of both layers.
 
     Args:
-        record: A saved record of kind `explanation`.
-        words: What an ablation is called.
+        record: The explanation.
     """
     layer, contrast = _names(record)
-    names = list(dict.fromkeys(row["ablation"] for row in record["ablations"]))[::-1]
-    by = {(row["layer"], row["ablation"]): row for row in record["ablations"]}
+    words = {row.ablation: ablation_words(row) for row in record.ablations}
+    names = list(words)[::-1]
+    by = {(row.layer, row.ablation): row for row in record.ablations}
     with plain_style():
         figure, (axes,) = _figure(
             record, "perplexity without a part", height=1.9 + 0.42 * len(names)
         )
         for number, label, colour, shift in (
-            ("layer", layer, _LAYER, 0.13),
-            ("contrast", contrast, _CONTRAST, -0.13),
+            (record.settings.layer, layer, _LAYER, 0.13),
+            (record.settings.contrast, contrast, _CONTRAST, -0.13),
         ):
-            labelled = False
-            for place, name in enumerate(names):
-                row = by.get((record["settings"][number], name))
-                if row is None:
-                    continue
-                where = place + shift
-                axes.plot(row["interval"], [where] * 2, color=colour, linewidth=1.6)
+            rows = [
+                (place + shift, row)
+                for place, name in enumerate(names)
+                if (row := by.get((number, name))) is not None
+            ]
+            for order, (place, row) in enumerate(rows):
+                axes.plot(row.interval, [place] * 2, color=colour, linewidth=1.6)
                 axes.plot(
-                    row["perplexity_ratio"],
-                    where,
+                    row.perplexity_ratio,
+                    place,
                     "o",
                     color=colour,
                     markersize=5,
-                    label=None if labelled else label,
+                    label=None if order else label,
                 )
-                labelled = True
         axes.axvline(1, color=LIGHT["muted"], linewidth=0.8)
-        axes.set_yticks(
-            range(len(names)), [words({"ablation": name}) for name in names], parse_math=False
-        )
-        largest = max(row["perplexity_ratio"] for row in record["ablations"])
+        axes.set_yticks(range(len(names)), [words[name] for name in names], parse_math=False)
+        largest = max(row.perplexity_ratio for row in record.ablations)
         if largest > 5:
             axes.set_xscale("log")
         axes.set_xlabel("perplexity, relative to the model as it is")

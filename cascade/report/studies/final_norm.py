@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cascade.report.common.records import Record, check_record
-from cascade.report.common.sections import Lead, Picture, Report, Section, Table, table_of
+from cascade.core.schema import known, to_plain
+from cascade.report.common.sections import Block, Lead, Picture, Report, Section, Table, table_of
 from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
-
-_SECTIONS = ("provenance", "settings", "norm", "weights", "similarities", "dimensions", "levelled")
+from cascade.report.common.words import whole_percent
+from cascade.studies.explanations.records import FinalNormExplanation, LevelledWeights
 
 #: The pictures that the report may have.
 PICTURES = ("final-norm.svg",)
@@ -22,107 +22,97 @@ _WORDS = {
 }
 
 
-def final_norm_report(record: Record) -> Report:
+def final_norm_report(record: FinalNormExplanation) -> Report:
     """Return the report of a final norm.
 
     Args:
-        record: A saved record of kind `final-norm`.
-
-    Raises:
-        ValueError: The record is of another kind or schema, or lacks a section.
+        record: The explanation.
     """
-    check_record(record, "final-norm", _SECTIONS)
-    settings = record["settings"]
-    model, corpus = record["provenance"]["model"], record["provenance"]["corpus"]
-    layer = settings["layer"]
+    settings = record.settings
+    model, corpus = record.provenance.model, record.provenance.corpus
+    layer = settings.layer
     return Report(
         kicker="CASCADE final norm",
-        title=f"Layer {layer} of {model.get('name') or model['family']} behind its final norm",
+        title=f"Layer {layer} of {known(model.name) or model.family} behind its final norm",
         about=(
-            f"{corpus['name']}: {settings['sequences']:,} sequences x {corpus['seq_len']:,} tokens "
-            f"measured, {settings['pilot_sequences']:,} others to order the weights; "
-            f"{model['dtype']} on {model['device']}"
+            f"{corpus.name}: {settings.sequences:,} sequences x {corpus.seq_len:,} tokens "
+            f"measured, {settings.pilot_sequences:,} others to order the weights; "
+            f"{model.dtype} on {model.device}"
         ),
         sections=(
             Section("", (Lead(_verdict(record), "pass"),)),
             Section("Similarity of the last layer", (_similarities(record),)),
             Section("By which weights", _weights(record)),
         ),
-        provenance=record["provenance"],
+        provenance=to_plain(record.provenance),
     )
 
 
-def _means(record: Record) -> dict[str, float]:
-    return {row["between"]: row["mean"] for row in record["similarities"]}
+def _means(record: FinalNormExplanation) -> dict[str, float]:
+    return {row.between: row.mean for row in record.similarities}
 
 
-def _verdict(record: Record) -> str:
-    means, layer = _means(record), record["settings"]["layer"]
+def _verdict(record: FinalNormExplanation) -> str:
+    means, layer = _means(record), record.settings.layer
     text = (
         f"Layer {layer}'s similarity is {means['residual']:.3f} on the residual stream and "
         f"{means['behind']:.3f} where only its output is taken behind the final norm; behind the "
         f"norm on both sides it is {means['both_behind']:.3f}."
     )
-    enough = _enough(record)
+    enough, explained = _enough(record)
     if enough is None:
         return f"{text} No few weights explain the difference."
-    dims = [row["dimension"] for row in record["dimensions"][: enough["weights"]]]
-    if enough["weights"] == 1:
-        first = record["dimensions"][0]
-        sign = ", which is negative," if first["weight"] < 0 else ""
-        which = f"A single weight, {first['weight']:.2f} in dimension {first['dimension']}{sign}"
+    dims = [row.dimension for row in record.dimensions[: enough.weights]]
+    if enough.weights == 1:
+        first = record.dimensions[0]
+        sign = ", which is negative," if first.weight < 0 else ""
+        which = f"A single weight, {first.weight:.2f} in dimension {first.dimension}{sign}"
         verb, them = "explains", "it"
     elif len(dims) <= 5:
         which = f"The weights of the dimensions {', '.join(map(str, dims))}"
         verb, them = "explain", "them"
     else:
-        which, verb, them = f"{enough['weights']} weights", "explain", "them"
+        which, verb, them = f"{enough.weights} weights", "explain", "them"
     return (
-        f"{text} {which} {verb} {100 * enough['explained']:.0f} % of the difference: with {them} "
-        f"set to the median weight of {record['weights']['median']:.2f} it is "
-        f"{enough['similarity']:.3f}."
+        f"{text} {which} {verb} {100 * explained:.0f} % of the difference: with {them} "
+        f"set to the median weight of {record.weights.median:.2f} it is "
+        f"{enough.similarity:.3f}."
     )
 
 
-def _enough(record: Record) -> Record | None:
-    """Return the fewest weights that explain most of the difference; None where none do."""
-    for row in record["levelled"]:
-        if row["explained"] is not None and row["explained"] >= 0.8:
-            found: Record = row
-            return found
-    return None
+def _enough(record: FinalNormExplanation) -> tuple[LevelledWeights | None, float]:
+    """Return the fewest weights that explain most of the difference, and which share of it."""
+    for row in record.levelled:
+        if row.explained is not None and row.explained >= 0.8:
+            return row, row.explained
+    return None, 0.0
 
 
 def _interval(interval: Sequence[float]) -> str:
     return f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
-def _similarities(record: Record) -> Table:
+def _similarities(record: FinalNormExplanation) -> Table:
     shown = [
-        row
-        for row in record["similarities"]
-        if row["between"] != "without_bias" or record["norm"]["has_bias"]
+        row for row in record.similarities if row.between != "without_bias" or record.norm.has_bias
     ]
-    centred = record["norm"]["subtracts_mean"]
+    centred = record.norm.subtracts_mean
     # A norm that only divides by the size leaves every angle as it is.
-    shown = [row for row in shown if row["between"] != "equal_weights" or centred]
+    shown = [row for row in shown if row.between != "equal_weights" or centred]
     return table_of(
-        f"Mean similarity of layer {record['settings']['layer']}'s input and output, by where the "
+        f"Mean similarity of layer {record.settings.layer}'s input and output, by where the "
         "two are taken.",
         ("mean", "95 % interval", "input and output"),
-        [
-            [f"{row['mean']:.3f}", _interval(row["interval"]), _WORDS[row["between"]]]
-            for row in shown
-        ],
+        [[f"{row.mean:.3f}", _interval(row.interval), _WORDS[row.between]] for row in shown],
         text_columns=1,
     )
 
 
-def _weights(record: Record) -> tuple[str | Table | Picture, ...]:
-    spread = record["weights"]
+def _weights(record: FinalNormExplanation) -> tuple[Block, ...]:
+    spread = record.weights
     words = (
-        f"The norm has {spread['dimensions']:,} weights from {spread['smallest']:.2f} to "
-        f"{spread['largest']:.2f}, their median is {spread['median']:.2f}, {spread['negative']:,} "
+        f"The norm has {spread.dimensions:,} weights from {spread.smallest:.2f} to "
+        f"{spread.largest:.2f}, their median is {spread.median:.2f}, {spread.negative:,} "
         "are negative."
     )
     dims = table_of(
@@ -132,13 +122,13 @@ def _weights(record: Record) -> tuple[str | Table | Picture, ...]:
         ("dimension", "weight", "energy", "before", "behind"),
         [
             [
-                str(row["dimension"]),
-                f"{row['weight']:.3f}",
-                f"{100 * row['energy']:.1f} %",
-                f"{row['before']:.4f}",
-                f"{row['behind']:.4f}",
+                str(row.dimension),
+                f"{row.weight:.3f}",
+                f"{100 * row.energy:.1f} %",
+                f"{row.before:.4f}",
+                f"{row.behind:.4f}",
             ]
-            for row in record["dimensions"]
+            for row in record.dimensions
         ],
     )
     levelled = table_of(
@@ -147,13 +137,13 @@ def _weights(record: Record) -> tuple[str | Table | Picture, ...]:
         ("weights", "similarity", "explains", "alone", "explain alone"),
         [
             [
-                f"{row['weights']:,}",
-                f"{row['similarity']:.3f}",
-                _percent(row["explained"]),
-                f"{row['alone']:.3f}",
-                _percent(row["explained_alone"]),
+                f"{row.weights:,}",
+                f"{row.similarity:.3f}",
+                whole_percent(row.explained),
+                f"{row.alone:.3f}",
+                whole_percent(row.explained_alone),
             ]
-            for row in record["levelled"]
+            for row in record.levelled
         ],
     )
     picture = Picture(
@@ -165,15 +155,11 @@ def _weights(record: Record) -> tuple[str | Table | Picture, ...]:
     return (words, dims, levelled, picture)
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
-
-
-def final_norm_svg(record: Record) -> str:
+def final_norm_svg(record: FinalNormExplanation) -> str:
     """Draw the similarity against the number of levelled weights.
 
     Args:
-        record: A saved record of kind `final-norm`.
+        record: The explanation.
     """
     from matplotlib.figure import Figure
 
@@ -181,13 +167,13 @@ def final_norm_svg(record: Record) -> str:
     with plain_style():
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         axes = figure.add_subplot()
-        title = title_of(record, f"layer {record['settings']['layer']} and the final norm")
+        title = title_of(record, f"layer {record.settings.layer} and the final norm")
         axes.set_title(title, loc="left", pad=14, fontsize=11, parse_math=False)
-        rows = record["levelled"]
+        rows = record.levelled
         places = range(1, len(rows) + 1)
         axes.plot(
             [0, *places],
-            [means["behind"], *(row["similarity"] for row in rows)],
+            [means["behind"], *(row.similarity for row in rows)],
             color=LIGHT["active"],
             marker="o",
             markersize=4,
@@ -195,7 +181,7 @@ def final_norm_svg(record: Record) -> str:
         )
         axes.plot(
             [0, *places],
-            [means["residual"], *(row["alone"] for row in rows)],
+            [means["residual"], *(row.alone for row in rows)],
             color=LIGHT["mean"],
             marker="s",
             markersize=4,
@@ -212,7 +198,7 @@ def final_norm_svg(record: Record) -> str:
                 color=LIGHT["muted"],
                 fontsize=8.5,
             )
-        axes.set_xticks([0, *places], ["none", *(f"{row['weights']:,}" for row in rows)])
+        axes.set_xticks([0, *places], ["none", *(f"{row.weights:,}" for row in rows)])
         axes.set_xlabel("how many weights, those that take most away first")
         axes.set_ylabel("mean similarity")
         axes.grid(axis="y")

@@ -2,96 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from string import ascii_uppercase
 
-from cascade.report.common.records import Record
+from cascade.core.errors import RecordError
+from cascade.core.records import read_typed
+from cascade.evaluation.search_record import SearchRecord
 from cascade.report.common.sections import Lead, Picture, Report, markdown, plain
 from cascade.report.exits.search import exit_search_report
 from cascade.report.studies.corpora import corpora_report
 from cascade.report.studies.explanation import explanation_report
 from cascade.report.studies.final_norm import final_norm_report
 from cascade.report.studies.models import models_report
+from cascade.studies.comparisons.corpus_records import ComparedCorpus, CorpusComparison
+from cascade.studies.comparisons.model_records import ComparedModel, ModelComparison
+from cascade.studies.explanations.records import FinalNormExplanation, LayerExplanation
 
 
 @dataclass(frozen=True)
-class Question:
-    """One of the questions, and where its answer lies.
+class FindingsRecords:
+    """The records that the page is drawn from."""
+
+    explanation: LayerExplanation
+    final_norm: FinalNormExplanation
+    corpora: CorpusComparison
+    models: ModelComparison
+    exit_search: SearchRecord
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A question of the study, and where its answer is found.
 
     Attributes:
         stem: The record's file is `stem.json`.
-        kind: The record's kind.
         heading: The question.
-        draw: Makes a report of the record.
-        why: Why it is asked.
+        draw: Makes the report of its record.
+        why: Why the question is asked.
     """
 
     stem: str
-    kind: str
     heading: str
-    draw: Callable[[Record], Report]
+    draw: Callable[[FindingsRecords], Report]
     why: str
 
 
-QUESTIONS = (
-    Question(
-        "explanation",
+FINDINGS = (
+    Finding(
         "explanation",
         "Why does a layer dip?",
-        explanation_report,
+        lambda records: explanation_report(records.explanation),
         "In the study's table one layer in the middle turns every token, between layers that "
         "hardly turn any. Every cause that could be thought of is taken away, from the layer and "
         "from a neighbour alike; a cause is named only where most of the difference goes with it.",
     ),
-    Question(
-        "final-norm",
+    Finding(
         "final-norm",
         "What does the final norm do to the last layer?",
-        final_norm_report,
+        lambda records: final_norm_report(records.final_norm),
         "The study published a similarity of 0.13 for the last layer, measured behind the final "
         "norm, and concluded that the layer transforms all tokens so much that easy and hard ones "
         "cannot be told apart there. What the layer does and what the norm does are two things.",
     ),
-    Question(
+    Finding(
         "corpora",
-        "corpus-comparison",
         "Does it hold on other text?",
-        corpora_report,
+        lambda records: corpora_report(records.corpora),
         "The study measured one corpus; thresholds fitted on one text are used on others.",
     ),
-    Question(
+    Finding(
         "models",
-        "model-comparison",
         "Does it hold for other models?",
-        models_report,
+        lambda records: models_report(records.models),
         "The study measured one size. Depths are compared relative to the number of layers.",
     ),
-    Question(
-        "exit-search",
+    Finding(
         "exit-search",
         "Which exit layer is best?",
-        exit_search_report,
+        lambda records: exit_search_report(records.exit_search),
         "The study took the last layer but one. Every exit layer, rule and threshold is fitted on "
         "one half of the text and confirmed on the other.",
     ),
 )
 
 
-def findings_markdown(records: Mapping[str, Record], *, pictures: str) -> str:
-    """Return the page of findings; every number in it is a record's.
+def read_findings(folder: Path) -> FindingsRecords:
+    """Read the records of the page.
 
     Args:
-        records: Stem of a question -> its saved record; one for each of QUESTIONS.
-        pictures: The folder of the pictures as seen from the page.
+        folder: Holds one record for each of FINDINGS.
 
     Raises:
-        ValueError: A record is missing, or of another kind or schema.
+        RecordError: A record is missing, torn, of another kind or of a newer schema.
     """
-    missing = [question.stem for question in QUESTIONS if question.stem not in records]
-    if missing:
-        raise ValueError(f"expected the records {', '.join(missing)}, got none of them")
-    reports = {question.stem: question.draw(records[question.stem]) for question in QUESTIONS}
+    paths = {finding.stem: folder / f"{finding.stem}.json" for finding in FINDINGS}
+    for path in paths.values():
+        if not path.exists():
+            raise RecordError(f"{path} is missing; measure it with `cascade findings --measure`")
+    return FindingsRecords(
+        explanation=read_typed(paths["explanation"], LayerExplanation),
+        final_norm=read_typed(paths["final-norm"], FinalNormExplanation),
+        corpora=read_typed(paths["corpora"], CorpusComparison),
+        models=read_typed(paths["models"], ModelComparison),
+        exit_search=read_typed(paths["exit-search"], SearchRecord),
+    )
+
+
+def findings_markdown(records: FindingsRecords, *, pictures: str) -> str:
+    """Return the page of findings; all of its numbers come from the records.
+
+    Args:
+        records: The records.
+        pictures: The folder of the pictures, relative to the page.
+    """
+    reports = [(finding, finding.draw(records)) for finding in FINDINGS]
     lines = [
         "# Findings",
         "",
@@ -102,33 +128,29 @@ def findings_markdown(records: Mapping[str, Record], *, pictures: str) -> str:
         "## In short",
         "",
     ]
-    for question in QUESTIONS:
-        words = f"{_lead(reports[question.stem])}{_letters(records[question.stem])}"
-        lines += [f"**{question.heading}** {plain(words)}", ""]
-        shared = _one_number(records["explanation"], records["final-norm"])
-        if question.stem == "final-norm" and shared:
+    for finding, report in reports:
+        words = f"{_lead(report)}{_letters(finding, records)}"
+        lines += [f"**{finding.heading}** {plain(words)}", ""]
+        shared = _one_number(records.explanation, records.final_norm)
+        if finding.stem == "final-norm" and shared:
             lines += [plain(shared), ""]
-    for question in QUESTIONS:
-        report = replace(reports[question.stem], title=question.heading)
-        body = markdown(report, level=2, pictures=pictures).split("\n")
-        command = records[question.stem]["provenance"].get("command")
+    for finding, report in reports:
+        titled = replace(report, title=finding.heading)
+        body = markdown(titled, level=2, pictures=pictures).split("\n")
+        command = (report.provenance or {}).get("command")
         shown = ["```bash", command, "```", ""] if command else []
-        # Heading and empty line first, then why it is asked and with which command.
-        lines += [*body[:2], plain(question.why), "", *shown, *body[2:]]
+        # The heading and an empty line come first, then the reason and the command.
+        lines += [*body[:2], plain(finding.why), "", *shown, *body[2:]]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def findings_pictures(records: Mapping[str, Record]) -> tuple[Picture, ...]:
+def findings_pictures(records: FindingsRecords) -> tuple[Picture, ...]:
     """Return every picture of the page.
 
     Args:
-        records: As for `findings_markdown`.
+        records: The records.
     """
-    return tuple(
-        picture
-        for question in QUESTIONS
-        for picture in question.draw(records[question.stem]).pictures()
-    )
+    return tuple(picture for finding in FINDINGS for picture in finding.draw(records).pictures())
 
 
 def _lead(report: Report) -> str:
@@ -141,32 +163,35 @@ def _lead(report: Report) -> str:
     )
 
 
-def _letters(record: Record) -> str:
-    """Say what the letters of a comparison stand for; nothing where a record has none."""
-    rows = record.get("corpora") or record.get("models") or ()
-    names = [f"{letter}: {row['name']}" for letter, row in zip(ascii_uppercase, rows, strict=False)]
+def _letters(finding: Finding, records: FindingsRecords) -> str:
+    """Say what the letters of a comparison stand for; nothing for other findings."""
+    rows: Sequence[ComparedCorpus | ComparedModel] = ()
+    if finding.stem == "corpora":
+        rows = records.corpora.corpora
+    elif finding.stem == "models":
+        rows = records.models.models
+    names = [f"{letter}: {row.name}" for letter, row in zip(ascii_uppercase, rows, strict=False)]
     return f" ({'; '.join(names)}.)" if names else ""
 
 
-def _one_number(explanation: Record, norm: Record) -> str | None:
-    """Say where what a layer writes and what the final norm turns round are the same dimensions.
+def _one_number(explanation: LayerExplanation, norm: FinalNormExplanation) -> str | None:
+    """Say where the layer writes into the same dimensions that the final norm turns round.
 
-    None where they are not, or where the dimensions were not found to carry.
+    None where they are other dimensions, or where they are not supported as a cause.
     """
-    side = explanation["sides"][0]
-    written = [row["dimension"] for row in side["dimensions"]]
-    turned = {row["dimension"]: row for row in norm["dimensions"] if row["weight"] < 0}
-    both = [dim for dim in written if dim in turned]
-    same_model = all(
-        explanation["provenance"]["model"].get(key) == norm["provenance"]["model"].get(key)
-        for key in ("name", "weights_hash")
+    side = explanation.sides[0]
+    turned = {row.dimension: row for row in norm.dimensions if row.weight < 0}
+    both = [row.dimension for row in side.dimensions if row.dimension in turned]
+    models = explanation.provenance.model, norm.provenance.model
+    same_model = (
+        models[0].name == models[1].name and models[0].weights_hash == models[1].weights_hash
     )
-    if not both or not same_model or "dimensions" not in explanation["verdict"]["carried_by"]:
+    if not both or not same_model or "dimensions" not in explanation.verdict.carried_by:
         return None
-    layer, last = explanation["settings"]["layer"], norm["settings"]["layer"]
-    energy = sum(row["energy"] for row in side["dimensions"] if row["dimension"] in both)
-    lost = sum(turned[dim]["before"] - turned[dim]["behind"] for dim in both)
-    means = {row["between"]: row["mean"] for row in norm["similarities"]}
+    layer, last = explanation.settings.layer, norm.settings.layer
+    energy = sum(row.energy for row in side.dimensions if row.dimension in both)
+    lost = sum(turned[dim].before - turned[dim].behind for dim in both)
+    means = {row.between: row.mean for row in norm.similarities}
     share = lost / (means["residual"] - means["behind"])
     return (
         f"These two answers are one: {_dimensions(both)}, into which layer {layer} writes "

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cascade.report.common.records import Record, is_normed
+from cascade.report.common.axes import angle, limit_angles
+from cascade.report.common.records import is_normed
 from cascade.report.common.svg import LIGHT, as_svg, plain_style
-from cascade.report.saturation.figures import angle, limit_angles
+from cascade.studies.comparisons.model_records import (
+    ComparedModel,
+    LayerChange,
+    ModelComparison,
+    ModelMeasurement,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,22 +28,22 @@ _CLOSE = 0.06
 _MOST_NAMED = 6
 
 
-def profiles_svg(record: Record) -> str | None:
+def profiles_svg(record: ModelComparison) -> str | None:
     """Draw mean similarity against relative depth, and below it how far copies moved.
 
     Dips are triangles, joined where they match; dotted lines are suggested exit layers. The lower
     panel has the models that read the same tokens through as many layers as the first.
 
     Args:
-        record: Of kind "model-comparison".
+        record: The comparison.
 
     Returns:
         One `<svg>` element, the same bytes for the same record; None where nothing was measured.
     """
-    measured = [entry for entry in record["models"] if entry["measured"]]
+    measured = record.measured()
     if not measured:
         return None
-    moved = [pair for pair in record["pairs"] if _moves(pair)]
+    moved = _moved_models(record)
     with plain_style():
         from matplotlib.figure import Figure
 
@@ -55,51 +62,55 @@ def profiles_svg(record: Record) -> str | None:
         rows[-1][0].set_xlim(0, 1.02)
         handles, names = rows[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=2)
-        return as_svg(figure, "models-profiles", _label(record, measured, moved))
+        return as_svg(figure, "models-profiles", _label(measured, moved))
 
 
-def _label(record: Record, measured: Sequence[Record], moved: Sequence[Record]) -> str:
+def _label(measured: Sequence[ModelMeasurement], moved: Sequence[_MovedModel]) -> str:
     exits = ", ".join(
-        f"{entry['label']} layer {entry['exit']['layer']} of {entry['sizes']['num_layers']}"
-        for entry in measured
+        f"{entry.label} layer {entry.exit.layer} of {entry.sizes.num_layers}" for entry in measured
     )
     text = f"Line chart: mean similarity over relative depth. Suggested exits: {exits}."
     if moved:
-        names = ", ".join(pair["model"] for pair in moved)
-        text += f" Below: how far {names} moved from {moved[0]['against']}, per layer."
+        names = ", ".join(model.label for model in moved)
+        text += f" Below: how far {names} moved from {moved[0].against}, per layer."
     return text
 
 
-def _decoder_rows(entry: Record) -> list[Record]:
-    return [row for row in entry["layers"] if not is_normed(row)]
+def _places(entry: ModelMeasurement) -> dict[str, tuple[float, float]]:
+    """Return the relative depth and the angle of each decoder layer; the final norm has none."""
+    return {
+        row.layer: (row.depth, angle(row.mean)) for row in entry.layers if row.depth is not None
+    }
 
 
-def colour_of(record: Record, label: str) -> dict[str, Any]:
+def colour_of(record: ModelComparison, label: str) -> dict[str, Any]:
     """Return colour and line of a model; dashed from the seventh on."""
-    number = [entry["label"] for entry in record["models"]].index(label)
+    number = [entry.label for entry in record.models].index(label)
     style = "-" if number < len(_COLOURS) else (0, (4, 1.5))
     return {"color": LIGHT[_COLOURS[number % len(_COLOURS)]], "linestyle": style}
 
 
-def shown_name(entry: Record) -> str:
+def shown_name(entry: ComparedModel | ModelMeasurement) -> str:
     """Return "A name", in characters that every font has."""
-    name = entry["name"]
+    name = entry.name
     short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
     # A "$" would start a formula, and a character that the font lacks would warn.
-    return f"{entry['label']}  {short}".encode("ascii", "replace").decode().replace("$", r"\$")
+    return f"{entry.label}  {short}".encode("ascii", "replace").decode().replace("$", r"\$")
 
 
-def _draw_profiles(axes: Axes, record: Record, measured: Sequence[Record]) -> None:
-    angles = [angle(row["mean"]) for entry in measured for row in _decoder_rows(entry)]
+def _draw_profiles(
+    axes: Axes, record: ModelComparison, measured: Sequence[ModelMeasurement]
+) -> None:
+    angles = [place[1] for entry in measured for place in _places(entry).values()]
     limit_angles(axes, min(angles), max(angles))
     axes.grid(axis="y", linewidth=0.8)
     axes.set_ylabel("mean similarity (axis uniform in angle)")
     axes.set_title("similarity over relative depth", loc="left", fontsize=11, pad=20)
     for number, entry in enumerate(measured):
-        rows = _decoder_rows(entry)
+        depths, angles_of = zip(*_places(entry).values(), strict=True)
         axes.plot(
-            [row["depth"] for row in rows],
-            [angle(row["mean"]) for row in rows],
+            depths,
+            angles_of,
             # The first one is broad: others that coincide with it are seen upon it.
             linewidth=4.5 if number == 0 and len(measured) > 1 else 1.3,
             alpha=0.4 if number == 0 and len(measured) > 1 else 1.0,
@@ -107,51 +118,48 @@ def _draw_profiles(axes: Axes, record: Record, measured: Sequence[Record]) -> No
             markersize=2.5,
             zorder=2 + number / 100,
             label=shown_name(entry),
-            **colour_of(record, entry["label"]),
+            **colour_of(record, entry.label),
         )
     _draw_dips(axes, record, measured)
     _draw_exits(axes, measured)
 
 
-def _draw_dips(axes: Axes, record: Record, measured: Sequence[Record]) -> None:
+def _draw_dips(axes: Axes, record: ModelComparison, measured: Sequence[ModelMeasurement]) -> None:
     places = {}
     for entry in measured:
-        rows = {row["layer"]: row for row in entry["layers"]}
-        for layer in entry["structure"]["dips"]:
-            row = rows[layer]
-            places[entry["label"], layer] = (row["depth"], angle(row["mean"]))
+        of_model = _places(entry)
+        for layer in entry.structure.dips:
+            places[entry.label, layer] = of_model[layer]
             axes.plot(
-                *places[entry["label"], layer],
+                *places[entry.label, layer],
                 marker="v",
                 markersize=7,
                 zorder=4,
-                **colour_of(record, entry["label"]) | {"linestyle": "none"},
+                **colour_of(record, entry.label) | {"linestyle": "none"},
             )
     _join_matches(axes, record, places)
     found = [(place[0], label, layer) for (label, layer), place in places.items()]
     for depths, names in _near(found):
         lowest = max(place[1] for place in places.values() if place[0] in depths)
-        _say_below(axes, f"dip {names}", (sum(depths) / len(depths), lowest))
+        _write_below(axes, f"dip {names}", (sum(depths) / len(depths), lowest))
 
 
 def _join_matches(
-    axes: Axes, record: Record, places: Mapping[tuple[str, str], tuple[float, float]]
+    axes: Axes, record: ModelComparison, places: Mapping[tuple[str, str], tuple[float, float]]
 ) -> None:
-    for pair in record["pairs"]:
-        for match in pair["dips"]["matched"]:
+    for pair in record.pairs:
+        for match in pair.dips.matched:
             ends = [
                 places[label, layer]
-                for label, layer in zip(
-                    (pair["against"], pair["model"]), match["layers"], strict=True
-                )
+                for label, layer in zip((pair.against, pair.model), match.layers, strict=True)
             ]
             axes.plot(
                 *zip(*ends, strict=True), color=LIGHT["ink"], linewidth=1, linestyle=":", zorder=3
             )
 
 
-def _draw_exits(axes: Axes, measured: Sequence[Record]) -> None:
-    exits = [(entry["exit"]["depth"], entry["label"], entry["exit"]["layer"]) for entry in measured]
+def _draw_exits(axes: Axes, measured: Sequence[ModelMeasurement]) -> None:
+    exits = [(entry.exit.depth, entry.label, entry.exit.layer) for entry in measured]
     for depths, names in _near(exits):
         for depth in depths:
             axes.axvline(depth, color=LIGHT["muted"], linewidth=1, linestyle=(0, (1, 2)), zorder=1)
@@ -186,7 +194,7 @@ def _near(found: Iterable[tuple[float, str, str]]) -> list[tuple[list[float], st
         (
             group,
             ", ".join(
-                f"{layer} ({listed(labels)})"
+                f"{layer} ({label_range(labels)})"
                 for depth in group
                 for layer, labels in depths[depth].items()
             ),
@@ -195,7 +203,7 @@ def _near(found: Iterable[tuple[float, str, str]]) -> list[tuple[list[float], st
     ]
 
 
-def listed(labels: Sequence[str]) -> str:
+def label_range(labels: Sequence[str]) -> str:
     """Return "A to E" for letters that follow each other, else "A, C"."""
     follow = [chr(ord(labels[0]) + number) for number in range(len(labels))]
     if len(labels) > 2 and list(labels) == follow:
@@ -203,7 +211,7 @@ def listed(labels: Sequence[str]) -> str:
     return ", ".join(labels)
 
 
-def _say_below(axes: Axes, text: str, place: tuple[float, float]) -> None:
+def _write_below(axes: Axes, text: str, place: tuple[float, float]) -> None:
     axes.annotate(
         text,
         place,
@@ -217,30 +225,52 @@ def _say_below(axes: Axes, text: str, place: tuple[float, float]) -> None:
     )
 
 
-def _moves(pair: Record) -> bool:
-    """Whether a pair has a change to draw; on a logarithmic axis none has no place."""
-    paired = pair["paired"]
-    return paired is not None and any(
-        row["mean_size"] > 0 for row in paired["layers"] if not is_normed(row)
-    )
+@dataclass(frozen=True)
+class _MovedModel:
+    """A model whose layers changed from the first one's over the same tokens.
+
+    Attributes:
+        label: The model's.
+        against: The first model's label.
+        rows: The changes of its decoder layers.
+        largest_mover: The layer that changed most.
+    """
+
+    label: str
+    against: str
+    rows: list[LayerChange]
+    largest_mover: str
 
 
-def _draw_moves(axes: Axes, record: Record, moved: Sequence[Record]) -> None:
-    by_label = {model["label"]: model for model in record["models"]}
+def _moved_models(record: ModelComparison) -> list[_MovedModel]:
+    """Return the models with a change to draw; a logarithmic axis has no place for zero."""
+    found = [
+        _MovedModel(
+            pair.model,
+            pair.against,
+            [row for row in pair.paired.layers if not is_normed(row)],
+            pair.paired.largest_mover,
+        )
+        for pair in record.pairs
+        if pair.paired is not None
+    ]
+    return [moved for moved in found if any(row.mean_size > 0 for row in moved.rows)]
+
+
+def _draw_moves(axes: Axes, record: ModelComparison, moved: Sequence[_MovedModel]) -> None:
+    num_layers = {model.label: model.sizes.num_layers for model in record.models}
     axes.set_yscale("log")
     axes.grid(axis="y", linewidth=0.8)
     axes.set_ylabel("mean size of the change")
-    title = f"how far a sequence's mean similarity moved from {moved[0]['against']}'s, same tokens"
+    title = f"how far a sequence's mean similarity moved from {moved[0].against}'s, same tokens"
     axes.set_title(title, loc="left", fontsize=11)
-    for pair in moved:
-        depth = by_label[pair["model"]]["sizes"]["num_layers"]
-        rows = [row for row in pair["paired"]["layers"] if not is_normed(row)]
-        places = [(int(row["layer"]) / depth, row["mean_size"]) for row in rows]
-        look = colour_of(record, pair["model"])
-        seen = [place for place in places if place[1] > 0]
-        axes.plot(*zip(*seen, strict=True), linewidth=1.3, marker="o", markersize=2.5, **look)
-        most = pair["paired"]["largest_mover"]
-        place = next((at for row, at in zip(rows, places, strict=True) if row["layer"] == most))
+    for model in moved:
+        depth = num_layers[model.label]
+        places = {row.layer: (int(row.layer) / depth, row.mean_size) for row in model.rows}
+        style = colour_of(record, model.label)
+        drawn = [place for place in places.values() if place[1] > 0]
+        axes.plot(*zip(*drawn, strict=True), linewidth=1.3, marker="o", markersize=2.5, **style)
+        place = places[model.largest_mover]
         if place[1] > 0:
             axes.plot(
                 *place,
@@ -248,10 +278,10 @@ def _draw_moves(axes: Axes, record: Record, moved: Sequence[Record]) -> None:
                 markersize=9,
                 markerfacecolor="none",
                 markeredgewidth=1.4,
-                **look | {"linestyle": "none"},
+                **style | {"linestyle": "none"},
             )
             if len(moved) <= _MOST_NAMED:
-                _name_mover(axes, f"{pair['model']} {most}", place)
+                _name_mover(axes, f"{model.label} {model.largest_mover}", place)
 
 
 def _name_mover(axes: Axes, text: str, place: tuple[float, float]) -> None:
@@ -268,16 +298,16 @@ def _name_mover(axes: Axes, text: str, place: tuple[float, float]) -> None:
     )
 
 
-def operations_svg(record: Record) -> str | None:
+def operations_svg(record: ModelComparison) -> str | None:
     """Draw what share of each model's operations lies before and behind the exit, and in the head.
 
     Args:
-        record: Of kind "model-comparison".
+        record: The comparison.
 
     Returns:
         One `<svg>` element; None where all models are of one size: there is nothing to compare.
     """
-    sizes = [tuple(sorted(entry["sizes"].items())) for entry in record["models"]]
+    sizes = [entry.sizes for entry in record.models]
     if len(set(sizes)) < 2:
         return None
     with plain_style():
@@ -285,12 +315,12 @@ def operations_svg(record: Record) -> str | None:
 
         figure = Figure(figsize=(10, 1.5 + 0.45 * len(sizes)), layout="constrained")
         axes = figure.subplots()
-        seq_len = record["models"][0]["sizes"]["seq_len"]
+        seq_len = record.models[0].sizes.seq_len
         title = f"where the operations lie, sequences of {seq_len:,} tokens"
         axes.set_title(title, loc="left", fontsize=11)
-        for number, entry in enumerate(record["models"]):
+        for number, entry in enumerate(record.models):
             _draw_bar(axes, number, entry)
-        axes.set_yticks(range(len(sizes)), [shown_name(entry) for entry in record["models"]])
+        axes.set_yticks(range(len(sizes)), [shown_name(entry) for entry in record.models])
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
@@ -299,15 +329,14 @@ def operations_svg(record: Record) -> str | None:
         once = dict(zip(names, handles, strict=True))
         figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=2)
         heads = ", ".join(
-            f"{entry['label']} {100 * entry['sizes']['lm_head_share']:.1f}%"
-            for entry in record["models"]
+            f"{entry.label} {100 * entry.sizes.lm_head_share:.1f}%" for entry in record.models
         )
         return as_svg(figure, "models-operations", f"Stacked bars: LM head's share: {heads}.")
 
 
-def _draw_bar(axes: Axes, number: int, entry: Record) -> None:
-    head = entry["sizes"]["lm_head_share"]
-    spared = entry["exit"]["spared"] if entry["measured"] else None
+def _draw_bar(axes: Axes, number: int, entry: ComparedModel) -> None:
+    head = entry.sizes.lm_head_share
+    spared = None if entry.exit is None else entry.exit.spared
     parts = [
         ("layers up to the suggested exit", "spread", 1 - head - (spared or 0.0)),
         ("layers behind it: what leaving can spare", "rule3", spared or 0.0),

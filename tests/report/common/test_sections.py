@@ -9,11 +9,13 @@ from rich.console import Console
 from support.html import VOID, Page
 
 from cascade.report.common.sections import (
+    Bars,
     Lead,
     Pairs,
     Picture,
     Report,
     Section,
+    Table,
     html_page,
     markdown,
     print_sections,
@@ -41,9 +43,9 @@ def a_report() -> Report:
     )
 
 
-def printed(width: int = 80) -> str:
+def printed(width: int = 80, report: Report | None = None) -> str:
     stream = io.StringIO()
-    print_sections(a_report(), Console(file=stream, width=width, color_system=None))
+    print_sections(report or a_report(), Console(file=stream, width=width, color_system=None))
     return stream.getvalue()
 
 
@@ -75,6 +77,31 @@ def test_markdown_shows_markup_as_it_is_written() -> None:
     assert "| ---: | ---: | :--- |" in text
     assert "![Some dots.](findings/dots.svg)" in text
     assert "Nothing" not in text
+
+
+def test_bars_are_for_the_terminal_alone() -> None:
+    bars = Bars((("1", 0.5, ""), ("2", -0.25, "a dip")))
+    report = Report("k", "t", "a", (Section("Mean", (bars,)), Section("More", ("x",))), {})
+    text = printed(report=report)
+    assert "Mean\n    1  0.5000 " in text
+    assert "(a dip)" in text
+    for shown in (html_page(report), markdown(report)):
+        assert "Mean" not in shown
+        assert "a dip" not in shown
+
+
+def test_labels_take_the_place_of_the_title_in_the_terminal_alone() -> None:
+    labels = (("Model", "tiny_model <1> (llama)"), ("Run", "float32"))
+    report = Report("k", "tiny_model <1>", "float32 · 4 tokens", (), {}, labels)
+    assert printed(report=report) == "Model  tiny_model <1> (llama)\nRun    float32\n"
+    assert "float32 · 4 tokens" in html_page(report)
+
+
+def test_a_caption_for_pages_is_left_out_in_the_terminal() -> None:
+    table = Table("Shares per class.", ("class", "share"), (("a", "0.5"),), page_caption=True)
+    report = Report("k", "t", "a", (Section("Shares", (table,)),), {})
+    assert "Shares per class." not in printed(report=report)
+    assert "Shares per class." in html_page(report)
 
 
 @pytest.mark.parametrize("start", ["#", "+", "-"])

@@ -8,11 +8,15 @@ import re
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
+from cascade.core.schema import SchemaError, from_plain, to_plain
+from cascade.evaluation.calibration_record import CalibrationRecord
 from cascade.report.common.exit_wording import ratio, show_threshold
 from cascade.report.common.records import RULE_WORDS
-from cascade.report.exits.calibration import print_calibration
+from cascade.report.common.sections import html_page, markdown
+from cascade.report.exits.calibration import calibration_report, print_calibration
 
 
 def a_corpus(name: str) -> dict[str, Any]:
@@ -38,7 +42,7 @@ def a_fit(hard_ratio: float, threshold: float, *, ties: int = 0) -> dict[str, An
     }
 
 
-def a_record(*, rule: str = "cosine", head: str = "logit_lens") -> dict[str, Any]:
+def a_plain_record(*, rule: str = "cosine", head: str = "logit_lens") -> dict[str, Any]:
     heads = None if head == "logit_lens" else {"corpus": a_corpus("embedded-train")}
     return {
         "schema": 1,
@@ -65,6 +69,12 @@ def a_record(*, rule: str = "cosine", head: str = "logit_lens") -> dict[str, Any
         "certificate": None,
         "transfer": None,
     }
+
+
+def a_record(
+    *, rule: str = "cosine", head: str = "logit_lens", **changes: Any
+) -> CalibrationRecord:
+    return from_plain(a_plain_record(rule=rule, head=head) | changes, CalibrationRecord)
 
 
 def a_transfer() -> dict[str, Any]:
@@ -105,7 +115,7 @@ def a_certificate(threshold: float | None) -> dict[str, Any]:
     }
 
 
-def printed(record: dict[str, Any], *, width: int = 80, encoding: str = "utf-8") -> str:
+def printed(record: CalibrationRecord, *, width: int = 80, encoding: str = "utf-8") -> str:
     stream = io.BytesIO()
     file = io.TextIOWrapper(stream, encoding=encoding)
     print_calibration(record, Console(file=file, width=width))
@@ -118,11 +128,11 @@ def flat(text: str) -> str:
 
 
 def test_the_headline_names_model_corpus_layer_rule_head_and_propagation() -> None:
-    head = flat(printed(a_record(head="ridge")).split("\n\n")[0])
+    head = flat(printed(a_record(head="ridge")).partition("Thresholds")[0])
     for part in (
-        "Model tiny-llama (llama, 30 decoder layers)",
+        "tiny-llama (llama, 30 decoder layers)",
+        "Exit layer 29, rule cosine; float32 on cpu",
         "Corpus embedded-held-out, 8,192 tokens: 64 sequences x 128",
-        "Exit layer 29, rule cosine",
         "Head ridge:",
         "Head corpus embedded-train, 8,192 tokens",
         "Propagation frozen:",
@@ -139,8 +149,7 @@ def test_thresholds_are_shown_with_both_intervals() -> None:
 
 def test_ties_are_a_column_only_where_there_are_any() -> None:
     assert "ties" not in printed(a_record())
-    record = a_record()
-    record["by_hard_ratio"][1]["ties"] = 1234
+    record = a_record(by_hard_ratio=[a_fit(0.3, 0.9461), a_fit(0.7, 0.9577, ties=1234)])
     lines = printed(record).splitlines()
     assert any(line.split()[:1] == ["70%"] and line.endswith("1,234") for line in lines)
     assert any(line.split()[:1] == ["30%"] and line.endswith(" 0") for line in lines)
@@ -160,14 +169,14 @@ def test_mean_cosine_names_both_pairs() -> None:
 
 
 @pytest.mark.parametrize("rule", ["top2_gap", "max_probability", "entropy", "patience"])
-def test_other_rules_say_what_they_look_at_and_name_no_pair(rule: str) -> None:
+def test_other_rules_say_what_they_measure_and_name_no_pair(rule: str) -> None:
     text = flat(printed(a_record(rule=rule)))
     value, what = RULE_WORDS[rule]
     assert f"Exit layer 29: {what}. Hard: {value} < threshold" in text
     assert "history[" not in text
 
 
-def test_a_rule_that_nobody_knows_is_named() -> None:
+def test_an_unknown_rule_is_shown_by_its_name() -> None:
     text = flat(printed(a_record(rule="novel")))
     assert "Exit layer 29, rule novel. Hard: confidence < threshold" in text
 
@@ -180,7 +189,7 @@ def test_every_rule_that_can_be_run_is_explained() -> None:
 
 
 def test_the_transfer_table_names_its_corpus_and_explains_the_loss() -> None:
-    text = printed(a_record() | {"transfer": a_transfer()})
+    text = printed(a_record(transfer=a_transfer()))
     lines = [flat(line) for line in text.splitlines()]
     assert "0.946100 33.8% 27.7% to 39.8% 27.5% 23.5% to 31.1% hard ratio 0.3" in lines
     assert "0.987650 91.2% 90.1% to 92.3% - - risk 0.1" in lines
@@ -191,21 +200,22 @@ def test_the_transfer_table_names_its_corpus_and_explains_the_loss() -> None:
 
 def test_the_same_text_is_not_called_another_corpus() -> None:
     transfer = a_transfer() | {"corpus": a_corpus("embedded-held-out")}
-    text = flat(printed(a_record() | {"transfer": transfer}))
+    text = flat(printed(a_record(transfer=transfer)))
     assert "another corpus" not in text
     assert "The same thresholds on the same text" in text
     assert "Beware it is the very text that they were fitted on" in text
 
 
 def test_few_sequences_are_said_to_be_few() -> None:
-    record = a_record()
-    assert "Beware" not in printed(record)
-    record["provenance"]["corpus"]["sequences"] = 7
-    assert "Beware 7 sequences are few: their intervals mean little" in flat(printed(record))
+    assert "Beware" not in printed(a_record())
+    plain = a_plain_record()
+    plain["provenance"]["corpus"]["sequences"] = 7
+    text = flat(printed(from_plain(plain, CalibrationRecord)))
+    assert "Beware 7 sequences are few: their intervals mean little" in text
 
 
-def test_a_certificate_says_what_it_promises() -> None:
-    text = flat(printed(a_record() | {"certificate": a_certificate(0.98765432)}))
+def test_a_certificate_shows_its_threshold_risk_and_confidence() -> None:
+    text = flat(printed(a_record(certificate=a_certificate(0.98765432))))
     assert "at most 10% of a sequence's tokens predicted otherwise" in text
     assert "at a confidence of 95%" in text
     assert "certified: threshold 0.987654" in text
@@ -215,34 +225,36 @@ def test_a_certificate_says_what_it_promises() -> None:
     assert "full model is used" not in text
 
 
-def test_nothing_certified_means_the_full_model_and_says_how_many_would_do() -> None:
-    text = flat(printed(a_record() | {"certificate": a_certificate(None)}))
+def test_too_few_sequences_say_that_the_full_model_is_used_and_how_many_are_needed() -> None:
+    text = flat(printed(a_record(certificate=a_certificate(None))))
     assert "nothing is certified: the full model is used, no token leaves" in text
     assert "Tested none: there are 32 sequences to test on" in text
     assert "Needed 150 such sequences at least" in text
     assert "the reason as the test gave it" in text
 
 
-def test_enough_sequences_and_still_nothing_certified_asks_for_no_more() -> None:
+def test_with_enough_sequences_no_larger_number_is_suggested() -> None:
     certificate = a_certificate(None) | {"sequences": 200}
-    text = printed(a_record() | {"certificate": certificate})
+    text = printed(a_record(certificate=certificate))
     assert "nothing is certified" in text
     assert "Needed" not in text
 
 
 def test_without_a_hard_ratio_there_are_no_thresholds() -> None:
-    text = printed(a_record() | {"by_hard_ratio": [], "certificate": a_certificate(0.98)})
+    text = printed(a_record(by_hard_ratio=[], certificate=a_certificate(0.98)))
     assert "Thresholds by the wanted share of hard tokens\nnone\n" in text
 
 
-def everything() -> dict[str, Any]:
-    record = a_record(rule="mean_cosine", head="ridge")
-    record["by_hard_ratio"] = [a_fit(0.333333, -0.123456, ties=8192)]
-    record |= {"transfer": a_transfer(), "certificate": a_certificate(-0.25)}
-    record["transfer"]["rows"][0].update(
-        {"threshold": -0.123456, "from": "hard ratio 0.333333", "loss": 1.0}
+def everything() -> CalibrationRecord:
+    transfer = a_transfer()
+    transfer["rows"][0].update({"threshold": -0.123456, "from": "hard ratio 0.333333", "loss": 1.0})
+    return a_record(
+        rule="mean_cosine",
+        head="ridge",
+        by_hard_ratio=[a_fit(0.333333, -0.123456, ties=8192)],
+        transfer=transfer,
+        certificate=a_certificate(-0.25),
     )
-    return record
 
 
 @pytest.mark.parametrize("width", [80, 100, 132])
@@ -254,18 +266,19 @@ def test_no_line_is_longer_than_the_console(width: int, encoding: str) -> None:
 
 
 def test_markup_and_control_characters_in_a_name_are_printed_as_they_are() -> None:
-    record = a_record() | {"transfer": a_transfer()}
-    record["provenance"]["model"]["name"] = "[red]x[/red] :smile: [/nothing] \x1b[2J"
-    record["transfer"]["rows"][0]["from"] = "[b]"
-    text = printed(record)
+    plain = a_plain_record() | {"transfer": a_transfer()}
+    plain["provenance"]["model"]["name"] = "[red]x[/red] :smile: [/nothing] \x1b[2J"
+    plain["transfer"]["rows"][0]["from"] = "[b]"
+    text = printed(from_plain(plain, CalibrationRecord))
     assert "[red]x[/red] :smile: [/nothing] \\x1b[2J" in text
     assert "[b]" in text
     assert "\x1b" not in text
 
 
 def test_a_name_in_another_script_does_not_stop_an_ascii_console() -> None:
-    record = a_record()
-    record["provenance"]["model"]["name"] = "模型"
+    plain = a_plain_record()
+    plain["provenance"]["model"]["name"] = "模型"
+    record = from_plain(plain, CalibrationRecord)
     assert "\\u6a21\\u578b" in printed(record, encoding="ascii")
 
 
@@ -275,29 +288,39 @@ def test_a_name_in_another_script_does_not_stop_an_ascii_console() -> None:
         ({"kind": "saturation"}, "expected kind 'calibration', got 'saturation'"),
         ({"schema": 2}, "expected schema 1, got 2"),
         (
-            {"by_hard_ratio": [a_fit(0.3, float("nan"))]},
+            {"by_hard_ratio": [replace(a_record().by_hard_ratio[0], threshold=float("nan"))]},
             "expected numbers, got nan at by_hard_ratio[0].threshold; make the record anew",
         ),
     ],
 )
-def test_another_record_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:
+def test_a_record_of_another_kind_or_schema_or_with_nan_is_refused_in_one_line(
+    change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        printed(a_record() | change)
+        printed(replace(a_record(), **change))
     assert "\n" not in str(caught.value)
 
 
-def test_a_record_without_a_section_is_refused_by_name() -> None:
-    record = a_record()
-    del record["certificate"]
-    with pytest.raises(ValueError, match=r"got none of \['certificate'\]"):
-        printed(record)
+def test_a_record_without_a_section_is_no_calibration() -> None:
+    plain = a_plain_record()
+    del plain["certificate"]
+    with pytest.raises(SchemaError, match="expected certificate, got nothing"):
+        from_plain(plain, CalibrationRecord)
 
 
 def test_printing_leaves_the_record_as_it_was() -> None:
     record = everything()
-    before = copy.deepcopy(record)
+    before = copy.deepcopy(to_plain(record))
     printed(record)
-    assert record == before
+    assert to_plain(record) == before
+
+
+def test_the_report_is_the_same_as_a_page_and_as_markdown() -> None:
+    report = calibration_report(everything())
+    for text in (html_page(report), markdown(report)):
+        assert "Thresholds by the wanted share of hard tokens" in text
+        assert "hard ratio 0.333333" in text
+        assert "certified: threshold -0.250000" in text
 
 
 @pytest.mark.parametrize(

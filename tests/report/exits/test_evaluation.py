@@ -12,8 +12,11 @@ import pytest
 from rich.console import Console
 from support.html import Page
 
-from cascade.report.exits.evaluation import evaluation_page, print_evaluation
-from cascade.report.exits.pareto import _curves, _front, _Panel, pareto_svg
+from cascade.core.schema import SchemaError, from_plain
+from cascade.evaluation.records import EvaluationRecord
+from cascade.report.common.sections import html_page, print_sections
+from cascade.report.exits.evaluation import evaluation_report
+from cascade.report.exits.pareto import curves_of, front_of, pareto_svg
 
 
 def a_corpus(name: str) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def a_point(
     layer: int, rule: str, threshold: float, share: float, **changes: Any
 ) -> dict[str, Any]:
     """Return a point that loses and saves the more, the more tokens leave and the earlier."""
-    loss = share * (30 - layer) / 20
+    loss = min(1.0, share * (30 - layer) / 20)
     return {
         "exit_layer": layer,
         "rule": rule,
@@ -86,10 +89,16 @@ def a_record(layers: tuple[int, ...] = (24, 28), **changes: Any) -> dict[str, An
             },
             "corpus": a_corpus("held-out-confirm"),
             "fitted_on": a_corpus("held-out-fit"),
-            "machine": {"processor": "a processor", "threads": 2},
+            "machine": {
+                "processor": "a processor",
+                "threads": 2,
+                "capability": "AVX2",
+                "blas": None,
+            },
             "versions": {"torch": "2.13.0"},
             "command": "cascade evaluate",
             "heads": {"strengths": {"24": [0.01, 1e-6]}, "corpus": a_corpus("train")},
+            "heads_fingerprint": "sha256:44dd",
         },
         "settings": {
             "propagation": "ridge",
@@ -133,6 +142,8 @@ def a_record(layers: tuple[int, ...] = (24, 28), **changes: Any) -> dict[str, An
                 "every token leaving",
             ],
             "failed": ["agreement", "random"],
+            "good_enough": None,
+            "faster": None,
             "against": {"random": 4, "static": 2, "oracle": 3},
             "wanted": {"agreement": 0.95, "perplexity_ratio": 1.05},
         },
@@ -150,7 +161,11 @@ def an_empty_record() -> dict[str, Any]:
             "point": None,
             "headline": "Do not use early exit here: no rule was measured.",
             "reasons": [],
-            "against": {},
+            "failed": [],
+            "good_enough": None,
+            "faster": None,
+            "against": {"random": None, "static": None, "oracle": None},
+            "wanted": {"agreement": 0.95, "perplexity_ratio": 1.05},
         },
     )
 
@@ -162,11 +177,9 @@ def a_bare_record() -> dict[str, Any]:
         row.update(
             exit_agreement=None,
             hard_perplexity_ratio=None,
-            agreement_interval=None,
-            perplexity_ratio_interval=None,
             seconds_ratio_interval=None,
         )
-    record["provenance"]["heads"] = None
+    record["provenance"] |= {"heads": None, "heads_fingerprint": None}
     record["points"] = [row for row in record["points"] if row["rule"] in ("cosine", "top2_gap")]
     record["search"] = {
         "agreement": 0.95,
@@ -184,8 +197,8 @@ def a_poor_record() -> dict[str, Any]:
     """Return a record whose perplexities are those of a logit lens far from the top."""
     record = a_record()
     for row in record["points"]:
-        row.update(perplexity_ratio=37_298_780.0, perplexity_ratio_interval=[2e6, float("inf")])
-    record["points"][0]["perplexity_ratio"] = float("inf")
+        row.update(perplexity_ratio=37_298_780.0, perplexity_ratio_interval=[2e6, 1e30])
+    record["points"][0]["perplexity_ratio"] = 1e30
     return record
 
 
@@ -203,9 +216,21 @@ def a_crowded_record() -> dict[str, Any]:
     return record
 
 
+def typed(record: dict[str, Any]) -> EvaluationRecord:
+    return from_plain(record, EvaluationRecord)
+
+
+def page_of(record: dict[str, Any]) -> str:
+    return html_page(evaluation_report(typed(record)))
+
+
+def figure_of(record: dict[str, Any]) -> str:
+    return pareto_svg(typed(record))
+
+
 @functools.cache
 def full_page() -> str:
-    return evaluation_page(a_record())
+    return page_of(a_record())
 
 
 @functools.cache
@@ -216,7 +241,7 @@ def full_text() -> str:
 def printed(record: dict[str, Any], *, width: int = 80, encoding: str = "utf-8") -> str:
     stream = io.BytesIO()
     file = io.TextIOWrapper(stream, encoding=encoding)
-    print_evaluation(record, Console(file=file, width=width))
+    print_sections(evaluation_report(typed(record)), Console(file=file, width=width))
     file.flush()
     return stream.getvalue().decode(encoding)
 
@@ -234,7 +259,8 @@ def section(text: str, heading: str) -> str:
 
 
 def test_the_verdict_comes_first_with_every_check_marked() -> None:
-    lines = [flat(line) for line in full_text().split("\nWhat was measured\n")[0].splitlines()]
+    text = full_text().split("\nWhat was measured\n")[0]
+    lines = [flat(line) for line in text[text.index("Verdict\n") :].splitlines()]
     assert lines[:2] == ["Verdict", a_record()["verdict"]["headline"]]
     assert lines[3:8] == [
         "failed 92.5 % of all tokens (wanted: 95.0 %)",
@@ -257,6 +283,7 @@ def test_the_oracle_is_told_as_a_yardstick_and_not_as_a_limit() -> None:
 
 def test_checks_that_no_control_was_measured_for_are_left_out() -> None:
     text = printed(a_bare_record()).split("\nWhat was measured\n")[0]
+    text = text[text.index("Verdict\n") :]
     assert [line.split()[0] for line in text.splitlines()[3:6]] == ["failed", "passed", "passed"]
     assert "this:" not in text
     assert "yardstick" not in text
@@ -302,8 +329,8 @@ def test_columns_of_all_layers_stand_below_each_other() -> None:
 def test_auroc_is_a_table_of_layers_and_rules_with_a_dash_for_none() -> None:
     text = full_text().split("(AUROC)\n")[1]
     lines = [line.split() for line in text.splitlines()]
-    assert lines[0] == ["layer", "agrees", "cosine", "top2_gap", "random"]
-    assert lines[2:4] == [
+    start = lines.index(["layer", "agrees", "cosine", "top2_gap", "random"])
+    assert lines[start + 2 : start + 4] == [
         ["24", "64.4%", "0.567", "0.808", "-"],
         ["28", "64.4%", "0.567", "0.808", "-"],
     ]
@@ -350,7 +377,7 @@ def test_a_family_that_computes_every_token_says_why() -> None:
     record["settings"]["computes_every_token_because"] = "its projections are fused"
     text = flat(printed(record))
     assert "no skipping every layer computed every token here: its projections are fused" in text
-    assert "its projections are fused" in evaluation_page(record)
+    assert "its projections are fused" in page_of(record)
 
 
 def test_the_headline_names_both_splits_the_heads_and_the_propagation() -> None:
@@ -366,7 +393,7 @@ def test_given_points_alone_are_not_said_to_be_fitted_or_searched() -> None:
     record = a_bare_record()
     record["search"] |= {"points": [], "best": None}
     del record["provenance"]["fitted_on"]
-    text, page = flat(printed(record)), flat(evaluation_page(record))
+    text, page = flat(printed(record)), flat(page_of(record))
     for shown in (text, page):
         assert "itted on" not in shown.split("Provenance")[0]
         assert "Not searched: only the given points were measured." in shown
@@ -380,20 +407,20 @@ def test_few_sequences_are_said_to_be_few() -> None:
     record["provenance"]["corpus"]["sequences"] = 2
     said = "2 sequences are few: their intervals mean little"
     assert f"Beware {said}" in flat(printed(record))
-    assert said in evaluation_page(record)
+    assert said in page_of(record)
 
 
 def test_without_a_point_the_report_says_so() -> None:
     text = printed(an_empty_record())
     assert text.count("No point was measured.") == 2
     assert "No threshold that lets any token leave keeps that agreement." in flat(text)
-    assert text.startswith("Verdict\nDo not use early exit here: no rule was measured.\n")
+    assert "\nVerdict\nDo not use early exit here: no rule was measured.\n" in text
 
 
 def test_huge_perplexities_keep_the_columns_narrow() -> None:
     text = section(printed(a_poor_record()), "Layer 24")
     assert " 3.7e7 " in text
-    assert " inf " in text
+    assert " 1.0e30 " in text
 
 
 @pytest.mark.parametrize("width", [80, 100, 132])
@@ -412,11 +439,14 @@ def test_no_line_is_longer_than_the_console(make: Any, width: int, encoding: str
 
 def test_piped_output_holds_no_escape_codes_and_a_terminal_gets_the_same_text() -> None:
     stream = io.StringIO()
-    print_evaluation(a_record(), Console(file=stream, width=80, force_terminal=True))
+    report = evaluation_report(typed(a_record()))
+    print_sections(report, Console(file=stream, width=80, force_terminal=True))
     assert "\x1b" not in full_text()
     assert re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()) == full_text()
 
 
+# The figure's font has no escape character.
+@pytest.mark.filterwarnings("ignore:Glyph 27")
 def test_markup_in_names_is_printed_as_it_is() -> None:
     record = a_record()
     nasty = "[red]x[/red] :smile: [/nothing]\x1b[2J"
@@ -432,15 +462,15 @@ def test_markup_in_names_is_printed_as_it_is() -> None:
 
 
 def test_the_figure_is_one_element_and_the_same_twice() -> None:
-    svg = pareto_svg(a_record())
-    assert svg == pareto_svg(a_record())
+    svg = figure_of(a_record())
+    assert svg == figure_of(a_record())
     assert svg.startswith("<svg ")
     assert svg.count("<svg") == 1
     assert Page(svg).misnested == []
 
 
 def test_the_figure_tells_rules_controls_and_the_full_model_apart() -> None:
-    texts = [text.strip() for text in Page(pareto_svg(a_record())).texts if text.strip()]
+    texts = [text.strip() for text in Page(figure_of(a_record())).texts if text.strip()]
     for name in (
         "cosine",
         "top2_gap",
@@ -458,38 +488,29 @@ def test_the_figure_tells_rules_controls_and_the_full_model_apart() -> None:
 def test_a_verdict_for_early_exit_is_marked_as_one() -> None:
     record = a_record()
     record["verdict"]["use"] = True
-    assert ">use this<" in pareto_svg(record)
-
-
-def places(*rows: tuple[float, float]) -> list[dict[str, Any]]:
-    return [{"flops_ratio": cost, "perplexity_ratio": loss} for cost, loss in rows]
-
-
-def a_panel(full: float = 1.0) -> _Panel:
-    axes: Any = None
-    return _Panel(axes, "flops_ratio", lambda row: float(row["perplexity_ratio"]), full)
+    assert ">use this<" in figure_of(record)
 
 
 def test_the_front_holds_what_nothing_beats_in_both_and_the_full_model() -> None:
-    rows = places((0.9, 1.1), (0.95, 1.2), (0.8, 1.4), (0.9, 1.3), (1.1, 1.05), (0.8, 1.4))
-    assert _front(a_panel(), rows) == [(0.8, 1.4), (0.9, 1.1), (1.0, 1.0)]
+    places = [(0.9, 1.1), (0.95, 1.2), (0.8, 1.4), (0.9, 1.3), (1.1, 1.05), (0.8, 1.4)]
+    assert front_of([(1.0, 1.0), *places]) == [(0.8, 1.4), (0.9, 1.1), (1.0, 1.0)]
 
 
 def test_a_point_better_than_the_full_model_in_both_leaves_it_off_the_front() -> None:
-    assert _front(a_panel(), places((0.9, 0.98))) == [(0.9, 0.98)]
+    assert front_of([(1.0, 1.0), (0.9, 0.98)]) == [(0.9, 0.98)]
 
 
 def test_points_of_one_rule_and_layer_are_one_curve_by_threshold() -> None:
-    rows = a_record()["points"]
-    curves = {(rule, layer): points for rule, layer, points in _curves(rows[::-1])}
+    rows = typed(a_record()).points
+    curves = {(rule, layer): points for rule, layer, points in curves_of(rows[::-1])}
     assert len(curves) == 10
-    assert [row["threshold"] for row in curves["cosine", 24]] == [0.9405, 0.9528]
+    assert [row.threshold for row in curves["cosine", 24]] == [0.9405, 0.9528]
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("make", [an_empty_record, a_bare_record, a_poor_record, a_crowded_record])
 def test_every_kind_of_record_is_drawn(make: Any) -> None:
-    page = evaluation_page(make())
+    page = page_of(make())
     assert Page(page).misnested == []
     assert page.count("<svg ") == 1
     svg = page[page.index("<svg ") : page.index("</svg>")]
@@ -501,7 +522,7 @@ def test_every_kind_of_record_is_drawn(make: Any) -> None:
 def test_a_name_beyond_the_font_is_drawn() -> None:
     record = a_record()
     record["provenance"]["model"]["name"] = "模型 $x^{$ 😀"
-    assert "$x^{$" in pareto_svg(record)
+    assert "$x^{$" in figure_of(record)
 
 
 # --- Page ------------------------------------------------------------------------------------
@@ -577,7 +598,7 @@ def test_nested_provenance_is_on_the_page_and_absent_heads_are_not() -> None:
     rows = Page(full_page()).rows
     for row in (["heads: strengths"], ["24", "0.01, 1e-06"], ["heads: corpus"], ["name", "train"]):
         assert row in rows
-    bare = [row[0] for row in Page(evaluation_page(a_bare_record())).rows]
+    bare = [row[0] for row in Page(page_of(a_bare_record())).rows]
     assert not [name for name in bare if "heads" in name]
 
 
@@ -591,7 +612,7 @@ def test_everything_of_the_record_is_escaped() -> None:
         return nasty if isinstance(value, str) else value
 
     record["provenance"] = poison(record["provenance"])
-    record["provenance"]["machine"][nasty] = 1
+    record["provenance"]["heads"][nasty] = 1
     record["settings"] = poison(record["settings"])
     record["verdict"]["headline"] = nasty
     record["verdict"]["reasons"] = [nasty] * 5
@@ -599,7 +620,7 @@ def test_everything_of_the_record_is_escaped() -> None:
         row.update(rule=nasty, threshold_from=nasty)
     for row in record["auroc"]:
         row["rule"] = nasty
-    page = evaluation_page(record)
+    page = page_of(record)
     parsed = Page(page)
     assert not {tag for tag, _ in parsed.tags} & {"script", "b"}
     assert parsed.misnested == []
@@ -637,26 +658,23 @@ def broken() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("record", "place"),
     [
-        (a_record(kind="calibration"), "expected kind 'evaluation', got 'calibration'"),
-        (a_record(schema=2), "expected schema 1, got 2"),
-        ({"schema": 1, "kind": "evaluation"}, "expected the sections provenance, settings"),
-        (broken(), "expected numbers, got nan at points[3].kl; make the record anew"),
+        (a_record(kind="calibration"), "kind"),
+        ({"schema": 1, "kind": "evaluation"}, "provenance"),
+        (broken(), "points[3].kl"),
     ],
 )
-def test_another_record_is_refused_by_every_report_in_one_line(
-    record: dict[str, Any], message: str
+def test_another_record_is_refused_before_a_report_in_one_line(
+    record: dict[str, Any], place: str
 ) -> None:
-    for report in (printed, pareto_svg, evaluation_page):
-        with pytest.raises(ValueError, match=re.escape(message)) as caught:
-            report(record)
-        assert "\n" not in str(caught.value)
+    with pytest.raises(SchemaError, match=re.escape(place)) as caught:
+        typed(record)
+    assert "\n" not in str(caught.value)
 
 
 def test_reporting_leaves_the_record_as_it_was() -> None:
-    record = a_record()
+    record = typed(a_record())
     before = copy.deepcopy(record)
-    printed(record)
-    evaluation_page(record)
+    evaluation_report(record)
     assert record == before

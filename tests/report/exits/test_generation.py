@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cascade.core.schema import from_plain
+from cascade.decoding.transcript import GenerationRecord
 from cascade.report.exits.generation import print_generation
 
 
@@ -36,7 +38,14 @@ def a_record(layers: list[int] | None = None, tokens: list[str] | None = None) -
         ],
         "layers_per_token": 26.314,
         "tokens_per_second": 14.21,
-        "counts": {"lm_head_rows": 1061},
+        "counts": {
+            "layer_rows": [1000] * 30,
+            "pairs": [1000] * 30,
+            "key_value_rows": [0] * 30,
+            "predicted_rows": [0] * 30,
+            "lm_head_rows": 1061,
+            "head_rows": {},
+        },
         "verified": False,
         "drafted": 0,
         "accepted": 0,
@@ -54,7 +63,9 @@ def a_record(layers: list[int] | None = None, tokens: list[str] | None = None) -
 def printed(record: dict[str, Any], *, encoding: str = "utf-8", **options: Any) -> str:
     stream = io.BytesIO()
     file = io.TextIOWrapper(stream, encoding=encoding)
-    print_generation(record, Console(file=file, **{"width": 80, **options}))
+    print_generation(
+        from_plain(record, GenerationRecord), Console(file=file, **{"width": 80, **options})
+    )
     file.flush()
     return stream.getvalue().decode(encoding)
 
@@ -211,9 +222,9 @@ def test_no_token_at_all_is_no_error() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "evaluation"}, "expected kind 'generation', got 'evaluation'"),
+        ({"kind": "evaluation"}, 'at kind, got "evaluation"'),
         ({"schema": 2}, "expected schema 1, got 2"),
-        ({"layers_per_token": float("nan")}, "got nan at layers_per_token; make the record anew"),
+        ({"layers_per_token": float("nan")}, "at layers_per_token, got NaN"),
         ({"exit_layers": [24]}, "expected one exit layer per token, got 1 for 5 tokens"),
         ({"exit_layers": [7] * 5}, "expected exit layers among those of by_layer, got 7"),
     ],
@@ -229,7 +240,7 @@ def test_a_record_that_cannot_be_shown_is_refused_in_one_line(
 def test_a_record_without_a_section_is_refused_by_name() -> None:
     record = a_record()
     del record["by_layer"]
-    with pytest.raises(ValueError, match=r"got none of \['by_layer'\]"):
+    with pytest.raises(ValueError, match="expected by_layer, got nothing"):
         printed(record)
 
 

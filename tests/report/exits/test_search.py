@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from typing import Any
 
 import pytest
+from msgspec import structs
 from rich.console import Console
-from support.build_points import a_point
+from support.build_points import a_point, no_threshold
+from support.build_searches import a_search_origin, renamed_model
 from support.html import Page
 
-from cascade.evaluation.search_choice import Wish, search_record
+from cascade.core.schema import SchemaError, from_plain, to_plain
+from cascade.evaluation.search_choice import SearchConfig, search_record
+from cascade.evaluation.search_record import NoThreshold, SearchRecord, SearchSource, TriedPoint
 from cascade.report.common.sections import html_page, print_sections
 from cascade.report.exits.search import FRONTIER, exit_search_report, frontier_svg
-
-Record = dict[str, Any]
-
-
-def a_corpus(name: str, sequences: int) -> Record:
-    return {
-        "source": name,
-        "name": name,
-        "fingerprint": "sha256:33cc",
-        "records": 35,
-        "tokens": 128 * sequences,
-        "sequences": sequences,
-        "seq_len": 128,
-    }
-
-
-def nothing(rule: str = "cosine", why: str = "nothing kept it") -> Record:
-    return {
-        "exit_layer": 12,
-        "rule": rule,
-        "head": "ridge",
-        "propagation": "ridge",
-        "source": 0,
-        "why": why,
-    }
-
 
 POINTS = (
     a_point(24, 0.93, 0.94, threshold=0.9662),
@@ -50,44 +27,26 @@ POINTS = (
 
 
 def a_record(
-    *points: Record, left_out: tuple[Record, ...] = (), sequences: int = 32, **wish: Any
-) -> Record:
-    parts = {
-        "provenance": {
-            "tokenizer_hash": "sha256:22bb",
-            "model": {
-                "name": "tiny-llama",
-                "family": "llama",
-                "quantization": None,
-                "num_layers": 30,
-                "dtype": "float32",
-                "device": "cpu",
-            },
-            "corpus": a_corpus("held-out-confirm", sequences),
-            "fitted_on": a_corpus("held-out-fit", sequences),
-            "machine": {"processor": "a processor", "threads": 2},
-            "versions": {"torch": "2.13.0"},
-            "command": "cascade search-exit",
-            "heads": {"corpus": a_corpus("train", 100)},
-            "heads_fingerprint": "sha256:44dd",
-            "heads_saw_corpus": False,
-        },
-        "settings": {
-            "layers": [24, 28],
-            "rules": ["cosine", "max_probability"],
-            "batch_size": 8,
-            "seed": 0,
-            "computes_every_token_because": None,
-            "interval": "95 %: resampled sequences",
-            "seconds": "one process",
-        },
-        "sources": [],
-        "full": {"perplexity": 37.01, "sequences": sequences, "layers": 30},
-    }
-    return search_record(parts, copy.deepcopy(points), left_out, Wish(**wish))
+    *points: TriedPoint,
+    left_out: tuple[NoThreshold, ...] = (),
+    sequences: int = 32,
+    **changes: Any,
+) -> SearchRecord:
+    config = SearchConfig(**changes)
+    return search_record(a_search_origin(config, sequences=sequences), points, left_out, config)
 
 
-def printed(record: Record, width: int = 80) -> str:
+def a_source(name: str, propagation: str) -> SearchSource:
+    return SearchSource(
+        name=name,
+        command=None,
+        heads_fingerprint=None,
+        propagation=propagation,
+        words=f"{name}: {propagation}",
+    )
+
+
+def printed(record: SearchRecord, width: int = 80) -> str:
     stream = io.StringIO()
     console = Console(file=stream, width=width, color_system=None)
     print_sections(exit_search_report(record), console)
@@ -105,7 +64,7 @@ def test_the_choice_comes_first() -> None:
     assert "Beyond doubt is layer 24, cosine >= 0.9755" in head
 
 
-def test_every_layer_and_rule_has_its_boldest_and_those_that_keep_it() -> None:
+def test_every_layer_and_rule_shows_its_lowest_threshold_and_those_that_keep_it() -> None:
     lines = printed(a_record(*POINTS)).splitlines()
     rows = [line.split() for line in lines if line.startswith(("   24", "   28"))]
     assert [" ".join(row) for row in rows] == [
@@ -117,7 +76,7 @@ def test_every_layer_and_rule_has_its_boldest_and_those_that_keep_it() -> None:
     assert max(map(len, lines)) <= 80
 
 
-def test_what_was_not_run_carries_a_question_mark_and_no_certificate() -> None:
+def test_points_that_were_not_run_have_a_question_mark_and_no_certificate() -> None:
     table = a_point(20, 0.99, 0.5, confirmed_by="table")
     text = printed(a_record(table, *POINTS))
     (row,) = [line for line in text.splitlines() if line.startswith("   20")]
@@ -142,19 +101,19 @@ def test_what_was_not_run_carries_a_question_mark_and_no_certificate() -> None:
         ),
     ],
 )
-def test_it_says_what_is_certified(record: Record, words: str) -> None:
+def test_the_certificate_is_explained_in_words(record: SearchRecord, words: str) -> None:
     assert words in plain(printed(record))
 
 
-def test_a_layer_and_rule_at_which_nothing_may_leave_is_named_in_words() -> None:
-    record = a_record(*POINTS, left_out=(nothing(why="no threshold keeps it"),))
+def test_a_layer_and_rule_without_a_threshold_is_named_with_its_reason() -> None:
+    record = a_record(*POINTS, left_out=(no_threshold(why="no threshold keeps it"),))
     text = plain(printed(record))
     assert "Layer 12, cosine (ridge, ridge): no threshold keeps it." in text
     assert ">12<" not in frontier_svg(record)
 
 
 def test_without_any_point_there_is_no_picture() -> None:
-    record = a_record(left_out=(nothing(), nothing("top2_gap")))
+    record = a_record(left_out=(no_threshold(), no_threshold(rule="top2_gap")))
     report = exit_search_report(record)
     assert report.pictures() == ()
     text = plain(printed(record))
@@ -162,7 +121,7 @@ def test_without_any_point_there_is_no_picture() -> None:
     assert "No early exit keeps 95.0 % agreement" in text
 
 
-def test_the_picture_says_what_is_on_it() -> None:
+def test_the_picture_has_a_legend_and_is_reproducible() -> None:
     record = a_record(a_point(20, 0.99, 0.5, confirmed_by="table"), *POINTS)
     (picture,) = exit_search_report(record).pictures()
     assert picture.file == FRONTIER
@@ -174,7 +133,7 @@ def test_the_picture_says_what_is_on_it() -> None:
     assert "nearest to the wanted agreement" in frontier_svg(a_record(POINTS[0]))
 
 
-def test_a_point_without_a_cost_is_told_and_not_drawn() -> None:
+def test_a_point_without_a_cost_is_in_the_table_and_not_in_the_picture() -> None:
     record = a_record(a_point(20, 0.99, None, confirmed_by="table"))
     (row,) = [line for line in printed(record).splitlines() if line.startswith("   20")]
     assert row.split()[5:8] == ["-", "-", "-"]
@@ -182,10 +141,10 @@ def test_a_point_without_a_cost_is_told_and_not_drawn() -> None:
     assert ">20<" not in frontier_svg(record)
 
 
-def test_several_heads_have_a_table_each_and_are_told_apart() -> None:
-    other = POINTS[1] | {"head": "logit_lens", "propagation": "frozen", "source": 1}
-    record = a_record(*POINTS, other)
-    record["sources"] = [{"words": "one: ridge"}, {"words": "two: frozen"}]
+def test_each_head_has_its_own_table_and_name_in_the_picture() -> None:
+    other = structs.replace(POINTS[1], head="logit_lens", propagation="frozen", source=1)
+    sources = [a_source("one", "ridge"), a_source("two", "frozen")]
+    record = structs.replace(a_record(*POINTS, other), sources=sources)
     text = plain(printed(record))
     assert text.index("Head: ridge") < text.index("Head: logit lens")
     assert "From the record one: ridge" in text
@@ -193,8 +152,7 @@ def test_several_heads_have_a_table_each_and_are_told_apart() -> None:
 
 
 def test_the_page_stands_alone() -> None:
-    record = a_record(*POINTS)
-    record["provenance"]["model"]["name"] = "<tiny> $x$"
+    record = renamed_model(a_record(*POINTS), "<tiny> $x$")
     text = html_page(exit_search_report(record))
     page = Page(text)
     assert not page.misnested
@@ -204,8 +162,17 @@ def test_the_page_stands_alone() -> None:
 
 
 @pytest.mark.parametrize("section", ["points", "certificate", "verdict"])
-def test_a_torn_record_is_refused(section: str) -> None:
+def test_a_record_without_a_section_is_no_search(section: str) -> None:
+    plain = to_plain(a_record(*POINTS))
+    del plain[section]
+    with pytest.raises(SchemaError, match=section):
+        from_plain(plain, SearchRecord)
+
+
+def test_a_record_with_nan_or_of_another_schema_is_refused() -> None:
     record = a_record(*POINTS)
-    del record[section]
-    with pytest.raises(ValueError, match=section):
-        exit_search_report(record)
+    torn = structs.replace(record.points[0], threshold=float("nan"))
+    with pytest.raises(ValueError, match=r"got nan at points\[0\].threshold"):
+        exit_search_report(structs.replace(record, points=[torn]))
+    with pytest.raises(ValueError, match="expected schema 1, got 2"):
+        exit_search_report(structs.replace(record, schema=2))

@@ -1,4 +1,4 @@
-"""Corpora side by side are shown in words that say what the record does, and no more."""
+"""Tests of the report of a comparison of corpora."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import contextlib
 import copy
 import functools
 import io
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from support.html import VOID, Page
 
-from cascade.report.common.sections import html_page, markdown, print_sections
+from cascade.core.errors import RecordError
+from cascade.core.records import read_typed
+from cascade.core.schema import from_plain
+from cascade.report.common.sections import Report, html_page, markdown, print_sections
 from cascade.report.studies.corpora import corpora_report
+from cascade.studies.comparisons.corpus_records import CorpusComparison
 
 Record = dict[str, Any]
 
@@ -105,7 +111,18 @@ def _record(count: int) -> Record:
         "kind": "corpus-comparison",
         "provenance": {
             "model": {"name": "tiny", "num_layers": 6, "dtype": "float32", "device": "cpu"},
-            "corpora": {corpus["label"]: {"name": corpus["name"]} for corpus in corpora},
+            "corpora": {
+                corpus["label"]: {
+                    "source": corpus["name"],
+                    "name": corpus["name"],
+                    "fingerprint": "c",
+                    "records": 500,
+                    "tokens": corpus["tokens"],
+                    "sequences": corpus["sequences"],
+                    "seq_len": corpus["seq_len"],
+                }
+                for corpus in corpora
+            },
         },
         "settings": {
             "layer": 5,
@@ -132,6 +149,10 @@ def _record(count: int) -> Record:
     }
 
 
+def report_of(record: Record) -> Report:
+    return corpora_report(from_plain(record, CorpusComparison))
+
+
 def a_record(count: int = 3, **changes: Any) -> Record:
     """Return a comparison of so many corpora, made by hand."""
     return copy.deepcopy(_record(count)) | changes
@@ -149,7 +170,7 @@ def undrawn() -> Iterator[None]:
 def printed(record: Record, width: int = 80, encoding: str = "utf-8") -> str:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     with undrawn():
-        report = corpora_report(record)
+        report = report_of(record)
     print_sections(report, Console(file=stream, width=width, color_system=None))
     stream.flush()
     stream.seek(0)
@@ -172,7 +193,7 @@ def test_the_lead_counts_what_moves_and_what_transfers() -> None:
     )
 
 
-def test_what_moves_is_named_farthest_first_with_the_norm_told_apart() -> None:
+def test_layers_that_move_are_named_the_farthest_first() -> None:
     text = flat(printed(a_record()))
     assert (
         "B (self-instruct-seed-tasks) against A: 2 of 7 layer means move: 6+norm (-0.1045) and 6 "
@@ -181,7 +202,7 @@ def test_what_moves_is_named_farthest_first_with_the_norm_told_apart() -> None:
     ) in text
 
 
-def test_nothing_that_moves_is_said_in_words() -> None:
+def test_without_a_moving_layer_the_words_say_so() -> None:
     record = a_record(2)
     rows = [a_difference(layer, 0.0, 0.001, "stays", None) for layer in LAYERS[:6]]
     record["differences"] = [a_pair("B", rows)]
@@ -193,7 +214,7 @@ def test_nothing_that_moves_is_said_in_words() -> None:
     assert "final norm" not in text
 
 
-def test_one_layer_that_moves_moves() -> None:
+def test_one_moving_layer_is_in_the_singular() -> None:
     record = a_record(2)
     rows = [
         a_difference("1", 0.2, 0.001, "moves", None),
@@ -213,19 +234,19 @@ def test_many_layers_are_counted_rather_than_named() -> None:
     assert "5 (+0.1500) and 4 more" in flat(printed(record))
 
 
-def test_what_cannot_be_told_has_the_tokens_that_it_would_take() -> None:
+def test_undecided_layers_show_the_tokens_needed() -> None:
     text = printed(a_record())
     assert re.search(r"2 +-0\.0081 +±0\.0030 +cannot tell +42,000$", text, re.M)
     assert re.search(r"cannot tell +> 9,900,000$", text, re.M)
 
 
-def test_corpora_are_listed_with_what_was_taken_of_them() -> None:
+def test_corpora_are_listed_with_their_size_and_spread() -> None:
     text = flat(printed(a_record()))
     assert "A embedded, 16,384 tokens: 128 sequences x 128 B " in text
     assert "x 128, spread evenly over 511 sequences" in text
 
 
-def test_few_sequences_and_shared_ones_are_warned_of() -> None:
+def test_few_or_shared_sequences_give_a_warning() -> None:
     record = a_record(shared=[{"corpora": ["A", "C"], "sequences": 7}])
     record["corpora"][1]["sequences"] = 3
     text = flat(printed(record))
@@ -260,7 +281,7 @@ def test_special_layers_are_the_same_or_named(special: Record, words: str) -> No
     assert words in flat(printed(a_record(special=special)))
 
 
-def test_the_pair_of_states_behind_a_threshold_is_spelled_out() -> None:
+def test_the_compared_states_of_a_threshold_are_named() -> None:
     assert "Exit layer 5, history[4] against history[5]." in flat(printed(a_record()))
 
 
@@ -269,7 +290,7 @@ def test_the_pair_of_states_behind_a_threshold_is_spelled_out() -> None:
 
 def test_every_number_is_in_a_table() -> None:
     with undrawn():
-        page = Page(html_page(corpora_report(a_record())))
+        page = Page(html_page(report_of(a_record())))
     assert ["1", *["0.7093 ±0.0101"] * 3] in page.rows
     assert ["6+norm", "-0.1045", "±0.0231", "moves", ""] in page.rows
     assert ["B", "1", "none", "6, 6+norm", "2-5", "5"] in page.rows
@@ -290,8 +311,8 @@ def test_80_columns_are_enough_for_any_number_of_corpora(count: int, encoding: s
 # --- Pages and pictures ----------------------------------------------------------------------
 
 
-def test_the_page_is_whole_and_has_both_pictures() -> None:
-    report = corpora_report(a_record())
+def test_the_page_is_valid_and_has_both_pictures() -> None:
+    report = report_of(a_record())
     text = html_page(report)
     page = Page(text)
     assert not page.misnested
@@ -304,9 +325,9 @@ def test_the_page_is_whole_and_has_both_pictures() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 8])
-def test_pictures_are_the_same_bytes_for_the_same_record(count: int) -> None:
-    pictures = [picture.svg for picture in corpora_report(a_record(count)).pictures()]
-    assert pictures == [picture.svg for picture in corpora_report(a_record(count)).pictures()]
+def test_pictures_are_deterministic(count: int) -> None:
+    pictures = [picture.svg for picture in report_of(a_record(count)).pictures()]
+    assert pictures == [picture.svg for picture in report_of(a_record(count)).pictures()]
     ids = [re.findall(r' id="([^"]+)"', svg) for svg in pictures]
     assert not set(ids[0]) & set(ids[1])
     for label in "ABCDEFGH"[:count]:
@@ -314,7 +335,7 @@ def test_pictures_are_the_same_bytes_for_the_same_record(count: int) -> None:
         assert f">on {label}: " in pictures[1]
 
 
-def test_a_picture_fills_what_moves_and_what_does_not_transfer() -> None:
+def test_markers_are_filled_where_layers_move_or_thresholds_fail() -> None:
     def filled(svg: str) -> int:
         return len(re.findall(r"<use [^>]*fill: #c2410d", svg))
 
@@ -322,17 +343,17 @@ def test_a_picture_fills_what_moves_and_what_does_not_transfer() -> None:
         record = a_record(2)
         for row in (*record["differences"][0]["rows"], *record["thresholds"]["rows"]):
             row["verdict"] = changes.get(row["verdict"], row["verdict"])
-        return [filled(picture.svg) for picture in corpora_report(record).pictures()]
+        return [filled(picture.svg) for picture in report_of(record).pictures()]
 
     profiles, thresholds = drawn({})
     assert profiles - drawn({"moves": "stays"})[0] == 2
     assert thresholds - drawn({"does not": "transfers"})[1] == 1
 
 
-def test_names_that_no_font_has_or_that_are_formulas_are_drawn_as_they_are() -> None:
+def test_names_with_formulas_or_missing_glyphs_are_drawn() -> None:
     record = a_record(2)
     record["corpora"][0]["name"] = "$x$ 日本語 <b> " + "long" * 20
-    for picture in corpora_report(record).pictures():
+    for picture in report_of(record).pictures():
         assert "$x$ ??? &lt;b&gt;" in picture.svg
         assert "..." in picture.svg
 
@@ -343,18 +364,26 @@ def test_names_that_no_font_has_or_that_are_formulas_are_drawn_as_they_are() -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "saturation"}, "expected kind 'corpus-comparison', got 'saturation'"),
-        ({"schema": 2}, "expected schema 1, got 2"),
-        ({"shared": float("nan")}, "expected numbers, got nan at shared"),
+        ({"kind": "saturation"}, "expected a record of kind corpus-comparison, got saturation"),
+        ({"schema": 2}, "has schema 2, this release reads up to 1"),
+        ({"shared": float("nan")}, "expected a list at shared, got NaN"),
+        (
+            {"layers": [{"layer": "1", "means": [{"mean": float("nan"), "interval": [0, 1]}]}]},
+            "at layers[0].means[0].mean, got NaN",
+        ),
     ],
 )
-def test_what_is_no_comparison_of_corpora_is_refused(changes: Record, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        corpora_report(a_record(**changes))
+def test_other_records_are_refused(changes: Record, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "corpora.json"
+    path.write_text(json.dumps(a_record(**changes)))
+    with pytest.raises(RecordError, match=re.escape(message)):
+        read_typed(path, CorpusComparison)
 
 
-def test_a_record_that_lacks_a_part_is_refused() -> None:
+def test_an_incomplete_record_is_refused(tmp_path: Path) -> None:
     record = a_record()
     del record["special"]
-    with pytest.raises(ValueError, match="special"):
-        corpora_report(record)
+    path = tmp_path / "corpora.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(RecordError, match="expected special, got nothing"):
+        read_typed(path, CorpusComparison)

@@ -1,14 +1,14 @@
-"""The page of findings is drawn from its records alone, and says what they say."""
+"""Tests of the page of findings."""
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +16,45 @@ import pytest
 from support.commands import Done, Run
 from support.paths import DOCS
 
-from cascade.report.studies.findings import QUESTIONS, findings_markdown, findings_pictures
+from cascade.core.schema import from_plain, to_plain
+from cascade.report.studies.findings import (
+    FINDINGS,
+    Finding,
+    FindingsRecords,
+    findings_markdown,
+    findings_pictures,
+    read_findings,
+)
+from cascade.studies.explanations.records import FinalNormExplanation, LayerExplanation
 
-#: The room; the command of the same name hides it.
-command = importlib.import_module("cascade.cli.commands.findings")
+#: The module, which the command of the same name hides in its package.
+command = importlib.import_module("cascade.cli.commands.explain")
 
 FOLDER = DOCS / "findings"
 
 
-def stored() -> dict[str, Any]:
-    return {
-        question.stem: json.loads((FOLDER / f"{question.stem}.json").read_text(encoding="utf-8"))
-        for question in QUESTIONS
-    }
+@pytest.fixture(scope="module")
+def records() -> FindingsRecords:
+    return read_findings(FOLDER)
 
 
 @pytest.fixture(scope="module")
-def whole() -> dict[str, Any]:
-    return stored()
+def page(records: FindingsRecords) -> str:
+    return findings_markdown(records, pictures="findings")
 
 
-@pytest.fixture
-def records(whole: dict[str, Any]) -> dict[str, Any]:
-    return copy.deepcopy(whole)
+def page_of(records: FindingsRecords, **changes: Any) -> str:
+    """Return the page of some records, with other ones in the place of those of these names."""
+    return findings_markdown(replace(records, **changes), pictures="findings")
 
 
-def test_the_stored_page_is_what_its_records_give(records: dict[str, Any]) -> None:
-    page = (DOCS / "findings.md").read_text(encoding="utf-8")
-    assert page == findings_markdown(records, pictures="findings"), (
+def test_the_stored_page_equals_the_page_of_its_records(page: str) -> None:
+    assert page == (DOCS / "findings.md").read_text(encoding="utf-8"), (
         "docs/findings.md is not what its records give; run `cascade findings`"
     )
 
 
-def test_the_stored_pictures_are_what_the_records_give(records: dict[str, Any]) -> None:
+def test_the_stored_pictures_equal_those_of_the_records(records: FindingsRecords) -> None:
     pictures = findings_pictures(records)
     for picture in pictures:
         assert (FOLDER / picture.file).read_text(encoding="utf-8") == picture.svg, picture.file
@@ -58,47 +64,63 @@ def test_the_stored_pictures_are_what_the_records_give(records: dict[str, Any]) 
     assert all(f"(findings/{name})" in page for name in names)
 
 
-@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.stem)
-def test_every_answer_has_its_command_and_its_lead(question: Any, records: dict[str, Any]) -> None:
-    page = findings_markdown(records, pictures="findings")
-    assert f"## {question.heading}" in page
-    line = records[question.stem]["provenance"]["command"]
+@pytest.mark.parametrize("finding", FINDINGS, ids=lambda finding: finding.stem)
+def test_every_finding_has_its_command(finding: Finding, page: str) -> None:
+    assert f"## {finding.heading}" in page
+    line = json.loads((FOLDER / f"{finding.stem}.json").read_text())["provenance"]["command"]
     assert line.startswith("cascade ")
     assert f"```bash\n{line}\n```" in page
 
 
-def test_a_number_of_a_record_is_a_number_of_the_page(records: dict[str, Any]) -> None:
-    row = next(
-        row for row in records["explanation"]["ablations"] if row["ablation"] == "layer_skipped"
-    )
+def test_numbers_of_the_page_come_from_the_records(records: FindingsRecords) -> None:
+    plain = to_plain(records.explanation)
+    row = next(row for row in plain["ablations"] if row["ablation"] == "layer_skipped")
     row["perplexity_ratio"] = 7.654321
-    page = findings_markdown(records, pictures="findings")
+    page = page_of(records, explanation=from_plain(plain, LayerExplanation))
     assert "7.654" in page
     assert "7.65 x" in page
 
 
-def test_one_number_behind_two_answers_is_said_only_where_it_is_one(
-    records: dict[str, Any],
+_ONE_ANSWER = "These two answers are one"
+
+
+def test_layer_and_norm_are_one_answer_where_they_share_a_dimension(page: str) -> None:
+    assert _ONE_ANSWER in page
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sides": [{"dimensions": [{"dimension": 999, "energy": 0.7}]}]},
+        {"verdict": {"carried_by": ["attention"]}},
+    ],
+    ids=["another dimension", "dimensions are no cause"],
+)
+def test_layer_and_norm_are_two_answers_for_other_explanations(
+    changes: dict[str, Any], records: FindingsRecords
 ) -> None:
-    words = "These two answers are one"
-    side = records["explanation"]["sides"][0]
-    assert words in findings_markdown(records, pictures="f")
-    other = copy.deepcopy(records)
-    other["explanation"]["sides"][0]["dimensions"] = [{"dimension": 999, "energy": 0.7}]
-    assert words not in findings_markdown(other, pictures="f")
-    other = copy.deepcopy(records)
-    other["final-norm"]["provenance"]["model"]["weights_hash"] = "another"
-    assert words not in findings_markdown(other, pictures="f")
-    other = copy.deepcopy(records)
-    other["explanation"]["verdict"]["carried_by"] = ["attention"]
-    assert words not in findings_markdown(other, pictures="f")
-    for row in records["final-norm"]["dimensions"]:
-        if row["dimension"] in {dim["dimension"] for dim in side["dimensions"]}:
+    plain = to_plain(records.explanation)
+    plain["sides"][0] |= changes.get("sides", [{}])[0]
+    plain["verdict"] |= changes.get("verdict", {})
+    explanation = from_plain(plain, LayerExplanation)
+    assert _ONE_ANSWER not in page_of(records, explanation=explanation)
+
+
+def test_layer_and_norm_are_two_answers_for_another_norm(records: FindingsRecords) -> None:
+    plain = to_plain(records.final_norm)
+    plain["provenance"]["model"]["weights_hash"] = "another"
+    other = from_plain(plain, FinalNormExplanation)
+    assert _ONE_ANSWER not in page_of(records, final_norm=other)
+    plain = to_plain(records.final_norm)
+    written = {row.dimension for row in records.explanation.sides[0].dimensions}
+    for row in plain["dimensions"]:
+        if row["dimension"] in written:
             row["weight"] = 1.0
-    assert words not in findings_markdown(records, pictures="f")
+    positive = from_plain(plain, FinalNormExplanation)
+    assert _ONE_ANSWER not in page_of(records, final_norm=positive)
 
 
-def test_the_page_is_drawn_anew_from_its_folder(run: Run, here: Path) -> None:
+def test_the_command_draws_the_page_from_its_folder(run: Run, here: Path) -> None:
     (here / "docs").mkdir()
     shutil.copytree(FOLDER, here / "docs/findings")
     done = run("findings")
@@ -121,7 +143,7 @@ def test_the_page_is_drawn_anew_from_its_folder(run: Run, here: Path) -> None:
         (("absent.md",), "explanation.json is missing"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(
+def test_invalid_options_are_refused_in_one_line(
     run: Run, here: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     done = run("findings", *arguments)
@@ -141,7 +163,7 @@ def test_measuring_runs_every_command_and_draws_the_page(
         assert done.status == 0, done.err
         return done.status
 
-    monkeypatch.setattr(command, "_status_of", in_process)
+    monkeypatch.setattr(command, "status_of", in_process)
     done = run(
         *("findings", "page.md", "--measure", "--model", models / "tiny", "--layer", 2),
         *("--corpus", "texts.jsonl"),
@@ -157,23 +179,21 @@ def test_measuring_runs_every_command_and_draws_the_page(
     assert lines[1][1:3] == ["--layer", "4+norm"]
     page = (here / "page.md").read_text(encoding="utf-8")
     assert page.startswith("# Findings")
-    for question in QUESTIONS:
-        assert (here / "page" / f"{question.stem}.json").exists()
-        assert f"## {question.heading}" in page
+    for finding in FINDINGS:
+        assert (here / "page" / f"{finding.stem}.json").exists()
+        assert f"## {finding.heading}" in page
 
 
-def test_a_command_that_fails_ends_the_measuring(
+def test_a_failing_command_ends_the_measuring(
     run: Run, here: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_status_of", lambda line: 2)
+    monkeypatch.setattr(command, "status_of", lambda line: 2)
     done = run("findings", "page.md", "--measure", "--corpus", "texts.jsonl")
     assert done.status == 2
     assert not (here / "page.md").exists()
 
 
-def test_a_command_whose_wait_is_broken_off_clears_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_command_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = (
         "import pathlib, signal, sys, time\n"
         "def stop(*_):\n"

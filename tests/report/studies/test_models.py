@@ -1,10 +1,11 @@
-"""The report of a comparison of models says what its record holds, and draws nothing else."""
+"""Tests of the report of a comparison of models."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,27 +14,30 @@ from rich.console import Console
 from support.build_models import levels, measured, sizes
 from support.html import VOID, Page, ids
 
+from cascade.core.errors import RecordError
+from cascade.core.records import read_typed, to_json
+from cascade.core.schema import from_plain, to_plain
 from cascade.report.common.sections import html_page, markdown, print_sections
-from cascade.report.studies.model_figures import listed, operations_svg, profiles_svg
+from cascade.report.studies.model_figures import label_range, operations_svg, profiles_svg
 from cascade.report.studies.models import models_report
-from cascade.studies.altered_models import Copy
-from cascade.studies.configurations import Configuration
-from cascade.studies.model_comparison import UnmeasuredModel, compare_models
-
-Record = dict[str, Any]
+from cascade.studies.comparisons.altered_models import Alteration
+from cascade.studies.comparisons.compared_models import MeasuredModel, UnmeasuredModel
+from cascade.studies.comparisons.configurations import Configuration
+from cascade.studies.comparisons.model_comparison import compare_models
+from cascade.studies.comparisons.model_records import ModelComparison
 
 
 def unmeasured(num_layers: int = 12, name: str = "other") -> UnmeasuredModel:
     return UnmeasuredModel(Configuration(name, "its config.json", None), sizes(num_layers))
 
 
-def stored(*models: Any) -> Record:
-    """A record as it is read from a file."""
-    record: Record = json.loads(json.dumps(compare_models(models, command="cascade"), indent=1))
-    return record
+def stored(*models: MeasuredModel | UnmeasuredModel) -> ModelComparison:
+    """Return a comparison as it is read from a file."""
+    record = compare_models(models, command="cascade")
+    return from_plain(json.loads(to_json(to_plain(record))), ModelComparison)
 
 
-def of_sizes() -> Record:
+def of_sizes() -> ModelComparison:
     """Three depths: dips at the same relative depth, and one without a match."""
     return stored(
         measured(levels(30, 25), name="small"),
@@ -42,7 +46,7 @@ def of_sizes() -> Record:
     )
 
 
-def of_copies() -> Record:
+def of_copies() -> ModelComparison:
     moved = np.zeros((31, 6))
     moved[24] = -0.01
     return stored(
@@ -52,7 +56,7 @@ def of_copies() -> Record:
     )
 
 
-def printed(record: Record, *, width: int = 80) -> str:
+def printed(record: ModelComparison, *, width: int = 80) -> str:
     stream = io.StringIO()
     print_sections(models_report(record), Console(file=stream, width=width, color_system=None))
     return stream.getvalue()
@@ -80,7 +84,7 @@ EVERY = {
 
 
 @pytest.mark.parametrize("case", EVERY)
-def test_every_record_has_a_report_that_is_whole(case: str) -> None:
+def test_every_record_has_a_valid_report(case: str) -> None:
     record = EVERY[case]()
     report = models_report(record)
     text = html_page(report)
@@ -92,13 +96,13 @@ def test_every_record_has_a_report_that_is_whole(case: str) -> None:
     assert markdown(report)
     assert html_page(models_report(record)) == text
     shown = printed(record)
-    for entry in record["models"]:
-        assert entry["name"] in shown
-    if len(record["models"]) <= 5:
+    for entry in record.models:
+        assert entry.name in shown
+    if len(record.models) <= 5:
         assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_the_lead_says_where_to_exit_and_whether_dips_match() -> None:
+def test_the_lead_names_exit_layers_and_matching_dips() -> None:
     text = " ".join(printed(of_copies()).split())
     assert "for all that were measured: layer 29 of 30, relative depth 0.967." in text
     assert "Every dip has its match" in text
@@ -109,31 +113,26 @@ def test_the_lead_says_where_to_exit_and_whether_dips_match() -> None:
 
 def test_the_lead_names_the_threshold_that_is_furthest_off() -> None:
     record = EVERY["same depth"]()
-    worst = max(
-        record["pairs"][1]["thresholds"], key=lambda row: row["reached"] - row["hard_ratio"]
-    )
+    worst = max(record.pairs[1].thresholds, key=lambda row: row.reached - row.hard_ratio)
     text = " ".join(printed(record).split())
     assert (
-        f"A's threshold for {100 * worst['hard_ratio']:g}% hard tokens makes "
-        f"{100 * worst['reached']:.1f}% hard in C; no other is further off."
+        f"A's threshold for {100 * worst.hard_ratio:g}% hard tokens makes "
+        f"{100 * worst.reached:.1f}% hard in C; no other is further off."
     ) in text
     assert "further off" not in printed(of_sizes())
 
 
-def test_dips_are_shown_with_their_depth_and_those_without_match_are_named() -> None:
+def test_matched_dips_have_depths_and_unmatched_ones_are_named() -> None:
     text = printed(of_sizes())
     assert "B  25 (0.833)  33 (0.825)" in text
     assert "C  25 (0.833)  20 (0.833)" in text
     assert "Without a match between A and B: 12 of B (tolerance 0.050 of depth)." in text
 
 
-def test_profiles_of_several_depths_say_which_layer_each_value_is() -> None:
+def test_profiles_of_several_depths_name_each_values_layer() -> None:
     record = of_sizes()
     text = printed(record)
-    means = [
-        {row["layer"]: f"{row['mean']:.4f}" for row in entry["layers"]}
-        for entry in record["models"]
-    ]
+    means = [{row.layer: f"{row.mean:.4f}" for row in entry.layers} for entry in record.models]
     # Line 33 of 40: 25/30 of A and 20/24 of C are nearest to it.
     assert row_of(text, "0.825") == [
         *("0.825", "25:", means[0]["25"], "33:", means[1]["33"], "20:", means[2]["20"]),
@@ -150,7 +149,7 @@ def test_profiles_of_several_depths_say_which_layer_each_value_is() -> None:
 def test_exit_layers_are_shown_with_depth_share_and_thresholds() -> None:
     record = of_sizes()
     text = printed(record).split("Suggested exit layers", 1)[1]
-    thresholds = [row["threshold"] for row in record["models"][1]["exit"]["by_hard_ratio"]]
+    thresholds = [row.threshold for row in record.models[1].exit.by_hard_ratio]
     assert row_of(text, "B") == [
         *("B", "39", "40", "0.975", f"{100 / 42:.1f}%"),
         *(f"{each:.4f}" for each in thresholds),
@@ -167,7 +166,7 @@ def test_the_largest_mover_is_shown_for_models_over_the_same_tokens() -> None:
     assert "A and C are not compared sequence by sequence: their tokenizers differ" in text
 
 
-def test_a_model_that_did_not_move_says_so_and_is_not_drawn() -> None:
+def test_an_unchanged_model_is_named_and_not_drawn() -> None:
     record = EVERY["the same twice"]()
     assert row_of(printed(record).split("The same tokens", 1)[1], "B")[1] == "none"
     svg = profiles_svg(record)
@@ -175,7 +174,7 @@ def test_a_model_that_did_not_move_says_so_and_is_not_drawn() -> None:
     assert "how far" not in svg
 
 
-def test_what_was_not_measured_is_said_to_be_so() -> None:
+def test_unmeasured_models_are_marked() -> None:
     text = printed(EVERY["mixed"]())
     assert "other (not measured)" in text
     by_depth = text.split("Layers of models that were not measured", 1)[1]
@@ -196,7 +195,7 @@ def test_without_a_measurement_there_is_no_profile_to_draw() -> None:
     ]
 
 
-def test_models_of_one_size_have_no_picture_of_operations_and_one_row() -> None:
+def test_models_of_one_size_share_a_row_and_have_no_picture_of_operations() -> None:
     record = of_copies()
     assert operations_svg(record) is None
     text = printed(record)
@@ -219,7 +218,7 @@ def test_the_picture_names_models_exits_and_dips() -> None:
     assert "how far" not in svg
 
 
-def test_copies_that_coincide_have_a_panel_of_what_moved() -> None:
+def test_models_over_the_same_tokens_have_a_panel_of_changes() -> None:
     svg = profiles_svg(of_copies())
     assert svg is not None
     said = texts(svg)
@@ -229,7 +228,7 @@ def test_copies_that_coincide_have_a_panel_of_what_moved() -> None:
     assert {"B 25", "C 25"} <= set(said)
 
 
-def test_the_pictures_say_what_they_show_to_those_who_cannot_see_them() -> None:
+def test_pictures_have_a_text_alternative() -> None:
     svg, bars = profiles_svg(of_sizes()), operations_svg(of_sizes())
     assert svg is not None
     assert bars is not None
@@ -247,13 +246,12 @@ def test_a_name_with_odd_characters_is_drawn() -> None:
     ("labels", "words"),
     [(["A"], "A"), (["A", "B"], "A, B"), (["A", "B", "C"], "A to C"), (["A", "C", "D"], "A, C, D")],
 )
-def test_letters_that_follow_each_other_are_a_range(labels: list[str], words: str) -> None:
-    assert listed(labels) == words
+def test_consecutive_letters_are_shown_as_a_range(labels: list[str], words: str) -> None:
+    assert label_range(labels) == words
 
 
-def test_what_copies_are_is_said() -> None:
-    model = measured(levels(10), name="tiny+int8")
-    model.profile.provenance["model"]["altered"] = Copy("int8").words()
+def test_the_alteration_of_a_copy_is_described() -> None:
+    model = measured(levels(10), name="tiny+int8", altered=Alteration("int8").words())
     text = " ".join(printed(stored(measured(levels(10)), model)).split())
     assert "the matrices of all decoder layers rounded to int8" in text
 
@@ -261,14 +259,19 @@ def test_what_copies_are_is_said() -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda record: record.update(kind="saturation"), "expected kind 'model-comparison'"),
-        (lambda record: record.update(schema=9), "expected schema 1"),
-        (lambda record: record.pop("pairs"), "got none of"),
-        (lambda record: record["models"][0]["sizes"].update(parameters=float("nan")), "got nan"),
+        (lambda record: record.update(kind="saturation"), "a record of kind model-comparison"),
+        (lambda record: record.update(schema=9), "has schema 9, this release reads up to 1"),
+        (lambda record: record.pop("pairs"), "expected pairs, got nothing"),
+        (
+            lambda record: record["models"][0]["sizes"].update(layer_share=float("nan")),
+            r"at models\[0\].sizes.layer_share, got NaN",
+        ),
     ],
 )
-def test_what_is_no_comparison_is_refused(spoil: Any, words: str) -> None:
-    record = of_copies()
+def test_other_records_are_refused(spoil: Any, words: str, tmp_path: Path) -> None:
+    record = to_plain(of_copies())
     spoil(record)
-    with pytest.raises(ValueError, match=words):
-        models_report(record)
+    path = tmp_path / "models.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(RecordError, match=words):
+        read_typed(path, ModelComparison)

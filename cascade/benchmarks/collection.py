@@ -1,0 +1,353 @@
+"""The benchmark of collecting similarities: its variants are timed and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from msgspec import field
+
+from cascade.benchmarks.memory import LONG, PassPeak, measure_peak, measure_usage, not_measured
+from cascade.benchmarks.passes import angular_distances, bare_forward, seed_means
+from cascade.benchmarks.records import (
+    BenchmarkProvenance,
+    MemoryUsage,
+    Ratio,
+    Target,
+    VariantTimes,
+)
+from cascade.benchmarks.timing import (
+    INTERVAL,
+    BenchmarkError,
+    Session,
+    Timings,
+    Variant,
+    check_least,
+    pinned_threads,
+    ratio_target,
+    session,
+    target,
+)
+from cascade.core.arrays import Array
+from cascade.core.schema import Finite, Part, StoredRecord
+from cascade.corpora.blocks import TokenBlocks, load_blocks
+from cascade.corpora.readers import EMBEDDED
+from cascade.models.loading import load
+from cascade.models.stack import DecoderStack
+from cascade.saturation.profile import SaturationProfile, analyze
+
+#: What each variant does, in the record's words.
+VARIANTS = {
+    "seed_fp32": "whole model, output_hidden_states=True, normalized product per layer",
+    "bare_fp32": "decoder forward alone, without LM head, cache and statistics",
+    "analyze_fp32": "cascade analyze",
+    "bare_bf16": "decoder forward alone, in bfloat16",
+    "analyze_bf16": "cascade analyze, in bfloat16",
+    "angular_fp32": "peer's method: whole model, angular distance per layer, last token only",
+}
+
+#: Ratios of seconds, variant over reference.
+RATIOS = (
+    ("analyze_fp32", "bare_fp32"),
+    ("seed_fp32", "analyze_fp32"),
+    ("seed_fp32", "analyze_bf16"),
+    # No analysis of every layer can be faster than this on the same machine.
+    ("seed_fp32", "bare_fp32"),
+    ("bare_bf16", "analyze_bf16"),
+    ("angular_fp32", "analyze_fp32"),
+)
+
+
+@dataclass(frozen=True)
+class CollectionBenchmarkConfig:
+    """What is measured; the same for every variant.
+
+    Attributes:
+        model: Anything that `models.load` takes.
+        tokens: Tokens per pass, rounded down to whole sequences.
+        seq_len: Tokens per sequence.
+        batch_size: Sequences per forward pass.
+        rounds: Timed passes per variant.
+        threads: Threads that torch computes with; None leaves the number as it is.
+        seed: Draws the order of the variants and the bootstrap's resamples.
+        device: "cpu", "cuda", "mps" or "auto".
+
+    Raises:
+        BenchmarkError: A number is too small.
+    """
+
+    model: str = "smollm2-135m"
+    tokens: int = 4096
+    seq_len: int = 128
+    batch_size: int = 32
+    rounds: int = 7
+    threads: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        least = {"seq_len": 2, "batch_size": 1, "rounds": 2, "threads": 1, "seed": 0}
+        reasons = {
+            "tokens": "one sequence of --seq-len",
+            "rounds": "one round has no interval",
+        }
+        check_least(self, least | {"tokens": self.seq_len}, reasons)
+
+
+class Peer(Part, frozen=True, kw_only=True):
+    """The other method that collecting is compared with.
+
+    Attributes:
+        variant: The variant that runs it.
+        rebuilt: Whether the method is rebuilt here.
+        reason: Why it is rebuilt.
+        source: Where it is described.
+    """
+
+    variant: str = field(name="way")
+    rebuilt: bool
+    reason: str
+    source: str
+
+
+PEER = Peer(
+    variant="angular_fp32",
+    rebuilt=True,
+    reason=(
+        "short-transformers 1.0.0 does not run on transformers 5: it takes a decoder layer's "
+        "output for a tuple, and since transformers 5 that is a tensor (RuntimeError in its first "
+        "forward pass); it also takes no batch larger than one. The method is rebuilt here, in "
+        "batches, so the ratio says nothing of that package's own speed"
+    ),
+    source=(
+        "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers; "
+        "block influence: Men et al. 2024, ShortGPT"
+    ),
+)
+
+
+class LargestDifference(Part, frozen=True, kw_only=True):
+    """The layer whose mean similarity differs most between two variants.
+
+    Attributes:
+        layer: Its label, e.g. "30+norm".
+        difference: Of the means.
+    """
+
+    layer: str
+    difference: Finite
+
+
+class Agreement(Part, frozen=True, kw_only=True):
+    """How far variants agree: a faster variant must do the same work.
+
+    Attributes:
+        bf16: analyze in bfloat16 against analyze in fp32.
+        seed: The study's pass against analyze in fp32.
+    """
+
+    bf16: LargestDifference
+    seed: LargestDifference
+
+
+class CollectionBenchmark(StoredRecord, frozen=True, kw_only=True):
+    """The record of the benchmark of collecting similarities."""
+
+    KIND = "bench.collect"
+    COMMAND = "bench collect --output"
+
+    schema: int = 1
+    kind: Literal["bench.collect"] = "bench.collect"
+    provenance: BenchmarkProvenance
+    settings: CollectionBenchmarkConfig
+    variants: dict[str, VariantTimes] = field(name="ways")
+    order: list[list[str]]
+    ratios: list[Ratio]
+    interval: str
+    agreement: Agreement
+    peer: Peer
+    memory: MemoryUsage
+    targets: list[Target]
+
+
+def benchmark_collection(
+    config: CollectionBenchmarkConfig,
+    *,
+    memory: bool = True,
+    command: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> CollectionBenchmark:
+    """Time every variant of collecting similarities over the embedded corpus, and compare them.
+
+    Args:
+        config: What to measure.
+        memory: Measure peak memory as well, in processes of their own.
+        command: What the user ran, for the provenance.
+        progress: Called with a message for each step.
+
+    Returns:
+        The record; a missed target does not raise.
+
+    Raises:
+        BenchmarkError: The corpus has fewer tokens, or a process measuring memory failed.
+        ModelError: The model cannot be loaded.
+        DeviceError: The device is absent or lacks bfloat16.
+    """
+    with session(config, progress) as (config, run):
+        timings, tokens = _timings(config, run, command)
+    usage = not_measured("not asked for (--no-memory)")
+    if memory:
+        usage = measure_usage(
+            CollectionBenchmark.KIND,
+            asdict(config),
+            "analyze_fp32",
+            others=("seed_fp32",),
+            progress=run.progress,
+        )
+    ratios, agreement = run.ratios(timings, RATIOS), _agreement(timings.results)
+    return CollectionBenchmark(
+        provenance=run.provenance(timings.results["analyze_fp32"].provenance),
+        settings=replace(config, tokens=tokens),
+        variants=timings.rows(VARIANTS, tokens=tokens),
+        order=timings.order,
+        ratios=ratios,
+        interval=INTERVAL,
+        agreement=agreement,
+        peer=PEER,
+        memory=usage,
+        targets=collection_targets(ratios, agreement, usage.growth_mb),
+    )
+
+
+def _timings(
+    config: CollectionBenchmarkConfig, run: Session, command: str | None
+) -> tuple[Timings, int]:
+    """Return the times and the tokens of one pass; the models are freed again."""
+    run.progress(f"Loading {config.model} in fp32 and bf16")
+    stack = load(config.model, device=config.device)
+    narrow = load(config.model, dtype="bfloat16", device=config.device)
+    blocks = _read_blocks(config, stack)
+    variants = collection_variants(stack, narrow, blocks, config.batch_size, command=command)
+    return run.time(variants, stack.device), blocks.tokens
+
+
+def _read_blocks(config: CollectionBenchmarkConfig, stack: DecoderStack) -> TokenBlocks:
+    blocks = load_blocks(
+        EMBEDDED,
+        stack.tokenizer,
+        seq_len=config.seq_len,
+        num_samples=None,
+        max_tokens=config.tokens,
+    )
+    wanted = config.tokens // config.seq_len * config.seq_len
+    if blocks.tokens < wanted:
+        raise BenchmarkError(
+            f"the embedded corpus gives {blocks.tokens} tokens in sequences of {config.seq_len}, "
+            f"expected {wanted}; use a smaller --tokens"
+        )
+    return blocks
+
+
+def collection_variants(
+    stack: DecoderStack,
+    narrow: DecoderStack,
+    blocks: TokenBlocks,
+    batch_size: int,
+    *,
+    command: str | None = None,
+) -> dict[str, Variant]:
+    """Return every variant, each going over the same blocks in the same batches.
+
+    Args:
+        stack: The model in fp32.
+        narrow: The same model in bfloat16.
+        blocks: The token blocks.
+        batch_size: Sequences per forward pass.
+        command: What the user ran, for the profile's provenance.
+    """
+    return {
+        "seed_fp32": lambda: seed_means(stack, blocks, batch_size),
+        "bare_fp32": lambda: bare_forward(stack, blocks, batch_size),
+        "analyze_fp32": lambda: analyze(stack, blocks, batch_size=batch_size, command=command),
+        "bare_bf16": lambda: bare_forward(narrow, blocks, batch_size),
+        "analyze_bf16": lambda: analyze(narrow, blocks, batch_size=batch_size),
+        "angular_fp32": lambda: angular_distances(stack, blocks, batch_size),
+    }
+
+
+# --- What was found --------------------------------------------------------------------------
+
+
+def _agreement(results: Mapping[str, Any]) -> Agreement:
+    """Return how far the layer means of the variants are apart."""
+    wide: SaturationProfile = results["analyze_fp32"]
+    narrow: SaturationProfile = results["analyze_bf16"]
+    labels = wide.statistics.layers
+    means = wide.statistics.mean()
+    normed = labels[-1].endswith("+norm")
+    # The study's pass has no row for layer N itself where a final norm follows.
+    seen = np.array([not normed or row != len(labels) - 2 for row in range(len(labels))])
+    by_seed = [label for label, there in zip(labels, seen, strict=True) if there]
+    return Agreement(
+        bf16=_farthest(labels, narrow.statistics.mean() - means),
+        seed=_farthest(by_seed, results["seed_fp32"] - means[seen]),
+    )
+
+
+def _farthest(labels: Sequence[str], difference: Array) -> LargestDifference:
+    row = int(np.argmax(np.abs(difference)))
+    return LargestDifference(layer=labels[row], difference=float(difference[row]))
+
+
+def collection_targets(
+    ratios: Sequence[Ratio], agreement: Agreement, growth_mb: float | None
+) -> list[Target]:
+    """Compare what was measured with what is promised for 2 cores and 4,096 tokens.
+
+    Args:
+        ratios: Those of the record.
+        agreement: That of the record.
+        growth_mb: How much more memory the long pass takes; None where that is not measured.
+
+    Returns:
+        One row per target; `met` is None where nothing was measured.
+    """
+    found = {row.name: row for row in ratios}
+    return [
+        ratio_target(found["analyze_fp32/bare_fp32"], "at most", 1.05),
+        ratio_target(found["seed_fp32/analyze_fp32"], "at least", 1.3),
+        ratio_target(found["seed_fp32/analyze_bf16"], "at least", 2.4),
+        target("layer mean, bf16 from fp32", "at most", 2e-3, abs(agreement.bf16.difference)),
+        target(f"memory growth at {LONG}x, MB", "below", 10.0, growth_mb),
+    ]
+
+
+# --- Memory ----------------------------------------------------------------------------------
+
+
+def peak_of_variant(config: CollectionBenchmarkConfig, variant: str, factor: int) -> PassPeak:
+    """Run one variant in this process and return how much memory it took.
+
+    Args:
+        config: What to measure.
+        variant: "analyze_fp32" or "seed_fp32".
+        factor: How many times the blocks are taken in the measured pass.
+    """
+    size = config.batch_size
+    passes: dict[str, Callable[[DecoderStack, TokenBlocks], object]] = {
+        "analyze_fp32": lambda stack, blocks: analyze(stack, blocks, batch_size=size),
+        "seed_fp32": lambda stack, blocks: seed_means(stack, blocks, size),
+    }
+    run_pass = passes[variant]
+    with pinned_threads(config.threads):
+        stack = load(config.model, device=config.device)
+        blocks = _read_blocks(config, stack)
+
+        def repeat(times: int) -> int:
+            many = replace(blocks, ids=np.tile(blocks.ids, (times, 1)))
+            run_pass(stack, many)
+            return many.tokens
+
+        return measure_peak(repeat, factor)

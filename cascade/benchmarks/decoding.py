@@ -1,0 +1,414 @@
+"""The benchmark of decoding: its variants are timed and compared, and so is skipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from msgspec import field
+from torch import Tensor
+from transformers.utils import logging
+
+from cascade.benchmarks.decoding_results import (
+    AssistantTimes,
+    GeneratedRow,
+    ScoringTimes,
+    TimedExit,
+    decoding_targets,
+    generated_rows,
+    share_equal,
+    skipping_rows,
+)
+from cascade.benchmarks.passes import generate_plainly
+from cascade.benchmarks.records import BenchmarkProvenance, Ratio, Target, VariantTimes
+from cascade.benchmarks.timing import (
+    INTERVAL,
+    BenchmarkError,
+    Session,
+    Timings,
+    Variant,
+    check_least,
+    session,
+)
+from cascade.core.errors import first_line
+from cascade.core.provenance import provenance_of
+from cascade.core.schema import UNSET, StoredRecord
+from cascade.corpora.blocks import TokenBlocks, load_blocks
+from cascade.corpora.readers import EMBEDDED
+from cascade.decoding.early_exit import EarlyExit, Propagation
+from cascade.evaluation.calibration import confidences
+from cascade.exits.fitted_heads import FittedHeads, load_heads
+from cascade.exits.head_fitting import fit_heads
+from cascade.exits.rules import check_layers, find_rule
+from cascade.models.loading import load
+from cascade.models.stack import DecoderStack
+from cascade.stats.thresholds import fit_threshold
+
+#: What each variant does, in the record's words.
+VARIANTS = {
+    "generate": "transformers' generate, greedy",
+    "full": "cascade at full depth, no exit",
+    "exact": "early exit, upper layers catch up when a token goes on",
+    "verified": "the same, the full model confirms every token",
+    "frozen": "early exit, keys and values from the exit state",
+    "ridge": "early exit, keys and values from a ridge map",
+}
+
+#: What `assistant_early_exit` is timed against: it is too slow to make as many tokens.
+SHORT_VARIANTS = {
+    "assistant": "transformers' generate with assistant_early_exit, greedy",
+    "generate": "transformers' generate over the same few tokens",
+}
+
+#: New tokens and timed rounds of `SHORT_VARIANTS`: some 2 to 4 tokens/s on two cores.
+SHORT_TOKENS, SHORT_ROUNDS = 8, 2
+
+#: Tokens that heads are fitted on, and that thresholds are fitted on, where none are given.
+FITTED_TOKENS, CALIBRATED_TOKENS = 8192, 2048
+
+#: Skipping is timed at this hard ratio, at these layers of a 30-layer model, on so many tokens.
+SCORED_HARD_RATIO, SCORED_LAYERS, SCORED_ROUNDS = 0.3, (8, 15, 24), 3
+SCORED_SEQUENCES, SCORED_LENGTH = 32, 128
+
+
+@dataclass(frozen=True)
+class DecodingBenchmarkConfig:
+    """What is measured; the same for every variant.
+
+    Attributes:
+        model: Anything that `models.load` takes.
+        dtype: "float32" or "bfloat16".
+        prompts: How many prompts every variant continues in one round.
+        prompt_tokens: Tokens of each.
+        new_tokens: Tokens added to each.
+        batch_size: Prompts that are continued together.
+        rounds: Timed rounds.
+        layer: Exit layer; the heads', or 24, or the second to last where None.
+        rule: The exit rule.
+        threshold: Tokens exit from this confidence on; fitted to `hard_ratio` where None.
+        hard_ratio: The share of hard tokens on the text the threshold is fitted on.
+        heads: A file of fitted heads; fitted where None.
+        scoring: Time the scoring of skipped tokens too.
+        threads: Threads that torch computes with; None leaves the number as it is.
+        seed: Draws the order of the variants and the bootstrap's resamples.
+        device: "cpu", "cuda", "mps" or "auto".
+
+    Raises:
+        BenchmarkError: A number is out of its range, or a dtype is not among the two.
+    """
+
+    model: str = "smollm2-135m"
+    dtype: str = "float32"
+    prompts: int = 2
+    prompt_tokens: int = 64
+    new_tokens: int = 24
+    batch_size: int = 1
+    rounds: int = 5
+    layer: int | None = None
+    rule: str = "cosine"
+    threshold: float | None = None
+    hard_ratio: float = 0.5
+    heads: str | None = None
+    scoring: bool = True
+    threads: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        least = {
+            "prompts": 1,
+            "prompt_tokens": 2,
+            "new_tokens": 2,
+            "batch_size": 1,
+            "rounds": 2,
+            "threads": 1,
+            "seed": 0,
+        }
+        check_least(self, least, {"rounds": "one round has no interval"})
+        if self.dtype not in ("float32", "bfloat16"):
+            raise BenchmarkError(f"expected --dtype float32 or bfloat16, got {self.dtype}")
+        if not 0 <= self.hard_ratio <= 1:
+            raise BenchmarkError(f"expected --hard-ratio in 0..1, got {self.hard_ratio:g}")
+
+
+class DecodingBenchmark(StoredRecord, frozen=True, kw_only=True):
+    """The record of the benchmark of decoding."""
+
+    KIND = "bench.decode"
+    COMMAND = "bench decode --output"
+
+    schema: int = 1
+    kind: Literal["bench.decode"] = "bench.decode"
+    provenance: BenchmarkProvenance
+    settings: DecodingBenchmarkConfig
+    exit: TimedExit
+    variants: dict[str, VariantTimes] = field(name="ways")
+    order: list[list[str]]
+    ratios: list[Ratio]
+    interval: str
+    generated: dict[str, GeneratedRow]
+    assistant: AssistantTimes
+    scoring: ScoringTimes
+    targets: list[Target]
+
+
+def benchmark_decoding(
+    config: DecodingBenchmarkConfig,
+    *,
+    command: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> DecodingBenchmark:
+    """Time every variant of decoding on the same prompts, and the scoring of skipped tokens.
+
+    Args:
+        config: What to measure.
+        command: What the user ran, for the provenance.
+        progress: Called with a message for each step.
+
+    Returns:
+        The record; a missed target does not raise.
+
+    Raises:
+        BenchmarkError: The corpus has too few tokens, or the model too few positions.
+        UsageError: No such layer or rule, or a threshold outside the rule's range.
+        RecordError: The heads cannot be read.
+        ModelError: The model cannot be loaded, or the heads belong to another one.
+        DeviceError: The device is absent or lacks the dtype.
+    """
+    with session(config, progress) as (config, run):
+        subject = _Subject(config, run)
+        timings, fallback = subject.decoding()
+        assistant = subject.assistant()
+        scoring = subject.scoring()
+    ratios = run.ratios(timings, [(name, "generate") for name in VARIANTS if name != "generate"])
+    generated = generated_rows(timings.results, config.prompt_tokens, subject.stack.num_layers)
+    # Only in fp32 verified tokens are promised to be the full model's.
+    equal = generated["verified"].agreement if config.dtype == "float32" else None
+    return DecodingBenchmark(
+        provenance=run.provenance(provenance_of(subject.stack, subject.prompts, command)),
+        settings=replace(config, layer=subject.layer, threshold=subject.threshold),
+        exit=subject.exit(fallback),
+        variants=timings.rows(VARIANTS, tokens=config.prompts * config.new_tokens),
+        order=timings.order,
+        ratios=ratios,
+        interval=INTERVAL,
+        generated=generated,
+        assistant=assistant,
+        scoring=scoring,
+        targets=decoding_targets(
+            ratios[0], equal, () if scoring.skipping is UNSET else scoring.skipping
+        ),
+    )
+
+
+class _Subject:
+    """The model, the prompts and the exit of one benchmark."""
+
+    def __init__(self, config: DecodingBenchmarkConfig, run: Session) -> None:
+        self.config, self.run = config, run
+        run.progress(f"Loading {config.model} in {config.dtype}")
+        self.stack = load(config.model, dtype=config.dtype, device=config.device)
+        self._check_positions()
+        given = None if config.heads is None else load_heads(Path(config.heads), self.stack)
+        self.layer = _exit_layer(config.layer, given, self.stack)
+        check_layers({self.layer: find_rule(config.rule)}, self.stack.num_layers)
+        if config.threshold is not None:
+            find_rule(config.rule).check(config.threshold)
+        self.prompts, fitted_on = self._texts()
+        self.heads = given or self._fit()
+        self.threshold, self._threshold_from = self._threshold(fitted_on)
+
+    def _check_positions(self) -> None:
+        prompt, new, most = (
+            self.config.prompt_tokens,
+            self.config.new_tokens,
+            self.stack.max_positions,
+        )
+        if most is not None and prompt + new > most:
+            raise BenchmarkError(
+                f"{prompt} --prompt-tokens and {new} --new-tokens exceed the model's {most} "
+                "positions; take fewer"
+            )
+
+    def _texts(self) -> tuple[TokenBlocks, TokenBlocks]:
+        """Return the prompts, from the held-out split's second half, and blocks of its first."""
+        config = self.config
+        blocks = self._read("held-out", config.prompt_tokens)
+        half = len(blocks.ids) // 2
+        if len(blocks.ids) - half < config.prompts or half < 2:
+            raise BenchmarkError(
+                f"the embedded held-out text gives {len(blocks.ids)} prompts of "
+                f"{config.prompt_tokens} tokens, half of them to fit a threshold on; expected at "
+                f"least {max(4, 2 * config.prompts)}, use fewer --prompts or --prompt-tokens"
+            )
+        fitted = blocks.ids[:half][: max(2, CALIBRATED_TOKENS // config.prompt_tokens)]
+        prompts = blocks.ids[half : half + config.prompts]
+        return replace(blocks, ids=prompts), replace(blocks, ids=fitted)
+
+    def _read(self, split: str, length: int, tokens: int | None = None) -> TokenBlocks:
+        return load_blocks(
+            EMBEDDED,
+            self.stack.tokenizer,
+            seq_len=length,
+            num_samples=None,
+            max_tokens=tokens,
+            split=split,
+        )
+
+    def _fit(self) -> FittedHeads:
+        self.run.progress(f"Fitting heads at layer {self.layer}")
+        length = min(SCORED_LENGTH, self.stack.max_positions or SCORED_LENGTH)
+        return fit_heads(self.stack, self._read("train", length, FITTED_TOKENS), [self.layer])
+
+    def _threshold(self, blocks: TokenBlocks) -> tuple[float, str]:
+        """Return the threshold, and how it was found."""
+        if self.config.threshold is not None:
+            return self.config.threshold, "given"
+        self.run.progress("Fitting the threshold")
+        found = confidences(self.stack, blocks, self.layer, self.config.rule, heads=self.heads)
+        fitted = fit_threshold(found, self.config.hard_ratio)
+        return fitted.threshold, (
+            f"hard ratio {fitted.reached:.3f} on {blocks.tokens} tokens of the held-out text's "
+            "first half; prompts come from its second"
+        )
+
+    def _early(self, propagation: Propagation) -> EarlyExit:
+        return EarlyExit(
+            self.stack,
+            layer=self.layer,
+            rule=self.config.rule,
+            threshold=self.threshold,
+            heads=self.heads,
+            propagation=propagation,
+            seed=self.config.seed,
+        )
+
+    def _batches(self) -> list[Tensor]:
+        ids = torch.from_numpy(self.prompts.ids).long().to(self.stack.device)
+        return list(ids.split(self.config.batch_size))
+
+    def exit(self, fallback: str | None) -> TimedExit:
+        """Return the record's description of the exit."""
+        fitted = f"closed form, {FITTED_TOKENS} tokens of the training split"
+        return TimedExit(
+            layer=self.layer,
+            rule=self.config.rule,
+            heads=self.config.heads or fitted,
+            head=self.heads.head(self.stack, self.layer).name,
+            threshold=self._threshold_from,
+            fallback=fallback,
+        )
+
+    def decoding(self) -> tuple[Timings, str | None]:
+        """Time every variant; return the times, and why nothing is skipped (None: it is)."""
+        batches, new = self._batches(), self.config.new_tokens
+        variants: dict[str, Variant] = {
+            "generate": lambda: [generate_plainly(self.stack, ids, new) for ids in batches]
+        }
+        exact, frozen = self._early("exact"), self._early("frozen")
+        for name, early in (
+            ("full", EarlyExit(self.stack)),
+            ("exact", exact),
+            ("verified", exact),
+            ("frozen", frozen),
+            ("ridge", self._early("ridge")),
+        ):
+            variants[name] = _decoding(early, batches, new, verify=name == "verified")
+        fallback = frozen.fallback_reason
+        return self.run.time(variants, self.stack.device), fallback
+
+    def assistant(self) -> AssistantTimes:
+        """Time `assistant_early_exit` where it runs, over one batch and few tokens."""
+        ids, new = self._batches()[0], min(SHORT_TOKENS, self.config.new_tokens)
+        variants: dict[str, Variant] = {
+            "assistant": lambda: generate_plainly(
+                self.stack, ids, new, assistant_early_exit=self.layer
+            ),
+            "generate": lambda: generate_plainly(self.stack, ids, new),
+        }
+        config: Any = self.stack.decoder.config
+        depth, verbosity = config.num_hidden_layers, logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of its own use of deprecated arguments
+        try:
+            timings = self.run.time(variants, self.stack.device, rounds=SHORT_ROUNDS)
+        except Exception as error:
+            # Whatever it raises (batches, cache classes, dtypes) is why it is left out.
+            reason = f"it does not run here ({first_line(error)})"
+            return AssistantTimes(layer=self.layer, new_tokens=new, reason=reason)
+        finally:
+            config.num_hidden_layers = depth  # it leaves its own number behind when it raises
+            logging.set_verbosity(verbosity)
+        results = timings.results
+        return AssistantTimes(
+            layer=self.layer,
+            new_tokens=new,
+            reason=None,
+            variants=timings.rows(SHORT_VARIANTS, tokens=len(ids) * new),
+            order=timings.order,
+            ratios=self.run.ratios(timings, [("assistant", "generate")]),
+            agreement=share_equal(results["assistant"], results["generate"], ids.shape[1]),
+        )
+
+    def scoring(self) -> ScoringTimes:
+        """Time frozen scoring with 70 % of the tokens out, against what its operations predict."""
+        if not self.config.scoring:
+            return ScoringTimes(reason="not asked for (--no-scoring)")
+        stack = self.stack
+        layers = [layer for layer in SCORED_LAYERS if layer < stack.num_layers]
+        if not layers:
+            layers = [max(1, stack.num_layers // 2)]
+        length = min(SCORED_LENGTH, stack.max_positions or SCORED_LENGTH)
+        blocks = self._read("held-out", length, SCORED_SEQUENCES * length)
+        ids = torch.from_numpy(blocks.ids).long().to(stack.device)
+        variants: dict[str, Variant] = {"full": _scoring(EarlyExit(stack), ids)}
+        for layer in layers:
+            self.run.progress(f"Fitting the threshold at layer {layer}")
+            found = confidences(stack, blocks, layer, "cosine")
+            threshold = fit_threshold(found, SCORED_HARD_RATIO).threshold
+            early = EarlyExit(stack, layer=layer, rule="cosine", threshold=threshold)
+            variants[f"frozen at {layer}"] = _scoring(early, ids)
+        rounds = min(SCORED_ROUNDS, self.config.rounds)
+        timings = self.run.time(variants, stack.device, rounds=rounds)
+        ratios = self.run.ratios(timings, [(name, "full") for name in variants if name != "full"])
+        what = {name: f"score, {name}" for name in variants}
+        return ScoringTimes(
+            reason=None,
+            tokens=blocks.tokens,
+            seq_len=length,
+            hard_ratio=SCORED_HARD_RATIO,
+            what="logit lens, cosine, frozen; thresholds fitted on the text that is scored",
+            variants=timings.rows(what, tokens=blocks.tokens),
+            order=timings.order,
+            ratios=ratios,
+            skipping=skipping_rows(stack, timings.results, ratios),
+        )
+
+
+def _exit_layer(wanted: int | None, heads: FittedHeads | None, stack: DecoderStack) -> int:
+    if wanted is not None:
+        return wanted
+    usual = min(24, max(1, stack.num_layers - 1))
+    if heads is None or usual in heads.layers:
+        return usual
+    return heads.layers[-1]
+
+
+def _decoding(early: EarlyExit, batches: Sequence[Tensor], new: int, *, verify: bool) -> Variant:
+    return lambda: [
+        early.generate(
+            ids,
+            torch.ones_like(ids),
+            max_new_tokens=new,
+            eos_token_id=(),
+            verify=verify,
+            return_dict_in_generate=True,
+        )
+        for ids in batches
+    ]
+
+
+def _scoring(early: EarlyExit, ids: Tensor) -> Variant:
+    return lambda: early.score(ids, torch.ones_like(ids))

@@ -1,0 +1,125 @@
+"""The benchmark of fitting exit heads: timed against the forward pass that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from msgspec import field
+
+from cascade.benchmarks.passes import bare_forward
+from cascade.benchmarks.records import BenchmarkProvenance, Ratio, Target, VariantTimes
+from cascade.benchmarks.timing import INTERVAL, check_least, ratio_target, session
+from cascade.core.provenance import provenance_of
+from cascade.core.schema import StoredRecord
+from cascade.corpora.blocks import load_blocks
+from cascade.corpora.readers import EMBEDDED
+from cascade.exits.head_fitting import fit_heads
+from cascade.models.loading import load
+
+#: What each variant does, in the record's words.
+VARIANTS = {
+    "bare": "decoder forward alone, without LM head, cache and sums",
+    "fit": "cascade fit-heads in closed form: the pass, the sums and the solutions",
+}
+
+
+@dataclass(frozen=True)
+class HeadFittingBenchmarkConfig:
+    """What is measured; the same for both variants.
+
+    Attributes:
+        model: Anything that `models.load` takes.
+        layers: Exit layers, all fitted in the same pass.
+        tokens: Tokens per pass, rounded down to whole sequences; the embedded corpus is taken as
+            often as it needs. Solving costs the same for few tokens as for many.
+        seq_len: Tokens per sequence.
+        batch_size: Sequences per forward pass.
+        rounds: Timed passes per variant.
+        threads: Threads that torch computes with; None leaves the number as it is.
+        seed: Draws the order of the variants and the bootstrap's resamples.
+        device: "cpu", "cuda", "mps" or "auto".
+
+    Raises:
+        BenchmarkError: A number is too small.
+    """
+
+    model: str = "smollm2-135m"
+    layers: tuple[int, ...] = (20, 24, 26, 28, 29)
+    tokens: int = 16384
+    seq_len: int = 128
+    batch_size: int = 32
+    rounds: int = 3
+    threads: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        least = {"seq_len": 2, "batch_size": 1, "rounds": 2, "threads": 1, "seed": 0}
+        check_least(self, least | {"tokens": self.seq_len})
+
+
+class HeadFittingBenchmark(StoredRecord, frozen=True, kw_only=True):
+    """The record of the benchmark of fitting exit heads."""
+
+    KIND = "bench.fit"
+    COMMAND = "bench fit --output"
+
+    schema: int = 1
+    kind: Literal["bench.fit"] = "bench.fit"
+    provenance: BenchmarkProvenance
+    settings: HeadFittingBenchmarkConfig
+    variants: dict[str, VariantTimes] = field(name="ways")
+    order: list[list[str]]
+    ratios: list[Ratio]
+    interval: str
+    targets: list[Target]
+
+
+def benchmark_head_fitting(
+    config: HeadFittingBenchmarkConfig,
+    *,
+    command: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> HeadFittingBenchmark:
+    """Time fitting exit heads and the bare forward pass over the same tokens.
+
+    Args:
+        config: What to measure.
+        command: What the user ran, for the provenance.
+        progress: Called with a message for each step.
+
+    Returns:
+        The record; a missed target does not raise.
+
+    Raises:
+        UsageError: The model has no such exit layer.
+        ModelError: The model cannot be loaded.
+        DeviceError: The device is absent.
+    """
+    with session(config, progress) as (config, run):
+        run.progress(f"Loading {config.model}")
+        stack = load(config.model, device=config.device)
+        blocks = load_blocks(EMBEDDED, stack.tokenizer, seq_len=config.seq_len, num_samples=None)
+        ids = np.resize(blocks.ids, (config.tokens // config.seq_len, config.seq_len))
+        blocks = replace(blocks, ids=ids)
+        size = config.batch_size
+        timings = run.time(
+            {
+                "bare": lambda: bare_forward(stack, blocks, size),
+                "fit": lambda: fit_heads(stack, blocks, config.layers, batch_size=size),
+            },
+            stack.device,
+        )
+    (ratio,) = run.ratios(timings, [("fit", "bare")])
+    return HeadFittingBenchmark(
+        provenance=run.provenance(provenance_of(stack, blocks, command)),
+        settings=replace(config, tokens=blocks.tokens),
+        variants=timings.rows(VARIANTS, tokens=blocks.tokens),
+        order=timings.order,
+        ratios=[ratio],
+        interval=INTERVAL,
+        targets=[ratio_target(ratio, "at most", 1.1)],
+    )

@@ -1,0 +1,17 @@
+"""Numbers in sentences."""
+
+from __future__ import annotations
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Format a share as a percentage.
+
+    Args:
+        share: E.g. 0.5 for a half.
+        digits: Digits after the point.
+
+    Example:
+        >>> percent(0.9512)
+        '95.1 %'
+    """
+    return f"{100 * share:.{digits}f} %"

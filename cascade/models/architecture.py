@@ -1,0 +1,114 @@
+"""What a causal language model has to be: checks of its config and weights, and its layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade.core.errors import ModelError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Layer types with keys and values per token; any other type carries a recurrent state instead.
+_ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def check_config(config: Any) -> None:
+    """Refuse a model that cannot be measured, before any of its weights is read.
+
+    Args:
+        config: Of `transformers`.
+
+    Raises:
+        UnsupportedModelError: An encoder-decoder, no causal LM, or recurrent layers.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    family = getattr(config, "model_type", "?")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{family} is an encoder-decoder; expected a decoder-only causal language model"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{family} is not a causal language model that this transformers release knows"
+        )
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    types = set(getattr(config.get_text_config(), "layer_types", None) or _ATTENTION_TYPES)
+    if getattr(model_class, "_is_stateful", False) or types - _ATTENTION_TYPES:
+        kinds = ", ".join(sorted(types - _ATTENTION_TYPES)) or "a recurrent state"
+        raise UnsupportedModelError(
+            f"{family} has recurrent layers ({kinds}): they keep no keys and values that an early"
+            " exit could propagate; expected attention in every layer"
+        )
+
+
+def find_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder layers: the shallowest list of blocks of the config's length."""
+    config = model.config.get_text_config()
+    depth = getattr(config, "num_hidden_layers", 0)
+    blocks = set(model._no_split_modules or ())
+    lists = [
+        (not blocks & {type(child).__name__ for child in module}, name.count("."), module)
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
+    ]
+    if not lists:
+        raise UnsupportedModelError(
+            f"{model.config.model_type} has no list of {depth} decoder layers; "
+            "expected a decoder-only model whose layers are an nn.ModuleList"
+        )
+    return min(lists, key=lambda entry: entry[:2])[2]
+
+
+def check_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Args:
+        model: The model.
+        layers: Its decoder layers.
+
+    Raises:
+        ModelError: Names the layer and the weight.
+    """
+    layer_of = {
+        id(parameter): number
+        for number, layer in enumerate(layers, start=1)
+        for parameter in layer.parameters()
+    }
+    for name, parameter in model.named_parameters():
+        if torch.isfinite(parameter).all():
+            continue
+        number = layer_of.get(id(parameter))
+        where = f"decoder layer {number}" if number else "outside the decoder layers"
+        if model.dtype == torch.float16 and not torch.isnan(parameter).any():
+            most = torch.finfo(torch.float16).max
+            raise ModelError(
+                f"the weights are infinite in float16 ({where}: {name}), which holds "
+                f"numbers up to {most:.0f}; use --dtype bfloat16 or float32"
+            )
+        raise ModelError(
+            f"the weights hold NaN or infinite values ({where}: {name}); "
+            "expected finite weights, get the checkpoint again"
+        )
+
+
+def run_decoder(decoder: nn.Module, input_ids: Tensor, **kwargs: Any) -> Tensor:
+    """Run a model without its LM head.
+
+    Args:
+        decoder: The model's base model.
+        input_ids: `[B, T]`.
+        kwargs: Further arguments of its forward. Without a mask every token counts; without a
+            KV cache none is made.
+
+    Returns:
+        The last hidden states, `[B, T, D]`, behind the final norm if there is one.
+    """
+    kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+    kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
+    output: Tensor = decoder(input_ids=input_ids, **kwargs).last_hidden_state
+    return output

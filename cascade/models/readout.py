@@ -1,0 +1,139 @@
+"""The last steps of a model: from hidden states to logits, by its own norm and LM head."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade.core.errors import UnsupportedModelError
+from cascade.models.architecture import run_decoder
+from cascade.models.fast_layers import product
+from cascade.models.hooks import as_output, split_output
+from cascade.models.probing import Probe
+from cascade.models.stand_ins import StandIns
+from cascade.models.views import paths_of, with_descendants, with_own_hooks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Readout:
+    """Turns hidden states into logits exactly as a model does.
+
+    Final norm, LM head, soft-capping and scaling are the model's: its forward runs with its first
+    layer standing in for the given states and the others passing them on. If norm and head prove to
+    be all of it, they are called directly. That saves a fifth of decoding one state (SmolLM2-135M
+    in fp32 on two cores: 1.3 of 5.4 ms).
+
+    Args:
+        model: The model.
+        stand_ins: Run the model with other layers.
+        probe: What `cascade.models.probing.probe` found.
+    """
+
+    def __init__(self, model: PreTrainedModel, stand_ins: StandIns, probe: Probe) -> None:
+        self.model = model
+        self.stand_ins = stand_ins
+        self.probe = probe
+        self.lm_head: nn.Module = model.get_output_embeddings()
+        self._head_paths = paths_of(self.lm_head, model)
+        self._direct_norm = self._find_direct_norm()
+
+    @torch.no_grad()
+    def _find_direct_norm(self) -> nn.Module | None:
+        """Return the final norm where norm and LM head are all that makes logits, else None."""
+        norm = getattr(self.model.base_model, "norm", None)
+        if not isinstance(norm, nn.Module) or not self.probe.has_final_norm:
+            return None
+        width = int(self.model.config.get_text_config().hidden_size)
+        hidden = torch.linspace(-1, 1, width, dtype=self.model.dtype, device=self.model.device)
+        normed = norm(hidden[None, None])
+        # A hundred times a normed state: soft-capping and its like bend large logits alone.
+        large = 100 * normed
+        same = torch.equal(
+            self.lm_head(large), self._decode_normed_by_model(large)
+        ) and torch.equal(self.lm_head(normed), self._decode_by_model(hidden[None, None]))
+        return norm if same else None
+
+    def decode(self, hidden: Tensor) -> Tensor:
+        """Return the logits `[B, T, V]` of states before the final norm, `[B, T, D]`."""
+        if self._direct_norm is None:
+            return self._decode_by_model(hidden)
+        with _gradients_of(hidden):
+            return product(self.lm_head, self._direct_norm(hidden))
+
+    def decode_normed(self, normed: Tensor) -> Tensor:
+        """Return the logits `[B, T, V]` of states behind the final norm, `[B, T, D]`."""
+        if self._direct_norm is None:
+            return self._decode_normed_by_model(normed)
+        with _gradients_of(normed):
+            return product(self.lm_head, normed)
+
+    @torch.no_grad()
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Return states `[B, T, D]` behind the final norm.
+
+        Raises:
+            UnsupportedModelError: The model has no final norm, or one that changes the width.
+        """
+        if not self.probe.has_final_norm:
+            raise UnsupportedModelError(
+                f"this {self.model.config.model_type} has no final norm that keeps the width"
+            )
+        if self._direct_norm is not None:
+            normed: Tensor = self._direct_norm(hidden)
+            return normed
+        decoder: nn.Module = self.model.base_model
+        with self.stand_ins.standing_in(decoder, self._stand_in_for(hidden)) as decoder:
+            return run_decoder(decoder, _ids_like(hidden))
+
+    def _decode_by_model(self, hidden: Tensor) -> Tensor:
+        with (
+            self.stand_ins.standing_in(self.model, self._stand_in_for(hidden)) as model,
+            _gradients_of(hidden),
+        ):
+            return _logits(model, hidden)
+
+    def _decode_normed_by_model(self, normed: Tensor) -> Tensor:
+        def pass_on(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return as_output(split_output(args, kwargs)[0], self.probe.tuple_sizes[number])
+
+        def swap(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (normed, *args[1:])
+
+        with (
+            self.stand_ins.standing_in(self.model, pass_on) as model,
+            contextlib.ExitStack() as restored,
+        ):
+            head = self.lm_head
+            if model is not self.model:
+                head = with_own_hooks(head)
+                model = with_descendants(model, dict.fromkeys(self._head_paths, head))
+            restored.callback(head.register_forward_pre_hook(swap).remove)
+            restored.enter_context(_gradients_of(normed))
+            return _logits(model, normed)
+
+    def _stand_in_for(self, hidden: Tensor) -> Any:
+        sizes = self.probe.tuple_sizes
+        return lambda number, args, kwargs: as_output(hidden, sizes[number])
+
+
+def _logits(model: nn.Module, like: Tensor) -> Tensor:
+    ids = _ids_like(like)
+    logits: Tensor = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+    ).logits
+    return logits
+
+
+def _ids_like(hidden: Tensor) -> Tensor:
+    """Return any token ids for as many tokens as there are states."""
+    return torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+
+
+def _gradients_of(values: Tensor) -> torch.set_grad_enabled:
+    """Compute gradients if `values` needs them: the model's own weights learn nothing."""
+    return torch.set_grad_enabled(values.requires_grad and torch.is_grad_enabled())

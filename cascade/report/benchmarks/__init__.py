@@ -1,0 +1,1 @@
+"""Reports of benchmarks: speed, ratios, memory, and the targets met or missed."""

@@ -1,0 +1,60 @@
+"""The report of the benchmark of the quick gate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cascade.report.benchmarks.blocks import (
+    benchmark_report,
+    headline,
+    notes_section,
+    ratios_section,
+    seconds_cells,
+    speed_section,
+    targets_section,
+)
+from cascade.report.common.sections import Report, Section, table_of
+
+if TYPE_CHECKING:
+    from cascade.benchmarks.gate import GateBenchmark
+
+
+def gate_benchmark_report(record: GateBenchmark) -> Report:
+    """Return the report of the benchmark of the gate.
+
+    Args:
+        record: Its record.
+    """
+    alone = table_of(
+        "Timed alone, not interleaved with the others",
+        ("median seconds", "fastest", "slowest", "what"),
+        [[*seconds_cells(row.seconds), name] for name, row in record.alone.items()],
+        text_columns=1,
+    )
+    return benchmark_report(
+        "The quick gate",
+        record.provenance,
+        (
+            headline(record.provenance, record.settings),
+            speed_section(record.variants),
+            ratios_section(record.ratios),
+            Section("By themselves", (alone,)),
+            targets_section(record.targets, "2 cores and 512 tokens"),
+            notes_section(*_notes(record)),
+        ),
+    )
+
+
+def _notes(record: GateBenchmark) -> list[tuple[str, str]]:
+    noise = "not needed here: the baseline was made on this machine"
+    if record.elsewhere:
+        noise = (
+            f"the baseline was made elsewhere ({'; '.join(record.elsewhere)}): the first gate "
+            "here measures the noise as well, later ones read it from the cache"
+        )
+    return [
+        ("Looks", f"after {', '.join(f'{tokens:,}' for tokens in record.steps)} tokens"),
+        ("Noise", noise),
+        ("Interval", record.interval),
+        *((name.capitalize(), row.what) for name, row in record.alone.items()),
+    ]

@@ -1,0 +1,57 @@
+"""Words and numbers that several reports share: lists, ranges and whole percentages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def listed(names: Sequence[str], none: str = "") -> str:
+    """Return names as a list in a sentence.
+
+    Args:
+        names: The names.
+        none: What to say where there are none.
+
+    Example:
+        >>> listed(["A", "B", "C"])
+        'A, B and C'
+    """
+    if len(names) < 2:
+        return "".join(names) or none
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def whole_percent(share: float | None) -> str:
+    """Return a share in whole percent; a dash where there is none.
+
+    Example:
+        >>> whole_percent(-0.001)
+        '0 %'
+    """
+    return "-" if share is None else f"{whole(share)} %"
+
+
+def whole(share: float) -> str:
+    """Return a share in whole percent without its sign, for ranges: `49 to 54`.
+
+    Example:
+        >>> whole(0.494)
+        '49'
+    """
+    return f"{round(100 * share)}"  # an integer: 0, never -0
+
+
+def number_ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers with runs shortened.
+
+    Example:
+        >>> number_ranges([3, 4, 5, 8])
+        '3-5, 8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,108 @@
+"""The names of causes, ablations and verdicts in the report of an explained layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cascade.core.schema import UNSET
+from cascade.report.common.words import listed
+from cascade.studies.explanations.records import (
+    AblationRow,
+    CauseEffect,
+    CauseRow,
+    LayerExplanation,
+)
+
+_CAUSES = {
+    "attention": "what its attention adds",
+    "mlp": "what its MLP adds",
+    "first_token": "what it reads from the first token",
+    "delimiters": "what it reads from delimiters",
+    "common": "what it adds alike to every token",
+    "update_size": "the size of its update",
+    "update_direction": "the direction of its update",
+    "stream_size": "a shorter stream before it",
+}
+
+_ABLATIONS = {
+    "layer_skipped": "layer skipped",
+    "attention_skipped": "attention skipped",
+    "mlp_skipped": "MLP skipped",
+    "update_halved": "update halved",
+    "common_left_out": "common part left out",
+    "first_token_hidden": "first token hidden",
+    "delimiters_hidden": "delimiters hidden",
+}
+
+_CLASSES = {
+    "start": "the first token",
+    "special": "special tokens",
+    "word start": "word starts",
+    "continuation": "continuations",
+}
+
+_VERDICTS = {"carries": "yes", "does not carry": "no", "cannot tell": "unclear"}
+
+
+@dataclass(frozen=True)
+class TestedCause:
+    """A cause that was tried, with its numbers."""
+
+    row: CauseRow
+    effect: CauseEffect
+
+
+@dataclass(frozen=True)
+class ClosingCause:
+    """A cause for which the closed share of the gap is known."""
+
+    row: CauseRow
+    closed: float
+    interval: list[float]
+
+
+def tested_causes(record: LayerExplanation) -> list[TestedCause]:
+    """Return the causes that were tried, in order."""
+    return [TestedCause(row, effect) for row in record.causes if (effect := row.effect) is not None]
+
+
+def closing_causes(record: LayerExplanation) -> list[ClosingCause]:
+    """Return the causes for which the closed share of the gap is known, in order."""
+    return [
+        ClosingCause(tested.row, tested.effect.closed, tested.effect.interval)
+        for tested in tested_causes(record)
+        if tested.effect.closed is not None and tested.effect.interval is not None
+    ]
+
+
+def cause_words(record: LayerExplanation, row: CauseRow) -> str:
+    """Return what a cause is called."""
+    target = record.sides[0]
+    if row.cause == "dimensions":
+        found = [dim.dimension for dim in target.dimensions]
+        return f"what it adds in {_numbers('dimension', found)}" if found else "few dimensions"
+    if row.cause == "massive":
+        dims = target.massive
+        return f"the massive {_numbers('dimension', dims)}" if dims else "massive activations"
+    if row.cause == "one_class":
+        if row.token_class is UNSET:
+            return "one class of tokens"
+        return f"{_CLASSES.get(row.token_class, row.token_class)} alone"
+    if row.cause == "first_positions":
+        return f"the first {row.positions} positions"
+    return _CAUSES[row.cause]
+
+
+def _numbers(word: str, numbers: Sequence[int]) -> str:
+    return f"{word}{'s' if len(numbers) != 1 else ''} {listed([str(n) for n in numbers])}"
+
+
+def ablation_words(row: AblationRow) -> str:
+    """Return what an ablation is called."""
+    return _ABLATIONS[row.ablation]
+
+
+def verdict_words(record: LayerExplanation, row: CauseRow) -> str:
+    """Return whether a cause is supported, in a word."""
+    return _VERDICTS[row.verdict] if record.gap.asks_for_a_cause else "no gap"

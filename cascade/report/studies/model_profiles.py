@@ -1,0 +1,264 @@
+"""Parts of the report on models: profiles, dips, exit layers, changes over the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cascade.report.common.records import is_normed, percent, show
+from cascade.report.common.sections import Block, Picture, Table, table_of
+from cascade.report.common.words import listed
+from cascade.report.studies.model_figures import profiles_svg
+from cascade.saturation.records import LayerRoles
+from cascade.studies.comparisons.model_records import (
+    LayerChange,
+    ModelComparison,
+    ModelMeasurement,
+    PairedChanges,
+)
+
+_NONE = "none"
+
+
+# --- Profiles --------------------------------------------------------------------------------
+
+
+def profile_blocks(
+    record: ModelComparison, measured: Sequence[ModelMeasurement]
+) -> Iterator[Block]:
+    """Yield the profiles of the measured models, drawn and in a table."""
+    picture = profiles_svg(record)
+    if picture is None:
+        yield "No model was measured: there is no profile to draw."
+        return
+    caption = (
+        "Mean similarity of each decoder layer's input and output; the state behind the final norm "
+        "is left out. Triangles are dips, joined by dots where they match; dotted lines are "
+        "suggested exit layers."
+    )
+    if any(pair.paired for pair in record.pairs):
+        caption += (
+            " Below, where models read the same tokens through as many layers: how far a "
+            "sequence's mean similarity moved, the mean of its size; the ring is the layer that "
+            "moved most."
+        )
+    yield Picture("models-profiles.svg", picture, caption)
+    yield _means_table(measured)
+    if record.pairs:
+        yield table_of(
+            "How far each profile lies from the first one's.",
+            ("", "degrees apart", "most", "at depth"),
+            [
+                [
+                    pair.model,
+                    f"{pair.apart.degrees:.2f}",
+                    f"{pair.apart.most_degrees:.2f}",
+                    f"{pair.apart.most_depth:.3f}",
+                ]
+                for pair in record.pairs
+            ],
+        )
+
+
+def _means_table(measured: Sequence[ModelMeasurement]) -> Table:
+    """Return one row per layer of the deepest model; each layer of another in the nearest row."""
+    deepest = max(entry.sizes.num_layers for entry in measured)
+    several = any(entry.sizes.num_layers != deepest for entry in measured)
+    lines: list[list[str]] = [[""] * len(measured) for _ in range(deepest + 1)]
+    dips = set()
+    for column, entry in enumerate(measured):
+        depth = entry.sizes.num_layers
+        for row in entry.layers:
+            # layer / depth * deepest, to the nearest: no two layers share a line.
+            line = deepest if is_normed(row) else _nearest(int(row.layer), depth, deepest) - 1
+            # Of models that differ in depth, each cell says which layer it is.
+            text = f"{row.layer}: {show(row.mean)}" if several else show(row.mean)
+            lines[line][column] = text
+            if row.layer in entry.structure.dips:
+                dips.add(f"{(line + 1) / deepest:.3f}")
+    names = [str(layer) for layer in range(1, deepest + 1)]
+    rows = [
+        [f"{int(name) / deepest:.3f}", *([] if several else [name]), *cells]
+        for name, cells in zip(names, lines, strict=False)
+    ]
+    if any(lines[-1]):
+        rows.append(["norm", *([] if several else [""]), *lines[-1]])
+    caption = "Mean similarity of each layer"
+    if several:
+        caption += " (layer: mean), in the line of the relative depth that is nearest"
+    return table_of(
+        f"{caption}; norm: of the state behind the final norm.",
+        ("depth", *([] if several else ["layer"]), *(entry.label for entry in measured)),
+        rows,
+        active=tuple(dips),
+    )
+
+
+def _nearest(layer: int, depth: int, deepest: int) -> int:
+    return (2 * layer * deepest + depth) // (2 * depth)
+
+
+# --- Dips ------------------------------------------------------------------------------------
+
+
+def dip_blocks(record: ModelComparison, measured: Sequence[ModelMeasurement]) -> Iterator[Block]:
+    """Yield the special layers of each model, and the dips that match."""
+    if not measured:
+        return
+    yield table_of(
+        "What the rule of `cascade analyze` finds in each profile.",
+        ("", "input transform", "stable bands", "dips", "output transform"),
+        [[entry.label, *_structure(entry.structure)] for entry in measured],
+        text_columns=4,
+    )
+    rows = [
+        [
+            pair.model,
+            *(
+                _layer(layer, depth)
+                for layer, depth in zip(match.layers, match.depths, strict=True)
+            ),
+            *map(show, match.means),
+        ]
+        for pair in record.pairs
+        for match in pair.dips.matched
+    ]
+    first = record.pairs[0].against if record.pairs else ""
+    if rows:
+        yield table_of(
+            f"Dips that match {first}'s, with relative depth.",
+            ("", f"dip of {first}", "its own", f"mean in {first}", "its own"),
+            rows,
+        )
+    yield from _unmatched(record)
+
+
+def _structure(structure: LayerRoles) -> list[str]:
+    if structure.cutoff is None:
+        return ["too few layers", *[""] * 3]
+    bands = [a if a == b else f"{a}-{b}" for a, b in structure.stable_bands]
+    return [
+        ", ".join(structure.input_transform) or _NONE,
+        ", ".join(bands) or _NONE,
+        ", ".join(structure.dips) or _NONE,
+        ", ".join(structure.output_transform) or _NONE,
+    ]
+
+
+def _unmatched(record: ModelComparison) -> Iterator[str]:
+    for pair in record.pairs:
+        dips = pair.dips
+        names = (pair.against, pair.model)
+        if not dips.judged:
+            yield f"{listed(names)}: too few layers to tell dips from other layers."
+            continue
+        left = [
+            f"{listed(layers)} of {name}"
+            for name, layers in zip(names, dips.unmatched, strict=True)
+            if layers
+        ]
+        if left:
+            yield (
+                f"Without a match between {names[0]} and {names[1]}: {'; '.join(left)} (tolerance "
+                f"{dips.tolerance:.3f} of depth)."
+            )
+
+
+# --- Exit layers -----------------------------------------------------------------------------
+
+
+def exit_blocks(record: ModelComparison, measured: Sequence[ModelMeasurement]) -> Iterator[Block]:
+    """Yield the suggested exit layers and their thresholds."""
+    if not measured:
+        return
+    ratios = [row.hard_ratio for row in measured[0].exit.by_hard_ratio]
+    yield table_of(
+        "The layer suggested for each, and its thresholds by the share of hard tokens.",
+        (
+            "",
+            "exit layer",
+            "of",
+            "depth",
+            "can spare",
+            *(f"{100 * each:g}% hard" for each in ratios),
+        ),
+        [
+            [
+                entry.label,
+                entry.exit.layer,
+                str(entry.sizes.num_layers),
+                f"{entry.exit.depth:.3f}",
+                percent(entry.exit.spared, 1),
+                *(f"{row.threshold:.4f}" for row in entry.exit.by_hard_ratio),
+            ]
+            for entry in measured
+        ],
+    )
+    reached = [(pair, pair.thresholds) for pair in record.pairs if pair.thresholds is not None]
+    if reached:
+        pair, thresholds = reached[0]
+        first, layer = pair.against, thresholds[0].layer
+        yield table_of(
+            f"Tokens that {first}'s thresholds at layer {layer} make hard in the others.",
+            ("", *(f"{first}: {100 * each:g}%" for each in ratios)),
+            [
+                [pair.model, *(percent(row.reached, 1) for row in thresholds)]
+                for pair, thresholds in reached
+            ],
+        )
+
+
+# --- The same tokens -------------------------------------------------------------------------
+
+
+def paired_blocks(record: ModelComparison) -> Iterator[Block]:
+    """Yield what changed between models over the same tokens."""
+    paired = [(pair, pair.paired) for pair in record.pairs if pair.paired is not None]
+    if paired:
+        pair, changes = paired[0]
+        yield table_of(
+            f"What moved most from {pair.against}: the layer whose mean similarity changed "
+            f"most over {changes.sequences:,} sequences, and the sequence that "
+            "changed most there.",
+            ("", "layer", "size", "mean change", "95% interval", "largest", "sequence"),
+            [[pair.model, *_largest_mover(changes)] for pair, changes in paired],
+        )
+        normed = [
+            [pair.model, *_change(changes.layers[-1])]
+            for pair, changes in paired
+            if is_normed(changes.layers[-1])
+        ]
+        if normed:
+            yield table_of(
+                "The same for the state behind the final norm.",
+                ("", "size", "mean change", "95% interval", "largest", "sequence"),
+                normed,
+            )
+    for pair in record.pairs:
+        if pair.unpaired is not None:
+            yield (
+                f"{pair.against} and {pair.model} are not compared sequence by sequence: "
+                f"{pair.unpaired}."
+            )
+
+
+def _change(row: LayerChange) -> list[str]:
+    interval = row.interval
+    return [
+        f"{row.mean_size:.2g}",
+        f"{row.mean:+.2g}",
+        "-" if interval is None else f"{interval[0]:+.2g} to {interval[1]:+.2g}",
+        f"{row.largest:+.2g}",
+        str(row.sequence),
+    ]
+
+
+def _largest_mover(changes: PairedChanges) -> list[str]:
+    rows = {row.layer: row for row in changes.layers}
+    most = rows[changes.largest_mover]
+    if most.largest == 0:
+        return ["none", "0", "0", "-", "0", "-"]
+    return [most.layer, *_change(most)]
+
+
+def _layer(layer: str, depth: float) -> str:
+    return f"{layer} ({depth:.3f})"

@@ -1,0 +1,250 @@
+"""What follows from a model's configuration alone, without its weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cascade.core.errors import ModelError, UnsupportedModelError, first_line
+from cascade.core.schema import Part, from_plain
+from cascade.models.architecture import check_config, find_layers
+from cascade.models.flops import full_flops, layer_flops
+from cascade.models.weights import HUB_NAMES, WHEELS, quiet_transformers, read_or_explain
+from cascade.studies.comparisons.model_records import ModelSizes
+
+#: The files that weights are read from.
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model.
+
+    Attributes:
+        family: E.g. "llama".
+        num_layers: Decoder layers.
+        hidden_size: Width of the residual stream.
+        vocab_size: Outputs of the LM head.
+        parameters: All of the model's, those that two places share counted once.
+        layer_parameters: Of all decoder layers together.
+        seq_len: Tokens per sequence that operations were counted for.
+        operations: Of the whole model per token, two per multiplication and addition.
+        layer_shares: `[N]`, each decoder layer's share of them.
+        lm_head_share: The LM head's share of them.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    parameters: int
+    layer_parameters: int
+    seq_len: int
+    operations: float
+    layer_shares: tuple[float, ...]
+    lm_head_share: float
+
+    def spared(self, layer: int) -> float:
+        """Return the share of operations in the layers behind an exit layer.
+
+        A token that exits there spares at most this, because it still needs the LM head, and keys
+        and values.
+
+        Args:
+            layer: The exit layer, 1..N.
+        """
+        return sum(self.layer_shares[layer:])
+
+    def record(self) -> ModelSizes:
+        """Return the sizes as a record holds them; shares and operations are rounded."""
+        return ModelSizes(
+            family=self.family,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            parameters=self.parameters,
+            layer_parameters=self.layer_parameters,
+            seq_len=self.seq_len,
+            operations_per_token=round(self.operations),
+            layer_share=round(sum(self.layer_shares) / self.num_layers, 6),
+            lm_head_share=round(self.lm_head_share, 6),
+        )
+
+
+def sizes_of(config: Any, seq_len: int) -> Sizes:
+    """Count parameters and operations of a model that a configuration describes.
+
+    The model is built without memory for its weights, so that it can be of any size.
+
+    Args:
+        config: A configuration of `transformers`.
+        seq_len: Tokens per sequence: attention costs more the longer they are.
+
+    Raises:
+        UnsupportedModelError: It describes no decoder-only model with attention in every layer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_config(config)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            # A copy: building a model completes its configuration.
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception as error:
+        # Which exception a family raises for sizes that do not fit each other is not specified.
+        raise UnsupportedModelError(
+            f"cannot build a {config.model_type} model of this configuration "
+            f"({first_line(error)}); expected the config.json of a whole model"
+        ) from error
+    outline = _Outline.of(model)
+    total = full_flops(outline, 1, seq_len)
+    layers = layer_flops(outline, 1, seq_len)
+    return Sizes(
+        family=config.model_type,
+        num_layers=len(outline.layers),
+        hidden_size=outline.hidden_size,
+        vocab_size=outline.vocab_size,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layer_parameters=sum(parameter.numel() for parameter in outline.layers.parameters()),
+        seq_len=seq_len,
+        operations=total / seq_len,
+        layer_shares=tuple(layer / total for layer in layers),
+        lm_head_share=1 - sum(layers) / total,
+    )
+
+
+@dataclass(frozen=True)
+class _Outline:
+    layers: nn.ModuleList
+    hidden_size: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: Any) -> _Outline:
+        text = model.config.get_text_config()
+        return cls(find_layers(model), int(text.hidden_size), int(text.vocab_size))
+
+
+def layer_at(depth: float | Fraction, num_layers: int) -> int:
+    """Return the layer nearest to a relative depth; of two, the deeper.
+
+    Args:
+        depth: In (0, 1]: layer / N.
+        num_layers: N.
+    """
+    return min(max(int(depth * num_layers + Fraction(1, 2)), 1), num_layers)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A model's configuration, and where it is from.
+
+    Attributes:
+        name: A name for reports.
+        origin: Where the configuration was read.
+        config: As `transformers` reads it.
+    """
+
+    name: str
+    origin: str
+    config: Any
+
+
+def known_names() -> Sequence[str]:
+    """Return the short names of models whose sizes come with the package."""
+    return tuple(_known())
+
+
+class _KnownModel(Part, frozen=True, kw_only=True):
+    source: str
+    hub_id: str
+    config: dict[str, Any]
+
+
+@cache
+def _known() -> dict[str, _KnownModel]:
+    text = resources.files("cascade").joinpath("data/configurations.json").read_text("utf-8")
+    return from_plain(json.loads(text)["models"], dict[str, _KnownModel])
+
+
+def read_configuration(source: str, *, revision: str | None = None) -> Configuration:
+    """Read a model's configuration, and no weights.
+
+    Args:
+        source: Whatever `cascade.load` takes; a folder needs no more than its config.json.
+        revision: A hub revision.
+
+    Raises:
+        ModelError: There is none, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    path = Path(os.path.expanduser(source))
+    if source not in WHEELS and os.path.exists(path):
+        return _from_disk(path, source)
+    known = _known().get(source) or _by_hub_id(source)
+    if known is not None and revision is None:
+        return Configuration(
+            source.rpartition("/")[2].lower(),
+            known.source,
+            AutoConfig.for_model(**known.config),
+        )
+    return _from_hub(HUB_NAMES.get(source, source), revision)
+
+
+def _by_hub_id(source: str) -> _KnownModel | None:
+    return next((entry for entry in _known().values() if entry.hub_id == source), None)
+
+
+def _from_disk(path: Path, source: str) -> Configuration:
+    from transformers import AutoConfig
+
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"{source} holds no config.json; expected a saved transformers model")
+        config = read_or_explain(
+            f"the config of {source}", lambda: AutoConfig.from_pretrained(path)
+        )
+        return Configuration(path.resolve().name.lower(), str(path / "config.json"), config)
+    if path.suffix.lower() != ".gguf":
+        raise ModelError(f"expected a model folder or a .gguf file, got {source}")
+    config = read_or_explain(
+        f"the config of {source}",
+        lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name),
+    )
+    return Configuration(path.stem.lower(), str(path), config)
+
+
+def _from_hub(source: str, revision: str | None) -> Configuration:
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source, revision=revision)
+    except Exception as error:
+        # The client raises many kinds of errors, which make no difference to the user.
+        raise ModelError(
+            f"no configuration of {source}: no such folder, and the hub says: {first_line(error)}"
+            f" -- give a folder that holds its config.json, or one of {', '.join(known_names())}"
+        ) from error
+    return Configuration(source.replace("/", "--").lower(), f"hub: {source}", config)
+
+
+def lacks_weights(source: str) -> bool:
+    """Return whether a model is a local folder with a configuration and without weights."""
+    path = Path(os.path.expanduser(source))
+    if source in WHEELS or not os.path.isdir(path):
+        return False
+    found = any(True for pattern in _WEIGHTS for _ in path.glob(pattern))
+    return (path / "config.json").exists() and not found

@@ -1,0 +1,105 @@
+"""`cascade evaluate`, and `accept` of what it gives, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.commands import Run, read_record
+from support.disk import contents
+
+
+def test_an_evaluation_says_whether_early_exit_pays_and_becomes_budgets(
+    tiny: Run, run: Run, here: Path
+) -> None:
+    done = tiny("evaluate", "--layers", "2,3", "--point", "3:cosine:0.5", "--output", "e")
+    assert done.status == 0, done.err
+    assert "early exit here" in done.out
+    assert sorted(contents(here / "e")) == ["evaluation.html", "evaluation.json", "pareto.svg"]
+    columns = {
+        *("exit_layer", "rule", "head", "threshold", "exit_share", "agreement", "perplexity"),
+        *("perplexity_ratio", "kl", "layers_per_token", "flops_ratio", "seconds_ratio"),
+    }
+    record = read_record("e/evaluation.json")
+    assert all(columns <= row.keys() for row in record["points"])
+    assert {row["rule"] for row in record["points"]} >= {"cosine", "random", "fixed", "oracle"}
+    accepted = run("accept", "e")
+    assert accepted.status == 0, accepted.err
+    (budgets,) = Path("baselines").rglob("*.budgets.json")
+    assert [p["threshold"] for p in read_record(str(budgets))["groups"][0]["points"]] == [0.5]
+
+
+def test_points_alone_are_measured_as_they_are_among_others(tiny: Run, here: Path) -> None:
+    point = ("--point", "3:top2_gap:0.1")
+    assert tiny("evaluate", "--layers", "2", *point, "--output", "all").status == 0
+    assert tiny("evaluate", "--only-points", *point, "--output", "one").status == 0
+    (alone,) = read_record("one/evaluation.json")["points"]
+    among = next(
+        row
+        for row in read_record("all/evaluation.json")["points"]
+        if row["threshold_from"] == "given"
+    )
+    timed = {"seconds_ratio", "seconds_ratio_interval"}
+    assert {k: v for k, v in alone.items() if k not in timed} == {
+        k: v for k, v in among.items() if k not in timed
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--layers", "7"), "expected an exit layer in 1..4, got 7"),
+        (("--point", "3:cosine"), "expected a point LAYER:RULE:THRESHOLD"),
+        (("--point", "3:cosine:1.5"), "expected a threshold in there, got 1.5"),
+        (("--point", "3:cosine:nan"), "the rule cosine gives confidences from -1 to 1"),
+        (("--rule", "none"), "expected a rule among cosine"),
+        (("--agreement", 2), "expected a share of agreement in 0..1, got 2"),
+        (("--perplexity-ratio", 0.5), "expected a finite perplexity ratio of at least 1, got 0.5"),
+        (("--propagation", "ridge"), "ridge propagation needs fitted heads"),
+        (("--only-points",), "expected at least one point"),
+        (("--max-tokens", 32), "a larger --max-tokens"),
+        (("--rule", "oracle"), "the rules oracle are controls"),
+        (("--layers", 1, "--rule", "mean_cosine"), "the rule mean_cosine looks at 2 layers"),
+        (("--perplexity-ratio", "inf"), "got inf"),
+        (("--seed", -1), "got '-1'"),
+        (("--heads", "."), ". is a folder, expected the .safetensors file"),
+    ],
+)
+def test_evaluating_refuses_in_one_line_and_writes_nothing(
+    tiny: Run, here: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    before = contents(here)
+    done = tiny("evaluate", "--output", "e", *arguments)
+    assert (done.status, done.out) == (2, "")
+    assert message in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert contents(here) == before
+
+
+def test_accepting_an_evaluation_without_a_given_point_is_refused(
+    tiny: Run, run: Run, here: Path
+) -> None:
+    assert tiny("evaluate", "--layers", "3", "--output", "e").status == 0
+    done = run("accept", "e")
+    assert done.status == 2
+    assert "no point to budget" in done.err
+    assert not Path("baselines").exists()
+
+
+def test_accepting_says_whose_budgets_give_way_and_refuses_those_of_another_dtype(
+    tiny: Run, run: Run, fitted: Path, here: Path
+) -> None:
+    point = ("--only-points", "--point", "3:cosine:0.5")
+    assert tiny("fit-heads", "--layers", 3, "--output", "anew.safetensors").status == 0
+    for name, heads in (("a", fitted), ("b", here / "anew.safetensors")):
+        assert tiny("evaluate", *point, "--heads", heads, "--output", name).status == 0
+        done = run("accept", name)
+        assert done.status == 0, done.err
+    assert "Replaces the budgets of other heads, sha256:" in done.out
+    before = contents(here / "baselines")
+    assert tiny("evaluate", *point, "--dtype", "bfloat16", "--output", "c").status == 0
+    done = run("accept", "c")
+    assert (done.status, done.out) == (2, "")
+    assert "model.dtype is bfloat16, the budget's is float32" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert contents(here / "baselines") == before

@@ -1,0 +1,144 @@
+"""`cascade generate`, run as a user would, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import Run
+
+
+def test_generating_shows_the_layers_and_the_full_model_beside(tiny: Run, here: Path) -> None:
+    done = tiny(
+        "generate", "--prompt", "Number 7", "--layer", 2, "--threshold", 0.5, "--max-new-tokens", 8
+    )
+    assert done.status == 0, done.err
+    assert "Number 7" in done.out
+    assert "tokens/s" in done.out
+
+
+def test_verified_text_is_the_full_models(tiny: Run, here: Path) -> None:
+    done = tiny(
+        "generate",
+        *("--prompt", "Number 7", "--layer", 2, "--threshold=-1", "--verify"),
+        *("--max-new-tokens", 12),
+    )
+    assert done.status == 0, done.err
+    assert "the text is the full model's, token for token" in done.out
+
+
+def test_a_pad_token_within_the_prompt_is_text(run: Run, folder: Path, models: Path) -> None:
+    pads = {"pad_token_id": ord("m") - 30, "eos_token_id": 1}  # the tiny tokenizer's number of it
+    (folder / "generation_config.json").write_text(json.dumps(pads))
+    prompt = ("--prompt", "Number 7", "--max-new-tokens", 4)
+    usual = run("generate", "--model", models / "tiny", *prompt)
+    done = run("generate", "--model", folder, *prompt)
+    assert done.status == usual.status == 0, done.err
+    # The same text: no token of the prompt was taken for padding.
+    assert done.out.splitlines()[0] == usual.out.splitlines()[0]
+    assert done.out.startswith("Number 7")
+
+
+def test_sampling_defaults_are_the_models_own(run: Run, here: Path, models: Path) -> None:
+    shutil.copytree(models / "tiny", here / "tame")
+    (here / "tame" / "generation_config.json").write_text(json.dumps({"top_p": 0.01}))
+    prompt = ("generate", "--model", "tame", "--prompt", "Number 7", "--max-new-tokens", 12)
+    greedy, own, free = (
+        run(*prompt, "--no-compare", *options).out.splitlines()[0]
+        for options in ((), ("--sample",), ("--sample", "--top-k", 0, "--top-p", 1))
+    )
+    assert own == greedy
+    assert free != greedy
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_a_pass_over_it(
+    tiny: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cascade.decoding.selective_layers import SkippingLayers
+
+    widths, run = [], SkippingLayers.run
+
+    def spy(self: SkippingLayers, layer: int, hidden: Any, *rest: Any, **more: Any) -> Any:
+        widths.append(hidden.shape[1])
+        return run(self, layer, hidden, *rest, **more)
+
+    monkeypatch.setattr(SkippingLayers, "run", spy)
+    done = tiny("generate", "--prompt", "x" * 30, "--max-new-tokens", 40)
+    assert (done.status, done.out) == (2, "")
+    assert "a prompt of 30 tokens and 40 new ones exceed the model's 64 positions" in done.err
+    assert max(widths, default=0) < 30
+
+
+def test_without_a_layer_generating_takes_one_that_the_heads_have(
+    tiny: Run, fitted: Path, here: Path
+) -> None:
+    assert tiny("fit-heads", "--layers", "1,2", "--output", "low.safetensors").status == 0
+    for heads, layer in ((fitted, 3), ("low.safetensors", 2)):
+        given = ("--prompt", "Number 7", "--heads", heads, "--max-new-tokens", 2)
+        done = tiny("generate", *given, "--no-compare")
+        assert done.status == 0, done.err
+        assert f"layer {layer}, never; ridge" in done.out
+
+
+def test_a_chat_answer_is_separated_from_its_prompt(run: Run, folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}:")
+    given = ("generate", "--model", folder, "--prompt", "Number 7", "--max-new-tokens", 2)
+    for options, behind in (((), ""), (("--chat",), "\n\n")):
+        done = run(*given, "--no-compare", *options)
+        assert done.status == 0, done.err
+        assert re.match(rf"Number 7{behind} *\[4\]", done.out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "  "), "expected a prompt, got an empty one"),
+        (("--prompt", "x" * 70), "exceed the model's 64 positions"),
+        (("--prompt", "x", "--max-new-tokens", 64), "exceed the model's 64 positions"),
+        (("--prompt", "x", "--threshold", 3), "the rule cosine gives confidences from -1 to 1"),
+        (("--prompt", "x", "--layer", 5, "--threshold", 0.5), "expected an exit layer in 1..4"),
+        (("--prompt", "x", "--rule", "oracle", "--threshold", 0.5), "it can score, not generate"),
+        (("--prompt", "x", "--temperature", 0, "--sample"), "leave out --sample"),
+        (("--prompt", "x", "--temperature", "nan", "--sample"), "expected a --temperature above 0"),
+        (("--prompt", "x", "--top-p", 0.5), "--top-p are of a draw; give --sample"),
+        (("--prompt", "x\udcff"), "expected a --prompt in UTF-8"),
+        (("--prompt", "x" * 50, "--max-new-tokens", 20), "exceed the model's 64 positions"),
+        (("--prompt", "x", "--top-k", -1, "--sample"), "expected top_k a whole number from 0"),
+        (("--prompt", "x", "--hard-ratio", 0.5), "give --calibration"),
+        (("--prompt", "x", "--chat"), "no chat template"),
+        (("--prompt", "x", "--calibration", "none.json"), "cascade calibrate"),
+        *(
+            (
+                ("--prompt", "x", "--calibration", "none.json", option, value),
+                "--calibration says layer, rule, threshold and propagation; leave out " + option,
+            )
+            for option, value in (
+                *(("--layer", 2), ("--threshold", 0.5), ("--rule", "cosine")),
+                *(("--rule", "top2_gap"), ("--propagation", "frozen")),
+            )
+        ),
+        (
+            ("--prompt", "x", "--calibration", "c", "--rule", "cosine", "--propagation", "exact"),
+            "leave out --rule, --propagation",
+        ),
+        (
+            ("--prompt", "x", "--verify", "--propagation", "ridge"),
+            "--verify needs --propagation exact, got ridge",
+        ),
+        (
+            ("--prompt", "x", "--rule", "patience", "--threshold", 1),
+            "the rule patience looks at earlier exits, and none lies below layer 3",
+        ),
+    ],
+)
+def test_generating_refuses_in_one_line(
+    tiny: Run, here: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    done = tiny("generate", *arguments)
+    assert (done.status, done.out) == (2, "")
+    assert message in done.err
+    assert len(done.err.strip().splitlines()) == 1

@@ -1,0 +1,131 @@
+"""Fast layers are used for few tokens, and only where they compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.reference_early_exit import (
+    CLOSE,
+    LAYERS,
+    SKIPPING_FAMILIES,
+    difference,
+    own_logits,
+)
+from support.tiny_models import random_ids, tiny_model
+from torch import Tensor, nn
+
+from cascade.decoding.kv_cache import Selection
+from cascade.decoding.selective_layers import LayerTask, SkippingLayers
+from cascade.models.fast_layers import FastLayers
+from cascade.models.flops import Counts
+from cascade.models.stack import DecoderStack
+
+
+@pytest.fixture
+def hooked() -> Iterator[Callable[[nn.Module, Any], None]]:
+    """Return a function that hooks a module's output for one test."""
+    handles = []
+    yield lambda module, hook: handles.append(module.register_forward_hook(hook))
+    for handle in handles:
+        handle.remove()
+
+
+def own_stack(family: str) -> DecoderStack:
+    """Return a stack that no other test has hooked: what is hooked is not taken apart."""
+    return DecoderStack(tiny_model(family))
+
+
+#: Families whose layers are Llama's and nothing else, with attention that can take the lean way.
+LEAN = ("llama", "qwen2", "qwen3", "mistral", "smollm3")
+
+
+def own_difference(layers: SkippingLayers, ids: Tensor) -> float:
+    """Return how far all layers, run token by token, are from the model's own logits."""
+    stack, cache = layers.stack, layers.new_cache(*ids.shape)
+    outputs = []
+    for start in range(ids.shape[1]):
+        cache.window(start, start + 1)
+        plan = stack.plan(ids[:, start : start + 1], cache=cache)
+        hidden = plan.embedded
+        everything = torch.ones(len(ids), 1).bool()
+        for layer, call in enumerate(plan.calls, start=1):
+            selection = Selection(everything, ~everything)
+            task = LayerTask(layer, hidden, selection, call, cache, Counts.of(LAYERS))
+            hidden = layers.run(task)
+        outputs.append(hidden)
+    return difference(stack.decode(torch.cat(outputs, dim=1)), own_logits(stack, ids))
+
+
+@SKIPPING_FAMILIES
+def test_only_layers_that_are_llamas_take_the_lean_way(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    step = FastLayers.compute
+
+    def counting(self: FastLayers, layer: int, *args: Any) -> Tensor:
+        steps.append(layer)
+        return step(self, layer, *args)
+
+    monkeypatch.setattr(FastLayers, "compute", counting)
+    layers = SkippingLayers(own_stack(family))
+    steps.clear()
+    assert own_difference(layers, random_ids(2, 6)) <= CLOSE
+    assert steps == (6 * [1, 2, 3, 4] if family in LEAN else [])
+
+
+@pytest.mark.parametrize("family", LEAN)
+def test_a_planted_bug_in_the_lean_way_is_caught(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = FastLayers.compute
+
+    def wrong(self: FastLayers, layer: int, *args: Any) -> Tensor:
+        assert layer <= 3
+        return step(self, layer, *args) * (1.01 if layer == 3 else 1)
+
+    monkeypatch.setattr(FastLayers, "compute", wrong)
+    layers = SkippingLayers(own_stack(family))
+    assert layers.skips
+    assert own_difference(layers, random_ids(2, 6)) <= CLOSE
+
+
+PARTS = [name for name, _ in own_stack("qwen3").layers[0].named_modules()]
+
+
+def louder(output: Any) -> Any:
+    """Change a module's output, also where a norm follows."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    made = 1.5 * hidden + 0.1
+    return (made, *output[1:]) if isinstance(output, tuple) else made
+
+
+@pytest.mark.parametrize("part", PARTS, ids=[part or "layer" for part in PARTS])
+def test_a_hook_set_later_is_heard_by_the_lean_way_too(
+    part: str, hooked: Callable[[nn.Module, Any], None]
+) -> None:
+    layers, ids = SkippingLayers(own_stack("qwen3")), random_ids(2, 6)
+    before = own_logits(layers.stack, ids)
+    hooked(layers.stack.layers[1].get_submodule(part), lambda _, __, output: louder(output))
+    assert difference(own_logits(layers.stack, ids), before) > 1e-3
+    assert own_difference(layers, ids) <= CLOSE
+
+
+@pytest.mark.parametrize("part", PARTS, ids=[part or "layer" for part in PARTS])
+def test_a_forward_replaced_later_is_called_by_the_lean_way_too(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, ids = SkippingLayers(own_stack("qwen3")), random_ids(2, 6)
+    before = own_logits(layers.stack, ids)
+    module = layers.stack.layers[1].get_submodule(part)
+    forward = module.forward
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return louder(forward(*args, **kwargs))
+
+    monkeypatch.setitem(vars(module), "forward", replaced)
+    assert difference(own_logits(layers.stack, ids), before) > 1e-3
+    assert own_difference(layers, ids) <= CLOSE

@@ -1,0 +1,113 @@
+"""Models that cannot be measured are refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.stacks import one_line, refuse_to_run
+from support.tiny_models import WIDTH, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cascade.core.errors import ModelError, UnsupportedModelError
+from cascade.models.architecture import check_config
+from cascade.models.stack import DecoderStack
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("mamba", "linear_attention"),
+        ("mamba2", "linear_attention"),
+        ("rwkv", "a recurrent state"),
+        ("jamba", "linear_attention"),
+        ("recurrent_gemma", "linear_attention"),
+        ("qwen3_next", "linear_attention"),
+        ("lfm2", "conv"),
+    ],
+)
+def test_recurrent_layers_are_refused_by_name(family: str, kind: str) -> None:
+    settings = {"layer_types": ["conv", "full_attention"] * 16} if family == "lfm2" else {}
+    with pytest.raises(UnsupportedModelError) as error:
+        check_config(AutoConfig.for_model(family, **settings))
+    assert one_line(error).startswith(f"{family} has recurrent layers ({kind}): ")
+    assert "expected attention in every layer" in str(error.value)
+
+
+def test_one_recurrent_layer_among_others_is_enough_to_refuse() -> None:
+    types = ["full_attention"] * 4
+    config = AutoConfig.for_model("qwen3", num_hidden_layers=4, layer_types=types)
+    check_config(config)
+    config.layer_types = [*types[:2], "linear_attention", types[3]]
+    with pytest.raises(UnsupportedModelError, match=r"qwen3 has recurrent layers \(linear_att"):
+        check_config(config)
+
+
+def test_a_recurrent_model_is_refused_before_anything_of_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = AutoConfig.for_model(
+        "mamba", hidden_size=WIDTH, num_hidden_layers=2, vocab_size=97, state_size=4
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    monkeypatch.setattr(type(model), "forward", refuse_to_run)
+    with pytest.raises(UnsupportedModelError, match="mamba has recurrent layers"):
+        DecoderStack(model)
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError) as error:
+        check_config(AutoConfig.for_model("t5"))
+    assert one_line(error) == (
+        "t5 is an encoder-decoder; expected a decoder-only causal language model"
+    )
+
+
+def test_a_family_without_a_causal_model_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError) as error:
+        check_config(AutoConfig.for_model("distilbert"))
+    assert one_line(error).startswith("distilbert is not a causal language model")
+
+
+def test_a_model_whose_layers_cannot_be_found_is_refused() -> None:
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(UnsupportedModelError) as error:
+        DecoderStack(model)
+    assert one_line(error).startswith("llama has no list of 7 decoder layers; expected")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("model.layers.2.mlp.up_proj.weight", "decoder layer 3"),
+        ("model.layers.0.input_layernorm.weight", "decoder layer 1"),
+        ("model.embed_tokens.weight", "outside the decoder layers"),
+        ("model.norm.weight", "outside the decoder layers"),
+        ("lm_head.weight", "outside the decoder layers"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(name: str, where: str, value: float) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = value
+    with pytest.raises(ModelError) as error:
+        DecoderStack(model)
+    assert error.type is ModelError
+    assert f"NaN or infinite values ({where}: {name})" in one_line(error)
+
+
+def test_weights_that_float16_is_too_narrow_for_ask_for_a_wider_dtype() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.up_proj.weight.data[3, 4] = 1e5
+    name = "model.layers.2.mlp.up_proj.weight"
+    DecoderStack(model)
+    with pytest.raises(ModelError) as error:
+        DecoderStack(model.half())
+    assert one_line(error) == (
+        f"the weights are infinite in float16 (decoder layer 3: {name}), which holds numbers up to "
+        "65504; use --dtype bfloat16 or float32"
+    )
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="get the checkpoint again"):
+        DecoderStack(model)

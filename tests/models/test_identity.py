@@ -1,0 +1,77 @@
+"""Weights and tokenizers are known by their hashes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.stacks import ALL_FAMILIES, own_run
+from support.tiny_models import random_ids, tiny_model
+from torch import Tensor, nn
+
+from cascade.core.schema import UNSET
+from cascade.models.loading import load
+from cascade.models.stack import DecoderStack
+
+
+def test_loaded_weights_are_known_by_their_file_and_not_read_again(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = load(str(saved))
+    monkeypatch.setattr(type(stack.model), "state_dict", None)
+    assert stack.weights_hash() == stack.provenance.weights_hash
+
+
+@ALL_FAMILIES
+def test_weights_in_memory_are_known_by_every_one_of_them(family: str) -> None:
+    stack = DecoderStack(tiny_model(family))
+    before = stack.weights_hash()
+    assert before.startswith("in-memory-sha256:")
+    assert before == DecoderStack(tiny_model(family)).weights_hash()
+    assert before != DecoderStack(tiny_model(family, seed=1)).weights_hash()
+    for parameter in stack.model.parameters():
+        kept = parameter.data.flatten()[-1].item()
+        parameter.data.view(-1)[-1] += 1e-3  # past what torch counts as a change
+        assert stack.weights_hash() != before
+        parameter.data.view(-1)[-1] = kept
+    assert stack.weights_hash() == before
+    own_run(stack.model, random_ids())
+    assert stack.weights_hash() == before
+    assert stack.provenance.weights_hash is UNSET
+
+
+def test_weights_of_several_tensors_are_known_by_each() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def hash_of(scales: float) -> str:
+        stack = DecoderStack(tiny_model("llama"))
+        weight = stack.lm_head.weight
+        assert isinstance(weight, Tensor)
+        both = TwoTensor(weight.detach(), torch.full_like(weight, scales))
+        stack.lm_head.weight = nn.Parameter(both, requires_grad=False)
+        return stack.weights_hash()
+
+    assert hash_of(1.0) == hash_of(1.0)
+    assert hash_of(1.0) != hash_of(2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_in_memory_of_any_dtype_have_a_hash_of_their_own(dtype: torch.dtype) -> None:
+    hashes = {
+        DecoderStack(tiny_model("llama").to(kind)).weights_hash() for kind in (dtype, torch.float32)
+    }
+    assert len(hashes) == 2
+
+
+def test_another_tokenizer_has_another_hash(folder: Path) -> None:
+    before = load(str(folder)).provenance
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    vocabulary = json.loads(text)
+    tokens = vocabulary["model"]["vocab"]
+    tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    after = load(str(folder)).provenance
+    assert after["tokenizer_hash"] != before["tokenizer_hash"]
+    assert after["weights_hash"] == before["weights_hash"]

@@ -1,0 +1,95 @@
+"""A short run refuses layers that return no hidden states or look ahead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.stacks import one_line
+from support.tiny_models import WIDTH, tiny_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cascade.core.errors import UnsupportedModelError
+from cascade.models.stack import DecoderStack
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("bert", {"hidden_size": WIDTH, "num_attention_heads": 4, "intermediate_size": 48}),
+        ("roberta", {"hidden_size": WIDTH, "num_attention_heads": 4, "intermediate_size": 48}),
+        ("xlm", {"emb_dim": WIDTH, "n_heads": 4}),
+    ],
+)
+def test_a_model_that_looks_ahead_is_refused(family: str, settings: dict[str, Any]) -> None:
+    config = AutoConfig.for_model(
+        family, num_hidden_layers=2, vocab_size=97, pad_token_id=1, **settings
+    )
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModelError) as error:
+        DecoderStack(AutoModelForCausalLM.from_config(config))
+    assert one_line(error).startswith(f"the layers of {family} look ahead")
+
+
+def test_the_same_bert_is_taken_when_it_is_a_decoder() -> None:
+    config = AutoConfig.for_model(
+        "bert",
+        num_hidden_layers=2,
+        vocab_size=97,
+        is_decoder=True,
+        hidden_size=WIDTH,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    assert DecoderStack(AutoModelForCausalLM.from_config(config)).layer_labels == ["1", "2"]
+
+
+class WrongShape(nn.Module):
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states[:, :1]
+
+
+class NoTensor(nn.Module):
+    def forward(self, hidden_states: Tensor, **_: Any) -> Any:
+        return Stream(hidden_states)
+
+
+class Stream(list[Tensor]):
+    """What a layer might return that is neither a tensor nor a tuple."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__([hidden])
+
+    def to(self, *_: Any) -> Stream:
+        return self
+
+
+def test_a_layer_that_returns_another_shape_is_refused_by_number() -> None:
+    model = tiny_model("llama")
+    model.model.layers[3] = WrongShape()
+    with pytest.raises(UnsupportedModelError) as error:
+        DecoderStack(model)
+    assert one_line(error) == (
+        "decoder layer 4 of llama returns (2, 1, 32), expected hidden states (2, 3, 32)"
+    )
+
+
+def test_a_layer_that_returns_no_tensor_is_refused_by_number() -> None:
+    model = tiny_model("llama")
+    model.model.layers[3] = NoTensor()
+    model.model.norm = nn.Identity()
+    with pytest.raises(UnsupportedModelError) as error:
+        DecoderStack(model)
+    assert one_line(error) == (
+        "decoder layer 4 of llama returns Stream, expected hidden states (2, 3, 32)"
+    )
+
+
+def test_a_stack_that_runs_one_layer_twice_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2] = model.model.layers[1]
+    with pytest.raises(UnsupportedModelError) as error:
+        DecoderStack(model)
+    assert "ran 6 of its 4 decoder layers, expected each of them once" in one_line(error)
