@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cascade.core.errors import CascadeError as CascadeError
-    from cascade.core.records import read_record as read_record
     from cascade.corpora.blocks import TokenBlocks as TokenBlocks
     from cascade.corpora.blocks import load_blocks as load_blocks
     from cascade.decoding.early_exit import EarlyExit as EarlyExit
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from cascade.gate.quick_gate import run_gate as run_gate
     from cascade.models.loading import load as load
     from cascade.models.stack import DecoderStack as DecoderStack
+    from cascade.record_kinds import read_record as read_record
     from cascade.saturation.profile import SaturationProfile as SaturationProfile
     from cascade.saturation.profile import analyze as analyze
     from cascade.stages.cascades import Cascade as Cascade
@@ -85,7 +85,7 @@ _MODULES = {
     "load_heads": "exits.fitted_heads",
     "measure_model": "studies.comparisons.compared_models",
     "read_profile": "gate.baselines",
-    "read_record": "core.records",
+    "read_record": "record_kinds",
     "run_gate": "gate.quick_gate",
     "search_exits": "evaluation.search",
     "train_stage": "stages.training",

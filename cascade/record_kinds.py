@@ -12,7 +12,23 @@ from cascade.core.records import read_typed
 from cascade.core.schema import StoredRecord
 
 #: Kind -> module and class of its type; loaded on first use.
-KINDS: dict[str, tuple[str, str]] = {}
+KINDS: dict[str, tuple[str, str]] = {
+    "saturation": ("saturation.records", "ProfileRecord"),
+    "exit-heads": ("exits.records", "HeadsMetadata"),
+    "calibration": ("evaluation.calibration_record", "CalibrationRecord"),
+    "evaluation": ("evaluation.records", "EvaluationRecord"),
+    "exit-search": ("evaluation.search_record", "SearchRecord"),
+    "generation": ("decoding.transcript", "GenerationRecord"),
+    "explanation": ("studies.explanations.records", "LayerExplanation"),
+    "final-norm": ("studies.explanations.records", "FinalNormExplanation"),
+    "corpus-comparison": ("studies.comparisons.corpus_records", "CorpusComparison"),
+    "model-comparison": ("studies.comparisons.model_records", "ModelComparison"),
+    "bench.collect": ("benchmarks.collection", "CollectionBenchmark"),
+    "bench.decode": ("benchmarks.decoding", "DecodingBenchmark"),
+    "bench.fit": ("benchmarks.head_fitting", "HeadFittingBenchmark"),
+    "bench.collect-hard": ("benchmarks.hard_tokens", "HardTokenBenchmark"),
+    "bench.gate": ("benchmarks.gate", "GateBenchmark"),
+}
 
 
 def record_type(kind: str) -> type[StoredRecord]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-import json
 import os
 import re
 import sys
@@ -30,7 +28,6 @@ ELSEWHERE = OUTSIDE | {"README.md": "index.md"}
 
 _LINK = re.compile(r"(?<=\]\()(?P<path>[\w./-]+)(?P<anchor>#[\w-]+)?(?=\))")
 _COMMANDS = "<!-- commands -->"
-_RECORDS = "<!-- records -->"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -45,8 +42,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Fill in what is made from the code, and send links out of docs/ to the site's own pages."""
     if page.file.src_uri == "reference/cli.md":
         return markdown.replace(_COMMANDS, _commands())
-    if page.file.src_uri == "reference/records.md":
-        return markdown.replace(_RECORDS, _records())
     if page.file.src_uri == "reference/python.md":
         _check_public(markdown)
     if page.file.generated_by is not None:
@@ -118,53 +113,6 @@ def _cell(text: str | None) -> str:
 
 def _paragraphs(text: str) -> str:
     return "\n\n".join(" ".join(part.split()) for part in re.split(r"\n\s*\n", text.strip()))
-
-
-# --- Records ---------------------------------------------------------------------------------
-
-
-def _records() -> str:
-    """Return the reference of records: each kind's fields and JSON Schema, made from its type."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        kinds = importlib.import_module("cascade.record_kinds")
-    finally:
-        sys.path.remove(str(ROOT))
-    lines = []
-    for kind in kinds.KINDS:
-        record = kinds.record_type(kind)
-        schema = kinds.json_schema(kind)
-        lines += [f"## {kind}", "", inspect.getdoc(record).partition("\n")[0], ""]
-        lines += [f"Schema {record.SCHEMA}, written by `cascade {record.COMMAND}`.", ""]
-        lines += ["| field | type | |", "| --- | --- | --- |"]
-        own = schema["$defs"][record.__name__]
-        lines += [_field(name, about, own) for name, about in own["properties"].items()]
-        text = json.dumps(schema, indent=2).replace("\n", "\n    ")
-        lines += ["", '??? note "JSON Schema"', "    ```json", f"    {text}", "    ```", ""]
-    return "\n".join(lines)
-
-
-def _field(name: str, about: dict[str, Any], owner: dict[str, Any]) -> str:
-    absent = "" if name in owner.get("required", ()) or "default" in about else "may be absent"
-    return f"| `{name}` | {_cell(_type_words(about))} | {absent} |"
-
-
-def _type_words(about: dict[str, Any]) -> str:
-    """Return a field's type in words, e.g. "list of Row", "number or null"."""
-    if "anyOf" in about:
-        return " or ".join(_type_words(each) for each in about["anyOf"])
-    if "$ref" in about:
-        return about["$ref"].rpartition("/")[2]
-    if "enum" in about:
-        return " or ".join(f"`{value}`" for value in about["enum"])
-    if "description" in about:
-        return str(about["description"])
-    if about.get("type") == "array":
-        return f"list of {_type_words(about.get('items') or {})}"
-    if about.get("type") == "object":
-        inner = about.get("additionalProperties")
-        return f"object of {_type_words(inner)}" if isinstance(inner, dict) else "object"
-    return str(about.get("type", "any value"))
 
 
 # --- Python ----------------------------------------------------------------------------------

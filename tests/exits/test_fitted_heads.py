@@ -326,7 +326,7 @@ SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "a corpus that is none": (
         lambda tensors, about: about["provenance"].update(corpus=["embedded"]),
-        'expected an object at provenance.corpus, got ["embedded"]',
+        'expected an object or null at provenance.corpus, got ["embedded"]',
     ),
     "a corpus without tokens": (
         lambda tensors, about: about["provenance"]["corpus"].pop("tokens"),

@@ -58,13 +58,13 @@ def test_sampling_defaults_are_the_models_own(run: Run, here: Path, models: Path
 def test_a_prompt_that_does_not_fit_is_refused_before_a_pass_over_it(
     tiny: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cascade.decoding.selective_layers import SkippingLayers
+    from cascade.decoding.selective_layers import LayerTask, SkippingLayers
 
     widths, run = [], SkippingLayers.run
 
-    def spy(self: SkippingLayers, layer: int, hidden: Any, *rest: Any, **more: Any) -> Any:
-        widths.append(hidden.shape[1])
-        return run(self, layer, hidden, *rest, **more)
+    def spy(self: SkippingLayers, task: LayerTask) -> Any:
+        widths.append(task.hidden.shape[1])
+        return run(self, task)
 
     monkeypatch.setattr(SkippingLayers, "run", spy)
     done = tiny("generate", "--prompt", "x" * 30, "--max-new-tokens", 40)

@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from support.html import Page
 
 from cascade.core.schema import SchemaError, from_plain
 from cascade.evaluation.records import EvaluationRecord
-from cascade.report.common.sections import html_page, print_sections
+from cascade.report.common.sections import Report, html_page, print_sections
 from cascade.report.exits.evaluation import evaluation_report
 from cascade.report.exits.pareto import curves_of, front_of, pareto_svg
 
@@ -238,10 +239,20 @@ def full_text() -> str:
     return printed(a_record())
 
 
-def printed(record: dict[str, Any], *, width: int = 80, encoding: str = "utf-8") -> str:
+@functools.cache
+def report_of(make: Callable[[], dict[str, Any]]) -> Report:
+    """Return the report of a record, made once: drawing its figure takes the most time."""
+    return evaluation_report(typed(make()))
+
+
+def printed(record: dict[str, Any]) -> str:
+    return shown(evaluation_report(typed(record)))
+
+
+def shown(report: Report, *, width: int = 80, encoding: str = "utf-8") -> str:
     stream = io.BytesIO()
     file = io.TextIOWrapper(stream, encoding=encoding)
-    print_sections(evaluation_report(typed(record)), Console(file=file, width=width))
+    print_sections(report, Console(file=file, width=width))
     file.flush()
     return stream.getvalue().decode(encoding)
 
@@ -429,7 +440,7 @@ def test_huge_perplexities_keep_the_columns_narrow() -> None:
     "make", [a_record, an_empty_record, a_bare_record, a_poor_record, a_crowded_record]
 )
 def test_no_line_is_longer_than_the_console(make: Any, width: int, encoding: str) -> None:
-    lines = printed(make(), width=width, encoding=encoding).splitlines()
+    lines = shown(report_of(make), width=width, encoding=encoding).splitlines()
     # The seventh rule, that nobody has, may take its own column.
     own = 6 if make is a_crowded_record else 0
     assert max(map(len, lines)) <= width + own
@@ -510,7 +521,7 @@ def test_points_of_one_rule_and_layer_are_one_curve_by_threshold() -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("make", [an_empty_record, a_bare_record, a_poor_record, a_crowded_record])
 def test_every_kind_of_record_is_drawn(make: Any) -> None:
-    page = page_of(make())
+    page = html_page(report_of(make))
     assert Page(page).misnested == []
     assert page.count("<svg ") == 1
     svg = page[page.index("<svg ") : page.index("</svg>")]

@@ -1,0 +1,61 @@
+"""A transcript records the generated text and where each token exited."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from support.tiny_models import tiny_model, tiny_tokenizer
+
+from cascade.core.errors import UsageError
+from cascade.core.schema import from_plain, to_plain
+from cascade.decoding.early_exit import EarlyExit
+from cascade.decoding.transcript import GenerationRecord, transcribe
+from cascade.models.stack import DecoderStack
+
+SETTINGS = {"max_new_tokens": 6, "eos_token_id": ()}
+
+
+def early_exit() -> EarlyExit:
+    stack = DecoderStack(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    return EarlyExit(stack, layer=2, rule="random", threshold=0.5)
+
+
+def test_a_transcript_has_every_token_with_its_layer() -> None:
+    record = transcribe(early_exit(), "Number 7", SETTINGS)
+    assert len(record.tokens) == len(record.exit_layers) == 6
+    assert [(row.layer, row.tokens) for row in record.by_layer] == [
+        (layer, record.exit_layers.count(layer)) for layer in (2, 4)
+    ]
+    assert (record.prompt, record.chat, record.verified) == ("Number 7", False, False)
+    assert record.full is not None
+    assert record.full.tokens == 6
+
+
+def test_a_verified_transcript_is_the_full_models_text() -> None:
+    stack = early_exit().stack
+    early = EarlyExit(stack, layer=2, rule="random", threshold=0.5, propagation="exact")
+    record = transcribe(early, "Number 7", SETTINGS, verify=True)
+    assert record.full is not None
+    assert record.full.same_tokens == 6
+    assert record.full.text == "".join(record.tokens)
+    assert record.accepted <= record.drafted
+
+
+def test_a_transcript_comes_back_from_its_plain_form() -> None:
+    record = transcribe(early_exit(), "Number 7", SETTINGS, compare=False)
+    assert record.full is None
+    assert from_plain(to_plain(record), GenerationRecord) == record
+
+
+def test_a_model_without_a_tokenizer_is_refused() -> None:
+    early = EarlyExit(DecoderStack(tiny_model("llama")), layer=2)
+    with pytest.raises(UsageError, match="the model has no tokenizer to read a prompt with"):
+        transcribe(early, "Number 7", SETTINGS)
+
+
+def test_the_record_is_imported_without_torch() -> None:
+    code = "import sys, cascade.decoding.transcript; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
