@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cascade.exits.head_fitting import fit_heads as fit_heads
     from cascade.gate.baselines import StoredProfile as StoredProfile
     from cascade.gate.baselines import read_profile as read_profile
-    from cascade.gate.drift import Comparison as Comparison
+    from cascade.gate.comparison import Comparison as Comparison
     from cascade.gate.drift import compare as compare
     from cascade.gate.quick_gate import Gate as Gate
     from cascade.gate.quick_gate import run_gate as run_gate
@@ -57,7 +57,7 @@ _MODULES = {
     "Cascade": "stages.cascades",
     "CascadeError": "core.errors",
     "CollectingConfig": "stages.hard_tokens.plan",
-    "Comparison": "gate.drift",
+    "Comparison": "gate.comparison",
     "DecoderStack": "models.stack",
     "EarlyExit": "decoding.early_exit",
     "Entry": "stages.cascades",

@@ -24,11 +24,11 @@ from cascade.benchmarks.timing import (
     target,
 )
 from cascade.core.provenance import provenance_of
-from cascade.core.schema import Count, Finite, Part, StoredRecord
+from cascade.core.schema import Count, Finite, Part, StoredRecord, known
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.gate.baselines import StoredProfile, baseline_paths, read_profile
-from cascade.gate.drift import made_elsewhere
+from cascade.gate.comparison import made_elsewhere
 from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import QUICK_TOKENS, quick_blocks, quick_ids, run_gate
 from cascade.models.loading import load
@@ -189,8 +189,8 @@ def benchmark_gate(
         order=timings.order,
         ratios=ratios,
         interval=INTERVAL,
-        steps=[tokens for tokens, _ in gate.looks],
-        elsewhere=made_elsewhere(provenance, baseline.record()["provenance"]),
+        steps=[step.tokens for step in gate.steps],
+        elsewhere=made_elsewhere(provenance, baseline.record().provenance),
         alone=alone,
         targets=gate_targets(ratios[0], alone),
     )
@@ -214,15 +214,14 @@ def gate_targets(ratio: Ratio, alone: dict[str, TimedAlone]) -> list[Target]:
 
 
 def _baseline_path(stack: DecoderStack, config: GateBenchmarkConfig) -> Path:
-    names = {"model": {"name": stack.provenance.get("name")}, "corpus": {"name": EMBEDDED}}
-    about = {"kind": "saturation", "provenance": names}
-    return baseline_paths(Path(config.baselines), about)[0]
+    model = known(stack.provenance.name)
+    return baseline_paths(Path(config.baselines), "saturation", model=model, corpus=EMBEDDED)[0]
 
 
 def _blocks(stack: DecoderStack, baseline: StoredProfile) -> TokenBlocks:
-    corpus = baseline.record()["provenance"]["corpus"]
+    corpus = baseline.record().provenance.corpus
     return load_blocks(
-        EMBEDDED, stack.tokenizer, seq_len=corpus["seq_len"], num_samples=corpus["records"]
+        EMBEDDED, stack.tokenizer, seq_len=corpus.seq_len, num_samples=corpus.records
     )
 
 

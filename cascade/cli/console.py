@@ -60,7 +60,7 @@ def command_line() -> str:
 
 
 def print_record(show: Callable[[R, Console], None], record: R) -> None:
-    """Print a record on stdout."""
+    """Print a record on stdout; what it is drawn from was saved before."""
     from rich.console import Console
 
     show(record, Console())

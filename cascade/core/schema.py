@@ -1,7 +1,7 @@
 """Typed records: the base classes of every stored record, and conversion from and to JSON.
 
 A record is a frozen `msgspec.Struct`. Its fields are the keys of the JSON, in their order.
-`msgspec` checks a record when it is read.
+`msgspec` checks a record when it is read; its JSON Schema is made from the same types.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """Attribution: where the evidence of a drift points, from layer means alone.
 
-A layer's row depends on that layer and on those below it, never on those above: the first row that
-moves is the broken one. What moves every row is told apart by its size; what only reads the states
-wrongly leaves the right numbers in the wrong place, where they are recognized.
+A layer's row depends on that layer and on those below it, never on those above. So the first row
+that moves is the broken one. Faults that move every row are distinguished by the size of the
+movement. Faults in reading the states leave the right numbers in the wrong place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from cascade.core.arrays import Array
+from cascade.gate.records import Attribution
 
 #: The most that rounding moves a sequence's mean similarity on the residual stream. Measured on
 #: SmolLM2-135M: all weights through bf16 1e-4, through int8 7e-4; an epsilon of 1e-6 instead of
@@ -20,8 +20,8 @@ from cascade.core.arrays import Array
 ROUNDING = 1e-3
 
 
-#: The share of rows that have to be found elsewhere, or to have moved, for "all of them": the ends
-#: of a shifted table have no neighbour.
+#: The share of rows that must have moved, or be found in another place, to count as all of them:
+#: the ends of a shifted table have no neighbour.
 _MOST = 0.8
 
 
@@ -30,20 +30,14 @@ _NORMED = "+norm"
 
 def attribute(
     layers: Sequence[str], obtained: Array, expected: Array, tolerance: float | Array
-) -> dict[str, Any]:
-    """Say where a drift comes from.
+) -> Attribution:
+    """Return where the evidence of a drift points.
 
     Args:
         layers: Labels of the rows, in order of depth.
         obtained: `[S, L]`, means of the compared sequences, NaN where a row is missing.
         expected: The same of the baseline.
-        tolerance: Per row or of all: what is no movement.
-
-    Returns:
-        `cause`: "rows" (one side lacks some), "capture" (right numbers in the wrong place),
-        "counting" (means are right, shares or quantiles are not), "layer" (one layer's weights or
-        code), "numerics" (rounding everywhere) or "model" (the whole model, or its input);
-        `layer`, the first row that moved, where that says something; and `text`, a sentence.
+        tolerance: Of each row `[L]`, or of all: a smaller difference is no movement.
     """
     limits = np.broadcast_to(np.asarray(tolerance, dtype=np.float64), (len(layers),))
     lacking = [
@@ -52,7 +46,9 @@ def attribute(
         if np.isnan(row).all()
     ]
     if lacking:
-        return _found("rows", lacking[0], f"{_rows(lacking)} on one side only, or NaN there")
+        return Attribution(
+            cause="rows", layer=lacking[0], text=f"{_rows(lacking)} on one side only, or NaN there"
+        )
     difference = np.abs(obtained - expected)
     moved = ~(difference <= limits).all(axis=0)  # NaN has moved
     found = _capture(layers, obtained, expected, limits, moved)
@@ -60,10 +56,14 @@ def attribute(
         return found
     if not moved.any():
         text = "every mean is as before, but tokens are counted on other sides of the quantiles"
-        return _found("counting", None, f"{text}: bins, edges or comparisons changed")
+        return Attribution(
+            cause="counting", layer=None, text=f"{text}: bins, edges or comparisons changed"
+        )
     first = int(np.argmax(moved))
     if first > 0:
-        return _found("layer", layers[first], _one_layer(layers, first, obtained, limits))
+        return Attribution(
+            cause="layer", layer=layers[first], text=_one_layer(layers, first, obtained, limits)
+        )
     residual = [not label.endswith(_NORMED) for label in layers]
     largest = float(np.nanmax(difference[:, residual]))
     if largest <= ROUNDING and moved.mean() >= _MOST:
@@ -71,16 +71,12 @@ def attribute(
             f"small (at most {largest:.0e}) and in every layer from the first on: rounding, as of "
             "another dtype, quantization, kernel or epsilon"
         )
-        return _found("numerics", None, text)
+        return Attribution(cause="numerics", layer=None, text=text)
     text = (
         f"from layer {layers[0]} on, up to {largest:.0e}: embeddings, positions, mask, attention "
         f"or the text itself, in all layers; or layer {layers[0]} alone"
     )
-    return _found("model", layers[0], text)
-
-
-def _found(cause: str, layer: str | None, text: str) -> dict[str, Any]:
-    return {"cause": cause, "layer": layer, "text": text}
+    return Attribution(cause="model", layer=layers[0], text=text)
 
 
 def _rows(labels: Sequence[str]) -> str:
@@ -103,8 +99,8 @@ def _one_layer(layers: Sequence[str], first: int, obtained: Array, limits: Array
 
 def _capture(
     layers: Sequence[str], obtained: Array, expected: Array, limits: Array, moved: Array
-) -> dict[str, Any] | None:
-    """Say which rows are found in another place, if they are; None where they are not."""
+) -> Attribution | None:
+    """Return which rows are found in another place; None where none is."""
     if not moved.any():
         return None
     residual = [place for place, label in enumerate(layers) if not label.endswith(_NORMED)]
@@ -120,7 +116,7 @@ def _capture(
                 f"{layers[here[0] + shift]}, and so on: the layer index is off by one (the pair "
                 f"{side} is taken)"
             )
-            return _found("capture", layers[here[0]], text)
+            return Attribution(cause="capture", layer=layers[here[0]], text=text)
     last = residual[-1] if residual else None
     normed = next((p for p, label in enumerate(layers) if label.endswith(_NORMED)), None)
     if last is not None and normed is not None:
@@ -130,14 +126,14 @@ def _capture(
                     f"row {layers[a]} holds what the baseline has for row {layers[b]}: the states "
                     "before and behind the final norm are mixed up"
                 )
-                return _found("capture", layers[a], text)
+                return Attribution(cause="capture", layer=layers[a], text=text)
     order = _order(obtained, expected, limits)
     if order is not None:
         text = (
             "every sequence's numbers are another one's: rows of the batch are in another order "
             "than their texts"
         )
-        return _found("capture", None, text)
+        return Attribution(cause="capture", layer=None, text=text)
     return None
 
 

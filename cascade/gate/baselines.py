@@ -11,35 +11,68 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
+from msgspec.structs import replace
 
 from cascade.core.arrays import Array
 from cascade.core.errors import RecordError, first_line
 from cascade.core.files import RunFolder
-from cascade.core.records import Record, at, read_arrays, read_record, record_hash, to_json
+from cascade.core.records import (
+    Record,
+    at,
+    read_arrays,
+    read_record,
+    record_hash,
+    to_json,
+    typed,
+)
+from cascade.core.schema import UNSET, known, to_plain
+from cascade.saturation.records import ProfileRecord
 from cascade.stats.similarity_statistics import SimilarityStatistics
 
-#: Held while a baseline is written; not beside it, which is somebody's git tree.
+#: Write lock. Kept in the temp directory so that it never appears in the user's repository.
 _LOCK = Path(tempfile.gettempdir()) / "cascade-baselines.lock"
 
 
-def baseline_paths(folder: Path, record: Record) -> tuple[Path, Path]:
-    """Return where the baseline of `record` is stored: `<model>/<corpus>.saturation.json`, `.npz`.
+def baseline_paths(
+    folder: Path, kind: str, *, model: str | None, corpus: str | None
+) -> tuple[Path, Path]:
+    """Return where a baseline is stored: `<model>/<corpus>.<kind>.json`, and the same as `.npz`.
 
     Args:
         folder: The folder of all baselines.
-        record: A record; its provenance names model and corpus.
+        kind: "saturation" or "budgets".
+        model: The name of the model.
+        corpus: The name of the corpus.
+
+    Raises:
+        RecordError: A name is missing, or would lead out of the folder.
+
+    Example:
+        >>> baseline_paths(Path("baselines"), "budgets", model="tiny", corpus="texts")[0].as_posix()
+        'baselines/tiny/texts.budgets.json'
+    """
+    for name in (model, corpus):
+        if not name or name[0] == "." or set(name) & set("/\\"):
+            raise RecordError(
+                f"expected the provenance to name model and corpus, got {name!r}; make it anew"
+            )
+    stem = f"{corpus}.{kind}"
+    return folder / f"{model}" / f"{stem}.json", folder / f"{model}" / f"{stem}.npz"
+
+
+def profile_path(folder: Path, record: ProfileRecord) -> Path:
+    """Return where the baseline of a profile is stored: its `.json`.
+
+    Args:
+        folder: The folder of all baselines.
+        record: The profile.
 
     Raises:
         RecordError: A name is missing, or would lead out of the folder.
     """
-    names = [at(record, ("provenance", part, "name")) for part in ("model", "corpus")]
-    for name in names:
-        if not isinstance(name, str) or not name or name[0] == "." or set(name) & set("/\\"):
-            raise RecordError(
-                f"expected the provenance to name model and corpus, got {name!r}; make it anew"
-            )
-    stem = f"{names[1]}.{record['kind']}"
-    return folder / names[0] / f"{stem}.json", folder / names[0] / f"{stem}.npz"
+    about = record.provenance
+    names = {"model": known(about.model.name), "corpus": about.corpus.name}
+    return baseline_paths(folder, ProfileRecord.KIND, **names)[0]
 
 
 # --- Profiles --------------------------------------------------------------------------------
@@ -50,14 +83,14 @@ class StoredProfile:
     """A profile as its two files hold it.
 
     Attributes:
-        content: What `profile.json` holds.
-        state: What `profile.npz` holds: histograms, and one row per sequence.
+        content: The content of `profile.json`.
+        state: The content of `profile.npz`: histograms, and one row per sequence.
     """
 
-    content: Record
+    content: ProfileRecord
     state: dict[str, Array]
 
-    def record(self) -> Record:
+    def record(self) -> ProfileRecord:
         """Return the record: provenance and tables."""
         return self.content
 
@@ -66,16 +99,15 @@ class StoredProfile:
         return self.state
 
 
-def seal(record: Record, arrays: Mapping[str, Array]) -> Record:
-    """Return a record with the hashes by which an edit, or another run's arrays, are noticed.
+def seal(record: ProfileRecord, arrays: Mapping[str, Array]) -> ProfileRecord:
+    """Return a record with hashes that reveal an edit, or arrays of another run.
 
     Args:
-        record: Of kind `saturation`.
-        arrays: The arrays stored beside it.
+        record: The profile, sealed or not.
+        arrays: The arrays stored next to it.
     """
-    bound = {name: value for name, value in record.items() if name != "hash"}
-    bound["arrays_hash"] = _arrays_hash(arrays)
-    return bound | {"hash": record_hash(bound)}
+    bound = replace(record, arrays_hash=_arrays_hash(arrays), hash=UNSET)
+    return replace(bound, hash=record_hash(to_plain(bound)))
 
 
 def _arrays_hash(arrays: Mapping[str, Array]) -> str:
@@ -88,10 +120,10 @@ def _arrays_hash(arrays: Mapping[str, Array]) -> str:
 
 
 def read_profile(path: Path) -> StoredProfile:
-    """Read a profile or a baseline, and make sure that nobody changed it since it was made.
+    """Read a profile or a baseline, and check that it was not changed since it was made.
 
     Args:
-        path: Its `.json`, beside which its `.npz` lies, or the folder of a run.
+        path: Its `.json`, with its `.npz` next to it, or the folder of a run.
 
     Raises:
         RecordError: A file is missing, torn or edited, of a newer schema, or holds NaN; a layer is
@@ -99,17 +131,23 @@ def read_profile(path: Path) -> StoredProfile:
     """
     if path.is_dir():
         path = path / "profile.json"
-    record = read_record(path, kind="saturation")
+    record = read_record(path, kind=ProfileRecord.KIND)
     arrays = read_arrays(path.with_suffix(".npz"))
     # The first schema had no seal; with one, an older number is an edit like any other.
     if record["schema"] >= 2 or {"hash", "arrays_hash"} & record.keys():
         _check_seal(path, record, arrays)
-    for part in ("model", "corpus"):
-        if not isinstance(at(record, ("provenance", part)), dict):
+    for origin in ("model", "corpus"):
+        if not isinstance(at(record, ("provenance", origin)), dict):
             raise RecordError(
-                f"{path} does not say which {part} it is of; restore it, or run `cascade analyze` "
-                "again"
+                f"{path} does not say which {origin} it is of; restore it, or run `cascade analyze`"
+                " again"
             )
+    _check_table(path, record, arrays)
+    return StoredProfile(typed(record, ProfileRecord, path), arrays)
+
+
+def _check_table(path: Path, record: Record, arrays: Mapping[str, Array]) -> None:
+    """Refuse a table of layers that is not the table of the arrays next to it."""
     try:
         table = SimilarityStatistics.from_arrays(arrays).table()
         fingerprints = len(arrays["sequence_fingerprint"])
@@ -131,12 +169,11 @@ def read_profile(path: Path) -> StoredProfile:
             f"{path} has layer {twice[0]} twice, expected every layer once; restore it, or run "
             "`cascade analyze` again"
         )
-    if not whole or table != rows:
+    if not whole or to_plain(table) != rows:
         raise RecordError(
             f"{path} and {path.with_suffix('.npz').name} are not of one run, or hold NaN; run "
             "`cascade analyze` again"
         )
-    return StoredProfile(record, arrays)
 
 
 def _check_seal(path: Path, record: Record, arrays: Mapping[str, Array]) -> None:
@@ -177,32 +214,39 @@ def accept(folder: Path, run: Path) -> tuple[Path, StoredProfile | None]:
         OutputError: The baseline cannot be written.
     """
     profile = read_profile(run / "profile.json")
-    return store(folder, profile.content, (run / "profile.npz").read_bytes())
+    # As it was read: its hash is over all that it says.
+    text = to_json(read_record(run / "profile.json", kind=ProfileRecord.KIND)) + "\n"
+    arrays = (run / "profile.npz").read_bytes()
+    return _store(profile_path(folder, profile.content), text, arrays)
 
 
-def store(folder: Path, record: Record, arrays: bytes) -> tuple[Path, StoredProfile | None]:
+def store(folder: Path, record: ProfileRecord, arrays: bytes) -> tuple[Path, StoredProfile | None]:
     """Write a baseline, both of its files or none.
 
     Args:
         folder: The folder of all baselines.
-        record: A sealed record of kind `saturation`.
-        arrays: The `.npz` beside it.
+        record: A sealed record.
+        arrays: The `.npz` next to it.
 
     Returns:
         The baseline's path, and the one that it replaces, if there was one that can be read.
 
     Raises:
+        RecordError: Its provenance names no model or corpus.
         OutputError: The baseline cannot be written.
     """
-    json_path, npz_path = baseline_paths(folder, record)
+    return _store(profile_path(folder, record), to_json(to_plain(record)) + "\n", arrays)
+
+
+def _store(path: Path, text: str, arrays: bytes) -> tuple[Path, StoredProfile | None]:
     before = None
-    if json_path.exists():
-        with contextlib.suppress(RecordError):  # what is torn is replaced, not compared with
-            before = read_profile(json_path)
+    if path.exists():
+        with contextlib.suppress(RecordError):  # a torn one is replaced, not compared with
+            before = read_profile(path)
     # Both are on disk before either takes its place: a full disk leaves the old pair whole.
-    names = (npz_path.name, json_path.name)
-    # One writer at a time: two of them could leave one's table beside the other's arrays.
-    with FileLock(_LOCK, mode=0o666), RunFolder(json_path.parent, names, overwrite=True) as target:
-        target.write(npz_path.name, arrays)
-        target.write(json_path.name, to_json(record) + "\n")
-    return json_path, before
+    names = (path.with_suffix(".npz").name, path.name)
+    # One writer at a time: two of them could leave one's table next to the other's arrays.
+    with FileLock(_LOCK, mode=0o666), RunFolder(path.parent, names, overwrite=True) as target:
+        target.write(names[0], arrays)
+        target.write(names[1], text)
+    return path, before

@@ -1,9 +1,9 @@
-"""Drift: whether a profile has moved away from its baseline, decided in one of two ways.
+"""Drift: whether a profile has moved away from its baseline, decided by one of two methods.
 
-Where both saw the same sequences nothing is random between them: they are compared sequence by
-sequence, within a few times what arithmetic alone can move. Where they saw other sequences of the
-same kind, means are compared with intervals that resample whole sequences, and "no drift" has to
-be shown, not assumed (equivalence with a margin).
+Where both saw the same sequences, nothing is random between them. Then each sequence is compared,
+within a few times the noise floor of arithmetic. Where they saw other sequences of the same kind,
+means are compared with intervals that resample whole sequences, and "no drift" must be shown, not
+assumed (equivalence with a margin).
 """
 
 from __future__ import annotations
@@ -11,21 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from cascade.core.arrays import Array
 from cascade.core.errors import RecordError, UsageError
-from cascade.core.records import Record, at
 from cascade.core.schema import to_plain
 from cascade.gate.attribution import attribute
-from cascade.saturation.records import ProfileRecord
-from cascade.stats.resampling import Place, placed, resampled_means, simultaneous_half_widths
+from cascade.gate.comparison import Cell, Comparison, mismatches_of, table_cells, tolerance_of
+from cascade.saturation.records import LayerRow, NoiseFloor, ProfileRecord
+from cascade.stats.resampling import resampled_means, simultaneous_half_widths
 from cascade.stats.similarity_statistics import QUANTILES
-
-Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NOT COMPARABLE"]
-
 
 #: What is compared sequence by sequence: the mean and mean square of a layer's similarities, and
 #: the shares of tokens at or below the baseline's p10, p50 and p90.
@@ -35,26 +32,9 @@ SHARES = tuple(f"share_p{round(100 * q)}" for q in QUANTILES)
 STATISTICS = ("mean", "mean_square", *SHARES)
 
 
-#: No tolerance is narrower. Batch sizes, threads, attention kernels and float64 move a sequence's
-#: mean by up to 1.1e-7 (SmolLM2-135M, fp32), another processor (Xeon with AMX, EPYC) by as much.
-LEAST_TOLERANCE = 2e-6
-
-
-#: How many times the measured noise floor is still noise.
-NOISE_FACTOR = 3.0
-
-
 #: The share of a profile's sequences that have to be the baseline's for it to be the same text: by
 #: chance another tokenization of a corpus has a block or two in common with it.
 LEAST_SHARED = 0.5
-
-
-#: Two runs over every sequence also compare the tables. Quantiles come from bins of 1e-4 and more,
-#: minimum and maximum are single tokens, whose noise is some hundred times a mean's.
-TABLE_TOLERANCE = 1e-4
-
-
-EXTREME_TOLERANCE = 2e-3
 
 
 #: How far a layer may lie from the baseline on other sequences: so many standard deviations of the
@@ -69,213 +49,16 @@ MARGIN_FLOOR = {"mean": 0.002, "mean_square": 0.004} | dict.fromkeys(SHARES, 0.0
 CONFIDENCE = 0.99
 
 
-#: What an interval's place says of a margin.
-_VERDICTS: dict[Place, Verdict] = {"within": "PASS", "straddles": "INCONCLUSIVE", "beyond": "FAIL"}
-
-
-#: Two results are comparable only where all of these agree; and what to do where they do not.
-IDENTITY = {
-    ("model", "weights_hash"): "another checkpoint: review it, then accept a baseline of its own",
-    ("model", "revision"): "another revision: pin --revision, or accept a baseline of its own",
-    ("model", "quantization"): "another quantization: accept a baseline of its own",
-    ("model", "dtype"): "other arithmetic: run with the baseline's --dtype",
-    ("tokenizer_hash",): "another tokenizer: restore it, or accept a baseline of its own",
-}
-
-
-#: What arithmetic depends on: where one of these differs, a baseline was made elsewhere.
-_MACHINE = (
-    ("machine", "processor"),
-    ("machine", "accelerator"),
-    ("machine", "capability"),
-    ("machine", "blas"),
-    ("model", "device"),
-    ("versions", "torch"),
-)
-
-
 class Profile(Protocol):
-    """What is compared: a `SaturationProfile`, or a stored one."""
+    """A profile to compare: a `SaturationProfile`, or a stored one."""
 
-    def record(self) -> ProfileRecord | Record:
+    def record(self) -> ProfileRecord:
         """Return the record: provenance and tables."""
         ...
 
     def arrays(self) -> Mapping[str, Array]:
         """Return the statistics' whole state."""
         ...
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One statistic of one layer, against its baseline; NaN where a side lacks it.
-
-    Attributes:
-        layer: Its label.
-        statistic: One of `STATISTICS`, or of the table's columns.
-        expected: The baseline's value: of the sequence that moved most, or of the whole.
-        obtained: The new one.
-        limit: How far it may move: a tolerance, or a margin.
-        interval: On other sequences, of the difference; None where nothing is random.
-        sequence: Number of the sequence that moved most, in the baseline; None for the whole.
-        needed: Sequences that would decide, where this many could not; None where no number would.
-    """
-
-    layer: str
-    statistic: str
-    expected: float
-    obtained: float
-    limit: float
-    interval: tuple[float, float] | None = None
-    sequence: int | None = None
-    needed: int | None = None
-
-    @property
-    def difference(self) -> float:
-        """Obtained minus expected."""
-        return self.obtained - self.expected
-
-    @property
-    def standardized(self) -> float:
-        """The difference in units of its limit; NaN where a side lacks it."""
-        if self.limit:
-            return self.difference / self.limit
-        return math.copysign(math.inf, self.difference) if self.difference else self.difference
-
-    @property
-    def verdict(self) -> Verdict:
-        """PASS, FAIL, or INCONCLUSIVE where an interval straddles the margin."""
-        if self.interval is None:
-            # A comparison with NaN is false: what is missing or NaN never passes.
-            return "PASS" if abs(self.difference) <= self.limit else "FAIL"
-        return _VERDICTS[placed(self.interval, self.limit)]
-
-    def row(self) -> Record:
-        """Return the cell as a record holds it; None for what is no number."""
-        return {
-            "layer": self.layer,
-            "statistic": self.statistic,
-            "expected": _finite(self.expected),
-            "obtained": _finite(self.obtained),
-            "difference": _finite(self.difference),
-            "limit": self.limit,
-            "standardized": _finite(self.standardized),
-            "interval": None if self.interval is None else list(self.interval),
-            "sequence": self.sequence,
-            "needed": self.needed,
-            "verdict": self.verdict,
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A profile against its baseline.
-
-    Attributes:
-        way: "same sequences", "other sequences", or None where they cannot be compared.
-        mismatches: What makes the two not comparable: name, expected, obtained, what to do.
-        cells: Every statistic of every layer of either side.
-        sequences: How many sequences were compared: of the baseline, and new ones.
-        tokens: How many new tokens.
-        profile: Per layer its label, the baseline's mean similarity and the new one, over what was
-            compared.
-        attribution: Where the evidence points, where something failed: cause, layer and a sentence.
-        notes: What a reader has to know besides.
-        provenance: Of the new profile.
-        baseline: Provenance of the baseline.
-    """
-
-    way: Literal["same sequences", "other sequences"] | None
-    mismatches: tuple[tuple[str, Any, Any, str], ...] = ()
-    cells: tuple[Cell, ...] = ()
-    sequences: tuple[int, int] = (0, 0)
-    tokens: int = 0
-    profile: tuple[tuple[str, float, float], ...] = ()
-    attribution: Record | None = None
-    notes: tuple[str, ...] = ()
-    provenance: Record | None = None
-    baseline: Record | None = None
-
-    @property
-    def verdict(self) -> Verdict:
-        """FAIL beats INCONCLUSIVE beats PASS; nothing compared is no pass."""
-        if self.way is None:
-            return "NOT COMPARABLE"
-        found = {cell.verdict for cell in self.cells}
-        if not found or "FAIL" in found:
-            return "FAIL"
-        return "INCONCLUSIVE" if "INCONCLUSIVE" in found else "PASS"
-
-    def exit_status(self, *, strict: bool = False) -> int:
-        """Return 0 for a pass, 1 for drift, 2 where nothing could be compared.
-
-        Args:
-            strict: Whether what is inconclusive counts as drift.
-        """
-        return {
-            "PASS": 0,
-            "INCONCLUSIVE": int(strict),
-            "FAIL": 1,
-            "NOT COMPARABLE": 2,
-        }[self.verdict]
-
-    def worst(self) -> list[Cell]:
-        """Return the cells, those that failed first, the farthest beyond its limit first."""
-        order = {"FAIL": 0, "INCONCLUSIVE": 1, "PASS": 2}
-
-        def badness(cell: Cell) -> tuple[int, float]:
-            size = abs(cell.standardized)
-            return order[cell.verdict], -(math.inf if math.isnan(size) else size)
-
-        return sorted(self.cells, key=badness)
-
-    def headline(self) -> str:
-        """Say the verdict and how it came about, in one sentence."""
-        if self.way is None:
-            return f"other {' and '.join(name for name, *_ in self.mismatches)} than the baseline's"
-        counts = dict.fromkeys(("FAIL", "INCONCLUSIVE", "PASS"), 0)
-        for cell in self.cells:
-            counts[cell.verdict] += 1
-        count = self.sequences[1]
-        which = "of the baseline's sequences"
-        if self.way == "other sequences":
-            which = f"other sequence{'s' * (count != 1)}"
-        seen = f"{self.tokens:,} tokens, {count:,} {which}"
-        if self.verdict == "PASS":
-            limit = "tolerance" if self.way == "same sequences" else "margin"
-            return f"no drift: all {counts['PASS']:,} cells within their {limit} ({seen})"
-        if self.verdict == "INCONCLUSIVE":
-            return f"undecided: {counts['INCONCLUSIVE']:,} of {len(self.cells):,} cells ({seen})"
-        return f"drift: {counts['FAIL']:,} of {len(self.cells):,} cells ({seen})"
-
-    def record(self) -> Record:
-        """Return the comparison as a record of kind `comparison`."""
-        return {
-            "schema": 1,
-            "kind": "comparison",
-            "verdict": self.verdict,
-            "headline": self.headline(),
-            "way": self.way,
-            "mismatches": [
-                {"name": name, "expected": expected, "obtained": obtained, "remedy": remedy}
-                for name, expected, obtained, remedy in self.mismatches
-            ],
-            "attribution": self.attribution,
-            "sequences": {"baseline": self.sequences[0], "new": self.sequences[1]},
-            "tokens": self.tokens,
-            "notes": list(self.notes),
-            "profile": [
-                {"layer": label, "expected": _finite(old), "obtained": _finite(new)}
-                for label, old, new in self.profile
-            ],
-            "cells": [cell.row() for cell in self.cells],
-            "provenance": self.provenance,
-            "baseline": self.baseline,
-        }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 # --- Comparing -------------------------------------------------------------------------------
@@ -285,7 +68,7 @@ def compare(
     profile: Profile,
     baseline: Profile,
     *,
-    noise: Record | None = None,
+    noise: NoiseFloor | None = None,
     independent: bool = False,
     margin: float = MARGIN,
     confidence: float = CONFIDENCE,
@@ -294,9 +77,9 @@ def compare(
 ) -> Comparison:
     """Decide whether a profile has drifted from its baseline.
 
-    Layers and statistics are the union of both sides: what one side lacks is a failure, and so is
-    NaN. Sequences are known by their fingerprints; where most of the new ones are the baseline's,
-    they are compared one by one, and otherwise their means are.
+    Layers and statistics are the union of both sides. A layer or statistic that one side lacks is a
+    failure, and so is NaN. Sequences are identified by their fingerprints. Where most of the new
+    ones are the baseline's, each of them is compared; otherwise their means are compared.
 
     Args:
         profile: The new one, of the baseline's sequences or a few of them.
@@ -306,11 +89,8 @@ def compare(
         independent: Compare means even where sequences are shared.
         margin: On other sequences, in standard deviations between the baseline's sequences.
         confidence: On other sequences, that all intervals hold at once.
-        anyway: Compare in spite of what differs, and note it.
+        anyway: Compare profiles of different models as well, and note the differences.
         seed: Of the resampling.
-
-    Returns:
-        The comparison; `verdict` and `record()` say what came of it.
 
     Raises:
         UsageError: A margin or confidence out of range.
@@ -321,11 +101,11 @@ def compare(
             f"expected a margin above 0 and a confidence between 0 and 1, got {margin:g} and "
             f"{confidence:g}"
         )
-    new, old = to_plain(profile.record()), to_plain(baseline.record())
-    mismatches = mismatches_of(new.get("provenance"), old.get("provenance"))
+    new, old = profile.record(), baseline.record()
+    mismatches = mismatches_of(new.provenance, old.provenance)
     notes = [
-        f"{name} differs: expected {expected}, got {obtained}"
-        for name, expected, obtained, _ in mismatches
+        f"{differs.name} differs: expected {differs.expected}, got {differs.obtained}"
+        for differs in mismatches
     ]
     if mismatches and not anyway:
         found = Comparison(None, tuple(mismatches))
@@ -341,26 +121,7 @@ def compare(
                     "taken for other text"
                 )
             found = _resampled(*sides, margin, confidence, seed, notes)
-    return replace(found, provenance=new.get("provenance"), baseline=old.get("provenance"))
-
-
-def mismatches_of(new: Any, old: Any) -> list[tuple[str, Any, Any, str]]:
-    """Return what makes two provenances not comparable: name, expected, obtained, what to do."""
-    found = []
-    for path, remedy in IDENTITY.items():
-        expected, obtained = at(old, path), at(new, path)
-        if expected != obtained:
-            found.append((".".join(path), expected, obtained, remedy))
-    return found
-
-
-def made_elsewhere(new: Any, old: Any) -> list[str]:
-    """Return what of the two machines differs that arithmetic depends on."""
-    return [
-        f"{path[-1]} {at(new, path)}, the baseline's {at(old, path)}"
-        for path in _MACHINE
-        if at(new, path) != at(old, path)
-    ]
+    return replace(found, provenance=new.provenance, baseline=old.provenance)
 
 
 @dataclass(frozen=True)
@@ -404,6 +165,10 @@ class _Side:
                 "`cascade analyze --output` again"
             ) from error
 
+    def same_edges(self, other: _Side) -> bool:
+        """Return whether the shares of both sides are counted against the same quantiles."""
+        return self.edges.shape == other.edges.shape and np.array_equal(self.edges, other.edges)
+
     def columns(self, layers: Sequence[str]) -> Array:
         """Return the rows of some layers, `[S, L, statistics]`, NaN for those that lack."""
         rows = np.full((len(self.rows), len(layers), len(STATISTICS)), np.nan)
@@ -430,9 +195,9 @@ def _overlay(
 def _paired(
     new: _Side,
     old: _Side,
-    record: Record,
-    baseline: Record,
-    noise: Record | None,
+    record: ProfileRecord,
+    baseline: ProfileRecord,
+    noise: NoiseFloor | None,
     notes: list[str],
 ) -> Comparison:
     tolerance, words = tolerance_of(record, baseline, noise)
@@ -449,21 +214,19 @@ def _paired(
         notes.append(
             f"{left_out:,} of {len(new.rows):,} sequences are not the baseline's and were left out"
         )
-    mine, theirs = (list(part) for part in zip(*pairs, strict=True))
+    mine, theirs = (list(side) for side in zip(*pairs, strict=True))
     obtained, expected = new.columns(layers)[mine], old.columns(layers)[theirs]
     length = int(new.histogram[0].sum()) // max(1, len(new.rows))
-    same_edges = new.edges.shape == old.edges.shape and np.array_equal(new.edges, old.edges)
-    if not same_edges:
+    cells = list(_sequence_cells(layers, obtained, expected, old.numbers[theirs], tolerance))
+    if new.same_edges(old):
+        cells += _share_cells(layers, obtained, expected, old, tolerance, length)
+    else:
         notes.append(
             "shares were not compared: they were counted against other quantiles than the "
             "baseline's (measure with `cascade gate`, or analyze with its edges)"
         )
-    cells = list(_sequence_cells(layers, obtained, expected, old.numbers[theirs], tolerance))
-    if same_edges:
-        cells += _share_cells(layers, obtained, expected, old, tolerance, length)
-    whole = len(pairs) == len(new.rows) == len(old.rows)
-    if whole:
-        cells += table_cells(record["layers"], baseline["layers"], tolerance)
+    if len(pairs) == len(new.rows) == len(old.rows):
+        cells += table_cells(_table(record.layers), _table(baseline.layers), tolerance)
     comparison = Comparison(
         "same sequences",
         cells=tuple(cells),
@@ -476,35 +239,6 @@ def _paired(
         return comparison
     where = attribute(layers, obtained[..., 0], expected[..., 0], tolerance)
     return replace(comparison, attribution=where)
-
-
-def tolerance_of(record: Record, baseline: Record, noise: Record | None) -> tuple[float, list[str]]:
-    """Return how far arithmetic alone may move a sequence's mean, and what to say of it.
-
-    Args:
-        record: The new profile's record.
-        baseline: The baseline's.
-        noise: The floor measured where the new profile was; its own record's where None.
-    """
-    here = noise or record.get("noise")
-    there = baseline.get("noise")
-    elsewhere = made_elsewhere(record.get("provenance"), baseline.get("provenance"))
-    if not elsewhere:
-        floor = (there or here or {}).get("repeat")
-        if floor is None:
-            return LEAST_TOLERANCE, ["no noise floor was measured: the least tolerance is taken"]
-        return max(LEAST_TOLERANCE, NOISE_FACTOR * floor), []
-    # Each side lies within its own distance from exact arithmetic, so that the two lie within
-    # the sum of both.
-    floors = [max(floor["repeat"], floor["exact"] or 0.0) for floor in (here, there) if floor]
-    # A side that nobody measured is taken to be as noisy as the other.
-    floor = sum(floors) * (2 if len(floors) == 1 else 1)
-    tolerance = max(LEAST_TOLERANCE, NOISE_FACTOR * floor)
-    how = f"noise floor of both {floor:.1e}" if floors else "no noise floor was measured"
-    return tolerance, [
-        f"the baseline was made elsewhere ({'; '.join(elsewhere)}): tolerance {tolerance:.1e}, "
-        f"{how}"
-    ]
 
 
 def _sequence_cells(
@@ -565,33 +299,8 @@ def _density(old: _Side, row: int, quantile: int) -> float:
     return float(count / max(1, old.histogram[row].sum()) / max(width, 1e-12))
 
 
-def table_cells(new: list[Record], old: list[Record], tolerance: float = 0.0) -> Iterator[Cell]:
-    """Yield every statistic of every row of two tables; what one lacks is NaN.
-
-    Args:
-        new: Rows of the new profile's table.
-        old: Rows of the baseline's.
-        tolerance: Of means; no cell has less.
-    """
-    rows = [{str(row.get("layer")): row for row in side} for side in (new, old)]
-    for layer in dict.fromkeys([*rows[1], *rows[0]]):
-        obtained, expected = (side.get(layer, {}) for side in rows)
-        for statistic in dict.fromkeys([*expected, *obtained]):
-            if statistic == "layer":
-                continue
-            limit = EXTREME_TOLERANCE if statistic in ("min", "max") else TABLE_TOLERANCE
-            yield Cell(
-                layer,
-                statistic,
-                _number(expected.get(statistic)),
-                _number(obtained.get(statistic)),
-                0.0 if statistic == "count" else max(limit, tolerance),
-            )
-
-
-def _number(value: Any) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan
+def _table(rows: Sequence[LayerRow]) -> list[Mapping[str, object]]:
+    return [to_plain(row) for row in rows]
 
 
 # --- Other sequences -------------------------------------------------------------------------
@@ -611,9 +320,9 @@ def _resampled(
             "no interval; expected at least 2, take a larger corpus"
         )
     layers = _union(new, old)
-    same_edges = new.edges.shape == old.edges.shape and np.array_equal(new.edges, old.edges)
-    statistics = STATISTICS if same_edges else STATISTICS[:2]
-    if not same_edges:
+    statistics = STATISTICS
+    if not new.same_edges(old):
+        statistics = STATISTICS[:2]
         notes = [
             *notes,
             "shares were not compared: they were counted against other quantiles than the "
@@ -629,23 +338,15 @@ def _resampled(
     floors = np.tile([MARGIN_FLOOR[name] for name in statistics], len(layers))
     margins = np.maximum(margin * flat[1].std(axis=0, ddof=1), floors)
     margins = np.where(np.isfinite(margins), margins, floors)
-    cells = []
-    for index, (label, statistic) in enumerate((a, b) for a in layers for b in statistics):
-        half = float(halves[index])
-        interval = float(difference[index]) - half, float(difference[index]) + half
-        cells.append(
-            Cell(
-                label,
-                statistic,
-                float(means[1][index]),
-                float(means[0][index]),
-                float(margins[index]),
-                interval=None if math.isnan(half) else interval,
-                needed=_needed(
-                    abs(float(difference[index])), half, float(margins[index]), flat[0], flat[1]
-                ),
-            )
+    counts = len(flat[0]), len(flat[1])
+    cells = [
+        _interval_cell(label, statistic, (old_mean, new_mean), half, limit, counts)
+        for (label, statistic), old_mean, new_mean, half, limit in zip(
+            ((label, statistic) for label in layers for statistic in statistics),
+            *(values.tolist() for values in (means[1], means[0], halves, margins)),
+            strict=True,
         )
+    ]
     comparison = Comparison(
         "other sequences",
         cells=tuple(cells),
@@ -661,15 +362,47 @@ def _resampled(
     return replace(comparison, attribution=attribute(layers, mine, theirs, limits))
 
 
-def _needed(difference: float, half: float, margin: float, new: Array, old: Array) -> int | None:
+def _interval_cell(
+    label: str,
+    statistic: str,
+    means: tuple[float, float],
+    half: float,
+    margin: float,
+    counts: tuple[int, int],
+) -> Cell:
+    """Return a cell of two means, the baseline's first, and its interval's half width.
+
+    Args:
+        label: The layer's label.
+        statistic: One of `STATISTICS`.
+        means: The baseline's and the new one.
+        half: Half of the width of the difference's interval; NaN where there is none.
+        margin: How far the difference may lie from 0.
+        counts: How many sequences there are: new ones, and of the baseline.
+    """
+    expected, obtained = means
+    difference = obtained - expected
+    return Cell(
+        label,
+        statistic,
+        expected,
+        obtained,
+        margin,
+        interval=None if math.isnan(half) else (difference - half, difference + half),
+        needed=_needed(abs(difference), half, margin, *counts),
+    )
+
+
+def _needed(difference: float, half: float, margin: float, new: int, old: int) -> int | None:
     """Return how many new sequences would decide a cell that straddles its margin.
 
-    The half width of an interval is proportional to sqrt(1/new + 1/old); None where not even an
-    endless number of new sequences would do, or the cell is decided.
+    The half width of an interval is proportional to sqrt(1/new + 1/old). None where not even an
+    endless number of new sequences would decide, or the cell is decided.
     """
-    room = abs(margin - difference)
-    if not half > 0 or difference + half <= margin or difference - half > margin or room == 0:
+    distance = abs(margin - difference)
+    is_decided = difference + half <= margin or difference - half > margin
+    if not half > 0 or is_decided or distance == 0:
         return None
-    spread = (1 / len(new) + 1 / len(old)) * (room / half) ** 2
-    rest = spread - 1 / len(old)
+    spread = (1 / new + 1 / old) * (distance / half) ** 2
+    rest = spread - 1 / old
     return math.ceil(1 / rest) if rest > 0 else None

@@ -1,4 +1,4 @@
-"""The noise floor: how far arithmetic alone moves a sequence's statistics, measured here."""
+"""The noise floor: how far arithmetic alone moves a sequence's statistics on this machine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from cascade.core.arrays import Array
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import similarities
+from cascade.saturation.records import NoiseFloor
 
-#: What exact arithmetic is asked of: a copy of the model in float64 takes this many bytes at most.
+#: Float64 is measured only where a copy of the model in it takes at most this many bytes.
 _MOST_BYTES = 4 << 30
 
 
@@ -25,34 +26,32 @@ _EXACT_SEQUENCES = 2
 
 
 @torch.no_grad()
-def measure_noise(stack: DecoderStack, ids: npt.NDArray[np.integer[Any]]) -> dict[str, Any]:
-    """Run the same sequences in several ways that differ in arithmetic alone.
+def measure_noise(stack: DecoderStack, ids: npt.NDArray[np.integer[Any]]) -> NoiseFloor:
+    """Return how far arithmetic alone moves the mean similarity of a sequence.
+
+    The same sequences are run in several variants: another batch size, another number of threads,
+    another attention kernel, and float64 (where the model is small enough for a copy and the
+    device has it).
 
     Args:
-        stack: The model; it is left as it was.
+        stack: The model; it is left unchanged.
         ids: `[B, T]` token ids of a few sequences.
-
-    Returns:
-        `repeat`, the largest change of any sequence's mean similarity in any layer by another
-        batch size, number of threads or attention kernel; `exact`, that from float64 (None where
-        the model is too large for a copy in it, or the device has none); `ways`, each by itself,
-        with the reason where one could not be had; and `sequences`.
     """
     tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(stack.device)
     plain = _means(stack, tokens)
-    ways: dict[str, float | str] = {
+    variants: dict[str, float | str] = {
         "batch_size": _moved(plain, _one_by_one(stack, tokens)),
         "threads": _with_threads(stack, tokens, plain),
         "attention": _with_attention(stack, tokens, plain),
     }
     exact = _with_float64(stack, tokens[:_EXACT_SEQUENCES], plain[:_EXACT_SEQUENCES])
-    repeated = [value for value in ways.values() if isinstance(value, float)]
-    return {
-        "repeat": max(repeated),
-        "exact": exact if isinstance(exact, float) else None,
-        "ways": ways | {"float64": exact},
-        "sequences": len(tokens),
-    }
+    repeated = [value for value in variants.values() if isinstance(value, float)]
+    return NoiseFloor(
+        repeat=max(repeated),
+        exact=exact if isinstance(exact, float) else None,
+        ways=variants | {"float64": exact},
+        sequences=len(tokens),
+    )
 
 
 def _means(stack: DecoderStack, tokens: Tensor) -> Array:

@@ -1,4 +1,4 @@
-"""The gate: a model measured against its baseline, on as few tokens as decide."""
+"""The gate: a model compared with its baseline, on as few tokens as decide."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
 
+import msgspec.structs
 import numpy as np
 
+from cascade.core.arrays import Array
 from cascade.core.errors import OutputError, RecordError, UsageError
-from cascade.core.provenance import provenance_of, typed_provenance
-from cascade.core.records import Record, read_record, write_record
+from cascade.core.provenance import CorpusProvenance, Provenance, provenance_of
+from cascade.core.records import read_typed, write_record
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.gate.baselines import StoredProfile
-from cascade.gate.drift import LEAST_SHARED, Comparison, compare, made_elsewhere, mismatches_of
+from cascade.gate.comparison import Comparison, made_elsewhere, mismatches_of
+from cascade.gate.drift import LEAST_SHARED, compare
 from cascade.gate.noise import measure_noise
+from cascade.gate.records import ComparisonRecord, GateRun, GateStep, Mismatch, NoiseRecord
 from cascade.models.stack import DecoderStack
 from cascade.models.weights import cache_folder
 from cascade.saturation.profile import SaturationProfile, analyze
@@ -33,34 +36,67 @@ NOISE_SEQUENCES = 4
 
 @dataclass(frozen=True)
 class Gate:
-    """What came of a gate.
+    """The outcome of a gate.
 
     Attributes:
-        comparison: Against the baseline.
-        looks: After each batch: tokens so far, and the verdict then.
-        budget: The most tokens that it would have taken.
-        seconds: How long it took, the model's loading left out.
-        noise: The noise floor measured here, where the baseline was made elsewhere.
-        profile: What was measured; None where the two could not be compared.
+        comparison: The comparison with the baseline.
+        steps: The comparisons, one after each batch.
+        budget: The most tokens that it would have measured.
+        seconds: How long it took, without loading the model.
+        noise: The noise floor measured here, where the baseline was made on another machine.
+        profile: The measured profile; None where the two could not be compared.
     """
 
     comparison: Comparison
-    looks: tuple[tuple[int, str], ...]
+    steps: tuple[GateStep, ...]
     budget: int
     seconds: float
-    noise: Record | None = None
+    noise: NoiseRecord | None = None
     profile: SaturationProfile | None = None
 
-    def record(self) -> Record:
+    def record(self) -> ComparisonRecord:
         """Return the gate as a record of kind `comparison`."""
-        return self.comparison.record() | {
-            "gate": {
-                "looks": [{"tokens": tokens, "verdict": verdict} for tokens, verdict in self.looks],
-                "budget_tokens": self.budget,
-                "seconds": self.seconds,
-                "noise": self.noise,
-            }
-        }
+        run = GateRun(
+            steps=list(self.steps),
+            budget_tokens=self.budget,
+            seconds=self.seconds,
+            noise=self.noise,
+        )
+        return msgspec.structs.replace(self.comparison.record(), gate=run)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A gate that is about to measure: the model, its corpus, and the baseline.
+
+    Attributes:
+        start: When the gate began, by `time.perf_counter`.
+        noise: The noise floor measured here, where it is needed.
+        about: The provenance of the run.
+        batch_size: The most sequences per forward pass.
+        progress: Called with the number of tokens done since the last call.
+    """
+
+    stack: DecoderStack
+    blocks: TokenBlocks
+    baseline: StoredProfile
+    start: float
+    noise: NoiseRecord | None
+    about: Provenance
+    batch_size: int
+    progress: Callable[[int], None] | None
+
+    def compare(self, profile: SaturationProfile) -> Comparison:
+        """Compare a profile with the baseline."""
+        noise = None if self.noise is None else self.noise.floor()
+        return compare(profile, self.baseline, noise=noise)
+
+    def outcome(
+        self, profile: SaturationProfile, comparison: Comparison, steps: list[GateStep], budget: int
+    ) -> Gate:
+        """Return what the gate came to."""
+        seconds = time.perf_counter() - self.start
+        return Gate(comparison, tuple(steps), budget, seconds, self.noise, profile)
 
 
 def run_gate(
@@ -76,8 +112,8 @@ def run_gate(
 ) -> Gate:
     """Measure a model on some of its baseline's sequences and compare, batch by batch.
 
-    It stops at the first batch that shows drift, and passes what shows none within the budget:
-    paired sequences have no chance in them, so that each of them is a test of its own.
+    It stops at the first batch that shows drift, and passes where none does within the budget.
+    Nothing is random between the same sequences, so that each of them is a test of its own.
 
     Args:
         stack: The model.
@@ -86,7 +122,7 @@ def run_gate(
         tokens: The budget, rounded down to whole sequences, at least one.
         full: Measure the whole corpus, table included.
         batch_size: The most sequences per forward pass.
-        command: What the user ran, for the provenance.
+        command: The user's command line, for the provenance.
         progress: Called with the number of tokens done since the last call.
 
     Raises:
@@ -97,13 +133,13 @@ def run_gate(
     if tokens < 1:
         raise UsageError(f"expected a budget of at least 1 token, got {tokens}")
     start = time.perf_counter()
-    about = to_plain(provenance_of(stack, blocks, command))
-    expected = baseline.record()["provenance"]
+    about = provenance_of(stack, blocks, command)
+    expected = baseline.record().provenance
     shared = _shared(blocks, baseline)
     mismatches = mismatches_of(about, expected)
     same_text = len(shared) >= LEAST_SHARED * len(blocks.ids)
     if not same_text and not full:
-        mismatches.append(_other_text(about, expected, len(shared)))
+        mismatches.append(_other_text(about.corpus, expected.corpus, len(shared)))
     if mismatches:
         comparison = Comparison(None, tuple(mismatches), provenance=about, baseline=expected)
         return Gate(comparison, (), 0, time.perf_counter() - start)
@@ -112,56 +148,50 @@ def run_gate(
     if made_elsewhere(about, expected):
         few = _spread(shared if same_text else np.arange(len(blocks.ids)), NOISE_SEQUENCES)
         noise = noise_here(stack, blocks.ids[few], about)
-    if full:
-        profile = analyze(
-            stack,
-            blocks,
-            batch_size=batch_size,
-            edges=baseline.arrays()["edges"],
-            command=command,
-            progress=progress,
-        )
-        comparison = compare(profile, baseline, noise=noise)
-        looks = ((blocks.tokens, comparison.verdict),)
-        return Gate(comparison, looks, blocks.tokens, time.perf_counter() - start, noise, profile)
-    chosen = _chosen(blocks, shared, tokens)
-    return _look_by_look(stack, blocks, baseline, chosen, noise, about, batch_size, start, progress)
+    task = _Task(stack, blocks, baseline, start, noise, about, batch_size, progress)
+    return _full(task) if full else _step_by_step(task, _chosen(blocks, shared, tokens))
 
 
-def _look_by_look(
-    stack: DecoderStack,
-    blocks: TokenBlocks,
-    baseline: StoredProfile,
-    chosen: Any,
-    noise: Record | None,
-    about: Record,
-    batch_size: int,
-    start: float,
-    progress: Callable[[int], None] | None,
-) -> Gate:
-    looks: list[tuple[int, str]] = []
+def _full(task: _Task) -> Gate:
+    """Measure the whole corpus and compare once."""
+    profile = analyze(
+        task.stack,
+        task.blocks,
+        batch_size=task.batch_size,
+        edges=task.baseline.arrays()["edges"],
+        command=task.about.command,
+        progress=task.progress,
+    )
+    comparison = task.compare(profile)
+    step = GateStep(tokens=task.blocks.tokens, verdict=comparison.verdict)
+    return task.outcome(profile, comparison, [step], task.blocks.tokens)
+
+
+def _step_by_step(task: _Task, chosen: Array) -> Gate:
+    """Measure the chosen sequences in batches, and compare after each of them."""
+    blocks, edges = task.blocks, task.baseline.arrays()["edges"]
+    length = blocks.ids.shape[1]
+    steps: list[GateStep] = []
     parts: list[SaturationProfile] = []
     seen = 0
     while seen < len(chosen):
-        # As many again as were seen: few looks, and the first of them after one sequence.
-        size = min(max(1, seen), batch_size, len(chosen) - seen)
+        # Double the sample each time, so that few comparisons are made.
+        size = min(max(1, seen), task.batch_size, len(chosen) - seen)
         some = replace(blocks, ids=blocks.ids[chosen[seen : seen + size]])
-        parts.append(analyze(stack, some, batch_size=size, edges=baseline.arrays()["edges"]))
+        parts.append(analyze(task.stack, some, batch_size=size, edges=edges))
         seen += size
-        profile = _joined(parts, replace(blocks, ids=blocks.ids[chosen[:seen]]), about)
-        comparison = compare(profile, baseline, noise=noise)
-        looks.append((seen * blocks.ids.shape[1], comparison.verdict))
-        if progress is not None:
-            progress(some.tokens)
+        profile = _joined(parts, replace(blocks, ids=blocks.ids[chosen[:seen]]), task.about)
+        comparison = task.compare(profile)
+        steps.append(GateStep(tokens=seen * length, verdict=comparison.verdict))
+        if task.progress is not None:
+            task.progress(some.tokens)
         if comparison.verdict != "PASS":
             break
-    budget = len(chosen) * blocks.ids.shape[1]
-    seconds = time.perf_counter() - start
-    return Gate(comparison, tuple(looks), budget, seconds, noise, profile)
+    return task.outcome(profile, comparison, steps, len(chosen) * length)
 
 
 def _joined(
-    parts: list[SaturationProfile], blocks: TokenBlocks, about: Record
+    parts: list[SaturationProfile], blocks: TokenBlocks, about: Provenance
 ) -> SaturationProfile:
     """Return the profiles of several batches as one, its sequences numbered through."""
     whole = parts[0].statistics
@@ -169,8 +199,7 @@ def _joined(
     for part in parts[1:]:
         whole = whole.merge(part.statistics.renumbered(shift))
         shift += len(part.sequence_fingerprints)
-    provenance = typed_provenance(about)
-    return SaturationProfile(whole, blocks.sequence_fingerprints(), provenance)
+    return SaturationProfile(whole, blocks.sequence_fingerprints(), about)
 
 
 def quick_blocks(
@@ -189,40 +218,38 @@ def quick_blocks(
     return replace(blocks, ids=blocks.ids[_chosen(blocks, _shared(blocks, baseline), tokens)])
 
 
-def _chosen(blocks: TokenBlocks, shared: Any, tokens: int) -> Any:
+def _chosen(blocks: TokenBlocks, shared: Array, tokens: int) -> Array:
     return _spread(shared, max(1, tokens // blocks.ids.shape[1]))
 
 
-def _shared(blocks: TokenBlocks, baseline: StoredProfile) -> Any:
+def _shared(blocks: TokenBlocks, baseline: StoredProfile) -> Array:
     known = baseline.arrays()["sequence_fingerprint"]
     return np.flatnonzero(np.isin(blocks.sequence_fingerprints(), known))
 
 
-def _spread(numbers: Any, count: int) -> Any:
+def _spread(numbers: Array, count: int) -> Array:
     """Return `count` of the numbers, evenly spread over all of them; all where there are fewer."""
     places = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
-    return numbers[np.unique(places)]
+    spread: Array = numbers[np.unique(places)]
+    return spread
 
 
-def _other_text(about: Record, expected: Record, shared: int) -> tuple[str, Any, Any, str]:
-    sizes = [
-        f"{side['corpus'].get('name')} in sequences of {side['corpus'].get('seq_len')}"
-        for side in (expected, about)
-    ]
-    if sizes[0] == sizes[1]:  # of the same name, but other text
-        prints = (str(side["corpus"].get("fingerprint"))[:19] for side in (expected, about))
-        sizes = [f"{size} ({text}...)" for size, text in zip(sizes, prints, strict=True)]
-    return (
-        "corpus",
-        sizes[0],
-        sizes[1],
-        f"{shared or 'none'} of its {about['corpus']['sequences']:,} sequences are the baseline's: "
-        "take the baseline's corpus, tokenizer settings and --seq-len, or compare means over all of"
-        " it with --full",
+def _other_text(new: CorpusProvenance, old: CorpusProvenance, shared: int) -> Mismatch:
+    expected, obtained = (f"{side.name} in sequences of {side.seq_len}" for side in (old, new))
+    if expected == obtained:  # of the same name, but other text
+        expected = f"{expected} ({old.fingerprint[:19]}...)"
+        obtained = f"{obtained} ({new.fingerprint[:19]}...)"
+    return Mismatch(
+        name="corpus",
+        expected=expected,
+        obtained=obtained,
+        remedy=f"{shared or 'none'} of its {new.sequences:,} sequences are the baseline's: take the"
+        " baseline's corpus, tokenizer settings and --seq-len, or compare means over all of it with"
+        " --full",
     )
 
 
-def noise_here(stack: DecoderStack, ids: Any, about: Record) -> Record:
+def noise_here(stack: DecoderStack, ids: Array, about: Provenance) -> NoiseRecord:
     """Return the noise floor of this model on this machine, measured once and kept in the cache.
 
     Args:
@@ -230,17 +257,18 @@ def noise_here(stack: DecoderStack, ids: Any, about: Record) -> Record:
         ids: `[B, T]` token ids of a few sequences.
         about: The provenance of the run.
     """
-    key = [about["model"], about["tokenizer_hash"], about["machine"], about["versions"]]
+    origin = to_plain(about)
+    key = [origin.get(name) for name in ("model", "tokenizer_hash", "machine", "versions")]
     digest = sha256(json.dumps([key, sha256(ids.tobytes()).hexdigest()]).encode()).hexdigest()
     path = cache_folder() / "noise" / f"{digest[:24]}.json"
     with contextlib.suppress(RecordError):  # not measured yet, or torn: then it is measured now
-        return read_record(path, kind="noise")
-    found = {"schema": 1, "kind": "noise"} | measure_noise(stack, ids)
+        return read_typed(path, NoiseRecord)
+    found = NoiseRecord.of(measure_noise(stack, ids))
     with contextlib.suppress(OutputError):  # without a cache the next run measures again
         write_record(path, found)
     return found
 
 
-def quick_ids(blocks: TokenBlocks, count: int = NOISE_SEQUENCES) -> Any:
+def quick_ids(blocks: TokenBlocks, count: int = NOISE_SEQUENCES) -> Array:
     """Return the token ids of a few sequences spread over a corpus, `[count, T]`."""
     return blocks.ids[_spread(np.arange(len(blocks.ids)), count)]

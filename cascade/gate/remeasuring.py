@@ -1,65 +1,142 @@
-"""Budgets measured again: the stored points, on the corpus and with the heads that they name."""
+"""Baselines and budgets, measured again and stored.
+
+A baseline is measured over the whole corpus, together with its noise floor. Budgets are measured at
+the stored operating points, on the corpus and with the exit heads that their file names.
+"""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cascade.core.errors import ModelError, RecordError
-from cascade.core.records import Record, read_record
-from cascade.core.schema import to_plain
-from cascade.core.shapes import COUNT, NUMBER, TEXT, WHOLE, Shape, flaw
+from cascade.core.files import write_text
+from cascade.core.records import packed
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
 from cascade.evaluation.operating_points import OperatingPoint
+from cascade.evaluation.records import EvaluationRecord
 from cascade.exits.fitted_heads import FittedHeads, load_heads
 from cascade.exits.history import exit_entries
+from cascade.gate.baselines import StoredProfile, seal, store
+from cascade.gate.budgets import Evaluated, accept_budgets
+from cascade.gate.drift import compare
+from cascade.gate.noise import measure_noise
+from cascade.gate.quick_gate import quick_ids
+from cascade.gate.records import BudgetGroup
 from cascade.models.stack import DecoderStack
-from cascade.saturation.profile import HARD_RATIOS, analyze
+from cascade.saturation.profile import HARD_RATIOS, SaturationProfile, analyze
+from cascade.saturation.records import ProfileRecord
 
-#: What a stored group needs to be measured again; the rest is held to by the check.
-_GROUPS: Shape = {
-    "groups": [
-        {
-            "provenance": {"corpus": {"seq_len": COUNT, "tokens": COUNT}},
-            "settings": {"propagation": TEXT, "batch_size": COUNT, "seed": WHOLE},
-            "points": [{"exit_layer": COUNT, "rule": TEXT, "threshold": NUMBER}],
-        }
-    ]
-}
+# --- Baselines -------------------------------------------------------------------------------
 
 
-def read_groups(path: Path) -> list[Record]:
-    """Read the groups of a file of budgets.
+def measure_whole(
+    stack: DecoderStack,
+    blocks: TokenBlocks,
+    *,
+    batch_size: int = 32,
+    command: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> SaturationProfile:
+    """Return the profile of a whole corpus together with its noise floor, as a baseline is made.
 
     Args:
-        path: Its `.budgets.json`.
+        stack: The model.
+        blocks: The whole corpus.
+        batch_size: Sequences per forward pass.
+        command: The user's command line, for the provenance.
+        progress: Called with the number of tokens done since the last call.
 
     Raises:
-        RecordError: It is missing, torn, of a newer schema, or lacks something.
+        CorpusError: Sequences beyond the model's positions.
+        ModelError: A layer's output is NaN (names the layer).
     """
-    record = read_record(path, kind="budgets")
-    found = flaw(record, _GROUPS)
-    if found is not None:
-        raise RecordError(
-            f"{path} is torn or edited ({found}); restore it, or remove it to start anew"
-        )
-    groups: list[Record] = record["groups"]
-    return groups
+    profile = analyze(stack, blocks, batch_size=batch_size, command=command, progress=progress)
+    return with_noise(profile, stack, blocks)
+
+
+def with_noise(
+    profile: SaturationProfile, stack: DecoderStack, blocks: TokenBlocks
+) -> SaturationProfile:
+    """Return a profile together with the noise floor of its model and corpus on this machine.
+
+    Args:
+        profile: Of the whole corpus.
+        stack: The model.
+        blocks: The corpus; the noise is measured on a few of its sequences.
+    """
+    return replace(profile, noise=measure_noise(stack, quick_ids(blocks)))
+
+
+def store_profile(
+    folder: Path, profile: SaturationProfile | StoredProfile
+) -> tuple[Path, StoredProfile | None]:
+    """Seal a profile and store it as the baseline of its model and corpus.
+
+    Args:
+        folder: The folder of all baselines.
+        profile: The measured profile.
+
+    Returns:
+        The baseline's path, and the one that it replaces, if there was one that can be read.
+
+    Raises:
+        RecordError: Its provenance names no model or corpus.
+        OutputError: The baseline cannot be written; the one before is unharmed.
+    """
+    arrays = profile.arrays()
+    return store(folder, seal(profile.record(), arrays), packed(arrays))
+
+
+def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfile) -> bool:
+    """Return whether a stored baseline can stay: the same sequences, and no drift.
+
+    Args:
+        profile: Of the whole corpus.
+        before: The stored one.
+    """
+    seen = [sorted(side.arrays()["sequence_fingerprint"]) for side in (profile, before)]
+    current = before.record().schema == ProfileRecord.SCHEMA
+    return current and seen[0] == seen[1] and compare(profile, before).verdict == "PASS"
+
+
+# --- Budgets ---------------------------------------------------------------------------------
+
+
+def replace_budgets(path: Path, evaluations: Sequence[Evaluated]) -> None:
+    """Store evaluations' given operating points as the only budgets of a file.
+
+    Args:
+        path: The file.
+        evaluations: Of one model and corpus.
+
+    Raises:
+        RecordError: An evaluation is torn, has no given operating point, or is of another model
+            than the first.
+        OutputError: The file cannot be written; the one before is unharmed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for evaluation in evaluations:
+            made = accept_budgets(Path(folder), evaluation).path
+        write_text(path, made.read_text(encoding="utf-8"))
 
 
 def group_blocks(
     stack: DecoderStack,
-    group: Record,
+    group: BudgetGroup,
     source: str,
     *,
     part: str | None = None,
     text_column: str | None = None,
 ) -> TokenBlocks:
-    """Read as much of a corpus as half of it is what a group of budgets was measured on.
+    """Read as much of a corpus as a group of budgets needs: half of it was measured on.
 
     Args:
         stack: The model.
-        group: Of a record of kind `budgets`.
+        group: The budgets.
         source: The corpus.
         part: The split of a hub dataset, or of the embedded corpus.
         text_column: The column to read, for records that are not in Alpaca form.
@@ -67,52 +144,66 @@ def group_blocks(
     Raises:
         CorpusError: The corpus is missing, malformed or too small.
     """
-    confirmed = group["provenance"]["corpus"]
+    confirmed = group.provenance.corpus
     return load_blocks(
         source,
         stack.tokenizer,
-        seq_len=confirmed["seq_len"],
+        seq_len=confirmed.seq_len,
         num_samples=None,
         # Every second sequence confirms.
-        max_tokens=2 * confirmed["tokens"],
+        max_tokens=2 * confirmed.tokens,
         split=part,
         text_column=text_column,
     )
 
 
+@dataclass(frozen=True)
+class PointsConfig:
+    """How operating points are evaluated.
+
+    Attributes:
+        propagation: What upper layers see of exited tokens: "frozen", "ridge" or "exact".
+        batch_size: Sequences per forward pass.
+        seed: Of the intervals.
+        command: The user's command line, for the provenance.
+    """
+
+    propagation: str = "frozen"
+    batch_size: int = 8
+    seed: int = 0
+    command: str | None = None
+
+
 def rerun(
-    stack: DecoderStack, group: Record, blocks: TokenBlocks, *, heads: FittedHeads | None = None
-) -> Record:
-    """Evaluate the points of a group of budgets again, as its own settings say.
+    stack: DecoderStack,
+    group: BudgetGroup,
+    blocks: TokenBlocks,
+    *,
+    heads: FittedHeads | None = None,
+) -> EvaluationRecord:
+    """Evaluate the operating points of a group of budgets again, with its own settings.
 
     Args:
         stack: The model.
-        group: Of a record of kind `budgets`.
+        group: The budgets.
         blocks: The corpus; half of its sequences confirm.
-        heads: Those that the group names; None for the logit lens.
-
-    Returns:
-        A record of kind `evaluation`.
+        heads: The exit heads that the group names; None for the logit lens.
 
     Raises:
         CorpusError: Too few sequences.
         ModelError: The heads belong to another model, or a state is not finite.
     """
-    settings = group["settings"]
     points = [
-        OperatingPoint(point["exit_layer"], point["rule"], point["threshold"], "given")
-        for point in group["points"]
+        OperatingPoint(point.exit_layer, point.rule, point.threshold, "given")
+        for point in group.points
     ]
-    return evaluate_points(
-        stack,
-        points,
-        blocks,
-        heads=heads,
-        propagation=settings["propagation"],
-        batch_size=settings["batch_size"],
-        seed=settings["seed"],
-        command=group["provenance"].get("command"),
+    config = PointsConfig(
+        propagation=group.settings.propagation,
+        batch_size=group.settings.batch_size,
+        seed=group.settings.seed,
+        command=group.provenance.command,
     )
+    return evaluate_points(stack, points, blocks, heads=heads, config=config)
 
 
 def evaluate_points(
@@ -121,56 +212,46 @@ def evaluate_points(
     blocks: TokenBlocks,
     *,
     heads: FittedHeads | None = None,
-    propagation: str = "frozen",
-    batch_size: int = 8,
-    seed: int = 0,
-    command: str | None = None,
-) -> Record:
-    """Evaluate given points alone, without fitting, searching or controls.
+    config: PointsConfig | None = None,
+) -> EvaluationRecord:
+    """Evaluate given operating points alone, without fitting, searching or controls.
 
     Args:
         stack: The model.
-        points: What to measure.
+        points: The operating points.
         blocks: The corpus; half of its sequences confirm.
-        heads: The logit lens where None.
-        propagation: What upper layers see of tokens that left.
-        batch_size: Sequences per forward pass.
-        seed: Of the intervals.
-        command: What the user would run, for the provenance.
+        heads: The exit heads; None for the logit lens.
+        config: How they are evaluated.
 
     Raises:
         CorpusError: Too few sequences.
         ModelError: The heads belong to another model, or a state is not finite.
-        UsageError: A point that cannot be meant.
+        UsageError: An invalid operating point.
     """
+    config = config or PointsConfig()
     fit, confirm = split(blocks)
-    record = evaluate(
+    return evaluate(
         stack,
         fit,
         confirm,
         EvaluationConfig(layers=(), rules=(), thresholds=tuple(points), only_given=True),
         heads=heads,
-        propagation=propagation,  # type: ignore[arg-type]  # checked by the evaluator
-        batch_size=batch_size,
-        seed=seed,
-        command=command,
+        propagation=config.propagation,  # type: ignore[arg-type]  # checked by the evaluator
+        batch_size=config.batch_size,
+        seed=config.seed,
+        command=config.command,
     )
-    plain: Record = to_plain(record)
-    return plain
 
 
 def first_points(
     stack: DecoderStack, blocks: TokenBlocks, layer: int | None
 ) -> list[OperatingPoint]:
-    """Return points to budget where none are stored: the study's way, at one exit layer.
+    """Return operating points to budget where none are stored: one per hard ratio, by the cosine.
 
     Args:
         stack: The model.
-        blocks: The corpus; the half that is not confirmed on gives the thresholds.
+        blocks: The corpus; the half that does not confirm gives the thresholds.
         layer: The exit layer; the one that the profile suggests where None.
-
-    Returns:
-        One point per hard ratio, by the cosine.
 
     Raises:
         CorpusError: Too few sequences.
@@ -181,7 +262,7 @@ def first_points(
         layer = int(profile.record().thresholds.exit_layer)
     exit_entries(layer, stack.num_layers)
     row = profile.statistics.layers.index(str(layer))
-    # As they are typed: a stored point can be asked for again.
+    # Rounded as a user types them, so that a stored operating point can be named again.
     thresholds = [round(float(profile.statistics.quantile(q)[row]), 4) for q in HARD_RATIOS]
     return [OperatingPoint(layer, "cosine", value, "given") for value in dict.fromkeys(thresholds)]
 
@@ -201,18 +282,18 @@ def find_heads(folder: Path, fingerprint: str | None, stack: DecoderStack) -> Fi
     if fingerprint is None:
         return None
     found = []
-    strange: ModelError | None = None
+    foreign: ModelError | None = None
     for path in sorted(folder.glob("*.heads.safetensors")):
         found.append(path.name)
         try:
             heads = load_heads(path, stack)
         except ModelError as error:
-            strange = error
+            foreign = error
             continue
         if heads.fingerprint() == fingerprint:
             return heads
-    if strange is not None:
-        raise strange
+    if foreign is not None:
+        raise foreign
     raise RecordError(
         f"no exit heads {fingerprint[:19]}... in {folder} (found: {', '.join(found) or 'none'}); "
         "restore the .heads.safetensors that the budgets were made with"

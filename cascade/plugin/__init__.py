@@ -1,18 +1,20 @@
 """The pytest plugin: options, markers, fixtures, and one report per session.
 
-Importing it imports pytest and the standard library alone: a project that has CASCADE installed and
-does not use it pays nothing.
+Importing it imports pytest, msgspec and the standard library alone, so that it costs next to
+nothing in a project that has CASCADE installed and does not use it.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cascade.core.errors import CascadeError, OutputError
+from cascade.gate.records import NamedComparison, SessionRecord
 from cascade.plugin.results import REPORT_FILES, Findings, show_summary, write_reports
 from cascade.plugin.settings import (
     MARKED_BY,
@@ -32,14 +34,22 @@ if TYPE_CHECKING:
     from cascade.plugin.checks import SaturationCheck
     from cascade.plugin.measuring import MeasuredEvaluations, MeasuredProfile
 
+
+@dataclass(frozen=True)
+class _Result:
+    """The outcome of a session: its record, if there is one, and lines about its reports."""
+
+    record: SessionRecord | None
+    lines: list[str]
+
+
 _SETTINGS = pytest.StashKey[Settings]()
 #: Whether any of the settings was given.
 _GIVEN = pytest.StashKey[bool]()
 _FINDINGS = pytest.StashKey[Findings]()
-#: The session's record, if there is one, and lines about its reports.
-_RESULT = pytest.StashKey[tuple[dict[str, Any] | None, list[str]]]()
+_RESULT = pytest.StashKey[_Result]()
 
-#: Why a test's marker is refused, where the session goes on all the same.
+#: Why a test's marker is refused, where the session continues nevertheless.
 _REFUSED = pytest.StashKey[str]()
 
 
@@ -63,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FINDINGS] = Findings()
     register_markers(config)
     if settings.report is not None and not _is_worker(config):
-        # What cannot be written is said now, not after the tests.
+        # Fail before the tests where the report cannot be written.
         from cascade.core.files import check_writable
 
         try:
@@ -73,12 +83,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    """Say what is measured, where anything was set."""
+    """Return a line on what is measured, where anything was set."""
     return config.stash[_SETTINGS].describe() if config.stash[_GIVEN] else None
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[Any]) -> str | None:
-    """Say what is measured, where nothing was set and tests ask for it all the same."""
+    """Return a line on what is measured, where nothing was set but a test needs it."""
     asked = any(uses(item, name) for item in items for name in MARKED_BY.values())
     return config.stash[_SETTINGS].describe() if asked and not config.stash[_GIVEN] else None
 
@@ -88,14 +98,14 @@ def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[Any]) 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use our fixtures, before `-m` selects, and check the markers."""
+    """Mark the tests that use the fixtures here, before `-m` selects, and check the markers."""
     for item in items:
         try:
             check_markers(item)
         except pytest.UsageError as error:
             if not _is_worker(item.config):
                 raise
-            # A worker of pytest-xdist that ends here takes its words with it: let the test fail.
+            # A worker of pytest-xdist that ends here loses the message: let the test fail.
             item.stash[_REFUSED] = str(error)
 
 
@@ -104,26 +114,26 @@ def _markers(item: pytest.Item) -> list[str]:
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
-    """Remember which kinds of tests were left out."""
+    """Remember the markers of deselected tests."""
     for item in items:
         for name in _markers(item):
-            item.config.stash[_FINDINGS].leave_out(name)
+            item.config.stash[_FINDINGS].note_left_out(name)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Remember which tests there are to run."""
+    """Remember which tests were selected."""
     for item in session.items:
         for name in _markers(item):
-            session.config.stash[_FINDINGS].note("selected", name, item.nodeid)
+            session.config.stash[_FINDINGS].note_selected(name, item.nodeid)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Remember which tests were run, skipped ones left out."""
+    """Remember which tests were run, without skipped ones."""
     if _REFUSED in item.stash:
         pytest.fail(item.stash[_REFUSED], pytrace=False)
     for name in _markers(item):
-        item.config.stash[_FINDINGS].note("ran", name, item.nodeid)
+        item.config.stash[_FINDINGS].note_ran(name, item.nodeid)
 
 
 # --- Fixtures --------------------------------------------------------------------------------
@@ -149,8 +159,11 @@ def cascade_model(pytestconfig: pytest.Config) -> DecoderStack:
             if settings.exit_layer is not None:
                 exit_entries(settings.exit_layer, stack.num_layers)
         except CascadeError as error:
-            about = {"name": settings.model, "path": shown(settings.baselines)}
-            record = about | nothing_compared(str(error))
+            record = NamedComparison.of(
+                nothing_compared(str(error)),
+                name=settings.model,
+                path=shown(settings.baselines),
+            )
             pytestconfig.stash[_FINDINGS].comparisons.append(record)
             raise
     return stack
@@ -161,8 +174,8 @@ def cascade_profile(cascade_model: DecoderStack, pytestconfig: pytest.Config) ->
     """The model's saturation on its baseline's sequences, measured once it is asked for."""
     from cascade.plugin.measuring import MeasuredProfile
 
-    said = shlex.join(["pytest", *map(str, pytestconfig.invocation_params.args)])
-    return MeasuredProfile(cascade_model, pytestconfig.stash[_SETTINGS], said)
+    command = shlex.join(["pytest", *map(str, pytestconfig.invocation_params.args)])
+    return MeasuredProfile(cascade_model, pytestconfig.stash[_SETTINGS], command)
 
 
 @pytest.fixture(scope="session")
@@ -186,7 +199,7 @@ def saturation_baseline(request: pytest.FixtureRequest) -> SaturationCheck:
 
 @pytest.fixture
 def exit_budget(request: pytest.FixtureRequest) -> BudgetCheck:
-    """The stored budgets; `exit_budget.check(cascade_evaluation)` fails where one is not kept."""
+    """The stored budgets; `exit_budget.check(cascade_evaluation)` fails where one is exceeded."""
     from cascade.plugin.budget_check import BudgetCheck
 
     stash = request.config.stash
@@ -198,14 +211,14 @@ def exit_budget(request: pytest.FixtureRequest) -> BudgetCheck:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take over what a worker of pytest-xdist found."""
+    """Add the findings of a worker of pytest-xdist."""
     text = getattr(node, "workeroutput", {}).get("cascade")
     if text is not None:
         node.config.stash[_FINDINGS].absorb(text)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Send what was found to the one process that reports, or write the reports there."""
+    """Send the findings to the process that reports, or write the reports there."""
     config = session.config
     findings = config.stash[_FINDINGS]
     if _is_worker(config):
@@ -223,11 +236,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
     elif settings.report is not None and not config.getoption("collectonly"):
         lines = ["No report: no test held anything to a baseline"]
-    config.stash[_RESULT] = record, lines
+    config.stash[_RESULT] = _Result(record, lines)
 
 
 def _is_whole(config: pytest.Config) -> bool:
-    """Say whether a session was meant to run every test there is of a kind."""
+    """Return whether a session was meant to run every test of a kind."""
     named = config.args_source == config.ArgsSource.ARGS
     narrow = any("::" in text or text.endswith(".py") for text in config.args)
     return not (named and narrow) and not config.getoption("lf", default=False)
@@ -237,6 +250,6 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Show the session's record, last of all."""
-    record, lines = config.stash.get(_RESULT, (None, []))
-    if record is not None or lines:
-        show_summary(terminalreporter, record, lines)
+    result = config.stash.get(_RESULT, None)
+    if result is not None and (result.record is not None or result.lines):
+        show_summary(terminalreporter, result.record, result.lines)

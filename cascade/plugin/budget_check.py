@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from cascade.core.errors import RecordError
+from cascade.core.schema import known
+from cascade.evaluation.records import EvaluationRecord
+from cascade.gate.records import BudgetGroup, BudgetOutcome, BudgetSource, Overrun, Verdict
 from cascade.plugin.checks import Check
 from cascade.plugin.measuring import MeasuredEvaluations, one_line
-from cascade.plugin.settings import marked, shown
+from cascade.plugin.settings import budget_options, shown
 
-Record = dict[str, Any]
+#: An evaluation, typed or as dictionaries and lists.
+Evaluation = EvaluationRecord | Mapping[str, Any]
 
 
 class BudgetCheck(Check):
-    """Holds evaluations of early exit to their budgets (the fixture `exit_budget`)."""
+    """Checks evaluations of early exit against their budgets (the fixture `exit_budget`)."""
 
     kind = "budgets"
 
-    def check(self, evaluation: Mapping[str, Any] | Sequence[Record]) -> None:
-        """Fail unless every stored point keeps its budgets.
+    def check(self, evaluation: Evaluation | Sequence[Evaluation]) -> None:
+        """Fail unless every stored operating point stays within its budgets.
 
         Args:
-            evaluation: `cascade_evaluation`, which measures the stored points; or a record of kind
-                `evaluation`, or several.
+            evaluation: `cascade_evaluation`, which measures the stored operating points; or a
+                record of kind `evaluation`, or several.
         """
         __tracebackhide__ = True
         with one_line():
@@ -40,80 +44,87 @@ class BudgetCheck(Check):
             if not path.exists():
                 self._fail_missing(path)
             overruns, points, tokens = self._overruns(evaluation, path)
-        verdict = "FAIL" if overruns else "PASS"
-        self._add(path, verdict, points, [asdict(overrun) for overrun in overruns], None)
+        verdict: Verdict = "FAIL" if overruns else "PASS"
+        self._add(path, verdict, points, overruns)
         worst = f"{overruns[0].point}: {overruns[0].figure}" if overruns else "none"
         self._add_properties(verdict, worst, tokens)
         if overruns:
             pytest.fail(self._message(overruns, points, path), pytrace=False)
 
-    def _path(self, evaluation: Any) -> Path:
+    def _path(self, evaluation: Evaluation | Sequence[Evaluation]) -> Path:
         from cascade.gate.baselines import baseline_paths
 
         if isinstance(evaluation, MeasuredEvaluations):
             return evaluation.path
-        first = _records(evaluation)[0]
-        about = {"kind": self.kind, "provenance": first["provenance"]}
-        return baseline_paths(self.settings.baselines, about)[0]
+        about = _sources(evaluation)[0].provenance
+        names = {"model": known(about.model.name), "corpus": about.corpus.name}
+        return baseline_paths(self.settings.baselines, self.kind, **names)[0]
 
-    def _groups(self, path: Path) -> list[tuple[int, Record]]:
+    def _groups(self, path: Path) -> list[tuple[int, BudgetGroup]]:
         """Return the groups that this test is about, with their numbers."""
-        from cascade.gate.remeasuring import read_groups
+        from cascade.gate.budgets import read_budgets
 
-        given = marked(self.item, self.kind)
-        layer = given.get("exit_layer", self.settings.exit_layer)
-        propagation = given.get("propagation")
-        everything = read_groups(path)
+        options = budget_options(self.item, self.settings)
+        layer, propagation = options.exit_layer, options.propagation
+        everything = read_budgets(path).groups
         kept = []
         for number, group in enumerate(everything):
-            if propagation not in (None, group["settings"]["propagation"]):
+            if propagation not in (None, group.settings.propagation):
                 continue
-            points = [p for p in group["points"] if layer in (None, p["exit_layer"])]
+            points = [point for point in group.points if layer in (None, point.exit_layer)]
             if points:
-                kept.append((number, group | {"points": points}))
+                kept.append((number, replace(group, points=points)))
         if not kept:
-            layers = sorted({p["exit_layer"] for group in everything for p in group["points"]})
-            ways = sorted({group["settings"]["propagation"] for group in everything})
+            layers = sorted({point.exit_layer for group in everything for point in group.points})
+            propagations = sorted({group.settings.propagation for group in everything})
             raise RecordError(
                 f"{shown(path)} has no point at exit layer {layer or 'any'} with propagation "
                 f"{propagation or 'any'}; it has layers {', '.join(map(str, layers)) or 'none'} "
-                f"and propagation {', '.join(ways) or 'none'}"
+                f"and propagation {', '.join(propagations) or 'none'}"
             )
         return kept
 
-    def _overruns(self, evaluation: Any, path: Path) -> tuple[list[Any], int, int]:
-        from cascade.gate.budgets import check_budgets
+    def _overruns(
+        self, evaluation: Evaluation | Sequence[Evaluation], path: Path
+    ) -> tuple[list[Overrun], int, int]:
+        """Return the exceeded budgets, how many operating points were checked, and the tokens."""
+        from cascade.gate.budgets import budget_source, check_budgets
 
         groups = self._groups(path)
-        overruns: list[Any] = []
-        tokens = 0
         if isinstance(evaluation, MeasuredEvaluations):
-            pairs = [(evaluation.of(number), [group]) for number, group in groups]
+            pairs = [(budget_source(evaluation.of(number)), [group]) for number, group in groups]
         else:
-            pairs = [(record, [group for _, group in groups]) for record in _records(evaluation)]
-        for record, stored in pairs:
-            overruns += check_budgets(record, {"groups": stored})
-            tokens += record["provenance"]["corpus"].get("tokens", 0)
-        return overruns, sum(len(group["points"]) for _, group in groups), tokens
+            pairs = [(source, [group for _, group in groups]) for source in _sources(evaluation)]
+        overruns: list[Overrun] = []
+        tokens = 0
+        for source, stored in pairs:
+            overruns += check_budgets(source, stored)
+            tokens += source.provenance.corpus.tokens
+        return overruns, sum(len(group.points) for _, group in groups), tokens
 
     def _add(
-        self, path: Path, verdict: str, points: int, overruns: Sequence[Record], reason: str | None
+        self,
+        path: Path,
+        verdict: Verdict,
+        points: int,
+        overruns: Sequence[Overrun] = (),
+        reason: str | None = None,
     ) -> None:
         self.findings.budgets.append(
-            {
-                "name": f"{path.parent.name}/{path.name.removesuffix('.budgets.json')}",
-                "path": shown(path),
-                "verdict": verdict,
-                "points": points,
-                "overruns": list(overruns),
-                "reason": reason,
-            }
+            BudgetOutcome(
+                name=f"{path.parent.name}/{path.name.removesuffix('.budgets.json')}",
+                path=shown(path),
+                verdict=verdict,
+                points=points,
+                overruns=list(overruns),
+                reason=reason,
+            )
         )
 
     def _add_nothing(self, path: Path, reason: str) -> None:
-        self._add(path, "NOT COMPARABLE", 0, (), reason)
+        self._add(path, "NOT COMPARABLE", 0, reason=reason)
 
-    def _message(self, overruns: Sequence[Any], points: int, path: Path) -> str:
+    def _message(self, overruns: Sequence[Overrun], points: int, path: Path) -> str:
         commands = dict.fromkeys(_without_output(overrun.command) for overrun in overruns)
         return "\n".join(
             [
@@ -129,33 +140,34 @@ class BudgetCheck(Check):
             ]
         )
 
-    def _regenerate(self, evaluation: Any, path: Path, option: str) -> None:
-        from cascade.gate.budgets import check_budgets
-        from cascade.gate.remeasuring import read_groups
-        from cascade.gate.renewal import replace_budgets
+    def _regenerate(
+        self, evaluation: Evaluation | Sequence[Evaluation], path: Path, option: str
+    ) -> None:
+        from cascade.gate.budgets import budget_source, check_budgets, read_budgets
+        from cascade.gate.remeasuring import replace_budgets
 
         if not isinstance(evaluation, MeasuredEvaluations):
-            records = _records(evaluation)
+            sources = _sources(evaluation)
         elif path.exists():
-            records = [evaluation.of(number) for number in range(len(evaluation.groups))]
+            numbers = range(len(evaluation.groups))
+            sources = [budget_source(evaluation.of(number)) for number in numbers]
         else:
-            records = [evaluation.first()]
+            sources = [budget_source(evaluation.first())]
         lines: list[str] = []
         moved = not path.exists()
         if path.exists():
-            stored = {"groups": read_groups(path)}
-            for record in records:
+            stored = read_budgets(path).groups
+            for source in sources:
                 try:
-                    lines += map(str, check_budgets(record, stored))
+                    lines += map(str, check_budgets(source, stored))
                 except RecordError as error:
                     lines.append(str(error))
             moved = bool(lines)
         if option == "--force-regen" and not moved:
-            points = sum(len(record["points"]) for record in records)
-            self._add(path, "PASS", points, (), None)
+            self._add(path, "PASS", sum(len(source.points) for source in sources))
             self._add_properties("PASS", "none", 0)
             return
-        replace_budgets(path, records)
+        replace_budgets(path, sources)
         if isinstance(evaluation, MeasuredEvaluations):
             evaluation.forget()
         before = ["Against the budgets before:", *lines] if lines else []
@@ -163,7 +175,7 @@ class BudgetCheck(Check):
 
 
 def _without_output(command: str) -> str:
-    """Return a command line that writes nowhere: where it once wrote, there is a run already."""
+    """Return a command line without its output folder, which exists already."""
     parts = iter(shlex.split(command))
     kept = []
     for part in parts:
@@ -174,13 +186,16 @@ def _without_output(command: str) -> str:
     return shlex.join(kept)
 
 
-def _records(evaluation: Any) -> list[Record]:
-    if isinstance(evaluation, Mapping):
-        return [dict(evaluation)]
+def _sources(evaluation: Evaluation | Sequence[Evaluation]) -> list[BudgetSource]:
+    """Return one or several evaluations, as far as budgets need them."""
+    from cascade.gate.budgets import budget_source
+
+    if isinstance(evaluation, EvaluationRecord | Mapping):
+        return [budget_source(evaluation)]
     records = list(evaluation)
-    if not records or not all(isinstance(record, Mapping) for record in records):
+    if not records or not all(isinstance(one, EvaluationRecord | Mapping) for one in records):
         raise RecordError(
             "expected cascade_evaluation, or records of kind evaluation, got "
             f"{type(evaluation).__name__}"
         )
-    return records
+    return [budget_source(record) for record in records]

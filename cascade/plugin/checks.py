@@ -1,4 +1,4 @@
-"""The check of a profile against its baseline, and what checks share."""
+"""The check of a profile against its baseline, and the base class of both checks."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+import msgspec.structs
 import pytest
 
 from cascade.core.errors import CascadeError, RecordError
-from cascade.core.schema import to_plain
+from cascade.gate.records import ComparisonRecord, MissingBaseline, NamedComparison, Verdict
 from cascade.plugin.measuring import MeasuredProfile, make_command, missing_line, one_line
 from cascade.plugin.results import Findings, drawn
-from cascade.plugin.settings import Settings, marked, shown
+from cascade.plugin.settings import Settings, saturation_options, shown
 
 if TYPE_CHECKING:
     from cascade.gate.baselines import StoredProfile
     from cascade.saturation.profile import SaturationProfile
 
-Record = dict[str, Any]
-
 
 @dataclass
 class Check:
-    """What both checks share: the test that asks, and where findings go.
+    """The base of both checks: the test that asks, and where findings go.
 
     Attributes:
         item: The test.
@@ -43,7 +42,7 @@ class Check:
 
     @property
     def _regeneration(self) -> str | None:
-        """How a baseline is to be made anew: the option of pytest-regressions, if one was given."""
+        """The option of pytest-regressions to make a baseline again, if one was given."""
         for option in ("--regen-all", "--force-regen"):
             if self.item.config.getoption(option[2:].replace("-", "_"), default=False):
                 return option
@@ -51,11 +50,11 @@ class Check:
 
     @contextlib.contextmanager
     def _noted(self, path: Path) -> Iterator[str | None]:
-        """Note that a baseline is used, and let the session know where nothing can come of it.
+        """Note that a baseline is used, and add an error to the findings where one comes up.
 
-        Yields how the baseline is to be made anew, if it is.
+        Yields the option to make the baseline again, if one was given.
         """
-        self.findings.note("used", self.kind, shown(path))
+        self.findings.note_used(self.kind, shown(path))
         option = self._regeneration
         with one_line():
             try:
@@ -68,7 +67,7 @@ class Check:
                 raise
 
     def _add_nothing(self, path: Path, reason: str) -> None:
-        """Add to the findings that nothing could be held to a baseline, and why."""
+        """Add to the findings that nothing could be compared with a baseline, and why."""
         raise NotImplementedError
 
     def _refuse_in_ci(self, path: Path, option: str) -> None:
@@ -79,7 +78,7 @@ class Check:
                 f"{shown(path)}"
             )
 
-    def _add_properties(self, verdict: str, worst: str, tokens: int) -> None:
+    def _add_properties(self, verdict: Verdict, worst: str, tokens: int) -> None:
         values = {"verdict": verdict, "worst_cell": worst, "tokens": str(tokens)}
         self.item.user_properties += [(f"cascade_{name}", v) for name, v in values.items()]
 
@@ -88,7 +87,7 @@ class Check:
         if self.item.config.getoption("force_regen", default=None) is not None:
             line += f", or with `pytest --force-regen -m {self.kind}`"
         command = make_command(path, self.settings).replace("`", "").replace(" and ", " && ")
-        self.findings.missing.append({"path": shown(path), "command": command})
+        self.findings.missing.append(MissingBaseline(path=shown(path), command=command))
         self._add_properties("FAIL", "no baseline", 0)
         pytest.fail(line, pytrace=False)
 
@@ -105,7 +104,7 @@ class Check:
 
 
 class SaturationCheck(Check):
-    """Holds a profile to its baseline (the fixture `saturation_baseline`)."""
+    """Compares a profile with its baseline (the fixture `saturation_baseline`)."""
 
     kind = "saturation"
 
@@ -128,24 +127,23 @@ class SaturationCheck(Check):
             record, worst = self._compare(profile, path)
         self._judge(record, worst, path)
 
-    def _path(self, profile: Any) -> Path:
-        from cascade.gate.baselines import baseline_paths
+    def _path(self, profile: MeasuredProfile | SaturationProfile | StoredProfile) -> Path:
+        from cascade.gate.baselines import profile_path
 
         if isinstance(profile, MeasuredProfile):
             return profile.path
-        about = {"kind": self.kind, "provenance": to_plain(profile.record()["provenance"])}
-        return baseline_paths(self.settings.baselines, about)[0]
+        return profile_path(self.settings.baselines, profile.record())
 
-    def _compare(self, profile: Any, path: Path) -> tuple[Record, str]:
+    def _compare(
+        self, profile: MeasuredProfile | SaturationProfile | StoredProfile, path: Path
+    ) -> tuple[ComparisonRecord, str]:
+        """Return the comparison, and its worst cell in words."""
         from cascade.gate.baselines import read_profile
         from cascade.gate.drift import compare
 
-        given = marked(self.item, self.kind)
         if isinstance(profile, MeasuredProfile):
-            gate = profile.gate(
-                tokens=given.get("tokens", self.settings.tokens),
-                full=given.get("full", self.settings.full),
-            )
+            options = saturation_options(self.item, self.settings)
+            gate = profile.gate(tokens=options.tokens, full=options.full)
             comparison, record = gate.comparison, gate.record()
         else:
             comparison = compare(profile, read_profile(path))
@@ -158,20 +156,20 @@ class SaturationCheck(Check):
             )
         return record, worst
 
-    def _add(self, record: Record, path: Path) -> None:
+    def _add(self, record: ComparisonRecord, path: Path) -> None:
         name = f"{path.parent.name}/{path.name.removesuffix('.saturation.json')}"
-        self.findings.comparisons.append({"name": name, "path": shown(path)} | record)
+        self.findings.comparisons.append(NamedComparison.of(record, name=name, path=shown(path)))
 
     def _add_nothing(self, path: Path, reason: str) -> None:
         self._add(nothing_compared(reason), path)
 
-    def _judge(self, record: Record, worst: str, path: Path) -> None:
+    def _judge(self, record: ComparisonRecord, worst: str, path: Path) -> None:
         from cascade.report.gate.terminal import print_comparison
 
         self._add(record, path)
-        verdict = record["verdict"]
-        self._add_properties(verdict, worst, record["tokens"])
-        strict = marked(self.item, self.kind).get("strict", self.settings.strict)
+        verdict = record.verdict
+        self._add_properties(verdict, worst, record.tokens)
+        strict = saturation_options(self.item, self.settings).strict
         if verdict == "PASS" or (verdict == "INCONCLUSIVE" and not strict):
             return
         if verdict == "NOT COMPARABLE":
@@ -180,32 +178,30 @@ class SaturationCheck(Check):
         lines += ["", *self._remedies()]
         pytest.fail("\n".join(lines), pytrace=False)
 
-    def _not_comparable(self, record: Record, path: Path) -> str:
-        """Say in one line what differs, and how to see what that moves."""
+    def _not_comparable(self, record: ComparisonRecord, path: Path) -> str:
+        """Return in one line what differs, and how to see what that moves."""
         differs = "; ".join(
-            f"{m['name']} is {_short(m['obtained'])}, the baseline's {_short(m['expected'])} "
-            f"({m['remedy']})"
-            for m in record["mismatches"]
+            f"{entry.name} is {_short(entry.obtained)}, the baseline's {_short(entry.expected)} "
+            f"({entry.remedy})"
+            for entry in record.mismatches
         )
         made = self.settings.command("analyze", "--output", "RUN")
         return (
-            f"{record['verdict']}: {differs}; see what moved with `{made}` and `cascade compare RUN"
+            f"{record.verdict}: {differs}; see what moved with `{made}` and `cascade compare RUN"
             f" {shown(path)} --anyway`, then `{self.settings.accept_command()}`"
         )
 
-    def _at_exit_layer(self, record: Record) -> Iterator[str]:
-        """Say what became of the layer at which the product exits."""
-        for row in record["profile"]:
-            if row["layer"] == str(self.settings.exit_layer):
+    def _at_exit_layer(self, record: ComparisonRecord) -> Iterator[str]:
+        """Yield whether the exit layer of the product has moved."""
+        for row in record.profile:
+            if row.layer == str(self.settings.exit_layer):
                 moved = any(
-                    cell["verdict"] == "FAIL"
-                    for cell in record["cells"]
-                    if cell["layer"] == row["layer"]
+                    cell.verdict == "FAIL" for cell in record.cells if cell.layer == row.layer
                 )
                 what = "has moved: calibrate its threshold again" if moved else "has not moved"
                 yield (
-                    f"Exit layer {row['layer']} {what} (mean similarity expected "
-                    f"{_number(row['expected'])}, obtained {_number(row['obtained'])})"
+                    f"Exit layer {row.layer} {what} (mean similarity expected "
+                    f"{_number(row.expected)}, obtained {_number(row.obtained)})"
                 )
 
     def _remedies(self) -> Iterator[str]:
@@ -215,10 +211,15 @@ class SaturationCheck(Check):
         made = self.settings.command("analyze", "--output", "RUN")
         yield f"To accept what is meant: {made} && {self.settings.accept_command()}"
 
-    def _regenerate(self, profile: Any, path: Path, option: str) -> None:
+    def _regenerate(
+        self,
+        profile: MeasuredProfile | SaturationProfile | StoredProfile,
+        path: Path,
+        option: str,
+    ) -> None:
         from cascade.gate.baselines import read_profile
         from cascade.gate.drift import compare
-        from cascade.gate.renewal import still_holds, store_profile
+        from cascade.gate.remeasuring import still_holds, store_profile
         from cascade.report.gate.terminal import print_comparison
 
         before = None
@@ -238,19 +239,20 @@ class SaturationCheck(Check):
         self._regenerated(path, option, moved)
 
 
-def nothing_compared(reason: str) -> Record:
-    """Return a record of kind `comparison` that says why there is none.
+def nothing_compared(reason: str) -> ComparisonRecord:
+    """Return a record of kind `comparison` that says why nothing was compared.
 
     Args:
-        reason: Why; of several lines one is made.
+        reason: Why; several lines become one.
     """
-    from cascade.gate.drift import Comparison
+    from cascade.gate.comparison import Comparison
 
-    return Comparison(None).record() | {"headline": " ".join(reason.splitlines())}
+    headline = " ".join(reason.splitlines())
+    return msgspec.structs.replace(Comparison(None).record(), headline=headline)
 
 
-def _short(value: Any) -> str:
-    """Return a value as a line has room for it: a hash by its first digits."""
+def _short(value: str | None) -> str:
+    """Return a value that fits on a line: a hash by its first digits."""
     text = str(value)
     return f"{text[:19]}..." if text.startswith("sha256:") else text
 

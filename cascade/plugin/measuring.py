@@ -4,47 +4,43 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import pytest
 
+from cascade.core.defaults import EVALUATED_TOKENS, NUM_SAMPLES, SEQ_LEN
 from cascade.core.errors import CascadeError, RecordError
+from cascade.evaluation.records import EvaluationRecord
 from cascade.plugin.settings import Settings, shown
 
 if TYPE_CHECKING:
+    from cascade.core.arrays import Array
     from cascade.core.provenance import Provenance
     from cascade.corpora.blocks import TokenBlocks
     from cascade.gate.baselines import StoredProfile
     from cascade.gate.quick_gate import Gate
+    from cascade.gate.records import BudgetGroup
     from cascade.models.stack import DecoderStack
     from cascade.saturation.profile import SaturationProfile
     from cascade.saturation.records import NoiseFloor, ProfileRecord
     from cascade.stats.similarity_statistics import SimilarityStatistics
 
-Record = dict[str, Any]
-
-#: What a new baseline is made of where nobody says: as `cascade analyze` and `evaluate`.
-_EVALUATED_TOKENS = 8192
-_SEQ_LEN = 128
-_NUM_SAMPLES = 500
-
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """Let a test fail with the line of what a user can put right, without a traceback."""
+    """Let a test fail with one line and no traceback where the user can correct the error."""
     try:
         yield
     except CascadeError as error:
         line = " ".join(str(error).splitlines())
-        # As `pytest.fail` does, but without the error that it was made of.
+        # As `pytest.fail` does, but without the original error.
         raise pytest.fail.Exception(line, pytrace=False) from None
 
 
 def missing_line(path: Path, settings: Settings, layer: int | str = "LAYER") -> str:
-    """Say that a baseline is not there, and which commands make it."""
+    """Return that a baseline does not exist, and which commands make it."""
     return f"no baseline {shown(path)}; make one with {make_command(path, settings, layer)}"
 
 
@@ -58,37 +54,61 @@ def make_command(path: Path, settings: Settings, layer: int | str = "LAYER") -> 
     return f"`{made}` and `{settings.accept_command()}`"
 
 
-@dataclass
-class MeasuredProfile:
-    """The model's profile of its baseline's sequences, measured when something is asked of it.
+def _read_blocks(
+    stack: DecoderStack,
+    settings: Settings,
+    *,
+    seq_len: int,
+    records: int | None = None,
+    tokens: int | None = None,
+    split: str | None = None,
+) -> TokenBlocks:
+    """Read the corpus of the settings.
 
-    It can be used as a `SaturationProfile`; `saturation_baseline.check` takes it without measuring
-    more than decides. By default it holds as many sequences as the quick gate takes at most, with
-    `--cascade-full` all of them.
-
-    Attributes:
+    Args:
         stack: The model.
-        settings: Of the session.
-        said: What the user ran, for the provenance.
+        settings: Of the session; its `seq_len` wins.
+        seq_len: Tokens per sequence.
+        records: The most records; None for all.
+        tokens: The most tokens; None for all.
+        split: The split.
     """
+    from cascade.corpora.blocks import load_blocks
 
-    stack: DecoderStack
-    settings: Settings
-    said: str
+    seq_len = settings.seq_len or seq_len
+    return load_blocks(
+        settings.corpus,
+        stack.tokenizer,
+        seq_len=seq_len,
+        num_samples=records,
+        max_tokens=None if tokens is None else max(tokens, seq_len),
+        split=split,
+        text_column=settings.text_column,
+    )
 
-    def __post_init__(self) -> None:
+
+# --- Profiles --------------------------------------------------------------------------------
+
+
+class _Reading:
+    """The baseline as it is stored now, its corpus, and the gates that compared with it."""
+
+    def __init__(self, stack: DecoderStack, settings: Settings, command: str) -> None:
+        self.stack = stack
+        self.settings = settings
+        self.command = command
         self._gates: dict[tuple[int, bool], Gate] = {}
 
     @cached_property
     def path(self) -> Path:
-        """Where its baseline is stored."""
+        """Where the baseline is stored."""
         from cascade.corpora.blocks import corpus_name
         from cascade.gate.baselines import baseline_paths
 
+        model = self.stack.provenance.get("name")
         corpus = corpus_name(self.settings.corpus, split=self.settings.split)
-        names = {"model": {"name": self.stack.provenance.get("name")}, "corpus": {"name": corpus}}
-        about = {"kind": "saturation", "provenance": names}
-        return baseline_paths(self.settings.baselines, about)[0]
+        folder = self.settings.baselines
+        return baseline_paths(folder, "saturation", model=model, corpus=corpus)[0]
 
     @cached_property
     def baseline(self) -> StoredProfile:
@@ -100,34 +120,18 @@ class MeasuredProfile:
     @cached_property
     def blocks(self) -> TokenBlocks:
         """The baseline's corpus, as much of it as the baseline saw."""
-        about = self.baseline.record()["provenance"]["corpus"]
-        return self._read(about["seq_len"], about["records"], about["tokens"])
-
-    def _read(self, seq_len: int, records: int | None, tokens: int | None) -> TokenBlocks:
-        from cascade.corpora.blocks import load_blocks
-
-        settings = self.settings
-        seq_len = settings.seq_len or seq_len
-        return load_blocks(
-            settings.corpus,
-            self.stack.tokenizer,
-            seq_len=seq_len,
-            num_samples=records,
-            max_tokens=None if tokens is None else max(tokens, seq_len),
-            split=settings.split,
-            text_column=settings.text_column,
+        about = self.baseline.record().provenance.corpus
+        return _read_blocks(
+            self.stack,
+            self.settings,
+            seq_len=about.seq_len,
+            records=about.records,
+            tokens=about.tokens,
+            split=self.settings.split,
         )
 
     def gate(self, *, tokens: int, full: bool) -> Gate:
-        """Hold the model to the baseline; asked again, it says the same without measuring.
-
-        Args:
-            tokens: The budget of the quick gate.
-            full: Measure the whole corpus.
-
-        Raises:
-            CascadeError: The baseline or the corpus cannot be read, or a state is not finite.
-        """
+        """Compare the model with the baseline; the second time, return the same gate."""
         from cascade.gate.quick_gate import run_gate
 
         key = (0 if full else tokens, full)
@@ -138,38 +142,13 @@ class MeasuredProfile:
                 self.baseline,
                 tokens=tokens,
                 full=full,
-                command=self.said,
+                command=self.command,
             )
         return self._gates[key]
 
-    def whole(self, before: StoredProfile | None) -> SaturationProfile:
-        """Measure the whole corpus, as a baseline is made.
-
-        Args:
-            before: The baseline that it may replace.
-
-        Raises:
-            CascadeError: The corpus cannot be read, or a state is not finite.
-        """
-        from cascade.gate.renewal import measure_whole
-
-        about = {} if before is None else before.record()["provenance"]["corpus"]
-        records = self.settings.num_samples
-        if records is None:
-            records = max(_NUM_SAMPLES, about.get("records", 0))
-        blocks = self._read(about.get("seq_len", _SEQ_LEN), records or None, None)
-        return measure_whole(self.stack, blocks, command=self.said)
-
-    def forget(self) -> None:
-        """Read and measure anew when asked again: the baseline is another one now."""
-        self._gates.clear()
-        for name in ("baseline", "blocks", "_profile"):
-            self.__dict__.pop(name, None)
-
-    # As a SaturationProfile.
-
     @cached_property
-    def _profile(self) -> SaturationProfile:
+    def profile(self) -> SaturationProfile:
+        """The model's profile of the baseline's sequences."""
         from cascade.gate.quick_gate import quick_blocks
         from cascade.saturation.profile import analyze
 
@@ -185,41 +164,111 @@ class MeasuredProfile:
             if done is not None and len(done.sequence_fingerprints) == len(blocks.ids):
                 return done
             edges = self.baseline.arrays()["edges"]
-            # Those of a model of another depth are nothing to count against.
+            # The edges of a model of another depth cannot be used.
             same = len(edges) == len(self.stack.layer_labels)
-            return analyze(self.stack, blocks, edges=edges if same else None, command=self.said)
+            return analyze(self.stack, blocks, edges=edges if same else None, command=self.command)
+
+
+class MeasuredProfile:
+    """The model's profile of its baseline's sequences, measured when something is asked of it.
+
+    It can be used as a `SaturationProfile`; `saturation_baseline.check` takes it without measuring
+    more than decides. By default it holds as many sequences as the quick gate takes at most, with
+    `--cascade-full` all of them.
+
+    Args:
+        stack: The model.
+        settings: Of the session.
+        command: The user's command line, for the provenance.
+    """
+
+    def __init__(self, stack: DecoderStack, settings: Settings, command: str) -> None:
+        self.stack = stack
+        self.settings = settings
+        self.command = command
+        self._reading = _Reading(stack, settings, command)
+
+    @property
+    def path(self) -> Path:
+        """Where its baseline is stored."""
+        return self._reading.path
+
+    def gate(self, *, tokens: int, full: bool) -> Gate:
+        """Compare the model with the baseline; the second time, return the same gate.
+
+        Args:
+            tokens: The budget of the quick gate.
+            full: Measure the whole corpus.
+
+        Raises:
+            CascadeError: The baseline or the corpus cannot be read, or a state is not finite.
+        """
+        return self._reading.gate(tokens=tokens, full=full)
+
+    def whole(self, before: StoredProfile | None) -> SaturationProfile:
+        """Measure the whole corpus, as a baseline is made.
+
+        Args:
+            before: The baseline that it may replace.
+
+        Raises:
+            CascadeError: The corpus cannot be read, or a state is not finite.
+        """
+        from cascade.gate.remeasuring import measure_whole
+
+        about = None if before is None else before.record().provenance.corpus
+        records = self.settings.num_samples
+        if records is None:
+            records = max(NUM_SAMPLES, 0 if about is None else about.records)
+        blocks = _read_blocks(
+            self.stack,
+            self.settings,
+            seq_len=SEQ_LEN if about is None else about.seq_len,
+            records=records or None,
+            split=self.settings.split,
+        )
+        return measure_whole(self.stack, blocks, command=self.command)
+
+    def forget(self) -> None:
+        """Read and measure again when asked again, because the baseline has changed."""
+        self._reading = _Reading(self.stack, self.settings, self.command)
+
+    # As a SaturationProfile.
 
     @property
     def statistics(self) -> SimilarityStatistics:
         """One row per layer label."""
-        return self._profile.statistics
+        return self._reading.profile.statistics
 
     @property
-    def sequence_fingerprints(self) -> Any:
+    def sequence_fingerprints(self) -> Array:
         """`[S]`, which sequences were seen."""
-        return self._profile.sequence_fingerprints
+        return self._reading.profile.sequence_fingerprints
 
     @property
     def provenance(self) -> Provenance:
         """Model, corpus, machine, versions and command."""
-        return self._profile.provenance
+        return self._reading.profile.provenance
 
     @property
     def noise(self) -> NoiseFloor | None:
         """How far arithmetic alone moves a sequence, where measured."""
-        return self._profile.noise
+        return self._reading.profile.noise
 
     def record(self) -> ProfileRecord:
         """Return the record: provenance and tables."""
-        return self._profile.record()
+        return self._reading.profile.record()
 
-    def arrays(self) -> dict[str, Any]:
+    def arrays(self) -> dict[str, Array]:
         """Return the statistics' whole state."""
-        return self._profile.arrays()
+        return self._reading.profile.arrays()
 
 
-class MeasuredEvaluations(Sequence[Record]):
-    """Evaluations of the stored points, one per group of budgets, measured when asked for.
+# --- Evaluations -----------------------------------------------------------------------------
+
+
+class MeasuredEvaluations(Sequence[EvaluationRecord]):
+    """Evaluations of the stored operating points, one per group of budgets, measured when needed.
 
     Args:
         stack: The model.
@@ -229,7 +278,8 @@ class MeasuredEvaluations(Sequence[Record]):
     def __init__(self, stack: DecoderStack, settings: Settings) -> None:
         self.stack = stack
         self.settings = settings
-        self._done: dict[int, Record] = {}
+        self._groups: list[BudgetGroup] | None = None
+        self._done: dict[int, EvaluationRecord] = {}
 
     @cached_property
     def path(self) -> Path:
@@ -237,27 +287,33 @@ class MeasuredEvaluations(Sequence[Record]):
         from cascade.corpora.blocks import corpus_name
         from cascade.gate.baselines import baseline_paths
 
+        model = self.stack.provenance.get("name")
         corpus = f"{corpus_name(self.settings.corpus, split=self.split)}-confirm"
-        names = {"model": {"name": self.stack.provenance.get("name")}, "corpus": {"name": corpus}}
-        about = {"kind": "budgets", "provenance": names}
-        return baseline_paths(self.settings.baselines, about)[0]
+        folder = self.settings.baselines
+        return baseline_paths(folder, "budgets", model=model, corpus=corpus)[0]
 
     @property
     def split(self) -> str | None:
-        """The split: of the embedded corpus the one that no heads were fitted on."""
+        """The split; of the embedded corpus the one that no heads were fitted on."""
         return self.settings.split or ("held-out" if self.settings.corpus == "embedded" else None)
 
-    @cached_property
-    def groups(self) -> list[Record]:
-        """The stored groups of points."""
-        from cascade.gate.remeasuring import read_groups
+    @property
+    def groups(self) -> list[BudgetGroup]:
+        """The stored groups of operating points."""
+        from cascade.gate.budgets import read_budgets
 
-        return read_groups(self.path)
+        if self._groups is None:
+            self._groups = read_budgets(self.path).groups
+        return self._groups
 
     def __len__(self) -> int:
         with one_line():
             return len(self.groups)
 
+    @overload
+    def __getitem__(self, index: int) -> EvaluationRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EvaluationRecord]: ...
     def __getitem__(self, index: Any) -> Any:
         """Return the evaluation of one group, or of several."""
         if isinstance(index, slice):
@@ -265,8 +321,8 @@ class MeasuredEvaluations(Sequence[Record]):
         with one_line():
             return self.of(range(len(self.groups))[index])
 
-    def of(self, number: int) -> Record:
-        """Evaluate one group's points; asked again, return what was measured.
+    def of(self, number: int) -> EvaluationRecord:
+        """Evaluate one group's operating points; the second time, return the same evaluation.
 
         Raises:
             CascadeError: The corpus or the heads cannot be read.
@@ -275,9 +331,8 @@ class MeasuredEvaluations(Sequence[Record]):
 
         if number not in self._done:
             group = self.groups[number]
-            heads = find_heads(
-                self.path.parent, group["provenance"].get("heads_fingerprint"), self.stack
-            )
+            fingerprint = group.provenance.heads_fingerprint
+            heads = find_heads(self.path.parent, fingerprint, self.stack)
             blocks = group_blocks(
                 self.stack,
                 group,
@@ -288,31 +343,28 @@ class MeasuredEvaluations(Sequence[Record]):
             self._done[number] = rerun(self.stack, group, blocks, heads=heads)
         return self._done[number]
 
-    def first(self) -> Record:
-        """Evaluate points to budget where none are stored: the study's way, at one exit layer.
+    def first(self) -> EvaluationRecord:
+        """Evaluate operating points to budget where none are stored (see `first_points`).
 
         Raises:
             CascadeError: The corpus cannot be read, or the model has no such layer.
         """
-        from cascade.corpora.blocks import load_blocks
-        from cascade.gate.remeasuring import evaluate_points, first_points
+        from cascade.gate.remeasuring import PointsConfig, evaluate_points, first_points
 
-        blocks = load_blocks(
-            self.settings.corpus,
-            self.stack.tokenizer,
-            seq_len=self.settings.seq_len or _SEQ_LEN,
-            num_samples=None,
-            max_tokens=_EVALUATED_TOKENS,
+        blocks = _read_blocks(
+            self.stack,
+            self.settings,
+            seq_len=SEQ_LEN,
+            tokens=EVALUATED_TOKENS,
             split=self.split,
-            text_column=self.settings.text_column,
         )
         points = first_points(self.stack, blocks, self.settings.exit_layer)
         given = [f"{point.layer}:{point.rule}:{point.threshold:g}" for point in points]
-        options = ["--only-points", *(part for text in given for part in ("--point", text))]
-        command = self.settings.command("evaluate", *options)
-        return evaluate_points(self.stack, points, blocks, command=command)
+        options = ["--only-points", *(word for text in given for word in ("--point", text))]
+        config = PointsConfig(command=self.settings.command("evaluate", *options))
+        return evaluate_points(self.stack, points, blocks, config=config)
 
     def forget(self) -> None:
-        """Read and measure anew when asked again: the budgets are others now."""
+        """Read and measure again when asked again, because the budgets have changed."""
         self._done.clear()
-        self.__dict__.pop("groups", None)
+        self._groups = None

@@ -1,4 +1,4 @@
-"""What the tests of a session found, gathered over processes, and the reports drawn from it."""
+"""The findings of a session's tests, gathered over processes, and the reports drawn from them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
-from cascade.gate.session import Record, session_record
+from cascade.core.schema import from_plain, to_plain
+from cascade.gate.records import (
+    BudgetOutcome,
+    MissingBaseline,
+    NamedComparison,
+    SessionRecord,
+    session_record,
+)
 from cascade.plugin.settings import Settings, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+T = TypeVar("T")
 
 #: The files of `--cascade-report`.
 REPORT_FILES = ("report.json", "report.md", "report.html")
@@ -25,22 +34,22 @@ REPORT_FILES = ("report.json", "report.md", "report.html")
 
 @dataclass
 class Findings:
-    """What was held to which baseline, and which tests there were to do so.
+    """What was compared with which baseline, and which tests there were to do so.
 
     Attributes:
-        comparisons: Records of comparisons, with `name` and `path`.
-        budgets: What came of budgets, with `name` and `path`.
-        missing: `path` and `command` of baselines that are not there.
-        regenerated: Paths of baselines that were made anew.
+        comparisons: Comparisons with baselines.
+        budgets: Outcomes of files of budgets.
+        missing: Baselines that do not exist.
+        regenerated: Paths of baselines that were made again.
         used: Marker -> paths of the baselines that a check asked for.
-        selected: Marker -> ids of the tests that carry it.
+        selected: Marker -> ids of the tests that have it.
         ran: Marker -> ids of those that were run.
         left_out: Markers of tests that were deselected.
     """
 
-    comparisons: list[Record] = field(default_factory=list)
-    budgets: list[Record] = field(default_factory=list)
-    missing: list[Record] = field(default_factory=list)
+    comparisons: list[NamedComparison] = field(default_factory=list)
+    budgets: list[BudgetOutcome] = field(default_factory=list)
+    missing: list[MissingBaseline] = field(default_factory=list)
     regenerated: list[str] = field(default_factory=list)
     used: dict[str, list[str]] = field(default_factory=dict)
     selected: dict[str, list[str]] = field(default_factory=dict)
@@ -48,35 +57,50 @@ class Findings:
     left_out: list[str] = field(default_factory=list)
 
     def dump(self) -> str:
-        """Return everything as text, which is what workers can send."""
-        return json.dumps(asdict(self))
+        """Return everything as text, for a worker to send."""
+        return json.dumps(to_plain(self))
 
     def absorb(self, text: str) -> None:
-        """Add what another process found; what both found counts once."""
-        for name, value in json.loads(text).items():
-            mine = getattr(self, name)
-            if isinstance(mine, dict):
-                for key, items in value.items():
-                    _extend(mine.setdefault(key, []), items)
-            else:
-                _extend(mine, value)
+        """Add the findings of another process; what both found counts once."""
+        other = from_plain(json.loads(text), Findings)
+        _extend(self.comparisons, other.comparisons)
+        _extend(self.budgets, other.budgets)
+        _extend(self.missing, other.missing)
+        _extend(self.regenerated, other.regenerated)
+        _extend(self.left_out, other.left_out)
+        for mine, theirs in (
+            (self.used, other.used),
+            (self.selected, other.selected),
+            (self.ran, other.ran),
+        ):
+            for marker, values in theirs.items():
+                _extend(mine.setdefault(marker, []), values)
 
-    def leave_out(self, marker: str) -> None:
-        """Remember that a test of this marker was deselected."""
+    def note_left_out(self, marker: str) -> None:
+        """Remember that a test with this marker was deselected."""
         _extend(self.left_out, [marker])
 
-    def note(self, kind: str, marker: str, value: str) -> None:
-        """Add one value to `used`, `selected` or `ran`."""
-        _extend(getattr(self, kind).setdefault(marker, []), [value])
+    def note_used(self, marker: str, path: str) -> None:
+        """Remember that a check asked for a baseline."""
+        _extend(self.used.setdefault(marker, []), [path])
 
-    def record(self, unused: Iterable[str] = ()) -> Record | None:
-        """Return the session's record; None where no test held anything to a baseline."""
+    def note_selected(self, marker: str, test: str) -> None:
+        """Remember that a test with this marker was selected."""
+        _extend(self.selected.setdefault(marker, []), [test])
+
+    def note_ran(self, marker: str, test: str) -> None:
+        """Remember that a test with this marker was run."""
+        _extend(self.ran.setdefault(marker, []), [test])
+
+    def record(self, unused: Iterable[str] = ()) -> SessionRecord | None:
+        """Return the session's record; None where no test compared anything with a baseline."""
         if not any((self.comparisons, self.budgets, self.missing, self.regenerated)):
             return None
-        missing = {entry["path"]: entry for entry in self.missing}
+        missing = {entry.path: entry for entry in self.missing}
         return session_record(
-            _distinct(self.comparisons),
-            _distinct(self.budgets),
+            # Two tests can compare with one baseline: the same outcome counts once.
+            _distinct(self.comparisons, lambda part: (part.path, part.headline, part.verdict)),
+            _distinct(self.budgets, lambda part: (part.path, part.verdict, *part.overruns)),
             [entry for path, entry in missing.items() if path not in self.regenerated],
             dict.fromkeys(self.regenerated),
             unused,
@@ -100,16 +124,15 @@ class Findings:
         return found
 
 
-def _extend(items: list[Any], more: Iterable[Any]) -> None:
+def _extend(items: list[T], more: Iterable[T]) -> None:
     items += [item for item in more if item not in items]
 
 
-def _distinct(parts: list[Record]) -> list[Record]:
-    """Return one of those that say the same of the same baseline: two tests can ask for one."""
-    found: dict[Any, Record] = {}
+def _distinct(parts: Iterable[T], key: Callable[[T], Hashable]) -> list[T]:
+    """Return the first part of each key."""
+    found: dict[Hashable, T] = {}
     for part in parts:
-        key = part["path"], part.get("headline"), part["verdict"], json.dumps(part.get("overruns"))
-        found.setdefault(key, part)
+        found.setdefault(key(part), part)
     return list(found.values())
 
 
@@ -117,8 +140,8 @@ def _distinct(parts: list[Record]) -> list[Record]:
 
 
 def drawn(
-    show: Callable[[Record, Console], None],
-    record: Record,
+    show: Callable[[T, Console], None],
+    record: T,
     *,
     width: int = 100,
     colour: bool = False,
@@ -126,8 +149,8 @@ def drawn(
     """Return a record as the terminal shows it.
 
     Args:
-        show: One of the report's functions.
-        record: What it draws.
+        show: Prints a record.
+        record: The record.
         width: Columns.
         colour: Whether the terminal shows colours.
     """
@@ -145,15 +168,15 @@ def drawn(
     return text.getvalue().rstrip()
 
 
-def write_reports(settings: Settings, record: Record) -> list[str]:
-    """Write the report folder and the job's summary, where they are wanted.
+def write_reports(settings: Settings, record: SessionRecord) -> list[str]:
+    """Write the report folder and the job's summary, as far as they are configured.
 
     Args:
         settings: Of the session.
-        record: Of kind `report`.
+        record: The session's record.
 
     Returns:
-        What was written, and where.
+        The paths of what was written.
 
     Raises:
         OutputError: A file cannot be written.
@@ -165,7 +188,7 @@ def write_reports(settings: Settings, record: Record) -> list[str]:
         from cascade.report.gate.markdown import report_markdown
         from cascade.report.gate.page import report_page
 
-        contents = (to_json(record) + "\n", report_markdown(record), report_page(record))
+        contents = (to_json(to_plain(record)) + "\n", report_markdown(record), report_page(record))
         with RunFolder(settings.report, REPORT_FILES, overwrite=True) as folder:
             for name, content in zip(REPORT_FILES, contents, strict=True):
                 folder.write(name, content)
@@ -192,7 +215,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def show_summary(
-    terminal: pytest.TerminalReporter, record: Record | None, lines: Iterable[str]
+    terminal: pytest.TerminalReporter, record: SessionRecord | None, lines: Iterable[str]
 ) -> None:
     """Print the last section: the record, if there is one, and where its reports lie."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 140)

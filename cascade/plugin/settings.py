@@ -1,4 +1,4 @@
-"""Settings of the plugin: command line over ini file over default, checked at the door."""
+"""Settings and markers of the plugin: command line over ini file over default, checked first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and what it is held to.
+    """What is measured, and which baselines it is compared with.
 
     Attributes:
         model: `smollm2-135m`, a hub id, a local folder, or a `.gguf` file.
@@ -23,15 +23,15 @@ class Settings:
         split: Of a hub or embedded corpus.
         text_column: The column to read, for records that are not in Alpaca form.
         seq_len: Tokens per sequence; the baseline's where None.
-        num_samples: Records of a baseline that is made, 0 for all; 500 where None, and never fewer
-            than the one before had.
-        exit_layer: The layer at which the product exits; budgets of others are left out.
+        num_samples: Records of a baseline that is made, 0 for all; where None the default of
+            `cascade analyze`, and never fewer than the one before had.
+        exit_layer: The exit layer of the product; budgets of other layers are left out.
         baselines: The folder of all baselines.
         dtype: "float32", "bfloat16" or "float16".
         device: "cpu", "cuda", "mps" or "auto".
         tokens: The budget of the quick gate.
         full: Measure the whole corpus.
-        strict: What is inconclusive fails too.
+        strict: Whether an inconclusive verdict fails.
         report: Folder for the reports.
     """
 
@@ -96,8 +96,8 @@ def shown(path: Path) -> str:
         return str(path)
 
 
-#: Name of a setting -> what `--help` says of it.
-_HELP = {
+#: Name of a setting -> its help text.
+HELP = {
     "model": "smollm2-135m (default), a hub id, a local folder, or a .gguf file",
     "revision": "revision of a hub model",
     "corpus": "embedded (default), a .jsonl, .json, .parquet or .txt file, or a hub dataset",
@@ -116,18 +116,18 @@ _HELP = {
 }
 _FLAGS = ("full", "strict")
 _PATHS = ("baselines", "report")
-#: What can be a path, of a file that may lie beside the ini file.
+#: Settings that can be a path, of a file that may lie next to the ini file.
 _SOURCES = ("model", "corpus")
-#: Whole numbers, and the least that can be meant.
+#: Whole numbers, and the least valid value.
 _COUNTS = {"seq_len": 2, "num_samples": 0, "exit_layer": 1, "tokens": 1}
-#: Spelled out, as importing the room that knows them would import torch.
-_DTYPES = ("float32", "bfloat16", "float16")
+#: Spelled out here, because importing them from `cascade.models.loading` would import torch.
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_options(parser: pytest.Parser) -> None:
     """Add every setting as an option `--cascade-NAME` and as an ini key `cascade_NAME`."""
     group = parser.getgroup("cascade", "cascade: hold a language model to its baselines")
-    for name, text in _HELP.items():
+    for name, text in HELP.items():
         flag = f"--cascade-{name.replace('_', '-')}"
         if name in _FLAGS:
             group.addoption(flag, action="store_true", default=None, help=text)
@@ -142,7 +142,7 @@ def read_settings(config: pytest.Config) -> tuple[Settings, bool]:
     """Return the settings of a session, and whether any of them was given.
 
     Raises:
-        pytest.UsageError: A value that cannot be meant.
+        pytest.UsageError: An invalid value.
     """
     found: dict[str, Any] = {}
     for field in fields(Settings):
@@ -176,10 +176,10 @@ def _read(name: str, value: Any, said: str, base: Path) -> Any:
     if name in _PATHS:
         return base / os.path.expanduser(value)
     if name in _SOURCES:
-        beside = base / os.path.expanduser(value)
-        return str(beside) if beside.exists() and not os.path.exists(value) else value
-    if name == "dtype" and value not in _DTYPES:
-        raise pytest.UsageError(f"expected {said} among {', '.join(_DTYPES)}, got {value}")
+        next_to = base / os.path.expanduser(value)
+        return str(next_to) if next_to.exists() and not os.path.exists(value) else value
+    if name == "dtype" and value not in DTYPES:
+        raise pytest.UsageError(f"expected {said} among {', '.join(DTYPES)}, got {value}")
     if name in _COUNTS:
         return _count(value, said, _COUNTS[name])
     return value
@@ -195,7 +195,7 @@ def _count(value: str, said: str, least: int) -> int:
 
 # --- Markers ---------------------------------------------------------------------------------
 
-_PROPAGATIONS = ("frozen", "ridge", "exact")
+PROPAGATIONS = ("frozen", "ridge", "exact")
 
 
 def _is_count(value: Any) -> bool:
@@ -206,7 +206,7 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-#: Marker -> its arguments: what each expects in words, and whether a value is that.
+#: Marker -> its arguments: the expected value in words, and a check of a value.
 MARKERS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "saturation": {
         "tokens": ("a whole number of at least 1", _is_count),
@@ -215,10 +215,10 @@ MARKERS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
     },
     "budgets": {
         "exit_layer": ("a whole number of at least 1", _is_count),
-        "propagation": (f"one of {', '.join(_PROPAGATIONS)}", lambda value: value in _PROPAGATIONS),
+        "propagation": (f"one of {', '.join(PROPAGATIONS)}", lambda value: value in PROPAGATIONS),
     },
 }
-#: Marker -> the fixture whose tests carry it, whether they say so or not.
+#: Marker -> the fixture whose tests get it.
 MARKED_BY = {"saturation": "saturation_baseline", "budgets": "exit_budget"}
 _ABOUT = {
     "saturation": "hold the model's saturation to its baseline",
@@ -227,18 +227,18 @@ _ABOUT = {
 
 
 def register_markers(config: pytest.Config) -> None:
-    """Tell pytest the two markers, for `--markers` and `--strict-markers`."""
+    """Register the two markers, for `--markers` and `--strict-markers`."""
     for name, arguments in MARKERS.items():
         config.addinivalue_line("markers", f"{name}({', '.join(arguments)}): {_ABOUT[name]}")
 
 
 def uses(item: pytest.Item, fixture: str) -> bool:
-    """Say whether a test asks for a fixture; items of other plugins may know none."""
+    """Return whether a test asks for a fixture; items of other plugins may have none."""
     return fixture in getattr(item, "fixturenames", ())
 
 
 def check_markers(item: pytest.Item) -> None:
-    """Mark a test that uses a fixture of ours, and refuse arguments that nothing reads.
+    """Mark a test that uses one of the fixtures here, and refuse arguments that nothing reads.
 
     Raises:
         pytest.UsageError: An argument that the marker does not know, or a value it cannot take.
@@ -265,8 +265,43 @@ def check_markers(item: pytest.Item) -> None:
                     )
 
 
-def marked(item: pytest.Item, name: str) -> dict[str, Any]:
-    """Return the arguments of a test's marker; those nearest to the test win."""
+@dataclass(frozen=True)
+class SaturationOptions:
+    """How one test compares a profile: its marker's arguments over the session's settings."""
+
+    tokens: int
+    full: bool
+    strict: bool
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """Which budgets one test checks: its marker's arguments over the session's settings."""
+
+    exit_layer: int | None
+    propagation: str | None
+
+
+def saturation_options(item: pytest.Item, settings: Settings) -> SaturationOptions:
+    """Return how a test compares a profile; of its markers the nearest to the test wins."""
+    given = _marked(item, "saturation")
+    return SaturationOptions(
+        tokens=given.get("tokens", settings.tokens),
+        full=given.get("full", settings.full),
+        strict=given.get("strict", settings.strict),
+    )
+
+
+def budget_options(item: pytest.Item, settings: Settings) -> BudgetOptions:
+    """Return which budgets a test checks; of its markers the nearest to the test wins."""
+    given = _marked(item, "budgets")
+    return BudgetOptions(
+        exit_layer=given.get("exit_layer", settings.exit_layer),
+        propagation=given.get("propagation"),
+    )
+
+
+def _marked(item: pytest.Item, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for marker in item.iter_markers(name):
         found = dict(marker.kwargs) | found

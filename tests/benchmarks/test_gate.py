@@ -21,10 +21,11 @@ from cascade.core.errors import RecordError
 from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.corpora.blocks import load_blocks
 from cascade.gate.baselines import read_profile, seal
-from cascade.gate.renewal import measure_whole, store_profile
+from cascade.gate.remeasuring import measure_whole, store_profile
 from cascade.models.loading import load
 from cascade.report.benchmarks.gate import gate_benchmark_report
 from cascade.report.common.sections import print_sections
+from cascade.saturation.records import ProfileRecord
 
 LENGTH = 16
 ALONE = TimedAlone(what="it", seconds=[1.0])
@@ -119,9 +120,9 @@ def test_the_noise_of_a_baseline_made_elsewhere_is_named_and_timed(
     folder = shutil.copytree(baselines, tmp_path / "moved")
     (path,) = folder.glob("*/*.json")
     stored = read_profile(path)
-    about = stored.content["provenance"]
-    machine = about["machine"] | {"processor": "another"}
-    moved = stored.content | {"provenance": about | {"machine": machine}}
+    plain = to_plain(stored.content)
+    plain["provenance"]["machine"]["processor"] = "another"
+    moved = from_plain(plain, ProfileRecord)
     store_profile(folder, dataclasses.replace(stored, content=seal(moved, stored.state)))
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(benchmark, "time_alone", lambda *_: record.alone)

@@ -23,8 +23,8 @@ def means(sequences: int = 3) -> Array:
 
 def cause(obtained: Array, expected: Array | None = None) -> tuple[str, str | None]:
     found = attribute(LAYERS, obtained, means() if expected is None else expected, TOLERANCE)
-    assert found["text"]
-    return found["cause"], found["layer"]
+    assert found.text
+    return found.cause, found.layer
 
 
 def from_row(first: int, size: float) -> Array:
@@ -49,9 +49,9 @@ def test_one_sequence_is_enough_to_say_where_it_starts() -> None:
 def test_a_layer_that_hands_its_input_through_is_told() -> None:
     skipped = from_row(6, 1e-3)
     skipped[:, 6] = 1.0
-    assert "hands its input through" in attribute(LAYERS, skipped, means(), TOLERANCE)["text"]
+    assert "hands its input through" in attribute(LAYERS, skipped, means(), TOLERANCE).text
     other = attribute(LAYERS, from_row(6, 1e-3), means(), TOLERANCE)
-    assert "hands its input through" not in other["text"]
+    assert "hands its input through" not in other.text
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1e-4, "numerics"), (9e-4, "numerics")])
@@ -76,9 +76,9 @@ def test_rows_of_the_neighbouring_layer_are_an_index_off_by_one(shift: int) -> N
         if 0 <= row + shift < 10:
             wrong[:, row] = right[:, row + shift]
     found = attribute(LAYERS, wrong, right, TOLERANCE)
-    assert found["cause"] == "capture"
-    assert "off by one" in found["text"]
-    assert ("above" in found["text"]) is (shift > 0)
+    assert found.cause == "capture"
+    assert "off by one" in found.text
+    assert ("above" in found.text) is (shift > 0)
 
 
 @pytest.mark.parametrize(("row", "other"), [(9, 10), (10, 9)])
@@ -86,14 +86,14 @@ def test_the_last_row_and_the_normed_one_mixed_up_are_told(row: int, other: int)
     wrong = means()
     wrong[:, row] = means()[:, other]
     found = attribute(LAYERS, wrong, means(), TOLERANCE)
-    assert (found["cause"], found["layer"]) == ("capture", LAYERS[row])
-    assert "final norm" in found["text"]
+    assert (found.cause, found.layer) == ("capture", LAYERS[row])
+    assert "final norm" in found.text
 
 
 def test_sequences_in_another_order_are_told_from_sequences_that_moved() -> None:
     found = attribute(LAYERS, means()[[1, 2, 0]], means(), TOLERANCE)
-    assert (found["cause"], found["layer"]) == ("capture", None)
-    assert "another order" in found["text"]
+    assert (found.cause, found.layer) == ("capture", None)
+    assert "another order" in found.text
     twice = means()[[1, 1, 0]]  # no permutation: one sequence's numbers are gone
     assert cause(twice)[0] == "model"
 
@@ -104,7 +104,7 @@ def test_alike_layers_are_not_taken_for_shifted_ones() -> None:
     moved = alike.copy()
     moved[:, 3] += 1e-4
     moved[:, 4:] += 1e-5
-    assert attribute(LAYERS, moved, alike, TOLERANCE)["layer"] == "4"
+    assert attribute(LAYERS, moved, alike, TOLERANCE).layer == "4"
 
 
 def test_means_that_are_right_leave_the_counting() -> None:
@@ -118,7 +118,7 @@ def test_rows_that_a_side_lacks_come_before_all_else() -> None:
     assert cause(lacking) == ("rows", "8")
     assert cause(means(), lacking) == ("rows", "8")
     lacking[:, 8:] = np.nan
-    assert "rows 8, 9, 10" in attribute(LAYERS, lacking, means(), TOLERANCE)["text"]
+    assert "rows 8, 9, 10" in attribute(LAYERS, lacking, means(), TOLERANCE).text
 
 
 def test_nan_in_some_sequences_is_a_movement() -> None:
@@ -131,9 +131,9 @@ def test_limits_can_differ_from_row_to_row() -> None:
     limits = np.full(len(LAYERS), 1e-3)
     limits[4] = 1e-5
     moved = means() + 1e-4
-    assert attribute(LAYERS, moved, means(), limits)["layer"] == "5"
+    assert attribute(LAYERS, moved, means(), limits).layer == "5"
 
 
 def test_a_single_layer_has_no_neighbour_to_be_taken_for() -> None:
     found = attribute(["1"], np.array([[0.5]]), np.array([[0.7]]), TOLERANCE)
-    assert found["cause"] == "model"
+    assert found.cause == "model"

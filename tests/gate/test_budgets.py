@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support.build_evaluations import a_row, an_evaluation
+from msgspec.structs import replace
+from support.build_evaluations import a_plain_evaluation, a_row, an_evaluation
 from support.paths import BASELINES
 from support.reference_early_exit import one_line
 
 from cascade.core.errors import RecordError
+from cascade.core.schema import from_plain, to_plain
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
 from cascade.evaluation.operating_points import OperatingPoint
+from cascade.evaluation.records import EvaluationRecord
 from cascade.exits.fitted_heads import load_heads
-from cascade.gate.budgets import SLACK, accept_budgets, check_budgets
+from cascade.gate.budgets import SLACK, accept_budgets, check_budgets, read_budgets
+from cascade.gate.records import BudgetGroup, BudgetSource
 from cascade.gate.remeasuring import find_heads, group_blocks, rerun
 
 if TYPE_CHECKING:
@@ -32,11 +36,10 @@ HEADS = STORED / "embedded.heads.safetensors"
 Record = dict[str, Any]
 
 
-def stored(tmp_path: Path, *evaluations: Record) -> Record:
+def stored(tmp_path: Path, *evaluations: BudgetSource) -> list[BudgetGroup]:
     for evaluation in evaluations:
         path = accept_budgets(tmp_path, evaluation).path
-    record: Record = json.loads(path.read_text())
-    return record
+    return read_budgets(path).groups
 
 
 def test_what_was_accepted_keeps_its_budgets(tmp_path: Path) -> None:
@@ -90,12 +93,24 @@ def test_seconds_fail_only_where_the_good_end_of_the_interval_misses(
     )
 
 
+@pytest.mark.parametrize("figure", SLACK)
+def test_a_figure_that_is_nan_exceeds_its_budget(tmp_path: Path, figure: str) -> None:
+    budgets = stored(tmp_path, an_evaluation(a_row()))
+    source = an_evaluation(a_row())
+    row = replace(source.points[0], **{figure: math.nan, "seconds_ratio_interval": None})
+    overruns = check_budgets(replace(source, points=[row]), budgets)
+    assert figure in {overrun.figure for overrun in overruns}
+
+
 @pytest.mark.parametrize("value", [None, math.nan])
 @pytest.mark.parametrize("figure", SLACK)
-def test_a_figure_that_is_missing_or_nan_fails(tmp_path: Path, figure: str, value: Any) -> None:
+def test_an_evaluation_with_a_figure_missing_or_nan_is_refused(
+    tmp_path: Path, figure: str, value: Any
+) -> None:
     budgets = stored(tmp_path, an_evaluation(a_row()))
     row = a_row(**{figure: value, "seconds_ratio_interval": None})
-    assert figure in {o.figure for o in check_budgets(an_evaluation(row), budgets)}
+    with pytest.raises(RecordError, match=rf"torn or edited .*points\[0\]\.{figure}"):
+        check_budgets(a_plain_evaluation(row), budgets)
 
 
 def test_a_point_that_was_not_measured_fails(tmp_path: Path) -> None:
@@ -130,7 +145,7 @@ def test_another_model_corpus_or_heads_cannot_be_compared(
     tmp_path: Path, part: tuple[str, ...], name: str
 ) -> None:
     budgets = stored(tmp_path, an_evaluation(a_row()))
-    other = copy.deepcopy(an_evaluation(a_row()))
+    other = a_plain_evaluation(a_row())
     place = other["provenance"]
     for key in part:
         place = place[key]
@@ -142,13 +157,13 @@ def test_another_model_corpus_or_heads_cannot_be_compared(
 def test_groups_of_other_heads_and_propagations_live_side_by_side(tmp_path: Path) -> None:
     lens, ridge = an_evaluation(a_row()), an_evaluation(a_row(), heads="h", propagation="ridge")
     budgets = stored(tmp_path, lens, ridge)
-    assert len(budgets["groups"]) == 2
+    assert len(budgets) == 2
     assert check_budgets(lens, budgets) == check_budgets(ridge, budgets) == []
     again = accept_budgets(tmp_path, an_evaluation(a_row(agreement=0.5)))
     assert [overrun.figure for overrun in again.overruns] == ["agreement"]
     assert again.replaced_heads is None
-    groups = json.loads(again.path.read_text())["groups"]
-    assert [group["points"][0]["agreement"] for group in groups] == [0.5, 0.9]
+    groups = read_budgets(again.path).groups
+    assert [group.points[0].agreement for group in groups] == [0.5, 0.9]
 
 
 def test_refitted_heads_replace_the_budgets_of_those_before_and_it_is_said(tmp_path: Path) -> None:
@@ -158,8 +173,8 @@ def test_refitted_heads_replace_the_budgets_of_those_before_and_it_is_said(tmp_p
     after = an_evaluation(a_row(agreement=0.8), heads="sha256:after", propagation="ridge")
     accepted = accept_budgets(tmp_path, after)
     assert accepted.replaced_heads == "sha256:before"
-    budgets = json.loads(accepted.path.read_text())
-    assert len(budgets["groups"]) == 2
+    budgets = read_budgets(accepted.path).groups
+    assert len(budgets) == 2
     assert check_budgets(after, budgets) == check_budgets(lens, budgets) == []
 
 
@@ -178,7 +193,7 @@ def test_budgets_of_another_model_or_corpus_are_not_replaced_but_refused(
 ) -> None:
     path = accept_budgets(tmp_path, an_evaluation(a_row())).path
     before = path.read_bytes()
-    other = copy.deepcopy(an_evaluation(a_row(), propagation="exact"))
+    other = a_plain_evaluation(a_row(), propagation="exact")
     place = other["provenance"]
     for key in part:
         place = place[key]
@@ -205,25 +220,28 @@ def without(record: Record, *place: Any) -> Record:
 FIGURES = ("exit_share", "agreement", "perplexity_ratio", "layers_per_token", "seconds_ratio")
 
 TORN: dict[str, tuple[Record, str]] = {
-    "no points": (without(an_evaluation(), "points"), "a list at points"),
-    "null for points": (an_evaluation() | {"points": None}, "a list at points"),
-    "an empty point": (an_evaluation({}), "points[0].exit_layer"),
-    "no settings": (without(an_evaluation(a_row()), "settings"), "an object at settings"),
-    "no propagation": (an_evaluation(a_row()) | {"settings": {}}, "settings.propagation"),
-    "no provenance": (without(an_evaluation(a_row()), "provenance"), "an object at provenance"),
+    "no points": (without(a_plain_evaluation(), "points"), "a list at points"),
+    "null for points": (a_plain_evaluation() | {"points": None}, "a list at points"),
+    "an empty point": (a_plain_evaluation({}), "points[0].exit_layer"),
+    "no settings": (without(a_plain_evaluation(a_row()), "settings"), "an object at settings"),
+    "no propagation": (a_plain_evaluation(a_row()) | {"settings": {}}, "settings.propagation"),
+    "no provenance": (
+        without(a_plain_evaluation(a_row()), "provenance"),
+        "an object at provenance",
+    ),
     "no weights": (
-        without(an_evaluation(a_row()), "provenance", "model", "weights_hash"),
+        without(a_plain_evaluation(a_row()), "provenance", "model", "weights_hash"),
         "provenance.model.weights_hash",
     ),
-    "negative perplexity": (an_evaluation(a_row(perplexity_ratio=-1.2)), "got -1.2"),
-    "half an interval": (an_evaluation(a_row(seconds_ratio_interval=[0.8])), "got [0.8]"),
+    "negative perplexity": (a_plain_evaluation(a_row(perplexity_ratio=-1.2)), "got -1.2"),
+    "half an interval": (a_plain_evaluation(a_row(seconds_ratio_interval=[0.8])), "got [0.8]"),
     **{
-        f"{figure} {name}": (an_evaluation(a_row(**{figure: value})), f"points[0].{figure}")
+        f"{figure} {name}": (a_plain_evaluation(a_row(**{figure: value})), f"points[0].{figure}")
         for figure in FIGURES
         for name, value in (("null", None), ("NaN", math.nan), ("as text", "0.9"))
     },
     **{
-        f"without {figure}": (without(an_evaluation(a_row()), "points", 0, figure), figure)
+        f"without {figure}": (without(a_plain_evaluation(a_row()), "points", 0, figure), figure)
         for figure in FIGURES
     },
 }
@@ -248,6 +266,7 @@ TORN_BUDGETS = {
     "a point that is none": ("groups", 0, "points", [{}]),
     "no budget": ("groups", 0, "points", 0, "budget", None),
     "a budget that is no limit": ("groups", 0, "points", 0, "budget", {"agreement": 0.9}),
+    "a budget without limits": ("groups", 0, "points", 0, "budget", "agreement", {}),
     "a limit that is no number": (
         *("groups", 0, "points", 0, "budget"),
         {"agreement": {"least": "0.9"}},
@@ -259,7 +278,8 @@ TORN_BUDGETS = {
 
 @pytest.mark.parametrize("case", TORN_BUDGETS)
 def test_stored_budgets_that_are_torn_are_refused(tmp_path: Path, case: str) -> None:
-    budgets = stored(tmp_path, an_evaluation(a_row()))
+    budgets: Any = {"schema": 1, "kind": "budgets", "groups": []}
+    budgets["groups"] = to_plain(stored(tmp_path, an_evaluation(a_row())))
     *place, last, value = TORN_BUDGETS[case]
     inner: Any = budgets
     for name in place:
@@ -273,13 +293,24 @@ def test_stored_budgets_that_are_torn_are_refused(tmp_path: Path, case: str) -> 
     assert str(path) in one_line(error)
     assert path.read_bytes() == before
     with pytest.raises(RecordError, match="torn or edited"):
-        check_budgets(an_evaluation(a_row()), budgets)
+        read_budgets(path)
+
+
+def test_stored_budgets_are_written_again_to_the_byte(tmp_path: Path) -> None:
+    path = tmp_path / STORED.name / BUDGETS.name
+    path.parent.mkdir()
+    path.write_bytes(BUDGETS.read_bytes())
+    (lens, ridge) = read_budgets(path).groups
+    source = from_plain(to_plain(lens), BudgetSource)
+    assert accept_budgets(tmp_path, source).overruns == []
+    assert path.read_bytes() == BUDGETS.read_bytes()
+    assert read_budgets(path).groups[1] == ridge
 
 
 def test_only_given_points_become_budgets(tmp_path: Path) -> None:
     evaluation = an_evaluation(a_row(), a_row(exit_layer=1, threshold_from="hard ratio 0.3"))
-    (group,) = stored(tmp_path, evaluation)["groups"]
-    assert [point["exit_layer"] for point in group["points"]] == [3]
+    (group,) = stored(tmp_path, evaluation)
+    assert [point.exit_layer for point in group.points] == [3]
     with pytest.raises(RecordError, match="no point to budget"):
         accept_budgets(tmp_path, an_evaluation(a_row(threshold_from="control")))
 
@@ -287,10 +318,10 @@ def test_only_given_points_become_budgets(tmp_path: Path) -> None:
 # --- The real model --------------------------------------------------------------------------
 
 
-def measured(stack: DecoderStack, group: Record) -> Record:
-    """Evaluate a group's points again, as its own settings say."""
+def measured(stack: DecoderStack, group: BudgetGroup) -> EvaluationRecord:
+    """Evaluate a group's operating points again, with its own settings."""
     blocks = group_blocks(stack, group, "embedded", part="held-out")
-    fingerprint = group["provenance"]["heads_fingerprint"]
+    fingerprint = group.provenance.heads_fingerprint
     return rerun(stack, group, blocks, heads=find_heads(STORED, fingerprint, stack))
 
 
@@ -299,26 +330,26 @@ def measured(stack: DecoderStack, group: Record) -> Record:
 def test_early_exit_on_the_real_model_keeps_its_budgets(
     reference_model: DecoderStack, index: int
 ) -> None:
-    budgets = json.loads(BUDGETS.read_text(encoding="utf-8"))
-    evaluation = measured(reference_model, budgets["groups"][index])
-    overruns = check_budgets(evaluation, budgets)
+    groups = read_budgets(BUDGETS).groups
+    evaluation = measured(reference_model, groups[index])
+    overruns = check_budgets(evaluation, groups)
     assert not overruns, "\n".join(map(str, overruns))
     if index == 1:
         check_promises(evaluation)
 
 
-def check_promises(evaluation: Record) -> None:
-    """Hold the ridge points to what the project promises, not only to what it once measured."""
+def check_promises(evaluation: EvaluationRecord) -> None:
+    """Check the ridge points against the project's promises, not only its measurements."""
     rows = {
-        (row["exit_layer"], row["rule"]): row
-        for row in evaluation["points"]
-        if 0.25 <= row["exit_share"] <= 0.35
+        (row.exit_layer, row.rule): row
+        for row in evaluation.points
+        if 0.25 <= row.exit_share <= 0.35
     }
     # Measured: 0.950 and 0.982 over all of the held-out text, 0.936 and 0.9805 over these 4,096
     # tokens, on two processors alike.
-    assert rows[24, "top2_gap"]["exit_agreement"] >= 0.93
-    assert rows[28, "top2_gap"]["exit_agreement"] >= 0.98
-    assert rows[28, "top2_gap"]["perplexity_ratio"] <= 1.08
+    for layer, promised in ((24, 0.93), (28, 0.98)):
+        assert (rows[layer, "top2_gap"].exit_agreement or 0) >= promised
+    assert rows[28, "top2_gap"].perplexity_ratio <= 1.08
 
 
 #: Perplexity of the hard tokens, relative to the full model's, half of the tokens leaving by the
@@ -341,15 +372,15 @@ def test_ridge_propagation_spares_the_tokens_that_stay(reference_model: DecoderS
     corpora = split(held_out)
 
     def hard_perplexity(propagation: Propagation, *layers: int) -> dict[int, float]:
-        points = tuple(
+        given = tuple(
             OperatingPoint(layer, "cosine", PROMISED_HARD_PERPLEXITY[layer][0], "given")
             for layer in layers
         )
-        request = EvaluationConfig(layers=(), rules=(), thresholds=points, only_given=True)
-        evaluation = evaluate(stack, *corpora, request, heads=heads, propagation=propagation)
-        for row in evaluation["points"]:
-            assert 0.45 < row["exit_share"] < 0.55
-        return {row["exit_layer"]: row["hard_perplexity_ratio"] for row in evaluation["points"]}
+        request = EvaluationConfig(layers=(), rules=(), thresholds=given, only_given=True)
+        made = evaluate(stack, *corpora, request, heads=heads, propagation=propagation)
+        points = from_plain(to_plain(made), EvaluationRecord).points
+        assert all(0.45 < row.exit_share < 0.55 for row in points)
+        return {row.exit_layer: row.hard_perplexity_ratio or 0.0 for row in points}
 
     ridge = hard_perplexity("ridge", 16, 20, 24)
     for layer, (_, promised) in PROMISED_HARD_PERPLEXITY.items():
@@ -374,10 +405,11 @@ def test_early_exit_does_not_pay_at_the_studys_layer_and_the_verdict_says_so(
         )
     )
     request = EvaluationConfig(layers=(29,), rules=("cosine",))
-    verdict = evaluate(reference_model, fit, confirm, request)["verdict"]
-    assert verdict["use"] is False
-    assert verdict["headline"].startswith("Do not use early exit here")
-    assert "perplexity" in verdict["failed"]
+    made = evaluate(reference_model, fit, confirm, request)
+    verdict = from_plain(to_plain(made), EvaluationRecord).verdict
+    assert verdict.use is False
+    assert verdict.headline.startswith("Do not use early exit here")
+    assert "perplexity" in verdict.failed
 
 
 @pytest.mark.budgets
@@ -424,8 +456,8 @@ def test_generating_on_the_real_model_is_scoring_and_verified_text_is_the_full_m
 
 @pytest.mark.budgets
 def test_the_seeds_thresholds_with_the_logit_lens_are_budgeted_as_bad_as_they_are() -> None:
-    (lens, _) = json.loads(BUDGETS.read_text(encoding="utf-8"))["groups"]
-    points = {point["threshold"]: point for point in lens["points"]}
+    (lens, _) = read_budgets(BUDGETS).groups
+    points = {point.threshold: point for point in lens.points}
     assert sorted(points) == [0.9453, 0.9517, 0.957]
-    assert all(point["exit_layer"] == 29 for point in points.values())
-    assert points[0.9453]["perplexity_ratio"] > 2
+    assert all(point.exit_layer == 29 for point in points.values())
+    assert points[0.9453].perplexity_ratio > 2

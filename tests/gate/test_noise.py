@@ -1,4 +1,4 @@
-"""The noise floor: every way is really another one, and the model is left as it was."""
+"""The noise floor: every variant really differs, and the model is left unchanged."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from cascade.saturation.profile import similarities
 IDS = random_blocks(4, 16).ids
 
 
-def test_in_fp32_the_floor_is_some_digits_of_fp32_and_says_its_ways() -> None:
+def test_in_fp32_the_floor_is_some_digits_of_fp32_and_lists_its_variants() -> None:
     stack = DecoderStack(tiny_model("llama"))
     found = measure_noise(stack, IDS)
-    assert set(found["ways"]) == {"batch_size", "threads", "attention", "float64"}
-    assert found["sequences"] == 4
+    assert set(found.ways) == {"batch_size", "threads", "attention", "float64"}
+    assert found.sequences == 4
     # Means of 16 similarities, each good to some 1e-7.
-    assert 0 < found["repeat"] < 1e-6
-    assert 0 < found["exact"] < 1e-6
-    assert found["repeat"] == max(
-        value for name, value in found["ways"].items() if name != "float64"
-    )
+    assert 0 < found.repeat < 1e-6
+    assert found.exact is not None
+    assert 0 < found.exact < 1e-6
+    assert found.repeat == max(value for name, value in found.ways.items() if name != "float64")
 
 
 def test_in_bf16_the_floor_is_as_wide_as_bf16_is() -> None:
     found = measure_noise(DecoderStack(tiny_model("llama").to(torch.bfloat16)), IDS)
-    assert 1e-5 < found["exact"] < 1e-1
-    assert found["repeat"] <= found["exact"] * 3
+    assert found.exact is not None
+    assert 1e-5 < found.exact < 1e-1
+    assert found.repeat <= found.exact * 3
 
 
-def test_each_way_runs_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_variant_runs_with_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = DecoderStack(tiny_model("llama"))
     seen: list[tuple[Any, ...]] = []
 
@@ -72,7 +72,7 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_a_way_that_cannot_be_had_is_left_out_with_its_reason(
+def test_a_variant_that_is_not_available_is_left_out_with_its_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stack = DecoderStack(tiny_model("llama"))
@@ -84,7 +84,7 @@ def test_a_way_that_cannot_be_had_is_left_out_with_its_reason(
 
     monkeypatch.setattr(stack.model, "set_attn_implementation", refuse)
     found = measure_noise(stack, IDS)
-    assert found["exact"] is None
-    assert "would take" in found["ways"]["float64"]
-    assert "no eager attention" in found["ways"]["attention"]
-    assert found["repeat"] == max(found["ways"]["batch_size"], found["ways"]["threads"])
+    assert found.exact is None
+    assert "would take" in str(found.ways["float64"])
+    assert "no eager attention" in str(found.ways["attention"])
+    assert found.repeat == max(found.ways["batch_size"], found.ways["threads"])

@@ -8,17 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from support.build_gate import BLOCKS, LENGTH, a_stack, blocks_of, broken
 from support.commands import Run
 
 from cascade.core.errors import ModelError, UsageError
+from cascade.core.schema import from_plain, to_plain
 from cascade.corpora.blocks import TokenBlocks
-from cascade.gate import quick_gate as room
+from cascade.gate import quick_gate
 from cascade.gate.baselines import StoredProfile, read_profile, seal
 from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import Gate, noise_here, quick_blocks, run_gate
+from cascade.gate.records import GateRun, GateStep
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import analyze
+from cascade.saturation.records import NoiseFloor, ProfileRecord
 
 
 def baseline_of(stack: DecoderStack, blocks: TokenBlocks = BLOCKS) -> StoredProfile:
@@ -40,18 +44,18 @@ def test_an_unchanged_model_passes_within_the_budget(baseline: StoredProfile) ->
     done: list[int] = []
     result = run_gate(a_stack(), BLOCKS, baseline, tokens=10 * LENGTH, progress=done.append)
     assert result.comparison.verdict == "PASS"
-    # As many again at each look: few batches, and the first after one sequence.
-    assert [tokens // LENGTH for tokens, _ in result.looks] == [1, 2, 4, 8, 10]
-    assert {verdict for _, verdict in result.looks} == {"PASS"}
+    # Twice as many after each step: few batches, and the first after one sequence.
+    assert [step.tokens // LENGTH for step in result.steps] == [1, 2, 4, 8, 10]
+    assert {step.verdict for step in result.steps} == {"PASS"}
     assert result.comparison.tokens == result.budget == sum(done) == 10 * LENGTH
 
 
 def test_a_broken_layer_is_named_after_one_sequence(baseline: StoredProfile) -> None:
     result = run_gate(broken(), BLOCKS, baseline, tokens=10 * LENGTH)
     assert result.comparison.verdict == "FAIL"
-    assert result.looks == ((LENGTH, "FAIL"),)
+    assert result.steps == (GateStep(tokens=LENGTH, verdict="FAIL"),)
     assert result.comparison.attribution is not None
-    assert result.comparison.attribution["layer"] == "3"
+    assert result.comparison.attribution.layer == "3"
 
 
 def test_a_fault_that_only_some_sequences_show_is_found_when_they_come(
@@ -62,7 +66,7 @@ def test_a_fault_that_only_some_sequences_show_is_found_when_they_come(
     assert token not in BLOCKS.ids[0]
     stack.model.get_input_embeddings().weight.data[token] *= 1.1  # type: ignore[operator]
     result = run_gate(stack, BLOCKS, baseline, tokens=2 * LENGTH)
-    assert [verdict for _, verdict in result.looks] == ["PASS", "FAIL"]
+    assert [step.verdict for step in result.steps] == ["PASS", "FAIL"]
 
 
 def test_its_sequences_are_spread_over_the_whole_corpus(
@@ -74,7 +78,7 @@ def test_its_sequences_are_spread_over_the_whole_corpus(
         seen.append(blocks)
         return analyze(stack, blocks, **options)
 
-    monkeypatch.setattr(room, "analyze", watched)
+    monkeypatch.setattr(quick_gate, "analyze", watched)
     run_gate(a_stack(), BLOCKS, baseline, tokens=4 * LENGTH)
     rows = [BLOCKS.ids.tolist().index(row) for part in seen for row in part.ids.tolist()]
     assert rows == [0, 13, 26, 39]
@@ -86,7 +90,7 @@ def test_a_budget_below_a_sequence_takes_one_and_one_beyond_the_corpus_takes_it_
     assert run_gate(a_stack(), BLOCKS, baseline, tokens=1).comparison.tokens == LENGTH
     everything = run_gate(a_stack(), BLOCKS, baseline, tokens=10**6, batch_size=8)
     assert everything.comparison.tokens == BLOCKS.tokens
-    sizes = np.diff([0, *(tokens // LENGTH for tokens, _ in everything.looks)])
+    sizes = np.diff([0, *(step.tokens // LENGTH for step in everything.steps)])
     assert sizes.tolist() == [1, 1, 2, 4, 8, 8, 8, 8]
     with pytest.raises(UsageError, match="at least 1 token, got 0"):
         run_gate(a_stack(), BLOCKS, baseline, tokens=0)
@@ -97,7 +101,7 @@ def test_the_full_gate_measures_everything_and_its_table(baseline: StoredProfile
     assert result.comparison.verdict == "PASS"
     assert result.comparison.tokens == BLOCKS.tokens
     assert {"p50", "count", "std"} <= {cell.statistic for cell in result.comparison.cells}
-    assert result.looks == ((BLOCKS.tokens, "PASS"),)
+    assert result.steps == (GateStep(tokens=BLOCKS.tokens, verdict="PASS"),)
 
 
 def test_a_gate_says_what_a_full_comparison_of_the_same_profile_does(
@@ -151,23 +155,23 @@ def test_another_model_is_not_measured_at_all(
     name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(room, "analyze", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr(quick_gate, "analyze", lambda *_, **__: pytest.fail("it was measured"))
     comparison = run_gate(a_stack(**changes), BLOCKS, baseline).comparison
     assert comparison.verdict == "NOT COMPARABLE"
-    assert [mismatch[0] for mismatch in comparison.mismatches] == [name]
+    assert [mismatch.name for mismatch in comparison.mismatches] == [name]
 
 
 def test_other_text_needs_the_full_gate(baseline: StoredProfile) -> None:
     other = blocks_of(60, seed=1)
     comparison = run_gate(a_stack(), other, baseline).comparison
     assert comparison.verdict == "NOT COMPARABLE"
-    ((name, expected, obtained, remedy),) = comparison.mismatches
-    assert name == "corpus"
-    assert "sequences of 16" in expected
-    assert "sequences of 16" in obtained
-    assert "--full" in remedy
+    (mismatch,) = comparison.mismatches
+    assert mismatch.name == "corpus"
+    assert "sequences of 16" in str(mismatch.expected)
+    assert "sequences of 16" in str(mismatch.obtained)
+    assert "--full" in mismatch.remedy
     full = run_gate(a_stack(), other, baseline, full=True).comparison
-    assert full.way == "other sequences"
+    assert full.method == "other sequences"
     assert full.verdict in ("PASS", "INCONCLUSIVE")
 
 
@@ -175,10 +179,10 @@ def test_other_text_of_the_same_name_and_length_is_told_by_its_fingerprint(
     baseline: StoredProfile,
 ) -> None:
     comparison = run_gate(a_stack(), blocks_of(60, seed=1), baseline).comparison
-    ((_, expected, obtained, _),) = comparison.mismatches
-    assert expected != obtained
-    stored = baseline.content["provenance"]["corpus"]["fingerprint"]
-    assert expected == f"random in sequences of {LENGTH} ({stored[:19]}...)"
+    (mismatch,) = comparison.mismatches
+    assert mismatch.expected != mismatch.obtained
+    stored = baseline.content.provenance.corpus.fingerprint
+    assert mismatch.expected == f"random in sequences of {LENGTH} ({stored[:19]}...)"
 
 
 def test_text_that_shares_some_sequences_is_held_to_those(baseline: StoredProfile) -> None:
@@ -193,7 +197,7 @@ def test_text_that_shares_some_sequences_is_held_to_those(baseline: StoredProfil
     few = dataclasses.replace(mixed, ids=mixed.ids[:6])
     comparison = run_gate(a_stack(), few, baseline).comparison
     assert comparison.verdict == "NOT COMPARABLE"
-    assert comparison.mismatches[0][3].startswith("1 of its 6 sequences")
+    assert comparison.mismatches[0].remedy.startswith("1 of its 6 sequences")
 
 
 # --- Elsewhere -------------------------------------------------------------------------------
@@ -201,16 +205,16 @@ def test_text_that_shares_some_sequences_is_held_to_those(baseline: StoredProfil
 
 def moved(baseline: StoredProfile, **machine: Any) -> StoredProfile:
     """Return the baseline as if another machine had made it."""
-    content = dict(baseline.content)
-    provenance = dict(content["provenance"])
-    content["provenance"] = provenance | {"machine": provenance["machine"] | machine}
+    plain = to_plain(baseline.content)
+    plain["provenance"]["machine"] |= machine
+    content = from_plain(plain, ProfileRecord)
     return StoredProfile(seal(content, baseline.state), baseline.state)
 
 
 def test_where_the_baseline_was_made_nothing_is_measured_anew(
     baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "measure_noise", lambda *_: pytest.fail("measured anew"))
+    monkeypatch.setattr(quick_gate, "measure_noise", lambda *_: pytest.fail("measured anew"))
     assert run_gate(a_stack(), BLOCKS, baseline).noise is None
 
 
@@ -220,18 +224,19 @@ def test_elsewhere_the_noise_is_measured_once_and_kept(
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path))
     calls: list[int] = []
 
-    def counted(stack: DecoderStack, ids: Any) -> dict[str, Any]:
+    def counted(stack: DecoderStack, ids: Any) -> NoiseFloor:
         calls.append(len(ids))
-        return measure_noise(stack, ids) | {"repeat": 4e-6, "exact": 1e-6}
+        return replace(measure_noise(stack, ids), repeat=4e-6, exact=1e-6)
 
-    monkeypatch.setattr(room, "measure_noise", counted)
+    monkeypatch.setattr(quick_gate, "measure_noise", counted)
     elsewhere = moved(baseline, processor="Another")
     for _ in range(2):
         result = run_gate(a_stack(), BLOCKS, elsewhere)
         assert result.noise is not None
         assert "made elsewhere" in result.comparison.notes[0]
-        theirs = baseline.content["noise"]
-        expected = 3 * (4e-6 + max(theirs["repeat"], theirs["exact"]))
+        theirs = baseline.content.noise
+        assert isinstance(theirs, NoiseFloor)
+        expected = 3 * (4e-6 + max(theirs.repeat, theirs.exact or 0))
         limits = {c.limit for c in result.comparison.cells if c.statistic == "mean"}
         assert list(limits) == pytest.approx([expected])
     assert calls == [4]
@@ -247,11 +252,11 @@ def test_a_torn_cache_is_measured_over(
     baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
 ) -> None:
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path))
-    about = baseline.content["provenance"]
+    about = baseline.content.provenance
     first = noise_here(a_stack(), BLOCKS.ids[:4], about)
     (path,) = (tmp_path / "noise").iterdir()
     path.write_text(content)
-    assert noise_here(a_stack(), BLOCKS.ids[:4], about)["sequences"] == first["sequences"]
+    assert noise_here(a_stack(), BLOCKS.ids[:4], about).sequences == first.sequences
     assert '"kind": "noise"' in path.read_text()
 
 
@@ -260,8 +265,8 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "file"))
-    found = noise_here(a_stack(), BLOCKS.ids[:4], baseline.content["provenance"])
-    assert found["repeat"] < 1e-6
+    found = noise_here(a_stack(), BLOCKS.ids[:4], baseline.content.provenance)
+    assert found.repeat < 1e-6
 
 
 # --- The commands ----------------------------------------------------------------------------
@@ -354,8 +359,9 @@ def test_a_margin_that_cannot_be_meant_is_refused(
 
 def test_analyze_keeps_the_noise_and_a_seal_in_its_record(run: Run, stored: Path) -> None:
     record = read_profile(Path("run")).record()
-    assert record["noise"]["repeat"] < 1e-6
-    assert record["hash"].startswith("sha256:")
+    assert record.noise
+    assert record.noise.repeat < 1e-6
+    assert str(record.hash).startswith("sha256:")
     assert read_profile(stored).record() == record
 
 
@@ -366,13 +372,14 @@ def test_what_is_accepted_over_another_is_shown_against_it(run: Run, stored: Pat
     assert "PASS" in done.out
 
 
-def test_gates_are_records_with_looks_and_cost(baseline: StoredProfile) -> None:
+def test_the_record_of_a_gate_has_its_steps_and_cost(baseline: StoredProfile) -> None:
     result = run_gate(a_stack(), BLOCKS, baseline, tokens=2 * LENGTH)
     assert isinstance(result, Gate)
-    section = result.record()["gate"]
-    assert section["looks"] == [
-        {"tokens": LENGTH, "verdict": "PASS"},
-        {"tokens": 2 * LENGTH, "verdict": "PASS"},
+    run = result.record().gate
+    assert isinstance(run, GateRun)
+    assert run.steps == [
+        GateStep(tokens=LENGTH, verdict="PASS"),
+        GateStep(tokens=2 * LENGTH, verdict="PASS"),
     ]
-    assert section["budget_tokens"] == 2 * LENGTH
-    assert section["seconds"] > 0
+    assert run.budget_tokens == 2 * LENGTH
+    assert run.seconds > 0

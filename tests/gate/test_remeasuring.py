@@ -1,4 +1,4 @@
-"""Budgets measured again: the same points, tokens, heads and settings, or a word on why not."""
+"""Baselines and budgets measured again: the same text, points, heads and settings."""
 
 from __future__ import annotations
 
@@ -10,20 +10,33 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
+from support.build_evaluations import a_plain_evaluation, a_row, an_evaluation
+from support.build_gate import BLOCKS, broken
+from support.build_gate import a_stack as a_small_stack
+from support.build_profiles import a_profile, profile_of, provenance, similarities_of
+from support.disk import contents, largest_file
 from support.tiny_models import tiny_model, tiny_tokenizer
 
-from cascade.core.errors import ModelError, RecordError, UsageError
+from cascade.core.errors import ModelError, OutputError, RecordError, UsageError
 from cascade.corpora.blocks import TokenBlocks, load_blocks
+from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.head_fitting import fit_heads
-from cascade.gate.budgets import accept_budgets, check_budgets
+from cascade.gate.baselines import StoredProfile, read_profile, seal
+from cascade.gate.budgets import accept_budgets, check_budgets, read_budgets
+from cascade.gate.drift import compare
 from cascade.gate.remeasuring import (
+    PointsConfig,
     evaluate_points,
     find_heads,
     first_points,
     group_blocks,
-    read_groups,
+    measure_whole,
+    replace_budgets,
     rerun,
+    still_holds,
+    store_profile,
 )
 from cascade.models.stack import DecoderStack
 
@@ -58,38 +71,36 @@ def test_a_group_is_measured_again_on_the_same_tokens_in_the_same_way(
 ) -> None:
     stack = a_stack()
     points = first_points(stack, blocks, None)
-    made = evaluate_points(
-        stack, points, blocks, propagation="exact", batch_size=3, seed=5, command="cascade evaluate"
-    )
+    config = PointsConfig(propagation="exact", batch_size=3, seed=5, command="cascade evaluate")
+    made = evaluate_points(stack, points, blocks, config=config)
     path = accept_budgets(tmp_path, made).path
-    (group,) = read_groups(path)
+    (group,) = read_budgets(path).groups
     # The last of 81 sequences confirms nothing: 80 are what is read.
     again = group_blocks(stack, group, source)
     assert len(again.ids) == 80
     record = rerun(stack, group, again)
-    timed = ("seconds_ratio", "seconds_ratio_interval")
-    same = [{k: v for k, v in row.items() if k not in timed} for row in made["points"]]
-    assert [{k: v for k, v in row.items() if k not in timed} for row in record["points"]] == same
-    for name in ("propagation", "batch_size", "seed"):
-        assert record["settings"][name] == made["settings"][name]
-    assert (
-        record["provenance"]["corpus"]["fingerprint"]
-        == group["provenance"]["corpus"]["fingerprint"]
-    )
-    assert {o.figure for o in check_budgets(record, {"groups": [group]})} <= {"seconds_ratio"}
+
+    def untimed(evaluation: EvaluationRecord) -> list[OperatingPointRow]:
+        timed = {"seconds_ratio": 1.0, "seconds_ratio_interval": None}
+        return [replace(row, **timed) for row in evaluation.points]
+
+    assert untimed(record) == untimed(made)
+    assert record.settings == made.settings
+    assert record.provenance.corpus.fingerprint == group.provenance.corpus.fingerprint
+    assert {o.figure for o in check_budgets(record, [group])} <= {"seconds_ratio"}
 
 
-def test_first_points_are_the_studys_at_the_layer_that_is_asked_for(blocks: TokenBlocks) -> None:
+def test_first_points_are_those_of_the_study_at_the_given_layer(blocks: TokenBlocks) -> None:
     stack = a_stack()
     suggested = first_points(stack, blocks, None)
     assert {point.layer for point in suggested} == {3}
     assert [point.threshold for point in suggested] == sorted(p.threshold for p in suggested)
     assert len(suggested) == 3
-    asked = first_points(stack, blocks, 2)
-    assert {(point.layer, point.rule, point.source) for point in asked} == {(2, "cosine", "given")}
-    rows = evaluate_points(stack, asked, blocks)["points"]
+    given = first_points(stack, blocks, 2)
+    assert {(point.layer, point.rule, point.source) for point in given} == {(2, "cosine", "given")}
+    rows = evaluate_points(stack, given, blocks).points
     # Thresholds come from the other half of the text.
-    np.testing.assert_allclose([row["exit_share"] for row in rows], [0.7, 0.5, 0.3], atol=0.1)
+    np.testing.assert_allclose([row.exit_share for row in rows], [0.7, 0.5, 0.3], atol=0.1)
     with pytest.raises(UsageError, match=r"expected an exit layer in 1\.\.4, got 5"):
         first_points(stack, blocks, 5)
 
@@ -146,4 +157,76 @@ def test_a_file_that_lacks_what_a_rerun_needs_is_refused_by_that_name(
     _drop(place)(record)
     path.write_text(json.dumps(record))
     with pytest.raises(RecordError, match=f"torn or edited .*{place.rpartition('.')[2]}"):
-        read_groups(path)
+        read_budgets(path)
+
+
+# --- Baselines and budgets, stored -----------------------------------------------------------
+
+
+def test_a_baseline_is_measured_whole_and_stored_with_its_noise_floor(tmp_path: Path) -> None:
+    profile = measure_whole(a_small_stack(), BLOCKS, command="pytest --force-regen")
+    path, before = store_profile(tmp_path, profile)
+    assert (path, before) == (tmp_path / "tiny/random.saturation.json", None)
+    stored = read_profile(path)
+    record = stored.record()
+    assert record.noise
+    assert record.noise.repeat < 1e-6
+    assert record.provenance.command == "pytest --force-regen"
+    assert len(stored.arrays()["sequence"]) == len(BLOCKS.ids)
+    again = measure_whole(broken(), BLOCKS)
+    _, before = store_profile(tmp_path, again)
+    assert before is not None
+    assert before.record() == stored.record()
+
+
+def test_what_is_measured_again_still_holds_and_what_moved_does_not() -> None:
+    before = a_profile(12)
+    assert still_holds(a_profile(12), before)
+    assert not still_holds(a_profile(12, seed=1), before)
+    assert compare(a_profile(12, seed=1), before).verdict == "FAIL"
+
+
+def test_fewer_or_more_sequences_are_another_baseline() -> None:
+    values = similarities_of(12)
+    ten, twelve = profile_of(values[:, :10]), profile_of(values)
+    for new, before in ((ten, twelve), (twelve, ten)):
+        assert compare(new, before).verdict == "PASS"
+        assert not still_holds(new, before)
+
+
+def test_another_model_or_an_older_schema_is_made_anew_whatever_the_numbers() -> None:
+    old = a_profile(12)
+    assert not still_holds(a_profile(12, about=provenance(model__weights_hash="w2")), old)
+    first = StoredProfile(seal(replace(old.content, schema=1), old.state), old.state)
+    assert compare(old, first).verdict == "PASS"
+    assert not still_holds(old, first)
+
+
+def test_anyway_shows_what_moved_in_another_checkpoint() -> None:
+    other = a_profile(12, seed=1, about=provenance(model__weights_hash="w2"))
+    assert compare(other, a_profile(12)).verdict == "NOT COMPARABLE"
+    assert compare(other, a_profile(12), anyway=True).verdict == "FAIL"
+
+
+def test_budgets_are_replaced_as_a_whole_also_by_those_of_another_checkpoint(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "tiny/words.budgets.json"
+    replace_budgets(path, [an_evaluation(a_row()), an_evaluation(a_row(), propagation="exact")])
+    assert len(json.loads(path.read_text())["groups"]) == 2
+    other = a_plain_evaluation(a_row())
+    other["provenance"]["model"]["weights_hash"] = "w2"
+    replace_budgets(path, [other])
+    (group,) = json.loads(path.read_text())["groups"]
+    assert group["provenance"]["model"]["weights_hash"] == "w2"
+
+
+def test_budgets_that_cannot_be_made_or_written_leave_those_before(tmp_path: Path) -> None:
+    path = tmp_path / "tiny/words.budgets.json"
+    replace_budgets(path, [an_evaluation(a_row())])
+    before = contents(tmp_path)
+    with pytest.raises(RecordError, match="torn"):
+        replace_budgets(path, [an_evaluation(a_row()), a_plain_evaluation({})])
+    with largest_file(100), pytest.raises(OutputError):
+        replace_budgets(path, [an_evaluation(a_row(agreement=0.5))])
+    assert contents(tmp_path) == before

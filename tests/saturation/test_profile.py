@@ -17,7 +17,7 @@ from cascade.core.errors import CorpusError, ModelError
 from cascade.core.records import read_typed
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, load_blocks
-from cascade.gate.baselines import baseline_paths, read_profile
+from cascade.gate.baselines import profile_path, read_profile
 from cascade.gate.drift import compare
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
@@ -192,7 +192,7 @@ def test_a_tiny_models_table_stays_as_stored(
 def test_the_embedded_corpus_gives_the_stored_baseline(
     embedded_profile: SaturationProfile,
 ) -> None:
-    baseline = read_profile(baseline_paths(BASELINES, embedded_profile.record())[0])
+    baseline = read_profile(profile_path(BASELINES, embedded_profile.record()))
     comparison = compare(embedded_profile, baseline)
     assert comparison.verdict == "PASS", comparison.worst()[:5]
     # Every statistic of every sequence and layer, and the table besides: no hole.
@@ -203,7 +203,7 @@ def test_the_embedded_corpus_gives_the_stored_baseline(
 @pytest.mark.saturation
 def test_special_layers_and_thresholds_are_as_stored(embedded_profile: SaturationProfile) -> None:
     record = embedded_profile.record()
-    stored = read_typed(baseline_paths(BASELINES, record)[0], ProfileRecord)
+    stored = read_typed(profile_path(BASELINES, record), ProfileRecord)
     assert record.structure.cutoff == pytest.approx(stored.structure.cutoff, abs=1e-4)
     for name in ("input_transform", "dips", "output_transform", "stable_bands"):
         assert getattr(record.structure, name) == getattr(stored.structure, name)
@@ -221,7 +221,7 @@ def test_every_baseline_is_small_and_whole() -> None:
     for path in records:
         assert path.stat().st_size < 2_000_000
         assert path.with_suffix(".npz").stat().st_size < 2_000_000
-        assert baseline_paths(BASELINES, read_profile(path).record())[0] == path
+        assert profile_path(BASELINES, read_profile(path).record()) == path
 
 
 # --- The real model against the published table ----------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,13 @@ from support.paths import ROOT
 
 from cascade.corpora.blocks import TokenBlocks
 from cascade.gate.baselines import StoredProfile, read_profile, seal
-from cascade.gate.drift import LEAST_TOLERANCE, compare
+from cascade.gate.comparison import LEAST_TOLERANCE
+from cascade.gate.drift import compare
 from cascade.gate.quick_gate import Gate, run_gate
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import analyze, similarities
+from cascade.saturation.records import NoiseFloor
 
 if TYPE_CHECKING:
     from pytest_regressions.file_regression import FileRegressionFixture
@@ -36,7 +38,16 @@ if TYPE_CHECKING:
 BASELINE = ROOT / "baselines/smollm2-135m-instruct-q4_1/embedded.saturation.json"
 DOCS = ROOT / "docs"
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table of faults: what the gate made of it."""
+
+    fault: str
+    verdict: str
+    tokens: int
+    cause: str | None
+    layer: str | None
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +63,17 @@ def planted(stack: DecoderStack, baseline: StoredProfile, fault: Fault) -> Gate:
 def row_of(fault: Fault, gate: Gate) -> Row:
     """Return a fault's row of the table: what the gate made of it."""
     comparison = gate.comparison
-    found = comparison.attribution or {"cause": None, "layer": None}
-    cause = found["cause"]
+    found = comparison.attribution
+    cause: str | None = None if found is None else found.cause
     if comparison.verdict == "NOT COMPARABLE":
-        cause = comparison.mismatches[0][0]
-    return {
-        "fault": fault.what,
-        "verdict": comparison.verdict,
-        "tokens": gate.looks[-1][0] if gate.looks else 0,
-        "cause": cause,
-        "layer": found["layer"],
-    }
+        cause = comparison.mismatches[0].name
+    return Row(
+        fault=fault.what,
+        verdict=comparison.verdict,
+        tokens=gate.steps[-1].tokens if gate.steps else 0,
+        cause=cause,
+        layer=None if found is None else found.layer,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +93,14 @@ def test_a_fault_planted_in_the_real_model_is_seen_and_named(
     fault, row = FAULTS[name], rows[name]
     if fault.cause is None:
         assert fault.unseen
-        assert row["verdict"] == "PASS"
+        assert row.verdict == "PASS"
         return
-    assert row["verdict"] == ("NOT COMPARABLE" if fault.cause == "corpus" else "FAIL")
-    assert row["tokens"] <= 512
-    assert (row["tokens"] == 0) is (fault.cause == "corpus")
-    assert row["cause"] == fault.cause
+    assert row.verdict == ("NOT COMPARABLE" if fault.cause == "corpus" else "FAIL")
+    assert row.tokens <= 512
+    assert (row.tokens == 0) is (fault.cause == "corpus")
+    assert row.cause == fault.cause
     if fault.layer is not None:
-        assert row["layer"] == fault.layer
+        assert row.layer == fault.layer
 
 
 @pytest.mark.saturation
@@ -118,12 +129,12 @@ def test_the_table_of_the_docs_is_what_was_measured(
         "|---|---|---|---|",
     ]
     for name, row in rows.items():
-        points = row["cause"] or "-"
-        if row["layer"] is not None:
-            points += f", layer {row['layer']}"
+        points = row.cause or "-"
+        if row.layer is not None:
+            points += f", layer {row.layer}"
         unseen = FAULTS[name].unseen
         points = f"not seen: {unseen}" if unseen else points
-        lines.append(f"| {row['fault']} | {row['verdict']} | {row['tokens']} | {points} |")
+        lines.append(f"| {row.fault} | {row.verdict} | {row.tokens} | {points} |")
     lines += ["", *how_often_it_errs()]
     file_regression.check(
         "\n".join(lines) + "\n", fullpath=DOCS / "sensitivity.md", extension=".md"
@@ -260,7 +271,7 @@ def test_a_change_of_three_in_ten_thousand_is_seen_and_named(
 ) -> None:
     fault = Fault("", scaled_mlp(layer, 1 + 3e-4), "layer", str(layer))
     row = row_of(fault, planted(reference_model, baseline, fault))
-    assert (row["verdict"], row["cause"], row["layer"]) == ("FAIL", "layer", str(layer))
+    assert (row.verdict, row.cause, row.layer) == ("FAIL", "layer", str(layer))
 
 
 # --- No crying wolf --------------------------------------------------------------------------
@@ -377,6 +388,7 @@ def test_two_hundred_clean_repetitions_of_the_real_model_raise_no_alarm(
 
 
 def test_the_least_tolerance_lies_between_noise_and_every_fault(baseline: StoredProfile) -> None:
-    noise = baseline.content["noise"]
-    assert max(noise["repeat"], noise["exact"]) * 3 <= LEAST_TOLERANCE
+    noise = baseline.content.noise
+    assert isinstance(noise, NoiseFloor)
+    assert max(noise.repeat, noise.exact or 0) * 3 <= LEAST_TOLERANCE
     assert math.isfinite(LEAST_TOLERANCE)

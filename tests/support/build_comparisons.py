@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -12,18 +11,31 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from msgspec.structs import replace as changed
 
+from cascade.core.schema import from_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.gate.baselines import StoredProfile, seal
 from cascade.gate.drift import compare
 from cascade.gate.quick_gate import run_gate
-from cascade.gate.session import session_record
+from cascade.gate.records import (
+    Attribution,
+    BudgetOutcome,
+    CellRow,
+    ComparisonRecord,
+    MeanRow,
+    MissingBaseline,
+    NamedComparison,
+    Overrun,
+    SessionRecord,
+    session_record,
+)
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import analyze
 from support.build_profiles import EDGES, LAYERS, a_profile, profile_of, provenance, similarities_of
 from support.tiny_models import tiny_model
 
-Record = dict[str, Any]
+Record = ComparisonRecord
 
 
 # --- Of profiles by hand ---------------------------------------------------------------------
@@ -104,16 +116,12 @@ def _gated(*, full: bool = False, broken: bool = False) -> Record:
 
 
 @functools.cache
-def _of_a_model(kind: str) -> Record:
+def of_a_model(kind: str) -> Record:
+    """Return what a gate found: "clean", "broken", "broken, whole" or "other words"."""
     if kind == "other words":
         ids = np.random.default_rng(1).integers(2, 97, (8, 16)).astype(np.int32)
         return run_gate(_stack(), replace(_BLOCKS, ids=ids), _baseline(), full=True).record()
     return _gated(full="whole" in kind, broken="broken" in kind)
-
-
-def of_a_model(kind: str) -> Record:
-    """Return what a gate found: "clean", "broken", "broken, whole" or "other words"."""
-    return copy.deepcopy(_of_a_model(kind))
 
 
 KINDS: dict[str, Callable[[], Record]] = {
@@ -134,43 +142,44 @@ KINDS: dict[str, Callable[[], Record]] = {
 
 # --- Sessions --------------------------------------------------------------------------------
 
-BUDGET: Record = {
-    "name": "tiny/texts",
-    "path": "baselines/tiny/texts.budgets.json",
-    "verdict": "FAIL",
-    "points": 3,
-    "overruns": [
-        {
-            "point": "layer 3, cosine >= 0.95, logit_lens",
-            "figure": figure,
-            "limit": limit,
-            "measured": "0.5000",
-            "command": "cascade evaluate --point 3:cosine:0.95",
-        }
+BUDGET = BudgetOutcome(
+    name="tiny/texts",
+    path="baselines/tiny/texts.budgets.json",
+    verdict="FAIL",
+    points=3,
+    overruns=[
+        Overrun(
+            point="layer 3, cosine >= 0.95, logit_lens",
+            figure=figure,
+            limit=limit,
+            measured="0.5000",
+            command="cascade evaluate --point 3:cosine:0.95",
+        )
         for figure, limit in (("agreement", "at least 0.897"), ("KL", "at most 0.100"))
     ],
-    "reason": None,
-}
-KEPT: Record = BUDGET | {"verdict": "PASS", "overruns": []}
-REFUSED: Record = KEPT | {"verdict": "NOT COMPARABLE", "reason": "other heads"}
+    reason=None,
+)
+KEPT = changed(BUDGET, verdict="PASS", overruns=[])
+REFUSED = changed(KEPT, verdict="NOT COMPARABLE", reason="other heads")
 
 
-def named(record: Record, name: str = "tiny/words") -> Record:
-    return record | {"name": name, "path": f"baselines/{name}.saturation.json"}
+def named(record: Record, name: str = "tiny/words") -> NamedComparison:
+    return NamedComparison.of(record, name=name, path=f"baselines/{name}.saturation.json")
 
 
-def a_session(*records: Record, **parts: Any) -> Record:
+def a_session(*records: Record, **parts: Any) -> SessionRecord:
     return session_record([named(record) for record in records], **parts)
 
 
-def a_full_session() -> Record:
+def a_full_session() -> SessionRecord:
+    command = "cascade analyze --output a | tee b"
     return a_session(
         clean(),
         foreign(),
         moved(),
         other_text(),
         budgets=[KEPT, BUDGET, REFUSED],
-        missing=[{"path": "baselines/a.json", "command": "cascade analyze --output a | tee b"}],
+        missing=[MissingBaseline(path="baselines/a.json", command=command)],
         regenerated=["baselines/b.json"],
         unused=["baselines/c.json"],
     )
@@ -178,16 +187,25 @@ def a_full_session() -> Record:
 
 # --- Any record ------------------------------------------------------------------------------
 
+
+def with_cell(record: Record, number: int, **changes: Any) -> Record:
+    """Return a comparison with one of its cells changed."""
+    cells = list(record.cells)
+    cells[number] = changed(cells[number], **changes)
+    return changed(record, cells=cells)
+
+
 NUMBER = st.none() | st.floats(-1, 1)
 
 
 @st.composite
-def cells(draw: st.DrawFn, *, intervals: bool) -> Record:
-    """Draw a cell as `Cell.row` writes it, consistent or not."""
+def cells(draw: st.DrawFn, *, intervals: bool) -> CellRow:
+    """Draw a cell as `Cell.row` returns it, consistent or not; its layer is "1"."""
     expected, obtained, limit = draw(NUMBER), draw(NUMBER), draw(st.floats(0, 1))
     difference = None if None in (expected, obtained) else (obtained or 0) - (expected or 0)
     standardized = None if difference is None or limit < 1e-300 else difference / limit
-    return {
+    plain = {
+        "layer": "1",
         "statistic": draw(st.sampled_from(["mean", "share_p50", "max", "count", "novel"])),
         "expected": expected,
         "obtained": obtained,
@@ -199,21 +217,21 @@ def cells(draw: st.DrawFn, *, intervals: bool) -> Record:
         "needed": draw(st.none() | st.integers(1, 10**6)),
         "verdict": draw(st.sampled_from(["PASS", "FAIL", "INCONCLUSIVE"])),
     }
+    return from_plain(plain, CellRow)
 
 
-def of_layers(layers: int, drawn: Sequence[Record], *, intervals: bool) -> Record:
+def of_layers(layers: int, drawn: Sequence[CellRow], *, intervals: bool) -> Record:
     """Return a comparison with these cells in every layer."""
     labels = [str(layer) for layer in range(1, layers)] + [f"{layers}+norm"]
-    return moved() | {
-        "way": "other sequences" if intervals else "same sequences",
-        "verdict": "INCONCLUSIVE" if intervals else "FAIL",
-        "cells": [cell | {"layer": label} for label in labels for cell in drawn],
-        "profile": [
-            {"layer": label, "expected": drawn[0]["expected"], "obtained": drawn[0]["obtained"]}
-            for label in labels
-        ],
-        "attribution": {"cause": "layer", "layer": labels[len(labels) // 2], "text": "here"},
-    }
+    means = {"expected": drawn[0].expected, "obtained": drawn[0].obtained}
+    return changed(
+        moved(),
+        method="other sequences" if intervals else "same sequences",
+        verdict="INCONCLUSIVE" if intervals else "FAIL",
+        cells=[changed(cell, layer=label) for label in labels for cell in drawn],
+        profile=[MeanRow(layer=label, **means) for label in labels],
+        attribution=Attribution(cause="layer", layer=labels[len(labels) // 2], text="here"),
+    )
 
 
 @st.composite

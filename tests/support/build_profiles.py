@@ -10,8 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cascade.core.records import packed, to_json
+from cascade.core.provenance import Provenance
+from cascade.core.records import packed, record_hash, to_json
+from cascade.core.schema import from_plain, to_plain
 from cascade.gate.baselines import StoredProfile, seal
+from cascade.saturation.records import (
+    LayerRoles,
+    NoiseFloor,
+    ProfileRecord,
+    SuggestedThresholds,
+)
 from cascade.stats.similarity_statistics import SimilarityStatistics
 
 LAYERS = ["1", "2", "3", "3+norm"]
@@ -33,7 +41,7 @@ def similarities_of(sequences: int, *, seed: int = 0, shift: float = 0.0) -> Arr
     )
 
 
-def provenance(**changes: Any) -> Record:
+def provenance(**changes: Any) -> Provenance:
     """Return a provenance; a change names its place: `model__dtype="bfloat16"`."""
     made: Record = {
         "tokenizer_hash": "t",
@@ -45,7 +53,15 @@ def provenance(**changes: Any) -> Record:
             "dtype": "float32",
             "device": "cpu",
         },
-        "corpus": {"name": "words", "fingerprint": "c", "seq_len": TOKENS},
+        "corpus": {
+            "source": "words.jsonl",
+            "name": "words",
+            "fingerprint": "c",
+            "records": 12,
+            "tokens": 12 * TOKENS,
+            "sequences": 12,
+            "seq_len": TOKENS,
+        },
         "machine": {"processor": "A", "capability": "AVX2", "blas": "mkl", "threads": 2},
         "versions": {"cascade-exit": "0.1.0", "torch": "2.13.0"},
         "command": "cascade analyze",
@@ -56,7 +72,15 @@ def provenance(**changes: Any) -> Record:
         for name in parents:
             place = place[name]
         place[last] = value
-    return made
+    return from_plain(made, Provenance)
+
+
+#: A noise floor as quiet as fp32 is.
+QUIET = NoiseFloor(repeat=1e-7, exact=1e-7, ways={}, sequences=4)
+
+
+def floor(repeat: float, exact: float) -> NoiseFloor:
+    return NoiseFloor(repeat=repeat, exact=exact, ways={}, sequences=4)
 
 
 def profile_of(
@@ -65,40 +89,64 @@ def profile_of(
     fingerprints: Array | None = None,
     edges: Array = EDGES,
     layers: list[str] = LAYERS,
-    noise: Record | None = None,
-    about: Record | None = None,
+    noise: NoiseFloor | None = QUIET,
+    about: Provenance | None = None,
 ) -> StoredProfile:
     """Return a sealed profile of similarities `[L, S, T]`."""
     statistics = SimilarityStatistics(layers, edges)
     statistics.update(values, np.arange(values.shape[1]))
     prints = np.arange(values.shape[1]) if fingerprints is None else fingerprints
     arrays = statistics.arrays() | {"sequence_fingerprint": prints.astype(np.uint64)}
-    record = {
+    plain = {
         "schema": 2,
         "kind": "saturation",
-        "provenance": about or provenance(),
-        "noise": noise or {"repeat": 1e-7, "exact": 1e-7, "ways": {}, "sequences": 4},
-        "layers": statistics.table(),
-        "structure": {},
-        "thresholds": {},
+        "provenance": to_plain(about or provenance()),
+        "noise": to_plain(noise),
+        "layers": to_plain(statistics.table()),
+        "structure": to_plain(
+            LayerRoles(
+                rule="none",
+                source="none",
+                cutoff=None,
+                input_transform=[],
+                dips=[],
+                output_transform=[],
+                stable_bands=[],
+            )
+        ),
+        "thresholds": to_plain(SuggestedThresholds(exit_layer="2", by_hard_ratio=[])),
     }
-    return StoredProfile(seal(record, arrays), arrays)
+    return StoredProfile(seal(from_plain(plain, ProfileRecord), arrays), arrays)
 
 
 def a_profile(sequences: int = 12, *, seed: int = 0, **options: Any) -> StoredProfile:
     return profile_of(similarities_of(sequences, seed=seed), **options)
 
 
-def save_run(folder: Path, profile: StoredProfile) -> Path:
-    """Write a profile as a run's folder holds it."""
+def plain_record(profile: StoredProfile) -> Record:
+    """Return a profile's record as the JSON of its file has it."""
+    record: Record = to_plain(profile.content)
+    return record
+
+
+def save_run(folder: Path, profile: StoredProfile, record: Record | None = None) -> Path:
+    """Write a profile as a run's folder holds it; its record as given, where one is."""
     folder.mkdir(parents=True)
-    (folder / "profile.json").write_text(to_json(profile.content) + "\n", encoding="utf-8")
+    text = to_json(plain_record(profile) if record is None else record) + "\n"
+    (folder / "profile.json").write_text(text, encoding="utf-8")
     (folder / "profile.npz").write_bytes(packed(profile.state))
     return folder
 
 
-def edited(profile: StoredProfile, edit: Callable[[Record], Any], *, sealed: bool) -> StoredProfile:
-    """Return a profile whose record somebody edited, sealed again or not."""
-    record = copy.deepcopy(profile.content)
+def edited(profile: StoredProfile, edit: Callable[[Record], Any], *, sealed: bool) -> Record:
+    """Return a profile's record that somebody edited, sealed again or not."""
+    record = copy.deepcopy(plain_record(profile))
     edit(record)
-    return StoredProfile(seal(record, profile.state) if sealed else record, profile.state)
+    return record | {"hash": record_hash(record)} if sealed else record
+
+
+def write_profile(path: Path, profile: StoredProfile) -> None:
+    """Write a profile's `.json` and, next to it, its `.npz`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_json(plain_record(profile)), encoding="utf-8")
+    path.with_suffix(".npz").write_bytes(packed(profile.state))

@@ -31,10 +31,11 @@ from cascade.benchmarks import gate as gate_benchmark
 from cascade.benchmarks import memory, timing
 from cascade.corpora import blocks as corpora
 from cascade.corpora import readers, record_text
-from cascade.gate import noise, renewal
+from cascade.gate import noise, remeasuring
 from cascade.gate import quick_gate as gate
 from cascade.gate.budgets import SLACK
 from cascade.models import weights
+from cascade.saturation.records import NoiseFloor
 from support.tiny_models import tiny_model
 
 #: Deep as SmolLM2-135M, so that pages can speak of its layers; narrow, so that this costs nothing.
@@ -58,12 +59,12 @@ HUB_DATASETS = ("tatsu-lab/alpaca",)
 RECORDS = {"train": 14, "held-out": 9}
 
 #: Of any model.
-NOISE = {
-    "repeat": 1e-7,
-    "exact": 1e-7,
-    "ways": {"batch_size": 1e-7, "threads": 1e-7, "attention": 1e-7, "float64": 1e-7},
-    "sequences": 4,
-}
+NOISE = NoiseFloor(
+    repeat=1e-7,
+    exact=1e-7,
+    ways={"batch_size": 1e-7, "threads": 1e-7, "attention": 1e-7, "float64": 1e-7},
+    sequences=4,
+)
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -147,7 +148,7 @@ def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "_from_wheel", from_wheel)
     monkeypatch.setattr(readers, "_read_embedded", read_embedded)
     monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)
-    for room in (noise, gate, renewal):
+    for room in (noise, gate, remeasuring):
         monkeypatch.setattr(room, "measure_noise", lambda *_: NOISE)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(saved / "hub"))

@@ -71,8 +71,6 @@ def analyze(
     thresholds. With --output, writes the same as a self-contained
     HTML page, SVG and JSON.
     """
-    from dataclasses import replace
-
     from cascade.report.saturation.terminal import print_profile
     from cascade.saturation.token_archive import SimilarityArchive, check_free
 
@@ -103,14 +101,10 @@ def analyze(
                 sink=archive.add if archive else None,
             )
         if folder is not None:
-            from cascade.core.schema import from_plain
-            from cascade.gate.noise import measure_noise
-            from cascade.gate.quick_gate import quick_ids
-            from cascade.saturation.records import NoiseFloor
+            from cascade.gate.remeasuring import with_noise
 
             with status("Measuring what arithmetic alone moves"):
-                noise = measure_noise(stack, quick_ids(blocks))
-                profile = replace(profile, noise=from_plain(noise, NoiseFloor))
+                profile = with_noise(profile, stack, blocks)
             _write_run(folder, profile)
         record = profile.record()
         if archive is not None:
@@ -141,14 +135,13 @@ def _read(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
 
 def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
     from cascade.core.records import packed, to_json
-    from cascade.core.schema import from_plain, to_plain
+    from cascade.core.schema import to_plain
     from cascade.gate.baselines import seal
     from cascade.report.saturation.figures import density_svg, layer_profile_svg
     from cascade.report.saturation.page import profile_page
-    from cascade.saturation.records import ProfileRecord
 
     arrays = profile.arrays()
-    record = from_plain(seal(to_plain(profile.record()), arrays), ProfileRecord)
+    record = seal(profile.record(), arrays)
     pictures = layer_profile_svg(record), density_svg(record, arrays)
     contents: tuple[str | bytes, ...] = (
         to_json(to_plain(record)) + "\n",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,7 @@ from cascade.core.errors import RecordError
 
 if TYPE_CHECKING:
     from cascade.core.files import RunFolder
+    from cascade.gate.records import ComparisonRecord
 
 #: The files of `cascade compare --output` and `cascade gate --output`.
 REPORT_FILES = ("report.json", "report.md", "report.html")
@@ -181,8 +182,7 @@ def gate(
 def _baseline_path(model: str, corpus: str, baselines: Path) -> Path:
     from cascade.gate.baselines import baseline_paths
 
-    names = {"model": {"name": model}, "corpus": {"name": corpus}}
-    path, _ = baseline_paths(baselines, {"kind": "saturation", "provenance": names})
+    path, _ = baseline_paths(baselines, "saturation", model=model, corpus=corpus)
     if not path.exists():
         raise RecordError(
             f"no baseline {path}; make one with `cascade analyze --output RUN` and `cascade accept "
@@ -191,23 +191,24 @@ def _baseline_path(model: str, corpus: str, baselines: Path) -> Path:
     return path
 
 
-def _write(folder: RunFolder | None, record: dict[str, Any], path: Path | None) -> None:
+def _write(folder: RunFolder | None, record: ComparisonRecord, path: Path) -> None:
     if folder is None:
         return
     from cascade.core.records import to_json
-    from cascade.gate.session import session_record
+    from cascade.core.schema import to_plain
+    from cascade.gate.records import NamedComparison, session_record
     from cascade.report.gate.markdown import report_markdown
     from cascade.report.gate.page import report_page
 
-    baseline = record["baseline"]
-    name = f"{baseline['model']['name']}/{baseline['corpus']['name']}"
-    report = session_record([record | {"name": name, "path": str(path)}])
-    contents = (to_json(report) + "\n", report_markdown(report), report_page(report))
+    about = record.baseline
+    name = f"{about.model.name}/{about.corpus.name}" if about else str(path)
+    report = session_record([NamedComparison.of(record, name=name, path=str(path))])
+    contents = (to_json(to_plain(report)) + "\n", report_markdown(report), report_page(report))
     for file, content in zip(REPORT_FILES, contents, strict=True):
         folder.write(file, content)
 
 
-def _finish(record: dict[str, Any], exit_status: int, output: Path | None) -> None:
+def _finish(record: ComparisonRecord, exit_status: int, output: Path | None) -> None:
     from cascade.report.gate.terminal import print_comparison
 
     print_record(print_comparison, record)

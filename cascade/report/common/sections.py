@@ -16,6 +16,7 @@ from cascade.report.common.html import (
     html_head,
     html_pairs,
     html_provenance,
+    html_provenances,
     html_section,
     html_table,
 )
@@ -37,10 +38,40 @@ class Lead:
     Attributes:
         text: Plain text.
         mark: "pass", "fail" or "open", for colour alone: the words say it as well.
+        label: A verdict to stand before the text.
     """
 
     text: str
     mark: str = ""
+    label: str = ""
+
+    def words(self) -> str:
+        """Return label and text as one line."""
+        return f"{self.label}: {self.text}" if self.label else self.text
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading within a section.
+
+    Attributes:
+        text: Plain text.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Provenances:
+    """Two provenances next to each other; only a page has the space to show them.
+
+    Attributes:
+        new: Of the measured profile.
+        old: Of the baseline.
+    """
+
+    new: Mapping[str, Any]
+    old: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -109,7 +140,7 @@ class Picture:
 
 
 #: What a page shows; a plain paragraph is a string.
-PageBlock = str | Lead | Pairs | Table | Picture
+PageBlock = str | Lead | Heading | Pairs | Table | Picture | Provenances
 Block = PageBlock | Bars
 
 
@@ -135,16 +166,18 @@ class Report:
         title: What came of it, or of what it is.
         about: How it was measured.
         sections: In order.
-        provenance: The record's.
+        provenance: The record's; None where its parts have their own.
         labels: Labels and texts that the terminal shows in place of title and about, if any.
+        mark: "pass", "fail" or "open" where the title is a verdict, for colour alone.
     """
 
     kicker: str
     title: str
     about: str
     sections: tuple[Section, ...]
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, Any] | None
     labels: tuple[tuple[str, str], ...] = ()
+    mark: str = ""
 
     def pictures(self) -> tuple[Picture, ...]:
         """Return every picture, in order: each becomes a file of the run."""
@@ -165,6 +198,8 @@ def print_sections(report: Report, console: Console) -> None:
     """
     if report.labels:
         print_pairs(report.labels, console)
+    elif report.mark:
+        _print(Lead(report.about, report.mark, report.title), console)
     else:
         for line, style in ((report.title, "bold"), (report.about, "dim")):
             text = Text(printable(line, console), style=style)
@@ -173,7 +208,7 @@ def print_sections(report: Report, console: Console) -> None:
         blocks = [
             block
             for block in section.blocks
-            if not isinstance(block, Picture) and not _is_for(block, "page")
+            if not isinstance(block, Picture | Provenances) and not _is_for(block, "page")
         ]
         if not blocks:
             continue
@@ -182,9 +217,14 @@ def print_sections(report: Report, console: Console) -> None:
         else:
             console.print()
         for number, block in enumerate(blocks):
-            if number:
+            if number and not _belongs(block, blocks[number - 1]):
                 console.print()
             _print(block, console)
+
+
+def _belongs(block: Block, before: Block) -> bool:
+    """Return whether a block follows a verdict without an empty line between them."""
+    return isinstance(before, Lead) and bool(before.label) and isinstance(block, Pairs)
 
 
 def _is_for(block: Block, medium: str) -> bool:
@@ -195,9 +235,16 @@ def _is_for(block: Block, medium: str) -> bool:
 #: Colours of styles in the terminal.
 _ROW_STYLES = {"active": ACTIVE_STYLE, "control": "dim"}
 
+#: Colours of marks; every verdict is also said in words.
+_STYLES = {"pass": "green", "fail": "bold red", "open": "yellow"}
 
-def _print(block: str | Lead | Pairs | Table | Bars, console: Console) -> None:
-    if isinstance(block, Pairs):
+
+def _print(block: str | Lead | Heading | Pairs | Table | Bars, console: Console) -> None:
+    if isinstance(block, Lead) and block.label:
+        label = (printable(block.label, console), _STYLES.get(block.mark, ""))
+        line = Text.assemble(label, f": {printable(block.text, console)}")
+        print_lines(line, console, console.width)
+    elif isinstance(block, Pairs):
         print_pairs(block.pairs, console)
     elif isinstance(block, Bars):
         print_bars(block.bars, console)
@@ -214,6 +261,8 @@ def _print(block: str | Lead | Pairs | Table | Bars, console: Console) -> None:
             active=block.active,
             styles={number: _ROW_STYLES[style] for number, style in block.styles},
         )
+    elif isinstance(block, Heading):
+        print_lines(Text(printable(block.text, console), style="bold"), console, console.width)
     else:
         text = block.text if isinstance(block, Lead) else block
         print_lines(Text(printable(text, console)), console, console.width)
@@ -221,13 +270,14 @@ def _print(block: str | Lead | Pairs | Table | Bars, console: Console) -> None:
 
 def html_page(report: Report) -> str:
     """Return a report as one self-contained HTML page: nothing is loaded, no script runs."""
-    body = [html_head(report.kicker, report.title, report.about)]
+    body = [html_head(report.kicker, report.title, report.about, mark=report.mark)]
     for section in report.sections:
         shown = _for_page(section)
         if shown:
             blocks = "".join(map(_as_html, shown))
             body.append(html_section(section.heading, blocks) if section.heading else blocks)
-    body.append(html_provenance(report.provenance))
+    if report.provenance is not None:
+        body.append(html_provenance(report.provenance))
     return html_document(f"{report.kicker}: {report.title}", body)
 
 
@@ -254,8 +304,12 @@ def _as_html(block: PageBlock) -> str:
         )
     if isinstance(block, Picture):
         return html_figure(block.svg, block.caption)
+    if isinstance(block, Provenances):
+        return html_provenances(block.new, block.old)
+    if isinstance(block, Heading):
+        return f"<h3>{html.escape(block.text)}</h3>\n"
     if isinstance(block, Lead):
-        return f'<p class="lead {block.mark}">{html.escape(block.text)}</p>\n'
+        return f'<p class="lead {block.mark}">{html.escape(block.words())}</p>\n'
     return f"<p>{html.escape(block)}</p>\n"
 
 
@@ -269,17 +323,31 @@ def markdown(report: Report, *, level: int = 1, pictures: str = "") -> str:
     """
     lines = [f"{'#' * level} {plain(report.title)}", "", f"*{plain(report.about)}*", ""]
     for section in report.sections:
-        shown = _for_page(section)
-        if not shown:
-            continue
-        if section.heading:
-            lines += [f"{'#' * (level + 1)} {plain(section.heading)}", ""]
-        for block in shown:
-            lines += [_as_markdown(block, pictures), ""]
+        lines += markdown_lines(section, level=level + 1, pictures=pictures)
     return "\n".join(lines)
 
 
-def _as_markdown(block: PageBlock, pictures: str) -> str:
+def markdown_lines(section: Section, *, level: int, pictures: str = "") -> list[str]:
+    """Return a section as Markdown, an empty line after each block; nothing for an empty section.
+
+    Args:
+        section: The section.
+        level: Of its heading.
+        pictures: The folder of the pictures as seen from the page, "" for the page's own.
+    """
+    shown = _for_page(section)
+    if not shown:
+        return []
+    lines = [f"{'#' * level} {plain(section.heading)}", ""] if section.heading else []
+    for block in shown:
+        if isinstance(block, Heading):
+            lines += [f"{'#' * (level + 1)} {plain(block.text)}", ""]
+        elif not isinstance(block, Provenances):
+            lines += [_as_markdown(block, pictures), ""]
+    return lines
+
+
+def _as_markdown(block: str | Lead | Pairs | Table | Picture, pictures: str) -> str:
     if isinstance(block, Pairs):
         return "\n".join(f"- **{plain(name)}**: {plain(text)}" for name, text in block.pairs)
     if isinstance(block, Table):
@@ -293,12 +361,12 @@ def _as_markdown(block: PageBlock, pictures: str) -> str:
         caption = plain(block.caption)
         return f"![{caption}]({place})\n\n*{caption}*"
     if isinstance(block, Lead):
-        return f"**{plain(block.text)}**"
+        return f"**{plain(block.words())}**"
     return plain(block)
 
 
 def _cell(text: str) -> str:
-    return _inline(text) or " "
+    return _inline(text, in_table=True) or " "
 
 
 def plain(text: str) -> str:
@@ -308,18 +376,20 @@ def plain(text: str) -> str:
     return f"\\{text}" if text[:1] in ("#", "+", "-") else text
 
 
-def _inline(text: str) -> str:
-    # Pairs of backticks are meant: they name commands, in which nothing is escaped.
+def _inline(text: str, *, in_table: bool = False) -> str:
+    # Pairs of backticks are meant: they name commands, in which nothing is escaped but, in a
+    # table, the bar that would end the cell.
     parts = text.split("`")
     if len(parts) % 2:
         parts[::2] = map(_escaped, parts[::2])
-        parts[1::2] = [part.replace("|", "\\|") for part in parts[1::2]]
+        if in_table:
+            parts[1::2] = [part.replace("|", "\\|") for part in parts[1::2]]
         return " ".join("`".join(parts).split())
     return " ".join(_escaped(text).split())
 
 
 def _escaped(text: str) -> str:
-    for character in "\\`*_[]|":
+    for character in "\\`*_[]|~":
         text = text.replace(character, f"\\{character}")
     return text.replace("<", "&lt;").replace(">", "&gt;")
 

@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from cascade.gate.records import CellRow, ComparisonRecord, MeanRow
 from cascade.report.common.axes import angle, label_layers, layer_positions, limit_angles
-from cascade.report.common.records import Record, is_normed
+from cascade.report.common.records import is_normed
 from cascade.report.common.svg import LIGHT, as_svg, plain_style
 from cascade.report.gate.wording import cell_name, cell_numbers, distance, has_intervals, meaning
 
@@ -28,7 +29,7 @@ _LEAST_SHADE, _WITHIN, _BEYOND = 0.05, 0.3, 0.55
 # --- The map ---------------------------------------------------------------------------------
 
 
-def drift_map_svg(record: Record, name: str) -> str:
+def drift_map_svg(record: ComparisonRecord, name: str) -> str:
     """Draw layers by statistics: which side of the baseline each cell is on, and how far.
 
     The colour is the side, its depth the logarithm of the distance in units of the limit. Beyond
@@ -43,9 +44,9 @@ def drift_map_svg(record: Record, name: str) -> str:
         One `<svg>` element, the same text for the same record.
     """
     # The worst of those that share a place is drawn last.
-    cells = sorted(record["cells"], key=_badness)
-    layers = list(dict.fromkeys(str(cell["layer"]) for cell in record["cells"]))
-    columns = list(dict.fromkeys(cell_name(record, cell) for cell in record["cells"]))
+    cells = sorted(record.cells, key=_badness)
+    layers = list(dict.fromkeys(cell.layer for cell in record.cells))
+    columns = list(dict.fromkeys(cell_name(record, cell) for cell in record.cells))
     top = 14 + round(5.4 * max(map(len, columns)))
     width = max(_NAMES + _WIDTH * len(columns) + 56, _SCALE + 36)
     bottom = top + _HEIGHT * len(layers)
@@ -64,14 +65,14 @@ def drift_map_svg(record: Record, name: str) -> str:
     places = {layer: row for row, layer in enumerate(layers)}
     for cell in cells:
         x = _NAMES + _WIDTH * columns.index(cell_name(record, cell))
-        parts.append(_square(record, cell, x, top + _HEIGHT * places[str(cell["layer"])], name))
+        parts.append(_square(record, cell, x, top + _HEIGHT * places[cell.layer], name))
     parts += _legend(bottom + 30, name, has_holes=has_holes)
     return "".join([*parts, "</svg>\n"])
 
 
-def _badness(cell: Record) -> tuple[int, float]:
+def _badness(cell: CellRow) -> tuple[int, float]:
     found = distance(cell)
-    rank = ("PASS", "INCONCLUSIVE", "FAIL").index(cell["verdict"])
+    rank = ("PASS", "INCONCLUSIVE", "FAIL").index(cell.verdict)
     return rank, math.inf if found is None else abs(found)
 
 
@@ -93,8 +94,8 @@ def _column_names(columns: Sequence[str], top: float) -> Iterator[str]:
         )
 
 
-def _layer_names(record: Record, layers: Sequence[str], top: float) -> Iterator[str]:
-    named = (record["attribution"] or {}).get("layer")
+def _layer_names(record: ComparisonRecord, layers: Sequence[str], top: float) -> Iterator[str]:
+    named = _named(record)
     for row, layer in enumerate(layers):
         ink, weight, mark = LIGHT["muted"], 400, ""
         if layer == named:
@@ -105,7 +106,11 @@ def _layer_names(record: Record, layers: Sequence[str], top: float) -> Iterator[
         )
 
 
-def _square(record: Record, cell: Record, x: float, y: float, name: str) -> str:
+def _named(record: ComparisonRecord) -> str | None:
+    return None if record.attribution is None else record.attribution.layer
+
+
+def _square(record: ComparisonRecord, cell: CellRow, x: float, y: float, name: str) -> str:
     found = distance(cell)
     fill, opacity = f"url(#{name}-none)", 1.0
     if found is not None:
@@ -113,13 +118,13 @@ def _square(record: Record, cell: Record, x: float, y: float, name: str) -> str:
     frame, thick, dashes = {
         "FAIL": (LIGHT["ink"], 1.4, ""),
         "INCONCLUSIVE": (LIGHT["muted"], 1.0, ' stroke-dasharray="3 2"'),
-    }.get(cell["verdict"], (LIGHT["grid"], 1.0, ""))
+    }.get(cell.verdict, (LIGHT["grid"], 1.0, ""))
     square = (
         f'<rect x="{x + 1}" y="{y + 1}" width="{_WIDTH - 2}" height="{_HEIGHT - 2}" fill="{fill}" '
         f'fill-opacity="{opacity:.3f}" stroke="{frame}" stroke-width="{thick}"{dashes}>'
         f"<title>{html.escape(_tooltip(record, cell))}</title></rect>"
     )
-    if found is None or cell["verdict"] != "FAIL":
+    if found is None or cell.verdict != "FAIL":
         return f"{square}\n"
     ink = LIGHT["paper" if opacity > 0.75 else "ink"]
     sign = "+" if found > 0 else "&#8722;"
@@ -129,15 +134,15 @@ def _square(record: Record, cell: Record, x: float, y: float, name: str) -> str:
     )
 
 
-def _tooltip(record: Record, cell: Record) -> str:
+def _tooltip(record: ComparisonRecord, cell: CellRow) -> str:
     found = distance(cell)
     kind = "margin" if has_intervals(record) else "tolerance"
     far = "no number on one side" if found is None else f"{found:+.3g} x its {kind}"
-    told = [f"{name} {text}" for name, text in cell_numbers(record, cell).items()]
-    if cell["sequence"] is not None:
-        told.append(f"sequence {cell['sequence']:,}")
+    texts = [f"{name} {text}" for name, text in cell_numbers(record, cell).items()]
+    if cell.sequence is not None:
+        texts.append(f"sequence {cell['sequence']:,}")
     what = meaning(cell_name(record, cell))
-    return f"layer {cell['layer']}, {what}: {far} ({cell['verdict']}); {', '.join(told)}"
+    return f"layer {cell['layer']}, {what}: {far} ({cell['verdict']}); {', '.join(texts)}"
 
 
 def shade(size: float) -> float:
@@ -202,7 +207,7 @@ def _legend(y: float, name: str, *, has_holes: bool) -> Iterator[str]:
 # --- The profiles ----------------------------------------------------------------------------
 
 
-def profiles_svg(record: Record, name: str) -> str:
+def profiles_svg(record: ComparisonRecord, name: str) -> str:
     """Draw the baseline's mean similarities and the new ones, and below how far each may move.
 
     Args:
@@ -215,7 +220,7 @@ def profiles_svg(record: Record, name: str) -> str:
     with plain_style():
         from matplotlib.figure import Figure
 
-        rows = record["profile"]
+        rows = record.profile
         figure = Figure(figsize=(10, 6), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         for axes in (upper, lower):
@@ -238,10 +243,10 @@ def profiles_svg(record: Record, name: str) -> str:
         return as_svg(figure, name, label)
 
 
-def _mark_layer(axes: Axes, record: Record) -> None:
-    named = (record["attribution"] or {}).get("layer")
-    for place, row in zip(layer_positions(record["profile"]), record["profile"], strict=True):
-        if row["layer"] == named:
+def _mark_layer(axes: Axes, record: ComparisonRecord) -> None:
+    named = _named(record)
+    for place, row in zip(layer_positions(record.profile), record.profile, strict=True):
+        if row.layer == named:
             axes.axvspan(
                 place - 0.5,
                 place + 0.5,
@@ -252,9 +257,9 @@ def _mark_layer(axes: Axes, record: Record) -> None:
             )
 
 
-def _mark_holes(axes: Axes, rows: Sequence[Record]) -> None:
+def _mark_holes(axes: Axes, rows: Sequence[MeanRow]) -> None:
     for place, row in zip(layer_positions(rows), rows, strict=True):
-        if row["expected"] is None or row["obtained"] is None:
+        if row.expected is None or row.obtained is None:
             axes.axvspan(
                 place - 0.5,
                 place + 0.5,
@@ -266,14 +271,15 @@ def _mark_holes(axes: Axes, rows: Sequence[Record]) -> None:
             )
 
 
-def _draw_means(axes: Axes, rows: Sequence[Record]) -> None:
+def _draw_means(axes: Axes, rows: Sequence[MeanRow]) -> None:
     """Draw both profiles; the row behind the final norm is not joined to the lines."""
     places = layer_positions(rows)
-    for key, colour, label, width, size in (
-        ("expected", "control", "baseline", 4.0, 7.0),
-        ("obtained", "mean", "new", 1.3, 3.5),
+    expected, obtained = [row.expected for row in rows], [row.obtained for row in rows]
+    for means, colour, label, width, size in (
+        (expected, "control", "baseline", 4.0, 7.0),
+        (obtained, "mean", "new", 1.3, 3.5),
     ):
-        angles = [math.nan if row[key] is None else angle(row[key]) for row in rows]
+        angles = [math.nan if mean is None else angle(mean) for mean in means]
         for normed in (False, True):
             drawn = [
                 (place, value)
@@ -290,50 +296,50 @@ def _draw_means(axes: Axes, rows: Sequence[Record]) -> None:
                 markersize=size,
                 label="_" if normed else label,
             )
-    known = [
-        angle(row[key]) for row in rows for key in ("expected", "obtained") if row[key] is not None
-    ]
+    known = [angle(mean) for mean in (*expected, *obtained) if mean is not None]
     limit_angles(axes, min(known, default=0.0), max(known, default=math.pi))
 
 
-def _draw_differences(axes: Axes, record: Record) -> None:
+def _draw_differences(axes: Axes, record: ComparisonRecord) -> None:
     """Draw each layer's difference of the mean, its limit, and its interval if it has one."""
     cells = {
-        str(cell["layer"]): cell
-        for cell in record["cells"]
-        if cell_name(record, cell) == "mean" and cell["difference"] is not None
+        cell.layer: (cell, cell.difference)
+        for cell in record.cells
+        if cell_name(record, cell) == "mean" and cell.difference is not None
     }
     found = [
-        (place, cells[row["layer"]])
-        for place, row in zip(layer_positions(record["profile"]), record["profile"], strict=True)
-        if row["layer"] in cells
+        (place, *cells[row.layer])
+        for place, row in zip(layer_positions(record.profile), record.profile, strict=True)
+        if row.layer in cells
     ]
     kind = "margin" if has_intervals(record) else "tolerance"
-    for index, (place, cell) in enumerate(found):
+    for index, (place, cell, difference) in enumerate(found):
         axes.bar(
             place,
-            2 * cell["limit"],
-            bottom=-cell["limit"],
+            2 * cell.limit,
+            bottom=-cell.limit,
             width=1.02,  # neighbours overlap: no seam is seen
             color=LIGHT["stable"],
             zorder=0.5,
             label="_" if index else f"within the {kind}",
         )
-        colour = LIGHT["active" if cell["difference"] > 0 else "mean"]
-        if cell["interval"] is not None:
-            axes.vlines(place, *cell["interval"], color=colour, linewidth=1.6)
-            axes.plot(place, cell["difference"], color=colour, marker="o", markersize=4)
+        colour = LIGHT["active" if difference > 0 else "mean"]
+        if cell.interval is not None:
+            low, high = cell.interval
+            axes.vlines(place, low, high, color=colour, linewidth=1.6)
+            axes.plot(place, difference, color=colour, marker="o", markersize=4)
         else:
-            axes.bar(place, cell["difference"], width=0.6, color=colour)
+            axes.bar(place, difference, width=0.6, color=colour)
     axes.axhline(0, color=LIGHT["muted"], linewidth=0.8)
     if found and kind == "tolerance":
-        _scale_differences(axes, [cell for _, cell in found])
+        limits = [cell.limit for _, cell, _ in found]
+        _scale_differences(axes, limits, [difference for _, _, difference in found])
 
 
-def _scale_differences(axes: Axes, cells: Sequence[Record]) -> None:
+def _scale_differences(axes: Axes, limits: Sequence[float], differences: Sequence[float]) -> None:
     """Make the axis linear within the tolerance and logarithmic beyond it."""
-    least = min(cell["limit"] for cell in cells) or 1e-9
-    most = max(10 * least, *(abs(cell["difference"]) for cell in cells))
+    least = min(limits) or 1e-9
+    most = max(10 * least, *map(abs, differences))
     axes.set_yscale("symlog", linthresh=least)
     axes.set_ylim(-3 * most, 3 * most)
     low, high = math.ceil(math.log10(least)), math.floor(math.log10(3 * most))

@@ -137,7 +137,7 @@ def findings_markdown(records: FindingsRecords, *, pictures: str) -> str:
     for finding, report in reports:
         titled = replace(report, title=finding.heading)
         body = markdown(titled, level=2, pictures=pictures).split("\n")
-        command = report.provenance.get("command")
+        command = (report.provenance or {}).get("command")
         shown = ["```bash", command, "```", ""] if command else []
         # The heading and an empty line come first, then the reason and the command.
         lines += [*body[:2], plain(finding.why), "", *shown, *body[2:]]

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as changed
 from support.build_comparisons import (
     BUDGET,
     KINDS,
@@ -28,12 +29,14 @@ from support.build_comparisons import (
     of_a_model,
     of_layers,
     other_text,
+    with_cell,
 )
 from support.build_profiles import a_profile, provenance
 from support.html import Page, ids, svgs
 
+from cascade.core.schema import from_plain, to_plain
 from cascade.gate.drift import compare
-from cascade.gate.session import session_record
+from cascade.gate.records import CellRow, ComparisonRecord, Overrun, session_record
 from cascade.report.gate.figures import drift_map_svg, profiles_svg, shade
 from cascade.report.gate.page import report_page
 from cascade.report.gate.wording import cell_name, cell_row, distance, worst_cells
@@ -67,12 +70,12 @@ def squares(record: Record) -> dict[str, ElementTree.Element]:
 
 
 def square_of(
-    record: Record, cell: Record, found: dict[str, ElementTree.Element]
+    record: Record, cell: CellRow, found: dict[str, ElementTree.Element]
 ) -> tuple[str, ElementTree.Element]:
     """Return what a cell says, and its rectangle: by its place in the order of the rows."""
-    layers = list(dict.fromkeys(c["layer"] for c in record["cells"]))
-    columns = list(dict.fromkeys(cell_name(record, c) for c in record["cells"]))
-    place = columns.index(cell_name(record, cell)), layers.index(cell["layer"])
+    layers = list(dict.fromkeys(c.layer for c in record.cells))
+    columns = list(dict.fromkeys(cell_name(record, c) for c in record.cells))
+    place = columns.index(cell_name(record, cell)), layers.index(cell.layer)
     xs = sorted({float(square.get("x", 0)) for square in found.values()})
     ys = sorted({float(square.get("y", 0)) for square in found.values()})
     ((title, square),) = [
@@ -91,35 +94,36 @@ def test_every_cell_has_a_place_of_its_own_and_its_own_numbers(kind: str) -> Non
     record = KINDS[kind]()
     found = squares(record)
     places = {(square.get("x"), square.get("y")) for square in found.values()}
-    assert len(found) == len(places) == len(record["cells"])
-    for cell in itertools.islice(record["cells"], 0, None, 7):
+    assert len(found) == len(places) == len(record.cells)
+    for cell in itertools.islice(record.cells, 0, None, 7):
         title, square = square_of(record, cell, found)
-        assert title.startswith(f"layer {cell['layer']}, ")
-        assert f"({cell['verdict']})" in title
+        assert title.startswith(f"layer {cell.layer}, ")
+        assert f"({cell.verdict})" in title
         _, _, *numbers, _ = cell_row(record, cell)
         assert all(number in title for number in numbers)
-        assert square.get("fill") == ("active" if cell["standardized"] > 0 else "mean")
-        opacity = shade(abs(cell["standardized"]))
+        assert cell.standardized is not None
+        assert square.get("fill") == ("active" if cell.standardized > 0 else "mean")
+        opacity = shade(abs(cell.standardized))
         assert float(square.get("fill-opacity", -1)) == pytest.approx(opacity, abs=1e-3)
 
 
 def test_a_sequence_that_fails_is_not_covered_by_a_table_that_passes() -> None:
     record = hidden_drift()
     by_verdict = {
-        name: {c["verdict"] for c in record["cells"] if cell_name(record, c) == name}
+        name: {c.verdict for c in record.cells if cell_name(record, c) == name}
         for name in ("mean", "table mean")
     }
     assert by_verdict == {"mean": {"PASS", "FAIL"}, "table mean": {"PASS"}}
     framed = [title for title, s in squares(record).items() if s.get("stroke") == "ink"]
     assert len(framed) == 6
     # Two cells of one place, as no comparison makes them: the worse one is on top.
-    failed = next(cell for cell in record["cells"] if cell["verdict"] == "FAIL")
-    passed = failed | {"standardized": 0.0, "verdict": "PASS"}
-    for cells in ([passed, *record["cells"]], [*record["cells"], passed]):
+    failed = next(cell for cell in record.cells if cell.verdict == "FAIL")
+    passed = changed(failed, standardized=0.0, verdict="PASS")
+    for cells in ([passed, *record.cells], [*record.cells, passed]):
         titles = [
             title
-            for title in squares(record | {"cells": cells})
-            if title.startswith(f"layer {failed['layer']}, mean similarity: ")
+            for title in squares(changed(record, cells=cells))
+            if title.startswith(f"layer {failed.layer}, mean similarity: ")
         ]
         assert ["FAIL" in title for title in titles] == [False, True]
 
@@ -131,14 +135,14 @@ def test_what_does_not_pass_is_framed_and_what_fails_has_a_sign(kind: str) -> No
         verdict = re.findall(r"\((PASS|FAIL|INCONCLUSIVE)\)", title)[0]
         assert square.get("stroke") == {"FAIL": "ink", "INCONCLUSIVE": "muted"}.get(verdict, "grid")
         assert (square.get("stroke-dasharray") is not None) is (verdict == "INCONCLUSIVE")
-    failed = [cell["standardized"] > 0 for cell in record["cells"] if cell["verdict"] == "FAIL"]
+    failed = [(cell.standardized or 0) > 0 for cell in record.cells if cell.verdict == "FAIL"]
     signs = [text.text for text in drawing(record).iter(f"{SPACE}text") if text.text in "+\u2212"]
     assert sorted(signs) == sorted("+" if above else "\u2212" for above in failed)
 
 
 def test_cells_without_a_number_are_hatched_and_named_not_drawn_as_zero() -> None:
     record = lacking()
-    holes = [cell for cell in record["cells"] if cell["difference"] is None]
+    holes = [cell for cell in record.cells if cell.difference is None]
     found = squares(record)
     hatched = [title for title, s in found.items() if s.get("fill") == "url(#map-1-none)"]
     assert len(hatched) == len(holes) == 12
@@ -154,10 +158,16 @@ def test_cells_without_a_number_are_hatched_and_named_not_drawn_as_zero() -> Non
 
 
 def test_what_may_not_move_at_all_and_did_is_as_deep_as_can_be_and_no_hole() -> None:
-    record = moved()
-    cell = next(cell for cell in record["cells"] if cell["statistic"] == "count")
-    cell.update(obtained=191.0, difference=-1.0, standardized=None, verdict="FAIL")
-    title, square = square_of(record, cell, squares(record))
+    number = [cell.statistic for cell in moved().cells].index("count")
+    record = with_cell(
+        moved(),
+        number,
+        obtained=191.0,
+        difference=-1.0,
+        standardized=None,
+        verdict="FAIL",
+    )
+    title, square = square_of(record, record.cells[number], squares(record))
     assert "-inf x its tolerance (FAIL); expected 192, obtained 191, moved -1" in title
     assert (square.get("fill"), square.get("fill-opacity")) == ("mean", "1.000")
 
@@ -230,8 +240,9 @@ def test_both_profiles_are_drawn_and_a_layer_that_lacks_is_a_gap() -> None:
     whole = profiles_svg(of_a_model("broken, whole"), "p")
     assert curves(whole) == [["M", *"LLLLL"]] * 2
     assert "no number on one side" not in whole
-    record = of_a_model("broken, whole")
-    record["profile"][2]["obtained"] = None
+    rows = list(of_a_model("broken, whole").profile)
+    rows[2] = changed(rows[2], obtained=None)
+    record = changed(of_a_model("broken, whole"), profile=rows)
     # The baseline goes on; the new one begins anew behind the gap.
     holed = profiles_svg(record, "p")
     assert curves(holed) == [["M", *"LLLLL"], ["M", "L", "M", "L", "L"]]
@@ -249,17 +260,14 @@ def test_the_lower_chart_shows_the_limit_and_what_went_beyond_it() -> None:
 
 
 def test_a_profile_without_any_number_is_drawn() -> None:
-    empty = of_layers(3, [moved()["cells"][0] | {"expected": None}], intervals=False)
-    for row in empty["profile"]:
-        row.update(expected=None, obtained=None)
-    for cell in empty["cells"]:
-        cell.update(difference=None, standardized=None)
+    hole = {"expected": None, "obtained": None, "difference": None, "standardized": None}
+    empty = of_layers(3, [changed(moved().cells[0], **hole)], intervals=False)
     assert profiles_svg(empty, "p").startswith("<svg id=")
     assert drift_map_svg(empty, "m").count("url(#m-none)") == 3 + 1
 
 
 def test_eighty_layers_are_named_as_far_as_there_is_room() -> None:
-    cell = moved()["cells"][0]
+    cell = moved().cells[0]
     record = of_layers(80, [cell], intervals=False)
     names = [text.strip() for text in Page(profiles_svg(record, "p")).texts]
     assert {"1", "5", "75", "80\n+norm"} <= set(names) | {"80\n+norm"}
@@ -282,8 +290,8 @@ def test_the_page_is_whole_and_loads_nothing(kind: str) -> None:
     urls = re.findall(r"https?://[^\"'<> ]+", page)
     assert set(urls) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert "baselines/<c>.json" in told(page)
-    assert ("Every layer and statistic" in page) is bool(record["cells"])
-    assert ("Profiles" in page) is bool(record["profile"])
+    assert ("Every layer and statistic" in page) is bool(record.cells)
+    assert ("Profiles" in page) is bool(record.profile)
     assert page == report_page(session)
 
 
@@ -293,7 +301,7 @@ def test_the_page_begins_with_the_verdict_and_has_its_parts_in_order() -> None:
         text.index(part)
         for part in (
             "CASCADE gate FAIL 1 compared",
-            "tiny/words FAIL: drift: 15 of 60 cells",
+            "FAIL: tiny/words FAIL: drift: 15 of 60 cells",
             "Points to one layer",
             "Measured tiny (float32 on cpu)",
             "Stored in baselines/tiny/words.saturation.json",
@@ -328,24 +336,24 @@ def test_what_cannot_be_compared_shows_both_sides_and_no_map() -> None:
 
 
 def test_the_provenances_stand_side_by_side_and_what_differs_is_marked() -> None:
-    about = provenance(versions__torch="2.14.0", machine__novel="x")
+    about = provenance(versions__torch="2.14.0", machine__accelerator="x")
     page = report_page(a_session(compare(a_profile(about=about), a_profile()).record()))
     rows = Page(page).rows
     assert ["", "measured", "baseline"] in rows
     assert ["torch", "2.14.0", "2.13.0"] in rows
-    assert ["novel", "x", "not recorded"] in rows
+    assert ["accelerator", "x", "not recorded"] in rows
     assert ["name", "tiny", "tiny"] in rows
     marked = re.findall(r'<tr class="active"><th scope="row" class="text">([^<]*)</th>', page)
-    assert marked == ["novel", "torch"]
-    bare = report_page(a_session(moved() | {"provenance": None}))
+    assert marked == ["accelerator", "torch"]
+    bare = report_page(a_session(changed(moved(), provenance=None)))
     assert "<summary>Provenance" not in bare
 
 
 def test_the_verdicts_colour_only_adds_to_its_word() -> None:
     for record, mark in ((clean(), "pass"), (moved(), "fail"), (other_text(), "open")):
         page = report_page(a_session(record))
-        assert f'<h1 class="{mark}">{record["verdict"]}</h1>' in page
-        assert f'<p class="lead {mark}">{record["verdict"]}: ' in page
+        assert f'<h1 class="{mark}">{record.verdict}</h1>' in page
+        assert f'<p class="lead {mark}">{record.verdict}: ' in page
 
 
 def test_a_session_has_an_overview_the_worst_first() -> None:
@@ -358,8 +366,8 @@ def test_a_session_has_an_overview_the_worst_first() -> None:
     text = told(page)
     assert "4 compared (1 FAIL, 1 NOT COMPARABLE, 1 INCONCLUSIVE, 1 PASS); 3 budget files" in text
     assert "Missing baselines/a.json: make it with `cascade analyze --output a | tee b`" in text
-    assert ["agreement", "at least 0.897", "0.5000", BUDGET["overruns"][0]["point"]] in rows
-    assert "Look closer cascade evaluate --point 3:cosine:0.95" in text
+    assert ["agreement", "at least 0.897", "0.5000", BUDGET.overruns[0].point] in rows
+    assert "Look closer `cascade evaluate --point 3:cosine:0.95`" in text
     assert "NOT COMPARABLE: other heads" in text
     assert text.index("tiny/words FAIL: drift") < text.index("tiny/words PASS: no drift")
     assert "Overview" not in told(report_page(a_session(clean())))
@@ -382,12 +390,16 @@ def test_everything_of_the_record_is_escaped() -> None:
             return {key: poison(inner) for key, inner in value.items()}
         return nasty if isinstance(value, str) else value
 
-    record = moved()
-    record.update(headline=nasty, notes=[nasty], provenance=poison(record["provenance"]))
-    record["attribution"].update(text=nasty)
-    for cell in record["cells"]:
+    plain = to_plain(moved())
+    plain.update(headline=nasty, notes=[nasty])
+    for name in ("tokenizer_hash", "model", "versions", "command"):
+        plain["provenance"][name] = poison(plain["provenance"][name])
+    plain["attribution"].update(text=nasty)
+    for cell in plain["cells"]:
         cell.update(statistic=nasty) if cell["layer"] == "1" else None
-    budget = BUDGET | {"name": nasty, "overruns": [poison(BUDGET["overruns"][0])]}
+    record = from_plain(plain, ComparisonRecord)
+    overrun = from_plain(poison(to_plain(BUDGET.overruns[0])), Overrun)
+    budget = changed(BUDGET, name=nasty, overruns=[overrun])
     session = session_record([named(record, nasty)], [budget], unused=[nasty])
     page = report_page(session)
     assert "<script" not in page
@@ -403,4 +415,4 @@ def test_any_record_is_drawn(record: Record) -> None:
     found = squares(record)
     assert found
     hatched = any(s.get("fill") == "url(#map-1-none)" for s in found.values())
-    assert hatched is any(distance(cell) is None for cell in record["cells"])
+    assert hatched is any(distance(cell) is None for cell in record.cells)

@@ -6,11 +6,13 @@ import copy
 import io
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as changed
 from rich.console import Console
 from support.build_comparisons import (
     BUDGET,
@@ -31,20 +33,32 @@ from support.build_comparisons import (
     named,
     of_a_model,
     other_text,
+    with_cell,
 )
 from support.build_profiles import a_profile, provenance
 
-from cascade.gate.drift import Comparison, compare
-from cascade.gate.session import session_record
+from cascade.core.errors import RecordError
+from cascade.core.provenance import ModelProvenance
+from cascade.core.records import read_typed, write_record
+from cascade.core.schema import SchemaError, from_plain, to_plain
+from cascade.gate.comparison import Comparison
+from cascade.gate.drift import compare
+from cascade.gate.records import SessionRecord, session_record
 from cascade.report.gate.markdown import report_markdown
 from cascade.report.gate.page import report_page
 from cascade.report.gate.terminal import print_comparison, print_report
 from cascade.report.gate.wording import cell_name, cell_row, distance, worst_cells
 
 
-def printed(record: Record, width: int = 80, **options: Any) -> str:
+def show(record: Record | SessionRecord, console: Console) -> None:
+    if isinstance(record, SessionRecord):
+        print_report(record, console)
+    else:
+        print_comparison(record, console)
+
+
+def printed(record: Record | SessionRecord, width: int = 80, **options: Any) -> str:
     text = io.StringIO()
-    show = print_report if record["kind"] == "report" else print_comparison
     show(record, Console(file=text, width=width, **options))
     return text.getvalue()
 
@@ -89,12 +103,11 @@ def test_the_verdict_comes_first_and_eighty_columns_are_enough(kind: str, ascii_
     record = KINDS[kind]()
     for shown in (record, a_session(record)):
         file = io.TextIOWrapper(io.BytesIO(), encoding="ascii" if ascii_only else "utf-8")
-        show = print_report if shown["kind"] == "report" else print_comparison
         show(shown, Console(file=file, width=80))
         file.seek(0)
         text = file.read()
         assert text.startswith(f"{record['verdict']}: ")
-        assert flat(record["headline"]) in flat(text)
+        assert flat(record.headline) in flat(text)
         assert max(map(len, text.splitlines())) <= 80
         assert not [line for line in text.splitlines() if line != line.rstrip()]
 
@@ -103,68 +116,74 @@ def test_the_verdict_comes_first_and_eighty_columns_are_enough(kind: str, ascii_
 def test_the_worst_cells_are_shown_with_the_records_own_numbers(kind: str) -> None:
     record = KINDS[kind]()
     rows = table(printed(record))
-    beyond = [cell for cell in record["cells"] if cell["verdict"] != "PASS"]
+    beyond = [cell for cell in record.cells if cell.verdict != "PASS"]
     assert len(rows) == min(10, len(beyond))
     for row, cell in zip(rows, worst_cells(record), strict=False):
-        assert row["layer"] == cell["layer"]
-        assert row["statistic"].removeprefix("table_") == cell["statistic"]
-        assert close(row["expected"], cell["expected"])
-        assert close(row["obtained"], cell["obtained"])
-        assert close(row["moved"], cell["difference"])
+        assert row["layer"] == cell.layer
+        assert row["statistic"].removeprefix("table_") == cell.statistic
+        assert close(row["expected"], cell.expected)
+        assert close(row["obtained"], cell.obtained)
+        assert close(row["moved"], cell.difference)
         assert row["moved"] == "none" or row["moved"][0] in "+-"
-        limit = row["margin" if record["way"] == "other sequences" else "tolerance"]
-        assert close(limit, cell["limit"])
-        assert row["verdict"] == {"FAIL": "fail", "INCONCLUSIVE": "undecided"}[cell["verdict"]]
+        limit = row["margin" if record.method == "other sequences" else "tolerance"]
+        assert close(limit, cell.limit)
+        assert row["verdict"] == {"FAIL": "fail", "INCONCLUSIVE": "undecided"}[cell.verdict]
 
 
 def test_a_failure_says_where_it_points_to_and_shows_the_worst_first() -> None:
     record = moved()
     text = printed(record)
     assert "one layer: layers below 2 are as before" in flat(text)
-    sizes = [abs(cell["standardized"]) for cell in worst_cells(record)]
+    sizes = [abs(cell.standardized) for cell in worst_cells(record)]
     assert sizes == sorted(sizes, reverse=True)
-    assert "15 cells beyond their tolerance; the worst 10" in text
+    assert "15 cells beyond their tolerance; the worst 10." in text
     # What arithmetic moves is seen in the sixth digit.
     assert all(re.fullmatch(r"0\.\d{6}", row["expected"]) for row in table(text))
 
 
 def test_all_cells_that_fit_are_said_to_be_all() -> None:
     text = printed(hidden_drift())
-    assert "\n6 cells beyond their tolerance\n" in text
+    assert "\n6 cells beyond their tolerance.\n" in text
     assert len(table(text)) == 6
 
 
 def test_the_mean_of_a_sequence_and_that_of_the_table_have_two_names() -> None:
     record = moved()
-    means = [cell for cell in record["cells"] if cell["statistic"] == "mean"]
+    means = [cell for cell in record.cells if cell.statistic == "mean"]
     assert {cell_name(record, cell) for cell in means} == {"mean", "table mean"}
-    names = [(cell["layer"], cell_name(record, cell)) for cell in record["cells"]]
+    names = [(cell.layer, cell_name(record, cell)) for cell in record.cells]
     assert len(set(names)) == len(names)
     other = other_text()
-    assert {cell_name(other, c) for c in other["cells"] if c["statistic"] == "mean"} == {"mean"}
+    assert {cell_name(other, c) for c in other.cells if c.statistic == "mean"} == {"mean"}
 
 
 def test_what_has_no_number_is_named_and_reads_none() -> None:
     record = lacking()
     text = printed(record)
-    holes = [cell for cell in record["cells"] if cell["layer"] == "3"]
+    holes = [cell for cell in record.cells if cell.layer == "3"]
     assert len(holes) == 12
     assert "No number on one side: layer 3 (12 statistics)" in flat(text)
     rows = [row for row in table(text) if row["layer"] == "3"]
     assert rows
     assert all((row["obtained"], row["moved"]) == ("none", "none") for row in rows)
-    one = copy.deepcopy(moved())
-    one["cells"][0].update(obtained=None, difference=None, standardized=None, verdict="FAIL")
+    hole = {"obtained": None, "difference": None, "standardized": None, "verdict": "FAIL"}
+    one = with_cell(moved(), 0, **hole)
     assert "No number on one side: layer 1 (mean)" in flat(printed(one))
     # A row without a number is a dozen cells; they do not hide the others.
     assert [distance(cell) is None for cell in worst_cells(one)] == [False] * 15 + [True]
 
 
 def test_a_count_that_may_not_move_at_all_is_worse_than_any_other() -> None:
-    record = moved()
-    cell = next(cell for cell in record["cells"] if cell["statistic"] == "count")
-    cell.update(obtained=191.0, difference=-1.0, standardized=None, verdict="FAIL")
-    assert distance(cell) == -math.inf
+    names = [cell.statistic for cell in moved().cells]
+    record = with_cell(
+        moved(),
+        names.index("count"),
+        obtained=191.0,
+        difference=-1.0,
+        standardized=None,
+        verdict="FAIL",
+    )
+    assert distance(record.cells[names.index("count")]) == -math.inf
     row = table(printed(record))[0]
     assert [row[name] for name in ("statistic", "expected", "obtained", "moved", "tolerance")] == [
         *("count", "192", "191", "-1", "0")
@@ -176,8 +195,9 @@ def test_other_sequences_show_interval_and_margin() -> None:
     record = mixed()
     for row, cell in zip(table(printed(record)), worst_cells(record), strict=False):
         low, _, high = row["interval"].partition("..")
-        assert close(low, cell["interval"][0])
-        assert close(high, cell["interval"][1])
+        assert cell.interval is not None
+        assert close(low, cell.interval[0])
+        assert close(high, cell.interval[1])
     assert "6 cells beyond their margin, 10 undecided; the worst 10" in printed(record)
     # What is decided needs no more sequences.
     assert "To decide" not in printed(record)
@@ -185,18 +205,19 @@ def test_other_sequences_show_interval_and_margin() -> None:
 
 def test_what_is_undecided_says_how_many_sequences_would_decide() -> None:
     record = other_text()
-    undecided = [cell for cell in record["cells"] if cell["verdict"] == "INCONCLUSIVE"]
-    needed = [cell["needed"] for cell in undecided]
-    assert None not in needed
+    undecided = [n for n, cell in enumerate(record.cells) if cell.verdict == "INCONCLUSIVE"]
+    needed = [record.cells[number].needed for number in undecided]
+    counts = [count for count in needed if count is not None]
+    assert len(counts) == len(needed)
     text = flat(printed(record))
-    assert f"To decide take {max(needed):,} new sequences (now: 12)" in text
+    assert f"To decide take {max(counts):,} new sequences (now: 12)" in text
     assert "11 cells undecided; the worst 10" in text
-    for cell in undecided[1:]:
-        cell["needed"] = None
+    for number in undecided[1:]:
+        record = with_cell(record, number, needed=None)
     text = flat(printed(record))
-    assert f"1 of the 11 undecided cells take {needed[0]:,} new sequences (now: 12)" in text
+    assert f"1 of the 11 undecided cells take {counts[0]:,} new sequences (now: 12)" in text
     assert "no number of new ones would do: the baseline's 400 sequences are too few" in text
-    undecided[0]["needed"] = None
+    record = with_cell(record, undecided[0], needed=None)
     text = flat(printed(record))
     assert "To decide no number of new sequences would do: the baseline's 400" in text
 
@@ -224,7 +245,7 @@ def test_a_gate_says_after_how_many_tokens_it_was_decided() -> None:
 
 def test_a_tolerance_that_was_widened_is_seen_with_a_pass_too() -> None:
     record = elsewhere()
-    assert record["verdict"] == "PASS"
+    assert record.verdict == "PASS"
     for shown in (record, a_session(record)):
         assert (
             "Note the baseline was made elsewhere (processor B, the baseline's A): tolerance"
@@ -250,18 +271,19 @@ def test_the_provenance_takes_two_lines_and_the_second_only_says_what_differs() 
 
 
 def test_without_any_provenance_a_comparison_is_shown_all_the_same() -> None:
-    record = moved() | {"provenance": None, "baseline": None}
+    record = changed(moved(), provenance=None, baseline=None)
     assert "Measured" not in printed(record)
     assert "Baseline" not in printed(record)
-    assert "Measured None (None on None)" in flat(printed(record | {"provenance": {"model": 1}}))
+    about = changed(provenance(), model=ModelProvenance())
+    assert "Measured None (None on None)" in flat(printed(changed(record, provenance=about)))
 
 
 def test_a_comparison_that_could_not_be_made_says_why_and_nothing_else() -> None:
-    record = Comparison(None).record() | {"headline": "the baseline is torn"}
+    record = changed(Comparison(None).record(), headline="the baseline is torn")
     assert printed(record) == "NOT COMPARABLE: the baseline is torn\n"
     assert "NOT COMPARABLE: tiny/words: the baseline is torn" in printed(a_session(record))
-    for show in (report_markdown, report_page):
-        assert "the baseline is torn" in show(a_session(record))
+    for form in (report_markdown, report_page):
+        assert "the baseline is torn" in form(a_session(record))
 
 
 def test_colours_only_add_to_the_words() -> None:
@@ -277,7 +299,8 @@ def test_colours_only_add_to_the_words() -> None:
 
 
 def test_nothing_in_a_record_steers_the_terminal() -> None:
-    record = moved() | {"headline": "[red]drift[/red]\x1b[31m", "notes": ["\x07[b]note[/b]"]}
+    notes = ["\x07[b]note[/b]"]
+    record = changed(moved(), headline="[red]drift[/red]\x1b[31m", notes=notes)
     text = printed(record)
     assert "[red]drift[/red]\\x1b[31m" in text
     assert "\\x07[b]note[/b]" in text
@@ -320,7 +343,7 @@ def test_a_session_shows_all_of_its_parts() -> None:
         assert part in text
     # Said once, though two budgets were not kept.
     assert text.count("cascade evaluate") == 1
-    one = BUDGET | {"overruns": BUDGET["overruns"][:1]}
+    one = changed(BUDGET, overruns=BUDGET.overruns[:1])
     assert "1 budget of early exit not kept" in flat(printed(a_session(budgets=[one])))
 
 
@@ -330,25 +353,25 @@ def test_a_session_is_short() -> None:
     assert len(printed(a_session(*[clean()] * 10)).splitlines()) <= 1 + 10 * 3
 
 
-@pytest.mark.parametrize("show", [printed, report_markdown, report_page])
-def test_what_is_no_whole_session_is_refused(show: Any) -> None:
-    report = a_session(clean(), budgets=[KEPT, REFUSED])
-    show(report)
-    with pytest.raises(ValueError, match="expected schema 1, got 2"):
-        show(report | {"schema": 2})
+def test_a_session_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    report = to_plain(a_session(clean(), budgets=[KEPT, REFUSED]))
+    assert from_plain(report, SessionRecord).verdict == "NOT COMPARABLE"
     for place in ("unused", "cells"):
         broken = copy.deepcopy(report)
         del (broken if place == "unused" else broken["comparisons"][0])[place]
-        with pytest.raises(ValueError, match=place):
-            show(broken)
+        with pytest.raises(SchemaError, match=place):
+            from_plain(broken, SessionRecord)
     broken = copy.deepcopy(report)
     del broken["budgets"][1]["reason"]
-    with pytest.raises(ValueError, match="reason"):
-        show(broken)
+    with pytest.raises(SchemaError, match="reason"):
+        from_plain(broken, SessionRecord)
     broken = copy.deepcopy(report)
     broken["comparisons"][0]["cells"][0]["expected"] = math.nan
-    with pytest.raises(ValueError, match="nan"):
-        show(broken)
+    with pytest.raises(SchemaError, match="NaN"):
+        from_plain(broken, SessionRecord)
+    write_record(tmp_path / "report.json", report | {"schema": 2})
+    with pytest.raises(RecordError, match="has schema 2, this release reads up to 1"):
+        read_typed(tmp_path / "report.json", SessionRecord)
 
 
 # --- Any record ------------------------------------------------------------------------------
@@ -366,8 +389,8 @@ def test_any_record_is_printed(record: Record, name: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(record=comparisons(most=3))
 def test_any_cell_has_as_many_texts_as_columns_and_shows_what_it_lacks(record: Record) -> None:
-    for cell in record["cells"]:
+    for cell in record.cells:
         row = cell_row(record, cell)
-        assert len(row) == 7 + (record["way"] == "other sequences")
-        assert (row[2] == "none") is (cell["expected"] is None)
-        assert (row[4] == "none") is (cell["difference"] is None)
+        assert len(row) == 7 + (record.method == "other sequences")
+        assert (row[2] == "none") is (cell.expected is None)
+        assert (row[4] == "none") is (cell.difference is None)

@@ -1,0 +1,400 @@
+"""The records of the gate: noise, comparison, budgets, and the report of a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+from msgspec import field
+from msgspec.structs import asdict
+
+from cascade.core.provenance import Provenance
+from cascade.core.schema import (
+    UNSET,
+    Count,
+    Finite,
+    Index,
+    Interval,
+    Part,
+    StoredRecord,
+    Text,
+    UnsetType,
+)
+from cascade.evaluation.records import EvaluationSettings, ExitProvenance, OperatingPointRow
+from cascade.saturation.records import NoiseFloor
+
+Verdict = Literal["FAIL", "NOT COMPARABLE", "INCONCLUSIVE", "PASS"]
+CellVerdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+
+#: How two profiles are compared: sequence by sequence, or by means of other sequences.
+Method = Literal["same sequences", "other sequences"]
+
+#: Verdicts, the worst first.
+VERDICTS: tuple[Verdict, ...] = ("FAIL", "NOT COMPARABLE", "INCONCLUSIVE", "PASS")
+
+
+class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
+    """The noise floor of a model on this machine, as the cache keeps it: kind `noise`.
+
+    Attributes:
+        repeat: The largest change by another batch size, number of threads or attention kernel.
+        exact: The largest change by float64; None where it could not be measured.
+        ways: The largest change of each variant, or the reason why it could not be measured.
+        sequences: How many sequences were run.
+    """
+
+    KIND: ClassVar[str] = "noise"
+    COMMAND: ClassVar[str] = "gate"
+
+    schema: int = 1
+    kind: Literal["noise"] = "noise"
+    repeat: Finite
+    exact: Finite | None
+    ways: dict[str, float | str]
+    sequences: Count
+
+    @classmethod
+    def of(cls, floor: NoiseFloor) -> NoiseRecord:
+        """Return the record of a measured noise floor."""
+        return cls(**asdict(floor))
+
+    def floor(self) -> NoiseFloor:
+        """Return the noise floor."""
+        return NoiseFloor(
+            repeat=self.repeat, exact=self.exact, ways=self.ways, sequences=self.sequences
+        )
+
+
+# --- Comparisons -----------------------------------------------------------------------------
+
+
+class Mismatch(Part, frozen=True, kw_only=True):
+    """One thing that makes two profiles not comparable.
+
+    Attributes:
+        name: What differs, e.g. "model.dtype".
+        expected: The baseline's value.
+        obtained: The new one.
+        remedy: What to do.
+    """
+
+    name: str
+    expected: str | None
+    obtained: str | None
+    remedy: str
+
+
+class Attribution(Part, frozen=True, kw_only=True):
+    """Where the evidence of a drift points.
+
+    Attributes:
+        cause: "rows" (one side lacks some), "capture" (right numbers in the wrong place),
+            "counting" (means are right, shares or quantiles are not), "layer" (one layer's weights
+            or code), "numerics" (rounding everywhere) or "model" (the whole model, or its input).
+        layer: The first row that moved, where that says something.
+        text: A sentence.
+    """
+
+    cause: Literal["rows", "capture", "counting", "layer", "numerics", "model"]
+    layer: str | None
+    text: str
+
+
+class SequenceCounts(Part, frozen=True, kw_only=True):
+    """How many sequences were compared, of the baseline and new ones."""
+
+    baseline: Index
+    new: Index
+
+
+class MeanRow(Part, frozen=True, kw_only=True):
+    """The mean similarity of one layer on both sides; None where a side has no number."""
+
+    layer: str
+    expected: Finite | None
+    obtained: Finite | None
+
+
+class CellRow(Part, frozen=True, kw_only=True):
+    """One statistic of one layer, compared (see `Cell`); None for what is no finite number."""
+
+    layer: str
+    statistic: str
+    expected: Finite | None
+    obtained: Finite | None
+    difference: Finite | None
+    limit: Finite
+    standardized: Finite | None
+    interval: Interval | None
+    sequence: Index | None
+    needed: Index | None
+    verdict: CellVerdict
+
+
+class GateStep(Part, frozen=True, kw_only=True):
+    """One comparison of a gate: how many tokens were measured by then, and the verdict."""
+
+    tokens: Index
+    verdict: Verdict
+
+
+class GateRun(Part, frozen=True, kw_only=True):
+    """How a gate came to its verdict.
+
+    Attributes:
+        steps: The comparisons, one after each batch.
+        budget_tokens: The most tokens that it would have measured.
+        seconds: How long it took, without loading the model.
+        noise: The noise floor measured here, where the baseline was made on another machine.
+    """
+
+    steps: list[GateStep] = field(name="looks")
+    budget_tokens: Index
+    seconds: Finite
+    noise: NoiseRecord | None
+
+
+class ComparisonRecord(StoredRecord, frozen=True, kw_only=True):
+    """A profile compared with its baseline: kind `comparison`.
+
+    Attributes:
+        verdict: The verdict.
+        headline: The verdict and how it came about, in one sentence.
+        method: How the two were compared; None where they could not be.
+        mismatches: What makes the two not comparable.
+        attribution: Where the evidence points, where something failed.
+        sequences: How many sequences were compared.
+        tokens: How many new tokens.
+        notes: Further sentences for the reader.
+        profile: The mean similarities of both sides, per layer.
+        cells: Every statistic of every layer of either side.
+        provenance: Of the new profile.
+        baseline: Of the baseline.
+        gate: How the gate came to its verdict, where a gate made the comparison.
+    """
+
+    KIND: ClassVar[str] = "comparison"
+    COMMAND: ClassVar[str] = "compare --output"
+
+    schema: int = 1
+    kind: Literal["comparison"] = "comparison"
+    verdict: Verdict
+    headline: str
+    method: Method | None = field(name="way")
+    mismatches: list[Mismatch]
+    attribution: Attribution | None
+    sequences: SequenceCounts
+    tokens: Index
+    notes: list[str]
+    profile: list[MeanRow]
+    cells: list[CellRow]
+    provenance: Provenance | None
+    baseline: Provenance | None
+    gate: GateRun | UnsetType = UNSET
+
+
+class NamedComparison(ComparisonRecord, frozen=True, kw_only=True):
+    """A comparison of a session.
+
+    Attributes:
+        name: "<model>/<corpus>".
+        path: The path of the baseline.
+    """
+
+    name: str
+    path: str
+
+    @classmethod
+    def of(cls, record: ComparisonRecord, *, name: str, path: str) -> NamedComparison:
+        """Return a comparison with its name and the path of its baseline."""
+        return cls(**{**asdict(record), "name": name, "path": path})
+
+
+# --- Budgets ---------------------------------------------------------------------------------
+
+
+class BudgetSource(Part, frozen=True, kw_only=True):
+    """The fields of an evaluation that budgets are made of and checked against.
+
+    Attributes:
+        provenance: Of the evaluation.
+        settings: Of the evaluation.
+        points: The operating points.
+    """
+
+    provenance: ExitProvenance
+    settings: EvaluationSettings
+    points: list[OperatingPointRow]
+
+
+class Limit(Part, frozen=True, kw_only=True):
+    """The least and the most that a figure may be; at least one of them is there."""
+
+    least: Finite | UnsetType = UNSET
+    most: Finite | UnsetType = UNSET
+
+
+class PointBudget(Part, frozen=True, kw_only=True):
+    """The limits of one operating point's figures."""
+
+    perplexity_ratio: Limit
+    agreement: Limit
+    exit_share: Limit
+    layers_per_token: Limit
+    seconds_ratio: Limit
+
+
+class BudgetedPoint(OperatingPointRow, frozen=True, kw_only=True):
+    """An operating point as it was accepted, with its budget."""
+
+    budget: PointBudget
+
+
+class BudgetGroup(Part, frozen=True, kw_only=True):
+    """The budgets of one kind of exit head with one propagation.
+
+    Attributes:
+        provenance: Of the evaluation that was accepted.
+        settings: Of that evaluation.
+        points: The operating points with their budgets.
+    """
+
+    provenance: ExitProvenance
+    settings: EvaluationSettings
+    points: list[BudgetedPoint]
+
+
+class BudgetsRecord(StoredRecord, frozen=True, kw_only=True):
+    """The budgets of early exit of one model and corpus: kind `budgets`."""
+
+    KIND: ClassVar[str] = "budgets"
+    COMMAND: ClassVar[str] = "accept"
+
+    schema: int = 1
+    kind: Literal["budgets"] = "budgets"
+    groups: list[BudgetGroup]
+
+
+class Overrun(Part, frozen=True, kw_only=True):
+    """One budget that was exceeded.
+
+    Attributes:
+        point: The operating point, in words.
+        figure: E.g. "perplexity_ratio"; "point" where the operating point was not measured.
+        limit: The budget, in words; empty where the operating point was not measured.
+        measured: The measured value, in words.
+        command: The command to look closer with.
+    """
+
+    point: str
+    figure: str
+    limit: str
+    measured: str
+    command: str
+
+    @property
+    def found(self) -> str:
+        """Budget and measurement, in words."""
+        if not self.limit:
+            return self.measured
+        return f"{self.figure} budget {self.limit}, measured {self.measured}"
+
+    def __str__(self) -> str:
+        return f"{self.point}: {self.found}; look closer with `{self.command}`"
+
+
+# --- Sessions --------------------------------------------------------------------------------
+
+
+class BudgetOutcome(Part, frozen=True, kw_only=True):
+    """The outcome of one file of budgets.
+
+    Attributes:
+        name: "<model>/<corpus>".
+        path: The path of the file.
+        verdict: The verdict.
+        points: How many operating points were checked.
+        overruns: The budgets that were exceeded.
+        reason: Why nothing could be compared; None where it could.
+    """
+
+    name: str
+    path: str
+    verdict: Verdict
+    points: Index
+    overruns: list[Overrun]
+    reason: str | None
+
+
+class MissingBaseline(Part, frozen=True, kw_only=True):
+    """A baseline that does not exist: its path, and the command that makes it."""
+
+    path: Text
+    command: str
+
+
+class SessionRecord(StoredRecord, frozen=True, kw_only=True):
+    """The outcome of a test session, or of one comparison on the command line: kind `report`.
+
+    Attributes:
+        verdict: The worst of all verdicts.
+        comparisons: The comparisons with baselines.
+        budgets: The files of budgets that were checked.
+        missing: Baselines that do not exist.
+        regenerated: Paths of baselines that were made again.
+        unused: Paths of baselines that no test used.
+    """
+
+    KIND: ClassVar[str] = "report"
+    COMMAND: ClassVar[str] = "gate --output"
+
+    schema: int = 1
+    kind: Literal["report"] = "report"
+    verdict: Verdict
+    comparisons: list[NamedComparison]
+    budgets: list[BudgetOutcome]
+    missing: list[MissingBaseline]
+    regenerated: list[str]
+    unused: list[str]
+
+
+def session_record(
+    comparisons: Iterable[NamedComparison],
+    budgets: Iterable[BudgetOutcome] = (),
+    missing: Iterable[MissingBaseline] = (),
+    regenerated: Iterable[str] = (),
+    unused: Iterable[str] = (),
+) -> SessionRecord:
+    """Return the record of a session.
+
+    Args:
+        comparisons: The comparisons with baselines.
+        budgets: The files of budgets that were checked.
+        missing: Baselines that do not exist.
+        regenerated: Paths of baselines that were made again.
+        unused: Paths of baselines that no test used.
+
+    Returns:
+        The record. Its verdict is the worst of all; a missing baseline fails, and a session that
+        compared nothing with a baseline, or only with one that it has just made, is inconclusive.
+
+    Example:
+        >>> session_record([]).verdict
+        'INCONCLUSIVE'
+    """
+    compared, checked, absent = list(comparisons), list(budgets), list(missing)
+    made = list(regenerated)
+    found: set[Verdict] = {entry.verdict for entry in compared}
+    found |= {entry.verdict for entry in checked}
+    if absent:
+        found.add("FAIL")
+    if made or not found:
+        found.add("INCONCLUSIVE")
+    return SessionRecord(
+        verdict=min(found, key=VERDICTS.index),
+        comparisons=compared,
+        budgets=checked,
+        missing=absent,
+        regenerated=made,
+        unused=list(unused),
+    )

@@ -1,0 +1,254 @@
+"""A comparison and a session as reports in sections: for terminal, Markdown and page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cascade.core.schema import to_plain
+from cascade.gate.records import (
+    BudgetOutcome,
+    CellRow,
+    ComparisonRecord,
+    NamedComparison,
+    SessionRecord,
+)
+from cascade.report.common.sections import (
+    Block,
+    Heading,
+    Lead,
+    Pairs,
+    Picture,
+    Provenances,
+    Report,
+    Section,
+    table_of,
+)
+from cascade.report.gate.wording import (
+    OVERRUN_HEADER,
+    cell_header,
+    cell_row,
+    glossary,
+    has_intervals,
+    holes,
+    leftovers,
+    mismatch_pairs,
+    outcome,
+    overrun_commands,
+    overrun_rows,
+    overview,
+    provenance_pairs,
+    sentences,
+    worst_cells,
+    worst_first,
+    worst_title,
+)
+
+#: The marks of verdicts, for colour alone: the verdict is said in words as well.
+MARKS = {"PASS": "pass", "FAIL": "fail", "NOT COMPARABLE": "fail", "INCONCLUSIVE": "open"}
+
+#: How many of the worst cells one comparison shows, and each comparison of a summary.
+_WORST, _SUMMARY_WORST = 10, 3
+
+
+def comparison_report(record: ComparisonRecord) -> Report:
+    """Return a comparison as a report: the verdict, where it points, the worst cells, the origin.
+
+    Args:
+        record: A record of kind `comparison`.
+    """
+    cells = worst_cells(record)
+    about = [*sentences(record), *provenance_pairs(record)]
+    blocks = [*_pairs(mismatch_pairs(record)), *_pairs(about), *_worst(record, cells, _WORST)]
+    return Report(
+        kicker="CASCADE comparison",
+        title=record.verdict,
+        about=record.headline,
+        sections=(Section("", tuple(blocks)),),
+        provenance=None,
+        mark=MARKS[record.verdict],
+    )
+
+
+def session_summary(record: SessionRecord) -> Report:
+    """Return a session in short: every comparison and budget, and which baselines are missing.
+
+    Args:
+        record: A record of kind `report`.
+    """
+    sections = [_short_comparison(comparison) for comparison in record.comparisons]
+    sections += [_short_budget(budget) for budget in record.budgets]
+    sections.append(Section("", tuple(_pairs(leftovers(record)))))
+    return _session(record, sections)
+
+
+def session_report(record: SessionRecord, *, worst: int, drawn: bool) -> Report:
+    """Return a session as a whole report, the worst verdict first.
+
+    Args:
+        record: A record of kind `report`.
+        worst: How many of the worst cells each comparison lists.
+        drawn: Whether to draw the map of all cells and the profiles, and to show both provenances.
+    """
+    parts = worst_first([*record.comparisons, *record.budgets])
+    sections = []
+    if len(parts) > 1:
+        rows = [[part.verdict, part.name, outcome(part)] for part in parts]
+        header = ("verdict", "what", "outcome")
+        sections.append(Section("", (table_of("The worst first.", header, rows, text_columns=3),)))
+    sections.append(Section("Baselines", tuple(_pairs(leftovers(record)))))
+    number = 0
+    for part in parts:
+        if isinstance(part, NamedComparison):
+            number += 1
+            heading = f"{part.verdict}: {part.name}"
+            blocks = _comparison(part, worst, number if drawn else None)
+        else:
+            heading = f"{part.verdict}: budgets of {part.name}"
+            blocks = _budget(part)
+        sections.append(Section(heading, tuple(blocks)))
+    return _session(record, sections)
+
+
+def _session(record: SessionRecord, sections: Sequence[Section]) -> Report:
+    return Report(
+        kicker="CASCADE gate",
+        title=record.verdict,
+        about=overview(record),
+        sections=tuple(sections),
+        provenance=None,
+        mark=MARKS[record.verdict],
+    )
+
+
+# --- In short --------------------------------------------------------------------------------
+
+
+def _short_comparison(record: NamedComparison) -> Section:
+    where = [("Baseline", record.path)] if record.verdict != "PASS" else []
+    text = f"{record.name}: {record.headline}"
+    blocks: list[Block] = [Lead(text, MARKS[record.verdict], record.verdict)]
+    blocks += _pairs([*mismatch_pairs(record), *sentences(record), *where])
+    cells = worst_cells(record)
+    if cells:
+        blocks.append(_worst_table(record, cells, _SUMMARY_WORST))
+    return Section("", tuple(blocks))
+
+
+def _short_budget(budget: BudgetOutcome) -> Section:
+    text = f"{budget.name}: {outcome(budget)}"
+    blocks: list[Block] = [Lead(text, MARKS[budget.verdict], budget.verdict)]
+    return Section("", (*blocks, *_overruns(budget), *_pairs(_look_closer(budget))))
+
+
+# --- In whole --------------------------------------------------------------------------------
+
+
+def _comparison(record: NamedComparison, worst: int, number: int | None) -> Iterator[Block]:
+    yield Lead(record.headline, MARKS[record.verdict], record.verdict)
+    yield from _pairs(
+        [
+            *mismatch_pairs(record),
+            *sentences(record),
+            *provenance_pairs(record),
+            ("Stored in", record.path),
+        ]
+    )
+    cells = worst_cells(record)
+    if number is None:
+        yield from _worst(record, cells, worst)
+        return
+    yield from _pictures(record, number)
+    if cells:
+        yield Heading("Worst cells")
+        yield from _worst(record, cells, worst)
+    if record.provenance and record.baseline:
+        yield Provenances(to_plain(record.provenance), to_plain(record.baseline))
+
+
+def _pictures(record: NamedComparison, number: int) -> Iterator[Block]:
+    # matplotlib takes long to import; the terminal needs no picture.
+    from cascade.report.gate.figures import drift_map_svg, profiles_svg
+
+    if record.cells:
+        yield Heading("Every layer and statistic")
+        drawing = drift_map_svg(record, f"map-{number}")
+        yield Picture(f"map-{number}.svg", drawing, _map_caption(record))
+    if record.profile:
+        yield Heading("Profiles")
+        drawing = profiles_svg(record, f"profiles-{number}")
+        yield Picture(f"profiles-{number}.svg", drawing, _profile_caption(record))
+
+
+def _budget(budget: BudgetOutcome) -> Iterator[Block]:
+    yield Lead(outcome(budget), MARKS[budget.verdict], budget.verdict)
+    yield from _overruns(budget)
+    yield from _pairs([*_look_closer(budget), ("Stored in", budget.path)])
+
+
+def _overruns(budget: BudgetOutcome) -> Iterator[Block]:
+    rows = overrun_rows(budget)
+    if rows:
+        yield table_of("Budgets that were not kept.", OVERRUN_HEADER, rows, text_columns=1)
+
+
+def _look_closer(budget: BudgetOutcome) -> list[tuple[str, str]]:
+    return [("Look closer", f"`{command}`") for command in overrun_commands(budget)]
+
+
+def _pairs(pairs: Sequence[tuple[str, str]]) -> Iterator[Block]:
+    if pairs:
+        yield Pairs(tuple(pairs))
+
+
+def _worst(record: ComparisonRecord, cells: Sequence[CellRow], most: int) -> Iterator[Block]:
+    if not cells:
+        return
+    yield _worst_table(record, cells, most)
+    meaning = glossary(record, cells[:most])
+    if meaning:
+        yield f"{meaning}."
+
+
+def _worst_table(record: ComparisonRecord, cells: Sequence[CellRow], most: int) -> Block:
+    shown = cells[:most]
+    return table_of(
+        f"{worst_title(record, cells, len(shown))}.",
+        cell_header(record),
+        [cell_row(record, cell) for cell in shown],
+        text_columns=1,
+        active=_layers(record),
+    )
+
+
+def _layers(record: ComparisonRecord) -> list[str]:
+    """Return the layer that the evidence points to, if it points to one."""
+    found = record.attribution
+    return [] if found is None or found.layer is None else [found.layer]
+
+
+def _map_caption(record: ComparisonRecord) -> str:
+    kind = "margin" if has_intervals(record) else "tolerance"
+    texts = [
+        f"Each row is a layer, each column a statistic: orange lies above the baseline, blue below "
+        f"it, the deeper the farther. The depth steps up at the {kind}; a cell beyond it is framed "
+        "and has a sign."
+    ]
+    if any(cell.verdict == "INCONCLUSIVE" for cell in record.cells):
+        texts.append("A dashed frame is undecided.")
+    if holes(record):
+        texts.append(f"Hatched, for want of a number on one side: {holes(record)}.")
+    texts += [f"The arrow marks layer {layer}, which it points to." for layer in _layers(record)]
+    return " ".join(texts)
+
+
+def _profile_caption(record: ComparisonRecord) -> str:
+    what = (
+        "the means' difference with its interval, and the margin"
+        if has_intervals(record)
+        else "how far the sequence that moved most has moved, and the tolerance, beyond which the "
+        "axis is logarithmic"
+    )
+    return (
+        f"Above: the mean similarity of each layer over the {record.tokens:,} tokens that were "
+        f"compared, the new profile drawn over the baseline's. Below: {what}."
+    )

@@ -1,0 +1,125 @@
+"""The check of early exit against its budgets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support.plugin_project import (
+    BUDGETS,
+    STORED,
+    failure,
+    marked_test,
+    ran,
+)
+
+from cascade.core.provenance import provenance_of
+from cascade.corpora.blocks import load_blocks
+from cascade.evaluation.operating_points import OperatingPoint
+from cascade.exits.head_fitting import fit_heads
+from cascade.gate.budgets import accept_budgets
+from cascade.gate.remeasuring import PointsConfig, evaluate_points
+from cascade.models.loading import load
+
+
+def groups() -> Any:
+    return json.loads(STORED.read_text())
+
+
+def test_only_the_points_at_the_exit_layer_are_held(guarded: pytest.Pytester) -> None:
+    stored = groups()
+    (group,) = stored["groups"]
+    group["points"][0] |= {"exit_layer": 2}  # its budget is another layer's, and is not kept
+    STORED.write_text(json.dumps(stored))
+    only = ("-m", "budgets")
+    assert "layer 2" in failure(ran(guarded, *only))
+    ran(guarded, *only, "--cascade-exit-layer", 3).assert_outcomes(passed=1, deselected=1)
+    assert "layer 2" in failure(ran(guarded, *only, "--cascade-exit-layer", 2))
+    done = failure(ran(guarded, *only, "--cascade-exit-layer", 1))
+    assert "has no point at exit layer 1 with propagation any; it has layers 2, 3" in done
+    done = ran(guarded, *only, "--cascade-exit-layer", 9)
+    done.assert_outcomes(errors=1, deselected=1)
+    assert failure(done) == "expected an exit layer in 1..4, got 9"
+    guarded.makepyfile(
+        test_my_budgets="import pytest\n"
+        + marked_test(BUDGETS, "budgets(exit_layer=3)", "here")
+        + marked_test(BUDGETS, "budgets(propagation='ridge')", "ridge")
+    )
+    done = ran(guarded, *only)
+    done.assert_outcomes(passed=1, failed=1, deselected=1)
+    assert "no point at exit layer any with propagation ridge" in failure(done)
+
+
+def test_budgets_of_fitted_heads_are_measured_with_those_heads(
+    guarded: pytest.Pytester, models: Path
+) -> None:
+    stack = load(str(models / "tiny"))
+    blocks = load_blocks("texts.jsonl", stack.tokenizer, seq_len=16)
+    heads = fit_heads(stack, blocks, (3,), provenance=provenance_of(stack, blocks, None))
+    heads.save(STORED.parent / "texts.heads.safetensors")
+    points = [OperatingPoint(3, "cosine", 0.8, "given")]
+    config = PointsConfig(propagation="ridge")
+    record = evaluate_points(stack, points, blocks, heads=heads, config=config)
+    row = replace(record.points[0], seconds_ratio=50.0, seconds_ratio_interval=None)
+    accept_budgets(Path("baselines"), replace(record, points=[row]))
+    done = ran(guarded, "-m", "budgets", "--cascade-report", "out")
+    done.assert_outcomes(passed=1, deselected=1)
+    (budget,) = json.loads(Path("out/report.json").read_text())["budgets"]
+    assert (budget["verdict"], budget["points"]) == ("PASS", 4)
+    (STORED.parent / "texts.heads.safetensors").unlink()
+    assert "no exit heads sha256:" in failure(ran(guarded, "-m", "budgets"))
+
+
+def test_records_of_ones_own_are_held_to_the_same_budgets(guarded: pytest.Pytester) -> None:
+    guarded.makepyfile(
+        test_my_budgets="""
+        import pytest
+        from msgspec.structs import replace
+
+        def test_one(exit_budget, cascade_evaluation):
+            exit_budget.check(cascade_evaluation[0])
+
+        def test_several(exit_budget, cascade_evaluation):
+            assert len(cascade_evaluation) == len(cascade_evaluation[:]) == 1
+            assert cascade_evaluation[0].kind == "evaluation"
+            exit_budget.check(list(cascade_evaluation))
+
+        def test_worse(exit_budget, cascade_evaluation):
+            right = cascade_evaluation[0]
+            worse = replace(right, points=[replace(row, agreement=0.0) for row in right.points])
+            with pytest.raises(pytest.fail.Exception, match="agreement budget at least"):
+                exit_budget.check(worse)
+
+        def test_nothing(exit_budget):  # and a record that lacks something
+            with pytest.raises(pytest.fail.Exception, match="the evaluation is torn or edited"):
+                exit_budget.check({"kind": "evaluation", "points": []})
+            with pytest.raises(pytest.fail.Exception, match="expected cascade_evaluation"):
+                exit_budget.check([])
+        """
+    )
+    ran(guarded, "-m", "budgets").assert_outcomes(passed=4, deselected=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_text(path.read_text()[:-60]), "torn or edited"),
+        (lambda path: path.write_text('{"schema": 1, "kind": "budgets"}'), "groups"),
+        (lambda path: path.write_text('{"schema": 4, "kind": "budgets"}'), "has schema 4"),
+    ],
+)
+def test_damaged_budgets_fail_in_one_line(
+    guarded: pytest.Pytester, damage: Callable[[Path], Any], words: str
+) -> None:
+    damage(guarded.path / STORED)
+    done = ran(guarded, "-m", "budgets", "--cascade-report", "out")
+    done.assert_outcomes(failed=1, deselected=1)
+    assert words in failure(done)
+    assert len(failure(done).splitlines()) == 1
+    (budget,) = json.loads(Path("out/report.json").read_text())["budgets"]
+    assert (budget["verdict"], budget["points"]) == ("NOT COMPARABLE", 0)
+    assert words in budget["reason"]

@@ -1,0 +1,294 @@
+"""The check of profiles: the life of a baseline, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.build_profiles import (
+    a_profile,
+)
+from support.commands import TEXTS
+from support.disk import contents
+from support.plugin_project import (
+    BASELINE,
+    STORED,
+    broken,
+    failure,
+    mended,
+    ran,
+    typed,
+)
+
+from cascade.core.records import packed
+from cascade.gate.baselines import read_profile
+from cascade.gate.budgets import SLACK
+
+# --- The life of a baseline -----------------------------------------------------------------------
+
+
+def test_a_baseline_is_missed_made_kept_broken_and_made_anew(project: pytest.Pytester) -> None:
+    only = ("-m", "saturation")
+    missing = ran(project, *only, "--cascade-report", "out")
+    missing.assert_outcomes(failed=1, deselected=1)
+    assert failure(missing).startswith(f"no baseline {BASELINE}; make one with `cascade analyze ")
+    assert len(failure(missing).splitlines()) == 1
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["verdict"] == "FAIL"
+    (entry,) = report["missing"]
+    assert entry["path"] == str(BASELINE)
+    assert re.fullmatch("cascade analyze .* && cascade accept RUN .*", entry["command"])
+    assert not Path("baselines").exists()
+
+    made = ran(project, *only, "--force-regen")
+    made.assert_outcomes(failed=1, deselected=1)
+    assert (
+        failure(made)
+        == f"made {BASELINE} anew (--force-regen); review it, commit it, and run again"
+    )
+    whole = read_profile(project.path / BASELINE)
+    record = whole.record()
+    assert record.noise
+    assert record.noise.repeat < 1e-6
+    assert record.provenance.corpus.records == len(TEXTS)
+    assert "--force-regen" in str(record.provenance.command)
+
+    ran(project, *only).assert_outcomes(passed=1, deselected=1)
+
+    broken(project)
+    changed = ran(project, *only)
+    changed.assert_outcomes(failed=1, deselected=1)
+    assert failure(changed).startswith("FAIL: drift: ")
+    assert "layer 3 is the first that moved" in failure(changed)
+
+    again = ran(project, *only, "--force-regen")
+    again.assert_outcomes(failed=1, deselected=1)
+    assert "Against the baseline before:\nFAIL: drift" in failure(again)
+    assert "layer 3 is the first that moved" in failure(again)
+    ran(project, *only).assert_outcomes(passed=1, deselected=1)
+    mended(project)
+    ran(project, *only).assert_outcomes(failed=1, deselected=1)
+
+
+def test_budgets_live_the_same_life(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)  # time is not what this test is about
+    only = ("-m", "budgets", "--cascade-exit-layer", "3")
+    missing = ran(project, *only)
+    missing.assert_outcomes(failed=1, deselected=1)
+    assert failure(missing).startswith(f"no baseline {STORED}; make one with `cascade evaluate ")
+    made = ran(project, *only, "--force-regen")
+    made.assert_outcomes(failed=1, deselected=1)
+    (group,) = json.loads(STORED.read_text())["groups"]
+    assert [point["exit_layer"] for point in group["points"]] == [3, 3, 3]
+    ran(project, *only).assert_outcomes(passed=1, deselected=1)
+
+    broken(project, 1.3)
+    changed = ran(project, *only)
+    changed.assert_outcomes(failed=1, deselected=1)
+    assert re.match(r"FAIL: .*: not kept: \d+ of the budgets of 3 points", failure(changed))
+    assert "exit_share budget at least" in failure(changed)
+    assert "To look closer: cascade evaluate" in failure(changed)
+    again = ran(project, *only, "--force-regen")
+    again.assert_outcomes(failed=1, deselected=1)
+    assert "Against the budgets before:" in failure(again)
+    assert "exit_share budget" in failure(again)
+
+
+def test_the_commands_that_a_missing_baseline_names_make_it(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)  # time is not what this test is about
+    for marker, point in (("saturation", ""), ("budgets", "3:cosine:0.8")):
+        said = failure(ran(project, "-m", marker))
+        lines = re.findall("`(cascade [^`]*)`", said)
+        assert len(lines) == 2
+        for line in lines:
+            line = line.replace("RUN", marker).replace("LAYER:cosine:THRESHOLD", point)
+            assert typed(line, monkeypatch) == 0
+        assert ran(project, "-m", marker).parseoutcomes()["passed"] == 1
+
+
+def test_force_regen_leaves_what_still_holds_and_passes(guarded: pytest.Pytester) -> None:
+    before = contents(guarded.path / "baselines")
+    ran(guarded, "--force-regen").assert_outcomes(passed=2)
+    assert contents(guarded.path / "baselines") == before
+
+
+def test_regen_all_writes_everything_and_passes(guarded: pytest.Pytester) -> None:
+    broken(guarded)
+    before = contents(guarded.path / "baselines")
+    ran(guarded, "--regen-all", "--cascade-report", "out").assert_outcomes(passed=2)
+    after = contents(guarded.path / "baselines")
+    assert before.keys() == after.keys()
+    assert all(before[name] != after[name] for name in before if before[name] is not None)
+    record = json.loads(Path("out/report.json").read_text())
+    assert record["verdict"] == "INCONCLUSIVE"  # nobody has reviewed them yet
+    assert record["regenerated"] == [str(STORED), str(BASELINE)]
+    ran(guarded, "-m", "saturation").assert_outcomes(passed=1, deselected=1)
+    # Also what still holds, as pytest-regressions does.
+    ran(guarded, "--regen-all", "-k", "saturation").assert_outcomes(passed=1, deselected=1)
+    command = read_profile(guarded.path / BASELINE).record().provenance.command
+    assert str(command).endswith("--regen-all -k saturation")
+
+
+def test_a_profile_is_that_of_the_new_baseline_once_there_is_one(
+    guarded: pytest.Pytester,
+) -> None:
+    broken(guarded)
+    guarded.makepyfile(
+        test_my_saturation=f"""
+        from pathlib import Path
+
+        import numpy as np
+        from cascade import read_profile
+
+        def test_it(saturation_baseline, cascade_profile):
+            edges = []
+            for _ in range(2):
+                stored = read_profile(Path("{BASELINE}")).arrays()["edges"]
+                assert np.array_equal(cascade_profile.arrays()["edges"], stored)
+                edges.append(stored)
+                saturation_baseline.check(cascade_profile)
+            assert not np.array_equal(*edges)
+        """
+    )
+    done = ran(guarded, "--regen-all", "test_my_saturation.py")
+    done.assert_outcomes(passed=1)
+
+
+def test_a_corpus_that_grew_is_measured_whole_when_made_anew(guarded: pytest.Pytester) -> None:
+    with Path("texts.jsonl").open("a") as file:
+        file.write('{"text": "One more text, longer than a sequence of sixteen characters."}\n')
+    only = ("-m", "saturation")
+    ran(guarded, *only).assert_outcomes(passed=1, deselected=1)
+    before = len(read_profile(guarded.path / BASELINE).arrays()["sequence"])
+    ran(guarded, *only, "--force-regen").assert_outcomes(failed=1, deselected=1)
+    stored = read_profile(guarded.path / BASELINE)
+    assert stored.record().provenance.corpus.records == len(TEXTS) + 1
+    assert len(stored.arrays()["sequence"]) > before
+    ran(guarded, *only).assert_outcomes(passed=1, deselected=1)
+
+
+def test_a_torn_baseline_is_made_anew_but_torn_budgets_are_asked_for(
+    guarded: pytest.Pytester,
+) -> None:
+    for path in (BASELINE, STORED):
+        path.write_text(path.read_text()[:-40])
+    done = ran(guarded, "--regen-all")
+    done.assert_outcomes(passed=1, failed=1)
+    # Which points they held nobody knows any more.
+    assert "texts-confirm.budgets.json is torn or edited" in failure(done)
+    read_profile(guarded.path / BASELINE)
+
+
+@pytest.mark.parametrize("option", ["--force-regen", "--regen-all"])
+def test_nothing_is_made_anew_where_ci_is_set(
+    guarded: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    broken(guarded, 1.3)
+    before = contents(guarded.path / "baselines")
+    monkeypatch.setenv("CI", "true")
+    for marker in ("saturation", "budgets"):
+        done = ran(guarded, option, "-m", marker, "--cascade-report", "out")
+        done.assert_outcomes(failed=1, deselected=1)
+        assert failure(done).startswith(f"{option} is refused where CI is set: ")
+        assert len(failure(done).splitlines()) == 1
+        assert json.loads(Path("out/report.json").read_text())["verdict"] == "NOT COMPARABLE"
+    assert contents(guarded.path / "baselines") == before
+    monkeypatch.setenv("CI", "false")
+    ran(guarded, option, "-m", "saturation")
+    assert contents(guarded.path / "baselines") != before
+
+
+# --- What cannot be compared ----------------------------------------------------------------------
+
+
+def torn(path: Path) -> None:
+    path.write_text(path.read_text()[:-60])
+
+
+def edited_by_hand(path: Path) -> None:
+    text = path.read_text()
+    path.write_text(text.replace('"mean": 0.', '"mean": 0.1', 1))
+
+
+def newer(path: Path) -> None:
+    record = json.loads(path.read_text())
+    record |= {"schema": 9}
+    record["provenance"]["versions"]["cascade-exit"] = "7.1"
+    path.write_text(json.dumps(record))
+
+
+def without_npz(path: Path) -> None:
+    path.with_suffix(".npz").unlink()
+
+
+def another_runs_npz(path: Path) -> None:
+    path.with_suffix(".npz").write_bytes(packed(a_profile(4).state))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (torn, "texts.saturation.json is torn or edited"),
+        (edited_by_hand, "texts.saturation.json was changed after it was made (hash is"),
+        (newer, "has schema 9, this release reads up to 2; use cascade-exit 7.1 or a later one"),
+        (without_npz, "no file "),
+        (another_runs_npz, "texts.saturation.npz was changed after it was made"),
+    ],
+)
+def test_a_damaged_baseline_fails_in_one_line_and_is_left_as_it_is(
+    guarded: pytest.Pytester, damage: Callable[[Path], None], words: str
+) -> None:
+    damage(guarded.path / BASELINE)
+    before = contents(guarded.path / "baselines")
+    done = ran(guarded, "-m", "saturation", "--cascade-report", "out")
+    done.assert_outcomes(failed=1, deselected=1)
+    assert words in failure(done)
+    assert len(failure(done).splitlines()) == 1
+    record = json.loads(Path("out/report.json").read_text())
+    assert record["verdict"] == "NOT COMPARABLE"
+    assert words in record["comparisons"][0]["headline"]
+    assert contents(guarded.path / "baselines") == before
+
+
+def test_another_checkpoint_is_said_in_one_line_with_what_to_do(
+    guarded: pytest.Pytester, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models / "other", guarded.path / "tiny")
+    only = ("--cascade-model", "tiny", "-m")
+    (said,) = failure(ran(guarded, *only, "budgets")).splitlines()
+    assert "weights_hash is sha256:" in said
+    (said,) = failure(ran(guarded, *only, "saturation")).splitlines()
+    assert said.startswith("NOT COMPARABLE: model.weights_hash is sha256:")
+    assert "another checkpoint: review it, then accept a baseline of its own" in said
+    # Measure, see what moved (status 1: it did), accept.
+    lines = re.findall("`(cascade [^`]*)`", said)
+    assert [typed(line, monkeypatch) for line in lines] == [0, 1, 0]
+    ran(guarded, *only, "saturation").assert_outcomes(passed=1, deselected=1)
+    made = ran(guarded, *only, "budgets", "--force-regen")
+    assert failure(made).startswith(f"made {STORED} anew")
+    assert "weights_hash" in failure(made)
+
+
+def test_a_model_that_gives_nan_or_is_not_there_fails_in_one_line(
+    guarded: pytest.Pytester,
+) -> None:
+    broken(guarded, "float('inf')")
+    done = ran(guarded, "-m", "saturation")
+    done.assert_outcomes(failed=1, deselected=1)
+    assert "layer 3 is the first to give NaN" in failure(done)
+    assert len(failure(done).splitlines()) == 1
+    mended(guarded)
+    (guarded.path / "empty").mkdir()
+    only = ("-m", "saturation", "--cascade-model", "empty", "--cascade-report", "out")
+    done = ran(guarded, *only)
+    done.assert_outcomes(errors=1, deselected=1)
+    assert len(failure(done).splitlines()) == 1
+    assert json.loads(Path("out/report.json").read_text())["verdict"] == "NOT COMPARABLE"
