@@ -109,7 +109,7 @@ SHARD = "train/data-00000-of-00001.arrow"
         (lambda d: shutil.rmtree(d), "make one with `cascade collect-hard --output`"),
         (lambda d: edited(d / "hard-tokens.json", lambda b: b[:-9]), "is torn or edited"),
         (lambda d: with_record(d, lambda r: r.update(layer=2)), "it is not what its hash says"),
-        (lambda d: with_record(d, lambda r: r.pop("parts")), "expected parts, got nothing"),
+        (lambda d: with_record(d, lambda r: r.pop("parts")), "an object at parts, got nothing"),
         (lambda d: with_record(d, lambda r: r.update(schema=2)), "this release reads up to 1"),
         (lambda d: with_record(d, lambda r: r.update(kind="bench")), "of kind hard-tokens, got"),
     ],
