@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cascade.decoding.early_exit import EarlyExit as EarlyExit
     from cascade.evaluation.calibration import calibrate as calibrate
     from cascade.evaluation.exit_evaluation import evaluate as evaluate
-    from cascade.evaluation.search import search_exits as search_exits
+    from cascade.evaluation.search.exit_search import search_exits as search_exits
     from cascade.exits.distillation import distill as distill
     from cascade.exits.fitted_heads import FittedHeads as FittedHeads
     from cascade.exits.fitted_heads import load_heads as load_heads
@@ -91,7 +91,7 @@ _MODULES = {
     "read_profile": "gate.baselines",
     "read_record": "record_kinds",
     "run_gate": "gate.quick_gate",
-    "search_exits": "evaluation.search",
+    "search_exits": "evaluation.search.exit_search",
     "train_stage": "stages.training",
 }
 

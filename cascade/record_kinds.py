@@ -17,7 +17,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "exit-heads": ("exits.records", "HeadsMetadata"),
     "calibration": ("evaluation.calibration_record", "CalibrationRecord"),
     "evaluation": ("evaluation.records", "EvaluationRecord"),
-    "exit-search": ("evaluation.search_record", "SearchRecord"),
+    "exit-search": ("evaluation.search.records", "SearchRecord"),
     "generation": ("decoding.transcript", "GenerationRecord"),
     "hard-tokens": ("stages.hard_tokens.records", "HardTokensRecord"),
     "cascade": ("stages.records", "CascadeRecord"),

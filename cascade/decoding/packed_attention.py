@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from cascade.decoding.kv_cache import Selection
-from cascade.models.views import can_be_copied, with_children, with_config
+from cascade.models.overrides.views import can_be_copied, with_children, with_config
 
 #: The name under which packed attention is registered with `transformers`.
 _PACKED = "cascade_packed"

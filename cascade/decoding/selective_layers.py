@@ -24,15 +24,15 @@ from cascade.decoding.kv_cache import KeyValueCache, Selection
 from cascade.decoding.packed_attention import PACKABLE, packed_layer
 from cascade.models.fast_layers import FastLayers
 from cascade.models.flops import Counts
-from cascade.models.hooks import hidden_of
-from cascade.models.stack import DecoderStack, LayerCall
-from cascade.models.views import (
+from cascade.models.overrides.hooks import hidden_of
+from cascade.models.overrides.views import (
     can_be_copied,
     holders,
     paths_of,
     with_descendants,
     with_own_hooks,
 )
+from cascade.models.stack import DecoderStack, LayerCall
 
 
 @dataclass(frozen=True)

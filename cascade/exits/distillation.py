@@ -17,7 +17,7 @@ from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.exits.fitted_heads import CHECKED, FittedHeads
 from cascade.exits.head_fitting import rows_of
 from cascade.exits.records import Distillation
-from cascade.models.hooks import frozen
+from cascade.models.overrides.hooks import frozen
 from cascade.models.stack import DecoderStack
 from cascade.stats.ridge import rms_normalized
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cascade.core.errors import UnsupportedModelError
 from cascade.models.architecture import run_decoder
-from cascade.models.hooks import hidden_of, layer_hooks
+from cascade.models.overrides.hooks import hidden_of, layer_hooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

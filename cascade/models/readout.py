@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from cascade.core.errors import UnsupportedModelError
 from cascade.models.architecture import run_decoder
 from cascade.models.fast_layers import product
-from cascade.models.hooks import as_output, split_output
+from cascade.models.overrides.hooks import as_output, split_output
+from cascade.models.overrides.stand_ins import StandIns
+from cascade.models.overrides.views import paths_of, with_descendants, with_own_hooks
 from cascade.models.probing import Probe
-from cascade.models.stand_ins import StandIns
-from cascade.models.views import paths_of, with_descendants, with_own_hooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from cascade.core.provenance import ModelProvenance, model_provenance
 from cascade.core.schema import known
 from cascade.models.architecture import check_config, check_weights, find_layers, run_decoder
-from cascade.models.hooks import (
+from cascade.models.identity import weights_digest
+from cascade.models.overrides.hooks import (
     as_output,
     hidden_of,
     layer_hooks,
     layer_pre_hook,
     split_output,
 )
-from cascade.models.identity import weights_digest
+from cascade.models.overrides.stand_ins import StandIns
 from cascade.models.probing import probe
 from cascade.models.readout import Readout
-from cascade.models.stand_ins import StandIns
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase

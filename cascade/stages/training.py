@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from cascade.core.errors import TrainingError, UsageError
 from cascade.core.provenance import machine_of
 from cascade.core.schema import known
-from cascade.models.hooks import frozen
+from cascade.models.overrides.hooks import frozen
 from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.dataset import HardTokens
 from cascade.stages.records import HeldOutEvaluation, StageBase, StageTokens, TrainingProvenance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cascade.evaluation.search_record import ConfirmedBy, NoThreshold, TriedPoint
+from cascade.evaluation.search.records import ConfirmedBy, NoThreshold, TriedPoint
 
 
 def a_point(

@@ -8,8 +8,8 @@ from msgspec import structs
 
 from cascade.core.schema import from_plain
 from cascade.evaluation.records import ExitProvenance, FullModelFigures
-from cascade.evaluation.search_choice import SearchConfig, SearchOrigin
-from cascade.evaluation.search_record import SearchRecord, SearchSettings
+from cascade.evaluation.search.choice import SearchConfig, SearchOrigin
+from cascade.evaluation.search.records import SearchRecord, SearchSettings
 
 
 def a_corpus(name: str, sequences: int) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from cascade.core.errors import RecordError, UsageError
 
 if TYPE_CHECKING:
     from cascade.corpora.blocks import TokenBlocks
-    from cascade.evaluation.search_choice import SearchConfig
-    from cascade.evaluation.search_record import SearchRecord
-    from cascade.evaluation.stored_evaluations import Answer
+    from cascade.evaluation.search.choice import SearchConfig
+    from cascade.evaluation.search.records import SearchRecord
+    from cascade.evaluation.search.stored_evaluations import Answer
     from cascade.exits.fitted_heads import FittedHeads
     from cascade.models.stack import DecoderStack
 
@@ -122,7 +122,7 @@ def search_exit(
     From stored evaluations, what they have is not measured again: the model
     is loaded only for what they lack.
     """
-    from cascade.evaluation.search_choice import SearchConfig
+    from cascade.evaluation.search.choice import SearchConfig
     from cascade.report.exits.search import FRONTIER, exit_search_report
 
     config = SearchConfig(search.agreement, search.risk, search.confidence)
@@ -144,7 +144,7 @@ def _measured(
     config: SearchConfig, source: SearchSource, options: _MeasuredOptions
 ) -> SearchRecord:
     from cascade.evaluation import exit_evaluation as evaluation
-    from cascade.evaluation import search as exit_search
+    from cascade.evaluation.search import exit_search
 
     if len(source.heads) > 1:
         raise UsageError("expected one --heads, got several; evaluate each, and search the records")
@@ -179,7 +179,7 @@ def _from_records(
     measure: bool | None,
     source: SearchSource,
 ) -> SearchRecord:
-    from cascade.evaluation import stored_evaluations
+    from cascade.evaluation.search import stored_evaluations
 
     beside = given(context, field_names(_MeasuredOptions))
     if beside:
@@ -202,7 +202,7 @@ def _completed(
 ) -> list[Answer]:
     """Measure what some evaluations lack, and say what that is."""
     from cascade.evaluation import exit_evaluation as evaluation
-    from cascade.evaluation import search as exit_search
+    from cascade.evaluation.search import exit_search
 
     lacking = [
         one for one in answers if one.lacks is not None or (run_table_points and one.on_table)

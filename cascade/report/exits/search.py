@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from cascade.core.schema import UnsetType, to_plain
-from cascade.evaluation.search_record import SearchedPoint, SearchRecord, VariantResult
+from cascade.evaluation.search.records import SearchedPoint, SearchRecord, VariantResult
 from cascade.report.common.exit_wording import (
     between,
     corpus_words,

@@ -9,7 +9,7 @@ from string import ascii_uppercase
 
 from cascade.core.errors import RecordError
 from cascade.core.records import read_typed
-from cascade.evaluation.search_record import SearchRecord
+from cascade.evaluation.search.records import SearchRecord
 from cascade.report.common.sections import Lead, Picture, Report, markdown, plain
 from cascade.report.exits.search import exit_search_report
 from cascade.report.studies.corpora import corpora_report

@@ -13,8 +13,8 @@ from support.build_searches import a_search_origin, renamed_model
 from support.html import Page
 
 from cascade.core.schema import SchemaError, from_plain, to_plain
-from cascade.evaluation.search_choice import SearchConfig, search_record
-from cascade.evaluation.search_record import NoThreshold, SearchRecord, SearchSource, TriedPoint
+from cascade.evaluation.search.choice import SearchConfig, search_record
+from cascade.evaluation.search.records import NoThreshold, SearchRecord, SearchSource, TriedPoint
 from cascade.report.common.sections import html_page, print_sections
 from cascade.report.exits.search import FRONTIER, exit_search_report, frontier_svg
 

@@ -14,7 +14,7 @@ from cascade.core.errors import UsageError
 from cascade.core.formatting import percent
 from cascade.core.schema import to_plain
 from cascade.evaluation.records import ExitProvenance, FullModelFigures
-from cascade.evaluation.search_record import (
+from cascade.evaluation.search.records import (
     BEYOND_DOUBT,
     KEPT,
     LOST,

@@ -19,15 +19,15 @@ from cascade.evaluation.exit_evaluation import SECONDS, check_split, exit_proven
 from cascade.evaluation.exit_table import ExitTable
 from cascade.evaluation.operating_points import INTERVAL, Evaluator, OperatingPoint
 from cascade.evaluation.records import OperatingPointRow
-from cascade.evaluation.search_choice import SearchConfig, SearchOrigin, search_record
-from cascade.evaluation.search_record import (
+from cascade.evaluation.search.choice import SearchConfig, SearchOrigin, search_record
+from cascade.evaluation.search.records import (
     FitFigures,
     NoThreshold,
     SearchRecord,
     SearchSettings,
     tried_point,
 )
-from cascade.evaluation.stored_evaluations import Answer, StoredEvaluation
+from cascade.evaluation.search.stored_evaluations import Answer, StoredEvaluation
 from cascade.evaluation.verdict import CONTROLS
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.rules import check_layers, find_rule

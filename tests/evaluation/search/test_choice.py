@@ -12,8 +12,8 @@ from support.build_searches import a_search_origin
 from cascade.core.errors import UsageError
 from cascade.core.records import to_json
 from cascade.core.schema import to_plain
-from cascade.evaluation.search_choice import Choice, SearchConfig, choose, search_record
-from cascade.evaluation.search_record import NoThreshold, TriedPoint
+from cascade.evaluation.search.choice import Choice, SearchConfig, choose, search_record
+from cascade.evaluation.search.records import NoThreshold, TriedPoint
 from cascade.stats.certificates import certify, certify_means, hoeffding_p_value, risk_bound
 
 

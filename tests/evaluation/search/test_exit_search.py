@@ -21,10 +21,10 @@ from cascade.decoding.early_exit import PROPAGATIONS, Propagation
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
 from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
-from cascade.evaluation.search import measure_missing, search_exits, tokens_to_read
-from cascade.evaluation.search_choice import SearchConfig
-from cascade.evaluation.search_record import SearchRecord, TriedPoint
-from cascade.evaluation.stored_evaluations import Answer, StoredEvaluation, answer
+from cascade.evaluation.search.choice import SearchConfig
+from cascade.evaluation.search.exit_search import measure_missing, search_exits, tokens_to_read
+from cascade.evaluation.search.records import SearchRecord, TriedPoint
+from cascade.evaluation.search.stored_evaluations import Answer, StoredEvaluation, answer
 
 FIT, CONFIRM = split(blocks_of(24, seed=1))
 LAYERS, RULES = (1, 2), ("cosine", "top2_gap")

@@ -20,8 +20,8 @@ from cascade.evaluation.records import (
     ExitCurves,
     OperatingPointRow,
 )
-from cascade.evaluation.search_choice import SearchConfig, SearchOrigin, search_record
-from cascade.evaluation.search_record import (
+from cascade.evaluation.search.choice import SearchConfig, SearchOrigin, search_record
+from cascade.evaluation.search.records import (
     EXACT_TABLE,
     TABLE,
     FitFigures,

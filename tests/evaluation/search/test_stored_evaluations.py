@@ -21,9 +21,9 @@ from cascade.decoding.early_exit import Propagation
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
 from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
-from cascade.evaluation.search_choice import SearchConfig
-from cascade.evaluation.search_record import SearchRecord, TriedPoint
-from cascade.evaluation.stored_evaluations import (
+from cascade.evaluation.search.choice import SearchConfig
+from cascade.evaluation.search.records import SearchRecord, TriedPoint
+from cascade.evaluation.search.stored_evaluations import (
     StoredEvaluation,
     answer,
     read_evaluations,

@@ -1,7 +1,7 @@
 """Running a model with stand-ins for its decoder layers, without changing the model.
 
 Other threads may run the same model meanwhile. So layers are exchanged in shallow copies of the
-modules that hold them (see `cascade.models.views`).
+modules that hold them (see `cascade.models.overrides.views`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from cascade.models.hooks import replaced_layers
-from cascade.models.views import (
+from cascade.models.overrides.hooks import replaced_layers
+from cascade.models.overrides.views import (
     can_be_copied,
     holders,
     paths_of,

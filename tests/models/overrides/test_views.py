@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade.models.views import (
+from cascade.models.overrides.views import (
     can_be_copied,
     holders,
     paths_of,

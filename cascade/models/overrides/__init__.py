@@ -1,0 +1,1 @@
+"""Changing what a model computes for one call, without changing the model."""
