@@ -16,7 +16,7 @@ import numpy as np
 from cascade.core.arrays import Array
 from cascade.core.errors import RecordError
 from cascade.core.files import atomic_path, write_text
-from cascade.core.schema import Part, SchemaError, StoredRecord, from_plain, to_plain
+from cascade.core.schema import SchemaError, StoredRecord, from_plain, to_plain
 
 Record = dict[str, Any]
 
@@ -170,9 +170,9 @@ def read_arrays(path: Path) -> dict[str, Array]:
 
 
 def at(value: Any, path: tuple[str, ...]) -> Any:
-    """Return what lies at a path of keys in nested dictionaries or records; None where absent."""
+    """Return what lies at a path of keys in nested dictionaries; None where there is nothing."""
     for name in path:
-        value = value.get(name) if isinstance(value, dict | Part) else None
+        value = value.get(name) if isinstance(value, dict) else None
     return value
 
 

@@ -58,26 +58,6 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     A field that may be absent from the JSON has the default `UNSET`; one that may be null, `None`.
     """
 
-    # Transitional: lets code that still indexes records work while it is ported. To be removed.
-    def __getitem__(self, name: str) -> Any:
-        """Return a field by its name."""
-        try:
-            value = getattr(self, name)
-        except AttributeError:
-            raise KeyError(name) from None
-        if value is UNSET:
-            raise KeyError(name)
-        return value
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a field by its name, or a default where it is absent."""
-        value = getattr(self, name, UNSET)
-        return default if value is UNSET else value
-
-    def __contains__(self, name: str) -> bool:
-        """Return whether a field is there."""
-        return getattr(self, name, UNSET) is not UNSET
-
 
 class StoredRecord(Part, frozen=True, kw_only=True):
     """A record that is stored in a file of its own.

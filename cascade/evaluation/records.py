@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from cascade.core.provenance import CorpusProvenance, Provenance
 from cascade.core.schema import (
@@ -18,6 +18,7 @@ from cascade.core.schema import (
     Text,
     UnsetType,
 )
+from cascade.exits.records import HeadsProvenance
 
 
 class ExitProvenance(Provenance, frozen=True, kw_only=True):
@@ -32,7 +33,7 @@ class ExitProvenance(Provenance, frozen=True, kw_only=True):
     """
 
     fitted_on: CorpusProvenance | UnsetType = UNSET
-    heads: dict[str, Any] | None = None
+    heads: HeadsProvenance | None = None
     heads_fingerprint: Text | None = None
     heads_saw_corpus: bool | UnsetType = UNSET
 

@@ -12,6 +12,7 @@ import pytest
 
 from cascade.core.defaults import EVALUATED_TOKENS, NUM_SAMPLES, SEQ_LEN
 from cascade.core.errors import CascadeError, RecordError
+from cascade.core.schema import known
 from cascade.evaluation.records import EvaluationRecord
 from cascade.plugin.settings import Settings, shown
 
@@ -105,7 +106,7 @@ class _Reading:
         from cascade.corpora.blocks import corpus_name
         from cascade.gate.baselines import baseline_paths
 
-        model = self.stack.provenance.get("name")
+        model = known(self.stack.provenance.name)
         corpus = corpus_name(self.settings.corpus, split=self.settings.split)
         folder = self.settings.baselines
         return baseline_paths(folder, "saturation", model=model, corpus=corpus)[0]
@@ -287,7 +288,7 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
         from cascade.corpora.blocks import corpus_name
         from cascade.gate.baselines import baseline_paths
 
-        model = self.stack.provenance.get("name")
+        model = known(self.stack.provenance.name)
         corpus = f"{corpus_name(self.settings.corpus, split=self.split)}-confirm"
         folder = self.settings.baselines
         return baseline_paths(folder, "budgets", model=model, corpus=corpus)[0]

@@ -25,6 +25,7 @@ from cascade.cli.options import (
 )
 from cascade.cli.output import finish, report_folder, show
 from cascade.core.errors import ModelError
+from cascade.core.schema import known
 
 if TYPE_CHECKING:
     from cascade.studies.comparisons.compared_models import (
@@ -248,5 +249,6 @@ def _described(
             alter(stack, candidate.alteration)
     with status("Reading the corpus"):
         blocks = text.blocks(stack)
-    with progress_bar(str(stack.provenance["name"]), blocks.tokens) as advance:
+    name = known(stack.provenance.name)
+    with progress_bar(name or "model", blocks.tokens) as advance:
         return measure_model(stack, blocks, batch_size=batch_size, progress=advance)

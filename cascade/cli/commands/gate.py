@@ -24,6 +24,7 @@ from cascade.cli.options import (
 )
 from cascade.cli.output import run_folder, say_wrote
 from cascade.core.errors import RecordError
+from cascade.core.schema import known
 
 if TYPE_CHECKING:
     from cascade.core.files import RunFolder
@@ -158,9 +159,8 @@ def gate(
             picked(CorpusOptions, corpus, max_tokens=None),
             num_samples=corpus.num_samples or None,
         )
-        path = against.baseline or _baseline_path(
-            stack.provenance["name"], blocks.name, against.baselines
-        )
+        name = known(stack.provenance.name)
+        path = against.baseline or _baseline_path(name or "", blocks.name, against.baselines)
         stored = read_profile(path)
         with progress_bar(
             "Comparing", blocks.tokens if against.full else against.tokens

@@ -26,6 +26,7 @@ from cascade.cli.options import (
 )
 from cascade.cli.output import check_free, run_folder, say_wrote, write_json
 from cascade.core.errors import UsageError
+from cascade.core.schema import known
 
 if TYPE_CHECKING:
     from cascade.corpora.blocks import TokenBlocks
@@ -98,8 +99,9 @@ def fit_heads(
     # Printed after everything is saved: the disk behind stdout can be full.
     size = output.stat().st_size / 1e6
     typer.echo(f"Wrote {output} ({size:.1f} MB): heads for the layers {fitting.layers}", err=True)
-    about = fitted.provenance.get("distillation", {})
-    for layer, losses in about.get("kl_on_sequences_kept_aside", {}).items():
+    distilled = known(fitted.provenance.distillation)
+    losses_of = {} if distilled is None else distilled.kl_on_sequences_kept_aside
+    for layer, losses in losses_of.items():
         typer.echo(
             f"Layer {layer}: KL to the full model {losses[0]:.4f} nats in closed form, "
             f"{min(losses):.4f} distilled (on sequences kept aside)"

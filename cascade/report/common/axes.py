@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cascade.core.schema import Part
-from cascade.report.common.records import NORM_SUFFIX, Record, is_normed
+from cascade.report.common.records import NORM_SUFFIX, OfLayer, is_normed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +17,7 @@ def angle(similarity: float) -> float:
     return math.acos(min(1.0, max(-1.0, similarity)))
 
 
-def layer_positions(rows: Sequence[Record | Part]) -> list[float]:
+def layer_positions(rows: Sequence[OfLayer]) -> list[float]:
     """Return the place of each row on the x axis: layer l at l, the `+norm` row set apart."""
     # Not a decoder layer. The gap grows with the axis: half a step of eighty would not be seen.
     gap = max(0.5, len(rows) / 40)
@@ -51,12 +50,12 @@ def _similarity_ticks(low: float, high: float) -> list[float]:
     return sorted(chosen)
 
 
-def label_layers(axes: Axes, rows: Sequence[Record | Part]) -> None:
+def label_layers(axes: Axes, rows: Sequence[OfLayer]) -> None:
     """Put layer names below the x axis, thinned out where there are too many to read."""
     positions = layer_positions(rows)
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10_000) if len(positions) <= 36 * step)
     ticks = [
-        (position, row["layer"].replace(NORM_SUFFIX, f"\n{NORM_SUFFIX}"))
+        (position, row.layer.replace(NORM_SUFFIX, f"\n{NORM_SUFFIX}"))
         for index, (position, row) in enumerate(zip(positions, rows, strict=True), 1)
         if index % step == 0 or index == 1 or is_normed(row)
     ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from cascade.core.schema import Part
-from cascade.report.common.records import Record, percent
+from cascade.core.schema import known
+from cascade.evaluation.records import ExitProvenance
+from cascade.report.common.records import percent
 
 _HEADS = {
     "logit_lens": "logit lens: the model's own final norm and LM head",
@@ -30,6 +32,26 @@ _SEEN = (
 _FEW = 8
 
 
+class SizedCorpus(Protocol):
+    """A corpus of which the name and the size are known."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def tokens(self) -> int:
+        """Its tokens."""
+
+    @property
+    def sequences(self) -> int:
+        """Its sequences."""
+
+    @property
+    def seq_len(self) -> int:
+        """The tokens of each sequence."""
+
+
 def head_words(name: str) -> str:
     """Say what an exit head is."""
     return _HEADS.get(name, name)
@@ -40,28 +62,27 @@ def propagation_words(name: str) -> str:
     return _PROPAGATIONS.get(name, name)
 
 
-def heads_pairs(record: Record | Part) -> list[tuple[str, str]]:
+def heads_pairs(provenance: ExitProvenance) -> list[tuple[str, str]]:
     """Return where fitted heads come from, as (label, text); nothing for the logit lens."""
-    heads = record["provenance"].get("heads")
-    corpus = (heads or {}).get("corpus")
+    corpus = None if provenance.heads is None else known(provenance.heads.corpus)
     pairs = [("Head corpus", corpus_words(corpus))] if corpus else []
-    if record["provenance"].get("heads_saw_corpus"):
+    if known(provenance.heads_saw_corpus):
         pairs.append(("Beware", _SEEN))
     return pairs
 
 
-def few_pairs(corpus: Record | Part) -> list[tuple[str, str]]:
+def few_pairs(corpus: SizedCorpus) -> list[tuple[str, str]]:
     """Return a warning, as (label, text), where a corpus has few sequences; nothing elsewhere."""
-    if corpus["sequences"] >= _FEW:
+    if corpus.sequences >= _FEW:
         return []
-    return [("Beware", f"{corpus['sequences']} sequences are few: their intervals mean little")]
+    return [("Beware", f"{corpus.sequences} sequences are few: their intervals mean little")]
 
 
-def corpus_words(corpus: Record | Part) -> str:
+def corpus_words(corpus: SizedCorpus) -> str:
     """Name a corpus and its size."""
     return (
-        f"{corpus['name']}, {corpus['tokens']:,} tokens: "
-        f"{corpus['sequences']:,} sequences x {corpus['seq_len']:,}"
+        f"{corpus.name}, {corpus.tokens:,} tokens: "
+        f"{corpus.sequences:,} sequences x {corpus.seq_len:,}"
     )
 
 

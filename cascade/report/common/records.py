@@ -1,19 +1,17 @@
-"""What all reports share: checks of a record, numbers, and words about layers and rules."""
+"""What all reports share: numbers, and words about models, layers and rules."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from cascade.core.schema import Part
+from cascade.core.provenance import Provenance
+from cascade.core.schema import known
 
-Record = Mapping[str, Any]
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-SCHEMA = 1
 ROLES = {
     "input_transform": "input transform",
     "dips": "dip",
@@ -31,37 +29,25 @@ RULE_WORDS = {
 }
 
 
-def check_record(record: Record, kind: str, sections: Sequence[str]) -> None:
-    """Refuse what is not a whole record of a kind, before anything is shown.
+class OfLayer(Protocol):
+    """A row of a table of layers."""
 
-    Raises:
-        ValueError: It is of another kind or schema, lacks a section, or holds NaN; in one line.
-    """
-    for key, expected in (("kind", kind), ("schema", SCHEMA)):
-        if record.get(key) != expected:
-            raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
-    missing = [section for section in sections if section not in record]
-    if missing:
-        raise ValueError(f"expected the sections {', '.join(sections)}, got none of {missing}")
-    place = next(_nan_places(record), None)
-    if place is not None:
-        raise ValueError(f"expected numbers, got nan at {place}; make the record anew")
+    @property
+    def layer(self) -> str:
+        """The layer's number, or the last one's with `NORM_SUFFIX`."""
 
 
-def _nan_places(value: Any, place: str = "") -> Iterator[str]:
-    if isinstance(value, float) and math.isnan(value):
-        yield place
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _nan_places(item, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _nan_places(item, f"{place}[{index}]")
+class HasProvenance(Protocol):
+    """A record that says where it comes from."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """Model, corpus, machine, versions and command."""
 
 
-def is_normed(row: Record | Part) -> bool:
+def is_normed(row: OfLayer) -> bool:
     """Return whether a row is that of the state behind the final norm."""
-    return str(row["layer"]).endswith(NORM_SUFFIX)
+    return row.layer.endswith(NORM_SUFFIX)
 
 
 def show(value: float) -> str:
@@ -97,16 +83,17 @@ def rule_sentence(layer: str, rule: str = "cosine") -> str:
     )
 
 
-def headline(record: Record | Part) -> list[tuple[str, str]]:
+def headline(record: HasProvenance) -> list[tuple[str, str]]:
     """Return model, corpus and run in one line each."""
-    model, corpus = record["provenance"]["model"], record["provenance"]["corpus"]
-    traits = [model["family"], f"{model['num_layers']} decoder layers", model["quantization"]]
+    model, corpus = record.provenance.model, record.provenance.corpus
+    layers = f"{known(model.num_layers)} decoder layers"
+    traits = [known(model.family), layers, known(model.quantization)]
     return [
-        ("Model", f"{model['name']} ({', '.join(trait for trait in traits if trait)})"),
+        ("Model", f"{known(model.name)} ({', '.join(trait for trait in traits if trait)})"),
         (
             "Corpus",
-            f"{corpus['name']}, {corpus['tokens']:,} tokens: "
-            f"{corpus['sequences']:,} sequences x {corpus['seq_len']:,}",
+            f"{corpus.name}, {corpus.tokens:,} tokens: "
+            f"{corpus.sequences:,} sequences x {corpus.seq_len:,}",
         ),
-        ("Run", f"{model['dtype']} on {model['device']}"),
+        ("Run", f"{known(model.dtype)} on {known(model.device)}"),
     ]

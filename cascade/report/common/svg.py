@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from cascade.core.schema import Part
-from cascade.report.common.records import Record
+from cascade.core.schema import known
+from cascade.report.common.records import HasProvenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,13 +71,11 @@ def plain_style() -> Iterator[None]:
         yield
 
 
-def title_of(record: Record | Part, subject: str) -> str:
+def title_of(record: HasProvenance, subject: str) -> str:
     """Return `model on corpus: subject`, in characters that every font has."""
-    model, corpus = record["provenance"]["model"], record["provenance"]["corpus"]
+    model, corpus = known(record.provenance.model.name) or "model", record.provenance.corpus.name
     # A path can be a name: what is longer than this runs out of the figure.
-    names = [
-        name if len(name) <= 40 else f"{name[:37]}..." for name in (model["name"], corpus["name"])
-    ]
+    names = [name if len(name) <= 40 else f"{name[:37]}..." for name in (model, corpus)]
     # A character that the font lacks would warn.
     return f"{' on '.join(names)}: {subject}".encode("ascii", "replace").decode()
 

@@ -23,7 +23,7 @@ from cascade.report.common.exit_wording import (
     share,
     show_threshold,
 )
-from cascade.report.common.records import check_record, headline, percent, rule_sentence
+from cascade.report.common.records import headline, percent, rule_sentence
 from cascade.report.common.sections import (
     Block,
     Pairs,
@@ -57,12 +57,11 @@ def calibration_report(record: CalibrationRecord) -> Report:
     Raises:
         ValueError: The record holds NaN, or is of another schema.
     """
-    check_record(to_plain(record), "calibration", ())
     (_, model), corpus, (_, run) = headline(record)
     measured = [
         corpus,
         ("Head", head_words(record.head)),
-        *heads_pairs(record),
+        *heads_pairs(record.provenance),
         ("Propagation", propagation_words(record.propagation)),
         *few_pairs(record.provenance.corpus),
     ]

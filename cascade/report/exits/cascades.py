@@ -70,7 +70,7 @@ def training_report(provenance: TrainingProvenance) -> Report:
                     Pairs(
                         (
                             ("Enter", f"similarity at layer {tokens.layer} below {threshold}"),
-                            ("Held out", corpus_words(to_plain(tokens.corpora["held-out"]))),
+                            ("Held out", corpus_words(tokens.corpora["held-out"])),
                         )
                     ),
                 ),
@@ -122,7 +122,7 @@ def cascade_report(record: CascadeEvaluationRecord) -> Report:
     others = [text for text in (verdict.routing, verdict.training) if text is not None]
     pairs = (
         *_stages(record.cascade),
-        ("Corpus", corpus_words(to_plain(record.provenance.corpus))),
+        ("Corpus", corpus_words(record.provenance.corpus)),
         ("Tokens", _tokens(record.rows[0])),
     )
     blocks: tuple[Block, ...] = (*map(_sentence, others), Pairs(pairs))

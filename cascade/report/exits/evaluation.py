@@ -61,7 +61,9 @@ def _thresholds(record: EvaluationRecord) -> str:
 
 
 def _heads(record: EvaluationRecord) -> list[tuple[str, str]]:
-    return heads_pairs(record) or [("Head", "logit lens: the model's own final norm and LM head")]
+    return heads_pairs(record.provenance) or [
+        ("Head", "logit lens: the model's own final norm and LM head")
+    ]
 
 
 def _reasons(record: EvaluationRecord) -> list[tuple[str, str]]:

@@ -91,7 +91,7 @@ def _print_legend(record: GenerationRecord, console: Console, *, coloured: bool)
             styles[number] = colours[layer]
         went = "left" if layer != record.num_layers else "went all the way"
         mark = colours[layer].removeprefix("bright_") if coloured else f"[{layer}]"
-        rows.append([str(layer), f"{row['tokens']:,}", share(row.share), mark, went])
+        rows.append([str(layer), f"{row.tokens:,}", share(row.share), mark, went])
     if not rows:
         console.print(Text("none"))
         return
@@ -109,33 +109,33 @@ def _summary(record: GenerationRecord) -> list[tuple[str, str]]:
         ("Propagation", propagation_words(record.propagation)),
         (
             "Layers",
-            f"{record['layers_per_token']:.2f} of {record['num_layers']} computed per token, the "
+            f"{record.layers_per_token:.2f} of {record.num_layers} computed per token, the "
             "prompt's tokens included, which the table above does not count",
         ),
         ("Speed", _speed(record)),
-        ("LM head", f"{record['counts']['lm_head_rows']:,} rows for {_count(record)}"),
+        ("LM head", f"{record.counts.lm_head_rows:,} rows for {_count(record)}"),
     ]
     if record.verified:
         rows.append(
             (
                 "Verified",
-                f"exits drafted {record['drafted']:,} tokens, the full model confirmed "
-                f"{record['accepted']:,} of them and chose the others itself",
+                f"exits drafted {record.drafted:,} tokens, the full model confirmed "
+                f"{record.accepted:,} of them and chose the others itself",
             )
         )
     if record.full is not None:
         rows += _compared(record, record.full)
     if record.fallback_reason is not None:
         rows.append(
-            ("No skipping", f"every layer computed every token here: {record['fallback_reason']}")
+            ("No skipping", f"every layer computed every token here: {record.fallback_reason}")
         )
     return rows
 
 
 def _exit(exit_: ExitEntry) -> str:
     threshold = exit_.threshold
-    when = "never" if threshold is None else f"{exit_['rule']} >= {show_threshold(threshold)}"
-    return f"layer {exit_['layer']}, {when}; {head_words(exit_['head'])}"
+    when = "never" if threshold is None else f"{exit_.rule} >= {show_threshold(threshold)}"
+    return f"layer {exit_.layer}, {when}; {head_words(exit_.head)}"
 
 
 def _count(record: GenerationRecord) -> str:
@@ -144,13 +144,13 @@ def _count(record: GenerationRecord) -> str:
 
 
 def _speed(record: GenerationRecord) -> str:
-    speed = f"{record['tokens_per_second']:.1f} tokens/s"
+    speed = f"{record.tokens_per_second:.1f} tokens/s"
     full = record.full
     if full is None:
         return speed
     return (
-        f"{speed}, the full model {full['tokens_per_second']:.1f} tokens/s: "
-        f"{full['speed_ratio']:.2f} x its speed (one run each)"
+        f"{speed}, the full model {full.tokens_per_second:.1f} tokens/s: "
+        f"{full.speed_ratio:.2f} x its speed (one run each)"
     )
 
 
@@ -161,7 +161,7 @@ def _compared(record: GenerationRecord, full: FullGeneration) -> list[tuple[str,
     return [
         (
             "Agreement",
-            f"the first {full['same_tokens']:,} of {_count(record)} are the full model's; from "
+            f"the first {full.same_tokens:,} of {_count(record)} are the full model's; from "
             "there on the two texts differ",
         ),
         ("Full model", " ".join(full.text.split())),

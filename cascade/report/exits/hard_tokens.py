@@ -62,7 +62,7 @@ def _pairs(record: HardTokensRecord) -> tuple[tuple[str, str], ...]:
         source = f"fitted to a hard ratio of {asked.hard_ratio:g} on the training part"
     corpora = record.provenance.corpora
     return (
-        *((f"Corpus, {split}", corpus_words(to_plain(corpora[split]))) for split in record.parts),
+        *((f"Corpus, {split}", corpus_words(corpora[split])) for split in record.parts),
         (
             "Hard",
             f"similarity at layer {layer} (history[{layer - 1}] against history[{layer}]) below "

@@ -230,7 +230,7 @@ def _name_axes(grid: Sequence[Sequence[Axes]], record: EvaluationRecord) -> None
     otherwise.set_ylabel("tokens predicted otherwise")
     otherwise.set_xlabel("operations / the full model's")
     other.set_xlabel("time / the full model's")
-    ratios = [row.perplexity_ratio for row in record["points"]]
+    ratios = [row.perplexity_ratio for row in record.points]
     if max(ratios, default=1.0) > _LOGARITHMIC_FROM:
         perplexity.set_yscale("log")
         perplexity.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))

@@ -19,7 +19,7 @@ from cascade.report.common.exit_wording import (
     share,
     show_threshold,
 )
-from cascade.report.common.records import check_record, headline
+from cascade.report.common.records import headline
 from cascade.report.common.sections import Block, Lead, Pairs, Picture, Report, Section, table_of
 from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
 from cascade.report.exits.pareto import LOOKS, front_of, name_curve, ring
@@ -45,13 +45,12 @@ def exit_search_report(record: SearchRecord) -> Report:
     Raises:
         ValueError: The record is of another schema, or holds NaN.
     """
-    check_record(to_plain(record), "exit-search", ())
     verdict = record.verdict
     model, _, run = headline(record)
     return Report(
         kicker="CASCADE search for an exit layer",
         title=model[1],
-        about=f"{share(record['settings']['agreement'])} agreement wanted; {run[1]}",
+        about=f"{share(record.settings.agreement)} agreement wanted; {run[1]}",
         sections=(
             Section(
                 "",
@@ -75,8 +74,8 @@ def _measured(record: SearchRecord) -> list[tuple[str, str]]:
     pairs = [
         *([] if isinstance(fitted_on, UnsetType) else [("Fitted on", corpus_words(fitted_on))]),
         ("Confirmed on", corpus_words(provenance.corpus)),
-        *heads_pairs(record),
-        ("Full model", f"perplexity {record['full']['perplexity']:.2f}"),
+        *heads_pairs(record.provenance),
+        ("Full model", f"perplexity {record.full.perplexity:.2f}"),
         *few_pairs(provenance.corpus),
     ]
     pairs += [("From the record", source.words) for source in record.sources]
@@ -110,10 +109,7 @@ def _tables(record: SearchRecord) -> Iterator[Block]:
                 text_columns=2,
             )
     for row in record.nothing:
-        yield (
-            f"Layer {row['exit_layer']}, {row['rule']} ({row['head']}, {row['propagation']}): "
-            f"{row['why']}."
-        )
+        yield (f"Layer {row.exit_layer}, {row.rule} ({row.head}, {row.propagation}): {row.why}.")
 
 
 def _rows(record: SearchRecord, pair: VariantResult) -> list[list[str]]:
@@ -133,8 +129,8 @@ def _cells(row: SearchedPoint, best: bool) -> list[str]:
         ratio(row.flops_ratio),
         ratio(row.seconds_ratio, 2),
         share(row.risk_bound),
-        f"{_KEPT[row['outcome']]}{'?' if on_table else ''}",
-        f"{row['rule']} {show_threshold(row['threshold'], 4)}{_MARK if best else ''}",
+        f"{_KEPT[row.outcome]}{'?' if on_table else ''}",
+        f"{row.rule} {show_threshold(row.threshold, 4)}{_MARK if best else ''}",
     ]
 
 
@@ -142,25 +138,25 @@ def _certificate(record: SearchRecord) -> str:
     found, settings = record.certificate, record.settings
     if settings.risk is None:
         return "No risk was asked for, and the wanted agreement leaves none to certify."
-    risk, sure = share(settings.risk), f"{settings['confidence']:g}"
+    risk, sure = share(settings.risk), f"{settings.confidence:g}"
     if not found.tested:
         return f"No threshold was run that could be certified for a risk of {risk}."
     tested = (
-        f"{found['tested']} thresholds, chosen without these sequences, were tested on "
-        f"{found['sequences']:,} of them for a risk of {risk}, all together at confidence {sure}"
+        f"{found.tested} thresholds, chosen without these sequences, were tested on "
+        f"{found.sequences:,} of them for a risk of {risk}, all together at confidence {sure}"
     )
     if found.best is not None:
         row = record.points[found.best]
         return (
-            f"{tested}. Certified: {len(found['certified'])}; the cheapest of them is layer "
-            f"{row['exit_layer']}, {row['rule']} >= {show_threshold(row['threshold'], 4)} "
-            f"({share(1 - row['agreement'])} of these tokens differed; at "
-            f"{ratio(row['flops_ratio'])} x the operations)."
+            f"{tested}. Certified: {len(found.certified)}; the cheapest of them is layer "
+            f"{row.exit_layer}, {row.rule} >= {show_threshold(row.threshold, 4)} "
+            f"({share(1 - row.agreement)} of these tokens differed; at "
+            f"{ratio(row.flops_ratio)} x the operations)."
         )
     if found.sequences_needed is not None and found.sequences < found.sequences_needed:
         return (
             f"{tested}. None can be: even without any loss it takes "
-            f"{found['sequences_needed']:,} sequences. Take a larger corpus, or a larger --risk."
+            f"{found.sequences_needed:,} sequences. Take a larger corpus, or a larger --risk."
         )
     return f"{tested}. None is: too many tokens differed at each of them."
 
@@ -335,7 +331,7 @@ def _label(record: SearchRecord) -> str:
     rules = ", ".join(dict.fromkeys(row.rule for row in record.points))
     return (
         "Two scatter plots: the share of tokens predicted as by the full model, against operations "
-        f"and time relative to the full model's. Rules: {rules}. {record['verdict']['headline']}"
+        f"and time relative to the full model's. Rules: {rules}. {record.verdict.headline}"
     )
 
 
@@ -352,14 +348,14 @@ def _notes(record: SearchRecord) -> list[tuple[str, str]]:
             "recorded, but no less than wanted",
         ),
         ("agree", "the same of the tokens to confirm on, which had no part in the fit"),
-        ("interval", f"of that, in %; {settings['interval']}"),
-        ("FLOPs, time", f"relative to the full model's; {settings['seconds']}"),
+        ("interval", f"of that, in %; {settings.interval}"),
+        ("FLOPs, time", f"relative to the full model's; {settings.seconds}"),
         (
             "risk",
             "with confidence "
-            f"{settings['confidence']:g} no more tokens than this differ from the full model's on "
+            f"{settings.confidence:g} no more tokens than this differ from the full model's on "
             "sequences like these, for all thresholds together (Hoeffding's bound; each of the "
-            f"{certificate['tested']} gets an equal part of the error)",
+            f"{certificate.tested} gets an equal part of the error)",
         ),
         (
             "kept",

@@ -140,9 +140,9 @@ def _tooltip(record: ComparisonRecord, cell: CellRow) -> str:
     far = "no number on one side" if found is None else f"{found:+.3g} x its {kind}"
     texts = [f"{name} {text}" for name, text in cell_numbers(record, cell).items()]
     if cell.sequence is not None:
-        texts.append(f"sequence {cell['sequence']:,}")
+        texts.append(f"sequence {cell.sequence:,}")
     what = meaning(cell_name(record, cell))
-    return f"layer {cell['layer']}, {what}: {far} ({cell['verdict']}); {', '.join(texts)}"
+    return f"layer {cell.layer}, {what}: {far} ({cell.verdict}); {', '.join(texts)}"
 
 
 def shade(size: float) -> float:

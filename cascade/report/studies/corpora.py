@@ -122,7 +122,7 @@ def _pair_words(record: CorpusComparison, pair: CorpusDifferences) -> str:
     """Say which layers of one corpus move, how far, and what cannot be told."""
     rows = {row.layer: row for row in pair.rows}
     by: dict[LayerVerdict, list[str]] = {
-        verdict: [f"{layer} ({rows[layer]['difference']:+.4f})" for layer in layers]
+        verdict: [f"{layer} ({rows[layer].difference:+.4f})" for layer in layers]
         for verdict, layers in pair.layers.items()
     }
     count = len(by["moves"])
