@@ -16,6 +16,8 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from cascade.core.defaults import EVALUATED_TOKENS, NUM_SAMPLES, SEQ_LEN
+
 MODEL_HELP = "Model: smollm2-135m, -360m or -1.7b, a hub id, a local folder, or a .gguf file."
 RULES_HELP = "cosine, mean_cosine, top2_gap, max_probability, entropy, patience, ..."
 
@@ -231,7 +233,7 @@ class TextOptions:
         str | None,
         typer.Option("--text-column", help="Column to read, where records are not in Alpaca form."),
     ] = None
-    seq_len: SeqLen = 128
+    seq_len: SeqLen = SEQ_LEN
 
 
 @dataclass(frozen=True)
@@ -246,14 +248,14 @@ class CorpusOptions(TextOptions):
 class SampledCorpusOptions(CorpusOptions):
     """Which text, of which split, and how many of its records and tokens."""
 
-    num_samples: NumSamples = 500
+    num_samples: NumSamples = NUM_SAMPLES
 
 
 @dataclass(frozen=True)
 class EvaluationCorpusOptions(CorpusOptions):
     """Which text an evaluation measures."""
 
-    max_tokens: MaxTokens = 8192
+    max_tokens: MaxTokens = EVALUATED_TOKENS
 
 
 @dataclass(frozen=True)

@@ -10,3 +10,6 @@ NUM_SAMPLES = 500
 
 #: Tokens of a corpus that early exit is evaluated on.
 EVALUATED_TOKENS = 8192
+
+#: Hard ratios that thresholds are fitted to.
+HARD_RATIOS = (0.3, 0.5, 0.7)

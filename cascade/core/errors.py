@@ -49,3 +49,12 @@ def first_line(error: Exception) -> str:
 def os_reason(error: OSError) -> str:
     """Return what the system said, without the number and the path that messages repeat."""
     return error.strerror or type(error).__name__
+
+
+def not_finite(what: str) -> ModelError:
+    """Return the error for numbers that overflowed or are NaN.
+
+    Args:
+        what: Which numbers, e.g. "the logits of layer 3 are not finite".
+    """
+    return ModelError(f"{what}; use a wider --dtype, or get the checkpoint again")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cascade.core.defaults import NUM_SAMPLES, SEQ_LEN
 from cascade.core.errors import CorpusError, ModelError
 from cascade.core.provenance import CorpusProvenance
 from cascade.core.schema import UNSET
@@ -168,8 +169,8 @@ def load_blocks(
     source: str,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
-    seq_len: int = 128,
-    num_samples: int | None = 500,
+    seq_len: int = SEQ_LEN,
+    num_samples: int | None = NUM_SAMPLES,
     max_tokens: int | None = None,
     split: str | None = None,
     config: str | None = None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cascade.core.errors import ModelError
+from cascade.core.errors import not_finite
 from cascade.decoding.kv_cache import KeyValueCache, Selection
 from cascade.decoding.selective_layers import LayerTask, SkippingLayers
 from cascade.exits.heads import ExitHead, PropagationMap
@@ -229,9 +229,8 @@ class ForwardPass:
             point = self.exit_point(at, rows[some], columns[some])
             confidence = at.rule.confidence(point)
             if torch.isnan(confidence).any():
-                raise ModelError(
-                    f"the rule {at.rule.name} is NaN at exit layer {at.layer}: the states or "
-                    "logits there are not finite; use a wider --dtype, or get the checkpoint again"
+                raise not_finite(
+                    f"the rule {at.rule.name} is NaN at exit layer {at.layer}: the states or logits there are not finite"
                 )
             out = reaches(confidence, at.threshold)
             exits[rows[some], columns[some]] = out
@@ -341,10 +340,7 @@ def decode_tokens(
 def _finite(logits: Tensor, layer: int) -> Tensor:
     # The largest one is enough: NaN is larger than any number, and -inf only excludes a token.
     if not torch.isfinite(logits.amax(dim=-1)).all():
-        raise ModelError(
-            f"the logits of layer {layer} are not finite; use a wider --dtype, or get the "
-            "checkpoint again"
-        )
+        raise not_finite(f"the logits of layer {layer} are not finite")
     return logits
 
 

@@ -12,7 +12,8 @@ from msgspec import structs
 
 from cascade.core.arguments import check_seed
 from cascade.core.arrays import Array
-from cascade.core.errors import CorpusError, ModelError, RecordError, UsageError
+from cascade.core.defaults import HARD_RATIOS
+from cascade.core.errors import CorpusError, RecordError, UsageError, not_finite
 from cascade.core.provenance import CorpusProvenance
 from cascade.core.records import read_typed
 from cascade.core.schema import UnsetType, from_plain, to_plain
@@ -67,7 +68,7 @@ class CalibrationConfig:
 
     layer: int
     rule: str = "cosine"
-    hard_ratios: tuple[float, ...] = (0.3, 0.5, 0.7)
+    hard_ratios: tuple[float, ...] = HARD_RATIOS
     propagation: Propagation = "frozen"
     risk: float | None = None
     confidence: float = 0.95
@@ -163,9 +164,8 @@ def _confidence_batches(
         ]
         made = torch.cat(values).reshape(ids.shape).float()
         if not torch.isfinite(made).all():
-            raise ModelError(
-                f"the rule {at.rule.name} is not finite at exit layer {at.layer}, nor are the "
-                "states or logits there; use a wider --dtype, or get the checkpoint again"
+            raise not_finite(
+                f"the rule {at.rule.name} is not finite at exit layer {at.layer}, nor are the states or logits there"
             )
         yield made.cpu().numpy()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cascade.core.arguments import check_seed
+from cascade.core.defaults import HARD_RATIOS
 from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import provenance_of
 from cascade.core.schema import from_plain, to_plain
@@ -35,7 +36,6 @@ from cascade.exits.fitted_heads import FittedHeads, heads_provenance
 from cascade.exits.rules import check_layers, find_rule
 from cascade.models.flops import full_flops
 from cascade.models.stack import DecoderStack
-from cascade.saturation.profile import HARD_RATIOS
 from cascade.stats.auroc import auroc
 from cascade.stats.decision import reaches
 from cascade.stats.thresholds import quantile_threshold

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cascade.core.arrays import Array
-from cascade.core.errors import ModelError
+from cascade.core.errors import not_finite
 from cascade.decoding.forward import Exit, ForwardPass, PassConfig, decode_tokens, slices
 from cascade.decoding.inputs import make_chunk
 from cascade.decoding.selective_layers import SkippingLayers
@@ -218,10 +218,7 @@ class ExitBatch:
             self.seconds.heads[layer] += spent
             # As in a pass: NaN is larger than any number, and -inf rules single tokens out.
             if not torch.isfinite(logits.amax(dim=-1)).all():
-                raise ModelError(
-                    f"the logits of exit layer {layer} are not finite; use a wider --dtype, or get"
-                    " the checkpoint again"
-                )
+                raise not_finite(f"the logits of exit layer {layer} are not finite")
             for rule in self.rules[layer]:
                 confidence[rule.name][some], spent = self.clock.time(
                     functools.partial(rule.confidence, point.with_own_logits())
@@ -234,9 +231,8 @@ class ExitBatch:
             divergence[some] = kl_divergence(self.full_logs[some], logs)
         for name, values in confidence.items():
             if torch.isnan(values).any():
-                raise ModelError(
-                    f"the rule {name} is NaN at exit layer {layer}: the states or logits there are"
-                    " not finite; use a wider --dtype, or get the checkpoint again"
+                raise not_finite(
+                    f"the rule {name} is NaN at exit layer {layer}: the states or logits there are not finite"
                 )
             self.table.confidence[layer, name] = values.reshape(shape).cpu().numpy()
         self.table.agrees[layer] = agrees.reshape(shape).cpu().numpy()

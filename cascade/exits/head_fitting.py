@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from cascade.core.errors import ModelError, UsageError
+from cascade.core.errors import ModelError, UsageError, not_finite
 from cascade.core.provenance import Provenance
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.exits.fitted_heads import CHECKED, FittedHeads
@@ -172,9 +172,8 @@ class _Fitter:
         except ValueError as error:
             for entry, states in sorted(history.items()):
                 if not torch.isfinite(states).all():
-                    raise ModelError(
-                        f"layer {entry} gives NaN or infinite hidden states; use a wider --dtype, "
-                        "or get the checkpoint again"
+                    raise not_finite(
+                        f"layer {entry} gives NaN or infinite hidden states"
                     ) from error
             raise ModelError(f"exit layer {layer}: {error}; use a wider --dtype") from error
 

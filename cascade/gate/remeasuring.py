@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cascade.core.defaults import HARD_RATIOS
 from cascade.core.errors import ModelError, RecordError
 from cascade.core.files import write_text
 from cascade.core.records import packed
@@ -27,7 +28,7 @@ from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import quick_ids
 from cascade.gate.records import BudgetGroup
 from cascade.models.stack import DecoderStack
-from cascade.saturation.profile import HARD_RATIOS, SaturationProfile, analyze
+from cascade.saturation.profile import SaturationProfile, analyze
 from cascade.saturation.records import ProfileRecord
 
 # --- Baselines -------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cascade.core.arrays import Array
-from cascade.core.errors import ModelError
+from cascade.core.defaults import HARD_RATIOS
+from cascade.core.errors import not_finite
 from cascade.core.provenance import Provenance, provenance_of
 from cascade.core.schema import from_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
@@ -26,10 +27,6 @@ from cascade.saturation.records import (
 )
 from cascade.stats.cosine import cosine_of, norm, widened
 from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
-
-#: The hard ratios of the seed's table of thresholds.
-HARD_RATIOS = (0.3, 0.5, 0.7)
-
 
 #: The sequences' shares count tokens against the quantiles of this many first sequences. They are
 #: fixed before the pass continues, whatever the batch size, so that one pass is enough.
@@ -213,7 +210,4 @@ def _check_finite(values: Array, labels: Sequence[str]) -> None:
     wrong = ~np.isfinite(values).all(axis=(1, 2))
     if wrong.any():
         label = labels[int(np.argmax(wrong))]
-        raise ModelError(
-            f"layer {label} is the first to give NaN or infinite hidden states; "
-            "use a wider --dtype, or get the checkpoint again"
-        )
+        raise not_finite(f"layer {label} is the first to give NaN or infinite hidden states")

@@ -24,6 +24,7 @@ from cascade.cli.options import (
     picked,
 )
 from cascade.cli.output import finish, report_folder, show
+from cascade.core.defaults import NUM_SAMPLES, SEQ_LEN
 from cascade.core.errors import ModelError
 from cascade.core.schema import known
 
@@ -73,7 +74,7 @@ class CorpusComparisonOptions:
 class ComparedText:
     """How much is read of each corpus."""
 
-    num_samples: NumSamples = 500
+    num_samples: NumSamples = NUM_SAMPLES
     max_tokens: Annotated[
         int,
         typer.Option(
@@ -81,7 +82,7 @@ class ComparedText:
         ),
         Behind("num_samples"),
     ] = 16_384
-    seq_len: SeqLen = 128
+    seq_len: SeqLen = SEQ_LEN
     stream: Annotated[
         bool,
         typer.Option("--stream", help="Read hub datasets without fetching the whole of them."),
@@ -115,8 +116,8 @@ def compare_corpora(
     corpora.json, corpora.html and two SVGs.
     """
     with report_folder(output, "corpora", CORPORA_PICTURES) as folder:
+        from cascade.core.defaults import HARD_RATIOS
         from cascade.report.studies.corpora import corpora_report
-        from cascade.saturation.profile import HARD_RATIOS
         from cascade.studies.comparisons import corpus_comparison
 
         question = corpus_comparison.CorpusComparisonConfig(

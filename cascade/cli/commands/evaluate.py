@@ -106,9 +106,9 @@ def _evaluate_exits(
 
     with run_folder(output.output, EVALUATION_FILES, overwrite=output.overwrite) as folder:
         points = [parse_point(text) for text in wanted.point or ()]
+        from cascade.core.defaults import HARD_RATIOS
         from cascade.evaluation import exit_evaluation as evaluation
         from cascade.evaluation.operating_points import OperatingPoint
-        from cascade.saturation.profile import HARD_RATIOS
 
         stack = load_model(model)
         fitted = read_heads(heads.heads, stack)

@@ -22,6 +22,7 @@ from cascade.cli.options import (
     SampledCorpusOptions,
 )
 from cascade.cli.output import finish, report_folder, show
+from cascade.core.defaults import EVALUATED_TOKENS
 from cascade.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _NORM = "+norm"
 class ExplainedCorpus(SampledCorpusOptions):
     """Which text an explanation measures."""
 
-    max_tokens: MaxTokens = 8192
+    max_tokens: MaxTokens = EVALUATED_TOKENS
 
 
 @command("explain")

@@ -23,6 +23,7 @@ from cascade.cli.options import (
     picked,
 )
 from cascade.cli.output import run_folder, say_wrote
+from cascade.core.defaults import NUM_SAMPLES
 from cascade.core.errors import RecordError
 from cascade.core.schema import known
 
@@ -110,7 +111,7 @@ class GateCorpus(TextOptions):
         str, typer.Option(help="The baseline's: embedded, a file, or a hub dataset.")
     ] = "embedded"
     split: Split = None
-    num_samples: NumSamples = 500
+    num_samples: NumSamples = NUM_SAMPLES
 
 
 @dataclass(frozen=True)

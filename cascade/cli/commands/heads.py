@@ -25,6 +25,7 @@ from cascade.cli.options import (
     picked,
 )
 from cascade.cli.output import check_free, run_folder, say_wrote, write_json
+from cascade.core.defaults import HARD_RATIOS
 from cascade.core.errors import UsageError
 from cascade.core.schema import known
 
@@ -187,7 +188,7 @@ def calibrate(
         config = calibration.CalibrationConfig(
             layer=wanted.layer if wanted.layer is not None else usual_layer(stack, fitted),
             rule=wanted.rule,
-            hard_ratios=tuple(wanted.hard_ratio or (0.3, 0.5, 0.7)),
+            hard_ratios=tuple(wanted.hard_ratio or HARD_RATIOS),
             propagation=heads.propagation,  # type: ignore[arg-type]  # checked by the config
             risk=wanted.risk,
             confidence=wanted.confidence,

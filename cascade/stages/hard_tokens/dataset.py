@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from cascade.core.errors import RecordError, UsageError, first_line, os_reason
+from cascade.core.files import xxh3_of
 from cascade.core.records import read_record, record_hash
 from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.models.identity import check_same_model
@@ -239,10 +240,4 @@ def _changed(path: Path, file: DatasetFile) -> str | None:
 
 def hash_of(path: Path) -> str:
     """Return a hash over a file's bytes: it shows an edit, but does not protect against forgery."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as opened:
-        while chunk := opened.read(1 << 20):
-            digest.update(chunk)
-    return f"xxh3_128:{digest.hexdigest()}"
+    return f"xxh3_128:{xxh3_of(path)}"

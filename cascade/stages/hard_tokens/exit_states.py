@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.core.arrays import Array
-from cascade.core.errors import ModelError
+from cascade.core.errors import ModelError, not_finite
 from cascade.exits.history import HiddenHistory, exit_entries
 from cascade.exits.rules import ExitPoint, find_rule
 from cascade.models.stack import DecoderStack
@@ -114,10 +114,7 @@ def _check_states(states: Tensor, plan: CollectionPlan) -> None:
 
 
 def _not_finite(layer: int) -> ModelError:
-    return ModelError(
-        f"layer {layer} gives NaN or infinite hidden states; use a wider --dtype, or get the "
-        "checkpoint again"
-    )
+    return not_finite(f"layer {layer} gives NaN or infinite hidden states")
 
 
 def _next_tokens(ids: Array) -> Array:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cascade.core.defaults import HARD_RATIOS
 from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import CorpusProvenance
 from cascade.core.schema import from_plain, to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.models.stack import DecoderStack
-from cascade.saturation.profile import HARD_RATIOS
 from cascade.studies.comparisons.corpus_differences import (
     CONFIDENCE,
     LABELS,
