@@ -230,7 +230,8 @@ class ForwardPass:
             confidence = at.rule.confidence(point)
             if torch.isnan(confidence).any():
                 raise not_finite(
-                    f"the rule {at.rule.name} is NaN at exit layer {at.layer}: the states or logits there are not finite"
+                    f"the rule {at.rule.name} is NaN at exit layer {at.layer}: the states or "
+                    "logits there are not finite"
                 )
             out = reaches(confidence, at.threshold)
             exits[rows[some], columns[some]] = out

@@ -165,7 +165,8 @@ def _confidence_batches(
         made = torch.cat(values).reshape(ids.shape).float()
         if not torch.isfinite(made).all():
             raise not_finite(
-                f"the rule {at.rule.name} is not finite at exit layer {at.layer}, nor are the states or logits there"
+                f"the rule {at.rule.name} is not finite at exit layer {at.layer}, nor are "
+                "the states or logits there"
             )
         yield made.cpu().numpy()
 

@@ -232,7 +232,8 @@ class ExitBatch:
         for name, values in confidence.items():
             if torch.isnan(values).any():
                 raise not_finite(
-                    f"the rule {name} is NaN at exit layer {layer}: the states or logits there are not finite"
+                    f"the rule {name} is NaN at exit layer {layer}: the states or logits there "
+                    "are not finite"
                 )
             self.table.confidence[layer, name] = values.reshape(shape).cpu().numpy()
         self.table.agrees[layer] = agrees.reshape(shape).cpu().numpy()
