@@ -28,7 +28,7 @@ from cascade.models.weights import cache_folder
 from cascade.saturation.profile import SaturationProfile, analyze
 
 #: The least budget of the quick gate, in tokens: a fault moves every sequence, and 512 tokens
-#: separate all that were tried from noise (see `tests/test_sensitivity.py`).
+#: separate all that were tried from noise (see `tests/suites/test_sensitivity.py`).
 QUICK_TOKENS = 512
 #: Sequences that the noise floor is measured on.
 NOISE_SEQUENCES = 4

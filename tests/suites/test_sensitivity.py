@@ -119,7 +119,7 @@ def test_the_table_of_the_docs_is_what_was_measured(
     lines = [
         "# What the gate sees",
         "",
-        "Written by `pytest tests/test_sensitivity.py -m saturation` (accepted with"
+        "Written by `pytest tests/suites/test_sensitivity.py -m saturation` (accepted with"
         " `--force-regen`): each fault is",
         "planted in SmolLM2-135M, on its real weights, or in the path from its states to the"
         " numbers, and the quick",
@@ -150,7 +150,7 @@ def how_often_it_errs() -> list[str]:
         " run 200 times over the same",
         "16 sequences in another order and in ways that differ in arithmetic alone, each counted"
         " wherever it belongs",
-        "(`pytest tests/test_sensitivity.py -m slow`, [record](repetitions.csv)); the others are"
+        "(`pytest tests/suites/test_sensitivity.py -m slow`, [record](repetitions.csv)); the others are"
         " disjoint parts of the baseline's",
         "corpus held against each other 200 times ([record](odds.csv)).",
         "",
