@@ -150,7 +150,8 @@ def how_often_it_errs() -> list[str]:
         " run 200 times over the same",
         "16 sequences in another order and in ways that differ in arithmetic alone, each counted"
         " wherever it belongs",
-        "(`pytest tests/suites/test_sensitivity.py -m slow`, [record](repetitions.csv)); the others are"
+        "(`pytest tests/suites/test_sensitivity.py -m slow`, [record](repetitions.csv)); the others"
+        " are"
         " disjoint parts of the baseline's",
         "corpus held against each other 200 times ([record](odds.csv)).",
         "",
