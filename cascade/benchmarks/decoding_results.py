@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cascade.benchmarks.records import Ratio, Target, VariantTimes
 from cascade.benchmarks.timing import ratio_target, target
-from cascade.core.schema import UNSET, Count, Finite, Index, Part, UnsetType, from_plain
+from cascade.core.schema import UNSET, Count, Finite, Index, Part, UnsetType, from_plain, to_plain
 from cascade.decoding.early_exit import Score
 from cascade.decoding.generation import Generation
 from cascade.models.flops import Counts, flops
@@ -186,7 +186,7 @@ def _generated_row(made: Sequence[Generation], agreement: float, num_layers: int
 
 
 def _counted(counts: Counts) -> CountedRows:
-    return from_plain(counts.record(), CountedRows)
+    return from_plain(to_plain(counts.record()), CountedRows)
 
 
 def skipping_rows(

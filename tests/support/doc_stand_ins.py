@@ -72,7 +72,7 @@ _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @functools.cache
 def embedded_records(start: int = 0) -> list[dict[str, Any]]:
     """Return some records of either split of the embedded corpus, as its file has them."""
-    path = Path(corpora.__file__).parent / "data/embedded.jsonl"
+    path = Path(corpora.__file__).parents[1] / "data/embedded.jsonl"
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][start:]
     few = [[one for one in records if one["split"] == name][:n] for name, n in RECORDS.items()]
     return sorted(itertools.chain(*few), key=lambda record: record["id"])

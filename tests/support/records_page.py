@@ -17,14 +17,17 @@ drawn from it. A record names its `kind` and `schema`. It is checked when it is 
 field, a wrong type, NaN or infinity are refused with the place of the fault. Keys that a release
 does not know are ignored, and every schema written so far is still read.
 
-From Python, `read_record(path, kind="evaluation")` returns a typed record, whose fields are
-attributes:
+From Python, `read_record` returns a typed record, whose fields are attributes:
+
+```bash
+cascade analyze --output out
+```
 
 ```python
 from cascade import read_record
 
-evaluation = read_record("out/evaluation.json", kind="evaluation")
-print(evaluation.verdict.headline)
+profile = read_record("out/profile.json", kind="saturation")
+print(profile.structure.dips)
 ```
 
 This page is made from the types in the package (`pytest tests/test_record_kinds.py --force-regen`).
@@ -44,7 +47,7 @@ def records_page() -> str:
         for name in [record.__name__, *sorted(own)]:
             lines += _table(name, schema["$defs"][name], top=name == record.__name__)
         text = json.dumps(_without_descriptions(schema), separators=(",", ":"))
-        lines += ['??? note "JSON Schema"', "", "    ```json", f"    {text}", "    ```", ""]
+        lines += ['??? note "JSON Schema"', "", f"        {text}", ""]
     lines += ["## Parts of several records", ""]
     parts = {name: about for schema in schemas.values() for name, about in schema["$defs"].items()}
     for name in sorted(name for name, count in uses.items() if count > 1):
