@@ -42,7 +42,8 @@ def records_page() -> str:
     for kind in KINDS:
         record, schema = record_type(kind), schemas[kind]
         lines += [f"## {kind}", "", (inspect.getdoc(record) or "").partition("\n")[0], ""]
-        lines += [f"Schema {record.SCHEMA}, written by `cascade {record.COMMAND.removesuffix(' --output')}`.", ""]
+        command = record.COMMAND.partition(" --")[0]
+        lines += [f"Schema {record.SCHEMA}, written by `cascade {command}`.", ""]
         own = [name for name in schema["$defs"] if uses[name] == 1 and name != record.__name__]
         for name in [record.__name__, *sorted(own)]:
             lines += _table(name, schema["$defs"][name], top=name == record.__name__)
