@@ -125,7 +125,7 @@ def test_a_record_says_on_what_it_was_fitted_and_measured() -> None:
     assert to_plain(provenance.corpus) == CONFIRM.provenance()
     assert to_plain(provenance.fitted_on) == FIT.provenance()
     assert provenance.model.family == "gemma2"
-    assert (provenance.heads or {})["corpus"]["name"] == "random"
+    assert (provenance.heads or {}).corpus["name"] == "random"
     assert provenance.heads_fingerprint == settled_heads("gemma2").fingerprint()
     full = record.full
     ids = torch.from_numpy(CONFIRM.ids).long()

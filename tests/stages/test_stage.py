@@ -142,7 +142,7 @@ def test_a_longer_model_has_a_hash_of_its_own() -> None:
     stack = DecoderStack(tiny_model("llama"), provenance={"weights_hash": "sha256:of-the-base"})
     longer = extended(stack, a_moved_stage(stack))
     assert longer.weights_hash() != stack.weights_hash()
-    assert longer.provenance["num_layers"] == LAYERS + 2
+    assert longer.provenance.num_layers == LAYERS + 2
 
 
 # --- Over stored states it is the cascade's pass ----------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -11,6 +12,8 @@ from cascade.core.provenance import Provenance
 from cascade.core.schema import known
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+SCHEMA = 1
 
 ROLES = {
     "input_transform": "input transform",
@@ -27,6 +30,34 @@ RULE_WORDS = {
     "entropy": ("certainty", "one minus the entropy of the exit head, in shares of the largest"),
     "patience": ("streak", "how many exit layers before it predict the same token"),
 }
+
+
+def check_record(record: Mapping[str, Any], kind: str, sections: Sequence[str]) -> None:
+    """Refuse what is not a whole record of a kind, before anything is shown.
+
+    Raises:
+        ValueError: It is of another kind or schema, lacks a section, or holds NaN; in one line.
+    """
+    for key, expected in (("kind", kind), ("schema", SCHEMA)):
+        if record.get(key) != expected:
+            raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
+    missing = [section for section in sections if section not in record]
+    if missing:
+        raise ValueError(f"expected the sections {', '.join(sections)}, got none of {missing}")
+    place = next(_nan_places(record), None)
+    if place is not None:
+        raise ValueError(f"expected numbers, got nan at {place}; make the record anew")
+
+
+def _nan_places(value: Any, place: str = "") -> Iterator[str]:
+    if isinstance(value, float) and math.isnan(value):
+        yield place
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _nan_places(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _nan_places(item, f"{place}[{index}]")
 
 
 class OfLayer(Protocol):

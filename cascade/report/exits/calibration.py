@@ -23,7 +23,7 @@ from cascade.report.common.exit_wording import (
     share,
     show_threshold,
 )
-from cascade.report.common.records import headline, percent, rule_sentence
+from cascade.report.common.records import check_record, headline, percent, rule_sentence
 from cascade.report.common.sections import (
     Block,
     Pairs,
@@ -57,6 +57,7 @@ def calibration_report(record: CalibrationRecord) -> Report:
     Raises:
         ValueError: The record holds NaN, or is of another schema.
     """
+    check_record(to_plain(record), "calibration", ())
     (_, model), corpus, (_, run) = headline(record)
     measured = [
         corpus,

@@ -19,7 +19,7 @@ from cascade.report.common.exit_wording import (
     share,
     show_threshold,
 )
-from cascade.report.common.records import headline
+from cascade.report.common.records import check_record, headline
 from cascade.report.common.sections import Block, Lead, Pairs, Picture, Report, Section, table_of
 from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
 from cascade.report.exits.pareto import LOOKS, front_of, name_curve, ring
@@ -46,6 +46,7 @@ def exit_search_report(record: SearchRecord) -> Report:
         ValueError: The record is of another schema, or holds NaN.
     """
     verdict = record.verdict
+    check_record(to_plain(record), "exit-search", ())
     model, _, run = headline(record)
     return Report(
         kicker="CASCADE search for an exit layer",

@@ -69,8 +69,8 @@ def everything(markdown: str) -> str:
 def test_the_verdict_is_the_first_line_and_tables_are_whole(kind: str) -> None:
     record = KINDS[kind]()
     text = report_markdown(a_session(record))
-    assert text.startswith(f"# CASCADE: {record['verdict']}\n")
-    assert headings(text)[1] == f"{record['verdict']}: tiny/words"
+    assert text.startswith(f"# CASCADE: {record.verdict}\n")
+    assert headings(text)[1] == f"{record.verdict}: tiny/words"
     found = tables(text)
     assert [len({len(row) for row in rows}) for rows in found] == [1] * len(found)
     if worst_cells(record):

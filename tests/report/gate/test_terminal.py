@@ -106,7 +106,7 @@ def test_the_verdict_comes_first_and_eighty_columns_are_enough(kind: str, ascii_
         show(shown, Console(file=file, width=80))
         file.seek(0)
         text = file.read()
-        assert text.startswith(f"{record['verdict']}: ")
+        assert text.startswith(f"{record.verdict}: ")
         assert flat(record.headline) in flat(text)
         assert max(map(len, text.splitlines())) <= 80
         assert not [line for line in text.splitlines() if line != line.rstrip()]
@@ -295,7 +295,7 @@ def test_colours_only_add_to_the_words() -> None:
     ):
         record = KINDS[kind]()
         coloured = printed(record, force_terminal=True, color_system="standard")
-        assert coloured.startswith(f"\x1b[{code}m{record['verdict']}\x1b[0m: ")
+        assert coloured.startswith(f"\x1b[{code}m{record.verdict}\x1b[0m: ")
 
 
 def test_nothing_in_a_record_steers_the_terminal() -> None:
@@ -381,7 +381,7 @@ def test_a_session_that_is_not_whole_is_refused(tmp_path: Path) -> None:
 @given(record=comparisons(), name=st.text(max_size=80))
 def test_any_record_is_printed(record: Record, name: str) -> None:
     text = printed(record)
-    assert text.startswith(f"{record['verdict']}: ")
+    assert text.startswith(f"{record.verdict}: ")
     assert len(table(text)) <= 10
     assert printed(session_record([named(record, name)]))
 

@@ -47,11 +47,11 @@ def test_a_copy_changes_only_the_layers_matrices_and_not_the_original(text: str)
 def test_a_copys_provenance_names_its_alteration(text: str) -> None:
     stack = a_stack()
     twin = copy_of(stack, Alteration.parse(text))
-    assert twin.provenance["name"] == f"tiny+{text}"
-    assert twin.provenance["weights_hash"] == twin.weights_in_memory() != stack.weights_in_memory()
-    assert "all decoder layers" in twin.provenance["altered"]
-    assert stack.provenance["name"] == "tiny"
-    assert stack.provenance["weights_hash"] == "w"
+    assert twin.provenance.name == f"tiny+{text}"
+    assert twin.provenance.weights_hash == twin.weights_in_memory() != stack.weights_in_memory()
+    assert "all decoder layers" in twin.provenance.altered
+    assert stack.provenance.name == "tiny"
+    assert stack.provenance.weights_hash == "w"
 
 
 def test_int8_rounds_to_the_nearest_of_255_values_per_output() -> None:
