@@ -29,7 +29,7 @@ def analyze(draw: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Analyze like `draw`, with stand-ins for the drawings: they take 2 s, all the rest 0.2 s."""
 
     def stand_in(size: int) -> Callable[..., str]:
-        return lambda record, *arrays, **pictures: f"{record['provenance']['corpus']}".ljust(size)
+        return lambda record, *arrays, **pictures: f"{record.provenance.corpus}".ljust(size)
 
     for name, size in DRAWN.items():
         monkeypatch.setattr(f"cascade.report.saturation.{name}", stand_in(size))

@@ -122,10 +122,10 @@ def test_a_record_can_be_written_and_read_back(family: str, tmp_path: Path) -> N
 def test_a_record_says_on_what_it_was_fitted_and_measured() -> None:
     record = evaluated()
     provenance, stack = record.provenance, a_settled_stack("gemma2")
-    assert to_plain(provenance.corpus) == CONFIRM.provenance()
-    assert to_plain(provenance.fitted_on) == FIT.provenance()
+    assert provenance.corpus == CONFIRM.provenance()
+    assert provenance.fitted_on == FIT.provenance()
     assert provenance.model.family == "gemma2"
-    assert (provenance.heads or {}).corpus["name"] == "random"
+    assert provenance.heads.corpus.name == "random"
     assert provenance.heads_fingerprint == settled_heads("gemma2").fingerprint()
     full = record.full
     ids = torch.from_numpy(CONFIRM.ids).long()

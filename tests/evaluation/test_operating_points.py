@@ -137,7 +137,10 @@ def test_a_row_is_what_scoring_and_the_models_own_logits_say(
         )
         expected = row_by_hand(stack, blocks, scored, heads)
         for name, value in expected.items():
-            assert close(row[name], value), f"{point}: {name} {row[name]}, expected {value}"
+            got = getattr(row, name)
+            assert close(got, value), f"{point}: {name} {got}, expected {value}"
+                f"{point}: {name} {getattr(row, name)}, expected {value}"
+            )
         assert (row.exit_layer, row.rule, row.threshold, row.threshold_from) == (
             point.layer,
             point.rule,
@@ -275,12 +278,12 @@ def test_intervals_hold_their_figure_and_shrink_with_more_sequences() -> None:
         blocks = blocks_of(sequences)
         row = evaluator.run(blocks, [OperatingPoint(2, "fixed", 0.5, "")])[0][0]
         for name in ("agreement", "perplexity_ratio"):
-            low, high = row[f"{name}_interval"]
-            assert low < row[name] < high
+            low, high = getattr(row, f"{name}_interval")
+            assert low < getattr(row, name) < high
             width[name, sequences] = high - low
         again = evaluator.run(blocks, [OperatingPoint(2, "fixed", 0.5, "")])[0][0]
         for name in DRAWN:
-            assert again[name] == row[name]
+            assert getattr(again, name) == getattr(row, name)
     for name in ("agreement", "perplexity_ratio"):
         # A third by the square root of nine; sequences differ, so give or take.
         assert 0.15 < width[name, 72] / width[name, 8] < 0.6

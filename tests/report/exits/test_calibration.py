@@ -304,7 +304,7 @@ def test_a_record_of_another_kind_or_schema_or_with_nan_is_refused_in_one_line(
 def test_a_record_without_a_section_is_no_calibration() -> None:
     plain = a_plain_record()
     del plain["certificate"]
-    with pytest.raises(SchemaError, match="expected certificate, got nothing"):
+    with pytest.raises(SchemaError, match="expected an object or null at certificate, got nothing"):
         from_plain(plain, CalibrationRecord)
 
 

@@ -240,7 +240,7 @@ def test_a_record_that_cannot_be_shown_is_refused_in_one_line(
 def test_a_record_without_a_section_is_refused_by_name() -> None:
     record = a_record()
     del record["by_layer"]
-    with pytest.raises(ValueError, match="expected by_layer, got nothing"):
+    with pytest.raises(ValueError, match="expected a list at by_layer, got nothing"):
         printed(record)
 
 

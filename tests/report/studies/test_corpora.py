@@ -385,5 +385,5 @@ def test_an_incomplete_record_is_refused(tmp_path: Path) -> None:
     del record["special"]
     path = tmp_path / "corpora.json"
     path.write_text(json.dumps(record))
-    with pytest.raises(RecordError, match="expected special, got nothing"):
+    with pytest.raises(RecordError, match="expected an object at special, got nothing"):
         read_typed(path, CorpusComparison)

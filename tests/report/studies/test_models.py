@@ -261,7 +261,7 @@ def test_the_alteration_of_a_copy_is_described() -> None:
     [
         (lambda record: record.update(kind="saturation"), "a record of kind model-comparison"),
         (lambda record: record.update(schema=9), "has schema 9, this release reads up to 1"),
-        (lambda record: record.pop("pairs"), "expected pairs, got nothing"),
+        (lambda record: record.pop("pairs"), "expected a list at pairs, got nothing"),
         (
             lambda record: record["models"][0]["sizes"].update(layer_share=float("nan")),
             r"at models\[0\].sizes.layer_share, got NaN",
