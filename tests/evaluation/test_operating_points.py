@@ -139,8 +139,6 @@ def test_a_row_is_what_scoring_and_the_models_own_logits_say(
         for name, value in expected.items():
             got = getattr(row, name)
             assert close(got, value), f"{point}: {name} {got}, expected {value}"
-                f"{point}: {name} {getattr(row, name)}, expected {value}"
-            )
         assert (row.exit_layer, row.rule, row.threshold, row.threshold_from) == (
             point.layer,
             point.rule,

@@ -234,7 +234,7 @@ def test_a_cascade_against_itself_wins_nothing() -> None:
     same = a_cascade(stages=1)
     record = evaluate_cascade(same, some_blocks(), controls={"random": same})
     for one in record.comparisons:
-        assert (one["response"].ratio, one["response"].wins) == (1.0, "neither")
+        assert (one.response.ratio, one.response.wins) == (1.0, "neither")
     assert record.verdict.earns_its_keep is False
     assert "cannot be told apart" in record.verdict.routing
 
