@@ -23,26 +23,6 @@ Record = dict[str, Any]
 R = TypeVar("R", bound=StoredRecord)
 
 
-#: The newest schema of each kind that this release reads, and the one it writes.
-SCHEMAS = {"saturation": 2}
-
-
-#: The command that makes a record, by its kind.
-_MADE_BY = {
-    "saturation": "analyze --output",
-    "calibration": "calibrate --output",
-    "evaluation": "evaluate --output",
-    "exit-search": "search-exit --output",
-    "budgets": "accept",
-    "hard-tokens": "collect-hard --output",
-    "cascade": "train --output",
-    "explanation": "explain --output",
-    "final-norm": "explain --output",
-    "corpus-comparison": "compare-corpora --output",
-    "model-comparison": "compare-models --output",
-}
-
-
 def to_json(value: Any, indent: int = 0) -> str:
     """Return JSON for people: one line per row of a table, so that a diff shows what moved.
 
@@ -70,37 +50,30 @@ def write_record(path: Path, record: Record | StoredRecord) -> None:
     write_text(path, to_json(to_plain(record)) + "\n")
 
 
-def read_record(path: Path, *, kind: str) -> Record:
-    """Read a record of the given kind.
+def read_plain(path: Path, kind: type[StoredRecord]) -> Record:
+    """Read a record as the dictionaries of its JSON; only its kind and schema are checked.
+
+    Args:
+        path: Its JSON file.
+        kind: The type that it must have.
 
     Raises:
         RecordError: It is missing, torn, of another kind or of a newer schema.
     """
-    return _read(path, kind, SCHEMAS.get(kind, 1), _MADE_BY.get(kind, kind))
-
-
-def _read(path: Path, kind: str, newest: int, command: str) -> Record:
-    """Read a record.
-
-    Args:
-        path: Its JSON file.
-        kind: The kind that it must be of.
-        newest: The newest schema that can be read.
-        command: What makes such a record, for the error.
-    """
+    newest = kind.SCHEMA
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecordError(f"no record {path}; make one with `cascade {command}`") from None
+        raise RecordError(f"no record {path}; make one with `cascade {kind.COMMAND}`") from None
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise RecordError(
             f"{path} is torn or edited ({error}); restore it or make it anew"
         ) from error
-    if not isinstance(record, dict) or record.get("kind") != kind:
+    if not isinstance(record, dict) or record.get("kind") != kind.KIND:
         got = record.get("kind") if isinstance(record, dict) else type(record).__name__
-        raise RecordError(f"{path}: expected a record of kind {kind}, got {got}")
+        raise RecordError(f"{path}: expected a record of kind {kind.KIND}, got {got}")
     schema = record.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise RecordError(
@@ -126,7 +99,7 @@ def read_typed(path: Path, kind: type[R]) -> R:
     Raises:
         RecordError: It is missing, torn, of another kind or of a newer schema.
     """
-    return typed(_read(path, kind.KIND, kind.SCHEMA, kind.COMMAND), kind, path)
+    return typed(read_plain(path, kind), kind, path)
 
 
 def typed(record: Record, kind: type[R], path: Path) -> R:

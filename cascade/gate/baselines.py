@@ -20,7 +20,7 @@ from cascade.core.records import (
     Record,
     at,
     read_arrays,
-    read_record,
+    read_plain,
     record_hash,
     to_json,
     typed,
@@ -131,7 +131,7 @@ def read_profile(path: Path) -> StoredProfile:
     """
     if path.is_dir():
         path = path / "profile.json"
-    record = read_record(path, kind=ProfileRecord.KIND)
+    record = read_plain(path, ProfileRecord)
     arrays = read_arrays(path.with_suffix(".npz"))
     # The first schema had no seal; with one, an older number is an edit like any other.
     if record["schema"] >= 2 or {"hash", "arrays_hash"} & record.keys():
@@ -215,7 +215,7 @@ def accept(folder: Path, run: Path) -> tuple[Path, StoredProfile | None]:
     """
     profile = read_profile(run / "profile.json")
     # As it was read: its hash is over all that it says.
-    text = to_json(read_record(run / "profile.json", kind=ProfileRecord.KIND)) + "\n"
+    text = to_json(read_plain(run / "profile.json", ProfileRecord)) + "\n"
     arrays = (run / "profile.npz").read_bytes()
     return _store(profile_path(folder, profile.content), text, arrays)
 

@@ -12,7 +12,7 @@ from msgspec.structs import asdict
 
 from cascade.core.errors import RecordError, first_line
 from cascade.core.files import write_text
-from cascade.core.records import read_record, to_json
+from cascade.core.records import read_plain, to_json
 from cascade.core.schema import UNSET, SchemaError, from_plain, known, to_plain
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.gate.baselines import baseline_paths
@@ -188,7 +188,7 @@ def read_budgets(path: Path) -> BudgetsRecord:
     Raises:
         RecordError: It is missing, torn, of a newer schema, or lacks something.
     """
-    record = read_record(path, kind=BudgetsRecord.KIND)
+    record = read_plain(path, BudgetsRecord)
     try:
         budgets = from_plain(record, BudgetsRecord)
         _check_limits(budgets)

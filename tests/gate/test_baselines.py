@@ -16,7 +16,7 @@ from cascade.core.errors import OutputError, RecordError
 from cascade.core.records import (
     packed,
     read_arrays,
-    read_record,
+    read_plain,
     to_json,
     write_arrays,
     write_record,
@@ -44,7 +44,7 @@ def test_json_shows_one_row_a_line_and_reads_back(tmp_path: Path) -> None:
     rows = [line for line in text.splitlines() if '"p50"' in line]
     assert len(rows) == len(record["layers"])
     write_record(tmp_path / "a.json", record)
-    assert read_record(tmp_path / "a.json", kind="saturation") == record
+    assert read_plain(tmp_path / "a.json", ProfileRecord) == record
 
 
 def test_a_whole_number_of_numpy_is_written_as_one_and_other_objects_are_not() -> None:
@@ -81,12 +81,12 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: str, message: str
     path = tmp_path / "a.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(RecordError, match=message):
-        read_record(path, kind="saturation")
+        read_plain(path, ProfileRecord)
 
 
 def test_missing_files_are_named_with_their_remedy(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="cascade analyze --output"):
-        read_record(tmp_path / "none.json", kind="saturation")
+        read_plain(tmp_path / "none.json", ProfileRecord)
     with pytest.raises(RecordError, match="belongs beside"):
         read_arrays(tmp_path / "none.npz")
 

@@ -180,10 +180,11 @@ def accept(
 
 
 def _accept_budgets(run: Path, baselines: Path) -> None:
-    from cascade.core.records import read_record
+    from cascade.core.records import read_plain
+    from cascade.evaluation.records import EvaluationRecord
     from cascade.gate.budgets import accept_budgets
 
-    evaluation = read_record(run / "evaluation.json", kind="evaluation")
+    evaluation = read_plain(run / "evaluation.json", EvaluationRecord)
     accepted = accept_budgets(baselines, evaluation)
     for overrun in accepted.overruns:
         typer.echo(f"Against the budgets before: {overrun}")

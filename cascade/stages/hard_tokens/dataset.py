@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cascade.core.errors import RecordError, UsageError, first_line, os_reason
 from cascade.core.files import xxh3_of
-from cascade.core.records import read_record, record_hash
+from cascade.core.records import read_plain, record_hash
 from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.models.identity import check_same_model
 from cascade.models.stack import DecoderStack
@@ -203,7 +203,7 @@ def read_hard_tokens_record(path: Path) -> HardTokensRecord:
     Raises:
         RecordError: It is missing, torn or edited, or of a newer release.
     """
-    plain = read_record(path, kind=HardTokensRecord.KIND)
+    plain = read_plain(path, HardTokensRecord)
     try:
         record = from_plain(plain, HardTokensRecord)
         found = missing_split(record)
