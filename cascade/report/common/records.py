@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from cascade.core.provenance import Provenance
-from cascade.core.schema import known
+from cascade.core.schema import StoredRecord, known, to_plain
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-SCHEMA = 1
 
 ROLES = {
     "input_transform": "input transform",
@@ -32,19 +31,17 @@ RULE_WORDS = {
 }
 
 
-def check_record(record: Mapping[str, Any], kind: str, sections: Sequence[str]) -> None:
-    """Refuse what is not a whole record of a kind, before anything is shown.
+def check_record(record: StoredRecord) -> None:
+    """Refuse a record that was not read but made or changed wrongly, before anything is shown.
 
     Raises:
-        ValueError: It is of another kind or schema, lacks a section, or holds NaN; in one line.
+        ValueError: It has another kind or schema than its type, or holds NaN; in one line.
     """
-    for key, expected in (("kind", kind), ("schema", SCHEMA)):
-        if record.get(key) != expected:
-            raise ValueError(f"expected {key} {expected!r}, got {record.get(key)!r}")
-    missing = [section for section in sections if section not in record]
-    if missing:
-        raise ValueError(f"expected the sections {', '.join(sections)}, got none of {missing}")
-    place = next(_nan_places(record), None)
+    plain = to_plain(record)
+    for key, expected in (("kind", record.KIND), ("schema", record.SCHEMA)):
+        if plain[key] != expected:
+            raise ValueError(f"expected {key} {expected!r}, got {plain[key]!r}")
+    place = next(_nan_places(plain), None)
     if place is not None:
         raise ValueError(f"expected numbers, got nan at {place}; make the record anew")
 

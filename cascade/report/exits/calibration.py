@@ -57,7 +57,7 @@ def calibration_report(record: CalibrationRecord) -> Report:
     Raises:
         ValueError: The record holds NaN, or is of another schema.
     """
-    check_record(to_plain(record), "calibration", ())
+    check_record(record)
     (_, model), corpus, (_, run) = headline(record)
     measured = [
         corpus,

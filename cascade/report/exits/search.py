@@ -46,7 +46,7 @@ def exit_search_report(record: SearchRecord) -> Report:
         ValueError: The record is of another schema, or holds NaN.
     """
     verdict = record.verdict
-    check_record(to_plain(record), "exit-search", ())
+    check_record(record)
     model, _, run = headline(record)
     return Report(
         kicker="CASCADE search for an exit layer",
