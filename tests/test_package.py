@@ -18,6 +18,18 @@ def test_importing_the_surface_loads_no_heavy_library(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_reports_load_neither_a_model_library_nor_a_plotting_one() -> None:
+    code = """
+import importlib, pkgutil, sys
+import cascade.report
+for module in pkgutil.walk_packages(cascade.report.__path__, "cascade.report."):
+    importlib.import_module(module.name)
+print(sorted({"torch", "transformers", "datasets", "matplotlib"} & {*sys.modules}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_every_public_name_can_be_had() -> None:
     for name in cascade.__all__:
         assert getattr(cascade, name) is not None
