@@ -12,22 +12,12 @@ from torch import Tensor
 
 from cascade.benchmarks.records import Ratio, Target, VariantTimes
 from cascade.benchmarks.timing import ratio_target, target
-from cascade.core.schema import UNSET, Count, Finite, Index, Part, UnsetType, from_plain, to_plain
+from cascade.core.schema import UNSET, Count, Finite, Index, Part, UnsetType
 from cascade.decoding.early_exit import Score
 from cascade.decoding.generation import Generation
-from cascade.models.flops import Counts, flops
+from cascade.models.counts import CountsRecord
+from cascade.models.flops import flops
 from cascade.models.stack import DecoderStack
-
-
-class CountedRows(Part, frozen=True, kw_only=True):
-    """What was computed, in token rows (see `cascade.models.flops.Counts`)."""
-
-    layer_rows: list[Index]
-    pairs: list[Index]
-    key_value_rows: list[Index]
-    predicted_rows: list[Index]
-    lm_head_rows: Index
-    head_rows: dict[str, Index]
 
 
 class GeneratedRow(Part, frozen=True, kw_only=True):
@@ -47,7 +37,7 @@ class GeneratedRow(Part, frozen=True, kw_only=True):
     layers_per_token: Finite | UnsetType = UNSET
     drafted: Index | UnsetType = UNSET
     accepted: Index | UnsetType = UNSET
-    counts: CountedRows | UnsetType = UNSET
+    counts: CountsRecord | UnsetType = UNSET
 
 
 class Skipping(Part, frozen=True, kw_only=True):
@@ -181,12 +171,8 @@ def _generated_row(made: Sequence[Generation], agreement: float, num_layers: int
         layers_per_token=sum(counts.layer_rows) / sum(batch.passed for batch in made),
         drafted=sum(batch.drafted for batch in made),
         accepted=sum(batch.accepted for batch in made),
-        counts=_counted(counts),
+        counts=counts.record(),
     )
-
-
-def _counted(counts: Counts) -> CountedRows:
-    return from_plain(to_plain(counts.record()), CountedRows)
 
 
 def skipping_rows(
