@@ -201,14 +201,15 @@ def _completed(
     run_table_points: bool,
 ) -> list[Answer]:
     """Measure what some evaluations lack, and say what that is."""
-    from cascade.evaluation import exit_evaluation as evaluation
-    from cascade.evaluation.search import exit_search
-
     lacking = [
         one for one in answers if one.lacks is not None or (run_table_points and one.on_table)
     ]
     if not lacking:
         return answers
+    # torch is loaded only where something is measured.
+    from cascade.evaluation import exit_evaluation as evaluation
+    from cascade.evaluation.search import exit_search
+
     for one in lacking:
         lacks = one.lacks or f"{len(one.on_table)} thresholds are known from the table alone"
         typer.echo(f"Measuring for {one.evaluation.name}: {lacks}", err=True)
