@@ -283,7 +283,7 @@ SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
     "NaN in a map": (spoil("propagation.1.weight", math.nan), "propagation.1.weight holds NaN"),
     "no width": (
         lambda tensors, about: about.pop("width"),
-        "expected width, got nothing",
+        "expected a whole number from 1 on at width, got nothing",
     ),
     "another width": (lambda tensors, about: about.update(width=8), "of shape [32, 24], got"),
     "a width in words": (lambda tensors, about: about.update(width="32"), 'at width, got "32"'),
@@ -297,7 +297,7 @@ SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "no provenance": (
         lambda tensors, about: about.pop("provenance"),
-        "expected provenance, got nothing",
+        "expected an object at provenance, got nothing",
     ),
     "a provenance that is none": (
         lambda tensors, about: about.update(provenance=[]),
@@ -330,7 +330,7 @@ SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "a corpus without tokens": (
         lambda tensors, about: about["provenance"]["corpus"].pop("tokens"),
-        "expected provenance.corpus.tokens, got nothing",
+        "from 1 on at provenance.corpus.tokens, got nothing",
     ),
 }
 

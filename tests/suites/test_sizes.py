@@ -65,7 +65,7 @@ def test_measuring_training_and_evaluating_need_no_more_than_the_configuration(
         for part, size in (("train", 1280), ("held-out", 640))
     }
     profile = analyze(stack, parts["held-out"])
-    assert len(profile.record()["layers"]) == depth + 1  # and the normed row
+    assert len(profile.record().layers) == depth + 1  # and the normed row
     tokens = collect_hard(
         stack, parts, tmp_path / "hard", CollectingConfig(layer=depth - 1, hard_ratio=0.5)
     )

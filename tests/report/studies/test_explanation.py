@@ -156,5 +156,5 @@ def test_other_records_are_refused(record: dict[str, Any], tmp_path: Path) -> No
         read_typed(path, LayerExplanation)
     del record["causes"]
     path.write_text(json.dumps(record))
-    with pytest.raises(RecordError, match="expected causes, got nothing"):
+    with pytest.raises(RecordError, match="expected a list at causes, got nothing"):
         read_typed(path, LayerExplanation)

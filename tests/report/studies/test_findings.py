@@ -214,7 +214,7 @@ def test_an_interrupted_command_cleans_up(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess.Popen, "wait", broken_off)
     with pytest.raises(KeyboardInterrupt):
-        command._status_of([sys.executable, "-c", script])
+        command.status_of([sys.executable, "-c", script])
     assert (tmp_path / "tidied").exists()
 
 
