@@ -543,9 +543,15 @@ BROKEN: dict[str, tuple[Callable[[Plain], str], str]] = {
     "a list": (lambda record: "[]", "expected a record of kind calibration, got list"),
     "foreign": (broken(lambda r: r.update(kind="evaluation")), "got evaluation"),
     "newer": (broken(lambda r: r.update(schema=99)), "schema 99"),
-    "no layer": (broken(lambda r: r.pop("exit_layer")), "number from 1 on at exit_layer, got nothing"),
+    "no layer": (
+        broken(lambda r: r.pop("exit_layer")),
+        "number from 1 on at exit_layer, got nothing",
+    ),
     "no certificate": (broken(lambda r: r.pop("certificate")), "at certificate, got nothing"),
-    "no provenance": (broken(lambda r: r.pop("provenance")), "expected an object at provenance, got nothing"),
+    "no provenance": (
+        broken(lambda r: r.pop("provenance")),
+        "expected an object at provenance, got nothing",
+    ),
     "no seed": (broken(lambda r: r.pop("seed")), "number from 0 on at seed, got nothing"),
     "a seed out of range": (broken(lambda r: r.update(seed=2**63)), f"got {2**63}"),
     "a seed in words": (broken(lambda r: r.update(seed="1")), 'at seed, got "1"'),
