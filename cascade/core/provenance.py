@@ -122,17 +122,6 @@ def provenance_of(
     )
 
 
-def typed_provenance(provenance: Mapping[str, Any] | Provenance) -> Provenance:
-    """Return a typed provenance.
-
-    Raises:
-        SchemaError: A field is missing or has another type.
-    """
-    if isinstance(provenance, Provenance):
-        return provenance
-    return from_plain(provenance, Provenance)
-
-
 def model_provenance(
     found: ModelProvenance, given: Mapping[str, Any] | ModelProvenance | None
 ) -> ModelProvenance:

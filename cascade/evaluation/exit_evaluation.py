@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec.structs import asdict
 
 from cascade.core.arguments import check_seed
 from cascade.core.defaults import HARD_RATIOS
 from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import provenance_of
-from cascade.core.schema import from_plain, to_plain
+from cascade.core.schema import UNSET
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import Propagation
 from cascade.evaluation.exit_curves import curve, lowest_threshold
@@ -32,7 +33,7 @@ from cascade.evaluation.records import (
     WantedQuality,
 )
 from cascade.evaluation.verdict import CONTROLS, judge, no_verdict
-from cascade.exits.fitted_heads import FittedHeads, heads_provenance
+from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.rules import check_layers, find_rule
 from cascade.models.flops import full_flops
 from cascade.models.stack import DecoderStack
@@ -260,9 +261,13 @@ def exit_provenance(
         heads: Fitted heads; None for the logit lens.
     """
     corpora = [blocks] if fitted_on is None else [fitted_on, blocks]
-    fitted = {} if fitted_on is None else {"fitted_on": to_plain(fitted_on.provenance())}
-    plain = to_plain(provenance_of(stack, blocks, command))
-    return from_plain(plain | fitted | heads_provenance(heads, *corpora), ExitProvenance)
+    return ExitProvenance(
+        **asdict(provenance_of(stack, blocks, command)),
+        fitted_on=UNSET if fitted_on is None else fitted_on.provenance(),
+        heads=None if heads is None else heads.provenance,
+        heads_fingerprint=None if heads is None else heads.fingerprint(),
+        heads_saw_corpus=heads is not None and any(map(heads.saw, corpora)),
+    )
 
 
 def _measured_rules(config: EvaluationConfig) -> dict[int, list[str]]:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,20 +153,6 @@ class FittedHeads:
                     f"cannot write {path}: {first_line(error)}; free some space or choose another"
                     " place (what was there before is unharmed)"
                 ) from error
-
-
-def heads_provenance(heads: FittedHeads | None, *corpora: TokenBlocks) -> dict[str, Any]:
-    """Return the provenance of a record's heads: themselves, fingerprint, whether they saw text.
-
-    Args:
-        heads: None for the logit lens.
-        corpora: The text that the record's figures are measured on.
-    """
-    return {
-        "heads": None if heads is None else to_plain(heads.provenance),
-        "heads_fingerprint": None if heads is None else heads.fingerprint(),
-        "heads_saw_corpus": heads is not None and any(map(heads.saw, corpora)),
-    }
 
 
 def _halved(tensor: Tensor, layer: int) -> Tensor:

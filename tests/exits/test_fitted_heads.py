@@ -32,8 +32,9 @@ from cascade.core.schema import known
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import EarlyExit, make_exit
 from cascade.evaluation.calibration import confidences
+from cascade.evaluation.exit_evaluation import exit_provenance
 from cascade.evaluation.operating_points import Evaluator
-from cascade.exits.fitted_heads import FittedHeads, heads_provenance, load_heads
+from cascade.exits.fitted_heads import FittedHeads, load_heads
 from cascade.exits.head_fitting import fit_heads
 from cascade.exits.records import HeadsProvenance
 from cascade.models.stack import DecoderStack
@@ -65,9 +66,10 @@ def test_heads_know_the_text_they_were_fitted_on(
         some_heads("llama"), provenance=HeadsProvenance(corpus=corpora[0].provenance())
     )
     assert heads.saw(corpora[1]) is expected
-    assert heads_provenance(heads, corpora[1])["heads_saw_corpus"] is expected
+    stack = a_stack("llama")
+    assert exit_provenance(stack, corpora[1], None, heads=heads).heads_saw_corpus is expected
     assert heads.saw(dataclasses.replace(corpora[0], name="copy", source="elsewhere"))
-    assert heads_provenance(None, corpora[0])["heads_saw_corpus"] is False
+    assert exit_provenance(stack, corpora[0], None).heads_saw_corpus is False
 
 
 # --- Files ------------------------------------------------------------------------------------

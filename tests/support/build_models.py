@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from cascade.core.arrays import Array
-from cascade.core.provenance import typed_provenance
+from cascade.core.provenance import Provenance
+from cascade.core.schema import from_plain
 from cascade.saturation.profile import SaturationProfile
 from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
 from cascade.studies.comparisons.compared_models import MeasuredModel
@@ -102,5 +103,7 @@ def measured(
         "versions": {"python": "3"},
         "command": None,
     }
-    profile = SaturationProfile(statistics, prints.astype(np.uint64), typed_provenance(provenance))
+    profile = SaturationProfile(
+        statistics, prints.astype(np.uint64), from_plain(provenance, Provenance)
+    )
     return MeasuredModel(profile, sizes(num_layers))

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from cascade.core.arrays import Array
-from cascade.core.provenance import Provenance, typed_provenance
+from cascade.core.provenance import Provenance
 from cascade.core.schema import from_plain, known, to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.models.stack import DecoderStack
@@ -37,7 +37,7 @@ class MeasuredCorpus:
     @property
     def provenance(self) -> Provenance:
         """Where the profile comes from."""
-        return typed_provenance(self.profile.provenance)
+        return self.profile.provenance
 
     @cached_property
     def sequence_means(self) -> Array:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cascade.core.arrays import Array
 from cascade.core.errors import UnsupportedModelError
-from cascade.core.provenance import provenance_of, typed_provenance
+from cascade.core.provenance import provenance_of
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.models.stack import DecoderStack
 from cascade.stats.cosine import cosine, norm
@@ -117,7 +117,7 @@ def explain_norm(
         means = _measure(final, states, rest, order.dimensions)
     limit = 50 * torch.finfo(stack.dtype).eps * float(weights.abs().max())
     return FinalNormExplanation(
-        provenance=typed_provenance(provenance_of(stack, blocks, command)),
+        provenance=provenance_of(stack, blocks, command),
         settings=FinalNormSettings(
             layer=str(stack.num_layers),
             batch_size=batch_size,

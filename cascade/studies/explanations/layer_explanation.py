@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cascade.core.errors import CorpusError, UsageError
-from cascade.core.provenance import provenance_of, typed_provenance
+from cascade.core.provenance import provenance_of
 from cascade.core.schema import from_plain, to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.corpora.token_classes import CLASSES, token_texts
@@ -96,7 +96,7 @@ def explain(
     gap_row, causes = gap.row(), CauseTests(measured, gap).rows()
     supported = [row.cause for row in causes if row.verdict == "carries"]
     return LayerExplanation(
-        provenance=typed_provenance(provenance_of(stack, blocks, command)),
+        provenance=provenance_of(stack, blocks, command),
         settings=ExplanationSettings(
             layer=str(layer),
             contrast=str(contrast),
