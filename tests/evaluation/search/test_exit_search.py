@@ -81,7 +81,7 @@ def test_a_corrected_threshold_predicts_the_agreement_of_running_it(agreement: f
         (row, other.agreement)
         for row, other in zip(record.points, run_again(record.points, FIT), strict=True)
     ]
-    corrected = [pair for pair in found if pair[0]["fit_by"] == "table, corrected by running"]
+    corrected = [pair for pair in found if pair[0].fit_by == "table, corrected by running"]
     assert corrected
     for row, run in corrected:
         assert row.fit_agreement >= agreement

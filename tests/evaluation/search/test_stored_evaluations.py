@@ -239,12 +239,12 @@ def _set(*places: Any) -> Callable[[Plain], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_set("points", 0, "agreement", "most"), "expected a number at points[0].agreement"),
-        (_set("points", 0, "threshold", None), "expected a number at points[0].threshold"),
+        (_set("points", 0, "agreement", "most"), "expected a share in 0..1 at points[0].agreement"),
+        (_set("points", 0, "threshold", None), "expected a finite number at points[0].threshold"),
         (_set("search", "points", [99]), "a searched point beyond the"),
         (_set("curves", "rows", 0, "wrong", [1]), "a curve whose columns differ in length"),
         (_without("provenance", "fitted_on"), "holds given points alone"),
-        (_set("provenance", "fitted_on", {}), "torn or edited (expected provenance.fitted_on."),
+        (_set("provenance", "fitted_on", {}), "expected text at provenance.fitted_on.source"),
     ],
 )
 def test_a_torn_evaluation_is_refused_in_one_line(
