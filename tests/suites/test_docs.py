@@ -300,15 +300,15 @@ def test_a_page_without_its_blocks_has_no_commands() -> None:
 # --- What the pages hold beside lines ----------------------------------------------------------
 
 
-def test_the_picture_of_the_pages_is_the_one_that_analyze_draws() -> None:
+def test_picture_of_the_pages_matches_the_stored_baseline() -> None:
     stored = ROOT / "baselines/smollm2-135m-instruct-q4_1/embedded.saturation.json"
     drawn = layer_profile_svg(read_record(stored, kind="saturation"))
-    assert (ROOT / "docs/layer-profile.svg").read_text(encoding="utf-8") == drawn
+    assert (ROOT / "docs/assets/layer-profile.svg").read_text(encoding="utf-8") == drawn
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_links_of_the_pages_outside_of_the_site_lead_somewhere(name: str) -> None:
-    links = re.findall(r"\]\(([^)#]+)(?:#([\w-]+))?\)", read(name))
+def test_local_links_of_pages_outside_docs_exist(name: str) -> None:
+    links = re.findall(r"\]\((?!https:)([^)#]+)(?:#([\w-]+))?\)", read(name))
     assert links
     for path, anchor in links:
         target = ROOT / Path(name).parent / path
