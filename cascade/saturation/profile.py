@@ -101,8 +101,10 @@ class _Similarity:
         current = widened(hidden)
         size = norm(current)
         if self._hidden is not None and self._norm is not None:
-            self.rows.append(cosine_of(self._hidden, self._norm, current, size))
-            self._before = (self._hidden, self._norm)
+            # Neighbouring layers can lie on different devices (`device_map`).
+            before = self._hidden.to(current.device), self._norm.to(current.device)
+            self.rows.append(cosine_of(*before, current, size))
+            self._before = before
         self._hidden, self._norm = current, size
 
     def finish(self, normed: Tensor | None) -> Tensor:
@@ -110,8 +112,9 @@ class _Similarity:
         if normed is not None and self._before is not None:
             final = widened(normed)
             size = norm(final)
-            self.rows.append(cosine_of(*self._before, final, size))
-        return torch.stack(self.rows)
+            before, before_norm = (state.to(final.device) for state in self._before)
+            self.rows.append(cosine_of(before, before_norm, final, size))
+        return torch.stack([row.to(self.rows[0].device) for row in self.rows])
 
 
 def similarities(stack: DecoderStack, ids: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from support.tiny_models import WIDTH, random_ids, save_checkpoint, tiny_model
 from torch import Tensor
 from transformers import AutoConfig
 
-from cascade.core.errors import DeviceError, ModelError, UnsupportedModelError
+from cascade.core.errors import DeviceError, ModelError, UnsupportedModelError, UsageError
 from cascade.core.schema import to_plain
 from cascade.models.loading import load, resolve_device
 
@@ -134,6 +134,66 @@ def test_an_unknown_dtype_is_refused_with_the_known_ones(saved: Path) -> None:
     with pytest.raises(DeviceError) as error:
         load(str(saved), dtype="float8")
     assert one_line(error) == "expected --dtype among float32, bfloat16, float16, got float8"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
+def test_a_dtype_is_taken_as_itself_and_as_its_name(dtype: torch.dtype | str, saved: Path) -> None:
+    assert load(saved, dtype=dtype).dtype == torch.bfloat16
+
+
+def test_an_unsupported_torch_dtype_is_refused_with_the_supported_ones(saved: Path) -> None:
+    with pytest.raises(DeviceError) as error:
+        load(saved, dtype=torch.float64)
+    assert one_line(error) == "expected --dtype among float32, bfloat16, float16, got float64"
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, torch.device("cpu")])
+def test_a_device_map_places_the_same_model(device_map: Any, saved: Path) -> None:
+    ids = random_ids()
+    expected = own_run(load(saved).model, ids).logits
+    assert difference(own_run(load(saved, device_map=device_map).model, ids).logits, expected) == 0
+
+
+def test_device_and_device_map_together_are_refused(saved: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        load(saved, device="cuda", device_map="auto")
+    assert one_line(error) == "expected device or device_map, got cuda and auto"
+
+
+def test_an_unknown_device_map_is_refused_with_what_to_check(saved: Path) -> None:
+    with pytest.raises(ModelError) as error:
+        load(saved, device_map="everywhere")
+    assert one_line(error).startswith(f"cannot read the weights of {saved}: ")
+    assert str(error.value).endswith("; check device_map, or get the checkpoint again")
+
+
+def test_weights_that_a_device_map_offloads_to_disk_are_refused(saved: Path) -> None:
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    layers = [f"model.layers.{number}" for number in range(LAYERS)]
+    device_map: dict[str, str | int | torch.device] = dict.fromkeys([*parts, *layers], "cpu")
+    load(saved, device_map=device_map)
+    with pytest.raises(ModelError) as error:
+        load(saved, device_map=device_map | {"model.layers.2": "disk"})
+    assert one_line(error) == (
+        f"device_map leaves 9 weights of {saved} on no device, "
+        "model.layers.2.self_attn.q_proj.weight first; expected memory for all of them: "
+        "use more devices or a narrower dtype"
+    )
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_the_attention_kernel_can_be_chosen_and_is_recorded(name: str, saved: Path) -> None:
+    stack = load(saved, attn_implementation=name)
+    assert stack.model.config._attn_implementation == name
+    assert stack.provenance.attention == name
+    check_capture_contract(stack)
+
+
+def test_an_unknown_attention_kernel_is_refused_with_what_to_check(saved: Path) -> None:
+    with pytest.raises(ModelError) as error:
+        load(saved, attn_implementation="nonsense")
+    assert "nonsense" in one_line(error)
+    assert str(error.value).endswith("; check attn_implementation, or get the checkpoint again")
 
 
 def test_missing_weights_are_counted_and_named(folder: Path) -> None:
