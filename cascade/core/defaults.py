@@ -5,11 +5,11 @@ from __future__ import annotations
 #: Tokens per sequence.
 SEQ_LEN = 128
 
-#: Records of a corpus that a profile is measured on.
+#: Records of the corpus on which a profile is measured.
 NUM_SAMPLES = 500
 
-#: Tokens of a corpus that early exit is evaluated on.
+#: Tokens of the corpus on which early exit is evaluated.
 EVALUATED_TOKENS = 8192
 
-#: Hard ratios that thresholds are fitted to.
+#: Hard ratios to which thresholds are fitted.
 HARD_RATIOS = (0.3, 0.5, 0.7)

@@ -1,44 +1,55 @@
-"""The errors a user can cause: one line that says what to do, and exit status 2."""
+"""Errors that a user can cause: a one-line message with the remedy, and exit status 2."""
 
 from __future__ import annotations
 
 
 class CascadeError(Exception):
-    """Anything that a user can put right: expected, got, and what to do, in one line."""
+    """Base class of all errors that a user can fix.
+
+    The message is one line: what was expected, what was found and what to do.
+
+    Example:
+        >>> import cascade
+        >>> try:
+        ...     cascade.load("smollm2-135m", dtype="int4")
+        ... except cascade.CascadeError as error:
+        ...     print(error)
+        expected --dtype among float32, bfloat16, float16, got int4
+    """
 
     exit_status = 2
 
 
 class ModelError(CascadeError):
-    """The model cannot be found, read or trusted (missing, truncated, corrupted, NaN)."""
+    """The model is missing, truncated or corrupted, or its weights are NaN."""
 
 
 class UnsupportedModelError(ModelError):
-    """The model is readable, but it is not a stack of decoder layers that can be measured."""
+    """The model can be read, but it has no stack of decoder layers to measure."""
 
 
 class DeviceError(CascadeError):
-    """The device is absent, or lacks the wanted dtype."""
+    """The device is absent or does not support the requested dtype."""
 
 
 class CorpusError(CascadeError):
-    """The corpus is missing, empty, malformed, or too small for one block."""
+    """The corpus is missing, empty, malformed or too small for one block."""
 
 
 class RecordError(CascadeError):
-    """A stored record is missing, torn, of another schema, or not comparable."""
+    """A stored record is missing, torn, of another schema or not comparable."""
 
 
 class UsageError(CascadeError):
-    """An option that cannot be meant."""
+    """An option has an invalid value, or two options contradict each other."""
 
 
 class TrainingError(CascadeError):
-    """Training cannot start, go on or be resumed; what was saved before is unharmed."""
+    """Training cannot start, continue or be resumed; saved checkpoints are unharmed."""
 
 
 class OutputError(CascadeError):
-    """Results cannot be written where they should go; what was there before is unharmed."""
+    """Results cannot be written to their destination; existing files are unharmed."""
 
 
 def first_line(error: Exception) -> str:
@@ -47,7 +58,7 @@ def first_line(error: Exception) -> str:
 
 
 def os_reason(error: OSError) -> str:
-    """Return what the system said, without the number and the path that messages repeat."""
+    """Return the system's reason for an error, without error number and path."""
     return error.strerror or type(error).__name__
 
 
@@ -55,6 +66,6 @@ def not_finite(what: str) -> ModelError:
     """Return the error for numbers that overflowed or are NaN.
 
     Args:
-        what: Which numbers, e.g. "the logits of layer 3 are not finite".
+        what: The numbers and where they are, e.g. "the logits of layer 3 are not finite".
     """
     return ModelError(f"{what}; use a wider --dtype, or get the checkpoint again")

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never half of either."""
+"""Atomic writes: a reader sees either the old content of a file or the new one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cascade.core.errors import OutputError, os_reason
 
 
 def make_folder(path: Path) -> list[Path]:
-    """Make a folder and its parents; return those that were missing, outermost first.
+    """Create a folder and its parents; return those that were missing, outermost first.
 
     Raises:
-        OSError: One of them cannot be made; those made before it are gone again.
+        OSError: One of them cannot be created; those created before it are removed.
     """
     made: list[Path] = []
     try:
@@ -31,9 +31,9 @@ def make_folder(path: Path) -> list[Path]:
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those of `make_folder`'s folders that nothing was written to."""
+    """Remove the folders that `make_folder` created and that are still empty."""
     for folder in reversed(list(folders)):
-        with contextlib.suppress(OSError):  # not empty: the result, or someone else's file
+        with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
 
 
@@ -41,42 +41,42 @@ def remove_empty(folders: Iterable[Path]) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` on success.
 
-    On any failure, Ctrl-C included, the temporary file is removed and `path` stays as it was;
-    parent folders that were missing are made, and on failure removed.
+    Missing parent folders are created. On any failure, including Ctrl-C, the temporary file and
+    the created folders are removed, and `path` is unchanged.
 
     Raises:
         OutputError: The folder cannot be written to, or the disk is full.
     """
-    with _file_beside(path) as temporary:
+    with _temporary_file(path) as temporary:
         try:
             yield temporary
-            # mkstemp makes files private; results are as readable as any other file of the user's.
+            # mkstemp creates private files; results get the permissions of the user's other files.
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         except OSError as error:
             raise OutputError(
-                f"cannot write {path}: {os_reason(error)}; free some space or choose another place"
-                " (what was there before is unharmed)"
+                f"cannot write {path}: {os_reason(error)}; free some space or choose another folder"
+                " (the existing file is unharmed)"
             ) from error
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that could not be written; nothing is left behind.
+    """Check that a file can be written, without leaving anything behind.
 
     Raises:
-        OutputError: Its folder cannot be made or written to.
+        OutputError: Its folder cannot be created or written to.
     """
-    with _file_beside(path):
+    with _temporary_file(path):
         pass
 
 
 @contextlib.contextmanager
-def _file_beside(path: Path) -> Iterator[Path]:
-    """Yield an empty file in the folder of `path`; it goes, and so do folders left empty."""
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """Yield an empty file in the folder of `path`; remove it and empty new folders at the end."""
     made: list[Path] = []
     try:
         made = make_folder(path.parent)
-        # The suffix stays last: writers such as numpy's add their own where it is missing.
+        # The suffix stays last: writers such as NumPy's append it where it is missing.
         handle, name = tempfile.mkstemp(
             prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
         )
@@ -100,7 +100,7 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path`, whole or not at all.
+    """Write `text` to `path` as UTF-8, atomically.
 
     Raises:
         OutputError: The folder cannot be written to, or the disk is full.
@@ -110,20 +110,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """A folder that receives the files of one run together, once all of them are on disk.
+    """A folder to which all files of one run are moved together, once they are on disk.
 
-    Files are first written to a staging folder inside the target; `commit` renames them into
-    place. A full disk or Ctrl-C thus strikes the staging folder, and an older run survives.
-    Only files of the run's own names are ever replaced: other files in the folder are not ours.
+    Files are first written to a staging folder inside the target. At the end of the `with` block
+    they are renamed into place. A full disk or Ctrl-C therefore affects only the staging folder,
+    and an older run survives. Only the files named here are ever replaced.
 
     Args:
-        path: The folder; made where it is missing.
-        names: The names of the files this run will write.
-        optional: Names of files that it may write or not; an older run's go in any case.
+        path: The folder; created where it is missing.
+        names: The names of the files that this run writes.
+        optional: Names of files that it may write. Those of an older run are removed in any case.
         overwrite: Replace the files of an earlier run.
 
     Raises:
-        OutputError: The folder holds another run and `overwrite` is false, or cannot be written.
+        OutputError: The folder holds another run and `overwrite` is false, or it cannot be
+            written.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Commit on success; on failure leave the folder as it was found."""
+        """Move the files into place on success; leave the folder unchanged on failure."""
         try:
             if kind is None:
                 self._commit()
@@ -182,7 +183,7 @@ class RunFolder:
             remove_empty(self._made)
 
     def _commit(self) -> None:
-        """Rename the staged files into place, all of them or, on failure or Ctrl-C, none."""
+        """Rename the staged files into place: all of them or, on failure or Ctrl-C, none."""
         before = self.staging / "before"
         before.mkdir()
         with contextlib.ExitStack() as undo:
@@ -202,7 +203,7 @@ class RunFolder:
         """Stage one file of the run.
 
         Raises:
-            OutputError: The disk is full, or the folder has gone.
+            OutputError: The disk is full, or the folder was removed.
         """
         data = content.encode("utf-8") if isinstance(content, str) else content
         try:
@@ -220,10 +221,9 @@ def _move_back(kept: Path, target: Path) -> None:
 
 
 def xxh3_of(path: Path) -> str:
-    """Return the XXH3-128 of a file's bytes, in hexadecimal.
+    """Return the XXH3-128 of a file, in hexadecimal.
 
-    It shows an edit, but does not protect against forgery. 540 MB take a tenth of a second, where
-    SHA-256 takes 1.7 s.
+    The hash detects edits but not forgery. 540 MB take 0.1 s, against 1.7 s with SHA-256.
 
     Raises:
         OSError: The file cannot be read.

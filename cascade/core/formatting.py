@@ -1,4 +1,4 @@
-"""Numbers in sentences."""
+"""Formatting numbers for sentences."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ def percent(share: float, digits: int = 1) -> str:
     """Format a share as a percentage.
 
     Args:
-        share: E.g. 0.5 for a half.
-        digits: Digits after the point.
+        share: A fraction, e.g. 0.5 for 50 %.
+        digits: Digits after the decimal point.
 
     Example:
         >>> percent(0.9512)

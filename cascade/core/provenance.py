@@ -16,18 +16,20 @@ from cascade.core.schema import UNSET, Count, Index, Part, UnsetType, from_plain
 if TYPE_CHECKING:
     import torch
 
-#: Versions that can move a number.
+#: Libraries whose version can change a result.
 _LIBRARIES = ("cascade-exit", "torch", "transformers", "tokenizers", "datasets", "numpy", "gguf")
 
 
 class ModelProvenance(Part, frozen=True, kw_only=True):
-    """Which model a record is of; what is not known of a model in memory is absent.
+    """Which model a record describes. Details that are unknown for a model in memory are absent.
 
     Attributes:
-        weights_hash: SHA-256 of what the weights were loaded from, or of the weights in memory.
-        tokenizer_hash: In files of hard tokens and of fitted heads; other records have it next to
-            the model, in `Provenance`.
-        altered: What was done to the weights after loading (see `cascade.studies.altered_models`).
+        weights_hash: SHA-256 of the files that the weights were loaded from, or of the weights in
+            memory.
+        tokenizer_hash: Stored here in files of hard tokens and of fitted heads; other records
+            store it in `Provenance`.
+        altered: How the weights were altered after loading (see
+            `cascade.studies.comparisons.altered_models`).
     """
 
     family: str | UnsetType = UNSET
@@ -46,7 +48,13 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
 
 
 class CorpusProvenance(Part, frozen=True, kw_only=True):
-    """Which text a record is of."""
+    """Which text was measured.
+
+    Attributes:
+        part: "train" or "held-out", where only these records were read.
+        parted: How records are assigned to the two.
+        spread: How sequences were chosen, where not all of them were measured.
+    """
 
     source: str
     name: str
@@ -64,7 +72,8 @@ class MachineProvenance(Part, frozen=True, kw_only=True):
     """The machine details that affect the last digits of results.
 
     Attributes:
-        capability: Absent from the first records, as `blas` is.
+        capability: The instruction set that torch uses, e.g. AVX512. The oldest records have
+            neither this nor `blas`.
     """
 
     processor: str
@@ -86,7 +95,7 @@ class Provenance(Part, frozen=True, kw_only=True):
 
 
 class HasModelProvenance(Protocol):
-    """A model that knows its origin, as `DecoderStack` does."""
+    """A model with provenance, such as `DecoderStack`."""
 
     provenance: ModelProvenance
 
@@ -96,21 +105,21 @@ class HasModelProvenance(Protocol):
 
 
 class HasCorpusProvenance(Protocol):
-    """A corpus that knows its origin, as `TokenBlocks` does."""
+    """A corpus with provenance, such as `TokenBlocks`."""
 
     def provenance(self) -> CorpusProvenance:
-        """Return which text it is."""
+        """Return which text was measured."""
 
 
 def provenance_of(
     stack: HasModelProvenance, blocks: HasCorpusProvenance, command: str | None
 ) -> Provenance:
-    """Return the origin of a record: model, corpus, machine, versions and command.
+    """Return the provenance of a record: model, corpus, machine, versions and command.
 
     Args:
         stack: The model that was measured.
-        blocks: The text that it was measured on.
-        command: What the user ran; None where a record is made from Python.
+        blocks: The text on which it was measured.
+        command: The command that the user ran; None for records made from Python.
     """
     return Provenance(
         tokenizer_hash=known(stack.provenance.tokenizer_hash),
@@ -125,14 +134,14 @@ def provenance_of(
 def model_provenance(
     found: ModelProvenance, given: Mapping[str, Any] | ModelProvenance | None
 ) -> ModelProvenance:
-    """Return what is known of a model: what was found in it, then what was given.
+    """Return a model's provenance: the details found in it, overridden by the given ones.
 
     Args:
-        found: Read from the model itself.
-        given: Goes before it; the names of `ModelProvenance`, or some of them.
+        found: Details read from the model itself.
+        given: Details that take precedence, under some of the names of `ModelProvenance`.
 
     Raises:
-        TypeError: A name is none of `ModelProvenance`.
+        TypeError: A name is not an attribute of `ModelProvenance`.
         SchemaError: A value has the wrong type.
     """
     plain = to_plain({} if given is None else given)
@@ -163,7 +172,7 @@ def machine_of(device: torch.device) -> MachineProvenance:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions that can move a number: Python's, and each library's."""
+    """Return the versions of Python and of every library that can change a result."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:

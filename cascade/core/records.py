@@ -24,7 +24,7 @@ R = TypeVar("R", bound=StoredRecord)
 
 
 def to_json(value: Any, indent: int = 0) -> str:
-    """Return JSON for people: one line per row of a table, so that a diff shows what moved.
+    """Return readable JSON with one line per table row, so that a diff shows what changed.
 
     Raises:
         ValueError: A number is NaN or infinite.
@@ -36,12 +36,12 @@ def to_json(value: Any, indent: int = 0) -> str:
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         items = [f"{pad}{to_json(item, indent + 1)}" for item in value]
         return "[\n" + ",\n".join(items) + "\n" + " " * indent + "]"
-    # A whole number of numpy is one, too.
+    # `operator.index` converts NumPy integers.
     return json.dumps(value, allow_nan=False, ensure_ascii=False, default=operator.index)
 
 
 def write_record(path: Path, record: Record | StoredRecord) -> None:
-    """Write a record as JSON, whole or not at all.
+    """Write a record as JSON, atomically.
 
     Raises:
         OutputError: The file cannot be written.
@@ -51,14 +51,14 @@ def write_record(path: Path, record: Record | StoredRecord) -> None:
 
 
 def read_plain(path: Path, kind: type[StoredRecord]) -> Record:
-    """Read a record as the dictionaries of its JSON; only its kind and schema are checked.
+    """Read a record as plain dictionaries; only its kind and schema are checked.
 
     Args:
-        path: Its JSON file.
-        kind: The type that it must have.
+        path: The JSON file.
+        kind: The expected type.
 
     Raises:
-        RecordError: It is missing, torn, of another kind or of a newer schema.
+        RecordError: The file is missing, torn, of another kind or of a newer schema.
     """
     newest = kind.SCHEMA
     try:
@@ -69,7 +69,7 @@ def read_plain(path: Path, kind: type[StoredRecord]) -> Record:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise RecordError(
-            f"{path} is torn or edited ({error}); restore it or make it anew"
+            f"{path} is torn or edited ({error}); restore it or make it again"
         ) from error
     if not isinstance(record, dict) or record.get("kind") != kind.KIND:
         got = record.get("kind") if isinstance(record, dict) else type(record).__name__
@@ -78,13 +78,13 @@ def read_plain(path: Path, kind: type[StoredRecord]) -> Record:
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise RecordError(
             f"{path} has schema {schema!r}, expected a whole number from 1 to {newest}; restore it "
-            "or make it anew"
+            "or make it again"
         )
     if schema > newest:
         writer = at(record, ("provenance", "versions", "cascade-exit"))
         raise RecordError(
             f"{path} has schema {schema}, this release reads up to {newest}; use cascade-exit "
-            f"{writer or 'of the release that wrote it'} or a later one, or make the record anew"
+            f"{writer or 'of the release that wrote it'} or a later one, or make the record again"
         )
     return record
 
@@ -93,17 +93,17 @@ def read_typed(path: Path, kind: type[R]) -> R:
     """Read a record of the given type.
 
     Args:
-        path: Its JSON file.
+        path: The JSON file.
         kind: A subclass of `StoredRecord`.
 
     Raises:
-        RecordError: It is missing, torn, of another kind or of a newer schema.
+        RecordError: The file is missing, torn, of another kind or of a newer schema.
     """
     return typed(read_plain(path, kind), kind, path)
 
 
 def typed(record: Record, kind: type[R], path: Path) -> R:
-    """Return the typed record of what was read from a file.
+    """Convert the plain content of a file to a typed record.
 
     Raises:
         RecordError: A field is missing or has another type.
@@ -112,13 +112,13 @@ def typed(record: Record, kind: type[R], path: Path) -> R:
         return from_plain(record, kind)
     except SchemaError as error:
         raise RecordError(
-            f"{path} is torn or edited ({error}); restore it, or make it anew with "
+            f"{path} is torn or edited ({error}); restore it, or make it again with "
             f"`cascade {kind.COMMAND}`"
         ) from error
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write arrays as a compressed `.npz`, whole or not at all.
+    """Write arrays to a compressed `.npz` file, atomically.
 
     Raises:
         OutputError: The file cannot be written.
@@ -128,29 +128,29 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
-    """Read an `.npz`.
+    """Read the arrays of an `.npz` file.
 
     Raises:
-        RecordError: It is missing or torn.
+        RecordError: The file is missing or torn.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except FileNotFoundError:
-        raise RecordError(f"no file {path}; it belongs beside its .json record") from None
+        raise RecordError(f"no file {path}; expected it next to its .json record") from None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise RecordError(f"{path} is torn ({error}); restore it or make it anew") from error
+        raise RecordError(f"{path} is torn ({error}); restore it or make it again") from error
 
 
 def at(value: Any, path: tuple[str, ...]) -> Any:
-    """Return what lies at a path of keys in nested dictionaries; None where there is nothing."""
+    """Return the value at a path of keys in nested dictionaries; None where a key is missing."""
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value
 
 
 def record_hash(record: Record) -> str:
-    """Return a SHA-256 over all that a record says, its own entry `hash` left out.
+    """Return a SHA-256 over all entries of a record except `hash`.
 
     Raises:
         ValueError: A number is NaN or infinite.
@@ -161,7 +161,7 @@ def record_hash(record: Record) -> str:
 
 
 def packed(arrays: Mapping[str, Array]) -> bytes:
-    """Return arrays as the bytes of a compressed `.npz`."""
+    """Return arrays as the bytes of a compressed `.npz` file."""
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return file.getvalue()

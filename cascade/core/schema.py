@@ -1,7 +1,7 @@
 """Typed records: the base classes of every stored record, and conversion from and to JSON.
 
-A record is a frozen `msgspec.Struct`. Its fields are the keys of the JSON, in their order.
-`msgspec` checks a record when it is read; its JSON Schema is made from the same types.
+A record is a frozen `msgspec.Struct`. Its fields are the keys of the JSON, in the same order.
+`msgspec` checks a record when it is read and derives its JSON Schema from the same types.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _LARGEST = sys.float_info.max
 Finite = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST, description="a finite number")]
 Positive = Annotated[float, Meta(gt=0, le=_LARGEST, description="a number above 0")]
 Share = Annotated[float, Meta(ge=0, le=1, description="a share in 0..1")]
-#: From 1 on.
+#: At least 1.
 Count = Annotated[int, Meta(ge=1, description="a whole number from 1 on")]
-#: From 0 on.
+#: At least 0.
 Index = Annotated[int, Meta(ge=0, description="a whole number from 0 on")]
 Text = Annotated[str, Meta(min_length=1, description="some text")]
 #: Lower and upper end.
@@ -49,18 +49,18 @@ Interval = Annotated[
 
 
 class SchemaError(ValueError):
-    """A value does not have the type of its record; the message says where."""
+    """A value does not have the type that its record declares; the message says where."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a record.
+    """Base class of the objects inside a record.
 
     A field that may be absent from the JSON has the default `UNSET`; one that may be null, `None`.
     """
 
 
 class StoredRecord(Part, frozen=True, kw_only=True):
-    """A record that is stored in a file of its own.
+    """Base class of records that are stored in their own file.
 
     A subclass declares `schema: int = SCHEMA` and `kind: Literal["..."] = "..."` first, so that
     they are written first.
@@ -68,7 +68,7 @@ class StoredRecord(Part, frozen=True, kw_only=True):
     Attributes:
         KIND: The record's kind, as in its JSON.
         SCHEMA: The schema that this release writes, and the newest that it reads.
-        COMMAND: The command that makes such a record, for error messages.
+        COMMAND: The command that creates such a record, for error messages.
     """
 
     KIND: ClassVar[str]
@@ -90,16 +90,16 @@ def known(value: T | UnsetType) -> T | None:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a record as dictionaries, lists and plain values, absent fields left out.
+    """Return a record as dictionaries, lists and plain values, without its absent fields.
 
     Args:
-        value: A record, a part of one, or a collection of them.
+        value: A record, an object inside one, or a collection of them.
     """
     return msgspec.to_builtins(value, enc_hook=_plain_number)
 
 
 def _plain_number(value: Any) -> Any:
-    # Numbers of NumPy.
+    # NumPy numbers.
     if hasattr(value, "__index__"):
         return value.__index__()
     if isinstance(value, float):
@@ -108,15 +108,15 @@ def _plain_number(value: Any) -> Any:
 
 
 def from_plain(value: Any, kind: type[T]) -> T:
-    """Return a typed value from plain ones, and check it. Unknown keys are ignored.
+    """Convert plain values to a type and check them. Unknown keys are ignored.
 
     Args:
-        value: Dictionaries, lists and plain values, as JSON has them.
-        kind: The type to make.
+        value: Dictionaries, lists and plain values, as in JSON.
+        kind: The type to create.
 
     Raises:
-        SchemaError: A field is missing or has another type; says where, what was expected and what
-            was found.
+        SchemaError: A field is missing or has another type. The message names the place, the
+            expected type and the value.
 
     Example:
         >>> from_plain([0.1, 0.2], Interval)

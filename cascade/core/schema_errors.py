@@ -1,4 +1,4 @@
-"""Error messages for values that do not have the type of their record."""
+"""Error messages for values that do not have the type that their record declares."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _NOTHING = object()
 
 
 def describe(value: Any, kind: Any, error: msgspec.ValidationError) -> str:
-    """Return one line that says where a value is wrong, what was expected and what was found.
+    """Return one line that names the wrong value, its place and the expected type.
 
     Args:
-        value: What was to be converted.
-        kind: The type that was expected.
-        error: What `msgspec` raised.
+        value: The value that could not be converted.
+        kind: The expected type.
+        error: The error that `msgspec` raised.
 
     Returns:
         E.g. "expected a finite number at points[0].threshold, got null".
@@ -69,7 +69,7 @@ def _item(value: Any, key: Any) -> Any:
 
 
 def _wrong_key(value: Any, kind: Any) -> str:
-    """Return the first key whose value has another type; `msgspec` does not name it."""
+    """Return the first key whose value has another type, which `msgspec` does not name."""
     for key, item in value.items() if isinstance(value, dict) else ():
         try:
             msgspec.convert(item, kind)
@@ -79,7 +79,7 @@ def _wrong_key(value: Any, kind: Any) -> str:
 
 
 def _alternatives(kind: Any) -> Iterator[Any]:
-    """Yield the types that a type stands for, without what annotates them."""
+    """Yield the members of a union, without annotations; a plain type is its only member."""
     origin = get_origin(kind)
     if origin is Annotated:
         yield from _alternatives(get_args(kind)[0])
@@ -91,7 +91,7 @@ def _alternatives(kind: Any) -> Iterator[Any]:
 
 
 def _kinds_below(kind: Any, step: re.Match[str]) -> Any:
-    """Return the type of what a step of a path leads to."""
+    """Return the type of the value to which one step of a path leads."""
     for one in _alternatives(kind):
         arguments = get_args(one)
         if step["name"] is not None:
@@ -117,7 +117,7 @@ def _field(kind: Any, name: str) -> Any:
 
 
 def _expected(kind: Any) -> str:
-    """Return a type in words: the description of its `Meta`, if it has one."""
+    """Describe a type, by the description of its `Meta` where it has one."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         described = (one.description for one in arguments[1:] if isinstance(one, Meta))
@@ -137,6 +137,6 @@ def _shown(value: Any) -> str:
         return "nothing"
     try:
         shown = json.dumps(value, default=str)
-    except (TypeError, ValueError):  # keys that are no text; a whole number of thousands of digits
+    except (TypeError, ValueError):  # keys that are not text, or integers of thousands of digits
         return f"a {type(value).__name__}"
     return shown if len(shown) <= 40 else f"{shown[:37]}..."

@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from cascade.core.arguments import read_threshold, whole
+from cascade.core.arguments import as_int, read_threshold
 from cascade.core.errors import UsageError
 from cascade.decoding.forward import Chunk, Exit, ForwardPass, PassConfig
 from cascade.decoding.generation import ExitConfig, Generation, generate
@@ -251,7 +251,7 @@ class EarlyExit:
                 f'verify=True needs propagation="exact", got "{self.propagation}": only exact keys'
                 " and values let the full model confirm a token"
             )
-        drafts = whole(draft_length)
+        drafts = as_int(draft_length)
         if drafts is None or drafts < 1:
             raise UsageError(f"expected a draft_length of at least 1, got {draft_length!r}")
         prompt = make_chunk(self.stack, input_ids, attention_mask, padding=config.padding)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cascade.core.arguments import flag, number, whole
+from cascade.core.arguments import as_bool, as_float, as_int
 from cascade.core.errors import UsageError
 from cascade.models.stack import DecoderStack
 
@@ -225,23 +225,23 @@ def _read(given: Mapping[str, Any], last: int) -> dict[str, Any]:
     """
     # How to read a setting (None: it cannot be read), which values are valid, and a description.
     kinds: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
-        "max_new_tokens": (whole, lambda new: new >= 1, "a whole number from 1"),
-        "max_length": (whole, lambda _: True, "a whole number"),
-        "do_sample": (flag, lambda _: True, "True or False"),
+        "max_new_tokens": (as_int, lambda new: new >= 1, "a whole number from 1"),
+        "max_length": (as_int, lambda _: True, "a whole number"),
+        "do_sample": (as_bool, lambda _: True, "True or False"),
         "temperature": (
-            number,
+            as_float,
             lambda value: value > 0,
             "more than 0 (do_sample=False for greedy)",
         ),
-        "top_p": (number, lambda share: 0 < share <= 1, "in (0, 1]"),
-        "top_k": (whole, lambda count: count >= 0, "a whole number from 0"),
-        "seed": (whole, lambda _: True, "a whole number"),
+        "top_p": (as_float, lambda share: 0 < share <= 1, "in (0, 1]"),
+        "top_k": (as_int, lambda count: count >= 0, "a whole number from 0"),
+        "seed": (as_int, lambda _: True, "a whole number"),
         "eos_token_id": (
-            lambda value: tuple(map(whole, _as_tuple(value))),
+            lambda value: tuple(map(as_int, _as_tuple(value))),
             lambda ends: all(end is not None and 0 <= end <= last for end in ends),
             f"a token in 0..{last}, or several",
         ),
-        "pad_token_id": (whole, lambda pad: 0 <= pad <= last, f"in 0..{last}"),
+        "pad_token_id": (as_int, lambda pad: 0 <= pad <= last, f"in 0..{last}"),
         "stop_strings": (
             _as_tuple,
             lambda stops: all(isinstance(stop, str) and stop for stop in stops),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.core.arguments import whole
+from cascade.core.arguments import as_int
 from cascade.core.errors import UsageError
 from cascade.decoding.forward import Chunk
 from cascade.models.stack import DecoderStack
@@ -19,7 +19,7 @@ def read_seed(seed: Any) -> int:
     Raises:
         UsageError: It is no whole number.
     """
-    read = whole(seed)
+    read = as_int(seed)
     if read is None:
         raise UsageError(f"expected seed a whole number, got {seed!r}")
     return read

@@ -151,7 +151,7 @@ class FittedHeads:
             except SafetensorError as error:  # safetensors raises it when the disk is full
                 raise OutputError(
                     f"cannot write {path}: {first_line(error)}; free some space or choose another"
-                    " place (what was there before is unharmed)"
+                    " folder (the existing file is unharmed)"
                 ) from error
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from cascade.core.arguments import whole
+from cascade.core.arguments import as_int
 from cascade.core.errors import UsageError
 
 _NORMED = "+norm"
@@ -29,7 +29,7 @@ def exit_entries(layer: int, num_layers: int, *, from_end: bool = False) -> tupl
     Raises:
         UsageError: There is no such layer (names the valid range).
     """
-    own = whole(layer)
+    own = as_int(layer)
     if own is None or not 1 <= own <= num_layers:
         raise UsageError(f"expected an exit layer in 1..{num_layers}, got {layer!r}")
     shift = num_layers + 1 if from_end else 0

@@ -1,1 +1,1 @@
-"""Statistics on arrays. Imports core."""
+"""Statistics on arrays. Imports only core."""

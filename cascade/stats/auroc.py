@@ -1,4 +1,4 @@
-"""The area under the ROC: how well a confidence separates agreeing tokens from others."""
+"""Area under the ROC curve: how well a confidence separates agreeing tokens from others."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from cascade.core.arrays import Array
 
 
 def auroc(confidence: Array, agrees: Array) -> float | None:
-    """Return the area under the ROC of a confidence.
+    """Return the area under the ROC curve of a confidence.
 
-    The probability that a token on which the exit head agrees with the full model has a larger
-    confidence than one on which it does not, ties counting half (Mann and Whitney 1947).
+    It is the probability that a token on which the exit head agrees with the full model has a
+    larger confidence than a token on which it does not. Ties count half (Mann and Whitney 1947).
 
     Args:
         confidence: Any shape.
-        agrees: The same shape.
+        agrees: Whether head and full model agree, same shape.
 
     Returns:
-        In [0, 1], 0.5 being chance; None where all tokens are of one kind.
+        The area, in [0, 1] (chance: 0.5); None where all tokens agree or none does.
 
     Example:
         >>> auroc(np.array([0.1, 0.4, 0.8]), np.array([False, True, True]))
@@ -26,7 +26,7 @@ def auroc(confidence: Array, agrees: Array) -> float | None:
     """
     from scipy.stats import mannwhitneyu
 
-    # In double precision: in fp32 the ranks' sum has too few digits for thousands of tokens.
+    # Double precision: in fp32 the sum of ranks loses digits with thousands of tokens.
     yes, no = (confidence[kind].ravel().astype(np.float64) for kind in (agrees, ~agrees))
     if not yes.size or not no.size:
         return None

@@ -1,4 +1,4 @@
-"""Certificates: thresholds whose risk is bounded (Learn then Test)."""
+"""Certificates: thresholds whose risk has a guaranteed bound (Learn then Test)."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 from cascade.core.arrays import Array
 from cascade.core.errors import UsageError
 
-#: At a confidence of 0.95 this takes 1.5e12 sequences.
+#: The smallest risk that can be asked for. At confidence 0.95 it takes 1.5e12 sequences.
 LEAST_RISK = 1e-6
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The outcome of `certify`.
+    """The result of `certify`.
 
     Attributes:
-        threshold: The boldest certified threshold; None where nothing is certified, which means:
-            use the full model.
-        risk: The mean loss that must not be exceeded.
+        threshold: The lowest certified threshold, which lets the most tokens exit; None where
+            nothing is certified: use the full model then.
+        risk: The bound on the true mean loss.
         confidence: The probability, over the choice of calibration sequences, that no certified
-            threshold exceeds it.
-        sequences: How many sequences the losses came from.
-        sequences_needed: How many would certify a threshold that never loses anything.
-        empirical_risk: Mean loss at the certified threshold; None where nothing is certified.
-        p_values: One for each threshold, in the order tested, those after the stop included.
-        certified: How many thresholds are certified, counted from the safest.
-        reason: One sentence that says why it is these.
+            threshold exceeds the risk.
+        sequences: The number of sequences with losses.
+        sequences_needed: The number that would certify a threshold without any loss.
+        empirical_risk: The mean loss at the certified threshold; None where nothing is certified.
+        p_values: One per threshold, in test order, including those after testing stopped.
+        certified: The number of certified thresholds, starting with the highest.
+        reason: One sentence that says why testing stopped there.
     """
 
     threshold: float | None
@@ -44,22 +44,22 @@ class Certificate:
 
 
 def check_certifiable(risk: float | None, confidence: float) -> None:
-    """Refuse a wish for a certificate that cannot be meant.
+    """Check the risk and the confidence of a certificate.
 
     Args:
-        risk: The bound on the true mean loss; None: no certificate is wanted.
+        risk: The bound on the true mean loss; None for no certificate.
         confidence: The probability that the guarantee holds.
 
     Raises:
-        UsageError: One of them is out of its range, or the risk too small for any corpus.
+        UsageError: One of them is out of range, or the risk is too small for any corpus.
     """
     for name, value in (("risk", risk), ("confidence", confidence)):
         if value is not None and not 0 < value < 1:
             raise UsageError(f"expected a {name} between 0 and 1, got {value:g}")
     if risk is not None and risk < LEAST_RISK:
         raise UsageError(
-            f"expected a risk of at least {LEAST_RISK:g}, got {risk:g}: no corpus has the "
-            "sequences that it would need"
+            f"expected a risk of at least {LEAST_RISK:g}, got {risk:g}; a smaller one "
+            "needs more sequences than any corpus has"
         )
 
 
@@ -72,30 +72,32 @@ def hoeffding_p_value(loss: Array | float, *, sequences: int, risk: float) -> Ar
 
     Args:
         loss: Mean losses in [0, 1], any shape.
-        sequences: How many sequences each mean is over.
+        sequences: The number of sequences behind each mean.
         risk: The bound on the true mean loss, in (0, 1).
 
     Returns:
-        P-values in [0, 1], of the shape of `loss`; 1 where the loss is not below the risk.
+        P-values in [0, 1] with the shape of `loss`; 1 where the loss is not below the risk.
 
     Raises:
-        ValueError: An argument is out of its range, or NaN.
+        ValueError: An argument is out of range or NaN.
     """
     means = np.asarray(loss, dtype=np.float64)
     wrong = ~((means >= 0) & (means <= 1))  # true for NaN as well
     if wrong.any():
         raise ValueError(f"expected mean losses in [0, 1], got {means[wrong][0]}; rescale the loss")
     if sequences < 1:
-        raise ValueError(f"expected at least one sequence, got {sequences}; count those averaged")
+        raise ValueError(
+            f"expected at least one sequence, got {sequences}; pass how many were averaged"
+        )
     _check_risk(risk)
     margin = np.maximum(0.0, risk - means)
     return np.asarray(np.exp(-2.0 * sequences * margin * margin))
 
 
 def sequences_needed(risk: float, confidence: float) -> int:
-    """Return the least number of sequences that can certify a threshold without any loss.
+    """Return the smallest number of sequences that can certify a threshold without any loss.
 
-    This is ln(1 / (1 - confidence)) / (2 risk^2), rounded up: with fewer, not even a mean loss of
+    This is ln(1 / (1 - confidence)) / (2 risk^2), rounded up. With fewer, not even a mean loss of
     zero has a small enough p-value (see `hoeffding_p_value`).
 
     Args:
@@ -103,7 +105,7 @@ def sequences_needed(risk: float, confidence: float) -> int:
         confidence: The probability that the guarantee holds, in (0, 1).
 
     Raises:
-        ValueError: `risk` or `confidence` is out of its range.
+        ValueError: `risk` or `confidence` is out of range.
     """
     _check_risk(risk)
     check_confidence_level(confidence)
@@ -114,7 +116,7 @@ def sequences_needed(risk: float, confidence: float) -> int:
             " larger one"
         )
     least = math.ceil(quotient)
-    # Where the quotient is nearly whole, rounding decides: ask the test that will be applied.
+    # Near whole quotients rounding decides, so apply the test itself.
     for number in (least - 1, least):
         if number > 0 and hoeffding_p_value(0.0, sequences=number, risk=risk) <= 1 - confidence:
             return number
@@ -122,18 +124,18 @@ def sequences_needed(risk: float, confidence: float) -> int:
 
 
 def too_few(sequences: int, *, risk: float, confidence: float) -> Certificate | None:
-    """Return what comes of too few sequences to certify anything, which is known without a loss.
+    """Return the certificate of too few sequences, for which no loss has to be computed.
 
     Args:
-        sequences: How many there are to test thresholds on.
+        sequences: The number of sequences to test thresholds on.
         risk: The bound on the true mean loss, in (0, 1).
         confidence: The probability that the guarantee holds, in (0, 1).
 
     Returns:
-        A certificate of nothing, for which nothing was tested; None where there are enough.
+        A certificate without a threshold; None where there are enough sequences.
 
     Raises:
-        ValueError: `risk` or `confidence` is out of its range.
+        ValueError: `risk` or `confidence` is out of range.
     """
     needed = sequences_needed(risk, confidence)
     if sequences >= needed:
@@ -159,27 +161,26 @@ def _too_few_words(sequences: int, needed: int, risk: float, confidence: float) 
 
 
 def certify(thresholds: Array, losses: Array, *, risk: float, confidence: float) -> Certificate:
-    """Return the boldest threshold whose true risk is bounded, by Learn then Test.
+    """Return the lowest threshold whose true risk is bounded, by Learn then Test.
 
-    Thresholds are tested in their order, each at level 1 - `confidence`, until the first that
+    Thresholds are tested in the given order, each at level 1 - `confidence`, up to the first that
     cannot be certified (fixed-sequence testing: Angelopoulos et al. 2021, arXiv:2110.01052; CALM,
-    Schuster et al. 2022, arXiv:2207.07061, section 4). With probability `confidence` at least, no
-    certified threshold has a true mean loss above `risk`. Losses need not grow along the
-    thresholds for this to hold.
+    Schuster et al. 2022, arXiv:2207.07061, section 4). With a probability of at least `confidence`,
+    no certified threshold has a true mean loss above `risk`. This also holds for losses that do
+    not grow along the thresholds.
 
-    The guarantee is for sequences drawn as these were, independently of each other, and for
-    thresholds chosen without these losses: fit them on other sequences.
+    The guarantee holds for independent sequences drawn like these, and for thresholds that were
+    chosen without these losses. Fit thresholds on other sequences.
 
     Args:
-        thresholds: `[J]`, strictly decreasing: from the safest, which lets few tokens exit, to the
-            boldest.
-        losses: `[J, S]`, in [0, 1]: each sequence's loss at each threshold.
+        thresholds: `[J]`, strictly decreasing, so that the first lets the fewest tokens exit.
+        losses: `[J, S]`, the loss of each sequence at each threshold, in [0, 1].
         risk: The bound on the true mean loss, in (0, 1).
         confidence: The probability that the guarantee holds, in (0, 1).
 
     Raises:
         ValueError: A shape is wrong, thresholds do not decrease, a loss is outside [0, 1] or NaN,
-            or `risk` or `confidence` is out of its range.
+            or `risk` or `confidence` is out of range.
     """
     grid, table = checked_thresholds(thresholds), np.asarray(losses, dtype=np.float64)
     if table.ndim != 2 or len(table) != len(grid) or table.shape[1] == 0:
@@ -194,7 +195,7 @@ def certify(thresholds: Array, losses: Array, *, risk: float, confidence: float)
             f"expected losses in [0, 1], got {table[row, column]} at threshold {grid[row]:g},"
             f" sequence {column}; rescale or clip the loss"
         )
-    # Exact sums: those of numpy depend on the sequences' order, which could tip a p-value.
+    # `math.fsum` is exact. NumPy's sum depends on the order, which could tip a p-value.
     means = np.array([math.fsum(row) for row in table.tolist()]) / table.shape[1]
     return certify_means(grid, means, sequences=table.shape[1], risk=risk, confidence=confidence)
 
@@ -202,12 +203,12 @@ def certify(thresholds: Array, losses: Array, *, risk: float, confidence: float)
 def certify_means(
     thresholds: Array, means: Array, *, sequences: int, risk: float, confidence: float
 ) -> Certificate:
-    """Return what `certify` does, from mean losses alone: no more of them enters the test.
+    """Return the result of `certify` from mean losses, which are all that the test uses.
 
     Args:
         thresholds: `[J]`, strictly decreasing.
-        means: `[J]`, in [0, 1]: the mean loss of all sequences at each threshold.
-        sequences: How many sequences each mean is over.
+        means: `[J]`, the mean loss over all sequences at each threshold, in [0, 1].
+        sequences: The number of sequences behind each mean.
         risk: The bound on the true mean loss, in (0, 1).
         confidence: The probability that the guarantee holds, in (0, 1).
 
@@ -238,24 +239,26 @@ def certify_means(
 
 
 def risk_bound(loss: float, *, sequences: int, confidence: float) -> float:
-    """Return the least risk that a mean loss certifies, by the test that `certify` applies.
+    """Return the smallest risk that a mean loss certifies, by the same test as `certify`.
 
-    This is loss + sqrt(ln(1 / (1 - confidence)) / (2 n)), Hoeffding 1963, theorem 1, and never
-    more than 1: with probability `confidence` the true mean loss is no larger.
+    This is loss + sqrt(ln(1 / (1 - confidence)) / (2 n)), Hoeffding 1963, theorem 1, but at most 1.
+    The true mean loss is at or below it with probability `confidence`.
 
     Args:
         loss: The mean loss, in [0, 1].
-        sequences: How many sequences it is over.
+        sequences: The number of sequences behind the mean.
         confidence: The probability that the bound holds, in (0, 1).
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of range.
     """
     check_confidence_level(confidence)
     if not 0 <= loss <= 1:
         raise ValueError(f"expected a mean loss in [0, 1], got {loss}; rescale the loss")
     if sequences < 1:
-        raise ValueError(f"expected at least one sequence, got {sequences}; count those averaged")
+        raise ValueError(
+            f"expected at least one sequence, got {sequences}; pass how many were averaged"
+        )
     return min(1.0, loss + math.sqrt(-math.log(1 - confidence) / (2 * sequences)))
 
 
@@ -273,7 +276,7 @@ def _reason(
     if loss >= risk:
         stop = f"loses {loss:.3g}, which is not below the risk of {risk:g}"
     else:
-        # A p-value depends on the margin alone, so a margin needs what a risk of its size does.
+        # A p-value depends only on the margin between risk and loss.
         enough = sequences_needed(risk - loss, confidence)
         stop = (
             f"loses {loss:.3g}: {sequences} sequences cannot tell that from the risk of {risk:g}"
@@ -285,7 +288,7 @@ def _reason(
 
 
 def checked_losses(losses: Array, sequences: int) -> Array:
-    """Return losses `[S]` as float64, checked to be finite."""
+    """Return losses `[S]` as float64, after checking that they are finite."""
     values = np.asarray(losses, dtype=np.float64)
     if values.shape != (sequences,):
         raise ValueError(
@@ -301,7 +304,7 @@ def checked_losses(losses: Array, sequences: int) -> Array:
 
 
 def checked_thresholds(thresholds: Array) -> Array:
-    """Return thresholds `[J]` as float64, checked to be strictly decreasing."""
+    """Return thresholds `[J]` as float64, after checking that they decrease strictly."""
     grid = np.asarray(thresholds, dtype=np.float64)
     if grid.ndim != 1 or grid.size == 0 or np.isnan(grid).any():
         got = "nan" if grid.ndim == 1 and grid.size else f"shape {grid.shape}"
@@ -310,7 +313,7 @@ def checked_thresholds(thresholds: Array) -> Array:
         place = int(np.argmin(grid[1:] < grid[:-1]))
         raise ValueError(
             f"expected strictly decreasing thresholds, got {grid[place]:g} before"
-            f" {grid[place + 1]:g}; start with the safest and sort the losses alike"
+            f" {grid[place + 1]:g}; sort both thresholds and losses"
         )
     return grid
 
@@ -321,7 +324,7 @@ def _check_risk(risk: float) -> None:
 
 
 def check_confidence_level(confidence: float) -> None:
-    """Refuse a confidence outside (0, 1)."""
+    """Check that a confidence lies in (0, 1)."""
     if not 0 < confidence < 1:
         raise ValueError(
             f"expected a confidence in (0, 1), got {confidence}; 0.95 is the usual choice"

@@ -1,4 +1,4 @@
-"""Similarity: the cosine of two states, the one formula behind profiles, rules and explanations."""
+"""Cosine similarity of hidden states, as profiles, exit rules and explanations all use it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def widened(hidden: Tensor) -> Tensor:
-    """Return states in fp32, or in float64 where they are that already."""
+    """Return states in fp32; float64 states stay in float64."""
     return hidden if hidden.dtype is torch.float64 else hidden.float()
 
 
@@ -18,12 +18,12 @@ def norm(values: Tensor) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosine along the last dimension, 0 beside a zero vector, within [-1, 1]."""
+    """Return the cosine along the last dimension, in [-1, 1]; 0 if one vector is zero."""
     return cosine_of(a, norm(a), b, norm(b))
 
 
 def cosine_of(a: Tensor, a_norm: Tensor, b: Tensor, b_norm: Tensor) -> Tensor:
-    """Return what `cosine` does, where the norms are known already."""
-    # torch.clamp keeps NaN, which is refused by the layer's name.
+    """Return the same as `cosine`, from norms that are already known."""
+    # `clamp` keeps NaN, so that `analyze` can name the layer that overflowed.
     product: Tensor = torch.linalg.vecdot(a, b)
     return (product / (a_norm * b_norm).clamp_min(1e-30)).clamp(-1.0, 1.0)

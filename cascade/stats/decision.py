@@ -1,7 +1,7 @@
 """The exit decision: whether a confidence reaches a threshold.
 
-Every place that decides, counts or predicts exits asks `reaches`, so that scoring, decoding,
-calibration and evaluation agree on every token, also where a confidence lies at the threshold.
+All code that decides, counts or predicts exits calls `reaches`. Scoring, decoding, calibration
+and evaluation therefore agree on every token, also where a confidence equals the threshold.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def reaches(confidence: Tensor, threshold: float) -> Tensor: ...
 
 
 def reaches(confidence: Any, threshold: float) -> Any:
-    """Return which tokens are easy: their confidence is at or above the threshold.
+    """Return which tokens are easy, with a confidence at or above the threshold.
 
     The threshold is rounded up to fp32, the precision of confidences. No fp32 number lies between
-    a threshold and that, so the comparison is exact. Confidences in double precision are compared
-    with the threshold as it is, which is exact too.
+    the two, so the comparison is exact. Confidences in double precision are compared with the
+    unrounded threshold, which is exact as well.
 
     Args:
         confidence: Floating-point numbers of any shape, as a NumPy array or a torch tensor.
         threshold: Any number; no confidence reaches NaN.
 
     Returns:
-        Booleans of the same shape, of the same library.
+        Booleans of the same shape and library.
 
     Example:
         >>> reaches(np.array([0.25, 0.5, 0.75], dtype=np.float32), 0.5)
@@ -50,10 +50,10 @@ def reaches(confidence: Any, threshold: float) -> Any:
 
 
 def least_fp32(threshold: float) -> float:
-    """Return the least fp32 number that is not below a threshold.
+    """Return the smallest fp32 number that is not below a threshold.
 
-    NumPy and torch round a Python number to the nearest fp32 number before they compare. Rounded
-    down, it would let a token exit whose confidence is below the threshold.
+    NumPy and torch round a Python number to the nearest fp32 number before they compare. A
+    threshold rounded down would let a token exit whose confidence is below it.
 
     Args:
         threshold: Any number.
@@ -62,7 +62,7 @@ def least_fp32(threshold: float) -> float:
         >>> least_fp32(0.1) >= 0.1 > float(np.nextafter(np.float32(least_fp32(0.1)), np.float32(0)))
         True
     """
-    with np.errstate(over="ignore"):  # beyond the range of fp32: infinity
+    with np.errstate(over="ignore"):  # infinite beyond the range of fp32
         rounded = np.float32(threshold)
         if float(rounded) < threshold:
             rounded = np.nextafter(rounded, np.float32(np.inf))

@@ -1,8 +1,8 @@
-"""Resampling whole sequences: the bootstrap behind every interval, and what intervals decide.
+"""Bootstrap intervals from resampled sequences, and comparing intervals with a margin.
 
 Tokens of one sequence are correlated, so resamples draw whole sequences, never tokens. Every
-interval here is from 999 resamples. Intervals of single figures are percentile intervals; those
-that hold for many layers at once are symmetric (`half_widths`, `simultaneous_half_widths`).
+interval comes from 999 resamples. Intervals of single figures are percentile intervals; those that
+hold for many layers at once are symmetric (`half_widths`, `simultaneous_half_widths`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Place = Literal["within", "beyond", "straddles"]
 
 RESAMPLES = 999
 
-#: The fewest resamples that have a 95 % percentile interval: its ends have the ranks 0.025 (R + 1)
-#: and 0.975 (R + 1).
+#: The smallest number R of resamples with a 95 % percentile interval. Its ends have the ranks
+#: 0.025 (R + 1) and 0.975 (R + 1).
 FEWEST_RESAMPLES = 39
 
-#: The two ends of a 95 % percentile interval.
+#: The quantiles at the ends of a 95 % percentile interval.
 _ENDS = (0.025, 0.975)
 
-#: The most weights that `resampled_means` holds in memory at once; the draws do not depend on it.
-HELD_WEIGHTS = 1 << 22
+#: The most weights that `resampled_means` keeps in memory at once. It does not affect the draws.
+MAX_WEIGHTS = 1 << 22
 
 
 def resampled_means(
@@ -39,12 +39,12 @@ def resampled_means(
     """Return the means of resamples of whole sequences, `[resamples, C]`.
 
     Args:
-        rows: `[S, C]`, one row per sequence, each of as many tokens as the others.
+        rows: `[S, C]`, one row per sequence; all sequences have the same number of tokens.
         generator: Draws the resamples.
-        resamples: How many.
+        resamples: The number of resamples.
     """
     count = len(rows)
-    each = max(1, HELD_WEIGHTS // count)
+    each = max(1, MAX_WEIGHTS // count)
     means = [
         generator.multinomial(count, np.full(count, 1 / count), size=min(each, resamples - done))
         @ rows
@@ -55,29 +55,30 @@ def resampled_means(
 
 
 def half_widths(means: Array, center: Array, confidence: float) -> Array:
-    """Return how far intervals of this confidence reach to either side, each by itself, `[C]`.
+    """Return the half width of each column's interval, `[C]`.
 
-    Symmetric percentile intervals (Hall, The Bootstrap and Edgeworth Expansion, 1992, section 3.6).
+    These are symmetric percentile intervals (Hall, The Bootstrap and Edgeworth Expansion, 1992,
+    section 3.6).
 
     Args:
-        means: `[resamples, C]`, of `resampled_means`.
-        center: `[C]`, the means of the sequences themselves.
-        confidence: That one interval holds, in (0, 1).
+        means: `[resamples, C]`, from `resampled_means`.
+        center: `[C]`, the means of the original sequences.
+        confidence: The probability that a single interval covers the truth, in (0, 1).
     """
     reach: Array = np.quantile(np.abs(means - center), confidence, axis=0, method="higher")
     return reach
 
 
 def simultaneous_half_widths(means: Array, center: Array, confidence: float) -> Array:
-    """Return how far intervals reach that hold all at once with this confidence, `[C]`.
+    """Return the half widths of intervals that hold simultaneously, `[C]`.
 
-    By the largest |t| over all columns (Romano and Wolf 2005, Econometrica 73): correlated columns
-    cost no more than they must. NaN where a column is.
+    They follow from the largest |t| over all columns (Romano and Wolf 2005, Econometrica 73), so
+    that correlated columns do not widen them needlessly. A column with NaN gives NaN.
 
     Args:
-        means: `[resamples, C]`: of `resampled_means`, or differences of two of them.
-        center: `[C]`, the same of the sequences themselves.
-        confidence: That all intervals hold, in (0, 1).
+        means: `[resamples, C]`, from `resampled_means`, or the difference of two such arrays.
+        center: `[C]`, the same for the original sequences.
+        confidence: The probability that all intervals cover the truth, in (0, 1).
     """
     error = means.std(axis=0, ddof=1)
     known = np.isfinite(error) & (error > 0)
@@ -87,7 +88,7 @@ def simultaneous_half_widths(means: Array, center: Array, confidence: float) -> 
 
 
 def placed(interval: Interval, limit: float) -> Place:
-    """Return where an interval lies: "within" +-limit, "beyond" it, or on both sides of it.
+    """Return whether an interval lies "within" +-limit, "beyond" it or "straddles" it.
 
     Args:
         interval: Lower and upper end.
@@ -100,12 +101,12 @@ def placed(interval: Interval, limit: float) -> Place:
 
 
 def resamples(count: int, seed: int, number: int = RESAMPLES) -> Iterator[Array]:
-    """Yield which sequences each resample has, `[count]` integers.
+    """Yield the indices of each resample's sequences, `[count]` integers.
 
     Args:
-        count: How many sequences there are.
-        seed: Of the resamples.
-        number: How many resamples.
+        count: The number of sequences.
+        seed: The seed of the resamples.
+        number: The number of resamples.
     """
     generator = np.random.default_rng(seed)
     for _ in range(number):
@@ -113,13 +114,13 @@ def resamples(count: int, seed: int, number: int = RESAMPLES) -> Iterator[Array]
 
 
 def draws(count: int, seed: int) -> Array:
-    """Return which sequences each resample has, `[RESAMPLES, count]`.
+    """Return the indices of each resample's sequences, `[RESAMPLES, count]`.
 
-    For what is no mean: a ratio, or a statistic of several means that are drawn together.
+    Use it for statistics other than a single mean, such as ratios.
 
     Args:
-        count: How many sequences there are.
-        seed: Of the resamples.
+        count: The number of sequences.
+        seed: The seed of the resamples.
 
     Example:
         >>> draws(4, seed=0).shape
@@ -129,12 +130,12 @@ def draws(count: int, seed: int) -> Array:
 
 
 def draw_counts(count: int, seed: int, number: int = RESAMPLES) -> Iterator[Array]:
-    """Yield how often each resample has each sequence, `[count]` integers.
+    """Yield how often each resample contains each sequence, `[count]` integers.
 
     Args:
-        count: How many sequences there are.
-        seed: Of the resamples.
-        number: How many resamples.
+        count: The number of sequences.
+        seed: The seed of the resamples.
+        number: The number of resamples.
     """
     for drawn in resamples(count, seed, number):
         yield np.bincount(drawn, minlength=count)
@@ -143,13 +144,13 @@ def draw_counts(count: int, seed: int, number: int = RESAMPLES) -> Iterator[Arra
 def percentile_ends(values: Array) -> Array:
     """Return the ends of 95 % percentile intervals, `[2, ...]`, lower ends first.
 
-    The ends are the values of the ranks 0.025 (R + 1) and 0.975 (R + 1) among R resamples: 25 and
-    975 of 999 (NumPy's method "weibull"). Unlike NumPy's default, this does not make the interval
-    too short where resamples are few: in 1,500 simulated corpora, 99 resamples covered 0.945, by
-    the default 0.93.
+    The ends are the values at the ranks 0.025 (R + 1) and 0.975 (R + 1) among R resamples, which
+    are 25 and 975 of 999 (NumPy's method "weibull"). NumPy's default makes intervals too short
+    when there are few resamples: in 1,500 simulated corpora with 99 resamples it covered 0.93,
+    this method 0.945.
 
     Args:
-        values: `[R, ...]`, a statistic of each resample.
+        values: `[R, ...]`, the statistic of each resample.
 
     Example:
         >>> percentile_ends(np.arange(1.0, 1000.0))
@@ -170,41 +171,46 @@ def interval(values: Array) -> list[float]:
 
 
 def mean_interval(values: Array, seed: int) -> list[float]:
-    """Return the interval of a mean over sequences.
+    """Return the 95 % interval of a mean over sequences.
 
     Args:
         values: `[S]`, one per sequence.
-        seed: Of the resamples.
+        seed: The seed of the resamples.
     """
     return interval(values[draws(len(values), seed)].mean(axis=1))
 
 
-def ratio_interval(part: Array, whole: Array, seed: int) -> list[float] | None:
-    """Return the interval of a ratio of sums over sequences; None where a resample has no whole.
+def ratio_interval(numerators: Array, denominators: Array, seed: int) -> list[float] | None:
+    """Return the 95 % interval of a ratio of sums over sequences.
 
     Args:
-        part: `[S]`, e.g. a sum over some tokens of each sequence.
-        whole: `[S]`, e.g. how many they are.
-        seed: Of the resamples.
+        numerators: `[S]`, e.g. a sum over some tokens of each sequence.
+        denominators: `[S]`, e.g. the number of these tokens.
+        seed: The seed of the resamples.
+
+    Returns:
+        Lower and upper end; None where the denominators of a resample add up to zero.
     """
-    drawn = draws(len(part), seed)
-    totals = whole[drawn].sum(axis=1)
+    drawn = draws(len(numerators), seed)
+    totals = denominators[drawn].sum(axis=1)
     if not (totals > 0).all():
         return None
-    return interval(part[drawn].sum(axis=1) / totals)
+    return interval(numerators[drawn].sum(axis=1) / totals)
 
 
 def times_more(center: float, half: float, limit: float) -> float | None:
-    """Return how many times as many sequences would decide where an interval lies.
+    """Return by which factor to increase the sequences until an interval excludes a limit.
 
-    An interval's width goes with one over the root of the number of sequences. Where the center is
-    as it is now, so many move the whole interval to one side of the limit; None where no number
-    does, because the center is at the limit.
+    The width of an interval is proportional to one over the root of the number of sequences. The
+    factor assumes that the center stays where it is.
 
     Args:
-        center: Of the interval.
-        half: How far it reaches to either side.
-        limit: As for `placed`; the interval straddles it.
+        center: The center of the interval.
+        half: Half the width of the interval.
+        limit: The margin, as for `placed`; the interval straddles it.
+
+    Returns:
+        The factor; None where the center lies at the limit, so that no number is enough.
     """
-    room = abs(abs(center) - limit)
-    return (half / room) ** 2 if room > 0 else None
+    distance = abs(abs(center) - limit)
+    return (half / distance) ** 2 if distance > 0 else None

@@ -1,4 +1,4 @@
-"""Ridge regression from streaming normal equations: mergeable, in memory that does not grow."""
+"""Ridge regression from streaming, mergeable normal equations in constant memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Strengths that `fit` tries, in units of the inputs' mean square.
+#: The penalty strengths that `fit` tries, in units of the inputs' mean square.
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -22,14 +22,14 @@ def rms_normalized(hidden: Tensor) -> Tensor:
 
 
 class NormalEquations:
-    """What a least-squares fit of `y = x W + b` needs of the data, whatever its size.
+    """The sums over the data from which a least-squares fit of `y = x W + b` follows.
 
-    Sums are kept in float64; `a + b` is the same as having seen the data of both.
+    Sums are kept in float64. `a + b` equals the sums over the data of both.
 
     Args:
-        inputs: Width of x.
-        outputs: Width of y.
-        device: Where the sums live.
+        inputs: The width of x.
+        outputs: The width of y.
+        device: The device that holds the sums.
     """
 
     def __init__(self, inputs: int, outputs: int, *, device: torch.device | None = None) -> None:
@@ -44,8 +44,8 @@ class NormalEquations:
 
         Args:
             x: `[n, inputs]`.
-            y: `[n, outputs]`, in one part or, side by side, in several: joining them first would
-                cost a third of the products' time.
+            y: `[n, outputs]`, as one tensor or as several that together have this width. Joining
+                them first would take a third of the time of the products.
 
         Raises:
             ValueError: A shape is wrong, or a value is NaN or infinite.
@@ -57,7 +57,7 @@ class NormalEquations:
                 f"expected x [n, {inputs}] and y [n, {outputs}], got {list(x.shape)} and "
                 f"{' and '.join(str(list(part.shape)) for part in y)}"
             )
-        # One product of a batch in fp32, summed over batches in float64: 1e-7 of the largest sum.
+        # Products in fp32, summed over batches in float64: exact to 1e-7 of the largest sum.
         with_one = torch.cat([x.float(), torch.ones_like(x[:, :1], dtype=torch.float32)], dim=1)
         parts = [part.float() for part in y]
         xx, *xy = (with_one.T @ part for part in (with_one, *parts))
@@ -81,15 +81,15 @@ class NormalEquations:
     def solve(self, strength: float, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the ridge solution `(W [inputs, outputs], b [outputs])` in fp32.
 
-        Where few inputs differ, rounding can leave the sums without a solution; the penalty then
-        grows tenfold until there is one.
+        If rounding leaves the system without a solution, which happens when few inputs differ, the
+        penalty is multiplied by ten until there is one.
 
         Args:
-            strength: Of the penalty on W, in units of the inputs' mean square; b is free.
-            columns: `[outputs]`, true for the outputs that are wanted; all of them without.
+            strength: The penalty on W, in units of the inputs' mean square; b has no penalty.
+            columns: `[outputs]`, true for the outputs to solve for (default: all).
 
         Raises:
-            ValueError: Nothing was seen, or the strength is not positive.
+            ValueError: There are no tokens, or the strength is not positive.
         """
         if self.count == 0:
             raise ValueError("expected at least one token to fit on, got none")
@@ -108,7 +108,7 @@ class NormalEquations:
         return solution[:-1], solution[-1]
 
     def error(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """Return each output's mean square error of a solution on this data, `[outputs]`."""
+        """Return the mean square error of a solution on this data, `[outputs]`."""
         full = torch.cat([weight, bias[None]]).double()
         square = (full * (self.xx @ full)).sum(dim=0) - 2 * (full * self.xy).sum(dim=0) + self.yy
         return square / max(self.count, 1)
@@ -117,18 +117,18 @@ class NormalEquations:
 def fit(
     train: NormalEquations, check: NormalEquations, groups: Sequence[int]
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """Choose each group's strength on tokens kept aside, then fit on everything.
+    """Choose the strength of each group of outputs on held-out tokens, then fit on all tokens.
 
     Args:
         train: Most of the tokens.
-        check: The rest; may be empty, then the middle strength is taken.
-        groups: How many of the outputs, one after the other, share a strength.
+        check: The held-out tokens. Without any, the middle strength is used.
+        groups: The numbers of consecutive outputs that share a strength.
 
     Returns:
-        `W [inputs, outputs]`, `b [outputs]`, and the groups' strengths.
+        `W [inputs, outputs]`, `b [outputs]`, and the strength of each group.
 
     Raises:
-        ValueError: The groups are not all of the outputs, or nothing was seen.
+        ValueError: The groups do not cover all outputs, or there are no tokens.
     """
     if sum(groups) != train.xy.shape[1]:
         raise ValueError(f"expected groups of {train.xy.shape[1]} outputs, got {list(groups)}")

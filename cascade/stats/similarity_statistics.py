@@ -1,8 +1,8 @@
-"""Mergeable similarity statistics: one pass over everything equals any split, to the last bit.
+"""Mergeable similarity statistics: any split of the data gives the same bits as one pass.
 
-Per layer: count, sums, minimum, maximum, exact counters, and a histogram uniform in angle. Per
-sequence and layer: one small row, because tokens of one sequence are correlated and sequences,
-not tokens, are the unit of every interval. Memory does not grow with the number of tokens.
+Each layer has count, sums, minimum, maximum, exact counters and a histogram uniform in angle. Each
+sequence has one small row per layer, because tokens of one sequence are correlated: sequences, not
+tokens, are the unit of every interval. Memory does not grow with the length of the sequences.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import numpy.typing as npt
 
 from cascade.core.arrays import Array
 
-#: Histogram bins, uniform in angle over [0, pi]: similarities 0 and 0.5 fall on edges, and near 1,
-#: where saturated layers have all of their mass, a bin is narrower than 1e-4 (from 0.981 on).
+#: Histogram bins, uniform in angle over [0, pi]. Similarities 0 and 0.5 are bin edges. Above 0.981,
+#: where saturated layers have nearly all tokens, bins are narrower than 1e-4.
 BINS = 6144
 
 
-#: The quantiles that each sequence's row counts tokens against.
+#: Each sequence's row holds the shares of tokens at or below these quantiles of the layer.
 QUANTILES = (0.1, 0.5, 0.9)
 
 
-#: Sums are kept as integers in units of 2**-40, so that addition is exact and order cannot matter.
+#: Sums are integers in units of 2**-40, so that addition is exact in any order.
 _UNIT = 1 << 40
 
 
 class EmptyStatisticsError(ValueError):
-    """A statistic was asked of zero tokens."""
+    """A statistic was requested without any tokens."""
 
 
 def bin_index(similarity: Array) -> npt.NDArray[np.int64]:
@@ -40,7 +40,7 @@ def bin_index(similarity: Array) -> npt.NDArray[np.int64]:
         similarity: Values in [-1, 1], any shape.
     """
     angle = np.arccos(similarity.astype(np.float64))
-    # 1e-9 of a bin: arccos(0.5) * BINS / pi must reach 2048 whichever way it was rounded.
+    # The offset of 1e-9 bins makes arccos(0.5) * BINS / pi reach 2048 despite rounding.
     index = np.floor(angle * (BINS / np.pi) + 1e-9).astype(np.int64)
     return np.minimum(index, BINS - 1)
 
@@ -68,11 +68,20 @@ class SimilarityStatistics:
     """Statistics of the similarities of several layers.
 
     Args:
-        layers: The rows' labels, e.g. `["1", ..., "30", "30+norm"]`.
-        edges: `[L, 3]` bin edges for the sequences' shares (see `quantile_edges`).
+        layers: Row labels, e.g. `["1", ..., "30", "30+norm"]`.
+        edges: `[L, 3]` bin edges for the shares of each sequence (see `quantile_edges`).
 
     Raises:
-        ValueError: Labels are missing or repeated, or `edges` does not fit them.
+        ValueError: Labels are missing or repeated, or `edges` has another shape.
+
+    Example:
+        >>> import cascade
+        >>> import numpy as np
+        >>> edges = np.array([[1000, 2000, 3000]])
+        >>> statistics = cascade.SimilarityStatistics(["1"], edges)
+        >>> statistics.update(np.array([[[0.25, 0.75], [0.5, 0.5]]]), np.array([0, 1]))
+        >>> statistics.count, statistics.mean().tolist()
+        (4, [0.5])
     """
 
     def __init__(self, layers: Sequence[str], edges: Array) -> None:
@@ -103,8 +112,8 @@ class SimilarityStatistics:
             sequences: `[B]`, the number of each row's sequence in the corpus.
 
         Raises:
-            ValueError: A shape is wrong, a sequence came before, or a value is NaN or outside
-                [-1, 1] (names the layer).
+            ValueError: A shape is wrong, a sequence was added before, or a value is NaN or outside
+                [-1, 1] (the message names the layer).
         """
         rows = len(self.layers)
         if similarity.ndim != 3 or similarity.shape[0] != rows or similarity.shape[2] == 0:
@@ -114,7 +123,7 @@ class SimilarityStatistics:
         numbers = [int(number) for number in sequences]
         repeated = len(set(numbers)) != len(numbers) or self._sequences.keys() & set(numbers)
         if repeated:
-            raise ValueError("expected every sequence once, got one a second time")
+            raise ValueError("expected every sequence once, got one twice")
         values = similarity.astype(np.float64)
         self._check_range(values)
         bins = bin_index(values)
@@ -162,25 +171,25 @@ class SimilarityStatistics:
             }
 
     def renumbered(self, shift: int) -> SimilarityStatistics:
-        """Return the same statistics, every sequence's number moved up.
+        """Return the same statistics with other sequence numbers.
 
         Args:
-            shift: By how much.
+            shift: The number that is added to each sequence number.
         """
         moved = copy.copy(self)
         moved._sequences = {number + shift: row for number, row in self._sequences.items()}
         return moved
 
     def merge(self, other: SimilarityStatistics) -> SimilarityStatistics:
-        """Return the statistics of both together, as if one pass had seen everything.
+        """Return the statistics of both together, equal to those of one pass over all tokens.
 
         Raises:
-            ValueError: The two have other layers or edges, or share a sequence.
+            ValueError: The two differ in layers or edges, or share a sequence.
         """
         if self.layers != other.layers or not np.array_equal(self.edges, other.edges):
             raise ValueError("expected statistics with the same layers and edges")
         if self._sequences.keys() & other._sequences.keys():
-            raise ValueError("expected every sequence once, got one on both sides")
+            raise ValueError("expected every sequence once, got one in both statistics")
         merged = SimilarityStatistics(self.layers, self.edges)
         merged.count = self.count + other.count
         merged.total = [a + b for a, b in zip(self.total, other.total, strict=True)]
@@ -203,19 +212,19 @@ class SimilarityStatistics:
         """Return each layer's mean similarity, `[L]`.
 
         Raises:
-            EmptyStatisticsError: No token was seen.
+            EmptyStatisticsError: There are no tokens.
         """
         self._require_tokens()
         return np.array([total / (_UNIT * self.count) for total in self.total])
 
     def std(self) -> Array:
-        """Return each layer's (population) standard deviation, `[L]`.
+        """Return each layer's population standard deviation, `[L]`.
 
         Raises:
-            EmptyStatisticsError: No token was seen.
+            EmptyStatisticsError: There are no tokens.
         """
         self._require_tokens()
-        # n * sum(v^2) - sum(v)^2 in integers: no cancellation, however small the variance.
+        # n * sum(v^2) - sum(v)^2 in integers loses no digits, even for a tiny variance.
         variance = [
             max(0, self.count * square * _UNIT - total * total) / (_UNIT * self.count) ** 2
             for total, square in zip(self.total, self.square_total, strict=True)
@@ -226,10 +235,10 @@ class SimilarityStatistics:
     def quantile(self, q: float) -> Array:
         """Return each layer's quantile `q`, `[L]`, interpolated as `numpy.quantile` does.
 
-        Off by at most the width of a bin: below 1e-4 for similarities above 0.981.
+        The error is at most the width of a bin, below 1e-4 for similarities above 0.981.
 
         Raises:
-            EmptyStatisticsError: No token was seen.
+            EmptyStatisticsError: There are no tokens.
             ValueError: `q` is outside [0, 1].
         """
         self._require_tokens()
@@ -243,7 +252,7 @@ class SimilarityStatistics:
         return quantile
 
     def _order_statistic(self, rank: int) -> Array:
-        """Return each layer's value of ascending `rank`, its bin's tokens spread evenly over it."""
+        """Return each layer's value at an ascending rank; tokens fill their bin evenly."""
         ascending = self.histogram[:, ::-1]  # the largest angle is the smallest similarity
         upto = ascending.cumsum(axis=1)
         position = (upto <= rank).sum(axis=1)
@@ -255,12 +264,12 @@ class SimilarityStatistics:
         return value
 
     def share_below(self, similarity: float) -> Array:
-        """Return each layer's share of tokens below a similarity, `[L]`: what `quantile` inverts.
+        """Return each layer's share of tokens below a similarity, `[L]`, the inverse of `quantile`.
 
-        Off by at most the tokens of one bin, which are spread evenly over it.
+        The tokens of a bin are taken as evenly spread, so the error is at most one bin's tokens.
 
         Raises:
-            EmptyStatisticsError: No token was seen.
+            EmptyStatisticsError: There are no tokens.
             ValueError: `similarity` is outside [-1, 1].
         """
         self._require_tokens()
@@ -272,15 +281,15 @@ class SimilarityStatistics:
         below = self.histogram[:, inside + 1 :].sum(axis=1)
         below = below + self.histogram[:, inside] * (inside + 1 - position)
         share: Array = below / self.count
-        # Within the outermost bins it is known where no token lies.
+        # Below the minimum and above the maximum there are no tokens.
         share = np.where(similarity <= self.minimum, 0.0, share)
         return np.where(similarity > self.maximum, 1.0, share)
 
     def table(self) -> list[dict[str, Any]]:
-        """Return one row per layer with the seed's statistics, rounded to 6 decimals.
+        """Return one row per layer with the statistics of a profile, rounded to 6 decimals.
 
         Raises:
-            EmptyStatisticsError: No token was seen.
+            EmptyStatisticsError: There are no tokens.
         """
         columns = {
             "mean": self.mean(),
@@ -300,7 +309,7 @@ class SimilarityStatistics:
         ]
 
     def arrays(self) -> dict[str, Array]:
-        """Return the whole state as arrays for an `.npz` file; sequences in ascending order."""
+        """Return the whole state as arrays for an `.npz` file, sequences in ascending order."""
         numbers = sorted(self._sequences)
         rows = [self._sequences[number] for number in numbers]
         shape = (0, len(self.layers))
@@ -308,7 +317,7 @@ class SimilarityStatistics:
             "layers": np.array(self.layers),
             "edges": self.edges,
             "count": np.array(self.count),
-            # Decimal text: exact sums outgrow 64 bits after some 8 million tokens.
+            # Decimal text, because exact sums exceed 64 bits after some 8 million tokens.
             "total": np.array([str(value) for value in self.total]),
             "square_total": np.array([str(value) for value in self.square_total]),
             "minimum": self.minimum,
@@ -326,11 +335,11 @@ class SimilarityStatistics:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> SimilarityStatistics:
-        """Return the statistics whose `arrays()` these are.
+        """Restore statistics from the result of `arrays`.
 
         Raises:
             KeyError: An array is missing.
-            ValueError: Shapes do not fit each other.
+            ValueError: The shapes of the arrays do not match.
         """
         self = cls([str(label) for label in arrays["layers"]], arrays["edges"])
         self.count = int(arrays["count"])

@@ -1,4 +1,4 @@
-"""Thresholds fitted to hard ratios, with intervals."""
+"""Fitting thresholds to hard ratios, with intervals."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class FittedThreshold:
-    """A threshold fitted to a wanted hard ratio.
+    """A threshold fitted to a target hard ratio.
 
     Attributes:
-        hard_ratio: The share of hard tokens that was wanted.
-        threshold: Where to cut; a value of the confidences' own precision.
-        reached: The share of these tokens strictly below the threshold. With ties it can differ
-            from `hard_ratio` by more than one token.
-        threshold_interval: 95 % interval of the threshold, refitted on resampled sequences.
-        reached_interval: 95 % interval of the hard ratio that this very threshold realizes.
-        ties: Tokens exactly at the threshold: they exit, and rounding alone could move them.
+        hard_ratio: The target share of hard tokens.
+        threshold: The threshold, in the precision of the confidences.
+        reached: The share of the fitted tokens strictly below the threshold. With ties it can
+            differ from `hard_ratio` by more than one token.
+        threshold_interval: Its 95 % interval, from fits on resampled sequences.
+        reached_interval: The 95 % interval of the hard ratio at this fixed threshold.
+        ties: The number of tokens exactly at the threshold. They exit, but a rounding error could
+            change that.
     """
 
     hard_ratio: float
@@ -41,15 +42,15 @@ class FittedThreshold:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a threshold does on another corpus.
+    """The effect of a threshold on another corpus.
 
     Attributes:
-        threshold: The threshold, as it was given.
-        hard_ratio: The share of that corpus's tokens strictly below the threshold.
+        threshold: The given threshold.
+        hard_ratio: The share of tokens strictly below the threshold.
         hard_ratio_interval: Its 95 % interval over resampled sequences.
-        loss: Mean loss of the sequences; None where no losses were given.
-        loss_interval: Its 95 % interval over the same resamples; None where `loss` is.
-        sequences: How many sequences this rests on.
+        loss: The mean loss of the sequences; None without losses.
+        loss_interval: Its 95 % interval over the same resamples; None without losses.
+        sequences: The number of sequences.
     """
 
     threshold: float
@@ -65,25 +66,25 @@ def fit_threshold(
 ) -> FittedThreshold:
     """Return the threshold at which `hard_ratio` of the tokens are hard.
 
-    Without ties this is `numpy.quantile(confidence, hard_ratio)`. Tokens that share one value
-    cannot be parted: where the quantile falls on (or just after) such a value, the threshold is
-    that value or the next distinct one, whichever comes closer to the wanted ratio. At ratio 0 the
-    threshold is the smallest confidence (every token exits), at ratio 1 the next number above the
-    largest (none does). The order of sequences and of their tokens makes no difference.
+    Without ties this is `numpy.quantile(confidence, hard_ratio)`. A threshold cannot separate
+    tokens with equal confidences. Where the quantile falls on such a value or just after it, the
+    threshold is that value or the next distinct one, whichever gets closer to the target ratio. At
+    ratio 0 the threshold is the smallest confidence (every token exits), at ratio 1 the next number
+    above the largest (no token exits). The order of sequences and tokens makes no difference.
 
     Intervals are percentile bootstraps over sequences (Efron and Tibshirani 1993, section 13.3).
-    999 resamples of 511 sequences of 128 tokens take 0.3 s on one core, and the time grows with
-    tokens and resamples alike.
+    999 resamples of 511 sequences of 128 tokens take 0.3 s on one core. The time grows in
+    proportion to tokens and resamples.
 
     Args:
         confidence: `[S, T]`, one row per sequence, without padding.
-        hard_ratio: The wanted share of hard tokens, in [0, 1].
-        resamples: How often the sequences are drawn anew, at least 39.
-        seed: Of the resampling.
+        hard_ratio: The target share of hard tokens, in [0, 1].
+        resamples: The number of resamples, at least 39.
+        seed: The seed of the resamples.
 
     Raises:
-        ValueError: The array is not `[S, T]` with two sequences or more, a confidence is not
-            finite, or another argument is out of its range.
+        ValueError: The array is not `[S, T]` with at least two sequences, a confidence is not
+            finite, or another argument is out of range.
     """
     values = _checked_confidence(confidence)
     if not 0 <= hard_ratio <= 1:
@@ -91,7 +92,7 @@ def fit_threshold(
             f"expected a hard ratio in [0, 1], got {hard_ratio}; 0.7 sends 70 % of the tokens on"
         )
     _check_resampling(resamples, seed)
-    hard_ratio = float(hard_ratio)  # a single-precision ratio would rank in single precision
+    hard_ratio = float(hard_ratio)  # an fp32 ratio would compute ranks in fp32
     values = np.sort(values, axis=1)
     values = values[_canonical_order(values)]
     order = np.argsort(values, axis=None)
@@ -115,18 +116,20 @@ def fit_threshold(
 
 
 def quantile_threshold(confidence: Array, hard_ratio: float) -> float:
-    """Return the threshold that `fit_threshold` does, without its intervals.
+    """Return the same threshold as `fit_threshold`, without intervals.
 
     Args:
         confidence: Any shape, without padding; at least one token.
-        hard_ratio: The wanted share of hard tokens, in [0, 1].
+        hard_ratio: The target share of hard tokens, in [0, 1].
 
     Raises:
-        ValueError: There is no confidence, one is not finite, or the ratio is out of its range.
+        ValueError: There are no confidences, one is not finite, or the ratio is out of range.
     """
     ascending = np.sort(np.asarray(confidence), axis=None)
     if ascending.size == 0 or not np.isfinite(ascending[[0, -1]]).all():  # NaN sorts last
-        raise ValueError("expected finite confidences, got none or others; leave padding out")
+        raise ValueError(
+            "expected finite confidences, got none or some that are not; leave padding out"
+        )
     if not 0 <= hard_ratio <= 1:
         raise ValueError(f"expected a hard ratio in [0, 1], got {hard_ratio}")
     tokens = _RankedTokens(ascending, np.arange(1, ascending.size + 1))
@@ -141,18 +144,18 @@ def transfer(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Transfer:
-    """Return what a threshold, fitted elsewhere, does on this corpus.
+    """Return the hard ratio and the loss of an existing threshold on this corpus.
 
     Args:
-        threshold: From `fit_threshold` or `certify`; infinite ones are allowed.
+        threshold: E.g. from `fit_threshold` or `certify`; may be infinite.
         confidence: `[S, T]`, one row per sequence, without padding.
         losses: `[S]`, each sequence's loss with this threshold, in any unit; or None.
-        resamples: How often the sequences are drawn anew, at least 39.
-        seed: Of the resampling.
+        resamples: The number of resamples, at least 39.
+        seed: The seed of the resamples.
 
     Raises:
         ValueError: A shape is wrong, a confidence or loss is not finite, the threshold is NaN, or
-            another argument is out of its range.
+            another argument is out of range.
     """
     values = _checked_confidence(confidence)
     if math.isnan(threshold):
@@ -163,7 +166,7 @@ def transfer(
         columns.append(checked_losses(losses, len(values)))
     rows = np.stack(columns, axis=1)
     rows = rows[_canonical_order(rows)]
-    # Tokens are counted and divided at the end: shares are then exact.
+    # Count tokens and divide at the end, so that shares are exact.
     size = np.array([values.size, len(rows)])[: rows.shape[1]]
     means = [weights @ rows / size for weights in draw_counts(len(rows), seed, resamples)]
     intervals = [_interval(column) for column in np.transpose(means)]
@@ -180,31 +183,31 @@ def transfer(
 
 @dataclass(frozen=True)
 class _RankedTokens:
-    """Tokens in ascending order, each counted as often as a resample has its sequence.
+    """Tokens in ascending order, each weighted by how often a resample contains its sequence.
 
-    A resample repeats whole sequences and leaves the order of the tokens alone, so that one sort
-    serves every resample.
+    A resample repeats whole sequences and does not change the order of the tokens, so one sort
+    serves all resamples.
 
     Attributes:
         values: Every token of the corpus, `[S * T]`, ascending.
-        through: How many tokens the resample has up to and with each of them, `[S * T]`.
+        through: The number of tokens in the resample up to and including each of them, `[S * T]`.
     """
 
     values: Array
     through: Array
 
     def value(self, rank: int) -> Any:
-        """Return the value of ascending `rank`, a scalar of the confidences' own type."""
+        """Return the value at an ascending rank, a scalar of the confidences' dtype."""
         return self.values[self.through.searchsorted(rank, "right")]
 
     def count(self, value: Any, side: Literal["left", "right"]) -> int:
-        """Return how many tokens lie below `value` (`"left"`), or not above it (`"right"`)."""
+        """Return the number of tokens below `value` ("left"), or at most `value` ("right")."""
         position = self.values.searchsorted(value, side)
         return int(self.through[position - 1]) if position else 0
 
 
 def _fit(tokens: _RankedTokens, hard_ratio: float) -> Any:
-    """Return the threshold (see `fit_threshold`), a scalar of the confidences' own type."""
+    """Return the threshold (see `fit_threshold`), a scalar of the confidences' dtype."""
     size = tokens.values.size
     place = hard_ratio * (size - 1)
     rank = math.floor(place)
@@ -215,12 +218,12 @@ def _fit(tokens: _RankedTokens, hard_ratio: float) -> Any:
     if upto - below > 1:
         wanted = hard_ratio * size
         return low if wanted - below <= upto - wanted else following
-    # The two forms of `numpy.quantile`, in the values' own precision: equal to the last bit.
+    # The two formulas of `numpy.quantile`, in the precision of the values: the same bits.
     gap = high - low
     quantile = low + gap * fraction if fraction < 0.5 else high - gap * (1 - fraction)
-    quantile = low.dtype.type(quantile)  # NumPy 1 has widened it
+    quantile = low.dtype.type(quantile)  # NumPy 1 returns float64
     if quantile == low and fraction + hard_ratio >= 1:
-        # Rounded onto its lower neighbour (or at ratio 1) it would miss by a whole token.
+        # Rounded down to the lower token (or at ratio 1), the ratio would be off by a whole token.
         return np.nextafter(low, following)
     return quantile
 
@@ -231,9 +234,9 @@ def _interval(resampled: Sequence[float] | Array) -> Interval:
 
 
 def _canonical_order(rows: Array) -> list[int]:
-    """Return the rows' numbers in an order that depends on their values alone.
+    """Return row numbers in an order that depends only on the rows' values.
 
-    Resampling draws by position: with this, the order in which sequences came makes no difference.
+    Resampling draws by position. With this order, the original order makes no difference.
     """
     keys = rows.tolist()
     return sorted(range(len(keys)), key=keys.__getitem__)
@@ -247,7 +250,8 @@ def _checked_confidence(confidence: Array) -> Array:
         )
     if len(values) < 2:
         raise ValueError(
-            "expected at least 2 sequences, got 1; its tokens are correlated and give no interval"
+            "expected at least 2 sequences, got 1, whose correlated tokens give no interval; "
+            "add sequences"
         )
     if values.dtype not in (np.float16, np.float32, np.float64):
         values = values.astype(np.float64)
@@ -264,8 +268,8 @@ def _checked_confidence(confidence: Array) -> Array:
 def _check_resampling(resamples: int, seed: int) -> None:
     if resamples < FEWEST_RESAMPLES:
         raise ValueError(
-            f"expected at least {FEWEST_RESAMPLES} resamples, got {resamples}; fewer have no"
+            f"expected at least {FEWEST_RESAMPLES} resamples, got {resamples}; fewer give no"
             " 95 % interval"
         )
     if seed < 0:
-        raise ValueError(f"expected a seed of 0 or more, got {seed}; take any whole number")
+        raise ValueError(f"expected a seed of 0 or more, got {seed}; choose any such number")

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, whatever happens on the way."""
+"""Files are written atomically, also after failures and interrupts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_half(path: Path, failure: type[BaseException]) -> None:
         raise failure
 
 
-def test_a_reader_sees_the_old_content_until_the_new_is_whole(tmp_path: Path) -> None:
+def test_reader_sees_old_content_until_new_content_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("old")
     with atomic_path(path) as temporary:
@@ -41,7 +41,7 @@ def test_a_reader_sees_the_old_content_until_the_new_is_whole(tmp_path: Path) ->
     assert contents(tmp_path) == {"table.csv": b"new"}
 
 
-def test_the_temporary_file_lies_hidden_beside_and_keeps_the_suffix(tmp_path: Path) -> None:
+def test_temporary_file_is_hidden_in_the_same_folder_and_keeps_its_suffix(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "table.npz") as temporary:
         assert temporary.parent == tmp_path
         assert temporary.name.startswith(".table-")
@@ -49,7 +49,7 @@ def test_the_temporary_file_lies_hidden_beside_and_keeps_the_suffix(tmp_path: Pa
 
 
 @ANY_FAILURE
-def test_after_a_failure_the_old_file_is_all_there_is(
+def test_failed_write_leaves_only_the_old_file(
     tmp_path: Path, failure: type[BaseException]
 ) -> None:
     path = tmp_path / "table.csv"
@@ -60,7 +60,7 @@ def test_after_a_failure_the_old_file_is_all_there_is(
 
 
 @ANY_FAILURE
-def test_folders_made_on_the_way_go_again_after_a_failure(
+def test_failed_write_removes_the_folders_it_created(
     tmp_path: Path, failure: type[BaseException]
 ) -> None:
     (tmp_path / "kept").mkdir()
@@ -71,7 +71,7 @@ def test_folders_made_on_the_way_go_again_after_a_failure(
     assert (tmp_path / "kept/new/newer/table.csv").read_text() == "x"
 
 
-def test_a_full_disk_is_told_with_path_cause_and_remedy(tmp_path: Path) -> None:
+def test_error_on_a_full_disk_names_path_cause_and_remedy(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("old")
     with largest_file(1000), pytest.raises(OutputError) as caught:
@@ -83,7 +83,7 @@ def test_a_full_disk_is_told_with_path_cause_and_remedy(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"table.csv": b"old"}
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tmp_path: Path) -> None:
+def test_unwritable_folder_is_rejected_on_entry(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for path in (tmp_path / "file/table.csv", tmp_path / "file/below/table.csv"):
         with pytest.raises(OutputError, match=r"cannot write .*table\.csv: .*choose a folder"):
@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tmp_path: Pa
     assert contents(tmp_path) == {"file": b"in the way"}
 
 
-def test_what_can_be_written_is_tried_without_leaving_anything(tmp_path: Path) -> None:
+def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("old")
     check_writable(tmp_path / "table.csv")
     check_writable(tmp_path / "new/newer/table.csv")
@@ -102,7 +102,7 @@ def test_what_can_be_written_is_tried_without_leaving_anything(tmp_path: Path) -
     assert contents(tmp_path) == {"table.csv": b"old"}
 
 
-def test_a_folder_in_place_of_the_file_is_left_alone(tmp_path: Path) -> None:
+def test_folder_at_the_path_of_the_file_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "table.csv").mkdir()
     (tmp_path / "table.csv/inside").write_text("mine")
     before = contents(tmp_path)
@@ -112,9 +112,7 @@ def test_a_folder_in_place_of_the_file_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_a_result_is_as_readable_as_the_users_other_files(
-    tmp_path: Path, mask: int, mode: int
-) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
     before = os.umask(mask)
     try:
         write_text(tmp_path / "table.csv", "x")
@@ -126,14 +124,14 @@ def test_a_result_is_as_readable_as_the_users_other_files(
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @example("line\nline\r\n\u00e4")
-def test_any_text_is_written_to_the_byte(text: str) -> None:
+def test_text_is_written_byte_for_byte(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text"
         write_text(path, text)
         assert path.read_bytes() == text.encode("utf-8")
 
 
-def test_text_that_cannot_be_encoded_leaves_the_old_file(tmp_path: Path) -> None:
+def test_encoding_error_leaves_the_old_file(tmp_path: Path) -> None:
     write_text(tmp_path / "text", "old")
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "text", "half a pair: \ud800")
@@ -143,13 +141,13 @@ def test_text_that_cannot_be_encoded_leaves_the_old_file(tmp_path: Path) -> None
 # --- make_folder -----------------------------------------------------------------------------
 
 
-def test_only_missing_folders_count_as_made(tmp_path: Path) -> None:
+def test_make_folder_returns_only_missing_folders(tmp_path: Path) -> None:
     made = make_folder(tmp_path / "a/b")
     assert made == [tmp_path / "a", tmp_path / "a/b"]
     assert make_folder(tmp_path / "a/b") == []
 
 
-def test_half_a_chain_of_folders_is_taken_back(tmp_path: Path) -> None:
+def test_make_folder_removes_created_parents_on_failure(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"[Nn]ame too long"):
         make_folder(tmp_path / "a" / ("b" * 300))
     assert contents(tmp_path) == {}
@@ -165,7 +163,7 @@ def write_run(
     names: tuple[str, ...] = NAMES,
     failure: type[BaseException] | None = None,
 ) -> None:
-    """Write a run that replaces any other; with `failure`, one that fails at its end."""
+    """Write a run that replaces any other; with `failure`, raise it at the end."""
     with RunFolder(target, NAMES, overwrite=True) as folder:
         for name in names:
             folder.write(name, content)
@@ -173,7 +171,7 @@ def write_run(
             raise failure
 
 
-def test_a_run_appears_at_its_end_all_at_once(tmp_path: Path) -> None:
+def test_files_of_a_run_appear_together_at_its_end(tmp_path: Path) -> None:
     target = tmp_path / "a/report"
     with RunFolder(target, NAMES) as folder:
         for name in NAMES:
@@ -182,7 +180,7 @@ def test_a_run_appears_at_its_end_all_at_once(tmp_path: Path) -> None:
     assert contents(target) == dict.fromkeys(NAMES, b"new")
 
 
-def test_text_and_bytes_are_written_as_they_are(tmp_path: Path) -> None:
+def test_run_folder_writes_text_and_bytes_unchanged(tmp_path: Path) -> None:
     with RunFolder(tmp_path, ("text", "bytes")) as folder:
         folder.write("text", "\u00e4\r\n")
         folder.write("bytes", b"\x00\xff\r\n")
@@ -190,7 +188,7 @@ def test_text_and_bytes_are_written_as_they_are(tmp_path: Path) -> None:
 
 
 @ANY_FAILURE
-def test_a_failed_run_leaves_an_older_one_and_foreign_files_as_they_were(
+def test_failed_run_leaves_older_run_and_other_files_unchanged(
     tmp_path: Path, failure: type[BaseException]
 ) -> None:
     write_run(tmp_path, "old")
@@ -202,7 +200,7 @@ def test_a_failed_run_leaves_an_older_one_and_foreign_files_as_they_were(
 
 
 @ANY_FAILURE
-def test_a_failed_run_removes_the_folders_it_made(
+def test_failed_run_removes_the_folders_it_created(
     tmp_path: Path, failure: type[BaseException]
 ) -> None:
     with pytest.raises(failure):
@@ -210,7 +208,7 @@ def test_a_failed_run_removes_the_folders_it_made(
     assert contents(tmp_path) == {}
 
 
-def test_a_folder_made_for_a_failed_run_stays_if_others_use_it(tmp_path: Path) -> None:
+def test_failed_run_keeps_a_created_folder_that_holds_other_files(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a/b", NAMES)
     (tmp_path / "a/notes.txt").write_text("mine")
     folder.__exit__(ValueError)
@@ -218,21 +216,21 @@ def test_a_folder_made_for_a_failed_run_stays_if_others_use_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_file_of_another_run_is_refused_without_overwrite(tmp_path: Path, name: str) -> None:
+def test_existing_run_is_rejected_without_overwrite(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("old")
     with pytest.raises(OutputError, match=rf"holds another run \({name}\).*--overwrite"):
         RunFolder(tmp_path, NAMES)
     assert contents(tmp_path) == {name: b"old"}
 
 
-def test_overwrite_replaces_the_runs_files_and_nothing_else(tmp_path: Path) -> None:
+def test_overwrite_replaces_only_files_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / NAMES[0]).write_text("old")
     write_run(tmp_path, "new")
     assert contents(tmp_path) == {"notes.txt": b"mine"} | dict.fromkeys(NAMES, b"new")
 
 
-def test_foreign_files_are_no_other_run(tmp_path: Path) -> None:
+def test_other_files_do_not_count_as_a_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with RunFolder(tmp_path, NAMES) as folder:
         for name in NAMES:
@@ -241,7 +239,9 @@ def test_foreign_files_are_no_other_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_under_a_runs_name_is_refused_and_kept(tmp_path: Path, overwrite: bool) -> None:
+def test_folder_with_the_name_of_a_run_file_is_rejected_and_kept(
+    tmp_path: Path, overwrite: bool
+) -> None:
     (tmp_path / NAMES[2]).mkdir()
     (tmp_path / NAMES[2] / "inside").write_text("mine")
     before = contents(tmp_path)
@@ -259,14 +259,14 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"file": b"mine"}
 
 
-def test_a_name_that_is_too_long_is_an_output_error(tmp_path: Path) -> None:
+def test_too_long_folder_name_is_an_output_error(tmp_path: Path) -> None:
     for path in (tmp_path / ("x" * 300), tmp_path / "made" / ("x" * 300)):
         with pytest.raises(OutputError, match="choose a folder you can write to"):
             RunFolder(path, NAMES)
     assert contents(tmp_path) == {}
 
 
-def test_a_full_disk_leaves_the_older_run(tmp_path: Path) -> None:
+def test_full_disk_leaves_the_older_run(tmp_path: Path) -> None:
     write_run(tmp_path, "old")
     before = contents(tmp_path)
     with largest_file(1000), pytest.raises(OutputError) as caught:
@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_older_run(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_a_run_that_lacks_a_file_replaces_none(tmp_path: Path) -> None:
+def test_incomplete_run_replaces_no_file(tmp_path: Path) -> None:
     write_run(tmp_path, "old")
     with pytest.raises(OutputError, match="cannot write to"):
         write_run(tmp_path, "new", names=(NAMES[0], NAMES[2]))
@@ -289,14 +289,14 @@ def test_a_run_that_lacks_a_file_replaces_none(tmp_path: Path) -> None:
     after=st.booleans(),
     failure=st.sampled_from([KeyboardInterrupt, PermissionError]),
 )
-def test_wherever_the_last_step_is_struck_all_files_are_old_or_all_are_new(
+def test_interrupted_commit_leaves_all_files_old_or_all_new(
     present: set[str], failing: int, after: bool, failure: type[BaseException]
 ) -> None:
     rename = Path.replace
     calls = 0
 
-    def struck(self: Path, target: Path) -> Path:
-        """Fail at one of the renames, before or after it is done."""
+    def failing_replace(self: Path, target: Path) -> Path:
+        """Fail before or after one of the renames."""
         nonlocal calls
         calls += 1
         if calls == failing and not after:
@@ -313,7 +313,7 @@ def test_wherever_the_last_step_is_struck_all_files_are_old_or_all_are_new(
         (target / "notes.txt").write_text("mine")
         before = contents(target)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "replace", struck)
+            patch.setattr(Path, "replace", failing_replace)
             with contextlib.suppress(KeyboardInterrupt, OutputError):
                 write_run(target, "new")
         renames = len(NAMES) + len(present)
@@ -321,7 +321,7 @@ def test_wherever_the_last_step_is_struck_all_files_are_old_or_all_are_new(
         assert contents(target) == (before if failing <= renames else new)
 
 
-def test_an_optional_file_that_is_not_written_takes_the_older_one_away(tmp_path: Path) -> None:
+def test_optional_file_that_is_not_written_is_removed(tmp_path: Path) -> None:
     for content in ("old", None):
         with RunFolder(tmp_path, ["a"], optional=["b"], overwrite=True) as folder:
             folder.write("a", "new")
@@ -331,7 +331,7 @@ def test_an_optional_file_that_is_not_written_takes_the_older_one_away(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_an_optional_file_is_part_of_another_run(tmp_path: Path) -> None:
+def test_optional_file_counts_as_a_run(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("of an older run")
     with pytest.raises(OutputError, match="holds another run"):
         RunFolder(tmp_path, ["a"], optional=["b"])

@@ -1,4 +1,4 @@
-"""Typed records: what is written is read, and what is wrong is refused with its place."""
+"""Typed records survive a round trip, and errors name the place of a wrong value."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def a_record(**changes: Any) -> dict[str, Any]:
     return {"points": [point], "certificate": None}
 
 
-def flaw(value: Any, kind: Any) -> str | None:
+def error_of(value: Any, kind: Any) -> str | None:
     try:
         from_plain(value, kind)
     except SchemaError as error:
@@ -64,7 +64,7 @@ def flaw(value: Any, kind: Any) -> str | None:
 
 
 def message(value: Any, kind: Any) -> str:
-    found = flaw(value, kind)
+    found = error_of(value, kind)
     assert found is not None
     return found
 
@@ -79,7 +79,7 @@ def message(value: Any, kind: Any) -> str:
         {"points": [{"layer": 3, "share": 0.5}], "certificate": None},
     ],
 )
-def test_a_whole_record_is_read_and_unknown_keys_are_ignored(record: dict[str, Any]) -> None:
+def test_valid_record_is_read_and_unknown_keys_are_ignored(record: dict[str, Any]) -> None:
     found = from_plain(record, Points)
     assert [point.layer for point in found.points] == [3] * len(record["points"])
     assert "more" not in to_json(to_plain(found))
@@ -128,7 +128,7 @@ def test_a_whole_record_is_read_and_unknown_keys_are_ignored(record: dict[str, A
         ),
     ],
 )
-def test_the_first_flaw_is_named_with_its_place(record: Any, words: str) -> None:
+def test_error_names_the_first_wrong_value_and_its_place(record: Any, words: str) -> None:
     assert words in message(record, Points)
 
 
@@ -146,9 +146,7 @@ def test_the_first_flaw_is_named_with_its_place(record: Any, words: str) -> None
         (Literal["frozen", "ridge"], ["ridge"], ["thawed", None, [], ["ridge"], {}]),
     ],
 )
-def test_every_type_accepts_its_own_values_alone(
-    kind: Any, right: list[Any], wrong: list[Any]
-) -> None:
+def test_each_type_accepts_only_its_values(kind: Any, right: list[Any], wrong: list[Any]) -> None:
     assert [from_plain(value, kind) for value in right] == right
     for value in wrong:
         assert message(value, kind).startswith("expected ")
@@ -172,7 +170,7 @@ records = st.builds(
 
 
 @given(records)
-def test_what_is_written_is_read_again(record: Points) -> None:
+def test_records_survive_a_round_trip(record: Points) -> None:
     plain = to_plain(record)
     assert from_plain(plain, Points) == record
     assert to_plain(from_plain(plain, Points)) == plain
@@ -180,7 +178,7 @@ def test_what_is_written_is_read_again(record: Points) -> None:
 
 
 @given(points)
-def test_an_absent_field_is_not_written_and_null_is(point: Point) -> None:
+def test_unset_fields_are_omitted_and_none_is_written(point: Point) -> None:
     plain = to_plain(point)
     assert ("threshold" in plain) == (point.threshold is not UNSET)
     assert "interval" in plain
@@ -198,22 +196,22 @@ values = st.recursive(
 
 
 @given(values)
-def test_anything_at_all_is_answered_in_one_line(value: Any) -> None:
-    found = flaw(value, Points)
+def test_any_value_is_accepted_or_gives_a_one_line_error(value: Any) -> None:
+    found = error_of(value, Points)
     assert found is None or (found.startswith("expected ") and "\n" not in found)
 
 
-def test_numbers_of_numpy_are_stored_as_plain_ones() -> None:
+def test_numpy_numbers_are_stored_as_plain_numbers() -> None:
     plain = to_plain({"layer": np.int64(3), "share": np.float64(0.5)})
     assert to_json(plain) == '{"layer": 3, "share": 0.5}'
 
 
-def test_what_no_record_holds_is_refused_by_its_type() -> None:
+def test_unsupported_value_is_rejected_by_type() -> None:
     with pytest.raises(NotImplementedError, match="a complex cannot be stored in a record"):
         to_plain({"value": 1j})
 
 
-def test_an_absent_value_is_known_as_none() -> None:
+def test_known_returns_none_for_an_unset_field() -> None:
     assert known(UNSET) is None
     assert known(None) is None
     assert known(0) == 0

@@ -1,4 +1,4 @@
-"""Seeds are checked."""
+"""Checks of seeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cascade.core.errors import UsageError
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "1", None, True])
-def test_a_seed_that_not_every_generator_takes_is_refused(seed: Any) -> None:
+def test_seed_out_of_range_is_rejected(seed: Any) -> None:
     arguments.check_seed(2**63 - 1)
     with pytest.raises(UsageError, match=rf"expected a seed in 0\.\.{2**63 - 1}, got "):
         arguments.check_seed(seed)

@@ -81,7 +81,7 @@ from cascade.models.stack import DecoderStack
         *(
             (
                 {"layer": 2, "threshold": value},
-                f"expected a threshold as a number (inf where nothing is to leave), got {value!r}",
+                f"expected a number as threshold (inf: no token exits), got {value!r}",
             )
             for value in (None, "x", "0.5", [0.5], 10**400)
         ),
@@ -94,7 +94,7 @@ from cascade.models.stack import DecoderStack
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_one_line(settings: dict[str, Any], said: str) -> None:
+def test_invalid_argument_gives_a_one_line_error(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError) as error:
         EarlyExit(a_stack("llama"), **settings)
     assert one_line(error) == said
@@ -146,7 +146,7 @@ def test_a_threshold_in_exits_that_is_no_number_is_refused(threshold: Any) -> No
     )
     with pytest.raises(UsageError) as error:
         EarlyExit(a_stack("llama"), exits=[at])
-    assert one_line(error).startswith("expected a threshold as a number")
+    assert one_line(error).startswith("expected a number as threshold")
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -384,7 +384,7 @@ def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
-def test_a_seed_that_not_every_generator_takes_is_refused(seed: int) -> None:
+def test_seed_out_of_range_is_rejected(seed: int) -> None:
     with pytest.raises(UsageError) as error:
         distill(sharp_stack(), closed_form(), some_blocks(), seed=seed)
     assert one_line(error) == f"expected a seed in 0..{2**63 - 1}, got {seed}"

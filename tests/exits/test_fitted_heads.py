@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_what_was_there(size: int, tmp_path: Path) -> None:
         assert said.startswith(f"cannot write {path}: ")
         assert "File too large" in said
         assert said.endswith(
-            "free some space or choose another place (what was there before is unharmed)"
+            "free some space or choose another folder (the existing file is unharmed)"
         )
         assert contents(tmp_path) == before
 

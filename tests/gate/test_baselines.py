@@ -87,7 +87,7 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: str, message: str
 def test_missing_files_are_named_with_their_remedy(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="cascade analyze --output"):
         read_plain(tmp_path / "none.json", ProfileRecord)
-    with pytest.raises(RecordError, match="belongs beside"):
+    with pytest.raises(RecordError, match="expected it next to"):
         read_arrays(tmp_path / "none.npz")
 
 
@@ -266,7 +266,7 @@ def test_nan_in_a_record_is_refused(tmp_path: Path) -> None:
 def test_a_missing_npz_is_named(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     (run / "profile.npz").unlink()
-    with pytest.raises(RecordError, match=r"no file .*profile\.npz; it belongs beside"):
+    with pytest.raises(RecordError, match=r"no file .*profile\.npz; expected it next to"):
         read_profile(run)
 
 

@@ -1,4 +1,4 @@
-"""The area under the ROC, compared with scikit-learn's."""
+"""The area under the ROC curve matches scikit-learn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cascade.stats.auroc import auroc
     st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=40),
     st.sampled_from([np.float32, np.float64]),
 )
-def test_the_auroc_is_that_of_scikit_learn(tokens: list[tuple[int, bool]], dtype: Any) -> None:
+def test_auroc_matches_scikit_learn(tokens: list[tuple[int, bool]], dtype: Any) -> None:
     values = np.array([value for value, _ in tokens], dtype=dtype)
     agrees = np.array([right for _, right in tokens])
     if agrees.all() or not agrees.any():
@@ -26,7 +26,7 @@ def test_the_auroc_is_that_of_scikit_learn(tokens: list[tuple[int, bool]], dtype
         assert auroc(values, agrees) == pytest.approx(roc_auc_score(agrees, values), abs=1e-12)
 
 
-def test_the_auroc_of_many_tokens_takes_any_shape() -> None:
+def test_auroc_accepts_any_shape() -> None:
     rng = np.random.default_rng(0)
     agrees = rng.random((50, 40)) < 0.7
     values = (agrees + rng.normal(size=agrees.shape)).round(1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The one cosine: within its bounds, 0 beside nothing, NaN kept, and the same by either way."""
+"""The cosine stays in [-1, 1], is 0 for zero vectors and keeps NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cascade.stats.cosine import cosine, cosine_of, norm, widened
 
 
 @given(seed=st.integers(0, 2**31), scale=st.floats(1e-3, 1e3))
-def test_a_state_and_its_multiple_point_the_same_way(seed: int, scale: float) -> None:
+def test_cosine_of_a_state_and_its_multiple_is_one(seed: int, scale: float) -> None:
     states = torch.randn((3, 8), generator=torch.Generator().manual_seed(seed))
     found = cosine(states, scale * states)
     assert found.max() <= 1.0
@@ -21,13 +21,13 @@ def test_a_state_and_its_multiple_point_the_same_way(seed: int, scale: float) ->
     torch.testing.assert_close(cosine(states, -scale * states), -torch.ones(3))
 
 
-def test_a_cosine_is_that_of_the_angle_whether_norms_are_known_or_not() -> None:
+def test_cosine_is_the_same_with_and_without_known_norms() -> None:
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
     assert float(cosine(a, b)) == pytest.approx(math.sqrt(0.5))
     assert torch.equal(cosine(a, b), cosine_of(a, norm(a), b, norm(b)))
 
 
-def test_beside_a_zero_vector_it_is_zero_and_nan_stays_nan() -> None:
+def test_cosine_with_a_zero_vector_is_zero_and_nan_stays_nan() -> None:
     zero, state = torch.zeros(1, 4), torch.ones(1, 4)
     assert float(cosine(zero, state)) == 0.0
     assert torch.isnan(cosine(torch.full((1, 4), math.nan), state)).all()
@@ -42,5 +42,5 @@ def test_beside_a_zero_vector_it_is_zero_and_nan_stays_nan() -> None:
         (torch.float64, torch.float64),
     ],
 )
-def test_states_are_widened_to_fp32_at_least(dtype: torch.dtype, wide: torch.dtype) -> None:
+def test_states_are_widened_to_at_least_fp32(dtype: torch.dtype, wide: torch.dtype) -> None:
     assert widened(torch.ones(2, dtype=dtype)).dtype is wide

@@ -1,4 +1,4 @@
-"""The exit decision: exact at every threshold, for arrays and tensors of every precision."""
+"""The exit decision is exact at every threshold, for arrays and tensors of every precision."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def close_pairs(draw: st.DrawFn) -> tuple[float, float]:
 
 
 @given(close_pairs())
-def test_a_confidence_reaches_a_threshold_if_it_is_not_below_it(pair: tuple[float, float]) -> None:
+def test_reaches_is_exact_for_confidences_next_to_the_threshold(pair: tuple[float, float]) -> None:
     confidence, threshold = pair
     expected = Fraction(confidence) >= Fraction(threshold)
     single = np.array([confidence], dtype=np.float32)
@@ -43,7 +43,7 @@ def test_a_confidence_reaches_a_threshold_if_it_is_not_below_it(pair: tuple[floa
 
 
 @given(st.floats(-1, 1, width=16), st.floats(-1e-3, 1e-3))
-def test_half_precision_is_compared_exactly(confidence: float, offset: float) -> None:
+def test_half_precision_confidences_are_compared_exactly(confidence: float, offset: float) -> None:
     threshold = confidence + offset
     expected = [confidence >= threshold]
     assert reaches(np.array([confidence], dtype=np.float16), threshold).tolist() == expected
@@ -51,14 +51,14 @@ def test_half_precision_is_compared_exactly(confidence: float, offset: float) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_infinite_thresholds_let_every_token_exit_or_none(dtype: torch.dtype) -> None:
+def test_infinite_thresholds_let_all_or_no_tokens_exit(dtype: torch.dtype) -> None:
     confidence = torch.tensor([-1.0, 0.5, 100.0], dtype=dtype)
     assert reaches(confidence, -math.inf).all()
     assert not reaches(confidence, math.inf).any()
     assert not reaches(confidence, math.nan).any()
 
 
-def test_the_shape_is_kept_and_nothing_else_is_returned() -> None:
+def test_reaches_returns_booleans_of_the_same_shape() -> None:
     confidence = np.zeros((2, 3), dtype=np.float32)
     found = reaches(confidence, 0.0)
     assert (found.shape, found.dtype) == ((2, 3), np.dtype(bool))
@@ -67,7 +67,7 @@ def test_the_shape_is_kept_and_nothing_else_is_returned() -> None:
 
 
 @given(st.floats(-1e300, 1e300))
-def test_no_fp32_number_lies_between_a_threshold_and_the_one_compared_with(
+def test_least_fp32_is_the_smallest_number_at_or_above_the_threshold(
     threshold: float,
 ) -> None:
     least = least_fp32(threshold)

@@ -1,4 +1,4 @@
-"""Perplexities: finite numbers, and intervals of their ratios by whole sequences."""
+"""Perplexities are finite, and intervals of their ratios resample whole sequences."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cascade.stats.perplexity import MOST_NATS, perplexity, perplexity_ratio_int
 from cascade.stats.resampling import draws, interval
 
 
-def test_a_perplexity_is_the_exponential_of_a_mean_loss() -> None:
+def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
     assert perplexity(0.0) == 1
     assert perplexity(math.log(7)) == pytest.approx(7)
 
 
 @pytest.mark.parametrize("nats", [MOST_NATS, 1e6, math.inf])
-def test_a_perplexity_is_never_infinite(nats: float) -> None:
+def test_perplexity_is_finite(nats: float) -> None:
     assert perplexity(nats) == math.exp(MOST_NATS)
     assert math.isfinite(perplexity(nats))
     low, high = perplexity_ratio_interval(np.full(3, 10 * nats), 10, seed=0)
@@ -25,7 +25,7 @@ def test_a_perplexity_is_never_infinite(nats: float) -> None:
     assert math.isfinite(high)
 
 
-def test_an_interval_of_a_ratio_resamples_whole_sequences() -> None:
+def test_perplexity_ratio_interval_resamples_whole_sequences() -> None:
     difference = np.array([1.0, -2.0, 4.0, 0.5])
     means = [difference[drawn].sum() / 20 for drawn in draws(4, 3)]
     expected = interval(np.exp(means))

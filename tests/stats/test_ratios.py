@@ -1,4 +1,4 @@
-"""Ratios of sums over few pairs: how often their intervals hold."""
+"""Student's t intervals of ratios over few pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy.stats import ttest_1samp
 from cascade.stats.ratios import student_ratio_interval
 
 
-def test_an_interval_covers_the_true_ratio_even_with_two_pairs() -> None:
+def test_interval_has_its_nominal_coverage_with_two_pairs() -> None:
     rng = np.random.default_rng(0)
     for count in (2, 4, 8):
         hits = 0
@@ -23,18 +23,18 @@ def test_an_interval_covers_the_true_ratio_even_with_two_pairs() -> None:
         assert abs(hits / 500 - 0.95) < 0.03, count
 
 
-def test_an_interval_is_that_of_the_residuals() -> None:
+def test_interval_matches_scipy_on_the_residuals() -> None:
     rng = np.random.default_rng(1)
-    whole = rng.normal(1, 0.05, 6)
-    part = whole * rng.normal(0.9, 0.03, 6)
-    ratio = part.sum() / whole.sum()
-    # Cochran 1977, section 6.3, in units of the mean of the whole.
-    around = ttest_1samp(part - ratio * whole, 0).confidence_interval()
-    expected = [ratio + end / whole.mean() for end in around]
-    assert student_ratio_interval(part.tolist(), whole.tolist()) == pytest.approx(expected)
+    below = rng.normal(1, 0.05, 6)
+    above = below * rng.normal(0.9, 0.03, 6)
+    ratio = above.sum() / below.sum()
+    # Cochran 1977, section 6.3, in units of the mean denominator.
+    around = ttest_1samp(above - ratio * below, 0).confidence_interval()
+    expected = [ratio + end / below.mean() for end in around]
+    assert student_ratio_interval(above.tolist(), below.tolist()) == pytest.approx(expected)
 
 
-def test_one_pair_has_no_interval_and_a_lower_end_is_never_negative() -> None:
+def test_single_pair_has_no_interval_and_lower_end_is_not_negative() -> None:
     assert student_ratio_interval([1.0], [2.0]) is None
     low, high = student_ratio_interval([0.0, 1.0], [1.0, 1.0]) or (1.0, 0.0)
     assert low == 0 < 0.5 < high

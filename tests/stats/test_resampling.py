@@ -1,4 +1,4 @@
-"""Intervals of resampled sequences hold as often as they say, and decide what lies within."""
+"""Bootstrap intervals have their nominal coverage and are compared with margins."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ def rows_of(sequences: int, columns: int = 5, *, seed: int = 0) -> np.ndarray:
     return (common + own) * 10.0 ** -np.arange(columns)
 
 
-def test_a_resample_is_a_mean_of_whole_sequences() -> None:
+def test_resampled_means_draw_whole_sequences() -> None:
     rows = np.array([[0.0, 1.0], [1.0, 0.0], [4.0, -3.0]])
     means = resampled_means(rows, np.random.default_rng(0), resamples=50)
     assert means.shape == (50, 2)
-    # The second column is one minus the first: it is in every resample, if rows stay together.
+    # The second column is one minus the first. Resamples keep this if rows stay together.
     assert means.sum(axis=1) == pytest.approx(1.0)
     assert set(np.rint(3 * means[:, 0]).astype(int)) <= {0, 1, 2, 3, 4, 5, 6, 8, 9, 12}
     assert len(set(means[:, 0].tolist())) > 4
 
 
-def test_many_sequences_are_drawn_in_goes_and_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resampled_means_do_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(30)
     whole = resampled_means(rows, np.random.default_rng(1))
-    monkeypatch.setattr(resampling, "HELD_WEIGHTS", 100)
+    monkeypatch.setattr(resampling, "MAX_WEIGHTS", 100)
     assert resampled_means(rows, np.random.default_rng(1)) == pytest.approx(whole, abs=1e-12)
 
 
-def test_one_column_alone_has_the_same_interval_either_way() -> None:
+def test_simultaneous_interval_of_one_column_is_its_single_interval() -> None:
     rows = rows_of(40, 1)
     means = resampled_means(rows, np.random.default_rng(0))
     one = half_widths(means, rows.mean(axis=0), 0.95)
     assert simultaneous_half_widths(means, rows.mean(axis=0), 0.95) == pytest.approx(one)
 
 
-def test_intervals_that_hold_all_at_once_are_wider_and_scale_with_each_column() -> None:
+def test_simultaneous_intervals_are_wider_and_scale_with_each_column() -> None:
     rows = rows_of(60)
     center, means = rows.mean(axis=0), resampled_means(rows, np.random.default_rng(0))
     alone = half_widths(means, center, 0.95)
@@ -69,7 +69,7 @@ def test_intervals_that_hold_all_at_once_are_wider_and_scale_with_each_column() 
     )
 
 
-def test_a_column_that_never_varies_has_no_width_and_one_of_nan_has_none() -> None:
+def test_constant_column_has_zero_width_and_nan_column_has_nan_width() -> None:
     rows = np.stack([rows_of(20, 1)[:, 0], np.full(20, 0.5), np.full(20, np.nan)], axis=1)
     means = resampled_means(rows, np.random.default_rng(0))
     reach = simultaneous_half_widths(means, rows.mean(axis=0), 0.95)
@@ -78,8 +78,8 @@ def test_a_column_that_never_varies_has_no_width_and_one_of_nan_has_none() -> No
     assert math.isnan(reach[2])
 
 
-def test_intervals_hold_as_often_as_they_promise() -> None:
-    """300 samples of 50 sequences: how often each interval misses, and all at once."""
+def test_intervals_have_their_nominal_coverage() -> None:
+    """Count how often single and simultaneous intervals miss in 300 samples of 50 sequences."""
     alone, together = np.zeros(5), 0
     for seed in range(300):
         rows = rows_of(50, seed=100 + seed)
@@ -87,8 +87,8 @@ def test_intervals_hold_as_often_as_they_promise() -> None:
         means = resampled_means(rows, np.random.default_rng(seed), resamples=399)
         alone += np.abs(center) > half_widths(means, center, 0.95)
         together += bool((np.abs(center) > simultaneous_half_widths(means, center, 0.95)).any())
-    # 15 of 300 are promised. Above 30 has a chance of 2e-4, below 4 one of 2e-4; a bootstrap of 50
-    # sequences misses a little oftener than it promises.
+    # 15 of 300 misses are expected. More than 30 and fewer than 4 each have a probability of 2e-4.
+    # A bootstrap of 50 sequences misses slightly more often than its nominal rate.
     assert (alone >= 4).all()
     assert (alone <= 30).all()
     assert 4 <= together <= 30
@@ -107,7 +107,7 @@ def test_intervals_hold_as_often_as_they_promise() -> None:
         ((-0.2, -0.11), "beyond"),
     ],
 )
-def test_an_interval_lies_within_a_margin_beyond_it_or_on_both_sides(
+def test_placed_compares_an_interval_with_a_margin(
     interval: tuple[float, float], place: str
 ) -> None:
     assert placed(interval, 0.1) == place
@@ -119,7 +119,7 @@ def test_an_interval_lies_within_a_margin_beyond_it_or_on_both_sides(
     limit=st.floats(0, 1),
     value=st.floats(0, 1),
 )
-def test_where_an_interval_lies_every_value_of_it_does(
+def test_placed_holds_for_every_value_of_the_interval(
     low: float, width: float, limit: float, value: float
 ) -> None:
     interval = low, low + width
@@ -130,7 +130,7 @@ def test_where_an_interval_lies_every_value_of_it_does(
         assert (abs(inside) <= limit) is (place == "within")
 
 
-def test_a_ratio_of_sums_is_resampled_by_whole_sequences() -> None:
+def test_ratio_interval_resamples_whole_sequences() -> None:
     part, whole = np.array([1.0, 4.0, 0.0, 9.0]), np.array([2.0, 8.0, 5.0, 10.0])
     drawn = draws(4, 7)
     assert drawn.shape == (RESAMPLES, 4)
@@ -143,7 +143,7 @@ def test_a_ratio_of_sums_is_resampled_by_whole_sequences() -> None:
     )
 
 
-def test_an_interval_ends_at_the_values_of_ranks_25_and_975_of_999() -> None:
+def test_interval_ends_are_ranks_25_and_975_of_999() -> None:
     values = np.random.default_rng(0).permutation(np.arange(1.0, RESAMPLES + 1))
     assert interval(values) == [25.0, 975.0]
     columns = np.stack([values, -2 * values], axis=1)
@@ -151,7 +151,7 @@ def test_an_interval_ends_at_the_values_of_ranks_25_and_975_of_999() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 511])
-def test_resamples_are_the_same_drawn_one_by_one_counted_or_all_at_once(count: int) -> None:
+def test_draws_resamples_and_counts_agree(count: int) -> None:
     whole = np.random.default_rng(5).integers(count, size=(RESAMPLES, count))
     assert np.array_equal(draws(count, 5), whole)
     assert np.array_equal(np.stack(list(resamples(count, 5))), whole)
@@ -162,5 +162,5 @@ def test_resamples_are_the_same_drawn_one_by_one_counted_or_all_at_once(count: i
     assert np.array_equal(counted @ values, whole.sum(axis=1))
 
 
-def test_a_ratio_has_no_interval_where_a_resample_has_no_whole() -> None:
+def test_ratio_interval_is_none_if_a_resample_has_a_zero_denominator() -> None:
     assert ratio_interval(np.array([1.0, 0.0]), np.array([2.0, 0.0]), 0) is None

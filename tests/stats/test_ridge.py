@@ -46,7 +46,7 @@ def largest(a: Tensor, b: Tensor) -> float:
 
 
 def check_same(a: NormalEquations, b: NormalEquations, *, close: float) -> None:
-    """Raise AssertionError unless two sums are equal to `close` of the largest."""
+    """Check that two sums differ by at most `close` times the largest entry."""
     assert a.count == b.count
     for one, other in ((a.xx, b.xx), (a.xy, b.xy), (a.yy, b.yy)):
         assert largest(one, other) <= close * other.abs().max().item()
@@ -54,12 +54,12 @@ def check_same(a: NormalEquations, b: NormalEquations, *, close: float) -> None:
 
 # --- Sums ------------------------------------------------------------------------------------
 
-#: Products of a batch are summed in fp32, whose order a split changes: 1e-6 of the largest sum.
+#: A split changes the order of fp32 additions inside a batch, by up to 1e-6 of the largest sum.
 SPLIT = 1e-6
 
 
 @given(st.lists(st.integers(0, 3), min_size=30, max_size=30), st.permutations(range(4)))
-def test_any_split_merged_in_any_order_is_one_pass(parts: list[int], order: list[int]) -> None:
+def test_merging_any_split_in_any_order_equals_one_pass(parts: list[int], order: list[int]) -> None:
     x, y = some_data(30)
     merged = NormalEquations(INPUTS, OUTPUTS)
     for part in order:
@@ -69,7 +69,7 @@ def test_any_split_merged_in_any_order_is_one_pass(parts: list[int], order: list
 
 
 @given(st.lists(st.integers(1, 29), unique=True, max_size=6))
-def test_batches_of_any_size_are_one_pass(cuts: list[int]) -> None:
+def test_batches_of_any_size_equal_one_pass(cuts: list[int]) -> None:
     x, y = some_data(30)
     batched = NormalEquations(INPUTS, OUTPUTS)
     sizes = np.diff([0, *sorted(cuts), 30]).tolist()
@@ -78,11 +78,11 @@ def test_batches_of_any_size_are_one_pass(cuts: list[int]) -> None:
     check_same(batched, sums(x, y), close=SPLIT)
 
 
-def test_outputs_in_several_parts_are_the_outputs_side_by_side() -> None:
+def test_outputs_given_as_several_tensors_equal_one_tensor() -> None:
     x, y = some_data(200)
     parts = NormalEquations(INPUTS, OUTPUTS)
     parts.update(x, y[:, :1], y[:, 1:])
-    # 1e-6: products of other widths add up in another order.
+    # Products of other widths add up in another order, which changes up to 1e-6.
     check_same(parts, sums(x, y), close=1e-6)
     with pytest.raises(ValueError, match=r"got \[200, 6\] and \[200, 1\]"):
         NormalEquations(INPUTS, OUTPUTS).update(x, y[:, :1])
@@ -90,7 +90,7 @@ def test_outputs_in_several_parts_are_the_outputs_side_by_side() -> None:
         NormalEquations(INPUTS, OUTPUTS).update(x, y[:, :1], y[:3, 1:])
 
 
-def test_single_outputs_are_solved_as_all_of_them_are() -> None:
+def test_solving_some_outputs_equals_solving_all() -> None:
     equations = sums(*some_data(200))
     weight, bias = equations.solve(1e-3)
     columns = torch.tensor([True, False, True])
@@ -99,7 +99,7 @@ def test_single_outputs_are_solved_as_all_of_them_are() -> None:
     assert largest(some[1], bias[columns]) < 1e-6
 
 
-def test_merging_commutes_to_the_last_bit_and_leaves_its_parts_alone() -> None:
+def test_merging_commutes_and_does_not_modify_its_operands() -> None:
     a, b = sums(*some_data(20)), sums(*some_data(30, seed=1))
     before = (a.xx.clone(), b.xy.clone())
     check_same(a + b, b + a, close=0.0)
@@ -108,7 +108,7 @@ def test_merging_commutes_to_the_last_bit_and_leaves_its_parts_alone() -> None:
     assert (a.count, b.count, (a + b).count) == (20, 30, 50)
 
 
-def test_nothing_added_changes_nothing() -> None:
+def test_adding_no_data_changes_nothing() -> None:
     a = sums(*some_data(20))
     check_same(a + NormalEquations(INPUTS, OUTPUTS), a, close=0.0)
     again = sums(*some_data(20))
@@ -116,20 +116,20 @@ def test_nothing_added_changes_nothing() -> None:
     check_same(again, a, close=0.0)
 
 
-def test_many_batches_lose_nothing_that_one_of_them_had() -> None:
+def test_many_batches_are_as_exact_as_one() -> None:
     # Summed in fp32, 2,000 batches of 100 ones would still be exact, but not 0.1.
     equations = NormalEquations(1, 1)
     x = torch.full((100, 1), 0.1)
     for _ in range(2000):
         equations.update(x, x)
     expected = 200_000 * float(x[0].double().square())
-    # 1e-6: one batch's product in fp32. Batches summed in fp32 would lose 3e-5.
+    # The product of one batch in fp32 is exact to 1e-6. Summing batches in fp32 would lose 3e-5.
     assert equations.yy.item() == pytest.approx(expected, rel=1e-6)
     assert equations.xx[0, 0].item() == pytest.approx(expected, rel=1e-6)
     assert equations.xx[1, 1].item() == 200_000
 
 
-def test_memory_does_not_grow_with_the_tokens() -> None:
+def test_memory_does_not_grow_with_tokens() -> None:
     equations = sums(*some_data(10))
     before = {name: getattr(value, "shape", None) for name, value in vars(equations).items()}
     equations.update(*some_data(5000))
@@ -142,7 +142,7 @@ def test_memory_does_not_grow_with_the_tokens() -> None:
     }
 
 
-def test_data_is_not_changed_by_being_seen() -> None:
+def test_update_does_not_modify_its_arguments() -> None:
     x, y = some_data(10)
     before = x.clone(), y.clone()
     sums(x, y)
@@ -153,7 +153,7 @@ def test_data_is_not_changed_by_being_seen() -> None:
 # --- The solution ----------------------------------------------------------------------------
 
 
-def test_a_linear_map_is_found() -> None:
+def test_fit_recovers_a_linear_map() -> None:
     x, _ = some_data(400)
     rng = torch.Generator().manual_seed(3)
     weight = torch.randn((INPUTS, OUTPUTS), generator=rng)
@@ -165,18 +165,18 @@ def test_a_linear_map_is_found() -> None:
 
 @pytest.mark.parametrize("strength", [*STRENGTHS, 3.0])
 @pytest.mark.parametrize("count", [4, 50, 400])
-def test_it_is_the_textbooks_ridge_with_a_free_intercept(strength: float, count: int) -> None:
+def test_solution_is_textbook_ridge_with_unpenalized_intercept(strength: float, count: int) -> None:
     x, y = some_data(count)
     expected = textbook_ridge(x, y, strength)
     weight, bias = sums(x, y).solve(strength)
-    # Products in fp32 err by 1e-7 of the largest sum; with fewer tokens than inputs the system
-    # magnifies that by 1 / strength.
+    # Products in fp32 have errors of 1e-7 of the largest sum. With fewer tokens than inputs,
+    # solving magnifies them by 1 / strength.
     close = 1e-4 if count > INPUTS else 1e-4 + 2e-7 / strength
     assert largest(weight, expected[0]) < close * 5
     assert largest(bias, expected[1]) < close * 20
 
 
-def test_it_is_what_scikit_learn_gives() -> None:
+def test_solution_matches_scikit_learn() -> None:
     linear_model = pytest.importorskip(
         "sklearn.linear_model", reason="comes with mapie, which the tests' extra installs"
     )
@@ -188,35 +188,35 @@ def test_it_is_what_scikit_learn_gives() -> None:
     assert largest(bias, torch.from_numpy(theirs.intercept_.astype(np.float32))) < 1e-4
 
 
-def test_a_shift_of_the_outputs_moves_the_intercept_alone() -> None:
+def test_shifting_the_outputs_changes_only_the_intercept() -> None:
     x, y = some_data(100)
     weight, bias = sums(x, y).solve(10.0)
     shifted = sums(x, y + 1000).solve(10.0)
-    # 1,000 in fp32 has steps of 6e-5.
+    # fp32 numbers near 1,000 are 6e-5 apart.
     assert largest(shifted[0], weight) < 1e-3
     assert largest(shifted[1], bias + 1000) < 1e-2
 
 
-def test_more_strength_means_smaller_weights() -> None:
+def test_larger_strength_gives_smaller_weights() -> None:
     equations = sums(*some_data(100))
     sizes = [equations.solve(strength)[0].norm().item() for strength in STRENGTHS]
     assert sizes == sorted(sizes, reverse=True)
     assert equations.solve(1e9)[0].norm().item() < 1e-6
 
 
-def test_the_error_is_the_mean_square_error() -> None:
+def test_error_is_the_mean_square_error() -> None:
     x, y = some_data(100)
     weight, bias = some_solution = sums(*some_data(50, seed=1)).solve(1e-2)
     expected = (x @ weight + bias - y).double().square().mean(dim=0)
     error = sums(x, y).error(*some_solution)
-    # A difference of sums ten thousand times as large, whose products are fp32.
+    # The error is a difference of sums ten thousand times as large, whose products are fp32.
     assert error.tolist() == pytest.approx(expected.tolist(), rel=5e-3)
 
 
 @pytest.mark.parametrize(
     ("inputs", "different", "count"), [(6, 1, 500), (64, 3, 1000), (64, 40, 4000), (32, 1, 1)]
 )
-def test_few_different_tokens_still_have_a_finite_solution(
+def test_few_distinct_tokens_have_a_finite_solution(
     inputs: int, different: int, count: int
 ) -> None:
     x, y = some_data(different, inputs=inputs)
@@ -227,11 +227,11 @@ def test_few_different_tokens_still_have_a_finite_solution(
         weight, bias = equations.solve(strength)
         error = largest(x @ weight + bias, y) / y.abs().max().item()
         assert error < max(1e-3, strength * different), "off by more than the penalty"
-        # Where rounding leaves the sums indefinite, it is weights of thousands that fit them.
+        # If rounding made the sums indefinite, weights in the thousands would fit them.
         assert weight.norm().item() < 100
 
 
-def test_inputs_that_are_all_zero_leave_the_mean() -> None:
+def test_zero_inputs_predict_the_mean() -> None:
     _, y = some_data(50)
     weight, bias = sums(torch.zeros(50, INPUTS), y).solve(1e-3)
     assert not bool(weight.any())
@@ -242,13 +242,13 @@ def test_inputs_that_are_all_zero_leave_the_mean() -> None:
 
 
 def noisy_groups(seed: int, count: int = 60) -> NormalEquations:
-    """Return a group that is an exact map of the inputs, and one that is noise."""
+    """Return equations of one group of exact outputs and one group of noise."""
     x, exact = some_data(count, inputs=20, noise=0.0, seed=seed)
     rng = torch.Generator().manual_seed(seed)
     return sums(x, torch.cat([exact, torch.randn((count, 4), generator=rng)], dim=1))
 
 
-def test_noise_is_given_more_strength_than_signal_and_each_group_its_own_solution() -> None:
+def test_each_group_has_its_own_strength() -> None:
     train, check = noisy_groups(1), noisy_groups(2)
     weight, bias, strengths = fit(train, check, [3, 4])
     assert strengths == [STRENGTHS[0], STRENGTHS[-1]]
@@ -258,7 +258,7 @@ def test_noise_is_given_more_strength_than_signal_and_each_group_its_own_solutio
         assert torch.equal(bias[columns], expected[1][columns])
 
 
-def test_the_strength_is_the_one_that_does_best_on_the_tokens_kept_aside() -> None:
+def test_strength_has_the_smallest_error_on_held_out_tokens() -> None:
     for seed in range(5):
         train = sums(*some_data(12, noise=3.0, seed=seed))
         check = sums(*some_data(200, noise=3.0, seed=seed + 50))
@@ -267,18 +267,18 @@ def test_the_strength_is_the_one_that_does_best_on_the_tokens_kept_aside() -> No
         assert chosen == STRENGTHS[int(np.argmin(errors))]
 
 
-def test_groups_do_not_look_at_each_other() -> None:
+def test_groups_are_fitted_independently() -> None:
     train, check = noisy_groups(1), noisy_groups(2)
     together = fit(train, check, [3, 4])
     x, y = some_data(60, inputs=20, noise=0.0, seed=1)
     other_x, other_y = some_data(60, inputs=20, noise=0.0, seed=2)
     alone = fit(sums(x, y), sums(other_x, other_y), [3])
     assert alone[2] == together[2][:1]
-    # 1e-6: a product of other columns beside it.
+    # Products of other widths add up in another order.
     assert largest(alone[0], together[0][:, :3]) < 1e-4
 
 
-def test_without_tokens_kept_aside_the_middle_strength_is_taken() -> None:
+def test_middle_strength_is_used_without_held_out_tokens() -> None:
     train, nothing = sums(*some_data(50)), NormalEquations(INPUTS, OUTPUTS)
     for pair in ((train, nothing), (nothing, train)):
         weight, bias, strengths = fit(*pair, [1, 2])
@@ -288,7 +288,7 @@ def test_without_tokens_kept_aside_the_middle_strength_is_taken() -> None:
         assert torch.equal(bias, expected[1])
 
 
-# --- Refusals --------------------------------------------------------------------------------
+# --- Errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_without_tokens_kept_aside_the_middle_strength_is_taken() -> None:
         ((1, 5, INPUTS), (1, 5, OUTPUTS)),
     ],
 )
-def test_another_shape_is_refused_with_both(x: tuple[int, ...], y: tuple[int, ...]) -> None:
+def test_error_for_wrong_shapes_names_both(x: tuple[int, ...], y: tuple[int, ...]) -> None:
     equations = NormalEquations(INPUTS, OUTPUTS)
     with pytest.raises(ValueError, match=r"^expected x \[n, 6\] and y \[n, 3\], got \["):
         equations.update(torch.ones(x), torch.ones(y))
@@ -311,23 +311,21 @@ def test_another_shape_is_refused_with_both(x: tuple[int, ...], y: tuple[int, ..
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("where", ["x", "y"])
-def test_values_that_are_not_finite_are_refused_and_nothing_is_added(
-    where: str, value: float
-) -> None:
+def test_non_finite_values_are_rejected_and_nothing_is_added(where: str, value: float) -> None:
     if (where, value) == ("y", 1e30):
-        value = 3e38  # its products with the inputs are what overflows
+        value = 3e38  # its products with the inputs overflow
     x, y = some_data(10)
     equations = sums(x, y)
     before = equations + NormalEquations(INPUTS, OUTPUTS)
     (x if where == "x" else y)[3, 1] = value
     if where == "x" and value == 1e30:
-        y = torch.zeros_like(y)  # the inputs' own products overflow all the same
+        y = torch.zeros_like(y)  # the products of the inputs overflow anyway
     with pytest.raises(ValueError, match="expected finite states, got NaN or infinite ones"):
         equations.update(x, y)
     check_same(equations, before, close=0.0)
 
 
-def test_nothing_seen_cannot_be_solved() -> None:
+def test_solving_without_tokens_is_an_error() -> None:
     empty = NormalEquations(INPUTS, OUTPUTS)
     with pytest.raises(ValueError, match=r"^expected at least one token to fit on, got none$"):
         empty.solve(1e-3)
@@ -336,20 +334,20 @@ def test_nothing_seen_cannot_be_solved() -> None:
 
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, float("nan")])
-def test_a_strength_that_is_not_positive_is_refused(strength: float) -> None:
+def test_non_positive_strength_is_rejected(strength: float) -> None:
     with pytest.raises(ValueError, match=r"^expected a positive strength, got"):
         sums(*some_data(10)).solve(strength)
 
 
 @pytest.mark.parametrize("groups", [[], [2], [2, 2], [4]])
-def test_groups_that_are_not_all_of_the_outputs_are_refused(groups: list[int]) -> None:
+def test_groups_that_do_not_cover_all_outputs_are_rejected(groups: list[int]) -> None:
     equations = sums(*some_data(10))
     with pytest.raises(ValueError, match=r"^expected groups of 3 outputs, got \["):
         fit(equations, equations, groups)
 
 
 @pytest.mark.parametrize("widths", [(INPUTS + 1, OUTPUTS), (INPUTS, OUTPUTS + 1)])
-def test_sums_of_other_widths_do_not_merge(widths: tuple[int, int]) -> None:
+def test_equations_of_other_widths_do_not_merge(widths: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"^expected normal equations of the same widths$"):
         NormalEquations(INPUTS, OUTPUTS) + NormalEquations(*widths)
 
@@ -359,7 +357,7 @@ def test_sums_of_other_widths_do_not_merge(widths: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_states_are_brought_to_one_size_and_keep_their_direction(
+def test_rms_normalized_states_have_rms_one_and_the_same_direction(
     dtype: torch.dtype, scale: float
 ) -> None:
     states = (scale * torch.randn((3, 5, 64), generator=torch.Generator().manual_seed(0))).to(dtype)
@@ -371,5 +369,5 @@ def test_states_are_brought_to_one_size_and_keep_their_direction(
     assert cosine.min().item() > 1 - 1e-6
 
 
-def test_a_zero_state_stays_zero() -> None:
+def test_rms_normalized_zero_state_stays_zero() -> None:
     assert not bool(rms_normalized(torch.zeros(2, 8)).any())

@@ -1,4 +1,4 @@
-"""The laws of the mergeable statistics."""
+"""Properties of the mergeable statistics."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def states_equal(a: SimilarityStatistics, b: SimilarityStatistics) -> bool:
 
 
 @given(similarities, st.data())
-def test_any_split_merged_in_any_order_equals_one_pass_to_the_last_bit(
+def test_merging_any_split_in_any_order_gives_the_bits_of_one_pass(
     values: Values, data: st.DataObject
 ) -> None:
     parts = data.draw(
@@ -70,7 +70,7 @@ def test_any_split_merged_in_any_order_equals_one_pass_to_the_last_bit(
 
 
 @given(similarities)
-def test_batches_one_after_another_equal_one_pass(values: Values) -> None:
+def test_updates_by_batch_equal_one_pass(values: Values) -> None:
     statistics = SimilarityStatistics(LAYERS, EDGES)
     for row in range(values.shape[1]):
         statistics.update(values[:, row : row + 1], np.array([row]))
@@ -78,7 +78,7 @@ def test_batches_one_after_another_equal_one_pass(values: Values) -> None:
 
 
 @given(similarities)
-def test_every_statistic_is_the_one_that_numpy_gives(values: Values) -> None:
+def test_statistics_match_numpy(values: Values) -> None:
     statistics = one_pass(values)
     flat = values.reshape(len(LAYERS), -1).astype(np.float64)
     np.testing.assert_allclose(statistics.mean(), flat.mean(axis=1), atol=1e-11)
@@ -92,9 +92,7 @@ def test_every_statistic_is_the_one_that_numpy_gives(values: Values) -> None:
 
 @given(saturated, st.floats(0, 1))
 @settings(max_examples=300)
-def test_quantiles_of_saturated_layers_are_within_a_ten_thousandth_of_exact(
-    values: Values, q: float
-) -> None:
+def test_quantiles_of_saturated_layers_are_exact_to_1e_4(values: Values, q: float) -> None:
     statistics = SimilarityStatistics(["1"], [[1, 2, 3]])
     statistics.update(values, np.array([0]))
     exact = np.quantile(values.ravel().astype(np.float64), q)
@@ -102,11 +100,11 @@ def test_quantiles_of_saturated_layers_are_within_a_ten_thousandth_of_exact(
 
 
 @given(similarities, st.floats(0, 1))
-def test_any_quantile_is_within_one_bin_of_exact(values: Values, q: float) -> None:
+def test_quantile_is_within_one_bin_of_exact(values: Values, q: float) -> None:
     exact = np.quantile(values.reshape(len(LAYERS), -1).astype(np.float64), q, axis=1)
     angles = np.arccos(np.clip([one_pass(values).quantile(q), exact], -1, 1))
-    # A quantile between two order statistics mixes two values, each within its own bin; in
-    # similarity a bin is at most pi / BINS wide.
+    # A quantile between two order statistics mixes two values, each exact to its bin. A bin is at
+    # most pi / BINS wide in similarity.
     width = np.pi / BINS
     close_in_angle = np.abs(angles[0] - angles[1]) <= width * 1.001
     close_in_similarity = np.abs(one_pass(values).quantile(q) - exact) <= width * 1.001
@@ -114,7 +112,7 @@ def test_any_quantile_is_within_one_bin_of_exact(values: Values, q: float) -> No
 
 
 @given(similarities)
-def test_the_state_survives_a_round_trip(values: Values) -> None:
+def test_arrays_survive_a_round_trip(values: Values) -> None:
     statistics = one_pass(values)
     restored = SimilarityStatistics.from_arrays(statistics.arrays())
     assert states_equal(restored, statistics)
@@ -122,7 +120,7 @@ def test_the_state_survives_a_round_trip(values: Values) -> None:
 
 
 @given(similarities)
-def test_sequence_rows_agree_with_the_histogram_and_with_the_totals(values: Values) -> None:
+def test_sequence_rows_agree_with_histogram_and_mean(values: Values) -> None:
     state = one_pass(values).arrays()
     tokens = values.shape[2]
     np.testing.assert_allclose(
@@ -135,7 +133,7 @@ def test_sequence_rows_agree_with_the_histogram_and_with_the_totals(values: Valu
             assert counted == pytest.approx(at_or_below)
 
 
-def test_exact_sums_do_not_lose_a_token_among_millions() -> None:
+def test_sums_do_not_lose_one_token_among_millions() -> None:
     statistics = SimilarityStatistics(["1"], [[1, 2, 3]])
     block = np.full((1, 1, 1 << 20), 0.999, np.float32)
     for sequence in range(12):
@@ -146,14 +144,14 @@ def test_exact_sums_do_not_lose_a_token_among_millions() -> None:
     assert statistics.mean()[0] == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_constant_layer_has_exactly_no_spread() -> None:
+def test_constant_layer_has_zero_standard_deviation() -> None:
     statistics = SimilarityStatistics(["1"], [[1, 2, 3]])
     statistics.update(np.full((1, 1, 1000), 0.5, np.float32), np.array([0]))
     assert statistics.std()[0] == 0
     assert statistics.quantile(0.5)[0] == 0.5
 
 
-def test_zero_and_one_half_fall_on_bin_edges() -> None:
+def test_zero_and_one_half_are_bin_edges() -> None:
     values = np.array([0.0, 0.5, np.nextafter(0.5, 1), np.nextafter(0.0, 1), 1.0, -1.0])
     index = bin_index(values)
     assert index[0] == BINS // 2
@@ -161,21 +159,21 @@ def test_zero_and_one_half_fall_on_bin_edges() -> None:
     assert index[4] == 0
     assert index[5] == BINS - 1
     assert bin_edge(BINS // 3) == pytest.approx(0.5, abs=1e-15)
-    # Counting bins therefore gives the exact counters, but for values on the edge itself.
+    # Counts of bins therefore equal the exact counters, except for values on the edge itself.
     below = np.array([0.4999, -0.0001])
     assert (bin_index(below) >= np.array([BINS // 3, BINS // 2])).all()
     above = np.array([0.5001, 0.0001])
     assert (bin_index(above) < np.array([BINS // 3, BINS // 2])).all()
 
 
-def test_quantile_edges_are_the_edges_nearest_to_the_quantiles() -> None:
+def test_quantile_edges_are_nearest_to_the_quantiles() -> None:
     sample = np.linspace(0.9, 1, 1001)[None]
     edges = quantile_edges(sample)
     np.testing.assert_allclose(bin_edge(edges[0]), [0.91, 0.95, 0.99], atol=1.2e-4)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1.0001, -1.0001])
-def test_nan_and_values_beyond_one_are_refused_by_the_layers_name(value: float) -> None:
+def test_error_for_nan_or_out_of_range_values_names_the_layer(value: float) -> None:
     values = np.zeros((3, 1, 4), np.float32)
     values[1, 0, 2] = value
     statistics = SimilarityStatistics(LAYERS, EDGES)
@@ -185,14 +183,14 @@ def test_nan_and_values_beyond_one_are_refused_by_the_layers_name(value: float) 
 
 
 @pytest.mark.parametrize("statistic", ["mean", "std", "table"])
-def test_a_statistic_of_no_tokens_is_refused_rather_than_zero(statistic: str) -> None:
+def test_statistic_without_tokens_is_an_error(statistic: str) -> None:
     with pytest.raises(EmptyStatisticsError, match="at least one token"):
         getattr(SimilarityStatistics(LAYERS, EDGES), statistic)()
     with pytest.raises(EmptyStatisticsError):
         SimilarityStatistics(LAYERS, EDGES).quantile(0.5)
 
 
-def test_a_sequence_cannot_be_counted_twice() -> None:
+def test_sequence_cannot_be_added_twice() -> None:
     values = np.zeros((3, 2, 4), np.float32)
     statistics = SimilarityStatistics(LAYERS, EDGES)
     with pytest.raises(ValueError, match="every sequence once"):
@@ -204,14 +202,14 @@ def test_a_sequence_cannot_be_counted_twice() -> None:
         statistics.merge(statistics)
 
 
-def test_statistics_of_other_layers_or_edges_do_not_merge() -> None:
+def test_statistics_with_other_layers_or_edges_do_not_merge() -> None:
     with pytest.raises(ValueError, match="same layers and edges"):
         SimilarityStatistics(["1", "2", "3"], EDGES).merge(SimilarityStatistics(LAYERS, EDGES))
     with pytest.raises(ValueError, match="same layers and edges"):
         SimilarityStatistics(LAYERS, EDGES + 1).merge(SimilarityStatistics(LAYERS, EDGES))
 
 
-def test_wrong_shapes_are_refused() -> None:
+def test_wrong_shapes_are_rejected() -> None:
     statistics = SimilarityStatistics(LAYERS, EDGES)
     with pytest.raises(ValueError, match=r"expected similarity of shape \[3, B, T\]"):
         statistics.update(np.zeros((2, 1, 4), np.float32), np.array([0]))
@@ -230,7 +228,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 
 @given(similarities, st.floats(-1, 1))
-def test_the_share_below_is_off_by_at_most_a_bin(values: Values, limit: float) -> None:
+def test_share_below_is_within_one_bin_of_exact(values: Values, limit: float) -> None:
     share = one_pass(values).share_below(limit)
     for row in range(len(LAYERS)):
         flat = values[row].astype(np.float64).ravel()
@@ -240,7 +238,7 @@ def test_the_share_below_is_off_by_at_most_a_bin(values: Values, limit: float) -
 
 
 @given(similarities, st.floats(0, 1))
-def test_the_share_below_inverts_the_quantile_within_a_token(values: Values, q: float) -> None:
+def test_share_below_inverts_quantile_within_one_token(values: Values, q: float) -> None:
     statistics = one_pass(values)
     tokens = values[0].size
     for row, value in enumerate(statistics.quantile(q)):
@@ -250,17 +248,17 @@ def test_the_share_below_inverts_the_quantile_within_a_token(values: Values, q: 
         assert abs(share - q) <= (alike.sum() + 1) / tokens
 
 
-def test_the_share_below_spreads_a_bins_tokens_evenly_over_it() -> None:
-    # One token in each of the bins 99 to 103, in the middle.
+def test_share_below_spreads_tokens_evenly_over_a_bin() -> None:
+    # One token in the middle of each of the bins 99 to 103.
     values = np.cos((np.arange(99, 104) + 0.5) * np.pi / BINS)
     statistics = SimilarityStatistics(["1"], EDGES[:1])
     statistics.update(values[None, None], np.array([0]))
-    # A quarter into bin 101, three quarters of it are below, and bins 102 and 103.
+    # A quarter into bin 101, three quarters of the bin and all of bins 102 and 103 are below.
     share = statistics.share_below(float(np.cos(101.25 * np.pi / BINS)))
     assert share == pytest.approx([2.75 / 5])
 
 
-def test_the_share_below_knows_where_no_token_lies() -> None:
+def test_share_below_is_exact_outside_minimum_and_maximum() -> None:
     statistics = SimilarityStatistics(["1"], EDGES[:1])
     statistics.update(np.full((1, 1, 4), 0.5), np.array([0]))
     assert statistics.share_below(0.5) == [0]

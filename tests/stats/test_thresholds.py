@@ -1,4 +1,4 @@
-"""The laws of fitted thresholds, and that the guarantee of a certificate holds."""
+"""Properties of fitted thresholds, and the guarantee of certificates."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ Values = npt.NDArray[Any]
 GOOD = np.zeros((2, 3))
 GRID = np.array([0.9, 0.8])
 
-#: Enough for the laws, which hold for every resample; intervals have tests of their own.
+#: The minimum is enough for properties that hold for any resamples.
 FEW = 39
 
 shapes = st.tuples(st.integers(2, 6), st.integers(1, 7))
 ratios = st.floats(0, 1)
-#: Any distinct numbers in single precision: neighbouring ones and denormal ones among them.
+#: Distinct fp32 numbers, including adjacent and denormal ones.
 distinct = arrays(np.float32, shapes, elements=st.floats(-1, 1, width=32), unique=True)
-#: Distinct numbers whose quantiles are never rounded onto one of them.
+#: Distinct numbers whose quantiles never round to one of them.
 spread = st.one_of(
     arrays(dtype, shapes, elements=st.integers(-5000, 5000), unique=True)
     for dtype in (np.float32, np.float64)
@@ -56,7 +56,7 @@ def experiments(draw: st.DrawFn) -> tuple[Values, Values]:
 
 
 def attainable_ratios(values: Values) -> Values:
-    """Return the hard ratios that one threshold or another gives."""
+    """Return the hard ratios that some threshold gives."""
     return np.array([(values < value).mean() for value in np.unique(values)] + [1.0])
 
 
@@ -67,9 +67,7 @@ def correlated(sequences: int, tokens: int, rng: np.random.Generator) -> Values:
 
 
 @given(spread, ratios)
-def test_without_ties_the_threshold_is_the_quantile_that_numpy_gives(
-    values: Values, hard_ratio: float
-) -> None:
+def test_threshold_without_ties_is_the_numpy_quantile(values: Values, hard_ratio: float) -> None:
     fitted = fit_threshold(values, hard_ratio, resamples=FEW)
     if hard_ratio < 1:
         assert fitted.threshold == np.quantile(values, hard_ratio)
@@ -77,11 +75,11 @@ def test_without_ties_the_threshold_is_the_quantile_that_numpy_gives(
 
 @given(distinct, ratios)
 @settings(max_examples=300)
-def test_without_ties_the_reached_ratio_is_within_one_token_of_the_wanted_one(
+def test_reached_ratio_without_ties_is_within_one_token_of_the_target(
     values: Values, hard_ratio: float
 ) -> None:
     fitted = fit_threshold(values, hard_ratio, resamples=FEW)
-    # 1e-12: the two ratios are rounded.
+    # 1e-12 allows for rounding of the two ratios.
     assert abs(fitted.reached - hard_ratio) <= 1 / values.size + 1e-12
     assert fitted.reached == (values < fitted.threshold).sum() / values.size
     assert fitted.ties == (values == fitted.threshold).sum()
@@ -89,7 +87,7 @@ def test_without_ties_the_reached_ratio_is_within_one_token_of_the_wanted_one(
 
 @given(tied, ratios)
 @settings(max_examples=300)
-def test_where_every_value_is_tied_the_reached_ratio_is_the_closest_attainable(
+def test_reached_ratio_is_the_closest_attainable_if_every_value_is_tied(
     values: Values, hard_ratio: float
 ) -> None:
     values = np.concatenate([values, values])
@@ -101,7 +99,7 @@ def test_where_every_value_is_tied_the_reached_ratio_is_the_closest_attainable(
 
 
 @given(tied, ratios)
-def test_with_some_ties_no_threshold_comes_closer_by_more_than_a_token(
+def test_no_threshold_is_closer_by_more_than_a_token_with_ties(
     values: Values, hard_ratio: float
 ) -> None:
     fitted = fit_threshold(values, hard_ratio, resamples=FEW)
@@ -109,8 +107,9 @@ def test_with_some_ties_no_threshold_comes_closer_by_more_than_a_token(
     assert abs(fitted.reached - hard_ratio) <= distance.min() + 1 / values.size + 1e-12
 
 
-def test_a_value_shared_by_many_tokens_goes_to_the_nearer_side() -> None:
-    # 2 tokens below, 6 at 0.5, 2 above: a threshold makes 0, 0.1, 0.2, 0.8, 0.9 or all hard.
+def test_tied_tokens_go_to_the_side_closer_to_the_target() -> None:
+    # With 2 tokens below 0.5, 6 at 0.5 and 2 above, the possible shares of hard tokens are 0, 0.1,
+    # 0.2, 0.8, 0.9 and 1.
     values = np.array([[0.1, 0.2, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.8, 0.9]])
     lower, upper = (fit_threshold(values, ratio, resamples=FEW) for ratio in (0.45, 0.55))
     assert (lower.threshold, lower.reached, lower.ties) == (0.5, 0.2, 6)
@@ -119,7 +118,7 @@ def test_a_value_shared_by_many_tokens_goes_to_the_nearer_side() -> None:
 
 @given(st.one_of(distinct, spread, tied), ratios, ratios)
 @settings(max_examples=300)
-def test_a_larger_ratio_never_has_a_lower_threshold(values: Values, one: float, two: float) -> None:
+def test_thresholds_grow_with_the_hard_ratio(values: Values, one: float, two: float) -> None:
     low, high = (fit_threshold(values, q, resamples=FEW) for q in sorted([one, two]))
     assert low.threshold <= high.threshold
     assert low.reached <= high.reached
@@ -128,18 +127,18 @@ def test_a_larger_ratio_never_has_a_lower_threshold(values: Values, one: float, 
 
 
 @given(st.one_of(distinct, tied))
-def test_at_ratio_0_every_token_exits_and_at_ratio_1_none(values: Values) -> None:
+def test_all_tokens_exit_at_ratio_0_and_none_at_ratio_1(values: Values) -> None:
     everything, nothing = (fit_threshold(values, ratio, resamples=FEW) for ratio in (0, 1))
     assert everything.threshold == values.min()
     assert everything.reached == 0
     assert nothing.threshold == np.nextafter(values.max(), np.inf, dtype=values.dtype)
     assert nothing.reached == 1
-    # In the confidences' own precision too: the model compares there.
+    # The model compares in the precision of the confidences.
     assert (values < values.dtype.type(nothing.threshold)).all()
 
 
 @given(st.one_of(distinct, tied), ratios, st.data())
-def test_the_order_of_sequences_and_tokens_changes_nothing(
+def test_thresholds_do_not_depend_on_the_order_of_sequences_and_tokens(
     values: Values, hard_ratio: float, data: st.DataObject
 ) -> None:
     order = data.draw(st.permutations(range(len(values))))
@@ -153,14 +152,16 @@ def test_the_order_of_sequences_and_tokens_changes_nothing(
 
 
 @given(st.one_of(distinct, tied), ratios)
-def test_on_its_own_corpus_a_threshold_transfers_exactly(values: Values, hard_ratio: float) -> None:
+def test_transfer_to_the_fitted_corpus_gives_the_reached_ratio(
+    values: Values, hard_ratio: float
+) -> None:
     fitted = fit_threshold(values, hard_ratio, resamples=FEW)
     assert transfer(fitted.threshold, values, resamples=FEW).hard_ratio == fitted.reached
 
 
 @given(st.one_of(distinct, tied), ratios, st.integers(0, 5))
 @settings(max_examples=50)
-def test_the_intervals_are_those_of_refitting_every_resample_from_scratch(
+def test_intervals_equal_those_of_refitted_resamples(
     values: Values, hard_ratio: float, seed: int
 ) -> None:
     rows = np.array(sorted(np.sort(values, axis=1).tolist()), dtype=values.dtype)
@@ -168,7 +169,7 @@ def test_the_intervals_are_those_of_refitting_every_resample_from_scratch(
     drawn = np.random.default_rng(seed).integers(len(rows), size=(FEW, len(rows)))
     refitted = [fit_threshold(rows[d], hard_ratio, resamples=FEW).threshold for d in drawn]
     realized = [(rows[d] < fitted.threshold).mean() for d in drawn]
-    # Of 39 resamples the ends are the smallest and the largest: 1 in 40 lies beyond each.
+    # The interval of 39 resamples ends at their smallest and largest value.
     assert fitted.threshold_interval == (min(refitted), max(refitted))
     assert fitted.reached_interval == (min(realized), max(realized))
 
@@ -178,10 +179,10 @@ def covers(interval: tuple[float, float] | None, truth: float) -> bool:
     return interval[0] <= truth <= interval[1]
 
 
-def test_intervals_cover_the_truth_when_tokens_of_a_sequence_are_correlated() -> None:
-    """Counting tokens instead, as if each were a sequence of its own, covers far too rarely."""
+def test_intervals_cover_the_truth_for_correlated_tokens() -> None:
+    """Resampling tokens, as if each were its own sequence, covers the truth far too rarely."""
     rng = np.random.default_rng(10)
-    hard_ratio, truth = 0.3, -0.5244005127080409  # the standard normal's 0.3 quantile
+    hard_ratio, truth = 0.3, -0.5244005127080409  # the 0.3 quantile of the standard normal
     by_sequence, by_token = np.zeros(4), 0
     runs = 600
     for run in range(runs):
@@ -197,14 +198,14 @@ def test_intervals_cover_the_truth_when_tokens_of_a_sequence_are_correlated() ->
         if run % 4 == 0:
             alone = fit_threshold(values.reshape(-1, 1), hard_ratio, resamples=99, seed=run)
             by_token += covers(alone.threshold_interval, truth)
-    # In 4 x 1,500 runs of other seeds sequences gave 0.94 to 0.955, in 300 tokens gave 0.6. Three
-    # standard deviations of a share of 600 runs are 0.03, of 150 runs 0.12.
+    # With other seeds, resampled sequences covered 0.94 to 0.955 in 4 x 1,500 runs, and resampled
+    # tokens 0.6 in 300 runs. Three standard deviations are 0.03 for 600 runs and 0.12 for 150.
     assert by_sequence.min() / runs >= 0.91
     assert by_sequence.max() / runs <= 0.985
     assert by_token / (runs / 4) <= 0.72
 
 
-def test_a_transfer_reports_the_other_corpus_and_its_losses() -> None:
+def test_transfer_reports_hard_ratio_and_loss_of_the_other_corpus() -> None:
     values = np.array([[0.1, 0.9], [0.2, 0.3], [0.8, 0.9], [0.5, 0.4]])
     moved = transfer(0.5, values, np.array([0.0, 0.125, 0.375, 0.5]), resamples=999)
     assert (moved.threshold, moved.hard_ratio, moved.loss, moved.sequences) == (0.5, 0.5, 0.25, 4)
@@ -217,20 +218,20 @@ def test_a_transfer_reports_the_other_corpus_and_its_losses() -> None:
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(-math.inf, 0.0), (math.inf, 1.0)])
-def test_an_infinite_threshold_lets_all_or_none_exit(threshold: float, expected: float) -> None:
+def test_transfer_of_an_infinite_threshold(threshold: float, expected: float) -> None:
     moved = transfer(threshold, np.zeros((3, 2)), resamples=FEW)
     assert moved.hard_ratio == expected
     assert moved.hard_ratio_interval == (expected, expected)
 
 
-def test_a_threshold_is_not_rounded_down_to_a_confidence() -> None:
-    # The single nearest to 0.7 is below 0.7: this token continues, as it does inside the model.
+def test_threshold_is_not_rounded_down_to_fp32() -> None:
+    # The fp32 number nearest to 0.7 is below 0.7, so the token continues, as in the model.
     values = np.full((2, 3), 0.7, np.float32)
     assert float(values[0, 0]) < 0.7
     assert transfer(0.7, values, resamples=FEW).hard_ratio == 1
 
 
-def test_the_seed_decides_the_intervals_and_nothing_else() -> None:
+def test_seed_affects_only_the_intervals() -> None:
     values = correlated(20, 5, np.random.default_rng(3))
     one, again, other = (fit_threshold(values, 0.4, seed=seed) for seed in (1, 1, 2))
     assert one == again
@@ -238,15 +239,15 @@ def test_the_seed_decides_the_intervals_and_nothing_else() -> None:
     assert one.threshold_interval != other.threshold_interval
 
 
-def test_a_corpus_of_the_usual_size_takes_well_under_three_seconds() -> None:
+def test_fit_on_511_sequences_takes_less_than_three_seconds() -> None:
     values = correlated(511, 128, np.random.default_rng(0)).astype(np.float32)
     start = time.perf_counter()
     fit_threshold(values, 0.7, resamples=999)
-    # 0.3 s on one core of the machine that this was written on: ten times as long is a defect.
+    # It took 0.3 s on one core; ten times as long is a defect.
     assert time.perf_counter() - start < 3
 
 
-def test_the_p_value_is_hoeffdings() -> None:
+def test_p_value_is_hoeffdings() -> None:
     p_values = hoeffding_p_value(np.array([0, 0.04, 0.1, 0.5]), sequences=200, risk=0.1)
     expected = [math.exp(-4), math.exp(-400 * 0.06**2), 1, 1]
     np.testing.assert_allclose(p_values, expected, rtol=1e-12)
@@ -256,16 +257,12 @@ def test_the_p_value_is_hoeffdings() -> None:
 @pytest.mark.parametrize(
     ("risk", "confidence", "expected"), [(0.05, 0.95, 600), (0.1, 0.9, 116), (0.5, 0.5, 2)]
 )
-def test_the_sequences_needed_without_any_loss(
-    risk: float, confidence: float, expected: int
-) -> None:
+def test_sequences_needed_without_any_loss(risk: float, confidence: float, expected: int) -> None:
     assert sequences_needed(risk, confidence) == expected
 
 
 @given(st.floats(0.01, 0.99), st.floats(0.01, 0.999))
-def test_one_sequence_fewer_than_needed_certifies_nothing_and_the_needed_ones_all(
-    risk: float, confidence: float
-) -> None:
+def test_sequences_needed_is_exactly_enough(risk: float, confidence: float) -> None:
     needed = sequences_needed(risk, confidence)
     thresholds = np.array([0.9, 0.8, 0.7])
     enough = certify(thresholds, np.zeros((3, needed)), risk=risk, confidence=confidence)
@@ -278,7 +275,7 @@ def test_one_sequence_fewer_than_needed_certifies_nothing_and_the_needed_ones_al
 
 @given(experiments(), levels, levels)
 @settings(max_examples=300)
-def test_what_is_certified_is_the_longest_prefix_of_small_p_values(
+def test_certified_thresholds_are_the_longest_prefix_of_small_p_values(
     experiment: tuple[Values, Values], risk: float, confidence: float
 ) -> None:
     thresholds, losses = experiment
@@ -290,7 +287,7 @@ def test_what_is_certified_is_the_longest_prefix_of_small_p_values(
     np.testing.assert_allclose(
         certificate.p_values,
         np.exp(-2 * losses.shape[1] * np.maximum(0, risk - means) ** 2),
-        rtol=1e-9,  # the mean is summed exactly there
+        rtol=1e-9,  # `certify` sums exactly
     )
     if certificate.certified:
         assert certificate.threshold == thresholds[certificate.certified - 1]
@@ -304,7 +301,7 @@ def test_what_is_certified_is_the_longest_prefix_of_small_p_values(
 
 
 @given(experiments(), levels, levels, levels)
-def test_more_risk_or_less_confidence_never_certifies_fewer(
+def test_more_risk_or_less_confidence_never_certifies_fewer_thresholds(
     experiment: tuple[Values, Values], one: float, two: float, fixed: float
 ) -> None:
     low, high = sorted([one, two])
@@ -315,11 +312,11 @@ def test_more_risk_or_less_confidence_never_certifies_fewer(
 
 
 @given(experiments(), levels, levels, st.integers(0, 2**32))
-def test_the_order_of_the_sequences_does_not_change_a_certificate(
+def test_certificate_does_not_depend_on_the_order_of_sequences(
     experiment: tuple[Values, Values], risk: float, confidence: float, seed: int
 ) -> None:
     thresholds, losses = experiment
-    losses = losses * 0.1  # not a binary fraction: sums depend on their order
+    losses = losses * 0.1  # not a binary fraction, so sums depend on the order
     shuffled = np.random.default_rng(seed).permutation(losses, axis=1)
     certificate = certify(thresholds, losses, risk=risk, confidence=confidence)
     assert certify(thresholds, shuffled, risk=risk, confidence=confidence) == certificate
@@ -327,9 +324,9 @@ def test_the_order_of_the_sequences_does_not_change_a_certificate(
 
 @pytest.fixture(scope="module")
 def rejected() -> Callable[[list[float], float], list[int]]:
-    """Return MAPIE's fixed-sequence testing; like ours it starts with the first p-value.
+    """Return MAPIE's fixed-sequence testing, which also starts with the first p-value.
 
-    Imported here because it draws all of scikit-learn: two seconds.
+    MAPIE is imported here because it imports all of scikit-learn, which takes two seconds.
     """
     from mapie.risk_control import control_fwer
 
@@ -342,7 +339,7 @@ def rejected() -> Callable[[list[float], float], list[int]]:
 
 @given(experiment=experiments(), risk=levels, confidence=levels)
 @settings(max_examples=300)
-def test_an_independent_implementation_certifies_the_same(
+def test_certify_agrees_with_mapie(
     rejected: Callable[[list[float], float], list[int]],
     experiment: tuple[Values, Values],
     risk: float,
@@ -352,7 +349,7 @@ def test_an_independent_implementation_certifies_the_same(
     assert rejected(certificate.p_values, 1 - confidence) == list(range(certificate.certified))
 
 
-def test_an_independent_implementation_stops_at_the_first_failure_too(
+def test_mapie_also_stops_at_the_first_failure(
     rejected: Callable[[list[float], float], list[int]],
 ) -> None:
     losses = np.zeros((5, 100))
@@ -363,8 +360,8 @@ def test_an_independent_implementation_stops_at_the_first_failure_too(
     assert rejected(certificate.p_values, 0.1) == [0, 1]
 
 
-def test_the_guarantee_holds_where_every_threshold_is_just_too_risky() -> None:
-    """Of 20 independent chances to be wrong, testing in sequence takes the first one only."""
+def test_guarantee_holds_if_every_threshold_is_slightly_too_risky() -> None:
+    """With 20 independent chances to err, fixed-sequence testing errs only on the first."""
     rng = np.random.default_rng(11)
     risk, confidence, runs = 0.5, 0.9, 2000
     thresholds = np.linspace(0.99, 0.8, 20)
@@ -372,14 +369,14 @@ def test_the_guarantee_holds_where_every_threshold_is_just_too_risky() -> None:
     for _ in range(runs):
         losses = (rng.random((20, 100)) < risk + 0.001).astype(np.float64)
         wrong += certify(thresholds, losses, risk=risk, confidence=confidence).certified > 0
-    # Three standard deviations of a binomial share at the promised level. Were testing to go on
-    # after a failure, some 30 % of the runs would be wrong.
+    # Three standard deviations of a binomial share at the nominal level. If testing continued after
+    # a failure, some 30 % of the runs would be wrong.
     level = 1 - confidence
     assert wrong / runs <= level + 3 * math.sqrt(level * confidence / runs)
-    assert wrong > 0  # the risk is at the bound: a test that never errs here sees nothing
+    assert wrong > 0  # the risk is at the bound, so some errors are expected
 
 
-def test_the_guarantee_holds_where_risk_grows_and_sequences_share_their_difficulty() -> None:
+def test_guarantee_holds_for_growing_risk_and_correlated_losses() -> None:
     rng = np.random.default_rng(12)
     risk, confidence, runs = 0.4, 0.8, 2000
     thresholds, true_risk = np.linspace(0.99, 0.8, 30), np.linspace(0.25, 0.55, 30)
@@ -401,7 +398,7 @@ def certificate_of(means: list[float], sequences: int) -> Certificate:
     return certify(thresholds, losses, risk=0.05, confidence=0.95)
 
 
-def test_the_reason_says_in_one_sentence_what_stopped_the_certification() -> None:
+def test_reason_says_why_testing_stopped() -> None:
     assert certificate_of([0.0] * 3, 100).reason == (
         "100 sequences cannot certify a risk of 0.05 at confidence 0.95 even without any loss:"
         " 600 are needed; use the full model"
@@ -426,9 +423,7 @@ def test_the_reason_says_in_one_sentence_what_stopped_the_certification() -> Non
 
 
 @given(st.floats(0.01, 0.99), st.floats(0.01, 0.999), st.integers(1, 2000))
-def test_whether_sequences_are_too_few_is_known_without_any_loss(
-    risk: float, confidence: float, sequences: int
-) -> None:
+def test_too_few_agrees_with_certify(risk: float, confidence: float, sequences: int) -> None:
     before = too_few(sequences, risk=risk, confidence=confidence)
     tested = certify(np.array([0.9]), np.zeros((1, sequences)), risk=risk, confidence=confidence)
     assert (before is None) == (tested.certified == 1)
@@ -436,7 +431,7 @@ def test_whether_sequences_are_too_few_is_known_without_any_loss(
         assert before == dataclasses.replace(tested, p_values=[])
 
 
-def test_results_are_frozen_and_of_plain_types() -> None:
+def test_results_are_frozen_and_hold_plain_types() -> None:
     values = correlated(4, 3, np.random.default_rng(0)).astype(np.float32)
     fitted = fit_threshold(values, np.float32(0.7), resamples=FEW)
     moved = transfer(np.float32(0.5), values, np.zeros(4, np.float32), resamples=FEW)
@@ -448,11 +443,11 @@ def test_results_are_frozen_and_of_plain_types() -> None:
             assert {type(part) for part in parts} <= {float, int, str}
         with pytest.raises(FrozenInstanceError):
             result.threshold = 0
-    # Ranked in double precision, whatever the ratio came in.
+    # Ranks are computed in double precision for any type of the ratio.
     assert fitted == fit_threshold(values, float(np.float32(0.7)), resamples=FEW)
 
 
-def test_inputs_are_left_as_they_were() -> None:
+def test_inputs_are_not_modified() -> None:
     values = correlated(4, 3, np.random.default_rng(0))
     losses = np.random.default_rng(1).uniform(size=(2, 9))
     before = values.copy(), losses.copy()
@@ -521,9 +516,7 @@ def with_value(value: float, *, shape: tuple[int, ...] = (2, 3)) -> Values:
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_one_line(
-    call: Callable[[], object], message: str
-) -> None:
+def test_invalid_argument_gives_a_one_line_error(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
         call()
     text = str(refusal.value)
@@ -537,7 +530,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(
     values=st.lists(st.sampled_from([0.1, 0.2, 0.25, 0.5, 0.9]), min_size=4, max_size=40),
     hard_ratio=st.floats(0, 1),
 )
-def test_without_intervals_the_threshold_is_the_fitted_one(
+def test_quantile_threshold_equals_the_fitted_threshold(
     values: list[float], hard_ratio: float
 ) -> None:
     rows = np.array(values[: len(values) // 2 * 2], dtype=np.float32).reshape(2, -1)
@@ -555,7 +548,7 @@ def test_without_intervals_the_threshold_is_the_fitted_one(
         ([0.5, 0.6], 1.5, r"hard ratio in \[0, 1\], got 1.5"),
     ],
 )
-def test_a_threshold_of_nothing_is_refused(
+def test_quantile_threshold_rejects_invalid_arguments(
     values: list[float], hard_ratio: float, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

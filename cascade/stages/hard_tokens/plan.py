@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from cascade.core.arguments import number
+from cascade.core.arguments import as_float
 from cascade.core.errors import UsageError
 from cascade.core.schema import to_plain
 from cascade.exits.history import exit_entries
@@ -83,7 +83,7 @@ class CollectingConfig:
             )
         if self.threshold is not None:
             find_rule("cosine").check(self.threshold, infinite=False)
-        if self.hard_ratio is not None and not 0 < (number(self.hard_ratio) or 0) < 1:
+        if self.hard_ratio is not None and not 0 < (as_float(self.hard_ratio) or 0) < 1:
             raise UsageError(f"expected a hard ratio between 0 and 1, got {self.hard_ratio}")
 
     def layer_of(self, stack: DecoderStack) -> int:
