@@ -221,7 +221,7 @@ class ExitBatch:
                 raise not_finite(f"the logits of exit layer {layer} are not finite")
             for rule in self.rules[layer]:
                 confidence[rule.name][some], spent = self.clock.time(
-                    functools.partial(rule.confidence, point.with_own_logits())
+                    functools.partial(rule.confidence, point.with_computed_logits())
                 )
                 self.seconds.rules[layer, rule.name] += spent
             logs = point.log_probabilities

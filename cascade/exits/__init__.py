@@ -1,1 +1,1 @@
-"""Exit rules, exit heads and propagation. Imports core, stats, models and corpora."""
+"""Exit rules, exit heads and propagation maps. Imports core, stats, models and corpora."""

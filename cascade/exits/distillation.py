@@ -1,4 +1,4 @@
-"""Distillation: training fitted heads further, on the full model's distributions."""
+"""Distillation: training fitted heads further on the full model's distributions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cascade.core.arguments import check_seed
 from cascade.core.errors import CorpusError, UsageError
 from cascade.corpora.blocks import TokenBlocks, check_blocks
-from cascade.exits.fitted_heads import CHECKED, FittedHeads
+from cascade.exits.fitted_heads import HELD_OUT, FittedHeads
 from cascade.exits.head_fitting import rows_of
 from cascade.exits.records import Distillation
 from cascade.models.overrides.hooks import frozen
@@ -24,13 +24,13 @@ from cascade.stats.ridge import rms_normalized
 #: Token rows per step: 1,024 rows of 49,152 logits in fp32 are 200 MB.
 _ROWS = 1024
 
-#: Adam's second moment looks back over some 100 steps: an epoch has only as many.
+#: With 0.99, Adam's second moment averages about 100 steps. An epoch has only about as many.
 _BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
 class _Head:
-    """A head in training: its parameters, and the best of them so far."""
+    """The trainable parameters of a head."""
 
     weight: nn.Parameter
     bias: nn.Parameter
@@ -50,32 +50,42 @@ def distill(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> FittedHeads:
-    """Train fitted heads on the full model's distributions, and keep improvements.
+    """Train fitted heads on the full model's distributions and return the improved heads.
 
-    Minimizes KL(full || head) over every token (Hinton et al. 2015, arXiv 1503.02531, at
-    temperature 1). One of every ten sequences is not trained on. A head is replaced by its state
-    after an epoch only if that is better on those sequences than all states before it, the closed
-    form included.
+    Training minimizes KL(full || head) over every token (Hinton et al. 2015, arXiv 1503.02531, at
+    temperature 1). One of every ten sequences is held out. For each head, the result is the state
+    with the lowest KL on the held-out sequences: the state after the best epoch, or the closed
+    form if no epoch improves on it.
 
     Args:
-        stack: The model; its weights are not touched.
+        stack: The model; its weights are not changed.
         heads: Closed-form heads of this model.
-        blocks: The corpus, best the one that they were fitted on.
-        epochs: Passes over it; all heads learn in the same pass.
-        learning_rate: Adam's at the start; it falls to 0 along a half cosine.
+        blocks: The corpus, preferably the one that the heads were fitted on.
+        epochs: Passes over the corpus; all heads are trained in the same pass.
+        learning_rate: Initial learning rate of Adam; it decays to 0 along a half cosine.
         batch_size: Sequences per forward pass.
-        seed: Draws the order.
-        progress: Called with the number of tokens done since the last call.
+        seed: Seed of the shuffling.
+        progress: Called with the number of tokens processed since the last call.
 
     Returns:
-        New heads with the same propagation maps; `provenance.distillation` has, per exit layer,
-        the KL on the sequences kept aside after every epoch, in nats, the closed form first.
+        New heads with the same propagation maps. `provenance.distillation` lists, per exit layer,
+        the KL on the held-out sequences in nats: of the closed form, then after each epoch.
 
     Raises:
-        CorpusError: Fewer than ten sequences: none is left to check with; or a corpus that the
-            model cannot read.
-        UsageError: No epoch, a learning rate that is not positive, or a seed out of range.
+        CorpusError: The corpus has fewer than ten sequences, so that none is held out, or the
+            model cannot read it.
+        UsageError: `epochs` is below 1, the learning rate is not positive, or the seed is out of
+            range.
         ModelError: The heads belong to another model.
+
+    Example:
+        >>> from cascade import distill, fit_heads, load, load_blocks
+        >>> stack = load("smollm2-135m")
+        >>> blocks = load_blocks("embedded-train", stack, length=32, max_tokens=640)
+        >>> heads = fit_heads(stack, blocks, [29])
+        >>> distilled = distill(stack, heads, blocks, epochs=1)
+        >>> distilled.layers
+        [29]
     """
     if epochs < 1 or not learning_rate > 0:
         raise UsageError(
@@ -86,18 +96,18 @@ def distill(
     heads.check(stack)
     check_blocks(stack, blocks, batch_size)
     numbers = np.arange(len(blocks.ids))
-    training, checking = numbers[numbers % 10 != CHECKED], numbers[numbers % 10 == CHECKED]
-    if len(checking) == 0:
+    training, held_out = numbers[numbers % 10 != HELD_OUT], numbers[numbers % 10 == HELD_OUT]
+    if len(held_out) == 0:
         raise CorpusError(
-            f"{len(numbers)} sequences leave none to check a distilled head with, expected at "
-            "least 10; take a larger corpus"
+            f"expected at least 10 sequences, one of them to validate distilled heads on, got "
+            f"{len(numbers)}; use a larger corpus"
         )
     trained = {
-        layer: _Head(*(nn.Parameter(part.clone().to(stack.device)) for part in pair))
+        layer: _Head(*(nn.Parameter(tensor.clone().to(stack.device)) for tensor in pair))
         for layer, pair in heads.weights.items()
     }
     best = {layer: head.copy() for layer, head in trained.items()}
-    parameters = [part for head in trained.values() for part in (head.weight, head.bias)]
+    parameters = [tensor for head in trained.values() for tensor in (head.weight, head.bias)]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=_BETAS)
     steps = epochs * _steps(len(training), batch_size, blocks.ids.shape[1])
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -105,7 +115,7 @@ def distill(
     )
     shuffler = torch.Generator().manual_seed(seed)
     on_progress = progress or (lambda _: None)
-    losses = {layer: [loss] for layer, loss in _check(stack, trained, blocks, checking).items()}
+    losses = {layer: [loss] for layer, loss in _validate(stack, trained, blocks, held_out).items()}
     with frozen(stack.model):
         for _ in range(epochs):
             order = training[torch.randperm(len(training), generator=shuffler).numpy()]
@@ -113,7 +123,7 @@ def distill(
                 ids = blocks.ids[order[start : start + batch_size]]
                 _train(stack, trained, ids, optimizer, schedule, shuffler)
                 on_progress(ids.size)
-            for layer, loss in _check(stack, trained, blocks, checking).items():
+            for layer, loss in _validate(stack, trained, blocks, held_out).items():
                 if loss < min(losses[layer]):
                     best[layer] = trained[layer].copy()
                 losses[layer].append(loss)
@@ -128,14 +138,14 @@ def distill(
 
 
 def trained_tokens(blocks: TokenBlocks) -> int:
-    """Return how many tokens of a corpus an epoch learns from: one sequence in ten checks."""
+    """Return the number of tokens that an epoch trains on: all but one of every ten sequences."""
     sequences, length = blocks.ids.shape
-    trained = sum(number % 10 != CHECKED for number in range(sequences))
+    trained = sum(number % 10 != HELD_OUT for number in range(sequences))
     return trained * int(length)
 
 
 def _steps(sequences: int, batch_size: int, length: int) -> int:
-    """Return how often an epoch steps: every batch for itself, `_ROWS` token rows at a time."""
+    """Return the optimizer steps of an epoch: every batch is split into `_ROWS` token rows."""
     sizes = [min(batch_size, sequences - start) for start in range(0, sequences, batch_size)]
     return sum(math.ceil(size * length / _ROWS) for size in sizes)
 
@@ -155,16 +165,16 @@ def _train(
         optimizer.zero_grad()
         with torch.enable_grad():
             for layer, head in heads.items():
-                # One after the other: only one head's logits are held at a time.
+                # One backward pass per head, so that only one head's logits are in memory.
                 _loss(stack, head, states[layer][rows], teacher).backward()
         optimizer.step()
         schedule.step()
 
 
-def _check(
+def _validate(
     stack: DecoderStack, heads: dict[int, _Head], blocks: TokenBlocks, numbers: np.ndarray
 ) -> dict[int, float]:
-    """Return each head's mean KL on the sequences kept aside, in nats."""
+    """Return each head's mean KL on the held-out sequences, in nats."""
     totals = dict.fromkeys(heads, 0.0)
     tokens = 0
     with torch.no_grad():
@@ -185,7 +195,7 @@ def _log_probabilities(stack: DecoderStack, normed: Tensor) -> Tensor:
 
 
 def _shaped(stack: DecoderStack, rows: Tensor) -> Tensor:
-    """Return rows as `[B, T, D]` with T within the model's positions, padded with the last row."""
+    """Return rows as `[B, T, D]`, with T within the model's positions; repeat the last row."""
     length = min(len(rows), stack.max_positions or len(rows))
     missing = -len(rows) % length
     shaped: Tensor = torch.cat([rows, rows[-1:].expand(missing, -1)]).unflatten(0, (-1, length))

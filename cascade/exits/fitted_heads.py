@@ -22,20 +22,30 @@ from cascade.exits.records import HeadsMetadata, HeadsProvenance
 from cascade.models.identity import check_same_model
 from cascade.models.stack import DecoderStack
 
-#: Of every ten sequences, this one is not trained on: it chooses strengths and epochs.
-CHECKED = 9
+#: The sequence of every ten that is held out to choose ridge strengths and epochs.
+HELD_OUT = 9
 
 
 @dataclass
 class FittedHeads:
-    """Ridge heads and propagation maps of several exit layers, and where they come from.
+    """Ridge heads and propagation maps of several exit layers, with their provenance.
 
     Attributes:
         weights: Exit layer -> `(W [D, D], b [D])` of its head.
-        maps: Exit layer -> `(W [D, layers * width], b)` of its propagation.
+        maps: Exit layer -> `(W [D, layers * width], b [layers * width])` of its propagation map.
         width: Outputs of a propagation map per upper layer.
         of_states: Whether the maps predict layer inputs instead of keys and values.
-        provenance: Where they come from.
+        provenance: The model and the corpus that the heads were fitted with.
+
+    Example:
+        >>> from cascade import fit_heads, load, load_blocks
+        >>> stack = load("smollm2-135m")
+        >>> blocks = load_blocks("embedded-train", stack, length=32, max_tokens=640)
+        >>> heads = fit_heads(stack, blocks, [24, 28])
+        >>> heads.layers
+        [24, 28]
+        >>> heads.head(stack, 28).name
+        'ridge'
     """
 
     weights: dict[int, tuple[Tensor, Tensor]]
@@ -52,26 +62,35 @@ class FittedHeads:
     def _check_exit(self, stack: DecoderStack, layer: int) -> None:
         if layer not in self.weights:
             raise UsageError(
-                f"these heads were fitted for the layers {', '.join(map(str, self.layers))}, "
-                f"got layer {layer}; fit it with `cascade fit-heads --layers`"
+                f"expected a layer that these heads were fitted for "
+                f"({', '.join(map(str, self.layers))}), got {layer}; fit it with `cascade "
+                "fit-heads --layers`"
             )
         self.check(stack)
 
     def head(self, stack: DecoderStack, layer: int) -> RidgeHead:
         """Return the ridge head of an exit layer.
 
+        Args:
+            stack: The model that the heads were fitted for.
+            layer: A layer of `layers`.
+
         Raises:
-            UsageError: None was fitted for it.
+            UsageError: No head was fitted for this layer.
             ModelError: The heads belong to another model.
         """
         self._check_exit(stack, layer)
         return RidgeHead(stack, *self.weights[layer])
 
     def propagation(self, stack: DecoderStack, layer: int) -> PropagationMap | None:
-        """Return the propagation map of an exit layer; None where no layer lies above it.
+        """Return the propagation map of an exit layer, or None for the last layer.
+
+        Args:
+            stack: The model that the heads were fitted for.
+            layer: A layer of `layers`.
 
         Raises:
-            UsageError: None was fitted for it.
+            UsageError: No map was fitted for this layer.
             ModelError: The heads belong to another model.
         """
         self._check_exit(stack, layer)
@@ -83,7 +102,7 @@ class FittedHeads:
         )
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over every weight: equal exactly when all of them are."""
+        """Return a SHA-256 over all weights; two heads share it only if all weights are equal."""
         digest = hashlib.sha256()
         for name, pairs in (("head", self.weights), ("propagation", self.maps)):
             for layer in sorted(pairs):
@@ -93,9 +112,10 @@ class FittedHeads:
         return f"sha256:{digest.hexdigest()}"
 
     def saw(self, blocks: TokenBlocks) -> bool:
-        """Return whether they were fitted on a corpus, a split of it, or one that it is a split of.
+        """Return whether a corpus overlaps the one that the heads were fitted on.
 
-        They are better on such text than on any other, so figures measured there hold for it alone.
+        Two corpora overlap if they are the same or if one is a split of the other. Heads perform
+        better on text that they were fitted on, so results on such a corpus do not generalize.
 
         Args:
             blocks: A corpus to measure on.
@@ -110,27 +130,27 @@ class FittedHeads:
         return same and fitted.source == blocks.source
 
     def check(self, stack: DecoderStack) -> None:
-        """Refuse another model than the one that the heads were fitted for.
+        """Check that the heads were fitted for this model.
 
         Args:
             stack: The model.
 
         Raises:
-            ModelError: Names both models and what differs.
+            ModelError: The heads belong to another model; names both models and what differs.
         """
         model = known(self.provenance.model) or ModelProvenance()
         check_same_model(model, stack, what="these exit heads")
 
     def save(self, path: Path, *, half: bool = False) -> None:
-        """Write a safetensors file, whole or not at all.
+        """Write the heads to a safetensors file, atomically.
 
         Args:
-            path: The file.
-            half: Store in 16 bits (float16): half the size.
+            path: The file to write.
+            half: Store the weights in float16, which halves the file's size.
 
         Raises:
-            OutputError: It cannot be written.
-            UsageError: With `half`, a weight is too large for 16 bits.
+            OutputError: The file cannot be written.
+            UsageError: With `half`, a weight exceeds the range of float16.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -159,22 +179,34 @@ def _halved(tensor: Tensor, layer: int) -> Tensor:
     stored = tensor.half()
     if not torch.isfinite(stored).all():
         raise UsageError(
-            f"the weights of exit layer {layer} reach {float(tensor.abs().max()):.3g}, more than 16"
-            " bits hold; save them without half"
+            f"expected weights within the range of float16, got {float(tensor.abs().max()):.3g} at"
+            f" exit layer {layer}; save the heads without half"
         )
     return stored
 
 
 def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
-    """Read fitted heads and check that they belong to the model.
+    """Return the fitted heads stored in a file, after checking that they belong to the model.
 
     Args:
         path: The safetensors file.
         stack: The model.
 
     Raises:
-        RecordError: The file is missing, torn, or no exit heads.
-        ModelError: They belong to another model (both are named).
+        RecordError: The file is missing or torn, or it does not contain exit heads.
+        ModelError: The heads belong to another model; names both models.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from cascade import fit_heads, load, load_blocks, load_heads
+        >>> stack = load("smollm2-135m")
+        >>> blocks = load_blocks("embedded-train", stack, length=32, max_tokens=640)
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "heads.safetensors"
+        ...     fit_heads(stack, blocks, [29]).save(path)
+        ...     load_heads(path, stack).layers
+        [29]
     """
     from safetensors import safe_open
 
@@ -187,31 +219,35 @@ def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
             about = json.loads((file.metadata() or {}).get("cascade", "null"))
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
-        raise RecordError(f"no exit heads at {path}; make them with `cascade fit-heads`") from error
+        raise RecordError(
+            f"expected exit heads at {path}, found no file; create it with `cascade fit-heads`"
+        ) from error
     except Exception as error:
         # safetensors has several error types for torn files.
         raise RecordError(
-            f"{path} is no readable safetensors file ({first_line(error)}); make it anew with "
-            "`cascade fit-heads`"
+            f"{path} is not a readable safetensors file ({first_line(error)}); create it again "
+            "with `cascade fit-heads`"
         ) from error
     kind = HeadsMetadata.KIND, HeadsMetadata.SCHEMA
     if not isinstance(about, dict) or (about.get("kind"), about.get("schema")) != kind:
-        raise RecordError(f"{path} holds no exit heads; make them with `cascade fit-heads`")
+        raise RecordError(
+            f"{path} does not contain exit heads; create them with `cascade fit-heads`"
+        )
     try:
         heads = _assembled(tensors, from_plain(about, HeadsMetadata))
     except ValueError as error:
         raise RecordError(
-            f"{path} is torn or edited ({error}); make it anew with `cascade fit-heads`"
+            f"{path} is torn or edited ({error}); create it again with `cascade fit-heads`"
         ) from error
     heads.check(stack)
     return heads
 
 
 def _assembled(tensors: dict[str, Tensor], metadata: HeadsMetadata) -> FittedHeads:
-    """Return a file's content as heads.
+    """Return the content of a file as heads.
 
     Raises:
-        ValueError: The file is not complete; says what is wrong.
+        ValueError: The file is incomplete or inconsistent; says what is wrong.
     """
     width, (hidden, last) = metadata.width, _sizes_of(metadata.provenance)
     if metadata.of_states and width != hidden:
@@ -248,28 +284,28 @@ def _sizes_of(provenance: HeadsProvenance) -> tuple[int, int]:
 def _shapes(
     tensors: Iterable[str], hidden: int, last: int, width: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of a file: those of all layers that names mention."""
+    """Return the expected shape of every tensor, for each layer that the tensor names mention."""
     named = [re.fullmatch(r"(?:head|propagation)\.([1-9]\d*)\.\w+", name) for name in tensors]
     layers = sorted({int(match[1]) for match in named if match is not None})
     return {
-        f"{kind}.{layer}.{part}": shape
+        f"{kind}.{layer}.{name}": shape
         for layer in layers
         if layer <= last
         for kind, outputs in (("head", hidden), ("propagation", (last - layer) * width))
         if outputs
-        for part, shape in (("weight", (hidden, outputs)), ("bias", (outputs,)))
+        for name, shape in (("weight", (hidden, outputs)), ("bias", (outputs,)))
     }
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     for name in sorted(tensors.keys() - expected.keys()):
-        raise ValueError(f"it has {name}, which is no part of exit heads of its model")
+        raise ValueError(f"unexpected tensor {name}, which exit heads of this model do not have")
     missing = sorted(expected.keys() - tensors.keys())
     if missing or not expected:
-        raise ValueError(f"it lacks {', '.join(missing) or 'heads altogether'}")
+        raise ValueError(f"missing {', '.join(missing) or 'all heads'}")
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             got = list(tensors[name].shape)
             raise ValueError(f"expected {name} of shape {list(shape)}, got {got}")
         if not torch.isfinite(tensors[name]).all():
-            raise ValueError(f"{name} holds NaN or infinite values")
+            raise ValueError(f"{name} contains NaN or infinite values")

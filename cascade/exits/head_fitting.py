@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from cascade.core.errors import ModelError, UsageError, not_finite
 from cascade.core.provenance import Provenance
 from cascade.corpora.blocks import TokenBlocks, check_blocks
-from cascade.exits.fitted_heads import CHECKED, FittedHeads
-from cascade.exits.heads import weights_size
+from cascade.exits.fitted_heads import HELD_OUT, FittedHeads
+from cascade.exits.heads import root_mean_square
 from cascade.exits.history import exit_entries
 from cascade.exits.records import HeadsProvenance
 from cascade.models.stack import DecoderStack
@@ -32,25 +32,33 @@ def fit_heads(
     provenance: Provenance | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FittedHeads:
-    """Fit a ridge head and a propagation map for every exit layer, in one pass over a corpus.
+    """Return a ridge head and a propagation map for every exit layer, fitted in one pass.
 
-    Closed form, from streaming normal equations: memory grows with the square of the model's
-    width, not with the corpus.
+    The fit is in closed form, from normal equations that are accumulated over the corpus. Memory
+    grows with the square of the model's width, not with the size of the corpus.
 
     Args:
         stack: The model.
         blocks: The corpus.
         layers: Exit layers, 1..N.
         batch_size: Sequences per forward pass.
-        provenance: Of the fit (default: only model and corpus are known).
-        progress: Called with the number of tokens done since the last call.
+        provenance: Provenance of the fit (default: model and corpus only).
+        progress: Called with the number of tokens processed since the last call.
 
     Raises:
-        UsageError: A layer is outside 1..N, or comes twice.
-        CorpusError: Sequences beyond the model's positions, or batches of none.
-        ModelError: A layer's output is NaN or infinite, or tokens lie beyond the vocabulary.
+        UsageError: A layer is outside 1..N or is given twice, or no layer is given.
+        CorpusError: Sequences are longer than the model's positions, or the batch size is below 1.
+        ModelError: A layer's output is NaN or infinite, or a token id exceeds the vocabulary.
+
+    Example:
+        >>> from cascade import fit_heads, load, load_blocks
+        >>> stack = load("smollm2-135m")
+        >>> blocks = load_blocks("embedded-train", stack, length=32, max_tokens=640)
+        >>> fit_heads(stack, blocks, [24, 29]).layers
+        [24, 29]
     """
-    layers = [exit_entries(layer, stack.num_layers)[1] for layer in layers]  # numpy's as Python's
+    # Converts NumPy integers to int.
+    layers = [exit_entries(layer, stack.num_layers)[1] for layer in layers]
     if len(set(layers)) != len(layers) or not layers:
         raise UsageError(f"expected distinct exit layers, got {layers}")
     check_blocks(stack, blocks, batch_size)
@@ -70,7 +78,7 @@ def _with_origin(
     blocks: TokenBlocks,
     provenance: Provenance | None,
 ) -> HeadsProvenance:
-    """Return the provenance of a fit, with its model and corpus, and what else is known."""
+    """Return the provenance of a fit, with the model, the corpus and the given provenance."""
     if provenance is None:
         return replace(
             fitted,
@@ -91,11 +99,13 @@ def _with_origin(
 def rows_of(
     stack: DecoderStack, ids: npt.NDArray[np.int32], layers: Sequence[int]
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Run the decoder once; return the exit states by layer and the final ones, `[B * T, D]`.
+    """Return the exit states by layer and the final normed states, `[B * T, D]` each.
+
+    The decoder runs once. Models without a final norm return entry N as the final states.
 
     Args:
         stack: The model.
-        ids: `[B, T]`.
+        ids: Token ids, `[B, T]`.
         layers: Exit layers.
     """
     states: dict[int, Tensor] = {}
@@ -110,7 +120,7 @@ def rows_of(
 
 
 class _Fitter:
-    """Adds up the normal equations of several exit layers, batch by batch."""
+    """Accumulates the normal equations of several exit layers over batches."""
 
     def __init__(self, stack: DecoderStack, layers: list[int]) -> None:
         self.stack, self.layers = stack, layers
@@ -127,7 +137,7 @@ class _Fitter:
                     stack.hidden_size + (stack.num_layers - layer) * self.width,
                     device=stack.device if stack.device.type != "mps" else torch.device("cpu"),
                 )
-                for _ in ("train", "check")
+                for _ in ("train", "held out")
             ]
             for layer in layers
         }
@@ -142,13 +152,13 @@ class _Fitter:
             if entry in kept:
                 history[entry] = hidden.flatten(0, 1)
 
-        # Sequences to check with come last, so that both kinds are a slice and need no copy.
-        checked = numbers % 10 == CHECKED
-        ids = ids[torch.from_numpy(np.argsort(checked, kind="stable")).to(ids.device)]
+        # Held-out sequences are moved to the end, so that both groups are slices without a copy.
+        held_out = numbers % 10 == HELD_OUT
+        ids = ids[torch.from_numpy(np.argsort(held_out, kind="stable")).to(ids.device)]
         with _captured(self.projections[min(self.layers) :]) as raw:
             normed = self.stack.visit(ids, keep)
         final = history[self.stack.num_layers] if normed is None else normed.flatten(0, 1)
-        trained = int((~checked).sum()) * ids.shape[1]
+        trained = int((~held_out).sum()) * ids.shape[1]
         for layer in self.layers:
             targets = [final, *self._upper(layer, history, raw)]
             x = rms_normalized(history[layer])
@@ -178,18 +188,18 @@ class _Fitter:
             raise ModelError(f"exit layer {layer}: {error}; use a wider --dtype") from error
 
     def _upper(self, layer: int, history: dict[int, Tensor], raw: list[Tensor]) -> list[Tensor]:
-        """Return the upper layers' targets, the lowest first: `width` outputs for each layer."""
+        """Return the targets of the upper layers, `width` outputs each, the lowest layer first."""
         if self.of_states:
-            size = weights_size(history[layer])
+            size = root_mean_square(history[layer])
             return [history[entry].float() / size for entry in range(layer, self.stack.num_layers)]
         return [values.flatten(0, 1) for values in raw[2 * (layer - min(self.layers)) :]]
 
     def fit(self) -> FittedHeads:
         weights, maps, strengths = {}, {}, {}
         hidden = self.stack.hidden_size
-        for layer, (train, check) in self.equations.items():
+        for layer, (train, held_out) in self.equations.items():
             groups = [hidden] + [self.width] * (self.stack.num_layers - layer)
-            weight, bias, chosen = fit(train, check, groups)
+            weight, bias, chosen = fit(train, held_out, groups)
             weights[layer] = (weight[:, :hidden].clone(), bias[:hidden].clone())
             if layer < self.stack.num_layers:
                 maps[layer] = (weight[:, hidden:].clone(), bias[hidden:].clone())
@@ -200,7 +210,7 @@ class _Fitter:
 
 
 def _projections(layer: nn.Module) -> list[Any] | None:
-    """Return a layer's key and value projections; None where it has no separate ones."""
+    """Return a layer's key and value projections, or None if they are not separate modules."""
     attention = getattr(layer, "self_attn", None)
     found = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
     if all(isinstance(projection, nn.Linear) for projection in found):

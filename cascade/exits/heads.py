@@ -15,15 +15,15 @@ class ExitHead(Protocol):
     """Turns exit states into logits.
 
     Attributes:
-        name: For tables: "logit_lens", "ridge", ...
-        multiplications: Per row, in addition to the LM head's own.
+        name: The name in tables: "logit_lens", "ridge", ...
+        multiplications: Multiplications per row, in addition to those of the LM head.
     """
 
     name: str
     multiplications: int
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return `[n, V]` from exit states `[n, D]`."""
+        """Return the logits `[n, V]` of exit states `[n, D]`."""
         ...
 
 
@@ -41,7 +41,7 @@ class LogitLens:
         self.stack = stack
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return `[n, V]` from exit states `[n, D]`."""
+        """Return the logits `[n, V]` of exit states `[n, D]`."""
         return self.stack.decode(hidden[None])[0]
 
 
@@ -50,9 +50,9 @@ class RidgeHead:
 
     Args:
         stack: The model.
-        weight: `[D, D]`, inputs first.
+        weight: `[D, D]`; the first dimension is the input.
         bias: `[D]`.
-        name: For tables.
+        name: The name in tables.
     """
 
     def __init__(
@@ -69,23 +69,25 @@ class RidgeHead:
         return torch.addmm(self.bias, rms_normalized(hidden), self.weight).to(hidden.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return `[n, V]` from exit states `[n, D]`."""
+        """Return the logits `[n, V]` of exit states `[n, D]`."""
         return self.stack.decode_normed(self.normed(hidden)[None])[0]
 
 
 class PropagationMap:
-    """Predicts from an exit state what every upper layer needs of an exited token.
+    """Predicts the keys and values of exited tokens for all upper layers from their exit states.
 
-    That is one product for all upper layers together. For layers with separate projections it
-    predicts keys and values before any norm and rotation, at the cost of the projections; for
-    other layers it predicts the layer's input.
+    One matrix product serves all upper layers. If the layers have separate key and value
+    projections, the map predicts their outputs, before any norm and rotation, at the same cost as
+    the projections. Otherwise it predicts the input of each layer.
 
     Args:
-        weight: `[D, layers * width]`, inputs first, the lowest upper layer first.
+        weight: `[D, layers * width]`; the first dimension is the input, and the lowest upper layer
+            comes first in the second.
         bias: `[layers * width]`.
-        first: The lowest upper layer, exit layer + 1.
+        first: The lowest upper layer (exit layer + 1).
         width: Outputs per layer.
-        of_states: Whether layer inputs are predicted, in units of the exit state's size.
+        of_states: Whether the map predicts layer inputs, relative to the exit state's root mean
+            square.
     """
 
     def __init__(
@@ -95,15 +97,15 @@ class PropagationMap:
         self.first, self.width, self.of_states = first, width, of_states
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """Return `[n, layers, width]` from exit states `[n, D]`."""
+        """Return the predictions `[n, layers, width]` of exit states `[n, D]`."""
         predicted: Tensor = torch.addmm(self.bias, rms_normalized(hidden), self.weight)
         if self.of_states:
-            predicted = predicted * weights_size(hidden)
+            predicted = predicted * root_mean_square(hidden)
         by_layer: Tensor = predicted.to(hidden.dtype).unflatten(-1, (-1, self.width))
         return by_layer
 
 
-def weights_size(hidden: Tensor) -> Tensor:
+def root_mean_square(hidden: Tensor) -> Tensor:
     """Return the root mean square of each state, `[..., 1]`."""
     size: Tensor = hidden.float().square().mean(dim=-1, keepdim=True).clamp_min(1e-30).sqrt()
     return size

@@ -16,18 +16,22 @@ _NORMED = "+norm"
 def exit_entries(layer: int, num_layers: int, *, from_end: bool = False) -> tuple[int, int]:
     """Return the two entries of the hidden history that an exit layer compares.
 
-    The history has N+1 entries: entry 0 is the embeddings, entry k the output of layer k on the
-    residual stream. Layer k compares entries k-1 and k. Counted from the end, that is `[-3], [-2]`
-    for layer 29 of 30. The pair `[-2], [-1]` is layer 30; taking it for layer 29 is the off-by-one
-    error that this function prevents.
+    The history has N+1 entries. Entry 0 is the embeddings, and entry k is the output of layer k on
+    the residual stream. Layer k compares entries k-1 and k. For layer 29 of 30 these are entries
+    `[-3]` and `[-2]`, counted from the end. The pair `[-2], [-1]` belongs to layer 30. Using it for
+    layer 29 is the off-by-one error that this function prevents.
 
     Args:
         layer: 1..N.
         num_layers: N.
-        from_end: Count from the end, as negative indices.
+        from_end: Return negative indices, counted from the end.
 
     Raises:
-        UsageError: There is no such layer (names the valid range).
+        UsageError: The layer is outside 1..N; names the valid range.
+
+    Example:
+        >>> exit_entries(29, 30), exit_entries(29, 30, from_end=True)
+        ((28, 29), (-3, -2))
     """
     own = as_int(layer)
     if own is None or not 1 <= own <= num_layers:
@@ -38,7 +42,7 @@ def exit_entries(layer: int, num_layers: int, *, from_end: bool = False) -> tupl
 
 @dataclass
 class HiddenHistory:
-    """The hidden history of some tokens, or some of its entries.
+    """The hidden history of some tokens; it may have only some of the entries.
 
     Attributes:
         num_layers: N.
@@ -52,9 +56,10 @@ class HiddenHistory:
 
     @classmethod
     def from_transformers(cls, hidden_states: Sequence[Tensor]) -> HiddenHistory:
-        """Read what `output_hidden_states=True` returns; its last entry is after the final norm.
+        """Return the history of a model called with `output_hidden_states=True`.
 
-        Layer N's own output is not among them, so its pair is only known as "N+norm".
+        The last of those states is after the final norm. The output of layer N is not among them,
+        so the pair of layer N is only available as "N+norm".
 
         Args:
             hidden_states: N+1 tensors `[B, T, D]`.
@@ -66,10 +71,10 @@ class HiddenHistory:
         """Return the states that an exit layer compares: its input and its output.
 
         Args:
-            layer: 1..N, or "N+norm" for the last layer's input and the state after the norm.
+            layer: 1..N, or "N+norm" for the last layer's input and the state after the final norm.
 
         Raises:
-            UsageError: There is no such layer, or its states were not kept.
+            UsageError: The layer is outside 1..N, or the history does not have its states.
         """
         number = _number(layer, self.num_layers) if isinstance(layer, str) else layer
         before, after = exit_entries(number, self.num_layers)
@@ -80,7 +85,7 @@ class HiddenHistory:
                 f"the states of layer {layer} are not in this history (it has entries "
                 f"{sorted(self.entries)}{' and the normed state' * (self.normed is not None)})"
                 + (
-                    f"; hidden_states of transformers end behind the final norm, use {after}+norm"
+                    f"; hidden_states of transformers end after the final norm, use {after}+norm"
                     if after == self.num_layers and self.normed is not None
                     else ""
                 )

@@ -1,4 +1,4 @@
-"""The records in a file of fitted heads: what the heads are, and where they come from."""
+"""The record in a file of fitted heads: its metadata and provenance."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Distillation(Part, frozen=True, kw_only=True):
 
     Attributes:
         epochs: Passes over the corpus.
-        learning_rate: Adam's at the start.
-        seed: Of the order of the sequences.
-        kl_on_sequences_kept_aside: Per exit layer, KL(full || head) in nats on the sequences that
-            were not trained on: before the first epoch, then after each.
+        learning_rate: Initial learning rate of Adam.
+        seed: Seed of the shuffling of sequences.
+        kl_on_sequences_kept_aside: Per exit layer, KL(full || head) in nats on the held-out
+            sequences: before the first epoch, then after each epoch.
     """
 
     epochs: Count
@@ -26,17 +26,17 @@ class Distillation(Part, frozen=True, kw_only=True):
 
 
 class HeadsProvenance(Part, frozen=True, kw_only=True):
-    """Where fitted heads come from; what is not known is absent.
+    """Where fitted heads come from; unknown fields are absent.
 
     Attributes:
         strengths: Per exit layer, the ridge strength of the head, then of each upper layer's map.
-        model: The model that they belong to.
-        corpus: The text that they were fitted on.
+        model: The model that the heads belong to.
+        corpus: The corpus that the heads were fitted on.
         tokenizer_hash: SHA-256 of the model's tokenizer.
-        machine: Where they were fitted.
+        machine: The machine on which the heads were fitted.
         versions: Library versions.
-        command: The command that fitted them.
-        distillation: Absent where they are the closed form.
+        command: The command that fitted the heads.
+        distillation: How the heads were trained further; absent for closed-form heads.
     """
 
     strengths: dict[str, list[float]] | UnsetType = UNSET
@@ -55,7 +55,7 @@ class HeadsMetadata(StoredRecord, frozen=True, kw_only=True):
     Attributes:
         width: Outputs of a propagation map per upper layer.
         of_states: Whether the maps predict layer inputs instead of keys and values.
-        provenance: Where the heads come from.
+        provenance: The provenance of the heads.
     """
 
     KIND: ClassVar[str] = "exit-heads"

@@ -22,13 +22,14 @@ class ExitPoint:
 
     Attributes:
         layer: The exit layer.
-        history: Its states `[n, D]`: its own entry and those before it that the rule needs.
+        history: States `[n, D]`: the entry of the exit layer and the earlier ones that the rule
+            needs.
         compute_logits: Computes the exit head's logits, `[n, V]`; called at most once.
-        token_ids: `[n]`, the tokens themselves.
-        positions: `[n]`, their positions, from 0.
+        token_ids: Token ids, `[n]`.
+        positions: Positions of the tokens, `[n]`, from 0.
         earlier: Predictions `[n]` of the exit layers before this one, nearest last.
-        full_prediction: `[n]`, what the full model predicts; only for rules that need it.
-        seed: For rules that draw.
+        full_prediction: The full model's predictions, `[n]`; only for rules that need them.
+        seed: Seed for rules that draw random numbers.
     """
 
     layer: int
@@ -52,7 +53,7 @@ class ExitPoint:
 
     @cached_property
     def log_probabilities(self) -> Tensor:
-        """Their log-softmax, `[n, V]`."""
+        """The log-softmax of the logits, `[n, V]`."""
         return self.logits.log_softmax(dim=-1)
 
     @cached_property
@@ -60,10 +61,10 @@ class ExitPoint:
         """The exit head's most likely token, `[n]`."""
         return self.logits.argmax(dim=-1)
 
-    def with_own_logits(self) -> ExitPoint:
-        """Return the same tokens with their logits made, and nothing that a rule made of them.
+    def with_computed_logits(self) -> ExitPoint:
+        """Return a copy with computed logits and without cached probabilities or predictions.
 
-        Several rules can so be timed on the same logits, each with its own work.
+        It lets a caller time several rules on the same logits, each with its full work.
         """
         logits = self.logits
         return replace(self, compute_logits=lambda: logits)
@@ -76,19 +77,20 @@ class ExitPoint:
 
 @dataclass(frozen=True)
 class ExitRule:
-    """Gives each token a confidence at an exit layer; it exits where confidence >= threshold.
+    """Gives each token a confidence at an exit layer; tokens with confidence >= threshold exit.
 
     Attributes:
-        name: As on the command line.
+        name: The name on the command line.
         confidence: Returns `[n]` from an `ExitPoint`; larger means more confident.
         low: The smallest possible confidence.
         high: The largest possible confidence.
         needs_logits: Whether the exit head has to run to decide.
         entries: How many entries of the history before the exit layer's own the rule needs.
         needs_earlier: Whether it needs the predictions of earlier exit layers.
-        needs_full: Whether it needs the full model's prediction: it can score, not generate.
-        what: One line for tables.
-        source: Where it comes from.
+        needs_full: Whether it needs the full model's prediction. Such a rule can score text, but
+            not generate.
+        what: A description of one line, for tables.
+        source: The paper or project that the rule comes from.
     """
 
     name: str
@@ -103,17 +105,17 @@ class ExitRule:
     source: str
 
     def check(self, threshold: float, *, infinite: bool = True) -> None:
-        """Refuse an invalid threshold.
+        """Check that a threshold is valid for this rule.
 
-        The next fp32 number above the range is valid: a fit gives it where even the most confident
-        tokens must not exit.
+        The next fp32 number above the rule's range is valid: a fitted threshold has this value if
+        even the most confident tokens must not exit.
 
         Args:
             threshold: Tokens with a confidence at or above it exit.
-            infinite: It may be +inf (no token exits: the full model) or -inf (all tokens exit).
+            infinite: Accept +inf (no token exits, as in the full model) and -inf (all tokens exit).
 
         Raises:
-            UsageError: It is no number, NaN, or outside the rule's range.
+            UsageError: The threshold is not a number, is NaN, or is outside the rule's range.
         """
         threshold = read_threshold(threshold)
         above = torch.nextafter(torch.tensor(self.high), torch.tensor(math.inf)).item()
@@ -123,7 +125,7 @@ class ExitRule:
         high = "" if math.isinf(self.high) else f" to {self.high:g}"
         raise UsageError(
             f"the rule {self.name} gives confidences from {self.low:g}{high}; expected a threshold"
-            f" in there{also}, got {threshold:g}"
+            f" in this range{also}, got {threshold:g}"
         )
 
 
@@ -167,33 +169,39 @@ def find_rule(name: str) -> ExitRule:
     """Return the rule called `name`.
 
     Raises:
-        UsageError: There is none (lists those there are).
+        UsageError: There is no such rule; lists the rules.
+
+    Example:
+        >>> find_rule("cosine").needs_logits
+        False
     """
     if not isinstance(name, str) or name not in RULES:
         raise UsageError(f"expected a rule among {', '.join(RULES)}, got {name!r}")
     return RULES[name]
 
 
-def looking_at(rule: ExitRule, layer: int, *, leaving: int) -> ExitRule:
-    """Return a rule that decides by a layer below the one at which tokens exit.
+def deciding_at(rule: ExitRule, layer: int, *, exit_layer: int) -> ExitRule:
+    """Return a rule that decides by the similarity of a layer below the exit layer.
 
-    A token that is easy at layer 29 can then exit after layer 30, at the model's own LM head.
+    For example, tokens that are easy at layer 29 can exit after layer 30, through the model's own
+    LM head.
 
     Args:
-        rule: One that needs similarities alone: they do not depend on where tokens exit.
+        rule: A rule that needs only similarities, since these do not depend on the exit layer.
         layer: The layer whose states are compared.
-        leaving: The exit layer, at or above it.
+        exit_layer: The layer at which tokens exit; `layer` or above.
 
     Raises:
-        UsageError: There is no such layer, or the rule needs the exit head's logits.
+        UsageError: The layer is outside 1..`exit_layer`, or the rule does not decide by
+            similarities alone.
     """
-    if layer == leaving:
+    if layer == exit_layer:
         return rule
-    exit_entries(layer, leaving)
+    exit_entries(layer, exit_layer)
     if rule.needs_logits or not rule.entries:
         raise UsageError(
-            f"the rule {rule.name} decides where tokens leave, layer {leaving}; expected cosine or "
-            f"mean_cosine to decide by layer {layer}"
+            f"the rule {rule.name} can only decide at the exit layer, {exit_layer}; expected "
+            f"cosine or mean_cosine to decide at layer {layer}"
         )
 
     def confidence(at: ExitPoint) -> Tensor:
@@ -203,7 +211,7 @@ def looking_at(rule: ExitRule, layer: int, *, leaving: int) -> ExitRule:
         rule,
         name=f"{rule.name}@{layer}",
         confidence=confidence,
-        entries=rule.entries + leaving - layer,
+        entries=rule.entries + exit_layer - layer,
     )
 
 
@@ -242,7 +250,7 @@ def _entropy(at: ExitPoint) -> Tensor:
 
 @exit_rule("patience", high=math.inf, needs_earlier=True, source="PABEE, Zhou et al. 2020")
 def _patience(at: ExitPoint) -> Tensor:
-    """How many exit layers before this one, one after the other, predict the same token."""
+    """Number of consecutive exit layers directly below this one that predict the same token."""
     streak = torch.zeros_like(at.prediction)
     unbroken = torch.ones_like(at.prediction, dtype=torch.bool)
     for prediction in reversed(at.earlier):
@@ -253,44 +261,47 @@ def _patience(at: ExitPoint) -> Tensor:
 
 @exit_rule("fixed", needs_logits=False, source="a static exit layer")
 def _fixed(at: ExitPoint) -> Tensor:
-    """The same for every token: all of them leave at the exit layer."""
+    """Constant: all tokens exit at the exit layer."""
     return torch.ones(len(at.token_ids), device=at.token_ids.device)
 
 
 @exit_rule("random", needs_logits=False, source="control at equal exit share")
 def _random(at: ExitPoint) -> Tensor:
-    """A number drawn from token, position, layer and seed: the control at equal exit share."""
+    """Pseudo-random number from token, position, layer and seed (control at equal exit share)."""
     mixed = at.token_ids * 0x9E3779B1 + at.positions * 0x85EBCA77 + at.layer * 0x27D4EB2F
     mixed = (mixed + (at.seed * 0x165667B1 & 0xFFFFFFFF)) & 0xFFFFFFFF
     # The finalizer of a 32-bit integer hash; every product stays below 2**63.
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
-    # The upper 24 bits: what fp32 holds exactly, and below 1.
+    # fp32 represents the upper 24 bits exactly, and the result is below 1.
     return (mixed >> 8).float() / 2**24
 
 
 @exit_rule("oracle", needs_full=True, source="control: knows the full model's answer")
 def _oracle(at: ExitPoint) -> Tensor:
-    """1 where the exit head predicts what the full model will, 0 elsewhere."""
+    """1 if the exit head and the full model predict the same token, else 0."""
     if at.full_prediction is None:
-        raise UsageError("the oracle needs the full model's answer: it can score, not generate")
+        raise UsageError(
+            "the rule oracle needs the full model's prediction, so it can score but not generate; "
+            "use another rule"
+        )
     return (at.prediction == at.full_prediction).float()
 
 
 def check_layers(rules: Mapping[int, ExitRule], num_layers: int) -> None:
-    """Refuse exit layers outside the model, and layers with too few below them for their rule.
+    """Check that every exit layer exists and has enough layers below it for its rule.
 
     Args:
         rules: Exit layer -> its rule.
         num_layers: N.
 
     Raises:
-        UsageError: Names the valid range.
+        UsageError: A layer is outside the valid range; names the range.
     """
     for layer, rule in rules.items():
         exit_entries(layer, num_layers)
         if rule.entries > layer:
             raise UsageError(
-                f"the rule {rule.name} looks at {rule.entries} layers; expected an exit layer in "
+                f"the rule {rule.name} compares {rule.entries} layers; expected an exit layer in "
                 f"{rule.entries}..{num_layers}, got {layer}"
             )

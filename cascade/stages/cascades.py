@@ -21,7 +21,7 @@ from cascade.decoding.inputs import make_chunk
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.heads import LogitLens
 from cascade.exits.history import exit_entries
-from cascade.exits.rules import find_rule, looking_at
+from cascade.exits.rules import deciding_at, find_rule
 from cascade.models.flops import Counts
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
@@ -83,7 +83,7 @@ class Entry:
         if self.heads is not None:
             return Exit(self.layer, rule, threshold, self.heads.head(stack, self.layer))
         last = stack.num_layers
-        rule = looking_at(rule, self.layer, leaving=last)
+        rule = deciding_at(rule, self.layer, exit_layer=last)
         return Exit(last, rule, threshold, LogitLens(stack))
 
     def record(self, heads_file: str) -> EntryRecord:

@@ -208,7 +208,7 @@ def test_heads_of_a_file_are_used_and_their_layer_is_the_exit(
     }
     assert record.settings.threshold == 0.5
     with pytest.raises(
-        UsageError, match="these heads were fitted for the layers 1, 2, got layer 3"
+        UsageError, match=r"expected a layer that these heads were fitted for \(1, 2\), got 3"
     ):
         benchmark.benchmark_decoding(settings(saved, heads=str(path), layer=3))
 
@@ -253,7 +253,7 @@ def test_more_prompts_than_the_text_gives_are_refused(saved: Path) -> None:
     [
         ({"layer": 5}, "expected an exit layer in 1..4, got 5"),
         ({"rule": "cosinus"}, "expected a rule among"),
-        ({"threshold": 2.0}, "expected a threshold in there"),
+        ({"threshold": 2.0}, "expected a threshold in this range"),
     ],
 )
 def test_an_exit_that_cannot_be_is_refused_before_anything_is_fitted(

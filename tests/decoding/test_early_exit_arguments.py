@@ -39,7 +39,7 @@ from cascade.models.stack import DecoderStack
         ({"layer": 2.0}, "expected an exit layer in 1..4, got 2.0"),
         (
             {"layer": 1, "rule": "mean_cosine"},
-            "the rule mean_cosine looks at 2 layers; expected an exit layer in 2..4, got 1",
+            "the rule mean_cosine compares 2 layers; expected an exit layer in 2..4, got 1",
         ),
         (
             {"layer": 2, "rule": "cosin"},
@@ -55,23 +55,23 @@ from cascade.models.stack import DecoderStack
         ),
         (
             {"layer": 2, "threshold": 1.01},
-            "the rule cosine gives confidences from -1 to 1; expected a threshold in there (or inf,"
-            " or -inf), got 1.01",
+            "the rule cosine gives confidences from -1 to 1; expected a threshold in this range "
+            "(or inf, or -inf), got 1.01",
         ),
         (
             {"layer": 2, "rule": "top2_gap", "threshold": -0.1},
-            "the rule top2_gap gives confidences from 0 to 1; expected a threshold in there (or "
-            "inf, or -inf), got -0.1",
+            "the rule top2_gap gives confidences from 0 to 1; expected a threshold in this range "
+            "(or inf, or -inf), got -0.1",
         ),
         (
             {"layer": 2, "rule": "patience", "threshold": -1},
-            "the rule patience gives confidences from 0; expected a threshold in there (or inf, or "
-            "-inf), got -1",
+            "the rule patience gives confidences from 0; expected a threshold in this range (or "
+            "inf, or -inf), got -1",
         ),
         (
             {"layer": 2, "threshold": math.nan},
-            "the rule cosine gives confidences from -1 to 1; expected a threshold in there (or inf,"
-            " or -inf), got nan",
+            "the rule cosine gives confidences from -1 to 1; expected a threshold in this range "
+            "(or inf, or -inf), got nan",
         ),
         ({"layer": [2, 3]}, "expected an exit layer in 1..4, got [2, 3]"),
         (
@@ -200,8 +200,8 @@ def test_a_layer_without_a_fitted_head_is_refused_with_those_that_have_one() -> 
     with pytest.raises(UsageError) as error:
         EarlyExit(stack, layer=2, heads=heads)
     assert one_line(error) == (
-        "these heads were fitted for the layers 1, 3, got layer 2; fit it with `cascade fit-heads "
-        "--layers`"
+        "expected a layer that these heads were fitted for (1, 3), got 2; fit it with `cascade "
+        "fit-heads --layers`"
     )
 
 

@@ -426,7 +426,7 @@ WRONG = {
     ),
     "a rule too wide for one of the layers": (
         {"layers": (1, 3), "rules": ("cosine", "mean_cosine")},
-        "the rule mean_cosine looks at 2 layers; expected an exit layer in 2..4, got 1",
+        "the rule mean_cosine compares 2 layers; expected an exit layer in 2..4, got 1",
     ),
     "perplexity NaN": ({"perplexity_ratio": math.nan}, "at least 1, got nan"),
     "no layers": ({"layers": ()}, "expected at least one exit layer"),
@@ -439,7 +439,7 @@ WRONG = {
     "given NaN": ({"thresholds": (OperatingPoint(2, "cosine", math.nan, ""),)}, "got nan"),
     "given beyond the range": (
         {"thresholds": (OperatingPoint(2, "cosine", 5.0, ""),)},
-        "expected a threshold in there, got 5",
+        "expected a threshold in this range, got 5",
     ),
     "given infinity": (
         {"thresholds": (OperatingPoint(2, "cosine", math.inf, ""),)},

@@ -1,4 +1,4 @@
-"""Distilled heads are better on sequences kept aside, or they are the closed form."""
+"""Distillation keeps a head only if it improves on the held-out sequences."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ EPOCHS = 3
 
 @functools.cache
 def sharp_stack(family: str = "llama") -> DecoderStack:
-    """Return a stack whose logits are far apart, as real models' are: there KL is no mere square.
+    """Return a stack whose logits are as far apart as those of real models.
 
-    A tiny random model is never sure of anything, and its closed form is all but the best head.
+    The distributions of a tiny random model are nearly uniform. KL is then almost a squared error,
+    and the closed form is nearly the best head.
     """
     model = tiny_model(family)
     with torch.no_grad():
@@ -49,7 +50,7 @@ def sharp_stack(family: str = "llama") -> DecoderStack:
     return DecoderStack(model)
 
 
-#: Sequences of 15 tokens: no batch of them is a multiple of the 64 positions.
+#: Sequences of 15 tokens, so that no batch has a multiple of 64 rows (the model's positions).
 @functools.cache
 def some_blocks(sequences: int = 200) -> TokenBlocks:
     return random_blocks(sequences, 15)
@@ -74,7 +75,7 @@ def losses_of(heads: FittedHeads) -> dict[int, list[float]]:
 
 
 @torch.no_grad()
-def kl_by_hand(stack: DecoderStack, heads: FittedHeads, layer: int, ids: Tensor) -> float:
+def reference_kl(stack: DecoderStack, heads: FittedHeads, layer: int, ids: Tensor) -> float:
     """Return the mean KL(full || head) per token, in nats, in float64."""
     states: dict[int, Tensor] = {}
     stack.visit(ids, states.__setitem__)
@@ -89,38 +90,39 @@ def kept_aside(blocks: TokenBlocks) -> Tensor:
     return torch.from_numpy(blocks.ids[9::10]).long()
 
 
-# --- Better, or the closed form --------------------------------------------------------------
+# --- Improvement over the closed form --------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "bloom"])
-def test_distilling_lowers_the_divergence_on_sequences_kept_aside(family: str) -> None:
+def test_distilling_lowers_kl_on_held_out_sequences(family: str) -> None:
     for layer, losses in losses_of(distilled(family)).items():
         assert len(losses) == 1 + EPOCHS
-        assert min(losses) < 0.99 * losses[0], f"layer {layer} learnt nothing"
+        assert min(losses) < 0.99 * losses[0], f"the head of layer {layer} did not improve"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "bloom"])
-def test_the_divergences_are_those_by_hand_and_the_best_head_is_kept(family: str) -> None:
+def test_losses_match_reference_and_best_head_is_kept(family: str) -> None:
     stack, aside = sharp_stack(family), kept_aside(some_blocks())
     for layer, losses in losses_of(distilled(family)).items():
-        before = kl_by_hand(stack, closed_form(family), layer, aside)
-        after = kl_by_hand(stack, distilled(family), layer, aside)
-        # 1e-4: logits in fp32, in batches of another size.
+        before = reference_kl(stack, closed_form(family), layer, aside)
+        after = reference_kl(stack, distilled(family), layer, aside)
+        # 1e-4: logits are computed in fp32, in batches of a different size.
         assert losses[0] == pytest.approx(before, rel=1e-4)
         assert min(losses) == pytest.approx(after, rel=1e-4)
 
 
-def test_what_was_learnt_holds_on_text_never_seen() -> None:
+def test_distilled_heads_improve_on_unseen_text() -> None:
     stack, ids = sharp_stack("opt"), random_ids(40, 15, seed=99)
     for layer in EXITS:
         before, after = (
-            kl_by_hand(stack, heads, layer, ids) for heads in (closed_form("opt"), distilled("opt"))
+            reference_kl(stack, heads, layer, ids)
+            for heads in (closed_form("opt"), distilled("opt"))
         )
         assert after < 0.9 * before
 
 
 @pytest.mark.parametrize("learning_rate", [10.0, 1e30, math.inf])
-def test_a_learning_rate_that_ruins_the_heads_leaves_the_closed_form(learning_rate: float) -> None:
+def test_diverging_training_keeps_closed_form(learning_rate: float) -> None:
     heads = distill(
         sharp_stack(), closed_form(), some_blocks(), epochs=2, learning_rate=learning_rate
     )
@@ -129,8 +131,8 @@ def test_a_learning_rate_that_ruins_the_heads_leaves_the_closed_form(learning_ra
         assert all(map(torch.equal, heads.weights[layer], closed_form().weights[layer]))
 
 
-def test_each_head_is_kept_or_replaced_for_itself() -> None:
-    # At the last layer the closed form is the full model: nothing can be better there.
+def test_each_head_is_replaced_independently() -> None:
+    # At the last layer the closed form equals the full model, so no head can be better.
     heads = fit_heads(sharp_stack(), some_blocks(), [1, LAYERS])
     learnt = distill(sharp_stack(), heads, some_blocks(), epochs=2, batch_size=8)
     assert losses_of(learnt)[LAYERS][0] < 1e-4
@@ -139,22 +141,22 @@ def test_each_head_is_kept_or_replaced_for_itself() -> None:
     assert not torch.equal(learnt.weights[1][1], heads.weights[1][1])
 
 
-def test_the_best_epoch_is_kept_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = iter([[5.0, 5.0], [3.0, 6.0], [4.0, 7.0]])
+def test_best_epoch_is_kept_instead_of_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([[5.0, 5.0], [3.0, 6.0], [4.0, 7.0]])
     seen: list[dict[int, Tensor]] = []
 
-    def check(_: Any, heads: Any, *__: Any) -> dict[int, float]:
+    def validate(_: Any, heads: Any, *__: Any) -> dict[int, float]:
         seen.append({layer: head.weight.detach().clone() for layer, head in heads.items()})
-        return dict(zip(EXITS, next(told), strict=True))
+        return dict(zip(EXITS, next(losses), strict=True))
 
-    monkeypatch.setattr(distillation, "_check", check)
+    monkeypatch.setattr(distillation, "_validate", validate)
     heads = distill(sharp_stack(), closed_form(), some_blocks(40), epochs=2)
     assert torch.equal(heads.weights[1][0], seen[1][1])
     assert torch.equal(heads.weights[3][0], seen[0][3])
     assert losses_of(heads) == {1: [5.0, 3.0, 4.0], 3: [5.0, 6.0, 7.0]}
 
 
-def test_sequences_kept_aside_are_not_learnt_from() -> None:
+def test_held_out_sequences_are_not_trained_on() -> None:
     blocks, stack = some_blocks(), sharp_stack()
     other_ids = blocks.ids.copy()
     other_ids[9::10] = random_ids(20, 15, seed=50).numpy()
@@ -175,7 +177,7 @@ def test_sequences_kept_aside_are_not_learnt_from() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 200])
-def test_every_epoch_moves_the_heads_whatever_the_batch_size(batch_size: int) -> None:
+def test_every_epoch_changes_heads_at_any_batch_size(batch_size: int) -> None:
     blocks = some_blocks(40)
     heads = distill(sharp_stack(), closed_form(), blocks, epochs=4, batch_size=batch_size)
     for losses in losses_of(heads).values():
@@ -185,9 +187,7 @@ def test_every_epoch_moves_the_heads_whatever_the_batch_size(batch_size: int) ->
 @pytest.mark.parametrize(
     ("sequences", "batch_size", "length"), [(36, 1, 15), (36, 36, 128), (35, 16, 100), (180, 8, 15)]
 )
-def test_the_learning_rate_falls_to_zero_with_the_last_step(
-    sequences: int, batch_size: int, length: int
-) -> None:
+def test_step_count_matches_actual_steps(sequences: int, batch_size: int, length: int) -> None:
     steps = 0
     for start in range(0, sequences, batch_size):
         rows = len(range(sequences)[start : start + batch_size]) * length
@@ -195,7 +195,7 @@ def test_the_learning_rate_falls_to_zero_with_the_last_step(
     assert distillation._steps(sequences, batch_size, length) == steps
 
 
-def test_heads_learn_independently_of_each_other() -> None:
+def test_heads_train_independently_of_each_other() -> None:
     heads = closed_form()
     alone = dataclasses.replace(heads, weights={3: heads.weights[3]}, maps={3: heads.maps[3]})
     learnt = distill(sharp_stack(), alone, some_blocks(), epochs=EPOCHS, batch_size=8)
@@ -203,7 +203,7 @@ def test_heads_learn_independently_of_each_other() -> None:
     assert all(map(torch.equal, learnt.weights[3], distilled().weights[3]))
 
 
-def test_the_same_seed_gives_the_same_heads_and_another_does_not() -> None:
+def test_seed_determines_distilled_heads() -> None:
     results = [
         distill(sharp_stack(), closed_form(), some_blocks(), epochs=1, batch_size=8, seed=seed)
         for seed in (0, 0, 1)
@@ -214,7 +214,7 @@ def test_the_same_seed_gives_the_same_heads_and_another_does_not() -> None:
     assert results[0].provenance == results[1].provenance
 
 
-def test_the_worlds_own_random_numbers_are_left_alone() -> None:
+def test_distilling_does_not_change_global_random_state() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -222,32 +222,32 @@ def test_the_worlds_own_random_numbers_are_left_alone() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_more_rows_than_a_step_or_the_positions_take_are_handled() -> None:
+def test_batches_larger_than_step_and_positions() -> None:
     blocks, stack = some_blocks(200), sharp_stack()
     assert stack.max_positions == 64
     assert 2 * distillation._ROWS < 180 * 15
     heads = distill(stack, closed_form(), blocks, epochs=1, batch_size=1000)
     losses = losses_of(heads)
     for layer in EXITS:
-        # A batch of all sequences is three steps; the divergence by hand needs no padding.
-        by_hand = kl_by_hand(stack, closed_form(), layer, kept_aside(blocks))
+        # A batch of all sequences takes three steps. The reference divergence needs no padding.
+        by_hand = reference_kl(stack, closed_form(), layer, kept_aside(blocks))
         assert losses[layer][0] == pytest.approx(by_hand, rel=1e-4)
         assert losses[layer][1] != losses[layer][0]
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 130])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
-def test_rows_fold_into_sequences_and_back(family: str, count: int) -> None:
+def test_log_probabilities_of_rows_match_single_rows(family: str, count: int) -> None:
     stack = a_stack(family)
     rows = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(count))
     expected = stack.decode_normed(rows[:, None])[:, 0].log_softmax(dim=-1)
     with torch.no_grad():
         got = distillation._log_probabilities(stack, rows)
-    # 1e-5: kernels may sum one row of a batch otherwise than the row alone.
+    # 1e-5: kernels may sum a row of a batch in a different order than a single row.
     assert difference(got, expected) < 1e-5
 
 
-# --- What it leaves alone --------------------------------------------------------------------
+# --- Side effects ----------------------------------------------------------------------------
 
 
 def weights_hash(stack: DecoderStack) -> str:
@@ -270,7 +270,7 @@ def with_mixed_flags(family: str = "llama") -> DecoderStack:
 
 
 def check_untouched(stack: DecoderStack, heads: FittedHeads, **settings: Any) -> None:
-    """Raise AssertionError unless distilling leaves model and heads as they were."""
+    """Raise AssertionError if distillation changes the model or the given heads."""
     model = (weights_hash(stack), flags(stack), state_of(stack))
     before = {layer: [part.clone() for part in pair] for layer, pair in heads.weights.items()}
     provenance = heads.provenance
@@ -286,7 +286,7 @@ def check_untouched(stack: DecoderStack, heads: FittedHeads, **settings: Any) ->
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_model_is_left_as_it_was(family: str) -> None:
+def test_distilling_does_not_change_model(family: str) -> None:
     stack = with_mixed_flags(family)
     heads = fit_heads(stack, some_blocks(40), EXITS)
     check_untouched(stack, heads, epochs=2)
@@ -298,12 +298,12 @@ class StoppedError(Exception):
     pass
 
 
-def test_the_model_is_left_as_it_was_also_when_something_raises() -> None:
+def test_distilling_restores_model_after_exception() -> None:
     stack = with_mixed_flags()
     heads = fit_heads(stack, some_blocks(40), EXITS)
 
     def stop(_: Any) -> None:
-        assert not any(flags(stack)), "no gradients are computed for the model's weights"
+        assert not any(flags(stack)), "gradients are computed for the model's weights"
         raise StoppedError
 
     with pytest.raises(StoppedError):
@@ -324,7 +324,7 @@ def test_the_model_is_left_as_it_was_also_when_something_raises() -> None:
     assert calls == [1] * 3
 
 
-def test_maps_and_provenance_are_kept_and_the_distillation_is_recorded(tmp_path: Any) -> None:
+def test_distilled_heads_keep_maps_and_record_distillation(tmp_path: Any) -> None:
     heads = distilled()
     for layer in EXITS:
         assert all(map(torch.equal, heads.maps[layer], closed_form().maps[layer]))
@@ -340,13 +340,13 @@ def test_maps_and_provenance_are_kept_and_the_distillation_is_recorded(tmp_path:
     assert not any(part.requires_grad for part in heads.weights[1])
 
 
-def test_progress_is_every_token_learnt_from() -> None:
-    told: list[int] = []
-    distill(sharp_stack(), closed_form(), some_blocks(40), epochs=2, progress=told.append)
-    assert sum(told) == 2 * 36 * 15
+def test_progress_counts_every_training_token() -> None:
+    counts: list[int] = []
+    distill(sharp_stack(), closed_form(), some_blocks(40), epochs=2, progress=counts.append)
+    assert sum(counts) == 2 * 36 * 15
 
 
-def test_bfloat16_models_are_distilled_too() -> None:
+def test_distilling_bfloat16_model() -> None:
     stack = DecoderStack(tiny_model("llama").bfloat16())
     heads = fit_heads(stack, some_blocks(40), [2])
     learnt = distill(stack, heads, some_blocks(40), epochs=1)
@@ -354,26 +354,26 @@ def test_bfloat16_models_are_distilled_too() -> None:
     assert all(math.isfinite(loss) for loss in losses_of(learnt)[2])
 
 
-# --- Refusals --------------------------------------------------------------------------------
+# --- Invalid arguments -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sequences", [1, 9])
-def test_too_few_sequences_are_refused(sequences: int) -> None:
+def test_fewer_than_ten_sequences_are_rejected(sequences: int) -> None:
     with pytest.raises(CorpusError) as error:
         distill(sharp_stack(), closed_form(), some_blocks(sequences))
     assert one_line(error) == (
-        f"{sequences} sequences leave none to check a distilled head with, expected at least 10; "
-        "take a larger corpus"
+        "expected at least 10 sequences, one of them to validate distilled heads on, got "
+        f"{sequences}; use a larger corpus"
     )
 
 
-def test_ten_sequences_are_enough() -> None:
+def test_distilling_accepts_ten_sequences() -> None:
     heads = distill(sharp_stack(), closed_form(), some_blocks(10), epochs=1)
     assert all(len(losses) == 2 for losses in losses_of(heads).values())
 
 
 @pytest.mark.parametrize("settings", [{"epochs": 0}, {"epochs": -1}, {"learning_rate": 0.0}])
-def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any]) -> None:
+def test_invalid_epochs_and_learning_rates_are_rejected(settings: dict[str, Any]) -> None:
     for wrong in (settings, settings | {"learning_rate": -1e-3}, {"learning_rate": math.nan}):
         with pytest.raises(UsageError) as error:
             distill(sharp_stack(), closed_form(), some_blocks(), **wrong)
@@ -390,23 +390,21 @@ def test_seed_out_of_range_is_rejected(seed: int) -> None:
     assert one_line(error) == f"expected a seed in 0..{2**63 - 1}, got {seed}"
 
 
-def test_heads_of_another_model_are_refused() -> None:
+def test_heads_of_another_model_are_rejected() -> None:
     stack = DecoderStack(tiny_model("llama"), provenance={"weights_hash": "sha256:other"})
     with pytest.raises(ModelError, match=r"is llama \(weights_hash sha256:other\)"):
         distill(stack, closed_form(), some_blocks())
 
 
 @pytest.mark.parametrize(
-    ("ids", "batch_size", "said"),
+    ("ids", "batch_size", "message"),
     [
         (np.full((20, 65), 5), 8, "sequences of 65 tokens exceed the model's 64 positions"),
         (np.full((20, 8), 97), 8, "the tokenizer gave token id 97"),
         (np.full((20, 8), 5), 0, "expected --batch-size of at least 1, got 0"),
     ],
 )
-def test_a_corpus_that_the_model_cannot_read_is_refused(
-    ids: Any, batch_size: int, said: str
-) -> None:
+def test_unreadable_corpus_is_rejected(ids: Any, batch_size: int, message: str) -> None:
     blocks = TokenBlocks(ids.astype(np.int32), "other", "other", 20)
-    with pytest.raises(CascadeError, match=said):
+    with pytest.raises(CascadeError, match=message):
         distill(sharp_stack(), closed_form(), blocks, batch_size=batch_size)

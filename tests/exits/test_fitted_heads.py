@@ -1,4 +1,4 @@
-"""Fitted heads come back from files as they were saved, and serve no other model."""
+"""Fitted heads: saving, loading and checking that they belong to the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from cascade.exits.head_fitting import fit_heads
 from cascade.exits.records import HeadsProvenance
 from cascade.models.stack import DecoderStack
 
-# --- Fitting ----------------------------------------------------------------------------------
+# --- Overlap with the fitted corpus -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ from cascade.models.stack import DecoderStack
         (("org/text", "text-a"), ("org/text", "text-ab"), False),
     ],
 )
-def test_heads_know_the_text_they_were_fitted_on(
+def test_saw_detects_overlap_with_fitted_corpus(
     fitted: tuple[str, str], measured: tuple[str, str], expected: bool
 ) -> None:
-    # Other tokens each: the same source can be cut otherwise.
+    # The token ids differ, as those of one source do if it is cut in different ways.
     corpora = [
-        TokenBlocks(random_blocks(3 + part).ids, source, name, 3)
-        for part, (source, name) in enumerate((fitted, measured))
+        TokenBlocks(random_blocks(3 + number).ids, source, name, 3)
+        for number, (source, name) in enumerate((fitted, measured))
     ]
     heads = dataclasses.replace(
         some_heads("llama"), provenance=HeadsProvenance(corpus=corpora[0].provenance())
@@ -76,39 +76,39 @@ def test_heads_know_the_text_they_were_fitted_on(
 
 
 def check_equal(got: FittedHeads, expected: FittedHeads, *, half: bool = False) -> None:
-    """Raise AssertionError unless two heads are the same, or the same but for 16 bits."""
+    """Raise AssertionError unless two heads are equal, with `half` after rounding to float16."""
     for kind in ("weights", "maps"):
         one, other = getattr(got, kind), getattr(expected, kind)
         assert one.keys() == other.keys()
         for layer, pair in one.items():
-            for part, right in zip(pair, other[layer], strict=True):
-                assert part.dtype == torch.float32
-                assert torch.equal(part, right.half().float() if half else right)
+            for tensor, right in zip(pair, other[layer], strict=True):
+                assert tensor.dtype == torch.float32
+                assert torch.equal(tensor, right.half().float() if half else right)
     assert (got.width, got.of_states) == (expected.width, expected.of_states)
     assert got.provenance == expected.provenance
 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_heads_come_back_as_they_were_saved(family: str, half: bool, tmp_path: Path) -> None:
+def test_heads_survive_round_trip(family: str, half: bool, tmp_path: Path) -> None:
     heads, path = some_heads(family), tmp_path / "new" / "heads.safetensors"
     heads.save(path, half=half)
     assert list(contents(tmp_path)) == ["new", "new/heads.safetensors"]
     check_equal(load_heads(path, a_stack(family)), heads, half=half)
 
 
-def test_half_takes_half_the_room(tmp_path: Path) -> None:
+def test_half_precision_halves_tensor_size(tmp_path: Path) -> None:
     heads = some_heads("gpt2")
     sizes = []
     for half in (False, True):
         heads.save(tmp_path / "heads.safetensors", half=half)
         with safe_open(tmp_path / "heads.safetensors", framework="pt") as file:
-            parts = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
-        sizes.append(sum(part.nbytes for part in parts))
+            tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+        sizes.append(sum(tensor.nbytes for tensor in tensors))
     assert sizes[0] == 2 * sizes[1]
 
 
-def test_loaded_heads_score_as_those_that_were_saved(tmp_path: Path) -> None:
+def test_loaded_heads_score_like_saved_heads(tmp_path: Path) -> None:
     stack, heads = a_stack("llama"), some_heads("llama")
     heads.save(tmp_path / "heads.safetensors")
     logits = []
@@ -122,39 +122,38 @@ def test_loaded_heads_score_as_those_that_were_saved(tmp_path: Path) -> None:
     assert torch.equal(logits[0], logits[1])
 
 
-def test_weights_that_16_bits_do_not_hold_are_refused(tmp_path: Path) -> None:
+def test_weights_beyond_float16_are_rejected(tmp_path: Path) -> None:
     heads = copy.deepcopy(some_heads("llama"))
     heads.maps[2][0][3, 4] = 70_000
     with pytest.raises(UsageError) as error:
         heads.save(tmp_path / "heads.safetensors", half=True)
     assert one_line(error) == (
-        "the weights of exit layer 2 reach 7e+04, more than 16 bits hold; save them without half"
+        "expected weights within the range of float16, got 7e+04 at exit layer 2; save the heads "
+        "without half"
     )
     assert contents(tmp_path) == {}
     heads.save(tmp_path / "heads.safetensors")
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000])
-def test_a_full_disk_leaves_what_was_there(size: int, tmp_path: Path) -> None:
+def test_full_disk_leaves_existing_file_unchanged(size: int, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "new"):
         path = folder / "heads.safetensors"
         if folder == tmp_path:
-            path.write_text("what was there before")
+            path.write_text("existing content")
         before = contents(tmp_path)
         with largest_file(size), pytest.raises(OutputError) as error:
             some_heads("llama").save(path)
-        said = one_line(error)
-        assert said.startswith(f"cannot write {path}: ")
-        assert "File too large" in said
-        assert said.endswith(
+        message = one_line(error)
+        assert message.startswith(f"cannot write {path}: ")
+        assert "File too large" in message
+        assert message.endswith(
             "free some space or choose another folder (the existing file is unharmed)"
         )
         assert contents(tmp_path) == before
 
 
-def test_an_interrupted_save_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_save_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("safetensors.torch.save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         some_heads("llama").save(tmp_path / "new" / "heads.safetensors")
@@ -169,36 +168,37 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, 2000, -1], ids=str)
-def test_a_torn_file_is_refused(saved: Path, kept: int) -> None:
+def test_torn_file_is_rejected(saved: Path, kept: int) -> None:
     saved.write_bytes(saved.read_bytes()[:kept])
     with pytest.raises(RecordError) as error:
         load_heads(saved, a_stack("llama"))
-    assert one_line(error).startswith(f"{saved} is no readable safetensors file (")
-    assert str(error.value).endswith("); make it anew with `cascade fit-heads`")
+    assert one_line(error).startswith(f"{saved} is not a readable safetensors file (")
+    assert str(error.value).endswith("); create it again with `cascade fit-heads`")
 
 
 @pytest.mark.parametrize("content", [b"{}", b"\x00" * 64, b"layer,weight\n1,0.5\n"])
-def test_a_file_of_another_kind_is_refused(saved: Path, content: bytes) -> None:
+def test_file_in_other_format_is_rejected(saved: Path, content: bytes) -> None:
     saved.write_bytes(content)
-    with pytest.raises(RecordError, match="is no readable safetensors file"):
+    with pytest.raises(RecordError, match="is not a readable safetensors file"):
         load_heads(saved, a_stack("llama"))
 
 
-def test_a_folder_is_refused(tmp_path: Path) -> None:
+def test_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="is a folder, expected the"):
         load_heads(tmp_path, a_stack("llama"))
 
 
-def test_a_missing_file_is_refused_with_how_to_make_it(tmp_path: Path) -> None:
+def test_missing_file_error_names_command(tmp_path: Path) -> None:
     with pytest.raises(RecordError) as error:
         load_heads(tmp_path / "none.safetensors", a_stack("llama"))
     assert one_line(error) == (
-        f"no exit heads at {tmp_path / 'none.safetensors'}; make them with `cascade fit-heads`"
+        f"expected exit heads at {tmp_path / 'none.safetensors'}, found no file; create it with "
+        "`cascade fit-heads`"
     )
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], Any]) -> None:
-    """Change what a file holds and save it as safetensors again."""
+    """Change the tensors and metadata of a file and save it as safetensors again."""
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {})["cascade"])
     tensors = load_file(path)
@@ -209,16 +209,20 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], An
 @pytest.mark.parametrize(
     "metadata", [None, {"format": "pt"}, {"cascade": "null"}, {"cascade": "[1]"}, {"cascade": "{}"}]
 )
-def test_other_safetensors_files_are_refused(saved: Path, metadata: dict[str, str] | None) -> None:
+def test_safetensors_file_without_heads_is_rejected(
+    saved: Path, metadata: dict[str, str] | None
+) -> None:
     save_file(load_file(saved), saved, metadata=metadata)
     with pytest.raises(RecordError) as error:
         load_heads(saved, a_stack("llama"))
-    assert one_line(error) == (f"{saved} holds no exit heads; make them with `cascade fit-heads`")
+    assert one_line(error) == (
+        f"{saved} does not contain exit heads; create them with `cascade fit-heads`"
+    )
 
 
-def test_metadata_that_is_no_json_is_refused(saved: Path) -> None:
+def test_metadata_that_is_not_json_is_rejected(saved: Path) -> None:
     save_file(load_file(saved), saved, metadata={"cascade": "{"})
-    with pytest.raises(RecordError, match="is no readable safetensors file"):
+    with pytest.raises(RecordError, match="is not a readable safetensors file"):
         load_heads(saved, a_stack("llama"))
 
 
@@ -230,9 +234,9 @@ def test_metadata_that_is_no_json_is_refused(saved: Path) -> None:
         lambda tensors, about: about.pop("kind"),
     ],
 )
-def test_another_schema_or_kind_is_refused(saved: Path, change: Callable[..., Any]) -> None:
+def test_other_schema_or_kind_is_rejected(saved: Path, change: Callable[..., Any]) -> None:
     rewrite(saved, change)
-    with pytest.raises(RecordError, match="holds no exit heads"):
+    with pytest.raises(RecordError, match="does not contain exit heads"):
         load_heads(saved, a_stack("llama"))
 
 
@@ -252,48 +256,51 @@ def instead(name: str, *shape: int) -> Callable[..., Any]:
     return lambda tensors, about: tensors.update({name: torch.ones(shape)})
 
 
-#: What is done to a file with heads of all four layers (hidden size 32, maps 32 wide), and the
-#: words that say so.
+#: Changes to a file with heads of all four layers (hidden size 32, maps 32 wide), and a text that
+#: the error message contains.
 SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
-    "no bias": (without("head.2.bias"), "lacks head.2.bias"),
-    "no weight": (without("head.2.weight"), "lacks head.2.weight"),
-    "no bias of a map": (without("propagation.3.bias"), "lacks propagation.3.bias"),
+    "no bias": (without("head.2.bias"), "missing head.2.bias"),
+    "no weight": (without("head.2.weight"), "missing head.2.weight"),
+    "no map bias": (without("propagation.3.bias"), "missing propagation.3.bias"),
     "no map": (
         without("propagation.1.weight", "propagation.1.bias"),
-        "lacks propagation.1.bias, propagation.1.weight",
+        "missing propagation.1.bias, propagation.1.weight",
     ),
-    "no head": (without("head.2.weight", "head.2.bias"), "lacks head.2.bias, head.2.weight"),
-    "nothing": (lambda tensors, about: tensors.clear(), "lacks heads altogether"),
-    "another tensor": (instead("lm_head", 2), "has lm_head, which is no part of exit heads"),
-    "a layer that is no number": (instead("head.last.weight", 2), "has head.last.weight"),
-    "another part": (instead("head.2.scale", 2), "has head.2.scale"),
-    "a layer of another model": (instead("head.5.weight", 32, 32), "has head.5.weight"),
-    "layer 0": (instead("head.0.weight", 32, 32), "has head.0.weight"),
-    "a map of the last layer": (instead("propagation.4.bias", 0), "has propagation.4.bias"),
-    "a head too small": (
+    "no head": (without("head.2.weight", "head.2.bias"), "missing head.2.bias, head.2.weight"),
+    "no tensors": (lambda tensors, about: tensors.clear(), "missing all heads"),
+    "unexpected tensor": (
+        instead("lm_head", 2),
+        "unexpected tensor lm_head, which exit heads of this model do not have",
+    ),
+    "layer is not a number": (instead("head.last.weight", 2), "tensor head.last.weight"),
+    "unexpected parameter": (instead("head.2.scale", 2), "unexpected tensor head.2.scale"),
+    "layer above the model": (instead("head.5.weight", 32, 32), "tensor head.5.weight"),
+    "layer 0": (instead("head.0.weight", 32, 32), "unexpected tensor head.0.weight"),
+    "map of the last layer": (instead("propagation.4.bias", 0), "tensor propagation.4.bias"),
+    "head too small": (
         instead("head.2.weight", 16, 32),
         "expected head.2.weight of shape [32, 32], got [16, 32]",
     ),
-    "a bias too long": (instead("head.2.bias", 33), "head.2.bias of shape [32], got [33]"),
-    "a bias of two dimensions": (instead("head.2.bias", 1, 32), "shape [32], got [1, 32]"),
-    "a map too narrow": (
+    "bias too long": (instead("head.2.bias", 33), "head.2.bias of shape [32], got [33]"),
+    "bias of two dimensions": (instead("head.2.bias", 1, 32), "shape [32], got [1, 32]"),
+    "map too narrow": (
         instead("propagation.2.weight", 32, 32),
         "expected propagation.2.weight of shape [32, 64], got [32, 32]",
     ),
-    "NaN in a head": (spoil("head.2.weight", math.nan), "head.2.weight holds NaN or infinite"),
-    "infinity in a bias": (spoil("head.1.bias", math.inf), "head.1.bias holds NaN or infinite"),
-    "NaN in a map": (spoil("propagation.1.weight", math.nan), "propagation.1.weight holds NaN"),
+    "NaN in a head": (spoil("head.2.weight", math.nan), "head.2.weight contains NaN or infinite"),
+    "infinity in a bias": (spoil("head.1.bias", math.inf), "head.1.bias contains NaN or infinite"),
+    "NaN in a map": (spoil("propagation.1.weight", math.nan), "propagation.1.weight contains NaN"),
     "no width": (
         lambda tensors, about: about.pop("width"),
         "expected a whole number from 1 on at width, got nothing",
     ),
-    "another width": (lambda tensors, about: about.update(width=8), "of shape [32, 24], got"),
-    "a width in words": (lambda tensors, about: about.update(width="32"), 'at width, got "32"'),
-    "a flag that is none": (
+    "different width": (lambda tensors, about: about.update(width=8), "of shape [32, 24], got"),
+    "width is a string": (lambda tensors, about: about.update(width="32"), 'at width, got "32"'),
+    "of_states is a string": (
         lambda tensors, about: about.update(of_states="no"),
         'expected true or false at of_states, got "no"',
     ),
-    "states of another width": (
+    "layer inputs of the wrong width": (
         lambda tensors, about: about.update(of_states=True, width=16),
         "expected a width of 32 where layer inputs are predicted, got 16",
     ),
@@ -301,36 +308,36 @@ SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda tensors, about: about.pop("provenance"),
         "expected an object at provenance, got nothing",
     ),
-    "a provenance that is none": (
+    "provenance is a list": (
         lambda tensors, about: about.update(provenance=[]),
         "expected an object at provenance, got []",
     ),
-    "a model that is none": (
+    "model is a string": (
         lambda tensors, about: about["provenance"].update(model="ours"),
         'expected an object at provenance.model, got "ours"',
     ),
-    "layers in words": (of_model(num_layers="4"), 'at provenance.model.num_layers, got "4"'),
+    "num_layers is a string": (of_model(num_layers="4"), 'at provenance.model.num_layers, got "4"'),
     "no model": (
         lambda tensors, about: about["provenance"].pop("model"),
         "expected provenance.model, got nothing",
     ),
-    "a model without layers": (
+    "no num_layers": (
         lambda tensors, about: about["provenance"]["model"].pop("num_layers"),
         "expected provenance.model.num_layers, got nothing",
     ),
-    "a model without a size": (
+    "no hidden_size": (
         lambda tensors, about: about["provenance"]["model"].pop("hidden_size"),
         "expected provenance.model.hidden_size, got nothing",
     ),
-    "a size that is none": (
+    "hidden_size is null": (
         of_model(hidden_size=None),
         "at provenance.model.hidden_size, got null",
     ),
-    "a corpus that is none": (
+    "corpus is a list": (
         lambda tensors, about: about["provenance"].update(corpus=["embedded"]),
         'expected an object or null at provenance.corpus, got ["embedded"]',
     ),
-    "a corpus without tokens": (
+    "no corpus tokens": (
         lambda tensors, about: about["provenance"]["corpus"].pop("tokens"),
         "from 1 on at provenance.corpus.tokens, got nothing",
     ),
@@ -338,19 +345,19 @@ SPOILED: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_a_file_that_is_not_whole_is_refused_with_what_is_wrong(saved: Path, case: str) -> None:
-    change, words = SPOILED[case]
+def test_corrupt_file_error_names_problem(saved: Path, case: str) -> None:
+    change, expected = SPOILED[case]
     rewrite(saved, change)
     with pytest.raises(RecordError) as error:
         load_heads(saved, a_stack("llama"))
-    said = one_line(error)
-    assert said.startswith(f"{saved} is torn or edited (")
-    assert words in said
-    assert said.endswith("); make it anew with `cascade fit-heads`")
+    message = one_line(error)
+    assert message.startswith(f"{saved} is torn or edited (")
+    assert expected in message
+    assert message.endswith("); create it again with `cascade fit-heads`")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_heads_of_the_last_layer_alone_need_no_map(family: str, tmp_path: Path) -> None:
+def test_heads_of_last_layer_need_no_map(family: str, tmp_path: Path) -> None:
     heads = fit_heads(a_stack(family), random_blocks(), [LAYERS])
     heads.save(tmp_path / "heads.safetensors")
     assert load_heads(tmp_path / "heads.safetensors", a_stack(family)).layers == [LAYERS]
@@ -367,7 +374,7 @@ def named_stack(**changes: Any) -> DecoderStack:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "models"),
     [
         (
             {"name": "theirs", "weights_hash": "sha256:2"},
@@ -385,13 +392,13 @@ def named_stack(**changes: Any) -> DecoderStack:
         ),
     ],
 )
-def test_heads_of_another_model_are_refused_with_both_named(
-    changes: dict[str, Any], said: str, tmp_path: Path
+def test_heads_of_another_model_error_names_both_models(
+    changes: dict[str, Any], models: str, tmp_path: Path
 ) -> None:
     heads = fit_heads(named_stack(), random_blocks(), [2])
     heads.save(tmp_path / "heads.safetensors")
     other = named_stack(**changes)
-    expected = f"these exit heads belong to {said}; make them anew for this model"
+    expected = f"these exit heads belong to {models}; make them anew for this model"
     for use in (
         lambda: heads.check(other),
         lambda: load_heads(tmp_path / "heads.safetensors", other),
@@ -404,7 +411,7 @@ def test_heads_of_another_model_are_refused_with_both_named(
 
 
 def uses_of(heads: FittedHeads, stack: DecoderStack, saved: Path) -> list[Callable[[], object]]:
-    """Return every way in which heads can come to serve a model."""
+    """Return every call that uses heads together with a model."""
     return [
         lambda: heads.check(stack),
         lambda: heads.head(stack, 2),
@@ -418,7 +425,7 @@ def uses_of(heads: FittedHeads, stack: DecoderStack, saved: Path) -> list[Callab
     ]
 
 
-def test_heads_of_a_model_in_memory_serve_its_weights_and_no_others(tmp_path: Path) -> None:
+def test_heads_of_unnamed_model_require_equal_weights(tmp_path: Path) -> None:
     saved = tmp_path / "heads.safetensors"
     heads = fit_heads(DecoderStack(tiny_model("llama")), random_blocks(), [2])
     heads.save(saved)
@@ -439,7 +446,7 @@ def test_heads_of_a_model_in_memory_serve_its_weights_and_no_others(tmp_path: Pa
             )
 
 
-def test_what_else_is_known_of_an_origin_does_not_hide_the_weights() -> None:
+def test_given_provenance_is_not_modified_and_weights_hash_is_added() -> None:
     stack, blocks = a_stack("llama"), random_blocks()
     origin = provenance_of(stack, blocks, "by hand")
     before = copy.deepcopy(origin)
@@ -448,25 +455,25 @@ def test_what_else_is_known_of_an_origin_does_not_hide_the_weights() -> None:
     assert origin == before
 
 
-def test_heads_of_the_same_weights_in_another_dtype_are_refused() -> None:
+def test_heads_of_same_weights_in_other_dtype_are_rejected() -> None:
     stack = DecoderStack(tiny_model("llama").bfloat16())
     with pytest.raises(ModelError, match=r"llama \(dtype float32\), but .* \(dtype bfloat16\)"):
         some_heads("llama").check(stack)
 
 
-def test_heads_without_provenance_serve_no_model() -> None:
+def test_heads_without_provenance_are_rejected() -> None:
     heads = dataclasses.replace(some_heads("llama"), provenance=HeadsProvenance())
     with pytest.raises(ModelError, match="belong to an unknown model"):
         heads.check(a_stack("llama"))
 
 
 @pytest.mark.parametrize("layer", [3, 5, 0])
-def test_a_layer_that_was_not_fitted_is_refused_with_those_that_were(layer: int) -> None:
+def test_unfitted_layer_error_lists_fitted_layers(layer: int) -> None:
     heads, stack = fit_heads(a_stack("llama"), random_blocks(), [2, 4]), a_stack("llama")
     for use in (heads.head, heads.propagation):
         with pytest.raises(UsageError) as error:
             use(stack, layer)
         assert one_line(error) == (
-            f"these heads were fitted for the layers 2, 4, got layer {layer}; fit it with "
+            f"expected a layer that these heads were fitted for (2, 4), got {layer}; fit it with "
             "`cascade fit-heads --layers`"
         )

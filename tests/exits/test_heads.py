@@ -1,4 +1,4 @@
-"""Exit heads and propagation maps compute what the full model does."""
+"""Exit heads and propagation maps predict what the full model computes."""
 
 from __future__ import annotations
 
@@ -27,24 +27,27 @@ from cascade.exits.head_fitting import fit_heads
 from cascade.exits.heads import LogitLens
 from cascade.models.stack import DecoderStack
 
-#: Final norms that divide by the root mean square alone: an affine map of what a head sees.
+#: Families whose final norm only divides by the root mean square. It is then an affine map of the
+#: head's input.
 RMS_NORMED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "smollm3", "granite")
 
 
-#: Keys and values by projections of their own: maps predict them; elsewhere layer inputs.
+#: Families with separate key and value projections. Their maps predict keys and values; the maps of
+#: other families predict layer inputs.
 PROJECTED = (*RMS_NORMED, "cohere", "opt")
 
 
 OF_STATES = tuple(family for family in FAMILIES if family not in (*PROJECTED, "gpt_neo"))
 
 
-#: What an affine map that is there is found to: the least penalty is 1e-6 of the states' square.
+#: Relative error to which a fit recovers an existing affine map. The smallest penalty is 1e-6 of
+#: the states' mean square.
 FOUND = 2e-3
 
 
 @torch.no_grad()
 def with_idle_layers(family: str, above: int) -> DecoderStack:
-    """Return a stack whose layers above one add nothing to the stream; they still have keys."""
+    """Return a stack whose layers above `above` add nothing to the stream but still have keys."""
     model = tiny_model(family)
     stack = DecoderStack(model)
     last = ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc_out", "fc2")
@@ -69,7 +72,7 @@ def idle_upper_half(family: str) -> tuple[DecoderStack, FittedHeads]:
 
 
 @pytest.mark.parametrize("family", RMS_NORMED)
-def test_the_head_of_the_last_layer_is_the_models_own_norm(family: str) -> None:
+def test_head_of_last_layer_matches_final_norm(family: str) -> None:
     stack = a_stack(family)
     history, final, _ = truth(stack, TEXT)
     head = some_heads(family).head(stack, LAYERS)
@@ -82,7 +85,7 @@ def test_the_head_of_the_last_layer_is_the_models_own_norm(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", RMS_NORMED)
-def test_below_layers_that_do_nothing_the_head_is_the_full_model(family: str) -> None:
+def test_head_below_idle_layers_matches_full_model(family: str) -> None:
     stack, heads = idle_upper_half(family)
     history, final, _ = truth(stack, TEXT)
     assert relative(heads.head(stack, 2).normed(history[2]), final) < FOUND
@@ -90,7 +93,7 @@ def test_below_layers_that_do_nothing_the_head_is_the_full_model(family: str) ->
 
 
 @ALL_FAMILIES
-def test_a_head_beats_the_logit_lens_on_what_it_was_fitted_on(family: str) -> None:
+def test_head_beats_constant_prediction_on_fitted_text(family: str) -> None:
     stack, blocks = a_stack(family), random_blocks()
     history, final, _ = truth(stack, torch.from_numpy(blocks.ids).long())
     for layer in range(1, LAYERS):
@@ -101,26 +104,26 @@ def test_a_head_beats_the_logit_lens_on_what_it_was_fitted_on(family: str) -> No
 
 
 @ALL_FAMILIES
-def test_a_heads_logits_are_the_models_own_of_its_normed_state(family: str) -> None:
+def test_head_logits_are_lm_head_of_predicted_normed_state(family: str) -> None:
     stack, hidden = a_stack(family), torch.randn(9, WIDTH)
     head = some_heads(family).head(stack, 2)
     normed = hidden / hidden.square().mean(dim=-1, keepdim=True).sqrt() @ head.weight + head.bias
-    # 1e-5: the same sums in another order.
+    # 1e-5: the same sums in a different order.
     assert difference(head.normed(hidden), normed) < 1e-5 * normed.abs().max().item()
     expected = stack.decode_normed(head.normed(hidden)[:, None])[:, 0]
     assert difference(head.logits(hidden), expected) < 1e-4
 
 
 @ALL_FAMILIES
-def test_the_logit_lens_of_the_last_layer_is_the_full_model(family: str) -> None:
+def test_logit_lens_of_last_layer_matches_full_model(family: str) -> None:
     stack = a_stack(family)
     history = visited(stack, TEXT)
     logits = LogitLens(stack).logits(history[LAYERS][0])
-    # 1e-5: kernels may sum one row of a batch otherwise than the row alone.
+    # 1e-5: kernels may sum a row of a batch in a different order than a single row.
     assert difference(logits, own_logits(stack, TEXT)[0]) < 1e-5
 
 
-def test_heads_say_what_they_cost() -> None:
+def test_heads_report_their_multiplications() -> None:
     stack = a_stack("llama")
     assert LogitLens(stack).multiplications == 0
     assert some_heads("llama").head(stack, 2).multiplications == WIDTH * WIDTH
@@ -131,7 +134,7 @@ def test_heads_say_what_they_cost() -> None:
 
 
 def check_maps(stack: DecoderStack, heads: FittedHeads, layer: int, upper: range) -> None:
-    """Raise AssertionError unless a layer's map says what these upper layers are given."""
+    """Raise AssertionError unless a layer's map predicts the inputs of these upper layers."""
     history, _, raw = truth(stack, TEXT)
     found = heads.propagation(stack, layer)
     assert found is not None
@@ -142,26 +145,27 @@ def check_maps(stack: DecoderStack, heads: FittedHeads, layer: int, upper: range
         given = [history[number - 1]] if heads.of_states else raw[number - 1]
         expected = torch.cat(given, dim=-1)
         error = relative(predicted[:, number - layer - 1], expected)
-        assert error < FOUND, f"layer {number}'s part is not what layer {number} is given"
+        assert error < FOUND, f"the prediction for layer {number} is wrong"
 
 
 @pytest.mark.parametrize("family", [*RMS_NORMED, *OF_STATES])
-def test_the_next_layer_is_given_just_what_it_would_make_itself(family: str) -> None:
+def test_map_predicts_next_layer_exactly(family: str) -> None:
     stack, heads = a_stack(family), some_heads(family)
     check_maps(stack, heads, LAYERS - 1, range(LAYERS, LAYERS + 1))
     check_maps(stack, heads, 1, range(2, 3))
-    with pytest.raises(AssertionError, match="layer 4's part"):  # three layers on, it must err
+    # The map is affine, so it cannot predict across three layers.
+    with pytest.raises(AssertionError, match="prediction for layer 4"):
         check_maps(stack, heads, 1, range(4, 5))
 
 
 @pytest.mark.parametrize("family", [*RMS_NORMED, *OF_STATES])
-def test_every_upper_layer_has_its_own_part_of_the_map(family: str) -> None:
+def test_map_predicts_every_upper_layer_below_idle_layers(family: str) -> None:
     stack, heads = idle_upper_half(family)
     check_maps(stack, heads, 2, range(3, 5))
 
 
 def swapped(heads: FittedHeads, order: Callable[[Tensor], Tensor]) -> FittedHeads:
-    """Return heads whose maps' outputs are in another order."""
+    """Return heads whose maps have their outputs in a different order."""
     maps = {
         layer: (
             order(weight.unflatten(-1, (-1, heads.width))).flatten(-2),
@@ -175,19 +179,21 @@ def swapped(heads: FittedHeads, order: Callable[[Tensor], Tensor]) -> FittedHead
 @pytest.mark.parametrize(
     ("wrong", "layers"),
     [
-        (lambda parts: parts.flip(-2), "3"),  # the highest layer first
-        (lambda parts: parts.roll(1, dims=-2), "3"),
-        (lambda parts: parts.roll(parts.shape[-1] // 2, dims=-1), "3"),  # values before keys
+        (lambda outputs: outputs.flip(-2), "3"),  # the highest layer first
+        (lambda outputs: outputs.roll(1, dims=-2), "3"),
+        (lambda outputs: outputs.roll(outputs.shape[-1] // 2, dims=-1), "3"),  # values before keys
     ],
 )
-def test_parts_in_another_order_are_caught(wrong: Callable[[Tensor], Tensor], layers: str) -> None:
+def test_check_maps_detects_reordered_outputs(
+    wrong: Callable[[Tensor], Tensor], layers: str
+) -> None:
     stack, heads = idle_upper_half("llama")
-    with pytest.raises(AssertionError, match=f"layer {layers}'s part"):
+    with pytest.raises(AssertionError, match=f"prediction for layer {layers}"):
         check_maps(stack, swapped(heads, wrong), 2, range(3, 5))
 
 
 @ALL_FAMILIES
-def test_maps_predict_keys_and_values_where_they_are_projected_and_inputs_elsewhere(
+def test_maps_predict_keys_and_values_or_layer_inputs_by_family(
     family: str,
 ) -> None:
     stack, heads = a_stack(family), some_heads(family)

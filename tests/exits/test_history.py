@@ -1,4 +1,4 @@
-"""An exit layer compares its own input and output."""
+"""The hidden history: an exit layer compares its own input and output."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from cascade.exits.history import HiddenHistory, exit_entries
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import similarities
 
-FAMILIES_OF_TWO_KINDS = pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+THREE_FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 
 
 # --- Which entries an exit layer compares -----------------------------------------------------
 
 
-#: Gives an exit layer's two entries: `(layer, num_layers, from_end=...)`.
+#: Returns the two entries of an exit layer: `(layer, num_layers, from_end=...)`.
 Indexing = Callable[..., tuple[int, int]]
 
 
@@ -56,35 +56,35 @@ def exit_layers(draw: st.DrawFn) -> tuple[int, int]:
 def check_indexing(entries_of: Indexing, num_layers: int, layer: int) -> None:
     """Raise AssertionError unless an exit layer compares its own input and output."""
     assert entries_of(layer, num_layers) == (layer - 1, layer), "not the layer's own entries"
-    history = list(range(num_layers + 1))  # an entry's number in its place
+    history = list(range(num_layers + 1))  # each entry is its own number
     from_end = entries_of(layer, num_layers, from_end=True)
     assert all(-len(history) <= entry < 0 for entry in from_end), "not counted from the end"
-    assert [history[entry] for entry in from_end] == [layer - 1, layer], "another layer's entries"
+    assert [history[entry] for entry in from_end] == [layer - 1, layer], "wrong layer's entries"
 
 
 @given(exit_layers())
 @example((30, 29))
 @example((1, 1))
-def test_every_layer_of_every_stack_compares_its_own_input_and_output(
+def test_every_layer_compares_its_own_input_and_output(
     stack_and_layer: tuple[int, int],
 ) -> None:
     check_indexing(exit_entries, *stack_and_layer)
 
 
-def test_layer_29_of_30_is_the_third_and_second_last_entry() -> None:
+def test_layer_29_of_30_compares_third_and_second_to_last_entry() -> None:
     assert exit_entries(29, 30) == (28, 29)
     assert exit_entries(29, 30, from_end=True) == (-3, -2)
     assert exit_entries(30, 30, from_end=True) == (-2, -1)
 
 
 def seed_indexing(layer: int, num_layers: int, *, from_end: bool = False) -> tuple[int, int]:
-    """Index as the study did: the last two entries, whatever the exit layer is called."""
+    """Index as the seed study did: the last two entries, regardless of the layer."""
     return (-2, -1) if from_end else (num_layers - 1, num_layers)
 
 
 @given(exit_layers().filter(lambda drawn: drawn[1] < drawn[0]))
 @example((30, 29))
-def test_the_studys_last_two_entries_are_caught_at_every_layer_but_the_last(
+def test_check_indexing_detects_last_two_entries_of_seed_study(
     stack_and_layer: tuple[int, int],
 ) -> None:
     with pytest.raises(AssertionError, match="not the layer's own entries"):
@@ -92,7 +92,7 @@ def test_the_studys_last_two_entries_are_caught_at_every_layer_but_the_last(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (lambda layer, n, from_end=False: (layer, layer + 1), "not the layer's own entries"),
         (lambda layer, n, from_end=False: (layer - 1, layer), "not counted from the end"),
@@ -100,14 +100,14 @@ def test_the_studys_last_two_entries_are_caught_at_every_layer_but_the_last(
             lambda layer, n, from_end=False: (
                 (layer - 1 - n, layer - n) if from_end else (layer - 1, layer)
             ),
-            "not counted from the end|another layer's entries",
+            "not counted from the end|wrong layer's entries",
         ),
     ],
     ids=["one_up", "never_from_the_end", "end_off_by_one"],
 )
-def test_other_ways_to_be_off_by_one_are_caught(wrong: Indexing, said: str) -> None:
+def test_check_indexing_detects_other_off_by_one_errors(wrong: Indexing, message: str) -> None:
     for layer in (1, 28, 29):
-        with pytest.raises(AssertionError, match=said):
+        with pytest.raises(AssertionError, match=message):
             check_indexing(wrong, 30, layer)
 
 
@@ -115,7 +115,7 @@ NO_LAYERS: list[Any] = [0, -1, True, False, "29", 2.5, 29.0, None, 10**9, np.Tru
 
 
 @given(depths, st.one_of(st.integers(max_value=0), st.integers(1, 10**6)))
-def test_a_layer_outside_the_stack_is_refused_with_the_range(num_layers: int, beyond: int) -> None:
+def test_layer_out_of_range_error_names_range(num_layers: int, beyond: int) -> None:
     layer = beyond if beyond <= 0 else num_layers + beyond
     for from_end in (False, True):
         with pytest.raises(UsageError) as error:
@@ -124,13 +124,13 @@ def test_a_layer_outside_the_stack_is_refused_with_the_range(num_layers: int, be
 
 
 @pytest.mark.parametrize("layer", [*NO_LAYERS, 31])
-def test_what_is_no_layer_is_refused_with_the_range(layer: Any) -> None:
+def test_invalid_layer_error_names_range(layer: Any) -> None:
     with pytest.raises(UsageError) as error:
         exit_entries(layer, 30)
     assert one_line(error) == f"expected an exit layer in 1..30, got {layer!r}"
 
 
-def test_a_whole_number_of_numpy_is_a_layer() -> None:
+def test_layer_may_be_numpy_integer() -> None:
     entries = exit_entries(np.int64(29), 30)  # type: ignore[arg-type]
     assert entries == (28, 29)
     assert {type(entry) for entry in entries} == {int}
@@ -139,14 +139,14 @@ def test_a_whole_number_of_numpy_is_a_layer() -> None:
 # --- The history of a real model --------------------------------------------------------------
 
 
-#: Reads the two states that an exit layer compares from what `output_hidden_states` gives.
+#: Returns the two states that an exit layer compares, from the result of `output_hidden_states`.
 PairReader = Callable[[Sequence[Tensor], int], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
 def hooked_run(stack: DecoderStack, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Any]:
-    """Run the model; return every layer's input and output by hooks of our own, and its result."""
-    stack = copy.deepcopy(stack)  # `output_hidden_states` leaves hooks of its own behind
+    """Run the model; return every layer's input and output, read by hooks, and its result."""
+    stack = copy.deepcopy(stack)  # `output_hidden_states` does not remove its own hooks
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
@@ -161,7 +161,7 @@ def hooked_run(stack: DecoderStack, ids: Tensor) -> tuple[list[Tensor], list[Ten
     return inputs, outputs, result
 
 
-def test_reading_a_models_history_leaves_the_stack_that_tests_share_as_it_was() -> None:
+def test_hooked_run_does_not_change_shared_stack() -> None:
     before = state_of(a_stack("llama"))
     _, _, own = hooked_run(a_stack("llama"), random_ids())
     assert len(own.hidden_states) == LAYERS + 1
@@ -169,48 +169,48 @@ def test_reading_a_models_history_leaves_the_stack_that_tests_share_as_it_was() 
 
 
 def check_pairs(read: PairReader, stack: DecoderStack, layers: Sequence[int]) -> None:
-    """Raise AssertionError unless exit layers' states are their own input and output."""
+    """Raise AssertionError unless the states of exit layers are their own input and output."""
     inputs, outputs, own = hooked_run(stack, random_ids())
     for layer in layers:
         before, after = read(own.hidden_states, layer)
-        assert difference(before, inputs[layer - 1]) == 0.0, f"not what enters layer {layer}"
-        assert difference(after, outputs[layer - 1]) == 0.0, f"not what leaves layer {layer}"
+        assert difference(before, inputs[layer - 1]) == 0.0, f"not the input of layer {layer}"
+        assert difference(after, outputs[layer - 1]) == 0.0, f"not the output of layer {layer}"
 
 
-def our_pair(hidden_states: Sequence[Tensor], layer: int) -> tuple[Tensor, Tensor]:
+def pair_from_transformers(hidden_states: Sequence[Tensor], layer: int) -> tuple[Tensor, Tensor]:
     return HiddenHistory.from_transformers(hidden_states).pair(layer)
 
 
 def seed_pair(hidden_history: Sequence[Tensor], _: int) -> tuple[Tensor, Tensor]:
-    """Read as the study did, at what it called layer N-1: the bug this project keeps out."""
+    """Read as the seed study did at what it called layer N-1, which is off by one."""
     h_in = hidden_history[-2]
     h_out = hidden_history[-1]
     return h_in, h_out
 
 
-@FAMILIES_OF_TWO_KINDS
-def test_the_history_of_transformers_gives_every_layer_its_own_states(family: str) -> None:
-    check_pairs(our_pair, a_stack(family), range(1, LAYERS))
+@THREE_FAMILIES
+def test_history_from_transformers_gives_every_layer_its_own_states(family: str) -> None:
+    check_pairs(pair_from_transformers, a_stack(family), range(1, LAYERS))
 
 
 @pytest.mark.parametrize("layer", range(1, LAYERS + 1))
-@FAMILIES_OF_TWO_KINDS
-def test_the_studys_code_path_is_caught(family: str, layer: int) -> None:
-    # At the last layer the first of its states is right; the second is behind the final norm.
-    said = f"not what {'leaves' if layer == LAYERS else 'enters'} layer {layer}"
-    with pytest.raises(AssertionError, match=said):
+@THREE_FAMILIES
+def test_check_pairs_detects_off_by_one_of_seed_study(family: str, layer: int) -> None:
+    # At the last layer only the second state is wrong: it is after the final norm.
+    message = f"not the {'output' if layer == LAYERS else 'input'} of layer {layer}"
+    with pytest.raises(AssertionError, match=message):
         check_pairs(seed_pair, a_stack(family), [layer])
 
 
-def test_the_same_indices_on_the_residual_stream_are_caught_too() -> None:
+def test_check_pairs_detects_off_by_one_on_residual_stream() -> None:
     stack = a_stack("llama")
     entries = visited(stack, random_ids())
-    with pytest.raises(AssertionError, match="not what enters layer 3"):
+    with pytest.raises(AssertionError, match="not the input of layer 3"):
         check_pairs(lambda _, layer: seed_pair(entries, layer), stack, [LAYERS - 1])
 
 
-@FAMILIES_OF_TWO_KINDS
-def test_the_last_layer_of_transformers_is_to_be_had_by_its_name_only(family: str) -> None:
+@THREE_FAMILIES
+def test_last_layer_of_transformers_history_requires_name(family: str) -> None:
     stack, ids = a_stack(family), random_ids()
     own = hooked_run(stack, ids)[2]
     history = HiddenHistory.from_transformers(own.hidden_states)
@@ -218,7 +218,7 @@ def test_the_last_layer_of_transformers_is_to_be_had_by_its_name_only(family: st
         history.pair(LAYERS)
     assert one_line(error) == (
         "the states of layer 4 are not in this history (it has entries [0, 1, 2, 3] and the normed "
-        "state); hidden_states of transformers end behind the final norm, use 4+norm"
+        "state); hidden_states of transformers end after the final norm, use 4+norm"
     )
     before, after = history.pair("4+norm")
     assert difference(before, visited(stack, ids)[LAYERS - 1]) == 0.0
@@ -226,13 +226,13 @@ def test_the_last_layer_of_transformers_is_to_be_had_by_its_name_only(family: st
 
 
 def full_history(num_layers: int) -> HiddenHistory:
-    """Return a history whose states hold their entry's number, the normed one -1."""
+    """Return a history in which each state is the number of its entry; the normed state is -1."""
     entries = {entry: torch.tensor([float(entry)]) for entry in range(num_layers + 1)}
     return HiddenHistory(num_layers, entries, torch.tensor([-1.0]))
 
 
 @given(depths)
-def test_a_normed_state_is_compared_only_where_it_is_asked_for_by_name(num_layers: int) -> None:
+def test_normed_state_is_compared_only_by_name(num_layers: int) -> None:
     history = full_history(num_layers)
     for layer in range(1, num_layers + 1):
         assert [int(state) for state in history.pair(layer)] == [layer - 1, layer]
@@ -241,15 +241,15 @@ def test_a_normed_state_is_compared_only_where_it_is_asked_for_by_name(num_layer
 
 
 @pytest.mark.parametrize("layer", [*NO_LAYERS, 31, "29+norm", "30+Norm", "+norm", "30 +norm", ""])
-def test_what_is_no_layer_of_a_history_is_refused_with_the_range(layer: Any) -> None:
+def test_invalid_layer_of_history_error_names_range(layer: Any) -> None:
     with pytest.raises(UsageError) as error:
         full_history(30).pair(layer)
-    said = one_line(error)
-    assert re.match(r"^expected an exit layer in 1\.\.30( or 30\+norm)?, got ", said)
-    assert said.endswith(f"got {layer!r}")
+    message = one_line(error)
+    assert re.match(r"^expected an exit layer in 1\.\.30( or 30\+norm)?, got ", message)
+    assert message.endswith(f"got {layer!r}")
 
 
-def test_states_that_were_not_kept_are_refused_with_those_that_were() -> None:
+def test_missing_states_error_lists_entries() -> None:
     history = HiddenHistory(30, {29: torch.ones(1), 28: torch.ones(1)})
     assert len(history.pair(29)) == 2
     for layer in (28, 30, "30+norm"):
@@ -260,21 +260,22 @@ def test_states_that_were_not_kept_are_refused_with_those_that_were() -> None:
         )
 
 
-# --- What is computed from them ---------------------------------------------------------------
+# --- Similarities -----------------------------------------------------------------------------
 
 
-#: Gives every token's similarity at a layer, `[B, T]`.
+#: Returns every token's similarity at a layer, `[B, T]`.
 Similarity = Callable[[DecoderStack, Tensor, int], Tensor]
 
 
 def check_similarity(similarity: Similarity, stack: DecoderStack, layers: Sequence[int]) -> None:
-    """Raise AssertionError unless it is the cosine of what enters and what leaves the layer."""
+    """Raise AssertionError unless it is the cosine of the layer's input and output."""
     ids = random_ids(2, 12, seed=4)
     inputs, outputs, _ = hooked_run(stack, ids)
     for layer in layers:
         expected = torch.cosine_similarity(inputs[layer - 1], outputs[layer - 1], dim=-1)
-        # 1e-6: the norms of 32 fp32 numbers, divided before or after the product.
-        assert difference(similarity(stack, ids, layer), expected) <= 1e-6, f"not of layer {layer}"
+        # 1e-6: fp32 norms of 32 numbers, applied before or after the product.
+        got = similarity(stack, ids, layer)
+        assert difference(got, expected) <= 1e-6, f"not the similarity of layer {layer}"
 
 
 def similarity_of_history(stack: DecoderStack, ids: Tensor, layer: int) -> Tensor:
@@ -301,41 +302,39 @@ def similarity_of_the_study(stack: DecoderStack, ids: Tensor, layer: int) -> Ten
 @pytest.mark.parametrize(
     "similarity", [similarity_of_history, similarity_of_the_rule, similarity_of_the_profile]
 )
-@FAMILIES_OF_TWO_KINDS
-def test_history_rule_and_profile_agree_on_what_a_layers_similarity_is(
-    family: str, similarity: Similarity
-) -> None:
+@THREE_FAMILIES
+def test_history_rule_and_profile_agree_on_similarity(family: str, similarity: Similarity) -> None:
     check_similarity(similarity, a_stack(family), range(1, LAYERS + 1))
 
 
 @pytest.mark.parametrize("layer", range(1, LAYERS + 1))
-@FAMILIES_OF_TWO_KINDS
-def test_the_studys_similarity_is_that_of_no_layer(family: str, layer: int) -> None:
-    with pytest.raises(AssertionError, match=f"not of layer {layer}"):
+@THREE_FAMILIES
+def test_similarity_of_seed_study_matches_no_layer(family: str, layer: int) -> None:
+    with pytest.raises(AssertionError, match=f"not the similarity of layer {layer}"):
         check_similarity(similarity_of_the_study, a_stack(family), [layer])
 
 
-def test_the_studys_indices_put_into_our_own_code_are_caught(
+def test_indices_of_seed_study_in_package_are_detected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(history, "exit_entries", seed_indexing)
-    with pytest.raises(AssertionError, match="not what enters layer 2"):
+    with pytest.raises(AssertionError, match="not the input of layer 2"):
         check_pairs(
             lambda h, n: HiddenHistory(LAYERS, dict(enumerate(h))).pair(n), a_stack("llama"), [2]
         )
-    with pytest.raises(AssertionError, match="not of layer 3"):
+    with pytest.raises(AssertionError, match="not the similarity of layer 3"):
         check_similarity(similarity_of_history, a_stack("llama"), [3])
-    # A running exit has not even computed the entries that the study's indices ask for.
+    # An early exit does not compute the entries that the study's indices select.
     with pytest.raises(UsageError, match="states of layer 3 are not in this history"):
         check_similarity(similarity_of_the_rule, a_stack("llama"), [3])
 
 
-# --- Thresholds -------------------------------------------------------------------------------
+# --- EarlyExit --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", [*NO_LAYERS, LAYERS + 1])
-def test_early_exit_refuses_what_is_no_layer(layer: Any) -> None:
-    if layer is None:  # no exit at all
+def test_early_exit_rejects_invalid_layer(layer: Any) -> None:
+    if layer is None:  # valid: no exit
         return
     with pytest.raises(UsageError) as error:
         EarlyExit(a_stack("llama"), layer=layer, threshold=0.9)

@@ -1,4 +1,4 @@
-"""Only the hidden history works out which entries to compare."""
+"""Only `HiddenHistory` computes which entries of a hidden history are compared."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ _HISTORY = re.compile(r"histor|hidden_states|^entries$", re.IGNORECASE)
 _LOOKUPS = {"get", "pop", "__getitem__"}
 
 
-#: What counts a history's entries off, so that neighbours meet, or makes a list of them to index.
+#: Functions that pair neighbouring entries of a history, or make a list of them for indexing.
 _COUNTING = {"pairwise", "zip", "list", "tuple"}
 
 
-#: What gives a history's entries again, in their order.
-_AGAIN = {"list", "tuple", "reversed", "stack", "cat"}
+#: Functions whose result has the entries of a history in their order.
+_SAME_ENTRIES = {"list", "tuple", "reversed", "stack", "cat"}
 
 
 class _Indexing(ast.NodeVisitor):
-    """Finds the places where a history is indexed by anything but an entry's own number.
+    """Finds code that indexes a history by anything but the number of an entry.
 
-    A bare name is an entry's own number, unless it was made by arithmetic in the same function.
-    What a history was assigned to is one, too. Storing an entry and dropping one are no lookups.
+    A plain name counts as the number of an entry, unless the same function computes it by
+    arithmetic. Names to which a history is assigned are histories too. Storing or deleting an
+    entry is not a lookup.
     """
 
     def __init__(self) -> None:
@@ -40,9 +41,9 @@ class _Indexing(ast.NodeVisitor):
 
     def visit_Module(self, node: ast.Module) -> None:
         scopes = (ast.FunctionDef, ast.ClassDef)
-        outside = [part for part in node.body if not isinstance(part, scopes)]
+        outside = [statement for statement in node.body if not isinstance(statement, scopes)]
         self._add_aliases(outside, ast.Name)
-        self._add_aliases([node], ast.Attribute)  # what one method keeps, another indexes
+        self._add_aliases([node], ast.Attribute)  # one method may assign it, another index it
         self.generic_visit(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
@@ -53,7 +54,7 @@ class _Indexing(ast.NodeVisitor):
         before = self._computed, self._aliases
         self._computed = self._computed | _computed_names(node)
         self._aliases = self._aliases - {
-            part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)
+            child.arg for child in ast.walk(node.args) if isinstance(child, ast.arg)
         }
         self._add_aliases([node], ast.Name)
         self.generic_visit(node)
@@ -102,12 +103,12 @@ class _Indexing(ast.NodeVisitor):
         name = _called(node)
         if name in {"values", "items"} and isinstance(node.func, ast.Attribute):
             return self._is_history(node.func.value)
-        if name in _AGAIN:
+        if name in _SAME_ENTRIES:
             return any(map(self._is_history, node.args))
         return bool(_HISTORY.search(name)) and not name[:1].isupper()  # a call, not the class
 
     def _add_aliases(self, scopes: Sequence[ast.AST], kind: type[ast.expr]) -> None:
-        """Add the names or attributes to which something in the scopes assigns a history."""
+        """Add the names or attributes to which a statement in the scopes assigns a history."""
         assigned = [
             (target, node.value)
             for scope in scopes
@@ -116,7 +117,7 @@ class _Indexing(ast.NodeVisitor):
             for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
             if isinstance(target, kind) and node.value is not None
         ]
-        for _ in assigned:  # an alias of an alias may be assigned above it
+        for _ in assigned:  # an alias of an alias may be assigned before the alias itself
             self._aliases = self._aliases | {
                 _name(target) for target, value in assigned if self._is_history(value)
             }
@@ -131,7 +132,7 @@ def _called(node: ast.Call) -> str:
 
 
 def _computed_names(function: ast.AST) -> set[str]:
-    """Return the names to which a function assigns a number that it wrote or worked out."""
+    """Return the names to which a function assigns a computed number."""
     found = set()
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
@@ -140,9 +141,9 @@ def _computed_names(function: ast.AST) -> set[str]:
             targets, value = [node.target], node.iter
         else:
             continue
-        if any(isinstance(part, ast.BinOp | ast.UnaryOp) for part in ast.walk(value)):
-            names = [part for target in targets for part in ast.walk(target)]
-            found |= {part.id for part in names if isinstance(part, ast.Name)}
+        if any(isinstance(child, ast.BinOp | ast.UnaryOp) for child in ast.walk(value)):
+            names = [child for target in targets for child in ast.walk(target)]
+            found |= {child.id for child in names if isinstance(child, ast.Name)}
     return found
 
 
@@ -156,11 +157,11 @@ SOURCES = sorted(Path(cascade.__file__).parent.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_nothing_but_the_hidden_history_works_out_which_entries_to_compare(path: Path) -> None:
+def test_only_hidden_history_computes_entries(path: Path) -> None:
     assert indexing_of_histories(path.read_text(encoding="utf-8")) == []
 
 
-def test_the_hidden_history_itself_would_be_found() -> None:
+def test_indexing_in_hidden_history_itself_is_detected() -> None:
     source = Path(history.__file__).read_text(encoding="utf-8")
     found = indexing_of_histories(source.replace("class HiddenHistory", "class Renamed"))
     assert "hidden_states[:-1]" in found
@@ -195,7 +196,7 @@ def test_the_hidden_history_itself_would_be_found() -> None:
         "def g(self):\n    return self.kept[-2]",
     ],
 )
-def test_indices_worked_out_elsewhere_are_found(source: str) -> None:
+def test_computed_indices_are_detected(source: str) -> None:
     assert len(indexing_of_histories(source)) == 1
 
 
@@ -217,5 +218,5 @@ def test_indices_worked_out_elsewhere_are_found(source: str) -> None:
         "zip(layers, layers[1:])",
     ],
 )
-def test_storing_dropping_and_an_entrys_own_number_are_let_through(source: str) -> None:
+def test_storing_deleting_and_plain_entry_numbers_are_allowed(source: str) -> None:
     assert indexing_of_histories(source) == []

@@ -1,4 +1,4 @@
-"""Exit rules give the confidences that they promise."""
+"""Exit rules: their confidences, ranges and declared needs."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ EVERY_RULE = pytest.mark.parametrize("name", RULES)
 def a_full_point(
     states: Tensor, logits: Tensor, rows: slice = slice(None), *, seed: int = 0
 ) -> ExitPoint:
-    """Return a point at layer 2 that gives every rule what it needs.
+    """Return a point at layer 2 that has everything that any rule needs.
 
     Args:
         states: `[3, n, D]`, entries 0 to 2.
         logits: `[n, V]`.
-        rows: Which of the tokens.
-        seed: For rules that draw.
+        rows: The tokens to keep.
+        seed: Seed for rules that draw random numbers.
     """
     numbers = torch.arange(logits.shape[0])
     return a_point(
@@ -61,7 +61,7 @@ def a_full_point(
 LARGE = torch.finfo(torch.float32).max
 
 
-#: Logits as a head may give them: ordinary, tied, huge, and ruled out.
+#: Logits that a head may give: ordinary, tied, huge and -inf.
 some_logits = arrays(
     np.float32,
     st.tuples(st.integers(1, 4), st.integers(2, 9)),
@@ -72,7 +72,7 @@ some_logits = arrays(
 ).filter(lambda logits: bool((logits.max(axis=1) > -math.inf).all()))
 
 
-#: States of any size whose squares fp32 can hold.
+#: States of any size whose squares are finite in fp32.
 some_states = arrays(
     np.float32,
     st.tuples(st.just(3), st.just(4), st.integers(1, 5)),
@@ -90,7 +90,7 @@ some_states = arrays(
     np.where(np.eye(4, dtype=bool), 0, -math.inf).astype(np.float32),
     -1,
 )
-def test_every_rule_keeps_its_range(
+def test_confidences_are_within_declared_range(
     states: np.ndarray[Any, Any], logits: np.ndarray[Any, Any], seed: int
 ) -> None:
     count = len(logits)
@@ -107,17 +107,17 @@ def random_point(rows: slice = slice(None)) -> ExitPoint:
 
 
 @EVERY_RULE
-def test_a_tokens_confidence_does_not_depend_on_the_other_tokens(name: str) -> None:
+def test_confidence_does_not_depend_on_other_tokens(name: str) -> None:
     together = confidence(name, random_point())
     alone = torch.cat([confidence(name, random_point(slice(i, i + 1))) for i in range(40)])
-    # 1e-6: sums over a row may be taken in another order when it stands alone.
+    # 1e-6: kernels may sum a single row in a different order.
     assert difference(alone, together) <= 1e-6
     if name != "fixed":
         assert len(together.unique()) > 1
 
 
 @EVERY_RULE
-def test_a_rule_says_truly_what_it_looks_at(name: str) -> None:
+def test_rule_needs_exactly_what_it_declares(name: str) -> None:
     rule, whole = RULES[name], random_point()
     expected = rule.confidence(whole)
     seen: dict[str, Any] = {
@@ -144,18 +144,19 @@ def test_a_rule_says_truly_what_it_looks_at(name: str) -> None:
             rule.confidence(a_point(layer=2, history=fewer, count=40))
 
 
-def test_only_the_oracle_needs_the_full_models_answer() -> None:
+def test_only_oracle_needs_full_prediction() -> None:
     assert [name for name, rule in RULES.items() if rule.needs_full] == ["oracle"]
     at = random_point()
     at.full_prediction = None
     with pytest.raises(UsageError) as error:
         confidence("oracle", at)
     assert one_line(error) == (
-        "the oracle needs the full model's answer: it can score, not generate"
+        "the rule oracle needs the full model's prediction, so it can score but not generate; use "
+        "another rule"
     )
 
 
-def test_logits_are_made_once_however_often_they_are_looked_at() -> None:
+def test_logits_are_computed_once() -> None:
     called: list[int] = []
     at = random_point()
     compute = at.compute_logits
@@ -167,7 +168,7 @@ def test_logits_are_made_once_however_often_they_are_looked_at() -> None:
 
 @pytest.mark.parametrize("name", ["top2_gap", "max_probability", "entropy"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_stay_visible(name: str, bad: float) -> None:
+def test_non_finite_logits_give_nan_confidence(name: str, bad: float) -> None:
     logits = torch.zeros(3, 5)
     logits[1, 2] = bad
     assert confidence(name, a_point(logits)).isnan().tolist() == [False, True, False]
@@ -175,14 +176,14 @@ def test_logits_that_are_not_finite_stay_visible(name: str, bad: float) -> None:
 
 @pytest.mark.parametrize("name", ["cosine", "mean_cosine"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_states_that_are_not_finite_stay_visible(name: str, bad: float) -> None:
+def test_non_finite_states_give_nan_confidence(name: str, bad: float) -> None:
     states = torch.ones(3, 4, 2)
     states[1, 2, 0] = bad
     at = a_full_point(states, torch.zeros(4, 5))
     assert confidence(name, at).isnan().tolist() == [False, False, True, False]
 
 
-# Entries 0..3 of two tokens; their cosines from entry to entry are 0, 0.96, 0.6 and 1, -1, 0.
+# Entries 0..3 of two tokens. The cosines of consecutive entries are 0, 0.96, 0.6 and 1, -1, 0.
 STATES = {
     0: torch.tensor([[0.0, 0.0], [1.0, 1.0]]),
     1: torch.tensor([[3.0, 4.0], [2.0, 2.0]]),
@@ -191,7 +192,7 @@ STATES = {
 }
 
 
-def test_cosines_by_hand() -> None:
+def test_cosine_rules_match_values_computed_by_hand() -> None:
     history = HiddenHistory(3, STATES)
     by_layer = {1: [0.0, 1.0], 2: [0.96, -1.0], 3: [0.6, 0.0]}
     for layer, expected in by_layer.items():
@@ -202,7 +203,7 @@ def test_cosines_by_hand() -> None:
         assert confidence("mean_cosine", at).tolist() == pytest.approx(mean, abs=1e-6)
 
 
-def test_half_precision_states_are_compared_in_fp32() -> None:
+def test_half_precision_states_are_compared_in_float32() -> None:
     generator = torch.Generator().manual_seed(1)
     states = torch.randn((64, 256), generator=generator).half()
     history = HiddenHistory(1, {0: states, 1: states})
@@ -211,7 +212,7 @@ def test_half_precision_states_are_compared_in_fp32() -> None:
     assert values.tolist() == pytest.approx([1.0] * 64, abs=1e-6)
 
 
-def test_confidences_of_a_distribution_by_hand() -> None:
+def test_distribution_rules_match_values_computed_by_hand() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log() + 3.0
     at = a_point(logits)
     # 1e-6: fp32 logarithms and exponentials.
@@ -221,11 +222,11 @@ def test_confidences_of_a_distribution_by_hand() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 97, 49_152])
-def test_a_uniform_distribution_is_the_least_sure_and_a_single_token_the_surest(size: int) -> None:
+def test_uniform_and_one_hot_distributions_have_extreme_confidences(size: int) -> None:
     one_hot = torch.full((1, size), -math.inf)
     one_hot[0, 1] = 5.0
     uniform = torch.full((1, size), 5.0)
-    # 1e-5: the sum of 49,152 fp32 terms.
+    # 1e-5: a sum of 49,152 fp32 terms.
     assert confidence("entropy", a_point(uniform)).item() == pytest.approx(0.0, abs=1e-5)
     assert confidence("max_probability", a_point(uniform)).item() == pytest.approx(1 / size)
     assert confidence("top2_gap", a_point(uniform)).item() == 0.0
@@ -233,14 +234,14 @@ def test_a_uniform_distribution_is_the_least_sure_and_a_single_token_the_surest(
         assert confidence(name, a_point(one_hot)).item() == 1.0
 
 
-def test_two_tokens_that_share_all_have_no_gap() -> None:
+def test_two_equal_largest_probabilities_have_no_gap() -> None:
     logits = torch.tensor([[LARGE, LARGE, -LARGE], [0.0, 0.0, -math.inf]])
     assert confidence("top2_gap", a_point(logits)).tolist() == [0.0, 0.0]
     halves = confidence("max_probability", a_point(logits))
     assert halves.tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
 
 
-def test_patience_counts_the_unbroken_agreement_before_this_layer() -> None:
+def test_patience_counts_consecutive_agreeing_layers() -> None:
     logits = torch.zeros(4, 9)
     logits[:, 5] = 1.0
     earlier = [torch.tensor(row) for row in ([5, 5, 1, 5], [5, 1, 5, 5], [5, 5, 5, 1])]
@@ -249,11 +250,11 @@ def test_patience_counts_the_unbroken_agreement_before_this_layer() -> None:
         assert confidence("patience", at).tolist() == expected
 
 
-def test_a_fixed_layer_is_as_sure_of_every_token() -> None:
+def test_fixed_confidence_is_one() -> None:
     assert confidence("fixed", a_point(count=3)).tolist() == [1.0] * 3
 
 
-def test_the_oracle_knows() -> None:
+def test_oracle_confidence_is_agreement_with_full_prediction() -> None:
     at = a_point(torch.eye(4), full_prediction=torch.tensor([0, 3, 2, 1]))
     assert confidence("oracle", at).tolist() == [1.0, 0.0, 1.0, 0.0]
 
@@ -275,7 +276,8 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("situation", ["one_token_everywhere", "every_token_at_one_position"])
 def test_random_confidences_are_uniform(situation: str) -> None:
     values = drawn(**SITUATIONS[situation])
-    # Nothing here is random: four standard errors of a fair draw, and one case in 10,000.
+    # The values are deterministic. The limits are four standard errors of a uniform sample, and
+    # the 0.9999 quantile for the histogram.
     assert abs(values.mean() - 0.5) < 4 * math.sqrt(1 / 12 / DRAWS)
     assert abs(values.var() - 1 / 12) < 4 * math.sqrt((1 / 80 - 1 / 144) / DRAWS)
     counts = np.histogram(values, bins=256, range=(0, 1))[0]
@@ -286,7 +288,7 @@ def test_random_confidences_are_uniform(situation: str) -> None:
     assert abs(neighbours) < 4 / math.sqrt(DRAWS)
 
 
-def test_random_confidences_need_no_float64_which_some_devices_lack(
+def test_random_rule_does_not_use_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     at = a_point(layer=2, count=9)
@@ -296,14 +298,14 @@ def test_random_confidences_need_no_float64_which_some_devices_lack(
 
 @pytest.mark.parametrize("situation", ["text", "far_away"])
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_a_random_threshold_lets_go_the_share_it_says(situation: str, rate: float) -> None:
-    # Text repeats a token at a position now and then, and draws the same for both.
+def test_random_rule_exits_share_given_by_threshold(situation: str, rate: float) -> None:
+    # Text sometimes repeats a token at the same position. Both then have the same confidence.
     values = drawn(**SITUATIONS[situation])
     share = (values >= 1 - rate).mean()
     assert abs(share - rate) < 6 * math.sqrt(rate * (1 - rate) / len(np.unique(values)))
 
 
-def test_random_confidences_are_the_same_again_and_others_elsewhere() -> None:
+def test_random_confidences_are_reproducible_and_depend_on_all_inputs() -> None:
     values = drawn()
     assert np.array_equal(values, drawn())
     others = [
@@ -323,16 +325,16 @@ def test_random_confidences_are_the_same_again_and_others_elsewhere() -> None:
 
 
 @EVERY_RULE
-def test_a_threshold_in_the_rules_range_or_infinite_is_taken(name: str) -> None:
+def test_threshold_in_range_or_infinite_is_accepted(name: str) -> None:
     rule = RULES[name]
     for threshold in (rule.low, min(rule.high, 1e9), (rule.low + 1) / 2, math.inf, -math.inf):
         rule.check(threshold)
-    # What a fit gives where even the surest tokens are to stay.
+    # A fitted threshold has this value if even the most confident tokens must not exit.
     rule.check(float(np.nextafter(np.float32(min(rule.high, 1e9)), np.float32(math.inf))))
 
 
 @EVERY_RULE
-def test_a_threshold_outside_the_rules_range_is_refused_with_the_range(name: str) -> None:
+def test_threshold_out_of_range_error_names_range(name: str) -> None:
     rule = RULES[name]
     outside = [rule.low - 1e-6, rule.low - 10, math.nan]
     if rule.high < math.inf:
@@ -342,26 +344,26 @@ def test_a_threshold_outside_the_rules_range_is_refused_with_the_range(name: str
             EarlyExit(a_stack("llama"), layer=2, rule=name, threshold=threshold)
         ends = f"from {rule.low:g}" + (f" to {rule.high:g}" if rule.high < math.inf else "")
         assert one_line(error) == (
-            f"the rule {name} gives confidences {ends}; expected a threshold in there (or inf, or "
-            f"-inf), got {threshold:g}"
+            f"the rule {name} gives confidences {ends}; expected a threshold in this range (or "
+            f"inf, or -inf), got {threshold:g}"
         )
 
 
-def test_rules_know_their_range() -> None:
+def test_declared_ranges() -> None:
     ranges = {name: (rule.low, rule.high) for name, rule in RULES.items()}
     special = {"cosine": (-1.0, 1.0), "mean_cosine": (-1.0, 1.0), "patience": (0.0, math.inf)}
     assert ranges == dict.fromkeys(RULES, (0.0, 1.0)) | special
 
 
 @EVERY_RULE
-def test_every_rule_says_what_it_is_and_where_it_comes_from(name: str) -> None:
+def test_every_rule_has_description_and_source(name: str) -> None:
     rule = find_rule(name)
     assert rule.name == name
     assert rule.what.endswith(".")
     assert rule.source
 
 
-def test_an_unknown_rule_is_refused_with_the_known_ones() -> None:
+def test_unknown_rule_error_lists_rules() -> None:
     with pytest.raises(UsageError) as error:
         find_rule("cosin")
     assert one_line(error) == (
@@ -370,32 +372,32 @@ def test_an_unknown_rule_is_refused_with_the_known_ones() -> None:
     )
 
 
-def test_a_rule_that_looks_back_is_refused_where_there_is_nothing_to_look_at() -> None:
+def test_rule_that_needs_more_layers_than_available_is_rejected() -> None:
     rule = find_rule("mean_cosine")
     check_layers({2: rule, LAYERS: rule}, LAYERS)
     with pytest.raises(UsageError) as error:
         check_layers({1: rule}, LAYERS)
     assert one_line(error) == (
-        "the rule mean_cosine looks at 2 layers; expected an exit layer in 2..4, got 1"
+        "the rule mean_cosine compares 2 layers; expected an exit layer in 2..4, got 1"
     )
 
 
-# --- A rule of one's own ----------------------------------------------------------------------
+# --- Custom rules -----------------------------------------------------------------------------
 
 
 @pytest.fixture
-def own_rule() -> Iterator[ExitRule]:
+def custom_rule() -> Iterator[ExitRule]:
     @exit_rule("odd", needs_logits=False)
     def _odd(at: ExitPoint) -> Tensor:
-        """Every other position leaves."""
+        """Tokens at odd positions exit."""
         return (at.positions % 2).float()
 
     yield RULES["odd"]
     del RULES["odd"]
 
 
-def test_a_rule_of_three_lines_decides_scores_and_generates(own_rule: ExitRule) -> None:
-    assert own_rule.what == "Every other position leaves."
+def test_custom_rule_scores_and_generates(custom_rule: ExitRule) -> None:
+    assert custom_rule.what == "Tokens at odd positions exit."
     early = EarlyExit(a_stack("llama"), layer=2, rule="odd", threshold=1.0)
     score = early.score(random_ids(2, 6))
     assert score.exit_layers.tolist() == [[4, 2, 4, 2, 4, 2]] * 2
@@ -406,6 +408,6 @@ def test_a_rule_of_three_lines_decides_scores_and_generates(own_rule: ExitRule) 
         EarlyExit(a_stack("llama"), layer=2, rule="odd", threshold=2.0)
 
 
-def test_a_rule_taken_out_again_is_gone() -> None:
+def test_removed_rule_is_unknown() -> None:
     with pytest.raises(UsageError, match="expected a rule among"):
         EarlyExit(a_stack("llama"), layer=2, rule="odd", threshold=1.0)

@@ -77,7 +77,7 @@ def test_a_stage_can_be_entered_at_random() -> None:
     ids = random_ids(20, 20, seed=5)
     entered = (cascade.score(ids).exit_layers > LAYERS).double().mean()
     assert 0.2 < entered < 0.4
-    with pytest.raises(UsageError, match="the rule random decides where tokens leave, layer 4"):
+    with pytest.raises(UsageError, match="the rule random can only decide at the exit layer, 4"):
         Cascade(stack).add_stage(a_moved_stage(stack), Entry(3, 0.3, "random"))
 
 
@@ -111,10 +111,10 @@ def test_a_second_stage_is_entered_above_the_first() -> None:
     [
         (Entry(0, 0.5), "expected an exit layer in 1..4, got 0"),
         (Entry(5, 0.5), "expected an exit layer in 1..4, got 5"),
-        (Entry(3, 2.0), "expected a threshold in there"),
-        (Entry(3, math.nan), "expected a threshold in there"),
+        (Entry(3, 2.0), "expected a threshold in this range"),
+        (Entry(3, math.nan), "expected a threshold in this range"),
         (Entry(3, 0.5, "nearness"), "expected a rule among"),
-        (Entry(3, 0.5, "top2_gap"), "expected cosine or mean_cosine to decide by layer 3"),
+        (Entry(3, 0.5, "top2_gap"), "expected cosine or mean_cosine to decide at layer 3"),
     ],
 )
 def test_an_entry_that_cannot_be_is_refused(entry: Entry, message: str) -> None:

@@ -282,8 +282,8 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / "stage-1.safetensors").replace(f / "stage-2.safetensors"),
         "is missing|cut short or changed",
     ),
-    "heads missing": (lambda f: (f / "heads-1.safetensors").unlink(), "no exit heads at"),
-    "heads cut": (lambda f: cut(f / "heads-1.safetensors"), "no readable safetensors file"),
+    "heads missing": (lambda f: (f / "heads-1.safetensors").unlink(), "expected exit heads at"),
+    "heads cut": (lambda f: cut(f / "heads-1.safetensors"), "not a readable safetensors file"),
 }
 
 

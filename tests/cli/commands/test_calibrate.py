@@ -107,7 +107,7 @@ def test_too_few_sequences_certify_nothing_and_leave_the_full_model(
         (("--risk", 0), "expected a risk between 0 and 1, got 0"),
         (("--risk", 0.1, "--confidence", 1), "expected a confidence between 0 and 1, got 1"),
         (("--propagation", "thawed"), "expected a propagation among frozen, ridge, exact"),
-        (("--heads", "none.safetensors"), "no exit heads at none.safetensors"),
+        (("--heads", "none.safetensors"), "expected exit heads at none.safetensors"),
         (("--transfer-to", "none.jsonl"), "no corpus file none.jsonl"),
         (("--max-tokens", 16), "a larger --max-tokens"),
         (("--dtype", "int8"), "expected --dtype among"),

@@ -50,7 +50,7 @@ def test_points_alone_are_measured_as_they_are_among_others(tiny: Run, here: Pat
     [
         (("--layers", "7"), "expected an exit layer in 1..4, got 7"),
         (("--point", "3:cosine"), "expected a point LAYER:RULE:THRESHOLD"),
-        (("--point", "3:cosine:1.5"), "expected a threshold in there, got 1.5"),
+        (("--point", "3:cosine:1.5"), "expected a threshold in this range, got 1.5"),
         (("--point", "3:cosine:nan"), "the rule cosine gives confidences from -1 to 1"),
         (("--rule", "none"), "expected a rule among cosine"),
         (("--agreement", 2), "expected a share of agreement in 0..1, got 2"),
@@ -59,7 +59,7 @@ def test_points_alone_are_measured_as_they_are_among_others(tiny: Run, here: Pat
         (("--only-points",), "expected at least one point"),
         (("--max-tokens", 32), "a larger --max-tokens"),
         (("--rule", "oracle"), "the rules oracle are controls"),
-        (("--layers", 1, "--rule", "mean_cosine"), "the rule mean_cosine looks at 2 layers"),
+        (("--layers", 1, "--rule", "mean_cosine"), "the rule mean_cosine compares 2 layers"),
         (("--perplexity-ratio", "inf"), "got inf"),
         (("--seed", -1), "got '-1'"),
         (("--heads", "."), ". is a folder, expected the .safetensors file"),

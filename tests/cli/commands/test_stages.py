@@ -83,7 +83,7 @@ def test_options_select_what_is_collected(collect: Run, here: Path) -> None:
     ("arguments", "message"),
     [
         ((), "expected a threshold or a hard ratio, got neither"),
-        (("--threshold", 3), "expected a threshold in there, got 3"),
+        (("--threshold", 3), "expected a threshold in this range, got 3"),
         (("--hard-ratio", 1), "expected a hard ratio between 0 and 1, got 1.0"),
         (("--hard-ratio", 0.5, "--layer", 9), "expected an exit layer in 1..4, got 9"),
         (("--hard-ratio", 0.5, "--states-dtype", "half"), "states in float16 or bfloat16, got"),

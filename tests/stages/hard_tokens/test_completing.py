@@ -71,7 +71,7 @@ def test_a_token_at_the_threshold_is_easy_and_one_between_two_fp32_numbers_is_no
         ({"hard_ratio": 0.0}, "expected a hard ratio between 0 and 1, got 0.0"),
         ({"hard_ratio": 1.0}, "expected a hard ratio between 0 and 1, got 1.0"),
         ({"hard_ratio": float("nan")}, "expected a hard ratio between 0 and 1, got nan"),
-        ({"threshold": 2.0}, "gives confidences from -1 to 1; expected a threshold in there"),
+        ({"threshold": 2.0}, "gives confidences from -1 to 1; expected a threshold in this range"),
         ({"threshold": float("nan")}, "got nan"),
         ({"layer": 5}, "expected an exit layer in 1..4, got 5"),
         ({"layer": 0}, "expected an exit layer in 1..4, got 0"),
