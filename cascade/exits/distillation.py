@@ -81,7 +81,7 @@ def distill(
     Example:
         >>> from cascade import distill, fit_heads, load, load_blocks
         >>> stack = load("smollm2-135m")
-        >>> blocks = load_blocks("embedded-train", stack, length=32, max_tokens=640)
+        >>> blocks = load_blocks("embedded", stack.tokenizer, seq_len=32, max_tokens=640)
         >>> heads = fit_heads(stack, blocks, [29])
         >>> distilled = distill(stack, heads, blocks, epochs=1)
         >>> distilled.layers

@@ -40,7 +40,7 @@ class FittedHeads:
     Example:
         >>> from cascade import fit_heads, load, load_blocks
         >>> stack = load("smollm2-135m")
-        >>> blocks = load_blocks("embedded-train", stack, length=32, max_tokens=640)
+        >>> blocks = load_blocks("embedded", stack.tokenizer, seq_len=32, max_tokens=640)
         >>> heads = fit_heads(stack, blocks, [24, 28])
         >>> heads.layers
         [24, 28]
@@ -201,7 +201,7 @@ def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
         >>> from tempfile import TemporaryDirectory
         >>> from cascade import fit_heads, load, load_blocks, load_heads
         >>> stack = load("smollm2-135m")
-        >>> blocks = load_blocks("embedded-train", stack, length=32, max_tokens=640)
+        >>> blocks = load_blocks("embedded", stack.tokenizer, seq_len=32, max_tokens=640)
         >>> with TemporaryDirectory() as folder:
         ...     path = Path(folder) / "heads.safetensors"
         ...     fit_heads(stack, blocks, [29]).save(path)

@@ -53,7 +53,7 @@ def fit_heads(
     Example:
         >>> from cascade import fit_heads, load, load_blocks
         >>> stack = load("smollm2-135m")
-        >>> blocks = load_blocks("embedded-train", stack, length=32, max_tokens=640)
+        >>> blocks = load_blocks("embedded", stack.tokenizer, seq_len=32, max_tokens=640)
         >>> fit_heads(stack, blocks, [24, 29]).layers
         [24, 29]
     """
