@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from cascade.core.errors import CorpusError, ModelError
 from cascade.core.provenance import CorpusProvenance
 from cascade.core.schema import UNSET
 from cascade.corpora.joining import RecordText, join
-from cascade.corpora.readers import EMBEDDED, read_records
+from cascade.corpora.readers import EMBEDDED, name_of_texts, read_records, read_texts
 from cascade.corpora.record_text import Record, text_of
 from cascade.models.stack import DecoderStack
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Part = Literal["train", "held-out"]
+
+#: A corpus in memory: texts, or the rows of a dataset.
+Texts = Iterable[str] | Iterable[Record]
 
 
 #: The two parts of a corpus that something is trained and judged on.
@@ -165,8 +168,18 @@ class TokenBlocks:
         )
 
 
+class ReadingOptions(TypedDict, total=False):
+    """How texts in memory are read: the options of `load_blocks` that apply to them."""
+
+    seq_len: int
+    num_samples: int | None
+    max_tokens: int | None
+    text_column: str | None
+    seed: int | None
+
+
 def load_blocks(
-    source: str,
+    source: str | os.PathLike[str] | Texts,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     seq_len: int = SEQ_LEN,
@@ -187,7 +200,8 @@ def load_blocks(
 
     Args:
         source: "embedded", a `.jsonl`, `.json`, `.parquet` or `.txt` file (one document), or
-            whatever `datasets.load_dataset` takes: a hub id or a folder.
+            whatever `datasets.load_dataset` takes: a hub id or a folder. Or a corpus in memory: a
+            list of texts, or a `datasets.Dataset`.
         tokenizer: The model's.
         seq_len: Tokens per block.
         num_samples: How many records to take, before they are parted; None for all.
@@ -204,10 +218,24 @@ def load_blocks(
 
     Raises:
         CorpusError: The corpus is missing, empty, malformed or too small for one block.
+
+    Example:
+        >>> from cascade import load
+        >>> tokenizer = load("smollm2-135m").tokenizer
+        >>> load_blocks("embedded", tokenizer, seq_len=64, max_tokens=256).ids.shape
+        (4, 64)
+        >>> load_blocks(["A first text.", "And a second one."], tokenizer, seq_len=4).ids.shape
+        (2, 4)
     """
     if tokenizer is None:
         raise CorpusError("the model has no tokenizer to read text with; load it with one")
     _check_sizes(seq_len, max_tokens)
+    in_memory: Texts | None = None
+    if isinstance(source, str | os.PathLike):
+        source = os.fspath(source)
+    else:
+        in_memory, source = source, name_of_texts(source)
+        _check_in_memory(split=split, config=config, stream=stream or None)
     if part is not None:
         _check_part(part, source, split)
     if stream and seed is not None:
@@ -215,7 +243,11 @@ def load_blocks(
             "expected no seed for a stream, which gives its records in their own order; leave the "
             "one or the other out"
         )
-    records = read_records(source, split=split, config=config, stream=stream)
+    records = (
+        read_records(source, split=split, config=config, stream=stream)
+        if in_memory is None
+        else read_texts(in_memory, text_column)
+    )
     if seed is not None:
         records = _shuffled(records, seed)
     texts = (
@@ -257,6 +289,14 @@ def _check_sizes(seq_len: int, max_tokens: int | None) -> None:
             f"expected --max-tokens of at least one block of {seq_len} tokens, got {max_tokens}; "
             "raise it or take a smaller --seq-len"
         )
+
+
+def _check_in_memory(**options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise CorpusError(
+                f"{name} is for hub datasets, got it for texts in memory; leave it out"
+            )
 
 
 def _check_part(part: str, source: str, split: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,46 @@ def read_records(
     if split or config:
         raise CorpusError(f"--split and --config belong to hub datasets, got them for {source}")
     return _READERS[suffix](path)
+
+
+def read_texts(texts: Iterable[str | Record], text_column: str | None) -> Iterator[Record]:
+    """Yield a record for each text or row of a corpus in memory.
+
+    Args:
+        texts: Texts, or records such as the rows of a `datasets.Dataset`.
+        text_column: The column that a text becomes. Default: "text".
+
+    Example:
+        >>> list(read_texts(["One text.", "Another."], None))
+        [{'text': 'One text.'}, {'text': 'Another.'}]
+    """
+    for text in texts:
+        yield {text_column or "text": text} if isinstance(text, str) else text
+
+
+def name_of_texts(texts: Iterable[str | Record]) -> str:
+    """Return the name of a corpus in memory: the dataset's, else "texts".
+
+    Args:
+        texts: Texts, or a `datasets.Dataset`.
+
+    Raises:
+        CorpusError: It is neither, or all splits of a dataset.
+
+    Example:
+        >>> name_of_texts(["One text."])
+        'texts'
+    """
+    if isinstance(texts, Mapping):
+        names = ", ".join(map(repr, texts)) or "none"
+        raise CorpusError(f"expected texts or one split of a dataset, got the splits {names}")
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        kind = type(texts).__name__
+        raise CorpusError(f"expected a list of texts, a dataset or a corpus's name, got {kind}")
+    info = getattr(texts, "info", None)
+    name = getattr(info, "dataset_name", None) or "texts"
+    split = getattr(texts, "split", None)
+    return f"{name}-{split}" if split else str(name)
 
 
 def _read_embedded(split: str | None) -> list[Record]:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from msgspec.structs import replace
 
 from cascade.core.errors import DeviceError, ModelError, UsageError, first_line
+from cascade.core.provenance import ModelProvenance, model_provenance
+from cascade.core.schema import UNSET
 from cascade.models.architecture import check_config
 from cascade.models.identity import tokenizer_hash
 from cascade.models.stack import DecoderStack
 from cascade.models.weights import read_or_explain, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: What `transformers` takes as `device_map`: a strategy, a device, or a device for each module.
 DeviceMap = str | int | torch.device | dict[str, str | int | torch.device]
@@ -132,6 +139,43 @@ def load(
         tokenizer=tokenizer,
         provenance=replace(weights.provenance(), tokenizer_hash=tokenizer_hash(tokenizer)),
     )
+
+
+@contextmanager
+def borrowed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[DecoderStack]:
+    """Yield a model of `transformers` as a stack, in evaluation mode until the context ends.
+
+    Args:
+        model: The model; its weights are hashed as they are now.
+        tokenizer: Its tokenizer, if there is text to read.
+
+    Raises:
+        UnsupportedModelError: It has no decoder layers, or recurrent or bidirectional ones.
+        ModelError: A weight is NaN or infinite.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    source = model.name_or_path or None
+    try:
+        stack = DecoderStack(model, tokenizer=tokenizer)
+        known_too = ModelProvenance(
+            source=source,
+            name=_name_of(source) if source else model.config.model_type,
+            weights_hash=stack.weights_in_memory(),
+            tokenizer_hash=UNSET if tokenizer is None else tokenizer_hash(tokenizer),
+        )
+        stack.provenance = model_provenance(stack.provenance, known_too)
+        yield stack
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _name_of(source: str) -> str:
+    """Return the name that `resolve` would give a folder or a hub id."""
+    path = Path(source)
+    return (path.resolve().name if os.path.exists(path) else source.replace("/", "--")).lower()
 
 
 def _read_weights(source: str, folder: Path, **options: Any) -> Any:

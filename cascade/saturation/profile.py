@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
@@ -11,10 +14,11 @@ from torch import Tensor
 
 from cascade.core.arrays import Array
 from cascade.core.defaults import HARD_RATIOS
-from cascade.core.errors import not_finite
+from cascade.core.errors import UsageError, not_finite
 from cascade.core.provenance import Provenance, provenance_of
 from cascade.core.schema import from_plain
-from cascade.corpora.blocks import TokenBlocks, check_blocks
+from cascade.corpora.blocks import ReadingOptions, Texts, TokenBlocks, check_blocks, load_blocks
+from cascade.models.loading import borrowed
 from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
 from cascade.saturation.records import (
@@ -27,6 +31,9 @@ from cascade.saturation.records import (
 )
 from cascade.stats.cosine import cosine_of, norm, widened
 from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: The sequences' shares count tokens against the quantiles of this many first sequences. They are
 #: fixed before the pass continues, whatever the batch size, so that one pass is enough.
@@ -129,48 +136,107 @@ def similarities(stack: DecoderStack, ids: Tensor) -> Tensor:
 
 
 def analyze(
-    stack: DecoderStack,
-    blocks: TokenBlocks,
+    model: DecoderStack | PreTrainedModel,
+    corpus: TokenBlocks | Texts,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 32,
     edges: Array | None = None,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
     sink: Callable[[Array, Array], None] | None = None,
+    **reading: Unpack[ReadingOptions],
 ) -> SaturationProfile:
     """Measure the saturation of every layer over a corpus, in one pass.
 
     Memory beyond the model and one batch does not grow with the number of tokens.
 
     Args:
-        stack: The model.
-        blocks: The corpus.
+        model: What `load` returns, or a causal language model of `transformers`.
+        corpus: What `load_blocks` returns, a list of texts, or a `datasets.Dataset`.
+        tokenizer: The tokenizer of a `transformers` model, to read texts with.
         batch_size: Sequences per forward pass.
         edges: `[L, 3]` bin edges for the sequences' shares, those of the baseline to compare
-            with; taken from the first sequences where not given.
+            with. Default: taken from the first sequences.
         command: What the user ran, for the provenance.
         progress: Called with the number of tokens done since the last call.
         sink: Called with every batch's similarities `[L, B, T]` and sequence numbers `[B]`.
+        reading: How texts are read, as for `load_blocks`: `seq_len`, `max_tokens`, `num_samples`
+            (default: all), `text_column` and `seed`.
 
     Raises:
-        CorpusError: Sequences beyond the model's positions, or tokens beyond its vocabulary.
+        CorpusError: Too little text for one sequence, sequences beyond the model's positions, or
+            tokens beyond its vocabulary.
         ModelError: A layer's output is NaN (names the layer).
+        UsageError: The model or the corpus is none of these.
+
+    Example:
+        >>> from cascade import analyze, load
+        >>> profile = analyze(load("smollm2-135m"), ["The cat sat on the mat."] * 20, seq_len=32)
+        >>> profile.record().layers[0].layer
+        '1'
+
+        The same with a model of `transformers`:
+
+        >>> stack = load("smollm2-135m")
+        >>> model, tokenizer = stack.model, stack.tokenizer
+        >>> profile = analyze(model, ["One text.", "Another."], tokenizer=tokenizer, seq_len=4)
+        >>> profile.statistics.layers[-1]
+        '30+norm'
     """
-    check_blocks(stack, blocks, batch_size)
-    labels = stack.layer_labels
-    collected = _Collected(labels, edges)
-    for ids, numbers in blocks.batches(batch_size):
-        tensor = torch.from_numpy(ids.astype(np.int64)).to(stack.device)
-        values = similarities(stack, tensor).cpu().numpy()
-        _check_finite(values, labels)
-        if sink is not None:
-            sink(values, numbers)
-        collected.add(values, numbers)
-        if progress is not None:
-            progress(ids.size)
-    return SaturationProfile(
-        collected.finish(), blocks.sequence_fingerprints(), provenance_of(stack, blocks, command)
-    )
+    with _as_stack(model, tokenizer) as stack:
+        blocks = _blocks_of(stack, corpus, reading)
+        check_blocks(stack, blocks, batch_size)
+        labels = stack.layer_labels
+        collected = _Collected(labels, edges)
+        for ids, numbers in blocks.batches(batch_size):
+            tensor = torch.from_numpy(ids.astype(np.int64)).to(stack.device)
+            values = similarities(stack, tensor).cpu().numpy()
+            _check_finite(values, labels)
+            if sink is not None:
+                sink(values, numbers)
+            collected.add(values, numbers)
+            if progress is not None:
+                progress(ids.size)
+        origin = provenance_of(stack, blocks, command)
+    return SaturationProfile(collected.finish(), blocks.sequence_fingerprints(), origin)
+
+
+def _as_stack(
+    model: DecoderStack | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> AbstractContextManager[DecoderStack]:
+    if isinstance(model, DecoderStack):
+        if tokenizer is not None:
+            raise UsageError("expected no tokenizer, as the model has its own; leave it out")
+        return nullcontext(model)
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(
+            f"expected a model of cascade.load or of transformers, got {type(model).__name__}"
+        )
+    return borrowed(model, tokenizer)
+
+
+def _blocks_of(
+    stack: DecoderStack, corpus: TokenBlocks | Texts, reading: ReadingOptions
+) -> TokenBlocks:
+    if isinstance(corpus, TokenBlocks):
+        if reading:
+            raise UsageError(
+                f"{', '.join(reading)}: the corpus is already cut into blocks; pass the options to "
+                "load_blocks"
+            )
+        return corpus
+    if isinstance(corpus, str | os.PathLike):
+        raise UsageError(
+            f"expected texts, a dataset or blocks, got the name {os.fspath(corpus)!r}; read it "
+            "with load_blocks"
+        )
+    if stack.tokenizer is None:
+        raise UsageError("expected a tokenizer to read texts with; pass tokenizer=")
+    everything: ReadingOptions = {"num_samples": None}
+    return load_blocks(corpus, stack.tokenizer, **(everything | reading))
 
 
 class _Collected:

@@ -326,3 +326,76 @@ def test_a_part_that_is_none_or_empty_is_refused(
     with pytest.raises(CorpusError) as caught:
         blocks_of(source, **settings)
     assert message in str(caught.value)
+
+
+# --- Corpora in memory -----------------------------------------------------------------------
+
+
+def _dataset(column: str = "text", **options: Any) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_dict({column: ["abc", "de", "fghij"]}, **options)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["abc", "de", "fghij"],
+        ("abc", "de", "fghij"),
+        [{"text": "abc"}, {"text": "de"}, {"text": "fghij"}],
+        _dataset(),
+        _dataset().to_iterable_dataset(),
+    ],
+    ids=["list", "tuple", "records", "dataset", "iterable_dataset"],
+)
+def test_texts_in_memory_give_the_blocks_of_the_same_file(texts: Any, tmp_path: Path) -> None:
+    file = in_lines(tmp_path / "x.jsonl", [{"text": "abc"}, {"text": "de"}, {"text": "fghij"}])
+    found, expected = load_blocks(texts, tiny_tokenizer(), seq_len=4), blocks_of(file)
+    assert found.fingerprint() == expected.fingerprint()
+    assert (found.source, found.name, found.records) == ("texts", "texts", 3)
+
+
+def test_a_dataset_gives_its_chosen_column_and_is_named_by_its_split() -> None:
+    dataset = _dataset("body", split="test")
+    blocks = load_blocks(dataset, tiny_tokenizer(), seq_len=4, text_column="body")
+    assert decoded(blocks) == "abc\nde\nfghij"[:12]
+    assert blocks.name == "texts-test"
+    with pytest.raises(CorpusError, match="record 1: expected the column 'text' or instruction"):
+        load_blocks(dataset, tiny_tokenizer(), seq_len=4)
+
+
+def test_a_path_is_read_as_its_name_is(tmp_path: Path) -> None:
+    file = in_lines(tmp_path / "x.jsonl", [{"text": "abcdefgh"}])
+    assert load_blocks(Path(file), tiny_tokenizer(), seq_len=4).source == str(file)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "options", "message"),
+    [
+        (None, {}, "expected a list of texts, a dataset or a corpus's name, got NoneType"),
+        (b"abcdefgh", {}, "expected a list of texts, a dataset or a corpus's name, got bytes"),
+        (
+            {"train": _dataset(), "test": _dataset()},
+            {},
+            "expected texts or one split of a dataset, got the splits 'train', 'test'",
+        ),
+        ([1, 2], {}, "texts, record 1: expected an object, got int; mend it"),
+        ([], {}, "texts is empty; expected at least one record"),
+        (
+            ["abcdefgh"],
+            {"split": "test"},
+            "split is for hub datasets, got it for texts in memory; leave it out",
+        ),
+        (
+            ["abcdefgh"],
+            {"stream": True},
+            "stream is for hub datasets, got it for texts in memory; leave it out",
+        ),
+    ],
+)
+def test_what_is_no_corpus_in_memory_is_refused(
+    corpus: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CorpusError) as error:
+        load_blocks(corpus, tiny_tokenizer(), seq_len=4, **options)
+    assert str(error.value) == message

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from support.paths import BASELINES, ROOT
-from support.tiny_models import FAMILIES, tiny_model
+from support.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
-from cascade.core.errors import CorpusError, ModelError
+from cascade.core.errors import CorpusError, ModelError, UsageError
 from cascade.core.records import read_typed
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, load_blocks
@@ -347,3 +347,108 @@ def test_alpaca_and_the_original_weights_give_the_published_table(
     bands = [layer for layer in range(3, 30) if layer != 25]
     assert measured["25"]["mean"] < min(measured[str(layer)]["mean"] for layer in bands) - 0.08
     check_thresholds(profile)
+
+
+# --- A model of transformers, and texts ------------------------------------------------------
+
+
+TEXTS = ["the first of the texts", "and a second one", "the third is longer than both of them"]
+
+
+@pytest.fixture
+def plain_model() -> Any:
+    return tiny_model("llama")
+
+
+def test_a_transformers_model_and_texts_give_the_profile_of_stack_and_blocks(
+    plain_model: Any,
+) -> None:
+    tokenizer = tiny_tokenizer()
+    found = analyze(plain_model, TEXTS, tokenizer=tokenizer, seq_len=8)
+    blocks = load_blocks(TEXTS, tokenizer, seq_len=8)
+    expected = analyze(DecoderStack(plain_model, tokenizer=tokenizer), blocks)
+    assert found.statistics.table() == expected.statistics.table()
+    assert found.provenance.corpus == expected.provenance.corpus
+    stack = DecoderStack(plain_model, tokenizer=tokenizer)
+    assert analyze(stack, TEXTS, seq_len=8).statistics.table() == expected.statistics.table()
+
+
+def test_a_dataset_gives_the_profile_of_its_texts(plain_model: Any) -> None:
+    import datasets
+
+    dataset = datasets.Dataset.from_dict({"body": TEXTS})
+    options: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "seq_len": 8}
+    found = analyze(plain_model, dataset, text_column="body", **options)
+    assert found.statistics.table() == analyze(plain_model, TEXTS, **options).statistics.table()
+
+
+def test_blocks_need_no_tokenizer(plain_model: Any) -> None:
+    found, expected = (
+        analyze(model, random_blocks()) for model in (plain_model, DecoderStack(plain_model))
+    )
+    assert found.statistics.table() == expected.statistics.table()
+
+
+def test_the_provenance_names_the_weights_in_memory(plain_model: Any) -> None:
+    plain_model.name_or_path = "owner/Tiny"
+    found = analyze(plain_model, TEXTS, tokenizer=tiny_tokenizer(), seq_len=8).provenance
+    assert (found.model.source, found.model.name) == ("owner/Tiny", "owner--tiny")
+    assert str(found.model.weights_hash).startswith("in-memory-sha256:")
+    assert str(found.tokenizer_hash).startswith("sha256:")
+    plain_model.get_output_embeddings().weight.data[0, 0] += 1
+    changed = analyze(plain_model, random_blocks()).provenance
+    assert changed.model.weights_hash != found.model.weights_hash
+
+
+def test_a_model_in_training_remains_in_training(plain_model: Any) -> None:
+    plain_model.train()
+    plain_model.model.layers[1].eval()
+    analyze(plain_model, random_blocks())
+    assert plain_model.training
+    assert plain_model.model.layers[0].training
+    assert not plain_model.model.layers[1].training
+
+
+@pytest.mark.parametrize(
+    ("model", "corpus", "options", "message"),
+    [
+        (
+            "llama",
+            TEXTS,
+            {},
+            "expected a tokenizer to read texts with; pass tokenizer=",
+        ),
+        (
+            "llama",
+            "embedded",
+            {"tokenizer": tiny_tokenizer()},
+            "expected texts, a dataset or blocks, got the name 'embedded'; read it with "
+            "load_blocks",
+        ),
+        (
+            "llama",
+            random_blocks(),
+            {"seq_len": 8},
+            "seq_len: the corpus is already cut into blocks; pass the options to load_blocks",
+        ),
+        (
+            None,
+            TEXTS,
+            {},
+            "expected a model of cascade.load or of transformers, got NoneType",
+        ),
+    ],
+)
+def test_what_cannot_be_analyzed_is_refused(
+    model: str | None, corpus: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        analyze(model and tiny_model(model), corpus, **options)
+    assert str(error.value) == message
+
+
+def test_a_second_tokenizer_is_refused() -> None:
+    stack = DecoderStack(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    with pytest.raises(UsageError) as error:
+        analyze(stack, TEXTS, tokenizer=tiny_tokenizer())
+    assert str(error.value) == "expected no tokenizer, as the model has its own; leave it out"
