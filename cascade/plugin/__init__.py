@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -230,13 +231,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     lines: list[str] = []
     if record is not None:
         try:
-            lines = [f"Wrote {path}" for path in write_reports(settings, record)]
+            lines = [*_shipped_used(record)]
+            lines += [f"Wrote {path}" for path in write_reports(settings, record)]
         except CascadeError as error:
-            lines = [f"No report: {error}"]
+            lines += [f"No report: {error}"]
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
     elif settings.report is not None and not config.getoption("collectonly"):
         lines = ["No report: no test held anything to a baseline"]
     config.stash[_RESULT] = _Result(record, lines)
+
+
+def _shipped_used(record: SessionRecord) -> list[str]:
+    """Return one line for each baseline of the package that the session compared with."""
+    if not record.comparisons:
+        return []
+    from cascade.gate.baseline_lookup import described, is_shipped
+
+    paths = dict.fromkeys(Path(part.path) for part in record.comparisons)
+    return [f"Baseline: {described(path)}" for path in paths if is_shipped(path)]
 
 
 def _is_whole(config: pytest.Config) -> bool:

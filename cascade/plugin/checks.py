@@ -13,6 +13,7 @@ import msgspec.structs
 import pytest
 
 from cascade.core.errors import CascadeError, RecordError
+from cascade.core.schema import known
 from cascade.gate.records import ComparisonRecord, MissingBaseline, NamedComparison, Verdict
 from cascade.plugin.measuring import MeasuredProfile, make_command, missing_line, one_line
 from cascade.plugin.results import Findings, drawn
@@ -118,6 +119,9 @@ class SaturationCheck(Check):
         __tracebackhide__ = True
         with one_line():
             path = self._path(profile)
+        if self._regeneration is not None:
+            # What ships with the package is not written to.
+            path = self.settings.baselines / path.parent.name / path.name
         with self._noted(path) as option:
             if option is not None:
                 self._regenerate(profile, path, option)
@@ -128,11 +132,11 @@ class SaturationCheck(Check):
         self._judge(record, worst, path)
 
     def _path(self, profile: MeasuredProfile | SaturationProfile | StoredProfile) -> Path:
-        from cascade.gate.baselines import profile_path
-
         if isinstance(profile, MeasuredProfile):
             return profile.path
-        return profile_path(self.settings.baselines, profile.record())
+        about = profile.record().provenance
+        names = {"model": known(about.model.name), "corpus": about.corpus.name}
+        return self.settings.find_baseline(self.kind, **names)
 
     def _compare(
         self, profile: MeasuredProfile | SaturationProfile | StoredProfile, path: Path

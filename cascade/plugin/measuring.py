@@ -104,12 +104,10 @@ class _Reading:
     def path(self) -> Path:
         """Where the baseline is stored."""
         from cascade.corpora.blocks import corpus_name
-        from cascade.gate.baselines import baseline_paths
 
         model = known(self.stack.provenance.name)
         corpus = corpus_name(self.settings.corpus, split=self.settings.split)
-        folder = self.settings.baselines
-        return baseline_paths(folder, "saturation", model=model, corpus=corpus)[0]
+        return self.settings.find_baseline("saturation", model=model, corpus=corpus)
 
     @cached_property
     def baseline(self) -> StoredProfile:

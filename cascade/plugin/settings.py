@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Settings:
         full: Measure the whole corpus.
         strict: Whether an inconclusive verdict fails.
         report: Folder for the reports.
+        baselines_named: Whether the user named the folder of all baselines. Where not, a baseline
+            that the project lacks is looked up among those that ship with the package.
     """
 
     model: str = "smollm2-135m"
@@ -50,6 +52,20 @@ class Settings:
     full: bool = False
     strict: bool = False
     report: Path | None = None
+    baselines_named: bool = False
+
+    def find_baseline(self, kind: str, *, model: str | None, corpus: str | None) -> Path:
+        """Return the path of a baseline, which need not exist.
+
+        Args:
+            kind: "saturation" or "budgets".
+            model: The name of the model.
+            corpus: The name of the corpus.
+        """
+        from cascade.gate.baseline_lookup import find_baseline
+
+        named = self.baselines if self.baselines_named else None
+        return find_baseline(named, kind, model=model, corpus=corpus, local=self.baselines)
 
     def describe(self) -> str:
         """Return one line for the head of a test session."""
@@ -106,7 +122,8 @@ HELP = {
     "seq_len": "tokens per sequence (default: the baseline's, 128 for a new one)",
     "num_samples": "records of a baseline that is made, 0 for all (default: 500)",
     "exit_layer": "layer at which the product exits: budgets of others are left out",
-    "baselines": "folder of all baselines (default: baselines under the rootdir)",
+    "baselines": "folder of all baselines (default: baselines under the rootdir, then those "
+    "shipped with cascade)",
     "dtype": "arithmetic: float32 (default), bfloat16 or float16",
     "device": "cpu (default), cuda, mps or auto",
     "tokens": "most tokens that the quick gate takes (default: 512)",
@@ -145,8 +162,7 @@ def read_settings(config: pytest.Config) -> tuple[Settings, bool]:
         pytest.UsageError: An invalid value.
     """
     found: dict[str, Any] = {}
-    for field in fields(Settings):
-        name = field.name
+    for name in HELP:
         value, base = config.getoption(f"cascade_{name}"), config.invocation_params.dir
         said = f"--cascade-{name.replace('_', '-')}"
         if value is None:
@@ -155,7 +171,9 @@ def read_settings(config: pytest.Config) -> tuple[Settings, bool]:
         if value is None:
             continue
         found[name] = _read(name, value, said, base)
-    return Settings(**({"baselines": _root(config) / "baselines"} | found)), bool(found)
+    named = "baselines" in found
+    settings = {"baselines": _root(config) / "baselines", "baselines_named": named} | found
+    return Settings(**settings), bool(found)
 
 
 def _root(config: pytest.Config) -> Path:

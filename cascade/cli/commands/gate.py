@@ -25,7 +25,6 @@ from cascade.cli.options import (
 from cascade.cli.output import run_folder, say_wrote
 from cascade.core.defaults import NUM_SAMPLES
 from cascade.core.errors import RecordError
-from cascade.core.schema import known
 
 if TYPE_CHECKING:
     from cascade.core.files import RunFolder
@@ -119,8 +118,12 @@ class BaselineOptions:
     """Which baseline, and how much of it is compared."""
 
     baselines: Annotated[
-        Path, typer.Option(help="The folder of all baselines."), Behind("seq_len")
-    ] = Path("baselines")
+        Path | None,
+        typer.Option(
+            help="Folder of all baselines (default: ./baselines, then those shipped with cascade)."
+        ),
+        Behind("seq_len"),
+    ] = None
     baseline: Annotated[
         Path | None,
         typer.Option(help="One baseline's .json; found by its names without."),
@@ -152,6 +155,10 @@ def gate(
     """
     with run_folder(output.output, REPORT_FILES, overwrite=output.overwrite) as folder:
         from cascade.gate.baselines import read_profile
+
+        # Before the model is loaded, which takes longer.
+        path = against.baseline or _baseline_path(model.model, corpus, against.baselines)
+        stored = read_profile(path)
         from cascade.gate.quick_gate import run_gate
 
         stack = load_model(model)
@@ -160,9 +167,6 @@ def gate(
             picked(CorpusOptions, corpus, max_tokens=None),
             num_samples=corpus.num_samples or None,
         )
-        name = known(stack.provenance.name)
-        path = against.baseline or _baseline_path(name or "", blocks.name, against.baselines)
-        stored = read_profile(path)
         with progress_bar(
             "Comparing", blocks.tokens if against.full else against.tokens
         ) as advance:
@@ -177,17 +181,28 @@ def gate(
                 progress=advance,
             )
         _write(folder, result.record(), path)
+    _say_baseline(path)
     _finish(result.record(), result.comparison.exit_status(strict=strict), output.output)
 
 
-def _baseline_path(model: str, corpus: str, baselines: Path) -> Path:
-    from cascade.gate.baselines import baseline_paths
+def _say_baseline(path: Path) -> None:
+    """Say on stderr which baseline was used."""
+    from cascade.gate.baseline_lookup import described
 
-    path, _ = baseline_paths(baselines, "saturation", model=model, corpus=corpus)
+    typer.echo(f"Baseline: {described(path)}", err=True)
+
+
+def _baseline_path(model: str, corpus: GateCorpus, baselines: Path | None) -> Path:
+    from cascade.corpora.blocks import corpus_name
+    from cascade.gate.baseline_lookup import LOCAL, find_baseline
+    from cascade.models.weights import model_name
+
+    names = {"model": model_name(model), "corpus": corpus_name(corpus.corpus, split=corpus.split)}
+    path = find_baseline(baselines, "saturation", **names)
     if not path.exists():
         raise RecordError(
             f"no baseline {path}; make one with `cascade analyze --output RUN` and `cascade accept "
-            f"RUN --baselines {baselines}`, or name one with --baseline"
+            f"RUN --baselines {baselines or LOCAL}`, or name one with --baseline"
         )
     return path
 
