@@ -179,7 +179,7 @@ class SaturationCheck(Check):
         if verdict == "NOT COMPARABLE":
             pytest.fail(self._not_comparable(record, path), pytrace=False)
         lines = [drawn(print_comparison, record), *self._at_exit_layer(record)]
-        lines += ["", *self._remedies()]
+        lines += ["", *self._remedies(path)]
         pytest.fail("\n".join(lines), pytrace=False)
 
     def _not_comparable(self, record: ComparisonRecord, path: Path) -> str:
@@ -208,8 +208,10 @@ class SaturationCheck(Check):
                     f"{_number(row.expected)}, obtained {_number(row.obtained)})"
                 )
 
-    def _remedies(self) -> Iterator[str]:
-        baselines = ("--baselines", shown(self.settings.baselines))
+    def _remedies(self, path: Path) -> Iterator[str]:
+        folder = self.settings.baselines
+        # A baseline that ships with the package is found without the option.
+        baselines = ("--baselines", shown(folder)) if folder in path.parents else ()
         closer = self.settings.command("gate", *baselines, "--full", "--output", "report")
         yield f"To look closer: {closer}"
         made = self.settings.command("analyze", "--output", "RUN")

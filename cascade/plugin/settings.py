@@ -171,9 +171,10 @@ def read_settings(config: pytest.Config) -> tuple[Settings, bool]:
         if value is None:
             continue
         found[name] = _read(name, value, said, base)
-    named = "baselines" in found
-    settings = {"baselines": _root(config) / "baselines", "baselines_named": named} | found
-    return Settings(**settings), bool(found)
+    given = bool(found)
+    found["baselines_named"] = "baselines" in found
+    found.setdefault("baselines", _root(config) / "baselines")
+    return Settings(**found), given
 
 
 def _root(config: pytest.Config) -> Path:

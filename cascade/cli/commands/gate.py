@@ -197,8 +197,12 @@ def _baseline_path(model: str, corpus: GateCorpus, baselines: Path | None) -> Pa
     from cascade.gate.baseline_lookup import LOCAL, find_baseline
     from cascade.models.weights import model_name
 
-    names = {"model": model_name(model), "corpus": corpus_name(corpus.corpus, split=corpus.split)}
-    path = find_baseline(baselines, "saturation", **names)
+    path = find_baseline(
+        baselines,
+        "saturation",
+        model=model_name(model),
+        corpus=corpus_name(corpus.corpus, split=corpus.split),
+    )
     if not path.exists():
         raise RecordError(
             f"no baseline {path}; make one with `cascade analyze --output RUN` and `cascade accept "
