@@ -324,7 +324,7 @@ def _checked(
     for at in exits:
         at.rule.check(at.threshold)
         owner = getattr(at.head, "stack", stack)  # a user's own head need not know its model
-        if owner.model not in [below.model for below in stack.with_those_below()]:
+        if owner.model not in [below.model for below in stack.with_base_models()]:
             model = replace(owner.provenance, weights_hash=owner.weights_hash())
             check_same_model(model, stack, what=f"the heads of the exit at layer {at.layer}")
         if propagation == "ridge" and at.propagation is None and at.layer < stack.num_layers:

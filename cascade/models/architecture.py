@@ -1,4 +1,4 @@
-"""What a causal language model has to be: checks of its config and weights, and its layers."""
+"""Checks of a causal language model's config and weights, and finding its decoder layers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from cascade.core.errors import ModelError, UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Layer types with keys and values per token; any other type carries a recurrent state instead.
+#: Layer types with keys and values per token. Other types have a recurrent state instead.
 _ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def check_config(config: Any) -> None:
-    """Refuse a model that cannot be measured, before any of its weights is read.
+    """Check that a model can be measured, before its weights are read.
 
     Args:
-        config: Of `transformers`.
+        config: The config of `transformers`.
 
     Raises:
-        UnsupportedModelError: An encoder-decoder, no causal LM, or recurrent layers.
+        UnsupportedModelError: The model is an encoder-decoder, is not a causal language model, or
+            has recurrent layers.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -41,13 +42,13 @@ def check_config(config: Any) -> None:
     if getattr(model_class, "_is_stateful", False) or types - _ATTENTION_TYPES:
         kinds = ", ".join(sorted(types - _ATTENTION_TYPES)) or "a recurrent state"
         raise UnsupportedModelError(
-            f"{family} has recurrent layers ({kinds}): they keep no keys and values that an early"
-            " exit could propagate; expected attention in every layer"
+            f"{family} has recurrent layers ({kinds}), which keep no keys and values for an early"
+            " exit to propagate; expected attention in every layer"
         )
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers: the shallowest list of blocks of the config's length."""
+    """Return the decoder layers, the outermost list of blocks with the config's length."""
     config = model.config.get_text_config()
     depth = getattr(config, "num_hidden_layers", 0)
     blocks = set(model._no_split_modules or ())
@@ -65,14 +66,14 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def check_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:
-    """Refuse weights that are NaN or infinite.
+    """Check that no weight is NaN or infinite.
 
     Args:
         model: The model.
         layers: Its decoder layers.
 
     Raises:
-        ModelError: Names the layer and the weight.
+        ModelError: A weight is NaN or infinite; the message names the layer and the weight.
     """
     layer_of = {
         id(parameter): number
@@ -102,11 +103,11 @@ def run_decoder(decoder: nn.Module, input_ids: Tensor, **kwargs: Any) -> Tensor:
     Args:
         decoder: The model's base model.
         input_ids: `[B, T]`.
-        kwargs: Further arguments of its forward. Without a mask every token counts; without a
-            KV cache none is made.
+        kwargs: Further arguments of its forward. The default mask attends to every token, and no
+            KV cache is created.
 
     Returns:
-        The last hidden states, `[B, T, D]`, behind the final norm if there is one.
+        The last hidden states, `[B, T, D]`, after the final norm if there is one.
     """
     kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
     kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)

@@ -1,4 +1,4 @@
-"""The record of what was computed."""
+"""The record of counted token rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from cascade.core.schema import Index, Part
 
 
 class CountsRecord(Part, frozen=True, kw_only=True):
-    """What was really computed, in token rows; index 0 is layer 1. See `flops.Counts`."""
+    """The token rows that were computed; index 0 is layer 1. See `flops.Counts`."""
 
     layer_rows: list[Index]
     pairs: list[Index]

@@ -1,8 +1,8 @@
-"""Fast layers: a few tokens through a layer's own modules, with few operations between them.
+"""Fast layers: run a few tokens through a layer's modules with fewer operations in between.
 
-When one token is decoded, what decoder layers do between their matrix products takes half as long
-as the products (SmolLM2-135M in fp32 on two cores: 9.8 ms and 17.1 ms per token). Layers shaped
-like Llama's can compute the same with fewer operations.
+When one token is decoded, the operations between the matrix products take half as long as the
+products themselves (SmolLM2-135M in fp32 on two cores: 9.8 ms and 17.1 ms per token). Layers with
+Llama's modules can compute the same result with fewer operations.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-#: Where `transformers` makes the hooks that the first `output_hidden_states=True` leaves in a model
-#: for good. They collect outputs while its own forward runs, which never runs fast layers.
+#: The module of the hooks that the first call with `output_hidden_states=True` leaves in a model.
+#: They collect outputs only while the model's own forward runs, which never uses fast layers.
 _CAPTURING = "transformers.utils.output_capturing"
 
-#: The most token rows, batch times columns; with more, the products take most of the time.
+#: The most token rows, batch times tokens. With more, the products take most of the time.
 MOST_ROWS = 16
 
 
 def product(module: nn.Module, rows: Tensor) -> Tensor:
     """Return `module(rows)`; with AMX, a single bfloat16 row is a matrix-vector product.
 
-    With AMX that takes half the time of a matrix product with one row; without it (AVX-512 with
-    bfloat16, EPYC) 1.5 times as long: torch 2.13, 576 x 1,536 and 576 x 49,152, two cores.
+    With AMX this takes half the time of a matrix product with one row. Without AMX it takes 1.5
+    times as long (AVX-512 with bfloat16 on EPYC). Both were measured with torch 2.13 on two cores,
+    for 576 x 1,536 and 576 x 49,152.
 
     Args:
         module: A projection.
@@ -39,7 +40,7 @@ def product(module: nn.Module, rows: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     single = rows.numel() == rows.shape[-1] and weight.dtype is torch.bfloat16 and weight.is_cpu
     single = single and _has_amx()
-    # Quantized weights are subclasses of tensors that claim to be bfloat16.
+    # Quantized weights are tensor subclasses that report bfloat16.
     if not single or type(weight) is not nn.Parameter:
         return functional.linear(rows, weight, bias)
     made = torch.mv(weight, rows.reshape(-1)).view(*rows.shape[:-1], -1)
@@ -54,9 +55,9 @@ def _has_amx() -> bool:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Return whether a module has no hooks and its own forward, so that its parts may be called.
+    """Return whether a module has no hooks and no replaced forward, so its children can be called.
 
-    Hooks by which `transformers` captures outputs do not count.
+    Hooks with which `transformers` captures outputs do not count.
     """
     return not (
         any(map(_can_change_results, module._forward_hooks.values()))
@@ -70,9 +71,10 @@ def _can_change_results(hook: Callable[..., Any]) -> bool:
 
 
 class FastLayers:
-    """The decoder layers of a model, if they have Llama's shape, for few tokens.
+    """Decoder layers with Llama's modules, run on a few tokens.
 
-    The shape alone does not prove that they compute what Llama's do: `SkippingLayers` compares.
+    The modules alone do not prove that the layers compute the same as Llama's, so `SkippingLayers`
+    compares the results.
 
     Args:
         layers: The decoder layers.
@@ -84,15 +86,15 @@ class FastLayers:
 
     def are_supported(self) -> bool:
         """Return whether all layers have the modules that `compute` calls."""
-        return all(_is_shaped(layer) for layer in self.layers)
+        return all(_has_llama_modules(layer) for layer in self.layers)
 
     def can_compute(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Return whether `compute` can answer this call of a layer.
+        """Return whether `compute` can replace this call of a layer.
 
         Args:
             layer: 1..N.
-            hidden: Its input, `[B, T, D]`.
-            kwargs: The arguments of its call.
+            hidden: The input of the layer, `[B, T, D]`.
+            kwargs: The arguments of the call.
         """
         module = self.layers[layer - 1]
         mask = kwargs.get("attention_mask")
@@ -109,8 +111,8 @@ class FastLayers:
 
         Args:
             layer: 1..N.
-            hidden: Its input, `[B, T, D]`.
-            kwargs: The arguments of its call.
+            hidden: The input of the layer, `[B, T, D]`.
+            kwargs: The arguments of the call.
         """
         module = self.layers[layer - 1]
         attention = module.self_attn
@@ -143,8 +145,8 @@ class FastLayers:
 
     def _rotated(self, heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """Rotate queries and keys, `[B, T, heads, head_dim]`, to their positions."""
-        # All layers of a pass are called with the same tables. Another thread may exchange the
-        # stored ones at any time.
+        # All layers of a pass get the same tables. Another thread may replace the stored ones at
+        # any time.
         stored = self._tables
         if stored is None or stored[0] is not tables:
             cos, sin = tables
@@ -155,7 +157,7 @@ class FastLayers:
         return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), signed)
 
 
-def _is_shaped(layer: nn.Module) -> bool:
+def _has_llama_modules(layer: nn.Module) -> bool:
     attention: Any = getattr(layer, "self_attn", None)
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "scaling", "head_dim", "layer_idx", "config")
     return (
@@ -165,7 +167,7 @@ def _is_shaped(layer: nn.Module) -> bool:
             isinstance(getattr(layer, name, None), nn.Module)
             for name in ("input_layernorm", "post_attention_layernorm", "mlp")
         )
-        # Norms of single heads, as in Qwen3; others norm all heads together.
+        # Qwen3 normalizes each head by itself; other models normalize all heads together.
         and all(
             norm is None or getattr(norm, "weight", torch.empty(0)).shape == (attention.head_dim,)
             for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm"))

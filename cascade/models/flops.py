@@ -1,4 +1,4 @@
-"""Floating-point operations: what was computed, and what it costs."""
+"""Floating-point operations of counted token rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cascade.models.counts import CountsRecord
 
 
 class Layered(Protocol):
-    """A model whose costs are counted: a `DecoderStack`, or one known by its sizes alone."""
+    """A model whose operations are counted, such as a `DecoderStack`."""
 
     @property
     def layers(self) -> Sequence[nn.Module] | nn.ModuleList:
@@ -20,29 +20,30 @@ class Layered(Protocol):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual stream."""
+        """The width of the residual stream."""
 
     @property
     def vocab_size(self) -> int:
-        """Outputs of the LM head."""
+        """The number of outputs of the LM head."""
 
 
 def flops(stack: Layered, counts: Counts, *, map_width: int = 0, head_size: int = 0) -> float:
-    """Return the floating-point operations of counts: two per multiplication and addition.
+    """Return the floating-point operations of counted token rows.
 
-    Matrix products and attention are counted; norms, rotations and softmax are left out (below
-    1 % of SmolLM2-135M). A mixture of experts is counted as if every expert ran.
+    A multiplication with an addition counts as two. Matrix products and attention are counted;
+    norms, rotations and softmax are not (below 1 % for SmolLM2-135M). A mixture of experts is
+    counted as if every expert ran.
 
     Args:
         stack: The model; only its sizes are used.
-        counts: What was computed.
-        map_width: Outputs of the propagation maps per upper layer.
-        head_size: Multiplications of an exit head per row, in addition to the LM head's.
+        counts: The token rows that were computed.
+        map_width: The outputs of the propagation maps per upper layer.
+        head_size: The multiplications of an exit head per row, in addition to the LM head's.
     """
     total = 0.0
     for index, layer in enumerate(stack.layers):
         total += 2.0 * counts.layer_rows[index] * _matrices(layer)
-        # Query times key, then weight times value: twice heads x head_dim.
+        # Query times key, then weight times value, each with heads x head_dim multiplications.
         total += 4.0 * counts.pairs[index] * _query_width(layer, stack.hidden_size)
         total += 2.0 * counts.key_value_rows[index] * _key_value_size(layer)
         total += 2.0 * counts.predicted_rows[index] * stack.hidden_size * map_width
@@ -64,7 +65,7 @@ def full_flops(stack: Layered, batch: int, length: int) -> float:
 def layer_flops(stack: Layered, batch: int, length: int) -> list[float]:
     """Return the operations of each decoder layer over `batch` sequences of `length` tokens.
 
-    `full_flops` is their sum and the LM head.
+    `full_flops` is their sum plus the LM head.
     """
     rows, depth = batch * length, len(stack.layers)
     found = []
@@ -92,14 +93,14 @@ def _key_value_size(layer: nn.Module) -> int:
 
 @dataclass
 class Counts:
-    """What was really computed, in token rows; index 0 is layer 1.
+    """The token rows that were computed; index 0 is layer 1.
 
     Attributes:
-        layer_rows: Rows that went through a layer: queries, attention, output projection, MLP.
-        pairs: Pairs of query and key in a layer's attention, padding included.
+        layer_rows: Rows that ran through a layer (queries, attention, output projection, MLP).
+        pairs: Pairs of query and key in a layer's attention, including padding.
         key_value_rows: Rows for which a layer only projected keys and values.
         predicted_rows: Rows whose keys and values in a layer came from a ridge map.
-        lm_head_rows: Rows that went through the LM head, also to decide whether to exit.
+        lm_head_rows: Rows that ran through the LM head, including those for exit decisions.
         head_rows: Rows that an exit head mapped before the LM head, by exit layer.
     """
 
@@ -112,7 +113,7 @@ class Counts:
 
     @classmethod
     def of(cls, num_layers: int) -> Counts:
-        """Return counts of nothing."""
+        """Return counts of zero."""
         return cls([0] * num_layers, [0] * num_layers, [0] * num_layers, [0] * num_layers)
 
     def __add__(self, other: Counts) -> Counts:
@@ -129,7 +130,7 @@ class Counts:
         )
 
     def record(self) -> CountsRecord:
-        """Return the counts as a record has them."""
+        """Return the counts as a record."""
         return CountsRecord(
             layer_rows=list(self.layer_rows),
             pairs=list(self.pairs),

@@ -1,4 +1,4 @@
-"""Model identity: hashes of weights and tokenizers, and whether a record is of this model."""
+"""Hashes of weights and tokenizers, and checking that a file belongs to a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a SHA-256 over all that decides how text becomes token ids."""
+    """Return a SHA-256 over everything that affects how a tokenizer encodes text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         text = backend.to_str()
@@ -32,13 +32,14 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return a SHA-256 over the weights as they are now.
+    """Return a SHA-256 over the current weights. Hashing 650 MB took 0.5 s on one core.
 
     Args:
-        model: The model. Hashing 650 MB took 0.5 s on one core.
+        model: The model.
     """
     digest = hashlib.sha256()
-    # Each once and without its name: wrapping a module renames weights or lists them twice.
+    # Hash each weight once and without its name, because wrapping a module renames weights or
+    # lists them twice.
     weights = model.state_dict(keep_vars=True).values()
     for value in {id(value): value for value in weights}.values():
         for tensor in _plain(value):
@@ -47,14 +48,14 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def add_to_digest(digest: hashlib._Hash, tensor: Tensor) -> None:
-    """Add a tensor's dtype, shape and every bit of it to a digest."""
+    """Add a tensor's dtype, shape and bytes to a digest."""
     digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
     numbers = tensor.detach().cpu().contiguous().flatten()
     digest.update(numbers.view(torch.uint8).numpy().data)
 
 
 def _plain(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors behind one weight: quantized ones are several in one."""
+    """Yield the tensors of one weight; quantized weights consist of several."""
     if hasattr(value, "__tensor_flatten__"):
         for name in value.__tensor_flatten__()[0]:
             yield from _plain(getattr(value, name))
@@ -62,32 +63,32 @@ def _plain(value: Any) -> Iterator[Tensor]:
         yield value
 
 
-#: What two models must share besides their weights, so that heads of one can serve the other.
+#: Details that two models must share, in addition to weights, to use the same heads.
 IDENTITY = ("revision", "family", "num_layers", "hidden_size", "dtype")
 
 
 def check_same_model(
     expected: ModelProvenance | Mapping[str, Any], stack: DecoderStack, *, what: str
 ) -> None:
-    """Refuse heads or a calibration of another model, revision or dtype.
+    """Check that heads or a calibration were made for this model, revision and dtype.
 
     Args:
-        expected: The `model` part of the provenance of what is to be used.
-        stack: The model at hand.
-        what: What is to be used, for the error.
+        expected: The `model` entry in the provenance of the heads or the calibration.
+        stack: The loaded model.
+        what: What is checked, for the error message.
 
     Raises:
-        ModelError: Names both models and what differs.
+        ModelError: They were made for another model; the message names both and the difference.
     """
     wanted, own = from_plain(to_plain(expected), ModelProvenance), stack.provenance
     differs = [name for name in IDENTITY if _value(wanted, name) != _value(own, name)]
-    if not differs:  # else there is no need to read all weights
+    if not differs:  # hash the weights only if nothing else differs
         own = replace(own, weights_hash=stack.weights_hash())
         differs = ["weights_hash"] if known(wanted.weights_hash) != own.weights_hash else []
     if differs:
         raise ModelError(
             f"{what} belong to {_named(wanted, differs)}, but the model is "
-            f"{_named(own, differs)}; make them anew for this model"
+            f"{_named(own, differs)}; make them again for this model"
         )
 
 

@@ -1,4 +1,4 @@
-"""What one short run of a model shows: the form of its layers' outputs, and its final norm."""
+"""Probing a model with one short run: the type of its layers' outputs, and its final norm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a short run of a model showed.
+    """The result of `probe`.
 
     Attributes:
         tuple_sizes: The length of the tuple that each layer returns; 0 for a plain tensor.
@@ -31,20 +31,20 @@ class Probe:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, layers: nn.ModuleList) -> Probe:
-    """Run two rows through a model, and check what its layers return.
+    """Run two sequences through a model and check what its layers return.
 
     Args:
         model: The model.
         layers: Its decoder layers.
 
     Raises:
-        UnsupportedModelError: A layer returns no hidden states, is run more or less than once, or
-            looks at later tokens.
+        UnsupportedModelError: A layer returns no hidden states, does not run exactly once, or
+            attends to later tokens.
     """
     family = model.config.model_type
     config = model.config.get_text_config()
     outputs: list[Any] = []
-    # The rows differ in their last token only, which no causal layer shows to the others.
+    # The rows differ only in their last token, which must not affect the states before it.
     ids = torch.zeros((2, 3), dtype=torch.long, device=model.device)
     ids[1, -1] = int(config.vocab_size) // 2
     with layer_hooks(layers, lambda _, output: outputs.append(output)):
@@ -59,8 +59,8 @@ def probe(model: PreTrainedModel, layers: nn.ModuleList) -> Probe:
             )
     if len(outputs) != len(layers):
         raise UnsupportedModelError(
-            f"{family} ran {len(outputs)} of its {len(layers)} decoder layers, expected each of "
-            "them once"
+            f"{family} ran {len(outputs)} of its {len(layers)} decoder layers, expected each "
+            "exactly once"
         )
     _check_causal(hidden_of(outputs[0])[:, :-1], family)
     last = hidden_of(outputs[-1])
@@ -73,12 +73,12 @@ def probe(model: PreTrainedModel, layers: nn.ModuleList) -> Probe:
 
 
 def _check_causal(rows: Tensor, family: str) -> None:
-    """Refuse a layer that made two rows differ before the token in which their inputs do."""
-    # Half of the dtype's digits: kernels and experts may treat two rows differently, far below
-    # it; looking ahead moves fp32 states by 1e-3 of their size even in tiny random models.
+    """Check that two rows have equal states before the token in which their inputs differ."""
+    # The limit is half of the dtype's digits. Kernels and experts that treat two rows differently
+    # stay far below it. Attending to later tokens changes fp32 states by 1e-3 of their size even
+    # in tiny random models.
     limit = torch.finfo(rows.dtype).eps ** 0.5 * rows.abs().max()
     if (rows[0] - rows[1]).abs().max() > limit:
         raise UnsupportedModelError(
-            f"the layers of {family} look ahead, at tokens that are still to come; expected a "
-            "causal language model"
+            f"the layers of {family} attend to later tokens; expected a causal language model"
         )

@@ -1,4 +1,4 @@
-"""DecoderStack: the decoder layers of a causal language model, run one at a time."""
+"""DecoderStack: a causal language model whose decoder layers can be run one at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The arguments with which `transformers` calls one decoder layer, hidden states left out."""
+    """The arguments with which `transformers` calls a decoder layer, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -39,11 +39,11 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Plan:
-    """One forward pass, prepared but not computed.
+    """A forward pass that is prepared but not computed.
 
     Attributes:
-        embedded: The hidden states that enter layer 1, `[B, T, D]`.
-        calls: Each layer's recorded call, `calls[0]` being layer 1's.
+        embedded: The input of layer 1, `[B, T, D]`.
+        calls: The recorded call of each layer; `calls[0]` belongs to layer 1.
     """
 
     embedded: Tensor
@@ -53,18 +53,30 @@ class Plan:
 class DecoderStack:
     """A causal language model as embeddings, decoder layers 1..N, final norm and LM head.
 
-    Nothing of the model is replaced: masks, rotary tables and positions are those that
-    `transformers` builds. Layers are counted from 1, hidden histories from 0 (the embeddings).
+    Masks, rotary tables and positions are those that `transformers` builds, so results are
+    identical to the model's. Layers are counted from 1, entries of the hidden history from 0 (the
+    embeddings).
 
     Args:
-        model: A causal language model in evaluation mode.
-        tokenizer: Its tokenizer, where text is to be measured.
-        provenance: What is known of its origin (see `load`).
+        model: A causal language model. It is set to evaluation mode.
+        tokenizer: Its tokenizer, needed to measure text.
+        provenance: Details about its origin (see `load`).
 
     Raises:
-        UnsupportedModelError: No decoder layers, recurrent or bidirectional ones, or an
-            encoder-decoder.
-        ModelError: A weight is NaN or infinite (names the layer).
+        UnsupportedModelError: The model is an encoder-decoder, has no decoder layers, or has
+            recurrent or bidirectional ones.
+        ModelError: A weight is NaN or infinite (the message names the layer).
+
+    Example:
+        >>> import cascade
+        >>> stack = cascade.load("smollm2-135m")
+        >>> ids = torch.tensor([[1, 504, 3575]])
+        >>> plan = stack.plan(ids)
+        >>> hidden = plan.embedded
+        >>> for layer, call in enumerate(plan.calls, start=1):
+        ...     hidden = stack.step(layer, hidden, call)
+        >>> stack.decode(hidden).shape
+        torch.Size([1, 3, 49152])
     """
 
     def __init__(
@@ -78,7 +90,7 @@ class DecoderStack:
         self.model = model
         model.train(False)
         self.tokenizer = tokenizer
-        #: The model of which this one is the continuation; see `cascade.stages.stage.extended`.
+        #: The model that this one continues (see `cascade.stages.stage.extended`).
         self.below: DecoderStack | None = None
         self.decoder = model.base_model
         self.layers = find_layers(model)
@@ -88,7 +100,7 @@ class DecoderStack:
         self.hidden_size = int(text_config.hidden_size)
         self.vocab_size = int(text_config.vocab_size)
         limit = getattr(text_config, "max_position_embeddings", None)
-        #: The longest sequence the positions allow; None where they have no end (ALiBi).
+        #: The longest supported sequence; None without a limit (ALiBi).
         self.max_positions: int | None = int(limit) if limit else None
         check_weights(model, self.layers)
         parameters = inspect.signature(self.decoder.forward).parameters
@@ -121,23 +133,23 @@ class DecoderStack:
 
     @property
     def layer_labels(self) -> list[str]:
-        """The rows of a saturation profile: "1".."N", and "N+norm" where a final norm follows."""
+        """The rows of a saturation profile, "1".."N", and "N+norm" for the final norm."""
         labels = [str(layer) for layer in range(1, self.num_layers + 1)]
         return labels + ([f"{self.num_layers}+norm"] if self.has_final_norm else [])
 
     def weights_hash(self) -> str:
-        """Return the hash of what the weights were loaded from.
+        """Return the hash of the file that the weights were loaded from.
 
-        A model that was made in memory has none; its weights are hashed as they are now.
+        For a model created in memory, return the hash of its current weights.
         """
         return known(self.provenance.weights_hash) or self.weights_in_memory()
 
     def weights_in_memory(self) -> str:
-        """Return a SHA-256 over the weights as they are at this moment, whoever changed them."""
+        """Return a SHA-256 over the current weights, including changes made after loading."""
         return weights_digest(self.model)
 
-    def with_those_below(self) -> Iterator[DecoderStack]:
-        """Yield this model, the one that it continues, and so on."""
+    def with_base_models(self) -> Iterator[DecoderStack]:
+        """Yield this model, then the model that it continues, and so on."""
         stack: DecoderStack | None = self
         while stack is not None:
             yield stack
@@ -145,18 +157,18 @@ class DecoderStack:
 
     @torch.no_grad()
     def visit(self, input_ids: Tensor, visitor: Callable[[int, Tensor], None]) -> Tensor | None:
-        """Run the decoder once and show each entry of the hidden history as it is made.
+        """Run the decoder once and pass each entry of the hidden history to a visitor.
 
-        Neither the LM head nor a KV cache is computed, and no entry is kept: what the visitor
-        does not hold on to is freed while the pass goes on.
+        Neither LM head nor KV cache is computed. Entries that the visitor does not keep are freed
+        during the pass.
 
         Args:
             input_ids: `[B, T]`.
-            visitor: Called as `visitor(entry, hidden)` with entry 0 (the embeddings) to N
-                (before the final norm); `hidden: [B, T, D]`, not to be changed.
+            visitor: Called as `visitor(entry, hidden)` with entries 0 (the embeddings) to N (before
+                the final norm). `hidden` is `[B, T, D]` and must not be modified.
 
         Returns:
-            The final normed state, `[B, T, D]`, or None where the model has no final norm.
+            The state after the final norm, `[B, T, D]`; None if the model has no final norm.
         """
         entries = iter(range(1, self.num_layers + 1))
         decoder, layers = self._stand_ins.for_hooks(self.decoder)
@@ -176,17 +188,17 @@ class DecoderStack:
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Plan:
-        """Let the model prepare a forward pass, without computing any layer.
+        """Prepare a forward pass without computing any layer.
 
         Args:
             input_ids: `[B, T]`.
             attention_mask: `[B, past + T]`, 1 for tokens and 0 for padding.
-            position_ids: `[B, T]`, where they are not simply past, past + 1, ...; left out for a
-                model that takes none (BLOOM counts from its mask).
-            cache: The KV cache the layers are to read and extend.
+            position_ids: `[B, T]` (default: past, past + 1, ...). Models without position ids
+                ignore them (BLOOM derives positions from the mask).
+            cache: The KV cache that the layers read and extend.
 
         Returns:
-            The embedded hidden states and each layer's call.
+            The embeddings and the call of each layer.
         """
         calls: list[LayerCall] = []
         embedded: list[Tensor] = []
@@ -205,7 +217,7 @@ class DecoderStack:
         if cache is not None:
             kwargs["past_key_values"] = cache
             if attention_mask is None:
-                # None lets the model take the cache's length into account; ones would not.
+                # With None, unlike with ones, the model takes the length of the cache into account.
                 kwargs["attention_mask"] = None
         with self._stand_ins.standing_in(self.decoder, record) as decoder:
             run_decoder(decoder, input_ids, **kwargs)
@@ -213,7 +225,7 @@ class DecoderStack:
 
     @torch.no_grad()
     def step(self, layer: int, hidden: Tensor, call: LayerCall) -> Tensor:
-        """Compute one decoder layer, as the model itself would.
+        """Compute one decoder layer exactly as the model does.
 
         Args:
             layer: 1..N.
@@ -229,9 +241,9 @@ class DecoderStack:
         return output
 
     def decode(self, hidden: Tensor) -> Tensor:
-        """Return the logits of an entry of the residual stream, by the model's own last steps.
+        """Return the logits of an entry of the hidden history, with the model's norm and LM head.
 
-        Gradients pass through to `hidden` where it needs them.
+        Gradients flow to `hidden` if it requires them.
 
         Args:
             hidden: `[B, T, D]`, before the final norm; T at most `max_positions`.
@@ -242,10 +254,13 @@ class DecoderStack:
         return self._readout.decode(hidden)
 
     def norm(self, hidden: Tensor) -> Tensor:
-        """Return states behind the model's final norm, which follows layer N.
+        """Apply the model's final norm, which follows layer N.
 
         Args:
-            hidden: `[B, T, D]`, an entry of the residual stream; T at most `max_positions`.
+            hidden: `[B, T, D]`, an entry of the hidden history; T at most `max_positions`.
+
+        Returns:
+            The normed states, `[B, T, D]`.
 
         Raises:
             UnsupportedModelError: The model has no final norm, or one that changes the width.
@@ -253,14 +268,14 @@ class DecoderStack:
         return self._readout.norm(hidden)
 
     def decode_normed(self, normed: Tensor) -> Tensor:
-        """Return the logits of states that are already behind the final norm.
+        """Return the logits of states that are already normed.
 
-        Gradients pass through to `normed` where it needs them.
+        Gradients flow to `normed` if it requires them.
 
         Args:
             normed: `[B, T, D]`, as `visit` returns them; T at most `max_positions`.
 
         Returns:
-            Logits, `[B, T, V]`, soft-capped and scaled as the model does.
+            Logits, `[B, T, V]`, with the model's soft-capping and scaling.
         """
         return self._readout.decode_normed(normed)

@@ -1,4 +1,4 @@
-"""The two sublayers of a decoder layer: what its attention and what its MLP adds to the stream."""
+"""The two sublayers of a decoder layer, and what each adds to the residual stream."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cascade.stats.cosine import widened
 
 @dataclass(frozen=True)
 class Sublayers:
-    """The two modules by which a layer writes to the residual stream.
+    """The two modules whose outputs a layer adds to the residual stream.
 
     Attributes:
-        attention: The last matrix product inside the attention.
-        mlp: The last matrix product outside of it.
+        attention: The module of the last matrix product inside the attention.
+        mlp: The module of the last matrix product outside the attention.
     """
 
     attention: nn.Module
@@ -30,12 +30,12 @@ class Sublayers:
 
 @dataclass(frozen=True)
 class Update:
-    """What a layer adds to its input; all tensors are `[B, T, D]`, in fp32 or wider.
+    """What a layer adds to its input. All tensors are `[B, T, D]`, in fp32 or wider.
 
     Attributes:
         hidden: The layer's input.
-        attention: What its attention adds.
-        mlp: What its MLP adds, given what the attention has added.
+        attention: What the attention adds to it.
+        mlp: What the MLP adds to the result.
     """
 
     hidden: Tensor
@@ -54,14 +54,14 @@ class Update:
 
 
 def last_products(layer: nn.Module, run: Callable[[], Any]) -> list[nn.Module]:
-    """Return the last matrix product inside a layer's attention, and the last one outside of it.
+    """Return the modules of the last matrix products inside and outside a layer's attention.
 
     Args:
         layer: A decoder layer.
-        run: Runs the layer once.
+        run: A function that runs the layer once.
 
     Returns:
-        Up to two modules, the attention's first; fewer where there is no such product.
+        Up to two modules, the attention's first; fewer if such a product is missing.
     """
     used: list[nn.Module] = []
 
@@ -95,7 +95,7 @@ def attention_modules(layer: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def silenced(*modules: nn.Module) -> Iterator[None]:
-    """Let modules return zeros inside the context."""
+    """Make modules return zeros inside the context."""
     handles = [
         module.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
         for module in modules
@@ -109,15 +109,15 @@ def silenced(*modules: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def find_sublayers(stack: DecoderStack, layer: int) -> Sublayers:
-    """Find the two modules by which a layer writes to the stream, and check them.
+    """Find the two modules whose outputs a layer adds to the stream, and check them.
 
     Args:
         stack: The model.
         layer: 1..N.
 
     Raises:
-        UnsupportedModelError: With both silenced the layer still changes its input (post-norm
-            layers, mixtures of experts), so that its update is not the sum of the two.
+        UnsupportedModelError: The layer changes its input even if both return zeros (post-norm
+            layers, mixtures of experts), so its update is not the sum of the two.
     """
     family = stack.model.config.model_type
     ids = torch.arange(8, device=stack.device).remainder(stack.vocab_size)[None]
@@ -139,13 +139,13 @@ def find_sublayers(stack: DecoderStack, layer: int) -> Sublayers:
 def split_update(
     stack: DecoderStack, sublayers: Sublayers, layer: int, hidden: Tensor, call: LayerCall
 ) -> tuple[Tensor, Update]:
-    """Run a layer, and split its update into what attention and what the MLP adds.
+    """Run a layer and split its update into those of attention and MLP.
 
-    The attention's share is the update with the MLP silenced; the rest is the MLP's.
+    The attention's update is that of the layer with a silenced MLP. The rest is the MLP's.
 
     Args:
         stack: The model.
-        sublayers: The layer's, from `find_sublayers`.
+        sublayers: The layer's sublayers, from `find_sublayers`.
         layer: 1..N.
         hidden: The layer's input, `[B, T, D]`.
         call: The layer's entry of `Plan.calls`.

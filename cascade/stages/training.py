@@ -144,7 +144,7 @@ def _provenance(
 
 
 def _base(stack: DecoderStack) -> StageBase:
-    *_, base = stack.with_those_below()  # of stages that follow stages, the same as theirs
+    *_, base = stack.with_base_models()  # of stages that follow stages, the same as theirs
     return StageBase(
         name=known(base.provenance.name),
         weights_hash=base.weights_hash(),

@@ -213,7 +213,7 @@ def test_heads_of_another_model_are_refused_and_both_are_named(propagation: Prop
     assert text.startswith("these exit heads belong to ")
     assert "family llama" in text
     assert "family qwen2" in text
-    assert text.endswith("; make them anew for this model")
+    assert text.endswith("; make them again for this model")
 
 
 def test_exits_of_another_model_are_refused_and_of_the_same_weights_taken() -> None:
@@ -227,7 +227,7 @@ def test_exits_of_another_model_are_refused_and_of_the_same_weights_taken() -> N
         assert one_line(error) == (
             "the heads of the exit at layer 2 belong to llama (weights_hash "
             f"{other.weights_hash()}), but the model is llama (weights_hash "
-            f"{stack.weights_hash()}); make them anew for this model"
+            f"{stack.weights_hash()}); make them again for this model"
         )
     score = EarlyExit(stack, exits=[make_exit(same, 2, "top2_gap", 0.1)]).score(ids)
     assert torch.equal(score.predictions, expected.predictions)

@@ -398,7 +398,7 @@ def test_heads_of_another_model_error_names_both_models(
     heads = fit_heads(named_stack(), random_blocks(), [2])
     heads.save(tmp_path / "heads.safetensors")
     other = named_stack(**changes)
-    expected = f"these exit heads belong to {models}; make them anew for this model"
+    expected = f"these exit heads belong to {models}; make them again for this model"
     for use in (
         lambda: heads.check(other),
         lambda: load_heads(tmp_path / "heads.safetensors", other),
@@ -442,7 +442,7 @@ def test_heads_of_unnamed_model_require_equal_weights(tmp_path: Path) -> None:
                 use()
             assert one_line(error) == (
                 f"these exit heads belong to llama (weights_hash {hashes[0]}), but the model is "
-                f"llama (weights_hash {hashes[1]}); make them anew for this model"
+                f"llama (weights_hash {hashes[1]}); make them again for this model"
             )
 
 

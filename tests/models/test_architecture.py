@@ -1,4 +1,4 @@
-"""Models that cannot be measured are refused by name."""
+"""Models that cannot be measured are rejected, by name."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from cascade.models.stack import DecoderStack
         ("lfm2", "conv"),
     ],
 )
-def test_recurrent_layers_are_refused_by_name(family: str, kind: str) -> None:
+def test_recurrent_layers_are_rejected_by_name(family: str, kind: str) -> None:
     settings = {"layer_types": ["conv", "full_attention"] * 16} if family == "lfm2" else {}
     with pytest.raises(UnsupportedModelError) as error:
         check_config(AutoConfig.for_model(family, **settings))
-    assert one_line(error).startswith(f"{family} has recurrent layers ({kind}): ")
+    assert one_line(error).startswith(f"{family} has recurrent layers ({kind}), which keep ")
     assert "expected attention in every layer" in str(error.value)
 
 
-def test_one_recurrent_layer_among_others_is_enough_to_refuse() -> None:
+def test_single_recurrent_layer_is_rejected() -> None:
     types = ["full_attention"] * 4
     config = AutoConfig.for_model("qwen3", num_hidden_layers=4, layer_types=types)
     check_config(config)
@@ -42,7 +42,7 @@ def test_one_recurrent_layer_among_others_is_enough_to_refuse() -> None:
         check_config(config)
 
 
-def test_a_recurrent_model_is_refused_before_anything_of_it_runs(
+def test_recurrent_model_is_rejected_before_it_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = AutoConfig.for_model(
@@ -54,7 +54,7 @@ def test_a_recurrent_model_is_refused_before_anything_of_it_runs(
         DecoderStack(model)
 
 
-def test_an_encoder_decoder_is_refused() -> None:
+def test_encoder_decoder_is_rejected() -> None:
     with pytest.raises(UnsupportedModelError) as error:
         check_config(AutoConfig.for_model("t5"))
     assert one_line(error) == (
@@ -62,13 +62,13 @@ def test_an_encoder_decoder_is_refused() -> None:
     )
 
 
-def test_a_family_without_a_causal_model_is_refused() -> None:
+def test_family_without_causal_model_is_rejected() -> None:
     with pytest.raises(UnsupportedModelError) as error:
         check_config(AutoConfig.for_model("distilbert"))
     assert one_line(error).startswith("distilbert is not a causal language model")
 
 
-def test_a_model_whose_layers_cannot_be_found_is_refused() -> None:
+def test_model_without_list_of_layers_is_rejected() -> None:
     model = tiny_model("llama")
     model.config.num_hidden_layers = 7
     with pytest.raises(UnsupportedModelError) as error:
@@ -87,7 +87,7 @@ def test_a_model_whose_layers_cannot_be_found_is_refused() -> None:
         ("lm_head.weight", "outside the decoder layers"),
     ],
 )
-def test_a_weight_that_is_not_finite_is_named(name: str, where: str, value: float) -> None:
+def test_error_names_the_non_finite_weight(name: str, where: str, value: float) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_parameter(name).view(-1)[-1] = value
@@ -97,7 +97,7 @@ def test_a_weight_that_is_not_finite_is_named(name: str, where: str, value: floa
     assert f"NaN or infinite values ({where}: {name})" in one_line(error)
 
 
-def test_weights_that_float16_is_too_narrow_for_ask_for_a_wider_dtype() -> None:
+def test_float16_overflow_suggests_a_wider_dtype() -> None:
     model = tiny_model("llama")
     model.model.layers[2].mlp.up_proj.weight.data[3, 4] = 1e5
     name = "model.layers.2.mlp.up_proj.weight"

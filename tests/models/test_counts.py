@@ -1,4 +1,4 @@
-"""Counts of computed rows add up, and their record is a copy."""
+"""Counts of computed token rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def some_counts(start: int) -> Counts:
     return Counts(a, b, c, d, lm_head_rows=start, head_rows={start: 5, 2: 7})
 
 
-def test_counts_add_up_layer_by_layer() -> None:
+def test_counts_add_up_by_layer() -> None:
     total = some_counts(0) + some_counts(10)
     assert total == Counts(
         layer_rows=[10, 12, 14, 16],
@@ -28,7 +28,7 @@ def test_counts_add_up_layer_by_layer() -> None:
     assert total + Counts.of(LAYERS) == total
 
 
-def test_a_record_of_counts_is_a_copy_that_json_can_hold() -> None:
+def test_record_of_counts_is_a_plain_copy() -> None:
     counts = Counts.of(2)
     counts.head_rows[1] = 3
     record = counts.record()
@@ -44,7 +44,7 @@ def test_a_record_of_counts_is_a_copy_that_json_can_hold() -> None:
     assert counts.pairs == [0, 0]
 
 
-def test_counts_of_nothing_share_no_list() -> None:
+def test_zero_counts_share_no_list() -> None:
     counts = Counts.of(2)
     counts.layer_rows[0] += 1
     assert counts.pairs == counts.key_value_rows == counts.predicted_rows == [0, 0]

@@ -1,4 +1,4 @@
-"""Fast layers compute what layers of Llama's shape do; this is checked before they are used."""
+"""Fast layers match the layers of models like Llama; a check precedes their use."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cascade.decoding.selective_layers import SkippingLayers
 from cascade.models.fast_layers import MOST_ROWS, FastLayers, product
 from cascade.models.stack import DecoderStack
 
-#: The families whose layers are no more than their modules put together as in Llama.
+#: The families whose layers combine their modules as Llama does.
 SUPPORTED = ["llama", "qwen2", "qwen3", "mistral", "smollm3"]
 
-#: fp32 rounding of sums in another order; tiny models' states are below 100.
+#: fp32 rounding of sums in another order, for states below 100.
 CLOSE = 1e-4
 
 
@@ -29,13 +29,13 @@ def fast_of(layers: SkippingLayers) -> FastLayers | None:
 def columns(
     stack: DecoderStack, fast: FastLayers, batch: int, start: int, stop: int, *, padded: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return layer outputs, keys and values of some columns: the model's own, and the fast ones."""
+    """Return layer outputs, keys and values of some tokens, by the model and by fast layers."""
     ids = random_ids(batch, stop)
     mask = torch.ones_like(ids)
     if padded:
         mask[0, :2] = 0
     found: list[list[Tensor]] = []
-    for way in ("own", "fast"):
+    for method in ("own", "fast"):
         cache = SkippingLayers(stack, skip=False).new_cache(batch, stop)
         states: list[Tensor] = []
         for first, last in ((0, start), (start, stop)):
@@ -45,7 +45,7 @@ def columns(
             )
             hidden = plan.embedded
             for layer, call in enumerate(plan.calls, start=1):
-                if first and way == "fast":
+                if first and method == "fast":
                     assert fast.can_compute(layer, hidden, call.kwargs)
                     hidden = fast.compute(layer, hidden, call.kwargs)
                 else:
@@ -59,7 +59,7 @@ def columns(
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("batch", "start", "stop"), [(1, 9, 10), (3, 9, 10), (2, 9, 14)])
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_fast_layers_compute_what_the_layers_do(
+def test_fast_layers_match_the_model(
     family: str, batch: int, start: int, stop: int, padded: bool
 ) -> None:
     stack = DecoderStack(tiny_model(family))
@@ -70,7 +70,7 @@ def test_fast_layers_compute_what_the_layers_do(
         assert (one - other).abs().max() <= CLOSE
 
 
-def test_windows_are_in_the_mask_that_the_model_made() -> None:
+def test_fast_layers_use_the_sliding_window_mask() -> None:
     stack = DecoderStack(tiny_model("mistral"))  # windows of 8
     own, fast = columns(stack, FastLayers(stack.layers), 2, 20, 22, padded=False)
     for one, other in zip(own, fast, strict=True):
@@ -78,14 +78,14 @@ def test_windows_are_in_the_mask_that_the_model_made() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_families_that_agree_with_it_are_lean(family: str) -> None:
+def test_only_matching_families_use_fast_layers(family: str) -> None:
     layers = SkippingLayers(DecoderStack(tiny_model(family)))
     assert (fast_of(layers) is not None) == (family in SUPPORTED)
     assert fast_of(SkippingLayers(layers.stack, skip=False)) is None
 
 
 class Doubled(nn.Module):
-    """An MLP that hides its parts' names from nobody, and does something else with them."""
+    """An MLP with the same modules as Llama's but twice its output."""
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Doubled(nn.Module):
         return 2 * made
 
 
-def test_a_layer_that_does_more_than_its_parts_is_not_lean() -> None:
+def test_layer_with_another_mlp_uses_no_fast_layers() -> None:
     model = copy.deepcopy(tiny_model("llama"))
     stack = DecoderStack(model)
     assert fast_of(SkippingLayers(stack)) is not None
@@ -107,21 +107,21 @@ def test_a_layer_that_does_more_than_its_parts_is_not_lean() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "self_attn", "mlp", "mlp.up_proj", "self_attn.q_proj"])
-def test_a_hook_on_any_part_is_heard(name: str) -> None:
+def test_hooks_on_any_module_are_called(name: str) -> None:
     stack = DecoderStack(tiny_model("llama"))
     fast, own = EarlyExit(stack), EarlyExit(stack, skip=False)
-    heard: list[int] = []
-    stack.layers[1].get_submodule(name).register_forward_hook(lambda *_: heard.append(1))
+    calls: list[int] = []
+    stack.layers[1].get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
     times = []
     for early in (fast, own):
-        heard.clear()
+        calls.clear()
         early.generate(random_ids(1, 20), max_new_tokens=3, eos_token_id=())
-        times.append(len(heard))
+        times.append(len(calls))
     assert times[0] == times[1] >= 3
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_what_transformers_captures_by_is_no_hook_of_anybodys(
+def test_capture_hooks_of_transformers_do_not_disable_fast_layers(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
@@ -143,25 +143,25 @@ def test_what_transformers_captures_by_is_no_hook_of_anybodys(
 
     early = EarlyExit(stack)
     before, taken = generated(early)
-    assert taken == 2 * 4  # behind the prompt two tokens are passed, through four layers each
+    assert taken == 2 * 4  # two tokens after the prompt run through four layers each
     captured = model(ids, output_hidden_states=True).hidden_states
-    assert any(layer._forward_hooks for layer in stack.layers), "nothing to tell apart is left"
+    assert any(layer._forward_hooks for layer in stack.layers), "expected capture hooks"
     for later in (early, EarlyExit(stack)):
         text, steps_taken = generated(later)
         assert torch.equal(text, before)
         assert steps_taken == taken
-    # Capturing goes on as it did, and a hook of somebody's beside it is heard.
+    # Capturing still works, and so does another hook next to it.
     for one, other in zip(
         captured, model(ids, output_hidden_states=True).hidden_states, strict=True
     ):
         assert torch.equal(one, other)
-    heard: list[int] = []
-    stack.layers[1].register_forward_hook(lambda *_: heard.append(1))
+    calls: list[int] = []
+    stack.layers[1].register_forward_hook(lambda *_: calls.append(1))
     assert generated(early)[1] == 2 * 3
-    assert len(heard) >= 2
+    assert len(calls) >= 2
 
 
-def test_weights_changed_later_are_the_ones_that_count() -> None:
+def test_fast_layers_use_weights_changed_later() -> None:
     stack = DecoderStack(tiny_model("llama"))
     fast = FastLayers(stack.layers)
     before, _ = columns(stack, fast, 1, 9, 10, padded=False)
@@ -175,7 +175,7 @@ def test_weights_changed_later_are_the_ones_that_count() -> None:
     assert (own[-3] - other[-3]).abs().max() <= CLOSE
 
 
-def test_many_rows_go_the_models_own_way() -> None:
+def test_many_rows_use_the_models_own_layers() -> None:
     stack = DecoderStack(tiny_model("llama"))
     cache = SkippingLayers(stack).new_cache(1, MOST_ROWS + 1)
     for length, taken in ((MOST_ROWS, True), (MOST_ROWS + 1, False)):
@@ -189,7 +189,7 @@ def test_many_rows_go_the_models_own_way() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (1,), (2, 3)])
-def test_a_product_is_what_the_module_gives(
+def test_product_matches_the_module(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     bias: bool,
@@ -207,14 +207,14 @@ def test_a_product_is_what_the_module_gives(
     made = product(module, rows)
     assert made.shape == expected.shape
     assert made.dtype is dtype
-    # Two roundings of numbers around 1.
+    # Numbers around 1 are rounded twice.
     assert (made - expected).abs().max() <= 4 * torch.finfo(dtype).eps
-    # Without AMX a matrix product with one row is the faster one.
+    # Without AMX a matrix product with one row is faster.
     single = shape != (2, 3)
     assert bool(calls) is (amx and single and dtype is torch.bfloat16)
 
 
-def test_a_product_calls_what_is_no_plain_projection() -> None:
+def test_product_calls_modules_other_than_linear() -> None:
     class Other(nn.Linear):
         def forward(self, rows: Tensor) -> Tensor:
             return super().forward(rows) + 1

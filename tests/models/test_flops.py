@@ -1,4 +1,4 @@
-"""Costs are what a hand count, and torch's own counter, say of the same work."""
+"""Operations match a hand count and torch's own counter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cascade.models import flops as costs
 from cascade.models.flops import Counts, flops, full_flops
 from cascade.models.stack import DecoderStack
 
-# The tiny Llama: queries and output 32 x 32, keys and values 16 x 32 each, an MLP of 3 x 32 x 48.
+# The tiny Llama has 32 x 32 queries and outputs, 16 x 32 keys and values, and 3 x 32 x 48 MLPs.
 LAYER = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48
 KEYS_AND_VALUES = 2 * 16 * 32
 
@@ -41,7 +41,7 @@ def counts(**changes: object) -> Counts:
     return made
 
 
-# --- By hand ---------------------------------------------------------------------------------
+# --- Hand counts ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def counts(**changes: object) -> Counts:
         ({}, 0),
         ({"layer_rows": [7, 0, 0, 0]}, 2 * 7 * LAYER),
         ({"layer_rows": [1, 2, 3, 4]}, 2 * 10 * LAYER),
-        # Every pair: 32 products for the weight, 32 for its value.
+        # Each pair takes 32 multiplications for the weight and 32 for its value.
         ({"pairs": [0, 5, 0, 6]}, 2 * 11 * (32 + 32)),
         ({"key_value_rows": [0, 0, 3, 0]}, 2 * 3 * KEYS_AND_VALUES),
         ({"predicted_rows": [0, 0, 0, 9]}, 2 * 9 * 32 * 32),
@@ -58,23 +58,23 @@ def counts(**changes: object) -> Counts:
         ({"head_rows": {1: 2, 3: 5}}, 2 * 7 * 1024),
     ],
 )
-def test_a_tiny_llama_by_hand(counted: dict[str, object], expected: int) -> None:
+def test_flops_of_a_tiny_llama_match_a_hand_count(counted: dict[str, object], expected: int) -> None:
     assert (VOCABULARY, WIDTH) == (97, 32)
     got = flops(a_stack("llama"), counts(**counted), map_width=32, head_size=1024)
     assert got == expected
 
 
-def test_heads_and_maps_cost_nothing_where_there_are_none() -> None:
+def test_absent_heads_and_maps_cost_nothing() -> None:
     some = counts(predicted_rows=[1, 1, 1, 1], head_rows={2: 5})
     assert flops(a_stack("llama"), some) == 0.0
 
 
-def test_the_full_model_by_hand() -> None:
+def test_full_flops_match_a_hand_count() -> None:
     expected = 4 * (2 * 6 * LAYER + 4 * 18 * 32) + 2 * 6 * 32 * 97
     assert full_flops(a_stack("llama"), 2, 3) == expected
 
 
-def test_costs_add_up() -> None:
+def test_flops_of_summed_counts_add_up() -> None:
     stack = a_stack("qwen3")
     one = counts(layer_rows=[3, 2, 1, 0], pairs=[9, 9, 4, 0], lm_head_rows=4, head_rows={1: 1})
     other = counts(key_value_rows=[0, 1, 2, 3], lm_head_rows=1, head_rows={1: 2, 3: 4})
@@ -82,19 +82,19 @@ def test_costs_add_up() -> None:
     assert flops(stack, one + other, head_size=9) == total
 
 
-# --- Against what runs -----------------------------------------------------------------------
+# --- Torch's counter -----------------------------------------------------------------------
 
 
 @functools.cache
 def an_eager_stack(family: str) -> DecoderStack:
-    """Return a stack whose attention is plain products: torch counts those, not every kernel."""
+    """Return a stack with eager attention, because torch does not count every kernel."""
     model = tiny_model(family)
     if model.config._attn_implementation != "eager" and family not in WITHOUT_A_CHOICE:
         model.set_attn_implementation("eager")
     return DecoderStack(model)
 
 
-#: Families whose attention is their own; it is plain products.
+#: Families with only their own attention, which consists of plain products.
 WITHOUT_A_CHOICE = ("bloom", "gpt_neo", "gptj", "falcon")
 
 
@@ -108,16 +108,16 @@ def counted_by_torch(stack: DecoderStack, early: EarlyExit | None, ids: torch.Te
 
 
 @ALL_FAMILIES
-def test_the_full_model_costs_what_torch_counts(family: str) -> None:
+def test_full_flops_match_torchs_counter(family: str) -> None:
     stack = an_eager_stack(family)
     for batch, length in ((1, 1), (3, 40)):
         counted = counted_by_torch(stack, None, random_ids(batch, length))
-        # 2 %: rotary tables are products of a few numbers, which torch counts and we do not.
+        # Torch also counts the products of rotary tables, up to 2 %.
         assert full_flops(stack, batch, length) == pytest.approx(counted, rel=0.02)
 
 
 @ALL_FAMILIES
-def test_full_depth_scoring_counts_the_full_model(family: str) -> None:
+def test_scoring_at_full_depth_counts_the_full_model(family: str) -> None:
     stack = a_stack(family)
     score = EarlyExit(stack).score(random_ids(3, 20))
     assert flops(stack, score.counts) == full_flops(stack, 3, 20)
@@ -130,7 +130,7 @@ def eager_heads(family: str) -> FittedHeads:
 
 @pytest.mark.parametrize("propagation", ["frozen", "ridge", "exact"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "cohere", "gpt2", "gpt_neox"])
-def test_early_exit_costs_what_torch_counts(family: str, propagation: Propagation) -> None:
+def test_flops_of_early_exit_match_torchs_counter(family: str, propagation: Propagation) -> None:
     stack, heads, ids = an_eager_stack(family), eager_heads(family), random_ids(4, 32)
     early = EarlyExit(
         stack, layer=1, rule="random", threshold=0.3, heads=heads, propagation=propagation
@@ -138,19 +138,19 @@ def test_early_exit_costs_what_torch_counts(family: str, propagation: Propagatio
     score = early.score(ids)
     exited = int((score.exit_layers == 1).sum())
     assert 60 < exited < 110
-    # The rule does not look at the logits: the head runs for those that left, and so for each.
+    # The rule does not use logits, so the head runs once for each token that exited.
     assert score.counts.head_rows == {1: exited}
     head = early.exits[0].head.multiplications
     counted = counted_by_torch(stack, early, ids)
     got = flops(stack, score.counts, map_width=heads.width, head_size=head)
-    # 3 %: rotary tables, and the maps, which torch sees run once for all of the upper layers.
+    # Torch also counts rotary tables, and maps once for all upper layers: up to 3 %.
     assert got == pytest.approx(counted, rel=0.03)
     if early.fallback_reason is None and propagation != "exact":
         assert got < 0.8 * full_flops(stack, 4, 32)
 
 
 @SKIPPING_FAMILIES
-def test_ridge_propagation_costs_in_layers_what_frozen_does(family: str) -> None:
+def test_ridge_and_frozen_propagation_cost_the_same_in_layers(family: str) -> None:
     stack, heads, ids = an_eager_stack(family), eager_heads(family), random_ids(4, 32)
     propagations: tuple[Propagation, ...] = ("frozen", "ridge")
     counted, products = {}, {}
@@ -161,7 +161,7 @@ def test_ridge_propagation_costs_in_layers_what_frozen_does(family: str) -> None
         ]
         early = EarlyExit(stack, exits=exits, propagation=propagation)
         score = early.score(ids)
-        # The rule draws from token and place, so the same tokens leave at the same layers.
+        # The rule draws from token and position, so the same tokens exit at the same layers.
         assert is_mixed(score.exit_layers, [1, 2, 3])
         counted[propagation] = score.counts
         products[propagation] = counted_by_torch(stack, early, ids)
@@ -179,11 +179,11 @@ def test_ridge_propagation_costs_in_layers_what_frozen_does(family: str) -> None
     assert products["ridge"] == products["frozen"]
 
 
-# --- Laws ------------------------------------------------------------------------------------
+# --- Properties ------------------------------------------------------------------------------------
 
 
 def layer_flops(stack: DecoderStack, score_counts: Counts, width: int) -> float:
-    """Return the cost without heads: those of probing are another matter."""
+    """Return the operations without heads."""
     layers = Counts(
         score_counts.layer_rows,
         score_counts.pairs,
@@ -201,7 +201,7 @@ def layer_flops(stack: DecoderStack, score_counts: Counts, width: int) -> float:
     rates=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     seed=st.integers(0, 9),
 )
-def test_more_exits_never_cost_more_in_layers(
+def test_more_exits_never_increase_the_cost_of_layers(
     family: str, propagation: Propagation, layer: int, rates: tuple[float, float], seed: int
 ) -> None:
     stack, heads = a_stack(family), some_heads(family)
@@ -217,7 +217,7 @@ def test_more_exits_never_cost_more_in_layers(
             seed=seed,
         )
         score = early.score(random_ids(2, 12))
-        # Where nothing is skipped, a ridge map's work comes on top, and is no gain.
+        # Where no layer is skipped, ridge maps are additional work and save nothing.
         width = 0 if early.fallback_reason else heads.width
         costs.append(layer_flops(stack, score.counts, width))
         exits.append(int((score.exit_layers == layer).sum()))
@@ -228,7 +228,7 @@ def test_more_exits_never_cost_more_in_layers(
 
 
 @ALL_FAMILIES
-def test_layers_and_lm_head_are_the_whole_model(family: str) -> None:
+def test_layers_and_lm_head_add_up_to_the_full_model(family: str) -> None:
     stack = a_stack(family)
     layers = costs.layer_flops(stack, 3, 8)
     assert len(layers) == stack.num_layers

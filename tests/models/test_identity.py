@@ -1,4 +1,4 @@
-"""Weights and tokenizers are known by their hashes."""
+"""Hashes of weights and tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 
 
-def test_loaded_weights_are_known_by_their_file_and_not_read_again(
+def test_hash_of_loaded_weights_is_not_computed_again(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack = load(str(saved))
@@ -25,7 +25,7 @@ def test_loaded_weights_are_known_by_their_file_and_not_read_again(
 
 
 @ALL_FAMILIES
-def test_weights_in_memory_are_known_by_every_one_of_them(family: str) -> None:
+def test_hash_of_weights_in_memory_depends_on_every_weight(family: str) -> None:
     stack = DecoderStack(tiny_model(family))
     before = stack.weights_hash()
     assert before.startswith("in-memory-sha256:")
@@ -33,7 +33,7 @@ def test_weights_in_memory_are_known_by_every_one_of_them(family: str) -> None:
     assert before != DecoderStack(tiny_model(family, seed=1)).weights_hash()
     for parameter in stack.model.parameters():
         kept = parameter.data.flatten()[-1].item()
-        parameter.data.view(-1)[-1] += 1e-3  # past what torch counts as a change
+        parameter.data.view(-1)[-1] += 1e-3  # `.data` bypasses torch's version counter
         assert stack.weights_hash() != before
         parameter.data.view(-1)[-1] = kept
     assert stack.weights_hash() == before
@@ -42,7 +42,7 @@ def test_weights_in_memory_are_known_by_every_one_of_them(family: str) -> None:
     assert stack.provenance.weights_hash is UNSET
 
 
-def test_weights_of_several_tensors_are_known_by_each() -> None:
+def test_hash_depends_on_every_tensor_of_a_quantized_weight() -> None:
     from torch.testing._internal.two_tensor import TwoTensor
 
     def hash_of(scales: float) -> str:
@@ -58,14 +58,14 @@ def test_weights_of_several_tensors_are_known_by_each() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_weights_in_memory_of_any_dtype_have_a_hash_of_their_own(dtype: torch.dtype) -> None:
+def test_hash_of_weights_in_memory_depends_on_the_dtype(dtype: torch.dtype) -> None:
     hashes = {
         DecoderStack(tiny_model("llama").to(kind)).weights_hash() for kind in (dtype, torch.float32)
     }
     assert len(hashes) == 2
 
 
-def test_another_tokenizer_has_another_hash(folder: Path) -> None:
+def test_tokenizer_hash_depends_on_the_vocabulary(folder: Path) -> None:
     before = load(str(folder)).provenance
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     vocabulary = json.loads(text)

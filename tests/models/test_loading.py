@@ -1,4 +1,4 @@
-"""Loading gives the model that was saved, on a device that can compute, or one line."""
+"""Loading returns the saved model on a usable device, or raises a one-line error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_accelerator")
 @pytest.mark.parametrize("name", ["auto", "cpu"])
-def test_auto_is_the_processor_where_nothing_faster_is_at_hand(name: str) -> None:
+def test_auto_is_the_cpu_without_an_accelerator(name: str) -> None:
     assert resolve_device(name, torch.bfloat16) == torch.device("cpu")
 
 
@@ -61,7 +61,7 @@ def test_auto_prefers_an_accelerator(
 
 @pytest.mark.usefixtures("no_accelerator")
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "cpu cpu"])
-def test_a_name_that_is_no_device_is_refused_with_the_names_that_are(name: str) -> None:
+def test_error_for_an_invalid_device_lists_the_valid_ones(name: str) -> None:
     with pytest.raises(DeviceError) as error:
         resolve_device(name, torch.float32)
     assert str(error.value) == f"expected a device among auto, cpu, got {name}"
@@ -69,7 +69,7 @@ def test_a_name_that_is_no_device_is_refused_with_the_names_that_are(name: str) 
 
 @pytest.mark.usefixtures("no_accelerator")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "meta"])
-def test_an_absent_device_is_refused_with_what_is_there(name: str) -> None:
+def test_error_for_an_absent_device_lists_the_available_ones(name: str) -> None:
     with pytest.raises(DeviceError) as error:
         resolve_device(name, torch.float32)
     assert one_line(error) == f"no {name} device on this machine; use --device cpu"
@@ -84,7 +84,7 @@ def test_an_absent_device_is_refused_with_what_is_there(name: str) -> None:
         RuntimeError(""),
     ],
 )
-def test_a_device_that_lacks_the_dtype_is_refused_with_both_names(
+def test_error_for_an_unsupported_dtype_names_device_and_dtype(
     failure: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def matmul(*_: Any) -> Tensor:
@@ -99,7 +99,7 @@ def test_a_device_that_lacks_the_dtype_is_refused_with_both_names(
 
 
 @ALL_FAMILIES
-def test_a_checkpoint_loads_as_the_model_that_was_saved(family: str, tmp_path: Path) -> None:
+def test_loaded_checkpoint_equals_the_saved_model(family: str, tmp_path: Path) -> None:
     loaded = load(str(save_checkpoint(tmp_path / family, family)))
     check_capture_contract(loaded)
     ids = random_ids()
@@ -107,7 +107,7 @@ def test_a_checkpoint_loads_as_the_model_that_was_saved(family: str, tmp_path: P
     assert difference(own_run(loaded.model, ids).logits, expected) == 0.0
 
 
-def test_loading_records_where_the_weights_come_from(saved: Path) -> None:
+def test_load_records_provenance(saved: Path) -> None:
     stack = load(str(saved), dtype="bfloat16")
     assert stack.dtype == torch.bfloat16
     assert stack.tokenizer is not None
@@ -130,44 +130,44 @@ def test_loading_records_where_the_weights_come_from(saved: Path) -> None:
     }
 
 
-def test_an_unknown_dtype_is_refused_with_the_known_ones(saved: Path) -> None:
+def test_error_for_an_unknown_dtype_lists_the_supported_ones(saved: Path) -> None:
     with pytest.raises(DeviceError) as error:
         load(str(saved), dtype="float8")
     assert one_line(error) == "expected --dtype among float32, bfloat16, float16, got float8"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
-def test_a_dtype_is_taken_as_itself_and_as_its_name(dtype: torch.dtype | str, saved: Path) -> None:
+def test_load_accepts_a_torch_dtype_and_its_name(dtype: torch.dtype | str, saved: Path) -> None:
     assert load(saved, dtype=dtype).dtype == torch.bfloat16
 
 
-def test_an_unsupported_torch_dtype_is_refused_with_the_supported_ones(saved: Path) -> None:
+def test_error_for_an_unsupported_torch_dtype_lists_the_supported_ones(saved: Path) -> None:
     with pytest.raises(DeviceError) as error:
         load(saved, dtype=torch.float64)
     assert one_line(error) == "expected --dtype among float32, bfloat16, float16, got float64"
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, torch.device("cpu")])
-def test_a_device_map_places_the_same_model(device_map: Any, saved: Path) -> None:
+def test_device_map_gives_the_same_results(device_map: Any, saved: Path) -> None:
     ids = random_ids()
     expected = own_run(load(saved).model, ids).logits
     assert difference(own_run(load(saved, device_map=device_map).model, ids).logits, expected) == 0
 
 
-def test_device_and_device_map_together_are_refused(saved: Path) -> None:
+def test_device_and_device_map_together_are_rejected(saved: Path) -> None:
     with pytest.raises(UsageError) as error:
         load(saved, device="cuda", device_map="auto")
     assert one_line(error) == "expected device or device_map, got cuda and auto"
 
 
-def test_an_unknown_device_map_is_refused_with_what_to_check(saved: Path) -> None:
+def test_error_for_an_unknown_device_map_says_what_to_check(saved: Path) -> None:
     with pytest.raises(ModelError) as error:
         load(saved, device_map="everywhere")
     assert one_line(error).startswith(f"cannot read the weights of {saved}: ")
     assert str(error.value).endswith("; check device_map, or get the checkpoint again")
 
 
-def test_weights_that_a_device_map_offloads_to_disk_are_refused(saved: Path) -> None:
+def test_weights_offloaded_to_disk_are_rejected(saved: Path) -> None:
     parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
     layers = [f"model.layers.{number}" for number in range(LAYERS)]
     device_map: dict[str, str | int | torch.device] = dict.fromkeys([*parts, *layers], "cpu")
@@ -176,27 +176,27 @@ def test_weights_that_a_device_map_offloads_to_disk_are_refused(saved: Path) -> 
         load(saved, device_map=device_map | {"model.layers.2": "disk"})
     assert one_line(error) == (
         f"device_map leaves 9 weights of {saved} on no device, "
-        "model.layers.2.self_attn.q_proj.weight first; expected memory for all of them: "
+        "the first is model.layers.2.self_attn.q_proj.weight; expected memory for all of them, "
         "use more devices or a narrower dtype"
     )
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
-def test_the_attention_kernel_can_be_chosen_and_is_recorded(name: str, saved: Path) -> None:
+def test_attention_kernel_is_used_and_recorded(name: str, saved: Path) -> None:
     stack = load(saved, attn_implementation=name)
     assert stack.model.config._attn_implementation == name
     assert stack.provenance.attention == name
     check_capture_contract(stack)
 
 
-def test_an_unknown_attention_kernel_is_refused_with_what_to_check(saved: Path) -> None:
+def test_error_for_an_unknown_attention_kernel_says_what_to_check(saved: Path) -> None:
     with pytest.raises(ModelError) as error:
         load(saved, attn_implementation="nonsense")
     assert "nonsense" in one_line(error)
     assert str(error.value).endswith("; check attn_implementation, or get the checkpoint again")
 
 
-def test_missing_weights_are_counted_and_named(folder: Path) -> None:
+def test_error_counts_and_names_missing_weights(folder: Path) -> None:
     file = folder / "model.safetensors"
     weights = load_file(file)
     del weights["model.layers.2.mlp.up_proj.weight"], weights["model.norm.weight"]
@@ -204,12 +204,12 @@ def test_missing_weights_are_counted_and_named(folder: Path) -> None:
     with pytest.raises(ModelError) as error:
         load(str(folder))
     assert one_line(error) == (
-        f"{folder} lacks 2 of its weights, model.layers.2.mlp.up_proj.weight first; "
+        f"{folder} lacks 2 of its weights, the first is model.layers.2.mlp.up_proj.weight; "
         "get the checkpoint again"
     )
 
 
-def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
+def test_weight_of_another_shape_is_rejected(folder: Path) -> None:
     file = folder / "model.safetensors"
     weights = load_file(file)
     weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
@@ -219,7 +219,7 @@ def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
     assert one_line(error).startswith(f"cannot read the weights of {folder}: ")
 
 
-def test_a_weight_that_is_not_finite_is_refused_on_loading(folder: Path) -> None:
+def test_load_rejects_a_non_finite_weight(folder: Path) -> None:
     file = folder / "model.safetensors"
     weights = load_file(file)
     weights["model.layers.3.self_attn.q_proj.weight"][0, 0] = float("nan")
@@ -229,7 +229,7 @@ def test_a_weight_that_is_not_finite_is_refused_on_loading(folder: Path) -> None
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, -1], ids=["empty", "no_header", "torn", "one_less"])
-def test_truncated_weights_are_refused(folder: Path, kept: int) -> None:
+def test_truncated_weights_are_rejected(folder: Path, kept: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ModelError) as error:
@@ -238,7 +238,7 @@ def test_truncated_weights_are_refused(folder: Path, kept: int) -> None:
     assert str(error.value).endswith("; get the checkpoint again")
 
 
-def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
+def test_error_names_the_missing_shard(tmp_path: Path) -> None:
     tiny = save_checkpoint(tmp_path / "sharded")
     (tiny / "model.safetensors").unlink()
     tiny_model("llama").save_pretrained(tiny, max_shard_size="40KB")
@@ -252,17 +252,17 @@ def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
     assert shards[1].name in str(error.value)
 
 
-def test_a_missing_tokenizer_is_named(folder: Path) -> None:
+def test_missing_tokenizer_is_rejected(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ModelError) as error:
         load(str(folder))
     assert one_line(error).startswith(
-        f"cannot read the tokenizer of {folder} (expected tokenizer.json or its like in {folder})"
+        f"cannot read the tokenizer of {folder} (expected tokenizer.json or similar in {folder})"
     )
 
 
-def test_a_torn_tokenizer_is_refused(folder: Path) -> None:
+def test_truncated_tokenizer_is_rejected(folder: Path) -> None:
     file = folder / "tokenizer.json"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ModelError) as error:
@@ -271,27 +271,27 @@ def test_a_torn_tokenizer_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{"model_type": "llama",', "config.json is not JSON ("),
         ("", "config.json is not JSON ("),
         ("\x80", "config.json is not JSON ("),
-        ("[]", "config.json is no model config"),
-        ("null", "config.json is no model config"),
-        ('{"quantization_config": 4}', "config.json is no model config"),
+        ("[]", "config.json is not a model config"),
+        ("null", "config.json is not a model config"),
+        ('{"quantization_config": 4}', "config.json is not a model config"),
         ("{}", "cannot read the config of "),
         ('{"model_type": "nonsense"}', "cannot read the config of "),
     ],
 )
-def test_a_broken_config_is_refused(folder: Path, text: str, said: str) -> None:
+def test_broken_config_is_rejected(folder: Path, text: str, message: str) -> None:
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ModelError) as error:
         load(str(folder))
-    assert said in one_line(error)
+    assert message in one_line(error)
     assert str(error.value).endswith("; get the checkpoint again")
 
 
-def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+def test_folder_without_config_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as error:
         load(str(tmp_path))
     assert (
@@ -299,7 +299,7 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+def test_folder_without_weights_is_rejected(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError) as error:
         load(str(folder))
@@ -307,7 +307,7 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["mamba", "qwen3_next", "t5", "distilbert"])
-def test_an_unsupported_family_is_refused_before_any_weight_is_read(
+def test_unsupported_family_is_rejected_before_weights_are_read(
     family: str, tmp_path: Path
 ) -> None:
     AutoConfig.for_model(family).save_pretrained(tmp_path)
@@ -316,11 +316,11 @@ def test_an_unsupported_family_is_refused_before_any_weight_is_read(
         load(str(tmp_path))
 
 
-def test_a_revision_of_a_local_folder_is_refused(saved: Path) -> None:
+def test_revision_of_a_local_folder_is_rejected(saved: Path) -> None:
     with pytest.raises(ModelError, match="--revision belongs to hub models"):
         load(str(saved), revision="main")
 
 
-def test_an_absent_device_is_refused_before_the_weights_are_looked_for() -> None:
+def test_invalid_device_is_rejected_before_weights_are_resolved() -> None:
     with pytest.raises(DeviceError, match="expected a device among"):
         load("/no/such/folder", device="nonsense")

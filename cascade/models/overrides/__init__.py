@@ -1,1 +1,1 @@
-"""Changing what a model computes for one call, without changing the model."""
+"""Changing what a model computes in one call, without changing the model."""

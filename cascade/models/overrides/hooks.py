@@ -1,4 +1,4 @@
-"""Temporary hooks on decoder layers, and temporary forwards."""
+"""Temporary hooks and temporary forwards of decoder layers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward` answer for a module's own; the module is restored in any case."""
-    # `forward` as an instance attribute hides the class's; some libraries set one themselves.
+    """Replace a module's forward inside the context, and restore it at the end."""
+    # An instance attribute `forward` hides the method; some libraries set one themselves.
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -28,11 +28,11 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 def replaced_layers(
     layers: nn.ModuleList, stand_in: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 ) -> Iterator[None]:
-    """Let `stand_in(index, args, kwargs)` answer for the forward of every layer.
+    """Replace the forward of every layer by `stand_in(index, args, kwargs)` inside the context.
 
     Args:
-        layers: The decoder layers; they are restored in any case.
-        stand_in: Gets the layer's index from 0, and the arguments of its call.
+        layers: The decoder layers, restored at the end.
+        stand_in: Called with the index of the layer, from 0, and the arguments of the call.
     """
 
     def forward_of(number: int) -> Callable[..., Any]:
@@ -46,7 +46,7 @@ def replaced_layers(
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let gradients pass through a model without being computed for its weights."""
+    """Disable gradients of a model's weights inside the context; others still flow through it."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in before:
@@ -63,7 +63,7 @@ def hidden_of(output: Any) -> Any:
 
 
 def as_output(hidden: Tensor, size: int) -> Any:
-    """Return hidden states in the form in which a layer returns its output.
+    """Return hidden states in the same form as a layer's output.
 
     Args:
         hidden: `[B, T, D]`.
@@ -75,7 +75,7 @@ def as_output(hidden: Tensor, size: int) -> Any:
 def split_output(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Separate a layer's hidden states from the rest of its call."""
+    """Separate the hidden states from the other arguments of a layer's call."""
     if args:
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
@@ -86,10 +86,10 @@ def split_output(
 def layer_hooks(
     layers: Iterable[nn.Module], hook: Callable[[nn.Module, Any], None]
 ) -> Iterator[None]:
-    """Call `hook(layer, output)` after each layer while the context is open."""
+    """Call `hook(layer, output)` after each layer inside the context."""
 
     def call(module: nn.Module, _: Any, output: Any) -> None:
-        hook(module, output)  # what it returns, if anything, would take the output's place
+        hook(module, output)  # drop the result, which would replace the output
 
     handles = [layer.register_forward_hook(call) for layer in layers]
     try:
@@ -101,7 +101,7 @@ def layer_hooks(
 
 @contextlib.contextmanager
 def layer_pre_hook(layer: nn.Module, hook: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `hook(hidden)` with a layer's input while the context is open."""
+    """Call `hook(hidden)` with a layer's input inside the context."""
 
     def call(_: nn.Module, args: Any, kwargs: Any) -> None:
         hook(split_output(args, kwargs)[0])

@@ -1,7 +1,7 @@
 """Running a model with stand-ins for its decoder layers, without changing the model.
 
-Other threads may run the same model meanwhile. So layers are exchanged in shallow copies of the
-modules that hold them (see `cascade.models.overrides.views`).
+Other threads may run the same model at the same time. Layers are therefore replaced in shallow
+copies of the modules that hold them (see `cascade.models.overrides.views`).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ StandIn = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class StandIns:
-    """Copies of a model and of its decoder in which other modules answer for the layers.
+    """Copies of a model and of its decoder in which other modules replace the layers.
 
-    Where a library answers the model's calls itself (`accelerate`, `Module.compile`), a copy cannot
-    work: there the model's own layers are changed and restored, and the model is for one thread at
-    a time.
+    A copy cannot run where a library replaces the model's calls (`accelerate`, `Module.compile`).
+    There, the model's own layers are changed and restored, and only one thread at a time may use
+    the model.
 
     Args:
         model: The model.
-        decoder: The part of it that holds the decoder layers.
+        decoder: Its base model, which holds the decoder layers.
         layers: The decoder layers.
     """
 
@@ -45,7 +45,7 @@ class StandIns:
         self._paths = {root: paths_of(layers, root) for root in (model, decoder)}
 
     def can_be_copied(self, root: nn.Module) -> bool:
-        """Return whether a copy of the model or its decoder runs by itself."""
+        """Return whether a copy of the model or its decoder runs independently of the original."""
         holding = [module for path in self._paths[root] for module in holders(root, path)]
         compiled = any("_compiled_call_impl" in layer.__dict__ for layer in self.layers)
         return not compiled and all(map(can_be_copied, holding))
@@ -57,7 +57,7 @@ class StandIns:
         return with_descendants(root, dict.fromkeys(self._paths[root], made))
 
     def for_hooks(self, root: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-        """Return the model or its decoder, and its layers, to which hooks may be added."""
+        """Return a model or decoder, and its layers, to which hooks can be added safely."""
         if not self.can_be_copied(root):
             return root, list(self.layers)
         layers = [with_own_hooks(layer) for layer in self.layers]
@@ -65,11 +65,11 @@ class StandIns:
 
     @contextlib.contextmanager
     def standing_in(self, root: nn.Module, stand_in: StandIn) -> Iterator[nn.Module]:
-        """Yield a model in which `stand_in` answers for every layer's forward.
+        """Yield a model in which `stand_in` replaces the forward of every layer.
 
         Args:
             root: The model or its decoder.
-            stand_in: Gets the layer's index from 0, and the arguments of its call.
+            stand_in: Called with the index of the layer, from 0, and the arguments of the call.
         """
         if not self.can_be_copied(root):
             with replaced_layers(self.layers, stand_in):

@@ -1,8 +1,8 @@
 """Private copies of modules, so that one call can be changed without changing the shared model.
 
-Several threads may run one model at a time. A hook, a replaced forward or a changed config on its
-own modules would reach all of them. These copies share weights, buffers and everything else with
-the model; only what a call changes is their own.
+Several threads may run one model at the same time. A hook, a replaced forward or a changed config
+on its modules would affect all of them. Copies share weights, buffers and everything else with the
+model, except for what a call changes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
 
-#: Attributes by which a library answers a module's calls itself. They are bound to the module, so
-#: that a copy would run the original: `accelerate` sets the first, `Module.compile` the second.
+#: Attributes with which a library replaces a module's calls. They are bound to the module, so a
+#: copy would run the original. `accelerate` sets the first, `Module.compile` the second.
 _BOUND = ("forward", "_compiled_call_impl")
 
-#: What holds a module's hooks. A copy gets its own, so that hooks can be added to it alone.
+#: The attributes that hold a module's hooks. A copy gets its own, so that hooks can be added to the
+#: copy alone.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -30,15 +31,15 @@ _HOOKS = (
 
 
 def can_be_copied(module: nn.Module) -> bool:
-    """Return whether a copy of a module runs by itself, rather than the original."""
+    """Return whether a copy of a module runs independently of the original."""
     return not any(name in module.__dict__ for name in _BOUND)
 
 
 def with_children(module: M, children: Mapping[str, nn.Module]) -> M:
-    """Return a shallow copy of a module with some of its children exchanged.
+    """Return a shallow copy of a module with some of its children replaced.
 
     Args:
-        module: The module, which stays as it is.
+        module: The module, which is not changed.
         children: New children by name.
     """
     made = copy.copy(module)
@@ -49,10 +50,10 @@ def with_children(module: M, children: Mapping[str, nn.Module]) -> M:
 def with_own_hooks(module: M) -> M:
     """Return a shallow copy of a module to which hooks can be added without changing the module.
 
-    The hooks that the module has are called for the copy, too.
+    The copy also calls the hooks of the module.
 
     Args:
-        module: The module, which stays as it is.
+        module: The module, which is not changed.
     """
     made = copy.copy(module)
     for name in _HOOKS:
@@ -61,10 +62,10 @@ def with_own_hooks(module: M) -> M:
 
 
 def with_descendants(module: M, descendants: Mapping[str, nn.Module]) -> M:
-    """Return a copy of a module in which paths lead to other modules.
+    """Return a copy of a module with other modules at some paths.
 
     Args:
-        module: The module, which stays as it is.
+        module: The module, which is not changed.
         descendants: New modules by path, e.g. "model.layers".
     """
     below: dict[str, dict[str, nn.Module]] = {}
@@ -81,14 +82,14 @@ def with_descendants(module: M, descendants: Mapping[str, nn.Module]) -> M:
 
 
 def paths_of(module: nn.Module, root: nn.Module) -> tuple[str, ...]:
-    """Return every path by which a module is reached from another, e.g. ("model.layers",)."""
+    """Return every path from a root to a module, e.g. ("model.layers",)."""
     return tuple(
         name for name, found in root.named_modules(remove_duplicate=False) if found is module
     )
 
 
 def holders(root: nn.Module, path: str) -> list[nn.Module]:
-    """Return the modules from a root down a path, the one at its end left out."""
+    """Return the modules from a root along a path, without the last one."""
     names = path.split(".")
     return [root.get_submodule(".".join(names[:count])) for count in range(len(names))]
 
@@ -97,9 +98,9 @@ def with_config(module: M, config: Any, other: Any) -> M:
     """Return a copy of a module in which it and its descendants have another config.
 
     Args:
-        module: The module, which stays as it is.
-        config: The config that is exchanged, where a module has this very object.
-        other: What takes its place.
+        module: The module, which is not changed.
+        config: The config to replace, wherever a module has this same object.
+        other: The new config.
     """
     children = {
         name: made

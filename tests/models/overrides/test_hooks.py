@@ -1,4 +1,4 @@
-"""A model is left as it was, and what a library has set on it stays in force."""
+"""Overrides restore the model and keep hooks and forwards that a library has set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cascade.models.stack import DecoderStack
 
 
 def state_of(stack: DecoderStack) -> list[dict[str, Any]]:
-    """Return all that replacing and hooking a layer could have left behind."""
+    """Return the attributes that replacing or hooking a layer could have changed."""
     return [
         {
             name: dict(value) if isinstance(value, dict) else value
@@ -42,15 +42,15 @@ OPERATIONS: dict[str, Callable[[DecoderStack], Any]] = {
 }
 
 
-def check_it_leaves_no_trace(stack: DecoderStack, operation: str) -> None:
-    """Raise AssertionError unless the model is as before, whether or not a part of it raises."""
+def check_model_is_restored(stack: DecoderStack, operation: str) -> None:
+    """Check that the model is unchanged after success and after an error."""
     logits = own_run(stack.model, random_ids()).logits
     before = state_of(stack)
     OPERATIONS[operation](stack)
     assert state_of(stack) == before
-    # Decoding may leave the layers alone, but not the LM head.
-    part = stack.lm_head if "decode" in operation else stack.layers[2]
-    handle = part.register_forward_pre_hook(refuse_to_run)
+    # Decoding does not necessarily run a layer, but it runs the LM head.
+    module = stack.lm_head if "decode" in operation else stack.layers[2]
+    handle = module.register_forward_pre_hook(refuse_to_run)
     try:
         before = state_of(stack)
         with pytest.raises(AssertionError, match="must not run"):
@@ -63,24 +63,24 @@ def check_it_leaves_no_trace(stack: DecoderStack, operation: str) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @ALL_FAMILIES
-def test_the_model_is_left_as_it_was_also_when_something_raises(
+def test_model_is_restored_also_after_an_error(
     family: str, operation: str
 ) -> None:
-    check_it_leaves_no_trace(a_stack(family), operation)
+    check_model_is_restored(a_stack(family), operation)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_forward_that_a_library_has_set_is_left_in_its_place(
+def test_replaced_forward_of_a_library_is_kept(
     operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack = a_stack("llama")
-    for layer in (stack.layers[1], stack.layers[2]):  # as accelerate does, here to two of four
+    for layer in (stack.layers[1], stack.layers[2]):  # as accelerate does, here for two of four layers
         forward = functools.partial(type(layer).forward, layer)
         monkeypatch.setitem(vars(layer), "forward", forward)
-    check_it_leaves_no_trace(stack, operation)
+    check_model_is_restored(stack, operation)
 
 
-def test_a_visitor_that_raises_leaves_no_hook() -> None:
+def test_failing_visitor_leaves_no_hook() -> None:
     stack = a_stack("llama")
     before = state_of(stack)
     with pytest.raises(AssertionError, match="must not run"):
@@ -88,7 +88,7 @@ def test_a_visitor_that_raises_leaves_no_hook() -> None:
     assert state_of(stack) == before
 
 
-def test_a_forward_that_a_library_has_set_is_what_a_step_calls() -> None:
+def test_step_calls_the_replaced_forward_of_a_library() -> None:
     stack = DecoderStack(tiny_model("llama"))
     layer, calls = stack.layers[1], []
 
@@ -104,7 +104,7 @@ def test_a_forward_that_a_library_has_set_is_what_a_step_calls() -> None:
     assert calls == [0]
 
 
-def test_a_hook_that_a_library_has_set_is_heard_by_a_step_as_by_the_model() -> None:
+def test_step_calls_the_hooks_of_a_library() -> None:
     stack, ids = DecoderStack(tiny_model("llama")), random_ids()
     before = own_run(stack.model, ids).logits
     stack.layers[1].register_forward_hook(lambda _, args, output: 1.5 * output)

@@ -1,4 +1,4 @@
-"""Private copies of modules share everything with the original but what a call changes."""
+"""Private copies of modules share everything with the original except what a call changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def nested() -> nn.Sequential:
     return nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.Linear(3, 3))
 
 
-def test_a_copy_with_other_children_shares_the_rest() -> None:
+def test_copy_with_other_children_shares_the_rest() -> None:
     model, x = nested(), torch.randn(2, 3)
     before = model(x)
     made = with_children(model, {"1": Doubling()})
@@ -37,7 +37,7 @@ def test_a_copy_with_other_children_shares_the_rest() -> None:
     assert made[0] is model[0]
 
 
-def test_a_path_leads_to_another_module_in_the_copy_alone() -> None:
+def test_descendants_are_replaced_only_in_the_copy() -> None:
     model, x = nested(), torch.randn(2, 3)
     before = model(x)
     made = with_descendants(model, {"0.1": Doubling(), "1": nn.Identity()})
@@ -46,13 +46,13 @@ def test_a_path_leads_to_another_module_in_the_copy_alone() -> None:
     assert torch.equal(model(x), before)
 
 
-def test_two_paths_through_one_module_both_lead_to_other_modules() -> None:
+def test_two_paths_through_the_same_module_are_replaced() -> None:
     model, x = nested(), torch.randn(2, 3)
     made = with_descendants(model, {"0.0": Doubling(), "0.1": Doubling(), "1": Doubling()})
     assert torch.equal(made(x), 8 * x)
 
 
-def test_a_module_that_is_registered_twice_is_found_twice() -> None:
+def test_module_registered_twice_has_two_paths() -> None:
     model = nested()
     model.add_module("again", model[0])
     inner: Any = model[0]
@@ -61,7 +61,7 @@ def test_a_module_that_is_registered_twice_is_found_twice() -> None:
     assert holders(model, "again.1") == [model, model[0]]
 
 
-def test_hooks_of_a_copy_are_its_own_and_those_of_the_module_are_kept() -> None:
+def test_copy_keeps_hooks_and_has_its_own() -> None:
     module, x = Doubling(), torch.ones(1)
     module.register_forward_hook(lambda _, __, output: output + 1)
     made = with_own_hooks(module)
@@ -71,7 +71,7 @@ def test_hooks_of_a_copy_are_its_own_and_those_of_the_module_are_kept() -> None:
     assert module(x).item() == 3
 
 
-def test_a_config_is_exchanged_wherever_it_is_used_below_a_module() -> None:
+def test_config_is_replaced_in_all_descendants() -> None:
     config, other = SimpleNamespace(name="own"), SimpleNamespace(name="other")
     inner, outer, beside = Doubling(), nn.Sequential(), Doubling()
     inner.config = outer.config = config  # type: ignore[assignment]
@@ -83,7 +83,7 @@ def test_a_config_is_exchanged_wherever_it_is_used_below_a_module() -> None:
     assert with_config(beside, config, other) is beside
 
 
-def test_a_module_whose_calls_a_library_answers_cannot_be_copied() -> None:
+def test_module_with_replaced_calls_cannot_be_copied() -> None:
     module, compiled = Doubling(), Doubling()
     assert can_be_copied(module)
     module.forward = lambda x: 3 * x  # type: ignore[method-assign]

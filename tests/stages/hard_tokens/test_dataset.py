@@ -79,7 +79,7 @@ def test_a_dataset_of_another_model_layer_or_threshold_is_refused(tmp_path: Path
     found.check(a_stack("llama"), layer=3, threshold=found.threshold)
     found.check(DecoderStack(tiny_model("llama")))
     for stack in (DecoderStack(tiny_model("llama", seed=1)), a_stack("qwen2")):
-        with pytest.raises(ModelError, match="make them anew for this model") as caught:
+        with pytest.raises(ModelError, match="make them again for this model") as caught:
             found.check(stack)
         assert one_line(caught).startswith("the hard tokens in ")
     with pytest.raises(UsageError, match="are those of exit layer 3, got layer 2"):
