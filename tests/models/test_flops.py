@@ -41,7 +41,7 @@ def counts(**changes: object) -> Counts:
     return made
 
 
-# --- Hand counts ---------------------------------------------------------------------------------
+# --- Hand counts -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,9 @@ def counts(**changes: object) -> Counts:
         ({"head_rows": {1: 2, 3: 5}}, 2 * 7 * 1024),
     ],
 )
-def test_flops_of_a_tiny_llama_match_a_hand_count(counted: dict[str, object], expected: int) -> None:
+def test_flops_of_a_tiny_llama_match_a_hand_count(
+    counted: dict[str, object], expected: int
+) -> None:
     assert (VOCABULARY, WIDTH) == (97, 32)
     got = flops(a_stack("llama"), counts(**counted), map_width=32, head_size=1024)
     assert got == expected
@@ -82,7 +84,7 @@ def test_flops_of_summed_counts_add_up() -> None:
     assert flops(stack, one + other, head_size=9) == total
 
 
-# --- Torch's counter -----------------------------------------------------------------------
+# --- Torch's counter -------------------------------------------------------------------------
 
 
 @functools.cache
@@ -179,7 +181,7 @@ def test_ridge_and_frozen_propagation_cost_the_same_in_layers(family: str) -> No
     assert products["ridge"] == products["frozen"]
 
 
-# --- Properties ------------------------------------------------------------------------------------
+# --- Properties ------------------------------------------------------------------------------
 
 
 def layer_flops(stack: DecoderStack, score_counts: Counts, width: int) -> float:

@@ -129,9 +129,7 @@ def test_every_layer_changes_the_stream(family: str) -> None:
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 5), (2, 64)])
 @ALL_FAMILIES
-def test_decode_applies_norm_and_head_to_any_states(
-    family: str, batch: int, length: int
-) -> None:
+def test_decode_applies_norm_and_head_to_any_states(family: str, batch: int, length: int) -> None:
     stack = a_stack(family)
     generator = torch.Generator().manual_seed(batch)
     hidden = 5 * torch.randn((batch, length, WIDTH), generator=generator)

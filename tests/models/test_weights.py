@@ -436,9 +436,7 @@ def test_default_cache_is_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch
     assert str(cache_folder()).startswith("/home/someone/")
 
 
-def test_concurrent_processes_share_one_copy(
-    gguf_file: Path, tmp_path: Path, cache: Path
-) -> None:
+def test_concurrent_processes_share_one_copy(gguf_file: Path, tmp_path: Path, cache: Path) -> None:
     # Run real processes, with a slow, counted conversion that needs no torch.
     script = textwrap.dedent("""
         import json, sys, time
@@ -599,9 +597,7 @@ def put_into(hub: Path, saved: Path, *, commit: str = COMMIT, branch: str = "mai
     return snapshot
 
 
-def test_cached_hub_model_has_its_commit_as_revision(
-    hub: Path, saved: Path
-) -> None:
+def test_cached_hub_model_has_its_commit_as_revision(hub: Path, saved: Path) -> None:
     snapshot = put_into(hub, saved)
     found = resolve("Some-Org/Tiny")
     assert found == Weights(

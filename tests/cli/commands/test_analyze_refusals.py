@@ -202,7 +202,10 @@ BAD_INPUT: dict[str, tuple[Setup, list[str]]] = {
     "cut tokenizer": (with_cut_file("tokenizer.json", 0.5), ["the tokenizer of cut"]),
     "missing weight": (
         with_weights(lack_a_weight),
-        ["lacks 1 of its weights, the first is model.layers.2.mlp.up_proj.weight", "get the checkpoint again"],
+        [
+            "lacks 1 of its weights, the first is model.layers.2.mlp.up_proj.weight",
+            "get the checkpoint again",
+        ],
     ),
     "no decoder layers": (
         with_config(model_type="vit", num_hidden_layers=2),

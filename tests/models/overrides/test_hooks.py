@@ -63,9 +63,7 @@ def check_model_is_restored(stack: DecoderStack, operation: str) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @ALL_FAMILIES
-def test_model_is_restored_also_after_an_error(
-    family: str, operation: str
-) -> None:
+def test_model_is_restored_also_after_an_error(family: str, operation: str) -> None:
     check_model_is_restored(a_stack(family), operation)
 
 
@@ -74,7 +72,10 @@ def test_replaced_forward_of_a_library_is_kept(
     operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack = a_stack("llama")
-    for layer in (stack.layers[1], stack.layers[2]):  # as accelerate does, here for two of four layers
+    for layer in (
+        stack.layers[1],
+        stack.layers[2],
+    ):  # as accelerate does, here for two of four layers
         forward = functools.partial(type(layer).forward, layer)
         monkeypatch.setitem(vars(layer), "forward", forward)
     check_model_is_restored(stack, operation)
