@@ -10,7 +10,8 @@ from string import ascii_uppercase
 from cascade.core.errors import RecordError
 from cascade.core.records import read_typed
 from cascade.evaluation.search.records import SearchRecord
-from cascade.report.common.sections import Lead, Picture, Report, markdown, plain
+from cascade.report.common.sections import Lead, Picture, Report, Section, markdown_lines, plain
+from cascade.report.common.words import listed
 from cascade.report.exits.search import exit_search_report
 from cascade.report.studies.corpora import corpora_report
 from cascade.report.studies.explanation import explanation_report
@@ -41,12 +42,75 @@ class Finding:
         heading: The question.
         draw: Makes the report of its record.
         why: Why the question is asked.
+        method: How it is answered, in two sentences.
+        figure: The file of the picture that shows the answer.
+        limits: Return what the answer does not show.
     """
 
     stem: str
     heading: str
     draw: Callable[[FindingsRecords], Report]
     why: str
+    method: str
+    figure: str
+    limits: Callable[[FindingsRecords], str]
+
+
+def _limits_of_explanation(records: FindingsRecords) -> str:
+    settings = records.explanation.settings
+    return (
+        f"One model, one corpus, {settings.sequences:,} sequences. Each cause is removed by "
+        "itself: causes overlap, so their shares do not add up to 100 %. An ablation shows what "
+        "the layer does, not why training made it so."
+    )
+
+
+def _limits_of_final_norm(records: FindingsRecords) -> str:
+    settings = records.final_norm.settings
+    return (
+        f"One model, one corpus, {settings.sequences:,} sequences. Setting a weight to the median "
+        "explains how the similarity is read. It does not show what the weight does for the "
+        "model's predictions, which were not measured."
+    )
+
+
+def _limits_of_corpora(records: FindingsRecords) -> str:
+    transfers, settings = records.corpora.thresholds, records.corpora.settings
+    return (
+        f"One model, {len(records.corpora.corpora)} corpora, one exit layer "
+        f"({settings.layer}), and the cosine alone. {transfers.counts['cannot tell']} of "
+        f"{len(transfers.rows)} transfers cannot be decided with this much text; the details say "
+        "how many tokens that takes."
+    )
+
+
+def _limits_of_models(records: FindingsRecords) -> str:
+    rows = records.models.models
+    first = rows[0].name
+    others = [row.label for row in rows if row.measured and not row.name.startswith(f"{first}+")]
+    unmeasured = [row.label for row in rows if not row.measured]
+    limits = []
+    if len(others) == 1:
+        limits.append(
+            f"Every measured model is {first} or an altered copy of it. The agreement shows that "
+            "the profile survives rounding and noise, not that independently trained models "
+            "share it."
+        )
+    if unmeasured:
+        limits.append(
+            f"The weights of {listed(unmeasured)} were not measured: what stands there follows "
+            "from their configuration alone."
+        )
+    return " ".join(limits or ["One corpus, and only these models."])
+
+
+def _limits_of_search(records: FindingsRecords) -> str:
+    confirm = records.exit_search.provenance.corpus
+    return (
+        f"One model, one machine, {confirm.sequences:,} sequences to confirm on. Whether exiting "
+        "at random would do as well is not judged here. A model with more layers for each LM head "
+        "can come out differently."
+    )
 
 
 FINDINGS = (
@@ -54,36 +118,59 @@ FINDINGS = (
         "explanation",
         "Why does a layer dip?",
         lambda records: explanation_report(records.explanation),
-        "In the study's table one layer in the middle turns every token, between layers that "
-        "hardly turn any. Every cause that could be thought of is taken away, from the layer and "
-        "from a neighbour alike; a cause is named only where most of the difference goes with it.",
+        "In the study's table, one layer in the middle changes every token's state, between layers "
+        "that hardly change any. Why?",
+        "The command removes every possible cause, from the layer and from a neighbouring layer "
+        "alike, and measures how much of the difference between the two closes. A cause is named "
+        "only where most of the difference closes, by an interval over whole sequences.",
+        "explanation-causes.svg",
+        _limits_of_explanation,
     ),
     Finding(
         "final-norm",
         "What does the final norm do to the last layer?",
         lambda records: final_norm_report(records.final_norm),
-        "The study published a similarity of 0.13 for the last layer, measured behind the final "
-        "norm, and concluded that the layer transforms all tokens so much that easy and hard ones "
-        "cannot be told apart there. What the layer does and what the norm does are two things.",
+        "The study published a similarity of 0.13 for the last layer, measured after the final "
+        "norm. It concluded that the layer transforms all tokens so much that easy and hard ones "
+        "cannot be told apart there. How much of that is the layer, and how much the norm?",
+        "The command measures the similarity on the residual stream and after the norm. It then "
+        "sets the norm's weights to their median, those that take most away first, and measures "
+        "again.",
+        "final-norm.svg",
+        _limits_of_final_norm,
     ),
     Finding(
         "corpora",
         "Does it hold on other text?",
         lambda records: corpora_report(records.corpora),
-        "The study measured one corpus; thresholds fitted on one text are used on others.",
+        "The study measured one corpus. Thresholds that are fitted on one text are used on others.",
+        "The command measures a sample of each corpus and compares layer means "
+        "with simultaneous intervals over whole sequences. It then applies each corpus's "
+        "thresholds to the others and compares the share of hard tokens with the wanted one.",
+        "corpora-profiles.svg",
+        _limits_of_corpora,
     ),
     Finding(
         "models",
         "Does it hold for other models?",
         lambda records: models_report(records.models),
-        "The study measured one size. Depths are compared relative to the number of layers.",
+        "The study measured one model in one size.",
+        "All models read the same text, and layers are compared by relative depth. Altered copies "
+        "of the first model show what fewer bits or noise in the weights change.",
+        "models-profiles.svg",
+        _limits_of_models,
     ),
     Finding(
         "exit-search",
         "Which exit layer is best?",
         lambda records: exit_search_report(records.exit_search),
-        "The study took the last layer but one. Every exit layer, rule and threshold is fitted on "
-        "one half of the text and confirmed on the other.",
+        "The study exits at the second to last layer. Is there a better exit, and does it save "
+        "time?",
+        "The command fits the threshold of every exit layer and rule on one half of the text. It "
+        "runs the best ones on the other half, next to the full model, and certifies what the "
+        "number of sequences allows.",
+        "exit-search-frontier.svg",
+        _limits_of_search,
     ),
 )
 
@@ -121,27 +208,63 @@ def findings_markdown(records: FindingsRecords, *, pictures: str) -> str:
     lines = [
         "# Findings",
         "",
-        "The study that started this project ended with open questions. Each is answered here by a "
-        "command, its record and its pictures; this page is drawn from the records by "
-        "`cascade findings`, which also measures them anew.",
+        "The study that started this project ended with open questions. Each section below answers "
+        "one of them, with the command that measured it. `cascade findings` draws this page from "
+        "the stored records of these commands, and `cascade findings --measure` measures them "
+        "again. The glossary explains the terms.",
         "",
         "## In short",
         "",
     ]
     for finding, report in reports:
-        words = f"{_lead(report)}{_letters(finding, records)}"
-        lines += [f"**{finding.heading}** {plain(words)}", ""]
+        lines += [f"**{finding.heading}** {plain(_answer(finding, report, records))}", ""]
         shared = _one_number(records.explanation, records.final_norm)
         if finding.stem == "final-norm" and shared:
             lines += [plain(shared), ""]
     for finding, report in reports:
-        titled = replace(report, title=finding.heading)
-        body = markdown(titled, level=2, pictures=pictures).split("\n")
-        command = (report.provenance or {}).get("command")
-        shown = ["```bash", command, "```", ""] if command else []
-        # The heading and an empty line come first, then the reason and the command.
-        lines += [*body[:2], plain(finding.why), "", *shown, *body[2:]]
+        lines += _finding_lines(finding, report, records, pictures)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _finding_lines(
+    finding: Finding, report: Report, records: FindingsRecords, pictures: str
+) -> list[str]:
+    """Return question, method, answer, figure and limits of a finding, and its details, folded."""
+    command = (report.provenance or {}).get("command")
+    first, *others = report.sections
+    paragraphs = [block for block in first.blocks if isinstance(block, str)]
+    # Where nothing is to be explained, there is no figure either.
+    figures = tuple(one for one in report.pictures() if one.file == finding.figure)
+    rest = tuple(block for block in first.blocks if not isinstance(block, str | Lead))
+    lines = [
+        f"## {finding.heading}",
+        "",
+        f"**Question.** {plain(finding.why)}",
+        "",
+        f"**Method.** {plain(finding.method)}",
+        "",
+        *(["```bash", str(command), "```", ""] if command else []),
+        f"*{plain(report.about)}*",
+        "",
+        f"**Answer.** {plain(_answer(finding, report, records))}",
+        "",
+        *(line for paragraph in paragraphs for line in (plain(paragraph), "")),
+        *markdown_lines(Section("", figures), level=3, pictures=pictures),
+        f"**Limits.** {plain(finding.limits(records))}",
+        "",
+        # Markdown inside is read by GitHub after an empty line, by the site with the attribute.
+        '<details markdown="1">',
+        f"<summary>Details: {plain(finding.heading)}</summary>",
+        "",
+    ]
+    for section in (Section("", rest), *others):
+        blocks = tuple(block for block in section.blocks if block not in figures)
+        lines += markdown_lines(replace(section, blocks=blocks), level=3, pictures=pictures)
+    return [*lines, "</details>", ""]
+
+
+def _answer(finding: Finding, report: Report, records: FindingsRecords) -> str:
+    return f"{_lead(report)}{_letters(finding, records)}"
 
 
 def findings_pictures(records: FindingsRecords) -> tuple[Picture, ...]:
