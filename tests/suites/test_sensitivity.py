@@ -119,11 +119,12 @@ def test_the_table_of_the_docs_is_what_was_measured(
     lines = [
         "# What the gate sees",
         "",
-        "Written by `pytest tests/suites/test_sensitivity.py -m saturation` (accepted with"
-        " `--force-regen`): each fault is",
-        "planted in SmolLM2-135M, on its real weights, or in the path from its states to the"
-        " numbers, and the quick",
-        "gate is run with its budget of 512 tokens. Tokens: when it stopped.",
+        "`pytest tests/suites/test_sensitivity.py -m saturation` writes this page (`--force-regen`"
+        " accepts it).",
+        "It plants each fault in SmolLM2-135M, on its real weights, or in the path from its states"
+        " to the numbers.",
+        "Then it runs the quick gate with its budget of 512 tokens. The column `tokens` says when"
+        " the gate stopped.",
         "",
         "| fault | verdict | tokens | points to |",
         "|---|---|---|---|",
@@ -146,14 +147,14 @@ def how_often_it_errs() -> list[str]:
     lines = [
         "## How often it errs",
         "",
-        "Nothing is wrong in any row but those of a moved layer. The first rows are SmolLM2-135M,"
-        " run 200 times over the same",
-        "16 sequences in another order and in ways that differ in arithmetic alone, each counted"
-        " wherever it belongs",
-        "(`pytest tests/suites/test_sensitivity.py -m slow`, [record](repetitions.csv)); the others"
-        " are"
-        " disjoint parts of the baseline's",
-        "corpus held against each other 200 times ([record](odds.csv)).",
+        "Only the rows named \"one layer moved\" contain a real fault. All others measure false"
+        " alarms.",
+        "The first rows are SmolLM2-135M, run 200 times over the same 16 sequences, in other orders"
+        " and with variants",
+        "that differ only in arithmetic. A run counts in every row that it belongs to"
+        " (`pytest tests/suites/test_sensitivity.py -m slow`,",
+        "[record](repetitions.csv)). The last rows compare disjoint samples of the baseline's"
+        " corpus 200 times ([record](odds.csv)).",
         "",
         "| what was run | count | pass | inconclusive | fail |",
         "|---|---|---|---|---|",
