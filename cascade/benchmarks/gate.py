@@ -28,7 +28,7 @@ from cascade.core.schema import Count, Finite, Part, StoredRecord, known
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.gate.baselines import StoredProfile, baseline_paths, read_profile
-from cascade.gate.comparison import made_elsewhere
+from cascade.gate.comparison import environment_differences
 from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import QUICK_TOKENS, quick_blocks, quick_ids, run_gate
 from cascade.models.loading import load
@@ -190,7 +190,7 @@ def benchmark_gate(
         ratios=ratios,
         interval=INTERVAL,
         steps=[step.tokens for step in gate.steps],
-        elsewhere=made_elsewhere(provenance, baseline.record().provenance),
+        elsewhere=environment_differences(provenance, baseline.record().provenance),
         alone=alone,
         targets=gate_targets(ratios[0], alone),
     )

@@ -137,8 +137,9 @@ def _check_row(number: int, row: OperatingPointRow) -> None:
         figures += getattr(row, name) or ()
     if not all(map(math.isfinite, figures)):
         raise RecordError(
-            f"point {number} ({row.rule} at layer {row.exit_layer}) lacks a figure or"
-            f" holds NaN, expected numbers for {', '.join((*_FIGURES, *_INTERVALS))}; evaluate anew"
+            f"point {number} ({row.rule} at layer {row.exit_layer}) lacks a figure or "
+            f"holds NaN, expected numbers for {', '.join((*_FIGURES, *_INTERVALS))}; evaluate "
+            "again"
         )
 
 

@@ -1,8 +1,8 @@
-"""Attribution: where the evidence of a drift points, from layer means alone.
+"""Attribution: the likely cause of a drift, from layer means alone.
 
-A layer's row depends on that layer and on those below it, never on those above. So the first row
-that moves is the broken one. Faults that move every row are distinguished by the size of the
-movement. Faults in reading the states leave the right numbers in the wrong place.
+A layer's row depends on that layer and the layers below it, never on those above. The first row
+that moves is therefore the broken layer. Faults that move every row are distinguished by the size
+of the movement. Faults in capturing the states put correct values in the wrong rows.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 from cascade.core.arrays import Array
 from cascade.gate.records import Attribution
 
-#: The most that rounding moves a sequence's mean similarity on the residual stream. Measured on
-#: SmolLM2-135M: all weights through bf16 1e-4, through int8 7e-4; an epsilon of 1e-6 instead of
-#: 1e-5 4e-5. Faults of structure in every layer begin at 4e-3 (attention scale times 1.05).
+#: The most by which rounding moves a sequence's mean similarity on the residual stream. Measured
+#: on SmolLM2-135M: all weights rounded to bf16, 1e-4; to int8, 7e-4; an epsilon of 1e-6 instead of
+#: 1e-5, 4e-5. Structural faults in every layer begin at 4e-3 (attention scale times 1.05).
 ROUNDING = 1e-3
 
 
-#: The share of rows that must have moved, or be found in another place, to count as all of them:
-#: the ends of a shifted table have no neighbour.
+#: The share of rows that must have moved, or be found in another place, to count as all rows. It
+#: is below 1 because the ends of a shifted table have no neighbour.
 _MOST = 0.8
 
 
@@ -31,13 +31,14 @@ _NORMED = "+norm"
 def attribute(
     layers: Sequence[str], obtained: Array, expected: Array, tolerance: float | Array
 ) -> Attribution:
-    """Return where the evidence of a drift points.
+    """Return the likely cause of a drift.
 
     Args:
         layers: Labels of the rows, in order of depth.
         obtained: `[S, L]`, means of the compared sequences, NaN where a row is missing.
-        expected: The same of the baseline.
-        tolerance: Of each row `[L]`, or of all: a smaller difference is no movement.
+        expected: `[S, L]`, the same means of the baseline.
+        tolerance: The largest difference that does not count as movement, per row `[L]` or for all
+            rows.
     """
     limits = np.broadcast_to(np.asarray(tolerance, dtype=np.float64), (len(layers),))
     lacking = [
@@ -47,7 +48,7 @@ def attribute(
     ]
     if lacking:
         return Attribution(
-            cause="rows", layer=lacking[0], text=f"{_rows(lacking)} on one side only, or NaN there"
+            cause="rows", layer=lacking[0], text=f"{_rows(lacking)} missing or NaN on one side"
         )
     difference = np.abs(obtained - expected)
     moved = ~(difference <= limits).all(axis=0)  # NaN has moved
@@ -55,10 +56,11 @@ def attribute(
     if found is not None:
         return found
     if not moved.any():
-        text = "every mean is as before, but tokens are counted on other sides of the quantiles"
-        return Attribution(
-            cause="counting", layer=None, text=f"{text}: bins, edges or comparisons changed"
+        text = (
+            "every mean is unchanged, but tokens fall on other sides of the quantiles; the bins, "
+            "edges or comparisons have changed"
         )
+        return Attribution(cause="counting", layer=None, text=text)
     first = int(np.argmax(moved))
     if first > 0:
         return Attribution(
@@ -68,13 +70,14 @@ def attribute(
     largest = float(np.nanmax(difference[:, residual]))
     if largest <= ROUNDING and moved.mean() >= _MOST:
         text = (
-            f"small (at most {largest:.0e}) and in every layer from the first on: rounding, as of "
+            f"every layer has moved, by at most {largest:.0e}; this looks like rounding, from "
             "another dtype, quantization, kernel or epsilon"
         )
         return Attribution(cause="numerics", layer=None, text=text)
     text = (
-        f"from layer {layers[0]} on, up to {largest:.0e}: embeddings, positions, mask, attention "
-        f"or the text itself, in all layers; or layer {layers[0]} alone"
+        f"layers have moved from layer {layers[0]} on, by up to {largest:.0e}; check the "
+        "embeddings, positions, mask, attention and the text itself, or layer "
+        f"{layers[0]} alone"
     )
     return Attribution(cause="model", layer=layers[0], text=text)
 
@@ -88,19 +91,19 @@ def _rows(labels: Sequence[str]) -> str:
 def _one_layer(layers: Sequence[str], first: int, obtained: Array, limits: Array) -> str:
     label = layers[first]
     if label.endswith(_NORMED):
-        return "nothing moved but the row behind the final norm: its weights or epsilon"
+        return "only the row after the final norm has moved; check the norm's weights and epsilon"
     if (np.abs(obtained[:, first] - 1) <= limits[first]).all():
-        return f"layer {label} hands its input through: it is skipped, or its output is zero"
+        return f"layer {label} returns its input unchanged; it is skipped, or its output is zero"
     return (
-        f"layers below {label} are as before, layer {label} is the first that moved: its weights, "
-        "or code that runs there only"
+        f"layer {label} is the first that moved, the layers below it are unchanged; check its "
+        "weights and the code that runs only there"
     )
 
 
 def _capture(
     layers: Sequence[str], obtained: Array, expected: Array, limits: Array, moved: Array
 ) -> Attribution | None:
-    """Return which rows are found in another place; None where none is."""
+    """Return the attribution if rows are found in another place; otherwise None."""
     if not moved.any():
         return None
     residual = [place for place, label in enumerate(layers) if not label.endswith(_NORMED)]
@@ -112,9 +115,9 @@ def _capture(
         if len(pairs) > 1 and len(here) >= _MOST * len(pairs):
             side = "above" if shift > 0 else "below"
             text = (
-                f"row {layers[here[0]]} holds what the baseline has for layer "
-                f"{layers[here[0] + shift]}, and so on: the layer index is off by one (the pair "
-                f"{side} is taken)"
+                f"row {layers[here[0]]} holds the baseline's values of layer "
+                f"{layers[here[0] + shift]}, and so on; the layer index is off by one (each row "
+                f"uses the pair {side})"
             )
             return Attribution(cause="capture", layer=layers[here[0]], text=text)
     last = residual[-1] if residual else None
@@ -123,15 +126,15 @@ def _capture(
         for a, b in ((last, normed), (normed, last)):
             if moved[a] and _same(obtained[:, a], expected[:, b], limits[a]):
                 text = (
-                    f"row {layers[a]} holds what the baseline has for row {layers[b]}: the states "
-                    "before and behind the final norm are mixed up"
+                    f"row {layers[a]} holds the baseline's values of row {layers[b]}; the states "
+                    "before and after the final norm are swapped"
                 )
                 return Attribution(cause="capture", layer=layers[a], text=text)
     order = _order(obtained, expected, limits)
     if order is not None:
         text = (
-            "every sequence's numbers are another one's: rows of the batch are in another order "
-            "than their texts"
+            "every sequence has the values of another one; the rows of the batch are in another "
+            "order than their texts"
         )
         return Attribution(cause="capture", layer=None, text=text)
     return None
@@ -142,7 +145,7 @@ def _same(one: Array, other: Array, limit: float) -> bool:
 
 
 def _order(obtained: Array, expected: Array, limits: Array) -> list[int] | None:
-    """Return which sequence each row really is, where rows are permuted; None where not."""
+    """Return the sequence that each row really is, if rows are permuted; otherwise None."""
     order = []
     for row in obtained:
         fits = np.flatnonzero((np.abs(expected - row) <= limits).all(axis=1))

@@ -1,4 +1,4 @@
-"""Baselines: sealed profiles, read with checks and stored."""
+"""Baselines: store sealed profiles, and read them with checks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def baseline_paths(
         corpus: The name of the corpus.
 
     Raises:
-        RecordError: A name is missing, or would lead out of the folder.
+        RecordError: A name is missing or would lead out of the folder.
 
     Example:
         >>> baseline_paths(Path("baselines"), "budgets", model="tiny", corpus="texts")[0].as_posix()
@@ -54,21 +54,21 @@ def baseline_paths(
     for name in (model, corpus):
         if not name or name[0] == "." or set(name) & set("/\\"):
             raise RecordError(
-                f"expected the provenance to name model and corpus, got {name!r}; make it anew"
+                f"expected the provenance to name model and corpus, got {name!r}; measure again"
             )
     stem = f"{corpus}.{kind}"
     return folder / f"{model}" / f"{stem}.json", folder / f"{model}" / f"{stem}.npz"
 
 
 def profile_path(folder: Path, record: ProfileRecord) -> Path:
-    """Return where the baseline of a profile is stored: its `.json`.
+    """Return the path of a profile's baseline, its `.json`.
 
     Args:
         folder: The folder of all baselines.
         record: The profile.
 
     Raises:
-        RecordError: A name is missing, or would lead out of the folder.
+        RecordError: A name is missing or would lead out of the folder.
     """
     about = record.provenance
     names = {"model": known(about.model.name), "corpus": about.corpus.name}
@@ -80,7 +80,7 @@ def profile_path(folder: Path, record: ProfileRecord) -> Path:
 
 @dataclass(frozen=True)
 class StoredProfile:
-    """A profile as its two files hold it.
+    """A profile as stored in its two files.
 
     Attributes:
         content: The content of `profile.json`.
@@ -100,7 +100,7 @@ class StoredProfile:
 
 
 def seal(record: ProfileRecord, arrays: Mapping[str, Array]) -> ProfileRecord:
-    """Return a record with hashes that reveal an edit, or arrays of another run.
+    """Return a record with hashes that reveal an edit or the arrays of another run.
 
     Args:
         record: The profile, sealed or not.
@@ -120,34 +120,34 @@ def _arrays_hash(arrays: Mapping[str, Array]) -> str:
 
 
 def read_profile(path: Path) -> StoredProfile:
-    """Read a profile or a baseline, and check that it was not changed since it was made.
+    """Read a profile or a baseline, and check that it has not changed since it was written.
 
     Args:
-        path: Its `.json`, with its `.npz` next to it, or the folder of a run.
+        path: The `.json` file, with its `.npz` next to it, or the folder of a run.
 
     Raises:
-        RecordError: A file is missing, torn or edited, of a newer schema, or holds NaN; a layer is
-            there twice, or the two files are not of one run.
+        RecordError: A file is missing, torn or edited, has a newer schema or contains NaN, a layer
+            appears twice, or the two files come from different runs.
     """
     if path.is_dir():
         path = path / "profile.json"
     record = read_plain(path, ProfileRecord)
     arrays = read_arrays(path.with_suffix(".npz"))
-    # The first schema had no seal; with one, an older number is an edit like any other.
+    # Schema 1 had no seal. A sealed record with schema 1 was edited.
     if record["schema"] >= 2 or {"hash", "arrays_hash"} & record.keys():
         _check_seal(path, record, arrays)
     for origin in ("model", "corpus"):
         if not isinstance(at(record, ("provenance", origin)), dict):
             raise RecordError(
-                f"{path} does not say which {origin} it is of; restore it, or run `cascade analyze`"
-                " again"
+                f"{path} has no provenance of its {origin}; restore it, or run `cascade analyze` "
+                "again"
             )
     _check_table(path, record, arrays)
     return StoredProfile(typed(record, ProfileRecord, path), arrays)
 
 
 def _check_table(path: Path, record: Record, arrays: Mapping[str, Array]) -> None:
-    """Refuse a table of layers that is not the table of the arrays next to it."""
+    """Raise unless the table of layers is the table of the arrays next to it."""
     try:
         table = SimilarityStatistics.from_arrays(arrays).table()
         fingerprints = len(arrays["sequence_fingerprint"])
@@ -166,13 +166,13 @@ def _check_table(path: Path, record: Record, arrays: Mapping[str, Array]) -> Non
     twice = sorted({str(label) for label in labels if labels.count(label) > 1})
     if twice:
         raise RecordError(
-            f"{path} has layer {twice[0]} twice, expected every layer once; restore it, or run "
+            f"expected every layer once in {path}, got layer {twice[0]} twice; restore it, or run "
             "`cascade analyze` again"
         )
     if not whole or to_plain(table) != rows:
         raise RecordError(
-            f"{path} and {path.with_suffix('.npz').name} are not of one run, or hold NaN; run "
-            "`cascade analyze` again"
+            f"{path} and {path.with_suffix('.npz').name} are from different runs or contain NaN; "
+            "run `cascade analyze` again"
         )
 
 
@@ -184,9 +184,9 @@ def _check_seal(path: Path, record: Record, arrays: Mapping[str, Array]) -> None
         if record.get(name) != found:
             changed = path if name == "hash" else path.with_suffix(".npz")
             raise RecordError(
-                f"{changed} was changed after it was made ({name} is {found[:19]}..., expected"
-                f" {str(record.get(name))[:19]}...); restore it, or make both files anew with "
-                "`cascade analyze --output` and `cascade accept`"
+                f"{changed} was changed after it was written (expected {name} "
+                f"{str(record.get(name))[:19]}..., got {found[:19]}...); restore it, or create "
+                "both files again with `cascade analyze --output` and `cascade accept`"
             )
 
 
@@ -195,7 +195,7 @@ def _record_hash_of(record: Record, path: Path) -> str:
         return record_hash(record)
     except ValueError as error:
         raise RecordError(
-            f"{path} holds NaN or an infinite number, which no record is written with; restore it"
+            f"{path} contains NaN or an infinite number, so it was edited or is torn; restore it"
         ) from error
 
 
@@ -207,32 +207,32 @@ def accept(folder: Path, run: Path) -> tuple[Path, StoredProfile | None]:
         run: A folder that `cascade analyze --output` wrote.
 
     Returns:
-        The baseline's path, and the one that it replaces, if there was one.
+        The path of the baseline, and the baseline that it replaces, if one existed.
 
     Raises:
-        RecordError: The run is missing, torn or edited, or its two files are not of one run.
+        RecordError: The run is missing, torn or edited, or its two files come from different runs.
         OutputError: The baseline cannot be written.
     """
     profile = read_profile(run / "profile.json")
-    # As it was read: its hash is over all that it says.
+    # The content as it was read, because its hash covers every key.
     text = to_json(read_plain(run / "profile.json", ProfileRecord)) + "\n"
     arrays = (run / "profile.npz").read_bytes()
     return _store(profile_path(folder, profile.content), text, arrays)
 
 
 def store(folder: Path, record: ProfileRecord, arrays: bytes) -> tuple[Path, StoredProfile | None]:
-    """Write a baseline, both of its files or none.
+    """Write both files of a baseline, or neither.
 
     Args:
         folder: The folder of all baselines.
         record: A sealed record.
-        arrays: The `.npz` next to it.
+        arrays: The content of the `.npz` next to it.
 
     Returns:
-        The baseline's path, and the one that it replaces, if there was one that can be read.
+        The path of the baseline, and the baseline that it replaces, if a readable one existed.
 
     Raises:
-        RecordError: Its provenance names no model or corpus.
+        RecordError: The provenance names no model or corpus.
         OutputError: The baseline cannot be written.
     """
     return _store(profile_path(folder, record), to_json(to_plain(record)) + "\n", arrays)
@@ -241,11 +241,11 @@ def store(folder: Path, record: ProfileRecord, arrays: bytes) -> tuple[Path, Sto
 def _store(path: Path, text: str, arrays: bytes) -> tuple[Path, StoredProfile | None]:
     before = None
     if path.exists():
-        with contextlib.suppress(RecordError):  # a torn one is replaced, not compared with
+        with contextlib.suppress(RecordError):  # a torn baseline is replaced without a comparison
             before = read_profile(path)
-    # Both are on disk before either takes its place: a full disk leaves the old pair whole.
+    # Both files are on disk before either replaces the old one, so a full disk leaves the old pair.
     names = (path.with_suffix(".npz").name, path.name)
-    # One writer at a time: two of them could leave one's table next to the other's arrays.
+    # One writer at a time: two could leave one's table next to the other's arrays.
     with FileLock(_LOCK, mode=0o666), RunFolder(path.parent, names, overwrite=True) as target:
         target.write(names[0], arrays)
         target.write(names[1], text)

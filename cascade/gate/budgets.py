@@ -1,4 +1,4 @@
-"""Budgets: what early exit may cost at stored operating points, and whether it does."""
+"""Budgets: limits on the cost of early exit at stored operating points, and their check."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from cascade.gate.records import (
     PointBudget,
 )
 
-#: How far a figure may be worse than in the run that was accepted. On one machine a repeated run
-#: gives the same; other arithmetic moves single tokens over a threshold, some 2e-4 each of 4,096.
+#: How much worse a figure may be than in the accepted run. On one machine, a repeated run gives
+#: the same figures. On another, rounding moves single tokens across a threshold: each is about
+#: 2e-4 of 4,096 tokens.
 SLACK = {
     "perplexity_ratio": 0.005,
     "agreement": 0.003,
     "exit_share": 0.003,
     "layers_per_token": 0.02,
-    # Of the measured ratio: seconds are this machine's, on that day.
+    # Relative to the measured ratio, because seconds vary with the machine and its load.
     "seconds_ratio": 0.15,
 }
 
-#: All budgets of one file agree in these.
+#: All budgets of one file agree in these fields.
 _FILE_IDENTITY = (
     ("provenance", "model", "weights_hash"),
     ("provenance", "model", "revision"),
@@ -46,7 +47,7 @@ _FILE_IDENTITY = (
     ("provenance", "corpus", "fingerprint"),
 )
 
-#: Two evaluations are comparable only where all of these agree.
+#: Two evaluations are comparable only if all of these fields agree.
 _IDENTITY = (
     *_FILE_IDENTITY,
     ("provenance", "heads_fingerprint"),
@@ -54,7 +55,7 @@ _IDENTITY = (
 )
 
 
-#: An evaluation, as far as budgets need it.
+#: An evaluation, or the fields of it that budgets need.
 Evaluated = EvaluationRecord | BudgetSource | Mapping[str, Any]
 
 
@@ -63,10 +64,10 @@ class Accepted:
     """The outcome of accepting an evaluation.
 
     Attributes:
-        path: The file.
-        overruns: The budgets before that the evaluation exceeds.
-        replaced_heads: The fingerprint of the heads whose budgets were replaced, where the
-            evaluation's are others; None where the same were measured again, or none were stored.
+        path: The budget file.
+        overruns: The previous budgets that the evaluation exceeds.
+        replaced_heads: The fingerprint of the heads whose budgets were replaced, if the evaluation
+            used different heads; None if the heads are the same or no budgets were stored.
     """
 
     path: Path
@@ -90,12 +91,12 @@ def budget_source(evaluation: Evaluated) -> BudgetSource:
         if known(source.provenance.model.weights_hash) is None:
             raise SchemaError("expected text at provenance.model.weights_hash, got nothing")
     except SchemaError as error:
-        raise RecordError(f"the evaluation is torn or edited ({error}); evaluate anew") from error
+        raise RecordError(f"the evaluation is torn or edited ({error}); evaluate again") from error
     return source
 
 
 def budget_of(row: OperatingPointRow) -> PointBudget:
-    """Return the budget of a measured operating point: its own figures with their slack.
+    """Return the budget of a measured operating point: its figures with their slack.
 
     Args:
         row: An operating point of an evaluation.
@@ -116,23 +117,23 @@ def budget_of(row: OperatingPointRow) -> PointBudget:
 def accept_budgets(folder: Path, evaluation: Evaluated) -> Accepted:
     """Store the given operating points of an evaluation with their budgets.
 
-    Stored budgets with the other kind of head or another propagation stay in the file; those of
-    heads that were fitted again are replaced.
+    Stored budgets for another kind of head or another propagation stay in the file. Budgets of
+    refitted heads replace those of the previous heads.
 
     Args:
         folder: The folder of all baselines.
         evaluation: A record of kind `evaluation`.
 
     Raises:
-        RecordError: The evaluation is torn or has no given operating point; or the stored budgets
-            are torn, or another model's, tokenizer's, dtype's or corpus's.
+        RecordError: The evaluation is torn or has no given operating point, or the stored budgets
+            are torn or belong to another model, tokenizer, dtype or corpus.
     """
     source = budget_source(evaluation)
     rows = [row for row in source.points if row.threshold_from == "given"]
     if not rows:
         raise RecordError(
-            "this evaluation has no point to budget; name some with `cascade evaluate --point "
-            "LAYER:RULE:THRESHOLD`"
+            "the evaluation has no operating point to budget; add some with `cascade evaluate "
+            "--point LAYER:RULE:THRESHOLD`"
         )
     about = source.provenance
     names = {"model": known(about.model.name), "corpus": about.corpus.name}
@@ -156,16 +157,16 @@ def accept_budgets(folder: Path, evaluation: Evaluated) -> Accepted:
     groups = sorted([*(old for old in stored if _key(old) != _key(group)), group], key=_key)
     try:
         text = to_json(to_plain(BudgetsRecord(groups=groups))) + "\n"
-    except ValueError as error:  # NaN where no figure is
+    except ValueError as error:  # a NaN in a field that is not a figure
         raise RecordError(
-            f"the evaluation is torn or edited ({first_line(error)}); evaluate anew"
+            f"the evaluation is torn or edited ({first_line(error)}); evaluate again"
         ) from error
     write_text(path, text)
     return Accepted(path, overruns, next(iter(replaced), None))
 
 
 def _stored_groups(path: Path, evaluation: BudgetSource) -> list[BudgetGroup]:
-    """Return the groups of a file of budgets, all of them of the evaluation's model and corpus."""
+    """Return the groups of a budget file, checked to be of the evaluation's model and corpus."""
     if not path.exists():
         return []
     groups = read_budgets(path).groups
@@ -173,20 +174,20 @@ def _stored_groups(path: Path, evaluation: BudgetSource) -> list[BudgetGroup]:
         mismatch = _mismatch(group, evaluation, _FILE_IDENTITY)
         if mismatch is not None:
             raise RecordError(
-                f"{path} holds budgets that the evaluation cannot join: {mismatch}; accept it into "
-                "another --baselines, or remove that file to start anew"
+                f"cannot add the evaluation to {path}: {mismatch}; accept it into another "
+                "--baselines folder, or remove that file to start over"
             )
     return groups
 
 
 def read_budgets(path: Path) -> BudgetsRecord:
-    """Read a file of budgets.
+    """Read a budget file.
 
     Args:
-        path: Its `.budgets.json`.
+        path: The `.budgets.json` file.
 
     Raises:
-        RecordError: It is missing, torn, of a newer schema, or lacks something.
+        RecordError: The file is missing, torn or incomplete, or has a newer schema.
     """
     record = read_plain(path, BudgetsRecord)
     try:
@@ -194,7 +195,7 @@ def read_budgets(path: Path) -> BudgetsRecord:
         _check_limits(budgets)
     except SchemaError as error:
         raise RecordError(
-            f"{path} is torn or edited ({error}); restore it, or remove it to start anew"
+            f"{path} is torn or edited ({error}); restore it, or remove it to start over"
         ) from error
     return budgets
 
@@ -210,24 +211,25 @@ def _check_limits(budgets: BudgetsRecord) -> None:
 
 
 def _key(group: BudgetGroup) -> tuple[str, str]:
-    """Distinguish the groups of one file, by the kind of head and the propagation."""
+    """Return what identifies a group within its file: the kind of head and the propagation."""
     heads = "logit_lens" if group.provenance.heads_fingerprint is None else "ridge"
     return heads, group.settings.propagation
 
 
 def check_budgets(evaluation: Evaluated, groups: Sequence[BudgetGroup]) -> list[Overrun]:
-    """Return the budgets of its heads and propagation that an evaluation exceeds.
+    """Return the budgets that an evaluation exceeds.
 
-    Quality and layers are hard limits: they are the same in every run. Seconds fail only where
-    even the good end of the interval misses the budget.
+    Only budgets of the evaluation's heads and propagation are checked. Quality and layers are hard
+    limits, because they are the same in every run. Seconds fail only if even the favourable end of
+    their interval exceeds the budget.
 
     Args:
         evaluation: A record of kind `evaluation`.
         groups: The stored budgets (see `read_budgets`).
 
     Raises:
-        RecordError: The evaluation is torn; or they cannot be compared: another model, corpus,
-            heads or propagation.
+        RecordError: The evaluation is torn, or has another model, corpus, heads or propagation
+            than every stored group.
     """
     source = budget_source(evaluation)
     reasons = []
@@ -237,8 +239,8 @@ def check_budgets(evaluation: Evaluated, groups: Sequence[BudgetGroup]) -> list[
             return _overruns(group, source)
         reasons.append(mismatch)
     raise RecordError(
-        f"not comparable with any stored budget: {'; '.join(reasons) or 'there is none'}; measure "
-        "what was budgeted, or accept new budgets"
+        f"not comparable with any stored budget ({'; '.join(reasons) or 'none is stored'}); "
+        "evaluate the budgeted operating points, or accept new budgets"
     )
 
 
@@ -250,7 +252,7 @@ def _mismatch(
     for path in identity:
         expected, got = _value(group, path), _value(evaluation, path)
         if expected != got:
-            return f"{'.'.join(path[-2:])} is {got}, the budget's is {expected}"
+            return f"expected {'.'.join(path[-2:])} {expected}, got {got}"
     return None
 
 
@@ -268,13 +270,13 @@ def _overruns(group: BudgetGroup, evaluation: BudgetSource) -> list[Overrun]:
         name, command = _named(point), _command(group)
         row = rows.get(_point_key(point))
         if row is None:
-            words = "not measured at all"
+            words = "not measured"
             found.append(
                 Overrun(point=name, figure="point", limit="", measured=words, command=command)
             )
             continue
         for figure, limit in asdict(point.budget).items():
-            if not all(_keeps(figure, row, limit)):
+            if not all(_is_within(figure, row, limit)):
                 found.append(
                     Overrun(
                         point=name,
@@ -292,8 +294,8 @@ def _in_words(limit: Limit) -> str:
     return " and ".join(f"at {side} {value:g}" for side, value in ends if value is not UNSET)
 
 
-def _keeps(figure: str, row: OperatingPointRow, limit: Limit) -> Iterator[bool]:
-    # A comparison with NaN is false, so that NaN keeps no budget.
+def _is_within(figure: str, row: OperatingPointRow, limit: Limit) -> Iterator[bool]:
+    # A comparison with NaN is false, so NaN is within no budget.
     low = high = getattr(row, figure)
     if figure == "seconds_ratio" and row.seconds_ratio_interval is not None:
         low = row.seconds_ratio_interval[0]

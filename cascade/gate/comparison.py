@@ -1,4 +1,4 @@
-"""Comparisons: statistics of layers against their baseline, and how far they may differ."""
+"""Comparisons: layer statistics compared with their baseline, and the allowed differences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cascade.gate.records import (
 from cascade.saturation.records import NoiseFloor, ProfileRecord
 from cascade.stats.resampling import Place, placed
 
-#: The verdict of an interval, by its place relative to the margin.
+#: The verdict for an interval, by its position relative to the margin.
 _VERDICTS: dict[Place, CellVerdict] = {
     "within": "PASS",
     "straddles": "INCONCLUSIVE",
@@ -30,35 +30,35 @@ _VERDICTS: dict[Place, CellVerdict] = {
 }
 
 
-#: No tolerance is narrower. Batch sizes, threads, attention kernels and float64 move a sequence's
-#: mean by up to 1.1e-7 (SmolLM2-135M, fp32), another processor (Xeon with AMX, EPYC) by as much.
+#: The smallest tolerance. Batch size, threads, attention kernel and float64 move a sequence's mean
+#: by up to 1.1e-7 (SmolLM2-135M, fp32), and so does another processor (Xeon with AMX, EPYC).
 LEAST_TOLERANCE = 2e-6
 
 
-#: How many times the measured noise floor is still noise.
+#: Differences up to this many times the measured noise floor count as noise.
 NOISE_FACTOR = 3.0
 
 
-#: Two runs over every sequence also compare the tables. Quantiles come from bins of 1e-4 and more,
-#: minimum and maximum are single tokens, whose noise is some hundred times a mean's.
+#: Two runs over every sequence also compare their tables. Quantiles come from bins of at least
+#: 1e-4. Minimum and maximum are single tokens, whose noise is about a hundred times a mean's.
 TABLE_TOLERANCE = 1e-4
 
 
 EXTREME_TOLERANCE = 2e-3
 
 
-#: Two results are comparable only where all of these agree; and what to do where they do not.
+#: Two results are comparable only if all of these fields agree. The text says what to do if not.
 IDENTITY = {
-    ("model", "weights_hash"): "another checkpoint: review it, then accept a baseline of its own",
-    ("model", "revision"): "another revision: pin --revision, or accept a baseline of its own",
-    ("model", "quantization"): "another quantization: accept a baseline of its own",
-    ("model", "dtype"): "other arithmetic: run with the baseline's --dtype",
-    ("tokenizer_hash",): "another tokenizer: restore it, or accept a baseline of its own",
+    ("model", "weights_hash"): "review the new checkpoint, then accept a separate baseline for it",
+    ("model", "revision"): "pin --revision, or accept a separate baseline",
+    ("model", "quantization"): "accept a separate baseline for this quantization",
+    ("model", "dtype"): "run with the baseline's --dtype",
+    ("tokenizer_hash",): "restore the tokenizer, or accept a separate baseline",
 }
 
 
-#: Arithmetic depends on these: where one of them differs, a baseline was made elsewhere.
-_MACHINE = (
+#: Rounding depends on these fields: if one differs, the environments are different.
+_ENVIRONMENT = (
     ("machine", "processor"),
     ("machine", "accelerator"),
     ("machine", "capability"),
@@ -70,17 +70,18 @@ _MACHINE = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One statistic of one layer, against its baseline; NaN where a side lacks it.
+    """One statistic of one layer and its baseline; NaN where a side has no value.
 
     Attributes:
-        layer: Its label.
-        statistic: A statistic of sequences, or a column of the table.
-        expected: The baseline's value: of the sequence that moved most, or of the whole.
-        obtained: The new one.
-        limit: How far it may move: a tolerance, or a margin.
-        interval: On other sequences, of the difference; None where nothing is random.
-        sequence: Number of the sequence that moved most, in the baseline; None for the whole.
-        needed: Sequences that would decide, where this many could not; None where no number would.
+        layer: The layer's label.
+        statistic: A per-sequence statistic, or a column of the table.
+        expected: The baseline's value, of the sequence that moved most or of the whole corpus.
+        obtained: The new value.
+        limit: The largest allowed difference: a tolerance or a margin.
+        interval: The interval of the difference on different sequences; None on the same ones.
+        sequence: The baseline's number of the sequence that moved most; None for the whole corpus.
+        needed: The number of new sequences that would decide an inconclusive cell; None if no
+            number would, or the cell is decided.
     """
 
     layer: str
@@ -99,21 +100,21 @@ class Cell:
 
     @property
     def standardized(self) -> float:
-        """The difference in units of its limit; NaN where a side lacks it."""
+        """The difference in units of the limit; NaN where a side has no value."""
         if self.limit:
             return self.difference / self.limit
         return math.copysign(math.inf, self.difference) if self.difference else self.difference
 
     @property
     def verdict(self) -> CellVerdict:
-        """PASS, FAIL, or INCONCLUSIVE where an interval straddles the margin."""
+        """PASS, FAIL, or INCONCLUSIVE if the interval straddles the margin."""
         if self.interval is None:
-            # A comparison with NaN is false: a number that is missing or NaN never passes.
+            # A comparison with NaN is false, so a missing value never passes.
             return "PASS" if abs(self.difference) <= self.limit else "FAIL"
         return _VERDICTS[placed(self.interval, self.limit)]
 
     def row(self) -> CellRow:
-        """Return the cell as a record holds it; None for what is no finite number."""
+        """Return the cell as stored in a record, with None for values that are not finite."""
         return CellRow(
             layer=self.layer,
             statistic=self.statistic,
@@ -131,20 +132,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A profile against its baseline.
+    """The comparison of a profile with its baseline.
 
     Attributes:
-        method: How they were compared, or None where they cannot be compared.
+        method: How the two were compared; None if they are not comparable.
         mismatches: What makes the two not comparable.
         cells: Every statistic of every layer of either side.
-        sequences: How many sequences were compared: of the baseline, and new ones.
-        tokens: How many new tokens.
-        profile: Per layer its label, the baseline's mean similarity and the new one, over the
-            sequences that were compared.
-        attribution: Where the evidence points, where something failed.
-        notes: Further sentences for the reader.
-        provenance: Of the new profile.
-        baseline: Provenance of the baseline.
+        sequences: The number of compared sequences: the baseline's and the new ones.
+        tokens: The number of new tokens.
+        profile: For each layer its label, the baseline's mean similarity and the new one, over the
+            compared sequences.
+        attribution: The likely cause, if something failed.
+        notes: Further notes for the reader.
+        provenance: The provenance of the new profile.
+        baseline: The provenance of the baseline.
     """
 
     method: Method | None
@@ -160,7 +161,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """FAIL beats INCONCLUSIVE beats PASS; a comparison without cells fails."""
+        """The worst verdict of the cells (FAIL, INCONCLUSIVE, PASS); FAIL if there are no cells."""
         if self.method is None:
             return "NOT COMPARABLE"
         found = {cell.verdict for cell in self.cells}
@@ -169,7 +170,7 @@ class Comparison:
         return "INCONCLUSIVE" if "INCONCLUSIVE" in found else "PASS"
 
     def exit_status(self, *, strict: bool = False) -> int:
-        """Return 0 for a pass, 1 for drift, 2 where nothing could be compared.
+        """Return 0 for a pass, 1 for drift, 2 if the two are not comparable.
 
         Args:
             strict: Whether an inconclusive verdict counts as drift.
@@ -182,7 +183,7 @@ class Comparison:
         }[self.verdict]
 
     def worst(self) -> list[Cell]:
-        """Return the cells, those that failed first, the farthest beyond its limit first."""
+        """Return the cells, failures first, each group sorted by distance beyond the limit."""
         order = {"FAIL": 0, "INCONCLUSIVE": 1, "PASS": 2}
 
         def badness(cell: Cell) -> tuple[int, float]:
@@ -192,24 +193,26 @@ class Comparison:
         return sorted(self.cells, key=badness)
 
     def headline(self) -> str:
-        """Return the verdict and how it came about, in one sentence."""
+        """Return the verdict and its reason, in one sentence."""
         if self.method is None:
             names = " and ".join(mismatch.name for mismatch in self.mismatches)
-            return f"other {names} than the baseline's"
+            verb = "differs" if len(self.mismatches) == 1 else "differ"
+            return f"{names} {verb} from the baseline"
         counts = dict.fromkeys(("FAIL", "INCONCLUSIVE", "PASS"), 0)
         for cell in self.cells:
             counts[cell.verdict] += 1
         count = self.sequences[1]
         which = "of the baseline's sequences"
         if self.method == "other sequences":
-            which = f"other sequence{'s' * (count != 1)}"
+            which = f"sequence{'s' * (count != 1)} that the baseline does not have"
         seen = f"{self.tokens:,} tokens, {count:,} {which}"
         if self.verdict == "PASS":
             limit = "tolerance" if self.method == "same sequences" else "margin"
-            return f"no drift: all {counts['PASS']:,} cells within their {limit} ({seen})"
+            return f"no drift: all {counts['PASS']:,} cells are within {limit} ({seen})"
         if self.verdict == "INCONCLUSIVE":
-            return f"undecided: {counts['INCONCLUSIVE']:,} of {len(self.cells):,} cells ({seen})"
-        return f"drift: {counts['FAIL']:,} of {len(self.cells):,} cells ({seen})"
+            undecided = f"{counts['INCONCLUSIVE']:,} of {len(self.cells):,} cells"
+            return f"{undecided} are undecided ({seen})"
+        return f"drift in {counts['FAIL']:,} of {len(self.cells):,} cells ({seen})"
 
     def record(self) -> ComparisonRecord:
         """Return the comparison as a record of kind `comparison`."""
@@ -243,8 +246,8 @@ def mismatches_of(new: Provenance, old: Provenance) -> list[Mismatch]:
     """Return what makes two provenances not comparable.
 
     Args:
-        new: Of the new profile.
-        old: Of the baseline.
+        new: The provenance of the new profile.
+        old: The provenance of the baseline.
     """
     found = []
     for path, remedy in IDENTITY.items():
@@ -256,22 +259,22 @@ def mismatches_of(new: Provenance, old: Provenance) -> list[Mismatch]:
     return found
 
 
-def made_elsewhere(new: Provenance, old: Provenance) -> list[str]:
-    """Return the hardware and library differences that can change numerical results.
+def environment_differences(new: Provenance, old: Provenance) -> list[str]:
+    """Return the hardware and library differences that can change rounding.
 
     Args:
-        new: Of the new profile.
-        old: Of the baseline.
+        new: The provenance of the new profile.
+        old: The provenance of the baseline.
     """
     return [
-        f"{path[-1]} {_value(new, path)}, the baseline's {_value(old, path)}"
-        for path in _MACHINE
+        f"{path[-1]} {_value(new, path)} instead of {_value(old, path)}"
+        for path in _ENVIRONMENT
         if _value(new, path) != _value(old, path)
     ]
 
 
 def _value(provenance: Provenance, path: tuple[str, ...]) -> str | None:
-    """Return the text at a path of names; None where there is none."""
+    """Return the text at a path of field names; None where there is none."""
     value: object = provenance
     for name in path:
         value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
@@ -284,31 +287,31 @@ def _value(provenance: Provenance, path: tuple[str, ...]) -> str | None:
 def tolerance_of(
     record: ProfileRecord, baseline: ProfileRecord, noise: NoiseFloor | None
 ) -> tuple[float, list[str]]:
-    """Return how far arithmetic alone may move a sequence's mean, and notes on it.
+    """Return how far rounding alone may move a sequence's mean, and notes for the reader.
 
     Args:
         record: The new profile's record.
-        baseline: The baseline's.
-        noise: The floor measured where the new profile was; its own record's where None.
+        baseline: The baseline's record.
+        noise: The noise floor of the new profile's environment; None takes the one of its record.
     """
     here = noise or known(record.noise)
     there = known(baseline.noise)
-    elsewhere = made_elsewhere(record.provenance, baseline.provenance)
-    if not elsewhere:
+    differences = environment_differences(record.provenance, baseline.provenance)
+    if not differences:
         measured = there or here
         if measured is None:
-            return LEAST_TOLERANCE, ["no noise floor was measured: the least tolerance is taken"]
+            return LEAST_TOLERANCE, ["no noise floor was measured; the smallest tolerance is used"]
         return max(LEAST_TOLERANCE, NOISE_FACTOR * measured.repeat), []
-    # Each side lies within its own distance from exact arithmetic, so that the two lie within
-    # the sum of both.
+    # Each side lies within its own distance of the exact result, so the two differ by at most the
+    # sum of both distances.
     floors = [max(floor.repeat, floor.exact or 0.0) for floor in (here, there) if floor]
-    # A side without a measurement is taken to be as noisy as the other.
+    # A side without a measurement is assumed to be as noisy as the other.
     floor = sum(floors) * (2 if len(floors) == 1 else 1)
     tolerance = max(LEAST_TOLERANCE, NOISE_FACTOR * floor)
-    how = f"noise floor of both {floor:.1e}" if floors else "no noise floor was measured"
+    how = f"noise floor of both sides {floor:.1e}" if floors else "no noise floor was measured"
     return tolerance, [
-        f"the baseline was made elsewhere ({'; '.join(elsewhere)}): tolerance {tolerance:.1e}, "
-        f"{how}"
+        f"the baseline was made in another environment ({'; '.join(differences)}); tolerance "
+        f"{tolerance:.1e}, {how}"
     ]
 
 
@@ -317,12 +320,12 @@ def table_cells(
     old: Sequence[Mapping[str, object]],
     tolerance: float = 0.0,
 ) -> Iterator[Cell]:
-    """Yield every statistic of every row of two tables, NaN where one lacks it.
+    """Yield a cell for every statistic of every row of two tables, NaN where one has no value.
 
     Args:
         new: Rows of the new profile's table, by column.
-        old: Rows of the baseline's.
-        tolerance: Of means; no cell has less.
+        old: Rows of the baseline's table.
+        tolerance: The tolerance of means; no cell but `count` has a smaller one.
     """
     rows = [{str(row.get("layer")): row for row in side} for side in (new, old)]
     for layer in dict.fromkeys([*rows[1], *rows[0]]):

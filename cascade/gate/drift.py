@@ -1,9 +1,9 @@
-"""Drift: whether a profile has moved away from its baseline, decided by one of two methods.
+"""Drift: decide whether a profile has moved away from its baseline, by one of two methods.
 
-Where both saw the same sequences, nothing is random between them. Then each sequence is compared,
-within a few times the noise floor of arithmetic. Where they saw other sequences of the same kind,
-means are compared with intervals that resample whole sequences, and "no drift" must be shown, not
-assumed (equivalence with a margin).
+If both were measured on the same sequences, nothing between them is random: each sequence is
+compared within a few times the noise floor. If they were measured on different sequences of the
+same kind, means are compared with intervals from resampled sequences, and "no drift" must be shown,
+not assumed (equivalence with a margin).
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from cascade.saturation.records import LayerRow, NoiseFloor, ProfileRecord
 from cascade.stats.resampling import resampled_means, simultaneous_half_widths
 from cascade.stats.similarity_statistics import QUANTILES
 
-#: What is compared sequence by sequence: the mean and mean square of a layer's similarities, and
-#: the shares of tokens at or below the baseline's p10, p50 and p90.
+#: The statistics that are compared per sequence: the mean and mean square of a layer's
+#: similarities, and the shares of tokens at or below the baseline's p10, p50 and p90.
 SHARES = tuple(f"share_p{round(100 * q)}" for q in QUANTILES)
 
 
 STATISTICS = ("mean", "mean_square", *SHARES)
 
 
-#: The share of a profile's sequences that have to be the baseline's for it to be the same text: by
-#: chance another tokenization of a corpus has a block or two in common with it.
+#: The least share of a profile's sequences that must be the baseline's for both to count as the
+#: same text. Another tokenization of a corpus can have a block or two in common by chance.
 LEAST_SHARED = 0.5
 
 
-#: How far a layer may lie from the baseline on other sequences: so many standard deviations of the
-#: sequences' own values in the baseline, and never less than the floor.
+#: The margin on different sequences, in standard deviations between the baseline's sequences, but
+#: never below the floor.
 MARGIN = 1.0
 
 
 MARGIN_FLOOR = {"mean": 0.002, "mean_square": 0.004} | dict.fromkeys(SHARES, 0.02)
 
 
-#: The probability that all intervals of a comparison hold at once.
+#: The probability that all intervals of a comparison hold simultaneously.
 CONFIDENCE = 0.99
 
 
 class Profile(Protocol):
-    """A profile to compare: a `SaturationProfile`, or a stored one."""
+    """A profile to compare: a `SaturationProfile` or a stored one."""
 
     def record(self) -> ProfileRecord:
         """Return the record: provenance and tables."""
@@ -77,23 +77,25 @@ def compare(
 ) -> Comparison:
     """Decide whether a profile has drifted from its baseline.
 
-    Layers and statistics are the union of both sides. A layer or statistic that one side lacks is a
-    failure, and so is NaN. Sequences are identified by their fingerprints. Where most of the new
-    ones are the baseline's, each of them is compared; otherwise their means are compared.
+    All layers and statistics of both sides are compared. A layer or statistic that one side lacks
+    is a failure, and so is NaN. Sequences are identified by their fingerprints. If most of the new
+    sequences are the baseline's, each is compared with its counterpart; otherwise means are
+    compared.
 
     Args:
-        profile: The new one, of the baseline's sequences or a few of them.
-        baseline: The stored one.
-        noise: The noise floor measured where the new profile was (see `cascade.gate.noise`), needed
-            where the baseline was made on another machine.
-        independent: Compare means even where sequences are shared.
-        margin: On other sequences, in standard deviations between the baseline's sequences.
-        confidence: On other sequences, that all intervals hold at once.
-        anyway: Compare profiles of different models as well, and note the differences.
-        seed: Of the resampling.
+        profile: The new profile, of the baseline's sequences or a few of them.
+        baseline: The stored profile.
+        noise: The noise floor of the new profile's environment (see `cascade.gate.noise`); needed
+            if the baseline was made in another one.
+        independent: Compare means even if sequences are shared.
+        margin: The margin on different sequences, in standard deviations between the baseline's
+            sequences.
+        confidence: The probability that all intervals hold simultaneously, on different sequences.
+        anyway: Compare profiles of different models too, and note the differences.
+        seed: The seed of the resampling.
 
     Raises:
-        UsageError: A margin or confidence out of range.
+        UsageError: The margin or confidence is out of range.
         RecordError: A side has no rows per sequence.
     """
     if not margin > 0 or not 0 < confidence < 1:
@@ -117,8 +119,8 @@ def compare(
         else:
             if shared.any() and not independent:
                 notes.append(
-                    f"only {int(shared.sum()):,} of {len(shared):,} sequences are the baseline's: "
-                    "taken for other text"
+                    f"only {int(shared.sum()):,} of {len(shared):,} sequences are in the baseline; "
+                    "the text counts as different"
                 )
             found = _resampled(*sides, margin, confidence, seed, notes)
     return replace(found, provenance=new.provenance, baseline=old.provenance)
@@ -140,7 +142,7 @@ class _Side:
         arrays = profile.arrays()
         try:
             numbers = np.asarray(arrays["sequence"])
-            # One fingerprint per sequence of the corpus; rows can be of some of them only.
+            # There is one fingerprint per sequence of the corpus, but rows can be of a few of them.
             prints = np.asarray(arrays["sequence_fingerprint"])[numbers]
             rows = np.concatenate(
                 [
@@ -161,16 +163,16 @@ class _Side:
             )
         except (KeyError, IndexError, ValueError) as error:
             raise RecordError(
-                "a profile has no rows per sequence (they lie in the .npz beside its .json); run "
+                "a profile has no rows per sequence (they are in the .npz next to its .json); run "
                 "`cascade analyze --output` again"
             ) from error
 
     def same_edges(self, other: _Side) -> bool:
-        """Return whether the shares of both sides are counted against the same quantiles."""
+        """Return whether the shares of both sides refer to the same quantiles."""
         return self.edges.shape == other.edges.shape and np.array_equal(self.edges, other.edges)
 
     def columns(self, layers: Sequence[str]) -> Array:
-        """Return the rows of some layers, `[S, L, statistics]`, NaN for those that lack."""
+        """Return the rows of some layers, `[S, L, statistics]`, NaN for missing layers."""
         rows = np.full((len(self.rows), len(layers), len(STATISTICS)), np.nan)
         for place, label in enumerate(layers):
             if label in self.layers:
@@ -212,7 +214,7 @@ def _paired(
     left_out = len(new.rows) - len(pairs)
     if left_out:
         notes.append(
-            f"{left_out:,} of {len(new.rows):,} sequences are not the baseline's and were left out"
+            f"skipped {left_out:,} of {len(new.rows):,} sequences that are not in the baseline"
         )
     mine, theirs = (list(side) for side in zip(*pairs, strict=True))
     obtained, expected = new.columns(layers)[mine], old.columns(layers)[theirs]
@@ -222,8 +224,8 @@ def _paired(
         cells += _share_cells(layers, obtained, expected, old, tolerance, length)
     else:
         notes.append(
-            "shares were not compared: they were counted against other quantiles than the "
-            "baseline's (measure with `cascade gate`, or analyze with its edges)"
+            "shares were not compared, because they refer to other quantiles than the baseline's "
+            "(measure with `cascade gate`, or analyze with the baseline's edges)"
         )
     if len(pairs) == len(new.rows) == len(old.rows):
         cells += table_cells(_table(record.layers), _table(baseline.layers), tolerance)
@@ -244,8 +246,8 @@ def _paired(
 def _sequence_cells(
     layers: Sequence[str], obtained: Array, expected: Array, numbers: Array, tolerance: float
 ) -> Iterator[Cell]:
-    """Yield, per layer, the sequence whose mean moved most, and the same for the mean square."""
-    # The square moves twice as far as a similarity near 1 does.
+    """Yield for each layer the sequence whose mean moved most, then the same for mean squares."""
+    # A square moves twice as far as a similarity near 1.
     for index, statistic, limit in ((0, "mean", tolerance), (1, "mean_square", 2 * tolerance)):
         moved = np.abs(obtained[..., index] - expected[..., index])
         moved = np.where(np.isnan(moved), np.inf, moved)
@@ -271,8 +273,8 @@ def _share_cells(
 ) -> Iterator[Cell]:
     """Yield the shares of tokens at or below the baseline's quantiles, over all sequences.
 
-    A token changes sides where it lies within the tolerance of the quantile; how many do so by
-    chance follows from the baseline's histogram.
+    A token can change sides if it lies within the tolerance of the quantile. The baseline's
+    histogram gives the number of tokens that do so by chance.
     """
     tokens = max(1, length * len(obtained))
     for place, label in enumerate(layers):
@@ -316,8 +318,8 @@ def _resampled(
 ) -> Comparison:
     if min(len(new.rows), len(old.rows)) < 2:
         raise RecordError(
-            f"the two share no sequence, and {min(len(new.rows), len(old.rows))} on one side give "
-            "no interval; expected at least 2, take a larger corpus"
+            "expected at least 2 sequences on each side for an interval, got "
+            f"{min(len(new.rows), len(old.rows))}, and the two share none; use a larger corpus"
         )
     layers = _union(new, old)
     statistics = STATISTICS
@@ -325,8 +327,8 @@ def _resampled(
         statistics = STATISTICS[:2]
         notes = [
             *notes,
-            "shares were not compared: they were counted against other quantiles than the "
-            "baseline's (analyze with its edges: `cascade gate --full`)",
+            "shares were not compared, because they refer to other quantiles than the baseline's "
+            "(`cascade gate --full` analyzes with the baseline's edges)",
         ]
     sides = [side.columns(layers)[..., : len(statistics)] for side in (new, old)]
     flat = [side.reshape(len(side), -1) for side in sides]
@@ -370,15 +372,15 @@ def _interval_cell(
     margin: float,
     counts: tuple[int, int],
 ) -> Cell:
-    """Return a cell of two means, the baseline's first, and its interval's half width.
+    """Return a cell of two means and the interval of their difference.
 
     Args:
         label: The layer's label.
         statistic: One of `STATISTICS`.
-        means: The baseline's and the new one.
-        half: Half of the width of the difference's interval; NaN where there is none.
-        margin: How far the difference may lie from 0.
-        counts: How many sequences there are: new ones, and of the baseline.
+        means: The baseline's mean and the new one.
+        half: Half the width of the difference's interval; NaN where there is none.
+        margin: The largest allowed distance of the difference from 0.
+        counts: The number of new sequences and of the baseline's.
     """
     expected, obtained = means
     difference = obtained - expected
@@ -394,10 +396,10 @@ def _interval_cell(
 
 
 def _needed(difference: float, half: float, margin: float, new: int, old: int) -> int | None:
-    """Return how many new sequences would decide a cell that straddles its margin.
+    """Return how many new sequences would decide a cell whose interval straddles its margin.
 
-    The half width of an interval is proportional to sqrt(1/new + 1/old). None where not even an
-    endless number of new sequences would decide, or the cell is decided.
+    The half width of an interval is proportional to sqrt(1/new + 1/old). The result is None if no
+    number of new sequences would decide, or the cell is decided.
     """
     distance = abs(margin - difference)
     is_decided = difference + half <= margin or difference - half > margin

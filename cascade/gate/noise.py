@@ -1,4 +1,4 @@
-"""The noise floor: how far arithmetic alone moves a sequence's statistics on this machine."""
+"""The noise floor: how far rounding alone moves a sequence's statistics on this machine."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import similarities
 from cascade.saturation.records import NoiseFloor
 
-#: Float64 is measured only where a copy of the model in it takes at most this many bytes.
+#: Float64 is measured only if a float64 copy of the model takes at most this many bytes.
 _MOST_BYTES = 4 << 30
 
 
-#: Sequences that are run in float64, which takes some ten times as long as fp32.
+#: The number of sequences run in float64, which takes about ten times as long as fp32.
 _EXACT_SEQUENCES = 2
 
 
 @torch.no_grad()
 def measure_noise(stack: DecoderStack, ids: npt.NDArray[np.integer[Any]]) -> NoiseFloor:
-    """Return how far arithmetic alone moves the mean similarity of a sequence.
+    """Return how far rounding alone moves the mean similarity of a sequence.
 
     The same sequences are run in several variants: another batch size, another number of threads,
-    another attention kernel, and float64 (where the model is small enough for a copy and the
-    device has it).
+    another attention kernel, and float64 (if the model is small enough for a copy and the device
+    supports it).
 
     Args:
-        stack: The model; it is left unchanged.
+        stack: The model, which is not changed.
         ids: `[B, T]` token ids of a few sequences.
     """
     tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(stack.device)
@@ -97,7 +97,7 @@ def _with_float64(stack: DecoderStack, tokens: Tensor, plain: Array) -> float | 
         return f"a copy in float64 would take {size / 1e9:.1f} GB"
     if stack.device.type == "mps":
         return "not on this device"
-    # A copy: weights turned into float64 and back would be the same, the model's buffers not.
+    # A copy, because converting to float64 and back restores the weights but not the buffers.
     wide = DecoderStack(copy.deepcopy(stack.model).double(), provenance=stack.provenance)
     return _moved(plain, _means(wide, tokens))
 

@@ -1,4 +1,4 @@
-"""The gate: a model compared with its baseline, on as few tokens as decide."""
+"""The gate: compare a model with its baseline on as few tokens as possible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cascade.core.records import read_typed, write_record
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.gate.baselines import StoredProfile
-from cascade.gate.comparison import Comparison, made_elsewhere, mismatches_of
+from cascade.gate.comparison import Comparison, environment_differences, mismatches_of
 from cascade.gate.drift import LEAST_SHARED, compare
 from cascade.gate.noise import measure_noise
 from cascade.gate.records import ComparisonRecord, GateRun, GateStep, Mismatch, NoiseRecord
@@ -27,10 +27,10 @@ from cascade.models.stack import DecoderStack
 from cascade.models.weights import cache_folder
 from cascade.saturation.profile import SaturationProfile, analyze
 
-#: The least budget of the quick gate, in tokens: a fault moves every sequence, and 512 tokens
-#: separate all that were tried from noise (see `tests/suites/test_sensitivity.py`).
+#: The default budget of the quick gate, in tokens. A fault moves every sequence, and 512 tokens
+#: separated every fault that was tried from noise (see `tests/suites/test_sensitivity.py`).
 QUICK_TOKENS = 512
-#: Sequences that the noise floor is measured on.
+#: The number of sequences that the noise floor is measured on.
 NOISE_SEQUENCES = 4
 
 
@@ -41,10 +41,10 @@ class Gate:
     Attributes:
         comparison: The comparison with the baseline.
         steps: The comparisons, one after each batch.
-        budget: The most tokens that it would have measured.
-        seconds: How long it took, without loading the model.
-        noise: The noise floor measured here, where the baseline was made on another machine.
-        profile: The measured profile; None where the two could not be compared.
+        budget: The maximum number of tokens to measure.
+        seconds: The duration, without loading the model.
+        noise: The noise floor measured on this machine, if the baseline was made on another one.
+        profile: The measured profile; None if the two are not comparable.
     """
 
     comparison: Comparison
@@ -67,13 +67,13 @@ class Gate:
 
 @dataclass(frozen=True)
 class _Task:
-    """A gate that is about to measure: the model, its corpus, and the baseline.
+    """The inputs of a gate: the model, its corpus and the baseline.
 
     Attributes:
         start: When the gate began, by `time.perf_counter`.
-        noise: The noise floor measured here, where it is needed.
+        noise: The noise floor measured on this machine, if it is needed.
         about: The provenance of the run.
-        batch_size: The most sequences per forward pass.
+        batch_size: The maximum number of sequences per forward pass.
         progress: Called with the number of tokens done since the last call.
     """
 
@@ -94,7 +94,7 @@ class _Task:
     def outcome(
         self, profile: SaturationProfile, comparison: Comparison, steps: list[GateStep], budget: int
     ) -> Gate:
-        """Return what the gate came to."""
+        """Return the outcome of the gate."""
         seconds = time.perf_counter() - self.start
         return Gate(comparison, tuple(steps), budget, seconds, self.noise, profile)
 
@@ -110,24 +110,25 @@ def run_gate(
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Gate:
-    """Measure a model on some of its baseline's sequences and compare, batch by batch.
+    """Measure a model on some of its baseline's sequences and compare after each batch.
 
-    It stops at the first batch that shows drift, and passes where none does within the budget.
-    Nothing is random between the same sequences, so that each of them is a test of its own.
+    The gate stops at the first batch that shows drift. It passes if no batch does within the
+    budget. Two runs over the same sequence involve no randomness, so each sequence is a separate
+    test.
 
     Args:
         stack: The model.
         blocks: The baseline's corpus; with `full` it may be another one.
         baseline: The stored profile.
         tokens: The budget, rounded down to whole sequences, at least one.
-        full: Measure the whole corpus, table included.
-        batch_size: The most sequences per forward pass.
+        full: Measure the whole corpus and compare its table too.
+        batch_size: The maximum number of sequences per forward pass.
         command: The user's command line, for the provenance.
         progress: Called with the number of tokens done since the last call.
 
     Raises:
-        UsageError: A budget of no tokens.
-        CorpusError: Sequences beyond the model's positions.
+        UsageError: The budget is below one token.
+        CorpusError: A sequence is longer than the model's context.
         ModelError: A layer's output is NaN (names the layer).
     """
     if tokens < 1:
@@ -145,7 +146,7 @@ def run_gate(
         return Gate(comparison, (), 0, time.perf_counter() - start)
     check_blocks(stack, blocks, batch_size)
     noise = None
-    if made_elsewhere(about, expected):
+    if environment_differences(about, expected):
         few = _spread(shared if same_text else np.arange(len(blocks.ids)), NOISE_SEQUENCES)
         noise = noise_here(stack, blocks.ids[few], about)
     task = _Task(stack, blocks, baseline, start, noise, about, batch_size, progress)
@@ -175,7 +176,7 @@ def _step_by_step(task: _Task, chosen: Array) -> Gate:
     parts: list[SaturationProfile] = []
     seen = 0
     while seen < len(chosen):
-        # Double the sample each time, so that few comparisons are made.
+        # Double the sample each time, so that few comparisons are needed.
         size = min(max(1, seen), task.batch_size, len(chosen) - seen)
         some = replace(blocks, ids=blocks.ids[chosen[seen : seen + size]])
         parts.append(analyze(task.stack, some, batch_size=size, edges=edges))
@@ -193,7 +194,7 @@ def _step_by_step(task: _Task, chosen: Array) -> Gate:
 def _joined(
     parts: list[SaturationProfile], blocks: TokenBlocks, about: Provenance
 ) -> SaturationProfile:
-    """Return the profiles of several batches as one, its sequences numbered through."""
+    """Return the profiles of several batches as one, with sequences numbered consecutively."""
     whole = parts[0].statistics
     shift = len(parts[0].sequence_fingerprints)
     for part in parts[1:]:
@@ -205,7 +206,7 @@ def _joined(
 def quick_blocks(
     blocks: TokenBlocks, baseline: StoredProfile, tokens: int = QUICK_TOKENS
 ) -> TokenBlocks:
-    """Return the sequences that the quick gate takes when nothing stops it before.
+    """Return the sequences that the quick gate measures if it does not stop early.
 
     Args:
         blocks: The baseline's corpus.
@@ -213,7 +214,8 @@ def quick_blocks(
         tokens: The budget, rounded down to whole sequences, at least one.
 
     Returns:
-        Sequences of the baseline's, spread over the corpus; none where it holds none of them.
+        Sequences of the baseline, evenly spread over the corpus; none if the corpus has none of
+        them.
     """
     return replace(blocks, ids=blocks.ids[_chosen(blocks, _shared(blocks, baseline), tokens)])
 
@@ -228,7 +230,7 @@ def _shared(blocks: TokenBlocks, baseline: StoredProfile) -> Array:
 
 
 def _spread(numbers: Array, count: int) -> Array:
-    """Return `count` of the numbers, evenly spread over all of them; all where there are fewer."""
+    """Return `count` of the numbers, evenly spread; all of them if there are fewer."""
     places = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
     spread: Array = numbers[np.unique(places)]
     return spread
@@ -236,21 +238,21 @@ def _spread(numbers: Array, count: int) -> Array:
 
 def _other_text(new: CorpusProvenance, old: CorpusProvenance, shared: int) -> Mismatch:
     expected, obtained = (f"{side.name} in sequences of {side.seq_len}" for side in (old, new))
-    if expected == obtained:  # of the same name, but other text
+    if expected == obtained:  # same name, different text
         expected = f"{expected} ({old.fingerprint[:19]}...)"
         obtained = f"{obtained} ({new.fingerprint[:19]}...)"
     return Mismatch(
         name="corpus",
         expected=expected,
         obtained=obtained,
-        remedy=f"{shared or 'none'} of its {new.sequences:,} sequences are the baseline's: take the"
-        " baseline's corpus, tokenizer settings and --seq-len, or compare means over all of it with"
-        " --full",
+        remedy=f"{shared or 'none'} of its {new.sequences:,} sequences are in the baseline; use "
+        "the baseline's corpus, tokenizer settings and --seq-len, or compare means over the whole "
+        "corpus with --full",
     )
 
 
 def noise_here(stack: DecoderStack, ids: Array, about: Provenance) -> NoiseRecord:
-    """Return the noise floor of this model on this machine, measured once and kept in the cache.
+    """Return the noise floor of this model on this machine, measured once and cached.
 
     Args:
         stack: The model.
@@ -261,10 +263,10 @@ def noise_here(stack: DecoderStack, ids: Array, about: Provenance) -> NoiseRecor
     key = [origin.get(name) for name in ("model", "tokenizer_hash", "machine", "versions")]
     digest = sha256(json.dumps([key, sha256(ids.tobytes()).hexdigest()]).encode()).hexdigest()
     path = cache_folder() / "noise" / f"{digest[:24]}.json"
-    with contextlib.suppress(RecordError):  # not measured yet, or torn: then it is measured now
+    with contextlib.suppress(RecordError):  # not measured yet, or torn: measure now
         return read_typed(path, NoiseRecord)
     found = NoiseRecord.of(measure_noise(stack, ids))
-    with contextlib.suppress(OutputError):  # without a cache the next run measures again
+    with contextlib.suppress(OutputError):  # without a cache, the next run measures again
         write_record(path, found)
     return found
 

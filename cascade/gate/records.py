@@ -26,7 +26,7 @@ from cascade.saturation.records import NoiseFloor
 Verdict = Literal["FAIL", "NOT COMPARABLE", "INCONCLUSIVE", "PASS"]
 CellVerdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
-#: How two profiles are compared: sequence by sequence, or by means of other sequences.
+#: How two profiles are compared: each sequence with itself, or means over different sequences.
 Method = Literal["same sequences", "other sequences"]
 
 #: Verdicts, the worst first.
@@ -34,13 +34,13 @@ VERDICTS: tuple[Verdict, ...] = ("FAIL", "NOT COMPARABLE", "INCONCLUSIVE", "PASS
 
 
 class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
-    """The noise floor of a model on this machine, as the cache keeps it: kind `noise`.
+    """The noise floor of a model on this machine, as stored in the cache: kind `noise`.
 
     Attributes:
-        repeat: The largest change by another batch size, number of threads or attention kernel.
-        exact: The largest change by float64; None where it could not be measured.
+        repeat: The largest change from another batch size, thread count or attention kernel.
+        exact: The largest change from float64; None where it could not be measured.
         ways: The largest change of each variant, or the reason why it could not be measured.
-        sequences: How many sequences were run.
+        sequences: The number of sequences measured.
     """
 
     KIND: ClassVar[str] = "noise"
@@ -75,7 +75,7 @@ class Mismatch(Part, frozen=True, kw_only=True):
         name: What differs, e.g. "model.dtype".
         expected: The baseline's value.
         obtained: The new one.
-        remedy: What to do.
+        remedy: How to resolve the mismatch.
     """
 
     name: str
@@ -85,14 +85,14 @@ class Mismatch(Part, frozen=True, kw_only=True):
 
 
 class Attribution(Part, frozen=True, kw_only=True):
-    """Where the evidence of a drift points.
+    """The likely cause of a drift.
 
     Attributes:
-        cause: "rows" (one side lacks some), "capture" (right numbers in the wrong place),
-            "counting" (means are right, shares or quantiles are not), "layer" (one layer's weights
-            or code), "numerics" (rounding everywhere) or "model" (the whole model, or its input).
-        layer: The first row that moved, where that says something.
-        text: A sentence.
+        cause: "rows" (one side lacks some rows), "capture" (correct values in the wrong rows),
+            "counting" (means agree, shares or quantiles do not), "layer" (one layer's weights or
+            code), "numerics" (rounding in every layer) or "model" (the whole model, or its input).
+        layer: The first row that moved, where this identifies a layer.
+        text: The evidence, in one sentence.
     """
 
     cause: Literal["rows", "capture", "counting", "layer", "numerics", "model"]
@@ -101,14 +101,14 @@ class Attribution(Part, frozen=True, kw_only=True):
 
 
 class SequenceCounts(Part, frozen=True, kw_only=True):
-    """How many sequences were compared, of the baseline and new ones."""
+    """The number of compared sequences on each side: the baseline's and the new ones."""
 
     baseline: Index
     new: Index
 
 
 class MeanRow(Part, frozen=True, kw_only=True):
-    """The mean similarity of one layer on both sides; None where a side has no number."""
+    """The mean similarity of one layer on both sides; None where a side has no value."""
 
     layer: str
     expected: Finite | None
@@ -116,7 +116,7 @@ class MeanRow(Part, frozen=True, kw_only=True):
 
 
 class CellRow(Part, frozen=True, kw_only=True):
-    """One statistic of one layer, compared (see `Cell`); None for what is no finite number."""
+    """One compared statistic of one layer (see `Cell`); None for a value that is not finite."""
 
     layer: str
     statistic: str
@@ -132,20 +132,20 @@ class CellRow(Part, frozen=True, kw_only=True):
 
 
 class GateStep(Part, frozen=True, kw_only=True):
-    """One comparison of a gate: how many tokens were measured by then, and the verdict."""
+    """One comparison within a gate: the tokens measured so far, and the verdict."""
 
     tokens: Index
     verdict: Verdict
 
 
 class GateRun(Part, frozen=True, kw_only=True):
-    """How a gate came to its verdict.
+    """How a gate reached its verdict.
 
     Attributes:
         steps: The comparisons, one after each batch.
-        budget_tokens: The most tokens that it would have measured.
-        seconds: How long it took, without loading the model.
-        noise: The noise floor measured here, where the baseline was made on another machine.
+        budget_tokens: The maximum number of tokens to measure.
+        seconds: The duration, without loading the model.
+        noise: The noise floor measured on this machine, if the baseline was made on another one.
     """
 
     steps: list[GateStep] = field(name="looks")
@@ -159,18 +159,18 @@ class ComparisonRecord(StoredRecord, frozen=True, kw_only=True):
 
     Attributes:
         verdict: The verdict.
-        headline: The verdict and how it came about, in one sentence.
-        method: How the two were compared; None where they could not be.
+        headline: The verdict and its reason, in one sentence.
+        method: How the two were compared; None if they are not comparable.
         mismatches: What makes the two not comparable.
-        attribution: Where the evidence points, where something failed.
-        sequences: How many sequences were compared.
-        tokens: How many new tokens.
-        notes: Further sentences for the reader.
+        attribution: The likely cause, if something failed.
+        sequences: The number of compared sequences.
+        tokens: The number of new tokens.
+        notes: Further notes for the reader.
         profile: The mean similarities of both sides, per layer.
         cells: Every statistic of every layer of either side.
-        provenance: Of the new profile.
-        baseline: Of the baseline.
-        gate: How the gate came to its verdict, where a gate made the comparison.
+        provenance: The provenance of the new profile.
+        baseline: The provenance of the baseline.
+        gate: How the gate reached its verdict, if a gate made the comparison.
     """
 
     KIND: ClassVar[str] = "comparison"
@@ -194,7 +194,7 @@ class ComparisonRecord(StoredRecord, frozen=True, kw_only=True):
 
 
 class NamedComparison(ComparisonRecord, frozen=True, kw_only=True):
-    """A comparison of a session.
+    """A comparison made in a session.
 
     Attributes:
         name: "<model>/<corpus>".
@@ -214,11 +214,11 @@ class NamedComparison(ComparisonRecord, frozen=True, kw_only=True):
 
 
 class BudgetSource(Part, frozen=True, kw_only=True):
-    """The fields of an evaluation that budgets are made of and checked against.
+    """The fields of an evaluation that budgets are made from and compared with.
 
     Attributes:
-        provenance: Of the evaluation.
-        settings: Of the evaluation.
+        provenance: The provenance of the evaluation.
+        settings: The settings of the evaluation.
         points: The operating points.
     """
 
@@ -228,7 +228,7 @@ class BudgetSource(Part, frozen=True, kw_only=True):
 
 
 class Limit(Part, frozen=True, kw_only=True):
-    """The least and the most that a figure may be; at least one of them is there."""
+    """The lower and upper limit of a figure; at least one of them is set."""
 
     least: Finite | UnsetType = UNSET
     most: Finite | UnsetType = UNSET
@@ -245,7 +245,7 @@ class PointBudget(Part, frozen=True, kw_only=True):
 
 
 class BudgetedPoint(OperatingPointRow, frozen=True, kw_only=True):
-    """An operating point as it was accepted, with its budget."""
+    """An accepted operating point with its budget."""
 
     budget: PointBudget
 
@@ -254,8 +254,8 @@ class BudgetGroup(Part, frozen=True, kw_only=True):
     """The budgets of one kind of exit head with one propagation.
 
     Attributes:
-        provenance: Of the evaluation that was accepted.
-        settings: Of that evaluation.
+        provenance: The provenance of the accepted evaluation.
+        settings: The settings of that evaluation.
         points: The operating points with their budgets.
     """
 
@@ -265,7 +265,7 @@ class BudgetGroup(Part, frozen=True, kw_only=True):
 
 
 class BudgetsRecord(StoredRecord, frozen=True, kw_only=True):
-    """The budgets of early exit of one model and corpus: kind `budgets`."""
+    """The early-exit budgets of one model and corpus: kind `budgets`."""
 
     KIND: ClassVar[str] = "budgets"
     COMMAND: ClassVar[str] = "accept"
@@ -281,9 +281,9 @@ class Overrun(Part, frozen=True, kw_only=True):
     Attributes:
         point: The operating point, in words.
         figure: E.g. "perplexity_ratio"; "point" where the operating point was not measured.
-        limit: The budget, in words; empty where the operating point was not measured.
+        limit: The budget, in words; empty if the operating point was not measured.
         measured: The measured value, in words.
-        command: The command to look closer with.
+        command: The command that measures the operating point again.
     """
 
     point: str
@@ -294,13 +294,13 @@ class Overrun(Part, frozen=True, kw_only=True):
 
     @property
     def found(self) -> str:
-        """Budget and measurement, in words."""
+        """The budget and the measured value, in words."""
         if not self.limit:
             return self.measured
         return f"{self.figure} budget {self.limit}, measured {self.measured}"
 
     def __str__(self) -> str:
-        return f"{self.point}: {self.found}; look closer with `{self.command}`"
+        return f"{self.point}: {self.found}; run `{self.command}`"
 
 
 # --- Sessions --------------------------------------------------------------------------------
@@ -313,9 +313,9 @@ class BudgetOutcome(Part, frozen=True, kw_only=True):
         name: "<model>/<corpus>".
         path: The path of the file.
         verdict: The verdict.
-        points: How many operating points were checked.
+        points: The number of checked operating points.
         overruns: The budgets that were exceeded.
-        reason: Why nothing could be compared; None where it could.
+        reason: Why nothing could be compared; None if it could.
     """
 
     name: str
@@ -327,7 +327,7 @@ class BudgetOutcome(Part, frozen=True, kw_only=True):
 
 
 class MissingBaseline(Part, frozen=True, kw_only=True):
-    """A baseline that does not exist: its path, and the command that makes it."""
+    """A baseline that does not exist: its path, and the command that creates it."""
 
     path: Text
     command: str
@@ -339,9 +339,9 @@ class SessionRecord(StoredRecord, frozen=True, kw_only=True):
     Attributes:
         verdict: The worst of all verdicts.
         comparisons: The comparisons with baselines.
-        budgets: The files of budgets that were checked.
+        budgets: The budget files that were checked.
         missing: Baselines that do not exist.
-        regenerated: Paths of baselines that were made again.
+        regenerated: Paths of regenerated baselines.
         unused: Paths of baselines that no test used.
     """
 
@@ -369,14 +369,14 @@ def session_record(
 
     Args:
         comparisons: The comparisons with baselines.
-        budgets: The files of budgets that were checked.
+        budgets: The budget files that were checked.
         missing: Baselines that do not exist.
-        regenerated: Paths of baselines that were made again.
+        regenerated: Paths of regenerated baselines.
         unused: Paths of baselines that no test used.
 
     Returns:
-        The record. Its verdict is the worst of all; a missing baseline fails, and a session that
-        compared nothing with a baseline, or only with one that it has just made, is inconclusive.
+        The record. Its verdict is the worst of all verdicts. A missing baseline is a FAIL. A
+        session that compared nothing, or that regenerated a baseline, is at best INCONCLUSIVE.
 
     Example:
         >>> session_record([]).verdict

@@ -1,7 +1,7 @@
-"""Baselines and budgets, measured again and stored.
+"""Measure baselines and budgets again, and store them.
 
-A baseline is measured over the whole corpus, together with its noise floor. Budgets are measured at
-the stored operating points, on the corpus and with the exit heads that their file names.
+A baseline is measured on the whole corpus, together with its noise floor. Budgets are measured at
+the stored operating points, on the corpus and with the exit heads that the budget file names.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure_whole(
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SaturationProfile:
-    """Return the profile of a whole corpus together with its noise floor, as a baseline is made.
+    """Return the profile of a whole corpus together with its noise floor, as a baseline needs it.
 
     Args:
         stack: The model.
@@ -52,7 +52,7 @@ def measure_whole(
         progress: Called with the number of tokens done since the last call.
 
     Raises:
-        CorpusError: Sequences beyond the model's positions.
+        CorpusError: A sequence is longer than the model's context.
         ModelError: A layer's output is NaN (names the layer).
     """
     profile = analyze(stack, blocks, batch_size=batch_size, command=command, progress=progress)
@@ -65,9 +65,9 @@ def with_noise(
     """Return a profile together with the noise floor of its model and corpus on this machine.
 
     Args:
-        profile: Of the whole corpus.
+        profile: The profile of the whole corpus.
         stack: The model.
-        blocks: The corpus; the noise is measured on a few of its sequences.
+        blocks: The corpus; the noise floor is measured on a few of its sequences.
     """
     return replace(profile, noise=measure_noise(stack, quick_ids(blocks)))
 
@@ -82,22 +82,22 @@ def store_profile(
         profile: The measured profile.
 
     Returns:
-        The baseline's path, and the one that it replaces, if there was one that can be read.
+        The path of the baseline, and the baseline that it replaces, if a readable one existed.
 
     Raises:
-        RecordError: Its provenance names no model or corpus.
-        OutputError: The baseline cannot be written; the one before is unharmed.
+        RecordError: The provenance names no model or corpus.
+        OutputError: The baseline cannot be written; the previous one is unharmed.
     """
     arrays = profile.arrays()
     return store(folder, seal(profile.record(), arrays), packed(arrays))
 
 
 def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfile) -> bool:
-    """Return whether a stored baseline can stay: the same sequences, and no drift.
+    """Return whether a stored baseline is still valid: same schema and sequences, and no drift.
 
     Args:
-        profile: Of the whole corpus.
-        before: The stored one.
+        profile: The new profile of the whole corpus.
+        before: The stored baseline.
     """
     seen = [sorted(side.arrays()["sequence_fingerprint"]) for side in (profile, before)]
     current = before.record().schema == ProfileRecord.SCHEMA
@@ -108,16 +108,16 @@ def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfil
 
 
 def replace_budgets(path: Path, evaluations: Sequence[Evaluated]) -> None:
-    """Store evaluations' given operating points as the only budgets of a file.
+    """Replace all budgets of a file by the given operating points of some evaluations.
 
     Args:
-        path: The file.
-        evaluations: Of one model and corpus.
+        path: The budget file.
+        evaluations: Evaluations of one model and corpus.
 
     Raises:
-        RecordError: An evaluation is torn, has no given operating point, or is of another model
-            than the first.
-        OutputError: The file cannot be written; the one before is unharmed.
+        RecordError: An evaluation is torn, has no given operating point, or has another model than
+            the first one.
+        OutputError: The file cannot be written; the previous one is unharmed.
     """
     with tempfile.TemporaryDirectory() as folder:
         for evaluation in evaluations:
@@ -130,16 +130,16 @@ def group_blocks(
     group: BudgetGroup,
     source: str,
     *,
-    part: str | None = None,
+    corpus_split: str | None = None,
     text_column: str | None = None,
 ) -> TokenBlocks:
-    """Read as much of a corpus as a group of budgets needs: half of it was measured on.
+    """Read the part of a corpus that a group of budgets was measured on.
 
     Args:
         stack: The model.
         group: The budgets.
         source: The corpus.
-        part: The split of a hub dataset, or of the embedded corpus.
+        corpus_split: The split of a hub dataset or of the embedded corpus.
         text_column: The column to read, for records that are not in Alpaca form.
 
     Raises:
@@ -151,9 +151,9 @@ def group_blocks(
         stack.tokenizer,
         seq_len=confirmed.seq_len,
         num_samples=None,
-        # Every second sequence confirms.
+        # Budgets are measured on every second sequence.
         max_tokens=2 * confirmed.tokens,
-        split=part,
+        split=corpus_split,
         text_column=text_column,
     )
 
@@ -163,9 +163,10 @@ class PointsConfig:
     """How operating points are evaluated.
 
     Attributes:
-        propagation: What upper layers see of exited tokens: "frozen", "ridge" or "exact".
+        propagation: How upper layers get keys and values of exited tokens: "frozen", "ridge" or
+            "exact".
         batch_size: Sequences per forward pass.
-        seed: Of the intervals.
+        seed: The seed of the intervals.
         command: The user's command line, for the provenance.
     """
 
@@ -182,17 +183,17 @@ def rerun(
     *,
     heads: FittedHeads | None = None,
 ) -> EvaluationRecord:
-    """Evaluate the operating points of a group of budgets again, with its own settings.
+    """Evaluate the operating points of a group of budgets again, with the stored settings.
 
     Args:
         stack: The model.
         group: The budgets.
-        blocks: The corpus; half of its sequences confirm.
+        blocks: The corpus; half of its sequences are the confirmation split.
         heads: The exit heads that the group names; None for the logit lens.
 
     Raises:
         CorpusError: Too few sequences.
-        ModelError: The heads belong to another model, or a state is not finite.
+        ModelError: The heads belong to another model, or a hidden state is not finite.
     """
     points = [
         OperatingPoint(point.exit_layer, point.rule, point.threshold, "given")
@@ -215,18 +216,18 @@ def evaluate_points(
     heads: FittedHeads | None = None,
     config: PointsConfig | None = None,
 ) -> EvaluationRecord:
-    """Evaluate given operating points alone, without fitting, searching or controls.
+    """Evaluate only the given operating points, without fitting, searching or controls.
 
     Args:
         stack: The model.
         points: The operating points.
-        blocks: The corpus; half of its sequences confirm.
+        blocks: The corpus; half of its sequences are the confirmation split.
         heads: The exit heads; None for the logit lens.
         config: How they are evaluated.
 
     Raises:
         CorpusError: Too few sequences.
-        ModelError: The heads belong to another model, or a state is not finite.
+        ModelError: The heads belong to another model, or a hidden state is not finite.
         UsageError: An invalid operating point.
     """
     config = config or PointsConfig()
@@ -247,38 +248,38 @@ def evaluate_points(
 def first_points(
     stack: DecoderStack, blocks: TokenBlocks, layer: int | None
 ) -> list[OperatingPoint]:
-    """Return operating points to budget where none are stored: one per hard ratio, by the cosine.
+    """Return the default operating points to budget: the cosine rule at each hard ratio.
 
     Args:
         stack: The model.
-        blocks: The corpus; the half that does not confirm gives the thresholds.
-        layer: The exit layer; the one that the profile suggests where None.
+        blocks: The corpus; thresholds come from the half that is not the confirmation split.
+        layer: The exit layer; None for the one that the profile suggests.
 
     Raises:
         CorpusError: Too few sequences.
-        UsageError: No such layer.
+        UsageError: The model has no such layer.
     """
     profile = analyze(stack, split(blocks)[0])
     if layer is None:
         layer = int(profile.record().thresholds.exit_layer)
     exit_entries(layer, stack.num_layers)
     row = profile.statistics.layers.index(str(layer))
-    # Rounded as a user types them, so that a stored operating point can be named again.
+    # Rounded as a user types them, so that a command can name a stored operating point.
     thresholds = [round(float(profile.statistics.quantile(q)[row]), 4) for q in HARD_RATIOS]
     return [OperatingPoint(layer, "cosine", value, "given") for value in dict.fromkeys(thresholds)]
 
 
 def find_heads(folder: Path, fingerprint: str | None, stack: DecoderStack) -> FittedHeads | None:
-    """Return the exit heads of a fingerprint; None for the logit lens, which has none.
+    """Return the stored exit heads with a fingerprint; None for the logit lens.
 
     Args:
-        folder: Where the heads of this model are stored.
-        fingerprint: Of the heads.
+        folder: The folder with the heads of this model.
+        fingerprint: The fingerprint of the heads; None for the logit lens.
         stack: The model.
 
     Raises:
-        RecordError: None of the files holds them.
-        ModelError: They belong to another model.
+        RecordError: No file in the folder has this fingerprint.
+        ModelError: The heads belong to another model.
     """
     if fingerprint is None:
         return None
@@ -297,5 +298,5 @@ def find_heads(folder: Path, fingerprint: str | None, stack: DecoderStack) -> Fi
         raise foreign
     raise RecordError(
         f"no exit heads {fingerprint[:19]}... in {folder} (found: {', '.join(found) or 'none'}); "
-        "restore the .heads.safetensors that the budgets were made with"
+        "restore the .heads.safetensors file that the budgets were measured with"
     )

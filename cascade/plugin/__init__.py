@@ -1,7 +1,7 @@
 """The pytest plugin: options, markers, fixtures, and one report per session.
 
-Importing it imports pytest, msgspec and the standard library alone, so that it costs next to
-nothing in a project that has CASCADE installed and does not use it.
+Importing this package imports only pytest, msgspec and the standard library, so it costs almost
+nothing in a project that has CASCADE installed but does not use it.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Result:
-    """The outcome of a session: its record, if there is one, and lines about its reports."""
+    """The outcome of a session: its record, if any, and lines about the written reports."""
 
     record: SessionRecord | None
     lines: list[str]
 
 
 _SETTINGS = pytest.StashKey[Settings]()
-#: Whether any of the settings was given.
+#: Whether any setting was given.
 _GIVEN = pytest.StashKey[bool]()
 _FINDINGS = pytest.StashKey[Findings]()
 _RESULT = pytest.StashKey[_Result]()
 
-#: Why a test's marker is refused, where the session continues nevertheless.
+#: Why a test's marker is invalid, if the session continues nevertheless.
 _REFUSED = pytest.StashKey[str]()
 
 
@@ -74,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FINDINGS] = Findings()
     register_markers(config)
     if settings.report is not None and not _is_worker(config):
-        # Fail before the tests where the report cannot be written.
+        # Fail before the tests if the report cannot be written.
         from cascade.core.files import check_writable
 
         try:
@@ -84,14 +84,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    """Return a line on what is measured, where anything was set."""
+    """Return a line about the settings, if any was given."""
     return config.stash[_SETTINGS].describe() if config.stash[_GIVEN] else None
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[Any]) -> str | None:
-    """Return a line on what is measured, where nothing was set but a test needs it."""
-    asked = any(uses(item, name) for item in items for name in MARKED_BY.values())
-    return config.stash[_SETTINGS].describe() if asked and not config.stash[_GIVEN] else None
+    """Return a line about the settings, if none was given but a test needs them."""
+    needed = any(uses(item, name) for item in items for name in MARKED_BY.values())
+    return config.stash[_SETTINGS].describe() if needed and not config.stash[_GIVEN] else None
 
 
 # --- Collection ------------------------------------------------------------------------------
@@ -99,14 +99,14 @@ def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[Any]) 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use the fixtures here, before `-m` selects, and check the markers."""
+    """Mark the tests that use the plugin's fixtures, before `-m` selects, and check markers."""
     for item in items:
         try:
             check_markers(item)
         except pytest.UsageError as error:
             if not _is_worker(item.config):
                 raise
-            # A worker of pytest-xdist that ends here loses the message: let the test fail.
+            # A worker of pytest-xdist that stops here loses the message, so the test fails instead.
             item.stash[_REFUSED] = str(error)
 
 
@@ -115,14 +115,14 @@ def _markers(item: pytest.Item) -> list[str]:
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
-    """Remember the markers of deselected tests."""
+    """Record the markers of deselected tests."""
     for item in items:
         for name in _markers(item):
-            item.config.stash[_FINDINGS].note_left_out(name)
+            item.config.stash[_FINDINGS].note_deselected(name)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Remember which tests were selected."""
+    """Record which tests were selected."""
     for item in session.items:
         for name in _markers(item):
             session.config.stash[_FINDINGS].note_selected(name, item.nodeid)
@@ -130,7 +130,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Remember which tests were run, without skipped ones."""
+    """Record which tests were run, without skipped ones."""
     if _REFUSED in item.stash:
         pytest.fail(item.stash[_REFUSED], pytrace=False)
     for name in _markers(item):
@@ -142,7 +142,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def cascade_model(pytestconfig: pytest.Config) -> DecoderStack:
-    """The model under test, loaded once: a `cascade.DecoderStack`."""
+    """The model under test, loaded once per session, as a `cascade.DecoderStack`."""
     from cascade.exits.history import exit_entries
     from cascade.models.loading import load
     from cascade.plugin.checks import nothing_compared
@@ -172,7 +172,7 @@ def cascade_model(pytestconfig: pytest.Config) -> DecoderStack:
 
 @pytest.fixture(scope="session")
 def cascade_profile(cascade_model: DecoderStack, pytestconfig: pytest.Config) -> MeasuredProfile:
-    """The model's saturation on its baseline's sequences, measured once it is asked for."""
+    """The model's profile of its baseline's sequences, measured on first use."""
     from cascade.plugin.measuring import MeasuredProfile
 
     command = shlex.join(["pytest", *map(str, pytestconfig.invocation_params.args)])
@@ -183,7 +183,7 @@ def cascade_profile(cascade_model: DecoderStack, pytestconfig: pytest.Config) ->
 def cascade_evaluation(
     cascade_model: DecoderStack, pytestconfig: pytest.Config
 ) -> MeasuredEvaluations:
-    """Evaluations of the stored budgets' points, measured once they are asked for."""
+    """Evaluations of the budgeted operating points, measured on first use."""
     from cascade.plugin.measuring import MeasuredEvaluations
 
     return MeasuredEvaluations(cascade_model, pytestconfig.stash[_SETTINGS])
@@ -191,7 +191,7 @@ def cascade_evaluation(
 
 @pytest.fixture
 def saturation_baseline(request: pytest.FixtureRequest) -> SaturationCheck:
-    """The stored baseline; `saturation_baseline.check(cascade_profile)` fails where one drifted."""
+    """The stored baseline; `saturation_baseline.check(cascade_profile)` fails on drift."""
     from cascade.plugin.checks import SaturationCheck
 
     stash = request.config.stash
@@ -200,7 +200,7 @@ def saturation_baseline(request: pytest.FixtureRequest) -> SaturationCheck:
 
 @pytest.fixture
 def exit_budget(request: pytest.FixtureRequest) -> BudgetCheck:
-    """The stored budgets; `exit_budget.check(cascade_evaluation)` fails where one is exceeded."""
+    """The stored budgets; `exit_budget.check(cascade_evaluation)` fails if one is exceeded."""
     from cascade.plugin.budget_check import BudgetCheck
 
     stash = request.config.stash
@@ -212,14 +212,14 @@ def exit_budget(request: pytest.FixtureRequest) -> BudgetCheck:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Add the findings of a worker of pytest-xdist."""
+    """Add the findings of a pytest-xdist worker."""
     text = getattr(node, "workeroutput", {}).get("cascade")
     if text is not None:
         node.config.stash[_FINDINGS].absorb(text)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Send the findings to the process that reports, or write the reports there."""
+    """Write the reports, or send the findings of a worker to the main process."""
     config = session.config
     findings = config.stash[_FINDINGS]
     if _is_worker(config):
@@ -237,7 +237,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             lines += [f"No report: {error}"]
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
     elif settings.report is not None and not config.getoption("collectonly"):
-        lines = ["No report: no test held anything to a baseline"]
+        lines = ["No report: no test compared anything with a baseline"]
     config.stash[_RESULT] = _Result(record, lines)
 
 
@@ -252,7 +252,7 @@ def _shipped_used(record: SessionRecord) -> list[str]:
 
 
 def _is_whole(config: pytest.Config) -> bool:
-    """Return whether a session was meant to run every test of a kind."""
+    """Return whether a session is meant to run every test, not only named ones."""
     named = config.args_source == config.ArgsSource.ARGS
     narrow = any("::" in text or text.endswith(".py") for text in config.args)
     return not (named and narrow) and not config.getoption("lf", default=False)
@@ -261,7 +261,7 @@ def _is_whole(config: pytest.Config) -> bool:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Show the session's record, last of all."""
+    """Show the session's record."""
     result = config.stash.get(_RESULT, None)
     if result is not None and (result.record is not None or result.lines):
         show_summary(terminalreporter, result.record, result.lines)

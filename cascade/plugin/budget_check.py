@@ -1,4 +1,4 @@
-"""The check of early exit against its stored budgets."""
+"""The check of evaluations against stored budgets."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class BudgetCheck(Check):
     kind = "budgets"
 
     def check(self, evaluation: Evaluation | Sequence[Evaluation]) -> None:
-        """Fail unless every stored operating point stays within its budgets.
+        """Fail the test unless every stored operating point is within its budgets.
 
         Args:
-            evaluation: `cascade_evaluation`, which measures the stored operating points; or a
-                record of kind `evaluation`, or several.
+            evaluation: `cascade_evaluation`, which measures the stored operating points; or one or
+                several records of kind `evaluation`.
         """
         __tracebackhide__ = True
         with one_line():
@@ -61,7 +61,7 @@ class BudgetCheck(Check):
         return baseline_paths(self.settings.baselines, self.kind, **names)[0]
 
     def _groups(self, path: Path) -> list[tuple[int, BudgetGroup]]:
-        """Return the groups that this test is about, with their numbers."""
+        """Return the groups that this test checks, with their numbers."""
         from cascade.gate.budgets import read_budgets
 
         options = budget_options(self.item, self.settings)
@@ -78,16 +78,16 @@ class BudgetCheck(Check):
             layers = sorted({point.exit_layer for group in everything for point in group.points})
             propagations = sorted({group.settings.propagation for group in everything})
             raise RecordError(
-                f"{shown(path)} has no point at exit layer {layer or 'any'} with propagation "
-                f"{propagation or 'any'}; it has layers {', '.join(map(str, layers)) or 'none'} "
-                f"and propagation {', '.join(propagations) or 'none'}"
+                f"expected an operating point at {_described(layer, propagation)} in "
+                f"{shown(path)}, got layers {', '.join(map(str, layers)) or 'none'} and "
+                f"propagation {', '.join(propagations) or 'none'}"
             )
         return kept
 
     def _overruns(
         self, evaluation: Evaluation | Sequence[Evaluation], path: Path
     ) -> tuple[list[Overrun], int, int]:
-        """Return the exceeded budgets, how many operating points were checked, and the tokens."""
+        """Return the exceeded budgets, the number of checked operating points and of tokens."""
         from cascade.gate.budgets import budget_source, check_budgets
 
         groups = self._groups(path)
@@ -128,12 +128,13 @@ class BudgetCheck(Check):
         commands = dict.fromkeys(_without_output(overrun.command) for overrun in overruns)
         return "\n".join(
             [
-                f"FAIL: {shown(path)}: not kept: {len(overruns)} of the budgets of {points} points",
+                f"FAIL: {shown(path)}: {len(overruns)} budgets of {points} operating points "
+                "exceeded",
                 *(f"{overrun.point}: {overrun.found}" for overrun in overruns),
                 "",
-                *(f"To look closer: {command}" for command in commands),
+                *(f"To inspect: {command}" for command in commands),
                 *(
-                    f"To accept what is meant: {command} --output RUN && "
+                    f"To accept an intended change: {command} --output RUN && "
                     f"{self.settings.accept_command()}"
                     for command in commands
                 ),
@@ -170,12 +171,18 @@ class BudgetCheck(Check):
         replace_budgets(path, sources)
         if isinstance(evaluation, MeasuredEvaluations):
             evaluation.forget()
-        before = ["Against the budgets before:", *lines] if lines else []
+        before = ["Compared with the previous budgets:", *lines] if lines else []
         self._regenerated(path, option, "\n".join(before))
 
 
+def _described(layer: int | None, propagation: str | None) -> str:
+    """Return the requested layer and propagation in words."""
+    where = "any exit layer" if layer is None else f"exit layer {layer}"
+    return where if propagation is None else f"{where} with propagation {propagation}"
+
+
 def _without_output(command: str) -> str:
-    """Return a command line without its output folder, which exists already."""
+    """Return a command line without its output folder, which already exists."""
     parts = iter(shlex.split(command))
     kept = []
     for part in parts:
@@ -187,7 +194,7 @@ def _without_output(command: str) -> str:
 
 
 def _sources(evaluation: Evaluation | Sequence[Evaluation]) -> list[BudgetSource]:
-    """Return one or several evaluations, as far as budgets need them."""
+    """Return the fields that budgets need of one or several evaluations."""
     from cascade.gate.budgets import budget_source
 
     if isinstance(evaluation, EvaluationRecord | Mapping):

@@ -15,7 +15,7 @@ import pytest
 from cascade.core.errors import CascadeError, RecordError
 from cascade.core.schema import known
 from cascade.gate.records import ComparisonRecord, MissingBaseline, NamedComparison, Verdict
-from cascade.plugin.measuring import MeasuredProfile, make_command, missing_line, one_line
+from cascade.plugin.measuring import MeasuredProfile, create_command, missing_line, one_line
 from cascade.plugin.results import Findings, drawn
 from cascade.plugin.settings import Settings, saturation_options, shown
 
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Check:
-    """The base of both checks: the test that asks, and where findings go.
+    """The base class of both checks.
 
     Attributes:
         item: The test.
-        settings: Of the session.
-        findings: Of the session.
+        settings: The settings of the session.
+        findings: The findings of the session, to which the check adds.
     """
 
     item: pytest.Item
     settings: Settings
     findings: Findings
 
-    #: The marker.
+    #: The name of the marker.
     kind = ""
 
     @property
     def _regeneration(self) -> str | None:
-        """The option of pytest-regressions to make a baseline again, if one was given."""
+        """The option of pytest-regressions that regenerates a baseline; None if not given."""
         for option in ("--regen-all", "--force-regen"):
             if self.item.config.getoption(option[2:].replace("-", "_"), default=False):
                 return option
@@ -51,9 +51,9 @@ class Check:
 
     @contextlib.contextmanager
     def _noted(self, path: Path) -> Iterator[str | None]:
-        """Note that a baseline is used, and add an error to the findings where one comes up.
+        """Record that a baseline is used, and add any error to the findings.
 
-        Yields the option to make the baseline again, if one was given.
+        Yields the option that regenerates the baseline; None if not given.
         """
         self.findings.note_used(self.kind, shown(path))
         option = self._regeneration
@@ -68,15 +68,14 @@ class Check:
                 raise
 
     def _add_nothing(self, path: Path, reason: str) -> None:
-        """Add to the findings that nothing could be compared with a baseline, and why."""
+        """Add a NOT COMPARABLE outcome with its reason to the findings."""
         raise NotImplementedError
 
     def _refuse_in_ci(self, path: Path, option: str) -> None:
         if os.environ.get("CI", "").lower() not in ("", "0", "false"):
             raise RecordError(
-                f"{option} is refused where CI is set: a baseline is accepted by a person who "
-                f"looked at it, not by the run that it is to stop; run it locally and commit "
-                f"{shown(path)}"
+                f"{option} is not allowed when CI is set, because a person must review a baseline "
+                f"before it is accepted; run it locally and commit {shown(path)}"
             )
 
     def _add_properties(self, verdict: Verdict, worst: str, tokens: int) -> None:
@@ -87,18 +86,18 @@ class Check:
         line = missing_line(path, self.settings)
         if self.item.config.getoption("force_regen", default=None) is not None:
             line += f", or with `pytest --force-regen -m {self.kind}`"
-        command = make_command(path, self.settings).replace("`", "").replace(" and ", " && ")
+        command = create_command(path, self.settings).replace("`", "").replace(" and ", " && ")
         self.findings.missing.append(MissingBaseline(path=shown(path), command=command))
         self._add_properties("FAIL", "no baseline", 0)
         pytest.fail(line, pytrace=False)
 
     def _regenerated(self, path: Path, option: str, moved: str) -> None:
         self.findings.regenerated.append(shown(path))
-        self._add_properties("INCONCLUSIVE", "made anew", 0)
+        self._add_properties("INCONCLUSIVE", "regenerated", 0)
         if option == "--force-regen":
-            # As pytest-regressions does: nobody has reviewed it yet.
+            # Like pytest-regressions: the new baseline has not been reviewed yet.
             pytest.fail(
-                f"made {shown(path)} anew (--force-regen); review it, commit it, and run again\n"
+                f"regenerated {shown(path)} (--force-regen); review it, commit it, and run again\n"
                 f"{moved}",
                 pytrace=False,
             )
@@ -110,11 +109,11 @@ class SaturationCheck(Check):
     kind = "saturation"
 
     def check(self, profile: MeasuredProfile | SaturationProfile | StoredProfile) -> None:
-        """Fail unless the profile is as its baseline.
+        """Fail the test if the profile has drifted from its baseline.
 
         Args:
-            profile: `cascade_profile`, which is measured no further than decides; or one that was
-                measured with `cascade.analyze`.
+            profile: `cascade_profile`, of which only as many tokens as needed are measured; or a
+                profile from `cascade.analyze`.
         """
         __tracebackhide__ = True
         with one_line():
@@ -183,26 +182,26 @@ class SaturationCheck(Check):
         pytest.fail("\n".join(lines), pytrace=False)
 
     def _not_comparable(self, record: ComparisonRecord, path: Path) -> str:
-        """Return in one line what differs, and how to see what that moves."""
+        """Return in one line what differs, and how to compare anyway."""
         differs = "; ".join(
-            f"{entry.name} is {_short(entry.obtained)}, the baseline's {_short(entry.expected)} "
+            f"expected {entry.name} {_short(entry.expected)}, got {_short(entry.obtained)} "
             f"({entry.remedy})"
             for entry in record.mismatches
         )
         made = self.settings.command("analyze", "--output", "RUN")
         return (
-            f"{record.verdict}: {differs}; see what moved with `{made}` and `cascade compare RUN"
+            f"{record.verdict}: {differs}; to see what moved, run `{made}` and `cascade compare RUN"
             f" {shown(path)} --anyway`, then `{self.settings.accept_command()}`"
         )
 
     def _at_exit_layer(self, record: ComparisonRecord) -> Iterator[str]:
-        """Yield whether the exit layer of the product has moved."""
+        """Yield a line that says whether the exit layer of the product has moved."""
         for row in record.profile:
             if row.layer == str(self.settings.exit_layer):
                 moved = any(
                     cell.verdict == "FAIL" for cell in record.cells if cell.layer == row.layer
                 )
-                what = "has moved: calibrate its threshold again" if moved else "has not moved"
+                what = "has moved; calibrate its threshold again" if moved else "has not moved"
                 yield (
                     f"Exit layer {row.layer} {what} (mean similarity expected "
                     f"{_number(row.expected)}, obtained {_number(row.obtained)})"
@@ -213,9 +212,9 @@ class SaturationCheck(Check):
         # A baseline that ships with the package is found without the option.
         baselines = ("--baselines", shown(folder)) if folder in path.parents else ()
         closer = self.settings.command("gate", *baselines, "--full", "--output", "report")
-        yield f"To look closer: {closer}"
+        yield f"To inspect: {closer}"
         made = self.settings.command("analyze", "--output", "RUN")
-        yield f"To accept what is meant: {made} && {self.settings.accept_command()}"
+        yield f"To accept an intended change: {made} && {self.settings.accept_command()}"
 
     def _regenerate(
         self,
@@ -229,7 +228,7 @@ class SaturationCheck(Check):
         from cascade.report.gate.terminal import print_comparison
 
         before = None
-        with contextlib.suppress(RecordError):  # missing, torn or newer: then it is made
+        with contextlib.suppress(RecordError):  # missing, torn or newer: regenerate it
             before = read_profile(path)
         new = profile.whole(before) if isinstance(profile, MeasuredProfile) else profile
         if option == "--force-regen" and before is not None and still_holds(new, before):
@@ -241,15 +240,15 @@ class SaturationCheck(Check):
         moved = ""
         if before is not None:
             against = compare(new, before, anyway=True).record()
-            moved = "Against the baseline before:\n" + drawn(print_comparison, against)
+            moved = "Compared with the previous baseline:\n" + drawn(print_comparison, against)
         self._regenerated(path, option, moved)
 
 
 def nothing_compared(reason: str) -> ComparisonRecord:
-    """Return a record of kind `comparison` that says why nothing was compared.
+    """Return a NOT COMPARABLE record of kind `comparison` with its reason.
 
     Args:
-        reason: Why; several lines become one.
+        reason: Why nothing was compared; several lines are joined.
     """
     from cascade.gate.comparison import Comparison
 
@@ -258,10 +257,10 @@ def nothing_compared(reason: str) -> ComparisonRecord:
 
 
 def _short(value: str | None) -> str:
-    """Return a value that fits on a line: a hash by its first digits."""
+    """Return a value that fits on a line, with hashes cut to their first digits."""
     text = str(value)
     return f"{text[:19]}..." if text.startswith("sha256:") else text
 
 
 def _number(value: float | None) -> str:
-    return "nothing" if value is None else f"{value:.6f}"
+    return "none" if value is None else f"{value:.6f}"

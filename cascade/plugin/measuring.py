@@ -1,4 +1,4 @@
-"""A profile and evaluations that are measured when something is asked of them, no sooner."""
+"""A profile and evaluations that are measured on first use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """Let a test fail with one line and no traceback where the user can correct the error."""
+    """Fail a test with one line and no traceback on an error that the user can correct."""
     try:
         yield
     except CascadeError as error:
@@ -41,12 +41,12 @@ def one_line() -> Iterator[None]:
 
 
 def missing_line(path: Path, settings: Settings, layer: int | str = "LAYER") -> str:
-    """Return that a baseline does not exist, and which commands make it."""
-    return f"no baseline {shown(path)}; make one with {make_command(path, settings, layer)}"
+    """Return an error line for a missing baseline, with the commands that create it."""
+    return f"no baseline {shown(path)}; create it with {create_command(path, settings, layer)}"
 
 
-def make_command(path: Path, settings: Settings, layer: int | str = "LAYER") -> str:
-    """Return the command lines that make a baseline, in words."""
+def create_command(path: Path, settings: Settings, layer: int | str = "LAYER") -> str:
+    """Return the command lines that create a baseline, joined by `and`."""
     if path.name.endswith(".budgets.json"):
         point = f"{settings.exit_layer or layer}:cosine:THRESHOLD"
         made = settings.command("evaluate", "--only-points", "--point", point, "--output", "RUN")
@@ -68,10 +68,10 @@ def _read_blocks(
 
     Args:
         stack: The model.
-        settings: Of the session; its `seq_len` wins.
+        settings: The settings of the session; their `seq_len` takes precedence.
         seq_len: Tokens per sequence.
-        records: The most records; None for all.
-        tokens: The most tokens; None for all.
+        records: The maximum number of records; None for all.
+        tokens: The maximum number of tokens; None for all.
         split: The split.
     """
     from cascade.corpora.blocks import load_blocks
@@ -92,7 +92,7 @@ def _read_blocks(
 
 
 class _Reading:
-    """The baseline as it is stored now, its corpus, and the gates that compared with it."""
+    """The stored baseline, its corpus, and the gates that compared with it."""
 
     def __init__(self, stack: DecoderStack, settings: Settings, command: str) -> None:
         self.stack = stack
@@ -102,7 +102,7 @@ class _Reading:
 
     @cached_property
     def path(self) -> Path:
-        """Where the baseline is stored."""
+        """The path of the baseline."""
         from cascade.corpora.blocks import corpus_name
 
         model = known(self.stack.provenance.name)
@@ -118,7 +118,7 @@ class _Reading:
 
     @cached_property
     def blocks(self) -> TokenBlocks:
-        """The baseline's corpus, as much of it as the baseline saw."""
+        """The part of the corpus that the baseline was measured on."""
         about = self.baseline.record().provenance.corpus
         return _read_blocks(
             self.stack,
@@ -130,7 +130,7 @@ class _Reading:
         )
 
     def gate(self, *, tokens: int, full: bool) -> Gate:
-        """Compare the model with the baseline; the second time, return the same gate."""
+        """Compare the model with the baseline; repeated calls return the same gate."""
         from cascade.gate.quick_gate import run_gate
 
         key = (0 if full else tokens, full)
@@ -155,7 +155,7 @@ class _Reading:
             if not self.path.exists():
                 raise RecordError(missing_line(self.path, self.settings))
             blocks, settings = self.blocks, self.settings
-            # The gate's own measurement, where it neither stopped early nor refused to compare.
+            # Reuse the gate's measurement if it neither stopped early nor was not comparable.
             done = self.gate(tokens=settings.tokens, full=settings.full).profile
             if not settings.full:
                 few = quick_blocks(blocks, self.baseline, settings.tokens)
@@ -163,21 +163,21 @@ class _Reading:
             if done is not None and len(done.sequence_fingerprints) == len(blocks.ids):
                 return done
             edges = self.baseline.arrays()["edges"]
-            # The edges of a model of another depth cannot be used.
+            # The edges fit only a model of the same depth.
             same = len(edges) == len(self.stack.layer_labels)
             return analyze(self.stack, blocks, edges=edges if same else None, command=self.command)
 
 
 class MeasuredProfile:
-    """The model's profile of its baseline's sequences, measured when something is asked of it.
+    """The model's profile of its baseline's sequences, measured on first use.
 
-    It can be used as a `SaturationProfile`; `saturation_baseline.check` takes it without measuring
-    more than decides. By default it holds as many sequences as the quick gate takes at most, with
-    `--cascade-full` all of them.
+    It can be used like a `SaturationProfile`. `saturation_baseline.check` measures only as many
+    tokens as it needs. By default the profile covers the sequences of the quick gate's budget, and
+    with `--cascade-full` all sequences.
 
     Args:
         stack: The model.
-        settings: Of the session.
+        settings: The settings of the session.
         command: The user's command line, for the provenance.
     """
 
@@ -193,7 +193,7 @@ class MeasuredProfile:
         return self._reading.path
 
     def gate(self, *, tokens: int, full: bool) -> Gate:
-        """Compare the model with the baseline; the second time, return the same gate.
+        """Compare the model with the baseline; repeated calls return the same gate.
 
         Args:
             tokens: The budget of the quick gate.
@@ -205,10 +205,10 @@ class MeasuredProfile:
         return self._reading.gate(tokens=tokens, full=full)
 
     def whole(self, before: StoredProfile | None) -> SaturationProfile:
-        """Measure the whole corpus, as a baseline is made.
+        """Measure the whole corpus, for a new baseline.
 
         Args:
-            before: The baseline that it may replace.
+            before: The previous baseline, if any.
 
         Raises:
             CascadeError: The corpus cannot be read, or a state is not finite.
@@ -229,10 +229,10 @@ class MeasuredProfile:
         return measure_whole(self.stack, blocks, command=self.command)
 
     def forget(self) -> None:
-        """Read and measure again when asked again, because the baseline has changed."""
+        """Discard all results, because the baseline has changed."""
         self._reading = _Reading(self.stack, self.settings, self.command)
 
-    # As a SaturationProfile.
+    # The interface of `SaturationProfile`.
 
     @property
     def statistics(self) -> SimilarityStatistics:
@@ -241,7 +241,7 @@ class MeasuredProfile:
 
     @property
     def sequence_fingerprints(self) -> Array:
-        """`[S]`, which sequences were seen."""
+        """`[S]` fingerprints of the measured sequences."""
         return self._reading.profile.sequence_fingerprints
 
     @property
@@ -251,7 +251,7 @@ class MeasuredProfile:
 
     @property
     def noise(self) -> NoiseFloor | None:
-        """How far arithmetic alone moves a sequence, where measured."""
+        """How far rounding alone moves a sequence; None if not measured."""
         return self._reading.profile.noise
 
     def record(self) -> ProfileRecord:
@@ -267,11 +267,11 @@ class MeasuredProfile:
 
 
 class MeasuredEvaluations(Sequence[EvaluationRecord]):
-    """Evaluations of the stored operating points, one per group of budgets, measured when needed.
+    """Evaluations of the stored operating points, one per group of budgets, measured on first use.
 
     Args:
         stack: The model.
-        settings: Of the session.
+        settings: The settings of the session.
     """
 
     def __init__(self, stack: DecoderStack, settings: Settings) -> None:
@@ -282,7 +282,7 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
 
     @cached_property
     def path(self) -> Path:
-        """Where the budgets are stored."""
+        """The path of the budgets."""
         from cascade.corpora.blocks import corpus_name
         from cascade.gate.baselines import baseline_paths
 
@@ -293,7 +293,7 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
 
     @property
     def split(self) -> str | None:
-        """The split; of the embedded corpus the one that no heads were fitted on."""
+        """The split; for the embedded corpus, the held-out split that no heads were fitted on."""
         return self.settings.split or ("held-out" if self.settings.corpus == "embedded" else None)
 
     @property
@@ -321,7 +321,7 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
             return self.of(range(len(self.groups))[index])
 
     def of(self, number: int) -> EvaluationRecord:
-        """Evaluate one group's operating points; the second time, return the same evaluation.
+        """Evaluate one group's operating points; repeated calls return the same evaluation.
 
         Raises:
             CascadeError: The corpus or the heads cannot be read.
@@ -336,14 +336,14 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
                 self.stack,
                 group,
                 self.settings.corpus,
-                part=self.split,
+                corpus_split=self.split,
                 text_column=self.settings.text_column,
             )
             self._done[number] = rerun(self.stack, group, blocks, heads=heads)
         return self._done[number]
 
     def first(self) -> EvaluationRecord:
-        """Evaluate operating points to budget where none are stored (see `first_points`).
+        """Evaluate the default operating points (see `first_points`), if no budgets are stored.
 
         Raises:
             CascadeError: The corpus cannot be read, or the model has no such layer.
@@ -364,6 +364,6 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
         return evaluate_points(self.stack, points, blocks, config=config)
 
     def forget(self) -> None:
-        """Read and measure again when asked again, because the budgets have changed."""
+        """Discard all results, because the budgets have changed."""
         self._done.clear()
         self._groups = None

@@ -1,4 +1,4 @@
-"""The findings of a session's tests, gathered over processes, and the reports drawn from them."""
+"""The findings of a session's tests, collected from all processes, and their reports."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ REPORT_FILES = ("report.json", "report.md", "report.html")
 
 @dataclass
 class Findings:
-    """What was compared with which baseline, and which tests there were to do so.
+    """The outcomes of all checks, and the tests that were selected and run.
 
     Attributes:
         comparisons: Comparisons with baselines.
-        budgets: Outcomes of files of budgets.
+        budgets: Outcomes of budget files.
         missing: Baselines that do not exist.
-        regenerated: Paths of baselines that were made again.
-        used: Marker -> paths of the baselines that a check asked for.
-        selected: Marker -> ids of the tests that have it.
-        ran: Marker -> ids of those that were run.
-        left_out: Markers of tests that were deselected.
+        regenerated: Paths of regenerated baselines.
+        used: Marker -> paths of the baselines that a check used.
+        selected: Marker -> ids of the selected tests with this marker.
+        ran: Marker -> ids of the tests that were run.
+        deselected: The markers of deselected tests.
     """
 
     comparisons: list[NamedComparison] = field(default_factory=list)
@@ -54,20 +54,20 @@ class Findings:
     used: dict[str, list[str]] = field(default_factory=dict)
     selected: dict[str, list[str]] = field(default_factory=dict)
     ran: dict[str, list[str]] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    deselected: list[str] = field(default_factory=list)
 
     def dump(self) -> str:
-        """Return everything as text, for a worker to send."""
+        """Return all findings as text, for a worker to send."""
         return json.dumps(to_plain(self))
 
     def absorb(self, text: str) -> None:
-        """Add the findings of another process; what both found counts once."""
+        """Add the findings of another process; duplicates count once."""
         other = from_plain(json.loads(text), Findings)
         _extend(self.comparisons, other.comparisons)
         _extend(self.budgets, other.budgets)
         _extend(self.missing, other.missing)
         _extend(self.regenerated, other.regenerated)
-        _extend(self.left_out, other.left_out)
+        _extend(self.deselected, other.deselected)
         for mine, theirs in (
             (self.used, other.used),
             (self.selected, other.selected),
@@ -76,29 +76,29 @@ class Findings:
             for marker, values in theirs.items():
                 _extend(mine.setdefault(marker, []), values)
 
-    def note_left_out(self, marker: str) -> None:
-        """Remember that a test with this marker was deselected."""
-        _extend(self.left_out, [marker])
+    def note_deselected(self, marker: str) -> None:
+        """Record that a test with this marker was deselected."""
+        _extend(self.deselected, [marker])
 
     def note_used(self, marker: str, path: str) -> None:
-        """Remember that a check asked for a baseline."""
+        """Record that a check used a baseline."""
         _extend(self.used.setdefault(marker, []), [path])
 
     def note_selected(self, marker: str, test: str) -> None:
-        """Remember that a test with this marker was selected."""
+        """Record that a test with this marker was selected."""
         _extend(self.selected.setdefault(marker, []), [test])
 
     def note_ran(self, marker: str, test: str) -> None:
-        """Remember that a test with this marker was run."""
+        """Record that a test with this marker was run."""
         _extend(self.ran.setdefault(marker, []), [test])
 
     def record(self, unused: Iterable[str] = ()) -> SessionRecord | None:
-        """Return the session's record; None where no test compared anything with a baseline."""
+        """Return the session's record; None if no test compared anything with a baseline."""
         if not any((self.comparisons, self.budgets, self.missing, self.regenerated)):
             return None
         missing = {entry.path: entry for entry in self.missing}
         return session_record(
-            # Two tests can compare with one baseline: the same outcome counts once.
+            # Two tests can compare with the same baseline; equal outcomes count once.
             _distinct(self.comparisons, lambda part: (part.path, part.headline, part.verdict)),
             _distinct(self.budgets, lambda part: (part.path, part.verdict, *part.overruns)),
             [entry for path, entry in missing.items() if path not in self.regenerated],
@@ -107,9 +107,10 @@ class Findings:
         )
 
     def unused(self, folder: Path) -> list[str]:
-        """Return the baselines that no test asked for.
+        """Return the baselines that no test used.
 
-        Only of kinds whose tests were all run: what was left out might have used them.
+        Only kinds whose tests were all run are listed, because a test that did not run might have
+        used the others.
 
         Args:
             folder: The folder of all baselines.
@@ -117,7 +118,7 @@ class Findings:
         found = []
         for marker, used in self.used.items():
             selected = set(self.selected.get(marker, ()))
-            if marker in self.left_out or not selected <= set(self.ran.get(marker, ())):
+            if marker in self.deselected or not selected <= set(self.ran.get(marker, ())):
                 continue
             present = sorted(folder.glob(f"*/*.{marker}.json"))
             found += [shown(path) for path in present if shown(path) not in used]
@@ -146,13 +147,13 @@ def drawn(
     width: int = 100,
     colour: bool = False,
 ) -> str:
-    """Return a record as the terminal shows it.
+    """Return the text that the terminal shows for a record.
 
     Args:
-        show: Prints a record.
+        show: The function that prints the record.
         record: The record.
-        width: Columns.
-        colour: Whether the terminal shows colours.
+        width: The width in columns.
+        colour: Whether the terminal supports colours.
     """
     from rich.console import Console
 
@@ -169,14 +170,14 @@ def drawn(
 
 
 def write_reports(settings: Settings, record: SessionRecord) -> list[str]:
-    """Write the report folder and the job's summary, as far as they are configured.
+    """Write the report folder and the job summary, if they are configured.
 
     Args:
-        settings: Of the session.
+        settings: The settings of the session.
         record: The session's record.
 
     Returns:
-        The paths of what was written.
+        The paths of the written files.
 
     Raises:
         OutputError: A file cannot be written.
@@ -210,14 +211,14 @@ def _append(path: Path, text: str) -> None:
             file.write(text)
     except OSError as error:
         raise OutputError(
-            f"cannot write {path}, which GITHUB_STEP_SUMMARY names: {os_reason(error)}"
+            f"cannot write {path} (from GITHUB_STEP_SUMMARY): {os_reason(error)}"
         ) from error
 
 
 def show_summary(
     terminal: pytest.TerminalReporter, record: SessionRecord | None, lines: Iterable[str]
 ) -> None:
-    """Print the last section: the record, if there is one, and where its reports lie."""
+    """Print the last section: the record, if any, and the paths of the written reports."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 140)
     terminal.write_sep("=", "cascade")
     text = ""

@@ -1,4 +1,7 @@
-"""Settings and markers of the plugin: command line over ini file over default, checked first."""
+"""Settings and markers of the plugin, checked before any test runs.
+
+The command line takes precedence over the ini file, and the ini file over the defaults.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,23 @@ class Settings:
 
     Attributes:
         model: `smollm2-135m`, a hub id, a local folder, or a `.gguf` file.
-        revision: Of a hub model.
+        revision: The revision of a hub model.
         corpus: `embedded`, a file, or a hub dataset.
-        split: Of a hub or embedded corpus.
+        split: The split of a hub dataset or of the embedded corpus.
         text_column: The column to read, for records that are not in Alpaca form.
-        seq_len: Tokens per sequence; the baseline's where None.
-        num_samples: Records of a baseline that is made, 0 for all; where None the default of
-            `cascade analyze`, and never fewer than the one before had.
-        exit_layer: The exit layer of the product; budgets of other layers are left out.
+        seq_len: Tokens per sequence; None for the baseline's.
+        num_samples: Records of a new baseline, 0 for all; None for the default of
+            `cascade analyze`, but never fewer than the previous baseline had.
+        exit_layer: The exit layer of the product; budgets of other layers are ignored.
         baselines: The folder of all baselines.
         dtype: "float32", "bfloat16" or "float16".
         device: "cpu", "cuda", "mps" or "auto".
         tokens: The budget of the quick gate.
-        full: Measure the whole corpus.
+        full: Whether to measure the whole corpus.
         strict: Whether an inconclusive verdict fails.
-        report: Folder for the reports.
-        baselines_named: Whether the user named the folder of all baselines. Where not, a baseline
-            that the project lacks is looked up among those that ship with the package.
+        report: The folder for the reports.
+        baselines_named: Whether the user named the folder of all baselines. If not, a baseline that
+            the project lacks is looked up among those that ship with the package.
     """
 
     model: str = "smollm2-135m"
@@ -68,7 +71,7 @@ class Settings:
         return find_baseline(named, kind, model=model, corpus=corpus, local=self.baselines)
 
     def describe(self) -> str:
-        """Return one line for the head of a test session."""
+        """Return one line for the header of a test session."""
         model = f"{self.model}@{self.revision}" if self.revision else self.model
         corpus = f"{self.corpus} ({self.split})" if self.split else self.corpus
         gate = "whole corpus" if self.full else f"quick gate of {self.tokens} tokens"
@@ -79,7 +82,7 @@ class Settings:
         )
 
     def command(self, name: str, *more: str) -> str:
-        """Return the `cascade` command line that measures the same.
+        """Return the `cascade` command line with the same settings.
 
         Args:
             name: "analyze", "gate" or "evaluate".
@@ -105,7 +108,7 @@ class Settings:
 
 
 def shown(path: Path) -> str:
-    """Return a path as short as it can be typed from here."""
+    """Return a path relative to the current folder if it is inside, else unchanged."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -114,36 +117,37 @@ def shown(path: Path) -> str:
 
 #: Name of a setting -> its help text.
 HELP = {
-    "model": "smollm2-135m (default), a hub id, a local folder, or a .gguf file",
-    "revision": "revision of a hub model",
-    "corpus": "embedded (default), a .jsonl, .json, .parquet or .txt file, or a hub dataset",
-    "split": "split of a hub or embedded corpus",
-    "text_column": "column to read, where records are not in Alpaca form",
+    "model": "smollm2-135m, a hub id, a local folder or a .gguf file (default: smollm2-135m)",
+    "revision": "revision of a hub model (default: the newest)",
+    "corpus": "embedded, a .jsonl, .json, .parquet or .txt file, or a hub dataset (default: "
+    "embedded)",
+    "split": "split of a hub dataset or of the embedded corpus (default: all)",
+    "text_column": "column to read if records are not in Alpaca form (default: text)",
     "seq_len": "tokens per sequence (default: the baseline's, 128 for a new one)",
-    "num_samples": "records of a baseline that is made, 0 for all (default: 500)",
-    "exit_layer": "layer at which the product exits: budgets of others are left out",
-    "baselines": "folder of all baselines (default: baselines under the rootdir, then those "
-    "shipped with cascade)",
-    "dtype": "arithmetic: float32 (default), bfloat16 or float16",
-    "device": "cpu (default), cuda, mps or auto",
-    "tokens": "most tokens that the quick gate takes (default: 512)",
+    "num_samples": "records of a new baseline, 0 for all (default: 500)",
+    "exit_layer": "exit layer of the product; ignore budgets of other layers (default: all layers)",
+    "baselines": "folder of all baselines (default: baselines in the rootdir, then those shipped "
+    "with cascade)",
+    "dtype": "float32, bfloat16 or float16 (default: float32)",
+    "device": "cpu, cuda, mps or auto (default: cpu)",
+    "tokens": "maximum number of tokens for the quick gate (default: 512)",
     "full": "measure the whole corpus instead of the quick gate",
-    "strict": "what is inconclusive fails too",
+    "strict": "fail inconclusive checks too",
     "report": "folder for report.json, report.md and report.html",
 }
 _FLAGS = ("full", "strict")
 _PATHS = ("baselines", "report")
-#: Settings that can be a path, of a file that may lie next to the ini file.
+#: Settings that can be a path, possibly relative to the ini file.
 _SOURCES = ("model", "corpus")
-#: Whole numbers, and the least valid value.
+#: Integer settings and their smallest valid value.
 _COUNTS = {"seq_len": 2, "num_samples": 0, "exit_layer": 1, "tokens": 1}
-#: Spelled out here, because importing them from `cascade.models.loading` would import torch.
+#: Repeated here, because importing them from `cascade.models.loading` would import torch.
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_options(parser: pytest.Parser) -> None:
     """Add every setting as an option `--cascade-NAME` and as an ini key `cascade_NAME`."""
-    group = parser.getgroup("cascade", "cascade: hold a language model to its baselines")
+    group = parser.getgroup("cascade", "cascade: compare a language model with its baselines")
     for name, text in HELP.items():
         flag = f"--cascade-{name.replace('_', '-')}"
         if name in _FLAGS:
@@ -164,13 +168,13 @@ def read_settings(config: pytest.Config) -> tuple[Settings, bool]:
     found: dict[str, Any] = {}
     for name in HELP:
         value, base = config.getoption(f"cascade_{name}"), config.invocation_params.dir
-        said = f"--cascade-{name.replace('_', '-')}"
+        option = f"--cascade-{name.replace('_', '-')}"
         if value is None:
-            value, said = config.getini(f"cascade_{name}"), f"cascade_{name}"
+            value, option = config.getini(f"cascade_{name}"), f"cascade_{name}"
             base = config.inipath.parent if config.inipath else config.rootpath
         if value is None:
             continue
-        found[name] = _read(name, value, said, base)
+        found[name] = _read(name, value, option, base)
     given = bool(found)
     found["baselines_named"] = "baselines" in found
     found.setdefault("baselines", _root(config) / "baselines")
@@ -180,34 +184,34 @@ def read_settings(config: pytest.Config) -> tuple[Settings, bool]:
 def _root(config: pytest.Config) -> Path:
     """Return the project's folder.
 
-    Without an ini file, pytest takes the common folder of everything on the command line that is a
-    path, `--cascade-model ./checkpoint` among it: options of plugins are not known by then.
+    Without an ini file, pytest's rootdir is the common folder of all paths on the command line,
+    including `--cascade-model ./checkpoint`, because pytest does not know options of plugins yet.
     """
     known = config.inipath is not None or (config.rootpath / "setup.py").is_file()
     return config.rootpath if known else config.invocation_params.dir
 
 
-def _read(name: str, value: Any, said: str, base: Path) -> Any:
+def _read(name: str, value: Any, option: str, base: Path) -> Any:
     if name in _FLAGS:
         return bool(value)
     if not str(value).strip():
-        raise pytest.UsageError(f"expected a value for {said}, got an empty one")
+        raise pytest.UsageError(f"expected a value for {option}, got an empty one")
     if name in _PATHS:
         return base / os.path.expanduser(value)
     if name in _SOURCES:
         next_to = base / os.path.expanduser(value)
         return str(next_to) if next_to.exists() and not os.path.exists(value) else value
     if name == "dtype" and value not in DTYPES:
-        raise pytest.UsageError(f"expected {said} among {', '.join(DTYPES)}, got {value}")
+        raise pytest.UsageError(f"expected {option} to be one of {', '.join(DTYPES)}, got {value}")
     if name in _COUNTS:
-        return _count(value, said, _COUNTS[name])
+        return _count(value, option, _COUNTS[name])
     return value
 
 
-def _count(value: str, said: str, least: int) -> int:
+def _count(value: str, option: str, least: int) -> int:
     if not value.isascii() or not value.isdecimal() or int(value) < least:
         raise pytest.UsageError(
-            f"expected {said} to be a whole number of at least {least}, got {value!r}"
+            f"expected {option} to be a whole number of at least {least}, got {value!r}"
         )
     return int(value)
 
@@ -225,7 +229,7 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-#: Marker -> its arguments: the expected value in words, and a check of a value.
+#: Marker -> its arguments, each with the expected value in words and a check.
 MARKERS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "saturation": {
         "tokens": ("a whole number of at least 1", _is_count),
@@ -237,11 +241,11 @@ MARKERS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
         "propagation": (f"one of {', '.join(PROPAGATIONS)}", lambda value: value in PROPAGATIONS),
     },
 }
-#: Marker -> the fixture whose tests get it.
+#: Marker -> the fixture whose users get the marker.
 MARKED_BY = {"saturation": "saturation_baseline", "budgets": "exit_budget"}
 _ABOUT = {
-    "saturation": "hold the model's saturation to its baseline",
-    "budgets": "hold early exit to its stored budgets of quality and speed",
+    "saturation": "compare the model's saturation profile with its baseline",
+    "budgets": "check early exit against its stored budgets of quality and speed",
 }
 
 
@@ -252,15 +256,15 @@ def register_markers(config: pytest.Config) -> None:
 
 
 def uses(item: pytest.Item, fixture: str) -> bool:
-    """Return whether a test asks for a fixture; items of other plugins may have none."""
+    """Return whether a test uses a fixture; items of other plugins may have no fixtures."""
     return fixture in getattr(item, "fixturenames", ())
 
 
 def check_markers(item: pytest.Item) -> None:
-    """Mark a test that uses one of the fixtures here, and refuse arguments that nothing reads.
+    """Mark a test that uses one of the plugin's fixtures, and check the arguments of its markers.
 
     Raises:
-        pytest.UsageError: An argument that the marker does not know, or a value it cannot take.
+        pytest.UsageError: An unknown argument or an invalid value.
     """
     for name, known in MARKERS.items():
         if uses(item, MARKED_BY[name]) and not any(item.iter_markers(name)):
@@ -269,13 +273,13 @@ def check_markers(item: pytest.Item) -> None:
             place = f"{item.nodeid}: marker {name}"
             if marker.args:
                 raise pytest.UsageError(
-                    f"{place} takes no positional argument, got {marker.args[0]!r}; it knows "
+                    f"{place} takes no positional argument, got {marker.args[0]!r}; it accepts "
                     f"{', '.join(known)}"
                 )
             for argument, value in marker.kwargs.items():
                 if argument not in known:
                     raise pytest.UsageError(
-                        f"{place} has no argument {argument!r}; it knows {', '.join(known)}"
+                        f"{place} has no argument {argument!r}; it accepts {', '.join(known)}"
                     )
                 words, fits = known[argument]
                 if not fits(value):
@@ -286,7 +290,7 @@ def check_markers(item: pytest.Item) -> None:
 
 @dataclass(frozen=True)
 class SaturationOptions:
-    """How one test compares a profile: its marker's arguments over the session's settings."""
+    """Options of a profile check: the test's marker arguments, else the session's settings."""
 
     tokens: int
     full: bool
@@ -295,14 +299,14 @@ class SaturationOptions:
 
 @dataclass(frozen=True)
 class BudgetOptions:
-    """Which budgets one test checks: its marker's arguments over the session's settings."""
+    """Options of a budget check: the test's marker arguments, else the session's settings."""
 
     exit_layer: int | None
     propagation: str | None
 
 
 def saturation_options(item: pytest.Item, settings: Settings) -> SaturationOptions:
-    """Return how a test compares a profile; of its markers the nearest to the test wins."""
+    """Return the options of a test's profile check; the closest marker takes precedence."""
     given = _marked(item, "saturation")
     return SaturationOptions(
         tokens=given.get("tokens", settings.tokens),
@@ -312,7 +316,7 @@ def saturation_options(item: pytest.Item, settings: Settings) -> SaturationOptio
 
 
 def budget_options(item: pytest.Item, settings: Settings) -> BudgetOptions:
-    """Return which budgets a test checks; of its markers the nearest to the test wins."""
+    """Return the options of a test's budget check; the closest marker takes precedence."""
     given = _marked(item, "budgets")
     return BudgetOptions(
         exit_layer=given.get("exit_layer", settings.exit_layer),

@@ -1,4 +1,4 @@
 """Terminal tables, figures and pages, all drawn from saved records.
 
-Nothing is measured here: numbers are formatted, scaled to pixels, or rebinned for display.
+This package measures nothing. It formats numbers, scales them to pixels and rebins them.
 """

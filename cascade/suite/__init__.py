@@ -1,1 +1,1 @@
-"""Ready tests for a project that has none: `pytest --pyargs cascade.suite`."""
+"""Ready-made tests for a project without test files: `pytest --pyargs cascade.suite`."""

@@ -1,4 +1,4 @@
-"""Early exit keeps the stored budgets of quality and speed."""
+"""Check that early exit stays within its stored budgets of quality and speed."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ import pytest
 
 @pytest.mark.budgets
 def test_budgets(exit_budget: Any, cascade_evaluation: Any) -> None:
-    """Measure the stored points again and hold them to their budgets."""
+    """Measure the stored operating points again and check them against their budgets."""
     exit_budget.check(cascade_evaluation)

@@ -1,4 +1,4 @@
-"""The model's saturation is as its stored baseline."""
+"""Check that the model's saturation profile has not drifted from its stored baseline."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ import pytest
 
 @pytest.mark.saturation
 def test_saturation(saturation_baseline: Any, cascade_profile: Any) -> None:
-    """Hold the model to its baseline, on as few tokens as decide."""
+    """Compare the model with its baseline on as few tokens as possible."""
     saturation_baseline.check(cascade_profile)

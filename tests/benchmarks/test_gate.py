@@ -110,7 +110,7 @@ def test_the_record_has_every_target_of_what_was_timed(record: GateBenchmark) ->
     assert from_plain(json.loads(json.dumps(to_plain(record))), GateBenchmark) == record
 
 
-def test_the_noise_of_a_baseline_made_elsewhere_is_named_and_timed(
+def test_the_noise_of_a_baseline_environment_differences_is_named_and_timed(
     record: GateBenchmark,
     saved: Path,
     baselines: Path,

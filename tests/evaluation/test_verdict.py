@@ -307,7 +307,7 @@ FIGURES = ["agreement", "perplexity_ratio", "exit_share", "flops_ratio", "second
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("rule", ["cosine", "random"])
 def test_a_figure_that_is_no_number_is_refused_by_point(rule: str, name: str, value: Any) -> None:
-    with pytest.raises(RecordError, match="evaluate anew") as error:
+    with pytest.raises(RecordError, match="evaluate again") as error:
         judge([GOOD, replace(row(rule), **{name: value})], WANTED)
     assert f"point 1 ({rule} at layer 24)" in one_line(error)
 

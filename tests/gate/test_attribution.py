@@ -1,4 +1,4 @@
-"""Attribution: each kind of evidence is recognized, and only it."""
+"""Attribution: each kind of evidence is recognized and not mistaken for another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cause(obtained: Array, expected: Array | None = None) -> tuple[str, str | No
 
 
 def from_row(first: int, size: float) -> Array:
-    """Return means that have moved from a row on: most there, a tenth of it above."""
+    """Return means that moved by `size` in one row and by a tenth of it in the rows above."""
     moved = means()
     moved[:, first] += size
     moved[:, first + 1 :] += size / 10
@@ -40,37 +40,35 @@ def test_the_first_row_that_moved_is_the_broken_layer(first: int, size: float) -
     assert cause(from_row(first, size)) == ("layer", LAYERS[first])
 
 
-def test_one_sequence_is_enough_to_say_where_it_starts() -> None:
+def test_one_moved_sequence_is_enough_to_name_the_layer() -> None:
     moved = means()
     moved[1, 4] += 1e-4
     assert cause(moved) == ("layer", "5")
 
 
-def test_a_layer_that_hands_its_input_through_is_told() -> None:
+def test_a_skipped_layer_is_recognized() -> None:
     skipped = from_row(6, 1e-3)
     skipped[:, 6] = 1.0
-    assert "hands its input through" in attribute(LAYERS, skipped, means(), TOLERANCE).text
+    assert "returns its input unchanged" in attribute(LAYERS, skipped, means(), TOLERANCE).text
     other = attribute(LAYERS, from_row(6, 1e-3), means(), TOLERANCE)
-    assert "hands its input through" not in other.text
+    assert "returns its input unchanged" not in other.text
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1e-4, "numerics"), (9e-4, "numerics")])
-def test_small_and_everywhere_from_the_first_layer_on_is_rounding(
-    size: float, expected: str
-) -> None:
+def test_a_small_movement_of_every_layer_is_rounding(size: float, expected: str) -> None:
     assert cause(means() + size)[0] == expected
 
 
-def test_large_from_the_first_layer_on_is_the_whole_model() -> None:
+def test_a_large_movement_from_the_first_layer_on_is_the_whole_model() -> None:
     assert cause(from_row(0, 0.05)) == ("model", "1")
-    # Small, but far from everywhere: not rounding.
+    # Small, but not in most rows: not rounding.
     only_first = means()
     only_first[:, 0] += 1e-4
     assert cause(only_first) == ("model", "1")
 
 
 @pytest.mark.parametrize("shift", [1, -1])
-def test_rows_of_the_neighbouring_layer_are_an_index_off_by_one(shift: int) -> None:
+def test_values_of_the_neighbouring_layer_mean_an_index_off_by_one(shift: int) -> None:
     right, wrong = means(), means()
     for row in range(10):
         if 0 <= row + shift < 10:
@@ -82,7 +80,7 @@ def test_rows_of_the_neighbouring_layer_are_an_index_off_by_one(shift: int) -> N
 
 
 @pytest.mark.parametrize(("row", "other"), [(9, 10), (10, 9)])
-def test_the_last_row_and_the_normed_one_mixed_up_are_told(row: int, other: int) -> None:
+def test_swapped_states_around_the_final_norm_are_recognized(row: int, other: int) -> None:
     wrong = means()
     wrong[:, row] = means()[:, other]
     found = attribute(LAYERS, wrong, means(), TOLERANCE)
@@ -90,15 +88,15 @@ def test_the_last_row_and_the_normed_one_mixed_up_are_told(row: int, other: int)
     assert "final norm" in found.text
 
 
-def test_sequences_in_another_order_are_told_from_sequences_that_moved() -> None:
+def test_reordered_sequences_are_distinguished_from_moved_ones() -> None:
     found = attribute(LAYERS, means()[[1, 2, 0]], means(), TOLERANCE)
     assert (found.cause, found.layer) == ("capture", None)
     assert "another order" in found.text
-    twice = means()[[1, 1, 0]]  # no permutation: one sequence's numbers are gone
+    twice = means()[[1, 1, 0]]  # not a permutation: one sequence is missing
     assert cause(twice)[0] == "model"
 
 
-def test_alike_layers_are_not_taken_for_shifted_ones() -> None:
+def test_similar_layers_are_not_mistaken_for_shifted_ones() -> None:
     alike = means()
     alike[:, 3:8] = alike[:, 3:4]
     moved = alike.copy()
@@ -107,12 +105,12 @@ def test_alike_layers_are_not_taken_for_shifted_ones() -> None:
     assert attribute(LAYERS, moved, alike, TOLERANCE).layer == "4"
 
 
-def test_means_that_are_right_leave_the_counting() -> None:
+def test_unchanged_means_point_to_the_counting() -> None:
     assert cause(means()) == ("counting", None)
     assert cause(means() + 0.9 * TOLERANCE) == ("counting", None)
 
 
-def test_rows_that_a_side_lacks_come_before_all_else() -> None:
+def test_missing_rows_take_precedence() -> None:
     lacking = from_row(2, 0.1)
     lacking[:, 7] = np.nan
     assert cause(lacking) == ("rows", "8")
@@ -121,19 +119,19 @@ def test_rows_that_a_side_lacks_come_before_all_else() -> None:
     assert "rows 8, 9, 10" in attribute(LAYERS, lacking, means(), TOLERANCE).text
 
 
-def test_nan_in_some_sequences_is_a_movement() -> None:
+def test_nan_in_some_sequences_counts_as_movement() -> None:
     broken = means()
     broken[0, 5:] = np.nan
     assert cause(broken) == ("layer", "6")
 
 
-def test_limits_can_differ_from_row_to_row() -> None:
+def test_tolerances_can_differ_between_rows() -> None:
     limits = np.full(len(LAYERS), 1e-3)
     limits[4] = 1e-5
     moved = means() + 1e-4
     assert attribute(LAYERS, moved, means(), limits).layer == "5"
 
 
-def test_a_single_layer_has_no_neighbour_to_be_taken_for() -> None:
+def test_a_single_layer_is_attributed_to_the_model() -> None:
     found = attribute(["1"], np.array([[0.5]]), np.array([[0.7]]), TOLERANCE)
     assert found.cause == "model"

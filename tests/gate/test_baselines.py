@@ -1,4 +1,4 @@
-"""Records are read with care and compared without holes."""
+"""Baselines: profiles are read with checks, sealed and stored atomically."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def a_record(seed: int = 0) -> ProfileRecord:
     return a_profile(4, seed=seed).record()
 
 
-def test_json_shows_one_row_a_line_and_reads_back(tmp_path: Path) -> None:
+def test_json_has_one_table_row_per_line_and_reads_back(tmp_path: Path) -> None:
     record = plain_record(a_profile(4))
     text = to_json(record)
     assert json.loads(text) == record
@@ -47,7 +47,7 @@ def test_json_shows_one_row_a_line_and_reads_back(tmp_path: Path) -> None:
     assert read_plain(tmp_path / "a.json", ProfileRecord) == record
 
 
-def test_a_whole_number_of_numpy_is_written_as_one_and_other_objects_are_not() -> None:
+def test_numpy_integers_are_written_as_integers_and_other_objects_raise() -> None:
     assert json.loads(to_json({"layers": [np.int64(29)]})) == {"layers": [29]}
     with pytest.raises(TypeError):
         to_json({"layers": [object()]})
@@ -77,14 +77,14 @@ def test_nan_is_never_written(tmp_path: Path) -> None:
         ('{"schema": 0, "kind": "saturation"}', "has schema 0, expected a whole number"),
     ],
 )
-def test_what_is_no_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_files_that_are_not_records_are_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(RecordError, match=message):
         read_plain(path, ProfileRecord)
 
 
-def test_missing_files_are_named_with_their_remedy(tmp_path: Path) -> None:
+def test_a_missing_file_gives_an_error_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="cascade analyze --output"):
         read_plain(tmp_path / "none.json", ProfileRecord)
     with pytest.raises(RecordError, match="expected it next to"):
@@ -103,7 +103,7 @@ def a_run(folder: Path, seed: int = 0) -> Path:
     return save_run(folder, a_profile(4, seed=seed))
 
 
-def test_an_accepted_run_is_the_baseline_and_the_one_before_comes_back(tmp_path: Path) -> None:
+def test_accept_stores_the_run_and_returns_the_previous_baseline(tmp_path: Path) -> None:
     store = tmp_path / "baselines"
     path, before = accept(store, a_run(tmp_path / "first"))
     assert path == store / "tiny/words.saturation.json" == profile_path(store, a_record())
@@ -122,7 +122,7 @@ def test_an_accepted_run_is_the_baseline_and_the_one_before_comes_back(tmp_path:
     ]
 
 
-def test_a_torn_baseline_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
+def test_accept_replaces_a_torn_baseline(tmp_path: Path) -> None:
     store = tmp_path / "baselines"
     path, _ = accept(store, a_run(tmp_path / "first"))
     path.write_text(path.read_text()[:-50])
@@ -134,12 +134,12 @@ def test_a_torn_baseline_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
 def test_files_of_two_runs_are_not_accepted_together(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     (run / "profile.npz").write_bytes(packed(a_profile(4, seed=1).state))
-    with pytest.raises(RecordError, match=r"profile\.npz was changed after it was made"):
+    with pytest.raises(RecordError, match=r"profile\.npz was changed after it was written"):
         accept(tmp_path / "baselines", run)
     assert not (tmp_path / "baselines").exists()
 
 
-def test_accepting_nothing_says_what_to_do(tmp_path: Path) -> None:
+def test_accepting_an_empty_folder_names_the_command_to_run(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="make one with"):
         accept(tmp_path / "baselines", tmp_path)
 
@@ -155,7 +155,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_a_baseline_without_a_name_has_no_place() -> None:
+def test_a_baseline_without_a_name_has_no_path() -> None:
     for names in ({"model": None, "corpus": "words"}, {"model": "tiny", "corpus": None}):
         with pytest.raises(RecordError, match=r"expected the provenance to name .*, got None"):
             baseline_paths(Path("baselines"), "saturation", **names)
@@ -163,7 +163,7 @@ def test_a_baseline_without_a_name_has_no_place() -> None:
 
 @pytest.mark.parametrize("name", [None, 3])
 @pytest.mark.parametrize("part", ["model", "corpus"])
-def test_a_name_that_is_no_text_is_refused(tmp_path: Path, part: str, name: Any) -> None:
+def test_a_name_that_is_not_text_is_refused(tmp_path: Path, part: str, name: Any) -> None:
     profile = a_profile(4)
 
     def edit(record: dict[str, Any]) -> None:
@@ -171,7 +171,10 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path, part: str, name: Any)
 
     run = save_run(tmp_path / "run", profile, edited(profile, edit, sealed=True))
     words = rf"torn or edited \(expected .*provenance\.{part}\.name"
-    if (part, name) == ("model", None):  # of a model in memory; such a profile has no place
+    if (part, name) == (
+        "model",
+        None,
+    ):  # allowed for a model in memory, but such a profile has no path
         words = "expected the provenance to name model and corpus, got None"
     with pytest.raises(RecordError, match=words):
         accept(tmp_path / "deep/baselines", run)
@@ -182,10 +185,10 @@ def number(record: dict[str, Any]) -> None:
     record["layers"][1]["mean"] += 1e-6
 
 
-#: Edits of a record, by hand; sealed again, what they make is still no profile.
+#: Manual edits of a record. Even sealed again, the result is not a valid profile.
 EDITS: dict[str, Any] = {
     "a number": number,
-    "a layer gone": lambda record: record["layers"].pop(),
+    "a layer missing": lambda record: record["layers"].pop(),
     "a layer twice": lambda record: record["layers"].append(record["layers"][0]),
     "no layers": lambda record: record.pop("layers"),
     "another table": lambda record: record.update(layers=[1, 2]),
@@ -196,25 +199,27 @@ EDITS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_by_hand_is_noticed_and_named(tmp_path: Path, name: str) -> None:
+def test_a_manual_edit_is_detected(tmp_path: Path, name: str) -> None:
     run = save_run(tmp_path / "run", a_profile(4), edited(a_profile(4), EDITS[name], sealed=False))
-    with pytest.raises(RecordError, match=r"profile\.json was changed after it was made \(hash"):
+    with pytest.raises(
+        RecordError, match=r"profile\.json was changed after it was written \(expected hash"
+    ):
         read_profile(run)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a number", "not of one run"),
-        ("a layer gone", "not of one run"),
-        ("a layer twice", "has layer 1 twice"),
+        ("a number", "from different runs"),
+        ("a layer missing", "from different runs"),
+        ("a layer twice", "got layer 1 twice"),
         ("no layers", "has no table of layers"),
         ("another table", "has no table of layers"),
-        ("no provenance", "does not say which model it is of"),
-        ("no corpus", "does not say which corpus it is of"),
+        ("no provenance", "has no provenance of its model"),
+        ("no corpus", "has no provenance of its corpus"),
     ],
 )
-def test_an_edit_that_was_sealed_again_is_held_to_the_arrays(
+def test_an_edit_that_was_sealed_again_is_checked_against_the_arrays(
     tmp_path: Path, name: str, message: str
 ) -> None:
     run = save_run(tmp_path / "run", a_profile(4), edited(a_profile(4), EDITS[name], sealed=True))
@@ -223,9 +228,9 @@ def test_an_edit_that_was_sealed_again_is_held_to_the_arrays(
 
 
 @pytest.mark.parametrize("name", ["hash", "arrays_hash"])
-def test_a_seal_that_is_gone_is_noticed(tmp_path: Path, name: str) -> None:
+def test_a_missing_seal_is_detected(tmp_path: Path, name: str) -> None:
     record = edited(a_profile(4), lambda record: record.pop(name), sealed=False)
-    with pytest.raises(RecordError, match="was changed after it was made"):
+    with pytest.raises(RecordError, match="was changed after it was written"):
         read_profile(save_run(tmp_path / "run", a_profile(4), record))
 
 
@@ -238,7 +243,7 @@ def test_a_seal_that_is_gone_is_noticed(tmp_path: Path, name: str) -> None:
         ("sequence_fingerprint", None),
     ],
 )
-def test_arrays_that_are_no_statistics_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+def test_arrays_that_are_not_statistics_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     profile = a_profile(4)
     arrays = {key: part for key, part in profile.state.items() if key != name}
     arrays |= {} if value is None else {name: value}
@@ -247,11 +252,11 @@ def test_arrays_that_are_no_statistics_are_refused(tmp_path: Path, name: str, va
         read_profile(run)
 
 
-def test_a_fingerprint_too_few_is_refused(tmp_path: Path) -> None:
+def test_a_missing_fingerprint_is_refused(tmp_path: Path) -> None:
     profile = a_profile(4)
     arrays = profile.state | {"sequence_fingerprint": profile.state["sequence_fingerprint"][:-1]}
     run = save_run(tmp_path / "run", StoredProfile(seal(profile.content, arrays), arrays))
-    with pytest.raises(RecordError, match="not of one run"):
+    with pytest.raises(RecordError, match="from different runs"):
         read_profile(run)
 
 
@@ -259,18 +264,18 @@ def test_nan_in_a_record_is_refused(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     text = (run / "profile.json").read_text(encoding="utf-8")
     (run / "profile.json").write_text(text.replace('"schema": 2', '"schema": 2, "x": NaN'))
-    with pytest.raises(RecordError, match="holds NaN"):
+    with pytest.raises(RecordError, match="contains NaN"):
         accept(tmp_path / "baselines", run)
 
 
-def test_a_missing_npz_is_named(tmp_path: Path) -> None:
+def test_a_missing_npz_gives_an_error_with_its_name(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     (run / "profile.npz").unlink()
     with pytest.raises(RecordError, match=r"no file .*profile\.npz; expected it next to"):
         read_profile(run)
 
 
-def test_records_of_the_first_schema_had_no_seal_and_are_still_read(tmp_path: Path) -> None:
+def test_unsealed_records_of_schema_1_are_still_read(tmp_path: Path) -> None:
     old = a_profile(4)
     sealed = ("hash", "arrays_hash", "noise")
     content = {k: v for k, v in plain_record(old).items() if k not in sealed} | {"schema": 1}
@@ -278,11 +283,11 @@ def test_records_of_the_first_schema_had_no_seal_and_are_still_read(tmp_path: Pa
     assert to_plain(read_profile(run).record()) == content
     number(content)
     save_run(tmp_path / "edited", old, content)
-    with pytest.raises(RecordError, match="not of one run"):
+    with pytest.raises(RecordError, match="from different runs"):
         read_profile(tmp_path / "edited")
 
 
-def test_accepting_keeps_what_this_release_does_not_know(tmp_path: Path) -> None:
+def test_accept_keeps_unknown_keys(tmp_path: Path) -> None:
     profile = a_profile(4)
     record = edited(profile, lambda record: record.update(novel="of a later release"), sealed=True)
     run = save_run(tmp_path / "run", profile, record)
@@ -291,7 +296,7 @@ def test_accepting_keeps_what_this_release_does_not_know(tmp_path: Path) -> None
     assert read_profile(path).record() == read_profile(run).record()
 
 
-def test_a_disk_that_fills_while_accepting_leaves_the_old_pair(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_previous_baseline_unharmed(tmp_path: Path) -> None:
     store = tmp_path / "baselines"
     accept(store, a_run(tmp_path / "first"))
     before = contents(store)
@@ -301,11 +306,11 @@ def test_a_disk_that_fills_while_accepting_leaves_the_old_pair(tmp_path: Path) -
     assert contents(store) == before
 
 
-def test_writers_at_the_same_time_leave_one_whole_baseline(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_one_complete_baseline(tmp_path: Path) -> None:
     runs = [a_run(tmp_path / f"run{seed}", seed) for seed in range(4)]
     store = tmp_path / "baselines"
     with ThreadPoolExecutor(8) as pool:
-        # Each time over another one: what is left has to be some run's, both files of it.
+        # Whichever writer comes last, both files must be from the same run.
         for done in [pool.submit(accept, store, run) for run in runs * 12]:
             done.result()
     left = read_profile(profile_path(store, a_record()))

@@ -1,4 +1,4 @@
-"""Budgets: stored limits of early exit, on records by hand and on the real model."""
+"""Budgets: stored limits of early exit, on constructed records and on the real model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def stored(tmp_path: Path, *evaluations: BudgetSource) -> list[BudgetGroup]:
     return read_budgets(path).groups
 
 
-def test_what_was_accepted_keeps_its_budgets(tmp_path: Path) -> None:
+def test_an_accepted_evaluation_is_within_its_budgets(tmp_path: Path) -> None:
     evaluation = an_evaluation(a_row(), a_row(threshold=0.9))
     assert check_budgets(evaluation, stored(tmp_path, evaluation)) == []
 
@@ -57,7 +57,7 @@ def test_what_was_accepted_keeps_its_budgets(tmp_path: Path) -> None:
         ("layers_per_token", 1),
     ],
 )
-def test_each_hard_limit_fails_just_beyond_its_slack_and_not_before(
+def test_each_hard_limit_fails_just_beyond_its_slack(
     tmp_path: Path, figure: str, sign: int
 ) -> None:
     budgets = stored(tmp_path, an_evaluation(a_row()))
@@ -68,7 +68,7 @@ def test_each_hard_limit_fails_just_beyond_its_slack_and_not_before(
 
 
 @pytest.mark.parametrize("figure", ["perplexity_ratio", "agreement", "layers_per_token"])
-def test_what_got_better_keeps_its_budget(tmp_path: Path, figure: str) -> None:
+def test_better_figures_stay_within_budget(tmp_path: Path, figure: str) -> None:
     budgets = stored(tmp_path, an_evaluation(a_row()))
     better = {"perplexity_ratio": 1.0, "agreement": 1.0, "layers_per_token": 1.0}[figure]
     assert check_budgets(an_evaluation(a_row(**{figure: better})), budgets) == []
@@ -77,13 +77,13 @@ def test_what_got_better_keeps_its_budget(tmp_path: Path, figure: str) -> None:
 @pytest.mark.parametrize(
     ("ratio", "interval", "fails"),
     [
-        (1.5, [1.1, 1.9], False),  # the good end keeps to it: noise, not a verdict
+        (1.5, [1.1, 1.9], False),  # the favourable end is within budget: this may be noise
         (1.5, [1.4, 1.6], True),
         (1.5, None, True),
         (0.5, None, False),
     ],
 )
-def test_seconds_fail_only_where_the_good_end_of_the_interval_misses(
+def test_seconds_fail_only_if_the_whole_interval_exceeds_the_budget(
     tmp_path: Path, ratio: float, interval: list[float] | None, fails: bool
 ) -> None:
     budgets = stored(tmp_path, an_evaluation(a_row()))
@@ -94,7 +94,7 @@ def test_seconds_fail_only_where_the_good_end_of_the_interval_misses(
 
 
 @pytest.mark.parametrize("figure", SLACK)
-def test_a_figure_that_is_nan_exceeds_its_budget(tmp_path: Path, figure: str) -> None:
+def test_a_nan_figure_exceeds_its_budget(tmp_path: Path, figure: str) -> None:
     budgets = stored(tmp_path, an_evaluation(a_row()))
     source = an_evaluation(a_row())
     row = replace(source.points[0], **{figure: math.nan, "seconds_ratio_interval": None})
@@ -104,7 +104,7 @@ def test_a_figure_that_is_nan_exceeds_its_budget(tmp_path: Path, figure: str) ->
 
 @pytest.mark.parametrize("value", [None, math.nan])
 @pytest.mark.parametrize("figure", SLACK)
-def test_an_evaluation_with_a_figure_missing_or_nan_is_refused(
+def test_an_evaluation_with_a_missing_or_nan_figure_is_refused(
     tmp_path: Path, figure: str, value: Any
 ) -> None:
     budgets = stored(tmp_path, an_evaluation(a_row()))
@@ -113,21 +113,21 @@ def test_an_evaluation_with_a_figure_missing_or_nan_is_refused(
         check_budgets(a_plain_evaluation(row), budgets)
 
 
-def test_a_point_that_was_not_measured_fails(tmp_path: Path) -> None:
+def test_an_unmeasured_operating_point_fails(tmp_path: Path) -> None:
     budgets = stored(tmp_path, an_evaluation(a_row(), a_row(exit_layer=2)))
     (overrun,) = check_budgets(an_evaluation(a_row()), budgets)
     assert str(overrun) == (
-        "layer 2, cosine >= 0.95, logit_lens: not measured at all; "
-        "look closer with `cascade evaluate --point 3:cosine:0.95`"
+        "layer 2, cosine >= 0.95, logit_lens: not measured; "
+        "run `cascade evaluate --point 3:cosine:0.95`"
     )
 
 
-def test_a_failure_says_budget_measured_and_what_to_run(tmp_path: Path) -> None:
+def test_an_overrun_shows_budget_measurement_and_command(tmp_path: Path) -> None:
     budgets = stored(tmp_path, an_evaluation(a_row()))
     (overrun,) = check_budgets(an_evaluation(a_row(agreement=0.5)), budgets)
     assert str(overrun) == (
         "layer 3, cosine >= 0.95, logit_lens: agreement budget at least 0.897, measured 0.5000; "
-        "look closer with `cascade evaluate --point 3:cosine:0.95`"
+        "run `cascade evaluate --point 3:cosine:0.95`"
     )
 
 
@@ -141,7 +141,7 @@ def test_a_failure_says_budget_measured_and_what_to_run(tmp_path: Path) -> None:
         ((), "tokenizer_hash"),
     ],
 )
-def test_another_model_corpus_or_heads_cannot_be_compared(
+def test_another_model_corpus_or_heads_is_not_comparable(
     tmp_path: Path, part: tuple[str, ...], name: str
 ) -> None:
     budgets = stored(tmp_path, an_evaluation(a_row()))
@@ -150,11 +150,11 @@ def test_another_model_corpus_or_heads_cannot_be_compared(
     for key in part:
         place = place[key]
     place[name] = "another"
-    with pytest.raises(RecordError, match=f"{name} is another"):
+    with pytest.raises(RecordError, match=rf"{name} .*, got another"):
         check_budgets(other, budgets)
 
 
-def test_groups_of_other_heads_and_propagations_live_side_by_side(tmp_path: Path) -> None:
+def test_one_file_holds_groups_of_several_heads_and_propagations(tmp_path: Path) -> None:
     lens, ridge = an_evaluation(a_row()), an_evaluation(a_row(), heads="h", propagation="ridge")
     budgets = stored(tmp_path, lens, ridge)
     assert len(budgets) == 2
@@ -166,7 +166,7 @@ def test_groups_of_other_heads_and_propagations_live_side_by_side(tmp_path: Path
     assert [group.points[0].agreement for group in groups] == [0.5, 0.9]
 
 
-def test_refitted_heads_replace_the_budgets_of_those_before_and_it_is_said(tmp_path: Path) -> None:
+def test_refitted_heads_replace_the_previous_budgets_and_are_reported(tmp_path: Path) -> None:
     before = an_evaluation(a_row(), heads="sha256:before", propagation="ridge")
     lens = an_evaluation(a_row())
     stored(tmp_path, before, lens)
@@ -188,7 +188,7 @@ def test_refitted_heads_replace_the_budgets_of_those_before_and_it_is_said(tmp_p
         ((), "tokenizer_hash", "tokenizer_hash"),
     ],
 )
-def test_budgets_of_another_model_or_corpus_are_not_replaced_but_refused(
+def test_accepting_into_budgets_of_another_model_or_corpus_is_refused(
     tmp_path: Path, part: tuple[str, ...], name: str, what: str
 ) -> None:
     path = accept_budgets(tmp_path, an_evaluation(a_row())).path
@@ -202,14 +202,14 @@ def test_budgets_of_another_model_or_corpus_are_not_replaced_but_refused(
         accept_budgets(tmp_path, other)
     words = one_line(error)
     assert str(path) in words
-    assert f"{what} is another, the budget's is {expected}" in words
+    assert f"{what} {expected}, got another" in words
     assert "remove" in words
     assert "--baselines" in words
     assert path.read_bytes() == before
 
 
 def without(record: Record, *place: Any) -> Record:
-    """Return a copy of a record that lacks what lies at a place."""
+    """Return a copy of a record without the entry at a path of keys."""
     changed = inner = copy.deepcopy(record)
     for name in place[:-1]:
         inner = inner[name]
@@ -248,9 +248,7 @@ TORN: dict[str, tuple[Record, str]] = {
 
 
 @pytest.mark.parametrize("case", TORN)
-def test_an_evaluation_that_lacks_something_is_refused_and_nothing_is_written(
-    tmp_path: Path, case: str
-) -> None:
+def test_a_torn_evaluation_is_refused_and_nothing_is_written(tmp_path: Path, case: str) -> None:
     evaluation, words = TORN[case]
     with pytest.raises(RecordError) as error:
         accept_budgets(tmp_path / "baselines", evaluation)
@@ -261,13 +259,13 @@ def test_an_evaluation_that_lacks_something_is_refused_and_nothing_is_written(
 
 TORN_BUDGETS = {
     "no groups": ("groups", None),
-    "a group that is none": ("groups", [None]),
+    "a group that is null": ("groups", [None]),
     "no points": ("groups", 0, "points", None),
-    "a point that is none": ("groups", 0, "points", [{}]),
+    "an empty point": ("groups", 0, "points", [{}]),
     "no budget": ("groups", 0, "points", 0, "budget", None),
-    "a budget that is no limit": ("groups", 0, "points", 0, "budget", {"agreement": 0.9}),
+    "a budget that is not a limit": ("groups", 0, "points", 0, "budget", {"agreement": 0.9}),
     "a budget without limits": ("groups", 0, "points", 0, "budget", "agreement", {}),
-    "a limit that is no number": (
+    "a limit that is not a number": (
         *("groups", 0, "points", 0, "budget"),
         {"agreement": {"least": "0.9"}},
     ),
@@ -277,7 +275,7 @@ TORN_BUDGETS = {
 
 
 @pytest.mark.parametrize("case", TORN_BUDGETS)
-def test_stored_budgets_that_are_torn_are_refused(tmp_path: Path, case: str) -> None:
+def test_torn_stored_budgets_are_refused(tmp_path: Path, case: str) -> None:
     budgets: Any = {"schema": 1, "kind": "budgets", "groups": []}
     budgets["groups"] = to_plain(stored(tmp_path, an_evaluation(a_row())))
     *place, last, value = TORN_BUDGETS[case]
@@ -296,7 +294,7 @@ def test_stored_budgets_that_are_torn_are_refused(tmp_path: Path, case: str) -> 
         read_budgets(path)
 
 
-def test_stored_budgets_are_written_again_to_the_byte(tmp_path: Path) -> None:
+def test_accepting_the_stored_evaluation_rewrites_identical_bytes(tmp_path: Path) -> None:
     path = tmp_path / STORED.name / BUDGETS.name
     path.parent.mkdir()
     path.write_bytes(BUDGETS.read_bytes())
@@ -307,11 +305,11 @@ def test_stored_budgets_are_written_again_to_the_byte(tmp_path: Path) -> None:
     assert read_budgets(path).groups[1] == ridge
 
 
-def test_only_given_points_become_budgets(tmp_path: Path) -> None:
+def test_only_given_operating_points_become_budgets(tmp_path: Path) -> None:
     evaluation = an_evaluation(a_row(), a_row(exit_layer=1, threshold_from="hard ratio 0.3"))
     (group,) = stored(tmp_path, evaluation)
     assert [point.exit_layer for point in group.points] == [3]
-    with pytest.raises(RecordError, match="no point to budget"):
+    with pytest.raises(RecordError, match="no operating point to budget"):
         accept_budgets(tmp_path, an_evaluation(a_row(threshold_from="control")))
 
 
@@ -319,15 +317,15 @@ def test_only_given_points_become_budgets(tmp_path: Path) -> None:
 
 
 def measured(stack: DecoderStack, group: BudgetGroup) -> EvaluationRecord:
-    """Evaluate a group's operating points again, with its own settings."""
-    blocks = group_blocks(stack, group, "embedded", part="held-out")
+    """Evaluate a group's operating points again, with the stored settings."""
+    blocks = group_blocks(stack, group, "embedded", corpus_split="held-out")
     fingerprint = group.provenance.heads_fingerprint
     return rerun(stack, group, blocks, heads=find_heads(STORED, fingerprint, stack))
 
 
 @pytest.mark.budgets
 @pytest.mark.parametrize("index", [0, 1], ids=["logit_lens", "ridge"])
-def test_early_exit_on_the_real_model_keeps_its_budgets(
+def test_early_exit_on_the_real_model_is_within_its_budgets(
     reference_model: DecoderStack, index: int
 ) -> None:
     groups = read_budgets(BUDGETS).groups
@@ -335,32 +333,32 @@ def test_early_exit_on_the_real_model_keeps_its_budgets(
     overruns = check_budgets(evaluation, groups)
     assert not overruns, "\n".join(map(str, overruns))
     if index == 1:
-        check_promises(evaluation)
+        check_promised_values(evaluation)
 
 
-def check_promises(evaluation: EvaluationRecord) -> None:
-    """Check the ridge points against the project's promises, not only its measurements."""
+def check_promised_values(evaluation: EvaluationRecord) -> None:
+    """Check the ridge points against the promised values in addition to the stored ones."""
     rows = {
         (row.exit_layer, row.rule): row
         for row in evaluation.points
         if 0.25 <= row.exit_share <= 0.35
     }
-    # Measured: 0.950 and 0.982 over all of the held-out text, 0.936 and 0.9805 over these 4,096
-    # tokens, on two processors alike.
+    # Measured: 0.950 and 0.982 on the whole held-out split, 0.936 and 0.9805 on these 4,096 tokens,
+    # equal on two processors.
     for layer, promised in ((24, 0.93), (28, 0.98)):
         assert (rows[layer, "top2_gap"].exit_agreement or 0) >= promised
     assert rows[28, "top2_gap"].perplexity_ratio <= 1.08
 
 
-#: Perplexity of the hard tokens, relative to the full model's, half of the tokens leaving by the
-#: cosine with ridge propagation: layer -> threshold and what is promised. Measured on two
+#: Perplexity of the hard tokens relative to the full model's, where half of the tokens exit by the
+#: cosine with ridge propagation: layer -> threshold and promised value. Measured on two
 #: processors: 1.111, 1.015 and 1.001 with heads fitted on the whole training split, 1.115, 1.019
 #: and 1.001 with those fitted here, and 1.28, 1.15 and 1.05 with frozen propagation.
 PROMISED_HARD_PERPLEXITY = {16: (0.9710, 1.16), 20: (0.9587, 1.05), 24: (0.9531, 1.01)}
 
 
 @pytest.mark.budgets
-def test_ridge_propagation_spares_the_tokens_that_stay(reference_model: DecoderStack) -> None:
+def test_ridge_propagation_preserves_hard_tokens(reference_model: DecoderStack) -> None:
     from cascade import fit_heads, load_blocks
 
     stack = reference_model
@@ -385,12 +383,12 @@ def test_ridge_propagation_spares_the_tokens_that_stay(reference_model: DecoderS
     ridge = hard_perplexity("ridge", 16, 20, 24)
     for layer, (_, promised) in PROMISED_HARD_PERPLEXITY.items():
         assert ridge[layer] <= promised
-    # The probe has to tell the two apart.
+    # The test must distinguish the two.
     assert hard_perplexity("frozen", 16)[16] > PROMISED_HARD_PERPLEXITY[16][1]
 
 
 @pytest.mark.budgets
-def test_early_exit_does_not_pay_at_the_studys_layer_and_the_verdict_says_so(
+def test_the_verdict_advises_against_exiting_at_the_studys_layer(
     reference_model: DecoderStack,
 ) -> None:
     from cascade import load_blocks
@@ -414,7 +412,7 @@ def test_early_exit_does_not_pay_at_the_studys_layer_and_the_verdict_says_so(
 
 @pytest.mark.budgets
 @pytest.mark.parametrize("propagation", ["ridge", "exact"])
-def test_generating_on_the_real_model_is_scoring_and_verified_text_is_the_full_models(
+def test_generation_matches_scoring_and_verified_text_matches_the_full_model(
     reference_model: DecoderStack, propagation: str
 ) -> None:
     from cascade import EarlyExit, load_blocks
@@ -434,8 +432,8 @@ def test_generating_on_the_real_model_is_scoring_and_verified_text_is_the_full_m
         propagation=propagation,
     )
     made = early.generate(prompts, max_new_tokens=16, eos_token_id=(), return_dict_in_generate=True)
-    left = made.exit_layers == 24
-    assert 0.2 < left.double().mean() < 0.8
+    exited = made.exit_layers == 24
+    assert 0.2 < exited.double().mean() < 0.8
     scored = early.score(made.sequences)
     assert torch.equal(scored.predictions[:, 47:-1], made.sequences[:, 48:])
     assert torch.equal(scored.exit_layers[:, 47:-1], made.exit_layers)
@@ -455,7 +453,7 @@ def test_generating_on_the_real_model_is_scoring_and_verified_text_is_the_full_m
 
 
 @pytest.mark.budgets
-def test_the_seeds_thresholds_with_the_logit_lens_are_budgeted_as_bad_as_they_are() -> None:
+def test_the_budgets_record_the_high_cost_of_the_seeds_thresholds() -> None:
     (lens, _) = read_budgets(BUDGETS).groups
     points = {point.threshold: point for point in lens.points}
     assert sorted(points) == [0.9453, 0.9517, 0.957]

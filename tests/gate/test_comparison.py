@@ -1,4 +1,4 @@
-"""Cells, comparisons, and how far two profiles may differ."""
+"""Cells, comparisons and tolerances."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cascade.gate.comparison import (
     TABLE_TOLERANCE,
     Cell,
     Comparison,
-    made_elsewhere,
+    environment_differences,
     table_cells,
     tolerance_of,
 )
@@ -39,7 +39,7 @@ from cascade.gate.records import ComparisonRecord
 
 
 @given(st.floats(allow_nan=True), st.floats(allow_nan=True))
-def test_a_cell_passes_only_where_both_numbers_are_and_are_close(a: float, b: float) -> None:
+def test_a_cell_passes_only_if_both_values_are_finite_and_close(a: float, b: float) -> None:
     cell = Cell("1", "mean", a, b, 0.5)
     passes = bool(np.isfinite([a, b]).all() and abs(b - a) <= 0.5)
     assert (cell.verdict == "PASS") is passes
@@ -47,7 +47,7 @@ def test_a_cell_passes_only_where_both_numbers_are_and_are_close(a: float, b: fl
 
 
 @given(st.floats(-2, 2), st.floats(0, 2))
-def test_an_interval_passes_inside_the_margin_and_fails_wholly_beyond_it(
+def test_an_interval_passes_within_the_margin_and_fails_beyond_it(
     middle: float, half: float
 ) -> None:
     cell = Cell("1", "mean", 0.0, middle, 0.5, interval=(middle - half, middle + half))
@@ -102,7 +102,7 @@ def test_a_statistic_of_the_table_fails_just_beyond_its_tolerance(
 
 
 @pytest.mark.parametrize("value", [math.nan, None, "0.9", True])
-def test_what_is_no_number_in_a_table_fails(value: Any) -> None:
+def test_a_table_entry_that_is_not_a_number_fails(value: Any) -> None:
     rows = plain_record(a_profile())["layers"]
     other = [rows[0], rows[1] | {"p90": value}, *rows[2:]]
     for pair in ((other, rows), (rows, other), (other, other)):
@@ -110,7 +110,7 @@ def test_what_is_no_number_in_a_table_fails(value: Any) -> None:
         assert verdicts["2", "p90"] == "FAIL"
 
 
-def test_a_statistic_that_one_side_lacks_fails() -> None:
+def test_a_statistic_missing_on_one_side_fails() -> None:
     rows = plain_record(a_profile())["layers"]
     narrower = [rows[0], {k: v for k, v in rows[1].items() if k != "std"}, *rows[2:]]
     for pair in ((narrower, rows), (rows, narrower)):
@@ -118,7 +118,7 @@ def test_a_statistic_that_one_side_lacks_fails() -> None:
         assert found == {("2", "std")}
 
 
-def test_a_layer_that_one_table_lacks_fails_in_every_statistic() -> None:
+def test_a_layer_missing_from_one_table_fails_in_every_statistic() -> None:
     rows = plain_record(a_profile())["layers"]
     for pair in ((rows[1:], rows), (rows, rows[1:])):
         found = [c.statistic for c in table_cells(*pair) if c.verdict == "FAIL"]
@@ -128,23 +128,23 @@ def test_a_layer_that_one_table_lacks_fails_in_every_statistic() -> None:
 # --- Tolerances ------------------------------------------------------------------------------
 
 
-def test_the_tolerance_is_three_times_the_noise_and_never_below_the_least() -> None:
+def test_the_tolerance_is_three_times_the_noise_with_a_minimum() -> None:
     new = a_profile(noise=None).content
     quiet, loud = (replace(new, noise=floor(repeat, 1e-3)) for repeat in (1e-9, 1e-5))
     assert tolerance_of(new, quiet, None) == (LEAST_TOLERANCE, [])
     assert tolerance_of(new, loud, None) == (pytest.approx(NOISE_FACTOR * 1e-5), [])
 
 
-def test_without_a_measured_noise_the_least_tolerance_is_taken_and_noted() -> None:
+def test_without_a_noise_floor_the_smallest_tolerance_is_used_and_noted() -> None:
     bare = a_profile(noise=None).content
     tolerance, (note,) = tolerance_of(bare, bare, None)
     assert tolerance == LEAST_TOLERANCE
     assert "no noise floor" in note
 
 
-def test_another_number_of_threads_is_the_same_machine() -> None:
+def test_another_number_of_threads_is_the_same_environment() -> None:
     other = provenance(machine__threads=7)
-    assert made_elsewhere(other, provenance()) == []
+    assert environment_differences(other, provenance()) == []
 
 
 # --- Whole comparisons -----------------------------------------------------------------------
@@ -155,19 +155,17 @@ def test_another_number_of_threads_is_the_same_machine() -> None:
     [
         ("same sequences", 1, "128 tokens, 1 of the baseline's sequences"),
         ("same sequences", 4, "128 tokens, 4 of the baseline's sequences"),
-        ("other sequences", 1, "128 tokens, 1 other sequence"),
-        ("other sequences", 64, "128 tokens, 64 other sequences"),
+        ("other sequences", 1, "128 tokens, 1 sequence that the baseline does not have"),
+        ("other sequences", 64, "128 tokens, 64 sequences that the baseline does not have"),
     ],
 )
-def test_the_headline_says_which_sequences_were_compared(
-    method: Any, count: int, words: str
-) -> None:
+def test_the_headline_names_the_compared_sequences(method: Any, count: int, words: str) -> None:
     cell = Cell("1", "mean", 0.5, 0.5, 1e-6)
     comparison = Comparison(method, cells=(cell,), sequences=(count, count), tokens=128)
     assert comparison.headline().endswith(f"({words})")
 
 
-def test_the_record_is_json_and_has_the_verdict_first() -> None:
+def test_the_record_is_json_with_the_verdict_first() -> None:
     values = similarities_of(12)
     values[1, 5] += 1e-3
     record = compare(profile_of(values), a_profile()).record()
@@ -179,4 +177,4 @@ def test_the_record_is_json_and_has_the_verdict_first() -> None:
     assert record.attribution is not None
     assert record.attribution.layer == "2"
     assert record.profile[1].layer == "2"
-    assert record.headline.startswith("drift: ")
+    assert record.headline.startswith("drift in ")

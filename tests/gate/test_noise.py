@@ -1,4 +1,4 @@
-"""The noise floor: every variant really differs, and the model is left unchanged."""
+"""The noise floor: each variant has its settings, and the model is not changed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from cascade.saturation.profile import similarities
 IDS = random_blocks(4, 16).ids
 
 
-def test_in_fp32_the_floor_is_some_digits_of_fp32_and_lists_its_variants() -> None:
+def test_the_fp32_noise_floor_is_near_fp32_precision_and_lists_its_variants() -> None:
     stack = DecoderStack(tiny_model("llama"))
     found = measure_noise(stack, IDS)
     assert set(found.ways) == {"batch_size", "threads", "attention", "float64"}
     assert found.sequences == 4
-    # Means of 16 similarities, each good to some 1e-7.
+    # Means of 16 similarities, each accurate to about 1e-7.
     assert 0 < found.repeat < 1e-6
     assert found.exact is not None
     assert 0 < found.exact < 1e-6
     assert found.repeat == max(value for name, value in found.ways.items() if name != "float64")
 
 
-def test_in_bf16_the_floor_is_as_wide_as_bf16_is() -> None:
+def test_the_bf16_noise_floor_is_near_bf16_precision() -> None:
     found = measure_noise(DecoderStack(tiny_model("llama").to(torch.bfloat16)), IDS)
     assert found.exact is not None
     assert 1e-5 < found.exact < 1e-1
@@ -60,7 +60,7 @@ def test_each_variant_runs_with_its_own_settings(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_the_model_is_left_as_it_was(family: str) -> None:
+def test_measuring_noise_does_not_change_the_model(family: str) -> None:
     stack = DecoderStack(tiny_model(family))
     ids = torch.from_numpy(IDS).long()
     before, threads = similarities(stack, ids), torch.get_num_threads()
@@ -72,7 +72,7 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_a_variant_that_is_not_available_is_left_out_with_its_reason(
+def test_an_unavailable_variant_is_recorded_with_its_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stack = DecoderStack(tiny_model("llama"))

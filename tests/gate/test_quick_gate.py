@@ -1,4 +1,4 @@
-"""The gate: few tokens, stopped as soon as it is decided, and honest about where it is run."""
+"""The gate: few tokens, early stopping, and noise measured in another environment."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_an_unchanged_model_passes_within_the_budget(baseline: StoredProfile) ->
     done: list[int] = []
     result = run_gate(a_stack(), BLOCKS, baseline, tokens=10 * LENGTH, progress=done.append)
     assert result.comparison.verdict == "PASS"
-    # Twice as many after each step: few batches, and the first after one sequence.
+    # The sample doubles with each step, starting with one sequence.
     assert [step.tokens // LENGTH for step in result.steps] == [1, 2, 4, 8, 10]
     assert {step.verdict for step in result.steps} == {"PASS"}
     assert result.comparison.tokens == result.budget == sum(done) == 10 * LENGTH
@@ -58,7 +58,7 @@ def test_a_broken_layer_is_named_after_one_sequence(baseline: StoredProfile) -> 
     assert result.comparison.attribution.layer == "3"
 
 
-def test_a_fault_that_only_some_sequences_show_is_found_when_they_come(
+def test_a_fault_in_one_sequence_is_found_when_that_sequence_is_measured(
     baseline: StoredProfile,
 ) -> None:
     stack = a_stack()
@@ -69,7 +69,7 @@ def test_a_fault_that_only_some_sequences_show_is_found_when_they_come(
     assert [step.verdict for step in result.steps] == ["PASS", "FAIL"]
 
 
-def test_its_sequences_are_spread_over_the_whole_corpus(
+def test_the_measured_sequences_are_spread_over_the_whole_corpus(
     baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[TokenBlocks] = []
@@ -84,7 +84,7 @@ def test_its_sequences_are_spread_over_the_whole_corpus(
     assert rows == [0, 13, 26, 39]
 
 
-def test_a_budget_below_a_sequence_takes_one_and_one_beyond_the_corpus_takes_it_all(
+def test_the_budget_is_clamped_between_one_sequence_and_the_corpus(
     baseline: StoredProfile,
 ) -> None:
     assert run_gate(a_stack(), BLOCKS, baseline, tokens=1).comparison.tokens == LENGTH
@@ -96,7 +96,7 @@ def test_a_budget_below_a_sequence_takes_one_and_one_beyond_the_corpus_takes_it_
         run_gate(a_stack(), BLOCKS, baseline, tokens=0)
 
 
-def test_the_full_gate_measures_everything_and_its_table(baseline: StoredProfile) -> None:
+def test_the_full_gate_measures_the_corpus_and_compares_its_table(baseline: StoredProfile) -> None:
     result = run_gate(a_stack(), BLOCKS, baseline, full=True)
     assert result.comparison.verdict == "PASS"
     assert result.comparison.tokens == BLOCKS.tokens
@@ -104,7 +104,7 @@ def test_the_full_gate_measures_everything_and_its_table(baseline: StoredProfile
     assert result.steps == (GateStep(tokens=BLOCKS.tokens, verdict="PASS"),)
 
 
-def test_a_gate_says_what_a_full_comparison_of_the_same_profile_does(
+def test_the_full_gate_matches_compare_of_the_same_profile(
     baseline: StoredProfile,
 ) -> None:
     from cascade.gate.drift import compare
@@ -116,14 +116,14 @@ def test_a_gate_says_what_a_full_comparison_of_the_same_profile_does(
         assert got.cells == expected.cells
 
 
-def test_layers_that_give_nan_are_an_error_and_no_verdict(baseline: StoredProfile) -> None:
+def test_nan_from_a_layer_raises_an_error(baseline: StoredProfile) -> None:
     stack = a_stack()
     stack.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(ModelError, match="layer 3 is the first to give NaN"):
         run_gate(stack, BLOCKS, baseline)
 
 
-def test_a_gate_keeps_what_it_measured(baseline: StoredProfile) -> None:
+def test_a_gate_returns_the_measured_profile(baseline: StoredProfile) -> None:
     few = quick_blocks(BLOCKS, baseline, 5 * LENGTH)
     quick = run_gate(a_stack(), BLOCKS, baseline, tokens=5 * LENGTH).profile
     full = run_gate(a_stack(), BLOCKS, baseline, full=True).profile
@@ -149,7 +149,7 @@ def test_a_gate_keeps_what_it_measured(baseline: StoredProfile) -> None:
         ({"tokenizer_hash": "other"}, "tokenizer_hash"),
     ],
 )
-def test_another_model_is_not_measured_at_all(
+def test_another_model_is_not_measured(
     baseline: StoredProfile,
     changes: dict[str, str],
     name: str,
@@ -175,7 +175,7 @@ def test_other_text_needs_the_full_gate(baseline: StoredProfile) -> None:
     assert full.verdict in ("PASS", "INCONCLUSIVE")
 
 
-def test_other_text_of_the_same_name_and_length_is_told_by_its_fingerprint(
+def test_other_text_of_the_same_name_and_length_is_recognized_by_fingerprint(
     baseline: StoredProfile,
 ) -> None:
     comparison = run_gate(a_stack(), blocks_of(60, seed=1), baseline).comparison
@@ -185,7 +185,7 @@ def test_other_text_of_the_same_name_and_length_is_told_by_its_fingerprint(
     assert mismatch.expected == f"random in sequences of {LENGTH} ({stored[:19]}...)"
 
 
-def test_text_that_shares_some_sequences_is_held_to_those(baseline: StoredProfile) -> None:
+def test_text_that_shares_most_sequences_is_compared_on_those(baseline: StoredProfile) -> None:
     mixed = dataclasses.replace(
         BLOCKS, ids=np.concatenate([blocks_of(5, seed=1).ids, BLOCKS.ids[7:12]])
     )
@@ -193,32 +193,32 @@ def test_text_that_shares_some_sequences_is_held_to_those(baseline: StoredProfil
     assert comparison.verdict == "PASS"
     assert comparison.tokens % LENGTH == 0
     assert comparison.sequences == (5, 5)
-    # Another tokenization can have a block in common by chance: that is other text.
+    # Another tokenization can share a block by chance, which does not make it the same text.
     few = dataclasses.replace(mixed, ids=mixed.ids[:6])
     comparison = run_gate(a_stack(), few, baseline).comparison
     assert comparison.verdict == "NOT COMPARABLE"
     assert comparison.mismatches[0].remedy.startswith("1 of its 6 sequences")
 
 
-# --- Elsewhere -------------------------------------------------------------------------------
+# --- Another environment ---------------------------------------------------------------------
 
 
 def moved(baseline: StoredProfile, **machine: Any) -> StoredProfile:
-    """Return the baseline as if another machine had made it."""
+    """Return the baseline as if it was made on another machine."""
     plain = to_plain(baseline.content)
     plain["provenance"]["machine"] |= machine
     content = from_plain(plain, ProfileRecord)
     return StoredProfile(seal(content, baseline.state), baseline.state)
 
 
-def test_where_the_baseline_was_made_nothing_is_measured_anew(
+def test_noise_is_not_measured_in_the_baselines_environment(
     baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quick_gate, "measure_noise", lambda *_: pytest.fail("measured anew"))
+    monkeypatch.setattr(quick_gate, "measure_noise", lambda *_: pytest.fail("measured again"))
     assert run_gate(a_stack(), BLOCKS, baseline).noise is None
 
 
-def test_elsewhere_the_noise_is_measured_once_and_kept(
+def test_noise_is_measured_once_in_another_environment_and_cached(
     baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path))
@@ -233,22 +233,22 @@ def test_elsewhere_the_noise_is_measured_once_and_kept(
     for _ in range(2):
         result = run_gate(a_stack(), BLOCKS, elsewhere)
         assert result.noise is not None
-        assert "made elsewhere" in result.comparison.notes[0]
+        assert "made in another environment" in result.comparison.notes[0]
         theirs = baseline.content.noise
         assert isinstance(theirs, NoiseFloor)
         expected = 3 * (4e-6 + max(theirs.repeat, theirs.exact or 0))
         limits = {c.limit for c in result.comparison.cells if c.statistic == "mean"}
         assert list(limits) == pytest.approx([expected])
     assert calls == [4]
-    # A broken layer is still far beyond.
+    # A broken layer is still far beyond the tolerance.
     assert run_gate(broken(), BLOCKS, elsewhere).comparison.verdict == "FAIL"
     other = blocks_of(50, seed=2)
     run_gate(a_stack(), other, moved(baseline_of(a_stack(), other), blas="another"))
-    assert calls == [4, 4]  # other text, measured by itself
+    assert calls == [4, 4]  # other text is measured separately
 
 
 @pytest.mark.parametrize("content", ["{", '{"kind": "evaluation"}'])
-def test_a_torn_cache_is_measured_over(
+def test_a_torn_noise_cache_is_replaced(
     baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
 ) -> None:
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path))
@@ -260,7 +260,7 @@ def test_a_torn_cache_is_measured_over(
     assert '"kind": "noise"' in path.read_text()
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing(
+def test_an_unwritable_noise_cache_is_ignored(
     baseline: StoredProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -274,7 +274,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
 
 @pytest.fixture
 def stored(run: Run, models: Path, here: Path) -> Path:
-    """Baselines of the tiny checkpoint on the corpus at hand, in ./baselines."""
+    """The path of the tiny checkpoint's baseline in ./baselines."""
     given = ("--model", models / "tiny", "--corpus", "texts.jsonl", "--seq-len", 16)
     assert run("analyze", *given, "--output", "run").status == 0
     assert run("accept", "run").status == 0
@@ -287,7 +287,7 @@ def gated(run: Run, model: Path, *options: object) -> Any:
     return run("gate", "--model", model, *corpus, *options)
 
 
-def test_the_command_passes_writes_its_reports_and_keeps_an_older_one(
+def test_the_command_writes_its_reports_and_never_overwrites_another_run(
     run: Run, models: Path, stored: Path
 ) -> None:
     done = gated(run, models / "tiny", "--output", "out")
@@ -303,7 +303,7 @@ def test_the_command_passes_writes_its_reports_and_keeps_an_older_one(
     assert "holds another run" in again.err
 
 
-def test_another_checkpoint_is_exit_status_2_and_anyway_shows_what_moved(
+def test_another_checkpoint_exits_with_2_unless_compared_anyway(
     run: Run, models: Path, stored: Path
 ) -> None:
     done = gated(run, models / "other", "--baseline", stored)
@@ -323,8 +323,8 @@ def test_comparing_a_run_with_its_baseline_passes(run: Run, stored: Path) -> Non
     assert done.out.startswith("PASS")
 
 
-def test_what_is_undecided_is_exit_status_0_and_with_strict_1(run: Run, stored: Path) -> None:
-    # So narrow a margin that the intervals of 40 short texts straddle it.
+def test_inconclusive_exits_with_0_and_with_strict_1(run: Run, stored: Path) -> None:
+    # The margin is so narrow that the intervals of 40 short texts straddle it.
     given = ("compare", "run", "run", "--independent", "--margin", 1e-6)
     undecided, strict = run(*given), run(*given, "--strict")
     assert undecided.out.startswith("INCONCLUSIVE")
@@ -332,24 +332,26 @@ def test_what_is_undecided_is_exit_status_0_and_with_strict_1(run: Run, stored: 
     assert strict.out == undecided.out
 
 
-def test_a_missing_baseline_says_how_to_make_one(run: Run, models: Path, here: Path) -> None:
+def test_a_missing_baseline_gives_a_one_line_error_with_the_remedy(
+    run: Run, models: Path, here: Path
+) -> None:
     done = gated(run, models / "tiny")
     assert done.status == 2
     assert "cascade accept" in done.err
     assert len(done.err.strip().splitlines()) == 1
 
 
-def test_an_edited_baseline_is_refused_in_one_line(run: Run, models: Path, stored: Path) -> None:
+def test_an_edited_baseline_gives_a_one_line_error(run: Run, models: Path, stored: Path) -> None:
     text = stored.read_text()
     stored.write_text(text.replace('"mean": 0.', '"mean": 0.1', 1))
     done = gated(run, models / "tiny")
     assert (done.status, done.out) == (2, "")
-    assert "was changed after it was made" in done.err
+    assert "was changed after it was written" in done.err
     assert len(done.err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("options", [("--margin", 0), ("--confidence", 1), ("--margin", "nan")])
-def test_a_margin_that_cannot_be_meant_is_refused(
+def test_an_invalid_margin_or_confidence_is_refused(
     run: Run, stored: Path, options: tuple[object, ...]
 ) -> None:
     done = run("compare", "run", stored, *options)
@@ -357,7 +359,7 @@ def test_a_margin_that_cannot_be_meant_is_refused(
     assert "expected a margin above 0" in done.err
 
 
-def test_analyze_keeps_the_noise_and_a_seal_in_its_record(run: Run, stored: Path) -> None:
+def test_analyze_stores_the_noise_floor_and_a_seal(run: Run, stored: Path) -> None:
     record = read_profile(Path("run")).record()
     assert record.noise
     assert record.noise.repeat < 1e-6
@@ -365,14 +367,14 @@ def test_analyze_keeps_the_noise_and_a_seal_in_its_record(run: Run, stored: Path
     assert read_profile(stored).record() == record
 
 
-def test_what_is_accepted_over_another_is_shown_against_it(run: Run, stored: Path) -> None:
+def test_accept_compares_a_run_with_the_baseline_it_replaces(run: Run, stored: Path) -> None:
     done = run("accept", "run")
     assert done.status == 0
     assert "Against the baseline before" in done.out
     assert "PASS" in done.out
 
 
-def test_the_record_of_a_gate_has_its_steps_and_cost(baseline: StoredProfile) -> None:
+def test_the_record_of_a_gate_has_its_steps_and_duration(baseline: StoredProfile) -> None:
     result = run_gate(a_stack(), BLOCKS, baseline, tokens=2 * LENGTH)
     assert isinstance(result, Gate)
     run = result.record().gate

@@ -1,4 +1,4 @@
-"""Baselines and budgets measured again: the same text, points, heads and settings."""
+"""Measuring baselines and budgets again: same text, operating points, heads and settings."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def fitted(stack: DecoderStack, blocks: TokenBlocks) -> FittedHeads:
     return fit_heads(stack, blocks, (2,), provenance=provenance_of(stack, blocks, None))
 
 
-def test_a_group_is_measured_again_on_the_same_tokens_in_the_same_way(
+def test_a_group_is_measured_again_on_the_same_tokens_and_settings(
     tmp_path: Path, source: str, blocks: TokenBlocks
 ) -> None:
     stack = a_stack()
@@ -75,7 +75,7 @@ def test_a_group_is_measured_again_on_the_same_tokens_in_the_same_way(
     made = evaluate_points(stack, points, blocks, config=config)
     path = accept_budgets(tmp_path, made).path
     (group,) = read_budgets(path).groups
-    # The last of 81 sequences confirms nothing: 80 are what is read.
+    # The last of 81 sequences is in no confirmation split, so 80 are read.
     again = group_blocks(stack, group, source)
     assert len(again.ids) == 80
     record = rerun(stack, group, again)
@@ -90,7 +90,7 @@ def test_a_group_is_measured_again_on_the_same_tokens_in_the_same_way(
     assert {o.figure for o in check_budgets(record, [group])} <= {"seconds_ratio"}
 
 
-def test_first_points_are_those_of_the_study_at_the_given_layer(blocks: TokenBlocks) -> None:
+def test_default_operating_points_use_the_studys_hard_ratios(blocks: TokenBlocks) -> None:
     stack = a_stack()
     suggested = first_points(stack, blocks, None)
     assert {point.layer for point in suggested} == {3}
@@ -99,15 +99,13 @@ def test_first_points_are_those_of_the_study_at_the_given_layer(blocks: TokenBlo
     given = first_points(stack, blocks, 2)
     assert {(point.layer, point.rule, point.source) for point in given} == {(2, "cosine", "given")}
     rows = evaluate_points(stack, given, blocks).points
-    # Thresholds come from the other half of the text.
+    # Thresholds come from the other half of the text, so the shares are approximate.
     np.testing.assert_allclose([row.exit_share for row in rows], [0.7, 0.5, 0.3], atol=0.1)
     with pytest.raises(UsageError, match=r"expected an exit layer in 1\.\.4, got 5"):
         first_points(stack, blocks, 5)
 
 
-def test_heads_are_found_by_their_fingerprint_among_others(
-    tmp_path: Path, blocks: TokenBlocks
-) -> None:
+def test_heads_are_found_by_their_fingerprint(tmp_path: Path, blocks: TokenBlocks) -> None:
     stack, other = a_stack(), a_stack(1, "other")
     heads = fitted(stack, blocks)
     fitted(other, blocks).save(tmp_path / "a.heads.safetensors")
@@ -147,7 +145,7 @@ def _drop(place: str) -> Any:
         "groups.0.provenance.corpus.seq_len",
     ],
 )
-def test_a_file_that_lacks_what_a_rerun_needs_is_refused_by_that_name(
+def test_budgets_without_a_field_that_a_rerun_needs_are_refused(
     tmp_path: Path, blocks: TokenBlocks, place: str
 ) -> None:
     stack = a_stack()
@@ -163,7 +161,7 @@ def test_a_file_that_lacks_what_a_rerun_needs_is_refused_by_that_name(
 # --- Baselines and budgets, stored -----------------------------------------------------------
 
 
-def test_a_baseline_is_measured_whole_and_stored_with_its_noise_floor(tmp_path: Path) -> None:
+def test_a_baseline_covers_the_whole_corpus_and_stores_its_noise_floor(tmp_path: Path) -> None:
     profile = measure_whole(a_small_stack(), BLOCKS, command="pytest --force-regen")
     path, before = store_profile(tmp_path, profile)
     assert (path, before) == (tmp_path / "tiny/random.saturation.json", None)
@@ -179,14 +177,14 @@ def test_a_baseline_is_measured_whole_and_stored_with_its_noise_floor(tmp_path: 
     assert before.record() == stored.record()
 
 
-def test_what_is_measured_again_still_holds_and_what_moved_does_not() -> None:
+def test_a_repeated_profile_still_holds_and_a_moved_one_does_not() -> None:
     before = a_profile(12)
     assert still_holds(a_profile(12), before)
     assert not still_holds(a_profile(12, seed=1), before)
     assert compare(a_profile(12, seed=1), before).verdict == "FAIL"
 
 
-def test_fewer_or_more_sequences_are_another_baseline() -> None:
+def test_a_baseline_with_fewer_or_more_sequences_does_not_hold() -> None:
     values = similarities_of(12)
     ten, twelve = profile_of(values[:, :10]), profile_of(values)
     for new, before in ((ten, twelve), (twelve, ten)):
@@ -194,7 +192,7 @@ def test_fewer_or_more_sequences_are_another_baseline() -> None:
         assert not still_holds(new, before)
 
 
-def test_another_model_or_an_older_schema_is_made_anew_whatever_the_numbers() -> None:
+def test_another_model_or_an_older_schema_never_holds() -> None:
     old = a_profile(12)
     assert not still_holds(a_profile(12, about=provenance(model__weights_hash="w2")), old)
     first = StoredProfile(seal(replace(old.content, schema=1), old.state), old.state)
@@ -202,13 +200,13 @@ def test_another_model_or_an_older_schema_is_made_anew_whatever_the_numbers() ->
     assert not still_holds(old, first)
 
 
-def test_anyway_shows_what_moved_in_another_checkpoint() -> None:
+def test_anyway_compares_different_checkpoints() -> None:
     other = a_profile(12, seed=1, about=provenance(model__weights_hash="w2"))
     assert compare(other, a_profile(12)).verdict == "NOT COMPARABLE"
     assert compare(other, a_profile(12), anyway=True).verdict == "FAIL"
 
 
-def test_budgets_are_replaced_as_a_whole_also_by_those_of_another_checkpoint(
+def test_budgets_are_replaced_as_a_whole_even_by_another_checkpoint(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "tiny/words.budgets.json"

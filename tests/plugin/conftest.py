@@ -1,4 +1,4 @@
-"""Fixtures of the plugin's tests: a stranger's project, with and without baselines."""
+"""Fixtures of the plugin's tests: a user's project, with and without baselines."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from cascade.report.gate.page import report_page
 def project(
     made: Path, pytester: pytest.Pytester, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> pytest.Pytester:
-    """A stranger's project: an ini file, a corpus, two tests, no baselines yet."""
-    # `made` comes first: an inner session forgets every module that it was the first to import, so
-    # that the next one would import it anew.
+    """A user's project: an ini file, a corpus, two tests, no baselines yet."""
+    # `made` comes first: an inner session drops every module that it was the first to import, and
+    # the next one would import it again.
     assert made.is_dir()
     for name in ("CI", "GITHUB_STEP_SUMMARY"):
         monkeypatch.delenv(name, raising=False)
@@ -42,14 +42,14 @@ def project(
     pytester.path.joinpath("pytest.ini").write_text(INI.format(model=models / "tiny"))
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
     pytester.path.joinpath("texts.jsonl").write_text("".join(lines))
-    # Not named as one of our own modules, which this process may have imported.
+    # These names differ from this repository's test modules, which may already be imported.
     pytester.makepyfile(test_my_saturation=SATURATION, test_my_budgets=BUDGETS)
     return pytester
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
-    """Baselines of the tiny model, as `--force-regen` makes them."""
+    """Baselines of the tiny model, as created by `--force-regen`."""
     folder = tmp_path_factory.mktemp("made")
     corpus = folder / "texts.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
@@ -65,7 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
         report_page(session_record([comparison]))
     finally:
         torch.set_num_threads(threads)
-    # What a point takes in time is not this file's subject.
+    # A generous time budget, because these tests are not about time.
     timed = {"seconds_ratio": 50.0, "seconds_ratio_interval": None}
     rows = [replace(row, **timed) for row in record.points]
     replace_budgets(folder / STORED, [replace(record, points=rows)])
@@ -74,6 +74,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
 
 @pytest.fixture
 def guarded(project: pytest.Pytester, made: Path) -> pytest.Pytester:
-    """The same project, its baselines stored."""
+    """The same project with stored baselines."""
     shutil.copytree(made, project.path / "baselines")
     return project

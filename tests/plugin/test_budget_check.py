@@ -30,17 +30,18 @@ def groups() -> Any:
     return json.loads(STORED.read_text())
 
 
-def test_only_the_points_at_the_exit_layer_are_held(guarded: pytest.Pytester) -> None:
+def test_only_operating_points_at_the_exit_layer_are_checked(guarded: pytest.Pytester) -> None:
     stored = groups()
     (group,) = stored["groups"]
-    group["points"][0] |= {"exit_layer": 2}  # its budget is another layer's, and is not kept
+    group["points"][0] |= {"exit_layer": 2}  # with the budget of another layer, which is exceeded
     STORED.write_text(json.dumps(stored))
     only = ("-m", "budgets")
     assert "layer 2" in failure(ran(guarded, *only))
     ran(guarded, *only, "--cascade-exit-layer", 3).assert_outcomes(passed=1, deselected=1)
     assert "layer 2" in failure(ran(guarded, *only, "--cascade-exit-layer", 2))
     done = failure(ran(guarded, *only, "--cascade-exit-layer", 1))
-    assert "has no point at exit layer 1 with propagation any; it has layers 2, 3" in done
+    assert "expected an operating point at exit layer 1 in" in done
+    assert "got layers 2, 3 and propagation" in done
     done = ran(guarded, *only, "--cascade-exit-layer", 9)
     done.assert_outcomes(errors=1, deselected=1)
     assert failure(done) == "expected an exit layer in 1..4, got 9"
@@ -51,7 +52,7 @@ def test_only_the_points_at_the_exit_layer_are_held(guarded: pytest.Pytester) ->
     )
     done = ran(guarded, *only)
     done.assert_outcomes(passed=1, failed=1, deselected=1)
-    assert "no point at exit layer any with propagation ridge" in failure(done)
+    assert "operating point at any exit layer with propagation ridge in" in failure(done)
 
 
 def test_budgets_of_fitted_heads_are_measured_with_those_heads(
@@ -74,7 +75,7 @@ def test_budgets_of_fitted_heads_are_measured_with_those_heads(
     assert "no exit heads sha256:" in failure(ran(guarded, "-m", "budgets"))
 
 
-def test_records_of_ones_own_are_held_to_the_same_budgets(guarded: pytest.Pytester) -> None:
+def test_given_evaluation_records_are_checked_against_the_budgets(guarded: pytest.Pytester) -> None:
     guarded.makepyfile(
         test_my_budgets="""
         import pytest
@@ -94,7 +95,7 @@ def test_records_of_ones_own_are_held_to_the_same_budgets(guarded: pytest.Pytest
             with pytest.raises(pytest.fail.Exception, match="agreement budget at least"):
                 exit_budget.check(worse)
 
-        def test_nothing(exit_budget):  # and a record that lacks something
+        def test_nothing(exit_budget):  # and an incomplete record
             with pytest.raises(pytest.fail.Exception, match="the evaluation is torn or edited"):
                 exit_budget.check({"kind": "evaluation", "points": []})
             with pytest.raises(pytest.fail.Exception, match="expected cascade_evaluation"):
@@ -112,7 +113,7 @@ def test_records_of_ones_own_are_held_to_the_same_budgets(guarded: pytest.Pytest
         (lambda path: path.write_text('{"schema": 4, "kind": "budgets"}'), "has schema 4"),
     ],
 )
-def test_damaged_budgets_fail_in_one_line(
+def test_damaged_budgets_give_a_one_line_error(
     guarded: pytest.Pytester, damage: Callable[[Path], Any], words: str
 ) -> None:
     damage(guarded.path / STORED)

@@ -1,4 +1,4 @@
-"""The check of profiles: the life of a baseline, and what cannot be compared."""
+"""The check of profiles: the life cycle of a baseline, and what is not comparable."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from cascade.gate import baseline_lookup
 from cascade.gate.baselines import read_profile
 from cascade.gate.budgets import SLACK
 
-# --- The life of a baseline -----------------------------------------------------------------------
+# --- Life cycle of a baseline ---------------------------------------------------------------------
 
 
-def test_a_baseline_is_missed_made_kept_broken_and_made_anew(project: pytest.Pytester) -> None:
+def test_life_cycle_of_a_baseline(project: pytest.Pytester) -> None:
     only = ("-m", "saturation")
     missing = ran(project, *only, "--cascade-report", "out")
     missing.assert_outcomes(failed=1, deselected=1)
-    assert failure(missing).startswith(f"no baseline {BASELINE}; make one with `cascade analyze ")
+    assert failure(missing).startswith(f"no baseline {BASELINE}; create it with `cascade analyze ")
     assert len(failure(missing).splitlines()) == 1
     report = json.loads(Path("out/report.json").read_text())
     assert report["verdict"] == "FAIL"
@@ -49,7 +49,7 @@ def test_a_baseline_is_missed_made_kept_broken_and_made_anew(project: pytest.Pyt
     made.assert_outcomes(failed=1, deselected=1)
     assert (
         failure(made)
-        == f"made {BASELINE} anew (--force-regen); review it, commit it, and run again"
+        == f"regenerated {BASELINE} (--force-regen); review it, commit it, and run again"
     )
     whole = read_profile(project.path / BASELINE)
     record = whole.record()
@@ -63,19 +63,19 @@ def test_a_baseline_is_missed_made_kept_broken_and_made_anew(project: pytest.Pyt
     broken(project)
     changed = ran(project, *only)
     changed.assert_outcomes(failed=1, deselected=1)
-    assert failure(changed).startswith("FAIL: drift: ")
+    assert failure(changed).startswith("FAIL: drift in ")
     assert "layer 3 is the first that moved" in failure(changed)
 
     again = ran(project, *only, "--force-regen")
     again.assert_outcomes(failed=1, deselected=1)
-    assert "Against the baseline before:\nFAIL: drift" in failure(again)
+    assert "Compared with the previous baseline:\nFAIL: drift" in failure(again)
     assert "layer 3 is the first that moved" in failure(again)
     ran(project, *only).assert_outcomes(passed=1, deselected=1)
     mended(project)
     ran(project, *only).assert_outcomes(failed=1, deselected=1)
 
 
-def test_the_shipped_baseline_is_used_named_and_never_written_to(
+def test_the_shipped_baseline_is_used_and_never_written_to(
     project: pytest.Pytester, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = project.path / "site/cascade"
@@ -94,21 +94,19 @@ def test_the_shipped_baseline_is_used_named_and_never_written_to(
 
     broken(project)
     again = ran(project, *only, "--force-regen")
-    assert failure(again).startswith(f"made {BASELINE} anew")
+    assert failure(again).startswith(f"regenerated {BASELINE}")
     own = ran(project, *only)
     own.assert_outcomes(passed=1, deselected=1)
     assert "shipped with" not in str(own.stdout)
     assert contents(package) == before
 
 
-def test_budgets_live_the_same_life(
-    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)  # time is not what this test is about
+def test_life_cycle_of_budgets(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)  # this test is not about time
     only = ("-m", "budgets", "--cascade-exit-layer", "3")
     missing = ran(project, *only)
     missing.assert_outcomes(failed=1, deselected=1)
-    assert failure(missing).startswith(f"no baseline {STORED}; make one with `cascade evaluate ")
+    assert failure(missing).startswith(f"no baseline {STORED}; create it with `cascade evaluate ")
     made = ran(project, *only, "--force-regen")
     made.assert_outcomes(failed=1, deselected=1)
     (group,) = json.loads(STORED.read_text())["groups"]
@@ -118,19 +116,19 @@ def test_budgets_live_the_same_life(
     broken(project, 1.3)
     changed = ran(project, *only)
     changed.assert_outcomes(failed=1, deselected=1)
-    assert re.match(r"FAIL: .*: not kept: \d+ of the budgets of 3 points", failure(changed))
+    assert re.match(r"FAIL: .*: \d+ budgets of 3 operating points exceeded", failure(changed))
     assert "exit_share budget at least" in failure(changed)
-    assert "To look closer: cascade evaluate" in failure(changed)
+    assert "To inspect: cascade evaluate" in failure(changed)
     again = ran(project, *only, "--force-regen")
     again.assert_outcomes(failed=1, deselected=1)
-    assert "Against the budgets before:" in failure(again)
+    assert "Compared with the previous budgets:" in failure(again)
     assert "exit_share budget" in failure(again)
 
 
-def test_the_commands_that_a_missing_baseline_names_make_it(
+def test_the_suggested_commands_create_a_missing_baseline(
     project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)  # time is not what this test is about
+    monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)  # this test is not about time
     for marker, point in (("saturation", ""), ("budgets", "3:cosine:0.8")):
         said = failure(ran(project, "-m", marker))
         lines = re.findall("`(cascade [^`]*)`", said)
@@ -141,13 +139,13 @@ def test_the_commands_that_a_missing_baseline_names_make_it(
         assert ran(project, "-m", marker).parseoutcomes()["passed"] == 1
 
 
-def test_force_regen_leaves_what_still_holds_and_passes(guarded: pytest.Pytester) -> None:
+def test_force_regen_keeps_valid_baselines_and_passes(guarded: pytest.Pytester) -> None:
     before = contents(guarded.path / "baselines")
     ran(guarded, "--force-regen").assert_outcomes(passed=2)
     assert contents(guarded.path / "baselines") == before
 
 
-def test_regen_all_writes_everything_and_passes(guarded: pytest.Pytester) -> None:
+def test_regen_all_rewrites_all_baselines_and_passes(guarded: pytest.Pytester) -> None:
     broken(guarded)
     before = contents(guarded.path / "baselines")
     ran(guarded, "--regen-all", "--cascade-report", "out").assert_outcomes(passed=2)
@@ -155,16 +153,16 @@ def test_regen_all_writes_everything_and_passes(guarded: pytest.Pytester) -> Non
     assert before.keys() == after.keys()
     assert all(before[name] != after[name] for name in before if before[name] is not None)
     record = json.loads(Path("out/report.json").read_text())
-    assert record["verdict"] == "INCONCLUSIVE"  # nobody has reviewed them yet
+    assert record["verdict"] == "INCONCLUSIVE"  # they have not been reviewed yet
     assert record["regenerated"] == [str(STORED), str(BASELINE)]
     ran(guarded, "-m", "saturation").assert_outcomes(passed=1, deselected=1)
-    # Also what still holds, as pytest-regressions does.
+    # Like pytest-regressions, this rewrites valid baselines too.
     ran(guarded, "--regen-all", "-k", "saturation").assert_outcomes(passed=1, deselected=1)
     command = read_profile(guarded.path / BASELINE).record().provenance.command
     assert str(command).endswith("--regen-all -k saturation")
 
 
-def test_a_profile_is_that_of_the_new_baseline_once_there_is_one(
+def test_the_profile_uses_the_edges_of_a_regenerated_baseline(
     guarded: pytest.Pytester,
 ) -> None:
     broken(guarded)
@@ -189,7 +187,7 @@ def test_a_profile_is_that_of_the_new_baseline_once_there_is_one(
     done.assert_outcomes(passed=1)
 
 
-def test_a_corpus_that_grew_is_measured_whole_when_made_anew(guarded: pytest.Pytester) -> None:
+def test_regenerating_measures_all_of_a_corpus_that_grew(guarded: pytest.Pytester) -> None:
     with Path("texts.jsonl").open("a") as file:
         file.write('{"text": "One more text, longer than a sequence of sixteen characters."}\n')
     only = ("-m", "saturation")
@@ -202,20 +200,20 @@ def test_a_corpus_that_grew_is_measured_whole_when_made_anew(guarded: pytest.Pyt
     ran(guarded, *only).assert_outcomes(passed=1, deselected=1)
 
 
-def test_a_torn_baseline_is_made_anew_but_torn_budgets_are_asked_for(
+def test_regenerating_replaces_a_torn_baseline_but_refuses_torn_budgets(
     guarded: pytest.Pytester,
 ) -> None:
     for path in (BASELINE, STORED):
         path.write_text(path.read_text()[:-40])
     done = ran(guarded, "--regen-all")
     done.assert_outcomes(passed=1, failed=1)
-    # Which points they held nobody knows any more.
+    # The stored operating points are lost, so the file cannot be regenerated.
     assert "texts-confirm.budgets.json is torn or edited" in failure(done)
     read_profile(guarded.path / BASELINE)
 
 
 @pytest.mark.parametrize("option", ["--force-regen", "--regen-all"])
-def test_nothing_is_made_anew_where_ci_is_set(
+def test_regenerating_is_refused_when_ci_is_set(
     guarded: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
     broken(guarded, 1.3)
@@ -224,7 +222,7 @@ def test_nothing_is_made_anew_where_ci_is_set(
     for marker in ("saturation", "budgets"):
         done = ran(guarded, option, "-m", marker, "--cascade-report", "out")
         done.assert_outcomes(failed=1, deselected=1)
-        assert failure(done).startswith(f"{option} is refused where CI is set: ")
+        assert failure(done).startswith(f"{option} is not allowed when CI is set, ")
         assert len(failure(done).splitlines()) == 1
         assert json.loads(Path("out/report.json").read_text())["verdict"] == "NOT COMPARABLE"
     assert contents(guarded.path / "baselines") == before
@@ -264,13 +262,13 @@ def another_runs_npz(path: Path) -> None:
     ("damage", "words"),
     [
         (torn, "texts.saturation.json is torn or edited"),
-        (edited_by_hand, "texts.saturation.json was changed after it was made (hash is"),
+        (edited_by_hand, "texts.saturation.json was changed after it was written (expected hash"),
         (newer, "has schema 9, this release reads up to 2; use cascade-exit 7.1 or a later one"),
         (without_npz, "no file "),
-        (another_runs_npz, "texts.saturation.npz was changed after it was made"),
+        (another_runs_npz, "texts.saturation.npz was changed after it was written"),
     ],
 )
-def test_a_damaged_baseline_fails_in_one_line_and_is_left_as_it_is(
+def test_a_damaged_baseline_gives_a_one_line_error_and_is_not_changed(
     guarded: pytest.Pytester, damage: Callable[[Path], None], words: str
 ) -> None:
     damage(guarded.path / BASELINE)
@@ -285,26 +283,26 @@ def test_a_damaged_baseline_fails_in_one_line_and_is_left_as_it_is(
     assert contents(guarded.path / "baselines") == before
 
 
-def test_another_checkpoint_is_said_in_one_line_with_what_to_do(
+def test_another_checkpoint_gives_a_one_line_error_with_the_remedy(
     guarded: pytest.Pytester, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(models / "other", guarded.path / "tiny")
     only = ("--cascade-model", "tiny", "-m")
     (said,) = failure(ran(guarded, *only, "budgets")).splitlines()
-    assert "weights_hash is sha256:" in said
+    assert "expected model.weights_hash sha256:" in said
     (said,) = failure(ran(guarded, *only, "saturation")).splitlines()
-    assert said.startswith("NOT COMPARABLE: model.weights_hash is sha256:")
-    assert "another checkpoint: review it, then accept a baseline of its own" in said
-    # Measure, see what moved (status 1: it did), accept.
+    assert said.startswith("NOT COMPARABLE: expected model.weights_hash sha256:")
+    assert "review the new checkpoint, then accept a separate baseline for it" in said
+    # Measure, compare (status 1, because it moved), accept.
     lines = re.findall("`(cascade [^`]*)`", said)
     assert [typed(line, monkeypatch) for line in lines] == [0, 1, 0]
     ran(guarded, *only, "saturation").assert_outcomes(passed=1, deselected=1)
     made = ran(guarded, *only, "budgets", "--force-regen")
-    assert failure(made).startswith(f"made {STORED} anew")
+    assert failure(made).startswith(f"regenerated {STORED}")
     assert "weights_hash" in failure(made)
 
 
-def test_a_model_that_gives_nan_or_is_not_there_fails_in_one_line(
+def test_nan_or_a_missing_model_gives_a_one_line_error(
     guarded: pytest.Pytester,
 ) -> None:
     broken(guarded, "float('inf')")

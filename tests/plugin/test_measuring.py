@@ -1,4 +1,4 @@
-"""What is measured for a check, and how much of it."""
+"""Measurements on first use, and how many tokens they take."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.plugin_project import (
 from cascade.gate.baselines import read_profile
 
 
-def test_the_profile_is_that_of_the_quick_gate_or_of_everything(
+def test_the_profile_covers_the_quick_gate_or_the_whole_corpus(
     guarded: pytest.Pytester, models: Path
 ) -> None:
     guarded.makepyfile(
@@ -53,14 +53,14 @@ def test_the_profile_is_that_of_the_quick_gate_or_of_everything(
 
         def test_check(saturation_baseline, cascade_profile, cascade_model):
             saturation_baseline.check(cascade_profile)
-            cascade_model.layers[0] = None  # nothing is measured a second time
+            cascade_model.layers[0] = None  # a second measurement would fail
             saturation_baseline.check(cascade_profile)
             cascade_profile.record()
         """
     )
     for options in ((), ("--cascade-full",)):
         ran(guarded, *options, "test_my_saturation.py").assert_outcomes(passed=2)
-    # Also where the gate has stopped long before, or refused to compare.
+    # Also if the gate stopped early or was not comparable.
     guarded.makepyfile(
         test_my_saturation=f"""
         import numpy as np
@@ -80,7 +80,7 @@ def test_the_profile_is_that_of_the_quick_gate_or_of_everything(
     ran(guarded, "test_my_saturation.py", "--cascade-model=tiny").assert_outcomes(passed=1)
 
 
-def test_the_gate_takes_as_few_tokens_as_decide(guarded: pytest.Pytester) -> None:
+def test_the_gate_stops_as_soon_as_it_can_decide(guarded: pytest.Pytester) -> None:
     guarded.makepyfile(
         test_my_saturation=f"import pytest\n{SATURATION}"
         + marked_test(SATURATION, "saturation(tokens=40)", "few")
@@ -99,8 +99,8 @@ def test_the_gate_takes_as_few_tokens_as_decide(guarded: pytest.Pytester) -> Non
     assert tokens() == ["16", "16", whole]  # the first sequence decides
 
 
-def test_a_profile_of_ones_own_is_held_to_its_baseline(project: pytest.Pytester) -> None:
-    # Read from files, as another test or another machine left them.
+def test_a_given_profile_is_compared_with_its_baseline(project: pytest.Pytester) -> None:
+    # Read from files, as from another test or another machine.
     for name, seed in (("tiny", 0), ("moved", 0)):
         run = save_run(project.path / name, a_profile(12, seed=seed))
         shutil.copy(run / "profile.json", project.path / f"{name}.json")
@@ -126,7 +126,7 @@ def test_a_profile_of_ones_own_is_held_to_its_baseline(project: pytest.Pytester)
     assert failure(done).startswith("FAIL: drift")
 
 
-def test_what_is_inconclusive_passes_unless_strict(project: pytest.Pytester) -> None:
+def test_inconclusive_passes_unless_strict(project: pytest.Pytester) -> None:
     stored = Path("baselines/tiny/words.saturation.json")
     for path, seed, prints in ((stored, 0, 0), (Path("new.json"), 1, 100)):
         write_profile(path, a_profile(3, seed=seed, fingerprints=np.arange(3) + prints))
@@ -145,20 +145,20 @@ def test_what_is_inconclusive_passes_unless_strict(project: pytest.Pytester) -> 
     project.makepyfile(test_my_saturation=test.format(strict=True))
     done = ran(project, "test_my_saturation.py")
     done.assert_outcomes(passed=1, failed=1)
-    assert failure(done).startswith("INCONCLUSIVE: undecided")
+    assert failure(done).startswith("INCONCLUSIVE: ")
     project.makepyfile(test_my_saturation=test.format(strict=False))
     done = ran(project, "test_my_saturation.py", "--cascade-strict")
     done.assert_outcomes(passed=1, failed=1)
 
 
-def test_a_failure_says_what_became_of_the_exit_layer_and_what_to_run(
+def test_a_failure_reports_the_exit_layer_and_the_commands_to_run(
     guarded: pytest.Pytester, models: Path
 ) -> None:
     broken(guarded)
     only = ("-m", "saturation", "--cascade-exit-layer")
     said = failure(ran(guarded, *only, 3))
-    assert "Exit layer 3 has moved: calibrate its threshold again (mean similarity exp" in said
-    assert f"To look closer: cascade gate --model {models / 'tiny'} --corpus texts.jsonl" in said
-    assert "To accept what is meant: cascade analyze" in said
+    assert "Exit layer 3 has moved; calibrate its threshold again (mean similarity exp" in said
+    assert f"To inspect: cascade gate --model {models / 'tiny'} --corpus texts.jsonl" in said
+    assert "To accept an intended change: cascade analyze" in said
     assert "&& cascade accept RUN --baselines baselines" in said
     assert "Exit layer 2 has not moved" in failure(ran(guarded, *only, 2))

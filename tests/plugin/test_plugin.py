@@ -1,4 +1,4 @@
-"""The plugin in a project: the suite, the docs, and the cost of not using it."""
+"""The plugin in a project: the suite, the docs, and the cost when unused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from cascade.plugin.settings import (
 )
 
 
-def test_a_project_with_no_test_file_runs_the_suite(guarded: pytest.Pytester, models: Path) -> None:
+def test_a_project_without_test_files_runs_the_suite(
+    guarded: pytest.Pytester, models: Path
+) -> None:
     for name in ("pytest.ini", "test_my_saturation.py", "test_my_budgets.py"):
         Path(name).unlink()
     given = ("--pyargs", "cascade.suite", "--cascade-model", models / "tiny")
@@ -41,14 +43,14 @@ def test_a_project_with_no_test_file_runs_the_suite(guarded: pytest.Pytester, mo
     shutil.copytree(models / "other", guarded.path / "tiny")
     done = ran(guarded, *given, "--cascade-model", "tiny", "-m", "saturation")
     done.assert_outcomes(failed=1, deselected=1)
-    assert failure(done).startswith("NOT COMPARABLE: model.weights_hash is sha256:")
+    assert failure(done).startswith("NOT COMPARABLE: expected model.weights_hash sha256:")
 
 
 def twelve_lines(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
 
 
-def test_the_twelve_lines_of_the_docs_are_twelve_and_run_what_there_is(
+def test_the_workflow_in_the_docs_has_twelve_lines_and_runs(
     project: pytest.Pytester,
 ) -> None:
     text = twelve_lines("docs/gate.md")
@@ -56,7 +58,7 @@ def test_the_twelve_lines_of_the_docs_are_twelve_and_run_what_there_is(
     workflow = yaml.safe_load(text)
     runs = [step["run"] for step in workflow["jobs"]["gate"]["steps"] if "run" in step]
     (command,) = [run for run in runs if run.startswith("pytest ")]
-    # The very line, but for the model: it fails for want of a baseline, and reports that.
+    # The same line with a missing model: the session fails and still writes a report.
     arguments = shlex.split(command)[1:]
     Path("pytest.ini").unlink()
     given = (f"--cascade-model={project.path / 'nowhere'}", "--cascade-corpus=texts.jsonl")
@@ -65,7 +67,7 @@ def test_the_twelve_lines_of_the_docs_are_twelve_and_run_what_there_is(
     assert json.loads(Path("report/report.json").read_text())["verdict"] == "NOT COMPARABLE"
 
 
-def test_the_docs_know_every_option_marker_argument_and_fixture() -> None:
+def test_the_docs_list_every_option_marker_argument_and_fixture() -> None:
     text = (ROOT / "docs/gate.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(--cascade-[\w-]+)` ", text, re.MULTILINE)
     options = [f"--cascade-{f.name.replace('_', '-')}" for f in dataclasses.fields(Settings)]
@@ -80,7 +82,7 @@ def test_the_docs_know_every_option_marker_argument_and_fixture() -> None:
         assert callable(getattr(plugin, fixture))
 
 
-def test_our_own_workflow_runs_tox_and_keeps_the_report() -> None:
+def test_the_repositorys_workflow_runs_tox_and_uploads_the_report() -> None:
     text = (ROOT / ".github/workflows/cascade.yml").read_text(encoding="utf-8")
     workflow = yaml.safe_load(text)
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
@@ -96,11 +98,11 @@ HEAVY = {"torch", "transformers", "datasets", "numpy", "matplotlib", "scipy", "r
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["test_it.py"], ["--collect-only", "--markers"]])
-def test_a_session_that_does_not_use_it_imports_nothing_heavy(
+def test_a_session_that_does_not_use_the_plugin_imports_nothing_heavy(
     tmp_path: Path, arguments: list[str]
 ) -> None:
     (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
-    # Other plugins of this environment are not the subject.
+    # Autoloading is off, so that other plugins of this environment do not matter.
     code = textwrap.dedent(
         f"""
         import sys, pytest

@@ -1,4 +1,4 @@
-"""The findings of a session: reports, unused baselines, and several processes."""
+"""The findings of a session: reports, unused baselines and several processes."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from cascade.plugin.settings import (
 # --- Reports --------------------------------------------------------------------------------------
 
 
-def test_a_session_leaves_one_report_in_every_form(
+def test_a_session_writes_json_markdown_html_and_a_job_summary(
     guarded: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken(guarded)
     summary = guarded.path / "summary.md"
-    summary.write_text("Of the step before.\n")
+    summary.write_text("From the previous step.\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-    for _ in range(2):  # a second session writes over the first one's report
+    for _ in range(2):  # a second session overwrites the first one's report
         done = ran(
             guarded, "--cascade-report", "out", "--junitxml", "junit.xml", "-m", "saturation"
         )
@@ -65,11 +65,16 @@ def test_a_session_leaves_one_report_in_every_form(
     markdown = Path("out/report.md").read_text()
     assert "FAIL" in markdown.splitlines()[0]
     written = summary.read_text()
-    assert written.startswith("Of the step before.\n")
+    assert written.startswith("From the previous step.\n")
     assert written.count(markdown.splitlines()[0]) == 2
     assert "layer 3 is the first that moved" in Path("out/report.html").read_text()
     done.stdout.fnmatch_lines(
-        ["*= cascade =*", "FAIL: tiny/texts: drift: *", "Wrote out/report.html", "Wrote summary.md"]
+        [
+            "*= cascade =*",
+            "FAIL: tiny/texts: drift in *",
+            "Wrote out/report.html",
+            "Wrote summary.md",
+        ]
     )
     (values,) = properties("junit.xml")
     assert values["cascade_verdict"] == "FAIL"
@@ -77,7 +82,7 @@ def test_a_session_leaves_one_report_in_every_form(
     assert values["cascade_tokens"] == "16"
 
 
-def test_a_job_summary_stays_below_what_a_host_takes(
+def test_a_job_summary_stays_below_the_size_limit(
     guarded: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran(guarded, "-m", "saturation", "--cascade-report", "out")
@@ -89,27 +94,27 @@ def test_a_job_summary_stays_below_what_a_host_takes(
     assert 10_000 < Path("summary.md").stat().st_size < 100_000
 
 
-def test_a_report_that_cannot_be_written_fails_the_session_and_says_so(
+def test_an_unwritable_report_fails_the_session(
     guarded: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(guarded.path))
     done = ran(guarded, "-m", "saturation")
     done.assert_outcomes(passed=1, deselected=1)
-    done.stdout.fnmatch_lines(["No report: cannot write *, which GITHUB_STEP_SUMMARY names: *"])
+    done.stdout.fnmatch_lines(["No report: cannot write * (from GITHUB_STEP_SUMMARY): *"])
     assert done.ret == pytest.ExitCode.TESTS_FAILED
 
 
-def test_no_report_is_written_where_nothing_was_compared(project: pytest.Pytester) -> None:
+def test_no_report_is_written_if_nothing_was_compared(project: pytest.Pytester) -> None:
     project.makepyfile(test_other="def test_other(): pass")
     done = ran(project, "test_other.py", "--cascade-report", "out")
     done.assert_outcomes(passed=1)
-    done.stdout.fnmatch_lines(["No report: no test held anything to a baseline"])
+    done.stdout.fnmatch_lines(["No report: no test compared anything with a baseline"])
     assert not Path("out").exists()
 
 
-# --- Baselines that nobody uses -------------------------------------------------------------------
+# --- Unused baselines -----------------------------------------------------------------------------
 
-#: What was measured before, as it is stored: nothing has to be loaded.
+#: Tests of stored measurements, which need no model.
 STORED_PROFILE = f"""
 from pathlib import Path
 from cascade import read_profile
@@ -134,7 +139,7 @@ def unused(project: pytest.Pytester, *arguments: object) -> list[str]:
     return found
 
 
-def test_baselines_that_no_test_used_are_listed_and_no_others(guarded: pytest.Pytester) -> None:
+def test_only_unused_baselines_are_listed(guarded: pytest.Pytester) -> None:
     guarded.makepyfile(test_my_saturation=STORED_PROFILE, test_my_budgets=STORED_EVALUATION)
     other = [Path("baselines/old/texts.saturation.json"), Path("baselines/old/texts.budgets.json")]
     other[0].parent.mkdir()
@@ -143,12 +148,12 @@ def test_baselines_that_no_test_used_are_listed_and_no_others(guarded: pytest.Py
     assert unused(guarded) == sorted(map(str, other))
     done = ran(guarded)
     done.stdout.fnmatch_lines(["*baselines/old/texts.saturation.json*"])
-    # Only of the kind whose tests were run.
+    # Only baselines of the kind whose tests were run are listed.
     assert unused(guarded, "-m", "saturation") == [str(other[0])]
     assert unused(guarded, "-m", "budgets") == [str(other[1])]
     assert unused(guarded, ".") == sorted(map(str, other))
     guarded.makepyfile(test_more=STORED_PROFILE.replace("test_saturation", "test_more"))
-    # A test that was left out might have used them.
+    # A test that was not run might have used the others.
     assert unused(guarded, "-k", "not more") == [str(other[1])]
     assert unused(guarded, "--deselect", "test_more.py::test_more") == [str(other[1])]
     assert unused(guarded, "test_my_saturation.py::test_saturation") == []
@@ -158,12 +163,12 @@ def test_baselines_that_no_test_used_are_listed_and_no_others(guarded: pytest.Py
     assert unused(guarded) == [str(other[1])]
     worse = STORED_EVALUATION.replace("**group", "**group, 'points': []")
     guarded.makepyfile(test_my_budgets=worse)
-    # The budgets' test comes first, and fails: the others were not run.
+    # The budgets' test comes first and fails, so the others are not run.
     assert unused(guarded, "-x") == [str(other[1])]
     assert unused(guarded, "--lf") == []
 
 
-def test_tests_that_only_carry_the_marker_say_nothing_about_baselines(
+def test_marked_tests_without_a_check_list_no_unused_baselines(
     guarded: pytest.Pytester,
 ) -> None:
     guarded.makepyfile(
@@ -175,7 +180,7 @@ def test_tests_that_only_carry_the_marker_say_nothing_about_baselines(
 
 # --- Several processes ----------------------------------------------------------------------------
 
-#: Two tests for two workers, on files alone: neither has to import torch.
+#: Tests for several workers, on stored files, so that no worker imports torch.
 WORKERS = """
 from pathlib import Path
 import pytest
@@ -187,7 +192,7 @@ def test_it(saturation_baseline, number):
 """
 
 
-def test_what_workers_found_is_one_report(
+def test_findings_of_workers_are_one_report(
     project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
@@ -201,7 +206,7 @@ def test_what_workers_found_is_one_report(
         write_profile(Path(f"{number}.json"), moved)
         stored = Path(f"baselines/tiny/words{number}.saturation.json")
         write_profile(stored, a_profile(8, about=about))
-    stored.with_name("nobody.saturation.json").write_text("{}")
+    stored.with_name("unused.saturation.json").write_text("{}")
     options = ("-n", 2, "--cascade-report", "out", "--junitxml", "junit.xml")
     done = ran(project, *options)
     done.assert_outcomes(passed=5, failed=1)
@@ -209,22 +214,24 @@ def test_what_workers_found_is_one_report(
     assert record["verdict"] == "FAIL"
     found = {part["name"]: part["verdict"] for part in record["comparisons"]}
     assert found == {f"tiny/words{n}": "FAIL" if n == 4 else "PASS" for n in range(6)}
-    assert record["unused"] == ["baselines/tiny/nobody.saturation.json"]
+    assert record["unused"] == ["baselines/tiny/unused.saturation.json"]
     assert summary.read_text().count("CASCADE: FAIL") == 1
     verdicts = sorted(values["cascade_verdict"] for values in properties("junit.xml"))
     assert verdicts == ["FAIL", *["PASS"] * 5]
-    # And a marker that is refused is said there, too.
+    # An invalid marker is reported too.
     project.makepyfile("import pytest\n@pytest.mark.saturation(3)\ndef test_bad(): pass")
     done = ran(project, "-n", 1, "-k", "test_bad")
     done.stdout.fnmatch_lines(["*test_bad: marker saturation takes no positional argument, got 3*"])
     assert done.ret == pytest.ExitCode.TESTS_FAILED
 
 
-def test_two_workers_that_make_one_baseline_leave_a_whole_one(project: pytest.Pytester) -> None:
+def test_two_workers_regenerating_one_baseline_leave_a_complete_one(
+    project: pytest.Pytester,
+) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     Path("test_my_budgets.py").unlink()
     project.makepyfile(test_my_saturation=WORKERS.replace("range(6)", "range(12)"))
-    for number in range(12):  # of one model and corpus, all different
+    for number in range(12):  # different profiles of one model and corpus
         write_profile(Path(f"{number}.json"), a_profile(8, seed=number))
     done = ran(project, "-n", 2, "--regen-all", "--cascade-report", "out")
     done.assert_outcomes(passed=12)
@@ -236,7 +243,7 @@ def test_two_workers_that_make_one_baseline_leave_a_whole_one(project: pytest.Py
     assert record["regenerated"] == [str(stored)]
 
 
-def test_what_two_processes_found_counts_once() -> None:
+def test_equal_findings_of_two_processes_count_once() -> None:
     record = replace(Comparison(None).record(), headline="no drift", verdict="PASS")
     comparison = NamedComparison.of(record, name="a/b", path="b.json")
     one, other = Findings(), Findings()
@@ -258,5 +265,5 @@ def test_what_two_processes_found_counts_once() -> None:
     session = total.record()
     assert session is not None
     assert len(session.comparisons) == 1
-    assert session.missing == []  # one of them made it
+    assert session.missing == []  # one of them regenerated it
     assert Findings().record() is None

@@ -1,4 +1,4 @@
-"""Settings and markers: where they come from, and which are refused."""
+"""Settings and markers: their precedence and validation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cascade.plugin.settings import (
 # --- Settings -------------------------------------------------------------------------------------
 
 
-def test_the_command_line_wins_over_the_ini_file_and_the_head_says_what_counts(
+def test_the_command_line_overrides_the_ini_file_and_the_header_shows_the_result(
     guarded: pytest.Pytester, models: Path
 ) -> None:
     ini = Path("pytest.ini")
@@ -53,7 +53,7 @@ def test_the_command_line_wins_over_the_ini_file_and_the_head_says_what_counts(
     done.stdout.fnmatch_lines([line])
 
 
-def test_paths_in_the_ini_file_lie_beside_it_and_others_where_the_user_is(
+def test_ini_paths_are_relative_to_the_ini_file_and_others_to_the_current_folder(
     guarded: pytest.Pytester, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(models / "tiny", guarded.path / "tiny")
@@ -78,13 +78,16 @@ def test_paths_in_the_ini_file_lie_beside_it_and_others_where_the_user_is(
         ("--cascade-tokens=many", "got 'many'"),
         ("--cascade-seq-len=1", "at least 2, got '1'"),
         ("--cascade-exit-layer=-3", "at least 1, got '-3'"),
-        ("--cascade-dtype=int8", "expected --cascade-dtype among float32, bfloat16, float16"),
+        (
+            "--cascade-dtype=int8",
+            "expected --cascade-dtype to be one of float32, bfloat16, float16",
+        ),
         ("--cascade-model=", "expected a value for --cascade-model, got an empty one"),
         ("--cascade-report=texts.jsonl", "--cascade-report: cannot write"),
         ("-ocascade_tokens=1.5", "expected cascade_tokens to be a whole number of at least 1"),
     ],
 )
-def test_a_setting_that_cannot_be_meant_is_refused_before_any_test(
+def test_an_invalid_setting_is_refused_before_any_test(
     project: pytest.Pytester, option: str, words: str
 ) -> None:
     done = ran(project, option)
@@ -94,19 +97,19 @@ def test_a_setting_that_cannot_be_meant_is_refused_before_any_test(
     assert "test_my_saturation" not in str(done.stdout)
 
 
-def test_other_projects_are_told_nothing(pytester: pytest.Pytester) -> None:
+def test_the_header_is_silent_in_other_projects(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_it(): pass")
     done = ran(pytester)
     done.assert_outcomes(passed=1)
     assert "cascade:" not in str(done.stdout)
     assert "= cascade =" not in str(done.stdout)
-    # Where nothing is set but a test asks, the head cannot know; the line comes with the tests.
+    # If a test needs the settings but none is given, the line appears after collection.
     pytester.makepyfile(SATURATION)
     done = ran(pytester, "--collect-only")
     done.stdout.fnmatch_lines(["cascade: smollm2-135m, float32 on cpu; corpus embedded; *"])
 
 
-def test_items_of_other_plugins_are_left_alone(pytester: pytest.Pytester) -> None:
+def test_items_of_other_plugins_are_ignored(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(
         """
         import pytest
@@ -127,10 +130,10 @@ def test_items_of_other_plugins_are_left_alone(pytester: pytest.Pytester) -> Non
     ran(pytester).assert_outcomes(passed=1)
 
 
-def test_settings_and_options_are_the_same() -> None:
+def test_settings_and_options_match() -> None:
     names = [field.name for field in dataclasses.fields(Settings)]
     assert names == [*settings.HELP, "baselines_named"]
-    # Spelled out there, because these modules import torch.
+    # Repeated in `settings`, because these modules import torch.
     assert tuple(DTYPES) == settings.DTYPES
     assert PROPAGATIONS == settings.PROPAGATIONS
 
@@ -141,16 +144,22 @@ def test_settings_and_options_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("marker", "words"),
     [
-        ("saturation(token=3)", "marker saturation has no argument 'token'; it knows tokens, full"),
-        ("saturation(3)", "marker saturation takes no positional argument, got 3; it knows tokens"),
+        (
+            "saturation(token=3)",
+            "marker saturation has no argument 'token'; it accepts tokens, full",
+        ),
+        (
+            "saturation(3)",
+            "marker saturation takes no positional argument, got 3; it accepts tokens",
+        ),
         ("saturation(tokens=0)", "expected tokens to be a whole number of at least 1, got 0"),
         ("saturation(tokens=True)", "expected tokens to be a whole number"),
         ("saturation(full=1)", "expected full to be True or False, got 1"),
-        ("budgets(layer=3)", "marker budgets has no argument 'layer'; it knows exit_layer, prop"),
+        ("budgets(layer=3)", "marker budgets has no argument 'layer'; it accepts exit_layer, p"),
         ("budgets(propagation='melted')", "expected propagation to be one of frozen, ridge, exact"),
     ],
 )
-def test_a_marker_with_arguments_that_nothing_reads_is_refused_by_name(
+def test_an_invalid_marker_argument_is_refused_by_name(
     pytester: pytest.Pytester, marker: str, words: str
 ) -> None:
     pytester.makepyfile(f"import pytest\n@pytest.mark.{marker}\ndef test_it(): pass")
@@ -162,7 +171,7 @@ def test_a_marker_with_arguments_that_nothing_reads_is_refused_by_name(
     assert done.parseoutcomes() == {}
 
 
-def test_markers_are_known_and_put_on_tests_that_use_a_fixture(
+def test_markers_are_registered_and_added_to_tests_that_use_a_fixture(
     pytester: pytest.Pytester,
 ) -> None:
     done = ran(pytester, "--markers")
@@ -186,7 +195,7 @@ def test_markers_are_known_and_put_on_tests_that_use_a_fixture(
         assert len([line for line in done.outlines if "::test_" in line]) == count
 
 
-def test_the_nearest_marker_wins(pytester: pytest.Pytester) -> None:
+def test_the_closest_marker_takes_precedence(pytester: pytest.Pytester) -> None:
     items = pytester.getitems(
         """
         import pytest

@@ -291,7 +291,7 @@ def check_same_inputs(
         if was != now:
             raise RecordError(
                 f"expected the record's own {what}, {was}, to measure what it lacks; got {now}: "
-                "name what it was made with, or evaluate anew"
+                "name what it was made with, or evaluate again"
             )
 
 

@@ -121,7 +121,7 @@ def _read(file: Path, name: str, source: int) -> StoredEvaluation:
     record = read_typed(file, EvaluationRecord)
     wrong = _inconsistency(record)
     if wrong is not None:
-        raise RecordError(f"{file} is torn or edited ({wrong}); evaluate anew")
+        raise RecordError(f"{file} is torn or edited ({wrong}); evaluate again")
     fitted_on = record.provenance.fitted_on
     if isinstance(fitted_on, UnsetType):
         raise RecordError(
@@ -362,7 +362,7 @@ def search_evaluations(
         if one.lacks is not None:
             raise RecordError(
                 f"{one.evaluation.name} does not have what agreement {config.agreement:g} needs: "
-                f"{one.lacks}; measure them with --measure, or evaluate anew"
+                f"{one.lacks}; measure them with --measure, or evaluate again"
             )
     records = [one.evaluation.record for one in answers]
     origin = SearchOrigin(

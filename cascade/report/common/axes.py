@@ -1,4 +1,4 @@
-"""Axes that figures share: similarities uniform in angle, and names of layers."""
+"""Shared axes of figures: similarities on a scale uniform in angle, and layer names."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def angle(similarity: float) -> float:
 
 
 def layer_positions(rows: Sequence[OfLayer]) -> list[float]:
-    """Return the place of each row on the x axis: layer l at l, the `+norm` row set apart."""
-    # Not a decoder layer. The gap grows with the axis: half a step of eighty would not be seen.
+    """Return the x position of each row: layer l at l, the `+norm` row set apart."""
+    # The `+norm` row is no decoder layer. Its gap grows with the axis, so that it stays visible.
     gap = max(0.5, len(rows) / 40)
     return [index + (gap if is_normed(row) else 0.0) for index, row in enumerate(rows, start=1)]
 
 
 def limit_angles(axes: Axes, low: float, high: float) -> None:
     """Show the angles [low, high], similarity 1 at the top, with similarities as tick labels."""
-    # 0.05 rad is 0.1% of similarity near 1: equal values still get an axis, not a point.
+    # 0.05 rad is 0.1% of similarity near 1. With it, equal values still get an axis.
     margin = max(0.02 * (high - low), 0.05 - (high - low), 0.0)
     low, high = max(0.0, low - margin), min(math.pi, high + margin)
     ticks = _similarity_ticks(low, high)
@@ -35,13 +35,13 @@ def limit_angles(axes: Axes, low: float, high: float) -> None:
 
 
 def _similarity_ticks(low: float, high: float) -> list[float]:
-    """Return round similarities, the roundest first, as many as fit between two angles."""
+    """Return the roundest similarities that fit between two angles, in ascending order."""
     chosen: list[float] = []
     for per_unit in (1, 2, 10, 20, 100, 1000, 10_000):
         few = len(chosen) < 6
         for step in range(per_unit, -per_unit - 1, -1):
             tick = step / per_unit
-            # Finer than a tenth only where the axis is short, or where the mass is: near 1.
+            # Finer than a tenth only if the axis is short, or near 1, where most values are.
             wanted = per_unit <= 10 or few or (tick > 0.9 and per_unit <= 100)
             apart = (abs(angle(tick) - angle(other)) for other in chosen)
             fits = low <= angle(tick) <= high and all(gap > (high - low) / 18 for gap in apart)
@@ -51,7 +51,7 @@ def _similarity_ticks(low: float, high: float) -> list[float]:
 
 
 def label_layers(axes: Axes, rows: Sequence[OfLayer]) -> None:
-    """Put layer names below the x axis, thinned out where there are too many to read."""
+    """Put layer names below the x axis, skipping some if there are too many to read."""
     positions = layer_positions(rows)
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10_000) if len(positions) <= 36 * step)
     ticks = [

@@ -1,4 +1,4 @@
-"""What records of early exit say, in words: layers, rules, heads, thresholds and intervals."""
+"""Texts for records of early exit: heads, propagation, thresholds and intervals."""
 
 from __future__ import annotations
 
@@ -15,71 +15,71 @@ _HEADS = {
     "ridge": "ridge: an affine map of the exit state, fitted in advance, before the LM head",
 }
 _PROPAGATIONS = {
-    "frozen": "frozen: upper layers take keys and values from the exit state",
-    "ridge": "ridge: upper layers take keys and values from a fitted prediction of their inputs",
-    "exact": "exact: upper layers catch up on tokens that left, once a later one goes on",
+    "frozen": "frozen: upper layers compute keys and values from the exit state",
+    "ridge": "ridge: upper layers compute keys and values from a fitted prediction of their inputs",
+    "exact": "exact: upper layers process exited tokens later, once a later token continues",
 }
 
-#: Measured with the heads of SmolLM2-135M's layers 24 and 28: of the tokens that left, 0.971 and
-#: 1.000 agreed with the full model on the text that the heads were fitted on, 0.936 and 0.980 on
-#: other text.
+#: Measured with the heads of SmolLM2-135M's layers 24 and 28: of the exited tokens, 0.971 and 1.000
+#: agreed with the full model on the text that the heads were fitted on, 0.936 and 0.980 on other
+#: text.
 _SEEN = (
-    "the heads were fitted on this very text, where they are better than elsewhere: take another "
-    "corpus, or another --split"
+    "the heads were fitted on this text and are more accurate on it than on other text; use "
+    "another corpus or another --split"
 )
 
-#: Percentile bootstraps over fewer sequences than this are far too narrow.
+#: Percentile bootstrap intervals over fewer sequences than this are far too narrow.
 _FEW = 8
 
 
 class SizedCorpus(Protocol):
-    """A corpus of which the name and the size are known."""
+    """A corpus with a known name and size."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The name."""
 
     @property
     def tokens(self) -> int:
-        """Its tokens."""
+        """The number of tokens."""
 
     @property
     def sequences(self) -> int:
-        """Its sequences."""
+        """The number of sequences."""
 
     @property
     def seq_len(self) -> int:
-        """The tokens of each sequence."""
+        """The number of tokens per sequence."""
 
 
 def head_words(name: str) -> str:
-    """Say what an exit head is."""
+    """Return the description of an exit head."""
     return _HEADS.get(name, name)
 
 
 def propagation_words(name: str) -> str:
-    """Say what upper layers see of tokens that left."""
+    """Return how upper layers get keys and values of exited tokens."""
     return _PROPAGATIONS.get(name, name)
 
 
 def heads_pairs(provenance: ExitProvenance) -> list[tuple[str, str]]:
-    """Return where fitted heads come from, as (label, text); nothing for the logit lens."""
+    """Return the corpus of fitted heads and a warning, as (label, text); [] for the logit lens."""
     corpus = None if provenance.heads is None else known(provenance.heads.corpus)
     pairs = [("Head corpus", corpus_words(corpus))] if corpus else []
     if known(provenance.heads_saw_corpus):
-        pairs.append(("Beware", _SEEN))
+        pairs.append(("Warning", _SEEN))
     return pairs
 
 
 def few_pairs(corpus: SizedCorpus) -> list[tuple[str, str]]:
-    """Return a warning, as (label, text), where a corpus has few sequences; nothing elsewhere."""
+    """Return a warning as (label, text) if a corpus has few sequences, else []."""
     if corpus.sequences >= _FEW:
         return []
-    return [("Beware", f"{corpus.sequences} sequences are few: their intervals mean little")]
+    return [("Warning", f"{corpus.sequences} sequences are too few for reliable intervals")]
 
 
 def corpus_words(corpus: SizedCorpus) -> str:
-    """Name a corpus and its size."""
+    """Return the name and size of a corpus."""
     return (
         f"{corpus.name}, {corpus.tokens:,} tokens: "
         f"{corpus.sequences:,} sequences x {corpus.seq_len:,}"
@@ -87,7 +87,7 @@ def corpus_words(corpus: SizedCorpus) -> str:
 
 
 def show_threshold(value: float, digits: int = 6) -> str:
-    """Format a threshold; one that is not 0 or 1 is not shown as such."""
+    """Format a threshold with enough digits that only 0 and 1 are shown as 0 and 1."""
     if math.isinf(value) or (value.is_integer() and abs(value) > 1):
         return f"{value:g}"
     for more in range(digits, 18, 2):
@@ -98,21 +98,21 @@ def show_threshold(value: float, digits: int = 6) -> str:
 
 
 def between(interval: Sequence[float] | None, show: Callable[[float], str], to: str) -> str:
-    """Format an interval; a dash where there is none."""
+    """Format an interval; a dash for None."""
     return "-" if interval is None else f"{show(interval[0])}{to}{show(interval[1])}"
 
 
 def share(value: float | None, digits: int = 1) -> str:
-    """Format a share with a number of decimals; a dash where there is none."""
+    """Format a share with a number of decimals; a dash for None."""
     return "-" if value is None else percent(value, digits)
 
 
 def ratio(value: float | None, digits: int = 3) -> str:
-    """Format a ratio; thousands and more as a power of ten, a dash where there is none."""
+    """Format a ratio; thousands and more as a power of ten, a dash for None."""
     if value is None:
         return "-"
     if value >= 10_000:
         return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
-    # As many digits after the point as leave five characters, the point among them.
+    # As many digits after the point as fit five characters, including the point.
     whole = len(f"{value:.0f}")
     return f"{value:.{max(0, min(digits, digits + 1 - whole))}f}"

@@ -1,4 +1,4 @@
-"""What every HTML page is made of: nothing is loaded, no script runs."""
+"""Building blocks of HTML pages, which load nothing and run no script."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def html_document(title: str, sections: Iterable[str]) -> str:
 
     Args:
         title: Plain text; escaped here.
-        sections: The page's parts, as HTML.
+        sections: The sections of the page, as HTML.
     """
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -111,13 +111,13 @@ def _themed(svg: str) -> str:
 
 
 def html_head(kicker: str, name: str, about: str, *, mark: str = "") -> str:
-    """Return the page's head: what it is, of which model, measured how; all plain text.
+    """Return the header of a page; all arguments are plain text.
 
     Args:
-        kicker: What the page is.
-        name: Of the model, or what came of it.
-        about: How it was measured.
-        mark: A CSS class of the name; say it in words as well.
+        kicker: The kind of report.
+        name: The model or the verdict.
+        about: How the record was measured.
+        mark: A CSS class for the name, which only sets its colour.
     """
     opening = f'<h1 class="{mark}">' if mark else "<h1>"
     return (
@@ -140,7 +140,7 @@ def html_section(heading: str, body: str) -> str:
 
 
 def html_figure(svg: str, caption: str) -> str:
-    """Return a figure whose colours follow the reader's scheme, with a plain caption."""
+    """Return a figure with a caption, whose colours follow the light or dark theme."""
     return (
         '<figure>\n<div class="scroll" tabindex="0" role="region" aria-label="figure">\n'
         f"{_themed(svg)}</div>\n"
@@ -157,15 +157,15 @@ def html_table(
     active: Collection[str] = (),
     classes: Mapping[int, str] | None = None,
 ) -> str:
-    """Build a table whose first column names the row and whose last `text_columns` hold text.
+    """Return a table whose first column names the row and whose last `text_columns` hold text.
 
     Args:
         caption: What the table shows.
-        header: The columns' names.
-        rows: As many cells each as the header has; plain text.
-        text_columns: How many columns, counted from the last, hold text.
-        active: First cells of the rows to stand out, by colour alone: say it in words as well.
-        classes: CSS classes of other rows by their number, from 0; the same holds for them.
+        header: The column names.
+        rows: Rows of plain text, each with as many cells as the header.
+        text_columns: The number of columns at the end that hold text.
+        active: First cells of the rows to highlight. This only sets the colour; write it out too.
+        classes: CSS classes of other rows by row number, from 0, with the same limitation.
     """
     first_text = len(header) - text_columns
 
@@ -192,16 +192,16 @@ def html_table(
 
 
 def html_provenance(provenance: Mapping[str, Any]) -> str:
-    """Return the section that lists everything a record says about where its numbers come from."""
+    """Return the section with the whole provenance of a record."""
     return html_section("Provenance", _provenance_table([provenance], ()))
 
 
 def html_provenances(new: Mapping[str, Any], old: Mapping[str, Any]) -> str:
-    """Return two provenances as one folded table, the lines in which they differ marked.
+    """Return two provenances as one collapsed table, with differing rows marked.
 
     Args:
-        new: Of what was measured.
-        old: Of what it was compared with.
+        new: The provenance of the new measurement.
+        old: The provenance of the baseline.
     """
     table = _provenance_table([new, old], ("measured", "baseline"))
     return f"<details>\n<summary>Provenance</summary>\n{table}</details>\n"
@@ -225,10 +225,10 @@ def _provenance_table(sides: Sequence[Mapping[str, Any]], names: Sequence[str]) 
             f'<tbody>\n<tr><th scope="rowgroup" colspan="{1 + len(sides)}" class="text">'
             f"{html.escape(_spaced(name))}</th></tr>\n{lines}</tbody>\n"
         )
-    caption = "What was measured, on what, with what."
+    caption = "Model, corpus, machine and versions of the measurement."
     head = ""
     if names:
-        caption += " Shaded: the baseline's is another."
+        caption += " Shaded rows differ."
         columns = "".join(f'<th scope="col" class="text">{name}</th>' for name in ("", *names))
         head = f"<thead><tr>{columns}</tr></thead>\n"
     return (
@@ -238,7 +238,7 @@ def _provenance_table(sides: Sequence[Mapping[str, Any]], names: Sequence[str]) 
 
 
 def _groups(name: str, values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what is nested, group by group, and at last what stands alone."""
+    """Yield the nested groups, then the values that belong to no group."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _groups(key if name == "run" else f"{name}: {key}", value)
@@ -256,6 +256,6 @@ def _shown(value: Any) -> str:
         return "not recorded"
     if isinstance(value, list | tuple):
         return ", ".join(map(_shown, value))
-    # bool is an int, and True would read 1.
+    # bool is a subclass of int, and True would be shown as 1.
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return f"{value:,}" if is_number else str(value)

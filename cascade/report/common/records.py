@@ -1,4 +1,4 @@
-"""What all reports share: numbers, and words about models, layers and rules."""
+"""Shared by all reports: number formats, and texts about models, layers and rules."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ ROLES = {
     "output_transform": "output transform",
 }
 NORM_SUFFIX = "+norm"
-#: What each exit rule calls its confidence, and what that is.
+#: Rule -> the name of its confidence, and what that confidence is.
 RULE_WORDS = {
     "cosine": ("similarity", "the similarity of the layer's input and output"),
-    "mean_cosine": ("mean similarity", "the mean similarity of the layer and the one before it"),
+    "mean_cosine": ("mean similarity", "the mean similarity of the layer and the preceding one"),
     "top2_gap": ("gap", "the gap between the exit head's two largest probabilities"),
     "max_probability": ("probability", "the exit head's largest probability"),
-    "entropy": ("certainty", "one minus the entropy of the exit head, in shares of the largest"),
-    "patience": ("streak", "how many exit layers before it predict the same token"),
+    "entropy": ("certainty", "one minus the exit head's entropy relative to its maximum"),
+    "patience": ("streak", "the number of preceding exit layers that predict the same token"),
 }
 
 
 def check_record(record: StoredRecord) -> None:
-    """Refuse a record that was not read but made or changed wrongly, before anything is shown.
+    """Raise if a record that was built in memory is invalid, before anything is shown.
 
     Raises:
-        ValueError: It has another kind or schema than its type, or holds NaN; in one line.
+        ValueError: The record has another kind or schema than its type, or contains NaN.
     """
     plain = to_plain(record)
     for key, expected in (("kind", record.KIND), ("schema", record.SCHEMA)):
@@ -43,7 +43,7 @@ def check_record(record: StoredRecord) -> None:
             raise ValueError(f"expected {key} {expected!r}, got {plain[key]!r}")
     place = next(_nan_places(plain), None)
     if place is not None:
-        raise ValueError(f"expected numbers, got nan at {place}; make the record anew")
+        raise ValueError(f"expected numbers, got nan at {place}; create the record again")
 
 
 def _nan_places(value: Any, place: str = "") -> Iterator[str]:
@@ -66,7 +66,7 @@ class OfLayer(Protocol):
 
 
 class HasProvenance(Protocol):
-    """A record that says where it comes from."""
+    """A record with a provenance."""
 
     @property
     def provenance(self) -> Provenance:
@@ -74,7 +74,7 @@ class HasProvenance(Protocol):
 
 
 def is_normed(row: OfLayer) -> bool:
-    """Return whether a row is that of the state behind the final norm."""
+    """Return whether a row is the one of the state after the final norm."""
     return row.layer.endswith(NORM_SUFFIX)
 
 
@@ -95,7 +95,7 @@ def percent(share: float, digits: int = 2) -> str:
 
 
 def rule_sentence(layer: str, rule: str = "cosine") -> str:
-    """Say what a rule looks at in an exit layer, and what hard and easy mean."""
+    """Return what a rule compares in an exit layer, and what hard and easy mean."""
     value, what = "confidence", f", rule {rule}"
     if rule in RULE_WORDS:
         value, meaning = RULE_WORDS[rule]
@@ -103,16 +103,16 @@ def rule_sentence(layer: str, rule: str = "cosine") -> str:
     if rule in ("cosine", "mean_cosine"):
         last = int(layer) if layer.isdigit() else None
         pairs = [] if last is None else [last] if rule == "cosine" else [last - 1, last]
-        # Spelled out because the pair one further up is the off-by-one of the first study.
+        # Written out, because the first study was off by one here.
         what = "".join(f", history[{after - 1}] against history[{after}]" for after in pairs)
     return (
-        f"Exit layer {layer}{what}. Hard: {value} < threshold, the token goes on. "
+        f"Exit layer {layer}{what}. Hard: {value} < threshold, the token continues. "
         f"Easy: {value} >= threshold, the token exits."
     )
 
 
 def headline(record: HasProvenance) -> list[tuple[str, str]]:
-    """Return model, corpus and run in one line each."""
+    """Return one line each for model, corpus and run, as (label, text)."""
     model, corpus = record.provenance.model, record.provenance.corpus
     layers = f"{known(model.num_layers)} decoder layers"
     traits = [known(model.family), layers, known(model.quantization)]

@@ -1,4 +1,4 @@
-"""Reports in sections: written once, shown in the terminal, as an HTML page, or as Markdown."""
+"""Reports in sections: written once, shown in the terminal, as HTML page or as Markdown."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from cascade.report.common.terminal import (
 
 @dataclass(frozen=True)
 class Lead:
-    """The sentence that a reader should take home.
+    """The main message of a report or section.
 
     Attributes:
         text: Plain text.
-        mark: "pass", "fail" or "open", for colour alone: the words say it as well.
-        label: A verdict to stand before the text.
+        mark: "pass", "fail" or "open", which only sets the colour; the text must say it too.
+        label: A verdict that is shown before the text.
     """
 
     text: str
@@ -63,11 +63,11 @@ class Heading:
 
 @dataclass(frozen=True)
 class Provenances:
-    """Two provenances next to each other; only a page has the space to show them.
+    """Two provenances side by side, which only an HTML page shows.
 
     Attributes:
-        new: Of the measured profile.
-        old: Of the baseline.
+        new: The provenance of the measured profile.
+        old: The provenance of the baseline.
     """
 
     new: Mapping[str, Any]
@@ -79,7 +79,7 @@ class Pairs:
     """Labels and texts.
 
     Attributes:
-        pairs: Plain text both.
+        pairs: Label and text, both plain text.
     """
 
     pairs: tuple[tuple[str, str], ...]
@@ -90,16 +90,15 @@ class Table:
     """A table whose first column names the row.
 
     Attributes:
-        caption: What it shows.
-        header: The columns' names.
-        rows: As many cells each as the header has; plain text.
-        text_columns: How many columns, counted from the last, hold text.
-        active: First cells of the rows to stand out, by colour alone.
-        gap: Additional blanks between the columns in the terminal, if they fit.
-        page_caption: The caption is for pages alone, where the table stands below no heading of
-            its own.
-        styles: Numbers of rows, from 0, with "active" or "control" (set back), by colour alone.
-        medium: "terminal" or "page" where the table is made for the width of one; "" for both.
+        caption: What the table shows.
+        header: The column names.
+        rows: Rows of plain text, each with as many cells as the header.
+        text_columns: The number of columns at the end that hold text.
+        active: First cells of the rows to highlight; this only sets the colour.
+        gap: Additional blanks between columns in the terminal, if they fit.
+        page_caption: Whether only a page shows the caption, because the terminal has a heading.
+        styles: Row numbers, from 0, with "active" or "control" (muted); this only sets the colour.
+        medium: "terminal" or "page" for a table made for one of them; "" for both.
     """
 
     caption: str
@@ -115,10 +114,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar chart of similarities in the terminal; a page leaves it out and has a picture.
+    """A bar chart of similarities, which only the terminal shows; a page has a picture instead.
 
     Attributes:
-        bars: Name, similarity and note of each; the notes stand out.
+        bars: Name, similarity and note of each bar; bars with a note are highlighted.
     """
 
     bars: tuple[tuple[str, float, str], ...]
@@ -126,12 +125,12 @@ class Bars:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure; the terminal, which cannot show it, leaves it out.
+    """A figure, which the terminal omits.
 
     Attributes:
-        file: The name of its file beside the report, e.g. "explanation-classes.svg".
-        svg: One `<svg>` element whose texts say what it shows (see `as_svg`).
-        caption: What it shows, and how to read it.
+        file: The name of its file next to the report, e.g. "explanation-classes.svg".
+        svg: One `<svg>` element with a text label (see `as_svg`).
+        caption: What the figure shows and how to read it.
     """
 
     file: str
@@ -139,18 +138,18 @@ class Picture:
     caption: str
 
 
-#: What a page shows; a plain paragraph is a string.
+#: The blocks that a page shows; a plain paragraph is a string.
 PageBlock = str | Lead | Heading | Pairs | Table | Picture | Provenances
 Block = PageBlock | Bars
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it.
+    """A heading with its blocks.
 
     Attributes:
-        heading: Plain text; "" where the report itself goes on.
-        blocks: In order; a section without any is left out.
+        heading: Plain text; "" for a section without a heading.
+        blocks: The blocks in order; a section without blocks is omitted.
     """
 
     heading: str
@@ -162,13 +161,13 @@ class Report:
     """A whole report, drawn from one record.
 
     Attributes:
-        kicker: What it is, e.g. "CASCADE explanation".
-        title: What came of it, or of what it is.
-        about: How it was measured.
-        sections: In order.
-        provenance: The record's; None where its parts have their own.
-        labels: Labels and texts that the terminal shows in place of title and about, if any.
-        mark: "pass", "fail" or "open" where the title is a verdict, for colour alone.
+        kicker: The kind of report, e.g. "CASCADE explanation".
+        title: The verdict or the subject.
+        about: How the record was measured.
+        sections: The sections in order.
+        provenance: The record's provenance; None if the sections show it.
+        labels: Labels and texts that the terminal shows instead of title and about, if any.
+        mark: "pass", "fail" or "open" if the title is a verdict; this only sets the colour.
     """
 
     kicker: str
@@ -180,7 +179,7 @@ class Report:
     mark: str = ""
 
     def pictures(self) -> tuple[Picture, ...]:
-        """Return every picture, in order: each becomes a file of the run."""
+        """Return every picture in order; each becomes a file of the run."""
         return tuple(
             block
             for section in self.sections
@@ -190,7 +189,7 @@ class Report:
 
 
 def print_sections(report: Report, console: Console) -> None:
-    """Print a report; pictures are left out.
+    """Print a report without its pictures.
 
     Args:
         report: The report.
@@ -223,19 +222,19 @@ def print_sections(report: Report, console: Console) -> None:
 
 
 def _belongs(block: Block, before: Block) -> bool:
-    """Return whether a block follows a verdict without an empty line between them."""
+    """Return whether a block follows a verdict without an empty line."""
     return isinstance(before, Lead) and bool(before.label) and isinstance(block, Pairs)
 
 
 def _is_for(block: Block, medium: str) -> bool:
-    """Return whether a block is a table for one medium alone."""
+    """Return whether a block is a table for the given medium only."""
     return isinstance(block, Table) and block.medium == medium
 
 
 #: Colours of styles in the terminal.
 _ROW_STYLES = {"active": ACTIVE_STYLE, "control": "dim"}
 
-#: Colours of marks; every verdict is also said in words.
+#: Colours of marks; every verdict is also written out.
 _STYLES = {"pass": "green", "fail": "bold red", "open": "yellow"}
 
 
@@ -269,7 +268,7 @@ def _print(block: str | Lead | Heading | Pairs | Table | Bars, console: Console)
 
 
 def html_page(report: Report) -> str:
-    """Return a report as one self-contained HTML page: nothing is loaded, no script runs."""
+    """Return a report as one self-contained HTML page, which loads nothing and runs no script."""
     body = [html_head(report.kicker, report.title, report.about, mark=report.mark)]
     for section in report.sections:
         shown = _for_page(section)
@@ -282,7 +281,7 @@ def html_page(report: Report) -> str:
 
 
 def _for_page(section: Section) -> list[PageBlock]:
-    """Return the blocks that a page or Markdown shows: no bars, and no tables for the terminal."""
+    """Return the blocks that HTML and Markdown show: no bars, and no tables for the terminal."""
     return [
         block
         for block in section.blocks
@@ -314,12 +313,12 @@ def _as_html(block: PageBlock) -> str:
 
 
 def markdown(report: Report, *, level: int = 1, pictures: str = "") -> str:
-    """Return a report as Markdown, without its provenance, to stand in a longer page.
+    """Return a report as Markdown, without its provenance, to include in a longer page.
 
     Args:
         report: The report.
-        level: Of the report's own heading; sections are one below it.
-        pictures: The folder of the pictures as seen from the page, "" for the page's own.
+        level: The level of the report's heading; sections are one level below.
+        pictures: The folder of the pictures relative to the page, "" for the same folder.
     """
     lines = [f"{'#' * level} {plain(report.title)}", "", f"*{plain(report.about)}*", ""]
     for section in report.sections:
@@ -328,12 +327,12 @@ def markdown(report: Report, *, level: int = 1, pictures: str = "") -> str:
 
 
 def markdown_lines(section: Section, *, level: int, pictures: str = "") -> list[str]:
-    """Return a section as Markdown, an empty line after each block; nothing for an empty section.
+    """Return a section as Markdown lines, an empty line after each block; [] for an empty section.
 
     Args:
         section: The section.
-        level: Of its heading.
-        pictures: The folder of the pictures as seen from the page, "" for the page's own.
+        level: The level of its heading.
+        pictures: The folder of the pictures relative to the page, "" for the same folder.
     """
     shown = _for_page(section)
     if not shown:
@@ -370,15 +369,15 @@ def _cell(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return plain text that Markdown shows as it is, as a paragraph."""
+    """Return a paragraph that Markdown shows as the given plain text."""
     text = _inline(text)
-    # At the start of a line it would be a heading or a list.
+    # At the start of a line, this character would begin a heading or a list.
     return f"\\{text}" if text[:1] in ("#", "+", "-") else text
 
 
 def _inline(text: str, *, in_table: bool = False) -> str:
-    # Pairs of backticks are meant: they name commands, in which nothing is escaped but, in a
-    # table, the bar that would end the cell.
+    # Pairs of backticks mark commands, in which nothing is escaped except, in a table, the bar that
+    # would end the cell.
     parts = text.split("`")
     if len(parts) % 2:
         parts[::2] = map(_escaped, parts[::2])
@@ -402,5 +401,5 @@ def table_of(
     text_columns: int = 0,
     active: Sequence[str] = (),
 ) -> Table:
-    """Return a table of whatever sequences its cells come in."""
+    """Return a table from any sequences of cells."""
     return Table(caption, tuple(header), tuple(map(tuple, rows)), text_columns, tuple(active))

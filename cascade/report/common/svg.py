@@ -1,4 +1,4 @@
-"""How every figure is drawn: colours, style, titles, and SVG that can share a page."""
+"""Shared by all figures: colours, style, titles, and SVG that can share a page."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cascade.report.common.records import HasProvenance
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Colours by name, for light and dark surroundings. A plot is drawn in the light ones; the page
-#: swaps each for a CSS variable, so one drawing serves both.
+#: Name -> light and dark colour. A plot is drawn with the light colours, and the page replaces each
+#: by a CSS variable, so one drawing serves both themes.
 PALETTE = {
     "paper": ("#ffffff", "#14181f"),
     "ink": ("#1c2430", "#e4e8ee"),
@@ -44,7 +44,7 @@ _DPI = 200
 
 @contextmanager
 def plain_style() -> Iterator[None]:
-    """Draw independently of the user's matplotlibrc, and reproducibly."""
+    """Make drawing reproducible and independent of the user's matplotlibrc."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -72,24 +72,24 @@ def plain_style() -> Iterator[None]:
 
 
 def title_of(record: HasProvenance, subject: str) -> str:
-    """Return `model on corpus: subject`, in characters that every font has."""
+    """Return `model on corpus: subject` in ASCII, which every font has."""
     model, corpus = known(record.provenance.model.name) or "model", record.provenance.corpus.name
-    # A path can be a name: what is longer than this runs out of the figure.
+    # A name can be a path; longer ones would not fit into the figure.
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in (model, corpus)]
-    # A character that the font lacks would warn.
+    # matplotlib warns about characters that the font lacks.
     return f"{' on '.join(names)}: {subject}".encode("ascii", "replace").decode()
 
 
 def as_svg(figure: Figure, name: str, label: str) -> str:
     """Write a figure as one `<svg>` element that can share a page with others.
 
-    Every id is renamed to `name-<number>`, in order of appearance: two figures on a page share
-    none, and none depends on a memory address.
+    Every id is renamed to `name-<number>` in order of appearance, so that ids are unique on a page
+    and reproducible.
 
     Args:
-        figure: Drawn inside `plain_style`.
+        figure: A figure drawn inside `plain_style`.
         name: The id of the element.
-        label: What the figure shows, for those who cannot see it.
+        label: What the figure shows, for screen readers.
     """
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -97,13 +97,13 @@ def as_svg(figure: Figure, name: str, label: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].rstrip() + "\n"
     numbers: dict[str, str] = {}
-    # "<" and ">" are escaped in texts, so this sees only attributes.
+    # Texts escape "<" and ">", so this matches only attributes.
     for old in re.findall(r'<[^<>]*?\sid="([^"]+)"', svg):
         numbers.setdefault(old, f"{name}-{len(numbers) + 1}")
     svg = re.sub(r'(<[^<>]*?\sid=")([^"]+)', lambda m: m[1] + numbers[m[2]], svg)
     svg = re.sub(r"(url\(#)([^)]+)", lambda m: m[1] + numbers[m[2]], svg)
     svg = re.sub(r'(href="#)([^"]+)', lambda m: m[1] + numbers[m[2]], svg)
-    # matplotlib's one CSS rule would otherwise style the whole page.
+    # matplotlib's only CSS rule would otherwise apply to the whole page.
     svg = svg.replace("*{stroke", f"#{name} *{{stroke")
     root = f'<svg id="{name}" role="img" aria-label="{html.escape(label)}" '
     return svg.replace("<svg ", root, 1)

@@ -14,19 +14,19 @@ from rich.text import Text
 
 from cascade.report.common.records import show
 
-#: Seven statistics and the longest role fit into this; narrower consoles break the lines.
+#: The least width of tables: seven statistics and the longest role fit. Narrower consoles wrap.
 _TABLE_WIDTH = 80
 
 
-#: The largest width of a bar chart: longer bars say no more and stand far from their labels.
+#: The largest width of a bar chart; longer bars show no more and end far from their labels.
 _CHART_WIDTH = 100
 
 
-#: Only an addition: the role is also said in words.
+#: Only a highlight; the role is also written out.
 ACTIVE_STYLE = "yellow"
 
 
-#: rich replaces box characters on an ASCII stream by a box with edges, which is wider than 80.
+#: On an ASCII stream, rich would use a box with edges, which is wider than 80 columns.
 _ASCII_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
@@ -40,10 +40,10 @@ def print_heading(text: str, console: Console) -> None:
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]], console: Console) -> None:
-    """Print labels and texts in two columns, the texts wrapped with a hanging indent.
+    """Print labels and texts in two columns, with wrapped texts indented.
 
     Args:
-        pairs: Label and text; neither is read as markup.
+        pairs: Label and text; neither is parsed as markup.
         console: Where to print; its width is respected.
     """
     grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
@@ -64,22 +64,22 @@ def print_table(
     active: Collection[str] = (),
     styles: Mapping[int, str] | None = None,
 ) -> None:
-    """Print numbers right-aligned and the last `text_columns` left-aligned.
+    """Print a table of right-aligned numbers, with the last `text_columns` left-aligned.
 
     Args:
-        header: The columns' names.
-        rows: As many cells each as the header has; none is read as markup.
-        console: Where to print. The table is whole on a narrower one, too.
-        gap: Blanks between columns beside the one that the box itself leaves; fewer where the
-            table would not fit.
-        text_columns: How many columns, counted from the last, hold text.
-        active: First cells of the rows to stand out, by colour alone: say it in words as well.
-        styles: Styles of other rows by their number, from 0; the same holds for them.
+        header: The column names.
+        rows: Rows with as many cells as the header; no cell is parsed as markup.
+        console: Where to print. A narrower console still gets the whole table.
+        gap: Blanks between columns in addition to the one of the box; fewer if the table would not
+            fit.
+        text_columns: The number of columns at the end that hold text.
+        active: First cells of the rows to highlight. This only sets the colour; write it out too.
+        styles: Styles of other rows by row number, from 0, with the same limitation.
     """
     lines = [[printable(cell, console) for cell in row] for row in (header, *rows)]
     widths = sum(max(map(cell_len, column)) for column in zip(*lines, strict=True))
-    room = max(console.width, _TABLE_WIDTH)
-    while gap and widths + (len(header) - 1) * (gap + 1) > room:
+    available = max(console.width, _TABLE_WIDTH)
+    while gap and widths + (len(header) - 1) * (gap + 1) > available:
         gap -= 1
     table = Table(
         box=_ASCII_BOX if console.options.ascii_only else box.SIMPLE_HEAD,
@@ -92,17 +92,17 @@ def print_table(
         is_text = index >= len(header) - text_columns
         table.add_column(Text(name), justify="left" if is_text else "right", no_wrap=True)
     for number, row in enumerate(lines[1:]):
-        # Text, not str: a cell is never read as rich markup.
+        # Text, not str, so that rich does not parse markup in a cell.
         style = ACTIVE_STYLE if row[0] in active else (styles or {}).get(number, "")
         table.add_row(*(Text(cell, style=style) for cell in row))
-    print_lines(table, console, max(room, widths + (len(header) - 1) * (gap + 1)))
+    print_lines(table, console, max(available, widths + (len(header) - 1) * (gap + 1)))
 
 
 def print_bars(bars: Sequence[tuple[str, float, str]], console: Console) -> None:
     """Print one line per similarity: name, number, bar from 0 towards 1 (or left of 0), and note.
 
     Args:
-        bars: Name, similarity and note of each; lines with a note stand out.
+        bars: Name, similarity and note of each bar; bars with a note are highlighted.
         console: Where to print; its width and encoding are respected.
     """
     values = [value for _, value, _ in bars]
@@ -124,8 +124,8 @@ def print_bars(bars: Sequence[tuple[str, float, str]], console: Console) -> None
 def _bar(value: float, scale: int, left: int, *, ascii_only: bool) -> str:
     """Return one bar from the zero line, `scale` cells per unit, `left` cells kept for negatives.
 
-    Bars to the right end in eighths of a cell, bars to the left in halves: no other characters
-    exist. Any value other than 0 is visible.
+    Bars to the right end in eighths of a cell, bars to the left in halves, because no other
+    characters exist. Every value other than 0 is visible.
     """
     steps = 1 if ascii_only else 8 if value >= 0 else 2
     length = max(round(abs(value) * scale * steps), 1 if value else 0)
@@ -137,17 +137,17 @@ def _bar(value: float, scale: int, left: int, *, ascii_only: bool) -> str:
 
 
 def printable(text: str, console: Console, *, keep: str = "") -> str:
-    """Return a text that the console can show and that cannot steer it.
+    """Return a text that the console can show, without control characters.
 
     Args:
-        text: Anything, also what a model wrote.
-        console: Where it goes; what its encoding lacks is spelled as an escape.
-        keep: Control characters to leave as they are.
+        text: Any text, including generated text.
+        console: The console; characters that its encoding lacks are escaped.
+        keep: Control characters to keep.
     """
     shown = "".join(
         character
         if character in keep or unicodedata.category(character) not in ("Cc", "Cs")
-        # repr: "\x1b" is seen, and does nothing.
+        # repr shows "\x1b" instead of sending it.
         else repr(character)[1:-1]
         for character in text
     )
@@ -155,14 +155,14 @@ def printable(text: str, console: Console, *, keep: str = "") -> str:
 
 
 def print_lines(content: Table | Text, console: Console, width: int) -> None:
-    """Print a table or text line by line, without the blanks that rich pads lines with.
+    """Print a table or text line by line, without rich's padding.
 
-    Unlike `console.print`, this lets a line be wider than the console: it cuts no number short.
+    Unlike `console.print`, this allows lines wider than the console, so that no number is cut.
 
     Args:
         content: What to print.
         console: Where to print.
-        width: Columns to lay the content out in; may be more than the console has.
+        width: The layout width in columns, possibly larger than the console's.
     """
     for segments in console.render_lines(content, console.options.update_width(width), pad=False):
         line = Text.assemble(*((segment.text, segment.style or "") for segment in segments))

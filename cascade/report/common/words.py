@@ -1,4 +1,4 @@
-"""Words and numbers that several reports share: lists, ranges and whole percentages."""
+"""Text helpers for reports: lists, ranges and whole percentages."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def listed(names: Sequence[str], none: str = "") -> str:
-    """Return names as a list in a sentence.
+    """Return names as an enumeration in a sentence.
 
     Args:
         names: The names.
-        none: What to say where there are none.
+        none: The text for an empty list.
 
     Example:
         >>> listed(["A", "B", "C"])
@@ -22,7 +22,7 @@ def listed(names: Sequence[str], none: str = "") -> str:
 
 
 def whole_percent(share: float | None) -> str:
-    """Return a share in whole percent; a dash where there is none.
+    """Return a share in whole percent; a dash for None.
 
     Example:
         >>> whole_percent(-0.001)
@@ -42,7 +42,7 @@ def whole(share: float) -> str:
 
 
 def number_ranges(numbers: Sequence[int]) -> str:
-    """Return ascending numbers with runs shortened.
+    """Return ascending numbers with runs written as ranges.
 
     Example:
         >>> number_ranges([3, 4, 5, 8])

@@ -1,4 +1,4 @@
-"""Comparisons as SVG: a map of every cell, and the old and the new profile over each other."""
+"""Comparisons as SVG: a map of every cell, and the new profile drawn over the baseline's."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 #: Pixels: width and height of a cell, the column of layer names, and the legend's scale.
 _WIDTH, _HEIGHT, _NAMES, _SCALE = 30, 17, 74, 384
-#: The scale of the map ends at so many times the limit, and is linear below its inverse.
+#: The scale of the map ends at this multiple of the limit, and is linear below its inverse.
 _MOST = 100.0
 _DECADES = 2 * math.log10(_MOST)
-#: Opacities: of what is as good as nothing, of what just keeps its limit, and just beyond it. The
-#: step is what makes the limit seen.
+#: Opacities of a negligible difference, of one just within its limit, and of one just beyond. The
+#: step between the last two makes the limit visible.
 _LEAST_SHADE, _WITHIN, _BEYOND = 0.05, 0.3, 0.55
 
 
@@ -30,20 +30,20 @@ _LEAST_SHADE, _WITHIN, _BEYOND = 0.05, 0.3, 0.55
 
 
 def drift_map_svg(record: ComparisonRecord, name: str) -> str:
-    """Draw layers by statistics: which side of the baseline each cell is on, and how far.
+    """Draw a map of layers by statistics, with the signed distance of each cell from its baseline.
 
-    The colour is the side, its depth the logarithm of the distance in units of the limit. Beyond
-    the limit there is a frame and a sign, so that nothing depends on colour; a cell without a
-    number is hatched. Every cell says its numbers where a mouse rests on it.
+    The colour shows the side, its depth the logarithm of the distance in units of the limit. A cell
+    beyond the limit has a frame and a sign, so nothing depends on colour alone. A cell without a
+    value is hatched. Every cell shows its numbers in a tooltip.
 
     Args:
         record: A saved record of kind `comparison`, with cells.
         name: The id of the element.
 
     Returns:
-        One `<svg>` element, the same text for the same record.
+        One `<svg>` element, which is identical for equal records.
     """
-    # The worst of those that share a place is drawn last.
+    # Of cells in the same place, the worst is drawn last.
     cells = sorted(record.cells, key=_badness)
     layers = list(dict.fromkeys(cell.layer for cell in record.cells))
     columns = list(dict.fromkeys(cell_name(record, cell) for cell in record.cells))
@@ -55,7 +55,7 @@ def drift_map_svg(record: ComparisonRecord, name: str) -> str:
     parts = [
         f'<svg id="{name}" viewBox="0 0 {width} {height}" role="img" aria-label="Heat map: '
         'difference of every layer and statistic, in units of its limit" '
-        # Shrunk further than this the names cannot be read; then it is scrolled.
+        # Below this width the names are illegible, so the page scrolls instead.
         f'style="max-width: {width}px; min-width: {0.8 * width:g}px" font-size="11" '
         'xmlns="http://www.w3.org/2000/svg">\n',
         _hatch(name),
@@ -137,7 +137,7 @@ def _square(record: ComparisonRecord, cell: CellRow, x: float, y: float, name: s
 def _tooltip(record: ComparisonRecord, cell: CellRow) -> str:
     found = distance(cell)
     kind = "margin" if has_intervals(record) else "tolerance"
-    far = "no number on one side" if found is None else f"{found:+.3g} x its {kind}"
+    far = "no value on one side" if found is None else f"{found:+.3g} x its {kind}"
     texts = [f"{name} {text}" for name, text in cell_numbers(record, cell).items()]
     if cell.sequence is not None:
         texts.append(f"sequence {cell.sequence:,}")
@@ -146,10 +146,10 @@ def _tooltip(record: ComparisonRecord, cell: CellRow) -> str:
 
 
 def shade(size: float) -> float:
-    """Return the opacity of a cell so many times its limit away, with a step at the limit.
+    """Return the opacity of a cell by its distance in units of its limit, with a step at 1.
 
     Args:
-        size: At least 0; infinity is as deep as it gets.
+        size: The distance, from 0 to infinity.
     """
     if size <= 1 / _MOST:
         return _LEAST_SHADE * size * _MOST
@@ -160,7 +160,7 @@ def shade(size: float) -> float:
 
 
 def _along(size: float) -> float:
-    """Return where a signed distance lies on the legend's scale, from -1 to 1."""
+    """Return the position of a signed distance on the legend's scale, from -1 to 1."""
     if not size:
         return 0.0
     return math.copysign(math.log10(abs(size) * _MOST) / _DECADES, size)
@@ -172,7 +172,7 @@ def _legend(y: float, name: str, *, has_holes: bool) -> Iterator[str]:
     muted = f'fill="{LIGHT["muted"]}" text-anchor="middle"'
     yield (
         f'<text x="{middle}" y="{y - 8}" {muted}>below the baseline&#160;&#160;&#160;←&#160;&#160;'
-        "within limits&#160;&#160;→&#160;&#160;&#160;above it</text>\n"
+        "within limits&#160;&#160;→&#160;&#160;&#160;above the baseline</text>\n"
     )
     steps = 2 * 24
     for step in range(-steps // 2, steps // 2):
@@ -198,8 +198,8 @@ def _legend(y: float, name: str, *, has_holes: bool) -> Iterator[str]:
         yield (
             f'\n<rect x="18" y="{y + 38}" width="{_WIDTH - 2}" height="{_HEIGHT - 2}" '
             f'fill="url(#{name}-none)" stroke="{LIGHT["ink"]}" stroke-width="1.4"/>'
-            f'<text x="{18 + _WIDTH + 4}" y="{y + 50}" fill="{LIGHT["muted"]}">no number on one '
-            "side: missing, or NaN</text>"
+            f'<text x="{18 + _WIDTH + 4}" y="{y + 50}" fill="{LIGHT["muted"]}">no value on one '
+            "side (missing or NaN)</text>"
         )
     yield "\n"
 
@@ -208,14 +208,14 @@ def _legend(y: float, name: str, *, has_holes: bool) -> Iterator[str]:
 
 
 def profiles_svg(record: ComparisonRecord, name: str) -> str:
-    """Draw the baseline's mean similarities and the new ones, and below how far each may move.
+    """Draw the baseline's and the new mean similarities, and below them the differences and limits.
 
     Args:
         record: A saved record of kind `comparison`, with a profile.
         name: The id of the element.
 
     Returns:
-        One `<svg>` element, the same text for the same record.
+        One `<svg>` element, which is identical for equal records.
     """
     with plain_style():
         from matplotlib.figure import Figure
@@ -231,7 +231,8 @@ def profiles_svg(record: ComparisonRecord, name: str) -> str:
         _draw_differences(lower, record)
         label_layers(lower, rows)
         upper.set_ylabel("mean similarity\n(axis uniform in angle)")
-        lower.set_ylabel("moved, and how far it may")
+        limit = "margin" if has_intervals(record) else "tolerance"
+        lower.set_ylabel(f"difference and {limit}")
         lower.set_xlabel("decoder layer")
         handles = {
             label: handle
@@ -239,7 +240,10 @@ def profiles_svg(record: ComparisonRecord, name: str) -> str:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
-        label = "Two charts: mean similarity per layer of baseline and new, and their difference."
+        label = (
+            "Two charts: mean similarity per layer of the baseline and the new profile, and their "
+        )
+        label += "difference."
         return as_svg(figure, name, label)
 
 
@@ -253,7 +257,7 @@ def _mark_layer(axes: Axes, record: ComparisonRecord) -> None:
                 color=LIGHT["tint"],
                 linewidth=0,
                 zorder=0,
-                label=f"layer {named}, which it points to",
+                label=f"layer {named}, the likely cause",
             )
 
 
@@ -267,12 +271,12 @@ def _mark_holes(axes: Axes, rows: Sequence[MeanRow]) -> None:
                 edgecolor=LIGHT["muted"],
                 hatch="////",
                 linewidth=0,
-                label="no number on one side",
+                label="no value on one side",
             )
 
 
 def _draw_means(axes: Axes, rows: Sequence[MeanRow]) -> None:
-    """Draw both profiles; the row behind the final norm is not joined to the lines."""
+    """Draw both profiles; the row after the final norm is not joined to the lines."""
     places = layer_positions(rows)
     expected, obtained = [row.expected for row in rows], [row.obtained for row in rows]
     for means, colour, label, width, size in (
@@ -301,7 +305,7 @@ def _draw_means(axes: Axes, rows: Sequence[MeanRow]) -> None:
 
 
 def _draw_differences(axes: Axes, record: ComparisonRecord) -> None:
-    """Draw each layer's difference of the mean, its limit, and its interval if it has one."""
+    """Draw each layer's difference of the mean, its limit, and its interval, if any."""
     cells = {
         cell.layer: (cell, cell.difference)
         for cell in record.cells
@@ -318,7 +322,7 @@ def _draw_differences(axes: Axes, record: ComparisonRecord) -> None:
             place,
             2 * cell.limit,
             bottom=-cell.limit,
-            width=1.02,  # neighbours overlap: no seam is seen
+            width=1.02,  # neighbours overlap, so that no seam is visible
             color=LIGHT["stable"],
             zorder=0.5,
             label="_" if index else f"within the {kind}",

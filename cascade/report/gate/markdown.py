@@ -1,4 +1,4 @@
-"""A session as Markdown for a job summary: verdict first, the worst first, below 100 kB."""
+"""A session as Markdown for a job summary: the worst verdict first, below 100 kB."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from cascade.gate.records import SessionRecord
 from cascade.report.common.sections import Block, Lead, Pairs, Section, Table, markdown_lines, plain
 from cascade.report.gate.sections import session_report
 
-#: GitHub takes 1 MiB per step; nobody reads more than this.
+#: The largest size of a summary. GitHub accepts 1 MiB per step, far more than anyone reads.
 _MOST_BYTES = 90_000
-#: The most characters of one text and of one cell, rows of one table, and items of one list.
+#: The maximum number of characters of a text and of a cell, rows of a table, items of a list.
 _MOST_TEXT, _MOST_CELL, _MOST_ROWS, _MOST_ITEMS = 600, 240, 40, 20
 _WORST = 10
 
 
 def report_markdown(record: SessionRecord) -> str:
-    """Return a session as Markdown for a job summary: verdict first, below 100 kB.
+    """Return a session as Markdown for a job summary, below 100 kB.
 
-    Whole sections are left out where they do not fit, the passed ones first; a line at the end
-    says how many.
+    Sections that do not fit are omitted, passed ones first, and a last line counts them.
 
     Args:
         record: A record of kind `report`.
@@ -31,18 +30,19 @@ def report_markdown(record: SessionRecord) -> str:
 
 
 def _within(head: str, sections: Iterable[Section]) -> str:
-    """Join sections as far as they fit, and say how many did not."""
-    kept, left, size = [head], 0, len(head.encode())
+    """Join the sections that fit, and count the omitted ones."""
+    kept, omitted, size = [head], 0, len(head.encode())
     for section in sections:
         text = "\n".join(markdown_lines(section, level=2))
         more = len(text.encode()) + 1
         if size + more > _MOST_BYTES:
-            left += 1
+            omitted += 1
         elif text:
             kept.append(text)
             size += more
-    if left:
-        kept.append(f"... and {left:,} more section{'s' * (left > 1)}: see the HTML report.\n")
+    if omitted:
+        plural = "s" * (omitted > 1)
+        kept.append(f"... and {omitted:,} more section{plural} in the HTML report.\n")
     return "\n".join(kept)
 
 
@@ -55,7 +55,7 @@ def _shortened(section: Section) -> Section:
 
 
 def _within_limits(block: Block) -> Iterator[Block]:
-    """Yield a block with its texts, rows and items cut, and how many were left out."""
+    """Yield a block with its texts, rows and items cut, and the number of omitted ones."""
     left = 0
     if isinstance(block, Table):
         left = len(block.rows) - _MOST_ROWS
@@ -76,6 +76,6 @@ def _within_limits(block: Block) -> Iterator[Block]:
 
 
 def _cut(text: str, most: int) -> str:
-    """Return a text in one line that can be encoded, cut after so many characters."""
+    """Return a text as one line of encodable characters, cut after `most` of them."""
     line = " ".join(text.encode(errors="replace").decode().split())
     return f"{line[:most]}..." if len(line) > most else line

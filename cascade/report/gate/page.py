@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a session: a map of every cell, the profiles, the worst cells."""
+"""A session as one self-contained HTML page: map of all cells, profiles, worst cells."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from cascade.gate.records import SessionRecord
 from cascade.report.common.sections import html_page
 from cascade.report.gate.sections import session_report
 
-#: How many of the worst cells are listed; the map has them all.
+#: The number of listed worst cells; the map shows all cells.
 _WORST = 25
 
 
 def report_page(record: SessionRecord) -> str:
-    """Return a session as one self-contained HTML page: nothing is loaded, no script runs.
+    """Return a session as one self-contained HTML page, which loads nothing and runs no script.
 
     Args:
         record: A record of kind `report`.

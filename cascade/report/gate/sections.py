@@ -1,4 +1,4 @@
-"""A comparison and a session as reports in sections: for terminal, Markdown and page alike."""
+"""Comparisons and sessions as reports in sections, for terminal, Markdown and HTML page."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from cascade.report.gate.wording import (
     cell_row,
     glossary,
     has_intervals,
-    holes,
     leftovers,
     mismatch_pairs,
+    missing_values,
     outcome,
     overrun_commands,
     overrun_rows,
@@ -43,15 +43,15 @@ from cascade.report.gate.wording import (
     worst_title,
 )
 
-#: The marks of verdicts, for colour alone: the verdict is said in words as well.
+#: The marks of verdicts, which only set colours; the verdict is always written out too.
 MARKS = {"PASS": "pass", "FAIL": "fail", "NOT COMPARABLE": "fail", "INCONCLUSIVE": "open"}
 
-#: How many of the worst cells one comparison shows, and each comparison of a summary.
+#: The number of worst cells shown for one comparison, and for each comparison of a summary.
 _WORST, _SUMMARY_WORST = 10, 3
 
 
 def comparison_report(record: ComparisonRecord) -> Report:
-    """Return a comparison as a report: the verdict, where it points, the worst cells, the origin.
+    """Return a comparison as a report: verdict, likely cause, worst cells and provenance.
 
     Args:
         record: A record of kind `comparison`.
@@ -70,7 +70,7 @@ def comparison_report(record: ComparisonRecord) -> Report:
 
 
 def session_summary(record: SessionRecord) -> Report:
-    """Return a session in short: every comparison and budget, and which baselines are missing.
+    """Return the summary of a session: every comparison, budget file and missing baseline.
 
     Args:
         record: A record of kind `report`.
@@ -82,20 +82,24 @@ def session_summary(record: SessionRecord) -> Report:
 
 
 def session_report(record: SessionRecord, *, worst: int, drawn: bool) -> Report:
-    """Return a session as a whole report, the worst verdict first.
+    """Return the full report of a session, the worst verdict first.
 
     Args:
         record: A record of kind `report`.
-        worst: How many of the worst cells each comparison lists.
+        worst: The number of worst cells to list for each comparison.
         drawn: Whether to draw the map of all cells and the profiles, and to show both provenances.
     """
     parts = worst_first([*record.comparisons, *record.budgets])
     sections = []
     if len(parts) > 1:
         rows = [[part.verdict, part.name, outcome(part)] for part in parts]
-        header = ("verdict", "what", "outcome")
-        sections.append(Section("", (table_of("The worst first.", header, rows, text_columns=3),)))
-    sections.append(Section("Baselines", tuple(_pairs(leftovers(record)))))
+        header = ("verdict", "baseline", "outcome")
+        sections.append(
+            Section("", (table_of("Worst verdict first.", header, rows, text_columns=3),))
+        )
+    sections.append(
+        Section("Missing, regenerated and unused baselines", tuple(_pairs(leftovers(record))))
+    )
     number = 0
     for part in parts:
         if isinstance(part, NamedComparison):
@@ -120,7 +124,7 @@ def _session(record: SessionRecord, sections: Sequence[Section]) -> Report:
     )
 
 
-# --- In short --------------------------------------------------------------------------------
+# --- Summary ---------------------------------------------------------------------------------
 
 
 def _short_comparison(record: NamedComparison) -> Section:
@@ -137,20 +141,21 @@ def _short_comparison(record: NamedComparison) -> Section:
 def _short_budget(budget: BudgetOutcome) -> Section:
     text = f"{budget.name}: {outcome(budget)}"
     blocks: list[Block] = [Lead(text, MARKS[budget.verdict], budget.verdict)]
-    return Section("", (*blocks, *_overruns(budget), *_pairs(_look_closer(budget))))
+    return Section("", (*blocks, *_overruns(budget), *_pairs(_commands(budget))))
 
 
-# --- In whole --------------------------------------------------------------------------------
+# --- Full report -----------------------------------------------------------------------------
 
 
 def _comparison(record: NamedComparison, worst: int, number: int | None) -> Iterator[Block]:
-    yield Lead(record.headline, MARKS[record.verdict], record.verdict)
+    # The heading names the verdict.
+    yield Lead(record.headline, MARKS[record.verdict])
     yield from _pairs(
         [
             *mismatch_pairs(record),
             *sentences(record),
             *provenance_pairs(record),
-            ("Stored in", record.path),
+            ("Baseline file", record.path),
         ]
     )
     cells = worst_cells(record)
@@ -166,7 +171,7 @@ def _comparison(record: NamedComparison, worst: int, number: int | None) -> Iter
 
 
 def _pictures(record: NamedComparison, number: int) -> Iterator[Block]:
-    # matplotlib takes long to import; the terminal needs no picture.
+    # Imported here, because matplotlib is slow to import and the terminal needs no picture.
     from cascade.report.gate.figures import drift_map_svg, profiles_svg
 
     if record.cells:
@@ -180,19 +185,19 @@ def _pictures(record: NamedComparison, number: int) -> Iterator[Block]:
 
 
 def _budget(budget: BudgetOutcome) -> Iterator[Block]:
-    yield Lead(outcome(budget), MARKS[budget.verdict], budget.verdict)
+    yield Lead(outcome(budget), MARKS[budget.verdict])
     yield from _overruns(budget)
-    yield from _pairs([*_look_closer(budget), ("Stored in", budget.path)])
+    yield from _pairs([*_commands(budget), ("Budget file", budget.path)])
 
 
 def _overruns(budget: BudgetOutcome) -> Iterator[Block]:
     rows = overrun_rows(budget)
     if rows:
-        yield table_of("Budgets that were not kept.", OVERRUN_HEADER, rows, text_columns=1)
+        yield table_of("Exceeded budgets.", OVERRUN_HEADER, rows, text_columns=1)
 
 
-def _look_closer(budget: BudgetOutcome) -> list[tuple[str, str]]:
-    return [("Look closer", f"`{command}`") for command in overrun_commands(budget)]
+def _commands(budget: BudgetOutcome) -> list[tuple[str, str]]:
+    return [("To inspect", f"`{command}`") for command in overrun_commands(budget)]
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> Iterator[Block]:
@@ -221,7 +226,7 @@ def _worst_table(record: ComparisonRecord, cells: Sequence[CellRow], most: int) 
 
 
 def _layers(record: ComparisonRecord) -> list[str]:
-    """Return the layer that the evidence points to, if it points to one."""
+    """Return the layer that is the likely cause, if there is one."""
     found = record.attribution
     return [] if found is None or found.layer is None else [found.layer]
 
@@ -229,26 +234,26 @@ def _layers(record: ComparisonRecord) -> list[str]:
 def _map_caption(record: ComparisonRecord) -> str:
     kind = "margin" if has_intervals(record) else "tolerance"
     texts = [
-        f"Each row is a layer, each column a statistic: orange lies above the baseline, blue below "
-        f"it, the deeper the farther. The depth steps up at the {kind}; a cell beyond it is framed "
-        "and has a sign."
+        "Rows are layers, columns are statistics. Orange cells lie above the baseline, blue cells "
+        "below it; a deeper colour means a larger difference. The colour deepens abruptly at the "
+        f"{kind}, and a cell beyond it has a frame and a sign."
     ]
     if any(cell.verdict == "INCONCLUSIVE" for cell in record.cells):
-        texts.append("A dashed frame is undecided.")
-    if holes(record):
-        texts.append(f"Hatched, for want of a number on one side: {holes(record)}.")
-    texts += [f"The arrow marks layer {layer}, which it points to." for layer in _layers(record)]
+        texts.append("A dashed frame marks an undecided cell.")
+    if missing_values(record):
+        texts.append(f"Hatched cells have no value on one side: {missing_values(record)}.")
+    texts += [f"The arrow marks layer {layer}, the likely cause." for layer in _layers(record)]
     return " ".join(texts)
 
 
 def _profile_caption(record: ComparisonRecord) -> str:
     what = (
-        "the means' difference with its interval, and the margin"
+        "the difference of the means with its interval, and the margin"
         if has_intervals(record)
-        else "how far the sequence that moved most has moved, and the tolerance, beyond which the "
-        "axis is logarithmic"
+        else "the largest difference of any sequence, and the tolerance, beyond which the axis is "
+        "logarithmic"
     )
     return (
-        f"Above: the mean similarity of each layer over the {record.tokens:,} tokens that were "
-        f"compared, the new profile drawn over the baseline's. Below: {what}."
+        f"Top: the mean similarity of each layer over the {record.tokens:,} compared tokens, with "
+        f"the new profile drawn over the baseline's. Bottom: {what}."
     )

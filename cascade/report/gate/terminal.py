@@ -10,9 +10,9 @@ from cascade.report.gate.sections import comparison_report, session_summary
 
 
 def print_comparison(record: ComparisonRecord, console: Console) -> None:
-    """Print a comparison: the verdict, where the evidence points, the worst cells, the origin.
+    """Print a comparison: verdict, likely cause, worst cells and provenance.
 
-    Nothing depends on colour, and 80 columns are enough.
+    The text does not depend on colour and fits 80 columns.
 
     Args:
         record: A record of kind `comparison`.
@@ -22,7 +22,7 @@ def print_comparison(record: ComparisonRecord, console: Console) -> None:
 
 
 def print_report(record: SessionRecord, console: Console) -> None:
-    """Print a session in short: the verdict, every comparison and budget, missing baselines.
+    """Print the summary of a session: verdict, comparisons, budgets and missing baselines.
 
     Args:
         record: A record of kind `report`.

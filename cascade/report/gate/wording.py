@@ -1,4 +1,4 @@
-"""The words and numbers of a comparison and a session: for terminal, Markdown and page."""
+"""The text of comparisons and sessions, for terminal, Markdown and HTML page."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from cascade.gate.records import (
 
 #: The causes of an attribution, in words.
 _CAUSES = {
-    "rows": "rows are missing",
-    "capture": "the right numbers in the wrong place",
-    "counting": "the way tokens are counted",
+    "rows": "missing rows",
+    "capture": "correct values in the wrong rows",
+    "counting": "how tokens are counted",
     "layer": "one layer",
-    "numerics": "arithmetic",
-    "model": "the whole model, or its input",
+    "numerics": "rounding",
+    "model": "the whole model or its input",
 }
 
-#: On the same sequences these are compared per sequence, in addition to the table.
+#: Statistics compared per sequence, in addition to the table, on the same sequences.
 _PER_SEQUENCE = ("mean", "mean_square")
 _WHOLE, _SHARE = "table ", "share_"
 _MEANINGS = {
@@ -48,13 +48,13 @@ _MEANINGS = {
     "frac_below_half": "share of tokens below 0.5",
 }
 
-#: Entries of a provenance that cause no drift by themselves.
+#: Entries of a provenance that cannot cause drift.
 _IRRELEVANT = ("command", "created", "source")
-#: How many layers without a number are named.
+#: The maximum number of named layers without a value.
 _MOST_HOLES = 5
-#: How many differences between two provenances are shown.
+#: The maximum number of shown differences between two provenances.
 _MOST_DIFFERENCES = 5
-#: How much of a hash is shown where there is little room; two that differ are told apart by it.
+#: The number of digits shown of a hash; enough to distinguish two hashes.
 _DIGEST = 12
 
 
@@ -62,14 +62,14 @@ _DIGEST = 12
 
 
 def overview(record: SessionRecord) -> str:
-    """Return in one line how many parts a session has, and with which verdicts."""
+    """Return one line with the number of comparisons, budget files and their verdicts."""
     rest = (
         (record.missing, "baseline missing", "baselines missing"),
-        (record.regenerated, "baseline made anew", "baselines made anew"),
-        (record.unused, "baseline not used", "baselines not used"),
+        (record.regenerated, "baseline regenerated", "baselines regenerated"),
+        (record.unused, "baseline unused", "baselines unused"),
     )
     parts = [
-        _counted([part.verdict for part in record.comparisons], "compared", "compared"),
+        _counted([part.verdict for part in record.comparisons], "comparison", "comparisons"),
         _counted([part.verdict for part in record.budgets], "budget file", "budget files"),
         *(
             f"{len(found):,} {one if len(found) == 1 else many}"
@@ -77,7 +77,7 @@ def overview(record: SessionRecord) -> str:
             if found
         ),
     ]
-    return "; ".join(part for part in parts if part) or "nothing was held to a baseline"
+    return "; ".join(part for part in parts if part) or "nothing was compared with a baseline"
 
 
 def _counted(verdicts: Sequence[str], one: str, many: str) -> str:
@@ -100,19 +100,19 @@ def worst_first(
 
 
 def outcome(part: NamedComparison | BudgetOutcome) -> str:
-    """Return the outcome of a comparison or of a file of budgets, in one sentence."""
+    """Return the outcome of a comparison or a budget file, in one sentence."""
     if isinstance(part, NamedComparison):
         return part.headline
     if part.reason:
         return part.reason
     if part.overruns:
         count = len(part.overruns)
-        return f"{count:,} budget{'s' * (count > 1)} of early exit not kept"
-    return f"all budgets of {part.points:,} points of early exit kept"
+        return f"{count:,} early-exit budget{'s' * (count > 1)} exceeded"
+    return f"{part.points:,} operating point{'s' * (part.points != 1)} within budget"
 
 
 #: The columns of `overrun_rows`.
-OVERRUN_HEADER = ("figure", "budget", "measured", "point")
+OVERRUN_HEADER = ("figure", "budget", "measured", "operating point")
 
 
 def overrun_rows(budget: BudgetOutcome) -> list[list[str]]:
@@ -124,7 +124,7 @@ def overrun_rows(budget: BudgetOutcome) -> list[list[str]]:
 
 
 def overrun_commands(budget: BudgetOutcome) -> list[str]:
-    """Return the commands to look closer at exceeded budgets with, each once."""
+    """Return the distinct commands that measure exceeded budgets again."""
     return list(dict.fromkeys(overrun.command for overrun in budget.overruns))
 
 
@@ -132,14 +132,11 @@ def leftovers(record: SessionRecord) -> list[tuple[str, str]]:
     """Return missing, regenerated and unused baselines, as (label, text)."""
     return [
         *(
-            ("Missing", f"{missing.path}: make it with `{missing.command}`")
+            ("Missing", f"{missing.path}; create it with `{missing.command}`")
             for missing in record.missing
         ),
-        *(("Regenerated", f"{path}: review and commit it") for path in record.regenerated),
-        *(
-            ("Not used", f"{path}: no test of this session compared with it")
-            for path in record.unused
-        ),
+        *(("Regenerated", f"{path}; review and commit it") for path in record.regenerated),
+        *(("Unused", f"{path}; no test of this session used it") for path in record.unused),
     ]
 
 
@@ -147,12 +144,12 @@ def leftovers(record: SessionRecord) -> list[tuple[str, str]]:
 
 
 def sentences(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
-    """Yield the sentences besides the verdict and the numbers, as (label, text)."""
+    """Yield the sentences that follow the verdict, as (label, text)."""
     found = record.attribution
     if found is not None:
-        yield "Points to", f"{_CAUSES.get(found.cause, found.cause)}: {found.text}"
-    if holes(record):
-        yield "No number", f"on one side: {holes(record)}"
+        yield "Likely cause", f"{_CAUSES.get(found.cause, found.cause)}: {found.text}"
+    if missing_values(record):
+        yield "No value", f"on one side: {missing_values(record)}"
     if record.verdict == "INCONCLUSIVE":
         yield "To decide", _needed_sequences(record)
     yield from _last_step(record)
@@ -168,18 +165,18 @@ def _last_step(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
 
 
 def _needed_sequences(record: ComparisonRecord) -> str:
-    """Return how many new sequences would decide, or that no number of them would."""
+    """Return how many new sequences would decide, or that no number would."""
     needed = [cell.needed for cell in record.cells if cell.verdict == "INCONCLUSIVE"]
     counts = [count for count in needed if count is not None]
     some = f"{max(counts, default=0):,} new sequences (now: {record.sequences.new:,})"
     if len(counts) == len(needed):
-        return f"take {some}"
-    few = f"the baseline's {record.sequences.baseline:,} sequences are too few"
+        return f"measure {some}"
+    few = f"because the baseline's {record.sequences.baseline:,} sequences are too few"
     if not counts:
-        return f"no number of new sequences would do: {few}"
+        return f"no number of new sequences would suffice, {few}"
     return (
-        f"{len(counts):,} of the {len(needed):,} undecided cells take {some}; for the rest no "
-        f"number of new ones would do: {few}"
+        f"{len(counts):,} of the {len(needed):,} undecided cells need {some}; for the others, no "
+        f"number would suffice, {few}"
     )
 
 
@@ -196,7 +193,7 @@ def mismatch_pairs(record: ComparisonRecord) -> list[tuple[str, str]]:
 
 
 def _short(value: object) -> str:
-    """Return a value in words, a hash by its first digits."""
+    """Return a value as text, with hashes cut to their first digits."""
     if value is None:
         return "none"
     text = str(value)
@@ -211,7 +208,7 @@ def _short(value: object) -> str:
 
 
 def provenance_pairs(record: ComparisonRecord) -> list[tuple[str, str]]:
-    """Return the origin of the new profile, and how the baseline's differs, as (label, text)."""
+    """Return the provenance of the new profile and the baseline's differences, as (label, text)."""
     new, old = record.provenance, record.baseline
     pairs = [("Measured", _source(new))] if new else []
     if old:
@@ -233,7 +230,7 @@ def _source(about: Provenance) -> str:
 
 
 def _unlike(old: Provenance, new: Provenance, shown: Collection[str]) -> str:
-    """Return how a baseline's provenance differs, without the differences shown already."""
+    """Return how a baseline's provenance differs, without differences that are already shown."""
     mine, theirs = dict(_leaves(to_plain(new))), dict(_leaves(to_plain(old)))
     differing = [
         f"{_place_name(place)} {_short(theirs.get(place))}"
@@ -241,10 +238,10 @@ def _unlike(old: Provenance, new: Provenance, shown: Collection[str]) -> str:
         if theirs.get(place) != mine.get(place) and place not in shown
     ]
     if not differing:
-        return "the same in all else" if shown else "the same model, corpus, machine and versions"
+        return "otherwise the same" if shown else "the same model, corpus, machine and versions"
     more = len(differing) - _MOST_DIFFERENCES
     rest = ", ".join(differing[:_MOST_DIFFERENCES])
-    return f"the same, but {rest}{f' and {more:,} more' if more > 0 else ''}"
+    return f"the same except {rest}{f' and {more:,} more' if more > 0 else ''}"
 
 
 def _place_name(place: str) -> str:
@@ -264,9 +261,9 @@ def _leaves(about: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, An
 
 
 def worst_cells(record: ComparisonRecord) -> list[CellRow]:
-    """Return the cells that did not pass, failures first, the farthest beyond its limit first.
+    """Return the cells that did not pass, failures first, each group the farthest first.
 
-    Those without a number fail as a whole row, and come last: `holes` names them.
+    Cells without a value come after the failures, because `missing_values` names them.
     """
     order = {"FAIL": 0, "INCONCLUSIVE": 2}
 
@@ -277,8 +274,8 @@ def worst_cells(record: ComparisonRecord) -> list[CellRow]:
     return sorted((cell for cell in record.cells if cell.verdict in order), key=badness)
 
 
-def holes(record: ComparisonRecord) -> str:
-    """Return the cells without a number, layer by layer; empty where there are none."""
+def missing_values(record: ComparisonRecord) -> str:
+    """Return the cells without a value, layer by layer; empty if there are none."""
     found: dict[str, list[str]] = {}
     for cell in record.cells:
         if distance(cell) is None:
@@ -292,36 +289,36 @@ def holes(record: ComparisonRecord) -> str:
 
 
 def distance(cell: CellRow) -> float | None:
-    """Return a cell's difference in units of its limit; infinite where nothing may move at all.
+    """Return a cell's difference in units of its limit; infinite if the limit is 0.
 
-    None where a side has no number.
+    None if a side has no value.
     """
     if cell.standardized is not None:
         return cell.standardized
-    if cell.difference:  # the limit is 0, and infinity is no JSON
+    if cell.difference:  # the limit is 0, and JSON has no infinity
         return math.copysign(math.inf, cell.difference)
     return None
 
 
 def cell_name(record: ComparisonRecord, cell: CellRow) -> str:
-    """Return the name of a cell's statistic, different from another one of the same name.
+    """Return an unambiguous name of a cell's statistic.
 
-    Where two runs over the same sequences are compared, the mean is there twice: per sequence, and
-    as the table has it.
+    If two runs over the same sequences are compared, the mean appears twice: per sequence and in
+    the table.
     """
     twice = record.method == "same sequences" and cell.statistic in _PER_SEQUENCE
     return f"{_WHOLE}{cell.statistic}" if twice and cell.sequence is None else cell.statistic
 
 
 def meaning(name: str) -> str:
-    """Return what a statistic is, by the name that `cell_name` gave it."""
+    """Return what a statistic means, given the name from `cell_name`."""
     if name.startswith(_WHOLE):
         return f"{_MEANINGS.get(name.removeprefix(_WHOLE), name)}, over all tokens"
     return _MEANINGS.get(name, name)
 
 
 def has_intervals(record: ComparisonRecord) -> bool:
-    """Return whether means of other sequences were compared, with intervals."""
+    """Return whether means over different sequences were compared, with intervals."""
     return record.method == "other sequences"
 
 
@@ -336,7 +333,7 @@ def _numbers(record: ComparisonRecord) -> tuple[str, ...]:
 
 
 def cell_row(record: ComparisonRecord, cell: CellRow) -> list[str]:
-    """Return one row of text: a cell with its signed difference and how far it may move."""
+    """Return one table row of text: a cell with its signed difference and its limit."""
     return [
         cell.layer,
         cell_name(record, cell),
@@ -346,10 +343,10 @@ def cell_row(record: ComparisonRecord, cell: CellRow) -> list[str]:
 
 
 def cell_numbers(record: ComparisonRecord, cell: CellRow) -> dict[str, str]:
-    """Return a cell's numbers as text, by the names of `cell_header`; "none" where it has none."""
+    """Return a cell's numbers as text by the names of `cell_header`; "none" for missing ones."""
     fine = not has_intervals(record)
     is_count = cell.statistic == "count"
-    # Four digits are enough of what is uncertain, and with them the table fits 80 columns.
+    # Four digits are enough for means with intervals, and let the table fit 80 columns.
     value = ",.0f" if is_count else "z.6f" if fine else "z.4f"
     size = ".1e" if fine and _is_tiny(cell.difference) else value.removeprefix("z")
     most = ".1e" if fine and _is_tiny(cell.limit) else "g" if not cell.limit else ".4f"
@@ -378,12 +375,12 @@ def worst_title(record: ComparisonRecord, cells: Sequence[CellRow], shown: int) 
     failed = sum(cell.verdict == "FAIL" for cell in cells)
     undecided = len(cells) - failed
     kind = "margin" if has_intervals(record) else "tolerance"
-    beyond = f"beyond {'their' if failed > 1 else 'its'} {kind}"
+    beyond = f"beyond {kind}"
     if failed and undecided:
         text = f"{_cells(failed)} {beyond}, {undecided:,} undecided"
     else:
         text = f"{_cells(failed)} {beyond}" if failed else f"{_cells(undecided)} undecided"
-    return f"{text}; the worst {shown:,}" if shown < len(cells) else text
+    return f"{text}; showing the worst {shown:,}" if shown < len(cells) else text
 
 
 def _cells(count: int) -> str:
@@ -391,11 +388,11 @@ def _cells(count: int) -> str:
 
 
 def glossary(record: ComparisonRecord, cells: Sequence[CellRow]) -> str:
-    """Return what the numbers of some rows mean."""
+    """Return an explanation of the statistics in some rows."""
     names = list(dict.fromkeys(cell_name(record, cell) for cell in cells))
     means = [name for name in names if name in _PER_SEQUENCE]
     shares = [name for name in names if name.startswith(_SHARE)]
-    texts = []
+    texts = ["a cell is one statistic of one layer"] if cells else []
     if means:
         which = "" if has_intervals(record) else ", in the sequence that moved most"
         texts.append(f"{', '.join(means)}: of the similarity{which}")
@@ -409,6 +406,7 @@ def glossary(record: ComparisonRecord, cells: Sequence[CellRow]) -> str:
     ]
     if has_intervals(record) and cells:
         texts.append(
-            "an interval wholly beyond the margin fails, one that straddles it is undecided"
+            "a cell fails if its interval lies wholly beyond the margin, and is undecided if its "
+            "interval straddles the margin"
         )
     return "; ".join(texts)

@@ -88,7 +88,10 @@ def with_a_file_for_baselines(folder: Path) -> None:
         (without_the_run, "no record report/profile.json; make one with `cascade analyze"),
         (with_a_torn_profile, "report/profile.json is torn or edited"),
         (with_a_torn_state, "report/profile.npz is torn"),
-        (with_an_edited_profile, "report/profile.json was changed after it was made (hash is"),
+        (
+            with_an_edited_profile,
+            "report/profile.json was changed after it was written (expected hash",
+        ),
         (with_a_file_for_baselines, "cannot write to baselines/tiny: "),
     ],
 )

@@ -82,7 +82,7 @@ def test_accepting_an_evaluation_without_a_given_point_is_refused(
     assert tiny("evaluate", "--layers", "3", "--output", "e").status == 0
     done = run("accept", "e")
     assert done.status == 2
-    assert "no point to budget" in done.err
+    assert "no operating point to budget" in done.err
     assert not Path("baselines").exists()
 
 

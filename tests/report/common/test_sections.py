@@ -1,4 +1,4 @@
-"""A report in sections says the same in the terminal, as a page and as Markdown."""
+"""Reports in sections: the same content in the terminal, as HTML page and as Markdown."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def printed(width: int = 80, report: Report | None = None) -> str:
     return stream.getvalue()
 
 
-def test_the_terminal_shows_everything_but_pictures() -> None:
+def test_the_terminal_omits_pictures() -> None:
     text = printed()
     for part in ("tiny_model <1>", "All is [well].", "A plain sentence.", "a|b", "x*y", "25"):
         assert part in text
@@ -57,7 +57,7 @@ def test_the_terminal_shows_everything_but_pictures() -> None:
     assert "Nothing" not in text
 
 
-def test_the_page_nests_and_holds_pictures_and_provenance() -> None:
+def test_the_page_is_well_formed_with_pictures_and_provenance() -> None:
     text = html_page(a_report())
     page = Page(text)
     assert not page.misnested
@@ -69,7 +69,7 @@ def test_the_page_nests_and_holds_pictures_and_provenance() -> None:
     assert "tiny_model &lt;1&gt;" in text
 
 
-def test_markdown_shows_markup_as_it_is_written() -> None:
+def test_markdown_escapes_markup() -> None:
     text = markdown(a_report(), level=2, pictures="findings")
     assert "## tiny\\_model &lt;1&gt;" in text
     assert "### What was found" in text
@@ -79,7 +79,7 @@ def test_markdown_shows_markup_as_it_is_written() -> None:
     assert "Nothing" not in text
 
 
-def test_bars_are_for_the_terminal_alone() -> None:
+def test_only_the_terminal_shows_bars() -> None:
     bars = Bars((("1", 0.5, ""), ("2", -0.25, "a dip")))
     report = Report("k", "t", "a", (Section("Mean", (bars,)), Section("More", ("x",))), {})
     text = printed(report=report)
@@ -90,14 +90,14 @@ def test_bars_are_for_the_terminal_alone() -> None:
         assert "a dip" not in shown
 
 
-def test_labels_take_the_place_of_the_title_in_the_terminal_alone() -> None:
+def test_labels_replace_the_title_in_the_terminal() -> None:
     labels = (("Model", "tiny_model <1> (llama)"), ("Run", "float32"))
     report = Report("k", "tiny_model <1>", "float32 · 4 tokens", (), {}, labels)
     assert printed(report=report) == "Model  tiny_model <1> (llama)\nRun    float32\n"
     assert "float32 · 4 tokens" in html_page(report)
 
 
-def test_a_caption_for_pages_is_left_out_in_the_terminal() -> None:
+def test_the_terminal_omits_a_page_caption() -> None:
     table = Table("Shares per class.", ("class", "share"), (("a", "0.5"),), page_caption=True)
     report = Report("k", "t", "a", (Section("Shares", (table,)),), {})
     assert "Shares per class." not in printed(report=report)
@@ -105,16 +105,16 @@ def test_a_caption_for_pages_is_left_out_in_the_terminal() -> None:
 
 
 @pytest.mark.parametrize("start", ["#", "+", "-"])
-def test_a_paragraph_stays_one(start: str) -> None:
+def test_a_paragraph_does_not_become_a_heading_or_list(start: str) -> None:
     report = Report("k", "t", "a", (Section("", (f"{start} no heading,\nno list",)),), {})
     assert f"\\{start} no heading, no list" in markdown(report)
 
 
-def test_pictures_are_listed_for_the_folder_of_a_run() -> None:
+def test_a_report_lists_its_pictures() -> None:
     assert [picture.file for picture in a_report().pictures()] == ["dots.svg"]
 
 
-def test_commands_are_shown_as_commands_and_a_lone_backtick_as_itself() -> None:
+def test_commands_are_code_and_a_single_backtick_is_escaped() -> None:
     report = Report("k", "t", "a", (Section("", ("`cascade --a_b *`, not a_b", "a ` b_c")),), {})
     text = markdown(report)
     assert "`cascade --a_b *`, not a\\_b" in text

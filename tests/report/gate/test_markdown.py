@@ -1,4 +1,4 @@
-"""A session as Markdown: verdict first, the worst first, below 100 kB, names mean themselves."""
+"""A session as Markdown: the worst verdict first, below 100 kB, markup escaped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tokens(markdown: str) -> list[Token]:
 
 
 def shown(inline: Token) -> str:
-    """Return what a reader sees of a line."""
+    """Return the visible text of a line."""
     return "".join(
         child.content if child.type != "softbreak" else " " for child in inline.children or ()
     )
@@ -66,7 +66,7 @@ def everything(markdown: str) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_verdict_is_the_first_line_and_tables_are_whole(kind: str) -> None:
+def test_the_verdict_is_the_first_line_and_tables_are_rectangular(kind: str) -> None:
     record = KINDS[kind]()
     text = report_markdown(a_session(record))
     assert text.startswith(f"# CASCADE: {record.verdict}\n")
@@ -78,27 +78,24 @@ def test_the_verdict_is_the_first_line_and_tables_are_whole(kind: str) -> None:
         assert found[-1][1:] == expected
 
 
-def test_what_a_comparison_says_is_in_it() -> None:
+def test_markdown_has_the_text_of_a_comparison() -> None:
     text = everything(report_markdown(a_session(moved())))
     for part in (
-        "Points to: one layer: layers below 2",
-        "15 cells beyond their tolerance; the worst 10.",
+        "Likely cause: one layer: layer 2 is the first",
+        "15 cells beyond tolerance; showing the worst 10.",
         "Measured: tiny (float32 on cpu)",
-        "Stored in: baselines/tiny/words.saturation.json",
+        "Baseline file: baselines/tiny/words.saturation.json",
     ):
         assert part in text
     text = everything(report_markdown(a_session(foreign())))
-    assert (
-        "model.dtype: expected float32, got bfloat16; other arithmetic: run with the baseline's "
-        "--dtype" in text
-    )
+    assert "model.dtype: expected float32, got bfloat16; run with the baseline's --dtype" in text
 
 
-def test_a_session_shows_the_worst_first_and_what_is_missing_before_all() -> None:
+def test_a_session_shows_missing_baselines_then_the_worst_verdicts() -> None:
     text = report_markdown(a_full_session())
     assert headings(text) == [
         "CASCADE: FAIL",
-        "Baselines",
+        "Missing, regenerated and unused baselines",
         "FAIL: tiny/words",
         "FAIL: budgets of tiny/texts",
         "NOT COMPARABLE: tiny/words",
@@ -114,20 +111,20 @@ def test_a_session_shows_the_worst_first_and_what_is_missing_before_all() -> Non
     assert ["agreement", "at least 0.897", "0.5000", BUDGET.overruns[0].point] in [
         row for rows in tables(text) for row in rows
     ]
-    # In code a bar is a bar, and is not escaped.
+    # A bar in code is not escaped.
     assert "`cascade analyze --output a | tee b`" in text
     assert "Regenerated: baselines/b.json" in everything(text)
-    assert "Not used: baselines/c.json" in everything(text)
+    assert "Unused: baselines/c.json" in everything(text)
 
 
 NASTY = "a|b\\|c *d* <script>x</script> ![e](f) ~~g~~ `h` _i_ __k__ l_m # j"
 
 
-def test_what_would_be_markup_means_itself() -> None:
+def test_markup_in_a_record_is_escaped() -> None:
     record = changed(moved(), headline=NASTY, notes=[NASTY])
     text = report_markdown(session_record([named(record, NASTY)] * 2))
     overview, *_ = tables(text)
-    plain = NASTY.replace("`h`", "h")  # what stands between backticks is code
+    plain = NASTY.replace("`h`", "h")  # text between backticks is code
     assert overview[1][1:] == [plain, plain]
     assert f"FAIL: {plain}" in headings(text)
     assert f"Note: {plain}" in everything(text)
@@ -137,20 +134,20 @@ def test_what_would_be_markup_means_itself() -> None:
     assert code[1][1] == "x|y"
 
 
-def test_a_text_without_end_is_cut() -> None:
+def test_long_texts_are_cut() -> None:
     text = report_markdown(a_session(changed(moved(), notes=["long " * 1000, *["short"] * 50])))
     assert len(max(text.splitlines(), key=len)) < 700
     assert "long..." in text.replace("long ...", "long...")
     assert re.search(r"\n\.\.\. and 3\d more\n", text)
 
 
-def test_what_does_not_fit_is_counted_and_what_failed_is_kept() -> None:
+def test_omitted_sections_are_counted_and_failures_kept() -> None:
     many = [named(clean(), f"clean-{number}") for number in range(500)]
     text = report_markdown(session_record([*many, named(moved(), "broken")]))
     assert 50_000 < len(text.encode()) < 100_000
     assert headings(text)[1] == "FAIL: broken"
     kept = len(headings(text)) - 1
-    assert f"... and {501 - kept} more sections: see the HTML report." in text
+    assert f"... and {501 - kept} more sections in the HTML report." in text
     overview, *_ = tables(text)
     assert f"... and {501 - (len(overview) - 1)} more\n" in text
 
@@ -175,9 +172,9 @@ def test_markdown_stays_below_a_hundred_kilobytes(
     text = report_markdown(session_record([named(record, name)] * count, **parts))
     assert len(text.encode()) < 100_000
     assert text.startswith("# CASCADE: FAIL\n")
-    assert tables(text)[0][0] == ["verdict", "what", "outcome"]
+    assert tables(text)[0][0] == ["verdict", "baseline", "outcome"]
 
 
-def test_a_name_that_is_no_text_is_shown_all_the_same() -> None:
+def test_a_name_that_cannot_be_encoded_is_shown() -> None:
     text = report_markdown(session_record([named(clean(), "a\udcffb")]))
     assert "a?b" in text.encode().decode()

@@ -1,4 +1,4 @@
-"""Comparisons in the terminal: verdict first, every number from the record, nothing hidden."""
+"""Comparisons and sessions in the terminal: verdict first, numbers as in the record."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def flat(text: str) -> str:
 
 
 def table(text: str) -> list[dict[str, str]]:
-    """Return the rows of the table of cells, by its header; no cell of it has a blank."""
+    """Return the rows of the table of cells by column name; no cell contains a blank."""
     lines = text.splitlines()
     start = next(
         (n for n, line in enumerate(lines) if line.split()[:2] == ["layer", "statistic"]), None
@@ -85,7 +85,7 @@ def table(text: str) -> list[dict[str, str]]:
 
 
 def close(text: str, value: float | None) -> bool:
-    """Whether a text shows a value, up to the digits that it has."""
+    """Return whether a text shows a value, up to the digits of the text."""
     if value is None:
         return text == "none"
     mantissa = text.split("e")[0]
@@ -99,7 +99,7 @@ def close(text: str, value: float | None) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ascii_only", [False, True])
-def test_the_verdict_comes_first_and_eighty_columns_are_enough(kind: str, ascii_only: bool) -> None:
+def test_the_verdict_comes_first_and_eighty_columns_suffice(kind: str, ascii_only: bool) -> None:
     record = KINDS[kind]()
     for shown in (record, a_session(record)):
         file = io.TextIOWrapper(io.BytesIO(), encoding="ascii" if ascii_only else "utf-8")
@@ -113,7 +113,7 @@ def test_the_verdict_comes_first_and_eighty_columns_are_enough(kind: str, ascii_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_worst_cells_are_shown_with_the_records_own_numbers(kind: str) -> None:
+def test_the_worst_cells_show_the_records_numbers(kind: str) -> None:
     record = KINDS[kind]()
     rows = table(printed(record))
     beyond = [cell for cell in record.cells if cell.verdict != "PASS"]
@@ -130,24 +130,24 @@ def test_the_worst_cells_are_shown_with_the_records_own_numbers(kind: str) -> No
         assert row["verdict"] == {"FAIL": "fail", "INCONCLUSIVE": "undecided"}[cell.verdict]
 
 
-def test_a_failure_says_where_it_points_to_and_shows_the_worst_first() -> None:
+def test_a_failure_names_the_likely_cause_and_shows_the_worst_first() -> None:
     record = moved()
     text = printed(record)
-    assert "one layer: layers below 2 are as before" in flat(text)
+    assert "one layer: layer 2 is the first that moved" in flat(text)
     sizes = [abs(cell.standardized) for cell in worst_cells(record)]
     assert sizes == sorted(sizes, reverse=True)
-    assert "15 cells beyond their tolerance; the worst 10." in text
-    # What arithmetic moves is seen in the sixth digit.
+    assert "15 cells beyond tolerance; showing the worst 10." in text
+    # Six digits show the smallest differences.
     assert all(re.fullmatch(r"0\.\d{6}", row["expected"]) for row in table(text))
 
 
-def test_all_cells_that_fit_are_said_to_be_all() -> None:
+def test_the_title_counts_all_cells_if_all_fit() -> None:
     text = printed(hidden_drift())
-    assert "\n6 cells beyond their tolerance.\n" in text
+    assert "\n6 cells beyond tolerance.\n" in text
     assert len(table(text)) == 6
 
 
-def test_the_mean_of_a_sequence_and_that_of_the_table_have_two_names() -> None:
+def test_the_per_sequence_mean_and_the_table_mean_have_different_names() -> None:
     record = moved()
     means = [cell for cell in record.cells if cell.statistic == "mean"]
     assert {cell_name(record, cell) for cell in means} == {"mean", "table mean"}
@@ -157,23 +157,23 @@ def test_the_mean_of_a_sequence_and_that_of_the_table_have_two_names() -> None:
     assert {cell_name(other, c) for c in other.cells if c.statistic == "mean"} == {"mean"}
 
 
-def test_what_has_no_number_is_named_and_reads_none() -> None:
+def test_missing_values_are_named_and_shown_as_none() -> None:
     record = lacking()
     text = printed(record)
     holes = [cell for cell in record.cells if cell.layer == "3"]
     assert len(holes) == 12
-    assert "No number on one side: layer 3 (12 statistics)" in flat(text)
+    assert "No value on one side: layer 3 (12 statistics)" in flat(text)
     rows = [row for row in table(text) if row["layer"] == "3"]
     assert rows
     assert all((row["obtained"], row["moved"]) == ("none", "none") for row in rows)
     hole = {"obtained": None, "difference": None, "standardized": None, "verdict": "FAIL"}
     one = with_cell(moved(), 0, **hole)
-    assert "No number on one side: layer 1 (mean)" in flat(printed(one))
-    # A row without a number is a dozen cells; they do not hide the others.
+    assert "No value on one side: layer 1 (mean)" in flat(printed(one))
+    # A row without values has a dozen cells, which must not hide the others.
     assert [distance(cell) is None for cell in worst_cells(one)] == [False] * 15 + [True]
 
 
-def test_a_count_that_may_not_move_at_all_is_worse_than_any_other() -> None:
+def test_a_changed_count_ranks_worst() -> None:
     names = [cell.statistic for cell in moved().cells]
     record = with_cell(
         moved(),
@@ -188,7 +188,7 @@ def test_a_count_that_may_not_move_at_all_is_worse_than_any_other() -> None:
     assert [row[name] for name in ("statistic", "expected", "obtained", "moved", "tolerance")] == [
         *("count", "192", "191", "-1", "0")
     ]
-    assert "No number" not in printed(record)
+    assert "No value" not in printed(record)
 
 
 def test_other_sequences_show_interval_and_margin() -> None:
@@ -198,44 +198,44 @@ def test_other_sequences_show_interval_and_margin() -> None:
         assert cell.interval is not None
         assert close(low, cell.interval[0])
         assert close(high, cell.interval[1])
-    assert "6 cells beyond their margin, 10 undecided; the worst 10" in printed(record)
-    # What is decided needs no more sequences.
+    assert "6 cells beyond margin, 10 undecided; showing the worst 10" in printed(record)
+    # A decided comparison needs no more sequences.
     assert "To decide" not in printed(record)
 
 
-def test_what_is_undecided_says_how_many_sequences_would_decide() -> None:
+def test_undecided_cells_name_the_number_of_sequences_needed() -> None:
     record = other_text()
     undecided = [n for n, cell in enumerate(record.cells) if cell.verdict == "INCONCLUSIVE"]
     needed = [record.cells[number].needed for number in undecided]
     counts = [count for count in needed if count is not None]
     assert len(counts) == len(needed)
     text = flat(printed(record))
-    assert f"To decide take {max(counts):,} new sequences (now: 12)" in text
-    assert "11 cells undecided; the worst 10" in text
+    assert f"To decide measure {max(counts):,} new sequences (now: 12)" in text
+    assert "11 cells undecided; showing the worst 10" in text
     for number in undecided[1:]:
         record = with_cell(record, number, needed=None)
     text = flat(printed(record))
-    assert f"1 of the 11 undecided cells take {counts[0]:,} new sequences (now: 12)" in text
-    assert "no number of new ones would do: the baseline's 400 sequences are too few" in text
+    assert f"1 of the 11 undecided cells need {counts[0]:,} new sequences (now: 12)" in text
+    assert "no number would suffice, because the baseline's 400 sequences are too few" in text
     record = with_cell(record, undecided[0], needed=None)
     text = flat(printed(record))
-    assert "To decide no number of new sequences would do: the baseline's 400" in text
+    assert "To decide no number of new sequences would suffice, because the baseline's 400" in text
 
 
-def test_what_cannot_be_compared_shows_both_sides_the_remedy_and_no_number() -> None:
+def test_not_comparable_shows_both_sides_and_the_remedy_without_numbers() -> None:
     text = printed(foreign())
-    assert "model.dtype expected float32, got bfloat16; other arithmetic: run with" in flat(text)
+    assert "model.dtype expected float32, got bfloat16; run with" in flat(text)
     assert "the baseline's --dtype" in flat(text)
     assert not table(text)
     assert "cells" not in text
     hashes = ("sha256:" + "0123456789abcdef" * 4, "f" * 64)
     about = provenance(tokenizer_hash=hashes[0], model__revision=hashes[1])
     text = flat(printed(compare(a_profile(about=about), a_profile()).record()))
-    assert "tokenizer_hash expected t, got sha256:0123456789ab...; another tokenizer" in text
-    assert "model.revision expected none, got ffffffffffff...; another revision" in text
+    assert "tokenizer_hash expected t, got sha256:0123456789ab...; restore the tokenizer" in text
+    assert "model.revision expected none, got ffffffffffff...; pin --revision" in text
 
 
-def test_a_gate_says_after_how_many_tokens_it_was_decided() -> None:
+def test_a_gate_shows_after_how_many_tokens_it_decided() -> None:
     assert "Decided after 128 of at most 128 tokens" in flat(printed(of_a_model("clean")))
     assert "Decided after 16 of at most 128 tokens" in flat(printed(of_a_model("broken")))
     text = flat(printed(of_a_model("other words")))
@@ -243,17 +243,17 @@ def test_a_gate_says_after_how_many_tokens_it_was_decided() -> None:
     assert "after" not in printed(clean())
 
 
-def test_a_tolerance_that_was_widened_is_seen_with_a_pass_too() -> None:
+def test_a_widened_tolerance_is_noted_even_on_a_pass() -> None:
     record = elsewhere()
     assert record.verdict == "PASS"
     for shown in (record, a_session(record)):
         assert (
-            "Note the baseline was made elsewhere (processor B, the baseline's A): tolerance"
-            in (flat(printed(shown)))
+            "Note the baseline was made in another environment (processor B instead of A); "
+            "tolerance" in flat(printed(shown))
         )
 
 
-def test_the_provenance_takes_two_lines_and_the_second_only_says_what_differs() -> None:
+def test_the_provenance_takes_two_lines_and_the_second_shows_only_differences() -> None:
     lines = printed(clean(), width=200).splitlines()
     assert lines[-2:] == [
         "Measured  tiny (float32 on cpu) on corpus words; A, torch 2.13.0",
@@ -261,16 +261,16 @@ def test_the_provenance_takes_two_lines_and_the_second_only_says_what_differs() 
     ]
     about = provenance(versions__torch="2.14.0", machine__threads=3, command="another")
     lines = printed(compare(a_profile(about=about), a_profile()).record(), width=200).splitlines()
-    assert lines[-1] == "Baseline  the same, but threads 2, torch 2.13.0"
-    # What makes them not comparable was told above.
-    assert "Baseline the same in all else" in flat(printed(foreign()))
+    assert lines[-1] == "Baseline  the same except threads 2, torch 2.13.0"
+    # The mismatch itself is shown above.
+    assert "Baseline otherwise the same" in flat(printed(foreign()))
     many = provenance(versions={f"library{number}": "1" for number in range(9)})
     text = flat(printed(compare(a_profile(about=many), a_profile()).record()))
-    assert "the same, but cascade-exit 0.1.0, torch 2.13.0, library0 none" in text
+    assert "the same except cascade-exit 0.1.0, torch 2.13.0, library0 none" in text
     assert "and 6 more" in text
 
 
-def test_without_any_provenance_a_comparison_is_shown_all_the_same() -> None:
+def test_a_comparison_without_provenance_is_shown() -> None:
     record = changed(moved(), provenance=None, baseline=None)
     assert "Measured" not in printed(record)
     assert "Baseline" not in printed(record)
@@ -278,7 +278,7 @@ def test_without_any_provenance_a_comparison_is_shown_all_the_same() -> None:
     assert "Measured None (None on None)" in flat(printed(changed(record, provenance=about)))
 
 
-def test_a_comparison_that_could_not_be_made_says_why_and_nothing_else() -> None:
+def test_a_failed_comparison_shows_only_its_reason() -> None:
     record = changed(Comparison(None).record(), headline="the baseline is torn")
     assert printed(record) == "NOT COMPARABLE: the baseline is torn\n"
     assert "NOT COMPARABLE: tiny/words: the baseline is torn" in printed(a_session(record))
@@ -286,7 +286,7 @@ def test_a_comparison_that_could_not_be_made_says_why_and_nothing_else() -> None
         assert "the baseline is torn" in form(a_session(record))
 
 
-def test_colours_only_add_to_the_words() -> None:
+def test_colours_only_add_to_the_text() -> None:
     for kind, code in (
         ("clean", "32"),
         ("moved", "1;31"),
@@ -298,7 +298,7 @@ def test_colours_only_add_to_the_words() -> None:
         assert coloured.startswith(f"\x1b[{code}m{record.verdict}\x1b[0m: ")
 
 
-def test_nothing_in_a_record_steers_the_terminal() -> None:
+def test_control_characters_and_markup_of_a_record_are_escaped() -> None:
     notes = ["\x07[b]note[/b]"]
     record = changed(moved(), headline="[red]drift[/red]\x1b[31m", notes=notes)
     text = printed(record)
@@ -310,50 +310,50 @@ def test_nothing_in_a_record_steers_the_terminal() -> None:
 # --- A session -------------------------------------------------------------------------------
 
 
-def test_a_session_begins_with_its_verdict_and_what_it_consists_of() -> None:
+def test_a_session_begins_with_its_verdict_and_an_overview() -> None:
     assert flat(printed(a_full_session())).startswith(
-        "FAIL: 4 compared (1 FAIL, 1 NOT COMPARABLE, 1 INCONCLUSIVE, 1 PASS); 3 budget files "
-        "(1 FAIL, 1 NOT COMPARABLE, 1 PASS); 1 baseline missing; 1 baseline made anew; 1 baseline "
-        "not used PASS: tiny/words: no drift"
+        "FAIL: 4 comparisons (1 FAIL, 1 NOT COMPARABLE, 1 INCONCLUSIVE, 1 PASS); 3 budget files "
+        "(1 FAIL, 1 NOT COMPARABLE, 1 PASS); 1 baseline missing; 1 baseline regenerated; 1 "
+        "baseline unused PASS: tiny/words: no drift"
     )
-    assert printed(a_session(clean())).startswith("PASS: 1 compared\n")
+    assert printed(a_session(clean())).startswith("PASS: 1 comparison\n")
     both = a_session(clean(), elsewhere(), unused=["a", "b"])
-    assert printed(both).startswith("PASS: 2 compared, all PASS; 2 baselines not used\n")
+    assert printed(both).startswith("PASS: 2 comparisons, all PASS; 2 baselines unused\n")
 
 
-def test_a_session_that_held_nothing_to_a_baseline_says_so() -> None:
-    assert printed(a_session()) == "INCONCLUSIVE: nothing was held to a baseline\n"
+def test_a_session_without_comparisons_is_inconclusive() -> None:
+    assert printed(a_session()) == "INCONCLUSIVE: nothing was compared with a baseline\n"
 
 
-def test_a_session_shows_all_of_its_parts() -> None:
+def test_a_session_shows_every_comparison_budget_and_baseline() -> None:
     text = flat(printed(a_full_session()))
     for part in (
         "PASS: tiny/words: no drift",
-        "FAIL: tiny/words: drift",
+        "FAIL: tiny/words: drift in",
         "Baseline baselines/tiny/words.saturation.json",
-        "PASS: tiny/texts: all budgets of 3 points of early exit kept",
-        "FAIL: tiny/texts: 2 budgets of early exit not kept",
+        "PASS: tiny/texts: 3 operating points within budget",
+        "FAIL: tiny/texts: 2 early-exit budgets exceeded",
         "agreement at least 0.897 0.5000 layer 3, cosine >= 0.95, logit_lens",
-        "Look closer `cascade evaluate --point 3:cosine:0.95`",
+        "To inspect `cascade evaluate --point 3:cosine:0.95`",
         "NOT COMPARABLE: tiny/texts: other heads",
-        "Missing baselines/a.json: make it with `cascade analyze --output a | tee b`",
-        "Regenerated baselines/b.json: review and commit it",
-        "Not used baselines/c.json: no test of this session",
+        "Missing baselines/a.json; create it with `cascade analyze --output a | tee b`",
+        "Regenerated baselines/b.json; review and commit it",
+        "Unused baselines/c.json; no test of this session used it",
     ):
         assert part in text
-    # Said once, though two budgets were not kept.
+    # Shown once, although two budgets were exceeded.
     assert text.count("cascade evaluate") == 1
     one = changed(BUDGET, overruns=BUDGET.overruns[:1])
-    assert "1 budget of early exit not kept" in flat(printed(a_session(budgets=[one])))
+    assert "1 early-exit budget exceeded" in flat(printed(a_session(budgets=[one])))
 
 
 def test_a_session_is_short() -> None:
     assert len(table(printed(a_session(moved())))) == 3
-    assert "15 cells beyond their tolerance; the worst 3" in printed(a_session(moved()))
+    assert "15 cells beyond tolerance; showing the worst 3" in printed(a_session(moved()))
     assert len(printed(a_session(*[clean()] * 10)).splitlines()) <= 1 + 10 * 3
 
 
-def test_a_session_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+def test_a_torn_session_is_refused(tmp_path: Path) -> None:
     report = to_plain(a_session(clean(), budgets=[KEPT, REFUSED]))
     assert from_plain(report, SessionRecord).verdict == "NOT COMPARABLE"
     for place in ("unused", "cells"):
@@ -388,7 +388,7 @@ def test_any_record_is_printed(record: Record, name: str) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(record=comparisons(most=3))
-def test_any_cell_has_as_many_texts_as_columns_and_shows_what_it_lacks(record: Record) -> None:
+def test_any_cell_has_one_text_per_column_and_none_for_missing_values(record: Record) -> None:
     for cell in record.cells:
         row = cell_row(record, cell)
         assert len(row) == 7 + (record.method == "other sequences")
