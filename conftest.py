@@ -1,8 +1,9 @@
-"""Fixtures that several suites share: the real model, loaded once, and its profile."""
+"""Fixtures that several suites share: the real model, loaded once, and its profiles."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,22 @@ def reference_model() -> DecoderStack:
 @pytest.fixture(scope="session")
 def embedded_profile(reference_model: DecoderStack) -> SaturationProfile:
     """The reference model's profile over the whole embedded corpus (about a minute on 2 cores)."""
+    return _profile(reference_model, every=1)
+
+
+@pytest.fixture(scope="session")
+def quarter_profile(reference_model: DecoderStack) -> SaturationProfile:
+    """The reference model's profile over every fourth sequence of the embedded corpus."""
+    return _profile(reference_model, every=4)
+
+
+def _profile(stack: DecoderStack, every: int) -> SaturationProfile:
     from cascade import analyze, load_blocks, read_profile
 
     stored = Path(__file__).parent / "baselines/smollm2-135m-instruct-q4_1"
     edges = read_profile(stored / "embedded.saturation.json").arrays()["edges"]
-    blocks = load_blocks("embedded", reference_model.tokenizer)
-    return analyze(reference_model, blocks, edges=edges)
+    blocks = load_blocks("embedded", stack.tokenizer)
+    return analyze(stack, replace(blocks, ids=blocks.ids[::every]), edges=edges)
 
 
 @pytest.fixture

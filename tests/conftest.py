@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -10,10 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from support.commands import TEXTS, Done, Run
 from support.tiny_models import save_checkpoint, save_gguf
 
 from cascade import cli
+
+# A busy machine is slow: time is measured in benchmarks, not in tests.
+settings.register_profile("without_deadline", parent=settings.default, deadline=None)
+settings.load_profile("without_deadline")
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take minutes: two workers then end at the same time."""
     real = {item.path for item in items if any(map(item.get_closest_marker, _REAL))}
     items.sort(key=lambda item: item.path not in real)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported by now from garbage collection: some libraries collect often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -399,7 +399,7 @@ def test_the_verdict_advises_against_exiting_at_the_studys_layer(
             reference_model.tokenizer,
             num_samples=None,
             split="held-out",
-            max_tokens=2048,
+            max_tokens=1024,
         )
     )
     request = EvaluationConfig(layers=(29,), rules=("cosine",))

@@ -189,6 +189,19 @@ def test_a_tiny_models_table_stays_as_stored(
 
 
 @pytest.mark.saturation
+def test_a_quarter_of_the_embedded_corpus_gives_the_stored_baseline(
+    quarter_profile: SaturationProfile,
+) -> None:
+    baseline = read_profile(profile_path(BASELINES, quarter_profile.record()))
+    comparison = compare(quarter_profile, baseline)
+    assert comparison.verdict == "PASS", comparison.worst()[:5]
+    # Every statistic of every sequence and layer: no hole.
+    assert len(comparison.cells) == 31 * 10
+    assert comparison.sequences == (128, 128)
+
+
+@pytest.mark.saturation
+@pytest.mark.whole
 def test_the_embedded_corpus_gives_the_stored_baseline(
     embedded_profile: SaturationProfile,
 ) -> None:
@@ -201,6 +214,7 @@ def test_the_embedded_corpus_gives_the_stored_baseline(
 
 
 @pytest.mark.saturation
+@pytest.mark.whole
 def test_special_layers_and_thresholds_are_as_stored(embedded_profile: SaturationProfile) -> None:
     record = embedded_profile.record()
     stored = read_typed(profile_path(BASELINES, record), ProfileRecord)
@@ -213,6 +227,17 @@ def test_special_layers_and_thresholds_are_as_stored(embedded_profile: Saturatio
     ):
         assert new.hard_ratio == old.hard_ratio
         assert new.threshold == pytest.approx(old.threshold, abs=1e-4)
+
+
+@pytest.mark.saturation
+def test_a_quarter_of_the_embedded_corpus_has_the_stored_special_layers(
+    quarter_profile: SaturationProfile,
+) -> None:
+    record = quarter_profile.record()
+    stored = read_typed(profile_path(BASELINES, record), ProfileRecord)
+    for name in ("input_transform", "dips", "output_transform", "stable_bands"):
+        assert getattr(record.structure, name) == getattr(stored.structure, name)
+    assert record.thresholds.exit_layer == stored.thresholds.exit_layer
 
 
 def test_every_baseline_is_small_and_whole() -> None:
@@ -240,8 +265,8 @@ def published() -> Table:
 
 
 @pytest.fixture(scope="module")
-def embedded(embedded_profile: SaturationProfile) -> Table:
-    return table_of(embedded_profile)
+def embedded(quarter_profile: SaturationProfile) -> Table:
+    return table_of(quarter_profile)
 
 
 @pytest.mark.saturation
@@ -285,13 +310,14 @@ def check_thresholds(profile: SaturationProfile) -> None:
 
 @pytest.mark.saturation
 def test_suggested_thresholds_are_near_the_published_ones(
-    embedded_profile: SaturationProfile,
+    quarter_profile: SaturationProfile,
 ) -> None:
-    check_thresholds(embedded_profile)
+    check_thresholds(quarter_profile)
 
 
 @needs_shared
 @pytest.mark.saturation
+@pytest.mark.whole
 def test_the_seed_tasks_agree_with_an_independent_reference(
     reference_model: DecoderStack,
 ) -> None:
