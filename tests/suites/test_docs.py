@@ -314,5 +314,5 @@ def test_local_links_of_pages_outside_docs_exist(name: str) -> None:
         target = ROOT / Path(name).parent / path
         assert target.exists(), path
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {re.sub(r"[^a-z0-9]+", "-", each.lower()).strip("-") for each in headings}
+            found = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^a-z0-9]+", "-", each.lower()).strip("-") for each in found}

@@ -147,7 +147,7 @@ def how_often_it_errs() -> list[str]:
     lines = [
         "## How often it errs",
         "",
-        "Only the rows named \"one layer moved\" contain a real fault. All others measure false"
+        'Only the rows named "one layer moved" contain a real fault. All others measure false'
         " alarms.",
         "The first rows are SmolLM2-135M, run 200 times over the same 16 sequences, in other orders"
         " and with variants",
