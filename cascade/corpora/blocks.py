@@ -72,6 +72,10 @@ class TokenBlocks:
     part: Part | None = None
     spread_over: int | None = None
 
+    def __repr__(self) -> str:
+        sequences, length = self.ids.shape
+        return f"<TokenBlocks: {self.name}, {sequences:,} sequences of {length:,} tokens>"
+
     @property
     def tokens(self) -> int:
         """Tokens in all blocks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from cascade.core.display import Displayed, origin_of
 from cascade.core.provenance import CorpusProvenance, Provenance
 from cascade.core.schema import (
     UNSET,
@@ -232,7 +233,7 @@ class Verdict(Part, frozen=True, kw_only=True):
     wanted: WantedQuality
 
 
-class EvaluationRecord(StoredRecord, frozen=True, kw_only=True):
+class EvaluationRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     """An evaluation of early exit: kind `evaluation`.
 
     Attributes:
@@ -261,3 +262,7 @@ class EvaluationRecord(StoredRecord, frozen=True, kw_only=True):
     curves: ExitCurves | UnsetType | None = UNSET
     search: SearchResult
     verdict: Verdict
+
+    def _in_one_line(self) -> str:
+        points = f"{len(self.points)} operating points"
+        return f"{origin_of(self.provenance)}, {points}; {self.verdict.headline}"

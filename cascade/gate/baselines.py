@@ -14,6 +14,7 @@ from filelock import FileLock
 from msgspec.structs import replace
 
 from cascade.core.arrays import Array
+from cascade.core.display import Displayed
 from cascade.core.errors import RecordError, first_line
 from cascade.core.files import RunFolder
 from cascade.core.records import (
@@ -78,8 +79,8 @@ def profile_path(folder: Path, record: ProfileRecord) -> Path:
 # --- Profiles --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StoredProfile:
+@dataclass(frozen=True, repr=False)
+class StoredProfile(Displayed):
     """A profile as stored in its two files.
 
     Attributes:
@@ -97,6 +98,12 @@ class StoredProfile:
     def arrays(self) -> dict[str, Array]:
         """Return the statistics' whole state."""
         return self.state
+
+    def _to_show(self) -> tuple[ProfileRecord, dict[str, Array]]:
+        return self.content, self.state
+
+    def _in_one_line(self) -> str:
+        return self.content._in_one_line()
 
 
 def seal(record: ProfileRecord, arrays: Mapping[str, Array]) -> ProfileRecord:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cascade.core.arrays import Array
+from cascade.core.display import Displayed
 from cascade.core.provenance import Provenance
 from cascade.core.schema import UNSET, known
 from cascade.gate.records import (
@@ -130,8 +132,8 @@ class Cell:
         )
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Displayed):
     """The comparison of a profile with its baseline.
 
     Attributes:
@@ -233,6 +235,12 @@ class Comparison:
             provenance=self.provenance,
             baseline=self.baseline,
         )
+
+    def _to_show(self) -> tuple[ComparisonRecord, dict[str, Array]]:
+        return self.record(), {}
+
+    def _in_one_line(self) -> str:
+        return f"{self.verdict}, {self.headline()}"
 
 
 def _finite(value: float) -> float | None:

@@ -13,6 +13,7 @@ import msgspec.structs
 import numpy as np
 
 from cascade.core.arrays import Array
+from cascade.core.display import Displayed
 from cascade.core.errors import OutputError, RecordError, UsageError
 from cascade.core.provenance import CorpusProvenance, Provenance, provenance_of
 from cascade.core.records import read_typed, write_record
@@ -34,8 +35,8 @@ QUICK_TOKENS = 512
 NOISE_SEQUENCES = 4
 
 
-@dataclass(frozen=True)
-class Gate:
+@dataclass(frozen=True, repr=False)
+class Gate(Displayed):
     """The outcome of a gate.
 
     Attributes:
@@ -63,6 +64,13 @@ class Gate:
             noise=self.noise,
         )
         return msgspec.structs.replace(self.comparison.record(), gate=run)
+
+    def _to_show(self) -> tuple[ComparisonRecord, dict[str, Array]]:
+        return self.record(), {}
+
+    def _in_one_line(self) -> str:
+        verdict, headline = self.comparison.verdict, self.comparison.headline()
+        return f"{verdict}, {headline}, {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True)

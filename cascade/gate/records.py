@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from msgspec import field
 from msgspec.structs import asdict
 
+from cascade.core.display import Displayed
 from cascade.core.provenance import Provenance
 from cascade.core.schema import (
     UNSET,
@@ -154,7 +155,7 @@ class GateRun(Part, frozen=True, kw_only=True):
     noise: NoiseRecord | None
 
 
-class ComparisonRecord(StoredRecord, frozen=True, kw_only=True):
+class ComparisonRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     """A profile compared with its baseline: kind `comparison`.
 
     Attributes:
@@ -191,6 +192,9 @@ class ComparisonRecord(StoredRecord, frozen=True, kw_only=True):
     provenance: Provenance | None
     baseline: Provenance | None
     gate: GateRun | UnsetType = UNSET
+
+    def _in_one_line(self) -> str:
+        return f"{self.verdict}, {self.headline}"
 
 
 class NamedComparison(ComparisonRecord, frozen=True, kw_only=True):

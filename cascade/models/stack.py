@@ -119,6 +119,11 @@ class DecoderStack:
         )
         self.provenance = model_provenance(found, provenance)
 
+    def __repr__(self) -> str:
+        name = known(self.provenance.name) or self.model.config.model_type
+        about = f"{self.num_layers} layers, {known(self.provenance.dtype)} on {self.device}"
+        return f"<{type(self).__name__}: {name}, {about}>"
+
     @property
     def device(self) -> torch.device:
         """The device of the weights."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cascade.core.arrays import Array
 from cascade.core.defaults import HARD_RATIOS
+from cascade.core.display import Displayed
 from cascade.core.errors import UsageError, not_finite
 from cascade.core.provenance import Provenance, provenance_of
 from cascade.core.schema import from_plain
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 _PILOT_SEQUENCES = 16
 
 
-@dataclass(frozen=True)
-class SaturationProfile:
+@dataclass(frozen=True, repr=False)
+class SaturationProfile(Displayed):
     """Similarity statistics of every layer, with where they come from.
 
     Attributes:
@@ -92,6 +93,12 @@ class SaturationProfile:
     def arrays(self) -> dict[str, Array]:
         """Return what `profile.npz` holds: the statistics' whole state, sequence by sequence."""
         return self.statistics.arrays() | {"sequence_fingerprint": self.sequence_fingerprints}
+
+    def _to_show(self) -> tuple[ProfileRecord, dict[str, Array]]:
+        return self.record(), self.arrays()
+
+    def _in_one_line(self) -> str:
+        return self.record()._in_one_line()
 
 
 class _Similarity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from cascade.core.display import Displayed, origin_of
 from cascade.core.provenance import Provenance
 from cascade.core.schema import UNSET, Count, Finite, Index, Part, Share, StoredRecord, UnsetType
 
@@ -83,7 +84,7 @@ class SuggestedThresholds(Part, frozen=True, kw_only=True):
     by_hard_ratio: list[HardRatioThreshold]
 
 
-class ProfileRecord(StoredRecord, frozen=True, kw_only=True):
+class ProfileRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     """A saturation profile: kind `saturation`.
 
     Attributes:
@@ -109,3 +110,14 @@ class ProfileRecord(StoredRecord, frozen=True, kw_only=True):
     thresholds: SuggestedThresholds
     arrays_hash: str | UnsetType = UNSET
     hash: str | UnsetType = UNSET
+
+    def _in_one_line(self) -> str:
+        exit_layer = self.thresholds.exit_layer
+        decoder = [row for row in self.layers if row.layer.isdigit()]
+        if not decoder:
+            return f"{origin_of(self.provenance)}, no layers"
+        lowest = min(decoder, key=lambda row: row.mean)
+        return (
+            f"{origin_of(self.provenance)}, {len(decoder)} layers; lowest mean similarity "
+            f"{lowest.mean:.4f} (layer {lowest.layer}), suggested exit layer {exit_layer}"
+        )

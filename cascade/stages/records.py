@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from cascade.core.display import Displayed, origin_of
 from cascade.core.provenance import CorpusProvenance, MachineProvenance, Provenance
 from cascade.core.schema import (
     UNSET,
@@ -321,7 +322,7 @@ class CascadeVerdict(Part, frozen=True, kw_only=True):
     earns_its_keep: bool | None
 
 
-class CascadeEvaluationRecord(StoredRecord, frozen=True, kw_only=True):
+class CascadeEvaluationRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     """A cascade measured on text, stage by stage, and compared with its controls.
 
     Attributes:
@@ -343,3 +344,7 @@ class CascadeEvaluationRecord(StoredRecord, frozen=True, kw_only=True):
     rows: list[VariantFigures]
     comparisons: list[ControlComparison]
     verdict: CascadeVerdict
+
+    def _in_one_line(self) -> str:
+        variants = f"{len(self.rows)} variants"
+        return f"{origin_of(self.provenance)}, {variants}; {self.verdict.stage}"

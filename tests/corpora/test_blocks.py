@@ -399,3 +399,8 @@ def test_what_is_no_corpus_in_memory_is_refused(
     with pytest.raises(CorpusError) as error:
         load_blocks(corpus, tiny_tokenizer(), seq_len=4, **options)
     assert str(error.value) == message
+
+
+def test_blocks_are_one_readable_line_in_a_console() -> None:
+    blocks = load_blocks(["abcdefgh"], tiny_tokenizer(), seq_len=4)
+    assert repr(blocks) == "<TokenBlocks: texts, 2 sequences of 4 tokens>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from cascade.core.display import Displayed, origin_of
 from cascade.core.schema import Count, Finite, Index, Interval, Part, Share, StoredRecord, Text
 from cascade.evaluation.records import ExitProvenance, FullModelFigures, OperatingPointRow
 
@@ -267,7 +268,7 @@ class SearchVerdict(Part, frozen=True, kw_only=True):
     also: list[Text]
 
 
-class SearchRecord(StoredRecord, frozen=True, kw_only=True):
+class SearchRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     """A search for an exit layer, rule and threshold: kind `exit-search`.
 
     Attributes:
@@ -307,3 +308,7 @@ class SearchRecord(StoredRecord, frozen=True, kw_only=True):
     nearest: Index | None
     certificate: SearchCertificate
     verdict: SearchVerdict
+
+    def _in_one_line(self) -> str:
+        points = f"{len(self.points)} operating points"
+        return f"{origin_of(self.provenance)}, {points}; {self.verdict.headline}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -94,14 +96,87 @@ def html_document(title: str, sections: Iterable[str]) -> str:
 """
 
 
-def _theme() -> str:
-    def variables(index: int) -> str:
-        return " ".join(f"--{name}: {colours[index]};" for name, colours in PALETTE.items())
+def html_fragment(sections: Iterable[str]) -> str:
+    """Return HTML that can be part of another page, such as a notebook.
 
-    return (
-        f"\n:root {{ color-scheme: light dark; {variables(0)} }}"
-        f"\n@media (prefers-color-scheme: dark) {{ :root {{ {variables(1)} }} }}"
+    Its styles apply to itself alone, and win over those of the page. It is light or dark as
+    JupyterLab, VS Code and Material for MkDocs say that they are, else as the reader's system is.
+
+    Args:
+        sections: The fragment's parts, as HTML.
+    """
+    light, dark = (f".{_FRAGMENT} {{ {_colours(index)} }}" for index in (0, 1))
+    themes = (
+        f"\n{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n"
+        f"{_within_hosts(_LIGHT_HOSTS, light)}\n{_within_hosts(_DARK_HOSTS, dark)}"
     )
+    return (
+        f'<div class="{_FRAGMENT}">\n<style>{themes}{_scoped(_CSS)}</style>\n<main>\n'
+        f"{''.join(sections)}</main>\n</div>\n"
+    )
+
+
+#: The class of a fragment.
+_FRAGMENT = "cascade-report"
+
+#: How pages that show notebooks say whether they are light or dark.
+_LIGHT_HOSTS = (
+    '[data-jp-theme-light="true"]',
+    '[data-md-color-scheme="default"]',
+    '[data-vscode-theme-kind="vscode-light"]',
+)
+_DARK_HOSTS = (
+    '[data-jp-theme-light="false"]',
+    '[data-md-color-scheme="slate"]',
+    '[data-vscode-theme-kind="vscode-dark"]',
+)
+
+
+def _within_hosts(hosts: Iterable[str], rule: str) -> str:
+    selector, body = rule.split(" ", 1)
+    return f"{', '.join(f'{host} {selector}' for host in hosts)} {body}"
+
+
+def _scoped(css: str) -> str:
+    """Return rules that apply within a fragment alone."""
+
+    def scoped(rule: re.Match[str]) -> str:
+        # Twice the class: more specific than the rules that pages have for their tables.
+        root = f".{_FRAGMENT}.{_FRAGMENT}"
+        selectors = [selector.strip() for selector in rule[2].split(",")]
+        named = [root if name == "body" else f"{root} {name}" for name in selectors]
+        return f"{rule[1]}{', '.join(named)} {{"
+
+    return re.sub(r"(\A\s*|[{}]\s*)([^{}@]+?)\s*\{", scoped, css)
+
+
+def own_ids(svg: str) -> str:
+    """Return a figure with ids that no other figure of a page has: they name its content.
+
+    Args:
+        svg: One `<svg>` element whose ids all begin with its own.
+
+    Example:
+        >>> own_ids('<svg id="map"><use href="#map-1"/></svg>').count("map-")
+        3
+    """
+    found = re.match(r'<svg [^>]*?\bid="([^"]+)"', svg)
+    if found is None:
+        return svg
+    name = re.escape(found[1])
+    digest = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    return re.sub(rf'(\bid="|#){name}(?=["\-) ])', rf"\1{found[1]}-{digest}", svg)
+
+
+def _theme() -> str:
+    return (
+        f"\n:root {{ color-scheme: light dark; {_colours(0)} }}"
+        f"\n@media (prefers-color-scheme: dark) {{ :root {{ {_colours(1)} }} }}"
+    )
+
+
+def _colours(index: int) -> str:
+    return " ".join(f"--{name}: {colours[index]};" for name, colours in PALETTE.items())
 
 
 def _themed(svg: str) -> str:

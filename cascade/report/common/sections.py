@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -13,12 +13,14 @@ from rich.text import Text
 from cascade.report.common.html import (
     html_document,
     html_figure,
+    html_fragment,
     html_head,
     html_pairs,
     html_provenance,
     html_provenances,
     html_section,
     html_table,
+    own_ids,
 )
 from cascade.report.common.terminal import (
     ACTIVE_STYLE,
@@ -269,6 +271,24 @@ def _print(block: str | Lead | Heading | Pairs | Table | Bars, console: Console)
 
 def html_page(report: Report) -> str:
     """Return a report as one self-contained HTML page, which loads nothing and runs no script."""
+    return html_document(f"{report.kicker}: {report.title}", _parts(report))
+
+
+def html_part(report: Report) -> str:
+    """Return a report as HTML that can be part of another page, such as a notebook."""
+    sections = tuple(
+        replace(section, blocks=tuple(map(_with_own_ids, section.blocks)))
+        for section in report.sections
+    )
+    return html_fragment(_parts(replace(report, sections=sections)))
+
+
+def _with_own_ids(block: Block) -> Block:
+    return replace(block, svg=own_ids(block.svg)) if isinstance(block, Picture) else block
+
+
+def _parts(report: Report) -> list[str]:
+    """Return what a page shows of a report, as HTML."""
     body = [html_head(report.kicker, report.title, report.about, mark=report.mark)]
     for section in report.sections:
         shown = _for_page(section)
@@ -277,7 +297,7 @@ def html_page(report: Report) -> str:
             body.append(html_section(section.heading, blocks) if section.heading else blocks)
     if report.provenance is not None:
         body.append(html_provenance(report.provenance))
-    return html_document(f"{report.kicker}: {report.title}", body)
+    return body
 
 
 def _for_page(section: Section) -> list[PageBlock]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from cascade.core.schema import known
@@ -71,6 +72,45 @@ def plain_style() -> Iterator[None]:
         yield
 
 
+#: Figures that pyplot is to show, in order; None while figures are drawn for a file.
+_SHOWN: ContextVar[list[Figure] | None] = ContextVar("shown figures", default=None)
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """Return an empty figure: one of pyplot within `shown_figure`, else one for a file.
+
+    Args:
+        size: Width and height, in inches.
+    """
+    shown = _SHOWN.get()
+    if shown is None:
+        from matplotlib.figure import Figure
+
+        return Figure(figsize=size, layout="constrained")
+    from matplotlib import pyplot
+
+    shown.append(pyplot.figure(figsize=size, layout="constrained"))
+    return shown[-1]
+
+
+def shown_figure(draw: Callable[[], object]) -> Figure | None:
+    """Return what a function draws as a figure of pyplot, which notebooks show.
+
+    Args:
+        draw: Draws one figure; makes it with `new_figure` and ends with `as_svg`.
+
+    Returns:
+        The figure; None where there was nothing to draw.
+    """
+    shown: list[Figure] = []
+    token = _SHOWN.set(shown)
+    try:
+        draw()
+    finally:
+        _SHOWN.reset(token)
+    return shown[0] if shown else None
+
+
 def title_of(record: HasProvenance, subject: str) -> str:
     """Return `model on corpus: subject` in ASCII, which every font has."""
     model, corpus = known(record.provenance.model.name) or "model", record.provenance.corpus.name
@@ -91,6 +131,10 @@ def as_svg(figure: Figure, name: str, label: str) -> str:
         name: The id of the element.
         label: What the figure shows, for screen readers.
     """
+    if _SHOWN.get() is not None:
+        # Ticks are made when they are first drawn, in the style of that moment.
+        figure.draw_without_rendering()
+        return ""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", dpi=_DPI, metadata=no_metadata)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.evaluation.verdict import CONTROLS
-from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
+from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,9 +71,7 @@ def pareto_svg(record: EvaluationRecord) -> str:
         One `<svg>` element, the same bytes for the same record; it stands alone as a file, too.
     """
     with plain_style():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 8.6), layout="constrained")
+        figure = new_figure((10, 8.6))
         grid = figure.subplots(2, 2, sharex="col", sharey="row")
         title = title_of(record, "loss against cost, numbers are exit layers")
         # Without parse_math=False a "$" in a name would start a formula.

@@ -21,7 +21,7 @@ from cascade.report.common.exit_wording import (
 )
 from cascade.report.common.records import check_record, headline
 from cascade.report.common.sections import Block, Lead, Pairs, Picture, Report, Section, table_of
-from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
+from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style, title_of
 from cascade.report.exits.pareto import LOOKS, front_of, name_curve, ring
 
 if TYPE_CHECKING:
@@ -189,9 +189,7 @@ def frontier_svg(record: SearchRecord) -> str:
         One `<svg>` element, the same bytes for the same record.
     """
     with plain_style():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 5.4), layout="constrained")
+        figure = new_figure((10, 5.4))
         left, right = figure.subplots(1, 2, sharey=True)
         title = title_of(record, "agreement against cost")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cascade.gate.records import CellRow, ComparisonRecord, MeanRow
 from cascade.report.common.axes import angle, label_layers, layer_positions, limit_angles
 from cascade.report.common.records import is_normed
-from cascade.report.common.svg import LIGHT, as_svg, plain_style
+from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style
 from cascade.report.gate.wording import cell_name, cell_numbers, distance, has_intervals, meaning
 
 if TYPE_CHECKING:
@@ -218,10 +218,8 @@ def profiles_svg(record: ComparisonRecord, name: str) -> str:
         One `<svg>` element, which is identical for equal records.
     """
     with plain_style():
-        from matplotlib.figure import Figure
-
         rows = record.profile
-        figure = Figure(figsize=(10, 6), layout="constrained")
+        figure = new_figure((10, 6))
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         for axes in (upper, lower):
             axes.grid(axis="y", linewidth=0.8)

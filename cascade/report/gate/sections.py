@@ -162,7 +162,7 @@ def _comparison(record: NamedComparison, worst: int, number: int | None) -> Iter
     if number is None:
         yield from _worst(record, cells, worst)
         return
-    yield from _pictures(record, number)
+    yield from comparison_pictures(record, str(number))
     if cells:
         yield Heading("Worst cells")
         yield from _worst(record, cells, worst)
@@ -170,7 +170,13 @@ def _comparison(record: NamedComparison, worst: int, number: int | None) -> Iter
         yield Provenances(to_plain(record.provenance), to_plain(record.baseline))
 
 
-def _pictures(record: NamedComparison, number: int) -> Iterator[Block]:
+def comparison_pictures(record: ComparisonRecord, number: str) -> Iterator[Block]:
+    """Yield the map of all cells and the profiles, each below its heading.
+
+    Args:
+        record: A record of kind `comparison`.
+        number: What distinguishes the pictures' names from those of other comparisons.
+    """
     # Imported here, because matplotlib is slow to import and the terminal needs no picture.
     from cascade.report.gate.figures import drift_map_svg, profiles_svg
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cascade.report.common.axes import angle, label_layers, layer_positions, limit_angles
 from cascade.report.common.records import ROLES, Arrays, is_normed, show
-from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
+from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style, title_of
 from cascade.report.saturation.wording import check_histogram, check_profile, roles_of, summary
 from cascade.saturation.records import LayerRow, ProfileRecord
 
@@ -80,9 +80,7 @@ def density_svg(record: ProfileRecord, arrays: Arrays) -> str:
 
 
 def _new_figure(record: ProfileRecord, subject: str) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    figure = new_figure((10, 5.2))
     axes = figure.add_subplot()
     # Without parse_math=False a "$" in a name would start a formula.
     title = title_of(record, subject)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cascade.report.common.axes import angle, label_layers, layer_positions, limit_angles
 from cascade.report.common.records import is_normed
-from cascade.report.common.svg import LIGHT, as_svg, plain_style
+from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style
 from cascade.studies.comparisons.corpus_records import (
     ComparedCorpus,
     CorpusComparison,
@@ -57,9 +57,7 @@ def corpora_profiles_svg(record: CorpusComparison) -> str:
         One `<svg>` element, the same bytes for the same record.
     """
     with plain_style():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 8), layout="constrained")
+        figure = new_figure((10, 8))
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1))
         for axes in (upper, lower):
             axes.grid(axis="y", linewidth=0.8)
@@ -197,12 +195,10 @@ def corpora_thresholds_svg(record: CorpusComparison) -> str:
         One `<svg>` element, the same bytes for the same record.
     """
     with plain_style():
-        from matplotlib.figure import Figure
-
         corpora = record.corpora
         columns = min(_PANELS_PER_ROW, len(corpora))
         lines = math.ceil(len(corpora) / columns)
-        figure = Figure(figsize=(10, 1.0 + 3.2 * lines), layout="constrained")
+        figure = new_figure((10, 1.0 + 3.2 * lines))
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for axes, corpus in _panels(grid, corpora):
             _draw_transfers(axes, record, corpus)

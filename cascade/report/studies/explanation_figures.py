@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cascade.core.schema import known
 from cascade.report.common.axes import angle, limit_angles
-from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
+from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style, title_of
 from cascade.report.studies.explanation_wording import (
     ablation_words,
     cause_words,
@@ -30,9 +30,7 @@ _VERDICTS = {
 def _figure(
     record: LayerExplanation, subject: str, *, height: float, panels: int = 1
 ) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, height), layout="constrained")
+    figure = new_figure((10, height))
     axes = figure.subplots(panels, 1, sharex=panels > 1, squeeze=False)[:, 0].tolist()
     axes[0].set_title(title_of(record, subject), loc="left", pad=14, fontsize=11, parse_math=False)
     return figure, axes
@@ -153,11 +151,9 @@ def tokens_svg(record: LayerExplanation) -> str:
     Args:
         record: The explanation; classes without a token are not in it.
     """
-    from matplotlib.figure import Figure
-
     layer, contrast = _names(record)
     with plain_style():
-        figure = Figure(figsize=(10, 4.8), layout="constrained")
+        figure = new_figure((10, 4.8))
         left, right = figure.subplots(1, 2, sharey=True)
         title = title_of(record, "by token class and position")
         left.set_title(title, loc="left", pad=14, fontsize=11, parse_math=False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cascade.core.schema import known, to_plain
 from cascade.report.common.sections import Block, Lead, Picture, Report, Section, Table, table_of
-from cascade.report.common.svg import LIGHT, as_svg, plain_style, title_of
+from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style, title_of
 from cascade.report.common.words import whole_percent
 from cascade.studies.explanations.records import FinalNormExplanation, LevelledWeights
 
@@ -161,11 +161,9 @@ def final_norm_svg(record: FinalNormExplanation) -> str:
     Args:
         record: The explanation.
     """
-    from matplotlib.figure import Figure
-
     means = _means(record)
     with plain_style():
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        figure = new_figure((10, 4.2))
         axes = figure.add_subplot()
         title = title_of(record, f"layer {record.settings.layer} and the final norm")
         axes.set_title(title, loc="left", pad=14, fontsize=11, parse_math=False)

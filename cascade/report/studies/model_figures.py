@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cascade.report.common.axes import angle, limit_angles
 from cascade.report.common.records import is_normed
-from cascade.report.common.svg import LIGHT, as_svg, plain_style
+from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style
 from cascade.studies.comparisons.model_records import (
     ComparedModel,
     LayerChange,
@@ -45,9 +45,7 @@ def profiles_svg(record: ModelComparison) -> str | None:
         return None
     moved = _moved_models(record)
     with plain_style():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 8.6 if moved else 5.4), layout="constrained")
+        figure = new_figure((10, 8.6 if moved else 5.4))
         rows = figure.subplots(
             2 if moved else 1,
             1,
@@ -311,9 +309,7 @@ def operations_svg(record: ModelComparison) -> str | None:
     if len(set(sizes)) < 2:
         return None
     with plain_style():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 1.5 + 0.45 * len(sizes)), layout="constrained")
+        figure = new_figure((10, 1.5 + 0.45 * len(sizes)))
         axes = figure.subplots()
         seq_len = record.models[0].sizes.seq_len
         title = f"where the operations lie, sequences of {seq_len:,} tokens"

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from msgspec import field
 
+from cascade.core.display import Displayed
 from cascade.core.provenance import CorpusProvenance, MachineProvenance, ModelProvenance
 from cascade.core.schema import (
     UNSET,
@@ -222,7 +223,7 @@ class ThresholdTransfers(Part, frozen=True, kw_only=True):
     counts: dict[TransferVerdict, Index]
 
 
-class CorpusComparison(StoredRecord, frozen=True, kw_only=True):
+class CorpusComparison(Displayed, StoredRecord, frozen=True, kw_only=True):
     """What a model does on several corpora.
 
     Attributes:
@@ -247,3 +248,8 @@ class CorpusComparison(StoredRecord, frozen=True, kw_only=True):
     differences: list[CorpusDifferences]
     special: SpecialLayers
     thresholds: ThresholdTransfers
+
+    def _in_one_line(self) -> str:
+        names = ", ".join(f"{corpus.label} {corpus.name}" for corpus in self.corpora)
+        moved = {layer for found in self.differences for layer in found.layers.get("moves", [])}
+        return f"{names}; {len(moved)} of {len(self.layers)} layers move"

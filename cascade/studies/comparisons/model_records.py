@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from msgspec import field
 
+from cascade.core.display import Displayed
 from cascade.core.provenance import CorpusProvenance, MachineProvenance, ModelProvenance
 from cascade.core.schema import (
     UNSET,
@@ -267,7 +268,7 @@ class LayersByDepth(Part, frozen=True, kw_only=True):
     layers: list[UnmeasuredLayer]
 
 
-class ModelComparison(StoredRecord, frozen=True, kw_only=True):
+class ModelComparison(Displayed, StoredRecord, frozen=True, kw_only=True):
     """Several models over relative depth.
 
     Attributes:
@@ -291,3 +292,7 @@ class ModelComparison(StoredRecord, frozen=True, kw_only=True):
     def measured(self) -> list[ModelMeasurement]:
         """Return the models that were measured, in order."""
         return [found for model in self.models if (found := model.measurement) is not None]
+
+    def _in_one_line(self) -> str:
+        names = ", ".join(f"{model.label} {model.name}" for model in self.models)
+        return f"{names}; {len(self.measured())} of {len(self.models)} measured"

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from msgspec import field
 
+from cascade.core.display import Displayed, origin_of
 from cascade.core.provenance import Provenance
 from cascade.core.schema import (
     UNSET,
@@ -244,7 +245,7 @@ class ExplanationVerdict(Part, frozen=True, kw_only=True):
     carried_by: list[str]
 
 
-class LayerExplanation(StoredRecord, frozen=True, kw_only=True):
+class LayerExplanation(Displayed, StoredRecord, frozen=True, kw_only=True):
     """Why a layer turns the stream more than a neighbour does, and what that is worth.
 
     Attributes:
@@ -277,6 +278,15 @@ class LayerExplanation(StoredRecord, frozen=True, kw_only=True):
     positions: list[TokenGroup]
     ablations: list[AblationRow]
     verdict: ExplanationVerdict
+
+    def _in_one_line(self) -> str:
+        settings = self.settings
+        causes = ", ".join(self.verdict.carried_by) or "none"
+        return (
+            f"layer {settings.layer} against layer {settings.contrast}, "
+            f"{origin_of(self.provenance)}; gap {self.gap.degrees:.2f} degrees, supported causes: "
+            f"{causes}"
+        )
 
 
 class FinalNormSettings(Part, frozen=True, kw_only=True):
@@ -357,7 +367,7 @@ class LevelledWeights(Part, frozen=True, kw_only=True):
     explained_alone: Finite | None
 
 
-class FinalNormExplanation(StoredRecord, frozen=True, kw_only=True):
+class FinalNormExplanation(Displayed, StoredRecord, frozen=True, kw_only=True):
     """What the final norm does to the similarity of the last layer, and by which weights.
 
     Attributes:
@@ -380,3 +390,13 @@ class FinalNormExplanation(StoredRecord, frozen=True, kw_only=True):
     similarities: list[NormSimilarity]
     dimensions: list[NormDimension]
     levelled: list[LevelledWeights]
+
+    def _in_one_line(self) -> str:
+        means = {row.between: row.mean for row in self.similarities}
+        found = ", ".join(
+            f"{words} {means[name]:.4f}"
+            for name, words in (("residual", "before the norm"), ("behind", "behind it"))
+            if name in means
+        )
+        layer = self.settings.layer
+        return f"final norm after layer {layer}, {origin_of(self.provenance)}; similarity {found}"
