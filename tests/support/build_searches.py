@@ -1,4 +1,4 @@
-"""What a search record says besides the search itself, made by hand."""
+"""The parts of a search record outside the search itself, made by hand."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from support.reference_early_exit import a_stack
 Splits = dict[Split, TokenBlocks]
 LENGTH = 12
 
-#: Every batch is a shard of its own.
+#: Every batch is its own shard.
 SMALL_SHARDS = pytest.mark.usefixtures("small_shards")
 
 
