@@ -1,4 +1,4 @@
-"""Hooks of the site's build: pages from outside docs/, and the reference of commands."""
+"""What the site is told while it is built: pages from outside docs/, and the commands."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 
-#: Pages that lie where GitHub looks for them -> their place on the site.
+#: Pages that lie where GitHub looks for them -> where the site has them.
 OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "baselines/README.md": "baselines.md",
 }
 
-#: Targets of links outside docs/ -> the page of the site with the same content.
+#: What links may name beside pages of the site -> the page that says the same there.
 ELSEWHERE = OUTSIDE | {"README.md": "index.md"}
 
 _LINK = re.compile(r"(?<=\]\()(?P<path>[\w./-]+)(?P<anchor>#[\w-]+)?(?=\))")
@@ -39,7 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Insert what is made from the code, and point links out of docs/ at pages of the site."""
+    """Fill in what is made from the code, and send links out of docs/ to the site's own pages."""
     if page.file.src_uri == "reference/cli.md":
         return markdown.replace(_COMMANDS, _commands())
     if page.file.src_uri == "reference/python.md":
@@ -50,12 +50,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _relinked(text: str, source: str, target: str) -> str:
-    """Return a page with links that hold on the site.
+    """Return a page with its links as they are on the site.
 
     Args:
         text: The page.
-        source: Its path in the repository, to which its links are relative.
-        target: Its path on the site.
+        source: Where it lies in the repository; what its links start from.
+        target: Where it lies on the site.
     """
 
     def replaced(match: re.Match[str]) -> str:
@@ -70,7 +70,7 @@ def _relinked(text: str, source: str, target: str) -> str:
 
 
 def _commands() -> str:
-    """Return the reference of the command line, read from the commands."""
+    """Return the command line's reference, read from the commands themselves."""
     sys.path.insert(0, str(ROOT))
     try:
         cli = importlib.import_module("cascade.cli")
@@ -81,7 +81,7 @@ def _commands() -> str:
 
 
 def _described(name: str, command: Any) -> list[str]:
-    """Return the section of a command, or the sections of a group's commands."""
+    """Return one command's section, or those of a group's commands."""
     if hasattr(command, "commands"):
         below = sorted(command.commands.items())
         return [line for each, one in below for line in _described(f"{name} {each}", one)]
@@ -119,7 +119,7 @@ def _paragraphs(text: str) -> str:
 
 
 def _check_public(markdown: str) -> None:
-    """Raise if the reference lacks a public name or has one that is not public."""
+    """Refuse a reference that lacks a public name, or has one that is not."""
     sys.path.insert(0, str(ROOT))
     try:
         modules = importlib.import_module("cascade")._MODULES

@@ -1,4 +1,4 @@
-"""Fixtures that tests of several subpackages share: a tiny checkpoint, commands run in place."""
+"""What several rooms' tests share: a tiny checkpoint to break, and commands run in place."""
 
 from __future__ import annotations
 

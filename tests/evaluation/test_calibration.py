@@ -397,7 +397,7 @@ def test_transfer_rows_are_what_the_thresholds_do_on_the_other_corpus(family: st
             batch_size=8,
         )
         losses = losses_by_hand(scored)
-        hard = ~scored.exits.numpy()
+        hard = ~scored.leaves.numpy()
         assert row.hard_ratio == pytest.approx(hard.mean(), abs=1e-12)
         assert row.loss == pytest.approx(losses.mean(), abs=1e-12)
         assert row.sequences == 10

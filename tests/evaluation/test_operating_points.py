@@ -243,7 +243,7 @@ def test_a_threshold_between_two_fp32_numbers_keeps_the_lower_one_as_scoring_doe
         point = OperatingPoint(2, "cosine", threshold, "")
         row = evaluator.run(blocks, [point], batch_size=4)[0][0]
         scored = score_by_hand(stack, blocks, point, heads=None, propagation="frozen", batch_size=4)
-        assert row.exit_share * 48 == pytest.approx(int(scored.exits.sum()))
+        assert row.exit_share * 48 == pytest.approx(int(scored.leaves.sum()))
         assert row.exit_share * 48 == pytest.approx(leaving)
 
 
@@ -306,7 +306,7 @@ def test_patience_sees_what_exits_at_the_layers_below_would_show_it(threshold: f
         earlier=[1, 2],
     )
     leaves = table.confidence[3, "patience"] >= threshold
-    assert np.array_equal(leaves, scored.exits.numpy())
+    assert np.array_equal(leaves, scored.leaves.numpy())
     assert 0 < leaves.mean() < 1
     # The heads of both layers below ran over every token, and so did its own.
     assert scored.counts.head_rows == {1: 60, 2: 60, 3: 60}

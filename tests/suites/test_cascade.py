@@ -61,7 +61,7 @@ def stored(request: pytest.FixtureRequest) -> dict[str, Any]:
 def trained(
     reference_model: DecoderStack, stored: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Training, Cascade, str, str]:
-    """Return the trained stage of the stored record, and the base's hashes before and after."""
+    """Train the stage of the stored record; with the hashes of the base before and after."""
     folder = tmp_path_factory.mktemp("cascade")
     made = stored["made"]
     splits = {
@@ -100,7 +100,7 @@ def evaluation(
     return evaluate_cascade(trained[1], blocks)
 
 
-def test_trained_cascade_stays_within_its_budgets(
+def test_the_trained_cascade_keeps_its_budgets(
     evaluation: CascadeEvaluationRecord, stored: dict[str, Any]
 ) -> None:
     base, cascade = evaluation.rows
@@ -115,24 +115,24 @@ def test_trained_cascade_stays_within_its_budgets(
     assert evaluation.verdict.helps or stored is SHORT
 
 
-def test_easy_tokens_equal_the_base_bit_for_bit(evaluation: CascadeEvaluationRecord) -> None:
+def test_easy_tokens_are_the_bases_to_the_last_bit(evaluation: CascadeEvaluationRecord) -> None:
     for scope in ("easy", "easy_response"):
         assert evaluation.rows[1].scopes[scope].ratio == 1.0
 
 
-def test_selection_from_stored_states_matches_the_running_cascade(
+def test_what_was_chosen_by_stored_states_is_what_the_cascade_does(
     evaluation: CascadeEvaluationRecord, trained: tuple[Training, Cascade, str, str]
 ) -> None:
-    # States are stored in float16: results differ in the fourth digit.
+    # States are stored in float16: they part in the fourth digit.
     for scope, ratio in trained[0].chosen.ratios.items():
         assert evaluation.rows[1].scopes[scope].ratio == pytest.approx(ratio, rel=2e-3)
 
 
-def test_training_does_not_change_the_base(trained: tuple[Training, Cascade, str, str]) -> None:
+def test_training_never_touches_the_base(trained: tuple[Training, Cascade, str, str]) -> None:
     assert trained[2] == trained[3]
 
 
-def test_a_stage_computes_only_hard_tokens(evaluation: CascadeEvaluationRecord) -> None:
+def test_only_hard_tokens_cost_a_stages_work(evaluation: CascadeEvaluationRecord) -> None:
     row = evaluation.rows[1]
     layers = evaluation.cascade.stages[0].num_layers
     tokens = evaluation.provenance.corpus.tokens
@@ -142,7 +142,7 @@ def test_a_stage_computes_only_hard_tokens(evaluation: CascadeEvaluationRecord) 
     ]
 
 
-def test_saved_cascade_generates_what_it_scores(
+def test_the_saved_cascade_generates_what_it_scores(
     reference_model: DecoderStack, trained: tuple[Training, Cascade, str, str], tmp_path: Path
 ) -> None:
     trained[1].save_pretrained(tmp_path / "saved")

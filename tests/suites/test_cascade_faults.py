@@ -1,4 +1,4 @@
-"""The faults that made the first CASCADE five times worse, planted one by one: the suite must fail.
+"""The faults that made the first CASCADE five times worse, planted one by one: the suite goes red.
 
 Scratch weights without zeroed outputs, hard tokens of different sequences glued together, positions
 lost, the exit on the normed row, and selection by hard tokens alone. Each has its law, which holds
@@ -58,7 +58,7 @@ def law_of_the_identity() -> None:
         assert torch.equal(own_logits(longer, TEXT), own_logits(stack, TEXT))
 
 
-def test_detects_fresh_weights_that_are_not_zeroed(
+def test_scratch_weights_that_are_not_zeroed_are_seen(
     tokens: HardTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     law_of_the_identity()
@@ -78,7 +78,7 @@ def test_detects_fresh_weights_that_are_not_zeroed(
 
 
 def law_of_stored_states() -> None:
-    """Training runs the same pass as the cascade."""
+    """What training runs is the cascade's own pass."""
     stack = a_stack("llama")
     stage = a_moved_stage(stack)
     cascade = Cascade(stack)
@@ -108,7 +108,7 @@ def glued(
 def without_the_easy(
     stack: DecoderStack, stage: Stage, ids: Tensor, states: Tensor, entering: Tensor
 ) -> Tensor:
-    """Run a stage over each sequence's hard tokens, as if they were adjacent."""
+    """Run a stage over each sequence's hard tokens, as if they stood side by side."""
     rows = []
     for number in range(len(ids)):
         one = slice(number, number + 1)
@@ -129,7 +129,7 @@ def nowhere(
 
 
 @pytest.mark.parametrize("fault", [glued, without_the_easy, nowhere], ids=lambda f: f.__name__)
-def test_detects_a_stage_that_runs_differently_from_training(
+def test_a_stage_that_is_run_otherwise_is_seen(
     fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     law_of_stored_states()
@@ -142,7 +142,7 @@ def test_detects_a_stage_that_runs_differently_from_training(
 
 
 def law_of_whole_sequences(tokens: HardTokens) -> None:
-    """Every row is a whole sequence of the corpus, in order, with the model's own states."""
+    """Every row is a sequence of the corpus, whole and in order, with the model's own states."""
     for split, blocks in some_text().items():
         for batch in tokens.batches(split, 16):
             ids = torch.from_numpy(blocks.ids)[batch["sequence"]].long()
@@ -154,7 +154,7 @@ def law_of_whole_sequences(tokens: HardTokens) -> None:
 
 
 def glued_batch(batch: Batch) -> Batch:
-    """Keep only the hard tokens, in rows of the same length, across sequences."""
+    """Keep the hard tokens alone, in rows of the same length, whatever sequence they are of."""
     length, hard = batch["hard"].shape[1], batch["hard"]
     rows = int(hard.sum()) // length
     return {
@@ -178,7 +178,7 @@ def shifted(batch: Batch) -> Batch:
 @pytest.mark.parametrize(
     "fault", [glued_batch, glued_and_renumbered, shifted], ids=lambda f: f.__name__
 )
-def test_detects_and_refuses_incomplete_sequences(
+def test_sequences_that_are_not_whole_are_seen_and_refused(
     fault: Callable[[Batch], Batch],
     tokens: HardTokens,
     tmp_path: Path,
@@ -199,7 +199,7 @@ def test_detects_and_refuses_incomplete_sequences(
 
 
 @pytest.mark.parametrize("split", ["train", "held-out"])
-def test_refuses_incomplete_sequences_in_either_split(
+def test_sequences_that_are_not_whole_are_refused_in_either_split(
     split: str, tokens: HardTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = HardTokens.batches
@@ -231,9 +231,7 @@ def law_of_the_residual_stream(folder: Path) -> None:
     assert torch.equal(entered[sure], (similarity < found.threshold)[sure])
 
 
-def test_detects_an_exit_on_the_normed_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exit_on_the_normed_row_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     law_of_the_residual_stream(tmp_path / "sound")
 
     def normed(at: ExitPoint, layer: int) -> Tensor:
@@ -246,7 +244,7 @@ def test_detects_an_exit_on_the_normed_state(
         law_of_the_residual_stream(tmp_path / "planted")
 
 
-# --- Selection by hard tokens only ------------------------------------------------------------
+# --- Selection by hard tokens alone -----------------------------------------------------------
 
 
 def law_of_never_worse(done: Training) -> None:
@@ -256,7 +254,7 @@ def law_of_never_worse(done: Training) -> None:
 
 
 def learns_all_but_the_response(self: Any, **batch: Tensor) -> dict[str, Tensor]:
-    """Lower the loss of prompt tokens, and raise that of response text."""
+    """Lower the loss of tokens that flatter, and raise that of response text."""
     selected = self.selected(batch)
     counted = selected & (batch["labels"] >= 0)
     losses = self.losses(self.states(batch, selected)[counted], batch["labels"][counted])
@@ -264,7 +262,7 @@ def learns_all_but_the_response(self: Any, **batch: Tensor) -> dict[str, Tensor]
     return {"loss": (torch.where(response, -1.0, 1.0) * losses).mean()}
 
 
-def test_detects_selection_by_hard_tokens_only(
+def test_selection_by_hard_tokens_alone_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Marks that a stage can tell apart at once: the last letters of the alphabet.

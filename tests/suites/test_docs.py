@@ -1,18 +1,18 @@
-"""Run every command line and every Python block of the pages, or say why not.
+"""The pages: every command line and every Python block is run, or its kind says why not.
 
-The first word of a line decides what happens; a line with any other first word fails:
+The kinds of lines, by their first word; a line of no kind fails:
 
-- `cascade`: run in this process, on the stand-ins of `doc_stand_ins`; the exit status must be 0;
-- `tox`: its environments must be in tox.ini, and their `cascade` commands are run;
+- `cascade`: run in this process, on the stand-ins of `doc_stand_ins`; it must end with status 0;
+- `tox`: its environments must be in tox.ini, and the `cascade` commands of theirs are run;
 - `pytest`: run where it runs the page's tests or the plugin's own suite; of lines that run this
-  repository's tests, only files, options and markers are checked;
-- `pip`: it must install this project or packages pinned in constraints.txt;
-- `python -m venv`, `.`: create the reader's environment; not run.
+  repository's tests, files, options and markers must exist, the tests being run anyhow;
+- `pip`: what it installs must be this project or pinned in constraints.txt;
+- `python -m venv`, `.`: make the reader's environment; not run.
 
 The lines of a page share one folder, in the page's order. Python blocks share one namespace, those
 that define tests become test files, which a `pytest` line of the page must run; a block whose first
 line is a comment that names a file is written to it. YAML is parsed and
-its `run` steps are run. Blocks of text are compared with what the lines before them printed.
+its `run` steps are run. Blocks of text are held against what the lines before them printed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from cascade.report.saturation.figures import layer_profile_svg
 
 
 class Page:
-    """A page that is being run: its folder, its namespace, its output."""
+    """A page that is being read: its folder, its names, what its lines have printed."""
 
     def __init__(self, config: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
         self.config = config
@@ -63,10 +63,10 @@ class Page:
         self.tests: list[str] = []
 
     def read(self, name: str, text: str) -> None:
-        """Run everything on a page.
+        """Run all of a page.
 
         Raises:
-            DocsError: Something cannot be run, or does not do what the page says.
+            DocsError: Something in it cannot be run, or does not do what the page says.
         """
         for block in blocks_of(name, text):
             self.run(block)
@@ -86,7 +86,7 @@ class Page:
         elif block.language == "text":
             check_output(block, self.printed)
         else:
-            raise DocsError(f"{block.place}: no block of {block.language} can be run")
+            raise DocsError(f"{block.place}: nobody runs blocks of {block.language}")
 
     def run_line(self, command: Command) -> None:
         match command.words:
@@ -108,7 +108,7 @@ class Page:
             case ("python", "-m", "venv", _) | (".", _):
                 pass
             case _:
-                raise DocsError(f"{command.place}: no such kind of line: {command.line}")
+                raise DocsError(f"{command.place}: a line of no kind: {command.line}")
 
     def run_python(self, block: Block) -> None:
         if block.file is not None:
@@ -152,10 +152,10 @@ class Page:
 
 
 def check_output(block: Block, printed: str) -> None:
-    """Compare an output in a page with what was printed: words must match, numbers may differ.
+    """Hold an output in a page against what was printed: words must be, numbers may differ.
 
     Raises:
-        DocsError: A line without a number was not printed, whatever its line breaks.
+        DocsError: A line without a number was not printed, wherever lines are broken.
     """
     known = " ".join(printed.split())
     for number, line in enumerate(block.text.splitlines(), start=block.line):
@@ -186,11 +186,11 @@ def page(
 
 
 @pytest.mark.parametrize("name", pages())
-def test_commands_and_python_blocks_of_a_page_run(page: Page, name: str) -> None:
+def test_everything_that_a_page_runs_runs(page: Page, name: str) -> None:
     page.read(name, read(name))
 
 
-# --- Broken pages ----------------------------------------------------------------------------
+# --- Would it be seen? -----------------------------------------------------------------------
 
 
 def fenced(language: str, *lines: str) -> str:
@@ -208,7 +208,7 @@ BROKEN = {
         fenced("bash", "cascade --version", "cascade bench \\", "  fit --round 2"),
         "x.md:3: exit status 2",
     ),
-    "a file that no earlier line made": (
+    "a file that no line before has made": (
         fenced("", "cascade accept nowhere"),
         "no record nowhere/profile.json",
     ),
@@ -216,17 +216,14 @@ BROKEN = {
         fenced("", "cascade gate  # exit status 1"),
         "x.md:2: exit status 2",
     ),
-    "an unknown placeholder": (
+    "a placeholder that nobody fills in": (
         fenced("", "cascade accept SOMEWHERE"),
         "no placeholder is called SOMEWHERE",
     ),
-    "an unknown kind of line": (
-        fenced("bash", "make docs"),
-        "x.md:2: no such kind of line: make docs",
-    ),
+    "a line of no kind": (fenced("bash", "make docs"), "x.md:2: a line of no kind: make docs"),
     "a pipe": (fenced("bash", "cascade --version | cat"), "'|' is more than commands"),
     "a quote left open": (fenced("bash", "cascade generate --prompt 'x"), "No closing quotation"),
-    "a continued line without an end": (fenced("", "cascade gate \\"), "nothing follows"),
+    "a line that goes on to nowhere": (fenced("", "cascade gate \\"), "nothing follows"),
     "a tox environment misspelt": (fenced("", "tox -e reports"), "no environment reports"),
     "another tox command": (fenced("", "tox run"), "expected tox or tox -e ENV"),
     "a package that is not pinned": (fenced("", "pip install torchh"), "torchh is not in"),
@@ -236,7 +233,7 @@ BROKEN = {
     "a marker misspelt": (fenced("", "pytest -m satuartion"), "there is no satuartion"),
     "a test file that is gone": (fenced("", "pytest tests/test_x.py"), "no tests/test_x.py"),
     "an option of pytest misspelt": (fenced("", "pytest --force-regem"), "no --force-regem"),
-    "an unknown Python name": (
+    "a name that Python does not find": (
         fenced("python", "import cascade", "cascade.analise"),
         "x.md:2: AttributeError: module 'cascade' has no attribute 'analise'",
     ),
@@ -253,13 +250,13 @@ BROKEN = {
         fenced("yaml", "jobs: {gate: {steps: [{run: cascade gaet}]}}"),
         "no such command 'gaet'",
     ),
-    "invalid YAML": (fenced("yaml", "a: ["), "x.md:2: while parsing"),
-    "an output that was not printed": (
+    "YAML that is none": (fenced("yaml", "a: ["), "x.md:2: while parsing"),
+    "an output that nothing prints": (
         fenced("", "cascade --version") + fenced("text", "cascade 0.0", "Hello"),
         "x.md:6: no line before printed 'Hello'",
     ),
-    "a block of an unknown language": (fenced("ini", "[pytest]"), "no block of ini can be run"),
-    "an unclosed block": ("```bash\ncascade --version\n", "this block has no end"),
+    "a block of a language that nobody runs": (fenced("ini", "[pytest]"), "blocks of ini"),
+    "a block without an end": ("```bash\ncascade --version\n", "this block has no end"),
     "an option in prose": ("Run `cascade gate --fulll`.", "x.md:1: No such option: --fulll"),
     "a command in prose": ("\nOr `cascade\ngaet --full`.", "x.md:2: No such command 'gaet'"),
     "a marker in prose": ("As `pytest -m budget` does.", "there is no budget"),
@@ -267,12 +264,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("text", "words"), BROKEN.values(), ids=BROKEN)
-def test_detects_a_broken_page(page: Page, text: str, words: str) -> None:
+def test_what_is_broken_in_a_page_is_seen(page: Page, text: str, words: str) -> None:
     with pytest.raises(DocsError, match=re.escape(words)):
         page.read("x.md", text)
 
 
-def test_a_correct_page_passes(page: Page) -> None:
+def test_what_is_right_in_a_page_passes(page: Page) -> None:
     page.read(
         "x.md",
         fenced("", "tox -e lint && cascade --version  # a comment", "cascade bench fit --help")
@@ -294,13 +291,13 @@ def test_a_correct_page_passes(page: Page) -> None:
     assert "1 passed" in page.printed
 
 
-def test_every_fenced_block_is_found() -> None:
+def test_a_page_without_its_blocks_has_no_commands() -> None:
     found = [block for name in pages() for block in blocks_of(name, read(name))]
     assert sum(read(name).count("```") for name in pages()) == 2 * len(found)
     assert {block.language for block in found} == {"", "bash", "python", "text", "yaml"}
 
 
-# --- Pictures and links ----------------------------------------------------------------------
+# --- What the pages hold beside lines ----------------------------------------------------------
 
 
 def test_picture_of_the_pages_matches_the_stored_baseline() -> None:

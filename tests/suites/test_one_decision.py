@@ -1,4 +1,4 @@
-"""One exit decision: scoring, generation, calibration, evaluation and collection agree.
+"""One exit decision: scoring, generation, calibration, evaluation and collection decide alike.
 
 Each is asked at a real token's confidence, and at the numbers next to it in single and in double
 precision. The expected answer compares exactly, in double precision.
@@ -161,7 +161,7 @@ def test_an_exit_curve_decides_exactly(place: str) -> None:
     wrong = np.zeros(values().shape, dtype=bool)
     count = int(expected(threshold).sum())
     assert exits_and_wrong(values(), wrong, threshold) == (count, count)
-    # Identical sequences have an interval without width: the share of continuing tokens.
+    # Sequences that are all the same have an interval without width: the share that stays.
     number = int(np.argmax(expected(threshold).sum(axis=1) > 0))
     same = np.tile(values()[number], (4, 1))
     found = curve(LAYER, "cosine", (same, same > 2), (same, same > 2), [threshold])

@@ -1,4 +1,4 @@
-"""Test the gate by planting faults: what it detects, how soon, and where it points."""
+"""The gate is tested by breaking things: what it sees, how soon, and what it makes of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from support.clean_runs import (
     a_tiny_stack,
     broken_in_another_process,
     clean_table,
-    clean_variants,
+    clean_ways,
+    cleanly,
     padded_similarities,
     repeat,
-    verdict_of_variant,
 )
 from support.faults import FAULTS, Fault, blocks_for, scaled_mlp, weights
 from support.paths import ROOT
@@ -41,7 +41,7 @@ DOCS = ROOT / "docs"
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table of faults: the gate's verdict on it."""
+    """One row of the table of faults: what the gate made of it."""
 
     fault: str
     verdict: str
@@ -61,7 +61,7 @@ def planted(stack: DecoderStack, baseline: StoredProfile, fault: Fault) -> Gate:
 
 
 def row_of(fault: Fault, gate: Gate) -> Row:
-    """Return a fault's row of the table: the gate's verdict on it."""
+    """Return a fault's row of the table: what the gate made of it."""
     comparison = gate.comparison
     found = comparison.attribution
     cause: str | None = None if found is None else found.cause
@@ -87,7 +87,7 @@ def rows(reference_model: DecoderStack, baseline: StoredProfile) -> dict[str, Ro
 
 @pytest.mark.saturation
 @pytest.mark.parametrize("name", FAULTS)
-def test_gate_detects_and_attributes_a_fault_in_the_real_model(
+def test_a_fault_planted_in_the_real_model_is_seen_and_named(
     rows: dict[str, Row], name: str
 ) -> None:
     fault, row = FAULTS[name], rows[name]
@@ -104,7 +104,7 @@ def test_gate_detects_and_attributes_a_fault_in_the_real_model(
 
 
 @pytest.mark.saturation
-def test_real_model_passes_after_all_faults_are_undone(
+def test_the_real_model_itself_passes_before_and_after_all_faults(
     rows: dict[str, Row], reference_model: DecoderStack, baseline: StoredProfile
 ) -> None:
     gate = run_gate(reference_model, blocks_for(reference_model), baseline)
@@ -113,7 +113,7 @@ def test_real_model_passes_after_all_faults_are_undone(
 
 
 @pytest.mark.saturation
-def test_sensitivity_page_matches_the_measurement(
+def test_the_table_of_the_docs_is_what_was_measured(
     rows: dict[str, Row], file_regression: FileRegressionFixture
 ) -> None:
     lines = [
@@ -143,7 +143,7 @@ def test_sensitivity_page_matches_the_measurement(
 
 
 def how_often_it_errs() -> list[str]:
-    """Return a section of the docs, drawn from the stored records of both kinds of runs."""
+    """Return a section of the docs, drawn from the stored records of both ways of deciding."""
     lines = [
         "## How often it errs",
         "",
@@ -173,7 +173,7 @@ def records(name: str) -> list[list[str]]:
     return [line.split(",") for line in lines[1:]]
 
 
-def test_stored_false_alarm_rates_are_at_most_one_percent() -> None:
+def test_the_stored_odds_of_both_ways_are_at_most_one_alarm_in_a_hundred() -> None:
     table = [[*map(int, counts)] for _, *counts in records("repetitions")]
     assert table[-1][0] == 200
     assert all(count == passed + undecided + failed for count, passed, undecided, failed in table)
@@ -183,7 +183,7 @@ def test_stored_false_alarm_rates_are_at_most_one_percent() -> None:
     assert max(clean) <= 2
 
 
-# --- What other tests detect ------------------------------------------------------------------
+# --- What the statistics cannot see, others do -----------------------------------------------
 
 
 def tiny_blocks(sequences: int = 40, length: int = 16, *, seed: int = 0) -> TokenBlocks:
@@ -196,7 +196,7 @@ def stored(stack: DecoderStack, blocks: TokenBlocks) -> StoredProfile:
     return StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays())
 
 
-def test_detects_shifted_positions_where_positions_are_learned() -> None:
+def test_shifted_positions_are_seen_where_positions_are_learned() -> None:
     stack, blocks = a_tiny_stack("gpt2"), tiny_blocks()
     baseline = stored(stack, blocks)
     positions: Any = stack.decoder.wpe
@@ -207,7 +207,7 @@ def test_detects_shifted_positions_where_positions_are_learned() -> None:
     assert run_gate(stack, blocks, baseline).comparison.verdict == "PASS"
 
 
-def test_exit_layers_show_a_comparison_that_excludes_ties() -> None:
+def test_a_comparison_that_leaves_out_ties_is_seen_by_who_leaves() -> None:
     from cascade.decoding.early_exit import EarlyExit
 
     stack, ids = a_tiny_stack(), torch.from_numpy(tiny_blocks(2).ids).long()
@@ -217,7 +217,7 @@ def test_exit_layers_show_a_comparison_that_excludes_ties() -> None:
         assert (early.score(ids).exit_layers == 6).all()
 
 
-def test_agreement_shows_shifted_labels() -> None:
+def test_shifted_labels_are_seen_by_the_agreement() -> None:
     from cascade.decoding.early_exit import EarlyExit
 
     stack, ids = a_tiny_stack(), torch.from_numpy(tiny_blocks(2).ids).long()
@@ -227,19 +227,19 @@ def test_agreement_shows_shifted_labels() -> None:
     assert (right == shifted).double().mean() < 0.9
 
 
-# --- The smallest change that is detected ----------------------------------------------------
+# --- How small a change is seen --------------------------------------------------------------
 
-#: Relative changes to try, the smallest first.
+#: Relative changes that are tried, the smallest first.
 CHANGES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 
 
 def smallest_seen(
-    stack: DecoderStack, baseline: StoredProfile, layer: int, sublayer: str
+    stack: DecoderStack, baseline: StoredProfile, layer: int, part: str
 ) -> float | None:
-    """Return the smallest relative change of a sublayer's output that the quick gate detects."""
+    """Return the smallest relative change of a part's output that the quick gate sees."""
     blocks = blocks_for(stack)
     module: Any = stack.layers[layer - 1]
-    projection = module.mlp.down_proj if sublayer == "mlp" else module.self_attn.o_proj
+    projection = module.mlp.down_proj if part == "mlp" else module.self_attn.o_proj
     for change in CHANGES:
         by = 1 + change
         with weights(projection, lambda by=by: projection.weight.data.mul_(by)):
@@ -249,7 +249,7 @@ def smallest_seen(
 
 
 @pytest.mark.slow
-def test_smallest_detected_change_of_each_layer(
+def test_how_small_a_change_of_each_layer_is_seen(
     reference_model: DecoderStack,
     baseline: StoredProfile,
     file_regression: FileRegressionFixture,
@@ -257,8 +257,7 @@ def test_smallest_detected_change_of_each_layer(
     lines = ["layer,mlp,attention"]
     for layer in range(1, reference_model.num_layers + 1):
         found = [
-            smallest_seen(reference_model, baseline, layer, sublayer)
-            for sublayer in ("mlp", "attention")
+            smallest_seen(reference_model, baseline, layer, part) for part in ("mlp", "attention")
         ]
         assert all(change is not None and change <= 1e-3 for change in found), layer
         lines.append(",".join([str(layer), *(f"{change:g}" for change in found)]))
@@ -269,7 +268,7 @@ def test_smallest_detected_change_of_each_layer(
 
 @pytest.mark.saturation
 @pytest.mark.parametrize("layer", [2, 13, 25, 30])
-def test_detects_and_attributes_a_change_of_three_in_ten_thousand(
+def test_a_change_of_three_in_ten_thousand_is_seen_and_named(
     reference_model: DecoderStack, baseline: StoredProfile, layer: int
 ) -> None:
     fault = Fault("", scaled_mlp(layer, 1 + 3e-4), "layer", str(layer))
@@ -277,17 +276,17 @@ def test_detects_and_attributes_a_change_of_three_in_ten_thousand(
     assert (row.verdict, row.cause, row.layer) == ("FAIL", "layer", str(layer))
 
 
-# --- False alarms ----------------------------------------------------------------------------
+# --- No crying wolf --------------------------------------------------------------------------
 
 
-def test_padded_similarities_match_unpadded_ones() -> None:
+def test_the_padded_way_is_the_plain_way() -> None:
     stack, ids = a_tiny_stack(), torch.from_numpy(tiny_blocks(3).ids).long()
     with torch.no_grad():
         moved = (padded_similarities(stack, ids, 7) - similarities(stack, ids)).abs().max()
     assert moved < 1e-5
 
 
-def test_a_padded_run_pads_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_in_every_pass_of_a_padded_way(monkeypatch: pytest.MonkeyPatch) -> None:
     stack, blocks = a_tiny_stack(), tiny_blocks(8)
     baseline, widths = stored(stack, blocks), []
     right = DecoderStack.plan
@@ -297,26 +296,24 @@ def test_a_padded_run_pads_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(self, ids, **options)
 
     monkeypatch.setattr(DecoderStack, "plan", watched)
-    variant = replace(next(clean_variants(1)), left=7)
-    assert verdict_of_variant(stack, blocks, baseline, variant) == "PASS"
+    way = replace(next(clean_ways(1)), left=7)
+    assert cleanly(stack, blocks, baseline, way) == "PASS"
     assert set(widths) == {16 + 7}
 
 
-def test_runs_elsewhere_use_another_process() -> None:
+def test_some_repetitions_are_in_another_process_and_break_where_it_does() -> None:
     blocks = tiny_blocks(8)
     baseline = stored(a_tiny_stack(), blocks)
-    variants = [
-        replace(next(clean_variants(1)), elsewhere=elsewhere) for elsewhere in (False, True)
-    ]
-    assert repeat(broken_in_another_process, blocks, baseline, variants) == ["PASS", "FAIL"]
+    ways = [replace(next(clean_ways(1)), elsewhere=elsewhere) for elsewhere in (False, True)]
+    assert repeat(broken_in_another_process, blocks, baseline, ways) == ["PASS", "FAIL"]
 
 
-def test_every_group_of_clean_runs_has_enough_runs() -> None:
-    rows = clean_table(clean_variants(200), ["PASS"] * 200).splitlines()[1:]
+def test_ways_are_dealt_out_evenly_enough_to_say_something_of_each() -> None:
+    rows = clean_table(clean_ways(200), ["PASS"] * 200).splitlines()[1:]
     counts = {name: int(count) for name, count, *_ in (row.split(",") for row in rows)}
     assert min(counts.values()) >= 40
     assert counts["together"] == 200
-    assert {variant.batch_size for variant in clean_variants(200)} >= {1, 32}
+    assert {way.batch_size for way in clean_ways(200)} >= {1, 32}
 
 
 @pytest.mark.parametrize("repetitions", [40, pytest.param(100, marks=pytest.mark.slow)])
@@ -324,8 +321,8 @@ def test_every_group_of_clean_runs_has_enough_runs() -> None:
 def test_clean_repetitions_of_a_tiny_model_raise_no_alarm(family: str, repetitions: int) -> None:
     make = partial(a_tiny_stack, family)
     blocks = tiny_blocks(24)
-    variants = list(clean_variants(repetitions))
-    verdicts = repeat(make, blocks, stored(make(), blocks), variants, each=20)
+    ways = list(clean_ways(repetitions))
+    verdicts = repeat(make, blocks, stored(make(), blocks), ways, each=20)
     assert verdicts == ["PASS"] * repetitions
 
 
@@ -335,10 +332,10 @@ def odds(
     """Return the verdicts on other text: `new` sequences of the corpus against the others.
 
     Args:
-        baseline: Its rows per sequence are split at random.
-        new: How many of them become the new text.
-        repetitions: Number of repetitions.
-        shift: How far layer 15 of the new text is moved, in standard deviations between sequences.
+        baseline: Its rows per sequence are dealt out.
+        new: How many of them are taken for the new text.
+        repetitions: How often.
+        shift: Moves layer 15 of the new text, in standard deviations between sequences.
     """
     counts = dict.fromkeys(("PASS", "INCONCLUSIVE", "FAIL"), 0)
     arrays = baseline.arrays()
@@ -346,12 +343,12 @@ def odds(
     for seed in range(repetitions):
         order = np.random.default_rng(seed).permutation(len(arrays["sequence"]))
         sides = []
-        for rows in (order[:new], order[new:]):
+        for part in (order[:new], order[new:]):
             state = dict(arrays)
             for name in ("sequence_mean", "sequence_mean_square", "sequence_share"):
-                state[name] = arrays[name][rows]
-            state["sequence"] = np.arange(len(rows))
-            state["sequence_fingerprint"] = arrays["sequence_fingerprint"][rows]
+                state[name] = arrays[name][part]
+            state["sequence"] = np.arange(len(part))
+            state["sequence_fingerprint"] = arrays["sequence_fingerprint"][part]
             sides.append(StoredProfile(baseline.content, state))
         if shift:
             moved = sides[0].state["sequence_mean"].copy()
@@ -395,15 +392,15 @@ def test_two_hundred_clean_repetitions_of_the_real_model_raise_no_alarm(
     blocks = blocks_for(reference_model)
     # 16 sequences: a full gate over them all is 2,048 tokens.
     few = replace(blocks, ids=blocks.ids[:: len(blocks.ids) // 16][:16])
-    variants = list(clean_variants(200))
-    verdicts = repeat(partial(load, "smollm2-135m"), few, baseline, variants)
+    ways = list(clean_ways(200))
+    verdicts = repeat(partial(load, "smollm2-135m"), few, baseline, ways)
     assert verdicts.count("FAIL") + verdicts.count("NOT COMPARABLE") <= 2  # 1 % of 200 at most
     file_regression.check(
-        clean_table(variants, verdicts), fullpath=DOCS / "repetitions.csv", extension=".csv"
+        clean_table(ways, verdicts), fullpath=DOCS / "repetitions.csv", extension=".csv"
     )
 
 
-def test_least_tolerance_exceeds_the_noise(baseline: StoredProfile) -> None:
+def test_the_least_tolerance_lies_between_noise_and_every_fault(baseline: StoredProfile) -> None:
     noise = baseline.content.noise
     assert isinstance(noise, NoiseFloor)
     assert max(noise.repeat, noise.exact or 0) * 3 <= LEAST_TOLERANCE

@@ -1,4 +1,4 @@
-"""From analyze to a cascade, from configuration only: SmolLM2-360M and 1.7B, full depth, narrow."""
+"""The whole way, from configuration alone: SmolLM2-360M and 1.7B in their true depth, narrow."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def test_measuring_training_and_evaluating_need_only_the_configuration(
+def test_measuring_training_and_evaluating_need_no_more_than_the_configuration(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     stack = load(str(checkpoint))
     depth = SHAPES[checkpoint.name][0]
-    splits = {
-        split: load_blocks(
-            "embedded", stack.tokenizer, seq_len=32, max_tokens=size, part=split, marks=True
+    parts = {
+        part: load_blocks(
+            "embedded", stack.tokenizer, seq_len=32, max_tokens=size, part=part, marks=True
         )
-        for split, size in (("train", 1280), ("held-out", 640))
+        for part, size in (("train", 1280), ("held-out", 640))
     }
-    profile = analyze(stack, splits["held-out"])
+    profile = analyze(stack, parts["held-out"])
     assert len(profile.record().layers) == depth + 1  # and the normed row
     tokens = collect_hard(
-        stack, splits, tmp_path / "hard", CollectingConfig(layer=depth - 1, hard_ratio=0.5)
+        stack, parts, tmp_path / "hard", CollectingConfig(layer=depth - 1, hard_ratio=0.5)
     )
     training = train_stage(
         stack, tokens, TrainingConfig(epochs=1, learning_rate=1e-3), tmp_path / "checkpoints"
@@ -79,5 +79,5 @@ def test_measuring_training_and_evaluating_need_only_the_configuration(
     read = Cascade.from_pretrained(tmp_path / "cascade")
     assert isinstance(read.base, DecoderStack)
     assert read.stack.num_layers == depth + 2
-    record = evaluate_cascade(read, splits["held-out"])
+    record = evaluate_cascade(read, parts["held-out"])
     assert record.rows[1].scopes["all"].ratio < 1

@@ -1,4 +1,4 @@
-"""The table fixture of conftest.py fails where the fixture that it extends passes."""
+"""The table fixture of conftest.py fails where the one that it is built on passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROWS = [{"layer": "1", "mean": 0.5, "std": 0.25}, {"layer": "1+norm", "mean": 0.
 
 @pytest.fixture
 def check(strict_table: Check, request: pytest.FixtureRequest) -> Check:
-    # Every test here reads the same stored table.
+    # Every test here looks at one stored table, whatever its own name.
     request.node.name = "stored"
     return strict_table
 

@@ -19,7 +19,7 @@ LAYERS = ["1", "2", "3", "4", "4+norm"]
 def text_of(
     sequences: int, low: int = 2, high: int = VOCABULARY, *, seed: int = 0, length: int = 12
 ) -> TokenBlocks:
-    """Return sequences of random tokens from a range of the vocabulary."""
+    """Return sequences of random tokens of a part of the vocabulary."""
     ids = np.random.default_rng(seed).integers(low, high, (sequences, length)).astype(np.int32)
     name = f"tokens-{low}-{high}-{seed}"
     return TokenBlocks(ids, f"./{name}.jsonl", name, sequences)

@@ -64,7 +64,7 @@ def measured(
         name: The model's.
         tokenizer: The hash of its tokenizer.
         fingerprints: Of its sequences.
-        norm: Whether it has a row after a final norm.
+        norm: Whether it has a row behind a final norm.
         altered: What was done to its weights.
     """
     num_layers = len(means)

@@ -33,7 +33,7 @@ EDGES = np.array([[1600, 1300, 900]] * len(LAYERS))
 
 
 def similarities_of(sequences: int, *, seed: int = 0, shift: float = 0.0) -> Array:
-    """Return similarities `[L, S, TOKENS]`: every sequence and layer has its own level."""
+    """Return similarities `[L, S, TOKENS]`: every sequence and layer has a level of its own."""
     draw = np.random.default_rng(seed)
     levels = 0.75 + 0.05 * draw.normal(size=(len(LAYERS), sequences, 1))
     return (
@@ -139,7 +139,7 @@ def save_run(folder: Path, profile: StoredProfile, record: Record | None = None)
 
 
 def edited(profile: StoredProfile, edit: Callable[[Record], Any], *, sealed: bool) -> Record:
-    """Return a profile's record that was edited, sealed again or not."""
+    """Return a profile's record that somebody edited, sealed again or not."""
     record = copy.deepcopy(plain_record(profile))
     edit(record)
     return record | {"hash": record_hash(record)} if sealed else record

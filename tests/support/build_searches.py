@@ -1,4 +1,4 @@
-"""The parts of a search record outside the search itself, made by hand."""
+"""What a search record says besides the search itself, made by hand."""
 
 from __future__ import annotations
 

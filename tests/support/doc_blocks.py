@@ -1,4 +1,4 @@
-"""Parse the parts of pages that can be run: fenced blocks, command lines, code in prose."""
+"""What the pages say that can be run: fenced blocks, their command lines, and code in prose."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CODE = re.compile(r"(?<![`\\])(`+)(?!`)(.+?)(?<![`\\])\1(?!`)", re.DOTALL)
 
 
 class DocsError(Exception):
-    """A page contains something that cannot be run."""
+    """A page says what nobody can run, or what this room does not know how to run."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def commands_of(block: Block) -> list[Command]:
         found += _split(line, f"{block.page}:{first}")
         line = ""
     if line:
-        raise DocsError(f"{block.page}:{first}: the last line is continued, but nothing follows")
+        raise DocsError(f"{block.page}:{first}: the last line goes on, but nothing follows")
     return found
 
 
@@ -144,7 +144,7 @@ def _split(line: str, place: str) -> list[Command]:
 def code_in_prose(page: str, text: str) -> list[Command]:
     """Return the code spans outside of blocks that begin as command lines do.
 
-    An ellipsis (`...`) in the code is dropped.
+    What stands behind a word that only prose can mean (`...`) is left out.
     """
     outside = _without_blocks(text)
     found = []

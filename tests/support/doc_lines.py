@@ -1,4 +1,4 @@
-"""Run or check each line of the pages, by the first word of a command."""
+"""How each line of the pages is run, or checked: by the first word of a command."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import typer
 from cascade import cli
 from support.doc_blocks import ROOT, Command, DocsError
 
-#: Words in capitals that a reader replaces, and their values in tests. The hub's stand-in has a
-#: model named ORG/NAME.
+#: Words in capitals that a reader replaces, and what a test puts there. The hub's stand-in has a
+#: model of the very name ORG/NAME.
 PLACEHOLDERS = {
     "ORG/NAME": "ORG/NAME",
     "MODEL": "smollm2-135m-instruct-q4_1",
@@ -64,10 +64,10 @@ def tox_settings() -> configparser.ConfigParser:
 
 
 def tox_commands(command: Command) -> list[Command]:
-    """Return the `cascade` commands that a tox line runs.
+    """Return the `cascade` commands that a tox line runs; its other commands are tox's own tests.
 
     Raises:
-        DocsError: An environment that tox.ini lacks, or an option other than -e.
+        DocsError: An environment that tox.ini does not have, or another option than -e.
     """
     settings = tox_settings()
     match command.words:
@@ -90,10 +90,10 @@ def tox_commands(command: Command) -> list[Command]:
 
 
 def check_pip(command: Command) -> None:
-    """Check that a pip line installs this project or packages pinned in constraints.txt.
+    """Check a pip line: what it installs is this project, or pinned in constraints.txt.
 
     Raises:
-        DocsError: Any other package or version, or a missing extra or file.
+        DocsError: Another package or version, or an extra or a file that is not there.
     """
     lines = (line.partition("==") for line in read_lines(ROOT / "constraints.txt"))
     pins = {name.lower(): version for name, _, version in lines}
@@ -130,15 +130,15 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def run_pytest(command: Command) -> str:
-    """Run a pytest line in this process, in the current folder; return its output.
+    """Run a pytest line in this process, in the folder at hand; return what it printed.
 
     Raises:
-        DocsError: The exit status differs from the page.
+        DocsError: Its exit status is another than the page says.
     """
     words = filled_in(command)[1:]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        # These belong to the outer session.
+        # These belong to the session around this one.
         status = pytest.main([*PLUGIN, "-p", "no:faulthandler", "--capture=no", *words])
     if status != command.status:
         raise DocsError(f"{command.place}: {status!r}: {command.line}\n{out.getvalue()}")
@@ -164,10 +164,10 @@ def check_pytest(command: Command, config: pytest.Config) -> None:
 
 
 def run_cascade(command: Command, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a `cascade` command in this process through `main`; return its output.
+    """Run a `cascade` command in this process, as `main` would be; return what it printed.
 
     Raises:
-        DocsError: The exit status differs from the page.
+        DocsError: Its exit status is another than the page says.
     """
     words = filled_in(command)
     monkeypatch.setattr(sys, "argv", list(words))
@@ -185,9 +185,9 @@ def run_cascade(command: Command, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def parse_cascade(command: Command) -> None:
-    """Parse a command in prose with the command line's parser; nothing is run.
+    """Let the command line's own parser read a command that prose names; nothing is run.
 
-    Required options may be missing, and placeholders may be anything.
+    Options that a command needs may be left out, and placeholders may be anything.
 
     Raises:
         DocsError: There is no such command, option or value.

@@ -1,14 +1,14 @@
-"""Stand-ins for real weights, hub and clocks, so that a page's lines run in seconds, offline.
+"""What stands in for real weights, hub and clocks, so that a page's lines run in seconds, offline.
 
-Every option is used as the page writes it. Only this differs from a reader's machine:
+Every option is used as the page writes it. What differs from a reader's machine is all here:
 
 - `smollm2-135m` is a random Llama of 30 layers, 16 wide, with its name and a small BPE tokenizer;
 - the hub cannot be reached, its cache holds the models of `HUB_MODELS`, likewise random;
 - the embedded corpus is the first records of its two splits, a hub dataset a folder of its name;
-- the local files that pages mention are those of `lay_out`;
+- the local files that pages speak of are those of `lay_out`;
 - benchmarks run each variant once, whatever `--rounds` says, and start no processes of their own;
-- budgets of time are wide, because the time of a tiny model does not matter;
-- the noise of arithmetic is `NOISE`, not measured.
+- budgets of time are wide, what a tiny model takes being nobody's subject;
+- the noise of arithmetic is what `NOISE` says, not measured.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cascade.models import weights
 from cascade.saturation.records import NoiseFloor
 from support.tiny_models import tiny_model
 
-#: As deep as SmolLM2-135M, so that pages can name its layers; narrow, so that it is fast.
+#: Deep as SmolLM2-135M, so that pages can speak of its layers; narrow, so that this costs nothing.
 SHAPE = {
     "num_layers": 30,
     "hidden_size": 16,
@@ -55,10 +55,10 @@ HUB_MODELS = ("ORG/NAME",)
 #: Datasets that pages take from the hub, in Alpaca form.
 HUB_DATASETS = ("tatsu-lab/alpaca",)
 
-#: Records that the embedded corpus has here, by split.
+#: Records of the embedded corpus that are left of it, by split.
 RECORDS = {"train": 14, "held-out": 9}
 
-#: The noise floor of every model.
+#: Of any model.
 NOISE = NoiseFloor(
     repeat=1e-7,
     exact=1e-7,
@@ -79,7 +79,7 @@ def embedded_records(start: int = 0) -> list[dict[str, Any]]:
 
 
 def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE, which can encode any text."""
+    """Return a byte-level BPE: no text is unknown to it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -99,7 +99,7 @@ def save_stand_in(folder: Path, *, seed: int) -> Path:
     """Save a random model and its tokenizer as `transformers` would; return the folder."""
     model = tiny_model("llama", seed=seed, **SHAPE)
     with torch.no_grad():
-        # So that thresholds of the pages at layer 29 split its tokens into hard and easy ones.
+        # So that pages' thresholds at layer 29 part its tokens: some are hard, some are easy.
         model.model.layers[28].mlp.down_proj.weight.mul_(1.5)
     model.save_pretrained(folder)
     _tokenizer([record["output"] for record in embedded_records()]).save_pretrained(folder)
@@ -107,7 +107,7 @@ def save_stand_in(folder: Path, *, seed: int) -> Path:
 
 
 def save_all(folder: Path) -> Path:
-    """Save the stand-ins for downloads: `reference/`, and a hub's cache, `hub/`."""
+    """Save everything that stands in for downloads: `reference/`, and a hub's cache, `hub/`."""
     save_stand_in(folder / "reference", seed=0)
     _fit_heads(folder)
     for number, name in enumerate(HUB_MODELS, start=1):
@@ -134,7 +134,7 @@ def _fit_heads(folder: Path) -> None:
 
 
 def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the package find what `save_all` saved, as real weights and in the hub's cache."""
+    """Let the package find what `save_all` saved, as real weights and in the hub's cache."""
     import datasets.config
     import huggingface_hub.constants
 
@@ -148,8 +148,8 @@ def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "_from_wheel", from_wheel)
     monkeypatch.setattr(readers, "_read_embedded", read_embedded)
     monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)
-    for module in (noise, gate, remeasuring):
-        monkeypatch.setattr(module, "measure_noise", lambda *_: NOISE)
+    for room in (noise, gate, remeasuring):
+        monkeypatch.setattr(room, "measure_noise", lambda *_: NOISE)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(saved / "hub"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -170,7 +170,7 @@ def _shorten_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _run_once(variants: Mapping[str, timing.Variant], **_: Any) -> timing.Timings:
-    """Run every variant once, as `time_variants` does to warm up, and record its seconds twice."""
+    """Run every variant once, as `time_variants` does to warm up, and give it twice its seconds."""
     results, seconds = {}, {}
     for name, variant in variants.items():
         start = time.perf_counter()
@@ -180,7 +180,7 @@ def _run_once(variants: Mapping[str, timing.Variant], **_: Any) -> timing.Timing
 
 
 def lay_out(folder: Path, saved: Path) -> None:
-    """Write the local files that pages mention into the folder in which their lines run."""
+    """Lay the local files that pages speak of into the folder that their lines are run in."""
     records = embedded_records(200)
     texts = [record_text.record_text(record, source="", number=1) for record in records]
     shutil.copytree(saved / "reference", folder / "checkpoint")
@@ -196,7 +196,7 @@ def lay_out(folder: Path, saved: Path) -> None:
 def _lay_out_findings(
     folder: Path, saved: Path, records: list[dict[str, Any]], texts: list[str]
 ) -> None:
-    """Write the inputs of docs/findings.md: two corpora and stored heads."""
+    """Lay out what docs/findings.md is measured from: two corpora and stored heads."""
     (folder / "data").mkdir()
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "data/self-instruct-seed-tasks.jsonl").write_text(lines, encoding="utf-8")

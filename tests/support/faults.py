@@ -1,6 +1,6 @@
-"""Faults to plant: in a model, in the path from states to numbers, and in the input.
+"""Faults to plant: in a model, in the path from states to numbers, and in what is read.
 
-Each is a context manager that breaks one thing and repairs it afterwards.
+Each is a context manager that breaks one thing and puts it right again.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Plant = Callable[[DecoderStack], contextlib.AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault, and what the gate must report.
+    """One fault, and what the gate is to make of it.
 
     Attributes:
-        what: Its description in the table.
-        plant: Breaks a model or the path, and repairs it on exit.
-        cause: The attribution that the gate must report; None where it cannot detect the fault.
-        layer: The layer that the gate must name.
-        unseen: Why the gate cannot detect it, and what does.
+        what: For the table.
+        plant: Breaks a model or the path, and mends it on leaving.
+        cause: What it has to be attributed to; None where it cannot be seen.
+        layer: The layer that has to be named.
+        unseen: Why it cannot be seen, and what sees it.
     """
 
     what: str
@@ -51,7 +51,7 @@ class Fault:
 
 @contextlib.contextmanager
 def weights(module: nn.Module, change: Callable[[], None]) -> Iterator[None]:
-    """Change weights in place, and restore them bit for bit."""
+    """Change weights in place; they are as before afterwards, to the last bit."""
     before = [(parameter, parameter.data.clone()) for parameter in module.parameters()]
     try:
         change()
@@ -121,7 +121,7 @@ def through_bf16(stack: DecoderStack) -> Any:
 
 
 def swapped(layer: int) -> Plant:
-    """Swap the weights of two adjacent layers."""
+    """Let two adjacent layers change places, caches and all."""
 
     @contextlib.contextmanager
     def plant(stack: DecoderStack) -> Iterator[None]:
@@ -161,17 +161,17 @@ def rope_base(stack: DecoderStack) -> Iterator[None]:
 
 
 def mask(diagonal: int | None) -> Plant:
-    """Let every token attend to `diagonal` later tokens; to all of them where None."""
+    """Let every token see so many that come later; all of them where None."""
 
     def plant(stack: DecoderStack) -> Any:
-        module = __import__(type(stack.decoder).__module__, fromlist=["create_causal_mask"])
+        room = __import__(type(stack.decoder).__module__, fromlist=["create_causal_mask"])
 
         def made(*_: Any, inputs_embeds: Tensor, **__: Any) -> Tensor:
             length = inputs_embeds.shape[1]
             seen = torch.ones((1, 1, length, length), dtype=torch.bool)
             return seen if diagonal is None else seen.tril(diagonal)
 
-        return attribute_of(module, "create_causal_mask", made)
+        return attribute_of(room, "create_causal_mask", made)
 
     return plant
 
@@ -273,7 +273,7 @@ def _wrong_axis(_: DecoderStack) -> Any:
     right = statistics.SimilarityStatistics._add_sequences
 
     def wrong(self: Any, numbers: list[int], values: Any, bins: Any) -> None:
-        # The mean over sequences instead of the mean over tokens.
+        # Over sequences in place of tokens: the first of them stands for each token.
         across = np.broadcast_to(values.mean(axis=1, keepdims=True), values.shape)
         right(self, numbers, across[:, :, : len(numbers)], bins[:, :, : len(numbers)])
 
@@ -289,7 +289,7 @@ def _next_bin(_: DecoderStack) -> Any:
     )
 
 
-# --- In the input and in decisions -----------------------------------------------------------
+# --- In what is read, and what is decided ----------------------------------------------------
 
 
 def begins_with_bos(stack: DecoderStack) -> Any:
@@ -316,7 +316,7 @@ def begins_with_bos(stack: DecoderStack) -> Any:
 
 
 def above_only(_: DecoderStack) -> Any:
-    """A token exactly at the threshold continues: > instead of >=."""
+    """A token exactly at the threshold stays: > in place of >=."""
     right = passes.reaches
 
     def reaches(confidence: Any, threshold: float) -> Any:
@@ -354,7 +354,7 @@ FAULTS = {
         "exit index off by one: the pair below", wrong_pairs(_pair_below), "capture"
     ),
     "norm": Fault(
-        "last layer read after the final norm", wrong_pairs(_norm_mixed_up), "capture", "30"
+        "last layer read behind the final norm", wrong_pairs(_norm_mixed_up), "capture", "30"
     ),
     "shuffled": Fault(
         "sequences shuffled between rows", _changed(lambda v: v.flip(dims=(1,))), "capture"

@@ -29,7 +29,7 @@ def truth(stack: DecoderStack, ids: Tensor) -> tuple[list[Tensor], Tensor, list[
 
     All `[B * T, ...]`, by hooks of our own on modules by name; nothing that the fit has found out.
     """
-    stack = copy.deepcopy(stack)  # `output_hidden_states` leaves its hooks in the model
+    stack = copy.deepcopy(stack)  # `output_hidden_states` leaves hooks of its own behind
     kept: dict[str, Tensor] = {}
     handles = []
     for number, layer in enumerate(stack.layers, start=1):

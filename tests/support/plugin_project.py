@@ -57,7 +57,7 @@ Done = pytest.RunResult
 
 
 def ran(pytester: pytest.Pytester, *arguments: object) -> Done:
-    # Hypothesis' plugin would be imported again by every inner session, for more than a second.
+    # Hypothesis' plugin would be imported anew by every inner session, for more than a second.
     return pytester.runpytest_inprocess(*PLUGIN, "-p", "no:hypothesispytest", *map(str, arguments))
 
 

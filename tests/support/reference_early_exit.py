@@ -149,7 +149,7 @@ def one_line(error: pytest.ExceptionInfo[CascadeError]) -> str:
 
 # --- Exits that let some tokens go -----------------------------------------------------------
 
-#: Thresholds of rules whose confidences are whole numbers, without useful quantiles.
+#: Thresholds of rules whose confidences are whole numbers and have no quantiles to speak of.
 WHOLE = {"patience": 1.0, "oracle": 1.0}
 
 
@@ -239,7 +239,7 @@ def written(stack: DecoderStack) -> Tensor:
 
 
 def is_mixed(exit_layers: Tensor, layers: Sequence[int]) -> bool:
-    """Return whether some tokens exited at each of the layers, and some at none."""
+    """Say whether some tokens left at each of the layers, and some went all the way."""
     return {*layers, LAYERS} <= set(exit_layers.flatten().tolist())
 
 
@@ -251,7 +251,7 @@ class ByHand:
     """A pass over given tokens, some of them leaving.
 
     Attributes:
-        exit_layers: `[B, T]`; N where a token did not exit, or is padding.
+        exit_layers: `[B, T]`; N where a token went all the way, or is padding.
         logits: `[B, T, V]`; zeros at padding.
         states: N+1 tensors `[B, T, D]`; tokens that left keep their exit state.
         cache: All layers' keys and values, as the model's own forward wrote them.
@@ -301,7 +301,7 @@ def climb(
     states = [plan.embedded]
     maps: list[tuple[Tensor, int, Tensor]] = []
     for layer in range(1, stack.num_layers + 1):
-        with _replacing_exited(stack, heads, layer, states[-1], maps) as entering:
+        with _told(stack, heads, layer, states[-1], maps) as entering:
             output = stack.step(layer, entering, plan.calls[layer - 1])
         states.append(torch.where(gone[..., None], states[-1], output))
         out = leaving(layer, states, undecided) & undecided
@@ -317,7 +317,7 @@ def climb(
 
 
 @contextlib.contextmanager
-def _replacing_exited(
+def _told(
     stack: DecoderStack,
     heads: FittedHeads | None,
     layer: int,
@@ -326,7 +326,7 @@ def _replacing_exited(
 ) -> Iterator[Tensor]:
     """Let one layer see what the maps say of tokens that left: as its input, or in its k and v."""
 
-    def replaced(width: slice, values: Tensor) -> Tensor:
+    def told(width: slice, values: Tensor) -> Tensor:
         for out, exit_layer, predicted in maps:
             said = predicted[:, :, layer - exit_layer - 1, width].to(values.dtype)
             values = torch.where(out[..., None], said, values)
@@ -334,20 +334,20 @@ def _replacing_exited(
 
     with contextlib.ExitStack() as restored:
         if heads is None or heads.of_states:
-            yield replaced(slice(None), hidden)
+            yield told(slice(None), hidden)
             return
         attention: Any = stack.layers[layer - 1].self_attn
         halves = (slice(None, heads.width // 2), slice(heads.width // 2, None))
         for projection, half in zip((attention.k_proj, attention.v_proj), halves, strict=True):
-            hook = functools.partial(_hook, replaced, half)
+            hook = functools.partial(_hook, told, half)
             restored.callback(projection.register_forward_hook(hook).remove)
         yield hidden
 
 
 def _hook(
-    replaced: Callable[[slice, Tensor], Tensor], half: slice, _: nn.Module, __: Any, output: Tensor
+    told: Callable[[slice, Tensor], Tensor], half: slice, _: nn.Module, __: Any, output: Tensor
 ) -> Tensor:
-    return replaced(half, output)
+    return told(half, output)
 
 
 def map_by_hand(heads: FittedHeads, layer: int, hidden: Tensor) -> Tensor:
@@ -406,7 +406,7 @@ def by_hand(
 
 
 def state_of(stack: DecoderStack) -> list[Any]:
-    """Return everything that replacing and hooking could have left in a model."""
+    """Return all that replacing and hooking could have left behind in a model."""
     modules = [
         {
             name: dict(value) if isinstance(value, dict) else value

@@ -41,13 +41,13 @@ class Scored:
     """A corpus scored with one point's exit, next to the full model.
 
     Attributes:
-        exits: `[S, T]`.
+        leaves: `[S, T]`.
         logits: `[S, T, V]`.
         full: `[S, T, V]`, the model's own.
         counts: What was computed, all batches together.
     """
 
-    exits: Tensor
+    leaves: Tensor
     logits: Tensor
     full: Tensor
     counts: Counts
@@ -85,29 +85,29 @@ def score_by_hand(
         ]
     ]
     early = EarlyExit(stack, exits=exits, propagation=propagation, seed=seed)
-    exits, logits, full, counts = [], [], [], Counts.of(stack.num_layers)
+    leaves, logits, full, counts = [], [], [], Counts.of(stack.num_layers)
     for rows, _ in blocks.batches(batch_size):
         ids = torch.from_numpy(rows).long()
         score = early.score(ids, keep_logits=True)
         assert score.logits is not None
-        exits.append(score.exit_layers == point.layer)
+        leaves.append(score.exit_layers == point.layer)
         logits.append(score.logits)
         full.append(own_logits(stack, ids))
         counts = counts + score.counts
-    return Scored(torch.cat(exits), torch.cat(logits), torch.cat(full), counts)
+    return Scored(torch.cat(leaves), torch.cat(logits), torch.cat(full), counts)
 
 
 def row_by_hand(
     stack: DecoderStack, blocks: TokenBlocks, scored: Scored, heads: FittedHeads | None
 ) -> dict[str, float | None]:
     """Return the figures of a point's row that do not depend on a clock or on draws."""
-    exits = scored.exits
+    leaves = scored.leaves
     same = scored.logits.argmax(dim=-1) == scored.full.argmax(dim=-1)
     logs = scored.logits.double().log_softmax(dim=-1)
     full_logs = scored.full.double().log_softmax(dim=-1)
     following = torch.from_numpy(blocks.ids[:, 1:]).long()[..., None]
     nll, full_nll = (-some[:, :-1].gather(-1, following)[..., 0] for some in (logs, full_logs))
-    hard = ~exits[:, :-1]
+    hard = ~leaves[:, :-1]
     divergence = (full_logs.exp() * (full_logs - logs)).sum(dim=-1)
     hidden = stack.hidden_size
     operations = flops(
@@ -117,9 +117,9 @@ def row_by_hand(
         head_size=hidden * hidden if heads else 0,
     )
     return {
-        "exit_share": exits.double().mean().item(),
+        "exit_share": leaves.double().mean().item(),
         "agreement": same.double().mean().item(),
-        "exit_agreement": same[exits].double().mean().item() if exits.any() else None,
+        "exit_agreement": same[leaves].double().mean().item() if leaves.any() else None,
         "perplexity": nll.mean().exp().item(),
         "perplexity_ratio": (nll.mean() - full_nll.mean()).exp().item(),
         "hard_perplexity_ratio": (nll - full_nll)[hard].mean().exp().item() if hard.any() else None,

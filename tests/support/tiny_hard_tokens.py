@@ -21,7 +21,7 @@ from support.reference_early_exit import a_stack
 Splits = dict[Split, TokenBlocks]
 LENGTH = 12
 
-#: Every batch is its own shard.
+#: Every batch is a shard of its own.
 SMALL_SHARDS = pytest.mark.usefixtures("small_shards")
 
 

@@ -29,7 +29,7 @@ _LLAMA = {
 _GEMMA = _LLAMA | {"head_dim": 8, "sliding_window": 8}
 _GPT = {"n_embd": WIDTH, "n_head": 4, "n_positions": 64}
 
-#: family -> settings in addition to depth and vocabulary.
+#: family -> settings beside depth and vocabulary.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "qwen2": _LLAMA,
