@@ -50,9 +50,9 @@ def _profile(stack: DecoderStack, every: int) -> SaturationProfile:
 def strict_table(
     dataframe_regression: DataFrameRegressionFixture, original_datadir: Path
 ) -> Callable[[list[dict[str, Any]]], None]:
-    """Check a table against the stored one, with the holes of `dataframe_regression` closed.
+    """Compare a table with the stored one, more strictly than `dataframe_regression`.
 
-    That fixture passes a table which lacks a stored column, and holds NaN equal to NaN.
+    That fixture accepts a table without a stored column, and treats NaN as equal to NaN.
     """
     import pandas as pd
 
@@ -65,7 +65,7 @@ def strict_table(
             expected = pd.read_csv(stored, index_col=0)
             assert list(table.columns) == list(expected.columns)
             assert [str(label) for label in expected.index] == list(table.index)
-        # A tiny random model's own arithmetic differs by some 1e-6 between processors.
+        # Results of a tiny random model differ by some 1e-6 between processors.
         dataframe_regression.check(table, default_tolerance={"atol": 1e-4, "rtol": 0})
 
     return check

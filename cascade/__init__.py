@@ -52,7 +52,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-#: Public name -> its module; loaded on first use, so that importing cascade is cheap.
+#: The module of each public name; imported on first use, so that importing cascade is fast.
 _MODULES = {
     "Cascade": "stages.cascades",
     "CascadeError": "core.errors",

@@ -1,4 +1,4 @@
-"""The kinds of stored records: reading any of them, and their JSON Schemas."""
+"""The kinds of stored records, reading them, and their JSON Schemas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 from cascade.core.records import read_typed
 from cascade.core.schema import StoredRecord
 
-#: Kind -> module and class of its type; loaded on first use.
+#: The module and class of each kind of record; imported on first use.
 KINDS: dict[str, tuple[str, str]] = {
     "saturation": ("saturation.records", "ProfileRecord"),
     "exit-heads": ("exits.records", "HeadsMetadata"),
@@ -39,10 +39,10 @@ KINDS: dict[str, tuple[str, str]] = {
 
 
 def record_type(kind: str) -> type[StoredRecord]:
-    """Return the type of records of a kind.
+    """Return the type of a kind of record.
 
     Raises:
-        ValueError: There is no such kind; names those that there are.
+        ValueError: The kind is unknown; the message lists the known ones.
     """
     if kind not in KINDS:
         raise ValueError(f"expected a kind of record among {', '.join(KINDS)}, got {kind!r}")
@@ -55,20 +55,29 @@ def read_record(path: Path | str, *, kind: str) -> StoredRecord:
     """Read and check a stored record.
 
     Args:
-        path: Its JSON file.
-        kind: E.g. "evaluation".
+        path: The JSON file of the record.
+        kind: The kind of record, e.g. "evaluation".
 
     Raises:
         RecordError: The file is missing, torn, of another kind or of a newer schema.
-        ValueError: There is no such kind.
+        ValueError: The kind is unknown.
+
+    Example:
+        >>> import cascade
+        >>> from cascade.core.records import write_record
+        >>> profile = cascade.analyze(cascade.load("smollm2-135m"), ["Some text."] * 9, seq_len=8)
+        >>> write_record(Path("profile.json"), profile.record())
+        >>> record = read_record("profile.json", kind="saturation")
+        >>> record.layers[0].layer, record.provenance.model.num_layers
+        ('1', 30)
     """
     return read_typed(Path(path), record_type(kind))
 
 
 def json_schema(kind: str) -> dict[str, Any]:
-    """Return the JSON Schema of records of a kind.
+    """Return the JSON Schema of a kind of record.
 
     Raises:
-        ValueError: There is no such kind.
+        ValueError: The kind is unknown.
     """
     return msgspec.json.schema(record_type(kind))

@@ -1,4 +1,4 @@
-"""What several rooms' tests share: a tiny checkpoint to break, and commands run in place."""
+"""Shared fixtures: a tiny checkpoint to break, and running commands in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.tiny_models import save_checkpoint, save_gguf
 
 from cascade import cli
 
-# A busy machine is slow: time is measured in benchmarks, not in tests.
+# Deadlines would fail on a busy machine; benchmarks measure time, tests do not.
 settings.register_profile("without_deadline", parent=settings.default, deadline=None)
 settings.load_profile("without_deadline")
 
@@ -35,7 +35,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of models: tiny (64 positions), other (other weights), tiny.gguf; and a cache."""
+    """Return a folder with models: tiny (64 positions), other (other weights) and tiny.gguf."""
     folder = tmp_path_factory.mktemp("models")
     save_checkpoint(folder / "tiny")
     save_checkpoint(folder / "other", seed=1)
@@ -43,26 +43,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-#: Suites on the real model: only they have enough to compute for several threads.
+#: Markers of suites on the real model, which profit from several threads.
 _REAL = ("saturation", "budgets", "cascade", "published", "slow")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take minutes: two workers then end at the same time."""
+    """Start with the files that take minutes, so that two workers end at the same time."""
     real = {item.path for item in items if any(map(item.get_closest_marker, _REAL))}
     items.sort(key=lambda item: item.path not in real)
 
 
 def pytest_collection_finish() -> None:
-    """Exempt what is imported by now from garbage collection: some libraries collect often."""
+    """Exempt imported modules from garbage collection, because some libraries collect often."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compute on one thread: two of them wait longer for each other than a tiny model takes."""
+    """Compute on one thread, because tiny models run slower on two."""
     before = torch.get_num_threads()
     if not any(request.node.get_closest_marker(name) for name in _REAL):
         torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: a corpus, a cache of its own elsewhere, and no network."""
+    """Return a working folder with a corpus, a separate cache and no network."""
     import datasets.config
     import huggingface_hub.constants
 
@@ -91,7 +91,7 @@ def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process, as `main` would be."""
+    """Return a function that runs a command in this process."""
 
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["cascade", *map(str, arguments)])

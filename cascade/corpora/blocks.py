@@ -1,4 +1,4 @@
-"""Corpora as blocks of tokens: read, tokenized, joined and cut into sequences."""
+"""Reading corpora as blocks of tokens: tokenized, joined and cut into sequences."""
 
 from __future__ import annotations
 
@@ -32,35 +32,42 @@ Part = Literal["train", "held-out"]
 Texts = Iterable[str] | Iterable[Record]
 
 
-#: The two parts of a corpus that something is trained and judged on.
+#: The two splits of a corpus, for training and for evaluation.
 PARTS: tuple[Part, ...] = ("train", "held-out")
 
 
-#: With fewer sequences there is nothing left to measure beside a pilot.
-_FEWEST_WITH_PILOT = 4
+#: The fewest sequences that can be divided into a pilot and a rest.
+_MIN_WITH_PILOT = 4
 
 
-#: Of a corpus without a split of its own, one record in so many is held out: the 5th, the 10th.
+#: In a corpus without its own splits, every 5th record is held out.
 _HELD_OUT_EVERY = 5
 
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Token ids cut into blocks; each block is one sequence, the unit of every interval.
+    """Token ids cut into blocks. Each block is one sequence, the unit of every interval.
 
     Attributes:
         ids: `[S, T]` int32.
-        source: What the user gave.
-        name: A file-system name for baselines.
-        records: How many records of the corpus were read.
-        record_of: `[S, T]` int32, the number of each token's record, from 1; the EOS that joins
-            two records belongs to the first. None where it was not asked for.
-        response: `[S, T]`, true for tokens of response text: in a record of Alpaca form, those
-            that begin behind its last heading, and its EOS; of any other record all of them. None
-            where it was not asked for.
-        part: The part of the corpus that this is; None for all of it.
-        spread_over: How many sequences the text gave, where only some of them, evenly spaced, are
-            these; None where they are all.
+        source: The source that the user named.
+        name: The name of the corpus in baseline paths.
+        records: The number of records read.
+        record_of: `[S, T]` int32, the number of each token's record, from 1. The EOS that joins
+            two records belongs to the first. None without marks.
+        response: `[S, T]`, true for tokens of response text. In a record in Alpaca form these are
+            the tokens that begin after its last heading, and its EOS; in any other record they are
+            all tokens. None without marks.
+        part: The split that was read, "train" or "held-out"; None for the whole corpus.
+        spread_over: The number of sequences in the text, if these are only some of them, evenly
+            spaced; else None.
+
+    Example:
+        >>> blocks = TokenBlocks(np.zeros((3, 8), np.int32), "zeros", "zeros", records=1)
+        >>> blocks.tokens
+        24
+        >>> [ids.shape for ids, numbers in blocks.batches(2)]
+        [(2, 8), (1, 8)]
     """
 
     ids: npt.NDArray[np.int32]
@@ -78,17 +85,17 @@ class TokenBlocks:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all blocks."""
+        """The number of tokens in all blocks."""
         return int(self.ids.size)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over shape and ids: equal exactly when every token is."""
+        """Return a SHA-256 over shape and ids."""
         digest = hashlib.sha256(f"{self.ids.shape}".encode())
         digest.update(np.ascontiguousarray(self.ids, dtype="<i4").tobytes())
         return f"sha256:{digest.hexdigest()}"
 
     def sequence_fingerprints(self) -> npt.NDArray[np.uint64]:
-        """Return 64 bits of SHA-256 per sequence, `[S]`: which sequences two runs share."""
+        """Return 64 bits of SHA-256 per sequence, `[S]`, to find sequences that two runs share."""
         return np.array(
             [
                 int.from_bytes(hashlib.sha256(row.astype("<i4").tobytes()).digest()[:8], "little")
@@ -100,41 +107,41 @@ class TokenBlocks:
     def batches(
         self, batch_size: int
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
-        """Yield `(ids [B, T], sequence numbers [B])`; the last batch can be smaller."""
+        """Yield `(ids [B, T], sequence numbers [B])`; the last batch may be smaller."""
         for start in range(0, len(self.ids), batch_size):
             rows = self.ids[start : start + batch_size]
             yield rows, np.arange(start, start + len(rows))
 
     def spread(self, sequences: int) -> TokenBlocks:
-        """Return so many sequences, evenly spaced over the text; all of them where it has fewer.
+        """Return some sequences, evenly spaced over the text; all of them if there are fewer.
 
-        The first ones would be of the first documents alone, and their neighbours much like them.
+        The first sequences would all come from the first few documents.
 
         Args:
-            sequences: How many, at least 1.
+            sequences: The number of sequences, at least 1.
         """
         if sequences >= len(self.ids):
             return self
-        # The middles of as many equal parts of the text.
+        # The middles of as many equal sections of the text.
         rows = (np.arange(sequences) * 2 + 1) * len(self.ids) // (2 * sequences)
         return replace(self._only(rows), spread_over=self.spread_over or len(self.ids))
 
     def pilot(self, *, least: int = 1, most: int | None = None) -> tuple[TokenBlocks, TokenBlocks]:
-        """Part off the first quarter of the sequences: to learn from before the rest is measured.
+        """Divide the sequences into a pilot, the first quarter, and the rest.
 
         Args:
-            least: The pilot has so many sequences at least.
-            most: And so many at most; any number where None.
+            least: The minimum number of sequences in the pilot.
+            most: The maximum number of sequences in the pilot; None for no maximum.
 
         Returns:
             The pilot and the rest.
 
         Raises:
-            CorpusError: Fewer than 4 sequences.
+            CorpusError: There are fewer than 4 sequences.
         """
-        if len(self.ids) < _FEWEST_WITH_PILOT:
+        if len(self.ids) < _MIN_WITH_PILOT:
             raise CorpusError(
-                f"expected at least {_FEWEST_WITH_PILOT} sequences to learn from and to measure "
+                f"expected at least {_MIN_WITH_PILOT} sequences to learn from and to measure "
                 f"on, got {len(self.ids)}; take a larger corpus, a larger --max-tokens or a "
                 "smaller --seq-len"
             )
@@ -143,7 +150,7 @@ class TokenBlocks:
         return self._only(slice(first)), self._only(slice(first, None))
 
     def _only(self, rows: Any) -> TokenBlocks:
-        """Return some of the sequences, with their marks."""
+        """Return the blocks of some rows, with their marks."""
 
         def some(marks: Any) -> Any:
             return None if marks is None else marks[rows]
@@ -153,7 +160,7 @@ class TokenBlocks:
         )
 
     def provenance(self) -> CorpusProvenance:
-        """Return which text these tokens are."""
+        """Return the provenance of the text."""
         rule = f"every {_HELD_OUT_EVERY}th is held out"
         if self.source == EMBEDDED:
             rule = "as the corpus says of each"
@@ -197,28 +204,29 @@ def load_blocks(
     marks: bool = False,
     stream: bool = False,
 ) -> TokenBlocks:
-    """Read a corpus, put its records together, and cut the tokens into blocks.
+    """Read a corpus and cut its tokens into blocks.
 
-    Records in Alpaca form become the seed study's text, others give their text column. Token ids
-    of all records are joined by the tokenizer's EOS; what does not fill a last block is dropped.
+    Records in Alpaca form become one text with headings, of others the text column is read. Token
+    ids of all records are joined by the tokenizer's EOS. An incomplete last block is dropped.
 
     Args:
-        source: "embedded", a `.jsonl`, `.json`, `.parquet` or `.txt` file (one document), or
-            whatever `datasets.load_dataset` takes: a hub id or a folder. Or a corpus in memory: a
-            list of texts, or a `datasets.Dataset`.
-        tokenizer: The model's.
+        source: "embedded", a `.jsonl`, `.json`, `.parquet` or `.txt` file (one document), a hub id
+            or a folder as for `datasets.load_dataset`, a list of texts, or a `datasets.Dataset`.
+        tokenizer: The tokenizer of the model.
         seq_len: Tokens per block.
-        num_samples: How many records to take, before they are parted; None for all.
-        max_tokens: Stop at this many tokens, rounded down to whole blocks.
-        split: A split of a hub dataset ("train" where not given), or of the embedded corpus
-            ("train", "held-out"; all of it where not given).
+        num_samples: The number of records to read, before `part` selects some; None for all.
+        max_tokens: The maximum number of tokens, rounded down to whole blocks (default: no
+            maximum).
+        split: A split of a hub dataset (default: "train"), or of the embedded corpus, "train" or
+            "held-out" (default: both).
         config: A configuration of a hub dataset.
         text_column: The column to read, for records that are not in Alpaca form.
-        seed: Take the records in an order drawn with this seed; in the corpus's own where None.
-        part: Take the records of one part alone, "train" or "held-out". No record is in both: the
-            embedded corpus says of each in which it is, of any other every fifth is held out.
-        marks: Mark each token with its record and as response text or not.
-        stream: Read a hub dataset record by record, without fetching the whole of it first.
+        seed: Shuffle the records with this seed (default: the order of the corpus).
+        part: Keep only records for training ("train") or for evaluation ("held-out"). The embedded
+            corpus assigns each record to one of them; in any other corpus every fifth record is
+            held out.
+        marks: Mark each token with its record, and whether it is response text.
+        stream: Read a hub dataset record by record instead of downloading it first.
 
     Raises:
         CorpusError: The corpus is missing, empty, malformed or too small for one block.
@@ -232,7 +240,9 @@ def load_blocks(
         (2, 4)
     """
     if tokenizer is None:
-        raise CorpusError("the model has no tokenizer to read text with; load it with one")
+        raise CorpusError(
+            "the model has no tokenizer to read text with; load it with its tokenizer"
+        )
     _check_sizes(seq_len, max_tokens)
     in_memory: Texts | None = None
     if isinstance(source, str | os.PathLike):
@@ -244,8 +254,8 @@ def load_blocks(
         _check_part(part, source, split)
     if stream and seed is not None:
         raise CorpusError(
-            "expected no seed for a stream, which gives its records in their own order; leave the "
-            "one or the other out"
+            "expected no seed for a stream, which keeps the order of its records; leave out "
+            "the seed or the stream"
         )
     records = (
         read_records(source, split=split, config=config, stream=stream)
@@ -305,27 +315,26 @@ def _check_in_memory(**options: Any) -> None:
 
 def _check_part(part: str, source: str, split: str | None) -> None:
     if part not in PARTS:
-        raise CorpusError(f"expected a part among {', '.join(PARTS)}, got {part!r}")
+        raise CorpusError(f"expected part among {', '.join(PARTS)}, got {part!r}")
     if source == EMBEDDED and split is not None:
         raise CorpusError(
-            f"the parts of {source} are its splits, got the part {part} and the split {split}; "
-            "leave one out"
+            f"expected part or split for {source}, got part {part} and split {split}; leave one out"
         )
 
 
 def _part_of(record: Any, number: int, source: str) -> str:
-    """Return the part of the corpus that a record is in."""
+    """Return the split that a record belongs to."""
     if source == EMBEDDED:
         return str(record["split"])
     return "train" if number % _HELD_OUT_EVERY else "held-out"
 
 
 def _of_part(part: str | None) -> str:
-    return f" in its {part} part" if part else ""
+    return f" in its {part} split" if part else ""
 
 
 def corpus_name(source: str, *, config: str | None = None, split: str | None = None) -> str:
-    """Return the file-system name that baselines know a corpus by; nothing of it is read.
+    """Return the name of a corpus in baseline paths, without reading the corpus.
 
     Args:
         source: As for `load_blocks`.
@@ -344,7 +353,7 @@ def _shuffled(records: Iterable[Record], seed: int) -> Iterator[Record]:
 
 
 def check_blocks(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> None:
-    """Refuse a corpus that the model cannot read.
+    """Check that a model can read a corpus.
 
     Args:
         stack: The model.
@@ -352,8 +361,8 @@ def check_blocks(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> N
         batch_size: Sequences per forward pass.
 
     Raises:
-        CorpusError: Sequences beyond the model's positions, or batches of none.
-        ModelError: Tokens beyond its vocabulary.
+        CorpusError: A sequence is longer than the model's positions, or the batch size is below 1.
+        ModelError: A token id is outside the model's vocabulary.
     """
     if batch_size < 1:
         raise CorpusError(f"expected --batch-size of at least 1, got {batch_size}")

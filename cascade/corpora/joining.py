@@ -1,4 +1,4 @@
-"""The texts of records as one sequence of token ids, each token marked with its record."""
+"""Joining the texts of records to one sequence of marked token ids."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class RecordText:
 
     Attributes:
         number: The record's number, from 1.
-        text: All of it.
-        response: The index of the character at which its response text begins.
+        text: The whole text.
+        response: The index of the character at which the response text begins.
     """
 
     number: int
@@ -32,12 +32,12 @@ class RecordText:
 
 @dataclass(frozen=True)
 class _Span:
-    """The tokens of one record, the EOS behind them included where there is one.
+    """The tokens of one record, including the EOS after it, if there is one.
 
     Attributes:
         number: The record's number, from 1.
-        tokens: How many they are.
-        template: How many of them come before the response text.
+        tokens: The number of tokens.
+        template: The number of tokens before the response text.
     """
 
     number: int
@@ -80,10 +80,10 @@ def join(
     """Return the token ids of all texts, joined by EOS.
 
     Args:
-        texts: In order.
-        tokenizer: The model's.
-        wanted: Stop once there are so many tokens; None for all texts.
-        marks: Find out which tokens are response text.
+        texts: The texts, in order.
+        tokenizer: The tokenizer of the model.
+        wanted: Stop at this many tokens; None for all texts.
+        marks: Determine which tokens are response text.
 
     Raises:
         CorpusError: The tokenizer has no EOS, or cannot separate template and response.
@@ -108,7 +108,7 @@ def join(
 def _encode(
     text: RecordText, tokenizer: PreTrainedTokenizerBase, *, marks: bool
 ) -> tuple[list[int], int]:
-    """Return a text's ids, and how many of them come before its response text."""
+    """Return the ids of a text, and their number before the response text."""
     placed = marks and text.response > 0
     by_offset = placed and tokenizer.is_fast
     offsets = {"return_offsets_mapping": True} if by_offset else {}
@@ -117,14 +117,14 @@ def _encode(
     if not placed:
         return ids, 0
     if by_offset:
-        # A token across the border belongs to the template: it can be predicted from there.
+        # A token across the border belongs to the template, because it begins there.
         return ids, sum(start < text.response for start, _ in encoded["offset_mapping"])
-    # Without offsets the border is known only where a token ends on it.
+    # Without offsets the border is known only if a token ends there.
     template = tokenizer(text.text[: text.response], add_special_tokens=False, verbose=False)
     count = len(template["input_ids"])
     if ids[:count] != template["input_ids"]:
         raise CorpusError(
-            f"record {text.number}: this tokenizer has no offsets and a token across the border of "
-            "template and response, which cannot be told apart; take the fast tokenizer"
+            f"record {text.number}: this tokenizer has no offsets, and a token crosses the border "
+            "between template and response, so they cannot be separated; use the fast tokenizer"
         )
     return ids, count

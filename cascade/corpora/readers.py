@@ -13,21 +13,21 @@ from typing import Any
 from cascade.core.errors import CorpusError, first_line, os_reason
 from cascade.corpora.record_text import Record
 
-#: The corpus that comes with the package: 500 records in Alpaca form.
+#: The name of the corpus in the package, with 500 records in Alpaca form.
 EMBEDDED = "embedded"
 
 
 def read_records(
     source: str, *, split: str | None, config: str | None, stream: bool
 ) -> Iterable[Record]:
-    """Return the records of a corpus file or dataset, one after the other."""
+    """Return the records of a corpus file or dataset."""
     if source == EMBEDDED:
         if config is not None:
             raise CorpusError(
                 f"--config belongs to hub datasets, got it for {source}; leave it out"
             )
         return _read_embedded(split)
-    # These of os.path answer for any string; Path's raise for "~nobody" and for long names.
+    # These functions of os.path accept any string; Path's raise for "~nobody" and long names.
     path = Path(os.path.expanduser(source))
     suffix = path.suffix.lower()
     if suffix not in _READERS:
@@ -98,7 +98,7 @@ def _read_lines(path: Path) -> Iterator[Record]:
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise CorpusError(f"{path}, line {number}: not JSON ({error}); mend it") from error
+                raise CorpusError(f"{path}, line {number}: not JSON ({error}); fix it") from error
 
 
 def _read_json(path: Path) -> Iterator[Record]:
@@ -106,7 +106,7 @@ def _read_json(path: Path) -> Iterator[Record]:
         try:
             content = json.load(file)
         except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{path}: not JSON ({error}); mend it") from error
+            raise CorpusError(f"{path}: not JSON ({error}); fix it") from error
     if not isinstance(content, list):
         raise CorpusError(f"{path}: expected a list of records, got {type(content).__name__}")
     return iter(content)
@@ -120,7 +120,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except Exception as error:
-        # Damage shows as Arrow's errors, OSError or UnicodeDecodeError, by where it struck.
+        # A damaged file raises Arrow's errors, OSError or UnicodeDecodeError.
         raise CorpusError(
             f"{path} is not a readable Parquet file ({first_line(error)}); get it again"
         ) from error
@@ -135,8 +135,8 @@ def _read_document(path: Path) -> Iterator[Record]:
 
 def _open(path: Path) -> Any:
     try:
-        # Decoding errors would surface lines later, without a place: check them at the door.
-        # With or without a byte order mark.
+        # Decode the whole file at once, because later errors would not name the file. The encoding
+        # accepts files with and without a byte order mark.
         return io.StringIO(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: expected UTF-8 text ({error})") from error
@@ -159,7 +159,7 @@ def _read_dataset(
 ) -> Iterable[Record]:
     import datasets
 
-    # Only where it is wanted: a dataset that was fetched is kept for the next time.
+    # Stream only on request, because a downloaded dataset is cached for the next run.
     streaming = {"streaming": True} if stream else {}
     try:
         records: Iterable[Record] = datasets.load_dataset(
@@ -171,7 +171,7 @@ def _read_dataset(
 
 
 def _streamed(source: str, records: Iterable[Record]) -> Iterator[Record]:
-    """Yield the same records; what goes wrong on the way is said as at the beginning."""
+    """Yield the records, turning errors during the stream into the same error as at its start."""
     try:
         yield from records
     except Exception as error:
@@ -179,9 +179,9 @@ def _streamed(source: str, records: Iterable[Record]) -> Iterator[Record]:
 
 
 def _no_dataset(source: str, error: Exception) -> CorpusError:
-    # As with hub models: many unrelated types, one meaning for the user.
+    # As with hub models, many unrelated error types mean the same for the user.
     return CorpusError(
-        f"no corpus {source}: {first_line(error)} -- expected embedded, a .jsonl, .json,"
+        f"no corpus {source}: {first_line(error)}; expected embedded, a .jsonl, .json,"
         " .parquet or .txt file, or a hub dataset (with --config and --split) where the hub"
         " can be reached"
     )

@@ -1,4 +1,4 @@
-"""The text of a record: Alpaca form or a text column."""
+"""The text of a record, from Alpaca form or a text column."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ Record = dict[str, Any]
 
 
 def record_text(record: Any, *, source: str, number: int, text_column: str | None = None) -> str:
-    """Return a record's text: Alpaca form as the seed put it together, else its text column.
+    """Return a record's text: all fields in Alpaca form, else the text column.
 
     Args:
         record: A mapping of columns.
-        source: The corpus, for the error.
-        number: The record's number from 1, for the error.
-        text_column: The column to take; without it, Alpaca form or a column called "text".
+        source: The corpus, for error messages.
+        number: The record's number from 1, for error messages.
+        text_column: The column to read (default: Alpaca form, else the column "text").
 
     Raises:
-        CorpusError: The columns are others, or do not hold text.
+        CorpusError: The column is missing or does not hold text.
     """
     return text_of(record, source, number, text_column)[0]
 
 
 def text_of(record: Any, source: str, number: int, text_column: str | None) -> tuple[str, int]:
-    """Return a record's text, and at which character its response text begins."""
+    """Return a record's text, and the index at which its response text begins."""
     place = f"{source}, record {number}"
     if not isinstance(record, dict):
-        raise CorpusError(f"{place}: expected an object, got {type(record).__name__}; mend it")
+        raise CorpusError(f"{place}: expected an object, got {type(record).__name__}; fix it")
     fields = _alpaca_fields(record) if text_column is None else None
     if fields is not None:
         for column, value in fields.items():
@@ -47,7 +47,7 @@ def text_of(record: Any, source: str, number: int, text_column: str | None) -> t
 
 
 def _alpaca_fields(record: Record) -> dict[str, Any] | None:
-    """Return instruction, input and output, or None where the record is not in Alpaca form."""
+    """Return instruction, input and output; None if the record is not in Alpaca form."""
     nested = record.get("instances")
     rest = nested[0] if isinstance(nested, list) and nested else record
     if "instruction" not in record or not isinstance(rest, dict) or "output" not in rest:
@@ -63,18 +63,18 @@ def _check_text(value: Any, column: str, place: str) -> None:
     if not isinstance(value, str):
         raise CorpusError(
             f"{place}: expected text in column {column!r}, got {type(value).__name__}; "
-            "mend it or name another with --text-column"
+            "fix it or name another column with --text-column"
         )
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell one half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
         raise CorpusError(
-            f"{place}: column {column!r} is no valid Unicode ({error.reason} at character "
-            f"{error.start}); mend it"
+            f"{place}: column {column!r} is not valid Unicode ({error.reason} at character "
+            f"{error.start}); fix it"
         ) from error
 
 
 def alpaca_text(instruction: str, given: str, output: str) -> str:
-    """Return a record in Alpaca form as one text, its `input` part only where there is one."""
+    """Return the text of a record in Alpaca form, with an input section only if `given` is set."""
     middle = f"### Input:\n{given}\n\n" if given else ""
     return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n{output}"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: In this order; each token is in exactly one.
+#: The classes. Each token has exactly one.
 CLASSES = (
     "start",
     "special",
@@ -22,20 +22,20 @@ CLASSES = (
     "continuation",
 )
 
-#: What ends or parts sentences and clauses: massive activations were found at the first token and
-#: at such delimiters (Sun et al. 2024, arXiv:2402.17762, section 2).
+#: Marks between sentences and clauses. Massive activations were found at the first token and at
+#: such delimiters (Sun et al. 2024, arXiv:2402.17762, section 2).
 _DELIMITERS = set(".,;:!?")
 
-#: How tokenizers mark a blank before a word: byte-level BPE, SentencePiece, and plainly.
+#: The marks of a space before a word in byte-level BPE, SentencePiece and plain text.
 _BLANKS = ("\u0120", "\u2581", " ")
 
 
 def token_texts(ids: npt.NDArray[np.integer[Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the text of each distinct id, in the order of `numpy.unique`, its blank in front.
+    """Return the text of each distinct id, in the order of `numpy.unique`, with its leading space.
 
     Args:
         ids: Token ids, any shape.
-        tokenizer: The model's.
+        tokenizer: The tokenizer of the model.
     """
     distinct = np.unique(ids).tolist()
     spelled = tokenizer.convert_ids_to_tokens(distinct)
@@ -52,15 +52,15 @@ def classify(
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.bool_]]:
     """Return each token's class, and whether it is a delimiter.
 
-    A token is a word start where a blank, or anything but letters, stands before it.
+    A token of letters starts a word unless it directly follows a letter.
 
     Args:
-        ids: `[S, T]`; each row is a sequence of its own.
-        tokenizer: The model's.
+        ids: `[S, T]`, one sequence per row.
+        tokenizer: The tokenizer of the model.
 
     Returns:
-        `[S, T]`, places in CLASSES; and `[S, T]`, true for sentence and clause marks and for line
-        breaks.
+        `[S, T]`, indices into CLASSES; and `[S, T]`, true for marks between sentences and clauses
+        and for line breaks.
     """
     distinct, places = np.unique(ids, return_inverse=True)
     places = places.reshape(ids.shape)
@@ -75,7 +75,7 @@ def classify(
     marks = np.array([_is_delimiter(text) for text in texts])
     classes = kinds[places]
     word = classes == CLASSES.index("word start")
-    # What goes on from a token that ends in a letter, without a blank between, is no new word.
+    # A token that follows a letter without a space between continues the word.
     before = np.zeros(ids.shape, dtype=bool)
     before[:, 1:] = ends[places][:, :-1]
     classes[word & before & ~starts[places]] = CLASSES.index("continuation")
@@ -84,7 +84,7 @@ def classify(
 
 
 def _kind(text: str, special: bool) -> int:
-    """Return the class of a token by itself; words all count as word starts."""
+    """Return the class of a token without its context; all words count as word starts."""
     stripped = text.strip()
     if special:
         name = "special"

@@ -1,4 +1,4 @@
-"""The structure of a profile: input transform, dips, output transform and stable bands, by rule."""
+"""The roles of layers: input transform, dips, output transform and stable bands."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from cascade.saturation.records import LayerRoles
 
-#: A layer is active when its mean similarity lies further from 1, in angle, than the median
-#: layer's by this many robust standard deviations (modified z-score, Iglewicz and Hoaglin 1993).
+#: A layer is active if the angle of its mean similarity exceeds the median layer's by more than
+#: this many robust standard deviations (modified z-score, Iglewicz and Hoaglin 1993).
 CUTOFF_SCORE = 3.5
 
-#: Scales the median absolute deviation to a standard deviation under a normal law.
+#: Converts the median absolute deviation of a normal distribution to its standard deviation.
 _MAD_TO_STD = 1.4826
 
-#: Where all layers turn the stream alike the deviation is near 0, and any difference would count:
-#: below this spread, in degrees, it is taken for this much.
+#: The minimum standard deviation, in degrees. If all layers turn the stream by similar angles, the
+#: deviation is near 0 and any small difference would count.
 _SMALLEST_SPREAD = 0.5
 
-#: With fewer layers there is no usual layer to compare with.
-_FEWEST_LAYERS = 5
+#: With fewer layers there is no typical layer to compare with.
+_MIN_LAYERS = 5
 
 RULE = (
     f"a layer is active when the angle of its mean similarity exceeds the median layer's by more"
@@ -36,8 +36,8 @@ def find_structure(labels: Sequence[str], means: Sequence[float]) -> LayerRoles:
     """Return which layers are active and which are stable.
 
     Args:
-        labels: Row labels "1".."N", then "N+norm" where there is a final norm.
-        means: Each row's mean similarity.
+        labels: Row labels "1".."N", then "N+norm" if there is a final norm.
+        means: The mean similarity of each row.
 
     Example:
         >>> roles = find_structure(["1", "2", "3", "4", "5"], [0.1, 0.95, 0.95, 0.95, 0.95])
@@ -76,7 +76,7 @@ def find_structure(labels: Sequence[str], means: Sequence[float]) -> LayerRoles:
 
 
 def _cutoff(angles: np.ndarray[Any, Any]) -> float | None:
-    if len(angles) < _FEWEST_LAYERS:
+    if len(angles) < _MIN_LAYERS:
         return None
     median = np.median(angles)
     spread = _MAD_TO_STD * np.median(np.abs(angles - median))
@@ -91,14 +91,14 @@ def _runs(active: Sequence[bool] | np.ndarray[Any, Any]) -> list[tuple[int, int,
 
 
 def suggested_exit_layer(structure: LayerRoles, num_layers: int) -> int:
-    """Return the last layer of the last stable band; without one, the second to last layer.
+    """Return the last layer of the last stable band; without a band, the second to last layer.
 
-    A layer of the output transform turns every token, so that its similarity hardly separates easy
+    A layer of the output transform turns every token, so its similarity hardly separates easy
     tokens from hard ones.
 
     Args:
-        structure: Of `find_structure`.
-        num_layers: How many decoder layers the model has.
+        structure: The result of `find_structure`.
+        num_layers: The number of decoder layers.
     """
     bands = structure.stable_bands
     return int(bands[-1][1]) if bands else max(1, num_layers - 1)

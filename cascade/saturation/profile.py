@@ -36,8 +36,8 @@ from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_e
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: The sequences' shares count tokens against the quantiles of this many first sequences. They are
-#: fixed before the pass continues, whatever the batch size, so that one pass is enough.
+#: The number of first sequences whose quantiles give the bin edges. Edges are fixed after them, for
+#: any batch size, so that one pass is enough.
 _PILOT_SEQUENCES = 16
 
 
@@ -47,9 +47,17 @@ class SaturationProfile(Displayed):
 
     Attributes:
         statistics: One row per layer label.
-        sequence_fingerprints: `[S]`, which sequences were seen.
+        sequence_fingerprints: `[S]`, the fingerprint of each sequence.
         provenance: Model, corpus, machine, versions and command.
-        noise: How far arithmetic alone moves a sequence (see `cascade.gate.noise`), where measured.
+        noise: How far arithmetic alone moves a sequence's mean similarity (see
+            `cascade.gate.noise`); None if not measured.
+
+    Example:
+        >>> import cascade
+        >>> stack = cascade.load("smollm2-135m")
+        >>> profile = cascade.analyze(stack, ["The cat sat on the mat."] * 20, seq_len=32)
+        >>> profile.statistics.count, len(profile.record().layers)
+        (128, 31)
     """
 
     statistics: SimilarityStatistics
@@ -58,10 +66,10 @@ class SaturationProfile(Displayed):
     noise: NoiseFloor | None = None
 
     def record(self) -> ProfileRecord:
-        """Return what `profile.json` holds: provenance, the table, structure and thresholds.
+        """Return the record of `profile.json`: provenance, table, layer roles and thresholds.
 
         Raises:
-            EmptyStatisticsError: No token was seen.
+            EmptyStatisticsError: There are no tokens.
             SchemaError: A statistic is NaN or infinite.
         """
         labels = self.statistics.layers
@@ -91,7 +99,7 @@ class SaturationProfile(Displayed):
         )
 
     def arrays(self) -> dict[str, Array]:
-        """Return what `profile.npz` holds: the statistics' whole state, sequence by sequence."""
+        """Return the arrays of `profile.npz`: the whole state of the statistics."""
         return self.statistics.arrays() | {"sequence_fingerprint": self.sequence_fingerprints}
 
     def _to_show(self) -> tuple[ProfileRecord, dict[str, Array]]:
@@ -102,7 +110,7 @@ class SaturationProfile(Displayed):
 
 
 class _Similarity:
-    """Takes in a hidden history entry by entry and keeps only each layer's similarity."""
+    """A visitor of the hidden history that keeps only the similarity of each layer."""
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
@@ -111,18 +119,18 @@ class _Similarity:
         self._before: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, entry: int, hidden: Tensor) -> None:
-        # Each entry's norm serves twice: as a layer's output, then as the next one's input.
+        # Each entry's norm is used twice: for the output of a layer and the input of the next.
         current = widened(hidden)
         size = norm(current)
         if self._hidden is not None and self._norm is not None:
-            # Neighbouring layers can lie on different devices (`device_map`).
+            # Neighbouring layers can be on different devices (`device_map`).
             before = self._hidden.to(current.device), self._norm.to(current.device)
             self.rows.append(cosine_of(*before, current, size))
             self._before = before
         self._hidden, self._norm = current, size
 
     def finish(self, normed: Tensor | None) -> Tensor:
-        """Return `[L, B, T]`, the row `N+norm` last: the last layer's input to the normed state."""
+        """Return `[L, B, T]`. The row `N+norm` compares layer N's input with the normed state."""
         if normed is not None and self._before is not None:
             final = widened(normed)
             size = norm(final)
@@ -136,7 +144,7 @@ def similarities(stack: DecoderStack, ids: Tensor) -> Tensor:
 
     Args:
         stack: The model.
-        ids: `[B, T]` token ids on the model's device.
+        ids: Token ids, `[B, T]`, on the model's device.
     """
     similarity = _Similarity()
     return similarity.finish(stack.visit(ids, similarity))
@@ -156,26 +164,27 @@ def analyze(
 ) -> SaturationProfile:
     """Measure the saturation of every layer over a corpus, in one pass.
 
-    Memory beyond the model and one batch does not grow with the number of tokens.
+    Apart from the model and one batch, memory does not grow with the number of tokens.
 
     Args:
-        model: What `load` returns, or a causal language model of `transformers`.
-        corpus: What `load_blocks` returns, a list of texts, or a `datasets.Dataset`.
-        tokenizer: The tokenizer of a `transformers` model, to read texts with.
+        model: The result of `load`, or a causal language model of `transformers`.
+        corpus: The result of `load_blocks`, a list of texts, or a `datasets.Dataset`.
+        tokenizer: The tokenizer of a `transformers` model, needed to read texts.
         batch_size: Sequences per forward pass.
-        edges: `[L, 3]` bin edges for the sequences' shares, those of the baseline to compare
-            with. Default: taken from the first sequences.
-        command: What the user ran, for the provenance.
-        progress: Called with the number of tokens done since the last call.
+        edges: `[L, 3]` bin edges for the shares of each sequence, e.g. those of a baseline to
+            compare with (default: from the first 16 sequences).
+        command: The command that the user ran, for the provenance.
+        progress: Called with the number of tokens processed since the last call.
         sink: Called with every batch's similarities `[L, B, T]` and sequence numbers `[B]`.
-        reading: How texts are read, as for `load_blocks`: `seq_len`, `max_tokens`, `num_samples`
-            (default: all), `text_column` and `seed`.
+        reading: Options for reading texts, as for `load_blocks`: `seq_len`, `max_tokens`,
+            `num_samples` (default: all), `text_column` and `seed`.
 
     Raises:
-        CorpusError: Too little text for one sequence, sequences beyond the model's positions, or
-            tokens beyond its vocabulary.
-        ModelError: A layer's output is NaN (names the layer).
-        UsageError: The model or the corpus is none of these.
+        CorpusError: There is too little text for one sequence, or sequences are longer than the
+            model's positions.
+        ModelError: A token id is outside the model's vocabulary, or a layer's output is NaN or
+            infinite (the message names the layer).
+        UsageError: The model or the corpus has another type.
 
     Example:
         >>> from cascade import analyze, load
@@ -247,11 +256,11 @@ def _blocks_of(
 
 
 class _Collected:
-    """Statistics of all batches; their bin edges come from the first sequences where not given.
+    """Statistics of all batches.
 
     Args:
-        labels: One per row.
-        edges: `[L, 3]`, or None.
+        labels: Row labels.
+        edges: Bin edges, `[L, 3]`; None to take them from the first sequences.
     """
 
     def __init__(self, labels: Sequence[str], edges: Array | None) -> None:
@@ -267,7 +276,7 @@ class _Collected:
             self._update()
 
     def finish(self) -> SimilarityStatistics:
-        """Return the statistics of at least one batch."""
+        """Return the statistics of all batches; there must be at least one."""
         return self._update()
 
     def _update(self) -> SimilarityStatistics:

@@ -13,10 +13,10 @@ class NoiseFloor(Part, frozen=True, kw_only=True):
     """How far arithmetic alone moves a sequence's mean similarity, in any layer.
 
     Attributes:
-        repeat: The largest change by another batch size, number of threads or attention kernel.
-        exact: The largest change by float64; None where it could not be measured.
+        repeat: The largest change with another batch size, number of threads or attention kernel.
+        exact: The largest change with float64; None if it could not be measured.
         ways: The largest change of each variant, or the reason why it could not be measured.
-        sequences: How many sequences were run.
+        sequences: The number of sequences that were run.
     """
 
     repeat: Finite
@@ -29,8 +29,8 @@ class LayerRow(Part, frozen=True, kw_only=True):
     """The similarities of one layer's input and output, over all tokens.
 
     Attributes:
-        layer: The layer's number from 1 on, or "N+norm" for the state behind the final norm.
-        count: How many tokens.
+        layer: The layer's number from 1, or "N+norm" for the state after the final norm.
+        count: The number of tokens.
         frac_negative: The share of tokens below 0.
         frac_below_half: The share of tokens below 0.5.
     """
@@ -52,13 +52,14 @@ class LayerRoles(Part, frozen=True, kw_only=True):
     """Which layers are active and which are stable.
 
     Attributes:
-        rule: How the two are told apart.
-        source: Where the rule comes from.
-        cutoff: A layer with a mean similarity below this is active; None for too few layers.
-        input_transform: The active layers from the first on.
-        dips: The active layers between the stable ones.
-        output_transform: The active layers up to the last.
-        stable_bands: First and last layer of each run of stable layers.
+        rule: How active and stable layers are distinguished.
+        source: The publication of the rule.
+        cutoff: The mean similarity below which a layer is active; None if there are too few
+            layers.
+        input_transform: The active layers at the beginning.
+        dips: The active layers between stable ones.
+        output_transform: The active layers at the end.
+        stable_bands: The first and last layer of each run of stable layers.
     """
 
     rule: str
@@ -71,14 +72,14 @@ class LayerRoles(Part, frozen=True, kw_only=True):
 
 
 class HardRatioThreshold(Part, frozen=True, kw_only=True):
-    """The threshold below which this share of the tokens lies."""
+    """The threshold with this share of tokens below it."""
 
     hard_ratio: Share
     threshold: Finite
 
 
 class SuggestedThresholds(Part, frozen=True, kw_only=True):
-    """Thresholds for early exit at the suggested layer."""
+    """Thresholds for early exit at the suggested exit layer."""
 
     exit_layer: str
     by_hard_ratio: list[HardRatioThreshold]
@@ -89,7 +90,7 @@ class ProfileRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
 
     Attributes:
         provenance: Model, corpus, machine, versions and command.
-        noise: The noise floor; None where it was not measured, absent from schema 1.
+        noise: The noise floor; None if it was not measured, absent in schema 1.
         layers: One row per layer.
         structure: Active and stable layers.
         thresholds: Thresholds for early exit.

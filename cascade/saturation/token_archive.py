@@ -1,4 +1,4 @@
-"""The seed's `cos_sim_data.npz`: one similarity per token and layer, written as they come."""
+"""An archive with one similarity per token and layer, like the seed study's `cos_sim_data.npz`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from cascade.core.schema import to_plain
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse an existing file before any work is done.
+    """Check that a file may be written, before any work is done.
 
     Raises:
-        OutputError: `path` exists and `overwrite` is false, or it is a folder.
+        OutputError: The file exists and `overwrite` is false, or it is a folder.
     """
-    # os.path answers for any string, where Path raises for an overlong name.
+    # os.path accepts any string, where Path raises for long names.
     if os.path.isdir(path):
         raise OutputError(f"{path} is a folder, expected a file name for --npz")
     if os.path.exists(path) and not overwrite:
@@ -35,19 +35,19 @@ def check_free(path: Path, *, overwrite: bool) -> None:
 
 
 class SimilarityArchive:
-    """Collects similarities on disk, not in memory, and packs them into one `.npz`.
+    """Collects similarities on disk, not in memory, and packs them into one `.npz` file.
 
-    Entries: `layer_1` ... `layer_N`, float32, one value per token; `layer_N` as the seed had it,
-    that is, to the *normed* last state where the model has a final norm; `layer_N_residual`
-    besides; `metadata`, the provenance as JSON text.
+    Its entries `layer_1` ... `layer_N` are float32, one value per token. As in the seed study,
+    `layer_N` compares with the *normed* last state if the model has a final norm, so there is also
+    `layer_N_residual`. The entry `metadata` is the provenance as JSON text.
 
     Args:
-        path: The `.npz` to write.
-        labels: The rows' labels, "1".."N" and perhaps "N+norm".
+        path: The `.npz` file to write.
+        labels: Row labels, "1".."N" and, with a final norm, "N+norm".
         overwrite: Replace an existing file.
 
     Raises:
-        OutputError: The file exists and `overwrite` is false, or cannot be written.
+        OutputError: The file exists and `overwrite` is false, or it cannot be written.
     """
 
     def __init__(self, path: Path, labels: Sequence[str], *, overwrite: bool = False) -> None:
@@ -78,12 +78,12 @@ class SimilarityArchive:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove the working files, and folders made for an archive that was never saved."""
+        """Remove the working files, and folders created for an archive that was not saved."""
         self._remove()
 
     def _remove(self) -> None:
         for file in self._files:
-            # Closing flushes, which a full disk fails once more: the folder goes anyway.
+            # Closing flushes, which fails again on a full disk. The folder is removed anyway.
             try:
                 file.close()
             except OSError:
@@ -108,10 +108,10 @@ class SimilarityArchive:
             ) from error
 
     def save(self, provenance: Provenance) -> None:
-        """Pack everything into the `.npz`, whole or not at all.
+        """Pack everything into the `.npz` file, atomically.
 
         Args:
-            provenance: Where the similarities come from.
+            provenance: The provenance of the similarities.
 
         Raises:
             OutputError: The disk is full.
@@ -129,7 +129,7 @@ class SimilarityArchive:
 
 
 def _entry_names(labels: Sequence[str]) -> dict[int, list[str]]:
-    """Return which entries each row fills; without a final norm the last row fills two."""
+    """Return the entry names of each row; without a final norm the last row has two."""
     last = len(labels) - 1
     normed = labels[last].endswith("+norm")
     depth = len(labels) - normed

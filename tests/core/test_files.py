@@ -250,7 +250,7 @@ def test_folder_with_the_name_of_a_run_file_is_rejected_and_kept(
     assert contents(tmp_path) == before
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_file_at_the_path_of_the_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="is a file, expected a folder; choose another"):
         RunFolder(tmp_path / "file", NAMES, overwrite=True)

@@ -1,4 +1,4 @@
-"""Blocks are the corpus's tokens, cut, spread and split as asked for, and known by fingerprints."""
+"""Blocks of tokens: cutting, spreading and splitting a corpus, and its fingerprints."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     pass
 
 
-def test_records_are_joined_by_eos_and_the_rest_is_dropped(tmp_path: Path) -> None:
+def test_records_are_joined_by_eos_and_the_incomplete_block_is_dropped(tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", [{"text": "abc"}, {"text": "de"}, {"text": "fghij"}])
     blocks = blocks_of(path)
     assert decoded(blocks) == "abc\nde\nfghij"[:12]
@@ -74,7 +74,7 @@ def test_blocks_are_the_longest_allowed_prefix_of_the_joined_text(
     assert blocks.ids.shape == (len(expected) // seq_len, seq_len)
 
 
-def test_a_tokenizers_own_special_tokens_are_left_out(tmp_path: Path) -> None:
+def test_special_tokens_of_the_tokenizer_are_not_added(tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny_tokenizer()
@@ -87,7 +87,7 @@ def test_a_tokenizers_own_special_tokens_are_left_out(tmp_path: Path) -> None:
     assert decoded(blocks) == "abc\ndef"
 
 
-def test_only_as_many_records_are_read_as_are_needed(tmp_path: Path) -> None:
+def test_only_needed_records_are_read(tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", [*RECORDS, {"no": "text"}])
     assert blocks_of(path, num_samples=8).records == 8
     assert blocks_of(path, num_samples=3).records == 3
@@ -97,11 +97,11 @@ def test_only_as_many_records_are_read_as_are_needed(tmp_path: Path) -> None:
         blocks_of(path, num_samples=None)
 
 
-def test_without_a_seed_records_come_in_the_corpus_order(tmp_path: Path) -> None:
+def test_records_keep_the_corpus_order_without_a_seed(tmp_path: Path) -> None:
     assert decoded(blocks_of(in_lines(tmp_path / "x.jsonl", RECORDS))) == joined(RECORDS)[:100]
 
 
-def test_a_seed_draws_a_permutation_of_the_same_records(tmp_path: Path) -> None:
+def test_seed_permutes_the_records(tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", RECORDS)
     drawn = [decoded(blocks_of(path, seed=seed, seq_len=103)) for seed in range(20)]
     for text in drawn:
@@ -110,7 +110,7 @@ def test_a_seed_draws_a_permutation_of_the_same_records(tmp_path: Path) -> None:
     assert drawn == [decoded(blocks_of(path, seed=seed, seq_len=103)) for seed in range(20)]
 
 
-def test_a_seed_draws_from_all_records_before_some_are_taken(tmp_path: Path) -> None:
+def test_records_are_shuffled_before_num_samples_are_taken(tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", RECORDS)
     first = {decoded(blocks_of(path, seed=seed, num_samples=1, seq_len=12)) for seed in range(100)}
     assert first == {record["text"] for record in RECORDS}
@@ -128,7 +128,7 @@ def test_a_seed_draws_from_all_records_before_some_are_taken(tmp_path: Path) -> 
         ({"text_column": "body"}, "record 1: expected the column 'body', got text"),
     ],
 )
-def test_settings_that_give_no_block_are_refused(
+def test_options_that_give_no_block_are_rejected(
     tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     path = in_lines(tmp_path / "x.jsonl", RECORDS)
@@ -137,7 +137,7 @@ def test_settings_that_give_no_block_are_refused(
     assert message in str(caught.value)
 
 
-def test_a_model_without_tokenizer_or_eos_reads_no_text(tmp_path: Path) -> None:
+def test_missing_tokenizer_or_eos_is_rejected(tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", RECORDS)
     with pytest.raises(CorpusError, match="has no tokenizer"):
         load_blocks(str(path), None)
@@ -148,7 +148,7 @@ def test_a_model_without_tokenizer_or_eos_reads_no_text(tmp_path: Path) -> None:
 
 
 @given(rows=st.integers(1, 60), wanted=st.integers(1, 80))
-def test_sequences_are_spread_evenly(rows: int, wanted: int) -> None:
+def test_spread_sequences_are_evenly_spaced(rows: int, wanted: int) -> None:
     ids = np.repeat(np.arange(rows), 3).reshape(rows, 3)
     blocks = some_blocks(ids).spread(wanted)
     taken = blocks.ids[:, 0].tolist()
@@ -161,13 +161,13 @@ def test_sequences_are_spread_evenly(rows: int, wanted: int) -> None:
     steps = np.diff([-1, *taken, rows])
     apart = rows / wanted
     assert all(apart - 1 < step < apart + 1 for step in steps[1:-1])
-    # As much is left out before the first as behind the last, to one sequence.
+    # The gaps before the first and after the last sequence differ by at most one.
     assert abs(int(steps[0]) - int(steps[-1])) <= 1
     assert blocks.provenance().spread == f"evenly over {rows} sequences"
     assert blocks.provenance().sequences == wanted
 
 
-def test_marks_go_with_the_sequences_that_are_taken(tmp_path: Path) -> None:
+def test_spread_keeps_the_marks_of_its_sequences(tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", [{"instruction": "ab", "output": "cd" * 9}] * 6)
     whole = blocks_of(path, marks=True, part="train")
     some = whole.spread(5)
@@ -191,9 +191,7 @@ def test_marks_go_with_the_sequences_that_are_taken(tmp_path: Path) -> None:
     at=st.integers(0, 15),
     change=st.integers(1, 90),
 )
-def test_the_fingerprint_changes_with_any_one_token(
-    shape: tuple[int, int], at: int, change: int
-) -> None:
+def test_fingerprint_depends_on_every_token(shape: tuple[int, int], at: int, change: int) -> None:
     ids = np.arange(shape[0] * shape[1]).reshape(shape)
     other = ids.copy()
     row, column = np.unravel_index(at % ids.size, shape)
@@ -203,13 +201,13 @@ def test_the_fingerprint_changes_with_any_one_token(
     assert same.tolist() == [number != row for number in range(shape[0])]
 
 
-def test_the_fingerprint_changes_with_the_shape() -> None:
+def test_fingerprint_depends_on_the_shape() -> None:
     shapes = [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2)]
     found = {some_blocks(np.arange(12).reshape(shape)).fingerprint() for shape in shapes}
     assert len(found) == len(shapes)
 
 
-def test_fingerprints_stay_what_stored_baselines_hold() -> None:
+def test_fingerprints_match_stored_baselines() -> None:
     import hashlib
 
     ids = np.array([[1, 2], [3, 40_000]], dtype="<i4")
@@ -229,7 +227,7 @@ def test_fingerprints_do_not_depend_on_the_memory_layout() -> None:
 
 
 @given(sequences=st.integers(1, 9), batch_size=st.integers(1, 10))
-def test_batches_hold_every_sequence_once_in_order(sequences: int, batch_size: int) -> None:
+def test_batches_contain_every_sequence_once_in_order(sequences: int, batch_size: int) -> None:
     blocks = some_blocks(np.arange(sequences * 3).reshape(sequences, 3))
     batches: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = list(blocks.batches(batch_size))
     assert np.array_equal(np.concatenate([ids for ids, _ in batches]), blocks.ids)
@@ -238,7 +236,7 @@ def test_batches_hold_every_sequence_once_in_order(sequences: int, batch_size: i
     assert all(len(ids) == len(numbers) for ids, numbers in batches)
 
 
-def test_the_provenance_says_all_of_the_corpus(tmp_path: Path) -> None:
+def test_provenance_describes_the_corpus(tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", RECORDS)
     blocks = blocks_of(path, num_samples=5, seq_len=16)
     assert to_plain(blocks.provenance()) == {
@@ -253,7 +251,7 @@ def test_the_provenance_says_all_of_the_corpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", [None, "held-out"])
-def test_a_corpus_is_known_by_its_name_before_it_is_read(split: str | None) -> None:
+def test_corpus_name_equals_the_name_of_the_blocks(split: str | None) -> None:
     blocks = load_blocks(EMBEDDED, tiny_tokenizer(), split=split, max_tokens=256)
     assert corpus_name(EMBEDDED, split=split) == blocks.name
 
@@ -263,7 +261,7 @@ def test_a_corpus_is_known_by_its_name_before_it_is_read(split: str | None) -> N
     seed=st.none() | st.integers(0, 9),
     num_samples=st.none() | st.integers(5, 23),
 )
-def test_parts_have_no_record_in_common_and_together_all_of_them(
+def test_splits_are_disjoint_and_complete(
     records: list[dict[str, str]], seed: int | None, num_samples: int | None
 ) -> None:
     settings = {"seed": seed, "num_samples": num_samples, "marks": True, "seq_len": 2}
@@ -284,12 +282,12 @@ def test_parts_have_no_record_in_common_and_together_all_of_them(
     for part in (train, held_out):
         own = re.findall(r"\d{3}", decoded(part))
         chosen = [text for n, text in enumerate(in_order, 1) if (n % 5 == 0) == (part is held_out)]
-        # The last text can lack a letter that fills no block.
+        # The last letter of the last text may not fill a block.
         assert own == chosen[: len(own)]
         assert len(own) >= len(chosen) - 1
 
 
-def test_the_embedded_parts_are_its_splits_and_keep_the_whole_corpus_numbers() -> None:
+def test_parts_of_the_embedded_corpus_are_its_splits() -> None:
     whole = [record["split"] for record in embedded_records()]
     for part in ("train", "held-out"):
         blocks = blocks_of("embedded", part=part, num_samples=None, seq_len=128, marks=True)
@@ -300,25 +298,29 @@ def test_the_embedded_parts_are_its_splits_and_keep_the_whole_corpus_numbers() -
         assert {whole[number - 1] for number in np.unique(blocks.record_of)} == {part}
 
 
-def test_the_provenance_says_how_a_corpus_was_parted(tmp_path: Path) -> None:
+def test_provenance_says_how_a_corpus_was_split(tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", RECORDS)
-    said = blocks_of(path, part="held-out").provenance()
-    assert (said.part, said.parted) == ("held-out", "by record, every 5th is held out")
-    said = blocks_of("embedded", part="train", num_samples=9).provenance()
-    assert (said.part, said.parted) == ("train", "by record, as the corpus says of each")
+    found = blocks_of(path, part="held-out").provenance()
+    assert (found.part, found.parted) == ("held-out", "by record, every 5th is held out")
+    found = blocks_of("embedded", part="train", num_samples=9).provenance()
+    assert (found.part, found.parted) == ("train", "by record, as the corpus says of each")
     assert not {"part", "parted"} & set(to_plain(blocks_of(path).provenance()))
 
 
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
-        ("embedded", {"part": "train", "split": "train"}, "its splits, got the part train and"),
-        ("x.jsonl", {"part": "test"}, "expected a part among train, held-out, got 'test'"),
+        (
+            "embedded",
+            {"part": "train", "split": "train"},
+            "expected part or split for embedded, got part train and",
+        ),
+        ("x.jsonl", {"part": "test"}, "expected part among train, held-out, got 'test'"),
         ("x.jsonl", {"part": "held-out", "num_samples": 4}, "at least one record in its held-out"),
-        ("x.jsonl", {"part": "held-out", "seq_len": 99}, "gives 12 tokens in its held-out part"),
+        ("x.jsonl", {"part": "held-out", "seq_len": 99}, "gives 12 tokens in its held-out split"),
     ],
 )
-def test_a_part_that_is_none_or_empty_is_refused(
+def test_unknown_or_empty_split_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, settings: Any, message: str
 ) -> None:
     in_lines(tmp_path / "x.jsonl", RECORDS)
@@ -348,14 +350,14 @@ def _dataset(column: str = "text", **options: Any) -> Any:
     ],
     ids=["list", "tuple", "records", "dataset", "iterable_dataset"],
 )
-def test_texts_in_memory_give_the_blocks_of_the_same_file(texts: Any, tmp_path: Path) -> None:
+def test_texts_in_memory_give_the_same_blocks_as_a_file(texts: Any, tmp_path: Path) -> None:
     file = in_lines(tmp_path / "x.jsonl", [{"text": "abc"}, {"text": "de"}, {"text": "fghij"}])
     found, expected = load_blocks(texts, tiny_tokenizer(), seq_len=4), blocks_of(file)
     assert found.fingerprint() == expected.fingerprint()
     assert (found.source, found.name, found.records) == ("texts", "texts", 3)
 
 
-def test_a_dataset_gives_its_chosen_column_and_is_named_by_its_split() -> None:
+def test_dataset_in_memory_reads_text_column_and_is_named_by_its_split() -> None:
     dataset = _dataset("body", split="test")
     blocks = load_blocks(dataset, tiny_tokenizer(), seq_len=4, text_column="body")
     assert decoded(blocks) == "abc\nde\nfghij"[:12]
@@ -364,7 +366,7 @@ def test_a_dataset_gives_its_chosen_column_and_is_named_by_its_split() -> None:
         load_blocks(dataset, tiny_tokenizer(), seq_len=4)
 
 
-def test_a_path_is_read_as_its_name_is(tmp_path: Path) -> None:
+def test_load_blocks_accepts_a_path(tmp_path: Path) -> None:
     file = in_lines(tmp_path / "x.jsonl", [{"text": "abcdefgh"}])
     assert load_blocks(Path(file), tiny_tokenizer(), seq_len=4).source == str(file)
 
@@ -379,7 +381,7 @@ def test_a_path_is_read_as_its_name_is(tmp_path: Path) -> None:
             {},
             "expected texts or one split of a dataset, got the splits 'train', 'test'",
         ),
-        ([1, 2], {}, "texts, record 1: expected an object, got int; mend it"),
+        ([1, 2], {}, "texts, record 1: expected an object, got int; fix it"),
         ([], {}, "texts is empty; expected at least one record"),
         (
             ["abcdefgh"],
@@ -393,7 +395,7 @@ def test_a_path_is_read_as_its_name_is(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_corpus_in_memory_is_refused(
+def test_invalid_corpus_in_memory_is_rejected(
     corpus: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CorpusError) as error:

@@ -1,4 +1,4 @@
-"""Every token knows its record, and whether it is response text."""
+"""Each token is marked with its record and as response text or not."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def marked_by_hand(records: Sequence[dict[str, str]]) -> list[tuple[str, int, bool]]:
-    """Return (symbol, record, response) of every token of the tiny tokenizer, EOS between texts."""
+    """Return (symbol, record, response) of every token, with EOS between texts."""
     found = []
     for number, record in enumerate(records, start=1):
         template = ""
         if "text" not in record:
             template = alpaca_text(record["instruction"], record["input"], "")
         output = record.get("text", record.get("output", ""))
-        # A run of line breaks is one token, which begins where its first one does.
+        # The tiny tokenizer reads several line breaks in a row as one token.
         found += [(symbol, number, False) for symbol in in_vocabulary(template)]
         found += [(symbol, number, True) for symbol in output]
         found += [("\n", number, True)]
@@ -37,7 +37,7 @@ def marked_by_hand(records: Sequence[dict[str, str]]) -> list[tuple[str, int, bo
 
 
 @given(records=MIXED, seq_len=st.integers(2, 9), max_tokens=st.none() | st.integers(9, 90))
-def test_every_token_knows_its_record_and_whether_it_is_response_text(
+def test_marks_match_a_hand_count(
     records: list[dict[str, str]], seq_len: int, max_tokens: int | None
 ) -> None:
     expected = marked_by_hand(records)
@@ -55,14 +55,14 @@ def test_every_token_knows_its_record_and_whether_it_is_response_text(
     assert blocks.record_of.shape == blocks.response.shape == blocks.ids.shape
     marks = zip(decoded(blocks), blocks.record_of.flat, blocks.response.flat, strict=True)
     assert [(*mark,) for mark in marks] == expected[:limit]
-    # What is asked for besides changes no token.
+    # Marks change no token.
     assert np.array_equal(blocks.ids, plain.ids)
     assert blocks.provenance() == plain.provenance()
     assert (plain.record_of, plain.response) == (None, None)
 
 
-class Slow:
-    """A tokenizer without offsets: one token per pair of letters, or per letter."""
+class SlowTokenizer:
+    """A tokenizer without offsets, with one token per `size` letters."""
 
     is_fast = False
     eos_token_id = 0
@@ -75,17 +75,17 @@ class Slow:
         return {"input_ids": [1 + sum(map(ord, piece)) for piece in pieces]}
 
 
-def test_without_offsets_the_border_is_known_where_a_token_ends_on_it(tmp_path: Path) -> None:
+def test_response_without_offsets_needs_a_token_border(tmp_path: Path) -> None:
     record = {"instruction": "Add.", "input": "", "output": "fours"}
     template = len(alpaca_text("Add.", "", ""))
     path = in_lines(tmp_path / "x.jsonl", [record])
-    letters: Any = Slow(1)
+    letters: Any = SlowTokenizer(1)
     blocks = load_blocks(str(path), letters, seq_len=template + 5, marks=True)
     assert blocks.response is not None
     assert blocks.response.sum() == 5
     assert blocks.response[0, template:].all()
-    pairs: Any = Slow(2 if template % 2 else 4)
-    with pytest.raises(CorpusError, match="record 1: this tokenizer has no offsets and a token ac"):
+    pairs: Any = SlowTokenizer(2 if template % 2 else 4)
+    with pytest.raises(CorpusError, match="record 1: this tokenizer has no offsets, and a token c"):
         load_blocks(str(path), pairs, seq_len=2, marks=True)
     plain = in_lines(tmp_path / "y.jsonl", [{"text": "no border at all"}])
     unmarked = load_blocks(str(plain), pairs, seq_len=2, marks=True)
@@ -93,8 +93,8 @@ def test_without_offsets_the_border_is_known_where_a_token_ends_on_it(tmp_path: 
     assert unmarked.response.all()
 
 
-def test_a_token_across_the_border_is_the_templates(tmp_path: Path) -> None:
-    # The tiny tokenizer reads line breaks in a row as one token.
+def test_token_across_the_border_belongs_to_the_template(tmp_path: Path) -> None:
+    # The tiny tokenizer reads several line breaks in a row as one token.
     path = in_lines(tmp_path / "x.jsonl", [{"instruction": "i", "input": "", "output": "\nabc"}])
     text = in_vocabulary(alpaca_text("i", "", "\nabc"))
     blocks = blocks_of(path, seq_len=len(text), marks=True)
@@ -103,7 +103,7 @@ def test_a_token_across_the_border_is_the_templates(tmp_path: Path) -> None:
 
 
 @pytest.mark.saturation
-def test_the_reference_tokenizer_marks_the_answers_letter_by_letter(
+def test_reference_tokenizer_marks_exactly_the_answers(
     reference_model: DecoderStack,
 ) -> None:
     tokenizer = reference_model.tokenizer

@@ -1,4 +1,4 @@
-"""Every source gives its records, or one line that says what to do."""
+"""Every source gives its records or a one-line error that says what to do."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ WRITERS: dict[str, Callable[[Path, Sequence[Any]], Path]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_form_of_file_gives_the_same_blocks(tmp_path: Path, name: str) -> None:
+def test_all_file_formats_give_the_same_blocks(tmp_path: Path, name: str) -> None:
     path = WRITERS[name](tmp_path / name, RECORDS)
     blocks = blocks_of(path, seq_len=103)
     assert decoded(blocks) == joined(RECORDS)
@@ -55,7 +55,7 @@ def test_every_form_of_file_gives_the_same_blocks(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_form_of_file_takes_alpaca_records_and_a_text_column(
+def test_all_file_formats_support_alpaca_records_and_a_text_column(
     tmp_path: Path, name: str
 ) -> None:
     record = {"instruction": "Add.", "input": "1 + 1", "output": "2", "note": "as noted"}
@@ -65,7 +65,7 @@ def test_every_form_of_file_takes_alpaca_records_and_a_text_column(
     assert decoded(blocks_of(path, seq_len=8, text_column="note")) == "as noted"
 
 
-def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+def test_text_file_is_one_record(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("# one two three\n", encoding="utf-8")
     blocks = blocks_of(path, seq_len=5)
@@ -77,26 +77,24 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('\n{"text": "abcd"}\r\n  \n\n{"text": \n', encoding="utf-8")
     assert blocks_of(path, num_samples=1).records == 1
-    with pytest.raises(CorpusError, match=r"x\.jsonl, line 5: not JSON \(.*\); mend it"):
+    with pytest.raises(CorpusError, match=r"x\.jsonl, line 5: not JSON \(.*\); fix it"):
         blocks_of(path)
 
 
-def test_line_breaks_inside_a_records_text_do_not_end_its_line(tmp_path: Path) -> None:
+def test_unicode_line_separators_do_not_end_a_line(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "ab\u2028cd\u0085ef"}\n', encoding="utf-8")
     assert blocks_of(path, seq_len=8).records == 1
 
 
-def test_a_path_below_the_home_folder_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_path_with_tilde_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     in_lines(tmp_path / "mine.jsonl", RECORDS)
     assert blocks_of("~/mine.jsonl").name == "mine"
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet", "x.txt"])
-def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+def test_missing_file_is_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(CorpusError, match=f"no corpus file .*{name}; expected a path to an exist"):
         blocks_of(tmp_path / name)
     (tmp_path / name).mkdir()
@@ -116,7 +114,7 @@ def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
         ("x.jsonl", b'{"text": "abcd"}\n{"text"\n', "line 2: not JSON"),
         ("x.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("x.jsonl", b"[1, 2]\n", "record 1: expected an object, got list"),
-        ("x.jsonl", b'{"text": "\\ud800"}\n', "record 1: column 'text' is no valid Unicode"),
+        ("x.jsonl", b'{"text": "\\ud800"}\n', "record 1: column 'text' is not valid Unicode"),
         ("x.jsonl", b'{"text": "abc\xff"}\n', "expected UTF-8 text"),
         ("x.json", b"[1,", "x.json: not JSON"),
         ("x.json", b"", "x.json: not JSON"),
@@ -130,7 +128,7 @@ def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
         ("noname", b"abcdef", "expected a .jsonl, .json, .parquet, .txt file, got"),
     ],
 )
-def test_a_file_that_gives_no_records_is_refused(
+def test_file_without_records_is_rejected(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     path = tmp_path / name
@@ -142,7 +140,7 @@ def test_a_file_that_gives_no_records_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_parquet_file_is_refused(tmp_path: Path) -> None:
+def test_empty_parquet_file_is_rejected(tmp_path: Path) -> None:
     parquet.write_table(
         pyarrow.table({"text": pyarrow.array([], "string")}), tmp_path / "x.parquet"
     )
@@ -157,7 +155,7 @@ def a_parquet_file() -> bytes:
 
 
 @given(st.data())
-def test_a_damaged_parquet_file_gives_records_or_a_corpus_error(data: st.DataObject) -> None:
+def test_damaged_parquet_file_gives_records_or_a_corpus_error(data: st.DataObject) -> None:
     damaged = bytearray(a_parquet_file())
     for _ in range(3):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
@@ -173,7 +171,7 @@ def test_a_damaged_parquet_file_gives_records_or_a_corpus_error(data: st.DataObj
 
 
 @given(st.binary())
-def test_any_bytes_in_a_file_of_lines_give_records_or_a_corpus_error(content: bytes) -> None:
+def test_random_bytes_in_a_jsonl_file_give_a_corpus_error(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.jsonl"
         path.write_bytes(content)
@@ -183,7 +181,7 @@ def test_any_bytes_in_a_file_of_lines_give_records_or_a_corpus_error(content: by
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep `datasets` off the network and in a cache folder of this test."""
+    """Keep `datasets` offline, with its own cache folder."""
     import datasets.config
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -192,7 +190,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub_dataset(tmp_path: Path, offline: None) -> Path:
-    """A folder as the hub holds it: two configurations, two splits."""
+    """Return a folder like a hub dataset with two configurations and two splits."""
     folder = tmp_path / "Hub Dataset"
     for config, records in (("plain", SPLITS), ("loud", {"train": [{"body": "LOUD AND CLEAR"}]})):
         (folder / config).mkdir(parents=True)
@@ -207,7 +205,7 @@ def hub_dataset(tmp_path: Path, offline: None) -> Path:
     return folder
 
 
-def test_a_dataset_gives_its_train_split_and_others_by_name(hub_dataset: Path) -> None:
+def test_dataset_reads_its_train_split_by_default(hub_dataset: Path) -> None:
     blocks = blocks_of(hub_dataset, seq_len=64)
     assert decoded(blocks) == joined(SPLITS["train"])
     assert (blocks.name, blocks.records) == ("hub dataset", 5)
@@ -216,13 +214,13 @@ def test_a_dataset_gives_its_train_split_and_others_by_name(hub_dataset: Path) -
     assert blocks.name == "hub dataset-test"
 
 
-def test_a_dataset_gives_the_configuration_and_column_named(hub_dataset: Path) -> None:
+def test_dataset_reads_the_named_configuration_and_column(hub_dataset: Path) -> None:
     blocks = blocks_of(hub_dataset, config="loud", text_column="body", seq_len=14)
     assert decoded(blocks) == "LOUD AND CLEAR"
     assert blocks.name == "hub dataset-loud"
 
 
-def test_a_dataset_is_drawn_from_like_a_file(hub_dataset: Path, tmp_path: Path) -> None:
+def test_dataset_is_sampled_like_a_file(hub_dataset: Path, tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", SPLITS["train"])
     for settings in ({"seed": 3}, {"seed": 3, "num_samples": 2}, {"max_tokens": 20}):
         expected = blocks_of(path, **settings)
@@ -241,7 +239,7 @@ def test_a_dataset_is_drawn_from_like_a_file(hub_dataset: Path, tmp_path: Path) 
         ({"text_column": "body"}, "record 1: expected the column 'body', got text"),
     ],
 )
-def test_a_dataset_without_what_is_named_is_refused(
+def test_missing_split_configuration_or_column_is_rejected(
     hub_dataset: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CorpusError) as caught:
@@ -251,7 +249,7 @@ def test_a_dataset_without_what_is_named_is_refused(
 
 
 @pytest.mark.parametrize("source", ["nobody/no-such-corpus", "no such corpus", "empty"])
-def test_a_dataset_that_is_nowhere_is_refused_with_what_can_be_given(
+def test_error_for_an_unknown_dataset_lists_the_valid_sources(
     tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -263,7 +261,7 @@ def test_a_dataset_that_is_nowhere_is_refused_with_what_can_be_given(
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_never_leaves_the_folder_of_baselines(
+def test_corpus_names_contain_no_path(
     tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine/below").mkdir(parents=True)
@@ -273,7 +271,7 @@ def test_a_name_never_leaves_the_folder_of_baselines(
     assert blocks_of("..").name == "mine"
 
 
-def test_a_hub_id_is_named_for_a_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_of_a_hub_dataset_is_a_valid_file_name(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked = []
@@ -290,7 +288,7 @@ def test_a_hub_id_is_named_for_a_file_system(monkeypatch: pytest.MonkeyPatch) ->
     assert asked[1] == (("tatsu-lab/alpaca", None), {"split": "train"})
 
 
-def test_a_dataset_can_be_streamed_and_gives_the_same_text(hub_dataset: Path) -> None:
+def test_streamed_dataset_gives_the_same_text(hub_dataset: Path) -> None:
     for settings in ({}, {"split": "test"}, {"config": "loud", "text_column": "body"}):
         fetched = blocks_of(hub_dataset, **settings)
         assert (
@@ -300,7 +298,7 @@ def test_a_dataset_can_be_streamed_and_gives_the_same_text(hub_dataset: Path) ->
     assert decoded(some) == joined(SPLITS["train"][:2])[: some.tokens]
 
 
-def test_a_stream_is_read_no_further_than_its_records_are_taken(
+def test_stream_reads_only_the_records_that_are_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import datasets
@@ -317,7 +315,7 @@ def test_a_stream_is_read_no_further_than_its_records_are_taken(
     assert read == [0, 1, 2]
 
 
-def test_a_stream_that_breaks_off_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_stream_gives_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def breaking() -> Any:
@@ -327,7 +325,7 @@ def test_a_stream_that_breaks_off_is_refused_in_one_line(monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: breaking())
     with pytest.raises(CorpusError) as caught:
         blocks_of("allenai/c4", config="en", stream=True)
-    assert str(caught.value).startswith("no corpus allenai/c4: the network went away -- expected")
+    assert str(caught.value).startswith("no corpus allenai/c4: the network went away; expected")
     assert "\n" not in str(caught.value)
 
 
@@ -340,7 +338,7 @@ def test_a_stream_that_breaks_off_is_refused_in_one_line(monkeypatch: pytest.Mon
         ({"seed": 0}, "expected no seed for a stream"),
     ],
 )
-def test_a_stream_without_what_is_named_is_refused(
+def test_stream_rejects_missing_names_and_a_seed(
     hub_dataset: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CorpusError) as caught:
@@ -349,14 +347,14 @@ def test_a_stream_without_what_is_named_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_the_embedded_corpus_has_500_records_that_differ() -> None:
+def test_embedded_corpus_has_500_distinct_records() -> None:
     records = embedded_records()
     assert len(records) == 500
     assert len({record["id"] for record in records}) == 500
     assert len({(record["instruction"], record["input"]) for record in records}) == 500
 
 
-def test_every_embedded_record_is_complete() -> None:
+def test_embedded_records_are_complete() -> None:
     for record in embedded_records():
         assert set(record) == {
             "id",
@@ -372,11 +370,11 @@ def test_every_embedded_record_is_complete() -> None:
         assert record["input"] == "" or record["input"].strip(), record["id"]
 
 
-def test_a_third_of_the_embedded_records_have_an_input() -> None:
+def test_third_of_the_embedded_records_has_an_input() -> None:
     assert sum(bool(record["input"]) for record in embedded_records()) >= 500 / 3
 
 
-def test_the_embedded_split_is_fixed_and_has_both_parts() -> None:
+def test_sizes_of_the_embedded_splits() -> None:
     sizes = collections.Counter(record["split"] for record in embedded_records())
     assert sizes == {"train": 400, "held-out": 100}
     held_out = collections.Counter(
@@ -386,7 +384,7 @@ def test_the_embedded_split_is_fixed_and_has_both_parts() -> None:
     assert held_out == {category: size // 5 for category, size in everything.items()}
 
 
-def test_the_embedded_parts_together_are_the_whole() -> None:
+def test_embedded_splits_together_are_the_whole_corpus() -> None:
     parts = {
         split: blocks_of("embedded", split=split, num_samples=None, seq_len=128)
         for split in ("train", "held-out", None)
@@ -403,21 +401,21 @@ def test_the_embedded_parts_together_are_the_whole() -> None:
     assert decoded(parts["held-out"])[:60] == text[:60]
 
 
-def test_the_embedded_corpus_refuses_what_it_does_not_have() -> None:
+def test_embedded_corpus_rejects_unknown_split_and_configuration() -> None:
     with pytest.raises(CorpusError, match="expected --split among held-out, train, got test"):
         blocks_of("embedded", split="test")
     with pytest.raises(CorpusError, match="--config belongs to hub datasets, got it for embedded"):
         blocks_of("embedded", config="small")
 
 
-def test_the_embedded_corpus_is_as_long_as_the_study_needs() -> None:
-    # 43,008 tokens at 4.5 characters each, more than English text has with SmolLM2's tokenizer.
+def test_embedded_corpus_has_enough_characters() -> None:
+    # 43,008 tokens of 4.5 characters, more than English text has with SmolLM2's tokenizer.
     texts = [record_text(record, source="", number=0) for record in embedded_records()]
     assert sum(map(len, texts)) >= 43_008 * 4.5
 
 
 @pytest.mark.saturation
-def test_the_embedded_corpus_has_the_seeds_number_of_tokens(
+def test_embedded_corpus_has_as_many_tokens_as_the_seed_study(
     reference_model: DecoderStack,
 ) -> None:
     blocks = load_blocks("embedded", reference_model.tokenizer)
@@ -427,7 +425,7 @@ def test_the_embedded_corpus_has_the_seeds_number_of_tokens(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_a_byte_order_mark_is_no_token(tmp_path: Path, name: str) -> None:
+def test_byte_order_mark_is_ignored(tmp_path: Path, name: str) -> None:
     text = '{"text": "some words to read"}' if name == "a.jsonl" else "some words to read"
     plain, marked = tmp_path / "plain" / name, tmp_path / "marked" / name
     for path, encoding in ((plain, "utf-8"), (marked, "utf-8-sig")):
@@ -438,6 +436,6 @@ def test_a_byte_order_mark_is_no_token(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["~nobody-of-that-name/x.txt", "x" * 300 + ".txt"])
-def test_a_path_that_cannot_be_is_a_missing_corpus(source: str) -> None:
+def test_invalid_path_is_a_missing_corpus(source: str) -> None:
     with pytest.raises(CorpusError, match="no corpus file"):
         load_blocks(source, tiny_tokenizer())

@@ -1,4 +1,4 @@
-"""A record's text: Alpaca form to the letter, or the column named."""
+"""The text of a record in Alpaca form, or of a text column."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     pass
 
 
-def test_alpaca_form_is_put_together_to_the_letter() -> None:
+def test_text_of_alpaca_form() -> None:
     assert alpaca_text("Add.", "1 + 1", "2") == (
         "### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n2"
     )
 
 
-def test_alpaca_form_without_input_has_no_input_part() -> None:
+def test_text_of_alpaca_form_without_input() -> None:
     expected = "### Instruction:\nSay hi.\n\n### Response:\nhi"
     assert alpaca_text("Say hi.", "", "hi") == expected
     for missing in ({}, {"input": ""}, {"input": None}):
@@ -30,7 +30,7 @@ def test_alpaca_form_without_input_has_no_input_part() -> None:
         assert record_text(record, source="here", number=1) == expected
 
 
-def test_nested_instances_give_the_first_ones_input_and_output() -> None:
+def test_first_nested_instance_is_used() -> None:
     record = {
         "instruction": "Add.",
         "output": "not this",
@@ -40,7 +40,7 @@ def test_nested_instances_give_the_first_ones_input_and_output() -> None:
     assert record_text(record, source="here", number=1) == expected
 
 
-def test_alpaca_form_is_preferred_to_a_text_column_unless_one_is_named() -> None:
+def test_alpaca_form_takes_precedence_over_a_default_text_column() -> None:
     record = {"instruction": "Add.", "input": "", "output": "2", "text": "as is", "other": "o"}
     assert record_text(record, source="here", number=1).startswith("### Instruction:\nAdd.")
     assert record_text(record, source="here", number=1, text_column="text") == "as is"
@@ -64,11 +64,11 @@ def test_alpaca_form_is_preferred_to_a_text_column_unless_one_is_named() -> None
         ({"instruction": "i", "instances": ["output"]}, None, "got instances, instruction"),
         ({"instruction": "i", "instances": [3]}, None, "got instances, instruction"),
         ({"instruction": "i", "instances": []}, None, "got instances, instruction"),
-        ({"text": "half a pair: \ud800"}, None, "column 'text' is no valid Unicode"),
-        ({"instruction": "\udfff", "output": "o"}, None, "column 'instruction' is no valid Uni"),
+        ({"text": "half a pair: \ud800"}, None, "column 'text' is not valid Unicode"),
+        ({"instruction": "\udfff", "output": "o"}, None, "column 'instruction' is not valid Uni"),
     ],
 )
-def test_a_record_that_gives_no_text_is_named_with_what_was_expected(
+def test_error_names_the_record_and_the_expected_columns(
     record: Any, column: str | None, message: str
 ) -> None:
     with pytest.raises(CorpusError) as caught:
@@ -78,7 +78,7 @@ def test_a_record_that_gives_no_text_is_named_with_what_was_expected(
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=4))
-def test_whatever_the_columns_hold_gives_text_or_a_corpus_error(value: Any) -> None:
+def test_any_column_value_gives_text_or_a_corpus_error(value: Any) -> None:
     nested = {"instruction": "i", "instances": [value]}
     for record in (value, {"text": value}, {"instruction": value, "output": "o"}, nested):
         text = outcome(record_text, record, source="here", number=1)

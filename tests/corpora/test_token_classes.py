@@ -1,4 +1,4 @@
-"""Each token has one class, told from its text and from what stands before it."""
+"""Each token has one class, which depends on its text and the token before it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def classes_of(tokenizer: PreTrainedTokenizerFast, words: list[str]) -> list[str
     return [CLASSES[number] for number in classify(ids, tokenizer)[0][0]]
 
 
-def test_classes_follow_the_text(byte_level: PreTrainedTokenizerFast) -> None:
+def test_classes_of_tokens_in_context(byte_level: PreTrainedTokenizerFast) -> None:
     words = ["Ġthe", "ing", "Ġthe", ".", "the", "ing", "Ġ12", "7", "Ċ", "the", "<eos>", "Ġ(", "ing"]
     assert classes_of(byte_level, words) == [
-        "start",  # whatever it is
+        "start",  # for any text
         "continuation",
         "word start",
         "punctuation",
-        "word start",  # without a blank, but behind a mark
+        "word start",  # without a space, but after punctuation
         "continuation",
         "digits",
         "digits",
@@ -48,23 +48,25 @@ def test_classes_follow_the_text(byte_level: PreTrainedTokenizerFast) -> None:
     ]
 
 
-def test_a_part_of_a_character_continues(byte_level: PreTrainedTokenizerFast) -> None:
+def test_incomplete_character_is_a_continuation(byte_level: PreTrainedTokenizerFast) -> None:
     assert classes_of(byte_level, ["Ġthe", "Ã", "Ġa1"]) == ["start", "continuation", "word start"]
 
 
-def test_delimiters_are_marks_and_line_breaks(byte_level: PreTrainedTokenizerFast) -> None:
+def test_delimiters_are_punctuation_marks_and_line_breaks(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
     ids = np.arange(len(WORDS))[None]
     _, delimiters = classify(ids, byte_level)
     assert {WORDS[place] for place in np.flatnonzero(delimiters[0])} == {".", ";", "Ċ", "ĊĊ"}
 
 
-def test_texts_keep_the_blank_in_front(byte_level: PreTrainedTokenizerFast) -> None:
+def test_token_texts_keep_the_leading_space(byte_level: PreTrainedTokenizerFast) -> None:
     texts = token_texts(np.array([NUMBER["Ġthe"], NUMBER["the"], NUMBER["Ċ"]]), byte_level)
     assert texts == [" the", "the", "\n"]
 
 
 @given(text=st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), min_size=2))
-def test_every_token_has_a_class_and_only_the_first_is_the_start(text: str) -> None:
+def test_every_token_has_a_class_and_only_the_first_is_start(text: str) -> None:
     tokenizer = tiny_tokenizer()
     ids = np.array([tokenizer(text)["input_ids"]])
     classes, delimiters = classify(ids, tokenizer)

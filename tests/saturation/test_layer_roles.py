@@ -1,4 +1,4 @@
-"""Special layers are found by rule, wherever they are."""
+"""Layer roles are found by one rule at any position."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def found(means: list[float]) -> LayerRoles:
     return find_structure(labels_of(means), means)
 
 
-def test_the_published_table_has_the_seeds_special_layers(
+def test_roles_of_the_published_table(
     data_regression: DataRegressionFixture,
 ) -> None:
     with PUBLISHED.open(encoding="utf-8") as file:
@@ -38,9 +38,9 @@ def test_the_published_table_has_the_seeds_special_layers(
 
 
 @given(st.integers(12, 48), st.data())
-def test_a_planted_dip_is_found_where_it_was_planted(depth: int, data: st.DataObject) -> None:
+def test_planted_dip_is_found(depth: int, data: st.DataObject) -> None:
     dip = data.draw(st.integers(4, depth - 3))
-    # 13.6 to 15.2 degrees: no two are further apart than the least cutoff, 3.5 x 0.5 degrees.
+    # 13.6 to 15.2 degrees, which is a narrower range than the smallest cutoff, 3.5 x 0.5 degrees.
     usual = data.draw(st.lists(st.floats(0.965, 0.972), min_size=depth, max_size=depth))
     means = [0.0, *usual[1:-1], 0.5]
     means[dip - 1] = data.draw(st.floats(0.2, 0.8))
@@ -67,23 +67,23 @@ def test_every_layer_has_exactly_one_role(means: list[float]) -> None:
         *banded,
     ]
     assert sorted(roles) == sorted(labels_of(means))
-    # Its angle was above the cutoff's exactly when a layer is active; at most half of them are.
+    # The cutoff lies above the median, so at most half of the layers are active.
     assert len(banded) * 2 >= len(means)
 
 
-def test_alike_layers_have_no_special_one() -> None:
+def test_equal_layers_form_one_stable_band() -> None:
     structure = found([0.97] * 10)
     assert structure.stable_bands == [["1", "10"]]
     assert not structure.input_transform + structure.dips + structure.output_transform
     assert suggested_exit_layer(structure, 10) == 10
 
 
-def test_small_unevenness_is_not_a_dip() -> None:
-    # Nearly no spread among the others: without a floor, one part in a thousand would stand out.
+def test_small_difference_is_not_a_dip() -> None:
+    # With nearly equal layers and no minimum spread, a difference of 0.1 % would count as a dip.
     assert found([0.97] * 10 + [0.969] + [0.97] * 10).dips == []
 
 
-def test_the_normed_row_is_judged_by_the_cutoff_of_the_residual_rows() -> None:
+def test_normed_row_uses_the_cutoff_of_the_residual_rows() -> None:
     means = [0.0, *[0.96] * 8, 0.955]
     labels = [*labels_of(means), "10+norm"]
     assert find_structure(labels, [*means, 0.1]).output_transform == ["10+norm"]
@@ -91,7 +91,7 @@ def test_the_normed_row_is_judged_by_the_cutoff_of_the_residual_rows() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_too_few_layers_are_not_judged(depth: int) -> None:
+def test_few_layers_have_no_roles(depth: int) -> None:
     structure = found([0.1] * depth)
     assert structure.cutoff is None
     assert structure.stable_bands == []

@@ -1,4 +1,4 @@
-"""Measuring on tiny models, and the real model against its stored and published tables."""
+"""Profiles of tiny models, and of the real model against stored and published tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from cascade.stats.similarity_statistics import QUANTILES, SimilarityStatistics,
 
 SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"the study's own data is not beside the repository ({SHARED})"
+    not SHARED.is_dir(),
+    reason=f"the data of the seed study is not next to the repository ({SHARED})",
 )
 
 Table = dict[str, dict[str, float]]
@@ -39,7 +40,7 @@ def random_blocks(sequences: int = 20, length: int = 12) -> TokenBlocks:
 
 
 def read_table(path: Path, names: dict[str, str] | None = None) -> Table:
-    """Read a published table: layer -> statistic -> value; `names` renames layers."""
+    """Read a published table as layer -> statistic -> value; `names` renames layers."""
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
     return {
@@ -58,7 +59,7 @@ def table_of(profile: SaturationProfile) -> Table:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_similarities_are_those_of_the_models_own_hidden_states(family: str) -> None:
+def test_similarities_match_the_models_hidden_states(family: str) -> None:
     model = tiny_model(family)
     ids = torch.from_numpy(random_blocks(3).ids.astype(np.int64))
     with torch.no_grad():
@@ -68,8 +69,8 @@ def test_similarities_are_those_of_the_models_own_hidden_states(family: str) -> 
     measured = similarities(DecoderStack(model), ids)
     assert measured.dtype == torch.float32
     assert measured.shape == (5, 3, 12)
-    # The last entry of transformers is behind the final norm: the pair before it is the row
-    # "4+norm", and the residual row 4 cannot be had from these states at all.
+    # The last entry of transformers is after the final norm. Compared with the entry before it, it
+    # gives the row "4+norm"; the residual row 4 cannot be computed from these states.
     rows = {0: (0, 1), 1: (1, 2), 2: (2, 3), 4: (3, 4)}
     for row, (before, after) in rows.items():
         expected = torch.cosine_similarity(states[before].double(), states[after].double(), dim=-1)
@@ -77,7 +78,7 @@ def test_similarities_are_those_of_the_models_own_hidden_states(family: str) -> 
     assert (measured[3] - measured[4]).abs().max() > 0.01
 
 
-def test_the_profile_does_not_depend_on_the_batch_size() -> None:
+def test_profile_does_not_depend_on_the_batch_size() -> None:
     stack, blocks = DecoderStack(tiny_model("llama")), random_blocks()
     one = analyze(stack, blocks, batch_size=1)
     for batch_size in (3, 16, 50):
@@ -89,7 +90,7 @@ def test_the_profile_does_not_depend_on_the_batch_size() -> None:
             np.testing.assert_allclose(other.arrays()[name], value, atol=2e-6, err_msg=name)
 
 
-def test_the_profile_counts_every_token_of_every_sequence_once() -> None:
+def test_profile_counts_every_token_once() -> None:
     blocks = random_blocks(sequences=7)
     done: list[int] = []
     seen: list[tuple[Any, Any]] = []
@@ -102,7 +103,7 @@ def test_the_profile_counts_every_token_of_every_sequence_once() -> None:
     )
     assert done == [36, 36, 12]
     assert np.concatenate([numbers for _, numbers in seen]).tolist() == list(range(7))
-    values = np.concatenate([part for part, _ in seen], axis=1)
+    values = np.concatenate([batch for batch, _ in seen], axis=1)
     table = table_of(profile)
     assert list(table) == ["1", "2", "3", "4", "4+norm"]
     for row, layer in enumerate(table):
@@ -116,7 +117,7 @@ def test_the_profile_counts_every_token_of_every_sequence_once() -> None:
     )
 
 
-def test_shares_count_against_the_first_sequences_quantiles_or_the_edges_given() -> None:
+def test_edges_are_given_or_come_from_the_first_sequences() -> None:
     stack, blocks = DecoderStack(tiny_model("llama")), random_blocks(sequences=40, length=32)
     first = TokenBlocks(blocks.ids[:16], "random", "random", 16)
     shares = analyze(stack, first).arrays()["sequence_share"].mean(axis=0)
@@ -128,7 +129,7 @@ def test_shares_count_against_the_first_sequences_quantiles_or_the_edges_given()
     assert np.array_equal(analyze(stack, blocks, edges=edges).statistics.edges, edges)
 
 
-def test_two_shards_with_the_same_edges_merge_into_the_whole() -> None:
+def test_statistics_of_two_shards_merge_to_the_whole() -> None:
     stack, blocks = DecoderStack(tiny_model("llama")), random_blocks(sequences=8)
     edges = np.tile([500, 1000, 2000], (5, 1))
     parts = []
@@ -146,13 +147,13 @@ def test_bf16_states_are_compared_in_fp32() -> None:
     values = similarities(stack, torch.from_numpy(random_blocks(3).ids.astype(np.int64)))
     assert values.dtype == torch.float32
     assert values.max() <= 1
-    # Cosines of bf16 states, rounded to bf16 themselves, would have few distinct values.
+    # Cosines rounded to bf16 would have few distinct values.
     assert len(torch.unique(values)) > 0.9 * values.numel()
 
 
-def test_similarities_never_leave_their_range() -> None:
+def test_similarities_stay_in_their_range() -> None:
     stack = DecoderStack(tiny_model("llama"))
-    for layer in stack.layers:  # layers that do nothing: every similarity is 1, give or take
+    for layer in stack.layers:  # layers that do nothing, so every similarity is 1 up to rounding
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
     values = similarities(stack, torch.from_numpy(random_blocks(50).ids.astype(np.int64)))
@@ -160,14 +161,14 @@ def test_similarities_never_leave_their_range() -> None:
     assert values[:4].min() > 1 - 1e-6
 
 
-def test_a_layer_that_overflows_is_named() -> None:
+def test_error_names_the_layer_that_overflows() -> None:
     stack = DecoderStack(tiny_model("llama"))
     stack.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(ModelError, match="layer 3 is the first to give NaN"):
         analyze(stack, random_blocks())
 
 
-def test_what_the_model_cannot_take_is_refused_before_the_pass() -> None:
+def test_invalid_blocks_are_rejected_before_the_pass() -> None:
     stack = DecoderStack(tiny_model("llama"))
     with pytest.raises(CorpusError, match="65 tokens exceed the model's 64 positions"):
         analyze(stack, random_blocks(2, 65))
@@ -178,7 +179,7 @@ def test_what_the_model_cannot_take_is_refused_before_the_pass() -> None:
         analyze(stack, random_blocks(), batch_size=0)
 
 
-def test_a_tiny_models_table_stays_as_stored(
+def test_table_of_a_tiny_model(
     strict_table: Callable[[list[dict[str, Any]]], None],
 ) -> None:
     profile = analyze(DecoderStack(tiny_model("llama", num_layers=6)), random_blocks(32, 24))
@@ -251,11 +252,11 @@ def test_every_baseline_is_small_and_whole() -> None:
 
 # --- The real model against the published table ----------------------------------------------
 
-#: Layers 1 to 29: Q4_1 weights in place of fp16 and our corpus in place of Alpaca move no layer's
-#: mean by more than 0.012 (Layer 25; on Alpaca text itself quantization alone moves it by 0.007).
+#: Q4_1 weights instead of fp16 and our corpus instead of Alpaca change the mean of layers 1 to 29
+#: by at most 0.012 (layer 25; on Alpaca text, quantization alone changes it by 0.007).
 LAYER_TOLERANCE = 0.02
-#: The row behind the final norm swings with the corpus: 0.12 on Alpaca, 0.08 on the seed tasks,
-#: 0.02 on ours, -0.09 on WikiText-2. It says that the norm turns the state, hardly more.
+#: The row after the final norm depends on the corpus: 0.12 on Alpaca, 0.08 on the seed tasks, 0.02
+#: on ours, -0.09 on WikiText-2. It shows little more than that the norm turns the state.
 NORMED_TOLERANCE = 0.25
 
 
@@ -271,7 +272,7 @@ def embedded(quarter_profile: SaturationProfile) -> Table:
 
 @pytest.mark.saturation
 @pytest.mark.parametrize("layer", [*map(str, range(1, 30)), "30+norm"])
-def test_a_layers_mean_is_near_the_published_one(
+def test_mean_of_each_layer_is_near_the_published_one(
     embedded: Table, published: Table, layer: str
 ) -> None:
     tolerance = NORMED_TOLERANCE if layer == "30+norm" else LAYER_TOLERANCE
@@ -279,13 +280,13 @@ def test_a_layers_mean_is_near_the_published_one(
 
 
 @pytest.mark.saturation
-def test_layer_25_is_the_lowest_of_layers_3_to_29_by_a_clear_margin(embedded: Table) -> None:
+def test_layer_25_has_clearly_the_lowest_mean_of_layers_3_to_29(embedded: Table) -> None:
     others = min(embedded[str(layer)]["mean"] for layer in range(3, 30) if layer != 25)
     assert embedded["25"]["mean"] < others - 0.08
 
 
 @pytest.mark.saturation
-def test_layer_1_turns_the_embeddings_and_the_bands_are_saturated(embedded: Table) -> None:
+def test_layer_1_is_near_orthogonal_and_the_bands_are_saturated(embedded: Table) -> None:
     assert abs(embedded["1"]["mean"]) < 0.05
     assert embedded["1"]["frac_below_half"] == 1
     bands = [layer for layer in range(3, 30) if layer != 25]
@@ -293,8 +294,8 @@ def test_layer_1_turns_the_embeddings_and_the_bands_are_saturated(embedded: Tabl
 
 
 @pytest.mark.saturation
-def test_the_final_norm_makes_the_published_layer_30(embedded: Table) -> None:
-    # Residual 0.71, normed near 0: whoever mixes up the two is off by 0.5 and more.
+def test_published_layer_30_is_the_normed_row(embedded: Table) -> None:
+    # Residual 0.71, normed near 0: confusing the two gives an error of at least 0.5.
     assert embedded["30"]["mean"] == pytest.approx(0.71, abs=0.04)
     assert embedded["30+norm"]["mean"] < 0.25
 
@@ -304,7 +305,7 @@ def check_thresholds(profile: SaturationProfile) -> None:
     assert thresholds.exit_layer == "29"
     published = {0.3: 0.9453, 0.5: 0.9517, 0.7: 0.9570}
     for row in thresholds.by_hard_ratio:
-        # Twice what separates Q4_1 on Alpaca text from the published values.
+        # Twice the difference between Q4_1 on Alpaca text and the published values.
         assert row.threshold == pytest.approx(published[row.hard_ratio], abs=0.002)
 
 
@@ -318,7 +319,7 @@ def test_suggested_thresholds_are_near_the_published_ones(
 @needs_shared
 @pytest.mark.saturation
 @pytest.mark.whole
-def test_the_seed_tasks_agree_with_an_independent_reference(
+def test_profile_of_the_seed_tasks_matches_an_independent_reference(
     reference_model: DecoderStack,
 ) -> None:
     blocks = load_blocks(
@@ -339,33 +340,33 @@ def test_the_seed_tasks_agree_with_an_independent_reference(
 
 @pytest.fixture
 def hub() -> None:
-    """Skip where the hub cannot be reached; whatever fails afterwards is a failure."""
+    """Skip if the hub cannot be reached; later errors are failures."""
     from huggingface_hub import model_info
 
     try:
         model_info("HuggingFaceTB/SmolLM2-135M-Instruct", timeout=10)
-    except Exception as error:  # off, blocked, or away: the client has a type for each
+    except (
+        Exception
+    ) as error:  # the client has different errors for offline, blocked and unreachable
         pytest.skip(f"the hub cannot be reached: {type(error).__name__}")
 
 
-#: What the published table is compared in: fp32 here against fp16 there, other 500 records (which
-#: ones the study took is not known). Q4_1 on Alpaca text is within 0.009 in every mean.
+#: Tolerances for the published table, which was measured in fp16 on 500 other records (it is not
+#: known which). Q4_1 on Alpaca text is within 0.009 in every mean.
 PUBLISHED_TOLERANCE = {"mean": 0.01, "std": 0.01, "p10": 0.015, "p50": 0.01, "p90": 0.01}
 
 
 @pytest.mark.published
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_alpaca_and_the_original_weights_give_the_published_table(
-    published: Table, dtype: str
-) -> None:
+def test_original_weights_on_alpaca_give_the_published_table(published: Table, dtype: str) -> None:
     stack = load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype=dtype)
     blocks = load_blocks("tatsu-lab/alpaca", stack.tokenizer, num_samples=500)
     profile = analyze(stack, blocks)
     measured = table_of(profile)
     for layer, row in published.items():
         for statistic, tolerance in PUBLISHED_TOLERANCE.items():
-            # The row behind the final norm swings with the choice of records.
+            # The row after the final norm depends on the choice of records.
             allowed = 0.05 if layer == "30+norm" else tolerance
             assert measured[layer][statistic] == pytest.approx(row[statistic], abs=allowed), (
                 f"layer {layer}, {statistic}"
@@ -386,7 +387,7 @@ def plain_model() -> Any:
     return tiny_model("llama")
 
 
-def test_a_transformers_model_and_texts_give_the_profile_of_stack_and_blocks(
+def test_analyze_accepts_a_transformers_model_and_texts(
     plain_model: Any,
 ) -> None:
     tokenizer = tiny_tokenizer()
@@ -399,7 +400,7 @@ def test_a_transformers_model_and_texts_give_the_profile_of_stack_and_blocks(
     assert analyze(stack, TEXTS, seq_len=8).statistics.table() == expected.statistics.table()
 
 
-def test_a_dataset_gives_the_profile_of_its_texts(plain_model: Any) -> None:
+def test_analyze_accepts_a_dataset(plain_model: Any) -> None:
     import datasets
 
     dataset = datasets.Dataset.from_dict({"body": TEXTS})
@@ -415,7 +416,7 @@ def test_blocks_need_no_tokenizer(plain_model: Any) -> None:
     assert found.statistics.table() == expected.statistics.table()
 
 
-def test_the_provenance_names_the_weights_in_memory(plain_model: Any) -> None:
+def test_provenance_of_a_transformers_model_names_its_weights(plain_model: Any) -> None:
     plain_model.name_or_path = "owner/Tiny"
     found = analyze(plain_model, TEXTS, tokenizer=tiny_tokenizer(), seq_len=8).provenance
     assert (found.model.source, found.model.name) == ("owner/Tiny", "owner--tiny")
@@ -426,7 +427,7 @@ def test_the_provenance_names_the_weights_in_memory(plain_model: Any) -> None:
     assert changed.model.weights_hash != found.model.weights_hash
 
 
-def test_a_model_in_training_remains_in_training(plain_model: Any) -> None:
+def test_analyze_keeps_the_training_mode_of_a_model(plain_model: Any) -> None:
     plain_model.train()
     plain_model.model.layers[1].eval()
     analyze(plain_model, random_blocks())
@@ -465,7 +466,7 @@ def test_a_model_in_training_remains_in_training(plain_model: Any) -> None:
         ),
     ],
 )
-def test_what_cannot_be_analyzed_is_refused(
+def test_invalid_model_or_corpus_is_rejected(
     model: str | None, corpus: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError) as error:
@@ -473,7 +474,7 @@ def test_what_cannot_be_analyzed_is_refused(
     assert str(error.value) == message
 
 
-def test_a_second_tokenizer_is_refused() -> None:
+def test_second_tokenizer_is_rejected() -> None:
     stack = DecoderStack(tiny_model("llama"), tokenizer=tiny_tokenizer())
     with pytest.raises(UsageError) as error:
         analyze(stack, TEXTS, tokenizer=tiny_tokenizer())

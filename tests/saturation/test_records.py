@@ -1,4 +1,4 @@
-"""Stored profiles are read as typed records, and written again with the same bytes."""
+"""Stored profiles are read as typed records and written again with the same bytes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ STORED = sorted(BASELINES.glob("*/*.saturation.json"))
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
-def test_a_stored_profile_is_written_again_with_the_same_bytes(path: Path) -> None:
+def test_stored_profile_is_written_again_with_the_same_bytes(path: Path) -> None:
     record = read_typed(path, ProfileRecord)
     assert to_json(to_plain(record)) + "\n" == path.read_text(encoding="utf-8")

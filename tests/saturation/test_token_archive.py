@@ -1,4 +1,4 @@
-"""The archive of similarities holds what the pass gave, under the seed's names."""
+"""The archive holds all similarities of a pass, under the names of the seed study."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def save(
     overwrite: bool = False,
     failure: type[BaseException] | None = None,
 ) -> dict[str, Array]:
-    """Save an archive of some batches and read it; with `failure`, fail before it is packed."""
+    """Save an archive of some batches and read it; with `failure`, raise it before packing."""
     with SimilarityArchive(path, labels, overwrite=overwrite) as archive:
         for batch in batches:
             archive.add(batch, np.arange(batch.shape[1]))
@@ -76,7 +76,7 @@ def read(path: Path) -> dict[str, Array]:
 # --- Content ---------------------------------------------------------------------------------
 
 
-def test_each_layer_has_one_value_per_token_in_corpus_order(tmp_path: Path) -> None:
+def test_archive_has_one_value_per_layer_and_token_in_corpus_order(tmp_path: Path) -> None:
     first, second = similarities(4, 3, 5), similarities(4, 2, 5, seed=1)
     stored = save(tmp_path / "cos_sim_data.npz", NORMED, [first, second])
     for row, name in enumerate(("layer_1", "layer_2", "layer_3_residual", "layer_3")):
@@ -86,7 +86,7 @@ def test_each_layer_has_one_value_per_token_in_corpus_order(tmp_path: Path) -> N
     assert set(stored) == {"layer_1", "layer_2", "layer_3", "layer_3_residual", "metadata"}
 
 
-def test_without_a_final_norm_the_last_layer_is_its_own_residual(tmp_path: Path) -> None:
+def test_last_layer_without_final_norm_is_stored_as_residual_too(tmp_path: Path) -> None:
     batch = similarities(3, 2, 4)
     stored = save(tmp_path / "x.npz", PLAIN, [batch])
     for row, name in enumerate(("layer_1", "layer_2", "layer_3")):
@@ -95,7 +95,7 @@ def test_without_a_final_norm_the_last_layer_is_its_own_residual(tmp_path: Path)
     assert set(stored) == {"layer_1", "layer_2", "layer_3", "layer_3_residual", "metadata"}
 
 
-def test_a_model_of_one_layer_has_one_layer_and_its_residual(tmp_path: Path) -> None:
+def test_archive_of_a_model_with_one_layer(tmp_path: Path) -> None:
     batch = similarities(2, 1, 4)
     stored = save(tmp_path / "x.npz", ["1", "1+norm"], [batch])
     assert np.array_equal(stored["layer_1"], batch[1].ravel())
@@ -112,7 +112,7 @@ def test_metadata_is_the_provenance_as_json(tmp_path: Path) -> None:
 
 
 @given(cuts=st.lists(st.integers(0, 7), max_size=4).map(sorted))
-def test_the_split_into_batches_does_not_matter(cuts: list[int]) -> None:
+def test_archive_does_not_depend_on_the_batches(cuts: list[int]) -> None:
     whole = similarities(4, 7, 3)
     parts = [part for part in np.split(whole, cuts, axis=1) if part.shape[1]]
     with tempfile.TemporaryDirectory() as folder:
@@ -121,14 +121,14 @@ def test_the_split_into_batches_does_not_matter(cuts: list[int]) -> None:
     assert np.array_equal(stored["layer_3"], whole[3].ravel())
 
 
-def test_a_batch_that_is_a_view_is_stored_in_its_own_order(tmp_path: Path) -> None:
+def test_transposed_batch_is_stored_in_the_right_order(tmp_path: Path) -> None:
     batch = similarities(3, 4, 5).transpose(0, 2, 1)
     assert not batch[0].flags.c_contiguous
     stored = save(tmp_path / "x.npz", PLAIN, [batch])
     assert np.array_equal(stored["layer_2"], np.ascontiguousarray(batch[1]).ravel())
 
 
-def test_a_pass_stores_the_seeds_last_layer_and_the_residual_one(tmp_path: Path) -> None:
+def test_last_layer_is_stored_normed_and_residual(tmp_path: Path) -> None:
     model = tiny_model("llama")
     ids = random_ids(5, 12)
     blocks = TokenBlocks(ids.numpy().astype(np.int32), "random", "random", 5)
@@ -136,12 +136,12 @@ def test_a_pass_stores_the_seeds_last_layer_and_the_residual_one(tmp_path: Path)
         analyze(DecoderStack(model), blocks, batch_size=2, sink=archive.add)
         archive.save(PROVENANCE)
     stored = read(tmp_path / "x.npz")
-    # What the seed took: `hidden_states` of transformers, whose last entry is normed.
+    # The seed study used `hidden_states` of transformers, whose last entry is normed.
     with torch.no_grad():
         history = model(ids, output_hidden_states=True).hidden_states
     for layer in range(1, 5):
         similarity = torch.cosine_similarity(history[layer - 1], history[layer], dim=-1)
-        # fp32: a cosine of 32 terms is known to some 1e-7, whichever way it is summed.
+        # In fp32, a cosine of 32 terms has an error of some 1e-7.
         assert stored[f"layer_{layer}"] == pytest.approx(similarity.flatten().numpy(), abs=1e-6)
     assert np.abs(stored["layer_4"] - stored["layer_4_residual"]).max() > 0.01
 
@@ -149,22 +149,20 @@ def test_a_pass_stores_the_seeds_last_layer_and_the_residual_one(tmp_path: Path)
 # --- Writing ---------------------------------------------------------------------------------
 
 
-def test_after_success_the_archive_is_all_there_is(tmp_path: Path) -> None:
+def test_successful_run_leaves_only_the_archive(tmp_path: Path) -> None:
     save(tmp_path / "new/folder/x.npz", PLAIN, [similarities(3, 2, 4)])
     assert list(contents(tmp_path)) == ["new", "new/folder", "new/folder/x.npz"]
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
-def test_after_a_failure_nothing_is_there(tmp_path: Path, failure: type[BaseException]) -> None:
+def test_failed_run_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
     with pytest.raises(failure):
         save(tmp_path / "new/folder/x.npz", PLAIN, [similarities(3, 2, 4)], failure=failure)
     assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
-def test_after_a_failure_the_old_archive_is_there(
-    tmp_path: Path, failure: type[BaseException]
-) -> None:
+def test_failed_run_leaves_the_old_archive(tmp_path: Path, failure: type[BaseException]) -> None:
     path = tmp_path / "x.npz"
     save(path, PLAIN, [similarities(3, 2, 4)])
     before = contents(tmp_path)
@@ -180,7 +178,7 @@ def test_overwrite_replaces_the_old_archive(tmp_path: Path) -> None:
     assert stored["layer_1"].shape == (36,)
 
 
-def test_an_existing_file_is_refused_without_overwrite(tmp_path: Path) -> None:
+def test_existing_file_is_rejected_without_overwrite(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.write_text("mine")
     for attempt in (
@@ -195,13 +193,13 @@ def test_an_existing_file_is_refused_without_overwrite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path, overwrite: bool) -> None:
+def test_folder_at_the_path_of_the_archive_is_rejected(tmp_path: Path, overwrite: bool) -> None:
     with pytest.raises(OutputError, match="is a folder, expected a file name for --npz"):
         SimilarityArchive(tmp_path, PLAIN, overwrite=overwrite)
     assert contents(tmp_path) == {}
 
 
-def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
+def test_path_below_a_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file/x.npz", tmp_path / "file/below/x.npz"):
         with pytest.raises(OutputError, match=r"cannot write .*x\.npz: .*choose an --npz you can"):
@@ -224,7 +222,7 @@ def test_too_few_file_handles_are_an_output_error(tmp_path: Path) -> None:
 
 #: 4 rows of 4,000 tokens take 16,000 bytes in each working file and over 64,000 in the archive.
 @pytest.mark.parametrize("limit", [0, 9_000, 15_999, 16_000, 50_000, 64_000])
-def test_a_disk_that_fills_at_any_point_leaves_the_old_archive(tmp_path: Path, limit: int) -> None:
+def test_full_disk_at_any_point_leaves_the_old_archive(tmp_path: Path, limit: int) -> None:
     path = tmp_path / "x.npz"
     save(path, NORMED, [similarities(4, 1, 4)])
     before = contents(tmp_path)

@@ -265,7 +265,7 @@ BAD_INPUT: dict[str, tuple[Setup, list[str]]] = {
     ),
     "bad JSON line": (
         with_corpus("x.jsonl", '{"text": "fine"}\n\n{"text": "not\n'),
-        ["x.jsonl, line 3: not JSON", "mend it"],
+        ["x.jsonl, line 3: not JSON", "fix it"],
     ),
     "split of a file": (
         with_options("--split", "train"),

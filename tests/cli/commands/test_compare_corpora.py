@@ -176,7 +176,7 @@ def test_hub_datasets_are_asked_for_by_name_configuration_and_split(
         ),
         (
             ("texts.jsonl", "digits.jsonl#n"),
-            "expected text in column 'n', got int; mend it or name",
+            "expected text in column 'n', got int; fix it or name",
         ),
         (("texts.jsonl", "embedded@none"), "expected @SPLIT among held-out, train, got none"),
         (("texts.jsonl", "embedded:none"), ":CONFIG belongs to hub datasets, got it for embedded"),

@@ -92,7 +92,7 @@ def test_options_select_what_is_collected(collect: Run, here: Path) -> None:
         (("--hard-ratio", 0.5, "--output", "texts.jsonl"), "is a file, expected a folder"),
         (("--hard-ratio", 0.5, "--text-column", "body"), "expected the column 'body', got text"),
         (("--hard-ratio", "half"), "see `cascade collect-hard --help`"),
-        (("--hard-ratio", 0.5, "--num-samples", 4), "in its held-out part"),
+        (("--hard-ratio", 0.5, "--num-samples", 4), "in its held-out split"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_trace(
