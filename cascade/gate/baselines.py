@@ -86,6 +86,13 @@ class StoredProfile(Displayed):
     Attributes:
         content: The content of `profile.json`.
         state: The content of `profile.npz`: histograms, and one row per sequence.
+
+    Example:
+        >>> from cascade import analyze, load
+        >>> profile = analyze(load("smollm2-135m"), ["One text."] * 20, seq_len=8)
+        >>> stored = StoredProfile(profile.record(), profile.arrays())
+        >>> stored.record() == profile.record()
+        True
     """
 
     content: ProfileRecord
@@ -135,6 +142,13 @@ def read_profile(path: Path) -> StoredProfile:
     Raises:
         RecordError: A file is missing, torn or edited, has a newer schema or contains NaN, a layer
             appears twice, or the two files come from different runs.
+
+    Example:
+        >>> from cascade.gate.baseline_lookup import shipped_baselines
+        >>> folder = shipped_baselines() / "smollm2-135m-instruct-q4_1"
+        >>> baseline = read_profile(folder / "embedded.saturation.json")
+        >>> baseline.record().thresholds.exit_layer
+        '29'
     """
     if path.is_dir():
         path = path / "profile.json"

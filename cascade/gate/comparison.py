@@ -148,6 +148,14 @@ class Comparison(Displayed):
         notes: Further notes for the reader.
         provenance: The provenance of the new profile.
         baseline: The provenance of the baseline.
+
+    Example:
+        >>> from cascade import analyze, compare, load
+        >>> stack, texts = load("smollm2-135m"), ["The cat sat on the mat."] * 20
+        >>> profile = analyze(stack, texts, seq_len=32)
+        >>> comparison = compare(profile, profile)
+        >>> comparison.verdict, comparison.exit_status(), comparison.worst()[0].difference
+        ('PASS', 0, 0.0)
     """
 
     method: Method | None

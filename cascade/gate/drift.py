@@ -97,6 +97,13 @@ def compare(
     Raises:
         UsageError: The margin or confidence is out of range.
         RecordError: A side has no rows per sequence.
+
+    Example:
+        >>> from cascade import analyze, load
+        >>> stack, texts = load("smollm2-135m"), ["The cat sat on the mat."] * 20
+        >>> baseline = analyze(stack, texts, seq_len=32)
+        >>> compare(analyze(stack, texts, seq_len=32, batch_size=2), baseline).verdict
+        'PASS'
     """
     if not margin > 0 or not 0 < confidence < 1:
         raise UsageError(

@@ -46,6 +46,11 @@ class Gate(Displayed):
         seconds: The duration, without loading the model.
         noise: The noise floor measured on this machine, if the baseline was made on another one.
         profile: The measured profile; None if the two are not comparable.
+
+    Example:
+        >>> gate = Gate(Comparison(None), steps=(), budget=128, seconds=1.5)
+        >>> gate.comparison.verdict, gate.comparison.exit_status()
+        ('NOT COMPARABLE', 2)
     """
 
     comparison: Comparison
@@ -138,6 +143,16 @@ def run_gate(
         UsageError: The budget is below one token.
         CorpusError: A sequence is longer than the model's context.
         ModelError: A layer's output is NaN (names the layer).
+
+    Example:
+        >>> from cascade import load, load_blocks, read_profile
+        >>> from cascade.gate.baseline_lookup import shipped_baselines
+        >>> stack = load("smollm2-135m")
+        >>> path = shipped_baselines() / "smollm2-135m-instruct-q4_1/embedded.saturation.json"
+        >>> blocks = load_blocks("embedded", stack.tokenizer)
+        >>> gate = run_gate(stack, blocks, read_profile(path), tokens=128)
+        >>> gate.comparison.verdict
+        'PASS'
     """
     if tokens < 1:
         raise UsageError(f"expected a budget of at least 1 token, got {tokens}")
