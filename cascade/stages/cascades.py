@@ -1,4 +1,4 @@
-"""Cascades: a base model and the stages that its hard tokens enter."""
+"""Cascades: a base model and the stages that compute its hard tokens."""
 
 from __future__ import annotations
 
@@ -47,14 +47,16 @@ from cascade.stages.stage import Stage, check_fits, extended
 
 @dataclass(frozen=True)
 class Entry:
-    """Which tokens enter a stage: those that its rule finds hard. The others exit below it.
+    """Select the tokens that enter a stage: those that the exit rule finds hard.
+
+    Easy tokens exit below the stage.
 
     Attributes:
-        layer: The layer that decides, 1..N of the model below the stage.
-        threshold: Tokens with a confidence at or above it exit.
-        rule: The rule's name.
-        heads: Fitted heads: easy tokens exit at `layer` itself, through its ridge head. Without
-            heads they exit after the last layer below the stage, through the LM head there.
+        layer: Layer whose state the rule reads, 1..N of the model below the stage.
+        threshold: Tokens with a confidence at or above this value exit.
+        rule: Name of the exit rule.
+        heads: Fitted heads. With heads, easy tokens exit at `layer` through its ridge head. Without
+            heads, they exit after the last layer below the stage, through that model's LM head.
 
     Example:
         >>> Entry(layer=29, threshold=0.9517).rule
@@ -67,13 +69,14 @@ class Entry:
     heads: FittedHeads | None = None
 
     def exit_of(self, stack: DecoderStack) -> Exit:
-        """Return where easy tokens exit from a model, and how.
+        """Return the exit that easy tokens take from a model.
 
         Args:
-            stack: The model below the stage.
+            stack: Model below the stage.
 
         Raises:
-            UsageError: No such layer or rule, or a threshold outside the rule's range.
+            UsageError: The layer or rule does not exist, or the threshold is outside the rule's
+                range.
             ModelError: The heads belong to another model.
         """
         rule = find_rule(self.rule)
@@ -87,10 +90,10 @@ class Entry:
         return Exit(last, rule, threshold, LogitLens(stack))
 
     def record(self, heads_file: str) -> EntryRecord:
-        """Return the entry as a record holds it.
+        """Return the entry as it is stored in a record.
 
         Args:
-            heads_file: The name of the file of its heads, if it has any.
+            heads_file: Name of the file that holds the entry's heads. Ignored without heads.
         """
         return EntryRecord(
             layer=self.layer,
@@ -107,21 +110,30 @@ def _stored_threshold(threshold: float) -> float | Literal["inf", "-inf"]:
 
 
 class Cascade:
-    """A base model and stages; each stage computes only the tokens that are hard below it.
+    """A base model and stages. Each stage computes only the tokens that are hard below it.
 
-    The tokens in a stage attend to the hard tokens before them and to the exit states of the easy
-    ones, at their own positions. A cascade is an `EarlyExit` of the base with the stages' layers
-    appended, so the same laws hold: with all thresholds at -inf the cascade is exactly the base;
-    with +inf it is the base with all layers appended; generating equals scoring.
+    The tokens in a stage attend to earlier hard tokens and to the exit states of earlier easy
+    tokens, each at its own position. A cascade is an `EarlyExit` of the base with the layers of all
+    stages appended, so the same laws hold. With all thresholds at -inf, the cascade is exactly the
+    base. With +inf, it is the base with all layers appended. Generating equals scoring.
 
     Args:
-        base: The base model; its weights are not changed.
-        propagation: What a stage sees of easy tokens: "frozen" (keys and values from their exit
-            states) or "exact" (they are computed once a hard token needs them).
-        provenance: Where it comes from.
+        base: Base model. Its weights are not changed.
+        propagation: How a stage gets keys and values of easy tokens: "frozen" (from their exit
+            states) or "exact" (computed when a hard token needs them).
+        provenance: Origin of the cascade.
 
     Raises:
-        UsageError: Another propagation.
+        UsageError: The propagation is neither "frozen" nor "exact".
+
+    Example:
+        >>> from cascade import Cascade, Entry, load
+        >>> from cascade.stages.stage import new_stage
+        >>> base = load("smollm2-135m")
+        >>> cascade = Cascade(base)
+        >>> cascade.add_stage(new_stage(base, num_layers=1), Entry(layer=29, threshold=0.95))
+        >>> cascade.stack.num_layers
+        31
     """
 
     def __init__(
@@ -140,73 +152,74 @@ class Cascade:
         self.propagation: Propagation = propagation
         self.provenance = provenance or CascadeProvenance()
         self.stages: list[Stage] = []
-        self.entrances: list[Entry] = []
+        self.entries: list[Entry] = []
         self._stacks = [base]
         self._exits: list[Exit] = []
         self._early_exits: dict[int, EarlyExit] = {}
 
     def add_stage(self, stage: Stage, entry: Entry) -> None:
-        """Append a stage, for tokens that are hard in all stages below it.
+        """Append a stage for tokens that are hard in all stages below it.
 
         Args:
-            stage: The stage; its weights take the base's dtype and device.
-            entry: Which tokens enter it.
+            stage: The stage. Its weights are moved to the base's dtype and device.
+            entry: Selects the tokens that enter the stage.
 
         Raises:
-            ModelError: The stage is of another width, vocabulary, tokenizer or base.
-            UsageError: An invalid entry, or one at or below the entry before it.
+            ModelError: The stage was made for another width, vocabulary, tokenizer or base.
+            UsageError: The entry is invalid, or not above the previous entry.
         """
         top = self.stack
         check_fits(top, stage)
         self._check_origin(stage)
-        leaving = entry.exit_of(top)
-        if self._exits and leaving.layer <= self._exits[-1].layer:
+        easy_exit = entry.exit_of(top)
+        if self._exits and easy_exit.layer <= self._exits[-1].layer:
             raise UsageError(
-                f"tokens enter this stage at layer {leaving.layer}, expected one above the entry "
-                f"before it, layer {self._exits[-1].layer}"
+                f"expected the stage's entry above layer {self._exits[-1].layer}, the previous "
+                f"stage's entry, got layer {easy_exit.layer}; choose a higher entry layer"
             )
         for module in (stage.layers, *([] if stage.head is None else [stage.head])):
             module.to(device=top.device, dtype=top.dtype)
         self._stacks.append(extended(top, stage))
-        self._exits.append(leaving)
+        self._exits.append(easy_exit)
         self.stages.append(stage)
-        self.entrances.append(entry)
+        self.entries.append(entry)
 
     def with_stage(
         self, stage: Stage, entry: Entry, *, provenance: CascadeProvenance | None = None
     ) -> Cascade:
-        """Return a cascade of the same base and stages, and one more; this one is not changed.
+        """Return a new cascade with one more stage. This cascade is not changed.
 
         Args:
-            stage: The stage; its weights take the base's dtype and device.
-            entry: Which tokens enter it.
-            provenance: Where the new cascade comes from.
+            stage: The stage. Its weights are moved to the base's dtype and device.
+            entry: Selects the tokens that enter the stage.
+            provenance: Origin of the new cascade.
 
         Raises:
-            ModelError: The stage is of another width, vocabulary, tokenizer or base.
-            UsageError: An invalid entry, or one at or below the entry before it.
+            ModelError: The stage was made for another width, vocabulary, tokenizer or base.
+            UsageError: The entry is invalid, or not above the previous entry.
         """
         longer = Cascade(self.base, propagation=self.propagation, provenance=provenance)
-        for own, before in zip(self.stages, self.entrances, strict=True):
+        for own, before in zip(self.stages, self.entries, strict=True):
             longer.add_stage(own, before)
         longer.add_stage(stage, entry)
         return longer
 
-    def entered_like(self, other: Cascade) -> Cascade:
-        """Return a cascade of these stages that tokens enter by the entries of another cascade.
+    def with_entries_of(self, other: Cascade) -> Cascade:
+        """Return a cascade with these stages and the entries of another cascade.
 
         Args:
-            other: Of the same base, with as many stages.
+            other: Cascade with the same base and the same number of stages.
 
         Raises:
-            UsageError: With more stages, or fewer.
+            UsageError: The number of stages differs.
         """
-        if len(other.entrances) != len(self.stages):
+        if len(other.entries) != len(self.stages):
             raise UsageError(
-                f"expected a cascade of {len(self.stages)} stages, got {len(other.entrances)}"
+                f"expected a cascade with {len(self.stages)} stages, got {len(other.entries)}; "
+                "train both cascades with the same number of stages"
             )
         same = Cascade(self.base, propagation=self.propagation)
-        for stage, entry in zip(self.stages, other.entrances, strict=True):
+        for stage, entry in zip(self.stages, other.entries, strict=True):
             same.add_stage(stage, entry)
         return same
 
@@ -222,13 +235,14 @@ class Cascade:
         if difference is not None:
             raise ModelError(
                 f"the stage was trained for another {names[difference.name]} "
-                f"({difference.expected}, here {difference.found}); train one for this model"
+                f"(expected {difference.expected}, got {difference.found}); train a stage for this "
+                "model"
             )
 
     def _difference(
         self, made_for: StageBase | CascadeBase, names: Iterable[str]
     ) -> _Difference | None:
-        """Return the first known difference between this base and another one."""
+        """Return the first known difference between this base and a recorded one."""
         own = self._base_record()
         for name in names:
             expected, found = getattr(made_for, name), getattr(own, name)
@@ -252,42 +266,45 @@ class Cascade:
 
     @property
     def stack(self) -> DecoderStack:
-        """The base with the layers of all stages appended, itself a decoder stack."""
+        """The base with the layers of all stages appended, as a decoder stack."""
         return self._stacks[-1]
 
     def stack_below(self, stages: int) -> DecoderStack:
-        """Return the base with the layers of its first stages, 0 for the base alone."""
+        """Return the base with the layers of its first `stages` stages (0: the base alone)."""
         return self._stacks[stages]
 
     @property
     def deciding_layer(self) -> int:
-        """The layer by whose similarity tokens enter a next stage, where none is given.
+        """Default entry layer of the next stage.
 
-        The last layer of the last stage; of a base alone the second to last.
+        The last layer of the last stage. Without stages, the second to last layer of the base.
         """
         last = self.stack.num_layers
         return last if self.stages else max(1, last - 1)
 
     def routed(self) -> DecoderStack:
-        """Return the stack whose `visit` lets tokens exit as they do in the cascade.
+        """Return a stack whose `visit` lets tokens exit as they do in the cascade.
 
-        Every later entry of the history of an exited token is its exit state. The hard tokens of a
-        next stage are collected from this stack.
+        After a token has exited, every later entry of its hidden history is its exit state. The
+        hard tokens of the next stage are collected from this stack.
         """
         return RoutedStack(self.early_exit())
 
     def early_exit(self, stages: int | None = None) -> EarlyExit:
-        """Return the cascade, or its first stages, as the `EarlyExit` that runs it.
+        """Return the `EarlyExit` that runs the cascade.
 
         Args:
-            stages: How many stages; all where None, 0 for the base alone.
+            stages: Number of stages to use; 0 for the base alone (default: all).
 
         Raises:
-            UsageError: More than there are.
+            UsageError: The cascade has fewer stages.
         """
         count = len(self.stages) if stages is None else stages
         if not 0 <= count <= len(self.stages):
-            raise UsageError(f"expected 0 to {len(self.stages)} stages, got {count}")
+            raise UsageError(
+                f"expected 0 to {len(self.stages)} stages, got {count}; the cascade has "
+                f"{len(self.stages)}"
+            )
         if count not in self._early_exits:
             self._early_exits[count] = EarlyExit(
                 self._stacks[count], exits=self._exits[:count], propagation=self.propagation
@@ -302,13 +319,13 @@ class Cascade:
         stages: int | None = None,
         keep_logits: bool = False,
     ) -> Score:
-        """Run over given tokens; see `EarlyExit.score`.
+        """Score given tokens with the cascade; see `EarlyExit.score`.
 
         Args:
-            input_ids: `[B, T]`.
-            attention_mask: `[B, T]`.
-            stages: How many stages are used; all where None.
-            keep_logits: Whether to return all logits.
+            input_ids: Token ids, `[B, T]`.
+            attention_mask: 1 for tokens, 0 for padding, `[B, T]`.
+            stages: Number of stages to use (default: all).
+            keep_logits: Return all logits.
         """
         return self.early_exit(stages).score(input_ids, attention_mask, keep_logits=keep_logits)
 
@@ -320,31 +337,31 @@ class Cascade:
         stages: int | None = None,
         **kwargs: Any,
     ) -> Tensor | Generation:
-        """Generate; see `EarlyExit.generate`.
+        """Generate text with the cascade; see `EarlyExit.generate`.
 
         Args:
-            input_ids: `[B, T]`, padded on the left.
-            attention_mask: `[B, T]`.
-            stages: How many stages are used; all where None.
-            kwargs: The settings of `EarlyExit.generate`.
+            input_ids: Token ids, `[B, T]`, padded on the left.
+            attention_mask: 1 for tokens, 0 for padding, `[B, T]`.
+            stages: Number of stages to use (default: all).
+            kwargs: Options of `EarlyExit.generate`.
         """
         return self.early_exit(stages).generate(input_ids, attention_mask, **kwargs)
 
     def exit_shares(self, score: Score) -> list[float]:
-        """Return the share of tokens that exit below each stage, and after the last one.
+        """Return the share of tokens that exit below each stage and after the last one.
 
         Args:
-            score: Of the whole cascade.
+            score: Score of the whole cascade.
         """
-        places = [at.layer for at in self._exits] + [self.stack.num_layers]
+        layers = [at.layer for at in self._exits] + [self.stack.num_layers]
         total = score.exit_layers.numel()
-        return [float((score.exit_layers == place).sum()) / total for place in places]
+        return [float((score.exit_layers == layer).sum()) / total for layer in layers]
 
     def stage_rows(self, counts: Counts) -> list[StageWork]:
-        """Return what each stage computed, summed over its layers.
+        """Return the rows that each stage computed, summed over its layers.
 
         Args:
-            counts: Of a score or a generation of the whole cascade.
+            counts: Counts of a score or a generation of the whole cascade.
         """
         rows = []
         for below, above in zip(self._stacks, self._stacks[1:], strict=False):
@@ -357,11 +374,11 @@ class Cascade:
             )
         return rows
 
-    # --- saved -------------------------------------------------------------------------------
+    # --- Saving and loading ------------------------------------------------------------------
 
     def record(self) -> CascadeRecord:
-        """Return the record that `save_pretrained` writes, without the hashes of the files."""
-        numbered = enumerate(zip(self.stages, self.entrances, strict=True), start=1)
+        """Return the record that `save_pretrained` writes, without file hashes."""
+        numbered = enumerate(zip(self.stages, self.entries, strict=True), start=1)
         return CascadeRecord(
             base=self._base_record(),
             propagation="exact" if self.propagation == "exact" else "frozen",
@@ -380,27 +397,27 @@ class Cascade:
         )
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write stages, entries and provenance to a folder; the base is named, not copied.
+        """Write stages, entries and provenance to a folder. The base is named, not copied.
 
-        All files appear together, or none.
+        Either all files are written or none.
 
         Args:
-            folder: The folder, made where it is missing.
-            overwrite: Replace a cascade that is there.
+            folder: Output folder. It is created if missing.
+            overwrite: Replace an existing cascade.
 
         Raises:
-            OutputError: It holds a cascade already, or cannot be written.
+            OutputError: The folder already holds a cascade, or it cannot be written.
         """
-        heads = [entry.heads for entry in self.entrances]
+        heads = [entry.heads for entry in self.entries]
         write_cascade(Path(folder), self.record(), self.stages, heads, overwrite=overwrite)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **kwargs: Any) -> Any:
-        """Upload what `save_pretrained` writes to a model repository of the hub.
+        """Upload the cascade to a model repository on the Hugging Face Hub.
 
         Args:
-            repo_id: "ORG/NAME"; made where it is missing.
-            private: Whether a repository that is made is private.
-            kwargs: For `huggingface_hub.HfApi.upload_folder`: revision, commit_message, ...
+            repo_id: "ORG/NAME". The repository is created if missing.
+            private: Make a newly created repository private.
+            kwargs: Passed to `huggingface_hub.HfApi.upload_folder`: revision, commit_message, ...
         """
         return upload(self.save_pretrained, repo_id, private=private, **kwargs)
 
@@ -414,26 +431,27 @@ class Cascade:
         dtype: str = "float32",
         device: str = "cpu",
     ) -> Cascade:
-        """Read a cascade that `save_pretrained` wrote.
+        """Load a cascade that `save_pretrained` wrote.
 
         Args:
-            source: The folder, or a hub id.
-            base: Its base model, where it is loaded already.
-            revision: Of the hub.
-            dtype: To load the base in.
-            device: To load the base on.
+            source: Folder or Hub id.
+            base: The base model (default: load the recorded one).
+            revision: Hub revision of the cascade.
+            dtype: Dtype of a base that is loaded here.
+            device: Device of a base that is loaded here.
 
         Raises:
-            RecordError: Nothing is there, or it is torn, edited or of a newer release.
-            ModelError: The base is another model than the one it was made for.
+            RecordError: The cascade is missing, torn, edited or from a newer release.
+            UsageError: The record names no base model, and `base` is not given.
+            ModelError: `base` is not the model that the cascade was made for.
         """
         folder = local_folder(source, revision)
         record = read_cascade_record(folder)
         if base is None:
             if record.base.source is None:
                 raise UsageError(
-                    f"{source} was made for a model without a name; give it: "
-                    "Cascade.from_pretrained(folder, base)"
+                    f"expected a base model for {source}, which was made for a model without a "
+                    "name; pass it: Cascade.from_pretrained(folder, base)"
                 )
             base = load(
                 record.base.source, revision=record.base.revision, dtype=dtype, device=device
@@ -452,15 +470,15 @@ class Cascade:
         difference = self._difference(made_for, names)
         if difference is not None:
             raise ModelError(
-                f"the cascade was made for the base {made_for.name or '(unnamed)'} with "
-                f"{difference.name} {difference.expected}, this model has {difference.found}; "
-                "load that base, or train stages for this one"
+                f"the cascade was made for the base {made_for.name or '(unnamed)'}: expected "
+                f"{difference.name} {difference.expected}, got {difference.found}; load that base, "
+                "or train stages for this model"
             )
 
 
 @dataclass(frozen=True)
 class _Difference:
-    """What a base was expected to be, and what it is."""
+    """A field of the base's record, with its expected and its actual value."""
 
     name: str
     expected: object
@@ -471,7 +489,7 @@ class RoutedStack(DecoderStack):
     """A cascade's stack whose `visit` lets tokens exit as they do in the cascade.
 
     Args:
-        early: The cascade, as what runs it.
+        early: The `EarlyExit` that runs the cascade.
     """
 
     def __init__(self, early: EarlyExit) -> None:
@@ -482,7 +500,7 @@ class RoutedStack(DecoderStack):
 
     @torch.no_grad()
     def visit(self, input_ids: Tensor, visitor: Callable[[int, Tensor], None]) -> Tensor | None:
-        """Show each entry of the hidden history; see `DecoderStack.visit`."""
+        """Pass each entry of the hidden history to `visitor`; see `DecoderStack.visit`."""
         layers, (batch, length) = self._early.layers, input_ids.shape
         chunk = make_chunk(self, input_ids, torch.ones_like(input_ids))
         cache = layers.new_cache(batch, length, keep=False)

@@ -1,4 +1,4 @@
-"""Controls of a cascade: the same stage, trained on all tokens or on as many random ones."""
+"""Controls of a cascade: the same stage, trained on all tokens or on random tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cascade.stages.training import Training, train_stage
 Control = Literal["all", "random"]
 CONTROLS: tuple[Control, ...] = ("all", "random")
 
-#: In a cascade's folder: the controls, each in a folder named after its tokens.
+#: Subfolder of a cascade that holds one folder per control, named after the control.
 CONTROLS_FOLDER = "controls"
 
 
@@ -33,24 +33,25 @@ def train_control(
     resume: bool = False,
     progress: TrainingProgress | None = None,
 ) -> Training:
-    """Train a stage as another one was trained, for as many steps, on other tokens.
+    """Train a control: the same configuration and number of steps, on other tokens.
 
     Args:
-        stack: The model that the stage follows; its weights are not changed.
-        tokens: Its exit states.
+        stack: Model that the stage follows. Its weights are not changed.
+        tokens: Exit states of that model.
         trained: The stage that was trained on hard tokens.
-        control: The tokens to train on instead.
-        folder: For checkpoints.
-        resume: Continue from the last checkpoint in the folder, where there is one.
-        progress: Called as the training goes.
+        control: Tokens to train on instead.
+        folder: Folder for checkpoints.
+        resume: Continue from the last checkpoint in the folder, if there is one.
+        progress: Called during training.
 
     Raises:
-        TrainingError: A loss is NaN or infinite, or a checkpoint is cut short or of another config.
+        TrainingError: A loss is NaN or infinite, or a checkpoint is incomplete or belongs to
+            another configuration.
     """
     return train_stage(
         stack,
         tokens,
-        dataclasses.replace(trained.provenance.recipe, routing=control),
+        dataclasses.replace(trained.provenance.config, routing=control),
         folder,
         steps=max(1, trained.steps),
         resume=resume and can_resume(folder),
@@ -59,28 +60,28 @@ def train_control(
 
 
 def control_entry(control: Control, below: DecoderStack, tokens: HardTokens) -> Entry:
-    """Return the entry by which a control's own tokens enter its stage.
+    """Return the entry that selects the tokens a control was trained on.
 
     Args:
-        control: The tokens: all of them, or as many drawn at random as are hard.
-        below: The model that the stage follows.
+        control: "all" tokens, or "random" for as many random tokens as are hard.
+        below: Model that the stage follows.
         tokens: The hard tokens.
     """
     if control == "all":
         return Entry(below.num_layers, math.inf, "fixed")
-    return Entry(below.num_layers, tokens.record.parts["train"].hard_ratio, "random")
+    return Entry(below.num_layers, tokens.record.splits["train"].hard_ratio, "random")
 
 
 def read_controls(folder: Path, base: DecoderStack) -> dict[str, Cascade]:
-    """Read the controls that were saved with a cascade; those that are missing are left out.
+    """Load the controls that were saved with a cascade, without the missing ones.
 
     Args:
-        folder: The cascade's.
-        base: Its base model.
+        folder: Folder of the cascade.
+        base: Base model of the cascade.
 
     Raises:
-        RecordError: A control is torn, edited or of a newer release.
-        ModelError: The base is another model than the one that it was made for.
+        RecordError: A control is torn, edited or from a newer release.
+        ModelError: A control was made for another base model.
     """
     folders = {control: folder / CONTROLS_FOLDER / control for control in CONTROLS}
     return {

@@ -1,4 +1,4 @@
-"""Evaluating a cascade: the base alone, with each stage, and against the controls."""
+"""Evaluate a cascade: the base alone, the base with each stage, and the controls."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from cascade.stages.records import (
 )
 from cascade.stats.resampling import draws, interval
 
-#: The scopes of every figure; a token counts by the text that it predicts.
+#: The scopes of every figure. A token counts by the text that it predicts.
 SCOPES = ("all", "easy", "hard", "response", "easy_response", "hard_response")
 
 
-#: The scopes by which a cascade is judged.
+#: The scopes that the verdict can use.
 Scope = Literal["all", "response"]
 
 
@@ -58,7 +58,7 @@ class _Variant:
         self.counts = Counts.of(self.early.stack.num_layers)
 
     def add(self, batch: Tensor) -> None:
-        """Score a batch, and keep its losses, hits and exits."""
+        """Score a batch and keep its losses, hits and exits."""
         score = self.early.score(batch, torch.ones_like(batch))
         self.losses.append(-score.log_probabilities.double().cpu().numpy())
         self.hits.append((score.predictions[:, :-1] == batch[:, 1:]).cpu().numpy())
@@ -76,34 +76,51 @@ def evaluate_cascade(
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CascadeEvaluationRecord:
-    """Measure a cascade on text, stage by stage, and its controls.
+    """Measure a cascade on text, stage by stage, and compare it with its controls.
 
     Easy and hard tokens are those of the first stage's entry. They are the same in every row, so
-    that rows can be compared.
+    rows can be compared.
 
     Args:
-        cascade: At least one stage.
+        cascade: Cascade with at least one stage.
         blocks: Held-out text, read with `marks=True`.
-        controls: The tokens of a control, "all" or as many drawn at "random" -> a cascade whose
-            only difference is a last stage trained on those tokens. Each is measured with its own
-            entry and with the cascade's.
-        batch_size: Sequences per pass.
-        seed: Seed of the intervals.
-        command: The command that the user ran, for the record.
-        progress: Called with the number of tokens done since the last call.
+        controls: Maps "all" or "random" to a cascade that differs only in its last stage, which was
+            trained on all tokens or on as many random tokens. Each control is measured twice: with
+            its own entry and with the cascade's.
+        batch_size: Sequences per forward pass.
+        seed: Seed of the confidence intervals.
+        command: Command that the user ran, for the record.
+        progress: Called with the number of tokens processed since the last call.
 
     Returns:
         Figures of every variant, comparisons of the cascade with each control, and a verdict.
 
     Raises:
-        UsageError: A cascade without stages.
-        CorpusError: Text without marks.
+        UsageError: The cascade has no stages.
+        CorpusError: The text has no marks.
+
+    Example:
+        >>> from cascade import Cascade, Entry, evaluate_cascade, load, load_blocks
+        >>> from cascade.stages.stage import new_stage
+        >>> base = load("smollm2-135m")
+        >>> cascade = Cascade(base)
+        >>> cascade.add_stage(new_stage(base, num_layers=1), Entry(layer=29, threshold=0.95))
+        >>> text = load_blocks(
+        ...     "embedded", base.tokenizer, max_tokens=256, part="held-out", marks=True
+        ... )
+        >>> record = evaluate_cascade(cascade, text)
+        >>> record.verdict.helps  # the stage is not trained
+        False
     """
     check_seed(seed)
     if not cascade.stages:
-        raise UsageError("expected a cascade with at least one stage, got the base alone")
+        raise UsageError(
+            "expected a cascade with at least one stage, got the base alone; add a stage first"
+        )
     if blocks.response is None:
-        raise CorpusError("the text does not say what is response; read it with marks=True")
+        raise CorpusError(
+            "expected text with marks of its response tokens, got none; read it with marks=True"
+        )
     check_blocks(cascade.base, blocks, batch_size)
     variants = _variants(cascade, controls or {})
     base, first_stage = variants[0], variants[1]
@@ -121,7 +138,7 @@ def evaluate_cascade(
         _row(variant, own, sums[0], base, blocks.tokens, seed)
         for variant, own in zip(variants, sums, strict=True)
     ]
-    main = next(place for place, variant in enumerate(variants) if variant.name == "cascade")
+    main = next(index for index, variant in enumerate(variants) if variant.name == "cascade")
     comparisons = [
         _compared(variant, sums[main], own, seed)
         for variant, own in zip(variants, sums, strict=True)
@@ -144,7 +161,7 @@ def _variants(cascade: Cascade, controls: Mapping[str, Cascade]) -> list[_Varian
         early = cascade.early_exit(count)
         variants.append(_Variant(name, early, count, "hard", "hard", cascade))
     for tokens, control in controls.items():
-        like = control.entered_like(cascade)
+        like = control.with_entries_of(cascade)
         early = like.early_exit()
         variants.append(_Variant(f"trained on {tokens}", early, last, tokens, "hard", like))
         own = control.early_exit()
@@ -168,9 +185,9 @@ class SequenceSums:
     """Sums per sequence, `[S]`, by scope.
 
     Attributes:
-        losses: Of negative log-probabilities, in nats.
-        hits: Of tokens that are predicted.
-        tokens: Of tokens.
+        losses: Negative log-probabilities, in nats.
+        hits: Correctly predicted tokens.
+        tokens: Tokens.
     """
 
     losses: dict[str, Array]
@@ -196,7 +213,7 @@ def _row(
     seed: int,
 ) -> VariantFigures:
     exit_layers = np.concatenate(variant.exit_layers)
-    places = [at.layer for at in variant.early.exits] + [variant.early.stack.num_layers]
+    layers = [at.layer for at in variant.early.exits] + [variant.early.stack.num_layers]
     return VariantFigures(
         name=variant.name,
         stages=variant.stages,
@@ -206,8 +223,8 @@ def _row(
             scope: _scope(own, base, scope, seed) for scope in SCOPES if own.tokens[scope].any()
         },
         exits=[
-            ExitShare(layer=place, share=float((exit_layers == place).mean()))
-            for place in sorted(set(places))
+            ExitShare(layer=layer, share=float((exit_layers == layer).mean()))
+            for layer in sorted(set(layers))
         ],
         layers_per_token=sum(variant.counts.layer_rows) / tokens,
         operations_ratio=flops(variant.early.stack, variant.counts)
@@ -232,12 +249,12 @@ def _scope(own: SequenceSums, base: SequenceSums, scope: str, seed: int) -> Scop
 def perplexity_ratio(
     own: SequenceSums, other: SequenceSums, scope: str, seed: int
 ) -> tuple[float, list[float]]:
-    """Return the ratio of two perplexities, and its 95 % interval over resampled sequences.
+    """Return the ratio of two perplexities and its 95 % interval over resampled sequences.
 
     Args:
-        own: Of one variant.
-        other: Of another one, over the same tokens.
-        scope: The tokens.
+        own: Sums of one variant.
+        other: Sums of another variant over the same tokens.
+        scope: Scope of the tokens, one of `SCOPES`.
         seed: Seed of the resamples.
     """
     difference, tokens = own.losses[scope] - other.losses[scope], own.tokens[scope]
@@ -251,7 +268,7 @@ def perplexity_ratio(
 def _compared(
     variant: _Variant, main: SequenceSums, control: SequenceSums, seed: int
 ) -> ControlComparison:
-    """Return whether the cascade's perplexity is below a control's, on all and response text."""
+    """Compare the cascade's perplexity with a control's, on all text and on response text."""
     return ControlComparison(
         control=variant.name,
         trained_on=variant.trained_on,
@@ -280,11 +297,11 @@ def _paired(
 def verdict_of(
     scopes: Mapping[str, ScopeFigures], comparisons: Sequence[ControlComparison]
 ) -> CascadeVerdict:
-    """Return whether the stages help, and whether it pays to send them the hard tokens.
+    """Return whether the stages help, and whether routing by hardness pays off.
 
     Args:
-        scopes: The cascade's figures; judged by response text where there is any.
-        comparisons: The cascade against each control.
+        scopes: Figures of the cascade. The verdict uses response text if there is any.
+        comparisons: Comparisons of the cascade with each control.
     """
     scope: Scope = "response" if "response" in scopes else "all"
     figures = scopes[scope]
@@ -296,7 +313,7 @@ def verdict_of(
     elif low > 1:
         stage = f"the stage harms: perplexity of {text} {ratio}"
     else:
-        stage = f"nothing can be said of the stage: perplexity of {text} {ratio}"
+        stage = f"the stage has no significant effect: perplexity of {text} {ratio}"
     random = _comparison(comparisons, "random", "random", scope)
     trained = _comparison(comparisons, "all", "hard", scope)
     return CascadeVerdict(
@@ -311,7 +328,7 @@ def verdict_of(
 def _comparison(
     comparisons: Sequence[ControlComparison], trained_on: str, entered_by: str, scope: Scope
 ) -> PairedRatio | None:
-    """Return the cascade's ratio to one control; None where there is no such control."""
+    """Return the cascade's perplexity ratio to one control; None without that control."""
     for one in comparisons:
         if (one.trained_on, one.entered_by) == (trained_on, entered_by):
             ratio = one.response if scope == "response" else one.all
@@ -320,23 +337,24 @@ def _comparison(
 
 
 def _routing(random: PairedRatio) -> str:
-    """Say what sending hard tokens is worth, compared with as many random ones: the same work."""
+    """Describe the effect of routing hard tokens, compared with the same work on random tokens."""
     low, high = random.interval
-    against = f"{random.ratio:.3f} x ({low:.3f} to {high:.3f}) the perplexity of as many random"
+    ratio = f"{random.ratio:.3f} x ({low:.3f} to {high:.3f}) the perplexity of routing as many"
     return {
-        "cascade": f"routing by hardness earns its keep: {against} tokens",
-        "control": f"routing by hardness does not earn its keep: {against} tokens",
-        "neither": f"routing by hardness and at random cannot be told apart: {against} tokens",
+        "cascade": f"routing by hardness is better than random routing: {ratio} random tokens",
+        "control": f"routing by hardness is worse than random routing: {ratio} random tokens",
+        "neither": "routing by hardness does not differ significantly from random routing: "
+        f"{ratio} random tokens",
     }[random.wins]
 
 
 def _training(trained: PairedRatio) -> str:
-    """Say what training on hard tokens alone is worth, where hard tokens enter in any case."""
+    """Describe the effect of training on hard tokens only; hard tokens enter in both cases."""
     low, high = trained.interval
-    against = f"{trained.ratio:.3f} x ({low:.3f} to {high:.3f}) the perplexity of a stage"
+    ratio = f"{trained.ratio:.3f} x ({low:.3f} to {high:.3f}) the perplexity of a stage trained"
     return {
-        "cascade": f"training on hard tokens alone is better: {against} trained on all",
-        "control": f"training on all tokens is better: {against} trained on all",
-        "neither": f"training on hard tokens alone and on all cannot be told apart: {against} "
-        "trained on all",
+        "cascade": f"training on hard tokens only is better: {ratio} on all tokens",
+        "control": f"training on all tokens is better: {ratio} on all tokens",
+        "neither": "training on hard tokens only does not differ significantly from training on "
+        f"all tokens: {ratio} on all tokens",
     }[trained.wins]

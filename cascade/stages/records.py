@@ -1,8 +1,10 @@
-"""The records of stages: how one was trained, a saved cascade, and what a cascade is worth."""
+"""Records of stages: training provenance, saved cascades and evaluations of cascades."""
 
 from __future__ import annotations
 
 from typing import ClassVar, Literal
+
+from msgspec import field
 
 from cascade.core.display import Displayed, origin_of
 from cascade.core.provenance import CorpusProvenance, MachineProvenance, Provenance
@@ -26,7 +28,7 @@ from cascade.stages.training_config import Start, TrainingConfig
 
 
 class StageBase(Part, frozen=True, kw_only=True):
-    """The base model that a stage was trained for; a value that is not known is null or absent."""
+    """The base model that a stage was trained for. Unknown values are null or absent."""
 
     name: str | UnsetType | None = UNSET
     weights_hash: str | UnsetType | None = UNSET
@@ -38,30 +40,30 @@ class StageTokens(Part, frozen=True, kw_only=True):
     """The hard tokens that a stage was trained on.
 
     Attributes:
-        layer: The exit layer whose similarity decides.
-        threshold: A token whose similarity is below it is hard.
-        parts: What each split holds.
-        corpora: The text of each split.
+        layer: Exit layer whose similarity decides which tokens are hard.
+        threshold: A token with a similarity below this value is hard.
+        splits: Sequence and token counts of each split.
+        corpora: Text of each split.
     """
 
     layer: Count
     threshold: Finite
-    parts: dict[Split, SplitCounts]
+    splits: dict[Split, SplitCounts] = field(name="parts")
     corpora: dict[Split, CorpusProvenance]
 
 
 class HeldOutEvaluation(Part, frozen=True, kw_only=True):
     """One evaluation on the held-out split during training.
 
-    Each figure is the cascade's perplexity relative to that without the stage, over the tokens of
-    one scope; a scope without tokens is absent.
+    Each figure is the perplexity of the cascade divided by the perplexity without the stage, over
+    the tokens of one scope. A scope without tokens is absent.
 
     Attributes:
-        step: After so many steps; 0 before the first.
-        all: Over all tokens.
-        hard: Over tokens that enter the stage.
-        response: Over response text.
-        hard_response: Over response text that enters the stage.
+        step: Number of training steps before this evaluation.
+        all: Ratio over all tokens.
+        hard: Ratio over tokens that enter the stage.
+        response: Ratio over response text.
+        hard_response: Ratio over response text that enters the stage.
     """
 
     step: Index
@@ -72,7 +74,7 @@ class HeldOutEvaluation(Part, frozen=True, kw_only=True):
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The figures by scope, absent ones left out."""
+        """The figures by scope, without absent ones."""
         figures = {
             "all": self.all,
             "hard": self.hard,
@@ -83,20 +85,20 @@ class HeldOutEvaluation(Part, frozen=True, kw_only=True):
 
     @property
     def worst(self) -> float:
-        """The figure that stages are chosen by: the larger of all text's and response text's."""
+        """The figure that selects a stage: the larger ratio of all text and response text."""
         return max(self.all, 0.0 if self.response is UNSET else self.response)
 
 
 class StageProvenance(Part, frozen=True, kw_only=True):
-    """How a stage was trained, as far as it is known; nothing of a stage that was not trained."""
+    """How a stage was trained, as far as known. All fields are absent for an untrained stage."""
 
     base: StageBase | UnsetType = UNSET
     tokens: StageTokens | UnsetType = UNSET
-    recipe: TrainingConfig | UnsetType = UNSET
+    config: TrainingConfig | UnsetType = field(default=UNSET, name="recipe")
     steps: Index | UnsetType = UNSET
     chosen_step: Index | UnsetType = UNSET
     perplexities_without: dict[str, float] | UnsetType = UNSET
-    looks: list[HeldOutEvaluation] | UnsetType = UNSET
+    evaluations: list[HeldOutEvaluation] | UnsetType = field(default=UNSET, name="looks")
     machine: MachineProvenance | UnsetType = UNSET
 
 
@@ -104,23 +106,23 @@ class TrainingProvenance(StageProvenance, frozen=True, kw_only=True):
     """How `train_stage` trained a stage.
 
     Attributes:
-        base: The base model.
-        tokens: The hard tokens.
-        recipe: The options of training.
-        steps: Steps made.
-        chosen_step: The step whose weights the stage has.
+        base: Base model.
+        tokens: Hard tokens that the stage was trained on.
+        config: Training options.
+        steps: Number of training steps.
+        chosen_step: Step whose weights the stage has.
         perplexities_without: Held-out perplexity without the stage, by scope.
-        looks: Every evaluation on the held-out split, that before the first step included.
-        machine: Where it was trained.
+        evaluations: All evaluations on the held-out split, including the one before the first step.
+        machine: Machine that trained the stage.
     """
 
     base: StageBase
     tokens: StageTokens
-    recipe: TrainingConfig
+    config: TrainingConfig = field(name="recipe")
     steps: Index
     chosen_step: Index
     perplexities_without: dict[str, float]
-    looks: list[HeldOutEvaluation]
+    evaluations: list[HeldOutEvaluation] = field(name="looks")
     machine: MachineProvenance
 
 
@@ -142,13 +144,14 @@ class CascadeBase(Part, frozen=True, kw_only=True):
 
 
 class EntryRecord(Part, frozen=True, kw_only=True):
-    """Which tokens enter a stage.
+    """The entry of a stage: the exit that easy tokens take below it.
 
     Attributes:
-        layer: The exit layer, of the model below the stage.
-        rule: The exit rule.
-        threshold: Tokens with a confidence at or above it exit; infinities are text in JSON.
-        heads: The file of fitted heads, if easy tokens exit through one.
+        layer: Exit layer of the model below the stage.
+        rule: Name of the exit rule.
+        threshold: Tokens with a confidence at or above this value exit. Infinities are strings in
+            JSON.
+        heads: File of fitted heads, if easy tokens exit through one.
     """
 
     layer: Count
@@ -161,13 +164,13 @@ class StageRecord(Part, frozen=True, kw_only=True):
     """One stage of a cascade.
 
     Attributes:
-        file: Its weights.
-        num_layers: Its layers.
-        start: What they started from.
-        own_head: Whether it has an LM head of its own.
-        entry: Which tokens enter it.
-        provenance: How it was trained.
-        sha256: The hash of the file; absent where the cascade was not saved.
+        file: File of the stage's weights.
+        num_layers: Number of layers.
+        start: Initial weights of the layers: "copies" or "fresh".
+        own_head: Whether the stage has a separate LM head.
+        entry: Selects the tokens that enter the stage.
+        provenance: How the stage was trained.
+        sha256: Hash of the file; absent if the cascade was not saved.
     """
 
     file: Text
@@ -180,19 +183,19 @@ class StageRecord(Part, frozen=True, kw_only=True):
 
 
 class CascadeProvenance(Part, frozen=True, kw_only=True):
-    """Where a cascade comes from."""
+    """The origin of a cascade."""
 
     command: str | UnsetType | None = UNSET
 
 
 class CascadeRecord(StoredRecord, frozen=True, kw_only=True):
-    """A cascade: its base by name and hash, and its stages.
+    """A cascade: the name and hash of its base, and its stages.
 
     Attributes:
-        base: The base model.
-        propagation: What a stage sees of easy tokens.
-        stages: The stages, in order.
-        provenance: Where it comes from.
+        base: Base model.
+        propagation: How a stage gets keys and values of easy tokens.
+        stages: Stages, in order.
+        provenance: Origin of the cascade.
     """
 
     KIND: ClassVar[str] = "cascade"
@@ -207,9 +210,9 @@ class CascadeRecord(StoredRecord, frozen=True, kw_only=True):
     provenance: CascadeProvenance | None = None
 
 
-# --- What a cascade is worth -----------------------------------------------------------------
+# --- An evaluation of a cascade --------------------------------------------------------------
 
-#: Which side of a comparison has the lower perplexity, with 95 % confidence.
+#: The side of a comparison with the lower perplexity, at 95 % confidence.
 Winner = Literal["cascade", "control", "neither"]
 
 
@@ -217,11 +220,11 @@ class ScopeFigures(Part, frozen=True, kw_only=True):
     """The figures of one variant over the tokens of one scope.
 
     Attributes:
-        tokens: Tokens that are predicted.
-        perplexity: Of the variant.
-        accuracy: The share of tokens that it predicts.
-        ratio: Its perplexity relative to the base's.
-        ratio_interval: The ratio's 95 % interval over resampled sequences.
+        tokens: Number of predicted tokens.
+        perplexity: Perplexity of the variant.
+        accuracy: Share of tokens that the variant predicts correctly.
+        ratio: Perplexity divided by that of the base.
+        ratio_interval: 95 % interval of the ratio over resampled sequences.
     """
 
     tokens: Count
@@ -239,11 +242,11 @@ class ExitShare(Part, frozen=True, kw_only=True):
 
 
 class StageWork(Part, frozen=True, kw_only=True):
-    """What a stage computed, summed over its layers.
+    """The rows that a stage computed, summed over its layers.
 
     Attributes:
-        layer_rows: Token rows that went through a layer.
-        key_value_rows: Token rows of which only keys and values were computed.
+        layer_rows: Token rows that passed through a layer.
+        key_value_rows: Token rows for which only keys and values were computed.
     """
 
     layer_rows: Index
@@ -255,15 +258,15 @@ class VariantFigures(Part, frozen=True, kw_only=True):
 
     Attributes:
         name: For example "base", "stage 1", "cascade" or "trained on all".
-        stages: Its stages.
-        trained_on: The tokens that its last stage was trained on; null for the base.
-        entered_by: The tokens that enter its last stage; null for the base.
-        scopes: Its figures by scope; a scope without tokens is absent.
-        exits: The share of tokens that exit at each layer.
-        layers_per_token: Layers computed per token, on average.
-        operations_ratio: Floating-point operations relative to the base's.
-        stage_rows: What each stage computed.
-        counts: Everything that was computed.
+        stages: Number of stages.
+        trained_on: Tokens that the last stage was trained on; null for the base.
+        entered_by: Tokens that enter the last stage; null for the base.
+        scopes: Figures by scope. A scope without tokens is absent.
+        exits: Share of tokens that exit at each layer.
+        layers_per_token: Mean number of layers computed per token.
+        operations_ratio: Floating-point operations divided by those of the base.
+        stage_rows: Rows that each stage computed.
+        counts: Counts of all computed rows.
     """
 
     name: str
@@ -279,7 +282,7 @@ class VariantFigures(Part, frozen=True, kw_only=True):
 
 
 class PairedRatio(Part, frozen=True, kw_only=True):
-    """The cascade's perplexity relative to a control's, with its 95 % interval."""
+    """The cascade's perplexity divided by a control's, with its 95 % interval."""
 
     ratio: Finite
     interval: Interval
@@ -287,14 +290,14 @@ class PairedRatio(Part, frozen=True, kw_only=True):
 
 
 class ControlComparison(Part, frozen=True, kw_only=True):
-    """The cascade against one control; response text is absent where the text has none.
+    """A comparison of the cascade with one control.
 
     Attributes:
-        control: The control's name.
-        trained_on: The tokens that its last stage was trained on.
-        entered_by: The tokens that enter its last stage.
-        all: Over all tokens.
-        response: Over response text.
+        control: Name of the control.
+        trained_on: Tokens that the control's last stage was trained on.
+        entered_by: Tokens that enter the control's last stage.
+        all: Ratio over all tokens.
+        response: Ratio over response text; absent if the text has none.
     """
 
     control: str
@@ -305,14 +308,17 @@ class ControlComparison(Part, frozen=True, kw_only=True):
 
 
 class CascadeVerdict(Part, frozen=True, kw_only=True):
-    """What a cascade is worth, in words.
+    """The verdict on a cascade.
 
     Attributes:
-        stage: Whether the stages help.
-        helps: Whether they do with 95 % confidence.
-        routing: Whether hard tokens are better than random ones; null without that control.
-        training: Whether training on hard tokens alone is better than on all; null likewise.
-        earns_its_keep: Whether routing by hardness wins; null without that control.
+        stage: A sentence on whether the stages help.
+        helps: Whether the stages help, at 95 % confidence.
+        routing: A sentence that compares routing hard tokens with routing random tokens; null
+            without that control.
+        training: A sentence that compares training on hard tokens only with training on all
+            tokens; null without that control.
+        earns_its_keep: Whether routing by hardness is better than random routing, at 95 %
+            confidence; null without that control.
     """
 
     stage: str
@@ -328,9 +334,9 @@ class CascadeEvaluationRecord(Displayed, StoredRecord, frozen=True, kw_only=True
     Attributes:
         provenance: Base model, text, machine, versions and command.
         cascade: The cascade.
-        rows: Every variant, the base first.
-        comparisons: The cascade against each control.
-        verdict: What it is worth.
+        rows: Figures of every variant, the base first.
+        comparisons: Comparisons of the cascade with each control.
+        verdict: Whether the stages help and routing by hardness pays off.
     """
 
     KIND: ClassVar[str] = "cascade-evaluation"

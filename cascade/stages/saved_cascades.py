@@ -1,4 +1,4 @@
-"""Saved cascades: the files of a folder, written together, read with checks, or uploaded."""
+"""Save, load and upload cascades. A cascade is a folder of files that are written together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cascade.models.weights import file_hash
 from cascade.stages.records import CascadeRecord, StageProvenance, StageRecord
 from cascade.stages.stage import Stage, new_stage
 
-#: The record of a saved cascade, in its folder.
+#: File name of the record in the folder of a saved cascade.
 CONFIG = "cascade_config.json"
 
 
@@ -33,17 +33,17 @@ def write_cascade(
     *,
     overwrite: bool,
 ) -> None:
-    """Write a cascade to a folder: all of its files, or none.
+    """Write a cascade to a folder: either all files or none.
 
     Args:
-        folder: The folder, made where it is missing.
-        record: The cascade, without the hashes of its files.
-        stages: Its stages.
-        heads: The fitted heads of each stage's entry, or None.
-        overwrite: Replace a cascade that is there.
+        folder: Output folder. It is created if missing.
+        record: Record of the cascade, without file hashes.
+        stages: Stages of the cascade.
+        heads: Fitted heads of each stage's entry, or None.
+        overwrite: Replace an existing cascade.
 
     Raises:
-        OutputError: It holds a cascade already, or cannot be written.
+        OutputError: The folder already holds a cascade, or it cannot be written.
     """
     files = [row.file for row in record.stages]
     files += [row.entry.heads for row in record.stages if row.entry.heads is not None]
@@ -63,13 +63,16 @@ def write_cascade(
 def upload(
     save_to: Callable[[str], None], repo_id: str, *, private: bool | None, **kwargs: Any
 ) -> Any:
-    """Upload a saved cascade to a model repository of the hub.
+    """Upload a cascade to a model repository on the Hugging Face Hub.
 
     Args:
-        save_to: Saves the cascade to a folder.
-        repo_id: "ORG/NAME"; made where it is missing.
-        private: Whether a repository that is made is private.
-        kwargs: For `huggingface_hub.HfApi.upload_folder`.
+        save_to: Function that saves the cascade to a folder.
+        repo_id: "ORG/NAME". The repository is created if missing.
+        private: Make a newly created repository private.
+        kwargs: Passed to `huggingface_hub.HfApi.upload_folder`.
+
+    Returns:
+        The return value of `upload_folder`.
     """
     from huggingface_hub import HfApi
 
@@ -81,14 +84,14 @@ def upload(
 
 
 def local_folder(source: str | Path, revision: str | None) -> Path:
-    """Return a local folder, or the download of a hub repository.
+    """Return a local folder. A Hub repository is downloaded first.
 
     Args:
-        source: The folder, or a hub id.
-        revision: Of the hub.
+        source: Folder or Hub id.
+        revision: Hub revision.
 
     Raises:
-        RecordError: The hub cannot be reached or has no such repository.
+        RecordError: The Hub cannot be reached or has no such repository.
     """
     folder = Path(source).expanduser()
     if folder.is_dir() or isinstance(source, Path) or source.count("/") != 1:
@@ -101,8 +104,8 @@ def local_folder(source: str | Path, revision: str | None) -> Path:
         )
     except Exception as error:  # many unrelated types, one meaning for the user
         raise RecordError(
-            f"no cascade {source}: {first_line(error)}; expected a folder of `cascade train`, or a "
-            "hub id where the hub can be reached"
+            f"no cascade {source}: {first_line(error)}; expected a folder written by `cascade "
+            "train`, or a Hub id and a connection to the Hub"
         ) from error
 
 
@@ -110,17 +113,17 @@ def read_cascade_record(folder: Path) -> CascadeRecord:
     """Read the record of a saved cascade.
 
     Args:
-        folder: The cascade's.
+        folder: Folder of the cascade.
 
     Raises:
-        RecordError: It is missing, torn, edited or of a newer release.
+        RecordError: The record is missing, torn, edited or from a newer release.
     """
     record = read_typed(folder / CONFIG, CascadeRecord)
     for number, row in enumerate(record.stages):
         if row.sha256 is UNSET:
             raise RecordError(
                 f"{folder / CONFIG} is torn or edited (expected stages[{number}].sha256, got "
-                "nothing); restore it"
+                "nothing); restore it, or train the cascade again"
             )
     return record
 
@@ -129,28 +132,29 @@ def read_stage(folder: Path, row: StageRecord, below: DecoderStack) -> Stage:
     """Read a stage of a saved cascade.
 
     Args:
-        folder: The cascade's.
-        row: The stage's record.
-        below: The model that the stage follows.
+        folder: Folder of the cascade.
+        row: Record of the stage.
+        below: Model that the stage follows.
 
     Raises:
-        RecordError: Its file is missing, cut short or changed.
-        ModelError: Its weights do not fit its record.
+        RecordError: The stage's file is missing, incomplete or changed.
+        ModelError: The weights do not match the record.
     """
     path = folder / Path(row.file).name
     if not path.is_file():
-        raise RecordError(f"{path} is missing; restore it, or train the cascade anew")
+        raise RecordError(f"{path} is missing; restore it, or train the cascade again")
     if file_hash(path) != row.sha256:
         raise RecordError(
-            f"{path} is cut short or changed (its hash is not the one in {CONFIG}); restore it, or "
-            "train the cascade anew"
+            f"{path} is incomplete or changed (its hash differs from the one in {CONFIG}); restore "
+            "it, or train the cascade again"
         )
     stage = new_stage(below, row.num_layers, start=row.start, own_head=row.own_head)
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise RecordError(
-            f"{path} is no readable safetensors file ({first_line(error)})"
+            f"{path} is not a readable safetensors file ({first_line(error)}); restore it, or "
+            "train the cascade again"
         ) from error
     stage.load(weights)
     stage.provenance = row.provenance or StageProvenance()
@@ -158,12 +162,12 @@ def read_stage(folder: Path, row: StageRecord, below: DecoderStack) -> Stage:
 
 
 def read_entry_heads(folder: Path, row: StageRecord, below: DecoderStack) -> FittedHeads | None:
-    """Read the fitted heads of a stage's entry; None where it has none.
+    """Read the fitted heads of a stage's entry; None if the entry has none.
 
     Args:
-        folder: The cascade's.
-        row: The stage's record.
-        below: The model that the stage follows.
+        folder: Folder of the cascade.
+        row: Record of the stage.
+        below: Model that the stage follows.
 
     Raises:
         RecordError: The file is missing or torn.

@@ -1,4 +1,4 @@
-"""Stages: decoder layers appended to a model, which start as the identity."""
+"""Stages: decoder layers that are appended to a model and start as the identity."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from cascade.stages.training_config import STARTS, Start
 
 @dataclass
 class Stage:
-    """Decoder layers of a model's own class that continue where its last layer ends.
+    """Decoder layers that follow a model's last layer and have the same class.
 
     Attributes:
-        layers: The layers, in fp32 while they are trained.
-        sources: Per layer, the layer (from 1) of the model below that it is of the same kind as:
-            some families alternate kinds of attention.
-        start: What they started from.
-        head: An LM head of its own; the model's where None.
-        provenance: How it was trained, if it was.
+        layers: The layers, in fp32 during training.
+        sources: For each layer, the layer of the model below (from 1) that has the same kind of
+            attention. Some families alternate between kinds.
+        start: Initial weights: "copies" or "fresh".
+        head: Separate LM head; None to use the model's.
+        provenance: How the stage was trained, if it was.
     """
 
     layers: nn.ModuleList
@@ -42,7 +42,7 @@ class Stage:
     provenance: StageProvenance = field(default_factory=StageProvenance)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return every weight by name, each once."""
+        """Return all weights by name, without duplicates."""
         modules = {"layers": self.layers} | ({} if self.head is None else {"head": self.head})
         return {
             f"{prefix}.{name}": value
@@ -51,10 +51,13 @@ class Stage:
         }
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Copy weights that `weights` returned, here or in another process.
+        """Copy weights into the stage.
+
+        Args:
+            weights: Weights by name, as `weights` returns them.
 
         Raises:
-            ModelError: Other names or shapes than this stage's.
+            ModelError: A name or shape differs from this stage's.
         """
         own = self.weights()
         for name in sorted(own.keys() | weights.keys()):
@@ -62,13 +65,13 @@ class Stage:
             if expected is None or got is None or expected.shape != got.shape:
                 raise ModelError(
                     f"the stage's weight {name}: expected {_shape_words(expected)}, got "
-                    f"{_shape_words(got)}; take the stage that was saved with this configuration"
+                    f"{_shape_words(got)}; load the weights that were saved with this stage"
                 )
         for name, value in own.items():
-            value.copy_(weights[name])  # state_dict shares the weights themselves
+            value.copy_(weights[name])  # state_dict shares memory with the parameters
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over every weight: equal exactly when all of them are."""
+        """Return a SHA-256 over all weights. It is equal exactly when all weights are."""
         digest = hashlib.sha256()
         for name, value in self.weights().items():
             digest.update(name.encode())
@@ -76,7 +79,7 @@ class Stage:
         return f"sha256:{digest.hexdigest()}"
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that training changes."""
+        """Yield the trainable parameters."""
         yield from self.layers.parameters()
         if self.head is not None:
             yield from self.head.parameters()
@@ -94,22 +97,22 @@ def new_stage(
     own_head: bool = False,
     seed: int = 0,
 ) -> Stage:
-    """Return an untrained stage for a model, which is exactly the identity.
+    """Return an untrained stage for a model. It is exactly the identity.
 
-    Its layers are copies of the model's last ones, or have random weights. In both cases the
-    projections by which attention and MLP write to the residual stream are zero, so that the stage
-    adds nothing until it has learned something (block expansion, Wu et al. 2024, arXiv 2401.02415).
+    The layers are copies of the model's last layers, or have random weights. In both cases, the
+    projections through which attention and MLP write to the residual stream are zero, so the stage
+    adds nothing until it is trained (block expansion, Wu et al. 2024, arXiv 2401.02415).
 
     Args:
-        stack: The model that it follows: a base, or a base with stages.
-        num_layers: How many layers.
-        start: "copies" or "fresh".
-        own_head: Whether it has an LM head of its own, which starts as a copy of the model's.
-        seed: Of fresh weights.
+        stack: Model that the stage follows: a base, or a base with stages.
+        num_layers: Number of layers.
+        start: Initial weights: "copies" or "fresh".
+        own_head: Give the stage a separate LM head, which starts as a copy of the model's.
+        seed: Seed of fresh weights.
 
     Raises:
-        UsageError: More layers than the model has, or an unknown start.
-        UnsupportedModelError: The family's layers are no identity with zeroed projections
+        UsageError: `num_layers` exceeds the model's layers, or `start` is unknown.
+        UnsupportedModelError: The family's layers with zeroed projections are not the identity
             (post-norm layers, mixtures of experts), or the weights are quantized.
     """
     if start not in STARTS:
@@ -133,15 +136,15 @@ def new_stage(
 
 
 def check_depth(stack: DecoderStack, num_layers: int) -> None:
-    """Refuse a stage of more layers than the model has to copy.
+    """Check that the model has enough layers for a stage.
 
     Raises:
-        UsageError: Names the range.
+        UsageError: `num_layers` is not in 1..N.
     """
     if not 1 <= num_layers <= stack.num_layers:
         raise UsageError(
-            f"expected 1 to {stack.num_layers} layers for a stage, as many as the model has, got "
-            f"{num_layers}"
+            f"expected 1 to {stack.num_layers} layers for a stage, got {num_layers}; a stage has "
+            "at most as many layers as its model"
         )
 
 
@@ -150,14 +153,14 @@ def _trainable(stack: DecoderStack, layer: nn.Module) -> nn.Module:
         value.is_floating_point() for value in layer.state_dict().values()
     ):
         raise UnsupportedModelError(
-            f"the layers of this {stack.model.config.model_type} are quantized, a stage of them "
-            "cannot be trained; load the model in --dtype float32 or bfloat16"
+            f"the layers of this {stack.model.config.model_type} are quantized, and a stage of "
+            "quantized layers cannot be trained; load the model with --dtype float32 or bfloat16"
         )
     return layer.float()
 
 
 def _draw(stack: DecoderStack, layer: nn.Module) -> None:
-    """Initialize a layer's weights randomly as the family does, and reset its norms."""
+    """Initialize a layer's weights as its family does, and reset its norms."""
     for module in layer.modules():
         if hasattr(module, "_is_hf_initialized"):
             del module._is_hf_initialized
@@ -170,14 +173,14 @@ def _draw(stack: DecoderStack, layer: nn.Module) -> None:
 
 @torch.no_grad()
 def zero_outputs(stack: DecoderStack, source: int, layer: nn.Module) -> None:
-    """Zero the last product of the attention and the last product of the rest of a layer."""
+    """Zero the output projections of a layer's attention and of its MLP."""
     for module in last_products(layer, lambda: _run_once(stack, source, layer)):
         for parameter in module.parameters(recurse=False):
             parameter.zero_()
 
 
 def _run_once(stack: DecoderStack, source: int, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Run a layer in fp32 on a few random states, called as the layer that it copies."""
+    """Run a layer in fp32 on random states, with the call arguments of its source layer."""
     ids = torch.arange(8, device=stack.device).remainder(stack.vocab_size)[None]
     drawn = torch.randn((1, 8, stack.hidden_size), generator=torch.Generator().manual_seed(0))
     hidden = drawn.to(stack.device)
@@ -185,7 +188,7 @@ def _run_once(stack: DecoderStack, source: int, layer: nn.Module) -> tuple[Tenso
 
 
 def run_in_fp32(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
-    """Run a layer in fp32: masks and rotary tables come in the model's dtype."""
+    """Run a layer in fp32. Masks and rotary tables are converted from the model's dtype."""
     kwargs = {name: _in_fp32(value) for name, value in call.kwargs.items()}
     output = layer(hidden, *map(_in_fp32, call.args), **kwargs)
     computed: Tensor = output[0] if isinstance(output, tuple) else output
@@ -200,18 +203,18 @@ def _in_fp32(value: Any) -> Any:
 
 @torch.no_grad()
 def check_identity(stack: DecoderStack, stage: Stage) -> None:
-    """Refuse a stage whose layers change their input.
+    """Check that the layers of a stage return their input unchanged.
 
     Raises:
-        UnsupportedModelError: They do, even with their output projections zeroed.
+        UnsupportedModelError: A layer changes its input although its output projections are zero.
     """
     for source, layer in zip(stage.sources, stage.layers, strict=True):
         hidden, output = _run_once(stack, source, layer)
         if not torch.equal(hidden, output):
             raise UnsupportedModelError(
-                f"a layer of {stack.model.config.model_type} changes its input even with its "
-                "output projections zeroed (post-norm layers and mixtures of experts do), so a "
-                "stage of such layers would not start as the identity"
+                f"a layer of {stack.model.config.model_type} changes its input even with zeroed "
+                "output projections (post-norm layers and mixtures of experts do), so a stage "
+                "would not start as the identity; use a model family without such layers"
             )
 
 
@@ -220,19 +223,19 @@ def run_stage(
 ) -> Tensor:
     """Run a stage over stored states, as a cascade with frozen propagation would.
 
-    Gradients pass to the stage's weights where they are enabled.
+    Gradients flow to the stage's weights if gradients are enabled.
 
     Args:
-        stack: The model that the stage follows; it prepares masks and positions, none of its
-            layers is computed.
+        stack: Model that the stage follows. It prepares masks and positions; its layers are not
+            computed.
         stage: The stage, in fp32 or in the states' dtype.
-        input_ids: `[B, T]`.
-        states: `[B, T, D]`, the output of the model's last layer.
-        entering: `[B, T]`, true for tokens that enter the stage. The others keep their states, to
-            which the tokens that enter attend.
+        input_ids: Token ids, `[B, T]`.
+        states: Output of the model's last layer, `[B, T, D]`.
+        entering: True for tokens that enter the stage, `[B, T]`. All other tokens keep their
+            states, and entering tokens attend to those states.
 
     Returns:
-        `[B, T, D]`, the states of the others unchanged.
+        States behind the stage, `[B, T, D]`. Tokens that do not enter keep their input states.
     """
     calls = stack.plan(input_ids).calls
     hidden = states
@@ -243,17 +246,17 @@ def run_stage(
 
 
 def extended(stack: DecoderStack, stage: Stage) -> DecoderStack:
-    """Return the model with a stage's layers appended, itself a decoder stack.
+    """Return the model with a stage's layers appended, as a decoder stack.
 
-    Every weight is shared with the model and the stage: neither is changed, and training the stage
-    changes the returned model at once.
+    All weights are shared with the model and the stage. Neither is changed, and training the stage
+    also changes the returned model.
 
     Args:
         stack: The model, or a model with stages.
-        stage: The stage that follows.
+        stage: Stage to append.
 
     Raises:
-        ModelError: The stage is of another width or vocabulary, or its weights are not finite.
+        ModelError: The stage has another width or vocabulary, or its weights are not finite.
     """
     check_fits(stack, stage)
     weights = (*stack.model.parameters(), *stack.model.buffers())
@@ -266,45 +269,45 @@ def extended(stack: DecoderStack, stage: Stage) -> DecoderStack:
         layers.append(layer)
     if stage.head is not None:
         model.set_output_embeddings(stage.head)
-    # Absent, because they are those of the model alone.
-    about = replace(stack.provenance, weights_hash=UNSET, num_layers=UNSET)
-    longer = DecoderStack(model, tokenizer=stack.tokenizer, provenance=about)
+    # These fields describe the model without the stage.
+    provenance = replace(stack.provenance, weights_hash=UNSET, num_layers=UNSET)
+    longer = DecoderStack(model, tokenizer=stack.tokenizer, provenance=provenance)
     longer.below = stack
     return longer
 
 
 def check_fits(stack: DecoderStack, stage: Stage) -> None:
-    """Refuse a stage that was made for another model.
+    """Check that a stage was made for this kind of model.
 
     Raises:
-        ModelError: Its layers are of another class or width, or its head of another vocabulary.
+        ModelError: The layers have another class or width, or the head has another vocabulary.
     """
     made = stack.layers[-1]
     for layer in stage.layers:
         if type(layer) is not type(made):
             raise ModelError(
-                f"a stage of {type(layer).__name__}s cannot follow {type(made).__name__}s; train "
-                "one for this model"
+                f"expected a stage of {type(made).__name__}s, got {type(layer).__name__}s; train a "
+                "stage for this model"
             )
     like = dict(stack.layers[stage.sources[-1] - 1].named_parameters())
     for name, value in stage.layers[-1].named_parameters():
         if name not in like or like[name].shape != value.shape:
             raise ModelError(
-                f"the stage's {name} is {_shape_words(value)}, this model's "
-                f"{_shape_words(like.get(name))}: it was made for another width; train one for "
+                f"the stage was made for another width ({name}: expected "
+                f"{_shape_words(like.get(name))}, got {_shape_words(value)}); train a stage for "
                 "this model"
             )
     if stage.head is not None:
         rows = next(iter(stage.head.parameters())).shape[0]
         if rows != stack.vocab_size:
             raise ModelError(
-                f"the stage's head knows {rows} tokens, this model {stack.vocab_size}; train one "
-                "for this model"
+                f"the stage's head was made for another vocabulary (expected {stack.vocab_size} "
+                f"tokens, got {rows}); train a stage for this model"
             )
 
 
 def _lengthen(config: Any, sources: Sequence[int], depth: int) -> None:
-    """Extend the lists of a config that have one entry per layer by those of layers `sources`."""
+    """Extend every per-layer list of a config by the entries of the layers `sources`."""
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == depth:
             setattr(config, name, [*value, *(value[source - 1] for source in sources)])
@@ -312,7 +315,7 @@ def _lengthen(config: Any, sources: Sequence[int], depth: int) -> None:
 
 
 def _place(layer: nn.Module, number: int, config: Any) -> None:
-    """Set a layer's number, counted from 0, in its modules: its place in the KV cache."""
+    """Set a layer's index (from 0) in its modules. The index selects its KV cache entry."""
     for module in layer.modules():
         for name in ("layer_idx", "layer_id", "layer_number"):
             if isinstance(getattr(module, name, None), int):

@@ -1,4 +1,4 @@
-"""Training a stage on hard tokens."""
+"""Train a stage on hard tokens."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from cascade.stages.training_config import TrainingConfig
 
 @dataclass(frozen=True)
 class Training:
-    """A trained stage and how it was trained.
+    """A trained stage and its training history.
 
     Attributes:
-        stage: With the weights of the best evaluation, which may be those it started with.
-        evaluations: Every evaluation on the held-out split, that of step 0 first.
-        chosen: The evaluation whose weights the stage has.
-        steps: Steps made.
-        perplexities: Held-out perplexity without the stage, by scope; scopes without tokens are
+        stage: The stage, with the weights of the best evaluation. These can be the initial weights.
+        evaluations: All evaluations on the held-out split, step 0 first.
+        chosen: The best evaluation, whose weights the stage has.
+        steps: Number of training steps.
+        perplexities: Held-out perplexity without the stage, by scope. Scopes without tokens are
             absent.
-        provenance: How it was trained, as a record has it.
+        provenance: Training provenance, as stored in records.
     """
 
     stage: Stage
@@ -57,30 +57,52 @@ def train_stage(
     tensorboard: Path | None = None,
     progress: TrainingProgress | None = None,
 ) -> Training:
-    """Train a stage that follows a model, on the model's stored states; the model is never run.
+    """Train a stage on a model's stored exit states. The model itself is never run.
 
-    The loss is the cross entropy of the tokens that enter the stage. The stage is chosen by the
-    held-out perplexity of the whole cascade, tokens that exit before the stage included: over all
-    text or over response text alone, whichever ratio is worse. Step 0, the identity, is one of the
-    choices, so that the chosen stage is never worse than none.
+    The loss is the cross entropy of the tokens that enter the stage. The best evaluation is the one
+    with the lowest held-out perplexity of the whole cascade, including tokens that exit before the
+    stage. Of the two perplexity ratios, over all text and over response text, the worse one counts.
+    Step 0, where the stage is the identity, is one of the candidates, so the result is never worse
+    than the model without a stage on the held-out split.
 
     Args:
-        stack: The model that the stage follows; its weights are not changed.
-        tokens: Its exit states; see `collect_hard`.
-        config: How.
-        folder: For checkpoints, of which the last and the best are kept.
-        resume: Continue from the last checkpoint in the folder. Without, checkpoints of an earlier
-            training are removed.
-        steps: Make exactly so many steps, without patience; as many as the epochs have where None.
-        tensorboard: A folder to log to, for TensorBoard.
-        progress: Called as the training goes.
+        stack: Model that the stage follows. Its weights are not changed.
+        tokens: Exit states of that model, from `collect_hard`.
+        config: Training options.
+        folder: Folder for checkpoints. The last and the best one are kept.
+        resume: Continue from the last checkpoint in the folder. Otherwise, checkpoints of an
+            earlier training run are removed.
+        steps: Make exactly this many steps and ignore patience (default: all steps of the epochs).
+        tensorboard: Folder for TensorBoard logs.
+        progress: Called during training.
+
+    Returns:
+        The stage with the weights of the best evaluation, and the training history.
 
     Raises:
-        UsageError: An invalid option, or TensorBoard is not installed.
+        UsageError: An option is invalid, or TensorBoard is not installed.
         ModelError: The states belong to another model.
-        TrainingError: A loss is NaN or infinite (says at which step, and which checkpoint is left),
-            there is nothing to resume from, a checkpoint is cut short or of another config, or the
-            base's weights were changed.
+        TrainingError: A loss is NaN or infinite (the message names the step and the last good
+            checkpoint), there is no checkpoint to resume from, a checkpoint is incomplete or
+            belongs to another configuration, or the base's weights were changed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> from cascade import CollectingConfig, TrainingConfig, collect_hard, load, load_blocks
+        >>> from cascade import train_stage
+        >>> base, folder = load("smollm2-135m"), Path(mkdtemp())
+        >>> splits = {
+        ...     split: load_blocks(
+        ...         "embedded", base.tokenizer, max_tokens=256, part=split, marks=True
+        ...     )
+        ...     for split in ("train", "held-out")
+        ... }
+        >>> tokens = collect_hard(base, splits, folder / "tokens", CollectingConfig(hard_ratio=0.5))
+        >>> config = TrainingConfig(additional_layers=1)
+        >>> training = train_stage(base, tokens, config, folder / "checkpoints", steps=1)
+        >>> len(training.stage.layers)
+        1
     """
     config.check()
     if tensorboard is not None:
@@ -90,7 +112,7 @@ def train_stage(
     stage = _untrained(stack, config)
     trainer = StageTrainer(
         StageModule(
-            StageInTraining.of(stack, stage, config, tokens.record.parts["train"].hard_ratio)
+            StageInTraining.of(stack, stage, config, tokens.record.splits["train"].hard_ratio)
         ),
         tokens,
         _arguments(config, folder, stack, tokens, steps),
@@ -111,8 +133,8 @@ def train_stage(
             stage.load(_untrained(stack, config).weights())  # the identity
     if stack.weights_in_memory() != before:
         raise TrainingError(
-            "training changed the base's weights, which it must not; report this with the model's "
-            "family"
+            "training changed the base's weights, which must stay fixed; report this as a bug and "
+            "name the model family"
         )
     provenance = _provenance(stack, tokens, config, trainer, evaluations)
     stage.provenance = provenance
@@ -134,17 +156,17 @@ def _provenance(
     return TrainingProvenance(
         base=_base(stack),
         tokens=_tokens(tokens),
-        recipe=config,
+        config=config,
         steps=trainer.state.global_step,
         chosen_step=_best(evaluations).step,
         perplexities_without=trainer.perplexities,
-        looks=list(evaluations),
+        evaluations=list(evaluations),
         machine=machine_of(stack.device),
     )
 
 
 def _base(stack: DecoderStack) -> StageBase:
-    *_, base = stack.with_base_models()  # of stages that follow stages, the same as theirs
+    *_, base = stack.with_base_models()  # the base model, also for a second or later stage
     return StageBase(
         name=known(base.provenance.name),
         weights_hash=base.weights_hash(),
@@ -157,7 +179,7 @@ def _tokens(tokens: HardTokens) -> StageTokens:
     return StageTokens(
         layer=tokens.layer,
         threshold=tokens.threshold,
-        parts=tokens.record.parts,
+        splits=tokens.record.splits,
         corpora=tokens.record.provenance.corpora,
     )
 
@@ -191,7 +213,7 @@ def _arguments(
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(total / 20),
         weight_decay=config.weight_decay,
-        adam_beta2=0.99,  # an epoch has only some hundred steps
+        adam_beta2=0.99,  # an epoch has only a few hundred steps
         max_grad_norm=config.clipping,
         seed=config.seed,
         use_cpu=on_cpu,
@@ -211,12 +233,12 @@ def _arguments(
         report_to="none",
         dataloader_pin_memory=False,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # a stage is small: one device
+    arguments._n_gpu = min(1, arguments.n_gpu)  # a stage is small, one device is enough
     return arguments
 
 
 def _logging_to(folder: Path) -> TrainerCallback:
-    """Return a callback that logs every step and evaluation to a folder, for TensorBoard."""
+    """Return a callback that logs every step and evaluation to a TensorBoard folder."""
     from transformers.integrations.integration_utils import TensorBoardCallback
 
     try:
@@ -231,4 +253,7 @@ def _check_tensorboard() -> None:
     from importlib.util import find_spec
 
     if find_spec("tensorboard") is None and find_spec("tensorboardX") is None:
-        raise UsageError("TensorBoard is not installed; `pip install tensorboard`, or log without")
+        raise UsageError(
+            "TensorBoard is not installed; run `pip install tensorboard`, or leave out "
+            "--tensorboard"
+        )

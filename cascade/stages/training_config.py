@@ -1,4 +1,4 @@
-"""The options of training a stage."""
+"""Options for training a stage."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Literal
 from cascade.core.arguments import check_seed
 from cascade.core.errors import UsageError
 
-#: What a stage's layers start from: copies of the layers before them, or random weights.
+#: Initial weights of a stage: copies of the model's last layers, or random weights.
 Start = Literal["copies", "fresh"]
 STARTS = ("copies", "fresh")
 
-#: Which tokens a stage is trained on: the hard ones, all, or as many drawn at random (controls).
+#: Tokens that a stage is trained on: the hard ones, or for controls all or as many random ones.
 Routing = Literal["hard", "all", "random"]
 ROUTINGS = ("hard", "all", "random")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train a stage.
+    """Options for training a stage.
 
     Attributes:
-        additional_layers: Layers of the stage.
-        start: "copies" of the model's last layers, or "fresh" ones.
-        own_head: Whether the stage trains an LM head of its own.
-        routing: The tokens that enter the stage in training: "hard", "all" or "random".
+        additional_layers: Number of layers in the stage.
+        start: Initial weights: "copies" of the model's last layers, or "fresh".
+        own_head: Train a separate LM head for the stage.
+        routing: Tokens that enter the stage during training: "hard", "all" or "random".
         epochs: Passes over the training split.
-        learning_rate: The highest learning rate of AdamW; it rises over a twentieth of the steps
-            and falls to 0 along a half cosine.
+        learning_rate: Peak learning rate of AdamW. It warms up over the first 5 % of the steps and
+            decays to 0 along a half cosine.
         batch_size: Sequences per step.
-        patience: Stop after so many evaluations without a better one; never where None.
+        patience: Stop after this many evaluations without improvement; None to never stop early.
         looks: Evaluations on the held-out split per epoch.
-        weight_decay: AdamW's.
-        clipping: The largest norm of a step's gradient.
-        seed: Of fresh weights, of the order of sequences, and of random routing.
+        weight_decay: Weight decay of AdamW.
+        clipping: Maximum gradient norm.
+        seed: Seed of fresh weights, of the order of sequences and of random routing.
 
     Example:
         >>> TrainingConfig(epochs=1, learning_rate=1e-3).batch_size
@@ -56,10 +56,10 @@ class TrainingConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse invalid options.
+        """Check the options.
 
         Raises:
-            UsageError: Names the option and what was expected.
+            UsageError: An option is invalid. The message names it and the expected values.
         """
         check_seed(self.seed)
         if self.start not in STARTS:

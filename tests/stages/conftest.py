@@ -1,4 +1,4 @@
-"""Fixtures of stages: a dataset of hard tokens, and a stage that was trained on it."""
+"""Fixtures for stages: a dataset of hard tokens, and a stage that was trained on it."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> HardTokens:
 
 @pytest.fixture(scope="session")
 def trained(tokens: HardTokens, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """Train a stage; for tests that leave it as it is."""
+    """Train a stage, for tests that do not change it."""
     return train_stage(a_reader(), tokens, SHORT, tmp_path_factory.mktemp("checkpoints"))

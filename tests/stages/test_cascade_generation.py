@@ -1,4 +1,4 @@
-"""Generating with a cascade is scoring, and leaves the base as it was."""
+"""Generating with a cascade equals scoring and does not change the base."""
 
 from __future__ import annotations
 
@@ -49,14 +49,15 @@ def own_generate(stack: DecoderStack, ids: Tensor, mask: Tensor) -> Tensor:
     return sequences
 
 
-#: By cosine most tiny models let all or none of what they write go on; by random some always do.
+#: With the cosine rule, most tiny models send all or none of their own text to a stage. The random
+#: rule always sends some tokens.
 RULES = pytest.mark.parametrize("rule", ["cosine", "random"])
 
 
 @RULES
 @BOTH
 @ALL_FAMILIES
-def test_generating_is_scoring_the_generated_text(
+def test_generating_equals_scoring_the_generated_text(
     family: str, propagation: Propagation, rule: str
 ) -> None:
     cascade = a_cascade(family, propagation, rule=rule)
@@ -72,7 +73,7 @@ def test_generating_is_scoring_the_generated_text(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3_text"])
-def test_each_row_of_a_batch_is_generated_as_alone(family: str) -> None:
+def test_a_batch_generates_the_same_rows_as_single_prompts(family: str) -> None:
     cascade = a_cascade(family, rule="random")
     together = generated(cascade, PROMPT, PROMPT_MASK)
     for row, first in enumerate((3, 0, 0)):
@@ -83,7 +84,7 @@ def test_each_row_of_a_batch_is_generated_as_alone(family: str) -> None:
 
 @pytest.mark.parametrize("rule", ["cosine", "random"])
 @ALL_FAMILIES
-def test_verified_it_is_what_transformers_generates_with_the_extended_model(
+def test_verified_generation_equals_transformers_on_the_extended_model(
     family: str, rule: str
 ) -> None:
     cascade = a_cascade(family, "exact", rule=rule)
@@ -92,14 +93,14 @@ def test_verified_it_is_what_transformers_generates_with_the_extended_model(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_generating_without_stages_is_the_base(family: str) -> None:
+def test_generating_with_zero_stages_equals_the_base(family: str) -> None:
     cascade = a_cascade(family)
     ids = cascade.generate(PROMPT, PROMPT_MASK, stages=0, max_new_tokens=NEW, eos_token_id=None)
     assert isinstance(ids, Tensor)
     assert torch.equal(ids, own_generate(a_stack(family), PROMPT, PROMPT_MASK))
 
 
-def test_a_cascade_leaves_the_base_as_it_was() -> None:
+def test_a_cascade_does_not_change_the_base() -> None:
     stack = DecoderStack(tiny_model("llama"))
     before, weights = state_of(stack), stack.weights_in_memory()
     cascade = ends(stack, [0.5, 0.5])

@@ -1,4 +1,4 @@
-"""Cascades: the laws of early exit hold across stages."""
+"""Test that the laws of early exit hold across the stages of a cascade."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ STAGES = pytest.mark.parametrize("stages", [1, 2])
 @BOTH
 @STAGES
 @ALL_FAMILIES
-def test_where_everybody_leaves_it_is_the_base(
+def test_the_cascade_equals_the_base_if_all_tokens_exit(
     family: str, stages: int, propagation: Propagation
 ) -> None:
     stack = a_stack(family)
@@ -69,7 +69,7 @@ def test_where_everybody_leaves_it_is_the_base(
 @BOTH
 @STAGES
 @ALL_FAMILIES
-def test_where_nobody_leaves_it_is_the_base_with_all_stages_appended(
+def test_the_cascade_equals_the_extended_model_if_no_token_exits(
     family: str, stages: int, propagation: Propagation
 ) -> None:
     stack = a_stack(family)
@@ -85,7 +85,7 @@ def test_where_nobody_leaves_it_is_the_base_with_all_stages_appended(
 
 
 @ALL_FAMILIES
-def test_a_first_stage_that_everybody_enters_and_a_second_that_nobody_does(family: str) -> None:
+def test_all_tokens_can_enter_the_first_stage_and_none_the_second(family: str) -> None:
     cascade = ends(a_stack(family), [INF, -INF])
     score = cascade.score(TEXT, keep_logits=True)
     assert torch.equal(logits_of(score), own_logits(cascade.stack_below(1), TEXT))
@@ -93,7 +93,7 @@ def test_a_first_stage_that_everybody_enters_and_a_second_that_nobody_does(famil
 
 
 @ALL_FAMILIES
-def test_an_untrained_stage_changes_no_token_whoever_enters(family: str) -> None:
+def test_an_untrained_stage_changes_no_token(family: str) -> None:
     stack = a_stack(family)
     cascade = Cascade(stack)
     cascade.add_stage(new_stage(stack, 2), Entry(3, share_of(stack, TEXT, 3)))
@@ -105,7 +105,7 @@ def test_an_untrained_stage_changes_no_token_whoever_enters(family: str) -> None
 @BOTH
 @STAGES
 @ALL_FAMILIES
-def test_a_mixture_is_the_mixed_pass_by_hand(
+def test_a_cascade_with_easy_and_hard_tokens_matches_the_reference(
     family: str, stages: int, propagation: Propagation
 ) -> None:
     cascade = a_cascade(family, propagation, stages=stages)
@@ -114,15 +114,17 @@ def test_a_mixture_is_the_mixed_pass_by_hand(
         score = cascade.score(TEXT, mask, keep_logits=True)
         expected = by_hand(cascade.stack, TEXT, exits, mask, propagation=propagation)
         valid = torch.ones_like(TEXT).bool() if mask is None else mask.bool()
-        places = [LAYERS, LAYERS + 2, LAYERS + 3][: stages + 1]
-        assert set(score.exit_layers[valid].tolist()) == {*places}
+        exit_layers = [LAYERS, LAYERS + 2, LAYERS + 3][: stages + 1]
+        assert set(score.exit_layers[valid].tolist()) == {*exit_layers}
         assert torch.equal(score.exit_layers, expected.exit_layers)
         assert apart(logits_of(score), expected.logits * valid[..., None]) <= CLOSE
 
 
 @BOTH
 @ALL_FAMILIES
-def test_a_left_padded_row_is_the_row_alone(family: str, propagation: Propagation) -> None:
+def test_a_left_padded_row_equals_the_row_without_padding(
+    family: str, propagation: Propagation
+) -> None:
     cascade = a_cascade(family, propagation)
     together = cascade.score(TEXT, some_mask(3, 20, left=5), keep_logits=True)
     alone = cascade.score(TEXT[:1, 5:], keep_logits=True)
@@ -131,7 +133,9 @@ def test_a_left_padded_row_is_the_row_alone(family: str, propagation: Propagatio
 
 
 @ALL_FAMILIES
-def test_exact_hard_tokens_are_the_extended_models(family: str) -> None:
+def test_with_exact_propagation_hard_tokens_get_the_logits_of_the_extended_model(
+    family: str,
+) -> None:
     cascade = a_cascade(family, "exact")
     score = cascade.score(TEXT, keep_logits=True)
     hard = score.exit_layers == cascade.stack.num_layers
@@ -141,7 +145,7 @@ def test_exact_hard_tokens_are_the_extended_models(family: str) -> None:
 
 
 @ALL_FAMILIES
-def test_an_easy_tokens_logits_are_the_bases_and_no_stage_moves_them(family: str) -> None:
+def test_easy_tokens_keep_the_logits_of_the_base(family: str) -> None:
     cascade = a_cascade(family)
     score = cascade.score(TEXT, keep_logits=True)
     easy = score.exit_layers == LAYERS
@@ -163,18 +167,18 @@ def test_ridge_propagation_is_refused() -> None:
 
 
 @pytest.mark.parametrize("stages", [-1, 3])
-def test_no_more_stages_than_there_are(stages: int) -> None:
+def test_a_stage_count_out_of_range_is_refused(stages: int) -> None:
     with pytest.raises(UsageError, match=f"expected 0 to 2 stages, got {stages}"):
         a_cascade("llama").score(TEXT, stages=stages)
 
 
 @STAGES
 @SKIPPING_FAMILIES
-def test_a_stage_computes_its_own_tokens_and_no_others(family: str, stages: int) -> None:
+def test_a_stage_computes_only_the_tokens_that_enter_it(family: str, stages: int) -> None:
     cascade = a_cascade(family, stages=stages)
     assert cascade.early_exit().fallback_reason is None
     score = cascade.score(TEXT)
-    hard = [int((score.exit_layers > place).sum()) for place in (LAYERS, LAYERS + 2)][:stages]
+    hard = [int((score.exit_layers > layer).sum()) for layer in (LAYERS, LAYERS + 2)][:stages]
     assert 0 < hard[-1] <= hard[0] < TEXT.numel()
     expected = [
         {"layer_rows": rows * layers, "key_value_rows": (TEXT.numel() - rows) * layers}
@@ -182,12 +186,12 @@ def test_a_stage_computes_its_own_tokens_and_no_others(family: str, stages: int)
     ]
     assert to_plain(cascade.stage_rows(score.counts)) == expected
     shares = cascade.exit_shares(score)
-    gone = [TEXT.numel(), *hard, 0]
-    assert shares == [(a - b) / TEXT.numel() for a, b in itertools.pairwise(gone)]
+    remaining = [TEXT.numel(), *hard, 0]
+    assert shares == [(a - b) / TEXT.numel() for a, b in itertools.pairwise(remaining)]
     assert sum(shares) == pytest.approx(1.0)
 
 
-def test_where_nothing_can_be_skipped_every_row_is_counted() -> None:
+def test_without_skipping_every_row_is_counted() -> None:
     cascade = a_cascade("gpt2")
     score = cascade.score(TEXT)
     assert to_plain(cascade.stage_rows(score.counts)) == [
@@ -198,7 +202,7 @@ def test_where_nothing_can_be_skipped_every_row_is_counted() -> None:
 
 @BOTH
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2"])
-def test_routed_states_are_those_of_the_mixed_pass(family: str, propagation: Propagation) -> None:
+def test_routed_states_match_the_reference(family: str, propagation: Propagation) -> None:
     cascade = a_cascade(family, propagation)
     states = visited(cascade.routed(), TEXT)
     exits = cascade.early_exit().exits

@@ -1,4 +1,4 @@
-"""Controls: trained as long as the stage, on other tokens, which enter by entries of their own."""
+"""Test controls: stages trained for the same number of steps on other tokens."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from cascade.stages.training import Training
 
 
 @pytest.mark.parametrize("control", ["all", "random"])
-def test_a_control_is_trained_for_as_many_steps_without_patience(
+def test_a_control_is_trained_for_the_same_steps_without_patience(
     control: Any, trained: Training, tokens: HardTokens, tmp_path: Path
 ) -> None:
     like = dataclasses.replace(
         trained,
         steps=17,
         provenance=msgspec.structs.replace(
-            trained.provenance, recipe=dataclasses.replace(SHORT, patience=1)
+            trained.provenance, config=dataclasses.replace(SHORT, patience=1)
         ),
     )
     done = train_control(a_reader(), tokens, like, control, tmp_path)
     assert done.steps == 17
-    assert done.provenance.recipe == dataclasses.replace(SHORT, patience=1, routing=control)
+    assert done.provenance.config == dataclasses.replace(SHORT, patience=1, routing=control)
     assert done.chosen.worst <= 1
     again = train_control(a_reader(), tokens, like, control, tmp_path, resume=True)
     assert again.stage.fingerprint() == done.stage.fingerprint()
 
 
-def test_each_control_is_entered_by_its_own_tokens(tokens: HardTokens) -> None:
+def test_the_entry_of_a_control_selects_its_training_tokens(tokens: HardTokens) -> None:
     ids = held_out()
-    ratio = tokens.record.parts["train"].hard_ratio
+    ratio = tokens.record.splits["train"].hard_ratio
     shares = {}
     for control in CONTROLS:
         cascade = Cascade(a_reader()).with_stage(
@@ -60,7 +60,7 @@ def test_each_control_is_entered_by_its_own_tokens(tokens: HardTokens) -> None:
     assert shares["random"] == pytest.approx(ratio, abs=0.05)
 
 
-def test_saved_controls_are_read_and_missing_ones_left_out(
+def test_saved_controls_are_loaded_and_missing_ones_are_skipped(
     tokens: HardTokens, tmp_path: Path
 ) -> None:
     assert read_controls(tmp_path, a_reader()) == {}
@@ -71,4 +71,4 @@ def test_saved_controls_are_read_and_missing_ones_left_out(
     (name,) = found = read_controls(tmp_path, a_reader())
     assert name == "random"
     assert found[name].stages[0].fingerprint() == cascade.stages[0].fingerprint()
-    assert found[name].entrances == cascade.entrances
+    assert found[name].entries == cascade.entries

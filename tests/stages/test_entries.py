@@ -1,4 +1,4 @@
-"""Entries: which tokens enter a stage, and where the others exit."""
+"""Test which tokens enter a stage, and where the others exit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from cascade.stages.records import (
 
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "gpt_neo", "bloom"])
-def test_a_lower_layers_similarity_decides_who_enters(family: str, layer: int) -> None:
+def test_the_similarity_of_the_entry_layer_selects_the_hard_tokens(family: str, layer: int) -> None:
     stack = a_stack(family)
     threshold = share_of(stack, TEXT, layer)
     cascade = Cascade(stack)
@@ -52,14 +52,14 @@ def test_a_lower_layers_similarity_decides_who_enters(family: str, layer: int) -
     history = visited(stack, TEXT)
     similarity = torch.cosine_similarity(history[layer - 1], history[layer], dim=-1)
     hard = similarity.double() < threshold
-    # A similarity at the threshold itself may fall on either side.
+    # Rounding can move a similarity at the threshold to either side.
     sure = (similarity.double() - threshold).abs() > 1e-6
     got = cascade.score(TEXT).exit_layers == LAYERS + 2
     assert torch.equal(got[sure], hard[sure])
     assert 0 < int(got.sum()) < got.numel()
 
 
-def test_a_stage_can_be_entered_by_the_gap_of_the_bases_own_answer() -> None:
+def test_an_entry_can_use_the_top2_gap_of_the_base() -> None:
     stack = a_stack("llama")
     probabilities = own_logits(stack, TEXT).softmax(dim=-1).topk(2, dim=-1).values
     gap = (probabilities[..., 0] - probabilities[..., 1]).double()
@@ -70,7 +70,7 @@ def test_a_stage_can_be_entered_by_the_gap_of_the_bases_own_answer() -> None:
     assert torch.equal(got, gap < threshold)
 
 
-def test_a_stage_can_be_entered_at_random() -> None:
+def test_an_entry_can_be_random() -> None:
     stack = a_stack("llama")
     cascade = Cascade(stack)
     cascade.add_stage(a_moved_stage(stack), Entry(LAYERS, 0.3, "random"))
@@ -82,7 +82,7 @@ def test_a_stage_can_be_entered_at_random() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_with_fitted_heads_easy_tokens_leave_at_the_layer_itself(family: str) -> None:
+def test_with_fitted_heads_easy_tokens_exit_at_the_entry_layer(family: str) -> None:
     stack, heads = a_stack(family), some_heads(family)
     cascade = Cascade(stack)
     entry = Entry(2, share_of(stack, TEXT, 2), heads=heads)
@@ -97,10 +97,10 @@ def test_with_fitted_heads_easy_tokens_leave_at_the_layer_itself(family: str) ->
         assert score.counts.layer_rows == [60, 60, *[hard] * 4]
 
 
-def test_a_second_stage_is_entered_above_the_first() -> None:
+def test_the_entry_of_a_second_stage_must_lie_above_the_first() -> None:
     cascade = ends(a_stack("llama"), [0.5])
     heads = fit_heads(cascade.stack, random_blocks(), [2])
-    with pytest.raises(UsageError, match=r"at layer 2, expected one above .* layer 4") as caught:
+    with pytest.raises(UsageError, match=r"above layer 4, .* got layer 2") as caught:
         cascade.add_stage(a_moved_stage(cascade.stack), Entry(2, 0.5, heads=heads))
     one_line(caught)
     assert len(cascade.stages) == 1
@@ -117,7 +117,7 @@ def test_a_second_stage_is_entered_above_the_first() -> None:
         (Entry(3, 0.5, "top2_gap"), "expected cosine or mean_cosine to decide at layer 3"),
     ],
 )
-def test_an_entry_that_cannot_be_is_refused(entry: Entry, message: str) -> None:
+def test_an_invalid_entry_is_refused(entry: Entry, message: str) -> None:
     cascade = Cascade(a_stack("llama"))
     with pytest.raises(UsageError, match=message) as caught:
         cascade.add_stage(a_moved_stage(a_stack("llama")), entry)
@@ -125,25 +125,25 @@ def test_an_entry_that_cannot_be_is_refused(entry: Entry, message: str) -> None:
     assert (cascade.stages, cascade.stack) == ([], cascade.base)
 
 
-def test_entries_can_be_those_of_another_cascade() -> None:
+def test_with_entries_of_uses_the_entries_of_another_cascade() -> None:
     one, other = a_cascade("llama"), a_cascade("llama", rule="random")
-    same = one.entered_like(other)
-    assert same.entrances == other.entrances
+    same = one.with_entries_of(other)
+    assert same.entries == other.entries
     assert same.stages == one.stages
     assert torch.equal(same.score(TEXT).exit_layers, other.score(TEXT).exit_layers)
-    with pytest.raises(UsageError, match="expected a cascade of 2 stages, got 1"):
-        one.entered_like(a_cascade("llama", stages=1))
+    with pytest.raises(UsageError, match="expected a cascade with 2 stages, got 1"):
+        one.with_entries_of(a_cascade("llama", stages=1))
 
 
 @pytest.mark.parametrize(
-    ("name", "other", "what"),
+    ("name", "other", "message"),
     [
         ("tokenizer_hash", "another", "another tokenizer"),
         ("vocab_size", 98, "another vocabulary"),
         ("weights_hash", "another", "another base model"),
     ],
 )
-def test_a_stage_trained_for_another_base_is_refused(name: str, other: Any, what: str) -> None:
+def test_a_stage_trained_for_another_base_is_refused(name: str, other: Any, message: str) -> None:
     stack = DecoderStack(tiny_model("llama"), provenance={"tokenizer_hash": "sha256:own"})
     base = {
         "tokenizer_hash": "sha256:own",
@@ -154,6 +154,6 @@ def test_a_stage_trained_for_another_base_is_refused(name: str, other: Any, what
     stage.provenance = StageProvenance(base=from_plain(base, StageBase))
     Cascade(stack).add_stage(stage, Entry(3, 0.5))
     stage.provenance = StageProvenance(base=from_plain(base | {name: other}, StageBase))
-    with pytest.raises(ModelError, match=f"{what} \\({other}, here") as caught:
+    with pytest.raises(ModelError, match=f"{message} \\(expected {other}, got") as caught:
         Cascade(stack).add_stage(stage, Entry(3, 0.5))
     one_line(caught)

@@ -1,4 +1,4 @@
-"""What a cascade is worth, by hand: perplexities, accuracies, shares, and who wins."""
+"""Test evaluations of cascades against figures computed by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SEQUENCES, LENGTH = 12, 16
 
 @functools.cache
 def some_blocks() -> TokenBlocks:
-    """Return random tokens, of which the first six of each sequence are template."""
+    """Return random tokens. The first six of each sequence are template text."""
     ids = random_ids(SEQUENCES, LENGTH, seed=11).numpy().astype(np.int32)
     place = np.broadcast_to(np.arange(LENGTH), ids.shape)
     records = np.ones_like(ids)
@@ -75,7 +75,7 @@ def controls() -> dict[str, Cascade]:
 
 @functools.cache
 def a_record(stages: int = 2) -> CascadeEvaluationRecord:
-    """Return a record, made once."""
+    """Return an evaluation record. It is computed once."""
     own = {} if stages > 1 else controls()
     return evaluate_cascade(a_cascade(stages=stages), some_blocks(), controls=own, batch_size=5)
 
@@ -85,7 +85,7 @@ def rows(record: CascadeEvaluationRecord) -> dict[str, VariantFigures]:
 
 
 def masks() -> dict[str, Tensor]:
-    """Return which predictions count in each scope, `[S, T-1]`, written out."""
+    """Return the mask of predictions in each scope, `[S, T-1]`."""
     hard = (a_cascade().score(ids(), stages=1).exit_layers > 4)[:, :-1]
     response = torch.from_numpy(some_blocks().response)[:, 1:]  # type: ignore[arg-type]
     return {
@@ -106,7 +106,7 @@ def perplexity(score: Score, mask: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("name", "stages"), [("base", 0), ("stage 1", 1), ("cascade", 2)])
-def test_every_figure_is_that_of_scoring(name: str, stages: int) -> None:
+def test_figures_match_those_computed_from_scores(name: str, stages: int) -> None:
     row, base = rows(a_record())[name], a_cascade().score(ids(), stages=0)
     score = a_cascade().score(ids(), stages=stages)
     hits = score.predictions[:, :-1] == ids()[:, 1:]
@@ -123,14 +123,14 @@ def test_every_figure_is_that_of_scoring(name: str, stages: int) -> None:
         assert low <= got.ratio <= high
 
 
-def test_the_base_is_one_times_itself_exactly() -> None:
+def test_the_base_has_ratios_of_exactly_one() -> None:
     for scope in rows(a_record())["base"].scopes.values():
         assert (scope.ratio, scope.ratio_interval) == (1.0, [1.0, 1.0])
     assert rows(a_record())["base"].operations_ratio == 1.0
     assert rows(a_record())["base"].layers_per_token == 4.0
 
 
-def test_easy_tokens_are_the_same_in_every_row_and_no_stage_moves_them() -> None:
+def test_easy_tokens_are_the_same_in_every_row_and_keep_their_perplexity() -> None:
     found = rows(a_record())
     for scope in ("easy", "easy_response"):
         counts = {row.scopes[scope].tokens for row in found.values()}
@@ -141,7 +141,7 @@ def test_easy_tokens_are_the_same_in_every_row_and_no_stage_moves_them() -> None
         assert abs(found[name].scopes["hard"].ratio - 1) > 1e-3
 
 
-def test_shares_sum_to_one_and_are_those_of_the_cascade() -> None:
+def test_exit_shares_sum_to_one_and_match_the_cascade() -> None:
     for name, row in rows(a_record()).items():
         shares = {at.layer: at.share for at in row.exits}
         assert sum(shares.values()) == pytest.approx(1.0)
@@ -151,7 +151,7 @@ def test_shares_sum_to_one_and_are_those_of_the_cascade() -> None:
     assert exits == pytest.approx(a_cascade().exit_shares(a_cascade().score(ids())))
 
 
-def test_layers_and_operations_are_those_computed() -> None:
+def test_layers_and_operations_match_the_computed_rows() -> None:
     row = rows(a_record())["cascade"]
     share = {at.layer: at.share for at in row.exits}
     expected = 4 + 2 * (share[6] + share[7]) + share[7]
@@ -162,7 +162,7 @@ def test_layers_and_operations_are_those_computed() -> None:
     assert 1 < rows(a_record())["stage 1"].operations_ratio < row.operations_ratio < 2
 
 
-def test_batches_change_nothing_but_the_last_digits() -> None:
+def test_the_batch_size_changes_only_the_last_digits() -> None:
     other = evaluate_cascade(a_cascade(), some_blocks(), batch_size=SEQUENCES)
     for one, two in zip(a_record().rows, other.rows, strict=True):
         for scope in SCOPES:
@@ -171,7 +171,7 @@ def test_batches_change_nothing_but_the_last_digits() -> None:
             assert a.accuracy == b.accuracy
 
 
-def test_the_record_can_be_stored_and_says_of_what_it_is() -> None:
+def test_the_record_is_serializable_and_names_its_cascade() -> None:
     record = a_record(1)
     to_json(to_plain(record))
     assert record.kind == "cascade-evaluation"
@@ -181,7 +181,7 @@ def test_the_record_can_be_stored_and_says_of_what_it_is() -> None:
     assert done == [5 * LENGTH, 5 * LENGTH, 2 * LENGTH]
 
 
-def test_text_without_response_has_no_response_figures() -> None:
+def test_text_without_response_tokens_has_no_response_figures() -> None:
     blocks = dataclasses.replace(some_blocks(), response=np.zeros((SEQUENCES, LENGTH), bool))
     record = evaluate_cascade(a_cascade(stages=1), blocks, controls=controls())
     assert set(rows(record)["cascade"].scopes) == {"all", "easy", "hard"}
@@ -192,7 +192,7 @@ def test_text_without_response_has_no_response_figures() -> None:
 # --- Controls ---------------------------------------------------------------------------------
 
 
-def test_each_control_is_measured_with_its_own_entry_and_with_the_cascades() -> None:
+def test_each_control_is_measured_with_both_entries() -> None:
     found = rows(a_record(1))
     assert list(found) == [
         "base",
@@ -202,7 +202,7 @@ def test_each_control_is_measured_with_its_own_entry_and_with_the_cascades() -> 
         "trained on random",
         "random tokens",
     ]
-    for scope, mask in masks().items():  # of the cascade's entry, not of a control's
+    for scope, mask in masks().items():  # hard by the cascade's entry, not by a control's
         assert {row.scopes[scope].tokens for row in found.values()} == {int(mask.sum())}
     hard = found["cascade"].exits
     for routing in ("all", "random"):
@@ -230,20 +230,20 @@ def test_comparisons_are_paired_ratios_of_the_rows() -> None:
             assert getattr(one, scope).wins == expected
 
 
-def test_a_cascade_against_itself_wins_nothing() -> None:
+def test_a_cascade_does_not_win_against_itself() -> None:
     same = a_cascade(stages=1)
     record = evaluate_cascade(same, some_blocks(), controls={"random": same})
     for one in record.comparisons:
         assert (one.response.ratio, one.response.wins) == (1.0, "neither")
     assert record.verdict.earns_its_keep is False
-    assert "cannot be told apart" in record.verdict.routing
+    assert "does not differ significantly from random routing" in record.verdict.routing
 
 
 # --- The verdict ------------------------------------------------------------------------------
 
 
-def a_trained_one(stack: DecoderStack, sign: float, only: Tensor | None = None) -> Cascade:
-    """Return a cascade whose stage really was taught the text, or (-1) to avoid it."""
+def a_trained_cascade(stack: DecoderStack, sign: float, only: Tensor | None = None) -> Cascade:
+    """Return a cascade whose stage was trained on the text (sign 1) or against it (sign -1)."""
     from cascade.stages.stage import run_stage
 
     stage = new_stage(stack, 1)
@@ -269,43 +269,43 @@ def entered_by_half(cascade: Cascade) -> Cascade:
     return half
 
 
-def test_a_stage_that_helps_is_said_to_help_and_one_that_harms_to_harm() -> None:
-    good, bad = (entered_by_half(a_trained_one(a_reader(), sign)) for sign in (1.0, -1.0))
+def test_the_verdict_names_a_helpful_and_a_harmful_stage() -> None:
+    good, bad = (entered_by_half(a_trained_cascade(a_reader(), sign)) for sign in (1.0, -1.0))
     helps = evaluate_cascade(good, some_blocks(), controls={"random": bad})
     assert helps.verdict.helps is True
     assert "the stage helps: perplexity of response text 0." in helps.verdict.stage
     assert helps.verdict.earns_its_keep is True
-    assert "routing by hardness earns its keep: 0." in helps.verdict.routing
+    assert "routing by hardness is better than random routing: 0." in helps.verdict.routing
     harms = evaluate_cascade(bad, some_blocks(), controls={"random": good, "all": good})
     assert harms.verdict.helps is False
     assert "the stage harms: perplexity of response text" in harms.verdict.stage
     assert harms.verdict.earns_its_keep is False
-    assert "does not earn its keep" in harms.verdict.routing
+    assert "routing by hardness is worse than random routing" in harms.verdict.routing
     assert "training on all tokens is better" in harms.verdict.training
 
 
-def test_of_an_untrained_stage_nothing_can_be_said() -> None:
+def test_an_untrained_stage_has_no_significant_effect() -> None:
     cascade = Cascade(a_reader())
     cascade.add_stage(new_stage(a_reader(), 1), Entry(3, share_of(a_reader(), ids(), 3)))
     verdict = evaluate_cascade(cascade, some_blocks()).verdict
     assert verdict.helps is False
-    assert "nothing can be said of the stage" in verdict.stage
+    assert "the stage has no significant effect" in verdict.stage
     assert (verdict.routing, verdict.training, verdict.earns_its_keep) == (None,) * 3
 
 
 @pytest.mark.parametrize(
     ("interval", "words"),
-    [((0.9, 0.99), "helps"), ((1.01, 1.1), "harms"), ((0.9, 1.0), "nothing can be said")],
+    [((0.9, 0.99), "helps"), ((1.01, 1.1), "harms"), ((0.9, 1.0), "no significant effect")],
 )
-def test_the_verdict_is_the_intervals(interval: tuple[float, float], words: str) -> None:
+def test_the_verdict_follows_the_interval(interval: tuple[float, float], words: str) -> None:
     figures = ScopeFigures(
         tokens=9, perplexity=8.0, accuracy=0.5, ratio=0.95, ratio_interval=list(interval)
     )
     assert words in verdict_of({"response": figures}, []).stage
 
 
-def test_intervals_are_over_sequences() -> None:
-    """One sequence that differs can be drawn or not: the interval reaches to where it was not."""
+def test_intervals_resample_sequences() -> None:
+    """If a single sequence differs, some resamples do not contain it."""
     difference = np.zeros(20)
     difference[0] = -4.0
     own, other = (
@@ -318,10 +318,10 @@ def test_intervals_are_over_sequences() -> None:
     assert low < math.exp(-8 / 200)
 
 
-# --- What cannot be ---------------------------------------------------------------------------
+# --- Invalid arguments ------------------------------------------------------------------------
 
 
-def test_a_base_alone_is_refused() -> None:
+def test_a_cascade_without_stages_is_refused() -> None:
     with pytest.raises(UsageError, match="at least one stage, got the base alone") as caught:
         evaluate_cascade(Cascade(a_reader()), some_blocks())
     one_line(caught)
@@ -333,7 +333,7 @@ def test_text_without_marks_is_refused() -> None:
     one_line(caught)
 
 
-def test_a_control_of_other_stages_is_refused() -> None:
-    with pytest.raises(UsageError, match="expected a cascade of 1 stages, got 2") as caught:
+def test_a_control_with_another_number_of_stages_is_refused() -> None:
+    with pytest.raises(UsageError, match="expected a cascade with 1 stages, got 2") as caught:
         evaluate_cascade(a_cascade(), some_blocks(), controls=controls())
     one_line(caught)

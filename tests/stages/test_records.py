@@ -1,4 +1,4 @@
-"""The records of stages: what one evaluation during training says."""
+"""Test the records of stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cascade.stages.records import (
 )
 
 
-def test_an_evaluation_is_as_bad_as_its_worse_text() -> None:
+def test_the_worst_ratio_is_the_larger_one_of_all_and_response_text() -> None:
     one = HeldOutEvaluation(step=1, all=0.7, hard=0.5, response=1.1, hard_response=0.9)
     assert one.worst == 1.1
     assert msgspec.structs.replace(one, all=1.2).worst == 1.2

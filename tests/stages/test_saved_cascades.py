@@ -1,4 +1,4 @@
-"""Saved cascades: what is saved comes back, and a broken folder is one line."""
+"""Test saving and loading cascades, and the errors of broken folders."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from cascade.stages.saved_cascades import CONFIG
 INF = math.inf
 
 
-def a_saved_one(stack: DecoderStack, folder: Path, **about: Any) -> Cascade:
+def a_saved_cascade(stack: DecoderStack, folder: Path, **about: Any) -> Cascade:
     cascade = Cascade(stack, propagation="exact", provenance=CascadeProvenance(command="by hand"))
     first = a_moved_stage(stack, 2)
     first.provenance = StageProvenance(steps=7)
@@ -72,7 +72,7 @@ def check_same(one: Cascade, other: Cascade) -> None:
     for a, b in pairs:
         assert (a.fingerprint(), a.start, a.sources) == (b.fingerprint(), b.start, b.sources)
         assert (a.provenance, a.head is None) == (b.provenance, b.head is None)
-    for mine, read in zip(one.entrances, other.entrances, strict=True):
+    for mine, read in zip(one.entries, other.entries, strict=True):
         assert (mine.layer, mine.rule, mine.threshold) == (read.layer, read.rule, read.threshold)
         assert (mine.heads is None) == (read.heads is None)
     scores = [cascade.score(TEXT, keep_logits=True) for cascade in (one, other)]
@@ -80,29 +80,29 @@ def check_same(one: Cascade, other: Cascade) -> None:
     assert torch.equal(logits_of(scores[0]), logits_of(scores[1]))
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    cascade = a_saved_one(a_stack("llama"), tmp_path / "c")
+def test_a_saved_cascade_loads_unchanged(tmp_path: Path) -> None:
+    cascade = a_saved_cascade(a_stack("llama"), tmp_path / "c")
     names = {"cascade_config.json", "heads-1.safetensors"}
     assert {*contents(tmp_path / "c")} == names | {f"stage-{n}.safetensors" for n in (1, 2)}
     check_same(cascade, Cascade.from_pretrained(tmp_path / "c", a_stack("llama")))
 
 
 @ALL_FAMILIES
-def test_every_family_comes_back(family: str, tmp_path: Path) -> None:
+def test_cascades_of_every_family_load_unchanged(family: str, tmp_path: Path) -> None:
     a_cascade(family).save_pretrained(tmp_path / "c")
     check_same(a_cascade(family), Cascade.from_pretrained(tmp_path / "c", a_stack(family)))
 
 
 @pytest.mark.parametrize("threshold", [INF, -INF, 0.0, -0.25, 0.9517])
-def test_thresholds_come_back_as_they_were(threshold: float, tmp_path: Path) -> None:
+def test_thresholds_load_unchanged(threshold: float, tmp_path: Path) -> None:
     ends(a_stack("llama"), [threshold]).save_pretrained(tmp_path / "c")
     text = (tmp_path / "c" / CONFIG).read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    (entry,) = Cascade.from_pretrained(tmp_path / "c", a_stack("llama")).entrances
+    (entry,) = Cascade.from_pretrained(tmp_path / "c", a_stack("llama")).entries
     assert (entry.threshold, entry.rule) == (threshold, "cosine")
 
 
-def test_heads_fitted_behind_a_stage_come_back(tmp_path: Path) -> None:
+def test_heads_fitted_behind_a_stage_load_unchanged(tmp_path: Path) -> None:
     stack = a_stack("llama")
     cascade = ends(stack, [0.5])
     heads = fit_heads(cascade.stack, random_blocks(), [5])
@@ -112,13 +112,13 @@ def test_heads_fitted_behind_a_stage_come_back(tmp_path: Path) -> None:
     check_same(cascade, Cascade.from_pretrained(tmp_path / "c", stack))
 
 
-def test_a_bf16_cascade_comes_back(tmp_path: Path) -> None:
+def test_a_bf16_cascade_loads_unchanged(tmp_path: Path) -> None:
     cascade = ends(a_bf16_stack("llama"), [0.5])
     cascade.save_pretrained(tmp_path / "c")
     check_same(cascade, Cascade.from_pretrained(tmp_path / "c", a_bf16_stack("llama")))
 
 
-def test_a_base_alone_comes_back(tmp_path: Path) -> None:
+def test_a_cascade_without_stages_loads_unchanged(tmp_path: Path) -> None:
     Cascade(a_stack("llama")).save_pretrained(tmp_path / "c")
     read = Cascade.from_pretrained(tmp_path / "c", a_stack("llama"))
     assert torch.equal(
@@ -126,7 +126,7 @@ def test_a_base_alone_comes_back(tmp_path: Path) -> None:
     )
 
 
-def test_the_base_is_loaded_by_its_name(models: Path, tmp_path: Path) -> None:
+def test_the_base_is_loaded_by_its_recorded_name(models: Path, tmp_path: Path) -> None:
     from cascade.models.loading import load
 
     cascade = ends(load(str(models / "tiny")), [0.5])
@@ -138,8 +138,8 @@ def test_the_base_is_loaded_by_its_name(models: Path, tmp_path: Path) -> None:
     assert {value.dtype for value in half.stages[0].parameters()} == {torch.bfloat16}
 
 
-def test_a_second_save_is_refused_and_the_first_stays(tmp_path: Path) -> None:
-    cascade = a_saved_one(a_stack("llama"), tmp_path / "c")
+def test_saving_twice_needs_overwrite(tmp_path: Path) -> None:
+    cascade = a_saved_cascade(a_stack("llama"), tmp_path / "c")
     before = contents(tmp_path / "c")
     with pytest.raises(OutputError, match="holds another run") as caught:
         a_cascade("llama").save_pretrained(tmp_path / "c")
@@ -150,7 +150,7 @@ def test_a_second_save_is_refused_and_the_first_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_full_disk_leaves_nothing_half_written(overwrite: bool, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_files(overwrite: bool, tmp_path: Path) -> None:
     if overwrite:
         ends(a_stack("llama"), [0.5]).save_pretrained(tmp_path / "c")
     before = contents(tmp_path)
@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_nothing_half_written(overwrite: bool, tmp_path: Path
     assert contents(tmp_path) == before
 
 
-def test_a_fault_in_between_leaves_the_earlier_cascade(
+def test_an_interrupted_save_keeps_the_earlier_cascade(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends(a_stack("llama"), [0.5]).save_pretrained(tmp_path / "c")
@@ -175,7 +175,7 @@ def test_a_fault_in_between_leaves_the_earlier_cascade(
     assert contents(tmp_path) == before
 
 
-def test_a_cascade_goes_to_a_hub_and_comes_from_it(
+def test_a_cascade_can_be_uploaded_and_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = tmp_path / "hub"
@@ -209,10 +209,10 @@ def test_a_cascade_goes_to_a_hub_and_comes_from_it(
     check_same(cascade, read)
     with pytest.raises(RecordError, match="no cascade someone/else: no someone/else") as caught:
         Cascade.from_pretrained("someone/else", a_stack("llama"), revision="v2")
-    assert "a hub id where the hub can be reached" in one_line(caught)
+    assert "a Hub id and a connection to the Hub" in one_line(caught)
 
 
-def test_saving_changes_nothing_that_transformers_reads(tmp_path: Path) -> None:
+def test_transformers_still_saves_and_loads_the_base(tmp_path: Path) -> None:
     stack = DecoderStack(tiny_model("llama"))
     ends(stack, [0.5])
     stack.model.save_pretrained(tmp_path / "m")
@@ -276,11 +276,11 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "expected 1 to 4 layers",
     ),
     "stage missing": (lambda f: (f / "stage-2.safetensors").unlink(), "is missing"),
-    "stage cut": (lambda f: cut(f / "stage-1.safetensors"), "cut short or changed"),
-    "stage edited": (lambda f: flipped(f / "stage-2.safetensors"), "cut short or changed"),
+    "stage cut": (lambda f: cut(f / "stage-1.safetensors"), "incomplete or changed"),
+    "stage edited": (lambda f: flipped(f / "stage-2.safetensors"), "incomplete or changed"),
     "stages swapped": (
         lambda f: (f / "stage-1.safetensors").replace(f / "stage-2.safetensors"),
-        "is missing|cut short or changed",
+        "is missing|incomplete or changed",
     ),
     "heads missing": (lambda f: (f / "heads-1.safetensors").unlink(), "expected exit heads at"),
     "heads cut": (lambda f: cut(f / "heads-1.safetensors"), "not a readable safetensors file"),
@@ -288,8 +288,8 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_folder_is_one_line(name: str, tmp_path: Path) -> None:
-    a_saved_one(a_stack("llama"), tmp_path / "c")
+def test_a_broken_folder_gives_a_one_line_error(name: str, tmp_path: Path) -> None:
+    a_saved_cascade(a_stack("llama"), tmp_path / "c")
     breaks, message = BREAKS[name]
     breaks(tmp_path / "c")
     with pytest.raises(CascadeError, match=message) as caught:
@@ -297,19 +297,19 @@ def test_a_broken_folder_is_one_line(name: str, tmp_path: Path) -> None:
     one_line(caught)
 
 
-def test_a_stage_file_that_is_no_safetensors_is_one_line(tmp_path: Path) -> None:
+def test_an_invalid_safetensors_file_gives_a_one_line_error(tmp_path: Path) -> None:
     from cascade.models.weights import file_hash
 
-    a_saved_one(a_stack("llama"), tmp_path / "c")
+    a_saved_cascade(a_stack("llama"), tmp_path / "c")
     path = tmp_path / "c" / "stage-1.safetensors"
     path.write_bytes(b"something else")
     edit(tmp_path / "c", lambda r: r["stages"][0].update(sha256=file_hash(path)))
-    with pytest.raises(RecordError, match="no readable safetensors file") as caught:
+    with pytest.raises(RecordError, match="not a readable safetensors file") as caught:
         Cascade.from_pretrained(tmp_path / "c", a_stack("llama"))
     one_line(caught)
 
 
-def test_nothing_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_cascade_gives_a_one_line_error(tmp_path: Path) -> None:
     for source in (tmp_path / "nothing", str(tmp_path / "nothing")):
         with pytest.raises(RecordError, match="no record") as caught:
             Cascade.from_pretrained(source, a_stack("llama"))
@@ -319,23 +319,23 @@ def test_nothing_there_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (lambda: DecoderStack(tiny_model("llama", seed=1)), "with weights_hash in-memory"),
-        (lambda: DecoderStack(tiny_model("llama", hidden_size=64)), "with hidden_size 32"),
-        (lambda: DecoderStack(tiny_model("llama", num_layers=5)), "with num_layers 4"),
-        (lambda: DecoderStack(tiny_model("llama", vocab_size=99)), "with vocab_size 97"),
+        (lambda: DecoderStack(tiny_model("llama", seed=1)), "expected weights_hash in-memory"),
+        (lambda: DecoderStack(tiny_model("llama", hidden_size=64)), "hidden_size 32, got 64"),
+        (lambda: DecoderStack(tiny_model("llama", num_layers=5)), "num_layers 4, got 5"),
+        (lambda: DecoderStack(tiny_model("llama", vocab_size=99)), "vocab_size 97, got 99"),
     ],
 )
-def test_another_base_is_refused(
+def test_a_different_base_is_refused(
     base: Callable[[], DecoderStack], message: str, tmp_path: Path
 ) -> None:
-    a_saved_one(a_stack("llama"), tmp_path / "c")
+    a_saved_cascade(a_stack("llama"), tmp_path / "c")
     with pytest.raises(ModelError, match=message) as caught:
         Cascade.from_pretrained(tmp_path / "c", base())
-    assert "load that base, or train stages for this one" in one_line(caught)
+    assert "load that base, or train stages for this model" in one_line(caught)
 
 
-def test_a_base_without_a_name_has_to_be_given(tmp_path: Path) -> None:
-    a_saved_one(a_stack("llama"), tmp_path / "c")
-    with pytest.raises(UsageError, match="made for a model without a name; give it") as caught:
+def test_a_base_without_a_name_must_be_passed(tmp_path: Path) -> None:
+    a_saved_cascade(a_stack("llama"), tmp_path / "c")
+    with pytest.raises(UsageError, match="made for a model without a name; pass it") as caught:
         Cascade.from_pretrained(tmp_path / "c")
     one_line(caught)

@@ -1,4 +1,4 @@
-"""Stages: an untrained one changes nothing, exactly; a trained one is the same wherever it runs."""
+"""Test that untrained stages are the identity, and that trained stages run the same everywhere."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def own_generate(stack: DecoderStack, ids: Tensor, mask: Tensor) -> Tensor:
     return sequences
 
 
-# --- Untrained, it is the identity -----------------------------------------------------------
+# --- Untrained stages are the identity -------------------------------------------------------
 
 
 @ALL_STARTS
 @ALL_FAMILIES
-def test_an_untrained_stage_changes_nothing_exactly(family: str, start: Any) -> None:
+def test_an_untrained_stage_is_exactly_the_identity(family: str, start: Any) -> None:
     stack = a_stack(family)
     longer = extended(stack, new_stage(stack, 2, start=start))
     assert longer.num_layers == LAYERS + 2
@@ -70,7 +70,7 @@ def test_transformers_generates_the_same_with_an_untrained_stage(family: str, st
 
 @ALL_STARTS
 @ALL_FAMILIES
-def test_an_untrained_stage_changes_nothing_in_bf16(family: str, start: Any) -> None:
+def test_an_untrained_stage_is_the_identity_in_bf16(family: str, start: Any) -> None:
     stack = a_bf16_stack(family)
     cascade = Cascade(stack)
     cascade.add_stage(new_stage(stack, 2, start=start), Entry(LAYERS, float("inf")))
@@ -79,7 +79,7 @@ def test_an_untrained_stage_changes_nothing_in_bf16(family: str, start: Any) -> 
 
 
 @ALL_FAMILIES
-def test_only_outputs_are_zero_so_that_gradients_come_in(family: str) -> None:
+def test_only_the_output_projections_are_zero(family: str) -> None:
     stack = a_stack(family)
     stage = new_stage(stack, 2)
     for source, layer in zip(stage.sources, stage.layers, strict=True):
@@ -93,16 +93,16 @@ def test_only_outputs_are_zero_so_that_gradients_come_in(family: str) -> None:
             assert not bool(dict(layer.named_parameters())[name].any())
 
 
-# --- The base stays as it is ------------------------------------------------------------------
+# --- The base does not change -----------------------------------------------------------------
 
 
 @ALL_STARTS
 @ALL_FAMILIES
 def test_the_base_and_its_config_are_not_changed(family: str, start: Any) -> None:
     stack = DecoderStack(tiny_model(family))
-    places = [
-        {name: vars(part)[name] for name in ("layer_idx", "layer_id") if name in vars(part)}
-        for part in stack.model.modules()
+    indices = [
+        {name: vars(module)[name] for name in ("layer_idx", "layer_id") if name in vars(module)}
+        for module in stack.model.modules()
     ]
     before = (
         stack.weights_in_memory(),
@@ -117,16 +117,16 @@ def test_the_base_and_its_config_are_not_changed(family: str, start: Any) -> Non
     assert stack.model.config.to_dict() == before[1]
     assert torch.equal(own_logits(stack, TEXT), before[2])
     assert [id(value) for value in stack.model.parameters()] == before[3]
-    assert places == [
-        {name: vars(part)[name] for name in ("layer_idx", "layer_id") if name in vars(part)}
-        for part in stack.model.modules()
+    assert indices == [
+        {name: vars(module)[name] for name in ("layer_idx", "layer_id") if name in vars(module)}
+        for module in stack.model.modules()
     ]
     assert len(stack.layers) == LAYERS
     assert stack.below is None
 
 
 @ALL_FAMILIES
-def test_every_weight_is_shared_with_base_and_stage(family: str) -> None:
+def test_the_extended_model_shares_all_weights(family: str) -> None:
     stack = a_stack(family)
     stage = a_moved_stage(stack)
     longer = extended(stack, stage)
@@ -135,22 +135,22 @@ def test_every_weight_is_shared_with_base_and_stage(family: str) -> None:
     assert longer.below is stack
     before = own_logits(longer, TEXT)
     moved(stage, seed=1)
-    assert not torch.equal(own_logits(longer, TEXT), before), "training is not seen"
+    assert not torch.equal(own_logits(longer, TEXT), before), "training does not change the model"
 
 
-def test_a_longer_model_has_a_hash_of_its_own() -> None:
+def test_the_extended_model_has_another_weights_hash() -> None:
     stack = DecoderStack(tiny_model("llama"), provenance={"weights_hash": "sha256:of-the-base"})
     longer = extended(stack, a_moved_stage(stack))
     assert longer.weights_hash() != stack.weights_hash()
     assert longer.provenance.num_layers == LAYERS + 2
 
 
-# --- Over stored states it is the cascade's pass ----------------------------------------------
+# --- Stages over stored states ----------------------------------------------------------------
 
 
 @ALL_STARTS
 @ALL_FAMILIES
-def test_a_stage_over_stored_states_is_the_cascades_frozen_pass(family: str, start: Any) -> None:
+def test_a_stage_over_stored_states_equals_frozen_propagation(family: str, start: Any) -> None:
     stack = a_stack(family)
     stage = a_moved_stage(stack, start=start)
     kept: dict[int, Tensor] = {}
@@ -169,7 +169,7 @@ def test_a_stage_over_stored_states_is_the_cascades_frozen_pass(family: str, sta
 
 
 @ALL_FAMILIES
-def test_tokens_that_go_on_see_those_that_left_before_them_alone(family: str) -> None:
+def test_entering_tokens_attend_only_to_earlier_exit_states(family: str) -> None:
     stack = a_stack(family)
     stage = a_moved_stage(stack)
     states = torch.randn((1, 10, 32), generator=torch.Generator().manual_seed(0))
@@ -184,11 +184,11 @@ def test_tokens_that_go_on_see_those_that_left_before_them_alone(family: str) ->
             assert moves.nonzero().flatten().tolist() == sorted([easy, *touched])
 
 
-# --- What training needs of it ----------------------------------------------------------------
+# --- Training ---------------------------------------------------------------------------------
 
 
 def one_step(stack: DecoderStack, stage: Stage) -> None:
-    """Make one step of plain gradient descent on random tokens."""
+    """Make one step of gradient descent on random tokens."""
     kept: dict[int, Tensor] = {}
     stack.visit(TEXT, kept.__setitem__)
     entering = torch.rand(TEXT.shape, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -204,21 +204,21 @@ def one_step(stack: DecoderStack, stage: Stage) -> None:
 
 @ALL_STARTS
 @ALL_FAMILIES
-def test_gradients_reach_every_weight_of_the_stage_and_none_of_the_base(
+def test_gradients_reach_all_weights_of_the_stage_and_none_of_the_base(
     family: str, start: Any
 ) -> None:
     stack = DecoderStack(tiny_model(family))
     stack.model.requires_grad_(False)
     stage = new_stage(stack, 2, start=start)
-    one_step(stack, stage)  # the zeroed outputs learn first, and let the others learn
+    one_step(stack, stage)  # zeroed outputs block gradients until their first update
     for value in stage.parameters():
         value.grad = None
     one_step(stack, stage)
     for name, value in stage.layers.named_parameters():
-        # A key's bias adds the same to every score of a query: softmax takes it out again.
+        # A key bias adds the same value to every score of a query, so softmax cancels it.
         if not is_key_bias(name):
-            assert value.grad is not None, f"{name} is not reached"
-            assert bool(value.grad.any()), f"{name} learns nothing"
+            assert value.grad is not None, f"{name} has no gradient"
+            assert bool(value.grad.any()), f"{name} has a zero gradient"
     assert all(value.grad is None for value in stack.model.parameters())
 
 
@@ -226,7 +226,7 @@ def is_key_bias(name: str) -> bool:
     return name.endswith(("k_proj.bias",))
 
 
-def test_an_own_head_starts_as_the_models_and_learns_alone() -> None:
+def test_a_separate_head_starts_as_a_copy_and_trains_separately() -> None:
     stack = DecoderStack(tiny_model("llama"))
     stack.model.requires_grad_(False)
     head = stack.lm_head.weight.clone()
@@ -253,7 +253,7 @@ def test_fresh_layers_depend_on_the_seed_and_copies_do_not(family: str) -> None:
         for start in STARTS
         for seed in (0, 1)
     }
-    assert torch.equal(torch.get_rng_state(), before), "the caller's generator was moved"
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
     assert prints["fresh", 0] != prints["fresh", 1]
     assert prints["copies", 0] == prints["copies", 1]
     assert new_stage(stack, 2, start="fresh", seed=1).fingerprint() == prints["fresh", 1]
@@ -266,7 +266,7 @@ def test_fresh_norms_start_at_one() -> None:
             assert bool((value == 1).all())
 
 
-def test_a_stage_copies_the_last_layers_and_their_kinds() -> None:
+def test_a_stage_copies_the_last_layers_and_their_attention_types() -> None:
     stack = a_stack("gemma2")
     stage = new_stage(stack, 2)
     assert stage.sources == (3, 4)
@@ -276,12 +276,12 @@ def test_a_stage_copies_the_last_layers_and_their_kinds() -> None:
     assert config.layer_types == [*types, *types[2:]]
 
 
-# --- Weights, in and out ----------------------------------------------------------------------
+# --- Reading and loading weights --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("own_head", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
-def test_weights_taken_over_make_the_same_stage(family: str, own_head: bool) -> None:
+def test_loading_the_weights_gives_the_same_stage(family: str, own_head: bool) -> None:
     stack = a_stack(family)
     one = a_moved_stage(stack, own_head=own_head)
     other = new_stage(stack, 2, own_head=own_head)
@@ -292,7 +292,7 @@ def test_weights_taken_over_make_the_same_stage(family: str, own_head: bool) -> 
     assert torch.equal(*logits)
 
 
-def test_other_names_or_shapes_are_refused_and_nothing_is_taken_over() -> None:
+def test_weights_with_other_names_or_shapes_are_refused_and_not_copied() -> None:
     stack = a_stack("llama")
     stage = a_moved_stage(stack)
     before = stage.fingerprint()
@@ -304,13 +304,13 @@ def test_other_names_or_shapes_are_refused_and_nothing_is_taken_over() -> None:
         (weights | {last: torch.zeros(32, 49)}, "expected [32, 48], got [32, 49]"),
     ]
     for wrong, message in cases:
-        with pytest.raises(ModelError, match="the stage that was saved") as caught:
+        with pytest.raises(ModelError, match="weights that were saved with this stage") as caught:
             stage.load(wrong)
         assert message in one_line(caught)
         assert stage.fingerprint() == before
 
 
-# --- What cannot be ---------------------------------------------------------------------------
+# --- Invalid arguments ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -344,8 +344,8 @@ def test_quantized_layers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1, LAYERS + 1])
-def test_a_stage_has_one_layer_to_as_many_as_the_model(count: int) -> None:
-    with pytest.raises(UsageError, match=f"expected 1 to 4 layers for a stage, .* got {count}"):
+def test_a_layer_count_out_of_range_is_refused(count: int) -> None:
+    with pytest.raises(UsageError, match=f"expected 1 to 4 layers for a stage, got {count}"):
         new_stage(a_stack("llama"), count)
 
 
@@ -357,10 +357,10 @@ def test_an_unknown_start_is_refused() -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "own_head", "message"),
     [
-        ("gpt2", {}, False, "a stage of GPT2Blocks cannot follow LlamaDecoderLayers"),
-        ("llama", {"hidden_size": 64}, False, "it was made for another width"),
-        ("llama", {"intermediate_size": 40}, False, "it was made for another width"),
-        ("llama", {"vocab_size": 50}, True, "the stage's head knows 50 tokens, this model 97"),
+        ("gpt2", {}, False, "expected a stage of LlamaDecoderLayers, got GPT2Blocks"),
+        ("llama", {"hidden_size": 64}, False, "the stage was made for another width"),
+        ("llama", {"intermediate_size": 40}, False, "the stage was made for another width"),
+        ("llama", {"vocab_size": 50}, True, r"another vocabulary \(expected 97 tokens, got 50\)"),
     ],
 )
 def test_a_stage_of_another_model_is_refused(
@@ -368,9 +368,9 @@ def test_a_stage_of_another_model_is_refused(
 ) -> None:
     other = DecoderStack(tiny_model(family, **changes))
     stage = new_stage(other, 1, own_head=own_head)
-    for refuses in (lambda: extended(a_stack("llama"), stage), lambda: added(stage)):
+    for append in (lambda: extended(a_stack("llama"), stage), lambda: added(stage)):
         with pytest.raises(ModelError, match=message) as caught:
-            refuses()
+            append()
         one_line(caught)
 
 
@@ -388,7 +388,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     one_line(caught)
 
 
-# --- The guard itself -------------------------------------------------------------------------
+# --- The identity check -----------------------------------------------------------------------
 
 
 @ALL_STARTS

@@ -1,4 +1,4 @@
-"""Training a stage: never worse than none, and the base is neither run nor changed."""
+"""Test training: the result is never worse than no stage, and the base is never run or changed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from cascade.stages.training import Training, train_stage
 
 
 def by_hand(cascade: Cascade, scope: str) -> float:
-    """Return a cascade's perplexity over the held-out part by another way than training's."""
+    """Return a cascade's perplexity over the held-out split, computed from a score."""
     score = cascade.score(held_out())
     blocks = some_text()["held-out"]
     assert blocks.response is not None
@@ -66,28 +66,30 @@ def test_training_lowers_the_held_out_perplexity(trained: Training, tokens: Hard
     assert trained.steps == 2 * math.ceil(len(tokens.split("train")) / 8)
 
 
-def test_its_figures_are_those_of_the_whole_cascade(trained: Training, tokens: HardTokens) -> None:
+def test_training_figures_match_those_of_the_whole_cascade(
+    trained: Training, tokens: HardTokens
+) -> None:
     cascade, alone = (Cascade(a_reader()) for _ in range(2))
     cascade.add_stage(trained.stage, Entry(tokens.layer, tokens.threshold))
     alone.add_stage(new_stage(a_reader(), 2), Entry(tokens.layer, tokens.threshold))
     assert tuple(trained.chosen.ratios) == SCOPES
     for scope in SCOPES:
         with_stage, without = (by_hand(one, scope) for one in (cascade, alone))
-        # The dataset's states went through float16.
+        # The dataset stores states in float16.
         assert trained.perplexities[scope] == pytest.approx(without, rel=2e-3)
         assert trained.chosen.ratios[scope] == pytest.approx(with_stage / without, rel=2e-3)
 
 
 @pytest.mark.parametrize("start", ["copies", "fresh"])
-def test_where_learning_hurts_the_identity_is_chosen(
+def test_the_identity_is_chosen_if_training_makes_the_stage_worse(
     start: Any, tokens: HardTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = StageModule.forward
 
-    def the_wrong_way(self: Any, **batch: Tensor) -> dict[str, Tensor]:
+    def negated(self: Any, **batch: Tensor) -> dict[str, Tensor]:
         return {"loss": -forward(self, **batch)["loss"]}
 
-    monkeypatch.setattr(StageModule, "forward", the_wrong_way)
+    monkeypatch.setattr(StageModule, "forward", negated)
     config = dataclasses.replace(SHORT, start=start, epochs=1)
     done = train_stage(a_reader(), tokens, config, tmp_path)
     assert done.steps > 0
@@ -101,17 +103,17 @@ def test_where_learning_hurts_the_identity_is_chosen(
     assert done.provenance.chosen_step == 0
 
 
-def test_the_base_is_not_touched_and_never_run(tokens: HardTokens, tmp_path: Path) -> None:
+def test_training_neither_changes_nor_runs_the_base(tokens: HardTokens, tmp_path: Path) -> None:
     stack = DecoderStack(tiny_model("llama"), tokenizer=tiny_tokenizer())
     own: list[Any] = [layer.self_attn for layer in stack.layers]
     runs = []
 
     def note(module: Any, *_: Any) -> None:
-        if any(module is part for part in own):  # a stage's copies have this hook too
+        if any(module is attention for attention in own):  # the stage's copies have this hook too
             runs.append(module)
 
-    for part in own:
-        part.register_forward_pre_hook(note)
+    for attention in own:
+        attention.register_forward_pre_hook(note)
     before = stack.weights_in_memory()
     flags = [value.requires_grad for value in stack.model.parameters()]
     train_stage(stack, tokens, dataclasses.replace(SHORT, epochs=0.3), tmp_path)
@@ -121,7 +123,7 @@ def test_the_base_is_not_touched_and_never_run(tokens: HardTokens, tmp_path: Pat
     assert all(value.grad is None for value in stack.model.parameters())
 
 
-def test_a_change_of_the_bases_weights_is_an_error(tokens: HardTokens, tmp_path: Path) -> None:
+def test_changing_the_weights_of_the_base_is_an_error(tokens: HardTokens, tmp_path: Path) -> None:
     stack = DecoderStack(tiny_model("llama"), tokenizer=tiny_tokenizer())
 
     class Changing(NoProgress):
@@ -138,19 +140,19 @@ def test_a_change_of_the_bases_weights_is_an_error(tokens: HardTokens, tmp_path:
 def test_the_provenance_names_base_tokens_options_and_evaluations(
     trained: Training, tokens: HardTokens
 ) -> None:
-    about = trained.provenance
-    assert trained.stage.provenance == about
-    assert about.base.weights_hash == a_reader().weights_hash()
-    assert (about.tokens.layer, about.tokens.threshold) == (3, tokens.threshold)
-    assert about.tokens.parts == tokens.record.parts
-    splits = [about.tokens.corpora[split].part for split in ("train", "held-out")]
+    made = trained.provenance
+    assert trained.stage.provenance == made
+    assert made.base.weights_hash == a_reader().weights_hash()
+    assert (made.tokens.layer, made.tokens.threshold) == (3, tokens.threshold)
+    assert made.tokens.splits == tokens.record.splits
+    splits = [made.tokens.corpora[split].part for split in ("train", "held-out")]
     assert splits == ["train", "held-out"]
-    assert about.recipe == SHORT
-    assert (about.steps, about.chosen_step) == (trained.steps, trained.chosen.step)
-    assert [one.step for one in about.looks] == [one.step for one in trained.evaluations]
+    assert made.config == SHORT
+    assert (made.steps, made.chosen_step) == (trained.steps, trained.chosen.step)
+    assert [one.step for one in made.evaluations] == [one.step for one in trained.evaluations]
 
 
-def test_a_training_can_be_repeated(trained: Training, tokens: HardTokens, tmp_path: Path) -> None:
+def test_training_is_reproducible(trained: Training, tokens: HardTokens, tmp_path: Path) -> None:
     again = train_stage(a_reader(), tokens, SHORT, tmp_path)
     assert again.evaluations == trained.evaluations
     assert again.stage.fingerprint() == trained.stage.fingerprint()
@@ -166,7 +168,7 @@ def test_other_families_train(family: str, tmp_path: Path) -> None:
     assert done.chosen.worst < 1
 
 
-def test_an_own_head_is_trained_and_chosen(tokens: HardTokens, tmp_path: Path) -> None:
+def test_a_separate_head_is_trained(tokens: HardTokens, tmp_path: Path) -> None:
     config = dataclasses.replace(SHORT, own_head=True, epochs=1)
     done = train_stage(a_reader(), tokens, config, tmp_path)
     assert done.chosen.step > 0
@@ -179,14 +181,14 @@ def test_an_own_head_is_trained_and_chosen(tokens: HardTokens, tmp_path: Path) -
 def test_a_stage_starts_at_a_ratio_of_exactly_one(
     routing: Any, tokens: HardTokens, tmp_path: Path
 ) -> None:
-    for size in (3, 8):  # of batches, and so of the rows that go through the LM head together
+    for size in (3, 8):  # the batch size changes how many rows the LM head computes at once
         config = dataclasses.replace(SHORT, routing=routing, batch_size=size)
         done = train_stage(a_reader(), tokens, config, tmp_path, steps=1)
         assert set(done.evaluations[0].ratios.values()) == {1.0}
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_an_own_head_starts_as_the_models(bf16: bool, tmp_path: Path) -> None:
+def test_a_stage_with_a_separate_head_starts_at_a_ratio_of_one(bf16: bool, tmp_path: Path) -> None:
     stack = a_reader(bf16=bf16)
     found = some_hard_tokens(tmp_path / "d", stack, dtype="bfloat16")
     config = dataclasses.replace(SHORT, own_head=True)
@@ -194,13 +196,13 @@ def test_an_own_head_starts_as_the_models(bf16: bool, tmp_path: Path) -> None:
     assert list(done.evaluations[0].ratios.values()) == pytest.approx([1.0] * 4, abs=1e-5)
 
 
-def test_text_without_any_response_is_trained_on(tmp_path: Path) -> None:
-    parts = {
-        part: dataclasses.replace(blocks, response=np.zeros_like(blocks.response))
-        for part, blocks in some_text().items()
+def test_training_works_on_text_without_response_tokens(tmp_path: Path) -> None:
+    splits = {
+        split: dataclasses.replace(blocks, response=np.zeros_like(blocks.response))
+        for split, blocks in some_text().items()
     }
     found = collect_hard(
-        a_reader(), parts, tmp_path / "d", CollectingConfig(layer=3, hard_ratio=0.5)
+        a_reader(), splits, tmp_path / "d", CollectingConfig(layer=3, hard_ratio=0.5)
     )
     config = dataclasses.replace(SHORT, epochs=0.5)
     done = train_stage(a_reader(), found, config, tmp_path / "c")
@@ -209,7 +211,7 @@ def test_text_without_any_response_is_trained_on(tmp_path: Path) -> None:
     to_json(to_plain(done.provenance))
 
 
-def test_a_bf16_base_keeps_its_weights_and_trains_in_fp32(tmp_path: Path) -> None:
+def test_a_stage_of_a_bf16_base_is_trained_in_fp32(tmp_path: Path) -> None:
     stack = a_reader(bf16=True)
     before = stack.weights_in_memory()
     found = some_hard_tokens(tmp_path / "d", stack, dtype="bfloat16")
@@ -225,7 +227,7 @@ def test_a_bf16_base_keeps_its_weights_and_trains_in_fp32(tmp_path: Path) -> Non
     )
 
 
-def test_a_second_stage_learns_what_the_first_leaves(
+def test_a_second_stage_is_trained_on_the_hard_tokens_of_the_first(
     trained: Training, tokens: HardTokens, tmp_path: Path
 ) -> None:
     cascade = Cascade(a_reader())
@@ -241,11 +243,13 @@ def test_a_second_stage_learns_what_the_first_leaves(
     ratio = after.perplexity / before.perplexity
     assert ratio == pytest.approx(done.chosen.ratios["all"], rel=5e-3)
     entered = after.exit_layers == cascade.stack.num_layers
-    assert not bool((entered & (before.exit_layers < top)).any()), "an easy token came back"
+    assert not bool((entered & (before.exit_layers < top)).any()), (
+        "an easy token entered the second stage"
+    )
     assert 0.1 < float(entered.double().mean()) < 0.4
 
 
-def test_the_tokens_of_another_model_are_refused(tokens: HardTokens, tmp_path: Path) -> None:
+def test_hard_tokens_of_another_model_are_refused(tokens: HardTokens, tmp_path: Path) -> None:
     other = DecoderStack(tiny_model("llama", seed=1), tokenizer=tiny_tokenizer())
     with pytest.raises(ModelError, match="the hard tokens in") as caught:
         train_stage(other, tokens, SHORT, tmp_path)

@@ -1,4 +1,4 @@
-"""Options of training: invalid ones are refused in one line."""
+"""Test the options of training. Invalid ones give a one-line error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from cascade.stages.training import train_stage
         ({"start": "zeros"}, "expected a start among copies, fresh"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(
+def test_an_invalid_config_is_refused(
     change: dict[str, Any], message: str, tokens: HardTokens, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:

@@ -184,6 +184,6 @@ def test_hard_tokens_are_collected_exactly(place: str, tmp_path: Path) -> None:
     }
     config = CollectingConfig(layer=LAYER, threshold=threshold, batch_size=8)
     found = collect_hard(a_stack("llama"), splits, tmp_path / "d", config)
-    assert found.record.parts["train"].hard == (~expected(threshold)).sum()
+    assert found.record.splits["train"].hard == (~expected(threshold)).sum()
     hard = torch.cat([batch["hard"] for batch in found.batches("train", 8)])
     assert np.array_equal(hard.numpy(), ~expected(threshold))

@@ -359,7 +359,7 @@ def _train_controls(
 ) -> None:
     from cascade.stages import controls
 
-    batch_size = trained.provenance.recipe.batch_size
+    batch_size = trained.provenance.config.batch_size
     for control in controls.CONTROLS:
         folder = output / _CHECKPOINTS / control
         with _shown_training(control, batch_size, tokens) as progress:

@@ -55,7 +55,7 @@ def training_report(provenance: TrainingProvenance) -> Report:
     Args:
         provenance: How the stage was trained.
     """
-    config, tokens = provenance.recipe, provenance.tokens
+    config, tokens = provenance.config, provenance.tokens
     threshold = show_threshold(tokens.threshold)
     return Report(
         kicker="CASCADE training",
@@ -82,7 +82,10 @@ def training_report(provenance: TrainingProvenance) -> Report:
                         "Held-out perplexity of the whole cascade, relative to that without the "
                         "stage",
                         ("step", "all tokens", "hard", "response", "hard response", ""),
-                        [_evaluation(one, provenance.chosen_step) for one in provenance.looks],
+                        [
+                            _evaluation(one, provenance.chosen_step)
+                            for one in provenance.evaluations
+                        ],
                         text_columns=1,
                     ),
                 ),

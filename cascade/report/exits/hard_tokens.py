@@ -27,7 +27,7 @@ def hard_tokens_report(record: HardTokensRecord) -> Report:
         record: The dataset's record.
     """
     model = record.provenance.model
-    name, trained_on = _model_name(record), record.parts["train"]
+    name, trained_on = _model_name(record), record.splits["train"]
     return Report(
         kicker="CASCADE hard tokens",
         title=f"Hard tokens of {name}: {share(trained_on.hard_ratio)} of the training part",
@@ -40,7 +40,7 @@ def hard_tokens_report(record: HardTokensRecord) -> Report:
                     table_of(
                         "How many tokens are hard, of all tokens and of response text",
                         ("sequences", "tokens", "hard", "response tokens", "hard", "part"),
-                        [_row(split, counts) for split, counts in record.parts.items()],
+                        [_row(split, counts) for split, counts in record.splits.items()],
                         text_columns=1,
                     ),
                 ),
@@ -56,13 +56,13 @@ def _model_name(record: HardTokensRecord) -> str:
 
 
 def _pairs(record: HardTokensRecord) -> tuple[tuple[str, str], ...]:
-    layer, states, asked = record.layer, record.states, record.asked
+    layer, states, requested = record.layer, record.states, record.requested
     source = "given"
-    if asked.threshold is None and asked.hard_ratio is not None:
-        source = f"fitted to a hard ratio of {asked.hard_ratio:g} on the training part"
+    if requested.threshold is None and requested.hard_ratio is not None:
+        source = f"fitted to a hard ratio of {requested.hard_ratio:g} on the training part"
     corpora = record.provenance.corpora
     return (
-        *((f"Corpus, {split}", corpus_words(corpora[split])) for split in record.parts),
+        *((f"Corpus, {split}", corpus_words(corpora[split])) for split in record.splits),
         (
             "Hard",
             f"similarity at layer {layer} (history[{layer - 1}] against history[{layer}]) below "

@@ -1,4 +1,4 @@
-"""Collecting hard tokens: a model's exit states over a corpus, stored once for stages to learn."""
+"""Collect hard tokens: store a model's exit states over a corpus, for training stages."""
 
 from __future__ import annotations
 
@@ -42,29 +42,46 @@ def collect_hard(
     overwrite: bool = False,
     reuse: bool = False,
 ) -> HardTokens:
-    """Run a model once over a corpus; store its exit states and which tokens are hard.
+    """Run a model once over a corpus, and store its exit states and a mask of hard tokens.
 
-    A row of the dataset is one whole sequence, at the positions that it had: no token is left out,
-    and no two sequences are joined. Memory does not grow with the corpus except for one similarity
-    per token. After an interruption a second call with the same arguments resumes from the last
-    finished shard, and the result is the same to the byte; only threshold and ratio, which are
-    applied at the end, may differ.
+    Each row of the dataset is one whole sequence with its original positions. No token is left out,
+    and sequences are never joined. Memory grows with the corpus only by one similarity per token.
+    After an interruption, a second call with the same arguments resumes from the last finished
+    shard, and the result is identical to the byte. Only the threshold and the hard ratio may
+    differ, because they are applied at the end.
 
     Args:
         stack: The model.
-        splits: The corpus, "train" and "held-out", read with `marks=True`.
-        folder: Where the dataset goes.
-        config: Which states, and which tokens are hard.
-        progress: Called with the number of tokens done since the last call.
-        overwrite: Replace an earlier dataset, or an unfinished one of other arguments.
-        reuse: Return a finished dataset of the same arguments that is there, instead.
+        splits: The corpus: splits "train" and "held-out", read with `marks=True`.
+        folder: Output folder of the dataset.
+        config: Options of the collection.
+        progress: Called with the number of tokens processed since the last call.
+        overwrite: Replace an existing dataset, or an unfinished one with other arguments.
+        reuse: Return an existing finished dataset if it has the same arguments.
+
+    Returns:
+        The finished dataset.
 
     Raises:
-        UsageError: No such layer or dtype, an invalid threshold or ratio or neither of them, or a
-            threshold that makes no token hard or every token.
-        CorpusError: A split is missing, of another length, without marks, or too long.
-        ModelError: A state is not finite, or larger than float16 can hold.
-        OutputError: The folder holds something else, cannot be written, or the disk is too small.
+        UsageError: The layer or dtype does not exist, the threshold or ratio is invalid, both are
+            missing, or the threshold makes no token or every token hard.
+        CorpusError: A split is missing, has no marks, is too long, or the lengths differ.
+        ModelError: A state is not finite, or too large for float16.
+        OutputError: The folder holds other files or cannot be written, or the disk is too small.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from cascade import CollectingConfig, collect_hard, load, load_blocks
+        >>> stack = load("smollm2-135m")
+        >>> splits = {
+        ...     split: load_blocks(
+        ...         "embedded", stack.tokenizer, max_tokens=256, part=split, marks=True
+        ...     )
+        ...     for split in ("train", "held-out")
+        ... }
+        >>> tokens = collect_hard(stack, splits, mkdtemp(), CollectingConfig(hard_ratio=0.5))
+        >>> tokens.layer, len(tokens)
+        (29, 4)
     """
     config.check()
     layer = config.layer_of(stack)
@@ -88,7 +105,7 @@ def collect_hard(
 
 
 def _finished(plan: CollectionPlan, folder: Path) -> HardTokens | None:
-    """Return the dataset in the folder where it is whole and of this plan; else None."""
+    """Return the dataset in the folder if it is complete and matches the plan; else None."""
     try:
         found = load_hard_tokens(folder)
     except RecordError:

@@ -1,4 +1,4 @@
-"""Completing a dataset whose states are stored: threshold, hard mask, layout and record."""
+"""Complete a dataset whose states are stored: threshold, hard mask, layout and record."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from cascade.stages.hard_tokens.splits import MarkedText
 from cascade.stats.decision import least_fp32, reaches
 from cascade.stats.thresholds import quantile_threshold
 
-#: A given hard ratio and the one reached may differ by this much without a note.
+#: Largest difference between the requested and the actual hard ratio that gets no note.
 _TOLERATED = 0.05
 
 Counts = Mapping[Split, SplitCounts]
 
 
 def complete(plan: CollectionPlan, folder: Path, *, own_files: tuple[str, ...]) -> None:
-    """Choose the threshold, set the hard mask, and write the other files, the record last.
+    """Choose the threshold, set the hard mask and write the other files, the record last.
 
     Args:
-        plan: What is collected.
-        folder: Holds every shard.
-        own_files: Names of files in the folder that are not of the dataset.
+        plan: Plan of the collection.
+        folder: Folder that holds all shards.
+        own_files: Names of files in the folder that do not belong to the dataset.
 
     Raises:
-        UsageError: No token of a split is hard, or every token.
+        UsageError: No token or every token of a split is hard.
         OutputError: A file cannot be written.
     """
     similarity = {
@@ -64,7 +64,7 @@ def complete(plan: CollectionPlan, folder: Path, *, own_files: tuple[str, ...]) 
         mark_hard(folder / shard.name, least_fp32(threshold))
     for split in SPLITS:
         names = [Path(shard.name).name for shard in plan.shards_of(split)]
-        # What `datasets` knows its cached results by.
+        # `datasets` derives the names of its cached results from this text.
         made_of = f"{plan.request_hash} {threshold!r} {split}"
         write_split(folder / split, names, plan.features, made_of=made_of)
     write_text(folder / SPLITS_FILE, json.dumps({"splits": list(SPLITS)}) + "\n")
@@ -73,12 +73,14 @@ def complete(plan: CollectionPlan, folder: Path, *, own_files: tuple[str, ...]) 
 
 
 def _threshold_of(plan: CollectionPlan, similarity: Array) -> float:
-    """Return the given threshold, or the one that the hard ratio has on the training split."""
+    """Return the given threshold, or fit one to the hard ratio on the training split."""
     if plan.config.threshold is not None:
         return float(plan.config.threshold)
     if plan.config.hard_ratio is not None:
         return float(quantile_threshold(similarity, plan.config.hard_ratio))
-    raise UsageError("expected a threshold or a hard ratio, got neither")
+    raise UsageError(
+        "expected a threshold or a hard ratio, got neither; give --threshold or --hard-ratio"
+    )
 
 
 def _counts(text: MarkedText, hard: Array) -> SplitCounts:
@@ -95,12 +97,11 @@ def _counts(text: MarkedText, hard: Array) -> SplitCounts:
 def _check_mixed(layer: int, counts: Counts, threshold: float) -> None:
     for split, row in counts.items():
         if row.hard in (0, row.tokens):
-            what = "no token" if row.hard == 0 else "every token"
+            which = "no token" if row.hard == 0 else "every token"
             raise UsageError(
-                f"{what} of the {split} part is hard: its similarity at layer {layer} "
-                f"is {'never' if row.hard == 0 else 'always'} below {threshold:.6g}; give "
-                "another --threshold or --hard-ratio (the states collected so far are kept and "
-                "need no second pass)"
+                f"{which} of the {split} split is hard (the similarity at layer {layer} is "
+                f"{'never' if row.hard == 0 else 'always'} below {threshold:.6g}); choose another "
+                "--threshold or --hard-ratio (the collected states are kept and reused)"
             )
 
 
@@ -123,7 +124,7 @@ def _record(
         provenance=_provenance(plan),
         layer=plan.layer,
         threshold=threshold,
-        asked=plan.config.asked_for(),
+        requested=plan.config.requested(),
         states=StoredStates(
             entry=plan.stack.num_layers,
             dtype=plan.config.dtype,
@@ -131,7 +132,7 @@ def _record(
             hidden_size=plan.stack.hidden_size,
         ),
         batch_size=plan.config.batch_size,
-        parts=dict(counts),
+        splits=dict(counts),
         notes=_notes(plan, threshold, counts),
         request=plan.request_hash,
         files=files,
@@ -157,15 +158,15 @@ def _notes(plan: CollectionPlan, threshold: float, counts: Counts) -> list[str]:
     wanted, reached = plan.config.hard_ratio, counts["train"].hard_ratio
     if wanted is not None and abs(wanted - reached) > _TOLERATED:
         notes.append(
-            f"the threshold {threshold:.6g} decides: it makes {reached:.3f} of the training "
-            f"tokens hard, not the {wanted:.3f} that were asked for"
+            f"--threshold {threshold:.6g} is used: it makes {reached:.3f} of the training tokens "
+            f"hard, while --hard-ratio asked for {wanted:.3f}"
         )
     train, held_out = (
         set(plan.texts[split].blocks.sequence_fingerprints().tolist()) for split in SPLITS
     )
     if train & held_out:
         notes.append(
-            f"{len(train & held_out)} of the held-out sequences are in the training part too: "
-            "what is measured on them flatters"
+            f"{len(train & held_out)} of the held-out sequences are also in the training split, so "
+            "held-out results are too optimistic"
         )
     return notes

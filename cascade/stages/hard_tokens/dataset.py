@@ -1,4 +1,4 @@
-"""A finished dataset of hard tokens: read, checked, and given out as tensors."""
+"""Read a finished dataset of hard tokens, check it, and iterate over it as tensors."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from cascade.stats.decision import least_fp32
 if TYPE_CHECKING:
     import datasets
 
-#: The record of a finished dataset, in its folder.
+#: File name of the record in the folder of a finished dataset.
 RECORD = "hard-tokens.json"
 
-#: The folder inside the dataset's in which it is made, shard by shard.
+#: Subfolder of the dataset in which it is collected, shard by shard.
 WORK = ".cascade-collecting"
 
-#: What `datasets` calls the file that lists a dataset's splits.
+#: Name that `datasets` gives to the file that lists the splits of a dataset.
 SPLITS_FILE = "dataset_dict.json"
 
 Batch = dict[str, Tensor]
@@ -44,11 +44,26 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class HardTokens:
-    """A finished dataset: whole sequences in order, each token's exit state, and which are hard.
+    """A finished dataset of whole sequences, with the exit state and hardness of each token.
 
     Attributes:
-        folder: Where it is; `datasets.load_from_disk` reads it.
-        record: What it is and where it comes from.
+        folder: Folder of the dataset. `datasets.load_from_disk` can read it.
+        record: Record of the dataset: its contents and its provenance.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from cascade import CollectingConfig, collect_hard, load, load_blocks
+        >>> stack = load("smollm2-135m")
+        >>> splits = {
+        ...     split: load_blocks(
+        ...         "embedded", stack.tokenizer, max_tokens=256, part=split, marks=True
+        ...     )
+        ...     for split in ("train", "held-out")
+        ... }
+        >>> tokens = collect_hard(stack, splits, mkdtemp(), CollectingConfig(hard_ratio=0.5))
+        >>> batch = next(tokens.batches("train", batch_size=2))
+        >>> list(batch["states"].shape)
+        [2, 128, 576]
     """
 
     folder: Path
@@ -56,52 +71,52 @@ class HardTokens:
 
     @property
     def layer(self) -> int:
-        """The exit layer, whose similarity decides."""
+        """Exit layer whose similarity decides which tokens are hard."""
         return self.record.layer
 
     @property
     def threshold(self) -> float:
-        """Below this similarity a token is hard."""
+        """A token with a similarity below this value is hard."""
         return self.record.threshold
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of how it came out, one line each."""
+        """Warnings about the collected dataset, one line each."""
         return tuple(self.record.notes)
 
     def __len__(self) -> int:
-        return sum(counts.sequences for counts in self.record.parts.values())
+        return sum(counts.sequences for counts in self.record.splits.values())
 
     @cached_property
     def _dataset(self) -> datasets.DatasetDict:
         return _read_dataset(self.folder)
 
     def split(self, name: str) -> datasets.Dataset:
-        """Return one split, mapped from disk.
+        """Return one split, memory-mapped from disk.
 
         Args:
             name: "train" or "held-out".
 
         Raises:
-            UsageError: There is no such split.
+            UsageError: The split does not exist.
         """
         if name not in SPLITS:
-            raise UsageError(f"expected a part among {', '.join(SPLITS)}, got {name!r}")
+            raise UsageError(f"expected a split among {', '.join(SPLITS)}, got {name!r}")
         return self._dataset[name]
 
     def check(
         self, stack: DecoderStack, *, layer: int | None = None, threshold: float | None = None
     ) -> None:
-        """Refuse a model, an exit layer or a threshold that these states are not of.
+        """Check that the states were collected from this model, exit layer and threshold.
 
         Args:
             stack: The model.
-            layer: The exit layer; not checked where None.
-            threshold: The exit's threshold; not checked where None.
+            layer: Exit layer; None to skip this check.
+            threshold: Threshold of the exit; None to skip this check.
 
         Raises:
-            ModelError: These are the states of another model (both are named).
-            UsageError: They were collected for another layer or threshold.
+            ModelError: The states belong to another model. The message names both.
+            UsageError: The states were collected for another layer or threshold.
         """
         check_same_model(
             to_plain(self.record.provenance.model),
@@ -110,35 +125,34 @@ class HardTokens:
         )
         if layer is not None and layer != self.layer:
             raise UsageError(
-                f"the hard tokens in {self.folder} are those of exit layer {self.layer}, got layer "
-                f"{layer}; collect them anew for it"
+                f"the hard tokens in {self.folder} were collected for exit layer {self.layer}, got "
+                f"layer {layer}; collect them again for that layer"
             )
-        # Two thresholds are one where every fp32 similarity lies on the same side of both.
+        # Two thresholds are equivalent if every fp32 similarity lies on the same side of both.
         if threshold is not None and least_fp32(threshold) != least_fp32(self.threshold):
             raise UsageError(
-                f"the hard tokens in {self.folder} lie below the threshold {self.threshold:.9g}, "
-                f"got {threshold:.9g}; collect them anew for it"
+                f"the hard tokens in {self.folder} were collected for threshold "
+                f"{self.threshold:.9g}, got {threshold:.9g}; collect them again for that threshold"
             )
 
     def batches(
         self, split: str, batch_size: int, *, order: Sequence[int] | None = None
     ) -> Iterator[Batch]:
-        """Yield sequences as tensors; the last batch can be smaller.
+        """Yield sequences as tensors. The last batch can be smaller.
 
         Args:
             split: "train" or "held-out".
             batch_size: Sequences per batch.
-            order: Which sequences to take, by number from 0, in this order; all of them in their
-                own order where None.
+            order: Indices of the sequences to yield, from 0 (default: all, in stored order).
 
         Yields:
-            `states [B, T, D]` (the output of the last layer, before the final norm) and `similarity
-            [B, T]` in fp32; `input_ids`, `labels` (the next token of the sequence, -100 behind the
-            last), `positions` and `records`, `[B, T]` int64; `hard` and `response`, `[B, T]` bool;
-            `sequence [B]` int64.
+            `states [B, T, D]` (output of the last layer, before the final norm) and `similarity
+            [B, T]` in fp32; `input_ids`, `labels` (the next token of the sequence, -100 for the
+            last token), `positions` and `records`, `[B, T]` int64; `hard` and `response`, `[B, T]`
+            bool; `sequence [B]` int64.
 
         Raises:
-            UsageError: No such split or sequence, or a batch size below 1.
+            UsageError: The split or a sequence does not exist, or the batch size is below 1.
         """
         rows = self.split(split).with_format("arrow")
         if batch_size < 1:
@@ -161,47 +175,61 @@ def _read_dataset(folder: Path) -> datasets.DatasetDict:
     try:
         found = datasets.load_from_disk(str(folder), keep_in_memory=False)
     except Exception as error:
-        # Many unrelated types, by what is broken.
+        # `datasets` raises many unrelated types, depending on what is broken.
         raise RecordError(
-            f"{folder} cannot be read as a dataset ({first_line(error)}); collect it anew"
+            f"{folder} cannot be read as a dataset ({first_line(error)}); collect it again"
         ) from error
     return found
 
 
 def load_hard_tokens(folder: Path | str) -> HardTokens:
-    """Read a dataset of `collect_hard`; refuse one that was changed.
+    """Load a dataset that `collect_hard` wrote, and check that it was not changed.
 
-    All of it is read once (14 GB/s from the page cache, on one core of an EPYC).
+    The check reads all files once (14 GB/s from the page cache, on one core of an EPYC).
 
     Args:
-        folder: Where it was written.
+        folder: Folder of the dataset.
 
     Raises:
-        RecordError: It is missing, unfinished, cut short or edited, or of a newer release.
+        RecordError: The dataset is missing, unfinished, incomplete, edited or from a newer release.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from cascade import CollectingConfig, collect_hard, load, load_blocks, load_hard_tokens
+        >>> stack, folder = load("smollm2-135m"), mkdtemp()
+        >>> splits = {
+        ...     split: load_blocks(
+        ...         "embedded", stack.tokenizer, max_tokens=256, part=split, marks=True
+        ...     )
+        ...     for split in ("train", "held-out")
+        ... }
+        >>> tokens = collect_hard(stack, splits, folder, CollectingConfig(hard_ratio=0.5))
+        >>> load_hard_tokens(folder).record == tokens.record
+        True
     """
     folder = Path(folder)
     if is_unfinished(folder):
         raise RecordError(
-            f"{folder} is not finished; run the same `cascade collect-hard` again to go on"
+            f"{folder} is not finished; run the same `cascade collect-hard` command again to resume"
         )
     record = read_hard_tokens_record(folder / RECORD)
     for file in record.files:
         found = _changed(folder / file.name, file)
         if found is not None:
             raise RecordError(
-                f"{folder / file.name} {found}; collect the dataset anew with --overwrite"
+                f"{folder / file.name} {found}; collect the dataset again with --overwrite"
             )
     return HardTokens(folder, record)
 
 
 def read_hard_tokens_record(path: Path) -> HardTokensRecord:
-    """Read the record of a dataset, and compare it with its own hash.
+    """Read the record of a dataset and check it against the hash that it contains.
 
     Args:
-        path: Its JSON file.
+        path: JSON file of the record.
 
     Raises:
-        RecordError: It is missing, torn or edited, or of a newer release.
+        RecordError: The record is missing, torn, edited or from a newer release.
     """
     plain = read_plain(path, HardTokensRecord)
     try:
@@ -210,7 +238,7 @@ def read_hard_tokens_record(path: Path) -> HardTokensRecord:
     except SchemaError as error:
         raise _edited(path, str(error)) from error
     if found is None and record.hash != record_hash(plain):
-        found = "it is not what its hash says"
+        found = "its hash does not match its contents"
     if found is not None:
         raise _edited(path, found)
     return record
@@ -218,26 +246,26 @@ def read_hard_tokens_record(path: Path) -> HardTokensRecord:
 
 def _edited(path: Path, flaw: str) -> RecordError:
     return RecordError(
-        f"{path} is torn or edited ({flaw}); collect the dataset anew with --overwrite"
+        f"{path} is torn or edited ({flaw}); collect the dataset again with --overwrite"
     )
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Return whether a folder holds an unfinished dataset that `collect_hard` would resume."""
+    """Return whether a folder holds an unfinished dataset that `collect_hard` can resume."""
     return os.path.isdir(folder / WORK) and not (folder / RECORD).exists()
 
 
 def _changed(path: Path, file: DatasetFile) -> str | None:
-    """Return how a file of a dataset was changed, in words; None where it was not."""
+    """Describe how a file of a dataset was changed; None if it was not."""
     try:
         size = path.stat().st_size
         if size != file.bytes:
-            return f"was cut short or edited ({size:,} bytes, expected {file.bytes:,})"
-        return None if hash_of(path) == file.hash else "was edited (its hash is another)"
+            return f"is incomplete or edited (expected {file.bytes:,} bytes, got {size:,})"
+        return None if hash_of(path) == file.hash else "was edited (its hash differs)"
     except OSError as error:
         return f"cannot be read ({os_reason(error)})"
 
 
 def hash_of(path: Path) -> str:
-    """Return a hash over a file's bytes: it shows an edit, but does not protect against forgery."""
+    """Return a hash over a file's bytes. It detects edits but does not protect against forgery."""
     return f"xxh3_128:{xxh3_of(path)}"

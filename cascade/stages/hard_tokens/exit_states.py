@@ -1,4 +1,4 @@
-"""Running a model over a corpus, shard by shard: its last states, and each token's similarity."""
+"""Run a model over a corpus, shard by shard, for its last states and the token similarities."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.plan import CollectionPlan, Shard
 from cascade.stages.hard_tokens.shards import holds, stored, write_shard
 
-#: From here on, float16 rounds to infinity.
+#: From this value, float16 rounds to infinity.
 _FLOAT16_END = 65520
 
 
 def write_shards(plan: CollectionPlan, folder: Path, progress: Callable[[int], None]) -> None:
-    """Write the shards that are not there yet; no token of them is hard yet.
+    """Write the missing shards. Their hard masks are not set yet.
 
     Args:
-        plan: What is collected.
-        folder: Where shards go.
-        progress: Called with the number of tokens done since the last call.
+        plan: Plan of the collection.
+        folder: Output folder of the shards.
+        progress: Called with the number of tokens processed since the last call.
 
     Raises:
-        ModelError: A state is not finite, or larger than float16 can hold.
+        ModelError: A state is not finite, or too large for float16.
         OutputError: A shard cannot be written.
     """
     for shard in plan.shards:
@@ -72,11 +72,11 @@ def exit_states(stack: DecoderStack, ids: Tensor, layer: int) -> tuple[Tensor, T
 
     Args:
         stack: The model.
-        ids: `[B, T]`, on the model's device.
-        layer: The exit layer, 1..N.
+        ids: Token ids on the model's device, `[B, T]`.
+        layer: Exit layer, 1..N.
 
     Returns:
-        `[B, T, D]`, before the final norm, and `[B, T]` fp32.
+        States before the final norm, `[B, T, D]`, and similarities in fp32, `[B, T]`.
 
     Raises:
         ModelError: A similarity is not finite.
@@ -108,8 +108,8 @@ def _check_states(states: Tensor, plan: CollectionPlan) -> None:
         raise _not_finite(layer)
     if plan.config.dtype == "float16" and largest >= _FLOAT16_END:
         raise ModelError(
-            f"the states of layer {layer} reach {largest:.4g}, float16 holds numbers up to "
-            "65504; store them with --states-dtype bfloat16"
+            f"the states of layer {layer} reach {largest:.4g}, but float16 holds numbers only up "
+            "to 65504; store them with --states-dtype bfloat16"
         )
 
 
@@ -118,7 +118,7 @@ def _not_finite(layer: int) -> ModelError:
 
 
 def _next_tokens(ids: Array) -> Array:
-    """Return each token's next one in its own sequence, -100 behind the last."""
+    """Return the next token of each token in its sequence, -100 for the last one."""
     labels = np.full_like(ids, -100)
     labels[:, :-1] = ids[:, 1:]
     return labels

@@ -1,4 +1,4 @@
-"""What is collected, from which text, and in which shards."""
+"""Options of a collection, and its plan: the text, the states and the shards."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from cascade.exits.rules import find_rule
 from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.records import (
     SPLITS,
-    AskedFor,
     CollectionRequest,
     HardTokensRecord,
     RequestedBatches,
     RequestedSplit,
     RequestedStates,
+    RequestedThreshold,
     Split,
     StatesDtype,
 )
@@ -34,27 +34,28 @@ from cascade.stages.hard_tokens.splits import MarkedText, expected_bytes
 if TYPE_CHECKING:
     import datasets
 
-#: The bytes of a shard, which is what an interruption loses: some 20 s of work (SmolLM2-135M, two
-#: cores).
+#: Bytes per shard. An interruption loses at most one shard: about 20 s of work for SmolLM2-135M on
+#: two cores.
 SHARD_BYTES = 16e6
 
-#: There are never more shards than a process may have files open.
+#: Keeps the number of shards below the limit of open files per process.
 MOST_SHARDS = 256
 
 
 @dataclass(frozen=True)
 class CollectingConfig:
-    """Which states are collected, and which tokens are hard.
+    """Options for collecting hard tokens.
 
     Attributes:
-        layer: The exit layer, 1..N, whose similarity decides; the second to last where None.
-        threshold: A token whose similarity is below it is hard. It decides where a ratio is given
-            as well.
-        hard_ratio: The share of hard tokens, in (0, 1): without a threshold, the threshold is
-            fitted to the training split.
-        dtype: How states are stored, "float16" or "bfloat16".
+        layer: Exit layer, 1..N, whose similarity decides which tokens are hard (default: second to
+            last).
+        threshold: A token with a similarity below this value is hard. It takes precedence over
+            `hard_ratio`.
+        hard_ratio: Share of hard tokens, in (0, 1). Without a threshold, the threshold is fitted to
+            this ratio on the training split.
+        dtype: Storage dtype of states: "float16" or "bfloat16".
         batch_size: Sequences per forward pass.
-        command: The command that the user ran, for the record.
+        command: Command that the user ran, for the record.
 
     Example:
         >>> CollectingConfig(layer=29, hard_ratio=0.5).check()
@@ -68,11 +69,11 @@ class CollectingConfig:
     command: str | None = None
 
     def check(self) -> None:
-        """Refuse an invalid threshold, hard ratio or dtype; no model is needed.
+        """Check threshold, hard ratio and dtype. No model is needed.
 
         Raises:
-            UsageError: Neither threshold nor ratio is given, one is out of its range, or there is
-                no such dtype.
+            UsageError: Threshold and hard ratio are both missing, one of them is out of range, or
+                the dtype does not exist.
         """
         if self.dtype not in STATE_DTYPES:
             raise UsageError(f"expected states in {' or '.join(STATE_DTYPES)}, got {self.dtype!r}")
@@ -87,28 +88,28 @@ class CollectingConfig:
             raise UsageError(f"expected a hard ratio between 0 and 1, got {self.hard_ratio}")
 
     def layer_of(self, stack: DecoderStack) -> int:
-        """Return the exit layer in a model.
+        """Return the exit layer for a model.
 
         Raises:
-            UsageError: The model has no such layer.
+            UsageError: The model does not have this layer.
         """
         layer = max(1, stack.num_layers - 1) if self.layer is None else self.layer
         exit_entries(layer, stack.num_layers)
         return layer
 
-    def asked_for(self) -> AskedFor:
-        """Return the threshold and the hard ratio as a record holds them."""
-        return AskedFor(threshold=self.threshold, hard_ratio=self.hard_ratio)
+    def requested(self) -> RequestedThreshold:
+        """Return the threshold and the hard ratio as stored in a record."""
+        return RequestedThreshold(threshold=self.threshold, hard_ratio=self.hard_ratio)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some sequences of a split that are stored in one file.
+    """Consecutive sequences of a split that are stored in one file.
 
     Attributes:
         split: The split.
-        name: The file's path inside the dataset.
-        sequences: Their numbers, from first to last.
+        name: Path of the file inside the dataset.
+        sequences: Indices of the sequences.
     """
 
     split: Split
@@ -118,15 +119,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class CollectionPlan:
-    """All that decides which states are stored.
+    """Everything that determines the stored states and their shards.
 
     Attributes:
         stack: The model.
-        texts: Split -> its text.
-        config: What is collected.
-        layer: The exit layer, 1..N.
-        shard_bytes: The least bytes of a shard.
-        most_shards: The most shards.
+        texts: Text of each split.
+        config: Options of the collection.
+        layer: Exit layer, 1..N.
+        shard_bytes: Minimum size of a shard, in bytes.
+        most_shards: Maximum number of shards.
     """
 
     stack: DecoderStack
@@ -138,7 +139,7 @@ class CollectionPlan:
 
     @cached_property
     def request(self) -> CollectionRequest:
-        """Everything that a stored state depends on, to its last bit."""
+        """Everything that affects the bits of a stored state."""
         train, held_out = (self._requested_split(self.texts[split]) for split in SPLITS)
         return CollectionRequest(
             model=structs.replace(self.stack.provenance, weights_hash=self.stack.weights_hash()),
@@ -161,13 +162,13 @@ class CollectionPlan:
 
     @cached_property
     def request_hash(self) -> str:
-        """A SHA-256 over the request."""
+        """SHA-256 over the request."""
         text = json.dumps(to_plain(self.request), sort_keys=True)
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
     def is_met_by(self, record: HardTokensRecord) -> bool:
-        """Return whether a dataset was collected by this plan, with its threshold and ratio."""
-        return record.request == self.request_hash and record.asked == self.config.asked_for()
+        """Return whether a dataset matches this plan, its threshold and its hard ratio."""
+        return record.request == self.request_hash and record.requested == self.config.requested()
 
     @property
     def seq_len(self) -> int:
@@ -176,7 +177,7 @@ class CollectionPlan:
 
     @property
     def expected_bytes(self) -> int:
-        """About how large the dataset will be, in bytes."""
+        """Estimated size of the dataset, in bytes."""
         blocks = {split: text.blocks for split, text in self.texts.items()}
         return expected_bytes(self.stack, blocks)
 
@@ -193,7 +194,7 @@ class CollectionPlan:
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """Every shard, those of the training split first."""
+        """All shards, those of the training split first."""
         rows = self._batches_per_shard * self.config.batch_size
         found = []
         for split in SPLITS:

@@ -1,4 +1,4 @@
-"""The record of a dataset of hard tokens, and the request file of one that is being collected."""
+"""Records of a dataset of hard tokens, and the request of an unfinished one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cascade.core.schema import (
     UnsetType,
 )
 
-#: The splits of a corpus: what a stage is trained on, and what it is chosen and judged by.
+#: The splits of a corpus. A stage is trained on the first one, and selected and judged on the other.
 Split = Literal["train", "held-out"]
 SPLITS: tuple[Split, ...] = ("train", "held-out")
 
@@ -28,7 +28,7 @@ StatesDtype = Literal["float16", "bfloat16"]
 
 
 class HardTokensProvenance(Part, frozen=True, kw_only=True):
-    """Where a dataset comes from: model, machine, versions, command, and the text of each split."""
+    """Origin of a dataset: model, machine, versions, command, and the text of each split."""
 
     tokenizer_hash: str | None = None
     model: ModelProvenance
@@ -38,21 +38,21 @@ class HardTokensProvenance(Part, frozen=True, kw_only=True):
     corpora: dict[Split, CorpusProvenance]
 
 
-class AskedFor(Part, frozen=True, kw_only=True):
-    """The threshold and the hard ratio that the caller gave."""
+class RequestedThreshold(Part, frozen=True, kw_only=True):
+    """The threshold and the hard ratio that the caller requested."""
 
     threshold: Finite | None = None
     hard_ratio: Finite | None = None
 
 
 class StoredStates(Part, frozen=True, kw_only=True):
-    """What states are stored, and in which form.
+    """The stored states and their format.
 
     Attributes:
-        entry: Their entry of the hidden history: the model's number of layers.
-        dtype: How a number is stored.
+        entry: Entry of the hidden history that is stored: the model's number of layers.
+        dtype: Storage dtype.
         seq_len: Tokens per sequence.
-        hidden_size: Numbers per state.
+        hidden_size: Width of a state.
     """
 
     entry: Index
@@ -62,15 +62,15 @@ class StoredStates(Part, frozen=True, kw_only=True):
 
 
 class SplitCounts(Part, frozen=True, kw_only=True):
-    """What one split holds.
+    """Counts of one split.
 
     Attributes:
-        sequences: Sequences, all of one length.
-        tokens: Tokens in them.
-        hard: Tokens that are hard.
-        hard_ratio: Their share of all tokens.
-        response: Tokens of response text.
-        hard_response: Tokens of response text that are hard.
+        sequences: Number of sequences, all of the same length.
+        tokens: Number of tokens.
+        hard: Number of hard tokens.
+        hard_ratio: Share of hard tokens.
+        response: Number of response tokens.
+        hard_response: Number of hard response tokens.
     """
 
     sequences: Count
@@ -85,9 +85,9 @@ class DatasetFile(Part, frozen=True, kw_only=True):
     """One file of a dataset.
 
     Attributes:
-        name: Its path inside the dataset's folder.
-        bytes: Its size.
-        hash: A hash over its bytes, by which an edit is noticed.
+        name: Path inside the dataset's folder.
+        bytes: Size of the file.
+        hash: Hash over the file's bytes, which detects edits.
     """
 
     name: Text
@@ -96,20 +96,20 @@ class DatasetFile(Part, frozen=True, kw_only=True):
 
 
 class HardTokensRecord(StoredRecord, frozen=True, kw_only=True):
-    """What a dataset of hard tokens is, and where it comes from.
+    """A dataset of hard tokens: its contents, its files and its provenance.
 
     Attributes:
         provenance: Model, corpora, machine, versions and command.
-        layer: The exit layer whose similarity decides.
-        threshold: A token whose similarity is below it is hard.
-        asked: The threshold and the hard ratio that the caller gave.
-        states: What states are stored, and in which form.
+        layer: Exit layer whose similarity decides which tokens are hard.
+        threshold: A token with a similarity below this value is hard.
+        requested: Threshold and hard ratio that the caller requested.
+        states: The stored states and their format.
         batch_size: Sequences per forward pass.
-        parts: What each split holds.
-        notes: What a user should know of how it came out, one line each.
-        request: A hash over all that the states depend on; see `CollectionRequest`.
-        files: Every file of the dataset except this record.
-        hash: A hash over this record without this field.
+        splits: Counts of each split.
+        notes: Warnings about the collected dataset, one line each.
+        request: Hash over everything that affects the states; see `CollectionRequest`.
+        files: All files of the dataset except this record.
+        hash: Hash over this record without this field.
     """
 
     KIND: ClassVar[str] = "hard-tokens"
@@ -121,10 +121,10 @@ class HardTokensRecord(StoredRecord, frozen=True, kw_only=True):
     provenance: HardTokensProvenance
     layer: Count
     threshold: Finite
-    asked: AskedFor
+    requested: RequestedThreshold = field(name="asked")
     states: StoredStates
     batch_size: Count
-    parts: dict[Split, SplitCounts]
+    splits: dict[Split, SplitCounts] = field(name="parts")
     notes: list[Text]
     request: Text
     files: list[DatasetFile]
@@ -132,13 +132,13 @@ class HardTokensRecord(StoredRecord, frozen=True, kw_only=True):
 
 
 def missing_split(record: HardTokensRecord) -> str | None:
-    """Return what a record does not say of one of its splits, in words; None where nothing lacks.
+    """Describe a missing split of a record; None if no split is missing.
 
     Args:
-        record: A record as it was read.
+        record: Record to check.
     """
     for split in SPLITS:
-        if split not in record.parts:
+        if split not in record.splits:
             return f"expected parts.{split}, got nothing"
         if split not in record.provenance.corpora:
             return f"expected provenance.corpora.{split}, got nothing"
@@ -149,21 +149,21 @@ def missing_split(record: HardTokensRecord) -> str | None:
 
 
 class RequestedStates(Part, frozen=True, kw_only=True):
-    """Which states are collected."""
+    """Layer and dtype of the collected states."""
 
     layer: Count
     dtype: StatesDtype
 
 
 class RequestedBatches(Part, frozen=True, kw_only=True):
-    """How sequences are grouped."""
+    """Grouping of sequences into batches and shards."""
 
     batch_size: Count
     per_shard: Count
 
 
 class RequestedSplit(Part, frozen=True, kw_only=True):
-    """Which text a split is, and a hash over its marks of records and response text."""
+    """Text of a split, and a hash over its marks of records and response text."""
 
     corpus: str
     tokens: Count
@@ -172,9 +172,9 @@ class RequestedSplit(Part, frozen=True, kw_only=True):
 
 
 class CollectionRequest(Part, frozen=True, kw_only=True):
-    """Everything that decides the stored states, to the last bit.
+    """Everything that affects the bits of the stored states.
 
-    It is stored while a dataset is collected: only an equal request resumes.
+    The request is stored during collection. Only an equal request can resume it.
     """
 
     model: ModelProvenance

@@ -1,4 +1,4 @@
-"""Shards: Arrow files with one row per sequence, written whole, their hard mask set afterwards."""
+"""Shards: Arrow files with one row per sequence. The hard mask is set after all are written."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-#: How states are stored -> the column's type. Arrow has no bfloat16: its bits are kept as int16.
+#: Storage dtype -> column type. Arrow has no bfloat16, so its bits are stored as int16.
 STATE_DTYPES = {"float16": "float16", "bfloat16": "int16"}
 
 
 _TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-#: Columns of one value per token, in addition to the states -> their type.
+#: Types of the columns with one value per token, in addition to the states.
 _PER_TOKEN = {
     "input_ids": "int32",
     "labels": "int32",
@@ -41,21 +41,21 @@ _PER_TOKEN = {
 }
 
 
-#: The key of a shard's metadata under which the least similarity of easy tokens is stored.
+#: Metadata key of a shard that holds the lowest similarity of an easy token.
 _THRESHOLD = b"cascade.threshold"
 
 
-#: The most numbers of states in one record batch; Arrow counts them with 31 bits.
+#: Maximum number of state values in one record batch. Arrow counts them with 31 bits.
 MOST_VALUES = 2**28
 
 
 def features_of(seq_len: int, hidden_size: int, dtype: str) -> datasets.Features:
-    """Return the columns of a shard, as `datasets` describes them.
+    """Return the columns of a shard as `datasets` features.
 
     Args:
         seq_len: Tokens per sequence, T.
         hidden_size: Width of a state, D.
-        dtype: How states are stored, of `STATE_DTYPES`.
+        dtype: Storage dtype, one of `STATE_DTYPES`.
     """
     from datasets import Array2D, Features, Value
     from datasets import Sequence as Values
@@ -68,23 +68,23 @@ def features_of(seq_len: int, hidden_size: int, dtype: str) -> datasets.Features
 
 
 def row_bytes(seq_len: int, hidden_size: int) -> float:
-    """Return the bytes that one sequence takes on disk.
+    """Return the size of one sequence on disk, in bytes.
 
     Args:
         seq_len: Tokens per sequence.
-        hidden_size: Width of a state, of 2 bytes a number.
+        hidden_size: Width of a state. Each value takes 2 bytes.
     """
-    # Every list has an offset of 4 bytes, as has every state in the list of states.
+    # Every list has an offset of 4 bytes, and so has every state in the list of states.
     per_token = 2 * hidden_size + 4 + 5 * 4 + 2 / 8
     return seq_len * per_token + 4 * (len(_PER_TOKEN) + 2)
 
 
 def stored(states: Tensor, dtype: str) -> Array:
-    """Return states of any shape as a shard holds them; infinite where float16 cannot hold one.
+    """Return states in their storage format. Values too large for float16 become infinite.
 
     Args:
-        states: In any dtype.
-        dtype: Of `STATE_DTYPES`.
+        states: States of any shape and dtype.
+        dtype: Storage dtype, one of `STATE_DTYPES`.
     """
     half = states.to(_TORCH_DTYPES[dtype]).cpu()
     half = half.view(torch.int16) if dtype == "bfloat16" else half
@@ -95,12 +95,12 @@ def stored(states: Tensor, dtype: str) -> Array:
 def write_shard(
     path: Path, features: datasets.Features, batches: Iterable[Mapping[str, Array]]
 ) -> None:
-    """Write a shard, whole or not at all; no token of it is hard yet.
+    """Write a shard atomically. Its hard mask is not set yet.
 
     Args:
-        path: The file.
-        features: Of `features_of`.
-        batches: Columns `[B, T, D]`, `[B, T]` or `[B]` by name, all but `hard`.
+        path: Output file.
+        features: Columns, from `features_of`.
+        batches: Columns `[B, T, D]`, `[B, T]` or `[B]` by name, all except `hard`.
 
     Raises:
         OutputError: The file cannot be written.
@@ -137,13 +137,13 @@ def _column(values: Array, kind: Any) -> Any:
 def write_split(
     folder: Path, names: Sequence[str], features: datasets.Features, *, made_of: str
 ) -> None:
-    """Write the files that make a folder of shards a split, as `Dataset.save_to_disk` does.
+    """Write the metadata files that `Dataset.save_to_disk` writes next to the shards of a split.
 
     Args:
-        folder: Where the shards are.
-        names: Their names, in order.
-        features: Of `features_of`.
-        made_of: A text that no other split has: `datasets` finds cached results by it.
+        folder: Folder of the shards.
+        names: File names of the shards, in order.
+        features: Columns, from `features_of`.
+        made_of: Text that is unique to this split. `datasets` finds cached results by it.
 
     Raises:
         OutputError: A file cannot be written.
@@ -157,7 +157,7 @@ def write_split(
         "_format_kwargs": {},
         "_format_type": None,
         "_output_all_columns": False,
-        "_split": None,  # no split's name may have a hyphen there
+        "_split": None,  # `datasets` does not allow a hyphen in the name here
     }
     info = asdict(DatasetInfo(features=features))
     write_text(folder / "state.json", json.dumps(state, indent=2) + "\n")
@@ -165,11 +165,11 @@ def write_split(
 
 
 def mark_hard(path: Path, least: float) -> None:
-    """Set a shard's hard mask; a shard that has it already is not changed.
+    """Set the hard mask of a shard. A shard that already has this mask is not changed.
 
     Args:
-        path: The shard; it is replaced whole or not at all.
-        least: The least similarity, an fp32 number, at which a token is easy.
+        path: The shard. It is replaced atomically.
+        least: Lowest similarity of an easy token, an fp32 number.
 
     Raises:
         OutputError: The file cannot be written.
@@ -181,7 +181,7 @@ def mark_hard(path: Path, least: float) -> None:
         if reader.schema.metadata.get(_THRESHOLD) == mark:
             return
         schema = reader.schema.with_metadata(reader.schema.metadata | {_THRESHOLD: mark})
-        place = schema.get_field_index("hard")
+        index = schema.get_field_index("hard")
         with (
             atomic_path(path) as temporary,
             pyarrow.OSFile(str(temporary), "wb") as file,
@@ -190,19 +190,19 @@ def mark_hard(path: Path, least: float) -> None:
             for batch in reader:
                 similarity = _values(batch.column("similarity")).reshape(batch.num_rows, -1)
                 columns = batch.columns
-                columns[place] = _column(~reaches(similarity, least), None)
+                columns[index] = _column(~reaches(similarity, least), None)
                 writer.write_batch(pyarrow.RecordBatch.from_arrays(columns, schema=schema))
 
 
 def read_similarity(path: Path) -> Array:
-    """Return the similarity of every token of a shard, `[rows, T]` fp32; no state is read."""
+    """Return the similarity of every token of a shard, `[rows, T]` fp32. No states are read."""
     with _mapped(path) as table:
         column = table.column("similarity")
         return np.concatenate([_values(chunk) for chunk in column.chunks]).reshape(len(table), -1)
 
 
 def holds(path: Path, sequences: range) -> bool:
-    """Return whether a file is a shard of exactly these sequences, from first to last."""
+    """Return whether a file is a shard of exactly these sequences, in order."""
     try:
         with _mapped(path) as table:
             return bool(table.column("sequence").to_pylist() == list(sequences))
@@ -212,7 +212,7 @@ def holds(path: Path, sequences: range) -> bool:
 
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[pyarrow.Table]:
-    """Map a shard into memory for as long as it is read."""
+    """Memory-map a shard inside a `with` block."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as source:
@@ -225,7 +225,7 @@ def tensors_of(table: pyarrow.Table, shape: tuple[int, int], dtype: str) -> dict
     Args:
         table: `B` rows.
         shape: T and D.
-        dtype: How the states are stored.
+        dtype: Storage dtype of the states.
 
     Returns:
         `states [B, T, D]` and `similarity [B, T]` in fp32; `input_ids`, `labels`, `positions` and
@@ -239,7 +239,7 @@ def tensors_of(table: pyarrow.Table, shape: tuple[int, int], dtype: str) -> dict
             found[name] = _restored(values, dtype).reshape(len(table), *shape)
         else:
             kind = np.int64 if values.dtype == np.int32 else values.dtype
-            # A copy: memory that is mapped from a file must not be written to.
+            # Copy, because memory that is mapped from a file must not be written to.
             own = torch.from_numpy(np.array(values, dtype=kind))
             found[name] = own if name == "sequence" else own.reshape(len(table), shape[0])
     return found
@@ -252,7 +252,7 @@ def _restored(values: Array, dtype: str) -> Tensor:
 
 
 def _values(array: Any) -> Array:
-    """Return the numbers of a column's chunk, its lists joined."""
+    """Return the values of a column's chunk, with nested lists flattened."""
     import pyarrow
 
     if isinstance(array, pyarrow.ExtensionArray):

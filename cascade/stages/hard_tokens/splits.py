@@ -1,4 +1,4 @@
-"""The two splits of a corpus that hard tokens are collected from: read, checked, and hashed."""
+"""Read, check and hash the two splits of a corpus that hard tokens are collected from."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from cascade.stages.hard_tokens.shards import row_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: One token in so many is of the held-out split, as is one record.
+#: One in five tokens, and one in five records, belongs to the held-out split.
 _HELD_OUT = 5
 
-#: Split -> its text.
+#: Text of each split.
 Splits = Mapping[Split, TokenBlocks]
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Which text both splits are read from.
+    """Options for reading both splits of a corpus.
 
     Attributes:
-        corpus: As for `load_blocks`.
-        text_column: The column that holds the text; found where None.
-        num_samples: Records to read; all where None.
+        corpus: Corpus, as for `load_blocks`.
+        text_column: Column that holds the text (default: detected).
+        num_samples: Number of records to read (default: all).
         seq_len: Tokens per sequence.
-        max_tokens: Tokens of both splits together, a fifth of them held out; all where None.
-        seed: Draws the records at random; in corpus order where None.
+        max_tokens: Tokens of both splits together, a fifth of them held out (default: all).
+        seed: Seed for drawing records at random (default: corpus order).
     """
 
     corpus: str = "embedded"
@@ -50,14 +50,14 @@ class CorpusConfig:
 def load_splits(
     config: CorpusConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[Split, TokenBlocks]:
-    """Read both splits of a corpus, with the marks of their records and response text.
+    """Read both splits of a corpus, with marks of records and response text.
 
     Args:
-        config: Which text.
-        tokenizer: The model's.
+        config: Options of the corpus.
+        tokenizer: Tokenizer of the model.
 
     Raises:
-        CorpusError: The corpus cannot be read, or is too small.
+        CorpusError: The corpus cannot be read or is too small.
     """
     most: dict[Split, int | None] = dict.fromkeys(SPLITS)
     if config.max_tokens is not None:
@@ -81,12 +81,12 @@ def load_splits(
 
 @dataclass(frozen=True)
 class MarkedText:
-    """A split's text, of which it is known which tokens are of which record and of the response.
+    """Text of a split with marks of its records and response tokens.
 
     Attributes:
         blocks: The text.
-        record_of: `[S, T]` int32, the number of each token's record.
-        response: `[S, T]`, true for tokens of response text.
+        record_of: Number of each token's record, `[S, T]` int32.
+        response: True for tokens of response text, `[S, T]`.
     """
 
     blocks: TokenBlocks
@@ -94,7 +94,7 @@ class MarkedText:
     response: Array
 
     def marks_hash(self) -> str:
-        """Return a SHA-256 over the marks of every token."""
+        """Return a SHA-256 over the marks of all tokens."""
         digest = hashlib.sha256()
         for marks in (self.record_of.astype("<i4"), self.response):
             digest.update(np.ascontiguousarray(marks).tobytes())
@@ -102,26 +102,27 @@ class MarkedText:
 
 
 def marked_splits(stack: DecoderStack, splits: Splits, batch_size: int) -> dict[Split, MarkedText]:
-    """Return both splits with their marks, checked.
+    """Check both splits and return them with their marks.
 
     Args:
         stack: The model.
-        splits: "train" and "held-out".
+        splits: Splits "train" and "held-out".
         batch_size: Sequences per forward pass.
 
     Raises:
-        CorpusError: A split is missing, of another length, without marks, or too long.
+        CorpusError: A split is missing, has no marks, is too long, or the lengths differ.
     """
     if set(splits) != set(SPLITS):
         raise CorpusError(
-            f"expected the parts {' and '.join(SPLITS)}, got {', '.join(sorted(splits)) or 'none'}"
+            f"expected the splits {' and '.join(SPLITS)}, got "
+            f"{', '.join(sorted(splits)) or 'none'}; pass both"
         )
     found = {split: _marked(stack, split, splits[split], batch_size) for split in SPLITS}
     lengths = [splits[split].ids.shape[1] for split in SPLITS]
     if lengths[0] != lengths[1]:
         raise CorpusError(
-            f"expected sequences of one length, got {lengths[0]} tokens in the training part and "
-            f"{lengths[1]} in the held-out one; read both with one seq_len"
+            f"expected sequences of one length, got {lengths[0]} tokens in the training split and "
+            f"{lengths[1]} in the held-out split; read both with the same seq_len"
         )
     return found
 
@@ -131,18 +132,18 @@ def _marked(stack: DecoderStack, split: Split, blocks: TokenBlocks, batch_size: 
     record_of, response, shape = blocks.record_of, blocks.response, blocks.ids.shape
     if record_of is None or response is None or not record_of.shape == response.shape == shape:
         raise CorpusError(
-            f"the {split} part does not say which tokens are of which record and of the "
-            "response; read it with load_blocks(..., marks=True)"
+            f"expected marks of records and response tokens in the {split} split, got none or "
+            "marks of another shape; read it with load_blocks(..., marks=True)"
         )
     return MarkedText(blocks, record_of, response)
 
 
 def expected_bytes(stack: DecoderStack, splits: Splits) -> int:
-    """Return about how large a dataset will be, in bytes; a number of a state takes 2.
+    """Return the estimated size of a dataset, in bytes. Each value of a state takes 2 bytes.
 
     Args:
         stack: The model.
-        splits: The corpus, "train" and "held-out".
+        splits: The corpus: splits "train" and "held-out".
     """
     return int(
         sum(

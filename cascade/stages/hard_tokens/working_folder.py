@@ -1,4 +1,4 @@
-"""The folder in which a dataset is made: locked, resumed, and moved to its place when complete."""
+"""The working folder of a collection: locking, resuming, and publishing the finished dataset."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from cascade.stages.hard_tokens.dataset import RECORD, SPLITS_FILE, WORK, read_h
 from cascade.stages.hard_tokens.plan import CollectionPlan
 from cascade.stages.hard_tokens.records import SPLITS
 
-#: In the working folder: the request, and a lock.
+#: Files in the working folder: the collection request and the lock.
 REQUEST, LOCK = "request.json", "lock"
 
-#: What may lie next to the shards of a split; what `datasets` caches there need not be kept.
+#: Files that may lie next to the shards of a split. Cache files of `datasets` need not be kept.
 _OWN_FILE = re.compile(r"(data|cache)-.*\.arrow|tmp.*|state\.json|dataset_info\.json")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Path]:
-    """Yield the working folder of a dataset; no other process has it at the same time.
+    """Lock the working folder of a dataset and yield it.
 
-    On failure the folder stays only where the same command can resume from it.
+    On failure, the folder is kept only if the same command can resume from it.
 
     Args:
-        folder: The dataset's.
+        folder: Folder of the dataset.
 
     Raises:
-        OutputError: Another process has it, or it cannot be written.
+        OutputError: Another process holds the lock, or the folder cannot be written.
     """
     work = folder / WORK
     made: list[Path] = []
@@ -63,19 +63,20 @@ def locked(folder: Path) -> Iterator[Path]:
 
 
 def prepare(plan: CollectionPlan, folder: Path, *, overwrite: bool) -> None:
-    """Keep what the working folder holds where it is of this plan; else empty it.
+    """Keep the contents of the working folder if they match the plan; otherwise empty it.
 
     Args:
-        plan: What is collected.
-        folder: The dataset's.
-        overwrite: Whether an unfinished dataset of another plan may be dropped.
+        plan: Plan of the collection.
+        folder: Folder of the dataset.
+        overwrite: Allow deleting an unfinished dataset of another plan.
 
     Raises:
-        OutputError: It holds an unfinished dataset of another plan (says how they differ).
+        OutputError: The folder holds an unfinished dataset of another plan. The message names the
+            difference.
     """
     work = folder / WORK
     path = work / REQUEST
-    for stray in work.rglob(".*"):  # half a file that a killed process left
+    for stray in work.rglob(".*"):  # incomplete files of a killed process
         stray.unlink()
     difference = None
     if path.exists():
@@ -86,8 +87,8 @@ def prepare(plan: CollectionPlan, folder: Path, *, overwrite: bool) -> None:
             difference = None if plan.is_met_by(record) else "threshold and hard ratio"
     if difference is not None and not overwrite:
         raise OutputError(
-            f"{folder} holds an unfinished dataset of other arguments ({difference}); go "
-            "on with those, choose another --output, or drop it with --overwrite"
+            f"{folder} holds an unfinished dataset with other arguments ({difference}); resume it "
+            "with those, choose another --output, or replace it with --overwrite"
         )
     if difference is not None or not path.exists():
         for entry in work.iterdir():
@@ -97,100 +98,100 @@ def prepare(plan: CollectionPlan, folder: Path, *, overwrite: bool) -> None:
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return the first difference of two requests in words; None where they are equal."""
-    for what, wanted in now.items():
-        found = before.get(what) or {}
+    """Describe the first difference of two requests; None if they are equal."""
+    for group, wanted in now.items():
+        found = before.get(group) or {}
         for name in {**wanted, **found}:
             if found.get(name) != wanted.get(name):
-                return f"{what}, {name}: {found.get(name)}, now {wanted.get(name)}"
+                title = group.replace(" part", " split")  # the stored key is the older word
+                return f"{title}, {name}: {found.get(name)}, now {wanted.get(name)}"
     return None
 
 
 def check_disk(plan: CollectionPlan, folder: Path) -> None:
-    """Refuse a disk that is too small for the shards that are still missing.
+    """Check that the disk has room for the missing shards.
 
     Args:
-        plan: What is collected.
-        folder: The dataset's.
+        plan: Plan of the collection.
+        folder: Folder of the dataset.
 
     Raises:
-        OutputError: Says how much is needed and how much is free.
+        OutputError: The disk is too small. The message names the needed and the free space.
     """
     work = folder / WORK
     here = sum(path.stat().st_size for path in work.rglob("data-*.arrow"))
     expected = plan.expected_bytes
-    # A shard is written a second time when its hard mask is set.
+    # Setting the hard mask writes each shard a second time.
     needed = expected - here + expected // len(plan.shards)
     free = shutil.disk_usage(work).free
     if needed > free:
         raise OutputError(
-            f"{folder} needs about {needed / 1e9:.3g} GB, the disk has "
-            f"{free / 1e9:.3g} GB free; free some, take a smaller --max-tokens or choose "
-            "another --output"
+            f"{folder} needs about {needed / 1e9:.3g} GB, but the disk has {free / 1e9:.3g} GB "
+            "free; free some space, or choose a smaller --max-tokens or another --output"
         )
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that holds a finished dataset.
+    """Check that a folder holds no finished dataset.
 
     Args:
-        folder: The dataset's.
-        overwrite: Whether an earlier dataset may be replaced.
+        folder: Folder of the dataset.
+        overwrite: Allow replacing an existing dataset.
 
     Raises:
-        OutputError: It holds one that may not be replaced.
+        OutputError: The folder holds a dataset, and `overwrite` is false.
     """
     if (folder / RECORD).exists() and not overwrite:
         raise OutputError(
-            f"{folder} holds a dataset of hard tokens already: choose another --output, or replace "
+            f"{folder} already holds a dataset of hard tokens; choose another --output, or replace "
             "it with --overwrite"
         )
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that a dataset cannot be written to; nothing is written.
+    """Check that a dataset can be written to a folder. Nothing is written.
 
     Args:
-        folder: The dataset's.
-        overwrite: Whether an earlier dataset there may be replaced.
+        folder: Folder of the dataset.
+        overwrite: Allow replacing an existing dataset.
 
     Raises:
-        OutputError: It is a file, holds a dataset, or other files in a dataset's place.
+        OutputError: The path is a file, or the folder holds a dataset or conflicting files.
     """
-    # os.path answers for any string, where Path raises for an overlong name.
+    # os.path accepts any string, while Path raises for an overlong name.
     if os.path.isfile(folder):
         raise OutputError(f"{folder} is a file, expected a folder; choose another --output")
     if not os.path.isdir(folder):
         return
     ours = (folder / RECORD).exists() or (folder / WORK).is_dir()
     names = [folder / name for name in (*SPLITS, SPLITS_FILE)]
-    strangers = [path for path in names if path.exists()]
+    foreign = [path for path in names if path.exists()]
     if ours:
-        strangers = [
+        foreign = [
             path
             for split in SPLITS
             for path in sorted((folder / split).glob("*"))
             if not _OWN_FILE.fullmatch(path.name)
         ]
-    if strangers:
+    if foreign:
         raise OutputError(
-            f"{strangers[0]} is in the way, and of no dataset of hard tokens; choose another "
-            "--output"
+            f"{foreign[0]} does not belong to a dataset of hard tokens and would be overwritten; "
+            "choose another --output"
         )
     if not (folder / WORK).is_dir():
         check_free(folder, overwrite=overwrite)
 
 
 def publish(folder: Path) -> None:
-    """Move a complete dataset to its place, its record last; an earlier one is removed.
+    """Move a complete dataset to its folder, the record last. An earlier dataset is removed.
 
     Args:
-        folder: The dataset's.
+        folder: Folder of the dataset.
     """
     work = folder / WORK
     (folder / RECORD).unlink(missing_ok=True)
     for name in (*SPLITS, SPLITS_FILE, RECORD):
-        if (work / name).exists():  # else it was moved before an interruption
+        if (work / name).exists():  # otherwise, it was moved before an interruption
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
             (work / name).replace(folder / name)

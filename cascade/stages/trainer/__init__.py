@@ -1,1 +1,1 @@
-"""How a stage is trained on stored states: its loss, its `transformers.Trainer`, checkpoints."""
+"""Training internals of stages: the loss, the `transformers.Trainer` and the checkpoints."""

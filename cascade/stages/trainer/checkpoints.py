@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: what is needed to resume it."""
+"""Checkpoints of a training run, and the checks before resuming from one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from cascade.core.files import write_text
 from cascade.stages.hard_tokens.dataset import HardTokens
 from cascade.stages.training_config import TrainingConfig
 
-#: In the folder of checkpoints: the request that they are of.
+#: File in the folder of checkpoints that holds their training request.
 _REQUEST = "training.json"
 
 
-#: The files without which training cannot resume as if it had not stopped. The Trainer itself
-#: gives a warning at most where one is missing.
+#: The files that an exact resume needs. The Trainer itself only warns if one is missing.
 _CHECKPOINT_FILES = (
     "model.safetensors",
     "optimizer.pt",
@@ -30,10 +29,10 @@ _CHECKPOINT_FILES = (
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield step and folder of each complete checkpoint."""
+    """Yield the step and the folder of each finished checkpoint."""
     for path in folder.glob("checkpoint-*"):
         number = path.name.partition("-")[2]
-        # The Trainer writes its state last: without, the checkpoint was never finished.
+        # The Trainer writes its state last. Without it, the checkpoint was never finished.
         if number.isdigit() and (path / "trainer_state.json").is_file():
             yield int(number), path
 
@@ -42,21 +41,21 @@ def can_resume(folder: Path) -> bool:
     """Return whether a folder holds a checkpoint to resume from.
 
     Args:
-        folder: The folder that `train_stage` was given.
+        folder: Checkpoint folder of `train_stage`.
     """
     return any(checkpoints(folder))
 
 
 @dataclass(frozen=True)
 class TrainingRequest(TrainingConfig):
-    """Everything that decides the result of a training, except the code.
+    """Everything that determines the result of a training run, except the code.
 
-    It is stored with the checkpoints: only an equal request resumes from them.
+    The request is stored with the checkpoints. Only an equal request can resume from them.
 
     Attributes:
-        steps: Exactly so many steps; as many as the epochs have where None.
-        tokens: The hash of the request that the hard tokens were collected by.
-        threshold: A token whose similarity is below it is hard.
+        steps: Exact number of steps; None for all steps of the epochs.
+        tokens: Hash of the collection request of the hard tokens.
+        threshold: A token with a similarity below this value is hard.
     """
 
     steps: int | None = None
@@ -65,12 +64,12 @@ class TrainingRequest(TrainingConfig):
 
     @classmethod
     def of(cls, tokens: HardTokens, config: TrainingConfig, steps: int | None) -> TrainingRequest:
-        """Return the request of a training.
+        """Return the request of a training run.
 
         Args:
-            tokens: What is trained on.
-            config: How.
-            steps: Exactly so many steps, or None.
+            tokens: Hard tokens to train on.
+            config: Training options.
+            steps: Exact number of steps, or None for all steps of the epochs.
         """
         return cls(
             **dataclasses.asdict(config),
@@ -81,7 +80,7 @@ class TrainingRequest(TrainingConfig):
 
 
 def begin(folder: Path, request: TrainingRequest) -> None:
-    """Remove the checkpoints of an earlier training, and store the request of those to come."""
+    """Remove the checkpoints of an earlier training run and store the new request."""
     for path in folder.glob("checkpoint-*"):
         if path.name.partition("-")[2].isdigit():
             shutil.rmtree(path)
@@ -89,14 +88,14 @@ def begin(folder: Path, request: TrainingRequest) -> None:
 
 
 def checkpoint_of(folder: Path, request: TrainingRequest) -> Path:
-    """Return the last checkpoint of a training.
+    """Return the last checkpoint of a training run.
 
     Args:
-        folder: Holds the checkpoints.
-        request: The request that they have to be of.
+        folder: Folder of the checkpoints.
+        request: Request that the checkpoints must belong to.
 
     Raises:
-        TrainingError: There is none, it is incomplete, or of another request.
+        TrainingError: There is no checkpoint, or it is incomplete or belongs to another request.
     """
     last = max(checkpoints(folder), default=None)
     if last is None:
@@ -105,21 +104,22 @@ def checkpoint_of(folder: Path, request: TrainingRequest) -> Path:
         made = dict(json.loads((folder / _REQUEST).read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise TrainingError(
-            f"{folder / _REQUEST} is missing, torn or edited ({first_line(error)}): what the "
-            "checkpoints beside it are of is not known; train without --resume"
+            f"{folder / _REQUEST} is missing, torn or edited ({first_line(error)}), so the "
+            "configuration of the checkpoints is unknown; train without --resume"
         ) from error
     wanted = dataclasses.asdict(request)
     differs = [name for name, value in wanted.items() if made.get(name) != value]
     if differs:
         name = differs[0]
         raise TrainingError(
-            f"the checkpoints in {folder} are of another recipe ({name} {made.get(name)}, now "
-            f"{wanted[name]}); go on with that one, or train without --resume"
+            f"the checkpoints in {folder} belong to another configuration ({name}: "
+            f"{made.get(name)}, now {wanted[name]}); continue with that one, or train without "
+            "--resume"
         )
     missing = [name for name in _CHECKPOINT_FILES if not (last[1] / name).is_file()]
     if missing:
         raise TrainingError(
-            f"the checkpoint {last[1]} is cut short ({missing[0]} is missing): remove it to go on "
-            "from the one before, or train without --resume"
+            f"the checkpoint {last[1]} is incomplete ({missing[0]} is missing); remove it to "
+            "resume from the previous one, or train without --resume"
         )
     return last[1]

@@ -1,4 +1,4 @@
-"""The loss of a stage over stored states: what the Trainer trains."""
+"""The loss of a stage over stored states, as the module that the Trainer trains."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SCOPES = ("all", "hard", "response", "hard_response")
 def tokens_entering(
     batch: Batch, config: TrainingConfig, num_layers: int, hard_ratio: float
 ) -> Tensor:
-    """Return which tokens of a batch enter the stage, `[B, T]`, by the routing.
+    """Return a mask of the tokens that enter the stage, `[B, T]`.
 
     Args:
-        batch: Of `HardTokens.batches`.
-        config: Its routing and seed.
-        num_layers: Layers of the model below the stage.
-        hard_ratio: The share of tokens that random routing lets enter.
+        batch: A batch of `HardTokens.batches`.
+        config: Training options; routing and seed are used.
+        num_layers: Number of layers of the model below the stage.
+        hard_ratio: Share of tokens that enter under random routing.
     """
     if config.routing == "hard":
         return batch["hard"]
@@ -40,7 +40,7 @@ def tokens_entering(
     ids, positions = batch["input_ids"].flatten(), batch["positions"].flatten()
 
     def no_logits() -> Tensor:
-        raise NotImplementedError  # the random rule reads ids and positions only
+        raise NotImplementedError  # the random rule reads only ids and positions
 
     history = HiddenHistory(num_layers)
     point = ExitPoint(num_layers, history, no_logits, ids, positions, seed=config.seed)
@@ -49,11 +49,13 @@ def tokens_entering(
 
 
 def scope_masks(batch: Batch, selected: Tensor) -> Iterator[Tensor]:
-    """Yield the tokens of each of `SCOPES`, `[B, T]`; a token counts by the text that it predicts.
+    """Yield the mask of each scope in `SCOPES`, `[B, T]`.
+
+    A token counts by the text that it predicts.
 
     Args:
-        batch: Of `HardTokens.batches`.
-        selected: `[B, T]`, the tokens that enter the stage.
+        batch: A batch of `HardTokens.batches`.
+        selected: Tokens that enter the stage, `[B, T]`.
     """
     counted = batch["labels"] >= 0
     response = torch.zeros_like(counted)
@@ -66,14 +68,14 @@ def scope_masks(batch: Batch, selected: Tensor) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class StageInTraining:
-    """A stage, and the models around it, none of which is trained.
+    """A stage in training, with the frozen models around it.
 
     Attributes:
-        stack: The model that the stage follows.
+        stack: Model that the stage follows.
         stage: The stage.
-        config: How it is trained.
-        readout: The stack whose last steps turn states behind the stage into logits.
-        hard_ratio: The share of tokens that random routing lets enter.
+        config: Training options.
+        readout: Stack whose norm and LM head turn states behind the stage into logits.
+        hard_ratio: Share of tokens that enter under random routing.
     """
 
     stack: DecoderStack
@@ -86,16 +88,16 @@ class StageInTraining:
     def of(
         cls, stack: DecoderStack, stage: Stage, config: TrainingConfig, hard_ratio: float
     ) -> StageInTraining:
-        """Return a stage in training, read out through its own LM head where it has one."""
+        """Return a stage in training. It uses its own LM head if it has one."""
         return cls(stack, stage, config, _readout(stack, stage), hard_ratio)
 
 
 class StageModule(nn.Module):
-    """A stage's weights, and its loss over stored states.
+    """The weights of a stage and its loss over stored states.
 
     Args:
-        context: The stage. It is a dataclass, so that the base is no submodule of this module: it
-            is neither saved nor trained.
+        context: The stage and its models. It is a dataclass, so the base is not a submodule of this
+            module and is neither saved nor trained.
     """
 
     def __init__(self, context: StageInTraining) -> None:
@@ -106,7 +108,7 @@ class StageModule(nn.Module):
         self.context = context
 
     def selected(self, batch: Batch) -> Tensor:
-        """Return which tokens enter the stage, `[B, T]`."""
+        """Return a mask of the tokens that enter the stage, `[B, T]`."""
         own = self.context
         return tokens_entering(batch, own.config, own.stack.num_layers, own.hard_ratio)
 
@@ -116,12 +118,12 @@ class StageModule(nn.Module):
         return run_stage(own.stack, own.stage, batch["input_ids"], batch["states"], selected)
 
     def losses(self, states: Tensor, labels: Tensor, *, own: bool = True) -> Tensor:
-        """Return each row's negative log-probability of its label in nats, `[n]`.
+        """Return the negative log-probability of each row's label in nats, `[n]`.
 
         Args:
-            states: `[n, D]`, before the final norm.
-            labels: `[n]`.
-            own: Through the stage's own LM head, where it has one; else through the model's.
+            states: States before the final norm, `[n, D]`.
+            labels: Label ids, `[n]`.
+            own: Use the stage's LM head if it has one. Otherwise, use the model's.
         """
         stack = self.context.readout if own else self.context.stack
         found = [
@@ -135,7 +137,7 @@ class StageModule(nn.Module):
         return torch.cat(found) if found else states.new_zeros(0)
 
     def losses_without(self, batch: Batch) -> Tensor:
-        """Return the losses of a batch without the stage, `[B, T]`; 0 where there is no label."""
+        """Return the losses of a batch without the stage, `[B, T]`, with 0 for missing labels."""
         counted = batch["labels"] >= 0
         losses = torch.zeros(counted.shape, device=counted.device)
         losses[counted] = self.losses(batch["states"][counted], batch["labels"][counted], own=False)
@@ -146,7 +148,7 @@ class StageModule(nn.Module):
         selected = self.selected(batch)
         counted = selected & (batch["labels"] >= 0)
         if not counted.any():
-            # Nothing is learned from such a batch: a loss of zero, with a gradient of zero.
+            # Such a batch has zero loss and zero gradients.
             return {"loss": torch.stack([0 * weight.sum() for weight in self.parameters()]).sum()}
         losses = self.losses(self.states(batch, selected)[counted], batch["labels"][counted])
         return {"loss": losses.sum() / counted.sum()}
@@ -159,7 +161,7 @@ def _readout(stack: DecoderStack, stage: Stage) -> DecoderStack:
 
 
 class _InFp32(nn.Module):
-    """An LM head in training, which is in fp32 whatever the model's dtype is."""
+    """An LM head in training. It computes in fp32 regardless of the model's dtype."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()

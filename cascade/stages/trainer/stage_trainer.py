@@ -1,4 +1,4 @@
-"""The `transformers.Trainer` of a stage, whose evaluation is the whole cascade's perplexity."""
+"""The `transformers.Trainer` of a stage. It evaluates the perplexity of the whole cascade."""
 
 from __future__ import annotations
 
@@ -20,36 +20,33 @@ from cascade.stages.trainer.stage_module import SCOPES, StageModule, scope_masks
 
 
 class TrainingProgress(Protocol):
-    """What is called as a training goes."""
+    """Callbacks during training."""
 
     def started(self, steps: int, done: int) -> None:
         """Called before the first step.
 
         Args:
-            steps: Steps of the whole training.
-            done: Steps that were done before, where it resumes.
+            steps: Total number of training steps.
+            done: Steps already done before resuming.
         """
 
     def step_done(self, step: int) -> None:
         """Called after every step.
 
         Args:
-            step: Its number, from 1.
+            step: Number of the step, from 1.
         """
 
     def evaluated(self, evaluation: HeldOutEvaluation) -> None:
-        """Called after every evaluation on the held-out split; the first is that of step 0.
+        """Called after every evaluation on the held-out split, starting with step 0.
 
         Args:
-            evaluation: Its figures.
+            evaluation: Figures of the evaluation.
         """
 
 
 class NoProgress:
-    """A `TrainingProgress` that does nothing.
-
-    Subclasses override what they need.
-    """
+    """A `TrainingProgress` that does nothing. Subclasses override the callbacks they need."""
 
     def started(self, steps: int, done: int) -> None:
         """Do nothing."""
@@ -62,14 +59,14 @@ class NoProgress:
 
 
 class StageTrainer(Trainer):
-    """A Trainer whose evaluation is the whole cascade's held-out perplexity.
+    """A Trainer that evaluates the held-out perplexity of the whole cascade.
 
     Args:
-        module: The stage.
-        tokens: The stored states.
-        arguments: The Trainer's.
-        patience: Stop after so many evaluations without a better one; never where None.
-        progress: Called as the training goes.
+        module: Module with the stage's weights.
+        tokens: Stored states.
+        arguments: Arguments of the Trainer.
+        patience: Stop after this many evaluations without improvement; None to never stop early.
+        progress: Called during training.
     """
 
     def __init__(
@@ -106,28 +103,28 @@ class StageTrainer(Trainer):
         return batch
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss; raise a `TrainingError` where it is not finite."""
+        """Return the loss. Raise a `TrainingError` if it is not finite."""
         loss = model(**inputs)["loss"]
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item():g} at step {self.state.global_step + 1}; "
-                f"{self._last_checkpoint()}; take a smaller --lr"
+                f"{self._last_checkpoint()}; choose a smaller --lr"
             )
         return loss
 
     def _last_checkpoint(self) -> str:
         last = max(checkpoints(Path(str(self.args.output_dir))), default=None)
         if last is None:
-            return "no checkpoint was made yet"
-        return f"the last good checkpoint, of step {last[0]}, is {last[1]}"
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {last[1]} (step {last[0]})"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate on the held-out split; raise a `TrainingError` where that is not finite."""
+        """Evaluate on the held-out split. Raise a `TrainingError` if a ratio is not finite."""
         evaluation = self.evaluate_now()
         if not all(map(math.isfinite, evaluation.ratios.values())):
             raise TrainingError(
                 f"the held-out perplexity is not finite at step {evaluation.step}; "
-                f"{self._last_checkpoint()}; take a smaller --lr"
+                f"{self._last_checkpoint()}; choose a smaller --lr"
             )
         metrics = {f"eval_{scope}": ratio for scope, ratio in evaluation.ratios.items()}
         metrics["eval_worst"] = evaluation.worst
@@ -139,9 +136,9 @@ class StageTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate_now(self) -> HeldOutEvaluation:
-        """Return the cascade's held-out perplexity relative to that without the stage.
+        """Return the held-out perplexity of the cascade, relative to the one without the stage.
 
-        The first call, before any step, also computes the perplexity without the stage, and checks
+        The first call, before any step, also computes the perplexity without the stage and checks
         that the untrained stage is the identity.
         """
         first = not self._losses_without
@@ -149,17 +146,17 @@ class StageTrainer(Trainer):
         for number, batch in enumerate(self._held_out_batches()):
             selected = self._stage_module.selected(batch)
             before, after = self._losses(number, batch, selected, first=first)
-            for place, mask in enumerate(scope_masks(batch, selected)):
-                without[place] += before[mask].double().sum().cpu()
-                with_stage[place] += after[mask].double().sum().cpu()
-                counts[place] += mask.sum().cpu()
+            for scope, mask in enumerate(scope_masks(batch, selected)):
+                without[scope] += before[mask].double().sum().cpu()
+                with_stage[scope] += after[mask].double().sum().cpu()
+                counts[scope] += mask.sum().cpu()
         if first:
             found = zip(SCOPES, _perplexity(without / counts), strict=True)
             self.perplexities = {scope: value for scope, value in found if not math.isnan(value)}
         ratios = _perplexity((with_stage - without) / counts)
-        there = zip(SCOPES, ratios, counts.tolist(), strict=True)
+        rows = zip(SCOPES, ratios, counts.tolist(), strict=True)
         evaluation = HeldOutEvaluation(
-            step=self.state.global_step, **{scope: ratio for scope, ratio, some in there if some}
+            step=self.state.global_step, **{name: ratio for name, ratio, count in rows if count}
         )
         self._progress.evaluated(evaluation)
         return evaluation
@@ -172,7 +169,7 @@ class StageTrainer(Trainer):
     def _losses(
         self, number: int, batch: Batch, selected: Tensor, *, first: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return a batch's losses without the stage and with it, `[B, T]` both."""
+        """Return the losses of a batch without and with the stage, each `[B, T]`."""
         module = self._stage_module
         if first:
             _check_whole(batch)
@@ -185,19 +182,19 @@ class StageTrainer(Trainer):
             losses[counted] = module.losses(states[counted], batch["labels"][counted])
         elif not torch.equal(states, batch["states"]):
             raise TrainingError(
-                "the untrained stage is not the identity on the held-out states, as it must "
-                "be; report this with the model's family"
+                "the untrained stage is not the identity on the held-out states; report this as a "
+                "bug and name the model family"
             )
         return without, losses
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train.
+        """Train the stage.
 
         Args:
-            checkpoint: Resume from it; start from the first step where None.
+            checkpoint: Checkpoint to resume from; None to start from the first step.
 
         Raises:
-            TrainingError: The checkpoint is cut short, or a loss is not finite.
+            TrainingError: The checkpoint is incomplete, or a loss is not finite.
         """
         if checkpoint is None:
             self.train()
@@ -207,14 +204,14 @@ class StageTrainer(Trainer):
         except TrainingError:
             raise
         except Exception as error:
-            # Trainer, torch and safetensors each have errors of their own for a torn file.
+            # Trainer, torch and safetensors raise different errors for a torn file.
             raise TrainingError(
-                f"cannot resume from {checkpoint}: {first_line(error)}; it is cut short: "
-                "remove it to go on from the one before, or train without --resume"
+                f"cannot resume from {checkpoint}, which is incomplete ({first_line(error)}); "
+                "remove it to resume from the previous one, or train without --resume"
             ) from error
 
     def evaluations(self) -> list[HeldOutEvaluation]:
-        """Return every evaluation after step 0, those before an interruption included."""
+        """Return all evaluations after step 0, including those before an interruption."""
         return [
             HeldOutEvaluation(
                 step=int(entry["step"]),
@@ -230,7 +227,7 @@ class StageTrainer(Trainer):
 
 
 class _Sequences(Dataset[int]):
-    """Numbers of stored sequences; batches are read from disk together."""
+    """Indices of stored sequences. Whole batches are read from disk at once."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -243,32 +240,33 @@ class _Sequences(Dataset[int]):
 
 
 class _StepCallback(TrainerCallback):
-    """Passes the Trainer's steps on."""
+    """Forward the Trainer's steps to a `TrainingProgress`."""
 
     def __init__(self, progress: TrainingProgress) -> None:
         self.progress = progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Pass on how many steps there are."""
+        """Report the number of steps."""
         self.progress.started(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Pass on that a step was done."""
+        """Report a finished step."""
         self.progress.step_done(state.global_step)
 
 
 def _check_whole(batch: Batch) -> None:
-    """Refuse tokens of different sequences that were joined, or that are not at their positions.
+    """Check that a batch holds whole sequences with every token at its own position.
 
-    The stage would learn to attend to tokens that it will not see. Nothing else would notice: such
-    a stage starts as the identity, too. It made the first CASCADE worse than its base.
+    Otherwise, the stage would learn to attend to tokens that it does not see later. No other check
+    finds this, because such a stage also starts as the identity. This mistake made the first
+    version of CASCADE worse than its base.
     """
     ids, positions = batch["input_ids"], batch["positions"]
-    places = torch.arange(ids.shape[1], device=ids.device).expand_as(positions)
-    if not torch.equal(positions, places) or not torch.equal(batch["labels"][:, :-1], ids[:, 1:]):
+    expected = torch.arange(ids.shape[1], device=ids.device).expand_as(positions)
+    if not torch.equal(positions, expected) or not torch.equal(batch["labels"][:, :-1], ids[:, 1:]):
         raise TrainingError(
             "expected whole sequences, each token at its own position and followed by its label, "
-            "got others; collect the dataset anew"
+            "got joined or shifted ones; collect the dataset again"
         )
 
 

@@ -118,7 +118,7 @@ def test_a_dataset_is_trained_on_as_it_is(train: Run, run: Run, here: Path, mode
         (("--hard-ratio", 0.5, "--after", "new"), "--after and --output are both new"),
         (("--dataset", "nothing", "--hard-ratio", 0.5), "leave --hard-ratio out"),
         (("--dataset", "nothing"), "nothing"),
-        (("--threshold", -0.99), "no token of the train part is hard"),
+        (("--threshold", -0.99), "no token of the train split is hard"),
         (("--hard-ratio", 0.5, "--layer", 9), "expected an exit layer in 1..4, got 9"),
     ],
 )

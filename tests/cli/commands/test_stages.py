@@ -37,7 +37,7 @@ def test_a_dataset_is_collected_and_its_summary_says_what_it_is(
     assert done.status == 0, done.err
     found = load_hard_tokens("hard")
     found.check(load(str(models / "tiny")), layer=3, threshold=found.threshold)
-    train, held_out = (found.record.parts[split] for split in ("train", "held-out"))
+    train, held_out = (found.record.splits[split] for split in ("train", "held-out"))
     estimate, written = done.err.strip().splitlines()
     tokens = train.tokens + held_out.tokens
     assert f"Collecting {tokens:,} tokens into hard: about" in estimate
@@ -59,7 +59,7 @@ def test_every_fifth_record_is_held_out(collect: Run, here: Path) -> None:
 
 def test_max_tokens_are_those_of_both_parts_together(collect: Run, here: Path) -> None:
     assert collect("--hard-ratio", 0.5, "--output", "hard", "--max-tokens", 800).status == 0
-    parts = load_hard_tokens("hard").record.parts
+    parts = load_hard_tokens("hard").record.splits
     assert [parts[split].tokens for split in ("train", "held-out")] == [640, 160]
 
 
@@ -143,7 +143,7 @@ def test_an_interrupted_command_run_again_goes_on(collect: Run, here: Path, mode
     assert "Stopped; hard is kept: run the same command again to go on" in err
     done = collect("--batch-size", 4, "--hard-ratio", 0.5, "--output", "hard")
     assert done.status == 2  # here shards have their usual size
-    assert "unfinished dataset of other arguments (batches, per_shard: 1, now " in done.err
+    assert "unfinished dataset with other arguments (batches, per_shard: 1, now " in done.err
     done = subprocess.run(
         [sys.executable, "-c", code, *command, "--output", "hard"],
         capture_output=True,

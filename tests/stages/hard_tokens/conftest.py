@@ -1,4 +1,4 @@
-"""Fixtures of datasets of hard tokens."""
+"""Fixtures for datasets of hard tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from cascade.stages.hard_tokens import plan
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every batch be a shard of its own."""
+    """Make every batch a separate shard."""
     monkeypatch.setattr(plan, "SHARD_BYTES", 1)
     monkeypatch.setattr(plan, "MOST_SHARDS", 1000)

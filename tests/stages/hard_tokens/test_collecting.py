@@ -1,4 +1,4 @@
-"""Collecting: interrupted at any point it resumes to the same bytes, in constant memory."""
+"""Test collecting: it resumes to the same bytes after any interruption, in constant memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cascade.models.stack import DecoderStack
 
 
 @SMALL_SHARDS
-def test_progress_adds_up_to_all_tokens_and_counts_what_is_there_already(tmp_path: Path) -> None:
+def test_progress_counts_all_tokens_including_finished_shards(tmp_path: Path) -> None:
     done: list[int] = []
     collect(tmp_path / "a", progress=done.append)
     assert sum(done) == 29 * LENGTH
@@ -44,7 +44,7 @@ def test_progress_adds_up_to_all_tokens_and_counts_what_is_there_already(tmp_pat
 
 
 @SMALL_SHARDS
-def test_an_interrupted_pass_goes_on_and_computes_nothing_twice(
+def test_an_interrupted_collection_resumes_without_recomputing_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collect(tmp_path / "whole")
@@ -58,13 +58,13 @@ def test_an_interrupted_pass_goes_on_and_computes_nothing_twice(
         collect(tmp_path / "d", progress=stop_after(13 * LENGTH))
     monkeypatch.setattr(DecoderStack, "visit", counted)
     collect(tmp_path / "d")
-    # Three whole shards of 4 sequences were there; the fourth was half on its way.
+    # Three shards of 4 sequences were finished, and the fourth was interrupted.
     assert sum(seen) == 29 - 12
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
 
 
 @SMALL_SHARDS
-def test_a_shard_that_was_harmed_meanwhile_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_shard_is_collected_again(tmp_path: Path) -> None:
     collect(tmp_path / "whole")
     with pytest.raises(Stopped):
         collect(tmp_path / "d", progress=stop_after(13 * LENGTH))
@@ -83,10 +83,10 @@ def test_a_shard_that_was_harmed_meanwhile_is_made_again(tmp_path: Path) -> None
         ({"dtype": "bfloat16"}, "states, dtype: float16, now bfloat16"),
         ({"batch_size": 2}, "batches, batch_size: 4, now 2"),
         ({"family": "qwen2"}, "model, family: llama, now qwen2"),
-        ({"splits": some_splits(21, 8)}, "train part, tokens: 264, now 252"),
+        ({"splits": some_splits(21, 8)}, "train split, tokens: 264, now 252"),
     ],
 )
-def test_an_unfinished_dataset_of_other_arguments_is_refused_by_name(
+def test_an_unfinished_dataset_with_other_arguments_is_refused(
     tmp_path: Path, settings: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(Stopped):
@@ -94,7 +94,7 @@ def test_an_unfinished_dataset_of_other_arguments_is_refused_by_name(
     before = contents(tmp_path / "d")
     with pytest.raises(OutputError) as caught:
         collect(tmp_path / "d", **settings)
-    assert f"holds an unfinished dataset of other arguments ({named})" in one_line(caught)
+    assert f"holds an unfinished dataset with other arguments ({named})" in one_line(caught)
     assert contents(tmp_path / "d") == before
     collect(tmp_path / "d", overwrite=True, **settings)
     collect(tmp_path / "e", **settings)
@@ -123,7 +123,7 @@ def collect(name):
     return tiny.collect(folder / name, overwrite=earlier)
 
 def dies_at(number):
-    # Every rename, and every removal of a file: all that changes what is on the disk for good.
+    # Renames and removals are the only operations that change the disk permanently.
     left = [number]
     def counted(function):
         def call(*args, **kwargs):
@@ -168,8 +168,10 @@ print(killed)
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_killed_at_any_point_it_goes_on_to_the_same_bytes(tmp_path: Path, earlier: bool) -> None:
-    """Kill a process at every single change of the disk, over an earlier dataset as well."""
+def test_a_collection_killed_at_any_point_resumes_to_the_same_bytes(
+    tmp_path: Path, earlier: bool
+) -> None:
+    """Kill a process at every change of the disk, with and without an earlier dataset."""
     arguments = [str(Path(__file__).parents[2]), str(tmp_path), *(["earlier"] if earlier else [])]
     done = subprocess.run(
         [sys.executable, "-c", _KILLED, *arguments],
@@ -179,7 +181,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_bytes(tmp_path: Path, earlie
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    # 8 shards are written and then marked, and 6 files more; moved up, and cleared away.
+    # 8 shards are written and then marked, 6 more files are written, and all are moved.
     assert int(done.stdout) > 25
 
 
@@ -223,6 +225,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     growth, size = map(int, done.stdout.split())
-    # Eight times the tokens: the states alone would add 46 MB. Tokens, marks and similarities do.
+    # With eight times the tokens, the states alone would add 46 MB. Only tokens, marks and
+    # similarities may add memory.
     assert size > 50e6
     assert growth < 8e6

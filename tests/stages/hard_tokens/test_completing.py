@@ -1,4 +1,4 @@
-"""Threshold and hard mask: which tokens are hard, and what the record says of it."""
+"""Test the threshold, the hard mask and the record of a dataset."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ from cascade.stages.hard_tokens.dataset import load_hard_tokens
 from cascade.stats.thresholds import fit_threshold
 
 
-def test_a_ratio_alone_fits_the_threshold_to_the_training_part(tmp_path: Path) -> None:
+def test_a_hard_ratio_fits_the_threshold_on_the_training_split(tmp_path: Path) -> None:
     found = collect(tmp_path / "d", hard_ratio=0.3)
     values = everything(found, "train")["similarity"].numpy()
     fitted = fit_threshold(values, 0.3, resamples=39)
-    assert (found.threshold, found.record.parts["train"].hard_ratio) == (
+    assert (found.threshold, found.record.splits["train"].hard_ratio) == (
         fitted.threshold,
         fitted.reached,
     )
     assert found.notes == ()
 
 
-def test_a_given_threshold_decides_and_a_ratio_far_off_is_told(tmp_path: Path) -> None:
+def test_the_threshold_overrides_the_hard_ratio_with_a_note_if_they_differ(tmp_path: Path) -> None:
     fitted = collect(tmp_path / "a", hard_ratio=0.5).threshold
     near = collect(tmp_path / "b", threshold=fitted, hard_ratio=0.46)
     assert (near.threshold, near.notes) == (fitted, ())
     far = collect(tmp_path / "c", threshold=fitted, hard_ratio=0.3)
     assert far.threshold == fitted
-    assert far.record.parts["train"].hard_ratio == 0.5
+    assert far.record.splits["train"].hard_ratio == 0.5
     (note,) = far.notes
-    assert f"the threshold {fitted:.6g} decides: it makes 0.500" in note
-    assert "not the 0.300 that were asked for" in note
+    assert f"--threshold {fitted:.6g} is used: it makes 0.500" in note
+    assert "--hard-ratio asked for 0.300" in note
 
 
-def test_a_token_at_the_threshold_is_easy_and_one_between_two_fp32_numbers_is_not_moved(
+def test_a_token_at_the_threshold_is_easy_without_rounding_the_threshold_to_fp32(
     tmp_path: Path,
 ) -> None:
     similarity = everything(collect(tmp_path / "a"), "train")["similarity"].flatten().sort().values
     middle = similarity[130]
     at = collect(tmp_path / "b", hard_ratio=None, threshold=float(middle))
-    assert at.record.parts["train"].hard == int((similarity < middle).sum())
-    # fp32 would round it to the similarity itself, and let the token go.
+    assert at.record.splits["train"].hard == int((similarity < middle).sum())
+    # Rounded to fp32, this threshold would equal the similarity, and the token would exit.
     above = collect(tmp_path / "c", hard_ratio=None, threshold=float(middle) + 1e-12)
-    assert above.record.parts["train"].hard == int((similarity <= middle).sum())
+    assert above.record.splits["train"].hard == int((similarity <= middle).sum())
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_token_at_the_threshold_is_easy_and_one_between_two_fp32_numbers_is_no
         ({"batch_size": 0}, "at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_written(
+def test_invalid_options_are_refused_before_anything_is_written(
     tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CascadeError) as caught:
@@ -88,13 +88,13 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(
     assert not (tmp_path / "d").exists()
 
 
-@pytest.mark.parametrize(("threshold", "what"), [(-1.0, "no token"), (1.0000001, "every token")])
-def test_no_hard_tokens_or_only_hard_ones_are_refused_and_the_pass_is_kept(
-    tmp_path: Path, threshold: float, what: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("threshold", "which"), [(-1.0, "no token"), (1.0000001, "every token")])
+def test_no_or_only_hard_tokens_are_refused_and_the_states_are_kept(
+    tmp_path: Path, threshold: float, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError) as caught:
         collect(tmp_path / "d", threshold=threshold)
-    assert f"{what} of the train part is hard" in one_line(caught)
+    assert f"{which} of the train split is hard" in one_line(caught)
     with pytest.raises(FileNotFoundError):
         datasets.load_from_disk(str(tmp_path / "d"))
     with pytest.raises(RecordError, match="is not finished"):
@@ -106,7 +106,7 @@ def test_no_hard_tokens_or_only_hard_ones_are_refused_and_the_pass_is_kept(
     assert load_hard_tokens(tmp_path / "d").record == expected.record
 
 
-def test_a_record_names_model_text_command_and_counts(tmp_path: Path) -> None:
+def test_the_record_names_model_text_command_and_counts(tmp_path: Path) -> None:
     found = collect(tmp_path / "d", command="cascade collect-hard")
     record = load_hard_tokens(str(tmp_path / "d")).record
     assert record == found.record
@@ -116,7 +116,7 @@ def test_a_record_names_model_text_command_and_counts(tmp_path: Path) -> None:
     for split, blocks in some_splits().items():
         assert to_plain(provenance.corpora[split]) == to_plain(blocks.provenance())
         hard = everything(found, split)["hard"].numpy()
-        assert to_plain(record.parts[split]) == {
+        assert to_plain(record.splits[split]) == {
             "sequences": len(blocks.ids),
             "tokens": blocks.tokens,
             "hard": hard.sum(),

@@ -1,4 +1,4 @@
-"""A finished dataset: read as `datasets` reads it, and refused where it was changed."""
+"""Test reading a finished dataset, with `datasets` as reference, and refusing a changed one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cascade.stages.hard_tokens.dataset import load_hard_tokens
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_datasets_reads_it_as_ours_does(tmp_path: Path, dtype: str) -> None:
+def test_the_datasets_library_reads_the_same_values(tmp_path: Path, dtype: str) -> None:
     found = collect(tmp_path / "d", dtype=dtype)
     loaded = datasets.load_from_disk(str(tmp_path / "d"))
     assert isinstance(loaded, datasets.DatasetDict)
@@ -55,7 +55,7 @@ def test_datasets_reads_it_as_ours_does(tmp_path: Path, dtype: str) -> None:
     assert len(datasets.load_from_disk(str(tmp_path / "copy"))["held-out"]) == 7
 
 
-def test_batches_come_in_any_order_and_can_be_written_to(tmp_path: Path) -> None:
+def test_batches_can_be_reordered_and_modified(tmp_path: Path) -> None:
     found = collect(tmp_path / "d")
     whole = everything(found, "train")
     order = [21, 0, 7, 7, 3]
@@ -70,11 +70,11 @@ def test_batches_come_in_any_order_and_can_be_written_to(tmp_path: Path) -> None
         next(found.batches("train", 2, order=[0, 22]))
     with pytest.raises(UsageError, match="batch size of at least 1, got 0"):
         next(found.batches("train", 0))
-    with pytest.raises(UsageError, match="a part among train, held-out, got 'test'"):
+    with pytest.raises(UsageError, match="a split among train, held-out, got 'test'"):
         found.split("test")
 
 
-def test_a_dataset_of_another_model_layer_or_threshold_is_refused(tmp_path: Path) -> None:
+def test_a_dataset_for_another_model_layer_or_threshold_is_refused(tmp_path: Path) -> None:
     found = collect(tmp_path / "d")
     found.check(a_stack("llama"), layer=3, threshold=found.threshold)
     found.check(DecoderStack(tiny_model("llama")))
@@ -82,9 +82,9 @@ def test_a_dataset_of_another_model_layer_or_threshold_is_refused(tmp_path: Path
         with pytest.raises(ModelError, match="make them again for this model") as caught:
             found.check(stack)
         assert one_line(caught).startswith("the hard tokens in ")
-    with pytest.raises(UsageError, match="are those of exit layer 3, got layer 2"):
+    with pytest.raises(UsageError, match="were collected for exit layer 3, got layer 2"):
         found.check(a_stack("llama"), layer=2)
-    with pytest.raises(UsageError, match=r"below the threshold .*, got 0\.9517; collect"):
+    with pytest.raises(UsageError, match=r"for threshold .*, got 0\.9517; collect"):
         found.check(a_stack("llama"), threshold=0.9517)
 
 
@@ -98,28 +98,28 @@ SHARD = "train/data-00000-of-00001.arrow"
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    ("damage", "message"),
     [
-        (lambda d: edited(d / SHARD, lambda b: b[:-100]), "was cut short or edited"),
-        (lambda d: edited(d / SHARD, lambda b: b[:900] + b"?" + b[901:]), "its hash is another"),
+        (lambda d: edited(d / SHARD, lambda b: b[:-100]), "is incomplete or edited"),
+        (lambda d: edited(d / SHARD, lambda b: b[:900] + b"?" + b[901:]), "its hash differs"),
         (lambda d: (d / SHARD).unlink(), "cannot be read (No such file"),
-        (lambda d: edited(d / "dataset_dict.json", lambda b: b + b" "), "was cut short or edited"),
+        (lambda d: edited(d / "dataset_dict.json", lambda b: b + b" "), "is incomplete or edited"),
         (lambda d: (d / "held-out/state.json").unlink(), "cannot be read (No such file"),
         (lambda d: (d / "hard-tokens.json").unlink(), "make one with `cascade collect-hard --out"),
         (lambda d: shutil.rmtree(d), "make one with `cascade collect-hard --output`"),
         (lambda d: edited(d / "hard-tokens.json", lambda b: b[:-9]), "is torn or edited"),
-        (lambda d: with_record(d, lambda r: r.update(layer=2)), "it is not what its hash says"),
+        (lambda d: with_record(d, lambda r: r.update(layer=2)), "its hash does not match"),
         (lambda d: with_record(d, lambda r: r.pop("parts")), "an object at parts, got nothing"),
         (lambda d: with_record(d, lambda r: r.update(schema=2)), "this release reads up to 1"),
         (lambda d: with_record(d, lambda r: r.update(kind="bench")), "of kind hard-tokens, got"),
     ],
 )
-def test_a_dataset_that_was_harmed_is_refused_in_one_line(
-    tmp_path: Path, harm: Callable[[Path], None], message: str
+def test_a_damaged_dataset_gives_a_one_line_error(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     collect(tmp_path / "d")
     assert len(load_hard_tokens(tmp_path / "d")) == 29
-    harm(tmp_path / "d")
+    damage(tmp_path / "d")
     with pytest.raises(RecordError) as caught:
         load_hard_tokens(tmp_path / "d")
     assert message in one_line(caught)

@@ -1,4 +1,4 @@
-"""Exit states: the stored rows are what the model gives, sequence by sequence."""
+"""Test that the stored rows match the model, sequence by sequence."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cascade.stages.hard_tokens.plan import CollectingConfig
 
 
 def own_history(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Return the residual stream entry by entry, by hooks of our own on the layers."""
+    """Return the hidden history, recorded by hooks on the layers."""
     stack = DecoderStack(model)
     kept: list[torch.Tensor] = []
     first = stack.layers[0].register_forward_pre_hook(
@@ -53,7 +53,7 @@ def own_history(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 def by_hand(model: Any, blocks: TokenBlocks, layer: int) -> dict[str, Any]:
-    """Return a part's columns, written out sequence by sequence."""
+    """Return the columns of a split, computed one sequence at a time."""
     columns: dict[str, list[Any]] = {"states": [], "similarity": [], "labels": []}
     for row in blocks.ids:
         history = own_history(model, torch.from_numpy(row[None]).long())
@@ -67,11 +67,11 @@ def by_hand(model: Any, blocks: TokenBlocks, layer: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layer", [1, 3, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_rows_are_what_the_model_gives(family: str, layer: int, tmp_path: Path) -> None:
+def test_stored_rows_match_the_model(family: str, layer: int, tmp_path: Path) -> None:
     found = collect(tmp_path / "d", family, layer=layer)
     for split, blocks in some_splits().items():
         got, expected = everything(found, split), by_hand(tiny_model(family), blocks, layer)
-        # In float16 a number keeps 11 bits; a batch sums up as a single row does, but for rounding.
+        # float16 keeps 11 bits. A batch and a single row differ only by rounding.
         assert torch.allclose(got["states"], expected["states"], rtol=2**-11, atol=1e-5)
         assert torch.allclose(got["similarity"], expected["similarity"], rtol=0, atol=2e-6)
         assert torch.equal(got["labels"], expected["labels"])
@@ -83,15 +83,15 @@ def test_the_rows_are_what_the_model_gives(family: str, layer: int, tmp_path: Pa
         assert torch.equal(got["hard"], got["similarity"] < found.threshold)
 
 
-def test_the_similarity_is_the_cosine_rules_to_the_last_bit(tmp_path: Path) -> None:
+def test_the_stored_similarity_equals_the_cosine_rule_bit_for_bit(tmp_path: Path) -> None:
     found = collect(tmp_path / "d")
     for split, blocks in some_splits().items():
         expected = confidences(a_stack("llama"), blocks, 3, "cosine", batch_size=4)
         assert np.array_equal(everything(found, split)["similarity"], expected)
 
 
-def test_the_stored_states_lead_to_the_models_own_logits(tmp_path: Path) -> None:
-    # Behind the norm they would be normed twice.
+def test_the_stored_states_give_the_logits_of_the_model(tmp_path: Path) -> None:
+    # States behind the final norm would be normed twice.
     stack, blocks = a_stack("llama"), some_splits()["train"]
     states = everything(collect(tmp_path / "d"), "train")["states"]
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_bfloat16_states_are_rounded_once(tmp_path: Path) -> None:
     assert not torch.equal(rounded, exact)
 
 
-def test_the_batch_size_of_the_pass_moves_no_more_than_rounding(tmp_path: Path) -> None:
+def test_the_batch_size_changes_states_only_by_rounding(tmp_path: Path) -> None:
     one, all_at_once = (collect(tmp_path / str(n), batch_size=n) for n in (1, 64))
     for split in some_splits():
         a, b = (everything(found, split) for found in (one, all_at_once))
@@ -125,7 +125,7 @@ def scaled(by: float) -> DecoderStack:
     return DecoderStack(model)
 
 
-def test_states_beyond_float16_are_refused_and_bfloat16_holds_them(tmp_path: Path) -> None:
+def test_states_too_large_for_float16_are_refused_and_fit_in_bfloat16(tmp_path: Path) -> None:
     config = CollectingConfig(layer=3, hard_ratio=0.5)
     with pytest.raises(ModelError) as caught:
         collect_hard(scaled(1e5), some_splits(), tmp_path / "d", config)
@@ -140,7 +140,7 @@ def test_states_beyond_float16_are_refused_and_bfloat16_holds_them(tmp_path: Pat
 
 
 @pytest.mark.parametrize("entry", [2, 3, 4])
-def test_states_that_are_not_finite_are_refused_by_layer(
+def test_states_that_are_not_finite_are_refused_with_their_layer(
     tmp_path: Path, entry: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     visit = DecoderStack.visit

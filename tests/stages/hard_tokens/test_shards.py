@@ -1,4 +1,4 @@
-"""Shards: the same rows in few files or many."""
+"""Test that shards hold the same rows, in few files or many."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.tiny_hard_tokens import (
 from cascade.stages.hard_tokens import plan, shards
 
 
-def test_few_shards_or_many_hold_the_same_rows(
+def test_the_number_of_shards_does_not_change_the_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = collect(tmp_path / "one")
@@ -29,7 +29,7 @@ def test_few_shards_or_many_hold_the_same_rows(
             assert torch.equal(everything(many, split)[name], values)
 
 
-def test_one_record_batch_never_holds_more_values_than_arrow_counts(
+def test_record_batches_stay_below_the_limit_of_arrow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = everything(collect(tmp_path / "a"), "train")

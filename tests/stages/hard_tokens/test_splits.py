@@ -1,4 +1,4 @@
-"""Splits: text that cannot be collected from is refused."""
+"""Test that invalid splits are refused."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ from cascade.stages.hard_tokens.plan import CollectingConfig
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: {"train": p["train"]}, "expected the parts train and held-out, got train"),
+        (lambda p: {"train": p["train"]}, "expected the splits train and held-out, got train"),
         (lambda p: p | {"train": replace(p["train"], response=None)}, "marks=True"),
-        (lambda p: p | {"held-out": replace(p["held-out"], record_of=None)}, "the held-out part"),
+        (
+            lambda p: p | {"held-out": replace(p["held-out"], record_of=None)},
+            "in the held-out split",
+        ),
         (lambda p: p | {"train": replace(p["train"], ids=p["train"].ids[:3])}, "marks=True"),
         (lambda p: p | {"train": some_splits(8, 3, 11)["train"]}, "one length, got 11 tokens in"),
         (lambda _: some_splits(3, 3, 65), "sequences of 65 tokens exceed the model's 64 positions"),
     ],
 )
-def test_parts_that_cannot_be_collected_are_refused(
+def test_invalid_splits_are_refused(
     tmp_path: Path, change: Callable[[Splits], Splits], message: str
 ) -> None:
     config = CollectingConfig(layer=3, hard_ratio=0.5)
@@ -44,7 +47,7 @@ def test_parts_that_cannot_be_collected_are_refused(
     assert not (tmp_path / "d").exists()
 
 
-def test_held_out_sequences_that_are_trained_on_are_told(tmp_path: Path) -> None:
+def test_held_out_sequences_in_the_training_split_give_a_note(tmp_path: Path) -> None:
     train = some_splits()["train"]
     seen = replace(
         train, ids=train.ids[:3], record_of=train.record_of[:3], response=train.response[:3]
@@ -56,4 +59,4 @@ def test_held_out_sequences_that_are_trained_on_are_told(tmp_path: Path) -> None
         CollectingConfig(layer=3, hard_ratio=0.5),
     )
     (note,) = found.notes
-    assert note.startswith("3 of the held-out sequences are in the training part too")
+    assert note.startswith("3 of the held-out sequences are also in the training split")

@@ -1,4 +1,4 @@
-"""The folder of a dataset: nothing of the user's is lost, and a full disk is one line."""
+"""Test the folder of a dataset: user files are never lost, and disk errors take one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cascade.stages.hard_tokens.plan import CollectingConfig
 from cascade.stages.hard_tokens.splits import expected_bytes
 
 
-def test_the_size_is_known_beforehand(tmp_path: Path) -> None:
+def test_the_size_of_the_dataset_is_estimated_correctly(tmp_path: Path) -> None:
     splits = some_splits(200, 50, 64)
     found = collect_hard(
         a_stack("llama"), splits, tmp_path / "d", CollectingConfig(layer=3, hard_ratio=0.5)
@@ -42,11 +42,11 @@ def test_the_size_is_known_beforehand(tmp_path: Path) -> None:
         == sum(path.stat().st_size for path in (tmp_path / "d").rglob("*") if path.is_file())
         - (tmp_path / "d/hard-tokens.json").stat().st_size
     )
-    # Beside the columns there are descriptions of the same size whatever the corpus.
+    # Metadata files add a size that does not depend on the corpus.
     assert expected_bytes(a_stack("llama"), splits) == pytest.approx(size, rel=0.03)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_pass(
+def test_a_too_small_disk_is_refused_before_the_model_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -59,7 +59,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_pass(
 
 
 @SMALL_SHARDS
-def test_a_disk_that_fills_on_the_way_keeps_what_it_has(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_keeps_the_finished_shards(tmp_path: Path) -> None:
     collect(tmp_path / "whole")
     with largest_file(1000), pytest.raises(OutputError, match="free some space"):
         collect(tmp_path / "d")
@@ -76,7 +76,7 @@ def test_a_disk_that_fills_on_the_way_keeps_what_it_has(tmp_path: Path) -> None:
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
 
 
-def test_an_earlier_dataset_goes_only_when_told_and_only_for_a_finished_one(
+def test_an_existing_dataset_is_replaced_only_with_overwrite_and_only_by_a_finished_one(
     tmp_path: Path,
 ) -> None:
     collect(tmp_path / "d")
@@ -93,7 +93,7 @@ def test_an_earlier_dataset_goes_only_when_told_and_only_for_a_finished_one(
     assert contents(tmp_path / "d") == contents(tmp_path / "e") | {"mine.txt": b"mine"}
 
 
-def test_a_whole_dataset_of_the_same_arguments_is_reused_when_asked_for(tmp_path: Path) -> None:
+def test_reuse_returns_a_finished_dataset_with_the_same_arguments(tmp_path: Path) -> None:
     done: list[int] = []
     made = collect(tmp_path / "d", hard_ratio=0.3)
     before = contents(tmp_path / "d")
@@ -110,7 +110,7 @@ def test_a_whole_dataset_of_the_same_arguments_is_reused_when_asked_for(tmp_path
 
 @pytest.mark.parametrize("name", ["train/mine.py", "held-out/x", "dataset_dict.json"])
 @pytest.mark.parametrize("ours", [False, True])
-def test_files_that_are_not_ours_are_never_replaced(tmp_path: Path, name: str, ours: bool) -> None:
+def test_foreign_files_are_never_replaced(tmp_path: Path, name: str, ours: bool) -> None:
     if ours and "/" not in name:
         return
     folder = tmp_path / "d"
@@ -119,12 +119,12 @@ def test_files_that_are_not_ours_are_never_replaced(tmp_path: Path, name: str, o
     (folder / name).parent.mkdir(exist_ok=True, parents=True)
     (folder / name).write_text("mine")
     before = contents(folder)
-    with pytest.raises(OutputError, match="is in the way, and of no dataset of hard tokens"):
+    with pytest.raises(OutputError, match="does not belong to a dataset of hard tokens"):
         collect(folder, overwrite=True)
     assert contents(folder) == before
 
 
-def test_what_datasets_caches_in_the_folder_is_no_stranger(tmp_path: Path) -> None:
+def test_cache_files_of_the_datasets_library_are_allowed(tmp_path: Path) -> None:
     collect(tmp_path / "d")
     loaded = datasets.load_from_disk(str(tmp_path / "d"))["train"]
     loaded.map(lambda row: {"hards": sum(row["hard"])})
@@ -135,7 +135,7 @@ def test_what_datasets_caches_in_the_folder_is_no_stranger(tmp_path: Path) -> No
     assert not list((tmp_path / "d/train").glob("cache-*"))
 
 
-def test_a_file_or_another_process_in_the_way_is_refused(tmp_path: Path) -> None:
+def test_a_file_or_another_process_at_the_output_path_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("mine")
     with pytest.raises(OutputError, match="is a file, expected a folder"):
         collect(tmp_path / "f")

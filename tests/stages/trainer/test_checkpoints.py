@@ -1,4 +1,4 @@
-"""Checkpoints: a resumed training ends at the same stage; others are refused in one line."""
+"""Test checkpoints: a resumed training run ends with the same stage, others are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cascade.stages.training import Training, train_stage
 
 
 @pytest.mark.parametrize("share", [0.35, 0.7, 0.95])
-def test_resumed_it_is_what_it_would_have_been(
+def test_a_resumed_training_run_equals_an_uninterrupted_one(
     share: float, trained: Training, tokens: HardTokens, tmp_path: Path
 ) -> None:
     with pytest.raises(StageStopped):
@@ -45,14 +45,14 @@ def test_resumed_it_is_what_it_would_have_been(
         progress=noted,
     )
     ((_, before),) = noted.starts
-    assert before > 0, "it began anew"
+    assert before > 0, "training did not resume"
     assert done.evaluations == trained.evaluations
     assert done.chosen == trained.chosen
     assert done.stage.fingerprint() == trained.stage.fingerprint()
     assert done.stage.provenance == trained.stage.provenance
 
 
-def test_a_finished_training_resumed_is_itself(
+def test_resuming_a_finished_training_run_changes_nothing(
     trained: Training, tokens: HardTokens, tmp_path: Path
 ) -> None:
     train_stage(a_reader(), tokens, SHORT, tmp_path)
@@ -62,7 +62,7 @@ def test_a_finished_training_resumed_is_itself(
 
 
 def stopped(tokens: HardTokens, folder: Path, trained: Training) -> Path:
-    """Interrupt a training; return its last checkpoint."""
+    """Interrupt a training run and return its last checkpoint."""
     with pytest.raises(StageStopped):
         train_stage(
             a_reader(), tokens, SHORT, folder, progress=StoppingAt(int(trained.steps * 0.7))
@@ -71,22 +71,22 @@ def stopped(tokens: HardTokens, folder: Path, trained: Training) -> Path:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
-def test_a_checkpoint_cut_short_is_one_line(
+def test_an_incomplete_checkpoint_gives_a_one_line_error(
     name: str, trained: Training, tokens: HardTokens, tmp_path: Path
 ) -> None:
     last = stopped(tokens, tmp_path, trained)
     path = last / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(TrainingError, match="cut short") as caught:
+    with pytest.raises(TrainingError, match="incomplete") as caught:
         train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
     assert str(last) in one_line(caught)
-    shutil.rmtree(last)  # as it says
+    shutil.rmtree(last)  # as the message says
     done = train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
     assert done.stage.fingerprint() == trained.stage.fingerprint()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_with_a_file_gone_is_one_line(
+def test_a_checkpoint_with_a_missing_file_gives_a_one_line_error(
     name: str, trained: Training, tokens: HardTokens, tmp_path: Path
 ) -> None:
     last = stopped(tokens, tmp_path, trained)
@@ -96,7 +96,7 @@ def test_a_checkpoint_with_a_file_gone_is_one_line(
     assert str(last) in one_line(caught)
 
 
-def test_checkpoints_of_another_recipe_are_refused(
+def test_checkpoints_of_another_configuration_are_refused(
     trained: Training, tokens: HardTokens, tmp_path: Path
 ) -> None:
     stopped(tokens, tmp_path, trained)
@@ -109,7 +109,7 @@ def test_checkpoints_of_another_recipe_are_refused(
     for change in changes:
         config = dataclasses.replace(SHORT, **change)
         (name,) = change
-        with pytest.raises(TrainingError, match=rf"another recipe \({name} ") as caught:
+        with pytest.raises(TrainingError, match=rf"another configuration \({name}: ") as caught:
             train_stage(a_reader(), tokens, config, tmp_path, resume=True)
         one_line(caught)
     (tmp_path / "training.json").write_text("{")
@@ -118,7 +118,7 @@ def test_checkpoints_of_another_recipe_are_refused(
     one_line(caught)
 
 
-def test_a_training_that_starts_anew_never_goes_on_from_an_earlier_one(
+def test_a_new_training_run_does_not_resume_from_old_checkpoints(
     trained: Training, tokens: HardTokens, tmp_path: Path
 ) -> None:
     stopped(tokens, tmp_path, trained)
@@ -131,7 +131,9 @@ def test_a_training_that_starts_anew_never_goes_on_from_an_earlier_one(
         train_stage(a_reader(), tokens, other, tmp_path, resume=True)
 
 
-def test_nothing_to_resume_from_is_one_line(tokens: HardTokens, tmp_path: Path) -> None:
+def test_resuming_without_a_checkpoint_gives_a_one_line_error(
+    tokens: HardTokens, tmp_path: Path
+) -> None:
     with pytest.raises(TrainingError, match=r"no checkpoint in .* to resume from") as caught:
         train_stage(a_reader(), tokens, SHORT, tmp_path / "none", resume=True)
     one_line(caught)

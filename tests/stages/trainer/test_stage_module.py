@@ -1,4 +1,4 @@
-"""The loss of a stage: which tokens it is of, and which of them enter."""
+"""Test the loss of a stage: which tokens it covers, and which tokens enter."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from cascade.stages.training import train_stage
 from cascade.stages.training_config import TrainingConfig
 
 
-def test_a_token_counts_by_the_text_that_it_predicts(tokens: HardTokens) -> None:
+def test_scopes_count_tokens_by_the_text_they_predict(tokens: HardTokens) -> None:
     (batch,) = tokens.batches("held-out", 1000)
     found = dict(zip(SCOPES, scope_masks(batch, batch["hard"]), strict=True))
     rows, length = batch["input_ids"].shape
     for row in range(rows):
-        for place in range(length):
-            there = place + 1 < length  # the last token predicts nothing of its sequence
-            response = there and bool(batch["response"][row, place + 1])
-            hard = bool(batch["hard"][row, place])
-            expected = [there, there and hard, response, response and hard]
-            assert [bool(found[scope][row, place]) for scope in SCOPES] == expected
+        for position in range(length):
+            counted = position + 1 < length  # the last token has no next token in its sequence
+            response = counted and bool(batch["response"][row, position + 1])
+            hard = bool(batch["hard"][row, position])
+            expected = [counted, counted and hard, response, response and hard]
+            assert [bool(found[scope][row, position]) for scope in SCOPES] == expected
 
 
-def test_the_loss_is_that_of_the_tokens_that_enter(
+def test_the_loss_covers_only_entering_tokens(
     tokens: HardTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_the_tokens_that_enter(
     assert not any(unlabelled for _, unlabelled in seen)
 
 
-def test_a_batch_without_hard_tokens_is_passed_over(tmp_path: Path) -> None:
+def test_a_batch_without_hard_tokens_is_skipped(tmp_path: Path) -> None:
     few = some_hard_tokens(tmp_path / "d", hard_ratio=0.003)
     hard = [bool(batch["hard"].any()) for batch in few.batches("train", 1)]
     assert not all(hard)
@@ -73,19 +73,21 @@ def test_a_batch_without_hard_tokens_is_passed_over(tmp_path: Path) -> None:
     assert done.steps == len(hard)
 
 
-def test_each_routing_lets_in_its_tokens(tokens: HardTokens) -> None:
-    ratio = tokens.record.parts["train"].hard_ratio
+def test_each_routing_selects_its_tokens(tokens: HardTokens) -> None:
+    ratio = tokens.record.splits["train"].hard_ratio
     (batch,) = tokens.batches("train", 1000)
     assert torch.equal(tokens_entering(batch, TrainingConfig(), 4, ratio), batch["hard"])
     assert bool(tokens_entering(batch, TrainingConfig(routing="all"), 4, ratio).all())
     drawn = tokens_entering(batch, TrainingConfig(routing="random"), 4, ratio)
     assert abs(float(drawn.double().mean()) - ratio) < 0.05
     overlap = float((drawn & batch["hard"]).double().mean())
-    assert abs(overlap - ratio * ratio) < 0.06, "random tokens are no others than hard ones"
+    assert abs(overlap - ratio * ratio) < 0.06, (
+        "the random tokens are correlated with the hard ones"
+    )
 
 
-def test_the_random_routing_is_what_the_random_entry_does(tokens: HardTokens) -> None:
-    ratio = tokens.record.parts["train"].hard_ratio
+def test_random_routing_matches_the_random_entry(tokens: HardTokens) -> None:
+    ratio = tokens.record.splits["train"].hard_ratio
     cascade = Cascade(a_reader())
     cascade.add_stage(a_moved_stage(a_reader()), Entry(4, ratio, "random"))
     for batch in tokens.batches("held-out", 16):

@@ -1,4 +1,4 @@
-"""The Trainer of a stage: patience, progress, losses that are not finite, and logs."""
+"""Test the Trainer of a stage: patience, progress, losses that are not finite, and logs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from cascade.stages.trainer.stage_module import (
 from cascade.stages.training import Training, train_stage
 
 
-def test_patience_stops(tokens: HardTokens, tmp_path: Path) -> None:
+def test_patience_stops_training_early(tokens: HardTokens, tmp_path: Path) -> None:
     config = dataclasses.replace(
         SHORT, learning_rate=0.3, clipping=1e6, looks=4, epochs=20, patience=2
     )
@@ -55,7 +55,7 @@ def test_progress_is_called_for_every_step_and_evaluation(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(
+def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_checkpoint(
     value: float,
     trained: Training,
     tokens: HardTokens,
@@ -76,29 +76,30 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(
     text = one_line(caught)
     checkpoints = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
     assert checkpoints
-    assert f"the last good checkpoint, of step {checkpoints[-1]}, is {tmp_path}" in text
+    assert f"the last good checkpoint is {tmp_path}" in text
+    assert f"(step {checkpoints[-1]})" in text
     monkeypatch.undo()
     done = train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
-    assert done.chosen.worst < 1, "what was kept is no good"
+    assert done.chosen.worst < 1, "the kept checkpoint is not usable"
 
 
-def test_a_loss_that_is_nan_at_once_says_that_nothing_was_kept(
+def test_a_nan_loss_at_the_first_step_names_no_checkpoint(
     tokens: HardTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StageModule, "forward", lambda self, **_: {"loss": torch.tensor(math.nan)})
-    with pytest.raises(TrainingError, match="no checkpoint was made yet") as caught:
+    with pytest.raises(TrainingError, match="there is no checkpoint yet") as caught:
         train_stage(a_reader(), tokens, SHORT, tmp_path)
     one_line(caught)
 
 
-def test_a_learning_rate_beyond_all_reason_is_one_line(tokens: HardTokens, tmp_path: Path) -> None:
+def test_a_huge_learning_rate_gives_a_one_line_error(tokens: HardTokens, tmp_path: Path) -> None:
     config = dataclasses.replace(SHORT, learning_rate=1e30, clipping=1e30)
     with pytest.raises(TrainingError, match=r"not finite at step|the loss is") as caught:
         train_stage(a_reader(), tokens, config, tmp_path)
-    assert "take a smaller --lr" in one_line(caught)
+    assert "choose a smaller --lr" in one_line(caught)
 
 
-def test_tensorboard_that_is_not_installed_is_one_line(
+def test_missing_tensorboard_gives_a_one_line_error(
     tokens: HardTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -107,7 +108,7 @@ def test_tensorboard_that_is_not_installed_is_one_line(
     one_line(caught)
 
 
-def test_tensorboard_gets_the_loss_and_every_look(tokens: HardTokens, tmp_path: Path) -> None:
+def test_tensorboard_gets_losses_and_evaluations(tokens: HardTokens, tmp_path: Path) -> None:
     config = dataclasses.replace(SHORT, epochs=0.5)
     train_stage(a_reader(), tokens, config, tmp_path / "c", tensorboard=tmp_path / "t")
     (events,) = (tmp_path / "t").rglob("events.out.tfevents*")
@@ -116,7 +117,7 @@ def test_tensorboard_gets_the_loss_and_every_look(tokens: HardTokens, tmp_path: 
     assert b"eval/worst" in text
 
 
-def test_a_stage_that_starts_elsewhere_is_refused(
+def test_training_refuses_a_stage_that_does_not_start_as_the_identity(
     tokens: HardTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = new_stage
