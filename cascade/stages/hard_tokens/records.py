@@ -19,7 +19,7 @@ from cascade.core.schema import (
     UnsetType,
 )
 
-#: The splits of a corpus. A stage is trained on the first one, and selected and judged on the other.
+#: The splits of a corpus. The first one trains a stage, the second one selects and judges it.
 Split = Literal["train", "held-out"]
 SPLITS: tuple[Split, ...] = ("train", "held-out")
 
