@@ -1,4 +1,4 @@
-"""Models with altered weights, rounded or perturbed, to compare with the original."""
+"""Copies of a model with rounded or perturbed weights, for comparison with the original."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cascade.core.errors import ModelError, UsageError
 from cascade.core.schema import known
 from cascade.models.stack import DecoderStack
 
-#: Inputs that share one scale in an int4 copy.
+#: Number of inputs that share one scale in an int4 copy.
 INT4_GROUP = 32
 
-#: What each kind of alteration does to the matrices of all decoder layers.
+#: The effect of each kind of alteration on the matrices of all decoder layers.
 KINDS = {
     "int8": "rounded to int8, one scale per output, to nearest",
     "int4": f"rounded to int4, one scale per output and {INT4_GROUP} inputs, to nearest",
@@ -28,10 +28,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Alteration:
-    """How to alter a model's weights, namely the matrices of its decoder layers.
+    """An alteration of the matrices of a model's decoder layers.
 
-    Embeddings, LM head, norms and biases stay as they are. Rounded weights are stored, and computed
-    with, in the model's own dtype.
+    Embeddings, LM head, norms and biases do not change. Rounded weights are stored and computed in
+    the model's dtype.
 
     Attributes:
         kind: A key of `KINDS`.
@@ -49,10 +49,14 @@ class Alteration:
 
     @classmethod
     def parse(cls, text: str, *, seed: int = 0) -> Alteration:
-        """Read an alteration as the command line names it: "int8", "int4", "bf16" or "noise:0.01".
+        """Parse an alteration of the command line: "int8", "int4", "bf16" or "noise:0.01".
+
+        Args:
+            text: The alteration.
+            seed: Seed of the noise.
 
         Raises:
-            UsageError: It names something else.
+            UsageError: The text is not a known alteration.
         """
         kind, colon, amount = text.partition(":")
         if kind not in KINDS or bool(colon) != (kind == "noise"):
@@ -64,16 +68,19 @@ class Alteration:
         except ValueError:
             deviation = -1.0
         if not 0 < deviation < 1:
-            raise UsageError(f"expected noise of a size above 0 and below 1, got {text}")
+            raise UsageError(
+                f"expected noise with a standard deviation above 0 and below 1, got {text}; "
+                "noise:0.01 is a usual size"
+            )
         return cls(kind, deviation, seed)
 
     @property
     def name(self) -> str:
-        """The alteration as the command line names it."""
+        """The alteration as written on the command line."""
         return f"{self.kind}:{self.amount:g}" if self.kind == "noise" else self.kind
 
     def words(self) -> str:
-        """Return what it does, in words."""
+        """Return a description of the alteration."""
         text = f"the matrices of all decoder layers {KINDS[self.kind]}"
         if self.kind == "noise":
             text += f" of standard deviation {self.amount:g}, seed {self.seed}"
@@ -82,23 +89,23 @@ class Alteration:
 
 @torch.no_grad()
 def alter(stack: DecoderStack, how: Alteration) -> None:
-    """Alter a model's weights in place; from then on its provenance says so.
+    """Alter a model's weights in place, and note the alteration in its provenance.
 
     Args:
         stack: The model.
-        how: What to do to the matrices of its decoder layers.
+        how: Alteration of the matrices of its decoder layers.
 
     Raises:
-        ModelError: Its weights are packed, so that they cannot be rounded or scaled as numbers.
+        ModelError: The weights are quantized, so they cannot be rounded or scaled.
     """
     generator = torch.Generator().manual_seed(how.seed)
     for weight, inputs in _matrices(stack):
         if not weight.is_floating_point():
             raise ModelError(
-                f"the weights are stored as {str(weight.dtype).removeprefix('torch.')}, expected "
-                "floating-point ones to make a copy of; take the model before quantization"
+                "expected floating-point weights to make an altered copy of, got "
+                f"{str(weight.dtype).removeprefix('torch.')}; load the model before quantization"
             )
-        # In fp32 with the inputs last, whatever they were stored as.
+        # Convert to fp32 with the inputs in the last dimension.
         wide = weight.detach().float().movedim(inputs, -1)
         weight.copy_(_altered(wide, how, generator).movedim(-1, inputs))
     stack.provenance = replace(
@@ -110,22 +117,28 @@ def alter(stack: DecoderStack, how: Alteration) -> None:
 
 
 def copy_of(stack: DecoderStack, how: Alteration) -> DecoderStack:
-    """Return an altered copy of a model; the model itself stays as it is.
+    """Return an altered copy of a model. The model itself is not changed.
 
     Args:
         stack: The model.
-        how: What to do to the matrices of the copy's decoder layers.
+        how: Alteration of the matrices of the copy's decoder layers.
 
     Raises:
-        ModelError: As for `alter`.
+        ModelError: See `alter`.
+
+    Example:
+        >>> from cascade import copy_of, load
+        >>> from cascade.studies.comparisons.altered_models import Alteration
+        >>> copy_of(load("smollm2-135m"), Alteration.parse("int8")).provenance.name
+        'smollm2-135m+int8'
     """
-    twin = DecoderStack(
+    altered = DecoderStack(
         copy.deepcopy(stack.model),
         tokenizer=stack.tokenizer,
         provenance=stack.provenance,
     )
-    alter(twin, how)
-    return twin
+    alter(altered, how)
+    return altered
 
 
 def _matrices(stack: DecoderStack) -> Iterator[tuple[nn.Parameter, int]]:
@@ -134,7 +147,7 @@ def _matrices(stack: DecoderStack) -> Iterator[tuple[nn.Parameter, int]]:
 
     seen: set[int] = set()
     for module in stack.layers.modules():
-        # GPT-2's linear layers keep their inputs first; stacks of experts are [E, out, in].
+        # Linear layers of GPT-2 have their inputs first. Stacked experts are [E, out, in].
         inputs = 0 if isinstance(module, Conv1D) else -1
         for parameter in module.parameters(recurse=False):
             if parameter.ndim >= 2 and id(parameter) not in seen:
@@ -157,14 +170,14 @@ def _altered(weight: Tensor, how: Alteration, generator: torch.Generator) -> Ten
 
 
 def rounded(weight: Tensor, largest: int) -> Tensor:
-    """Round to the nearest multiple of a scale that the last dimension shares.
+    """Round to the nearest multiple of a scale that is shared along the last dimension.
 
     Args:
-        weight: `[..., in]`.
-        largest: The largest whole number of the scale: 127 for int8, 7 for int4.
+        weight: Weights, `[..., in]`.
+        largest: Largest integer level: 127 for int8, 7 for int4.
 
     Returns:
-        The same shape; the value of largest magnitude keeps its own.
+        The rounded weights, in the same shape. The value of largest magnitude does not change.
     """
     scale = weight.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / largest
     return (weight / scale).round() * scale

@@ -1,4 +1,4 @@
-"""The models to compare: which ones, the text that they read, and their measurement."""
+"""The models of a comparison, the text that they read, and their measurement."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cascade.studies.comparisons.configurations import (
     sizes_of,
 )
 
-#: More curves than this cannot be told apart in one picture.
+#: Maximum number of models: more curves cannot be distinguished in one figure.
 MOST_MODELS = 12
 
 
@@ -34,9 +34,9 @@ class Candidate:
     """A model to compare.
 
     Attributes:
-        source: Whatever `cascade.load` takes.
-        alteration: How its weights are altered after loading.
-        measured: Whether it is measured, or described by its configuration alone.
+        source: Source of the model, as for `cascade.load`.
+        alteration: Alteration of the weights after loading.
+        measured: Whether to measure the model. Otherwise, only its configuration is read.
     """
 
     source: str
@@ -44,10 +44,10 @@ class Candidate:
     measured: bool = True
 
     def check(self) -> None:
-        """Refuse a model that could not be compared, before any model is measured.
+        """Check that the model can be compared, before any model is measured.
 
         Raises:
-            CascadeError: As for `cascade.load`.
+            CascadeError: See `cascade.load`.
         """
         where = str(resolve(self.source).folder) if self.measured else self.source
         check_config(read_configuration(where).config)
@@ -60,25 +60,26 @@ def candidates(
     unmeasured: Sequence[str] = (),
     config_only: bool = False,
 ) -> list[Candidate]:
-    """Return the models to compare: the given ones, copies of the first, unmeasured models.
+    """Return the models to compare: the given ones, copies of the first, and unmeasured models.
 
-    A folder that holds a configuration and no weights is described by it.
+    A folder that holds a configuration but no weights becomes an unmeasured model.
 
     Args:
-        models: Whatever `cascade.load` takes.
-        copies: How to alter copies of the first model.
-        unmeasured: Models that are described by their configuration alone.
-        config_only: Measure none.
+        models: Sources of models, as for `cascade.load`.
+        copies: Alterations, each for one copy of the first model.
+        unmeasured: Sources of models of which only the configuration is read.
+        config_only: Measure no model.
 
     Raises:
-        UsageError: Fewer than two models, or too many; or copies of a model that is not measured.
+        UsageError: There are fewer than two models or too many, or copies are requested of a model
+            that is not measured.
     """
     found = [
         Candidate(source, measured=not (config_only or lacks_weights(source))) for source in models
     ]
     if copies and not (found and found[0].measured):
         raise UsageError(
-            "--copy alters the weights of the first model, which is not measured; leave it out"
+            "--copy alters the weights of the first model, which is not measured; leave out --copy"
         )
     found[1:1] = [replace(found[0], alteration=how) for how in copies]
     found += [Candidate(source, measured=False) for source in unmeasured]
@@ -88,20 +89,23 @@ def candidates(
             "the first with --copy int8"
         )
     if len(found) > MOST_MODELS:
-        raise UsageError(f"expected at most {MOST_MODELS} models, got {len(found)}")
+        raise UsageError(
+            f"expected at most {MOST_MODELS} models, got {len(found)}; compare the others in "
+            "another run"
+        )
     return found
 
 
 class SameText:
-    """Reads the same records of a corpus with each model's own tokenizer.
+    """Read the same records of a corpus with each model's tokenizer.
 
-    The first model's tokens decide where the text ends. Another tokenizer, which makes more or
-    fewer tokens of it, reads the same records to their end. One long document is read up to the
+    The token limit applies to the first model. Another tokenizer produces more or fewer tokens and
+    reads the same records completely. If the corpus is one long document, every model reads the
     same number of tokens instead.
 
     Args:
-        source: As for `cascade.load_blocks`.
-        max_tokens: Of the first model.
+        source: Corpus, as for `cascade.load_blocks`.
+        max_tokens: Maximum number of tokens of the first model.
         options: Other options of `cascade.load_blocks`.
     """
 
@@ -112,10 +116,10 @@ class SameText:
         self._first: tuple[str | None, TokenBlocks] | None = None
 
     def blocks(self, stack: DecoderStack) -> TokenBlocks:
-        """Return the text as tokens of a model.
+        """Return the text, tokenized for a model.
 
         Raises:
-            CorpusError: As for `cascade.load_blocks`.
+            CorpusError: See `cascade.load_blocks`.
         """
         first_hash, first = self._first or (None, None)
         own = None if stack.tokenizer is None else tokenizer_hash(stack.tokenizer)
@@ -132,11 +136,11 @@ class SameText:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """A model's profile, and what its configuration says.
+    """A measured model: its profile and its sizes.
 
     Attributes:
-        profile: Over the corpus that all models are compared on.
-        sizes: Of the model.
+        profile: Profile over the corpus of the comparison.
+        sizes: Sizes of the model.
     """
 
     profile: SaturationProfile
@@ -144,12 +148,12 @@ class MeasuredModel:
 
     @cached_property
     def record(self) -> ProfileRecord:
-        """The profile's record."""
+        """The record of the profile."""
         return from_plain(to_plain(self.profile.record()), ProfileRecord)
 
     @property
     def name(self) -> str:
-        """The model's name."""
+        """Name of the model."""
         return known(self.record.provenance.model.name) or "model"
 
 
@@ -158,8 +162,8 @@ class UnmeasuredModel:
     """A model of which only the configuration is known.
 
     Attributes:
-        configuration: Its configuration.
-        sizes: What follows of it.
+        configuration: Configuration of the model.
+        sizes: Sizes computed from the configuration.
     """
 
     configuration: Configuration
@@ -167,7 +171,7 @@ class UnmeasuredModel:
 
     @property
     def name(self) -> str:
-        """The model's name."""
+        """Name of the model."""
         return self.configuration.name
 
 
@@ -178,17 +182,25 @@ def measure_model(
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> MeasuredModel:
-    """Measure one of the models to compare; the model itself is not kept.
+    """Measure a model for a comparison. The result holds no reference to the model.
 
     Args:
         stack: The model.
-        blocks: The corpus, read with the model's own tokenizer.
+        blocks: Corpus, read with the model's tokenizer.
         batch_size: Sequences per forward pass.
-        progress: Called with the number of tokens done since the last call.
+        progress: Called with the number of tokens processed since the last call.
 
     Raises:
-        CorpusError: Sequences beyond the model's positions, or tokens beyond its vocabulary.
-        ModelError: A layer's output is NaN (names the layer).
+        CorpusError: A sequence exceeds the model's positions, or a token its vocabulary.
+        ModelError: A layer's output is NaN. The message names the layer.
+
+    Example:
+        >>> from cascade import load, load_blocks, measure_model
+        >>> stack = load("smollm2-135m")
+        >>> text = load_blocks("embedded", stack.tokenizer, max_tokens=256)
+        >>> measured = measure_model(stack, text)
+        >>> measured.name, measured.sizes.num_layers
+        ('smollm2-135m', 30)
     """
     sizes = sizes_of(stack.model.config, int(blocks.ids.shape[1]))
     profile = analyze(stack, blocks, batch_size=batch_size, progress=progress)
@@ -196,15 +208,15 @@ def measure_model(
 
 
 def describe_model(source: str, seq_len: int) -> UnmeasuredModel:
-    """Describe a model by its configuration.
+    """Describe a model by its configuration, without its weights.
 
     Args:
-        source: Whatever `cascade.load` takes; a folder needs no more than its config.json.
-        seq_len: Tokens per sequence that operations are counted for.
+        source: Source of the model, as for `cascade.load`. A folder needs only its config.json.
+        seq_len: Tokens per sequence for counting operations.
 
     Raises:
-        ModelError: There is no configuration, or it cannot be read.
-        UnsupportedModelError: It describes no model that could be measured.
+        ModelError: The configuration is missing or cannot be read.
+        UnsupportedModelError: The configuration describes a model that cannot be measured.
     """
     configuration = read_configuration(source)
     return UnmeasuredModel(configuration, sizes_of(configuration.config, seq_len))

@@ -1,4 +1,4 @@
-"""What follows from a model's configuration alone, without its weights."""
+"""Sizes and operations of a model, computed from its configuration without its weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cascade.models.flops import full_flops, layer_flops
 from cascade.models.weights import HUB_NAMES, WHEELS, quiet_transformers, read_or_explain
 from cascade.studies.comparisons.model_records import ModelSizes
 
-#: The files that weights are read from.
+#: File patterns of weights.
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -32,16 +32,16 @@ class Sizes:
     """The sizes of a model.
 
     Attributes:
-        family: E.g. "llama".
-        num_layers: Decoder layers.
+        family: Model family, for example "llama".
+        num_layers: Number of decoder layers.
         hidden_size: Width of the residual stream.
-        vocab_size: Outputs of the LM head.
-        parameters: All of the model's, those that two places share counted once.
-        layer_parameters: Of all decoder layers together.
-        seq_len: Tokens per sequence that operations were counted for.
-        operations: Of the whole model per token, two per multiplication and addition.
-        layer_shares: `[N]`, each decoder layer's share of them.
-        lm_head_share: The LM head's share of them.
+        vocab_size: Number of outputs of the LM head.
+        parameters: Number of parameters. Shared parameters are counted once.
+        layer_parameters: Number of parameters of all decoder layers.
+        seq_len: Tokens per sequence for which operations were counted.
+        operations: Operations of the whole model per token; a multiply-add counts as two.
+        layer_shares: Each decoder layer's share of the operations, `[N]`.
+        lm_head_share: The LM head's share of the operations.
     """
 
     family: str
@@ -58,16 +58,16 @@ class Sizes:
     def spared(self, layer: int) -> float:
         """Return the share of operations in the layers behind an exit layer.
 
-        A token that exits there spares at most this, because it still needs the LM head, and keys
-        and values.
+        A token that exits there saves at most this share, because it still needs the LM head, and
+        keys and values in the upper layers.
 
         Args:
-            layer: The exit layer, 1..N.
+            layer: Exit layer, 1..N.
         """
         return sum(self.layer_shares[layer:])
 
     def record(self) -> ModelSizes:
-        """Return the sizes as a record holds them; shares and operations are rounded."""
+        """Return the sizes as stored in a record, with rounded shares and operations."""
         return ModelSizes(
             family=self.family,
             num_layers=self.num_layers,
@@ -83,29 +83,31 @@ class Sizes:
 
 
 def sizes_of(config: Any, seq_len: int) -> Sizes:
-    """Count parameters and operations of a model that a configuration describes.
+    """Count the parameters and operations of the model that a configuration describes.
 
-    The model is built without memory for its weights, so that it can be of any size.
+    The model is built on the meta device, without memory for its weights, so its size is not
+    limited.
 
     Args:
-        config: A configuration of `transformers`.
-        seq_len: Tokens per sequence: attention costs more the longer they are.
+        config: A `transformers` configuration.
+        seq_len: Tokens per sequence. The cost of attention grows with this length.
 
     Raises:
-        UnsupportedModelError: It describes no decoder-only model with attention in every layer.
+        UnsupportedModelError: The configuration does not describe a decoder-only model with
+            attention in every layer.
     """
     from transformers import AutoModelForCausalLM
 
     check_config(config)
     try:
         with quiet_transformers(), torch.device("meta"):
-            # A copy: building a model completes its configuration.
+            # Use a copy, because building a model fills in missing fields of its configuration.
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except Exception as error:
-        # Which exception a family raises for sizes that do not fit each other is not specified.
+        # Families raise different exceptions for inconsistent sizes.
         raise UnsupportedModelError(
-            f"cannot build a {config.model_type} model of this configuration "
-            f"({first_line(error)}); expected the config.json of a whole model"
+            f"cannot build a {config.model_type} model from this configuration "
+            f"({first_line(error)}); expected the config.json of a complete model"
         ) from error
     outline = _Outline.of(model)
     total = full_flops(outline, 1, seq_len)
@@ -137,23 +139,23 @@ class _Outline:
 
 
 def layer_at(depth: float | Fraction, num_layers: int) -> int:
-    """Return the layer nearest to a relative depth; of two, the deeper.
+    """Return the layer nearest to a relative depth, and the deeper one of two equally near.
 
     Args:
-        depth: In (0, 1]: layer / N.
-        num_layers: N.
+        depth: Relative depth, layer / N, in (0, 1].
+        num_layers: Number of decoder layers, N.
     """
     return min(max(int(depth * num_layers + Fraction(1, 2)), 1), num_layers)
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A model's configuration, and where it is from.
+    """A model's configuration and its origin.
 
     Attributes:
-        name: A name for reports.
-        origin: Where the configuration was read.
-        config: As `transformers` reads it.
+        name: Name for reports.
+        origin: Where the configuration was read from.
+        config: The `transformers` configuration.
     """
 
     name: str
@@ -162,7 +164,7 @@ class Configuration:
 
 
 def known_names() -> Sequence[str]:
-    """Return the short names of models whose sizes come with the package."""
+    """Return the short names of models whose configurations are part of the package."""
     return tuple(_known())
 
 
@@ -179,14 +181,14 @@ def _known() -> dict[str, _KnownModel]:
 
 
 def read_configuration(source: str, *, revision: str | None = None) -> Configuration:
-    """Read a model's configuration, and no weights.
+    """Read a model's configuration without its weights.
 
     Args:
-        source: Whatever `cascade.load` takes; a folder needs no more than its config.json.
-        revision: A hub revision.
+        source: Source of the model, as for `cascade.load`. A folder needs only its config.json.
+        revision: Hub revision.
 
     Raises:
-        ModelError: There is none, or it cannot be read.
+        ModelError: The configuration is missing or cannot be read.
     """
     from transformers import AutoConfig
 
@@ -233,16 +235,17 @@ def _from_hub(source: str, revision: str | None) -> Configuration:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, revision=revision)
     except Exception as error:
-        # The client raises many kinds of errors, which make no difference to the user.
+        # The Hub client raises many kinds of errors. All mean the same to the user.
         raise ModelError(
-            f"no configuration of {source}: no such folder, and the hub says: {first_line(error)}"
-            f" -- give a folder that holds its config.json, or one of {', '.join(known_names())}"
+            f"no configuration of {source}: no such folder, and the Hub reports "
+            f"({first_line(error)}); give a folder that holds config.json, or one of "
+            f"{', '.join(known_names())}"
         ) from error
     return Configuration(source.replace("/", "--").lower(), f"hub: {source}", config)
 
 
 def lacks_weights(source: str) -> bool:
-    """Return whether a model is a local folder with a configuration and without weights."""
+    """Return whether a model is a local folder that holds a configuration but no weights."""
     path = Path(os.path.expanduser(source))
     if source in WHEELS or not os.path.isdir(path):
         return False

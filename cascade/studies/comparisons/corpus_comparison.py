@@ -1,4 +1,4 @@
-"""Comparison of corpora: which layers move between them, and whether thresholds transfer."""
+"""Compare a model on several corpora: differences per layer, and transfer of thresholds."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from cascade.studies.comparisons.corpus_records import (
     SharedSequences,
 )
 
-#: The smallest difference of a layer's mean similarity that matters: the published table of
-#: SmolLM2-135M and ours, of other weights on other text of the same kind, differ by up to 0.009.
+#: Smallest relevant difference of a layer's mean similarity. The published table of SmolLM2-135M
+#: and ours, measured with other weights on other text of the same kind, differ by up to 0.009.
 MARGIN = 0.01
 
-#: How far the realized hard ratio may lie from the wanted one where a threshold transfers.
+#: Largest difference between the actual and the requested hard ratio of a threshold that transfers.
 TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class CorpusComparisonConfig:
-    """How corpora are compared.
+    """Options for comparing corpora.
 
     Attributes:
-        layer: The exit layer whose thresholds are applied, from 1; None: the one that the first
-            corpus's structure suggests.
-        hard_ratios: The shares of hard tokens that thresholds are fitted to, in (0, 1).
-        margin: The smallest difference of a layer's mean similarity that matters.
-        tolerance: How far the realized hard ratio may lie from the wanted one.
+        layer: Exit layer whose thresholds are applied, from 1 (default: suggested by the profile
+            on the first corpus).
+        hard_ratios: Shares of hard tokens that thresholds are fitted to, in (0, 1).
+        margin: Smallest relevant difference of a layer's mean similarity.
+        tolerance: Largest difference between the actual and the requested hard ratio.
         seed: Seed of the resamples.
     """
 
@@ -57,19 +57,20 @@ class CorpusComparisonConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse options out of their range.
+        """Check the options.
 
         Raises:
-            UsageError: A number is out of its range.
+            UsageError: An option is out of range.
         """
         if self.layer is not None and self.layer < 1:
             raise UsageError(f"expected --layer of at least 1, got {self.layer}")
         if not self.hard_ratios:
-            raise UsageError("expected at least one hard ratio, got none; 0.5 is the usual one")
+            raise UsageError("expected at least one hard ratio, got none; 0.5 is a usual value")
         for ratio in self.hard_ratios:
             if not 0 < ratio < 1:
                 raise UsageError(
-                    f"expected a --hard-ratio between 0 and 1, got {ratio:g}; 0.7 sends 70 % on"
+                    f"expected a --hard-ratio between 0 and 1, got {ratio:g}; with 0.7, 70 % of "
+                    "tokens continue"
                 )
         if not 0 < self.margin < 2:
             raise UsageError(
@@ -94,34 +95,45 @@ def compare_corpora(
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CorpusComparison:
-    """Measure a model on several corpora, and compare them with the first.
+    """Measure a model on several corpora and compare each with the first one.
 
-    One pass over each. Intervals resample whole sequences. Those of the differences to the first
-    corpus hold for all layers at once, and are compared with a margin. Thresholds of the exit layer
-    are fitted on each corpus and applied to each other one.
+    Each corpus takes one pass. Intervals resample whole sequences. The intervals of differences to
+    the first corpus hold simultaneously for all layers and are compared with a margin. Thresholds
+    of the exit layer are fitted on each corpus and applied to every other corpus.
 
-    Next to one batch, the exit layer's similarities are held in memory (4 bytes per token). Where
-    no exit layer is given, those of all layers are, during the pass over the first corpus.
+    In addition to one batch, the similarities of the exit layer are kept in memory (4 bytes per
+    token). Without a given exit layer, those of all layers are kept during the first pass.
 
     Args:
         stack: The model.
-        corpora: Two or more, each of two sequences or more; differences are to the first.
-        config: How to compare them.
+        corpora: Two or more corpora with at least two sequences each. The first one is the
+            reference.
+        config: Options of the comparison.
         batch_size: Sequences per forward pass.
-        command: The command that the user ran, for the provenance.
-        progress: Called with the number of tokens done since the last call.
+        command: Command that the user ran, for the provenance.
+        progress: Called with the number of tokens processed since the last call.
 
     Raises:
-        UsageError: There are fewer than two corpora or more than there are labels, or an option is
-            out of its range.
-        CorpusError: A corpus is too small, too long for the model, or the same as another.
+        UsageError: There are fewer than two or too many corpora, or an option is out of range.
+        CorpusError: A corpus is too small, too long for the model, or given twice.
         ModelError: A state is not finite.
+
+    Example:
+        >>> from cascade import compare_corpora, load, load_blocks
+        >>> stack = load("smollm2-135m")
+        >>> corpora = [
+        ...     load_blocks("embedded", stack.tokenizer, max_tokens=512, part=split)
+        ...     for split in ("train", "held-out")
+        ... ]
+        >>> record = compare_corpora(stack, corpora)
+        >>> [corpus.label for corpus in record.corpora]
+        ['A', 'B']
     """
     config = config or CorpusComparisonConfig()
     check_corpora(stack, corpora, config, batch_size)
     measured: list[MeasuredCorpus] = []
     for blocks in corpora:
-        # The first corpus suggests the exit layer where none is given.
+        # Without a given exit layer, the first corpus suggests one.
         layer = measured[0].layer if measured else config.layer
         measured.append(
             measure_corpus(
@@ -174,7 +186,7 @@ def _provenance(first: MeasuredCorpus, corpora: Sequence[TokenBlocks]) -> Corpor
 
 
 def _shared(corpora: Sequence[TokenBlocks]) -> list[SharedSequences]:
-    """Return which corpora have sequences in common, and how many."""
+    """Return the pairs of corpora that share sequences, with the number of shared sequences."""
     prints = [set(blocks.sequence_fingerprints().tolist()) for blocks in corpora]
     pairs = [(a, b) for b in range(len(corpora)) for a in range(b)]
     return [
@@ -190,49 +202,52 @@ def check_corpora(
     config: CorpusComparisonConfig,
     batch_size: int,
 ) -> None:
-    """Refuse what `compare_corpora` would, before anything is measured.
+    """Check the arguments of `compare_corpora` before anything is measured.
 
     Args:
         stack: The model.
-        corpora: What would be compared.
-        config: How they would be compared.
+        corpora: Corpora to compare.
+        config: Options of the comparison.
         batch_size: Sequences per forward pass.
 
     Raises:
         UsageError: See `compare_corpora`.
         CorpusError: See `compare_corpora`.
-        ModelError: Tokens beyond the model's vocabulary.
+        ModelError: A token is outside the model's vocabulary.
     """
     config.check()
     check_number(len(corpora))
     if config.layer is not None and config.layer > stack.num_layers:
-        raise UsageError(f"expected --layer in 1..{stack.num_layers}, got {config.layer}")
+        raise UsageError(
+            f"expected --layer in 1..{stack.num_layers}, got {config.layer}; choose a layer of the "
+            "model"
+        )
     seen: dict[str, str] = {}
     for blocks in corpora:
         check_blocks(stack, blocks, batch_size)
         if len(blocks.ids) < 2:
             raise CorpusError(
-                f"expected at least 2 sequences of {blocks.name}, got {len(blocks.ids)}: tokens of "
-                "one are correlated and give no interval; take a larger corpus, a larger "
-                "--max-tokens or a smaller --seq-len"
+                f"expected at least 2 sequences of {blocks.name} for an interval, got "
+                f"{len(blocks.ids)}; choose a larger corpus, a larger --max-tokens or a smaller "
+                "--seq-len"
             )
         fingerprint = blocks.fingerprint()
         if fingerprint in seen:
             raise CorpusError(
-                f"expected different corpora, got the same tokens twice, of {seen[fingerprint]} "
-                f"and of {blocks.source}; leave one out"
+                f"expected different corpora, got the same tokens from {seen[fingerprint]} and "
+                f"{blocks.source}; leave one out"
             )
         seen[fingerprint] = blocks.source
 
 
 def check_number(corpora: int) -> None:
-    """Refuse a number of corpora that cannot be compared.
+    """Check the number of corpora.
 
     Raises:
-        UsageError: Fewer than two, or more than there are labels for.
+        UsageError: There are fewer than two corpora, or more than labels.
     """
     if corpora < 2:
-        raise UsageError(f"expected at least 2 corpora to compare, got {corpora}; name another")
+        raise UsageError(f"expected at least 2 corpora to compare, got {corpora}; add another one")
     if corpora > len(LABELS):
         raise UsageError(
             f"expected at most {len(LABELS)} corpora, got {corpora}; compare the others in another "

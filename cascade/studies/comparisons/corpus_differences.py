@@ -1,4 +1,4 @@
-"""The differences between corpora: layers that move, special layers, thresholds that transfer."""
+"""Differences between corpora: moved layers, special layers and transfer of thresholds."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from cascade.studies.comparisons.corpus_records import (
     TransferVerdict,
 )
 
-#: What corpora are called: a name can be as long as a path, a letter fits above a column.
+#: Labels of the corpora. A letter fits above a table column, while a name can be as long as a path.
 LABELS = "ABCDEFGH"
 
-#: Of every interval; those of the differences hold at once for all layers of a corpus.
+#: Confidence of all intervals. Those of differences hold simultaneously for all layers of a corpus.
 CONFIDENCE = 0.95
 
-#: A layer is surely special if it is special in this share of the resamples, and surely not if it
-#: is special in at most the rest.
+#: A layer is surely special if it is special in at least this share of the resamples, and surely
+#: not special if it is so in at most the remaining share.
 _SURE = 0.95
 
 _LAYER_VERDICTS: dict[Place, LayerVerdict] = {
@@ -59,12 +59,12 @@ _TRANSFER_VERDICTS: dict[Place, TransferVerdict] = {
 def layer_means(
     labels: Sequence[str], measured: Sequence[MeasuredCorpus], draws: Sequence[Array]
 ) -> list[LayerMeans]:
-    """Return every layer's mean in every corpus, each with an interval of its own.
+    """Return the mean of every layer in every corpus, each with its own interval.
 
     Args:
-        labels: The layers.
-        measured: The corpora.
-        draws: The means of each corpus's resamples, `[resamples, L]`.
+        labels: Layer labels.
+        measured: Measured corpora.
+        draws: Means of the resamples of each corpus, `[resamples, L]`.
     """
     halves = [
         half_widths(draw, corpus.means, CONFIDENCE)
@@ -94,13 +94,13 @@ def corpus_differences(
     draws: Sequence[Array],
     margin: float,
 ) -> list[CorpusDifferences]:
-    """Return how far every other corpus's layers lie from the first corpus's.
+    """Return the differences per layer between every other corpus and the first one.
 
     Args:
-        labels: The layers.
-        measured: The corpora.
-        draws: The means of each corpus's resamples, `[resamples, L]`.
-        margin: The smallest difference that matters.
+        labels: Layer labels.
+        measured: Measured corpora.
+        draws: Means of the resamples of each corpus, `[resamples, L]`.
+        margin: Smallest relevant difference.
     """
     found = []
     for number in range(1, len(measured)):
@@ -144,13 +144,13 @@ def _layer_difference(
 
 
 def special_layers(corpora: Sequence[ComparedCorpus], labels: Sequence[str]) -> SpecialLayers:
-    """Return whether all corpora have the same special layers, and which ones differ.
+    """Return whether all corpora have the same special layers, and the layers that differ.
 
-    A difference is sure only if the resamples of every corpus agree with it.
+    A difference is sure only if the resamples of every corpus confirm it.
 
     Args:
-        corpora: The corpora.
-        labels: The layers.
+        corpora: Compared corpora.
+        labels: Layer labels.
     """
     differ = []
     for layer in labels:
@@ -179,12 +179,12 @@ def special_layers(corpora: Sequence[ComparedCorpus], labels: Sequence[str]) -> 
 def threshold_transfers(
     measured: Sequence[MeasuredCorpus], hard_ratios: Sequence[float], tolerance: float, seed: int
 ) -> ThresholdTransfers:
-    """Fit every threshold on every corpus, and apply it to every other one.
+    """Fit a threshold for every hard ratio on every corpus, and apply it to every other corpus.
 
     Args:
-        measured: The corpora.
-        hard_ratios: The shares of hard tokens to fit thresholds to, each once.
-        tolerance: How far the realized hard ratio may lie from the wanted one.
+        measured: Measured corpora.
+        hard_ratios: Distinct shares of hard tokens to fit thresholds to.
+        tolerance: Largest difference between the actual and the requested hard ratio.
         seed: Seed of the resamples.
     """
     fitted = [
@@ -236,13 +236,13 @@ def transferred(
     tolerance: float,
     seed: int,
 ) -> ThresholdTransfer:
-    """Return what a threshold does on another corpus, and whether it transfers.
+    """Return the hard ratio of a threshold on another corpus, and whether the threshold transfers.
 
     Args:
         fitted: The threshold.
-        onto: The exit layer's similarities on the other corpus, `[S, T]`.
-        labels: Of the corpus that it was fitted on, and of the other one.
-        tolerance: How far the realized hard ratio may lie from the wanted one.
+        onto: Similarities of the exit layer on the other corpus, `[S, T]`.
+        labels: Labels of the corpus that the threshold was fitted on, and of the other corpus.
+        tolerance: Largest difference between the actual and the requested hard ratio.
         seed: Seed of the resamples.
     """
     there = transfer(fitted.threshold, onto, seed=seed)

@@ -1,4 +1,4 @@
-"""The similarities of a model on one of several corpora, and the layers that are special there."""
+"""Measure a model on one of several corpora: its similarities and its special layers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class MeasuredCorpus:
     """A model's similarities on one corpus.
 
     Attributes:
-        profile: The statistics of every layer.
-        layer: The exit layer.
-        confidence: The similarities of the exit layer, `[S, T]`.
+        profile: Statistics of every layer.
+        layer: Exit layer.
+        confidence: Similarities of the exit layer, `[S, T]`.
     """
 
     profile: SaturationProfile
@@ -36,17 +36,17 @@ class MeasuredCorpus:
 
     @property
     def provenance(self) -> Provenance:
-        """Where the profile comes from."""
+        """Provenance of the profile."""
         return self.profile.provenance
 
     @cached_property
     def sequence_means(self) -> Array:
-        """Each sequence's mean of every layer, `[S, L]`."""
+        """Mean similarity of each sequence in every layer, `[S, L]`."""
         return np.asarray(self.profile.arrays()["sequence_mean"])
 
     @cached_property
     def means(self) -> Array:
-        """Every layer's mean, `[L]`."""
+        """Mean similarity of every layer, `[L]`."""
         return np.asarray(self.sequence_means.mean(axis=0))
 
     def resampled(self, generator: np.random.Generator) -> Array:
@@ -54,11 +54,11 @@ class MeasuredCorpus:
         return resampled_means(self.sequence_means, generator)
 
     def described(self, label: str, draws: Array) -> ComparedCorpus:
-        """Return what the record says of the corpus: its size, its structure, how sure that is.
+        """Return the corpus as stored in the record: its size, its structure and special layers.
 
         Args:
-            label: The corpus's label.
-            draws: Means of resamples, `[resamples, L]`.
+            label: Label of the corpus.
+            draws: Means of the resamples, `[resamples, L]`.
         """
         layers = self.profile.statistics.layers
         found = find_structure(layers, [float(mean) for mean in self.means])
@@ -92,16 +92,16 @@ def measure_corpus(
     Args:
         stack: The model.
         blocks: The corpus.
-        layer: The exit layer, from 1. None: the one that the corpus's structure suggests; then all
-            layers' similarities are held in memory during the pass.
+        layer: Exit layer, from 1. With None, the profile suggests one, and the similarities of all
+            layers are kept in memory during the pass.
         batch_size: Sequences per forward pass.
-        command: The command that the user ran, for the provenance.
-        progress: Called with the number of tokens done since the last call.
+        command: Command that the user ran, for the provenance.
+        progress: Called with the number of tokens processed since the last call.
     """
     kept: list[Array] = []
 
     def keep(values: Array, _: Array) -> None:
-        # A copy, because a view would hold the batch's similarities of every layer.
+        # Copy, because a view would keep the similarities of all layers of the batch alive.
         kept.append(values.copy() if layer is None else values[layer - 1].copy())
 
     profile = analyze(
@@ -129,11 +129,11 @@ def roles_of(structure: LayerRoles) -> dict[str, str]:
 
 
 def special_shares(labels: Sequence[str], draws: Array) -> dict[str, float]:
-    """Return the share of resamples in which each layer is special, in whatever role.
+    """Return the share of resamples in which each layer is special, in any role.
 
     Args:
-        labels: The layers.
-        draws: Means of resamples, `[resamples, L]`.
+        labels: Layer labels.
+        draws: Means of the resamples, `[resamples, L]`.
     """
     counts = dict.fromkeys(labels, 0)
     for means in draws:

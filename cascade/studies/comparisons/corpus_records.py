@@ -1,4 +1,4 @@
-"""The record of a comparison of corpora."""
+"""Record of a comparison of corpora."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from cascade.core.schema import (
 )
 from cascade.saturation.records import LayerRoles
 
-#: Where the interval of a layer's difference lies: within the margin, beyond it, or across it.
+#: Position of the interval of a layer's difference: within the margin, beyond it, or across it.
 LayerVerdict = Literal["stays", "moves", "cannot tell"]
-#: The same of a realized hard ratio and the tolerance.
+#: Position of the interval of an actual hard ratio: within the tolerance, beyond it, or across it.
 TransferVerdict = Literal["transfers", "does not", "cannot tell"]
 
 
 class CorporaProvenance(Part, frozen=True, kw_only=True):
-    """Where a comparison comes from.
+    """Origin of a comparison of corpora.
 
     Attributes:
-        corpora: Label -> the corpus.
+        corpora: Provenance of each corpus, by label.
     """
 
     tokenizer_hash: str | None = None
@@ -43,16 +43,16 @@ class CorporaProvenance(Part, frozen=True, kw_only=True):
 
 
 class CorpusComparisonSettings(Part, frozen=True, kw_only=True):
-    """How corpora were compared.
+    """Settings of a comparison of corpora.
 
     Attributes:
-        layer: The exit layer.
+        layer: Exit layer.
         hard_ratios: Shares of hard tokens that thresholds were fitted to.
-        margin: The smallest difference of a layer's mean similarity that matters.
-        tolerance: How far the realized hard ratio may lie from the wanted one.
+        margin: Smallest relevant difference of a layer's mean similarity.
+        tolerance: Largest difference between the actual and the requested hard ratio.
         seed: Seed of the resamples.
         layer_suggested: Whether the first corpus suggested the exit layer.
-        confidence: Of every interval.
+        confidence: Confidence of all intervals.
     """
 
     layer: Count
@@ -68,9 +68,9 @@ class SpecialLayer(Part, frozen=True, kw_only=True):
     """A layer that is special in a corpus, or in some of its resamples.
 
     Attributes:
-        layer: Its label.
-        role: Its role in the corpus; None where it is special only in resamples.
-        share_of_resamples: In which it is special, in whatever role.
+        layer: Label of the layer.
+        role: Role in the corpus; null if the layer is special only in resamples.
+        share_of_resamples: Share of resamples in which the layer is special, in any role.
     """
 
     layer: str
@@ -79,7 +79,7 @@ class SpecialLayer(Part, frozen=True, kw_only=True):
 
 
 class ComparedCorpus(Part, frozen=True, kw_only=True):
-    """One of the corpora: its size, and the structure of the model's profile on it."""
+    """One of the corpora: its size and the structure of the model's profile on it."""
 
     label: str
     name: str
@@ -93,7 +93,7 @@ class ComparedCorpus(Part, frozen=True, kw_only=True):
 
 
 class SharedSequences(Part, frozen=True, kw_only=True):
-    """Two corpora that have sequences in common, so that they are not independent."""
+    """Two corpora that share sequences and are therefore not independent."""
 
     corpora: list[str]
     sequences: Count
@@ -114,15 +114,15 @@ class LayerMeans(Part, frozen=True, kw_only=True):
 
 
 class LayerDifference(Part, frozen=True, kw_only=True):
-    """How far a layer's mean similarity differs between two corpora.
+    """Difference of a layer's mean similarity between two corpora.
 
     Attributes:
-        layer: Its label.
-        difference: Of the means.
-        interval: Holds for all layers at once.
-        verdict: Where the interval lies.
-        tokens_needed: Tokens of each corpus that would decide; None where it is decided, or where
-            no number would.
+        layer: Label of the layer.
+        difference: Difference of the means.
+        interval: Interval of the difference. The intervals of all layers hold simultaneously.
+        verdict: Position of the interval relative to the margin.
+        tokens_needed: Tokens per corpus that would allow a verdict; null if there is a verdict, or
+            if no number of tokens would allow one.
     """
 
     layer: str
@@ -133,13 +133,13 @@ class LayerDifference(Part, frozen=True, kw_only=True):
 
 
 class CorpusDifferences(Part, frozen=True, kw_only=True):
-    """How far a corpus's layers lie from the first corpus's.
+    """Differences per layer between a corpus and the first corpus.
 
     Attributes:
-        corpus: Its label.
-        against: The label of the first corpus.
-        rows: One per layer.
-        layers: Verdict -> layers, the largest difference first.
+        corpus: Label of the corpus.
+        against: Label of the first corpus.
+        rows: One row per layer.
+        layers: Layers by verdict, the largest difference first.
     """
 
     corpus: str
@@ -152,10 +152,10 @@ class SpecialDifference(Part, frozen=True, kw_only=True):
     """A layer that is special in some corpora and not in others.
 
     Attributes:
-        layer: Its label.
-        special_in: Labels of the corpora in which it is special.
-        shares: Corpus -> share of resamples in which it is special.
-        sure: Whether the resamples of every corpus agree.
+        layer: Label of the layer.
+        special_in: Labels of the corpora in which the layer is special.
+        shares: Share of resamples in which the layer is special, by corpus.
+        sure: Whether the resamples of every corpus confirm the difference.
     """
 
     layer: str
@@ -165,7 +165,7 @@ class SpecialDifference(Part, frozen=True, kw_only=True):
 
 
 class SpecialLayers(Part, frozen=True, kw_only=True):
-    """Whether the same layers are special in every corpus, and which ones differ."""
+    """Whether the same layers are special in every corpus, and the layers that differ."""
 
     same: bool
     differ: list[SpecialDifference]
@@ -174,7 +174,7 @@ class SpecialLayers(Part, frozen=True, kw_only=True):
 class CorpusThreshold(Part, frozen=True, kw_only=True):
     """A threshold fitted on a corpus (see `cascade.stats.thresholds.FittedThreshold`).
 
-    Its intervals are tuples, which `to_json` writes on the row's own line.
+    The intervals are tuples, which `to_json` writes on one line.
     """
 
     corpus: str
@@ -187,20 +187,20 @@ class CorpusThreshold(Part, frozen=True, kw_only=True):
 
 
 class ThresholdTransfer(Part, frozen=True, kw_only=True):
-    """What a threshold that was fitted on one corpus does on another.
+    """A threshold that was fitted on one corpus and applied to another.
 
     Attributes:
-        fitted_on: Label of the corpus that it was fitted on.
+        fitted_on: Label of the corpus that the threshold was fitted on.
         applied_to: Label of the other corpus.
-        hard_ratio: The wanted share of hard tokens.
+        hard_ratio: Requested share of hard tokens.
         threshold: The threshold.
-        realized: The share of hard tokens on the other corpus.
-        interval: Of that share.
-        off: The realized share minus the wanted one.
-        off_interval: Of that difference.
-        verdict: Where that interval lies.
-        tokens_needed: Tokens of the other corpus that would decide; None where it is decided, or
-            where no number would.
+        realized: Actual share of hard tokens on the other corpus.
+        interval: Interval of the actual share.
+        off: Actual share minus requested share.
+        off_interval: Interval of that difference.
+        verdict: Position of that interval relative to the tolerance.
+        tokens_needed: Tokens of the other corpus that would allow a verdict; null if there is a
+            verdict, or if no number of tokens would allow one.
     """
 
     fitted_on: str = field(name="from")
@@ -216,7 +216,7 @@ class ThresholdTransfer(Part, frozen=True, kw_only=True):
 
 
 class ThresholdTransfers(Part, frozen=True, kw_only=True):
-    """Every threshold, what it does on every other corpus, and how many transfer."""
+    """All fitted thresholds, their hard ratios on the other corpora, and counts of verdicts."""
 
     fitted: list[CorpusThreshold]
     rows: list[ThresholdTransfer]
@@ -224,15 +224,15 @@ class ThresholdTransfers(Part, frozen=True, kw_only=True):
 
 
 class CorpusComparison(Displayed, StoredRecord, frozen=True, kw_only=True):
-    """What a model does on several corpora.
+    """A comparison of one model on several corpora.
 
     Attributes:
-        corpora: What was compared; the first is the reference.
-        shared: Corpora that have sequences in common.
-        layers: The mean similarity of each layer.
-        differences: Of every other corpus to the first.
-        special: Whether the same layers are special in all of them.
-        thresholds: Whether thresholds transfer.
+        corpora: Compared corpora. The first one is the reference.
+        shared: Pairs of corpora that share sequences.
+        layers: Mean similarity of each layer.
+        differences: Differences of every other corpus to the first.
+        special: Whether the same layers are special in all corpora.
+        thresholds: Whether thresholds transfer between corpora.
     """
 
     KIND: ClassVar[str] = "corpus-comparison"

@@ -1,4 +1,4 @@
-"""Comparison of models: profiles over relative depth, matched dips, suggested exit layers."""
+"""Compare models over relative depth: profiles, matched dips and suggested exit layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from cascade.studies.comparisons.model_records import (
     UnmeasuredLayer,
 )
 
-#: The depths to name layers for where nothing was measured; the last is the study's, 29 of 30.
+#: Relative depths to report if no model was measured. The last one is layer 29 of 30, as in the
+#: original study.
 REFERENCE_DEPTHS = (
     Fraction(1, 2),
     Fraction(2, 3),
@@ -39,24 +40,23 @@ REFERENCE_DEPTHS = (
 RULES = ComparisonRules(
     depth="the relative depth of a layer is its number divided by the number of decoder layers",
     dips=(
-        "a dip of one model matches the nearest one of another, each at most once, nearest pairs "
-        "first, where their relative depths differ by at most 0.05 or by one layer of the "
-        "shallower model, whichever is more"
+        "dips of two models match one to one, nearest pairs first, if their relative depths "
+        "differ by at most 0.05 or one layer of the shallower model, whichever is larger"
     ),
-    exit="the last layer of the last stable band; the last layer but one where there is none",
+    exit="the last layer of the last stable band, or the second to last layer without a band",
     spared=(
-        "the share of the model's operations (products of matrices, and attention) in the layers "
-        "behind the exit layer; a token that leaves spares at most this, because it still owes "
-        "the LM head, and keys and values"
+        "the share of the model's operations (matrix products and attention) in the layers behind "
+        "the exit layer; a token that exits saves at most this share, because it still needs the "
+        "LM head, and keys and values"
     ),
     paired=(
-        "the same tokens through both models: each sequence's mean similarity in a layer, the "
-        "first model's subtracted; size: the mean of its size over sequences, whatever its sign; "
-        "intervals are Student's over sequences, at 95 %"
+        "both models process the same tokens; the change is each sequence's mean similarity in a "
+        "layer minus that of the first model; the size is the mean absolute change over "
+        "sequences; intervals are Student's t over sequences, at 95 %"
     ),
     apart=(
-        "root mean square of the difference in the angle of mean similarities, in degrees, at the "
-        "relative depths of the shallower model's layers, the other's interpolated"
+        "the root mean square difference of the angles of mean similarities, in degrees, at the "
+        "relative depths of the shallower model's layers; the deeper profile is interpolated"
     ),
 )
 
@@ -64,19 +64,29 @@ RULES = ComparisonRules(
 def compare_models(
     models: Iterable[MeasuredModel | UnmeasuredModel], *, command: str | None = None
 ) -> ModelComparison:
-    """Compare models over relative depth, each with the first that was measured.
+    """Compare models over relative depth, each with the first measured one.
 
     Args:
-        models: From `measure_model` and `describe_model`. With an iterator, each model can be freed
-            before the next is loaded.
-        command: The command that the user ran, for the provenance.
+        models: Results of `measure_model` and `describe_model`. With an iterator, each model can be
+            freed before the next one is loaded.
+        command: Command that the user ran, for the provenance.
 
     Raises:
-        UsageError: Fewer than two models.
+        UsageError: There are fewer than two models.
+
+    Example:
+        >>> from cascade import compare_models, copy_of, load, load_blocks, measure_model
+        >>> from cascade.studies.comparisons.altered_models import Alteration
+        >>> stack = load("smollm2-135m")
+        >>> blocks = load_blocks("embedded", stack.tokenizer, max_tokens=256)
+        >>> models = [stack, copy_of(stack, Alteration("int8"))]
+        >>> record = compare_models(measure_model(model, blocks) for model in models)
+        >>> [model.name for model in record.models]
+        ['smollm2-135m', 'smollm2-135m+int8']
     """
     found = list(models)
     if len(found) < 2:
-        raise UsageError(f"expected at least two models, got {len(found)}; name another one")
+        raise UsageError(f"expected at least two models, got {len(found)}; add another one")
     labelled = {chr(ord("A") + number): model for number, model in enumerate(found)}
     measured = {
         label: model for label, model in labelled.items() if isinstance(model, MeasuredModel)
@@ -92,7 +102,7 @@ def compare_models(
 
 
 def _provenance(entries: Sequence[ComparedModel], command: str | None) -> ModelsProvenance:
-    """Return what all models share."""
+    """Return the provenance that all models share."""
     machines = (entry.provenance.machine for entry in entries if entry.provenance is not None)
     here = from_plain(to_plain(machine_of(torch.device("cpu"))), MachineProvenance)
     return ModelsProvenance(
@@ -146,9 +156,9 @@ def _layer_at_depth(row: LayerRow, num_layers: int) -> LayerAtDepth:
 def _layers_by_depth(
     entries: Sequence[ComparedModel], models: Mapping[str, MeasuredModel | UnmeasuredModel]
 ) -> list[LayersByDepth]:
-    """Return which layers of unmeasured models lie where measured ones suggest to exit.
+    """Return the layers of unmeasured models at the suggested exit depths of measured models.
 
-    Where no model was measured, the depths are `REFERENCE_DEPTHS`.
+    If no model was measured, the depths are `REFERENCE_DEPTHS`.
     """
     unmeasured = [entry for entry in entries if not entry.measured]
     if not unmeasured:

@@ -1,4 +1,4 @@
-"""Comparison of a measured model with the first one: dips, profiles, sequences and thresholds."""
+"""Compare a measured model with the first one: dips, profiles, sequences and thresholds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cascade.studies.comparisons.model_records import (
     ReachedHardRatio,
 )
 
-#: A dip of one model matches one of another where their relative depths differ by at most this, or
-#: by one layer of the shallower model, whichever is more.
+#: Two dips match if their relative depths differ by at most this, or by at most one layer of the
+#: shallower model, whichever is larger.
 TOLERANCE = Fraction(1, 20)
 
 _CONFIDENCE = 0.95
@@ -32,7 +32,7 @@ def compare_with_first(measured: Mapping[str, MeasuredModel]) -> Iterator[ModelP
     """Yield the comparison of every other measured model with the first one.
 
     Args:
-        measured: Label -> model, in order.
+        measured: Measured models by label, in order.
     """
     if not measured:
         return
@@ -76,15 +76,15 @@ def match_dips(
     """Match the dips of two models by relative depth, one to one, nearest pairs first.
 
     Args:
-        first: The first model's dips, layers in 1..first_layers.
-        first_layers: Its number of decoder layers.
-        second: The second model's dips.
-        second_layers: Its number of decoder layers.
+        first: Dips of the first model, layers in 1..first_layers.
+        first_layers: Number of decoder layers of the first model.
+        second: Dips of the second model.
+        second_layers: Number of decoder layers of the second model.
 
     Returns:
-        Pairs (first, second), in the order of the first. No pair is further apart than 0.05 of
-        depth or one layer of the shallower model, whichever is more, and no two unmatched dips are
-        that near to each other.
+        Pairs (first, second), in the order of the first. The relative depths of a pair differ by at
+        most 0.05 or one layer of the shallower model, whichever is larger. No two unmatched dips
+        are that close to each other.
 
     Example:
         >>> match_dips([25], 30, [50], 60)
@@ -97,7 +97,7 @@ def match_dips(
             depths = Fraction(one, first_layers), Fraction(other, second_layers)
             distance = abs(depths[0] - depths[1])
             if distance <= most:
-                # Sorted by depths, so that the order of the two models does not matter.
+                # Sort by depths, so that the order of the two models does not matter.
                 near.append((distance, min(depths), max(depths), one, other))
     matched: dict[int, int] = {}
     for *_, one, other in sorted(near):
@@ -117,7 +117,7 @@ def _matched_dips(first: MeasuredModel, other: MeasuredModel) -> MatchedDips:
     dips = [[int(layer) for layer in model.record.structure.dips] for model in models]
     pairs = match_dips(dips[0], num_layers[0], dips[1], num_layers[1])
     return MatchedDips(
-        # Without a cutoff there is no telling what a dip is.
+        # Dips are defined only for profiles with a cutoff.
         judged=all(model.record.structure.cutoff is not None for model in models),
         tolerance=round(float(_most_apart(num_layers[0], num_layers[1])), 6),
         matched=[
@@ -139,7 +139,7 @@ def _matched_dips(first: MeasuredModel, other: MeasuredModel) -> MatchedDips:
 
 
 def _apart(first: MeasuredModel, other: MeasuredModel) -> ProfileDistance:
-    """Return how far two profiles lie apart, in degrees, over the shallower one's depths."""
+    """Return the distance of two profiles in degrees, at the depths of the shallower one."""
     shallow, deep = sorted((first, other), key=lambda model: model.sizes.num_layers)
     depths, angles = _angles(shallow)
     difference = np.abs(np.interp(depths, *_angles(deep)) - angles)
@@ -152,7 +152,7 @@ def _apart(first: MeasuredModel, other: MeasuredModel) -> ProfileDistance:
 
 
 def _angles(model: MeasuredModel) -> tuple[Array, Array]:
-    """Return relative depths and the angles of mean similarities, `[N]` each, in degrees."""
+    """Return relative depths and the angles of mean similarities in degrees, `[N]` each."""
     depth = model.sizes.num_layers
     means = np.clip(model.profile.statistics.mean()[:depth], -1, 1)
     return np.arange(1, depth + 1) / depth, np.degrees(np.arccos(means))
@@ -162,28 +162,28 @@ def _angles(model: MeasuredModel) -> tuple[Array, Array]:
 
 
 def _unpaired(first: MeasuredModel, other: MeasuredModel) -> str | None:
-    """Return why two models cannot be compared sequence by sequence; None where they can."""
+    """Return why two models cannot be compared sequence by sequence; None if they can."""
     if not _same_tokenizer(first, other):
-        return "their tokenizers differ: tokens are not the same"
+        return "their tokenizers differ, so their tokens differ"
     if not np.array_equal(first.profile.sequence_fingerprints, other.profile.sequence_fingerprints):
-        return "they read other sequences"
+        return "they read different sequences"
     if first.profile.statistics.layers != other.profile.statistics.layers:
         counts = [model.sizes.num_layers for model in (first, other)]
         if counts[0] != counts[1]:
-            return f"their layers differ in number, {counts[0]} and {counts[1]}"
+            return f"they have different numbers of layers ({counts[0]} and {counts[1]})"
         return "only one of them has a final norm"
     return None
 
 
 def _paired(first: MeasuredModel, other: MeasuredModel) -> PairedChanges:
-    """Return what changed between two models over the same tokens, layer by layer."""
+    """Return the changes between two models over the same tokens, layer by layer."""
     arrays = [model.profile.statistics.arrays() for model in (first, other)]
     moved = arrays[1]["sequence_mean"] - arrays[0]["sequence_mean"]
     rows = [
         _layer_change(layer, moved[:, row])
         for row, layer in enumerate(first.profile.statistics.layers)
     ]
-    # The final norm is left out: it is no layer, and magnifies what the layers did.
+    # Skip the final norm: it is not a layer, and it amplifies the changes of the layers.
     decoder = rows[: first.sizes.num_layers]
     largest = max(decoder, key=lambda row: row.mean_size)
     return PairedChanges(sequences=len(moved), layers=rows, largest_mover=largest.layer)
@@ -202,7 +202,7 @@ def _layer_change(layer: str, values: Array) -> LayerChange:
 
 
 def _interval(values: Array) -> list[float] | None:
-    """Return Student's interval of the mean; None for a single sequence."""
+    """Return Student's t interval of the mean; None for a single sequence."""
     if len(values) < 2:
         return None
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
@@ -212,12 +212,12 @@ def _interval(values: Array) -> list[float] | None:
 
 
 def _digits(value: float) -> float:
-    """Round to six significant digits, since differences can be as small as arithmetic errors."""
+    """Round to six significant digits. Differences can be as small as arithmetic errors."""
     return float(f"{value:.6g}")
 
 
 def _reached(first: MeasuredModel, other: MeasuredModel) -> list[ReachedHardRatio]:
-    """Return the hard ratios that the first model's thresholds reach in the other."""
+    """Return the hard ratios that the first model's thresholds give in the other model."""
     thresholds = first.record.thresholds
     statistics = other.profile.statistics
     row = statistics.layers.index(thresholds.exit_layer)

@@ -1,4 +1,4 @@
-"""The record of a comparison of models."""
+"""Record of a comparison of models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cascade.saturation.records import HardRatioThreshold, LayerRoles, LayerRow
 
 
 class ModelsProvenance(Part, frozen=True, kw_only=True):
-    """What all models share; each has its own model and corpus in `ComparedModel.provenance`."""
+    """Provenance that all models share. `ComparedModel.provenance` names model and corpus."""
 
     machine: MachineProvenance | UnsetType = UNSET
     versions: dict[str, str] | UnsetType = UNSET
@@ -31,7 +31,7 @@ class ModelsProvenance(Part, frozen=True, kw_only=True):
 
 
 class ComparisonRules(Part, frozen=True, kw_only=True):
-    """How depths, dips, exit layers and differences are determined, in words."""
+    """Definitions of depths, dips, exit layers and differences, as sentences."""
 
     depth: str
     dips: str
@@ -42,19 +42,19 @@ class ComparisonRules(Part, frozen=True, kw_only=True):
 
 
 class ModelSizes(Part, frozen=True, kw_only=True):
-    """What follows from a model's configuration.
+    """Sizes computed from a model's configuration.
 
     Attributes:
-        family: E.g. "llama".
-        num_layers: Decoder layers.
+        family: Model family, for example "llama".
+        num_layers: Number of decoder layers.
         hidden_size: Width of the residual stream.
-        vocab_size: Outputs of the LM head.
-        parameters: All of the model's.
-        layer_parameters: Of all decoder layers together.
-        seq_len: Tokens per sequence that operations were counted for.
-        operations_per_token: Of the whole model.
-        layer_share: The mean decoder layer's share of them.
-        lm_head_share: The LM head's share of them.
+        vocab_size: Number of outputs of the LM head.
+        parameters: Number of parameters.
+        layer_parameters: Number of parameters of all decoder layers.
+        seq_len: Tokens per sequence for which operations were counted.
+        operations_per_token: Operations of the whole model per token.
+        layer_share: Mean share of the operations per decoder layer.
+        lm_head_share: The LM head's share of the operations.
     """
 
     family: str
@@ -70,7 +70,7 @@ class ModelSizes(Part, frozen=True, kw_only=True):
 
 
 class ComparedModelProvenance(Part, frozen=True, kw_only=True):
-    """Where one model's profile comes from."""
+    """Origin of one model's profile."""
 
     model: ModelProvenance
     tokenizer_hash: str | None = None
@@ -79,7 +79,7 @@ class ComparedModelProvenance(Part, frozen=True, kw_only=True):
 
 
 class LayerAtDepth(LayerRow, frozen=True, kw_only=True):
-    """A layer's statistics, and its relative depth; None for the state behind the final norm."""
+    """A layer's statistics and relative depth. The depth is null behind the final norm."""
 
     depth: Finite | None
 
@@ -88,10 +88,10 @@ class SuggestedExit(Part, frozen=True, kw_only=True):
     """The exit layer that a profile suggests.
 
     Attributes:
-        layer: Its number.
-        depth: Its relative depth.
-        spared: Share of the operations in the layers behind it.
-        by_hard_ratio: Its thresholds.
+        layer: Number of the layer.
+        depth: Relative depth of the layer.
+        spared: Share of the operations in the layers behind this layer.
+        by_hard_ratio: Thresholds by hard ratio.
     """
 
     layer: str
@@ -101,7 +101,7 @@ class SuggestedExit(Part, frozen=True, kw_only=True):
 
 
 class ComparedModel(Part, frozen=True, kw_only=True):
-    """One of the models; what has to be measured is null where it was not (see `measurement`)."""
+    """One of the models. Measured fields are null for an unmeasured model (see `measurement`)."""
 
     label: str
     name: str
@@ -115,7 +115,7 @@ class ComparedModel(Part, frozen=True, kw_only=True):
 
     @property
     def measurement(self) -> ModelMeasurement | None:
-        """What was measured; None for a model of which only the configuration is known."""
+        """The measured fields; None if only the configuration is known."""
         if (
             self.provenance is None
             or self.layers is None
@@ -136,7 +136,7 @@ class ComparedModel(Part, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class ModelMeasurement:
-    """A model that was measured; fields as in `ComparedModel`."""
+    """A measured model. The fields are those of `ComparedModel`."""
 
     label: str
     name: str
@@ -148,7 +148,7 @@ class ModelMeasurement:
 
 
 class DipMatch(Part, frozen=True, kw_only=True):
-    """Two dips that match: the first model's, then the other's."""
+    """Two matching dips: the first model's, then the other's."""
 
     layers: list[str]
     depths: list[Finite]
@@ -159,10 +159,10 @@ class MatchedDips(Part, frozen=True, kw_only=True):
     """The dips of two models.
 
     Attributes:
-        judged: Whether both have layers enough to find dips.
-        tolerance: How far the relative depths of a match may differ.
-        matched: The matches.
-        unmatched: The dips without a match, of the first model and of the other.
+        judged: Whether both models have enough layers to find dips.
+        tolerance: Largest difference of the relative depths of a match.
+        matched: Matching dips.
+        unmatched: Dips without a match, of the first model and of the other.
     """
 
     judged: bool
@@ -172,7 +172,7 @@ class MatchedDips(Part, frozen=True, kw_only=True):
 
 
 class ProfileDistance(Part, frozen=True, kw_only=True):
-    """How far two profiles lie apart, in degrees, and where most."""
+    """Distance of two profiles in degrees, and the depth of the largest difference."""
 
     degrees: Finite
     most_degrees: Finite
@@ -180,15 +180,15 @@ class ProfileDistance(Part, frozen=True, kw_only=True):
 
 
 class LayerChange(Part, frozen=True, kw_only=True):
-    """How far each sequence's mean similarity changed in a layer.
+    """Changes of the mean similarity of sequences in a layer.
 
     Attributes:
-        layer: Its label.
+        layer: Label of the layer.
         mean: Mean change over sequences.
-        interval: Of the mean; None for a single sequence.
+        interval: Interval of the mean; null for a single sequence.
         mean_size: Mean absolute change.
-        largest: The largest change.
-        sequence: The sequence that changed most, from 1.
+        largest: Largest change.
+        sequence: Number of the sequence that changed most, from 1.
     """
 
     layer: str
@@ -200,12 +200,12 @@ class LayerChange(Part, frozen=True, kw_only=True):
 
 
 class PairedChanges(Part, frozen=True, kw_only=True):
-    """What changed between two models over the same tokens.
+    """Changes between two models over the same tokens.
 
     Attributes:
-        sequences: How many were compared.
+        sequences: Number of compared sequences.
         layers: One row per layer.
-        largest_mover: The decoder layer that changed most.
+        largest_mover: Decoder layer that changed most.
     """
 
     sequences: Count
@@ -214,7 +214,7 @@ class PairedChanges(Part, frozen=True, kw_only=True):
 
 
 class ReachedHardRatio(Part, frozen=True, kw_only=True):
-    """The hard ratio that a threshold of the first model reaches in the other."""
+    """The hard ratio that a threshold of the first model gives in the other model."""
 
     layer: str
     hard_ratio: Share
@@ -223,17 +223,17 @@ class ReachedHardRatio(Part, frozen=True, kw_only=True):
 
 
 class ModelPair(Part, frozen=True, kw_only=True):
-    """A measured model and the first one.
+    """A comparison of a measured model with the first one.
 
     Attributes:
-        model: The model's label.
-        against: The first model's label.
-        same_tokenizer: Whether both have the same tokenizer.
-        dips: Their dips, matched.
-        apart: How far their profiles lie apart.
-        unpaired: Why their sequences cannot be compared; None where they can.
-        paired: What changed over the same tokens; None where they cannot be compared.
-        thresholds: The first model's thresholds in the other; None where their depths differ.
+        model: Label of the model.
+        against: Label of the first model.
+        same_tokenizer: Whether both models have the same tokenizer.
+        dips: Matched dips.
+        apart: Distance of the profiles.
+        unpaired: Reason why sequences cannot be compared; null if they can.
+        paired: Changes over the same tokens; null if they cannot be compared.
+        thresholds: The first model's thresholds in the other; null if the depths differ.
     """
 
     model: str
@@ -247,7 +247,7 @@ class ModelPair(Part, frozen=True, kw_only=True):
 
 
 class UnmeasuredLayer(Part, frozen=True, kw_only=True):
-    """A layer of an unmeasured model, and the share of operations in the layers behind it."""
+    """A layer of an unmeasured model, with the share of operations in the layers behind it."""
 
     model: str
     layer: Count
@@ -258,9 +258,10 @@ class LayersByDepth(Part, frozen=True, kw_only=True):
     """The layers of unmeasured models at one relative depth.
 
     Attributes:
-        depth: The relative depth.
-        suggested_by: The models that suggest to exit there; empty for a depth for reference.
-        layers: One of each unmeasured model.
+        depth: Relative depth.
+        suggested_by: Labels of the models that suggest an exit at this depth; empty for a reference
+            depth.
+        layers: One layer of each unmeasured model.
     """
 
     depth: Finite
@@ -269,13 +270,13 @@ class LayersByDepth(Part, frozen=True, kw_only=True):
 
 
 class ModelComparison(Displayed, StoredRecord, frozen=True, kw_only=True):
-    """Several models over relative depth.
+    """A comparison of several models over relative depth.
 
     Attributes:
-        rules: How they were compared, in words.
-        models: The models, in order.
-        pairs: Each measured model with the first measured one.
-        by_depth: Layers of models that were not measured.
+        rules: Definitions of the compared quantities, as sentences.
+        models: Models, in order.
+        pairs: Comparisons of each measured model with the first measured one.
+        by_depth: Layers of unmeasured models.
     """
 
     KIND: ClassVar[str] = "model-comparison"
@@ -290,7 +291,7 @@ class ModelComparison(Displayed, StoredRecord, frozen=True, kw_only=True):
     by_depth: list[LayersByDepth]
 
     def measured(self) -> list[ModelMeasurement]:
-        """Return the models that were measured, in order."""
+        """Return the measured models, in order."""
         return [found for model in self.models if (found := model.measurement) is not None]
 
     def _in_one_line(self) -> str:

@@ -1,1 +1,1 @@
-"""Why a layer, or the final norm, changes the residual stream as it does."""
+"""Explanations of how a layer, or the final norm, changes the residual stream."""

@@ -1,4 +1,4 @@
-"""Ablations: what a layer is worth, by the model's perplexity without it or a part of it."""
+"""Ablations: the model's perplexity without a layer or one of its sublayers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cascade.models.stack import DecoderStack, LayerCall, Plan
 from cascade.models.sublayers import Sublayers, silenced
 from cascade.studies.explanations.causes import MeasuredUpdate, UpdateTraits
 
-#: In the order in which they are shown.
+#: All ablations, in display order.
 ABLATIONS = (
     "layer_skipped",
     "attention_skipped",
@@ -32,15 +32,15 @@ def ablated_outputs(
     traits: UpdateTraits,
     call: LayerCall,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield each ablation's name and the layer's output under it, `[B, T, D]`.
+    """Yield the name of each ablation and the layer's output under it, `[B, T, D]`.
 
     Args:
         stack: The model.
-        sublayers: The layer's.
-        layer: 1..N.
+        sublayers: Attention and MLP of the layer.
+        layer: Layer, 1..N.
         measured: The layer's update in this batch.
         traits: The layer's traits.
-        call: The layer's entry of the plan.
+        call: Call arguments of the layer, from the plan.
     """
     start, whole = measured.update.hidden, measured.update.whole
     yield "layer_skipped", start
@@ -49,9 +49,9 @@ def ablated_outputs(
     yield "attention_skipped", without
     yield "mlp_skipped", start + measured.update.attention
     yield "update_halved", start + whole / 2
-    left = start + whole - traits.common
-    left[:, 0] = (start + whole)[:, 0]
-    yield "common_left_out", left
+    without_common = start + whole - traits.common
+    without_common[:, 0] = (start + whole)[:, 0]
+    yield "common_left_out", without_common
     for name, output in measured.outputs_hidden.items():
         yield f"{name}_hidden", output
 
@@ -60,17 +60,17 @@ def ablated_outputs(
 def sequence_losses(
     stack: DecoderStack, plan: Plan, layer: int, hidden: Tensor, ids: Tensor
 ) -> Tensor:
-    """Run the model from a layer's output to the end, and return each sequence's loss.
+    """Run the model from a layer's output to the end, and return the loss of each sequence.
 
     Args:
         stack: The model.
-        plan: The batch's.
-        layer: 0..N, the layer whose output `hidden` is.
-        hidden: `[B, T, D]`.
-        ids: `[B, T]`.
+        plan: Plan of the batch.
+        layer: Layer that returned `hidden`, 0..N (0: the embeddings).
+        hidden: Output of that layer, `[B, T, D]`.
+        ids: Token ids, `[B, T]`.
 
     Returns:
-        `[B]`, the summed negative log-probability of the next tokens, in nats; float64.
+        Summed negative log-probability of the next tokens in nats, `[B]` float64.
     """
     hidden = hidden.to(stack.dtype)
     for number in range(layer + 1, stack.num_layers + 1):

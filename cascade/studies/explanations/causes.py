@@ -1,4 +1,4 @@
-"""Causes of a layer's angle: what is left of the angle when one of them is taken away."""
+"""Possible causes of a layer's angle, and the remaining angle after removing each of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cascade.models.sublayers import Update
 from cascade.stats.cosine import cosine, norm
 from cascade.studies.explanations.residual_stream import angle, massive
 
-#: An update lies in few dimensions if at most so many hold half of its energy.
+#: An update lies in few dimensions if at most this many hold half of its energy.
 MOST_DIMENSIONS = 5
 _ENERGY = 0.5
 
-#: Causes that can be taken away from a layer.
+#: Causes that can be removed from a layer.
 REMOVALS = (
     "attention",
     "mlp",
@@ -28,21 +28,21 @@ REMOVALS = (
     "dimensions",
     "massive",
 )
-#: Traits of a layer that can be exchanged for the neighbour's.
+#: Traits of a layer that can be replaced by the neighbour's.
 NEIGHBOUR_TRAITS = ("update_size", "update_direction", "stream_size")
 
 
 @dataclass(frozen=True)
 class UpdateTraits:
-    """What is learned about a layer's update on the pilot sequences.
+    """Traits of a layer's update, learned on the pilot sequences.
 
     Attributes:
-        common: The update's mean over tokens, first tokens left out, `[D]`.
-        common_share: Share of the update's energy that `common` holds.
-        dimensions: The dimensions that hold half of the update's energy; empty where they are many.
-        dimensions_for_half: How many they are.
-        energy: Share of the energy that each of `dimensions` holds.
-        massive: Dimensions in which the layer's input or output is massive.
+        common: Mean update over all tokens except first tokens, `[D]`.
+        common_share: Share of the update's energy in `common`.
+        dimensions: Dimensions that hold half of the update's energy; empty if they are many.
+        dimensions_for_half: Number of dimensions that hold half of the energy.
+        energy: Share of the energy in each of `dimensions`.
+        massive: Dimensions with massive activations in the layer's input or output.
         update_size: Median norm of the update, relative to the stream's.
         stream_size: Median norm of the stream.
         update_cosine: Mean cosine of the update and the stream.
@@ -63,7 +63,7 @@ def learn_traits(updates: Sequence[Update]) -> UpdateTraits:
     """Return the traits of a layer's update over a few batches.
 
     Args:
-        updates: One per batch.
+        updates: Updates, one per batch.
     """
     start = torch.cat([update.hidden[:, 1:] for update in updates])
     whole = torch.cat([update.whole[:, 1:] for update in updates])
@@ -98,14 +98,14 @@ def _massive_dimensions(updates: Sequence[Update]) -> tuple[int, ...]:
 
 
 def hide_tokens(call: LayerCall, columns: Tensor) -> LayerCall | None:
-    """Return a layer's call in which some tokens are hidden from all tokens but themselves.
+    """Return a layer's call in which some tokens are hidden from all tokens except themselves.
 
     Args:
-        call: Made with eager attention, whose mask is a tensor.
-        columns: `[B, T]`, true for the tokens to hide.
+        call: Call with eager attention, whose mask is a tensor.
+        columns: True for the tokens to hide, `[B, T]`.
 
     Returns:
-        The call; None where it has no mask that can be changed.
+        The changed call; None if the call has no mask that can be changed.
     """
     length = columns.shape[-1]
     hidden = columns[:, None, None, :].expand(-1, 1, length, -1)
@@ -124,7 +124,7 @@ def hide_tokens(call: LayerCall, columns: Tensor) -> LayerCall | None:
         lowest = False if value.dtype is torch.bool else torch.finfo(value.dtype).min
         return torch.where(hidden, torch.full_like(value[:1, :1, :1, :1], lowest), value)
 
-    # Some families pass their mask by name, some by position.
+    # Some families pass the mask by name, others by position.
     args = tuple(map(changed, call.args))
     kwargs = {name: changed(value) for name, value in call.kwargs.items()}
     return LayerCall(args, kwargs) if found else None
@@ -132,12 +132,11 @@ def hide_tokens(call: LayerCall, columns: Tensor) -> LayerCall | None:
 
 @dataclass(frozen=True)
 class MeasuredUpdate:
-    """A layer's update in a batch, and its output when some tokens are hidden.
+    """A layer's update in a batch, and its output with hidden tokens.
 
     Attributes:
-        update: The update as it is.
-        outputs_hidden: Hidden tokens ("first_token", "delimiters") -> the layer's output,
-            `[B, T, D]`.
+        update: The unchanged update.
+        outputs_hidden: Output of the layer, `[B, T, D]`, with "first_token" or "delimiters" hidden.
     """
 
     update: Update
@@ -147,15 +146,15 @@ class MeasuredUpdate:
 def measure_update(
     stack: DecoderStack, layer: int, update: Update, call: LayerCall, delimiters: Tensor | None
 ) -> MeasuredUpdate:
-    """Run a layer again, once with first tokens hidden and once with delimiters hidden.
+    """Run a layer again, once with hidden first tokens and once with hidden delimiters.
 
     Args:
         stack: The model.
-        layer: 1..N.
-        update: The layer's update as it is.
-        call: Its call, with eager attention.
-        delimiters: `[B, T]`; where a batch has none, its output is the layer's own. None: do not
-            hide delimiters.
+        layer: Layer, 1..N.
+        update: The layer's unchanged update.
+        call: The layer's call, with eager attention.
+        delimiters: True for delimiters, `[B, T]`; None to skip hiding delimiters. A batch without
+            delimiters keeps the unchanged output.
     """
     first = torch.zeros(update.hidden.shape[:2], dtype=torch.bool, device=update.hidden.device)
     first[:, 0] = True
@@ -177,17 +176,16 @@ def measure_update(
 def angles_without(
     measured: MeasuredUpdate, own: UpdateTraits, target: UpdateTraits
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return a layer's angle and similarity without each cause.
+    """Return the angle and similarity of a layer without each cause.
 
     Args:
         measured: The layer's update.
-        own: Its traits.
-        target: Traits of the layer that is explained, since the same dimensions are removed from
-            both layers.
+        own: The layer's traits.
+        target: Traits of the explained layer. Its dimensions are removed from both layers.
 
     Returns:
-        Cause -> degrees and similarities, `[B, T]` each; "nothing" is the layer as it is. Causes
-        that cannot be taken away here are missing.
+        Degrees and similarities, `[B, T]` each, by removed cause. "nothing" is the unchanged layer.
+        Causes that cannot be removed are missing.
     """
     start, end = measured.update.hidden, measured.update.output
     pairs = {
@@ -208,15 +206,15 @@ def angles_without(
 def angles_with_neighbour_traits(
     update: Update, own: UpdateTraits, neighbour: UpdateTraits
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return a layer's angle and similarity with one trait exchanged for the neighbour's.
+    """Return the angle and similarity of a layer with one trait replaced by the neighbour's.
 
     Args:
         update: The layer's update.
-        own: Its traits.
+        own: The layer's traits.
         neighbour: The neighbour's traits.
 
     Returns:
-        Trait -> degrees and similarities, `[B, T]` each.
+        Degrees and similarities, `[B, T]` each, by replaced trait.
     """
     start, whole = update.hidden, update.whole
     smaller = neighbour.update_size / max(own.update_size, 1e-30)
@@ -226,7 +224,7 @@ def angles_with_neighbour_traits(
         "stream_size": start * longer + whole,
     }
     angles = {name: (angle(start, end), cosine(start, end)) for name, end in found.items()}
-    # An update of the same size, at the neighbour's angle to the stream.
+    # Keep the size of the update, but use the neighbour's angle to the stream.
     size = norm(whole) / norm(start).clamp_min(1e-30)
     along = 1 + size * neighbour.update_cosine
     across = size * (1 - neighbour.update_cosine**2) ** 0.5

@@ -1,4 +1,4 @@
-"""Explanation of the final norm: its effect on the last layer's similarity, weight by weight."""
+"""Explain the final norm: its effect on the last layer's similarity, weight by weight."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from cascade.studies.explanations.records import (
     NormWeights,
 )
 
-#: For how many of the first weights, in order of what they take away, the effect is measured.
+#: Numbers of leading weights, in the order of their effect, for which the effect is measured.
 _COUNTS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
-#: How many dimensions are named.
+#: Number of dimensions that the record lists.
 _NAMED = 10
 
 
-#: With a probe of this size the norm's epsilon is negligible: 1e-5 in 1e6.
+#: Size of the probe. It makes the norm's epsilon negligible: 1e-5 in 1e6.
 _PROBE_SIZE = 1000.0
 
 
 def norm_weights(stack: DecoderStack) -> tuple[Tensor, Tensor, bool]:
-    """Return a final norm's weights, its bias, and whether it subtracts the mean.
+    """Return the weights and the bias of a final norm, and whether it subtracts the mean.
 
-    They are computed from what the norm does to a vector of ones and minus ones, so that the
-    attribute names of a family do not matter: some store a weight minus one, some none at all.
+    All are computed from the norm's output for a vector of ones and minus ones. This works for all
+    families, also for those that store weight minus one or no weight at all.
 
     Args:
         stack: The model.
 
     Returns:
-        `[D]` and `[D]` in float64, and true where a constant added to a state changes nothing.
+        Weights and bias, `[D]` float64 each, and whether the norm subtracts the mean.
 
     Raises:
         UnsupportedModelError: There is no final norm, or it does more than scale and shift.
@@ -66,14 +66,15 @@ def norm_weights(stack: DecoderStack) -> tuple[Tensor, Tensor, bool]:
 
     plus, minus, moved = of(probe), of(-probe), of(probe + 1)
     weights, bias = (plus - minus) / 2 / probe, (plus + minus) / 2
-    # Twice the probe, in another order: a norm that only scales and shifts gives the same weights.
+    # A second probe checks that the norm only scales and shifts.
     rolled = torch.linspace(-1, 1, width, dtype=torch.float64)
     rolled = (rolled - rolled.mean()) / rolled.std(correction=0)
     limit = 50 * torch.finfo(stack.dtype).eps * plus.abs().max()
     if (of(rolled) - (rolled * weights + bias)).abs().max() > limit:
         raise UnsupportedModelError(
             f"the final norm of {stack.model.config.model_type} does more than scale and shift a "
-            "normed state, which is all that can be told apart by weights"
+            "normed state, so weights cannot explain its effect; use a model with LayerNorm or "
+            "RMSNorm"
         )
     centred = bool((moved - plus).abs().max() <= limit)
     return weights, bias, centred
@@ -88,24 +89,32 @@ def explain_norm(
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FinalNormExplanation:
-    """Explain what the final norm does to the similarity of the last layer, and by which weights.
+    """Explain the effect of the final norm on the similarity of the last layer, by weight.
 
-    The first quarter of the sequences puts the weights in the order of what they take away from the
-    similarity. On the others, the first few weights of that order are set to the median weight, and
-    the similarity is measured again.
+    The first quarter of the sequences ranks the weights by how much they reduce the similarity. On
+    the other sequences, the leading weights of this ranking are set to the median weight, and the
+    similarity is measured again.
 
     Args:
         stack: The model.
-        blocks: The corpus, at least 4 sequences.
+        blocks: Corpus of at least 4 sequences.
         batch_size: Sequences per forward pass.
         seed: Seed of the intervals.
-        command: The command that the user ran, for the provenance.
-        progress: Called with the number of tokens done since the last call.
+        command: Command that the user ran, for the provenance.
+        progress: Called with the number of tokens processed since the last call.
 
     Raises:
         CorpusError: The sequences are too few or too long.
-        ModelError: Tokens lie beyond the model's vocabulary.
-        UnsupportedModelError: The model has no final norm, or one of another kind.
+        ModelError: A token is outside the model's vocabulary.
+        UnsupportedModelError: The model has no final norm, or the norm does more than scale and
+            shift.
+
+    Example:
+        >>> from cascade import explain_norm, load, load_blocks
+        >>> stack = load("smollm2-135m")
+        >>> record = explain_norm(stack, load_blocks("embedded", stack.tokenizer, max_tokens=1024))
+        >>> record.norm.subtracts_mean
+        False
     """
     check_blocks(stack, blocks, batch_size)
     pilot, rest = blocks.pilot()
@@ -139,9 +148,9 @@ class _FinalNorm:
     """A final norm.
 
     Attributes:
-        stack: Its model.
-        weights: `[D]`, float64.
-        centred: Whether it subtracts the mean.
+        stack: The model.
+        weights: Weights of the norm, `[D]` float64.
+        centred: Whether the norm subtracts the mean.
     """
 
     stack: DecoderStack
@@ -154,20 +163,20 @@ class _FinalNorm:
 
     @property
     def counts(self) -> list[int]:
-        """For how many of the first weights the effect is measured."""
+        """Numbers of leading weights for which the effect is measured."""
         return [count for count in _COUNTS if count < self.stack.hidden_size]
 
 
 @dataclass(frozen=True)
 class _LastStates:
-    """Yields the states around the last layer, batch by batch."""
+    """Yield the states around the last layer, batch by batch."""
 
     stack: DecoderStack
     batch_size: int
     progress: Callable[[int], None]
 
     def of(self, blocks: TokenBlocks) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the last layer's input, its output, and the output behind the norm, `[B, T, D]`."""
+        """Yield input and output of the last layer, and the normed output, `[B, T, D]` each."""
         last = self.stack.num_layers
         for ids, _ in blocks.batches(self.batch_size):
             kept: dict[int, Tensor] = {}
@@ -180,20 +189,20 @@ class _LastStates:
                 torch.from_numpy(ids.astype(np.int64)).to(self.stack.device), keep
             )
             if normed is None:  # `norm_weights` refuses a model without a final norm
-                raise UnsupportedModelError("the model has no final norm")
+                raise UnsupportedModelError("the model has no final norm to explain")
             yield kept[last - 1].double(), kept[last].double(), normed.double()
             self.progress(ids.size)
 
 
 @dataclass(frozen=True)
 class _Order:
-    """The dimensions in the order of what the norm takes away in them.
+    """The dimensions, ranked by how much the norm reduces their part of the similarity.
 
     Attributes:
-        dimensions: `[D]`, the dimension that loses most first.
-        before: `[D]`, what each dimension adds to the similarity before the norm.
-        behind: `[D]`, what it adds behind the norm.
-        energy: `[D]`, its share of the output's energy.
+        dimensions: Dimensions, the largest reduction first, `[D]`.
+        before: Contribution of each dimension to the similarity before the norm, `[D]`.
+        behind: Contribution of each dimension behind the norm, `[D]`.
+        energy: Share of each dimension in the energy of the output, `[D]`.
     """
 
     dimensions: Tensor
@@ -210,7 +219,7 @@ def _order_dimensions(final: _FinalNorm, states: _LastStates, pilot: TokenBlocks
     for start, end, normed in states.of(pilot):
         before += _shares(start, end).sum(dim=(0, 1))
         behind += _shares(start, normed).sum(dim=(0, 1))
-        # First tokens, some hundred times as long, would decide alone.
+        # First tokens have norms about a hundred times as large and would dominate the mean.
         squares = end[:, 1:] ** 2
         energy += (squares / squares.sum(dim=-1, keepdim=True)).sum(dim=(0, 1))
         tokens += start.shape[0] * start.shape[1]
@@ -225,7 +234,7 @@ def _order_dimensions(final: _FinalNorm, states: _LastStates, pilot: TokenBlocks
 def _measure(
     final: _FinalNorm, states: _LastStates, rest: TokenBlocks, order: Tensor
 ) -> dict[str, Array]:
-    """Return the mean similarity of each sequence, `[S]`, by which states it is taken between."""
+    """Return the mean similarity of each sequence, `[S]`, by the compared pair of states."""
     found: dict[str, list[Array]] = {}
     for start, end, normed in states.of(rest):
         for name, values in _similarities(final, start, end, normed, order):
@@ -236,7 +245,7 @@ def _measure(
 def _similarities(
     final: _FinalNorm, start: Tensor, end: Tensor, normed: Tensor, order: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the similarities of one batch, `[B, T]` each, with their names."""
+    """Yield the name and the similarities, `[B, T]`, of each pair of states in a batch."""
     stack, weights = final.stack, final.weights
     base = end - end.mean(dim=-1, keepdim=True) if final.centred else end
     yield "residual", cosine(start, end)
@@ -298,7 +307,7 @@ def _dimension_rows(final: _FinalNorm, order: _Order) -> list[NormDimension]:
 def _levelled_rows(
     means: dict[str, Array], counts: Sequence[int], seed: int
 ) -> list[LevelledWeights]:
-    """Return which share of the difference the first few weights explain."""
+    """Return the share of the difference that the leading weights explain."""
     residual, behind = means["residual"].mean(), means["behind"].mean()
     whole = residual - behind
     rows = []
@@ -318,5 +327,5 @@ def _levelled_rows(
 
 
 def _shares(a: Tensor, b: Tensor) -> Tensor:
-    """Return what each dimension adds to the cosine of two states, `[B, T, D]`."""
+    """Return the contribution of each dimension to the cosine of two states, `[B, T, D]`."""
     return a * b / (norm(a) * norm(b)).clamp_min(1e-30)[..., None]

@@ -1,4 +1,4 @@
-"""The gap between a layer's angle and its neighbour's, and how much of it each cause closes."""
+"""The gap between a layer's angle and its neighbour's, and the share that each cause explains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cascade.studies.explanations.causes import NEIGHBOUR_TRAITS, REMOVALS
 from cascade.studies.explanations.layer_measurement import MeasuredLayers, MeasuredSide
 from cascade.studies.explanations.records import CauseRow, CauseVerdict, GapRow
 
-#: A cause is supported where taking it away closes more than this share of the gap.
+#: A cause is supported if removing it closes more than this share of the gap.
 SUPPORTED = 0.5
 
 #: Gaps below this many degrees are not explained.
@@ -24,12 +24,12 @@ LEAST_GAP = 1.0
 
 @dataclass(frozen=True)
 class ClosedGap:
-    """The share of a gap that is gone without a cause, and what that says about the cause.
+    """The share of a gap that closes without a cause, and the verdict on the cause.
 
     Attributes:
-        share: The share; None where there is no gap to close.
-        interval: Its interval; None where there is none.
-        verdict: Whether the whole interval lies above half, or below it.
+        share: Closed share; None if there is no gap.
+        interval: Interval of the share; None if there is no gap.
+        verdict: Whether the whole interval lies above one half, or below it.
     """
 
     share: float | None
@@ -42,7 +42,7 @@ class AngleGap:
     """The angle by which a layer turns the stream more than its neighbour, per sequence.
 
     Attributes:
-        drawn: The sequences of each resample, `[R, S]`.
+        drawn: Sequences of each resample, `[R, S]`.
         target: Mean degrees of the layer, `[S]`.
         contrast: Mean degrees of the neighbour, `[S]`.
     """
@@ -52,7 +52,7 @@ class AngleGap:
     contrast: Array
 
     def row(self) -> GapRow:
-        """Return the gap in degrees, its interval, and whether it asks for a cause."""
+        """Return the gap in degrees, its interval, and whether it needs an explanation."""
         whole = self.target - self.contrast
         between = interval(whole[self.drawn].mean(axis=1))
         degrees = float(whole.mean())
@@ -63,14 +63,14 @@ class AngleGap:
         )
 
     def closed(self, target: Array, contrast: Array) -> ClosedGap:
-        """Return the share of the gap that is gone without a cause.
+        """Return the share of the gap that closes without a cause.
 
-        It is the angle that the layer loses without the cause, minus the angle that the neighbour
-        loses without it, over the gap. A neighbour that turns more without it closes nothing.
+        The share is the reduction of the layer's angle minus the reduction of the neighbour's
+        angle, divided by the gap. If the neighbour's angle grows, its reduction counts as 0.
 
         Args:
             target: Mean degrees of the layer without the cause, `[S]`.
-            contrast: Mean degrees of the neighbour without it, `[S]`.
+            contrast: Mean degrees of the neighbour without the cause, `[S]`.
         """
         sides = (target, contrast, self.target, self.contrast)
         whole = self.target - self.contrast
@@ -93,7 +93,7 @@ def _closed_share(target: Array, contrast: Array, whole: Array, other: Array) ->
 
 
 def gap_of(measured: MeasuredLayers, seed: int) -> AngleGap:
-    """Return the gap between the two layers as they are.
+    """Return the gap between the two unchanged layers.
 
     Args:
         measured: Both layers.
@@ -104,11 +104,11 @@ def gap_of(measured: MeasuredLayers, seed: int) -> AngleGap:
 
 
 class CauseTests:
-    """Tests every possible cause of a gap.
+    """Test every possible cause of a gap.
 
     Args:
         measured: Both layers.
-        gap: The gap between them.
+        gap: Gap between the layers.
     """
 
     def __init__(self, measured: MeasuredLayers, gap: AngleGap) -> None:
@@ -116,7 +116,7 @@ class CauseTests:
         self._classes, self._gap = measured.classes, gap
 
     def rows(self) -> list[CauseRow]:
-        """Return one row per cause, in the order in which they are shown."""
+        """Return one row per cause, in display order."""
         return [
             *self._removals(),
             *self._neighbour_traits(),
@@ -125,12 +125,12 @@ class CauseTests:
         ]
 
     def _row(self, cause: str, target: Array, contrast: Array) -> CauseRow:
-        """Return a cause's row.
+        """Return the row of a cause.
 
         Args:
-            cause: Its name.
-            target: Degrees and similarities of the layer without it, `[2, S, T]`.
-            contrast: The same of the neighbour.
+            cause: Name of the cause.
+            target: Degrees and similarities of the layer without the cause, `[2, S, T]`.
+            contrast: The same for the neighbour.
         """
         closed = self._gap.closed(target[0].mean(axis=1), contrast[0].mean(axis=1))
         return CauseRow(
@@ -147,12 +147,16 @@ class CauseTests:
     def _removals(self) -> Iterator[CauseRow]:
         for_half = self._target.traits.dimensions_for_half
         reasons = {
-            "first_token": "no mask that could be changed",
-            "delimiters": "no delimiter to hide, or no mask that could be changed",
-            "dimensions": (
-                f"half of the update's energy lies in {for_half} dimensions, which are not few"
+            "first_token": "the layer takes no attention mask that can be changed",
+            "delimiters": (
+                "the text has no delimiters, or the layer takes no attention mask that can be "
+                "changed"
             ),
-            "massive": "no activation is massive before or behind the layer",
+            "dimensions": (
+                f"half of the update's energy is spread over {for_half} dimensions, which are too "
+                "many"
+            ),
+            "massive": "the input and output of the layer have no massive activations",
         }
         for name in REMOVALS:
             target, contrast = self._target.angles.get(name), self._contrast.angles.get(name)
@@ -166,28 +170,28 @@ class CauseTests:
             yield self._row(name, self._target.angles[name], self._contrast.plain)
 
     def _one_class(self) -> CauseRow:
-        """Leave each class of tokens out of both layers, and return the class that closes most."""
+        """Exclude each token class from both layers, and return the one that closes most."""
         rows: list[tuple[float, CauseRow]] = []
         for number, name in enumerate(CLASSES):
-            stays = self._classes != number
-            if stays.all() or not stays.any(axis=1).all():
+            kept = self._classes != number
+            if kept.all() or not kept.any(axis=1).all():
                 continue
-            row = self._left_out("one_class", stays)
+            row = self._over_kept("one_class", kept)
             if isinstance(row.closed, float):
                 rows.append((row.closed, msgspec.structs.replace(row, token_class=name)))
         if not rows:
-            return _not_tried("one_class", "all tokens are of one class")
+            return _not_tried("one_class", "all tokens belong to one class")
         return max(rows, key=lambda pair: pair[0])[1]
 
     def _first_positions(self) -> CauseRow:
-        """Leave the first eighth of the positions out of both layers."""
+        """Exclude the first eighth of the positions from both layers."""
         length = self._classes.shape[1]
         early = max(1, length // 8)
-        stays = np.broadcast_to(np.arange(length) >= early, self._classes.shape)
-        return msgspec.structs.replace(self._left_out("first_positions", stays), positions=early)
+        kept = np.broadcast_to(np.arange(length) >= early, self._classes.shape)
+        return msgspec.structs.replace(self._over_kept("first_positions", kept), positions=early)
 
-    def _left_out(self, cause: str, stays: Array) -> CauseRow:
-        target, contrast = (_over(side, stays) for side in (self._target, self._contrast))
+    def _over_kept(self, cause: str, kept: Array) -> CauseRow:
+        target, contrast = (_mean_over(side, kept) for side in (self._target, self._contrast))
         return self._row(cause, target, contrast)
 
 
@@ -195,8 +199,8 @@ def _not_tried(cause: str, reason: str) -> CauseRow:
     return CauseRow(cause=cause, verdict="not tried", reason=reason)
 
 
-def _over(side: MeasuredSide, stays: Array) -> Array:
-    """Return each sequence's mean over the tokens that stay, `[2, S, 1]`."""
-    values = np.where(stays, side.plain, 0).sum(axis=2, keepdims=True)
-    found: Array = values / stays.sum(axis=1)[None, :, None]
+def _mean_over(side: MeasuredSide, kept: Array) -> Array:
+    """Return the mean of each sequence over the kept tokens, `[2, S, 1]`."""
+    values = np.where(kept, side.plain, 0).sum(axis=2, keepdims=True)
+    found: Array = values / kept.sum(axis=1)[None, :, None]
     return found

@@ -1,4 +1,4 @@
-"""Explanation of a layer: why it turns the stream more than its neighbour, what that is worth."""
+"""Explain why a layer turns the residual stream more than its neighbour, and ablate it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from cascade.studies.explanations.token_groups import class_groups, position_gro
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Sequences on which dimensions and common parts are learned.
+#: Minimum and maximum number of pilot sequences, on which the traits of a layer are learned.
 _LEAST_PILOT, _MOST_PILOT = 2, 64
 
 _INTERVAL = "95 % percentile bootstrap over whole sequences, 999 resamples"
@@ -57,34 +57,44 @@ def explain(
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> LayerExplanation:
-    """Explain why a layer turns the stream more than a neighbour does, and what that is worth.
+    """Explain why a layer turns the residual stream more than a neighbour, and ablate both layers.
 
-    Every possible cause is taken away from the layer and from the neighbour alike. A cause is named
-    only where more than half of the gap between their angles is gone without it. Dimensions and
-    common parts are learned on the first quarter of the sequences and tested on the others.
+    Every possible cause is removed from both layers. A cause is supported only if its removal
+    closes more than half of the gap between their angles. Dimensions and common vectors are learned
+    on the first quarter of the sequences and tested on the others.
 
     Args:
         stack: The model.
-        blocks: The corpus, at least 4 sequences.
-        layer: 1..N.
-        contrast: The neighbour (default: the nearest layer of a stable band).
+        blocks: Corpus of at least 4 sequences.
+        layer: Layer to explain, 1..N.
+        contrast: Neighbour to compare with (default: the nearest layer of a stable band).
         batch_size: Sequences per forward pass.
         seed: Seed of the intervals.
-        command: The command that the user ran, for the provenance.
-        progress: Called with the number of tokens done since the last call.
+        command: Command that the user ran, for the provenance.
+        progress: Called with the number of tokens processed since the last call.
 
     Raises:
-        UsageError: There is no such layer, or the neighbour is none.
-        CorpusError: The sequences are too few or too long, or there is no tokenizer.
-        ModelError: Tokens lie beyond the model's vocabulary.
+        UsageError: The layer does not exist, or the neighbour is not another layer.
+        CorpusError: The sequences are too few or too long, or the model has no tokenizer.
+        ModelError: A token is outside the model's vocabulary.
         UnsupportedModelError: A layer's update is not the sum of attention and MLP.
+
+    Example:
+        >>> from cascade import explain, load, load_blocks
+        >>> stack = load("smollm2-135m")
+        >>> text = load_blocks("embedded", stack.tokenizer, max_tokens=1024)
+        >>> record = explain(stack, text, layer=25, contrast=24)
+        >>> record.gap.degrees > 0
+        True
     """
     _check_layers(stack, layer, contrast)
     check_blocks(stack, blocks, batch_size)
     pilot, rest = blocks.pilot(least=_LEAST_PILOT, most=_MOST_PILOT)
     tokenizer = stack.tokenizer
     if tokenizer is None:
-        raise CorpusError("the model has no tokenizer to tell token classes with; load it with one")
+        raise CorpusError(
+            "the model has no tokenizer, which is needed for token classes; load it with one"
+        )
     with torch.no_grad(), _eager_attention(stack) as missing:
         if contrast is None:
             contrast = _nearest_stable_layer(stack, pilot, layer, batch_size)
@@ -130,19 +140,27 @@ def _check_layers(stack: DecoderStack, layer: int, contrast: int | None) -> None
     if contrast is not None:
         _check_layer(stack, contrast, "--contrast")
         if contrast == layer:
-            raise UsageError(f"expected a neighbour other than layer {layer} itself, got it")
+            raise UsageError(
+                f"expected --contrast to differ from layer {layer}, got the same layer; choose a "
+                "neighbour"
+            )
     if stack.num_layers < 2:
-        raise UsageError("the model has a single layer: there is no neighbour to compare it with")
+        raise UsageError(
+            "expected a model with at least 2 layers to compare, got a single layer; choose "
+            "another model"
+        )
 
 
 def _check_layer(stack: DecoderStack, layer: int, name: str) -> None:
     if not 1 <= layer <= stack.num_layers:
-        raise UsageError(f"expected {name} in 1..{stack.num_layers}, got {layer}")
+        raise UsageError(
+            f"expected {name} in 1..{stack.num_layers}, got {layer}; choose a layer of the model"
+        )
 
 
 @contextlib.contextmanager
 def _eager_attention(stack: DecoderStack) -> Iterator[list[str]]:
-    """Use eager attention, which returns its weights; yields what is missing where it has none."""
+    """Switch to eager attention, which returns its weights. Yield what is missing without it."""
     model: Any = stack.model
     before = model.config._attn_implementation
     missing: list[str] = []
@@ -150,7 +168,7 @@ def _eager_attention(stack: DecoderStack) -> Iterator[list[str]]:
         if before != "eager":
             model.set_attn_implementation("eager")
     except (ValueError, NotImplementedError) as error:
-        missing.append(f"attention weights: the model has no eager attention ({error})")
+        missing.append(f"attention weights: the model does not support eager attention ({error})")
     try:
         yield missing
     finally:
@@ -161,7 +179,7 @@ def _eager_attention(stack: DecoderStack) -> Iterator[list[str]]:
 def _nearest_stable_layer(
     stack: DecoderStack, pilot: TokenBlocks, layer: int, batch_size: int
 ) -> int:
-    """Return the nearest layer of a stable band; of two, the one before."""
+    """Return the nearest layer of a stable band, and the lower one of two equally near."""
     ids = torch.from_numpy(pilot.ids[:batch_size].astype(np.int64)).to(stack.device)
     means = similarities(stack, ids).double().mean(dim=(1, 2)).tolist()
     roles = from_plain(to_plain(find_structure(stack.layer_labels, means)), LayerRoles)
@@ -175,17 +193,17 @@ def _nearest_stable_layer(
 
 
 def _missing(measured: MeasuredLayers) -> list[str]:
-    """Return what could not be measured, and why."""
+    """Return what could not be measured, with reasons."""
     found = []
     if not measured.stream.has_weights:
         found.append("attention weights: this family's layers do not return them")
     if "first_token" not in measured.target.angles:
         found.append(
-            "hiding tokens from attention: this family's layers take no mask that could be changed"
+            "hiding tokens from attention: this family's layers take no mask that can be changed"
         )
     absent = [name for number, name in enumerate(CLASSES) if not (measured.classes == number).any()]
     if absent:
-        found.append(f"token classes without a token in this corpus: {', '.join(absent)}")
+        found.append(f"token classes without tokens in this corpus: {', '.join(absent)}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""One pass over a corpus that measures what a layer and its neighbour do to the residual stream."""
+"""Measure in one pass over a corpus how a layer and its neighbour change the residual stream."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasuredSide:
-    """What is measured of the explained layer, or of its neighbour.
+    """Measurements of the explained layer or of its neighbour.
 
     Attributes:
-        layer: 1..N.
-        traits: Learned on the pilot sequences.
-        angles: Removal -> `[2, S, T]`, degrees and similarities; "nothing" is the layer as it is.
-        losses: Ablation -> the loss of each sequence, in nats.
+        layer: Layer, 1..N.
+        traits: Traits learned on the pilot sequences.
+        angles: Degrees and similarities, `[2, S, T]`, by removed cause. "nothing" is the unchanged
+            layer.
+        losses: Loss of each sequence in nats, by ablation.
     """
 
     layer: int
@@ -49,20 +50,20 @@ class MeasuredSide:
 
     @property
     def plain(self) -> Array:
-        """Degrees and similarities of the layer as it is, `[2, S, T]`."""
+        """Degrees and similarities of the unchanged layer, `[2, S, T]`."""
         return self.angles["nothing"]
 
 
 @dataclass(frozen=True)
 class MeasuredLayers:
-    """A layer and its neighbour, measured.
+    """Measurements of a layer and its neighbour.
 
     Attributes:
-        target: The layer that is explained.
+        target: The explained layer.
         contrast: Its neighbour.
-        classes: The class of each token, `[S, T]`, places in `token_classes.CLASSES`.
-        stream: What all layers do to the stream.
-        full_losses: The loss of each sequence in the unchanged model, in nats.
+        classes: Class of each token, `[S, T]`, as an index of `token_classes.CLASSES`.
+        stream: Statistics of the residual stream over all layers.
+        full_losses: Loss of each sequence in the unchanged model, in nats.
     """
 
     target: MeasuredSide
@@ -73,19 +74,19 @@ class MeasuredLayers:
 
     @property
     def sides(self) -> tuple[MeasuredSide, MeasuredSide]:
-        """The layer that is explained, then its neighbour."""
+        """The explained layer, then its neighbour."""
         return self.target, self.contrast
 
 
 class LayerMeasurement:
-    """Measures a layer and its neighbour.
+    """Measure a layer and its neighbour.
 
     Args:
         stack: The model, with eager attention, which returns attention weights.
-        tokenizer: The model's.
-        layers: The layer that is explained and its neighbour.
+        tokenizer: Tokenizer of the model.
+        layers: The explained layer and its neighbour.
         batch_size: Sequences per forward pass.
-        progress: Called with the number of tokens done since the last call.
+        progress: Called with the number of tokens processed since the last call.
 
     Raises:
         UnsupportedModelError: A layer's update is not the sum of attention and MLP.
@@ -106,11 +107,11 @@ class LayerMeasurement:
         }
 
     def run(self, pilot: TokenBlocks, rest: TokenBlocks) -> MeasuredLayers:
-        """Learn the traits of both layers on some sequences, and measure them on the others.
+        """Learn the traits of both layers on pilot sequences, and measure on the others.
 
         Args:
-            pilot: The sequences to learn from.
-            rest: The sequences to measure.
+            pilot: Sequences to learn from.
+            rest: Sequences to measure.
         """
         target, contrast = self._learn(pilot)
         classes, delimiters = classify(rest.ids, self._tokenizer)
@@ -118,18 +119,18 @@ class LayerMeasurement:
         # First tokens cannot be hidden from themselves.
         can_hide = bool(delimiters[:, 1:].any())
         for ids, numbers in self._batches(rest):
-            there = torch.from_numpy(delimiters[numbers]).to(ids.device)
-            self._measure_batch(found, ids, numbers, there, hide=can_hide)
+            in_batch = torch.from_numpy(delimiters[numbers]).to(ids.device)
+            self._measure_batch(found, ids, numbers, in_batch, hide=can_hide)
         return found
 
     def _batches(self, blocks: TokenBlocks) -> Iterator[tuple[Tensor, Array]]:
-        """Yield token ids `[B, T]` and sequence numbers `[B]`."""
+        """Yield token ids `[B, T]` and sequence indices `[B]`."""
         for ids, numbers in blocks.batches(self._batch_size):
             yield torch.from_numpy(ids.astype(np.int64)).to(self._stack.device), numbers
             self._progress(ids.size)
 
     def _learn(self, pilot: TokenBlocks) -> tuple[MeasuredSide, MeasuredSide]:
-        """Return both sides with the traits that the pilot shows."""
+        """Return both layers with the traits learned on the pilot sequences."""
         updates: dict[int, list[Update]] = defaultdict(list)
         for ids, _ in self._batches(pilot):
             plan = self._stack.plan(ids)
@@ -150,14 +151,14 @@ class LayerMeasurement:
     def _measure_batch(
         self, found: MeasuredLayers, ids: Tensor, numbers: Array, delimiters: Tensor, *, hide: bool
     ) -> None:
-        """Add one batch to what was found.
+        """Add one batch to the measurements.
 
         Args:
-            found: Both layers.
-            ids: `[B, T]`.
-            numbers: `[B]`, the numbers of the batch's sequences.
-            delimiters: `[B, T]`.
-            hide: Whether to measure layers with delimiters hidden.
+            found: Measurements of both layers.
+            ids: Token ids, `[B, T]`.
+            numbers: Indices of the sequences in the batch, `[B]`.
+            delimiters: True for delimiters, `[B, T]`.
+            hide: Also measure the layers with hidden delimiters.
         """
         plan = self._stack.plan(ids)
         hidden = plan.embedded
@@ -202,8 +203,8 @@ class LayerMeasurement:
             angles |= angles_with_neighbour_traits(measured.update, side.traits, neighbour)
         for name, pair in angles.items():
             if name not in side.angles:
-                # Allocated once. Arrays that are kept must not lie between those that each batch
-                # allocates and frees, or memory grows with the number of batches.
+                # Allocate once. Kept arrays that lie between temporary arrays of batches fragment
+                # the heap, and memory would grow with the number of batches.
                 side.angles[name] = np.empty((2, *found.classes.shape))
             for kind, values in enumerate(pair):
                 side.angles[name][kind, numbers] = values.cpu().numpy()

@@ -1,4 +1,4 @@
-"""The records of an explained layer and of an explained final norm."""
+"""Records of explanations of a layer and of the final norm."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from cascade.core.schema import (
     UnsetType,
 )
 
-#: Whether the ablation of a cause closes more than half of the gap.
+#: Whether removing a cause closes more than half of the gap ("carries": it does).
 CauseVerdict = Literal["carries", "does not carry", "cannot tell", "not tried"]
 
 
 class ExplanationSettings(Part, frozen=True, kw_only=True):
-    """How a layer was explained.
+    """Settings of the explanation of a layer.
 
     Attributes:
-        layer: The layer that is explained.
-        contrast: The neighbour it is compared with.
+        layer: The explained layer.
+        contrast: Its neighbour.
         batch_size: Sequences per forward pass.
         seed: Seed of the intervals.
-        carries: A cause is supported where its ablation closes more than this share of the gap.
+        carries: A cause is supported if its removal closes more than this share of the gap.
         least_gap: Gaps below this many degrees are not explained.
-        most_dimensions: An update lies in few dimensions if so many hold half of its energy.
-        pilot_sequences: Sequences that dimensions and common parts were learned on.
-        sequences: Sequences that were measured.
-        interval: How intervals were computed.
+        most_dimensions: An update lies in few dimensions if at most this many hold half of its
+            energy.
+        pilot_sequences: Number of sequences for learning the traits of both layers.
+        sequences: Number of measured sequences.
+        interval: Method of the intervals.
     """
 
     layer: str
@@ -53,10 +54,10 @@ class ExplanationSettings(Part, frozen=True, kw_only=True):
 
 
 class LayerRow(Part, frozen=True, kw_only=True):
-    """What one layer does to the residual stream; angles are in degrees.
+    """The effect of one layer on the residual stream, with angles in degrees.
 
-    `attention_share` and `mlp_share` are the shares of the angle. The attention weights are absent
-    (`heads`: null) where the layer does not return them.
+    `attention_share` and `mlp_share` are shares of the angle. If the layer returns no attention
+    weights, their fields are absent and `heads` is null.
     """
 
     layer: str
@@ -76,7 +77,7 @@ class LayerRow(Part, frozen=True, kw_only=True):
 
 
 class TokenCount(Part, frozen=True, kw_only=True):
-    """A token's text, and how often it was counted."""
+    """The text of a token and its count."""
 
     text: str
     count: int
@@ -93,7 +94,7 @@ class MassiveDimension(Part, frozen=True, kw_only=True):
 
 
 class StreamEntry(Part, frozen=True, kw_only=True):
-    """The residual stream in one entry of the hidden history; `first_norm` is the first token's."""
+    """The residual stream in one hidden history entry. `first_norm` is the first token's norm."""
 
     entry: Index
     norm: Finite
@@ -104,23 +105,23 @@ class StreamEntry(Part, frozen=True, kw_only=True):
 
 
 class DimensionEnergy(Part, frozen=True, kw_only=True):
-    """A dimension of the stream, and its share of the update's energy."""
+    """A dimension of the stream and its share of the update's energy."""
 
     dimension: Index
     energy: Finite
 
 
 class SideRow(Part, frozen=True, kw_only=True):
-    """The layer or its neighbour.
+    """The explained layer or its neighbour.
 
     Attributes:
-        layer: Its number.
-        degrees: Mean angle by which it turns the stream.
-        similarity: Mean similarity of its input and output.
+        layer: Number of the layer.
+        degrees: Mean angle by which the layer turns the stream.
+        similarity: Mean similarity of the layer's input and output.
         common_share: Share of the update's energy that is the same for every token.
-        dimensions: The dimensions with half of the energy; empty where they are many.
-        dimensions_for_half: How many they are.
-        massive: Dimensions in which its input or output is massive.
+        dimensions: Dimensions that hold half of the energy; empty if they are many.
+        dimensions_for_half: Number of dimensions that hold half of the energy.
+        massive: Dimensions with massive activations in the layer's input or output.
         update_size: Median norm of the update, relative to the stream's.
         stream_size: Median norm of the stream.
         update_cosine: Mean cosine of the update and the stream.
@@ -147,15 +148,15 @@ class GapRow(Part, frozen=True, kw_only=True):
 
 
 class CauseEffect(Part, frozen=True, kw_only=True):
-    """What is left of both layers' angles without a cause, and what that closes of the gap.
+    """The angles of both layers without a cause, and the closed share of the gap.
 
     Attributes:
         degrees: Mean angle of the layer.
         similarity: Mean similarity of the layer.
         contrast_degrees: Mean angle of the neighbour.
         contrast_similarity: Mean similarity of the neighbour.
-        closed: Share of the gap that is gone; None where there is no gap to close.
-        interval: Of that share.
+        closed: Closed share of the gap; null if there is no gap.
+        interval: Interval of that share.
     """
 
     degrees: Finite
@@ -167,16 +168,16 @@ class CauseEffect(Part, frozen=True, kw_only=True):
 
 
 class CauseRow(Part, frozen=True, kw_only=True):
-    """A possible cause, and whether its ablation supports it.
+    """A possible cause, and whether its removal supports it.
 
-    All numbers are absent where the cause was not tried; `reason` says why not. See `CauseEffect`.
+    For a cause that was not tried, all numbers are absent and `reason` says why. See `CauseEffect`.
 
     Attributes:
-        cause: Its name.
-        verdict: Whether its ablation closes more than half of the gap.
-        reason: Why it was not tried.
-        token_class: Of the cause "one_class".
-        positions: Of the cause "first_positions".
+        cause: Name of the cause.
+        verdict: Whether its removal closes more than half of the gap.
+        reason: Reason why the cause was not tried.
+        token_class: Excluded token class, for the cause "one_class".
+        positions: Number of excluded positions, for the cause "first_positions".
     """
 
     cause: str
@@ -193,7 +194,7 @@ class CauseRow(Part, frozen=True, kw_only=True):
 
     @property
     def effect(self) -> CauseEffect | None:
-        """Its numbers; None where it was not tried."""
+        """The numbers of the cause; None if it was not tried."""
         if (
             self.degrees is UNSET
             or self.similarity is UNSET
@@ -212,14 +213,14 @@ class CauseRow(Part, frozen=True, kw_only=True):
 
 
 class GroupSimilarity(Part, frozen=True, kw_only=True):
-    """A layer's mean similarity over some tokens; no interval where they are too few."""
+    """A layer's mean similarity over some tokens. The interval is null if they are too few."""
 
     similarity: Finite
     interval: Interval | None
 
 
 class TokenGroup(Part, frozen=True, kw_only=True):
-    """The similarity of both layers over the tokens of one class, or of some positions."""
+    """The similarity of both layers over the tokens of one class or range of positions."""
 
     name: str
     tokens: Count
@@ -228,7 +229,7 @@ class TokenGroup(Part, frozen=True, kw_only=True):
 
 
 class AblationRow(Part, frozen=True, kw_only=True):
-    """The model's perplexity without a layer or a part of it; the interval is the ratio's."""
+    """The model's perplexity under one ablation of a layer. The interval is that of the ratio."""
 
     layer: str
     ablation: str
@@ -239,26 +240,26 @@ class AblationRow(Part, frozen=True, kw_only=True):
 
 
 class ExplanationVerdict(Part, frozen=True, kw_only=True):
-    """Whether there is a gap to explain, and the causes that their ablations support."""
+    """Whether there is a gap to explain, and the causes that are supported."""
 
     asks_for_a_cause: bool
     carried_by: list[str]
 
 
 class LayerExplanation(Displayed, StoredRecord, frozen=True, kw_only=True):
-    """Why a layer turns the stream more than a neighbour does, and what that is worth.
+    """An explanation of why a layer turns the stream more than its neighbour.
 
     Attributes:
-        missing: What could not be measured, and why.
-        layers: The layers over depth.
-        entries: The stream over depth.
+        missing: What could not be measured, with reasons.
+        layers: Effect of every layer on the stream.
+        entries: Residual stream in every entry of the hidden history.
         sides: The layer, then its neighbour.
-        gap: The difference of their angles.
-        causes: What closes it.
+        gap: Difference of their angles.
+        causes: Possible causes, with the closed share of the gap.
         classes: Similarity by token class.
         positions: Similarity by position in the sequence.
-        ablations: Perplexity without a part of either layer.
-        verdict: The causes that are supported.
+        ablations: Perplexity under ablations of either layer.
+        verdict: The supported causes.
     """
 
     KIND: ClassVar[str] = "explanation"
@@ -290,7 +291,7 @@ class LayerExplanation(Displayed, StoredRecord, frozen=True, kw_only=True):
 
 
 class FinalNormSettings(Part, frozen=True, kw_only=True):
-    """How a final norm was explained; fields as in `ExplanationSettings`."""
+    """Settings of the explanation of a final norm. The fields are as in `ExplanationSettings`."""
 
     layer: str
     batch_size: int
@@ -301,14 +302,14 @@ class FinalNormSettings(Part, frozen=True, kw_only=True):
 
 
 class NormTraits(Part, frozen=True, kw_only=True):
-    """What kind of norm it is."""
+    """The kind of the norm."""
 
     subtracts_mean: bool
     has_bias: bool
 
 
 class NormWeights(Part, frozen=True, kw_only=True):
-    """The spread of the norm's weights, and how many are negative."""
+    """The spread of the norm's weights and the number of negative ones."""
 
     smallest: Finite
     median: Finite
@@ -317,12 +318,12 @@ class NormWeights(Part, frozen=True, kw_only=True):
     dimensions: Count
 
 
-#: The two states between which a similarity is taken.
+#: The pair of states whose similarity is measured.
 NormedPair = Literal["residual", "behind", "both_behind", "equal_weights", "without_bias"]
 
 
 class NormSimilarity(Part, frozen=True, kw_only=True):
-    """A mean similarity of the last layer's input and output, by where the two are taken."""
+    """The mean similarity of the last layer's input and output, for one pair of states."""
 
     between: NormedPair
     mean: Finite
@@ -333,11 +334,11 @@ class NormDimension(Part, frozen=True, kw_only=True):
     """A dimension of the norm.
 
     Attributes:
-        dimension: Its number.
-        weight: The norm's weight.
-        energy: Its share of the output's energy, first tokens left out.
-        before: What it adds to the similarity before the norm.
-        behind: What it adds to the similarity behind the norm.
+        dimension: Number of the dimension.
+        weight: Weight of the norm.
+        energy: Share of the output's energy, without first tokens.
+        before: Contribution to the similarity before the norm.
+        behind: Contribution to the similarity behind the norm.
     """
 
     dimension: Index
@@ -348,15 +349,16 @@ class NormDimension(Part, frozen=True, kw_only=True):
 
 
 class LevelledWeights(Part, frozen=True, kw_only=True):
-    """The similarity with the first few weights set to the median, or with all others.
+    """The similarity with the leading weights set to the median, and with all others set to it.
 
     Attributes:
-        weights: How many they are.
-        similarity: With these weights set to the median.
-        interval: Of that similarity.
-        explained: Share of the difference that they explain; None where there is no difference.
-        alone: Similarity with all others set to the median.
-        explained_alone: Share of the difference that they explain alone.
+        weights: Number of leading weights.
+        similarity: Similarity with the leading weights set to the median.
+        interval: Interval of that similarity.
+        explained: Share of the difference that closes then; null if there is no difference.
+        alone: Similarity with all other weights set to the median.
+        explained_alone: Share of the difference that the leading weights make alone; null if there
+            is no difference.
     """
 
     weights: Count
@@ -368,14 +370,14 @@ class LevelledWeights(Part, frozen=True, kw_only=True):
 
 
 class FinalNormExplanation(Displayed, StoredRecord, frozen=True, kw_only=True):
-    """What the final norm does to the similarity of the last layer, and by which weights.
+    """An explanation of the final norm's effect on the similarity of the last layer.
 
     Attributes:
-        norm: What kind of norm it is.
-        weights: The spread of its weights.
-        similarities: Of the last layer, by where its input and output are taken.
-        dimensions: Those that take most away from the similarity, in order.
-        levelled: What the first few of them explain.
+        norm: Kind of the norm.
+        weights: Spread of the weights.
+        similarities: Similarity of the last layer for each pair of states.
+        dimensions: Dimensions that reduce the similarity most, in order.
+        levelled: Share of the effect that the leading weights explain.
     """
 
     KIND: ClassVar[str] = "final-norm"

@@ -1,4 +1,4 @@
-"""The residual stream over depth: its growth, what each layer adds, its massive activations."""
+"""Statistics of the residual stream over depth: norms, updates and massive activations."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from cascade.studies.explanations.records import (
     TokenCount,
 )
 
-#: An activation is massive when its magnitude exceeds 100 and is about 1,000 times the median
-#: magnitude of its hidden state (Sun et al. 2024, arXiv:2402.17762, section 2).
+#: An activation is massive if its magnitude exceeds 100 and is at least about 1,000 times the
+#: median magnitude of its hidden state (Sun et al. 2024, arXiv:2402.17762, section 2).
 MASSIVE_MAGNITUDE = 100.0
 MASSIVE_RATIO = 1000.0
 
-#: How many of the tokens with massive activations are named.
+#: Number of tokens with massive activations that the record lists.
 _NAMED_TOKENS = 3
 
 
 def angle(a: Tensor, b: Tensor) -> Tensor:
-    """Return angles along the last dimension, in degrees."""
+    """Return the angles between vectors along the last dimension, in degrees."""
     return torch.rad2deg(torch.acos(cosine(a, b)))
 
 
 def massive(hidden: Tensor) -> Tensor:
-    """Return which activations are massive, by the rule of Sun et al. 2024.
+    """Return a mask of massive activations, by the definition of Sun et al. 2024.
 
     Args:
-        hidden: `[B, T, D]`; the median magnitude is taken over each sequence's whole hidden state.
+        hidden: Hidden states, `[B, T, D]`. The median magnitude is taken over each sequence.
 
     Returns:
-        `[B, T, D]`, true for massive activations.
+        True for massive activations, `[B, T, D]`.
     """
     sizes = hidden.abs()
     return _beyond(sizes, _medians(sizes))
@@ -61,12 +61,12 @@ def _beyond(sizes: Tensor, medians: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def attention_weights(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the attention weights that a layer returns, `[B, H, T, T]` for each of its runs."""
+    """Collect the attention weights that a layer returns, `[B, H, T, T]` per run."""
     found: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         rest = output[1:] if isinstance(output, tuple) else ()
-        found.extend(part for part in rest if isinstance(part, Tensor) and part.ndim == 4)
+        found.extend(value for value in rest if isinstance(value, Tensor) and value.ndim == 4)
 
     handles = [module.register_forward_hook(keep) for module in attention_modules(layer)]
     try:
@@ -87,15 +87,15 @@ class _MassiveCount:
 
 
 class StreamStatistics:
-    """Gathers, batch by batch, what every layer does to the stream.
+    """Accumulate statistics of the residual stream, batch by batch.
 
-    Medians leave out the first token of a sequence, whose norm can be a hundred times any other's.
+    Medians exclude the first token of a sequence. Its norm can be a hundred times that of others.
     """
 
     def __init__(self) -> None:
-        # Floats, not arrays. Arrays that are kept must not lie between those that each batch
-        # allocates and frees, or memory grows with the number of tokens: with arrays,
-        # `cascade explain --layer 25` held 2.8 GB at most (maximum resident set), without 1.4.
+        # Keep floats, not arrays. Kept arrays between temporary arrays of batches fragment the
+        # heap, and memory grows with the number of tokens. The maximum resident set of
+        # `cascade explain --layer 25` was 2.8 GB with arrays and 1.4 GB with floats.
         self._values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._heads: dict[int, list[list[float]]] = defaultdict(list)
         self._massive: dict[int, dict[int, _MassiveCount]] = defaultdict(dict)
@@ -107,9 +107,9 @@ class StreamStatistics:
         """Add one entry of a batch's hidden history.
 
         Args:
-            entry: 0..N.
-            hidden: `[B, T, D]`.
-            ids: `[B, T]`.
+            entry: Entry, 0..N.
+            hidden: Hidden states, `[B, T, D]`.
+            ids: Token ids, `[B, T]`.
         """
         hidden = hidden.float()
         sizes = hidden.abs()
@@ -129,13 +129,13 @@ class StreamStatistics:
     def add_layer(
         self, layer: int, update: Update, weights: Tensor | None, delimiters: Tensor
     ) -> None:
-        """Add what one layer did to a batch.
+        """Add the update of one layer in a batch.
 
         Args:
-            layer: 1..N.
-            update: What it added.
-            weights: Its attention weights, `[B, H, T, T]`; None where it does not return them.
-            delimiters: `[B, T]`, true for delimiters.
+            layer: Layer, 1..N.
+            update: Update of the layer.
+            weights: Attention weights, `[B, H, T, T]`; None if the layer does not return them.
+            delimiters: True for delimiters, `[B, T]`.
         """
         start, whole = update.hidden, update.whole
         length = norm(start[:, 1:]).clamp_min(1e-30)
@@ -169,9 +169,9 @@ class StreamStatistics:
     def layer_rows(self) -> list[LayerRow]:
         """Return one row per layer: norms, ratios, angles in degrees, attention to sinks.
 
-        `attention_share` is the attention's share of the angle, `mlp_share` the MLP's. Each is the
-        mean of the angles that are lost when it is removed first and when it is removed last
-        (Shapley 1953).
+        `attention_share` and `mlp_share` are the shares of attention and MLP in the angle. Each is
+        the mean reduction of the angle when the sublayer is removed first and when it is removed
+        last (Shapley 1953).
         """
         return [self._layer_row(layer) for layer in sorted(self._values["angle"])]
 
@@ -204,10 +204,10 @@ class StreamStatistics:
         )
 
     def entry_rows(self, texts: dict[int, str]) -> list[StreamEntry]:
-        """Return one row per entry of the history: norms, magnitudes, massive activations.
+        """Return one row per entry of the hidden history: norms, magnitudes, massive activations.
 
         Args:
-            texts: Token id -> its text; an id without a text is shown as a number.
+            texts: Text by token id. An id without a text is shown as a number.
         """
         return [
             StreamEntry(

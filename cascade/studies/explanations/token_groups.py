@@ -14,7 +14,7 @@ from cascade.studies.explanations.records import GroupSimilarity, TokenGroup
 
 
 def class_groups(measured: MeasuredLayers, seed: int) -> list[TokenGroup]:
-    """Return the similarity of both layers by token class; empty classes are left out.
+    """Return the similarity of both layers by token class, without empty classes.
 
     Args:
         measured: Both layers.
@@ -37,12 +37,12 @@ def position_groups(measured: MeasuredLayers, seed: int) -> list[TokenGroup]:
 def _positions(shape: tuple[int, ...]) -> Iterator[tuple[str, Array]]:
     """Yield the name and the mask, `[S, T]`, of ranges of positions that double in length."""
     length = shape[1]
-    place = np.broadcast_to(np.arange(length), shape)
+    position = np.broadcast_to(np.arange(length), shape)
     start, stop = 0, 1
     while start < length:
         last = min(stop, length) - 1
         name = str(start) if last == start else f"{start}-{last}"
-        yield name, (place >= start) & (place <= last)
+        yield name, (position >= start) & (position <= last)
         start, stop = stop, 2 * stop
 
 
@@ -52,18 +52,18 @@ def _rows(
     return [
         TokenGroup(
             name=name,
-            tokens=int(there.sum()),
-            layer=_similarity(measured.target, there, seed),
-            contrast=_similarity(measured.contrast, there, seed),
+            tokens=int(mask.sum()),
+            layer=_similarity(measured.target, mask, seed),
+            contrast=_similarity(measured.contrast, mask, seed),
         )
-        for name, there in groups
-        if there.any()
+        for name, mask in groups
+        if mask.any()
     ]
 
 
-def _similarity(side: MeasuredSide, there: Array, seed: int) -> GroupSimilarity:
-    counts = there.sum(axis=1).astype(float)
-    sums = np.where(there, side.plain[1], 0).sum(axis=1)
+def _similarity(side: MeasuredSide, mask: Array, seed: int) -> GroupSimilarity:
+    counts = mask.sum(axis=1).astype(float)
+    sums = np.where(mask, side.plain[1], 0).sum(axis=1)
     return GroupSimilarity(
         similarity=float(sums.sum() / counts.sum()), interval=ratio_interval(sums, counts, seed)
     )

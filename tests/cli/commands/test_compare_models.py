@@ -138,7 +138,7 @@ def test_a_hub_model_is_compared_by_id_and_by_short_name(
         (("TINY", "T5"), "encoder-decoder"),
         (("TINY", "NAN"), "decoder layer 2"),
         (("TINY", "--copy", "int3"), "expected a copy such as int8"),
-        (("TINY", "--copy", "int8", "--config-only"), "which is not measured; leave it out"),
+        (("TINY", "--copy", "int8", "--config-only"), "which is not measured; leave out --copy"),
         (("TINY", "OTHER", "--seq-len", 65), "exceed the model's 64 positions"),
         (("TINY", "OTHER", "--seq-len", 60_000), "at least one block of 60000 tokens"),
         (("TINY", "OTHER", "--num-samples", 1, "--seq-len", 60), "gives 52 tokens, expected"),

@@ -162,7 +162,10 @@ def test_the_largest_mover_is_shown_for_models_over_the_same_tokens() -> None:
     assert row_of(rows, "B")[:4] == ["B", "25", "0.01", "-0.01"]
     assert row_of(rows, "C")[:4] == ["C", "25", "0.001", "-0.001"]
     text = " ".join(printed(of_sizes()).split())
-    assert "A and B are not compared sequence by sequence: their layers differ in number" in text
+    assert (
+        "A and B are not compared sequence by sequence: they have different numbers of layers"
+        in text
+    )
     assert "A and C are not compared sequence by sequence: their tokenizers differ" in text
 
 

@@ -31,25 +31,26 @@ def weights_of(stack: DecoderStack) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("text", COPIES)
-def test_a_copy_changes_only_the_layers_matrices_and_not_the_original(text: str) -> None:
+def test_a_copy_changes_only_the_matrices_of_layers_and_not_the_original(text: str) -> None:
     stack = a_stack()
     before = weights_of(stack)
-    twin = copy_of(stack, Alteration.parse(text))
+    altered = copy_of(stack, Alteration.parse(text))
     after = weights_of(stack)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    changed = {name for name, value in weights_of(twin).items() if not value.equal(before[name])}
+    changed = {name for name, value in weights_of(altered).items() if not value.equal(before[name])}
     matrices = {name for name, value in before.items() if ".layers." in name and value.ndim == 2}
     assert changed == matrices
     assert len(matrices) == 7 * 4
 
 
 @pytest.mark.parametrize("text", COPIES)
-def test_a_copys_provenance_names_its_alteration(text: str) -> None:
+def test_the_provenance_of_a_copy_names_its_alteration(text: str) -> None:
     stack = a_stack()
-    twin = copy_of(stack, Alteration.parse(text))
-    assert twin.provenance.name == f"tiny+{text}"
-    assert twin.provenance.weights_hash == twin.weights_in_memory() != stack.weights_in_memory()
-    assert "all decoder layers" in twin.provenance.altered
+    altered = copy_of(stack, Alteration.parse(text))
+    made = altered.provenance
+    assert made.name == f"tiny+{text}"
+    assert made.weights_hash == altered.weights_in_memory() != stack.weights_in_memory()
+    assert "all decoder layers" in made.altered
     assert stack.provenance.name == "tiny"
     assert stack.provenance.weights_hash == "w"
 
@@ -71,7 +72,7 @@ def test_int4_has_one_scale_per_output_and_group_of_inputs() -> None:
     assert weight.shape[1] == INT4_GROUP
     assert down.shape[1] % INT4_GROUP
     alter(stack, Alteration("int4"))
-    for matrix in (weight, down):  # a row that no group divides is one group
+    for matrix in (weight, down):  # a row that is not divisible into groups is one group
         for row in matrix.detach():
             assert len(row.unique()) <= 15
 
@@ -110,7 +111,7 @@ def test_packed_weights_are_refused() -> None:
     stack = a_stack()
     linear = stack.layers[2].mlp.up_proj  # type: ignore[union-attr]
     linear.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ModelError, match=r"stored as uint8, expected floating-point"):
+    with pytest.raises(ModelError, match=r"expected floating-point weights .* got uint8"):
         alter(stack, Alteration("int8"))
 
 

@@ -38,7 +38,7 @@ def test_copies_come_after_the_first_model_and_unmeasured_models_last(here: Path
 def test_a_folder_without_weights_is_not_measured(here: Path, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert [each.measured for each in candidates(["a", str(folder)])] == [True, False]
-    with pytest.raises(UsageError, match="not measured; leave it out"):
+    with pytest.raises(UsageError, match="not measured; leave out --copy"):
         candidates([str(folder)], copies=[Alteration("int8")])
 
 
@@ -85,7 +85,7 @@ def stack_of(tokenizer: Any) -> DecoderStack:
 
 
 def coarse_tokenizer() -> Any:
-    """A tokenizer of another hash and another length: every word is unknown, and one token."""
+    """Return a tokenizer with another hash, which maps every word to one unknown token."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -105,10 +105,10 @@ def test_another_tokenizer_reads_the_same_records(here: Path) -> None:
     assert first.tokens == 640
     assert 1 < first.records == other.records < len(TEXTS)
     assert other.tokens < first.tokens
-    # Ten words and EOS for each of the records.
+    # Each record has ten words and EOS.
     words = sum(len(each.split()) + 1 for each in TEXTS[: first.records])
     assert other.tokens == words // 8 * 8
-    # The first model's tokens are read once, whoever comes between.
+    # The first model's tokens are cached, also if another model reads in between.
     assert text.blocks(stack_of(tiny_tokenizer())) is first
 
 

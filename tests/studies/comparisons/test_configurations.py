@@ -1,4 +1,4 @@
-"""Tests of what follows from a configuration alone."""
+"""Tests of sizes and operations computed from a configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cascade.studies.comparisons.configurations import (
     sizes_of,
 )
 
-#: As the model cards publish them.
+#: Layers, hidden size and parameters as published in the model cards.
 PARAMETERS = {
     "smollm2-135m": (30, 576, 134_515_008),
     "smollm2-360m": (32, 960, 361_821_120),
@@ -52,8 +52,8 @@ def test_hub_ids_of_known_models_need_no_hub(here: Path, hub_id: str) -> None:
 
 
 def test_operations_of_the_smallest_model_equal_those_counted_by_hand() -> None:
-    # By hand, per token: the head 2 x 576 x 49152; a layer's matrices 2 x (2 x 576^2 + 2 x 192 x
-    # 576 + 3 x 576 x 1536) and 4 x 128 x 576 for attention.
+    # Operations per token: 2 x 576 x 49152 for the head; for a layer, 2 x (2 x 576^2 + 2 x 192 x
+    # 576 + 3 x 576 x 1536) for its matrices and 4 x 128 x 576 for attention.
     head = 2 * 576 * 49152
     layer = 2 * (2 * 576**2 + 2 * 192 * 576 + 3 * 576 * 1536) + 4 * 128 * 576
     sizes = sizes_of(read_configuration("smollm2-135m").config, 128)
@@ -101,7 +101,7 @@ def test_only_a_folder_can_lack_weights(here: Path, source: str) -> None:
     assert not lacks_weights(source)
 
 
-def test_a_folder_goes_before_a_short_name_of_the_hub(here: Path) -> None:
+def test_a_folder_takes_precedence_over_a_short_name(here: Path) -> None:
     save_checkpoint(here / "smollm2-360m")
     assert read_configuration("smollm2-360m").config.hidden_size == 32
 
@@ -147,11 +147,11 @@ def test_a_hub_model_is_described_by_its_cached_configuration(
                 json.dumps(json.loads(path.read_text()) | {"hidden_act": "none of them"})
             ),
             UnsupportedModelError,
-            "expected the config.json of a whole model",
+            "expected the config.json of a complete model",
         ),
     ],
 )
-def test_invalid_configurations_are_refused_in_one_line(
+def test_invalid_configurations_give_a_one_line_error(
     folder: Path, spoil: object, error: type[ModelError], words: str
 ) -> None:
     spoil(folder / "config.json")  # type: ignore[operator]
@@ -161,19 +161,19 @@ def test_invalid_configurations_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize("source", ["some-org/unknown", "~nobody/x", "a" * 5000, "a\0b"])
-def test_an_unknown_model_is_refused_with_the_known_names(here: Path, source: str) -> None:
+def test_the_error_for_an_unknown_model_lists_the_known_names(here: Path, source: str) -> None:
     with pytest.raises(ModelError) as caught:
         read_configuration(source)
     assert str(caught.value).startswith(f"no configuration of {source}: ")
     assert "smollm2-135m, smollm2-360m, smollm2-1.7b" in str(caught.value)
 
 
-def test_a_file_that_is_no_model_is_refused(here: Path) -> None:
+def test_a_file_that_is_not_a_model_is_refused(here: Path) -> None:
     with pytest.raises(ModelError, match=r"expected a model folder or a .gguf file"):
         read_configuration("texts.jsonl")
 
 
-def test_the_nearest_layer_by_hand() -> None:
+def test_the_nearest_layer_matches_examples() -> None:
     assert layer_at(Fraction(29, 30), 30) == 29
     assert layer_at(Fraction(29, 30), 32) == 31
     assert layer_at(Fraction(29, 30), 24) == 23
@@ -182,7 +182,7 @@ def test_the_nearest_layer_by_hand() -> None:
 
 
 @given(st.integers(1, 120), st.data())
-def test_a_layers_own_depth_leads_back_to_it(num_layers: int, data: st.DataObject) -> None:
+def test_the_depth_of_a_layer_gives_the_same_layer(num_layers: int, data: st.DataObject) -> None:
     layer = data.draw(st.integers(1, num_layers))
     assert layer_at(Fraction(layer, num_layers), num_layers) == layer
     other = data.draw(st.integers(1, 120))

@@ -85,7 +85,7 @@ def test_a_layers_verdict_follows_from_its_interval(margin: float) -> None:
         assert pair.layers == by_verdict
 
 
-def test_undecided_layers_say_how_many_tokens_would_decide() -> None:
+def test_undecided_layers_name_the_tokens_needed_for_a_verdict() -> None:
     row, blocks = None, [text_of(20, seed=5), text_of(20, 30, 60, seed=6)]
     for margin in (0.01, 0.02, 0.05):
         rows = compared(*blocks, margin=margin).differences[0].rows
@@ -93,7 +93,7 @@ def test_undecided_layers_say_how_many_tokens_would_decide() -> None:
         row = next((row for row in rows if row.verdict == "cannot tell"), row)
         if row is None:
             continue
-        # An interval so many times narrower would just touch the margin.
+        # With that many tokens, the interval would just touch the margin.
         half = (row.interval[1] - row.interval[0]) / 2
         half /= np.sqrt(row.tokens_needed / blocks[0].tokens)
         if row in rows:
@@ -105,7 +105,7 @@ def test_undecided_layers_say_how_many_tokens_would_decide() -> None:
 
 
 def corpus_of(label: str, **special: tuple[str | None, float]) -> ComparedCorpus:
-    """Return what a record says of a corpus: layer -> role and share of resamples."""
+    """Return the record of a corpus from the role and share of resamples of each layer."""
     roles: dict[str, list[str]] = {"input_transform": [], "dips": [], "output_transform": []}
     for layer, (role, _) in special.items():
         if role is not None:
@@ -173,8 +173,8 @@ def test_thresholds_are_fitted_and_applied_at_the_exit_layer(layer: int) -> None
     assert [row.hard_ratio for row in rows] == [0.25, 0.6] * len(pairs)
     values = dict(zip("ABC", (similarities_of(blocks, layer) for blocks in corpora), strict=True))
     for row in rows:
-        # Tokens that begin a sequence tie, and two ways of going through the layers part ties by
-        # rounding; a neighbouring layer's similarities would be off by tenths.
+        # First tokens of sequences have equal similarities, and rounding breaks such ties. The
+        # similarities of a neighbouring layer would differ by tenths.
         for side, share in ((row.fitted_on, row.hard_ratio), (row.applied_to, row.realized)):
             assert (values[side] < row.threshold).mean() == pytest.approx(share, abs=0.02)
         low, high = row.interval
@@ -183,7 +183,7 @@ def test_thresholds_are_fitted_and_applied_at_the_exit_layer(layer: int) -> None
         assert row.off_interval == pytest.approx([end - row.hard_ratio for end in (low, high)])
 
 
-def test_the_default_exit_layer_is_the_first_corpus_suggestion() -> None:
+def test_the_default_exit_layer_is_suggested_by_the_first_corpus() -> None:
     suggested = compared(layer=None)
     layer = suggested.corpora[0].suggested_exit_layer
     assert suggested.settings.layer == layer

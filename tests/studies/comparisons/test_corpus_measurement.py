@@ -20,7 +20,7 @@ from cascade.studies.comparisons.corpus_records import CorpusComparison
 
 @functools.cache
 def a_deep_record() -> CorpusComparison:
-    """Return a comparison on a model with layers enough for a structure, one of them special."""
+    """Return a comparison on a model that has enough layers for a structure and a special one."""
     return compare_corpora(_deep_stack(), CORPORA, CorpusComparisonConfig(hard_ratios=(0.5,)))
 
 
@@ -29,7 +29,7 @@ def _deep_stack() -> DecoderStack:
     model = tiny_model("llama", num_layers=8)
     with torch.no_grad():
         for number, layer in enumerate(model.model.layers):
-            # All layers but the fourth turn the stream little.
+            # Only the fourth layer turns the stream much.
             scale = 1.0 if number == 3 else 0.05
             layer.mlp.down_proj.weight.mul_(scale)
             layer.self_attn.o_proj.weight.mul_(scale)
@@ -47,7 +47,7 @@ def test_structures_equal_those_of_each_corpus_profile() -> None:
         assert corpus.tokens == blocks.tokens
         row = next(row for row in corpus.special if row.layer == "4")
         assert (row.role, row.share_of_resamples) == ("dips", 1.0)
-    # Two tokens alone turn the last layer far more: the norm behind it no longer stands out.
+    # With only two distinct tokens, the last layer turns far more, so the norm does not stand out.
     (row,) = record.special.differ
     assert (row.layer, row.special_in, row.sure) == ("8+norm", ["A", "B"], True)
     assert not record.special.same

@@ -49,7 +49,7 @@ def test_suggested_exits_equal_the_profiles() -> None:
         own = from_plain(to_plain(model.profile.record()), ProfileRecord).thresholds
         assert entry.exit.layer == own.exit_layer
         assert entry.exit.by_hard_ratio == own.by_hard_ratio
-    # Nine of ten layers and 29 of 30; one layer of N + 2 lies behind them.
+    # The exits are 9 of 10 and 29 of 30. One of N + 2 equal shares lies behind them.
     assert [entry.exit.layer for entry in record.models] == ["9", "29"]
     assert [entry.exit.depth for entry in record.models] == [0.9, 0.966667]
     assert record.models[0].exit.spared == round(1 / 12, 6)
@@ -64,7 +64,7 @@ def test_an_unmeasured_model_has_layers_by_depth_and_no_exit() -> None:
     entry = record.models[1]
     assert (entry.measured, entry.exit, entry.layers) == (False, None, None)
     assert entry.configuration == "its config.json"
-    # 0.9 of C and 29/30 of A, of 12 layers: 10.8 and 11.6.
+    # Depths 0.9 (from C) and 29/30 (from A) of 12 layers are 10.8 and 11.6.
     assert to_plain(record.by_depth) == [
         {
             "depth": 0.9,
@@ -86,7 +86,7 @@ def test_without_a_measured_model_depths_are_for_reference() -> None:
     assert record.pairs == []
     assert [entry.depth for entry in record.by_depth] == [0.5, 0.666667, 0.8, 0.9, 0.966667]
     assert all(entry.suggested_by == [] for entry in record.by_depth)
-    assert [place.layer for place in record.by_depth[-1].layers] == [31, 23]
+    assert [row.layer for row in record.by_depth[-1].layers] == [31, 23]
 
 
 def test_measured_models_have_no_layers_by_depth() -> None:
@@ -98,7 +98,7 @@ def test_measured_models_have_no_layers_by_depth() -> None:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Llamas of 6 and 9 layers, trained for some steps on the corpus at hand."""
+    """Return Llama models of 6 and 9 layers, trained for a few steps on the test corpus."""
     tokenizer = tiny_tokenizer()
     ids = torch.tensor(tokenizer(" ".join(TEXTS))["input_ids"][:2048]).reshape(-1, 32)
     folders = {}
@@ -145,11 +145,11 @@ def test_trained_models_of_two_depths_and_a_copy(here: Path, trained: dict[int, 
     of_copy, of_deeper = record.pairs
     assert of_copy.same_tokenizer
     assert of_deeper.same_tokenizer
-    assert of_deeper.unpaired == "their layers differ in number, 6 and 9"
+    assert of_deeper.unpaired == "they have different numbers of layers (6 and 9)"
     assert 0 < of_copy.apart.degrees < of_deeper.apart.degrees
     moves = [row.mean_size for row in of_copy.paired.layers]
     assert all(0 < move < 0.05 for move in moves)
-    # What was compared is what `cascade analyze` measures.
+    # The compared profiles equal those of `analyze`.
     stack = load(str(trained[9]))
     profile = cascade.analyze(stack, text.blocks(stack))
     own = from_plain(to_plain(profile.record()), ProfileRecord)
@@ -171,7 +171,7 @@ def test_the_same_model_twice_does_not_change(here: Path, trained: dict[int, Pat
 
 
 def test_a_saved_quantized_checkpoint_equals_the_altered_model(here: Path, tmp_path: Path) -> None:
-    """What a user quantized and saved is compared like any other folder."""
+    """A checkpoint that a user quantized and saved is compared like any other folder."""
     folder = save_checkpoint(tmp_path / "mine")
     stack = load(str(folder))
     alter(stack, Alteration("int8"))

@@ -38,16 +38,16 @@ from cascade.studies.comparisons.model_pairs import match_dips
         (([5], 10), ([6], 10), [(5, 6)]),
         (([5], 10), ([7], 10), []),
         (([5], 10), ([22], 40), [(5, 22)]),
-        # Nearest first: 9 takes 10, and 12 is left without any.
+        # The nearest pair is matched first: 9 with 10. Then 12 has no match.
         (([9, 12], 100), ([10], 100), [(9, 10)]),
         (([8, 9], 100), ([10], 100), [(9, 10)]),
         (([9, 12], 100), ([10, 13], 100), [(9, 10), (12, 13)]),
-        # As near on both sides: the one further up.
+        # If both are equally near, the lower layer is matched.
         (([9, 11], 100), ([10], 100), [(9, 10)]),
         (([], 30), ([25], 30), []),
     ],
 )
-def test_dips_match_by_hand(
+def test_matched_dips_equal_the_examples(
     first: tuple[list[int], int], second: tuple[list[int], int], expected: list[tuple[int, int]]
 ) -> None:
     assert match_dips(*first, *second) == expected
@@ -119,16 +119,16 @@ def test_models_with_few_layers_have_no_dips() -> None:
 # --- Profiles ------------------------------------------------------------------------------
 
 
-def test_profiles_of_one_shape_do_not_lie_apart_whatever_their_depth() -> None:
+def test_profiles_of_the_same_shape_have_no_distance_at_any_depth() -> None:
     line = [0.5] * 10
     record = compare_models([measured(line), measured([0.5] * 25)])
-    assert record.pairs[0].apart.degrees < 0.3  # what the draw itself is apart
+    assert record.pairs[0].apart.degrees < 0.3  # sampling noise
     turned = compare_models([measured([0.5] * 25), measured(line)])
     assert turned.pairs[0].apart == record.pairs[0].apart
 
 
 def test_the_distance_of_profiles_is_the_angle_between_them() -> None:
-    # cos 60 and cos 45 degrees, in all layers but the last; there cos 90.
+    # The angles are 60 and 45 degrees, except in the last layer of the second model: 90 degrees.
     first = measured([0.5] * 4, sequences=1)
     second = measured([np.sqrt(0.5)] * 3 + [0.0], sequences=1)
     apart = compare_models([first, second]).pairs[0].apart
@@ -183,15 +183,15 @@ def test_one_sequence_has_no_interval() -> None:
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        ({"means": [0.5] * 6}, "their layers differ in number, 5 and 6"),
-        ({"tokenizer": "another"}, "their tokenizers differ: tokens are not the same"),
-        ({"tokenizer": None}, "their tokenizers differ: tokens are not the same"),
-        ({"fingerprints": np.arange(6) + 1}, "they read other sequences"),
-        ({"sequences": 5}, "they read other sequences"),
+        ({"means": [0.5] * 6}, "they have different numbers of layers (5 and 6)"),
+        ({"tokenizer": "another"}, "their tokenizers differ, so their tokens differ"),
+        ({"tokenizer": None}, "their tokenizers differ, so their tokens differ"),
+        ({"fingerprints": np.arange(6) + 1}, "they read different sequences"),
+        ({"sequences": 5}, "they read different sequences"),
         ({"norm": False}, "only one of them has a final norm"),
     ],
 )
-def test_models_that_cannot_be_paired_say_why(other: dict[str, Any], reason: str) -> None:
+def test_unpaired_models_name_the_reason(other: dict[str, Any], reason: str) -> None:
     means = other.pop("means", [0.5] * 5)
     (pair,) = compare_models([measured([0.5] * 5), measured(means, **other)]).pairs
     assert (pair.unpaired, pair.paired) == (reason, None)

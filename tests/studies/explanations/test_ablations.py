@@ -15,7 +15,7 @@ from cascade.studies.explanations.causes import MeasuredUpdate, learn_traits
 from cascade.studies.explanations.layer_explanation import explain
 
 
-def test_perplexities_equal_the_models() -> None:
+def test_perplexities_equal_those_of_the_model() -> None:
     stack = planted.quiet_stack()
     corpus = planted.blocks(8)
     record = explain(stack, corpus, 3, contrast=2)
@@ -51,7 +51,7 @@ def test_perplexities_equal_the_models() -> None:
     assert rows["update_halved"].perplexity == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_common_part_is_left_out_of_every_token_but_the_first() -> None:
+def test_the_common_update_is_removed_from_every_token_except_the_first() -> None:
     stack = planted.quiet_stack()
     ids = torch.from_numpy(planted.blocks(4).ids.astype(np.int64))
     plan = stack.plan(ids)

@@ -1,4 +1,4 @@
-"""Tests of what is left of a layer's angle when a cause is taken away."""
+"""Tests of the remaining angle of a layer after removing a cause."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def test_a_hidden_token_is_read_only_by_itself(family: str) -> None:
     other[:, 2] += torch.randn(other.shape[-1], generator=torch.Generator().manual_seed(0))
     outputs = [stack.step(1, hidden, call) for hidden in (plan.embedded, other)]
     changed = (outputs[0] != outputs[1]).any(dim=-1).any(dim=0)
-    assert changed.tolist() == [place == 2 for place in range(ids.shape[1])]
+    assert changed.tolist() == [position == 2 for position in range(ids.shape[1])]
     plain = [stack.step(1, hidden, plan.calls[0]) for hidden in (plan.embedded, other)]
-    assert (plain[0][:, 3:] != plain[1][:, 3:]).any(), "it would be read otherwise"
+    assert (plain[0][:, 3:] != plain[1][:, 3:]).any(), "without the mask, later tokens must read it"
 
 
 def test_a_call_without_a_mask_cannot_be_changed() -> None:
-    stack = DecoderStack(tiny_model("llama"))  # SDPA: no mask where nothing is padded
+    stack = DecoderStack(tiny_model("llama"))  # SDPA has no mask without padding
     call = stack.plan(random_ids()).calls[0]
     assert hide_tokens(call, torch.ones(2, 12, dtype=torch.bool)) is None
 
@@ -54,7 +54,7 @@ def an_update(seed: int = 0, *, tokens: int = 64) -> Update:
     return Update(3 * parts[0], parts[1], parts[2])
 
 
-def test_traits_hold_the_common_part_and_the_dimensions() -> None:
+def test_traits_contain_the_common_update_and_the_dimensions() -> None:
     update = an_update()
     update.attention[..., 5] += 20.0
     traits = learn_traits([update])
@@ -70,7 +70,7 @@ def test_traits_hold_the_common_part_and_the_dimensions() -> None:
     assert diffuse.common_share < 0.1
 
 
-def test_traits_leave_out_first_tokens() -> None:
+def test_traits_exclude_first_tokens() -> None:
     update = an_update()
     update.attention[:, 0] += 1e4
     plain = learn_traits([an_update()])
@@ -79,7 +79,7 @@ def test_traits_leave_out_first_tokens() -> None:
     assert found.update_size == plain.update_size
 
 
-def test_each_removal_takes_away_only_its_cause() -> None:
+def test_each_removal_removes_only_its_cause() -> None:
     update = an_update()
     update.attention[..., 5] += 20.0
     own = learn_traits([update])
@@ -87,7 +87,9 @@ def test_each_removal_takes_away_only_its_cause() -> None:
     plan = stack.plan(random_ids())
     sublayers = find_sublayers(stack, 1)
     _, real = split_update(stack, sublayers, 1, plan.embedded, plan.calls[0])
-    assert not measure_update(stack, 1, real, plan.calls[0], None).outputs_hidden, "SDPA: no mask"
+    assert not measure_update(stack, 1, real, plan.calls[0], None).outputs_hidden, (
+        "SDPA has no mask"
+    )
     other = an_update(2)
     other.attention[..., 5] -= 30.0
     of = learn_traits([other])
@@ -107,10 +109,10 @@ def test_each_removal_takes_away_only_its_cause() -> None:
     assert "first_token" not in found
 
 
-def test_exchanged_traits_equal_the_neighbours() -> None:
+def test_replaced_traits_equal_those_of_the_neighbour() -> None:
     update, other = an_update(0), an_update(1)
     own, of = learn_traits([update]), learn_traits([other])
-    # An update of the layer's size at the neighbour's own angle, by hand for one token.
+    # For one token, compute an update of the layer's size at the neighbour's angle.
     size = float(norm(update.whole)[0, 3] / norm(update.hidden)[0, 3])
     along, across = 1 + size * of.update_cosine, size * math.sqrt(1 - of.update_cosine**2)
     found = angles_with_neighbour_traits(update, own, of)["update_direction"]

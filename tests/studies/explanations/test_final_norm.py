@@ -21,7 +21,7 @@ from cascade.studies.explanations.records import FinalNormExplanation
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_norm_of_a_stack_equals_the_models_norm(family: str) -> None:
+def test_the_norm_of_a_stack_equals_the_norm_of_the_model(family: str) -> None:
     stack = DecoderStack(tiny_model(family))
     kept: dict[int, torch.Tensor] = {}
     normed = stack.visit(random_ids(), lambda entry, hidden: kept.update({entry: hidden}))
@@ -30,7 +30,7 @@ def test_the_norm_of_a_stack_equals_the_models_norm(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_probed_weights_bias_and_centring_equal_the_modules(family: str) -> None:
+def test_probed_weights_bias_and_centring_equal_those_of_the_module(family: str) -> None:
     model = tiny_model(family)
     stack = DecoderStack(model)
     weights, bias, centred = norm_weights(stack)
@@ -57,7 +57,7 @@ def a_stack(*, dimension: int = 5, weight: float = -1.0) -> DecoderStack:
     return stack
 
 
-def test_the_weight_that_makes_the_difference_comes_first() -> None:
+def test_the_weight_with_the_largest_effect_comes_first() -> None:
     record = explain_norm(a_stack(), planted.blocks())
     means = {row.between: row.mean for row in record.similarities}
     assert means["residual"] > 0.8
@@ -90,14 +90,14 @@ def test_similarities_equal_the_profiles() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "cohere"])
-def test_levelling_almost_all_weights_comes_close_to_equal_weights(family: str) -> None:
+def test_levelling_nearly_all_weights_approaches_equal_weights(family: str) -> None:
     model = tiny_model(family)
     stack = DecoderStack(model, tokenizer=tiny_tokenizer())
     done: list[int] = []
     record = explain_norm(stack, planted.blocks(8), progress=done.append)
     assert sum(done) == planted.blocks(8).tokens
     means = {row.between: row.mean for row in record.similarities}
-    # Counted from the other side: levelling the first is close to all of them, where few are left.
+    # If nearly all weights are levelled, the result is close to levelling all of them.
     last = record.levelled[-1]
     assert last.weights < stack.hidden_size
     assert abs(last.similarity - means["equal_weights"]) < 0.2

@@ -31,7 +31,7 @@ def test_a_cause_is_supported_only_if_its_whole_interval_lies_above_half(
         assert low < 0.5 < high
 
 
-def test_without_a_gap_no_share_of_it_is_closed() -> None:
+def test_without_a_gap_there_is_no_closed_share() -> None:
     degrees = np.full(16, 20.0)
     gap = AngleGap(draws(16, 0), degrees, degrees)
     found = gap.closed(degrees, degrees)

@@ -54,10 +54,12 @@ def test_a_constant_that_the_mlp_writes_is_not_attributed_to_attention() -> None
     )
     assert supported(record) >= {"mlp", "common"}
     assert not supported(record) & {"attention", "dimensions", "first_token"}
-    assert cause(record, "dimensions").verdict == "not tried", "it is spread over all of them"
+    assert cause(record, "dimensions").verdict == "not tried", (
+        "the constant is spread over all dimensions"
+    )
 
 
-def test_a_loud_mlp_has_no_common_part() -> None:
+def test_a_large_mlp_update_has_no_common_vector() -> None:
     record = explained(lambda stack: planted.loud_mlp(stack, 8.0), planted.blocks())
     assert "mlp" in supported(record)
     assert not supported(record) & {"attention", "common", "first_token", "one_class"}
@@ -69,8 +71,8 @@ def test_a_value_read_from_the_first_token_is_found() -> None:
     assert not supported(record) & {"mlp", "delimiters", "one_class"}
 
 
-def test_a_class_of_tokens_is_found() -> None:
-    # Every sequence has digits and others.
+def test_a_token_class_as_cause_is_found() -> None:
+    # Every sequence has digits and other tokens.
     ids = planted.blocks(24, 32).ids.copy()
     ids[:, 1::2] = tiny_tokenizer().convert_tokens_to_ids("5")
     record = explained(
@@ -81,7 +83,7 @@ def test_a_class_of_tokens_is_found() -> None:
     assert "attention" not in supported(record)
 
 
-def test_a_layer_like_its_neighbour_needs_no_cause() -> None:
+def test_a_layer_similar_to_its_neighbour_needs_no_explanation() -> None:
     record = explain(planted.quiet_stack(), planted.blocks(), 2, contrast=3)
     assert record.gap.degrees < 0, "it turns the stream less"
     assert not record.gap.asks_for_a_cause
@@ -91,7 +93,7 @@ def test_a_layer_like_its_neighbour_needs_no_cause() -> None:
 def test_a_neighbour_that_turns_more_without_a_cause_closes_no_gap() -> None:
     stack = planted.quiet_stack()
     planted.constant_of(stack, "attention", 4.0)
-    # The neighbour's MLP undoes its attention: without the MLP it turns far more.
+    # The neighbour's MLP cancels its attention, so it turns far more without the MLP.
     layer: Any = stack.layers[planted.DIP - 2]
     vector = 6.0 * torch.eye(stack.hidden_size)[9]
     layer.self_attn.o_proj.register_forward_hook(lambda _, __, output: output + vector)
@@ -104,7 +106,7 @@ def test_a_neighbour_that_turns_more_without_a_cause_closes_no_gap() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2", "bloom"])
-def test_the_record_is_complete_and_the_model_unchanged(family: str) -> None:
+def test_the_record_is_complete_and_the_model_does_not_change(family: str) -> None:
     model = tiny_model(family)
     stack = DecoderStack(model, tokenizer=tiny_tokenizer())
     ids = random_ids()
@@ -147,7 +149,7 @@ def test_empty_token_classes_are_listed_as_missing() -> None:
     assert sum(row.tokens for row in record.classes) == sum(row.tokens for row in record.positions)
 
 
-def test_delimiters_are_hidden_in_the_batches_that_have_any() -> None:
+def test_delimiters_are_hidden_in_batches_that_contain_them() -> None:
     ids = planted.blocks(8).ids.copy()
     tokens = tiny_tokenizer().convert_tokens_to_ids
     ids[np.isin(ids, tokens(list(".,;:!?")))] = tokens("x")
@@ -176,7 +178,7 @@ def test_invalid_layers_and_corpora_are_refused() -> None:
         explain(stack, corpus, 7)
     with pytest.raises(UsageError, match=r"expected --contrast in 1..6, got 0"):
         explain(stack, corpus, 2, contrast=0)
-    with pytest.raises(UsageError, match="a neighbour other than layer 2"):
+    with pytest.raises(UsageError, match="--contrast to differ from layer 2"):
         explain(stack, corpus, 2, contrast=2)
     with pytest.raises(CorpusError, match=r"at least 4 sequences .* got 3"):
         explain(stack, planted.blocks(3), 2)

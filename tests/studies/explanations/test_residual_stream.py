@@ -54,7 +54,7 @@ def test_shares_of_the_angle_add_up_to_one_and_may_be_negative() -> None:
     assert row.mlp_angle == pytest.approx(0.0, abs=0.1)
     turn = math.degrees(math.atan2(2, 3))
     assert row.angle == pytest.approx(turn, abs=1e-3)
-    # The MLP alone turns nothing; it takes 45 - turn degrees away from the attention's 45.
+    # The MLP alone does not turn the stream. It reduces the attention's 45 degrees to `turn`.
     assert row.attention_share == pytest.approx((turn + 45) / 2 / turn, abs=1e-4)
     assert row.mlp_share == pytest.approx((turn - 45) / 2 / turn, abs=1e-4)
     assert row.attention_share + row.mlp_share == pytest.approx(1.0)
@@ -93,7 +93,7 @@ def test_massive_activations_are_counted_by_dimension_and_token() -> None:
     ]
 
 
-def test_attention_weights_are_the_models_own() -> None:
+def test_attention_weights_equal_those_of_the_model() -> None:
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
     stack = DecoderStack(model)
