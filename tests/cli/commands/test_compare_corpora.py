@@ -181,7 +181,10 @@ def test_hub_datasets_are_asked_for_by_name_configuration_and_split(
         (("texts.jsonl", "embedded@none"), "expected @SPLIT among held-out, train, got none"),
         (("texts.jsonl", "embedded:none"), ":CONFIG belongs to hub datasets, got it for embedded"),
         (("texts.jsonl", "embedded@"), "expected a corpus NAME[:CONFIG][@SPLIT][#COLUMN], got 'em"),
-        (("texts.jsonl", "short.txt"), "expected at least 2 sequences of short for an interval, got 1"),
+        (
+            ("texts.jsonl", "short.txt"),
+            "at least 2 sequences of short for an interval, got 1",
+        ),
         (("texts.jsonl", "empty.txt"), "empty.txt is empty"),
         (("texts.jsonl", "digits.jsonl", "--layer", 5), "expected --layer in 1..4, got 5"),
         (("texts.jsonl", "digits.jsonl", "--layer", 0), "expected --layer of at least 1, got 0"),

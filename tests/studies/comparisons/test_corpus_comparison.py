@@ -72,7 +72,11 @@ def test_the_batch_size_does_not_matter_and_progress_counts_all_tokens() -> None
         ([], UsageError, "expected at least 2 corpora to compare, got 0"),
         ([text_of(4)], UsageError, "expected at least 2 corpora to compare, got 1"),
         ([text_of(4, seed=n) for n in range(9)], UsageError, "at most 8 corpora, got 9"),
-        ([text_of(4), text_of(1, seed=1)], CorpusError, "2 sequences of tokens-2-97-1 for an interval, got 1"),
+        (
+            [text_of(4), text_of(1, seed=1)],
+            CorpusError,
+            "tokens-2-97-1 for an interval, got 1",
+        ),
         ([text_of(4), text_of(6, seed=1), text_of(4)], CorpusError, "got the same tokens from"),
         ([text_of(4), text_of(4, length=65, seed=1)], CorpusError, "use --seq-len 64 or less"),
         ([text_of(4), text_of(4, 2, 200, seed=1)], ModelError, "the model embeds 97 tokens"),
