@@ -1,6 +1,6 @@
-"""The fresh process that memory is measured in: a task as JSON comes in, its peak as JSON goes out.
+"""Measure the peak memory of a task in a fresh process. Task and peak are passed as JSON.
 
-Started by `memory.peak_in_fresh_process`; not meant to be called by hand.
+Internal: `memory.peak_in_fresh_process` starts this module.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cascade.benchmarks.collection import (
 )
 from cascade.core.schema import to_plain
 
-#: What measures one variant, by the kind of the record.
+#: Functions that measure one variant, by record kind.
 _PEAKS = {
     CollectionBenchmark.KIND: lambda config, variant, factor: peak_of_variant(
         CollectionBenchmarkConfig(**config), variant, factor

@@ -1,4 +1,4 @@
-"""The benchmark of collecting similarities: its variants are timed and compared."""
+"""Benchmark of collecting similarities: time several variants and compare them."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import SaturationProfile, analyze
 
-#: What each variant does, in the record's words.
+#: Description of each variant, as stored in the record.
 VARIANTS = {
     "seed_fp32": "whole model, output_hidden_states=True, normalized product per layer",
-    "bare_fp32": "decoder forward alone, without LM head, cache and statistics",
+    "bare_fp32": "decoder forward pass only, without LM head, cache and statistics",
     "analyze_fp32": "cascade analyze",
-    "bare_bf16": "decoder forward alone, in bfloat16",
+    "bare_bf16": "decoder forward pass only, in bfloat16",
     "analyze_bf16": "cascade analyze, in bfloat16",
-    "angular_fp32": "peer's method: whole model, angular distance per layer, last token only",
+    "angular_fp32": "peer method: whole model, angular distance per layer, last token only",
 }
 
 #: Ratios of seconds, variant over reference.
@@ -53,7 +53,7 @@ RATIOS = (
     ("analyze_fp32", "bare_fp32"),
     ("seed_fp32", "analyze_fp32"),
     ("seed_fp32", "analyze_bf16"),
-    # No analysis of every layer can be faster than this on the same machine.
+    # Upper bound for any analysis of all layers on the same machine.
     ("seed_fp32", "bare_fp32"),
     ("bare_bf16", "analyze_bf16"),
     ("angular_fp32", "analyze_fp32"),
@@ -62,16 +62,16 @@ RATIOS = (
 
 @dataclass(frozen=True)
 class CollectionBenchmarkConfig:
-    """What is measured; the same for every variant.
+    """Options of the benchmark of collecting similarities.
 
     Attributes:
-        model: Anything that `models.load` takes.
+        model: Source of the model, as for `load`.
         tokens: Tokens per pass, rounded down to whole sequences.
         seq_len: Tokens per sequence.
         batch_size: Sequences per forward pass.
         rounds: Timed passes per variant.
-        threads: Threads that torch computes with; None leaves the number as it is.
-        seed: Draws the order of the variants and the bootstrap's resamples.
+        threads: Number of torch threads; None to keep the current number.
+        seed: Seed of the order of variants and of the resamples.
         device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
@@ -91,19 +91,19 @@ class CollectionBenchmarkConfig:
         least = {"seq_len": 2, "batch_size": 1, "rounds": 2, "threads": 1, "seed": 0}
         reasons = {
             "tokens": "one sequence of --seq-len",
-            "rounds": "one round has no interval",
+            "rounds": "one round gives no interval",
         }
         check_least(self, least | {"tokens": self.seq_len}, reasons)
 
 
 class Peer(Part, frozen=True, kw_only=True):
-    """The other method that collecting is compared with.
+    """The peer method that collecting is compared with.
 
     Attributes:
-        variant: The variant that runs it.
-        rebuilt: Whether the method is rebuilt here.
-        reason: Why it is rebuilt.
-        source: Where it is described.
+        variant: Variant that runs the method.
+        rebuilt: Whether the method is reimplemented here.
+        reason: Reason for the reimplementation.
+        source: Publication of the method.
     """
 
     variant: str = field(name="way")
@@ -116,10 +116,10 @@ PEER = Peer(
     variant="angular_fp32",
     rebuilt=True,
     reason=(
-        "short-transformers 1.0.0 does not run on transformers 5: it takes a decoder layer's "
-        "output for a tuple, and since transformers 5 that is a tensor (RuntimeError in its first "
-        "forward pass); it also takes no batch larger than one. The method is rebuilt here, in "
-        "batches, so the ratio says nothing of that package's own speed"
+        "short-transformers 1.0.0 does not run on transformers 5: it expects a tuple as output of "
+        "a decoder layer, but transformers 5 returns a tensor (RuntimeError in the first forward "
+        "pass); it also supports no batches. The method is reimplemented here with batches, so "
+        "the ratio says nothing about the speed of that package"
     ),
     source=(
         "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers; "
@@ -132,8 +132,8 @@ class LargestDifference(Part, frozen=True, kw_only=True):
     """The layer whose mean similarity differs most between two variants.
 
     Attributes:
-        layer: Its label, e.g. "30+norm".
-        difference: Of the means.
+        layer: Label of the layer, for example "30+norm".
+        difference: Difference of the means.
     """
 
     layer: str
@@ -141,11 +141,11 @@ class LargestDifference(Part, frozen=True, kw_only=True):
 
 
 class Agreement(Part, frozen=True, kw_only=True):
-    """How far variants agree: a faster variant must do the same work.
+    """The largest differences between variants. A faster variant must give the same results.
 
     Attributes:
-        bf16: analyze in bfloat16 against analyze in fp32.
-        seed: The study's pass against analyze in fp32.
+        bf16: `analyze` in bfloat16, compared with `analyze` in fp32.
+        seed: The original study's pass, compared with `analyze` in fp32.
     """
 
     bf16: LargestDifference
@@ -153,7 +153,7 @@ class Agreement(Part, frozen=True, kw_only=True):
 
 
 class CollectionBenchmark(StoredRecord, frozen=True, kw_only=True):
-    """The record of the benchmark of collecting similarities."""
+    """Record of the benchmark of collecting similarities."""
 
     KIND = "bench.collect"
     COMMAND = "bench collect --output"
@@ -179,25 +179,25 @@ def benchmark_collection(
     command: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CollectionBenchmark:
-    """Time every variant of collecting similarities over the embedded corpus, and compare them.
+    """Time every variant of collecting similarities over the embedded corpus.
 
     Args:
-        config: What to measure.
-        memory: Measure peak memory as well, in processes of their own.
-        command: What the user ran, for the provenance.
+        config: Options of the benchmark.
+        memory: Also measure peak memory, in separate processes.
+        command: Command that the user ran, for the provenance.
         progress: Called with a message for each step.
 
     Returns:
-        The record; a missed target does not raise.
+        The record. A missed target does not raise an error.
 
     Raises:
-        BenchmarkError: The corpus has fewer tokens, or a process measuring memory failed.
+        BenchmarkError: The corpus has too few tokens, or a process that measures memory failed.
         ModelError: The model cannot be loaded.
-        DeviceError: The device is absent or lacks bfloat16.
+        DeviceError: The device is missing or does not support bfloat16.
     """
     with session(config, progress) as (config, run):
         timings, tokens = _timings(config, run, command)
-    usage = not_measured("not asked for (--no-memory)")
+    usage = not_measured("disabled by --no-memory")
     if memory:
         usage = measure_usage(
             CollectionBenchmark.KIND,
@@ -224,7 +224,7 @@ def benchmark_collection(
 def _timings(
     config: CollectionBenchmarkConfig, run: Session, command: str | None
 ) -> tuple[Timings, int]:
-    """Return the times and the tokens of one pass; the models are freed again."""
+    """Return the times and the tokens of one pass. The models are freed afterwards."""
     run.progress(f"Loading {config.model} in fp32 and bf16")
     stack = load(config.model, device=config.device)
     narrow = load(config.model, dtype="bfloat16", device=config.device)
@@ -244,8 +244,8 @@ def _read_blocks(config: CollectionBenchmarkConfig, stack: DecoderStack) -> Toke
     wanted = config.tokens // config.seq_len * config.seq_len
     if blocks.tokens < wanted:
         raise BenchmarkError(
-            f"the embedded corpus gives {blocks.tokens} tokens in sequences of {config.seq_len}, "
-            f"expected {wanted}; use a smaller --tokens"
+            f"expected {wanted} tokens, but the embedded corpus has only {blocks.tokens} in "
+            f"sequences of {config.seq_len}; use a smaller --tokens"
         )
     return blocks
 
@@ -258,14 +258,14 @@ def collection_variants(
     *,
     command: str | None = None,
 ) -> dict[str, Variant]:
-    """Return every variant, each going over the same blocks in the same batches.
+    """Return all variants. Each processes the same blocks in the same batches.
 
     Args:
         stack: The model in fp32.
         narrow: The same model in bfloat16.
-        blocks: The token blocks.
+        blocks: Token blocks.
         batch_size: Sequences per forward pass.
-        command: What the user ran, for the profile's provenance.
+        command: Command that the user ran, for the provenance of the profile.
     """
     return {
         "seed_fp32": lambda: seed_means(stack, blocks, batch_size),
@@ -277,19 +277,19 @@ def collection_variants(
     }
 
 
-# --- What was found --------------------------------------------------------------------------
+# --- Results ---------------------------------------------------------------------------------
 
 
 def _agreement(results: Mapping[str, Any]) -> Agreement:
-    """Return how far the layer means of the variants are apart."""
+    """Return the largest differences between the layer means of the variants."""
     wide: SaturationProfile = results["analyze_fp32"]
     narrow: SaturationProfile = results["analyze_bf16"]
     labels = wide.statistics.layers
     means = wide.statistics.mean()
     normed = labels[-1].endswith("+norm")
-    # The study's pass has no row for layer N itself where a final norm follows.
+    # If the model has a final norm, the original study's pass has no row for layer N itself.
     seen = np.array([not normed or row != len(labels) - 2 for row in range(len(labels))])
-    by_seed = [label for label, there in zip(labels, seen, strict=True) if there]
+    by_seed = [label for label, present in zip(labels, seen, strict=True) if present]
     return Agreement(
         bf16=_farthest(labels, narrow.statistics.mean() - means),
         seed=_farthest(by_seed, results["seed_fp32"] - means[seen]),
@@ -304,15 +304,15 @@ def _farthest(labels: Sequence[str], difference: Array) -> LargestDifference:
 def collection_targets(
     ratios: Sequence[Ratio], agreement: Agreement, growth_mb: float | None
 ) -> list[Target]:
-    """Compare what was measured with what is promised for 2 cores and 4,096 tokens.
+    """Compare the results with the targets for 2 cores and 4,096 tokens.
 
     Args:
-        ratios: Those of the record.
-        agreement: That of the record.
-        growth_mb: How much more memory the long pass takes; None where that is not measured.
+        ratios: Ratios of the record.
+        agreement: Differences between variants.
+        growth_mb: Additional memory of the long pass in MB; None if not measured.
 
     Returns:
-        One row per target; `met` is None where nothing was measured.
+        One row per target. `met` is None if nothing was measured.
     """
     found = {row.name: row for row in ratios}
     return [
@@ -328,12 +328,12 @@ def collection_targets(
 
 
 def peak_of_variant(config: CollectionBenchmarkConfig, variant: str, factor: int) -> PassPeak:
-    """Run one variant in this process and return how much memory it took.
+    """Run one variant in this process and return its peak memory.
 
     Args:
-        config: What to measure.
+        config: Options of the benchmark.
         variant: "analyze_fp32" or "seed_fp32".
-        factor: How many times the blocks are taken in the measured pass.
+        factor: Number of times that the measured pass repeats the blocks.
     """
     size = config.batch_size
     passes: dict[str, Callable[[DecoderStack, TokenBlocks], object]] = {

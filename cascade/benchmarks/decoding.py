@@ -1,4 +1,4 @@
-"""The benchmark of decoding: its variants are timed and compared, and so is skipping."""
+"""Benchmark of decoding: time several variants, and scoring with skipped tokens."""
 
 from __future__ import annotations
 
@@ -47,57 +47,58 @@ from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 from cascade.stats.thresholds import fit_threshold
 
-#: What each variant does, in the record's words.
+#: Description of each variant, as stored in the record.
 VARIANTS = {
     "generate": "transformers' generate, greedy",
     "full": "cascade at full depth, no exit",
-    "exact": "early exit, upper layers catch up when a token goes on",
-    "verified": "the same, the full model confirms every token",
+    "exact": "early exit, exited tokens are computed when a later token continues",
+    "verified": "as exact, and the full model verifies every token",
     "frozen": "early exit, keys and values from the exit state",
     "ridge": "early exit, keys and values from a ridge map",
 }
 
-#: What `assistant_early_exit` is timed against: it is too slow to make as many tokens.
+#: Variants that are timed on fewer tokens, because `assistant_early_exit` is slow.
 SHORT_VARIANTS = {
     "assistant": "transformers' generate with assistant_early_exit, greedy",
     "generate": "transformers' generate over the same few tokens",
 }
 
-#: New tokens and timed rounds of `SHORT_VARIANTS`: some 2 to 4 tokens/s on two cores.
+#: New tokens and timed rounds of `SHORT_VARIANTS`. They make about 2 to 4 tokens/s on two cores.
 SHORT_TOKENS, SHORT_ROUNDS = 8, 2
 
-#: Tokens that heads are fitted on, and that thresholds are fitted on, where none are given.
+#: Tokens for fitting heads and for fitting thresholds, if none are given.
 FITTED_TOKENS, CALIBRATED_TOKENS = 8192, 2048
 
-#: Skipping is timed at this hard ratio, at these layers of a 30-layer model, on so many tokens.
+#: Hard ratio, layers, rounds, sequences and tokens per sequence for timing skipped tokens.
 SCORED_HARD_RATIO, SCORED_LAYERS, SCORED_ROUNDS = 0.3, (8, 15, 24), 3
 SCORED_SEQUENCES, SCORED_LENGTH = 32, 128
 
 
 @dataclass(frozen=True)
 class DecodingBenchmarkConfig:
-    """What is measured; the same for every variant.
+    """Options of the benchmark of decoding.
 
     Attributes:
-        model: Anything that `models.load` takes.
+        model: Source of the model, as for `load`.
         dtype: "float32" or "bfloat16".
-        prompts: How many prompts every variant continues in one round.
-        prompt_tokens: Tokens of each.
-        new_tokens: Tokens added to each.
-        batch_size: Prompts that are continued together.
+        prompts: Number of prompts that every variant continues in one round.
+        prompt_tokens: Tokens per prompt.
+        new_tokens: New tokens per prompt.
+        batch_size: Prompts per batch.
         rounds: Timed rounds.
-        layer: Exit layer; the heads', or 24, or the second to last where None.
-        rule: The exit rule.
-        threshold: Tokens exit from this confidence on; fitted to `hard_ratio` where None.
-        hard_ratio: The share of hard tokens on the text the threshold is fitted on.
-        heads: A file of fitted heads; fitted where None.
-        scoring: Time the scoring of skipped tokens too.
-        threads: Threads that torch computes with; None leaves the number as it is.
-        seed: Draws the order of the variants and the bootstrap's resamples.
+        layer: Exit layer (default: 24, the second to last in a shallower model, or the highest
+            fitted layer).
+        rule: Exit rule.
+        threshold: Tokens exit at or above this confidence (default: fitted to `hard_ratio`).
+        hard_ratio: Share of hard tokens on the text that the threshold is fitted on.
+        heads: File of fitted heads (default: fit them).
+        scoring: Also time scoring with skipped tokens.
+        threads: Number of torch threads; None to keep the current number.
+        seed: Seed of the order of variants and of the resamples.
         device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
-        BenchmarkError: A number is out of its range, or a dtype is not among the two.
+        BenchmarkError: A number is out of range, or the dtype is not supported.
     """
 
     model: str = "smollm2-135m"
@@ -127,7 +128,7 @@ class DecodingBenchmarkConfig:
             "threads": 1,
             "seed": 0,
         }
-        check_least(self, least, {"rounds": "one round has no interval"})
+        check_least(self, least, {"rounds": "one round gives no interval"})
         if self.dtype not in ("float32", "bfloat16"):
             raise BenchmarkError(f"expected --dtype float32 or bfloat16, got {self.dtype}")
         if not 0 <= self.hard_ratio <= 1:
@@ -135,7 +136,7 @@ class DecodingBenchmarkConfig:
 
 
 class DecodingBenchmark(StoredRecord, frozen=True, kw_only=True):
-    """The record of the benchmark of decoding."""
+    """Record of the benchmark of decoding."""
 
     KIND = "bench.decode"
     COMMAND = "bench decode --output"
@@ -161,22 +162,22 @@ def benchmark_decoding(
     command: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> DecodingBenchmark:
-    """Time every variant of decoding on the same prompts, and the scoring of skipped tokens.
+    """Time every variant of decoding on the same prompts, and scoring with skipped tokens.
 
     Args:
-        config: What to measure.
-        command: What the user ran, for the provenance.
+        config: Options of the benchmark.
+        command: Command that the user ran, for the provenance.
         progress: Called with a message for each step.
 
     Returns:
-        The record; a missed target does not raise.
+        The record. A missed target does not raise an error.
 
     Raises:
-        BenchmarkError: The corpus has too few tokens, or the model too few positions.
-        UsageError: No such layer or rule, or a threshold outside the rule's range.
+        BenchmarkError: The corpus has too few tokens, or the model has too few positions.
+        UsageError: The layer or rule does not exist, or the threshold is outside the rule's range.
         RecordError: The heads cannot be read.
-        ModelError: The model cannot be loaded, or the heads belong to another one.
-        DeviceError: The device is absent or lacks the dtype.
+        ModelError: The model cannot be loaded, or the heads belong to another model.
+        DeviceError: The device is missing or does not support the dtype.
     """
     with session(config, progress) as (config, run):
         subject = _Subject(config, run)
@@ -185,7 +186,7 @@ def benchmark_decoding(
         scoring = subject.scoring()
     ratios = run.ratios(timings, [(name, "generate") for name in VARIANTS if name != "generate"])
     generated = generated_rows(timings.results, config.prompt_tokens, subject.stack.num_layers)
-    # Only in fp32 verified tokens are promised to be the full model's.
+    # Verified tokens are guaranteed to equal the full model's only in fp32.
     equal = generated["verified"].agreement if config.dtype == "float32" else None
     return DecodingBenchmark(
         provenance=run.provenance(provenance_of(subject.stack, subject.prompts, command)),
@@ -230,19 +231,20 @@ class _Subject:
         if most is not None and prompt + new > most:
             raise BenchmarkError(
                 f"{prompt} --prompt-tokens and {new} --new-tokens exceed the model's {most} "
-                "positions; take fewer"
+                "positions; use fewer"
             )
 
     def _texts(self) -> tuple[TokenBlocks, TokenBlocks]:
-        """Return the prompts, from the held-out split's second half, and blocks of its first."""
+        """Return prompts from the second half of the held-out split, and blocks of the first."""
         config = self.config
         blocks = self._read("held-out", config.prompt_tokens)
         half = len(blocks.ids) // 2
         if len(blocks.ids) - half < config.prompts or half < 2:
             raise BenchmarkError(
-                f"the embedded held-out text gives {len(blocks.ids)} prompts of "
-                f"{config.prompt_tokens} tokens, half of them to fit a threshold on; expected at "
-                f"least {max(4, 2 * config.prompts)}, use fewer --prompts or --prompt-tokens"
+                f"expected at least {max(4, 2 * config.prompts)} prompts of "
+                f"{config.prompt_tokens} tokens (half of them for fitting a threshold), but the "
+                f"embedded held-out text has {len(blocks.ids)}; use fewer --prompts or "
+                "--prompt-tokens"
             )
         fitted = blocks.ids[:half][: max(2, CALIBRATED_TOKENS // config.prompt_tokens)]
         prompts = blocks.ids[half : half + config.prompts]
@@ -264,15 +266,15 @@ class _Subject:
         return fit_heads(self.stack, self._read("train", length, FITTED_TOKENS), [self.layer])
 
     def _threshold(self, blocks: TokenBlocks) -> tuple[float, str]:
-        """Return the threshold, and how it was found."""
+        """Return the threshold and how it was determined."""
         if self.config.threshold is not None:
             return self.config.threshold, "given"
         self.run.progress("Fitting the threshold")
         found = confidences(self.stack, blocks, self.layer, self.config.rule, heads=self.heads)
         fitted = fit_threshold(found, self.config.hard_ratio)
         return fitted.threshold, (
-            f"hard ratio {fitted.reached:.3f} on {blocks.tokens} tokens of the held-out text's "
-            "first half; prompts come from its second"
+            f"hard ratio {fitted.reached:.3f} on {blocks.tokens} tokens of the first half of the "
+            "held-out text; prompts come from the second half"
         )
 
     def _early(self, propagation: Propagation) -> EarlyExit:
@@ -291,7 +293,7 @@ class _Subject:
         return list(ids.split(self.config.batch_size))
 
     def exit(self, fallback: str | None) -> TimedExit:
-        """Return the record's description of the exit."""
+        """Return the exit as stored in the record."""
         fitted = f"closed form, {FITTED_TOKENS} tokens of the training split"
         return TimedExit(
             layer=self.layer,
@@ -303,7 +305,7 @@ class _Subject:
         )
 
     def decoding(self) -> tuple[Timings, str | None]:
-        """Time every variant; return the times, and why nothing is skipped (None: it is)."""
+        """Time every variant. Return the times, and why no work is skipped (None if it is)."""
         batches, new = self._batches(), self.config.new_tokens
         variants: dict[str, Variant] = {
             "generate": lambda: [generate_plainly(self.stack, ids, new) for ids in batches]
@@ -321,7 +323,7 @@ class _Subject:
         return self.run.time(variants, self.stack.device), fallback
 
     def assistant(self) -> AssistantTimes:
-        """Time `assistant_early_exit` where it runs, over one batch and few tokens."""
+        """Time `assistant_early_exit` over one batch and few tokens, if it runs."""
         ids, new = self._batches()[0], min(SHORT_TOKENS, self.config.new_tokens)
         variants: dict[str, Variant] = {
             "assistant": lambda: generate_plainly(
@@ -331,15 +333,15 @@ class _Subject:
         }
         config: Any = self.stack.decoder.config
         depth, verbosity = config.num_hidden_layers, logging.get_verbosity()
-        logging.set_verbosity_error()  # it warns of its own use of deprecated arguments
+        logging.set_verbosity_error()  # transformers warns about its own deprecated arguments
         try:
             timings = self.run.time(variants, self.stack.device, rounds=SHORT_ROUNDS)
         except Exception as error:
-            # Whatever it raises (batches, cache classes, dtypes) is why it is left out.
-            reason = f"it does not run here ({first_line(error)})"
+            # It can fail on batches, cache classes or dtypes. The error is recorded as the reason.
+            reason = f"assistant_early_exit does not run here ({first_line(error)})"
             return AssistantTimes(layer=self.layer, new_tokens=new, reason=reason)
         finally:
-            config.num_hidden_layers = depth  # it leaves its own number behind when it raises
+            config.num_hidden_layers = depth  # assistant_early_exit does not restore it on errors
             logging.set_verbosity(verbosity)
         results = timings.results
         return AssistantTimes(
@@ -353,9 +355,9 @@ class _Subject:
         )
 
     def scoring(self) -> ScoringTimes:
-        """Time frozen scoring with 70 % of the tokens out, against what its operations predict."""
+        """Time frozen scoring with 70 % exited tokens, compared with the counted operations."""
         if not self.config.scoring:
-            return ScoringTimes(reason="not asked for (--no-scoring)")
+            return ScoringTimes(reason="disabled by --no-scoring")
         stack = self.stack
         layers = [layer for layer in SCORED_LAYERS if layer < stack.num_layers]
         if not layers:
@@ -379,7 +381,7 @@ class _Subject:
             tokens=blocks.tokens,
             seq_len=length,
             hard_ratio=SCORED_HARD_RATIO,
-            what="logit lens, cosine, frozen; thresholds fitted on the text that is scored",
+            what="logit lens, cosine, frozen; thresholds fitted on the scored text",
             variants=timings.rows(what, tokens=blocks.tokens),
             order=timings.order,
             ratios=ratios,

@@ -1,4 +1,4 @@
-"""What the benchmark of decoding finds: generated tokens, skipped work, targets."""
+"""Results of the benchmark of decoding: generated tokens, skipped work and targets."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from cascade.models.stack import DecoderStack
 
 
 class GeneratedRow(Part, frozen=True, kw_only=True):
-    """What one variant generated; of `generate` only the agreement is known.
+    """The tokens that one variant generated. For `generate`, only the agreement is known.
 
     Attributes:
-        agreement: The share of new tokens that are those of `generate` at the same place.
-        exit_share: The share of tokens that exited early.
-        layers_per_token: Layers that a token went through, on average.
-        drafted: Tokens that were drafted.
-        accepted: Drafted tokens that the full model confirmed.
-        counts: What was computed.
+        agreement: Share of new tokens that equal those of `generate` at the same position.
+        exit_share: Share of tokens that exited early.
+        layers_per_token: Mean number of layers per token.
+        drafted: Number of drafted tokens.
+        accepted: Number of drafted tokens that the full model verified.
+        counts: Computed rows.
     """
 
     agreement: Finite
@@ -41,15 +41,15 @@ class GeneratedRow(Part, frozen=True, kw_only=True):
 
 
 class Skipping(Part, frozen=True, kw_only=True):
-    """The time of an early exit, and what its counted operations predict.
+    """The time of an early exit, compared with its counted operations.
 
     Attributes:
-        name: The variant.
-        exit_share: The share of tokens that exited early.
-        seconds_ratio: Its seconds over those of the full model.
-        flops_ratio: Its operations over those of the full model.
-        excess: The one ratio over the other.
-        interval: Of the excess, 95 %.
+        name: Name of the variant.
+        exit_share: Share of tokens that exited early.
+        seconds_ratio: Seconds divided by those of the full model.
+        flops_ratio: Operations divided by those of the full model.
+        excess: Ratio of seconds divided by ratio of operations.
+        interval: 95 % interval of the excess.
     """
 
     name: str
@@ -61,15 +61,15 @@ class Skipping(Part, frozen=True, kw_only=True):
 
 
 class TimedExit(Part, frozen=True, kw_only=True):
-    """The early exit that is timed.
+    """The timed early exit.
 
     Attributes:
-        layer: The exit layer.
-        rule: The exit rule.
-        heads: The heads' file, or how they were fitted.
-        head: The kind of exit head.
-        threshold: How the threshold was found.
-        fallback: Why nothing is skipped; None where it is.
+        layer: Exit layer.
+        rule: Exit rule.
+        heads: File of the heads, or how they were fitted.
+        head: Kind of exit head.
+        threshold: How the threshold was determined.
+        fallback: Reason why no work is skipped; null if it is.
     """
 
     layer: Count
@@ -81,13 +81,13 @@ class TimedExit(Part, frozen=True, kw_only=True):
 
 
 class AssistantTimes(Part, frozen=True, kw_only=True):
-    """The times of `assistant_early_exit`; absent where it does not run.
+    """The times of `assistant_early_exit`. They are absent if it does not run.
 
     Attributes:
-        layer: The exit layer.
-        new_tokens: Tokens added to each prompt.
-        reason: Why it was not measured; None where it was.
-        agreement: The share of its new tokens that are those of `generate` at the same place.
+        layer: Exit layer.
+        new_tokens: New tokens per prompt.
+        reason: Reason why it was not measured; null if it was.
+        agreement: Share of new tokens that equal those of `generate` at the same position.
     """
 
     layer: Count
@@ -100,15 +100,15 @@ class AssistantTimes(Part, frozen=True, kw_only=True):
 
 
 class ScoringTimes(Part, frozen=True, kw_only=True):
-    """The times of scoring with skipped tokens; absent where it was not measured.
+    """The times of scoring with skipped tokens. They are absent if it was not measured.
 
     Attributes:
-        reason: Why it was not measured; None where it was.
-        tokens: Tokens that are scored.
+        reason: Reason why it was not measured; null if it was.
+        tokens: Number of scored tokens.
         seq_len: Tokens per sequence.
-        hard_ratio: The share of hard tokens.
-        what: What is scored, and how.
-        skipping: The time of each early exit, and what its operations predict.
+        hard_ratio: Share of hard tokens.
+        what: Description of the scoring.
+        skipping: Time of each early exit, compared with its counted operations.
     """
 
     reason: str | None
@@ -127,12 +127,12 @@ def _sequences(made: Any) -> Tensor:
 
 
 def share_equal(one: Tensor, other: Tensor, prompt: int) -> float:
-    """Return the share of new tokens that are equal at the same place.
+    """Return the share of new tokens that are equal at the same position.
 
     Args:
         one: Token ids, `[B, T]`.
         other: Token ids, `[B, T]`.
-        prompt: Tokens of every prompt.
+        prompt: Tokens per prompt.
     """
     return float((one[:, prompt:] == other[:, prompt:]).double().mean())
 
@@ -140,12 +140,12 @@ def share_equal(one: Tensor, other: Tensor, prompt: int) -> float:
 def generated_rows(
     results: Mapping[str, Sequence[Any]], prompt: int, num_layers: int
 ) -> dict[str, GeneratedRow]:
-    """Return what each variant generated, by name: exits, layers, counted rows, agreement.
+    """Return exits, layers, counted rows and agreement of each variant, by name.
 
     Args:
-        results: Each variant's generations, one per batch; of "generate" the token ids alone.
-        prompt: Tokens of every prompt.
-        num_layers: N.
+        results: Generations of each variant, one per batch. For "generate", only token ids.
+        prompt: Tokens per prompt.
+        num_layers: Number of decoder layers, N.
     """
     expected = torch.cat([_sequences(made) for made in results["generate"]])
     rows = {}
@@ -178,12 +178,12 @@ def _generated_row(made: Sequence[Generation], agreement: float, num_layers: int
 def skipping_rows(
     stack: DecoderStack, results: Mapping[str, Score], ratios: Sequence[Ratio]
 ) -> list[Skipping]:
-    """Compare the time of skipping with what the counted operations predict.
+    """Compare the time of skipping with the counted operations.
 
     Args:
         stack: The model.
-        results: What each variant scored, "full" among them.
-        ratios: Their seconds over those of "full".
+        results: Scores of each variant, including "full".
+        ratios: Ratios of seconds to those of "full".
 
     Returns:
         One row per early exit.
@@ -210,16 +210,16 @@ def skipping_rows(
 def decoding_targets(
     full: Ratio, equal: float | None, skipping: Sequence[Skipping]
 ) -> list[Target]:
-    """Compare what was measured with what is promised.
+    """Compare the results with the targets.
 
     Args:
-        full: The seconds of decoding at full depth over those of `generate`.
-        equal: The share of verified tokens that are the full model's; None where that is not
-            promised (in other dtypes than fp32).
-        skipping: The time of skipping; empty where it was not measured.
+        full: Ratio of the seconds of full-depth decoding to those of `generate`.
+        equal: Share of verified tokens that equal the full model's; None for dtypes other than
+            fp32, where this is not guaranteed.
+        skipping: Times of skipping; empty if not measured.
 
     Returns:
-        One row per target; `met` is None where nothing was measured.
+        One row per target. `met` is None if nothing was measured.
     """
     rows = [
         ratio_target(full, "at most", 1.0),

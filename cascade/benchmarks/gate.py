@@ -1,4 +1,4 @@
-"""The benchmark of the quick gate: timed against one bare forward over the same tokens."""
+"""Benchmark of the quick gate, compared with one bare forward pass over the same tokens."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ from cascade.gate.quick_gate import QUICK_TOKENS, quick_blocks, quick_ids, run_g
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 
-#: What each variant does, in the record's words.
+#: Description of each variant, as stored in the record.
 VARIANTS = {
-    "bare": "one decoder forward over the same sequences in one batch, without LM head and cache",
-    "gate": "cascade gate, its look after each batch included; the noise floor from the cache",
-    "noise": "the noise floor of arithmetic, measured: once per machine, where the baseline is not "
-    "of it",
+    "bare": "one decoder forward pass over the same sequences in one batch, without LM head and "
+    "cache",
+    "gate": "cascade gate, including its comparison after each step; noise floor from the cache",
+    "noise": "measuring the noise floor of arithmetic; needed once per machine, if the baseline "
+    "was made on another one",
 }
 
-#: What is timed alone, in the record's words.
+#: Description of each task that is timed alone, as stored in the record.
 ALONE = {
-    "compare": "the command `cascade compare` of two whole records, its start included",
-    "load": "the model from the cache, with torch and transformers imported",
-    "plugin": "import of the plugin in a process that has pytest imported",
+    "compare": "the command `cascade compare` of two complete records, including its start",
+    "load": "loading the model from the cache, with torch and transformers already imported",
+    "plugin": "importing the plugin in a process that has already imported pytest",
 }
 
 _PLUGIN = (
@@ -57,15 +58,15 @@ _PLUGIN = (
 
 @dataclass(frozen=True)
 class GateBenchmarkConfig:
-    """What is measured.
+    """Options of the benchmark of the quick gate.
 
     Attributes:
-        model: Anything that `models.load` takes.
-        baselines: The folder of all baselines; the model's own on the embedded corpus is taken.
-        tokens: The gate's budget, all of which a clean model takes.
-        rounds: Timed passes per variant, and repetitions of what is timed alone.
-        threads: Threads that torch computes with; None leaves the number as it is.
-        seed: Draws the order of the variants and the bootstrap's resamples.
+        model: Source of the model, as for `load`.
+        baselines: Folder of all baselines. The model's baseline on the embedded corpus is used.
+        tokens: Token budget of the gate. A model without drift uses all of it.
+        rounds: Timed passes per variant, and repetitions of tasks that are timed alone.
+        threads: Number of torch threads; None to keep the current number.
+        seed: Seed of the order of variants and of the resamples.
         device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
@@ -86,7 +87,7 @@ class GateBenchmarkConfig:
 
 @dataclass(frozen=True)
 class GateBenchmarkSettings(GateBenchmarkConfig):
-    """What was measured.
+    """Options of the benchmark, with the values that follow from the baseline.
 
     Attributes:
         seq_len: Tokens per sequence.
@@ -98,11 +99,11 @@ class GateBenchmarkSettings(GateBenchmarkConfig):
 
 
 class TimedAlone(Part, frozen=True, kw_only=True):
-    """The times of something that is timed alone, not interleaved with others.
+    """The times of a task that is timed alone, not interleaved with others.
 
     Attributes:
-        what: What it is.
-        seconds: One per repetition.
+        what: Description of the task.
+        seconds: Seconds of each repetition.
     """
 
     what: str
@@ -110,12 +111,12 @@ class TimedAlone(Part, frozen=True, kw_only=True):
 
 
 class GateBenchmark(StoredRecord, frozen=True, kw_only=True):
-    """The record of the benchmark of the quick gate.
+    """Record of the benchmark of the quick gate.
 
     Attributes:
-        steps: The tokens after which the gate compared.
-        elsewhere: How the baseline's machine differs from this one.
-        alone: What is timed alone, by name.
+        steps: Numbers of tokens after which the gate compared.
+        elsewhere: Differences between the baseline's machine and this one.
+        alone: Times of tasks that are timed alone, by name.
     """
 
     KIND = "bench.gate"
@@ -141,21 +142,21 @@ def benchmark_gate(
     command: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> GateBenchmark:
-    """Time the quick gate and one bare forward over the same tokens, and what surrounds it.
+    """Time the quick gate, one bare forward pass over the same tokens, and related tasks.
 
     Args:
-        config: What to measure.
-        command: What the user ran, for the provenance.
+        config: Options of the benchmark.
+        command: Command that the user ran, for the provenance.
         progress: Called with a message for each step.
 
     Returns:
-        The record; a missed target does not raise.
+        The record. A missed target does not raise an error.
 
     Raises:
-        BenchmarkError: The gate did not pass, so that it stopped early, or a process failed.
+        BenchmarkError: The gate did not pass and stopped early, or a process failed.
         RecordError: The baseline is missing, torn or edited.
         ModelError: The model cannot be loaded.
-        DeviceError: The device is absent.
+        DeviceError: The device is missing.
     """
     with session(config, progress) as (config, run):
         run.progress(f"Loading {config.model}")
@@ -197,11 +198,11 @@ def benchmark_gate(
 
 
 def gate_targets(ratio: Ratio, alone: dict[str, TimedAlone]) -> list[Target]:
-    """Compare what was measured with what is promised.
+    """Compare the results with the targets.
 
     Args:
-        ratio: The gate's seconds over those of the bare forward.
-        alone: What is timed alone.
+        ratio: Ratio of the gate's seconds to those of the bare forward pass.
+        alone: Times of tasks that are timed alone.
     """
     limits = {"compare": 1.0, "load": 2.0, "plugin": 0.05}
     return [
@@ -228,20 +229,20 @@ def _blocks(stack: DecoderStack, baseline: StoredProfile) -> TokenBlocks:
 def _check_passed(verdict: str, config: GateBenchmarkConfig) -> None:
     if verdict != "PASS":
         raise BenchmarkError(
-            f"the gate of {config.model} says {verdict}, and stopped before its budget: its time "
-            "says nothing; see why with `cascade gate`"
+            f"expected the gate of {config.model} to pass, got {verdict} before it used its whole "
+            "budget, so its time is not comparable; run `cascade gate` to see why"
         )
 
 
 def time_alone(
     config: GateBenchmarkConfig, path: Path, progress: Callable[[str], None]
 ) -> dict[str, TimedAlone]:
-    """Time what surrounds a gate: comparing records, loading the model, importing the plugin.
+    """Time tasks around a gate: comparing records, loading the model, importing the plugin.
 
     Args:
-        config: What to measure.
-        path: The baseline's file.
-        progress: Called with a message for each.
+        config: Options of the benchmark.
+        path: File of the baseline.
+        progress: Called with a message for each task.
 
     Raises:
         BenchmarkError: A process failed.
@@ -255,7 +256,7 @@ def time_alone(
     rows = {}
     for name, seconds in timed.items():
         progress(f"Timing {name}")
-        seconds()  # warms the system's caches up
+        seconds()  # warm up the caches of the system
         rows[name] = TimedAlone(what=ALONE[name], seconds=[seconds() for _ in range(config.rounds)])
     return rows
 
@@ -267,7 +268,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def run_python(*arguments: str) -> str:
-    """Run this Python with arguments and return what it prints.
+    """Run this Python interpreter with arguments and return its output.
 
     Raises:
         BenchmarkError: The process failed.
@@ -275,5 +276,7 @@ def run_python(*arguments: str) -> str:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise BenchmarkError(f"a timed process failed: {reason}")
+        raise BenchmarkError(
+            f"a timed process failed: {reason}; run `python {' '.join(arguments[:3])}` to see why"
+        )
     return done.stdout

@@ -1,4 +1,4 @@
-"""The benchmark of collecting hard tokens: timed against the forward pass that it needs."""
+"""Benchmark of collecting hard tokens, compared with the forward pass that it needs."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.collecting import collect_hard
 from cascade.stages.hard_tokens.plan import CollectingConfig
 
-#: What each variant does, in the record's words.
+#: Description of each variant, as stored in the record.
 VARIANTS = {
-    "bare": "decoder forward alone, every state shown to a visitor that does nothing",
+    "bare": "decoder forward pass only, with a visitor that ignores every state",
     "collect": "cascade collect-hard: the pass, the similarity, the dataset on disk and its hashes",
 }
 
-#: The study's share of hard tokens.
+#: Share of hard tokens in the original study.
 HARD_RATIO = 0.5
 
 
 @dataclass(frozen=True)
 class HardTokenBenchmarkConfig:
-    """What is measured; the same for both variants.
+    """Options of the benchmark of collecting hard tokens.
 
     Attributes:
-        model: Anything that `models.load` takes.
-        layer: The exit layer; the second to last where None.
+        model: Source of the model, as for `load`.
+        layer: Exit layer (default: second to last).
         tokens: Tokens per pass, rounded down to whole sequences; a fifth of them is held out. The
-            embedded corpus is taken as often as it needs.
+            embedded corpus is repeated as often as needed.
         seq_len: Tokens per sequence.
         batch_size: Sequences per forward pass.
         rounds: Timed passes per variant.
-        threads: Threads that torch computes with; None leaves the number as it is.
-        seed: Draws the order of the variants and the bootstrap's resamples.
+        threads: Number of torch threads; None to keep the current number.
+        seed: Seed of the order of variants and of the resamples.
         device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
@@ -69,7 +69,7 @@ class HardTokenBenchmarkConfig:
 
 
 class HardTokenBenchmark(StoredRecord, frozen=True, kw_only=True):
-    """The record of the benchmark of collecting hard tokens."""
+    """Record of the benchmark of collecting hard tokens."""
 
     KIND = "bench.collect-hard"
     COMMAND = "bench collect-hard --output"
@@ -94,17 +94,17 @@ def benchmark_hard_tokens(
     """Time collecting hard tokens and the bare forward pass over the same batches.
 
     Args:
-        config: What to measure.
-        command: What the user ran, for the provenance.
+        config: Options of the benchmark.
+        command: Command that the user ran, for the provenance.
         progress: Called with a message for each step.
 
     Returns:
-        The record; a missed target does not raise.
+        The record. A missed target does not raise an error.
 
     Raises:
-        UsageError: The model has no such exit layer.
+        UsageError: The model does not have the exit layer.
         ModelError: The model cannot be loaded.
-        DeviceError: The device is absent.
+        DeviceError: The device is missing.
         OutputError: The system's folder for temporary files is too small.
     """
     with session(config, progress) as (config, run), tempfile.TemporaryDirectory() as folder:
@@ -134,11 +134,11 @@ def benchmark_hard_tokens(
 
 
 def bare_visit(stack: DecoderStack, splits: Mapping[Part, TokenBlocks], batch_size: int) -> None:
-    """Run the decoder over all batches and ignore the states: no collecting can be faster.
+    """Run the decoder over all batches and ignore the states. Collecting cannot be faster.
 
     Args:
         stack: The model.
-        splits: The splits of the corpus.
+        splits: Splits of the corpus.
         batch_size: Sequences per forward pass.
     """
     for blocks in splits.values():
@@ -157,10 +157,10 @@ def collect(
 
     Args:
         stack: The model.
-        splits: The splits of the corpus.
-        layer: The exit layer.
+        splits: Splits of the corpus.
+        layer: Exit layer.
         batch_size: Sequences per forward pass.
-        folder: Where the dataset goes; an earlier one is replaced.
+        folder: Output folder. An existing dataset is replaced.
     """
     collect_hard(
         stack,
@@ -178,7 +178,7 @@ def _splits(stack: DecoderStack, config: HardTokenBenchmarkConfig) -> dict[Part,
 
 
 def _repeated(stack: DecoderStack, seq_len: int, split: Part, rows: int) -> TokenBlocks:
-    """Return a split of the embedded corpus, taken as often as so many sequences need."""
+    """Return a split of the embedded corpus, repeated up to the given number of sequences."""
     blocks = load_blocks(
         EMBEDDED,
         stack.tokenizer,
@@ -189,7 +189,7 @@ def _repeated(stack: DecoderStack, seq_len: int, split: Part, rows: int) -> Toke
     )
     shape = (rows, seq_len)
     if blocks.record_of is None or blocks.response is None:
-        raise ValueError("expected blocks with the records of their tokens")
+        raise ValueError("expected blocks with marks of their records, got none")
     return replace(
         blocks,
         ids=np.resize(blocks.ids, shape),

@@ -1,4 +1,4 @@
-"""The benchmark of fitting exit heads: timed against the forward pass that it needs."""
+"""Benchmark of fitting exit heads, compared with the forward pass that it needs."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from cascade.corpora.readers import EMBEDDED
 from cascade.exits.head_fitting import fit_heads
 from cascade.models.loading import load
 
-#: What each variant does, in the record's words.
+#: Description of each variant, as stored in the record.
 VARIANTS = {
-    "bare": "decoder forward alone, without LM head, cache and sums",
+    "bare": "decoder forward pass only, without LM head, cache and sums",
     "fit": "cascade fit-heads in closed form: the pass, the sums and the solutions",
 }
 
 
 @dataclass(frozen=True)
 class HeadFittingBenchmarkConfig:
-    """What is measured; the same for both variants.
+    """Options of the benchmark of fitting exit heads.
 
     Attributes:
-        model: Anything that `models.load` takes.
+        model: Source of the model, as for `load`.
         layers: Exit layers, all fitted in the same pass.
-        tokens: Tokens per pass, rounded down to whole sequences; the embedded corpus is taken as
-            often as it needs. Solving costs the same for few tokens as for many.
+        tokens: Tokens per pass, rounded down to whole sequences. The embedded corpus is repeated as
+            often as needed. The cost of solving does not depend on the number of tokens.
         seq_len: Tokens per sequence.
         batch_size: Sequences per forward pass.
         rounds: Timed passes per variant.
-        threads: Threads that torch computes with; None leaves the number as it is.
-        seed: Draws the order of the variants and the bootstrap's resamples.
+        threads: Number of torch threads; None to keep the current number.
+        seed: Seed of the order of variants and of the resamples.
         device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
@@ -62,7 +62,7 @@ class HeadFittingBenchmarkConfig:
 
 
 class HeadFittingBenchmark(StoredRecord, frozen=True, kw_only=True):
-    """The record of the benchmark of fitting exit heads."""
+    """Record of the benchmark of fitting exit heads."""
 
     KIND = "bench.fit"
     COMMAND = "bench fit --output"
@@ -87,17 +87,17 @@ def benchmark_head_fitting(
     """Time fitting exit heads and the bare forward pass over the same tokens.
 
     Args:
-        config: What to measure.
-        command: What the user ran, for the provenance.
+        config: Options of the benchmark.
+        command: Command that the user ran, for the provenance.
         progress: Called with a message for each step.
 
     Returns:
-        The record; a missed target does not raise.
+        The record. A missed target does not raise an error.
 
     Raises:
-        UsageError: The model has no such exit layer.
+        UsageError: The model does not have an exit layer.
         ModelError: The model cannot be loaded.
-        DeviceError: The device is absent.
+        DeviceError: The device is missing.
     """
     with session(config, progress) as (config, run):
         run.progress(f"Loading {config.model}")

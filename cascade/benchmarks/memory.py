@@ -1,4 +1,4 @@
-"""Peak memory of a benchmark's variants, every pass measured in a process of its own."""
+"""Peak memory of a benchmark's variants. Every pass is measured in a fresh process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LONG = 8
 
 _MEGABYTE = 1e6
 
-#: glibc otherwise raises these thresholds while a process runs and keeps freed batches for later:
-#: the peak of the same pass then varied by 80 MB from process to process. Set, they stay.
+#: Fixed allocator thresholds. Otherwise, glibc raises them at run time and keeps freed batches, and
+#: the peak of the same pass varied by 80 MB from process to process.
 STEADY_MALLOC = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -28,22 +28,21 @@ STEADY_MALLOC = {
 }
 
 _WHAT = (
-    "peak resident memory of the process, each row in a fresh one: the model is loaded, one pass "
-    "over the tokens warms allocator and kernels up, then the peak is read after a measured pass. "
-    f"The {LONG}x pass takes the same blocks {LONG} times. glibc is told to return freed memory "
-    f"at once ({', '.join(f'{name}={value}' for name, value in STEADY_MALLOC.items())})"
+    "peak resident memory of a fresh process per row: the model is loaded, one pass over the "
+    "tokens warms up allocator and kernels, and the peak is read after a measured pass. "
+    f"The {LONG}x pass repeats the same blocks {LONG} times. glibc is configured to return freed "
+    f"memory at once ({', '.join(f'{name}={value}' for name, value in STEADY_MALLOC.items())})"
 )
 
 
 class PassPeak(Part, frozen=True, kw_only=True):
-    """The peak memory of one pass, as a fresh process reports it.
+    """The peak memory of one pass in a fresh process.
 
     Attributes:
         tokens: Tokens of the measured pass.
-        loaded_mb: The peak up to the end of loading (of what runs in the fresh process).
-        peak_mb: The peak of the measured pass; of the process's whole life where `isolated` is
-            false.
-        isolated: Whether the system could reset its mark before the pass.
+        loaded_mb: Peak up to the end of loading, in MB.
+        peak_mb: Peak of the measured pass in MB, or of the whole process if `isolated` is false.
+        isolated: Whether the operating system could reset the peak before the pass.
     """
 
     tokens: Count
@@ -60,18 +59,18 @@ def measure_usage(
     others: Sequence[str] = (),
     progress: Callable[[str], None] = no_progress,
 ) -> MemoryUsage:
-    """Measure one variant's peak memory and how it grows with the tokens, and other variants'.
+    """Measure the peak memory of variants, and its growth with the number of tokens.
 
     Args:
-        kind: Kind of the benchmark's record; the fresh process finds by it what to run.
-        config: The benchmark's configuration, as JSON can hold it.
-        variant: Measured over the configured tokens, and over `LONG` times as many.
-        others: Variants to compare with, measured over the configured tokens.
+        kind: Kind of the benchmark's record, which selects the benchmark in the fresh process.
+        config: Configuration of the benchmark, as JSON values.
+        variant: Variant to measure over the configured tokens and over `LONG` times as many.
+        others: Other variants to measure over the configured tokens.
         progress: Called with a message for each pass.
 
     Returns:
-        The record's section `memory`: `growth_mb` is the long pass's peak above the short one's.
-        Where the system reports no peak, as `not_measured` returns it.
+        The section `memory` of the record. `growth_mb` is the difference of the peaks of the long
+        and the short pass. If the system reports no peak, see `not_measured`.
 
     Raises:
         BenchmarkError: A process failed.
@@ -79,7 +78,7 @@ def measure_usage(
     try:
         import resource  # noqa: F401
     except ImportError:
-        return not_measured("the operating system reports no peak of a process")
+        return not_measured("the operating system does not report the peak memory of a process")
     peaks: list[PeakMemory] = []
     for name, factor in ((variant, 1), (variant, LONG), *((other, 1) for other in others)):
         progress(f"Measuring the memory of {name} at {factor}x tokens")
@@ -99,7 +98,7 @@ def measure_usage(
 
 
 def not_measured(reason: str) -> MemoryUsage:
-    """Return the record's section `memory` without a measurement, and why there is none."""
+    """Return the section `memory` of a record without measurements, with the reason."""
     return MemoryUsage(what=_WHAT, reason=reason, growth_mb=None, peaks=[])
 
 
@@ -110,9 +109,9 @@ def peak_in_fresh_process(
 
     Args:
         kind: Kind of the benchmark's record.
-        config: The benchmark's configuration, as JSON can hold it.
-        variant: What to run.
-        factor: How many times the tokens are taken in the measured pass.
+        config: Configuration of the benchmark, as JSON values.
+        variant: Variant to run.
+        factor: Number of times that the measured pass repeats the tokens.
 
     Raises:
         BenchmarkError: The process failed.
@@ -128,20 +127,20 @@ def peak_in_fresh_process(
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise BenchmarkError(
-            f"measuring the memory of {variant} failed: {reason}; leave it out with --no-memory"
+            f"measuring the memory of {variant} failed: {reason}; skip it with --no-memory"
         )
     return from_plain(json.loads(done.stdout.splitlines()[-1]), PassPeak)
 
 
 def measure_peak(run: Callable[[int], int], factor: int) -> PassPeak:
-    """Run one variant in this process and return how much memory it took.
+    """Run one variant in this process and return its peak memory.
 
-    Call it as soon as everything is loaded.
+    Call this function right after loading.
 
     Args:
-        run: Goes over the tokens as many times as its argument says, and returns how many they
-            were.
-        factor: How many times the tokens are taken in the measured pass.
+        run: Function that processes the tokens as often as its argument says, and returns the
+            number of processed tokens.
+        factor: Number of times that the measured pass repeats the tokens.
     """
     loaded = peak_memory()
     run(1)
@@ -156,13 +155,13 @@ def measure_peak(run: Callable[[int], int], factor: int) -> PassPeak:
 
 
 def peak_memory() -> int:
-    """Return this process's peak resident memory, bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     import resource
 
     status = Path("/proc/self/status")
     if status.exists():
-        # On Linux ru_maxrss comes down from the parent through fork and exec: a process started
-        # by one of 600 MB reported 582 MB, its own peak being 9 MB. VmHWM is this process's own.
+        # On Linux, ru_maxrss is inherited from the parent through fork and exec: a child of a
+        # 600 MB process reported 582 MB, while its own peak was 9 MB. VmHWM is not inherited.
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -171,7 +170,7 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> bool:
-    """Set the peak back to what is resident now; return whether the system let us."""
+    """Reset the peak to the current resident memory. Return whether the system allows this."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

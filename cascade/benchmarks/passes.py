@@ -1,4 +1,4 @@
-"""What measurements are compared with: bare passes, the study's, a peer's, and `generate`."""
+"""Reference passes of the benchmarks: bare, the original study's, a peer's, and `generate`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def _batches(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> Itera
 
 
 def _pairs(stack: DecoderStack, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Run the whole model as a user of `transformers` would: LM head and KV cache included.
+    """Run the whole model as in `transformers`, with LM head and KV cache.
 
     Returns:
-        What rows 1..N-1 and N+norm compare, `[B, T, D]` twice.
+        Pairs of states that rows 1..N-1 and N+norm compare, `[B, T, D]` each.
     """
     output = stack.model(
         input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
@@ -38,16 +38,16 @@ def _pairs(stack: DecoderStack, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def seed_means(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> Array:
-    """Collect as the original study did: keep every similarity, then average.
+    """Collect similarities as in the original study: keep all of them, then average.
 
     Args:
         stack: The model.
-        blocks: The token blocks.
+        blocks: Token blocks.
         batch_size: Sequences per forward pass.
 
     Returns:
-        The mean similarity of rows 1..N-1 and, because the last of the hidden states of
-        `transformers` is behind the final norm, N+norm; `[N]`.
+        Mean similarity of rows 1..N-1 and N+norm, `[N]`. Row N is missing, because the last hidden
+        state of `transformers` lies behind the final norm.
     """
     kept: list[Array] = []
     for ids in _batches(stack, blocks, batch_size):
@@ -62,11 +62,11 @@ def seed_means(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> Arr
 
 @torch.no_grad()
 def bare_forward(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> None:
-    """Run embeddings, decoder layers and final norm, and nothing else: no analysis can be faster.
+    """Run only embeddings, decoder layers and final norm. No analysis can be faster.
 
     Args:
         stack: The model.
-        blocks: The token blocks.
+        blocks: Token blocks.
         batch_size: Sequences per forward pass.
     """
     for ids in _batches(stack, blocks, batch_size):
@@ -75,20 +75,20 @@ def bare_forward(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> N
 
 @torch.no_grad()
 def angular_distances(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> Array:
-    """Collect what layer pruning uses: each layer's angular distance at the last token.
+    """Collect the metric of layer pruning: the angular distance of each layer at the last token.
 
-    The distance of a layer is arccos(cosine) / pi between its input and its output at the last
-    token of a sequence, averaged over sequences: Gromov et al. 2024, The Unreasonable
-    Ineffectiveness of the Deeper Layers, section 3.2, for blocks of one layer. One minus the mean
-    cosine is the block influence of Men et al. 2024, ShortGPT, section 2.2.
+    The distance of a layer is arccos(cosine) / pi of its input and output at the last token of a
+    sequence, averaged over sequences (Gromov et al. 2024, The Unreasonable Ineffectiveness of the
+    Deeper Layers, section 3.2, for blocks of one layer). One minus the mean cosine is the block
+    influence of Men et al. 2024, ShortGPT, section 2.2.
 
     Args:
         stack: The model.
-        blocks: The token blocks.
+        blocks: Token blocks.
         batch_size: Sequences per forward pass.
 
     Returns:
-        The mean distance of rows 1..N-1 and N+norm, `[N]`, in [0, 1].
+        Mean distance of rows 1..N-1 and N+norm in [0, 1], `[N]`.
     """
     total = torch.zeros(stack.num_layers, dtype=torch.float64)
     for ids in _batches(stack, blocks, batch_size):
@@ -104,23 +104,23 @@ def angular_distances(stack: DecoderStack, blocks: TokenBlocks, batch_size: int)
 
 @torch.no_grad()
 def generate_plainly(stack: DecoderStack, ids: Tensor, new_tokens: int, **settings: Any) -> Tensor:
-    """Generate greedily with `transformers`, exactly so many tokens.
+    """Generate an exact number of tokens greedily with `transformers`.
 
     Args:
         stack: The model.
-        ids: The prompts, `[B, T]`, without padding.
-        new_tokens: How many tokens to add to each.
-        settings: Further ones of its generation config.
+        ids: Prompts without padding, `[B, T]`.
+        new_tokens: Number of new tokens per prompt.
+        settings: Other options of the generation config.
 
     Returns:
-        `[B, T + new_tokens]`.
+        Prompts and new tokens, `[B, T + new_tokens]`.
     """
     from transformers import GenerationConfig
 
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=new_tokens,
-        # No token has this number, so nothing ends early; None would mean the model's own.
+        # No token has this id, so generation never ends early. None would use the model's EOS.
         eos_token_id=stack.vocab_size,
         pad_token_id=0,
         **settings,

@@ -1,4 +1,4 @@
-"""What every benchmark's record has: times of variants, their ratios, targets, the machine."""
+"""Types that all benchmark records share: times, ratios, targets, memory and the machine."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from cascade.core.schema import UNSET, Count, Finite, Interval, Part, UnsetType
 
 
 class BenchmarkMachine(MachineProvenance, frozen=True, kw_only=True):
-    """The machine, with the details that matter to a time.
+    """The machine, with details that affect times.
 
     Attributes:
-        cores: How many it has; None where the system does not say.
-        load_average_before: How many processes wanted a core in the minute before the start.
+        cores: Number of cores; null if unknown.
+        load_average_before: One-minute load average before the start; null if unknown.
     """
 
     cores: Count | None
@@ -21,7 +21,7 @@ class BenchmarkMachine(MachineProvenance, frozen=True, kw_only=True):
 
 
 class BenchmarkProvenance(Provenance, frozen=True, kw_only=True):
-    """Where a benchmark's record comes from."""
+    """Origin of a benchmark's record."""
 
     machine: BenchmarkMachine
 
@@ -30,9 +30,9 @@ class VariantTimes(Part, frozen=True, kw_only=True):
     """The times of one variant.
 
     Attributes:
-        what: What the variant does.
-        tokens_per_second: Tokens over the median of the seconds.
-        seconds: One per round.
+        what: Description of the variant.
+        tokens_per_second: Tokens divided by the median seconds.
+        seconds: Seconds of each round.
     """
 
     what: str
@@ -41,13 +41,13 @@ class VariantTimes(Part, frozen=True, kw_only=True):
 
 
 class Ratio(Part, frozen=True, kw_only=True):
-    """The seconds of a variant over those of a reference.
+    """The ratio of a variant's seconds to those of a reference.
 
     Attributes:
         name: `variant/reference`.
-        median: Over rounds.
-        interval: Of the median, 95 %.
-        rounds: The ratio within each round.
+        median: Median over rounds.
+        interval: 95 % interval of the median.
+        rounds: Ratio within each round.
     """
 
     name: str
@@ -57,15 +57,15 @@ class Ratio(Part, frozen=True, kw_only=True):
 
 
 class Target(Part, frozen=True, kw_only=True):
-    """A promised limit, and what was measured.
+    """A target and the measured value.
 
     Attributes:
-        name: What was measured, with its unit if it has one.
-        sense: The side of the limit: "at most", "at least" or "below".
-        limit: The promised limit.
-        measured: The number; None where nothing was measured.
-        interval: Its 95 % interval, where it has one.
-        met: Whether the number is on the right side; None where nothing was measured.
+        name: Measured quantity, with its unit if it has one.
+        sense: Side of the limit: "at most", "at least" or "below".
+        limit: Limit of the target.
+        measured: Measured value; null if not measured.
+        interval: 95 % interval of the value, if it has one.
+        met: Whether the value meets the limit; null if not measured.
     """
 
     name: str
@@ -77,15 +77,15 @@ class Target(Part, frozen=True, kw_only=True):
 
 
 class PeakMemory(Part, frozen=True, kw_only=True):
-    """The peak memory of one pass in a process of its own.
+    """The peak memory of one pass in a fresh process.
 
     Attributes:
-        variant: Which variant ran.
-        factor: How many times the tokens were taken.
+        variant: Measured variant.
+        factor: Number of times that the pass repeated the tokens.
         tokens: Tokens of the measured pass.
-        loaded_mb: The peak up to the end of loading.
-        peak_mb: The peak of the measured pass.
-        isolated: Whether the peak before the pass was forgotten.
+        loaded_mb: Peak up to the end of loading, in MB.
+        peak_mb: Peak of the measured pass, in MB.
+        isolated: Whether the peak was reset before the pass.
     """
 
     variant: str = field(name="way")
@@ -100,10 +100,10 @@ class MemoryUsage(Part, frozen=True, kw_only=True):
     """Peak memory of a benchmark's variants.
 
     Attributes:
-        what: How it is measured.
-        reason: Why nothing was measured; None where it was.
-        growth_mb: The long pass's peak above the short one's.
-        peaks: One per pass.
+        what: Method of the measurement.
+        reason: Reason why nothing was measured; null if it was.
+        growth_mb: Difference of the peaks of the long and the short pass, in MB.
+        peaks: Peaks, one per pass.
     """
 
     what: str

@@ -1,4 +1,4 @@
-"""What every benchmark does: its set-up, interleaved rounds, ratios with intervals, targets."""
+"""Shared code of the benchmarks: set-up, interleaved rounds, ratios with intervals, targets."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from cascade.core.errors import CascadeError
 from cascade.core.schema import from_plain, to_plain
 from cascade.stats.resampling import RESAMPLES, draws, interval
 
-#: One way to do the benchmark's work once. Its result is not looked at while time is measured.
+#: A function that does the work of a benchmark once. Its result is not used in timed rounds.
 Variant = Callable[[], Any]
 
 
-#: More than these gain nothing, and very many end the process without a word.
+#: Maximum threads per core. More do not help, and far too many crash the process silently.
 _THREADS_PER_CORE = 8
 
 
-#: How `ratio_rows` comes to its median and interval, in the record's words.
+#: Description of the median and interval of `ratio_rows`, as stored in records.
 INTERVAL = (
     f"median over rounds of the ratio within each round; 95 % percentile bootstrap of the median, "
     f"{RESAMPLES} resamples of whole rounds"
@@ -40,21 +40,21 @@ INTERVAL = (
 
 
 class BenchmarkError(CascadeError):
-    """The benchmark cannot be run as configured, or running it failed."""
+    """The benchmark cannot run as configured, or it failed."""
 
 
 def check_least(
     config: object, least: Mapping[str, int], reasons: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse a configuration of which a number is too small.
+    """Check that the numbers of a configuration are not too small.
 
     Args:
-        config: Its attributes have the names of options; None is allowed.
-        least: Name -> the least that is allowed.
-        reasons: Name -> why, in brackets behind the least.
+        config: Configuration whose attributes have the names of options. None is allowed.
+        least: Minimum by name.
+        reasons: Reason for the minimum by name, shown in parentheses.
 
     Raises:
-        BenchmarkError: Names the option, the least and what came.
+        BenchmarkError: A number is too small. The message names the option, minimum and value.
     """
     for name, minimum in least.items():
         value = getattr(config, name)
@@ -68,7 +68,7 @@ def check_least(
 
 
 class BenchmarkConfig(Protocol):
-    """What the configuration of every benchmark has."""
+    """Options that every benchmark has."""
 
     @property
     def rounds(self) -> int:
@@ -76,11 +76,11 @@ class BenchmarkConfig(Protocol):
 
     @property
     def threads(self) -> int | None:
-        """Threads that torch computes with; None leaves the number as it is."""
+        """Number of torch threads; None to keep the current number."""
 
     @property
     def seed(self) -> int:
-        """Draws the order of the variants and the bootstrap's resamples."""
+        """Seed of the order of variants and of the resamples."""
 
 
 C = TypeVar("C", bound=BenchmarkConfig)
@@ -92,12 +92,12 @@ def no_progress(text: str) -> None:
 
 @dataclass(frozen=True)
 class Session:
-    """A running benchmark: how its variants are timed.
+    """A running benchmark, which times variants.
 
     Attributes:
         rounds: Timed rounds.
-        seed: Draws the order of the variants and the bootstrap's resamples.
-        load_average_before: How many processes wanted a core in the minute before the start.
+        seed: Seed of the order of variants and of the resamples.
+        load_average_before: One-minute load average before the start; None if unknown.
         progress: Called with a message for each step.
     """
 
@@ -112,9 +112,9 @@ class Session:
         """Time variants in interleaved rounds (see `time_variants`).
 
         Args:
-            variants: Name -> what to time.
-            device: Where they run.
-            rounds: Timed rounds, where they are not the benchmark's.
+            variants: Variants to time, by name.
+            device: Device of the variants.
+            rounds: Timed rounds (default: those of the benchmark).
         """
         return time_variants(
             variants,
@@ -129,7 +129,7 @@ class Session:
         return ratio_rows(timings.seconds, pairs, seed=self.seed)
 
     def provenance(self, provenance: Any) -> BenchmarkProvenance:
-        """Return a provenance whose machine has the details that matter to a time."""
+        """Return a provenance whose machine has the details that affect times."""
         return benchmark_provenance(provenance, self.load_average_before)
 
 
@@ -137,17 +137,17 @@ class Session:
 def session(
     config: C, progress: Callable[[str], None] | None = None
 ) -> Iterator[tuple[C, Session]]:
-    """Set a benchmark up: note who else is at work, and pin torch's threads while it runs.
+    """Set up a benchmark: record the load average, and pin torch's threads while it runs.
 
     Args:
-        config: The benchmark's configuration.
+        config: Configuration of the benchmark.
         progress: Called with a message for each step.
 
     Yields:
-        The configuration with its number of threads, and the session.
+        The configuration with the number of threads filled in, and the session.
 
     Raises:
-        BenchmarkError: More threads than the cores can serve.
+        BenchmarkError: There are too many threads per core.
     """
     load_before = load_average()
     threads = config.threads or torch.get_num_threads()
@@ -158,16 +158,19 @@ def session(
 
 @contextlib.contextmanager
 def pinned_threads(threads: int | None) -> Iterator[None]:
-    """Let torch compute with `threads` threads (None: as it is); the number before comes back.
+    """Set the number of torch threads inside a `with` block, and restore it afterwards.
+
+    Args:
+        threads: Number of threads; None to keep the current number.
 
     Raises:
-        BenchmarkError: More threads than the cores can serve.
+        BenchmarkError: There are too many threads per core.
     """
     most = _THREADS_PER_CORE * (os.cpu_count() or 1)
     if threads is not None and threads > most:
         raise BenchmarkError(
-            f"expected --threads of at most {most} ({_THREADS_PER_CORE} for each core), got "
-            f"{threads}"
+            f"expected --threads of at most {most} ({_THREADS_PER_CORE} per core), got {threads}; "
+            "use fewer"
         )
     before = torch.get_num_threads()
     if threads is not None:
@@ -179,7 +182,7 @@ def pinned_threads(threads: int | None) -> Iterator[None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all that it was given; a CPU always has."""
+    """Wait until a device has finished all submitted work. A CPU needs no waiting."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -192,9 +195,9 @@ class Timings:
     """The times of several variants.
 
     Attributes:
-        results: What each variant returned in the round that warms up.
-        order: The order of the variants in every timed round.
-        seconds: Each variant's seconds, round by round.
+        results: Results of each variant in the warm-up round.
+        order: Order of the variants in every timed round.
+        seconds: Seconds of each variant, per round.
     """
 
     results: dict[str, Any]
@@ -202,11 +205,11 @@ class Timings:
     seconds: dict[str, list[float]]
 
     def rows(self, what: Mapping[str, str], *, tokens: int) -> dict[str, VariantTimes]:
-        """Return one entry per variant, by name: what it does, its speed and its seconds.
+        """Return description, speed and seconds of each variant, by name.
 
         Args:
-            what: What each variant does, in the record's words.
-            tokens: Tokens that every variant takes or makes in one round.
+            what: Description of each variant.
+            tokens: Tokens that every variant processes or generates in one round.
         """
         return {
             name: VariantTimes(
@@ -227,17 +230,17 @@ def time_variants(
     synchronize: Callable[[], None] = lambda: None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Timings:
-    """Time each variant once per round, every round in an order of its own.
+    """Time each variant once per round, in a new random order every round.
 
-    A machine that slows down or is shared then affects all variants alike, and a ratio within one
-    round compares neighbours in time.
+    If the machine slows down or is shared, this affects all variants equally. A ratio within one
+    round compares measurements that are close in time.
 
     Args:
-        variants: Name -> what to time.
-        rounds: Timed rounds; one round before them warms up and is not counted.
-        seed: Draws the orders.
-        clock: Seconds, from any start.
-        synchronize: Waits until the device has done all that it was given.
+        variants: Variants to time, by name.
+        rounds: Timed rounds. One warm-up round before them is not counted.
+        seed: Seed of the orders.
+        clock: Clock in seconds, with any origin.
+        synchronize: Waits until the device has finished all submitted work.
         progress: Called with a message for each round.
     """
     shuffler = random.Random(seed)
@@ -259,18 +262,19 @@ def time_variants(
     return Timings(results, orders, seconds)
 
 
-# --- What was found --------------------------------------------------------------------------
+# --- Results ---------------------------------------------------------------------------------
 
 
 def ratio_rows(
     seconds: Mapping[str, Sequence[float]], pairs: Iterable[tuple[str, str]], *, seed: int
 ) -> list[Ratio]:
-    """Return one row per pair of variants: median over rounds, 95 % interval (see `INTERVAL`).
+    """Return the median ratio and its 95 % interval for each pair of variants (see `INTERVAL`).
 
     Args:
-        seconds: Each variant's seconds, round by round.
-        pairs: Variant and reference; the ratio is the variant's seconds over the reference's.
-        seed: Draws the resamples.
+        seconds: Seconds of each variant, per round.
+        pairs: Pairs of variant and reference. The ratio divides the variant's seconds by the
+            reference's.
+        seed: Seed of the resamples.
     """
     rows = []
     for variant, reference in pairs:
@@ -297,14 +301,14 @@ def target(
     measured: float | None,
     interval: Sequence[float] | None = None,
 ) -> Target:
-    """Compare one measured number with its limit.
+    """Compare a measured value with its limit.
 
     Args:
-        name: What was measured, with its unit if it has one.
-        sense: On which side of the limit the number should lie: "at most", "at least" or "below".
-        limit: The promised limit.
-        measured: The number; None where nothing was measured.
-        interval: The number's 95 % interval, where it has one.
+        name: Measured quantity, with its unit if it has one.
+        sense: Required side of the limit: "at most", "at least" or "below".
+        limit: Limit of the target.
+        measured: Measured value; None if not measured.
+        interval: 95 % interval of the value, if it has one.
     """
     met = None
     if measured is not None:
@@ -332,20 +336,20 @@ def ratio_target(ratio: Ratio, sense: str, limit: float) -> Target:
 
 
 def load_average() -> float | None:
-    """Return how many processes wanted a core in the last minute: who else is at work.
+    """Return the one-minute load average, which shows other work on the machine.
 
-    Call it before a benchmark starts, since its own work counts as well. None where the system
-    does not say.
+    Call this function before a benchmark starts, because its own work counts as well. Return None
+    if the system does not report a load average.
     """
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def benchmark_provenance(provenance: Any, load_average_before: float | None) -> BenchmarkProvenance:
-    """Return a provenance whose machine has the details that matter to a time.
+    """Return a provenance whose machine has the details that affect times.
 
     Args:
-        provenance: Where a record comes from, its machine included.
-        load_average_before: Of `load_average`, before the benchmark started.
+        provenance: Provenance of a record.
+        load_average_before: Load average before the benchmark started.
     """
     plain = to_plain(provenance)
     machine = plain["machine"] | {

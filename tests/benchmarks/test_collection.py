@@ -1,4 +1,4 @@
-"""Benchmark of collecting: equal work, honest records. No test asserts a speed."""
+"""Test the benchmark of collecting: variants do equal work. No test asserts a speed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def settings(saved: Path, **changes: Any) -> CollectionBenchmarkConfig:
 
 @pytest.fixture(scope="module")
 def record(saved: Path) -> CollectionBenchmark:
-    # Set here, before any test's own fixture is: the record says the number that torch has.
+    # Set the number here, because function-scoped fixtures run later. The record stores it.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     made = benchmark.benchmark_collection(settings(saved), memory=False)
@@ -50,7 +50,7 @@ def record(saved: Path) -> CollectionBenchmark:
 # --- The record ------------------------------------------------------------------------------
 
 
-def test_threads_are_pinned_while_variants_run_and_restored_when_one_fails(
+def test_threads_are_pinned_while_variants_run_and_restored_after_a_failure(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ):
     before = torch.get_num_threads()
@@ -80,7 +80,7 @@ def test_the_record_has_every_variant_with_one_time_per_round(record: Collection
     assert all(len(row.rounds) == ROUNDS for row in record.ratios)
 
 
-def test_the_record_says_what_ran_where(record: CollectionBenchmark, saved: Path):
+def test_the_record_names_model_machine_and_versions(record: CollectionBenchmark, saved: Path):
     assert record.settings.tokens == 256
     assert record.settings.threads == 1
     provenance = record.provenance
@@ -91,14 +91,15 @@ def test_the_record_says_what_ran_where(record: CollectionBenchmark, saved: Path
     assert record.peer.rebuilt is True
 
 
-def test_the_record_says_how_far_the_variants_agree(record: CollectionBenchmark):
-    # The same tokens: fp32 rounding for the seed's way, about 3 significant digits for bf16.
+def test_the_record_has_the_largest_differences_between_variants(record: CollectionBenchmark):
+    # The tokens are equal. The original study's pass differs by fp32 rounding, bf16 has about 3
+    # significant digits.
     assert abs(record.agreement.seed.difference) < 1e-5
     assert 0 < abs(record.agreement.bf16.difference) < 0.1
     assert record.agreement.bf16.layer in {"1", "2", "3", "4", "4+norm"}
 
 
-def test_bf16_runs_in_bf16(saved: Path, monkeypatch: pytest.MonkeyPatch):
+def test_bf16_variants_run_in_bf16(saved: Path, monkeypatch: pytest.MonkeyPatch):
     dtypes: dict[str, set[torch.dtype]] = {"bare": set(), "analyze": set()}
     for name, function in (("bare", "bare_forward"), ("analyze", "analyze")):
         real = getattr(benchmark, function)
@@ -129,7 +130,7 @@ def found(**medians: float) -> list[Ratio]:
         ((1.0, 2.0, 3.0), 0.0, None, [True, True, True, True, None]),
     ],
 )
-def test_targets_are_met_up_to_their_limit_and_unknown_without_a_measurement(
+def test_targets_are_met_up_to_their_limit_and_undecided_without_a_measurement(
     ratios: tuple[float, ...], shift: float, growth: float | None, met: list[bool | None]
 ):
     difference = LargestDifference(layer="1", difference=shift)
@@ -141,7 +142,7 @@ def test_targets_are_met_up_to_their_limit_and_unknown_without_a_measurement(
     assert [row.met for row in rows] == met
 
 
-def test_the_table_says_met_not_met_and_not_measured(record: CollectionBenchmark):
+def test_the_table_shows_met_not_met_and_not_measured(record: CollectionBenchmark):
     def target(met: bool | None, interval: list[float] | None) -> Target:
         measured = None if met is None else 1.0
         return Target(
@@ -158,7 +159,7 @@ def test_the_table_says_met_not_met_and_not_measured(record: CollectionBenchmark
     ]
     for name in record.variants:
         assert name in text
-    assert "Not measured: not asked for (--no-memory)." in text
+    assert "Not measured: disabled by --no-memory." in text
 
 
 def printed(record: CollectionBenchmark, width: int = 100) -> str:
@@ -167,7 +168,7 @@ def printed(record: CollectionBenchmark, width: int = 100) -> str:
     return stream.getvalue()
 
 
-def test_the_targets_fit_into_80_columns_uncut(record: CollectionBenchmark):
+def test_the_targets_fit_into_80_columns(record: CollectionBenchmark):
     targets = [
         replace(row, measured=0.00086, met=False, interval=[0.0, 99.0]) for row in record.targets
     ]
@@ -176,7 +177,7 @@ def test_the_targets_fit_into_80_columns_uncut(record: CollectionBenchmark):
     assert "…" not in text
 
 
-def test_another_kind_of_record_is_refused(record: CollectionBenchmark):
+def test_a_record_of_another_kind_is_refused(record: CollectionBenchmark):
     with pytest.raises(SchemaError, match='at kind, got "saturation"'):
         from_plain(to_plain(record) | {"kind": "saturation"}, CollectionBenchmark)
 
@@ -191,7 +192,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(exit_.value.code or 0)
 
 
-def test_bench_json_comes_back_as_it_was_printed(
+def test_bench_json_holds_the_printed_values(
     saved: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -205,9 +206,9 @@ def test_bench_json_comes_back_as_it_was_printed(
     stored = json.loads((output / "bench.json").read_text(encoding="utf-8"))
     assert stored["kind"] == "bench.collect"
     assert stored["provenance"]["command"].startswith("cascade bench collect --model")
-    for name, way in stored["ways"].items():
-        assert len(way["seconds"]) == 2
-        assert f"{way['tokens_per_second']:,.0f}" in out
+    for name, times in stored["ways"].items():
+        assert len(times["seconds"]) == 2
+        assert f"{times['tokens_per_second']:,.0f}" in out
         assert name in out
     assert [path.name for path in output.iterdir()] == ["bench.json"]
     assert run(monkeypatch, *arguments) == 2
@@ -226,7 +227,7 @@ def test_bench_json_comes_back_as_it_was_printed(
         ("--seed", "-1"),
     ],
 )
-def test_a_bad_option_is_one_line_and_status_2(
+def test_an_invalid_option_gives_a_one_line_error_and_status_2(
     option: str,
     value: str,
     monkeypatch: pytest.MonkeyPatch,

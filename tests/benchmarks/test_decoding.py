@@ -1,4 +1,4 @@
-"""Benchmark of decoding: the same prompts for every variant. No test asserts a speed."""
+"""Test the benchmark of decoding: all variants use the same prompts. No test asserts a speed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def settings(saved: Path, **changes: Any) -> DecodingBenchmarkConfig:
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fit on little: what is fitted is not what is tested here."""
+    """Fit on few tokens, because these tests do not depend on the fit."""
     for name, value in (
         ("FITTED_TOKENS", 1024),
         ("CALIBRATED_TOKENS", 256),
@@ -55,10 +55,10 @@ _RECORDS: dict[str, DecodingBenchmark] = {}
 
 @pytest.fixture
 def record(saved: Path, one_thread: None) -> DecodingBenchmark:
-    """One run in fp32, shared by the tests that only read it."""
+    """Return the record of one run in fp32, shared by tests that only read it."""
     if "fp32" not in _RECORDS:
         _RECORDS["fp32"] = benchmark.benchmark_decoding(settings(saved, layer=2))
-    # As it comes back from its file.
+    # Pass it through JSON, as if it was read from a file.
     text = to_json(to_plain(_RECORDS["fp32"]))
     return from_plain(json.loads(text), DecodingBenchmark)
 
@@ -66,7 +66,7 @@ def record(saved: Path, one_thread: None) -> DecodingBenchmark:
 # --- Equal work ------------------------------------------------------------------------------
 
 
-def test_verified_tokens_are_the_full_models_and_full_depth_leaves_nothing_out(
+def test_verified_tokens_equal_the_full_models_and_full_depth_computes_every_row(
     record: DecodingBenchmark,
 ) -> None:
     generated = record.generated
@@ -74,11 +74,11 @@ def test_verified_tokens_are_the_full_models_and_full_depth_leaves_nothing_out(
     assert generated["full"].agreement == generated["verified"].agreement == 1.0
     assert generated["full"].exit_share == 0.0
     assert generated["full"].layers_per_token == 4.0
-    # Two prompts of 12 tokens, five of the six new tokens are passed through.
+    # Two prompts of 12 tokens, and five of the six new tokens each, are computed.
     assert generated["full"].counts.layer_rows == [34] * 4
     for name in ("frozen", "ridge"):
         row = generated[name]
-        assert 0 < row.exit_share <= 1, "nobody left: this tests nothing"
+        assert 0 < row.exit_share <= 1, "no token exits, so the test is void"
         assert row.counts.layer_rows[:2] == [34, 34]
         assert row.counts.layer_rows[2:] < [34, 34]
         assert row.layers_per_token == sum(row.counts.layer_rows) / 34
@@ -87,10 +87,10 @@ def test_verified_tokens_are_the_full_models_and_full_depth_leaves_nothing_out(
     assert generated["verified"].drafted >= generated["verified"].accepted
 
 
-def test_a_corpus_is_text_also_where_it_holds_the_token_that_the_model_pads_with(
+def test_the_padding_token_in_a_corpus_counts_as_text(
     folder: Path,
 ) -> None:
-    pads = {"pad_token_id": ord("e") - 30}  # as the tiny tokenizer numbers the letter
+    pads = {"pad_token_id": ord("e") - 30}  # the tiny tokenizer's id of the letter
     (folder / "generation_config.json").write_text(json.dumps(pads))
     record = benchmark.benchmark_decoding(settings(folder, layer=2))
     assert record.generated["full"].counts.layer_rows == [34] * 4
@@ -111,7 +111,7 @@ def test_the_record_has_every_variant_with_one_time_per_round(record: DecodingBe
     ]
 
 
-def test_the_record_says_what_ran_where_and_how_tokens_left(record: DecodingBenchmark) -> None:
+def test_the_record_names_model_machine_and_exit(record: DecodingBenchmark) -> None:
     assert record.settings.layer == record.exit.layer == 2
     assert record.settings.threads == torch.get_num_threads()
     assert record.exit.head == "ridge"
@@ -133,26 +133,26 @@ def test_the_assistant_is_timed_against_generate_over_the_same_tokens(
     assert [ratio.name for ratio in row.ratios] == ["assistant/generate"]
 
 
-def test_where_the_assistant_does_not_run_the_record_says_why(
+def test_the_record_has_the_reason_if_the_assistant_does_not_run(
     saved: Path, one_thread: None
 ) -> None:
     record = benchmark.benchmark_decoding(
         settings(saved, batch_size=2, scoring=False, dtype="bfloat16")
     )
-    assert record.assistant.reason.startswith("it does not run here (")
+    assert record.assistant.reason.startswith("assistant_early_exit does not run here (")
     assert "batch_size" in record.assistant.reason
     assert record.assistant.variants is UNSET
-    assert record.scoring == ScoringTimes(reason="not asked for (--no-scoring)")
-    assert to_plain(record.scoring) == {"reason": "not asked for (--no-scoring)"}
+    assert record.scoring == ScoringTimes(reason="disabled by --no-scoring")
+    assert to_plain(record.scoring) == {"reason": "disabled by --no-scoring"}
     targets = {row.name: row for row in record.targets}
     assert targets["verified tokens equal, fp32"].met is None
     assert targets["true_skipping"].met is None
     text = printed(record)
-    assert "Not measured: it does not run here" in text
-    assert "Not measured: not asked for (--no-scoring)." in text
+    assert "Not measured: assistant_early_exit does not run here" in " ".join(text.split())
+    assert "Not measured: disabled by --no-scoring." in text
 
 
-def test_a_broken_assistant_leaves_the_model_its_depth(
+def test_a_failing_assistant_does_not_change_the_depth_of_the_model(
     saved: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stacks = []
@@ -166,11 +166,11 @@ def test_a_broken_assistant_leaves_the_model_its_depth(
 
     monkeypatch.setattr(benchmark, "generate_plainly", plainly)
     record = benchmark.benchmark_decoding(settings(saved, scoring=False))
-    assert record.assistant.reason == "it does not run here (broken)"
+    assert record.assistant.reason == "assistant_early_exit does not run here (broken)"
     assert stacks[0].decoder.config.num_hidden_layers == 4
 
 
-def test_scoring_holds_time_against_counted_operations(record: DecodingBenchmark) -> None:
+def test_scoring_compares_time_with_counted_operations(record: DecodingBenchmark) -> None:
     scoring = record.scoring
     assert scoring.reason is None
     (row,) = scoring.skipping
@@ -188,7 +188,7 @@ def test_scoring_holds_time_against_counted_operations(record: DecodingBenchmark
 # --- Heads, layers, thresholds ---------------------------------------------------------------
 
 
-def test_heads_of_a_file_are_used_and_their_layer_is_the_exit(
+def test_heads_from_a_file_are_used_with_their_layer_as_exit(
     saved: Path, tmp_path: Path, one_thread: None
 ) -> None:
     stack = load(str(saved))
@@ -228,7 +228,7 @@ def test_heads_of_another_model_are_refused(saved: Path, tmp_path: Path, models:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rounds": 1}, "expected --rounds of at least 2 (one round has no interval), got 1"),
+        ({"rounds": 1}, "expected --rounds of at least 2 (one round gives no interval), got 1"),
         ({"prompts": 0}, "expected --prompts of at least 1, got 0"),
         ({"new_tokens": 1}, "expected --new-tokens of at least 2, got 1"),
         ({"batch_size": 0}, "expected --batch-size of at least 1, got 0"),
@@ -237,13 +237,13 @@ def test_heads_of_another_model_are_refused(saved: Path, tmp_path: Path, models:
         ({"hard_ratio": 1.5}, "expected --hard-ratio in 0..1, got 1.5"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BenchmarkError) as caught:
         DecodingBenchmarkConfig(**changes)
     assert str(caught.value) == message
 
 
-def test_more_prompts_than_the_text_gives_are_refused(saved: Path) -> None:
+def test_more_prompts_than_the_text_has_are_refused(saved: Path) -> None:
     with pytest.raises(BenchmarkError, match="use fewer --prompts or --prompt-tokens"):
         benchmark.benchmark_decoding(settings(saved, prompts=100_000))
 
@@ -256,7 +256,7 @@ def test_more_prompts_than_the_text_gives_are_refused(saved: Path) -> None:
         ({"threshold": 2.0}, "expected a threshold in this range"),
     ],
 )
-def test_an_exit_that_cannot_be_is_refused_before_anything_is_fitted(
+def test_an_invalid_exit_is_refused_before_anything_is_fitted(
     saved: Path, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "fit_heads", None)
@@ -275,8 +275,8 @@ def printed(record: DecodingBenchmark, width: int = 100) -> str:
 
 def test_the_report_shows_variants_ratios_exits_and_targets(record: DecodingBenchmark) -> None:
     text = printed(record)
-    for part in ("Speed", "Ratios of seconds", "What was generated", "Targets", "Notes"):
-        assert part in text
+    for title in ("Speed", "Ratios of seconds", "What was generated", "Targets", "Notes"):
+        assert title in text
     for name in VARIANTS:
         assert name in text
     assert "true_skipping, frozen at 2" in text
@@ -284,11 +284,11 @@ def test_the_report_shows_variants_ratios_exits_and_targets(record: DecodingBenc
     assert f"{record.ratios[0].median:.3f}" in text
 
 
-def test_the_report_is_whole_on_a_narrow_terminal(record: DecodingBenchmark) -> None:
+def test_the_report_fits_a_narrow_terminal(record: DecodingBenchmark) -> None:
     assert max(map(len, printed(record, width=80).splitlines())) <= 80
 
 
-def test_the_report_takes_no_other_record(record: DecodingBenchmark) -> None:
+def test_the_report_refuses_a_record_of_another_kind(record: DecodingBenchmark) -> None:
     with pytest.raises(SchemaError, match=r'at kind, got "bench\.collect"'):
         from_plain(to_plain(record) | {"kind": "bench.collect"}, DecodingBenchmark)
 
@@ -306,7 +306,7 @@ def test_the_command_prints_and_writes_the_record(saved: Path, run: Run, here: P
     assert "Round 2 of 2" in done.err
 
 
-def test_the_command_refuses_in_one_line(saved: Path, run: Run, here: Path) -> None:
+def test_the_command_gives_a_one_line_error(saved: Path, run: Run, here: Path) -> None:
     done = run("bench", "decode", "--model", saved, "--rounds", 1, "--output", "out")
     assert done.status == 2
     assert done.err.count("\n") == 1
@@ -326,6 +326,6 @@ def test_prompts_beyond_the_positions_are_refused_before_any_pass(
         assert done.status == 2
         assert done.err.splitlines()[-1] == (
             f"cascade: {prompt} --prompt-tokens and {new} --new-tokens exceed the model's 64 "
-            "positions; take fewer"
+            "positions; use fewer"
         )
         assert not (here / "out").exists()

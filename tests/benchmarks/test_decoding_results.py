@@ -1,4 +1,4 @@
-"""What the benchmark of decoding finds: agreement, counted rows, skipping, targets."""
+"""Test results of the benchmark of decoding: agreement, counted rows, skipping and targets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cascade.models.flops import Counts, flops
 from cascade.models.stack import DecoderStack
 
 
-def test_agreement_is_the_share_of_new_tokens_at_the_same_place() -> None:
+def test_agreement_is_the_share_of_equal_new_tokens() -> None:
     stack, ids = DecoderStack(tiny_model("llama")), random_ids(2, 6)
     early = EarlyExit(stack)
     made: Any = early.generate(ids, max_new_tokens=4, eos_token_id=(), return_dict_in_generate=True)
@@ -34,7 +34,7 @@ def test_agreement_is_the_share_of_new_tokens_at_the_same_place() -> None:
     assert rows["generate"] == GeneratedRow(agreement=1.0)
 
 
-def test_operations_are_those_of_the_counts() -> None:
+def test_operations_follow_from_the_counts() -> None:
     stack = DecoderStack(tiny_model("llama"))
     early = EarlyExit(stack, layer=1, rule="fixed", threshold=-math.inf)
     first = {"full": EarlyExit(stack).score(random_ids()), "frozen": early.score(random_ids())}
@@ -61,7 +61,7 @@ def test_a_missed_target_is_not_met() -> None:
     rows = decoding_targets(full, equal, [skipping])
     assert [row.met for row in rows] == [False, False, False]
     assert [row.measured for row in rows] == [1.1, 0.5, 1.3]
-    # Not promised beyond fp32, not measured without scoring.
+    # Equality is guaranteed only in fp32, and skipping is measured only with scoring.
     assert [row.met for row in decoding_targets(full, None, ())] == [False, None, None]
 
 
@@ -77,7 +77,7 @@ def test_counts_of_several_batches_add_up() -> None:
         )
         for seed in (0, 1)
     ]
-    rows = generated_rows({"generate": [part.sequences for part in made], "full": made}, 6, 4)
+    rows = generated_rows({"generate": [batch.sequences for batch in made], "full": made}, 6, 4)
     expected: Counts = made[0].counts + made[1].counts
     assert rows["full"].counts == expected.record()
     assert rows["full"].layers_per_token == 4.0

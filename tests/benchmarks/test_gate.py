@@ -1,4 +1,4 @@
-"""Benchmark of the gate: the same tokens both ways. No test asserts a speed."""
+"""Test the benchmark of the gate: both variants use the same tokens. No test asserts a speed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ALONE = TimedAlone(what="it", seconds=[1.0])
 
 @pytest.fixture(scope="module")
 def baselines(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny checkpoint's baseline on a part of the embedded corpus."""
+    """Return a folder with the tiny model's baseline on 20 records of the embedded corpus."""
     folder = tmp_path_factory.mktemp("baselines")
     stack = load(str(saved))
     blocks = load_blocks("embedded", stack.tokenizer, seq_len=LENGTH, num_samples=20)
@@ -43,7 +43,7 @@ def baselines(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_records() -> Iterator[None]:
-    """Read as much of the corpus as the baseline saw."""
+    """Read the same records of the corpus as the baseline."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             benchmark,
@@ -63,15 +63,15 @@ def record(saved: Path, baselines: Path) -> GateBenchmark:
     return benchmark.benchmark_gate(settings(saved, baselines), command="cascade bench gate")
 
 
-def test_the_forward_is_over_the_sequences_that_the_gate_measures(
+def test_the_forward_pass_covers_the_sequences_of_the_gate(
     saved: Path, baselines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
     gates: list[Any] = []
-    right = benchmark.run_gate
+    run_gate = benchmark.run_gate
 
     def watched(*given: Any, **options: Any) -> Any:
-        gates.append(right(*given, **options))
+        gates.append(run_gate(*given, **options))
         return gates[-1]
 
     monkeypatch.setattr(benchmark, "run_gate", watched)
@@ -80,14 +80,14 @@ def test_the_forward_is_over_the_sequences_that_the_gate_measures(
     )
     monkeypatch.setattr(benchmark, "time_alone", lambda *_: dict.fromkeys(benchmark.ALONE, ALONE))
     benchmark.benchmark_gate(settings(saved, baselines))
-    assert len(seen) == len(gates) == 3  # one round warms up
+    assert len(seen) == len(gates) == 3  # two rounds and a warm-up round
     for (blocks, size), gate in zip(seen, gates, strict=True):
         assert gate.comparison.tokens == blocks.tokens == 5 * LENGTH
         assert size == 5
         assert (gate.profile.sequence_fingerprints == blocks.sequence_fingerprints()).all()
 
 
-def test_the_record_has_every_target_of_what_was_timed(record: GateBenchmark) -> None:
+def test_the_record_has_all_times_and_targets(record: GateBenchmark) -> None:
     seconds = {name: row.seconds for name, row in record.variants.items()}
     by_hand = [a / b for a, b in zip(seconds["gate"], seconds["bare"], strict=True)]
     assert record.ratios[0].name == "gate/bare"
@@ -110,7 +110,7 @@ def test_the_record_has_every_target_of_what_was_timed(record: GateBenchmark) ->
     assert from_plain(json.loads(json.dumps(to_plain(record))), GateBenchmark) == record
 
 
-def test_the_noise_of_a_baseline_environment_differences_is_named_and_timed(
+def test_noise_is_timed_for_a_baseline_from_another_machine(
     record: GateBenchmark,
     saved: Path,
     baselines: Path,
@@ -128,7 +128,7 @@ def test_the_noise_of_a_baseline_environment_differences_is_named_and_timed(
     monkeypatch.setattr(benchmark, "time_alone", lambda *_: record.alone)
     found = benchmark.benchmark_gate(settings(saved, folder))
     assert "the baseline's another" in found.elsewhere[0]
-    assert list((tmp_path / "cache/noise").iterdir())  # in the round that warms up
+    assert list((tmp_path / "cache/noise").iterdir())  # written in the warm-up round
     assert len(found.variants["noise"].seconds) == 2
     assert "the first gate here measures the noise as well" in " ".join(printed(found).split())
     assert "not needed here" in printed(record)
@@ -140,7 +140,7 @@ def printed(record: GateBenchmark) -> str:
     return text.getvalue()
 
 
-def test_the_report_shows_all_and_refuses_another_kind(record: GateBenchmark) -> None:
+def test_the_report_shows_all_times_and_refuses_another_kind(record: GateBenchmark) -> None:
     text = printed(record)
     for name in (*record.variants, *record.alone, *(row.name for row in record.targets)):
         assert name in text
@@ -149,7 +149,7 @@ def test_the_report_shows_all_and_refuses_another_kind(record: GateBenchmark) ->
         from_plain(to_plain(record) | {"kind": "bench.fit"}, GateBenchmark)
 
 
-def test_a_gate_that_stops_early_is_no_time(
+def test_a_gate_that_stops_early_is_an_error(
     saved: Path, baselines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(source: str, **given: Any) -> Any:
@@ -158,11 +158,11 @@ def test_a_gate_that_stops_early_is_no_time(
         return stack
 
     monkeypatch.setattr(benchmark, "load", broken)
-    with pytest.raises(BenchmarkError, match="says FAIL, and stopped before its budget"):
+    with pytest.raises(BenchmarkError, match="to pass, got FAIL before it used its whole budget"):
         benchmark.benchmark_gate(settings(saved, baselines))
 
 
-def test_a_process_that_fails_is_no_time() -> None:
+def test_a_failing_process_is_an_error() -> None:
     with pytest.raises(BenchmarkError, match=r"a timed process failed: .*nowhere"):
         benchmark.run_python("-m", "cascade", "compare", "nowhere", "nowhere")
 
@@ -182,7 +182,9 @@ def test_a_number_that_is_too_small_is_refused(
         settings(saved, baselines, **changes)
 
 
-def test_a_missing_baseline_is_named_with_what_makes_it(saved: Path, tmp_path: Path) -> None:
+def test_a_missing_baseline_is_an_error_with_the_command_that_makes_it(
+    saved: Path, tmp_path: Path
+) -> None:
     with pytest.raises(RecordError, match="cascade analyze --output"):
         benchmark.benchmark_gate(settings(saved, tmp_path))
 

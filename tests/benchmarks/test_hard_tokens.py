@@ -1,4 +1,4 @@
-"""Benchmark of collecting hard tokens: the same batches both ways. No test asserts a speed."""
+"""Test the benchmark of collecting hard tokens. No test asserts a speed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_both_variants_compute_the_same_batches_in_every_round(
         monkeypatch.setattr(benchmark, name, lambda *given, run=run: (seen.append([]), run(*given)))
     monkeypatch.setattr(DecoderStack, "visit", watched)
     benchmark.benchmark_hard_tokens(settings(saved))
-    assert len(seen) == 6  # two rounds, and one that warms up
+    assert len(seen) == 6  # two variants, two rounds and a warm-up round
     for batches in seen:
         assert [len(ids) for ids in batches] == [4, 4, 2]
         assert all(np.array_equal(a, b) for a, b in zip(batches, seen[0], strict=True))

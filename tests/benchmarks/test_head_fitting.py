@@ -1,4 +1,4 @@
-"""Benchmark of fitting heads: the same tokens both ways. No test asserts a speed."""
+"""Test the benchmark of fitting heads. No test asserts a speed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def record(saved: Path) -> HeadFittingBenchmark:
     return benchmark.benchmark_head_fitting(settings(saved), command="cascade bench fit")
 
 
-def test_both_variants_go_over_the_same_tokens_in_the_same_batches(
+def test_both_variants_process_the_same_batches(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Any]] = {"bare": [], "fit": []}
@@ -42,7 +42,7 @@ def test_both_variants_go_over_the_same_tokens_in_the_same_batches(
         lambda _, blocks, layers, batch_size: seen["fit"].append((blocks.ids, batch_size, layers)),
     )
     benchmark.benchmark_head_fitting(settings(saved))
-    assert len(seen["bare"]) == len(seen["fit"]) == 3  # one round warms up
+    assert len(seen["bare"]) == len(seen["fit"]) == 3  # two rounds and a warm-up round
     for (ids, size), (fitted, fitted_size, layers) in zip(*seen.values(), strict=True):
         assert (ids == fitted).all()
         assert ids.shape == (10, 16)
@@ -50,7 +50,7 @@ def test_both_variants_go_over_the_same_tokens_in_the_same_batches(
         assert layers == (1, 3)
 
 
-def test_more_tokens_than_the_corpus_has_are_its_tokens_again(
+def test_the_corpus_is_repeated_for_more_tokens_than_it_has(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "bare_forward", lambda *_: None)
@@ -102,7 +102,7 @@ def test_a_number_that_is_too_small_is_refused(
         settings(saved, **changes)
 
 
-def test_the_command_writes_its_record_and_refuses_layers_that_are_none(
+def test_the_command_writes_its_record_and_refuses_invalid_layers(
     run: Run, saved: Path, here: Path
 ) -> None:
     small = ("--tokens", 160, "--seq-len", 16, "--rounds", 2, "--model", saved)

@@ -1,4 +1,4 @@
-"""Peak memory: of the process that measures, without what another one held before."""
+"""Test the peak memory of processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def settings(saved: Path) -> dict[str, Any]:
     return asdict(config)
 
 
-def test_the_peak_covers_memory_that_is_held():
+def test_the_peak_includes_allocated_memory():
     pytest.importorskip("resource", reason="the system reports no peak of a process")
     if not memory.reset_peak_memory():
         pytest.skip("the system does not let a process reset its peak")
@@ -37,19 +37,19 @@ def test_memory_is_measured_at_one_and_eight_times_the_tokens_in_fresh_processes
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("resource", reason="the system reports no peak of a process")
-    asked: list[tuple[str, int]] = []
+    measured: list[tuple[str, int]] = []
 
-    def answer(_kind: str, _config: dict[str, Any], variant: str, factor: int) -> memory.PassPeak:
-        asked.append((variant, factor))
+    def peak(_kind: str, _config: dict[str, Any], variant: str, factor: int) -> memory.PassPeak:
+        measured.append((variant, factor))
         return memory.PassPeak(tokens=256 * factor, loaded_mb=50.0, peak_mb=100.0 + factor)
 
-    monkeypatch.setattr(memory, "peak_in_fresh_process", answer)
+    monkeypatch.setattr(memory, "peak_in_fresh_process", peak)
     usage = memory.measure_usage(KIND, settings(saved), "analyze_fp32", others=["seed_fp32"])
-    assert asked == [("analyze_fp32", 1), ("analyze_fp32", 8), ("seed_fp32", 1)]
+    assert measured == [("analyze_fp32", 1), ("analyze_fp32", 8), ("seed_fp32", 1)]
     assert usage.growth_mb == 7.0
 
 
-def test_a_fresh_process_reports_its_own_peak_and_its_failure_is_one_line(saved: Path):
+def test_a_fresh_process_reports_its_peak_or_a_one_line_error(saved: Path):
     pytest.importorskip("resource", reason="the system reports no peak of a process")
     peak = memory.peak_in_fresh_process(KIND, settings(saved), "analyze_fp32", 2)
     assert peak.tokens == 512

@@ -1,4 +1,4 @@
-"""Passes that measurements are compared with: they do the work that they stand for."""
+"""Test that the reference passes do the expected work."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def blocks_of(batch: int, length: int) -> TokenBlocks:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_the_studys_pass_and_analyze_find_the_same_layer_means(family: str):
+def test_the_original_studys_pass_and_analyze_give_the_same_layer_means(family: str):
     stack = DecoderStack(tiny_model(family))
     blocks = blocks_of(5, 12)
     profile = analyze(stack, blocks, batch_size=2)
     means = dict(zip(profile.statistics.layers, profile.statistics.mean(), strict=True))
-    del means["4"]  # hidden_states[-1] is behind the final norm: the study's pass has no row for it
+    del means["4"]  # hidden_states[-1] is behind the final norm, so the original study has no row 4
     assert list(means) == ["1", "2", "3", "4+norm"]
-    # 1e-5: fp32 rounding of a normalized product against a quotient; widths of 32.
+    # 1e-5 allows for fp32 rounding of a normalized product and of a quotient, at width 32.
     assert seed_means(stack, blocks, 2) == pytest.approx([*means.values()], abs=1e-5)
 
 
-def test_the_peers_method_is_the_angle_between_the_last_tokens_states():
+def test_angular_distances_match_the_angles_at_the_last_token():
     stack = DecoderStack(tiny_model("llama"))
     blocks = blocks_of(5, 12)
     with torch.no_grad():
@@ -46,11 +46,11 @@ def test_the_peers_method_is_the_angle_between_the_last_tokens_states():
     vectors = np.stack([state[:, -1].double().numpy() for state in states])
     units = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
     expected = (np.arccos((units[:-1] * units[1:]).sum(-1)) / np.pi).mean(axis=1)
-    # 1e-5: the cosine in fp32 against float64.
+    # 1e-5 allows for computing the cosine in fp32 instead of float64.
     assert angular_distances(stack, blocks, 2) == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_bare_pass_runs_every_layer_over_every_token_but_no_head():
+def test_the_bare_pass_runs_all_layers_on_all_tokens_without_the_head():
     stack = DecoderStack(tiny_model("llama"))
     seen: list[int] = []
     heads: list[int] = []
@@ -61,7 +61,7 @@ def test_the_bare_pass_runs_every_layer_over_every_token_but_no_head():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_generate_makes_exactly_so_many_tokens_and_ours_are_the_same(family: str) -> None:
+def test_generate_plainly_makes_an_exact_number_of_tokens_equal_to_ours(family: str) -> None:
     stack, ids = DecoderStack(tiny_model(family)), random_ids(1, 8)
     plain = generate_plainly(stack, ids, 20)
     assert plain.shape == (1, 28)
@@ -71,7 +71,7 @@ def test_generate_makes_exactly_so_many_tokens_and_ours_are_the_same(family: str
     assert torch.equal(ours, plain)
 
 
-def test_generate_goes_on_behind_an_end_of_text() -> None:
+def test_generate_plainly_continues_after_eos() -> None:
     stack, ids = DecoderStack(tiny_model("llama")), random_ids(1, 8)
     first = int(generate_plainly(stack, ids, 1)[0, -1])
     stack.model.generation_config.eos_token_id = first

@@ -1,4 +1,4 @@
-"""Timing: interleaved rounds, and ratios within one round. No test asserts a speed."""
+"""Test interleaved rounds, and ratios within one round. No test asserts a speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAIRS = (("a", "b"), ("b", "a"), ("c", "a"), ("d", "c"))
 
 
 class CallCountingClock:
-    """Stands at a whole second; every run of a variant moves it by that variant's own seconds."""
+    """A clock that every run of a variant advances by the seconds of that variant."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.now = 0.0
@@ -35,7 +35,7 @@ class CallCountingClock:
         return name
 
 
-def test_after_a_warm_up_every_round_runs_every_variant_once_in_an_order_of_its_own():
+def test_every_round_runs_every_variant_once_in_a_new_order():
     clock = CallCountingClock({"a": 1.0, "b": 2.0, "c": 4.0})
     timings = timing.time_variants(clock.variants(), rounds=20, seed=0, clock=clock)
     assert timings.results == {"a": "a", "b": "b", "c": "c"}
@@ -47,7 +47,7 @@ def test_after_a_warm_up_every_round_runs_every_variant_once_in_an_order_of_its_
     assert timings.seconds == {"a": [1.0] * 20, "b": [2.0] * 20, "c": [4.0] * 20}
 
 
-def test_the_seed_decides_the_orders():
+def test_the_seed_determines_the_orders():
     def orders(seed: int) -> list[list[str]]:
         clock = CallCountingClock(dict.fromkeys("abcdef", 1.0))
         return timing.time_variants(clock.variants(), rounds=5, seed=seed, clock=clock).order
@@ -68,20 +68,20 @@ def test_the_device_is_synchronized_before_the_clock_starts_and_before_it_stops(
     assert events == ["run", "wait", "clock", "run", "wait", "clock"]
 
 
-def test_more_threads_than_cores_can_serve_are_refused():
+def test_too_many_threads_are_refused():
     before, most = torch.get_num_threads(), 8 * (os.cpu_count() or 1)
     with timing.pinned_threads(most):
         assert torch.get_num_threads() == most
     for threads in (most + 1, 99_999, 10**30):
         with pytest.raises(timing.BenchmarkError) as error, timing.pinned_threads(threads):
-            pytest.fail("it was begun")
+            pytest.fail("the block was entered")
         assert str(error.value) == (
-            f"expected --threads of at most {most} (8 for each core), got {threads}"
+            f"expected --threads of at most {most} (8 per core), got {threads}; use fewer"
         )
     assert torch.get_num_threads() == before
 
 
-def test_threads_are_pinned_inside_and_restored_even_on_failure():
+def test_threads_are_restored_after_a_failure():
     before = torch.get_num_threads()
     inside = before + 1
 
@@ -99,13 +99,13 @@ def test_threads_are_pinned_inside_and_restored_even_on_failure():
     st.lists(st.tuples(*[st.floats(0.01, 100)] * len(NAMES)), min_size=2, max_size=9),
     st.integers(0, 9),
 )
-def test_an_interval_holds_its_median_and_stays_within_the_rounds(
+def test_an_interval_contains_the_median_and_lies_within_the_rounds(
     rounds: list[tuple[float, ...]], seed: int
 ):
     seconds = dict(zip(NAMES, map(list, zip(*rounds, strict=True)), strict=True))
     for row in timing.ratio_rows(seconds, PAIRS, seed=seed):
         low, high = row.interval
-        # Interpolation between two equal numbers may differ from them in the last bit.
+        # Interpolation between two equal numbers can differ from them in the last bit.
         slack = 1e-12 * row.median
         assert low - slack <= row.median <= high + slack
         assert min(row.rounds) - slack <= low
