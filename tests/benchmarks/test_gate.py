@@ -127,7 +127,7 @@ def test_noise_is_timed_for_a_baseline_from_another_machine(
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(benchmark, "time_alone", lambda *_: record.alone)
     found = benchmark.benchmark_gate(settings(saved, folder))
-    assert "the baseline's another" in found.elsewhere[0]
+    assert "instead of another" in found.elsewhere[0]
     assert list((tmp_path / "cache/noise").iterdir())  # written in the warm-up round
     assert len(found.variants["noise"].seconds) == 2
     assert "the first gate here measures the noise as well" in " ".join(printed(found).split())
