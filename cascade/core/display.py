@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cascade.core.arrays import Array
 from cascade.core.provenance import Provenance
 from cascade.core.schema import known
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
+
+    from cascade.core.arrays import Array
 
 #: The module that shows results. It is found by name, on first use: imports point downwards, and
 #: reports lie above every result.
