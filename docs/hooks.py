@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import sys
@@ -26,6 +27,9 @@ OUTSIDE = {
 #: What links may name beside pages of the site -> the page that says the same there.
 ELSEWHERE = OUTSIDE | {"README.md": "index.md"}
 
+#: The notebooks with their outputs, which `tox -e notebooks` stores.
+EXECUTED = ROOT / "build/notebooks"
+
 _LINK = re.compile(r"(?<=\]\()(?P<path>[\w./-]+)(?P<anchor>#[\w-]+)?(?=\))")
 _COMMANDS = "<!-- commands -->"
 
@@ -35,6 +39,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, target in OUTSIDE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, target, content=_relinked(text, source, target)))
+    for path in sorted((ROOT / "docs/notebooks").glob("*.ipynb")):
+        target = f"notebooks/{path.stem}.md"
+        files.append(File.generated(config, target, content=notebook_page(path, EXECUTED)))
     return files
 
 
@@ -64,6 +71,53 @@ def _relinked(text: str, source: str, target: str) -> str:
         return os.path.relpath(on_site, os.path.dirname(target)) + (match["anchor"] or "")
 
     return _LINK.sub(replaced, text)
+
+
+# --- Notebooks -------------------------------------------------------------------------------
+
+
+def notebook_page(path: Path, executed: Path) -> str:
+    """Return a notebook as a page of Markdown, with its outputs where they are known.
+
+    Args:
+        path: The notebook, without outputs.
+        executed: The folder of notebooks with outputs. A copy whose cells are not those of the
+            notebook is out of date and not used.
+    """
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    copy = executed / path.name
+    done = json.loads(copy.read_text(encoding="utf-8"))["cells"] if copy.exists() else []
+    fresh = [cell["source"] for cell in done] == [cell["source"] for cell in cells]
+    lines = []
+    for cell in done if fresh else cells:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            lines += [text, ""]
+        else:
+            lines += ["```python", text, "```", ""]
+            lines += [part for output in cell["outputs"] for part in _output(output)]
+    download = f"[Download this notebook]({path.name}){{ .md-button }}"
+    missing = "" if fresh else "\n\n*Built without outputs: `tox -e notebooks` runs the cells.*"
+    return "\n".join([*lines, download + missing, ""])
+
+
+def _output(output: dict[str, Any]) -> list[str]:
+    """Return one output of a cell: a picture, HTML, or text."""
+    if output["output_type"] == "stream":
+        # Progress bars and warnings go to stderr.
+        return _text(output["text"]) if output["name"] == "stdout" else []
+    data = output.get("data", {})
+    if "image/png" in data:
+        picture = "".join(data["image/png"]).replace("\n", "")
+        return [f'<img class="notebook" alt="" src="data:image/png;base64,{picture}">', ""]
+    if "text/html" in data:
+        content = re.sub(r"\n\s*\n", "\n", "".join(data["text/html"]))
+        return [f'<div class="notebook">{content}</div>', ""]
+    return _text(data.get("text/plain", ""))
+
+
+def _text(text: str | list[str]) -> list[str]:
+    return ["```text", "".join(text).rstrip("\n"), "```", ""]
 
 
 # --- Commands --------------------------------------------------------------------------------
