@@ -42,12 +42,12 @@ class Score:
     """The results of a forward pass over given tokens.
 
     Attributes:
-        exit_layers: `[B, T]`, where each token exited; N where it did not.
-        predictions: `[B, T]`, the most likely next token after each.
-        log_probabilities: `[B, T-1]`, of the token that comes next, in nats.
+        exit_layers: The layer at which each token exited, `[B, T]`; N if it did not exit.
+        predictions: The most likely next token after each token, `[B, T]`.
+        log_probabilities: The log-probability of the next token, `[B, T-1]`, in nats.
         scored: `[B, T-1]`, false where either token is padding.
-        counts: What was really computed.
-        logits: `[B, T, V]` in fp32 with `keep_logits`, zeros at padding; else None.
+        counts: The work that was actually computed.
+        logits: `[B, T, V]` in fp32 with `keep_logits`, zeros at padding; otherwise None.
     """
 
     exit_layers: Tensor
@@ -65,33 +65,43 @@ class Score:
 
 
 class EarlyExit:
-    """A model whose easy tokens exit early.
+    """Scores and generates text with a model whose easy tokens exit early.
 
-    Laws: without an exit, or with all thresholds at +inf, it is the full model; with a threshold
-    of -inf it is the exit head alone; generating equals scoring the generated text.
+    Three laws hold. Without an exit, or with all thresholds at +inf, the result is the full
+    model's. With a threshold of -inf, it is the exit head's alone. Generating a text gives the same
+    exits and predictions as scoring it.
 
-    Several threads may use one model, each with an `EarlyExit` of its own or all with the same
-    one: the model's modules and config are never changed. The exception is a model whose calls a
-    library answers itself, e.g. one that `accelerate` spreads over several devices, or one after
-    `Module.compile`. Use such a model from one thread at a time.
+    Several threads may use one model, each with a separate `EarlyExit` or all with the same one,
+    because the model's modules and config are never changed. The exception is a model whose calls
+    are handled by another library, e.g. one that `accelerate` distributes over several devices, or
+    one after `Module.compile`. Use such a model from one thread at a time.
 
     Args:
         stack: The model.
-        layer: One exit layer, 1..N; or give `exits`.
-        rule: The name of its rule.
+        layer: The exit layer, 1..N. For several exits, give `exits` instead.
+        rule: The name of the exit rule.
         threshold: Tokens with a confidence at or above it exit.
         heads: Fitted ridge heads (default: the logit lens).
         exits: Several exits, in ascending order of layers, instead of `layer`.
-        propagation: What upper layers see of exited tokens: "frozen" (keys and values from the
-            exit state; CALM, Schuster et al. 2022), "ridge" (from a fitted prediction of the
-            upper layers' inputs; needs `heads`) or "exact" (they are computed once they are
-            needed).
-        skip: False computes every token and throws away what exited tokens do not need.
-        seed: For rules that draw.
+        propagation: How upper layers get the keys and values of exited tokens: "frozen" (from the
+            exit state; CALM, Schuster et al. 2022), "ridge" (from a fitted prediction; needs
+            `heads`) or "exact" (computed once they are needed).
+        skip: False computes every token and discards the results that exited tokens do not need.
+        seed: Seed for rules that draw random numbers.
 
     Raises:
         UsageError: A layer, rule, threshold, heads, propagation or seed is invalid.
         ModelError: The heads, or those of `exits`, belong to another model.
+
+    Example:
+        >>> from cascade import EarlyExit, load
+        >>> stack = load("smollm2-135m")
+        >>> early = EarlyExit(stack, layer=29, threshold=0.95)
+        >>> ids = stack.tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> early.score(ids).exit_layers.shape
+        torch.Size([1, 5])
+        >>> early.generate(ids, max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 9])
     """
 
     def __init__(
@@ -113,14 +123,14 @@ class EarlyExit:
             )
         if propagation == "ridge" and exits is None and heads is None:
             raise UsageError(
-                "ridge propagation needs fitted heads; make them with `cascade fit-heads`"
+                "ridge propagation needs fitted heads; create them with `cascade fit-heads`"
             )
-        if heads is not None and layer is None:  # else they are checked as they become an exit
+        if heads is not None and layer is None:  # otherwise make_exit checks them
             _check_fitted(heads)
             heads.check(stack)
         if layer is not None and exits is not None:
             raise UsageError(
-                f"expected one exit layer or exits, got layer={layer} and exits; give one"
+                f"expected either layer or exits, got layer={layer} and exits; give only one"
             )
         self.stack = stack
         self.propagation = propagation
@@ -138,7 +148,7 @@ class EarlyExit:
 
     @property
     def fallback_reason(self) -> str | None:
-        """Why exited tokens save no work in this family; None where they do."""
+        """Why exited tokens save no work in this model family, or None if they do."""
         return self.layers.reason
 
     @torch.no_grad()
@@ -149,13 +159,16 @@ class EarlyExit:
         *,
         keep_logits: bool = False,
     ) -> Score:
-        """Run over given tokens; each exits where it would if it were generated.
+        """Return the predictions and exits of given tokens.
+
+        Each token exits where it would exit if it were generated.
 
         Args:
-            input_ids: `[B, T]`.
-            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Without it, the model's
-                padding token is padding, unless it ends rows too, as in `generate`.
-            keep_logits: Whether to return all logits: B x T x V x 4 bytes.
+            input_ids: Token ids, `[B, T]`.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Without it, padding is
+                inferred as in `generate`: the model's padding token is padding, unless it is also
+                an end-of-sequence token.
+            keep_logits: Return all logits, which take B x T x V x 4 bytes.
 
         Raises:
             UsageError: Token ids or a mask are invalid.
@@ -219,24 +232,30 @@ class EarlyExit:
         draft_length: int = 8,
         **kwargs: Any,
     ) -> Tensor | Generation:
-        """Generate as `transformers` does, with tokens that exit early.
+        """Return prompts with their continuations, generated with tokens that exit early.
+
+        The interface and the defaults are those of `transformers`.
 
         Args:
             input_ids: The prompts, `[B, T]`, padded on the left.
-            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Without it, the padding token
-                is padding, unless it ends rows too, as in `transformers`.
-            generation_config: Settings of `transformers` (default: the model's own). Settings that
-                early exit does not support (beams, ...) are refused.
-            streamer: Gets each token as soon as it is final.
+            attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Without it, padding is
+                inferred as in `transformers`: the padding token is padding, unless it is also an
+                end-of-sequence token.
+            generation_config: Settings of `transformers` (default: the model's generation config).
+                Settings that early exit does not support (beams, ...) raise an error.
+            streamer: Receives each token as soon as it is final.
             return_dict_in_generate: Return a `Generation` instead of the ids alone.
-            verify: Let the full model confirm every token (needs propagation="exact"): the result
-                is the full model's, token for token; exits only draft (self-speculative decoding).
-            draft_length: With `verify`, the most tokens drafted before the full model checks them.
+            verify: Let the full model confirm every token (needs propagation="exact"). The result
+                is then the full model's, token for token, and exits only draft
+                (self-speculative decoding).
+            draft_length: With `verify`, the maximum number of tokens drafted before the full model
+                checks them.
             kwargs: Single settings: max_new_tokens, do_sample, temperature, top_p, top_k, seed,
                 eos_token_id, pad_token_id, stop_strings.
 
         Returns:
-            `[B, T + new]`, rows that ended earlier padded, or the whole `Generation`.
+            Token ids, `[B, T + new]`, in which rows that ended earlier are padded; or a
+            `Generation`.
 
         Raises:
             UsageError: A prompt, mask or setting is invalid.
@@ -245,11 +264,14 @@ class EarlyExit:
         config = DecodingConfig.of(self.stack, generation_config, kwargs)
         if any(at.rule.needs_full for at in self.exits):
             names = ", ".join(at.rule.name for at in self.exits if at.rule.needs_full)
-            raise UsageError(f"{names} needs the full model's answer: it can score, not generate")
+            raise UsageError(
+                f"the rule {names} needs the full model's prediction, so it can score but not "
+                "generate; use another rule"
+            )
         if verify and self.propagation != "exact":
             raise UsageError(
-                f'verify=True needs propagation="exact", got "{self.propagation}": only exact keys'
-                " and values let the full model confirm a token"
+                f'verify=True needs propagation="exact", got "{self.propagation}"; the full model '
+                "can only confirm tokens with exact keys and values"
             )
         drafts = as_int(draft_length)
         if drafts is None or drafts < 1:
@@ -275,23 +297,23 @@ def make_exit(
     heads: FittedHeads | None = None,
     propagation: Propagation = "frozen",
 ) -> Exit:
-    """Return an exit with the ridge head and map fitted for its layer, or the logit lens.
+    """Return an exit with the ridge head and map fitted for its layer, or with the logit lens.
 
     Args:
         stack: The model.
         layer: 1..N.
-        rule: Its name, or the rule.
+        rule: The rule or its name.
         threshold: Tokens with a confidence at or above it exit.
         heads: Fitted heads (default: the logit lens).
-        propagation: The propagation map is part of the exit only for "ridge".
+        propagation: The exit gets a propagation map only for "ridge".
 
     Raises:
-        UsageError: There is no such layer or rule, the threshold is no number, or no head was
+        UsageError: There is no such layer or rule, the threshold is not a number, or no head was
             fitted for the layer.
         ModelError: The heads belong to another model.
     """
     rule = rule if isinstance(rule, ExitRule) else find_rule(rule)
-    _, layer = exit_entries(layer, stack.num_layers)  # its own entry has its number
+    _, layer = exit_entries(layer, stack.num_layers)  # the layer as an int
     check_layers({layer: rule}, stack.num_layers)
     if heads is not None:
         _check_fitted(heads)
@@ -316,28 +338,28 @@ def _check_fitted(heads: Any) -> None:
 def _checked(
     exits: Sequence[Exit], stack: DecoderStack, propagation: Propagation
 ) -> tuple[Exit, ...]:
-    """Return the exits, without their propagation maps unless propagation is "ridge"."""
+    """Check exits and return them, with their propagation maps only for "ridge"."""
     layers = [at.layer for at in exits]
     if layers != sorted(set(layers)):
         raise UsageError(f"expected exits in ascending order of layers, got layers {layers}")
     check_layers({at.layer: at.rule for at in exits}, stack.num_layers)
     for at in exits:
         at.rule.check(at.threshold)
-        owner = getattr(at.head, "stack", stack)  # a user's own head need not know its model
+        owner = getattr(at.head, "stack", stack)  # a custom head need not have a model
         if owner.model not in [below.model for below in stack.with_base_models()]:
             model = replace(owner.provenance, weights_hash=owner.weights_hash())
             check_same_model(model, stack, what=f"the heads of the exit at layer {at.layer}")
         if propagation == "ridge" and at.propagation is None and at.layer < stack.num_layers:
             raise UsageError(
-                f"the exit at layer {at.layer} has no propagation map; give it the one of its "
-                "fitted heads, or use frozen propagation"
+                f"the exit at layer {at.layer} has no propagation map; pass the map of its fitted "
+                "heads, or use frozen propagation"
             )
     comparing = [at for at in exits if at.rule.needs_earlier]
     # With several such exits, the first one is the earlier exit of the others.
     if len(comparing) == 1 and comparing[0] is exits[0]:
         raise UsageError(
-            f"the rule {exits[0].rule.name} looks at earlier exits, and none lies below layer "
-            f"{exits[0].layer}; give exits below it, or take another rule"
+            f"the rule {exits[0].rule.name} needs an earlier exit, and there is none below layer "
+            f"{exits[0].layer}; add exits below it, or use another rule"
         )
     if propagation == "ridge":
         return tuple(exits)

@@ -1,4 +1,4 @@
-"""Forward passes: a chunk of tokens on its way through the layers, some of them exiting early."""
+"""Forward passes in which some tokens of a chunk exit early."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cascade.stats.decision import reaches
 #: Rows that go through the LM head at once: 512 rows of 49,152 logits in fp32 are 100 MB.
 _LOGIT_ROWS = 512
 
-#: A callback: `(layer, rows [n], columns [n], logits [n, V])` of tokens whose logits were computed.
+#: A callback that receives computed logits: `(layer, rows [n], columns [n], logits [n, V])`.
 OnLogits = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
@@ -33,9 +33,9 @@ class Exit:
         layer: 1..N.
         rule: Gives each token's confidence.
         threshold: Tokens with a confidence at or above it exit.
-        head: Computes their logits.
-        propagation: Predicts what upper layers need of them; None: keys and values are projected
-            from the exit state itself.
+        head: Computes the logits of tokens that exit.
+        propagation: Predicts the keys and values of exited tokens for upper layers. None: they are
+            projected from the exit state.
     """
 
     layer: int
@@ -53,7 +53,7 @@ class Chunk:
         ids: `[B, T]`.
         valid: `[B, T]`, false for padding and for sequences that have ended.
         positions: `[B, T]`.
-        attention_mask: `[B, past + T]`, None where nothing is padded.
+        attention_mask: `[B, past + T]`, or None without padding.
     """
 
     ids: Tensor
@@ -62,7 +62,7 @@ class Chunk:
     attention_mask: Tensor | None
 
     def plan(self, layers: SkippingLayers, cache: KeyValueCache) -> Plan:
-        """Let the model prepare the chunk; the cache's window says where it lies."""
+        """Return the model's plan of the chunk; the cache's window gives the chunk's columns."""
         return layers.stack.plan(
             self.ids,
             attention_mask=self.attention_mask,
@@ -76,10 +76,10 @@ class PassConfig:
     """How a chunk is computed.
 
     Attributes:
-        stop_exited: Whether exited tokens stop being computed (frozen, ridge). False: every token
-            is computed, and only the logits of exited ones come from the exit (exact).
-        full_prediction: What the full model predicts, `[B, T]`; for rules that need it.
-        seed: For rules that draw.
+        stop_exited: Whether upper layers skip exited tokens (frozen, ridge). False: every token is
+            computed, and only the logits of exited tokens come from the exit (exact).
+        full_prediction: The full model's predictions, `[B, T]`; for rules that need them.
+        seed: Seed for rules that draw random numbers.
     """
 
     stop_exited: bool = True
@@ -88,22 +88,22 @@ class PassConfig:
 
 
 class ForwardPass:
-    """One chunk on its way through the layers.
+    """The forward pass of one chunk, advanced layer by layer.
 
     Args:
-        layers: Compute the layers.
-        exits: In ascending order of layers.
+        layers: Computes the layers.
+        exits: The exits, in ascending order of layers.
         chunk: The tokens.
-        cache: Its window is the chunk.
-        counts: What is computed is added here.
+        cache: The KV cache, whose window is the chunk.
+        counts: Receives the work that is computed.
         config: How the chunk is computed.
-        plan: The chunk's plan, if it was made already.
+        plan: The plan of the chunk, if it exists already.
 
     Attributes:
         layer: The last layer computed; 0 before the first.
-        hidden: Its output, `[B, T, D]`; for exited tokens their exit state.
-        undecided: `[B, T]`, true for tokens that no exit has let exit.
-        exit_layers: `[B, T]`, the layer at which each token exited; N where it did not.
+        hidden: The output of that layer, `[B, T, D]`; for exited tokens their exit state.
+        undecided: `[B, T]`, true for tokens that have not exited.
+        exit_layers: The layer at which each token exited, `[B, T]`; N if it has not exited.
         selection: Which tokens the next layer computes.
     """
 
@@ -136,10 +136,10 @@ class ForwardPass:
         )
 
     def fork(self, counts: Counts | None = None) -> ForwardPass:
-        """Return a pass that continues from here by itself and leaves this one as it is.
+        """Return an independent pass that continues from the layer reached.
 
         Args:
-            counts: What the new pass computes is added here (default: to this pass's counts).
+            counts: Receives the work that the new pass computes (default: this pass's counts).
         """
         other = ForwardPass(
             self.layers,
@@ -174,7 +174,7 @@ class ForwardPass:
             self.set_output(self.layer + 1, self.layers.run(task))
 
     def set_output(self, layer: int, hidden: Tensor) -> None:
-        """Take a layer's output as computed.
+        """Set the output of a layer that was computed elsewhere.
 
         Args:
             layer: 1..N.
@@ -185,12 +185,12 @@ class ForwardPass:
         self._history.pop(layer - self._kept_entries - 1, None)
 
     def exit_point(self, at: Exit, rows: Tensor, columns: Tensor) -> ExitPoint:
-        """Return what the exit's rule may see of some tokens at the layer reached.
+        """Return the input of the exit's rule for some tokens at the layer reached.
 
         Args:
             at: The exit.
-            rows: `[n]`.
-            columns: `[n]`.
+            rows: Rows of the tokens in the chunk, `[n]`.
+            columns: Columns of the tokens in the chunk, `[n]`.
         """
         entries = {
             entry: states[rows, columns]
@@ -211,12 +211,12 @@ class ForwardPass:
         )
 
     def decide(self, at: Exit, outputs: Tensor, on_logits: OnLogits) -> None:
-        """Let undecided tokens exit at the layer reached, where the exit's rule says so.
+        """Let undecided tokens exit at the layer reached if their confidence suffices.
 
         Args:
             at: The exit at this layer.
-            outputs: `[B, T]`, the tokens whose logits are needed.
-            on_logits: Called with the logits of those that exit.
+            outputs: `[B, T]`, true for tokens whose logits are needed.
+            on_logits: Called with the logits of tokens that exit.
 
         Raises:
             ModelError: A confidence or logits are not finite.
@@ -230,8 +230,8 @@ class ForwardPass:
             confidence = at.rule.confidence(point)
             if torch.isnan(confidence).any():
                 raise not_finite(
-                    f"the rule {at.rule.name} is NaN at exit layer {at.layer}: the states or "
-                    "logits there are not finite"
+                    f"the rule {at.rule.name} is NaN at exit layer {at.layer}, because states or "
+                    "logits are not finite"
                 )
             out = reaches(confidence, at.threshold)
             exits[rows[some], columns[some]] = out
@@ -259,7 +259,7 @@ class ForwardPass:
 
         Args:
             at: The exit at this layer.
-            exits: `[B, T]`, true for the tokens that exit; those that exited before are ignored.
+            exits: `[B, T]`, true for tokens that exit; tokens that exited before are ignored.
         """
         exits = exits & self.undecided
         if not exits.any():
@@ -275,7 +275,7 @@ class ForwardPass:
         self.selection = Selection(self.undecided, self.selection.exited | exits)
 
     def _prediction(self, layer: int) -> Tensor | None:
-        """Return what the ridge maps predict for the exited tokens at a layer, in token order."""
+        """Return the ridge maps' predictions for exited tokens at a layer, in token order."""
         if not self._predicted:
             return None
         values = [values[:, layer - first] for _, values, first in self._predicted]
@@ -292,10 +292,10 @@ class ForwardPass:
         return at.head.logits(hidden)
 
     def finish(self, outputs: Tensor, on_logits: OnLogits) -> None:
-        """Compute the remaining layers, and the logits of the tokens that did not exit.
+        """Compute the remaining layers and the logits of tokens that did not exit.
 
         Args:
-            outputs: `[B, T]`, the tokens whose logits are needed.
+            outputs: `[B, T]`, true for tokens whose logits are needed.
             on_logits: Called with the logits.
         """
         self.run_layers_to(self.layers.stack.num_layers)
@@ -306,7 +306,7 @@ class ForwardPass:
         """Compute all layers and decide at every exit.
 
         Args:
-            outputs: `[B, T]`, the tokens whose logits are needed.
+            outputs: `[B, T]`, true for tokens whose logits are needed.
             on_logits: Called with the logits.
         """
         for at in self.exits:
@@ -322,13 +322,13 @@ def decode_tokens(
 
     Args:
         stack: The model.
-        hidden: `[B, T, D]`, the last layer's output.
-        outputs: `[B, T]`, the tokens whose logits are needed.
-        counts: What is computed is added here.
+        hidden: The output of the last layer, `[B, T, D]`.
+        outputs: `[B, T]`, true for tokens whose logits are needed.
+        counts: Receives the work that is computed.
         on_logits: Called with the logits.
 
     Raises:
-        ModelError: They are not finite.
+        ModelError: The logits are not finite.
     """
     rows, columns = torch.nonzero(outputs, as_tuple=True)
     for some in slices(len(rows), stack.max_positions):
@@ -339,18 +339,18 @@ def decode_tokens(
 
 
 def _finite(logits: Tensor, layer: int) -> Tensor:
-    # The largest one is enough: NaN is larger than any number, and -inf only excludes a token.
+    # Checking the maximum is enough: amax propagates NaN, and -inf only excludes a token.
     if not torch.isfinite(logits.amax(dim=-1)).all():
         raise not_finite(f"the logits of layer {layer} are not finite")
     return logits
 
 
 def slices(count: int, limit: int | None) -> list[slice]:
-    """Split rows into slices that fit through the LM head at once.
+    """Return slices of rows, each small enough for one call of the LM head.
 
     Args:
-        count: How many rows.
-        limit: The model's positions, which a slice must not exceed either; None: no limit.
+        count: The number of rows.
+        limit: The model's positions, which a slice must not exceed either; None for no limit.
     """
     size = min(_LOGIT_ROWS, limit or _LOGIT_ROWS)
     return [slice(start, start + size) for start in range(0, count, size)]

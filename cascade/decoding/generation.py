@@ -1,4 +1,4 @@
-"""Generating text with early exits, and verifying drafts."""
+"""Text generation with early exits, and verification of drafts by the full model."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated.
+    """The result of a generation.
 
     Attributes:
-        sequences: `[B, T + new]`, rows that ended earlier padded.
-        exit_layers: `[B, new]`, where each new token's logits were made: an exit layer, or N; 0
-            where a row had ended.
-        counts: What was really computed, prompt included.
-        passed: Tokens of open rows that went through the first layer, prompt included.
-        drafted: With verification, tokens that an exit proposed.
-        accepted: Those of them that the full model confirmed.
+        sequences: Token ids, `[B, T + new]`; rows that ended earlier are padded.
+        exit_layers: The layer whose logits each new token was chosen from, `[B, new]`: an exit
+            layer or N; 0 after the end of a row.
+        counts: The work that was actually computed, including the prompt.
+        passed: Tokens of open rows that the first layer computed, including the prompt.
+        drafted: Tokens that an exit proposed, with verification.
+        accepted: Drafted tokens that the full model confirmed.
     """
 
     sequences: Tensor
@@ -52,7 +52,7 @@ class Generation:
 
     @property
     def layers_per_token(self) -> float:
-        """Layers really computed per token, prompt included."""
+        """Layers actually computed per token, including the prompt."""
         return sum(self.counts.layer_rows) / self.passed
 
 
@@ -62,8 +62,8 @@ class ExitConfig:
 
     Attributes:
         exits: In ascending order of layers.
-        exact: Whether upper layers are computed for exited tokens once they are needed.
-        seed: For rules that draw.
+        exact: Whether upper layers compute exited tokens once they are needed.
+        seed: Seed for rules that draw random numbers.
     """
 
     exits: Sequence[Exit]
@@ -72,18 +72,18 @@ class ExitConfig:
 
 
 class _Token(NamedTuple):
-    """A chosen token, and the layer whose logits it was chosen from."""
+    """A chosen token and the layer whose logits it was chosen from."""
 
     token: int
     layer: int
 
 
 class _Text:
-    """The rows as they grow: which tokens are confirmed, and which rows have ended.
+    """The growing rows: their tokens, how many are confirmed, and which rows have ended.
 
     Attributes:
-        ids: `[B, capacity]`, drafts included.
-        confirmed: How many columns of each row are final.
+        ids: Token ids including drafts, `[B, capacity]`.
+        confirmed: The number of final columns of each row.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class _Text:
         )
 
     def result(self, counts: Counts, passed: int, drafted: int, accepted: int) -> Generation:
-        """Return the generation; columns that no row reached are cut off."""
+        """Return the generation without the columns that no row reached."""
         stop = max(self.confirmed)
         for row, confirmed in enumerate(self.confirmed):
             self.ids[row, confirmed:] = self.config.filling
@@ -176,29 +176,31 @@ def generate(
     draft_length: int | None,
     streamer: BaseStreamer | None,
 ) -> Generation:
-    """Generate from checked arguments: see `EarlyExit.generate`.
+    """Generate from checked arguments; see `EarlyExit.generate`.
 
     Args:
-        layers: Compute the layers.
+        layers: Computes the layers.
         exits: How tokens exit.
-        prompt: Padded on the left.
+        prompt: The prompts, padded on the left.
         config: How to generate.
-        draft_length: The most tokens drafted before the full model checks them; None: it never
-            does.
-        streamer: Gets each confirmed token; one row only.
+        draft_length: The maximum number of tokens drafted before the full model checks them. None:
+            without verification.
+        streamer: Receives each confirmed token; needs a single row.
 
     Raises:
-        UsageError: The prompt is padded behind a token, too long, or streamed in several rows.
+        UsageError: A prompt has padding after a token or is too long, or there are several rows to
+            stream.
         ModelError: A confidence or logits are not finite.
     """
     if not bool((prompt.valid[:, 1:] >= prompt.valid[:, :-1]).all()):
         raise UsageError(
-            "a prompt has padding behind a token, by its attention_mask or, without one, by the "
-            "token that the model pads with; expected prompts padded on the left only, so that "
-            "every row's last token is the one to go on from"
+            "expected prompts padded only on the left, got padding after a token (given by the "
+            "attention_mask or, without one, by the padding token); set padding_side='left'"
         )
     if streamer is not None and len(prompt.ids) > 1:
-        raise UsageError(f"a streamer takes one row, got {len(prompt.ids)}; generate row by row")
+        raise UsageError(
+            f"expected one row with a streamer, got {len(prompt.ids)}; generate each row separately"
+        )
     stack = layers.stack
     new = config.new_tokens(prompt.ids.shape[1], stack.max_positions)
     text = _Text(stack, prompt, config, new, streamer)
@@ -214,7 +216,7 @@ def generate(
 def _generate_skipping(
     layers: SkippingLayers, exits: ExitConfig, text: _Text, choose: TokenChooser
 ) -> Generation:
-    """Generate with exited tokens that are never computed further: frozen and ridge propagation."""
+    """Generate with frozen or ridge propagation: upper layers never compute exited tokens."""
     counts = Counts.of(layers.stack.num_layers)
     cache = layers.new_cache(len(text.ids), text.capacity)
     config = PassConfig(seed=exits.seed)
@@ -248,11 +250,11 @@ def _collecting(chosen: dict[int, _Token], choose: TokenChooser, column: int) ->
 
 
 class _DeferredSegments:
-    """Segments of layers between exits, each computed only once a token needs it.
+    """The segments of layers between exits, each computed only once a token needs it.
 
-    The segments above an exit are deferred for a token that exits there: its state waits below
-    them. When a later token continues, all waiting states are computed with it, so that keys and
-    values are the full model's.
+    If a token exits, the segments above its exit are deferred, and its state waits below them. When
+    a later token continues, those segments compute all waiting states together with it. Keys and
+    values are therefore the full model's.
     """
 
     def __init__(self, layers: SkippingLayers, exits: ExitConfig, text: _Text) -> None:
@@ -262,16 +264,16 @@ class _DeferredSegments:
         self.cache = layers.new_cache(len(text.ids), text.capacity)
         last = layers.stack.num_layers
         ends = [at.layer for at in self.exits if at.layer < last] + [last]
-        #: Each segment as (layer below its first, last layer).
+        #: Each segment as (layer below its first layer, last layer).
         self.segments = list(zip([0, *ends[:-1]], ends, strict=True))
-        #: How many columns each segment has computed.
+        #: The number of columns that each segment has computed.
         self.done = [0] * len(ends)
-        #: The states `[B, n, D]` that wait below each segment; below the first, none ever do.
+        #: The states `[B, n, D]` waiting below each segment; always empty for the first one.
         self.waiting: list[list[Tensor]] = [[] for _ in ends]
         self.passed = 0
 
     def probe(self, stop: int) -> ForwardPass:
-        """Return a pass over the last column alone, to decide with; it computes no layers."""
+        """Return a pass over the last column that decides exits but computes no layers."""
         chunk = self.text.chunk(stop - 1, stop)
         nothing = torch.zeros(0, device=chunk.ids.device)
         return ForwardPass(
@@ -285,7 +287,7 @@ class _DeferredSegments:
         )
 
     def run(self, index: int, stop: int, probe: ForwardPass) -> Tensor:
-        """Compute a segment up to column stop - 1; return its output for what it computed."""
+        """Compute a segment up to column stop - 1; return its output for the new columns."""
         start, (below, last) = self.done[index], self.segments[index]
         chunk = self.text.chunk(start, stop)
         self.cache.window(start, stop)
@@ -310,15 +312,12 @@ class _DeferredSegments:
         return hidden
 
     def crop(self, stop: int) -> None:
-        """Forget columns from `stop` on; no state may be waiting."""
+        """Discard columns from `stop` on; no state may be waiting."""
         self.done = [min(done, stop) for done in self.done]
 
 
 def _generate_exact(segments: _DeferredSegments, text: _Text, choose: TokenChooser) -> Generation:
-    """Generate with exact keys and values.
-
-    Exited tokens are deferred until a later token needs the upper layers.
-    """
+    """Generate with exact propagation: upper layers compute exited tokens once needed."""
     stop = text.prompt
     while text.open_rows:
         chosen: dict[int, _Token] = {}
@@ -332,7 +331,7 @@ def _generate_exact(segments: _DeferredSegments, text: _Text, choose: TokenChoos
 def _run_until_exited(
     segments: _DeferredSegments, probe: ForwardPass, stop: int, on_logits: OnLogits
 ) -> None:
-    """Compute segments until every row's last token has exited, or all of them."""
+    """Compute segments until the last token of every row has exited, or all segments."""
     outputs = probe.chunk.valid
     for index in range(len(segments.segments)):
         hidden = segments.run(index, stop, probe)
@@ -347,10 +346,11 @@ def _run_until_exited(
 def _generate_verified(
     segments: _DeferredSegments, text: _Text, choose: TokenChooser, draft_length: int
 ) -> Generation:
-    """Generate what the full model would: exits draft tokens, the full model confirms them.
+    """Generate the full model's text: exits draft tokens, and the full model confirms them.
 
-    Rows share their columns. A row with a wrong draft therefore moves all rows back to its column;
-    confirmed tokens of the other rows are then only computed again.
+    All rows advance column by column together. A wrong draft in one row therefore moves all rows
+    back to its column. Confirmed tokens of the other rows are then computed again, but do not
+    change.
     """
     drafts: list[dict[int, _Token]] = [{} for _ in text.ended]  # by row, then by column
     drafted = accepted = 0
@@ -382,7 +382,7 @@ def _generate_verified(
 
 
 def _draft(segments: _DeferredSegments, probe: ForwardPass, stop: int, on_logits: OnLogits) -> bool:
-    """Compute segments while a token may still exit; return whether all of them did."""
+    """Compute segments while tokens can still exit; return whether all tokens exited."""
     outputs = probe.undecided
     for index, at in enumerate(segments.exits[: len(segments.segments) - 1]):
         segments.run(index, stop, probe)
@@ -399,7 +399,7 @@ def _confirm(
     drafts: list[dict[int, _Token]],
     stop: int,
 ) -> int:
-    """Let the full model choose every token since its last check; return the drafts confirmed."""
+    """Let the full model choose all tokens since its last check; return the number it confirms."""
     text, last = segments.text, segments.layers.stack.num_layers
     choices = _full_choices(segments, probe, choose, stop)
     accepted = 0
@@ -419,7 +419,7 @@ def _confirm(
 def _full_choices(
     segments: _DeferredSegments, probe: ForwardPass, choose: TokenChooser, stop: int
 ) -> dict[tuple[int, int], int]:
-    """Return the full model's tokens by row and column, from its last check to column stop."""
+    """Return the full model's tokens since its last check, up to column stop."""
     text, start = segments.text, segments.done[-1]
     for index in range(len(segments.segments)):
         if segments.done[index] < stop:

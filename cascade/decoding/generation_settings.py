@@ -14,7 +14,7 @@ from cascade.models.stack import DecoderStack
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-#: How many tokens `transformers` generates by default.
+#: The number of tokens that `transformers` generates by default.
 _DEFAULT_NEW_TOKENS = 20
 
 
@@ -22,8 +22,8 @@ _DEFAULT_NEW_TOKENS = 20
 _SAMPLING = ("temperature", "top_p", "top_k")
 
 
-#: Settings of a generation config that early exit follows.
-_FOLLOWED = {
+#: Settings of a generation config that early exit supports.
+_SUPPORTED = {
     "max_new_tokens",
     "max_length",
     "do_sample",
@@ -37,7 +37,7 @@ _FOLLOWED = {
 }
 
 
-#: Settings that do not change the tokens, or only together with refused ones.
+#: Settings that do not change the tokens, or only together with unsupported settings.
 _HARMLESS = {
     "transformers_version",
     "use_cache",
@@ -51,7 +51,7 @@ _HARMLESS = {
 }
 
 
-#: Values at which a setting changes nothing, in addition to None, False, 0 and empty ones.
+#: Values that leave a setting without effect, in addition to None, False, 0 and empty values.
 _NEUTRAL = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -68,17 +68,18 @@ class DecodingConfig:
     """How to generate.
 
     Attributes:
-        max_new_tokens: The most tokens to add; None: up to `max_length` in all.
-        max_length: Prompt and new tokens together; None: see `max_new_tokens`.
+        max_new_tokens: The maximum number of new tokens; None: `max_length` is the limit.
+        max_length: The maximum number of tokens including the prompt; None: see `max_new_tokens`.
         do_sample: Sample tokens instead of taking the most likely one.
         temperature: Divides the logits before sampling.
         top_p: Sample among the most likely tokens that together reach this probability.
         top_k: Sample among this many of the most likely tokens; 0 for all.
-        seed: For sampling: the same seed gives the same tokens, verified or not.
+        seed: Seed of the sampling. The same seed gives the same tokens, with and without
+            verification.
         eos_token_id: Tokens that end a row.
-        pad_token_id: Fills rows that ended, and is padding in prompts without a mask; None: the
-            first of `eos_token_id`, or 0, fills rows, and no token is taken for padding.
-        stop_strings: Texts that end a row; the row keeps them.
+        pad_token_id: Fills rows that ended, and is treated as padding in prompts without a mask.
+            None: the first of `eos_token_id`, or 0, fills rows, and no token is padding.
+        stop_strings: Texts that end a row; they are kept in the row.
     """
 
     max_new_tokens: int | None = None
@@ -96,11 +97,11 @@ class DecodingConfig:
     def of(
         cls, stack: DecoderStack, config: GenerationConfig | None, changes: Mapping[str, Any]
     ) -> DecodingConfig:
-        """Read the model's own generation config, then a given one, then single settings.
+        """Return the settings of the model's generation config, overridden by those given.
 
-        Later ones override earlier ones. Sampling settings that none of them has are those of
-        `transformers`, which samples from the 50 most likely tokens. A single setting of None
-        turns a setting off.
+        `config` overrides the model's generation config, and `changes` override both. Sampling
+        defaults are those of `transformers`, which samples from the 50 most likely tokens
+        (top_k=50). In `changes`, None turns a setting off.
 
         Args:
             stack: The model.
@@ -120,8 +121,8 @@ class DecodingConfig:
 
         if config is not None and not isinstance(config, Config):
             raise UsageError(
-                "expected generation_config a GenerationConfig of transformers, got "
-                f"{type(config).__name__}; give single settings by name"
+                "expected a GenerationConfig of transformers as generation_config, got "
+                f"{type(config).__name__}; pass single settings by name"
             )
         defaults = Config._get_default_generation_params()
         values: dict[str, Any] = {name: defaults[name] for name in _SAMPLING}
@@ -135,7 +136,9 @@ class DecodingConfig:
         merged = {name: value for name, value in merged.items() if value is not None}
         made = cls(**_read(merged, stack.vocab_size - 1))
         if made.stop_strings and stack.tokenizer is None:
-            raise UsageError("stop_strings need the model's tokenizer; load the model with it")
+            raise UsageError(
+                "stop_strings need a tokenizer, and the model has none; load the model with one"
+            )
         return made
 
     @property
@@ -147,114 +150,121 @@ class DecodingConfig:
 
     @property
     def padding(self) -> int | None:
-        """The token that is padding in prompts without a mask; None where no token is."""
+        """The token that is padding in prompts without a mask, or None if no token is."""
         return padding_token(self.pad_token_id, self.eos_token_id)
 
     def new_tokens(self, prompt: int, limit: int | None) -> int:
-        """Return how many tokens to add to a prompt.
+        """Return the number of tokens to generate after a prompt.
 
         Args:
-            prompt: Its length.
-            limit: The model's positions.
+            prompt: The length of the prompt in tokens.
+            limit: The model's positions, or None.
 
         Raises:
-            UsageError: They do not fit.
+            UsageError: The prompt and the new tokens do not fit.
         """
         new = self.max_new_tokens
         if new is None and self.max_length is not None:
             new = self.max_length - prompt
             if new < 1:
                 raise UsageError(
-                    f"a prompt of {prompt} tokens leaves nothing of max_length {self.max_length}; "
-                    "give max_new_tokens"
+                    f"expected a prompt shorter than max_length {self.max_length}, got {prompt} "
+                    "tokens; set max_new_tokens instead"
                 )
         if new is None:
             left = _DEFAULT_NEW_TOKENS if limit is None else limit - prompt
             new = max(1, min(left, _DEFAULT_NEW_TOKENS))
         if limit is not None and prompt + new > limit:
             raise UsageError(
-                f"a prompt of {prompt} tokens and {new} new ones exceed the model's {limit} "
-                "positions; shorten the prompt or take a smaller max_new_tokens"
+                f"a prompt of {prompt} tokens and {new} new tokens exceed the model's {limit} "
+                "positions; shorten the prompt or use a smaller max_new_tokens"
             )
         return new
 
 
 def padding_token(pad: int | None, ends: int | Sequence[int] | None) -> int | None:
-    """Return the token that `transformers` takes for padding without a mask; None: no token.
+    """Return the token that `transformers` treats as padding without a mask, or None.
 
     Args:
-        pad: The model's padding token.
-        ends: The tokens that end a row. A padding token among them may be text.
+        pad: The padding token, or None.
+        ends: The tokens that end a row. A padding token that is one of them may be text.
     """
     return None if pad in _as_tuple(ends) else pad
 
 
 def check_supported(values: Mapping[str, Any]) -> None:
-    """Refuse generation settings that are not supported."""
+    """Check that generation settings are supported.
+
+    Args:
+        values: Settings by name.
+
+    Raises:
+        UsageError: A setting is not supported.
+    """
     from transformers import GenerationConfig
 
     # Settings that transformers does not know have no effect there either.
     known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
-    refused = sorted(
+    unsupported = sorted(
         name
-        for name in known & values.keys() - _FOLLOWED - _HARMLESS
+        for name in known & values.keys() - _SUPPORTED - _HARMLESS
         if not _is_neutral(name, values[name])
     )
-    if refused:
+    if unsupported:
         raise UsageError(
-            f"early exit does not follow the generation settings {', '.join(refused)}; "
-            "give a generation_config that turns them off"
+            f"early exit does not support the generation settings {', '.join(unsupported)}; "
+            "pass a generation_config that turns them off"
         )
 
 
 def _is_neutral(name: str, value: Any) -> bool:
     if name.endswith("_token_id"):
-        return False  # 0 is a token like any other
+        return False  # 0 is a valid token
     return not value or value == _NEUTRAL.get(name)
 
 
 def _read(given: Mapping[str, Any], last: int) -> dict[str, Any]:
-    """Return settings as they are used, with numbers as Python's own.
+    """Return checked settings, with NumPy numbers converted to Python numbers.
 
     Args:
         given: Settings, none of them None.
-        last: The vocabulary's last token.
+        last: The last token of the vocabulary.
 
     Raises:
-        UsageError: One of them is invalid.
+        UsageError: A setting is invalid.
     """
-    # How to read a setting (None: it cannot be read), which values are valid, and a description.
+    # For each setting: a function that reads it (None if invalid), a check and a description.
     kinds: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
-        "max_new_tokens": (as_int, lambda new: new >= 1, "a whole number from 1"),
-        "max_length": (as_int, lambda _: True, "a whole number"),
-        "do_sample": (as_bool, lambda _: True, "True or False"),
+        "max_new_tokens": (as_int, lambda new: new >= 1, "to be an integer of at least 1"),
+        "max_length": (as_int, lambda _: True, "to be an integer"),
+        "do_sample": (as_bool, lambda _: True, "to be True or False"),
         "temperature": (
             as_float,
             lambda value: value > 0,
-            "more than 0 (do_sample=False for greedy)",
+            "to be above 0 (do_sample=False for greedy)",
         ),
-        "top_p": (as_float, lambda share: 0 < share <= 1, "in (0, 1]"),
-        "top_k": (as_int, lambda count: count >= 0, "a whole number from 0"),
-        "seed": (as_int, lambda _: True, "a whole number"),
+        "top_p": (as_float, lambda share: 0 < share <= 1, "to be in (0, 1]"),
+        "top_k": (as_int, lambda count: count >= 0, "to be an integer of at least 0"),
+        "seed": (as_int, lambda _: True, "to be an integer"),
         "eos_token_id": (
             lambda value: tuple(map(as_int, _as_tuple(value))),
             lambda ends: all(end is not None and 0 <= end <= last for end in ends),
-            f"a token in 0..{last}, or several",
+            f"to be one or several tokens in 0..{last}",
         ),
-        "pad_token_id": (as_int, lambda pad: 0 <= pad <= last, f"in 0..{last}"),
+        "pad_token_id": (as_int, lambda pad: 0 <= pad <= last, f"to be in 0..{last}"),
         "stop_strings": (
             _as_tuple,
             lambda stops: all(isinstance(stop, str) and stop for stop in stops),
-            "a text or several, none empty",
+            "to be one or several non-empty strings",
         ),
     }
     read = dict(given)
-    for name, (reader, is_valid, words) in kinds.items():
+    for name, (reader, is_valid, description) in kinds.items():
         if name not in given:
             continue
         read[name] = reader(given[name])
         if read[name] is None or not is_valid(read[name]):
-            raise UsageError(f"expected {name} {words}, got {given[name]!r}")
+            raise UsageError(f"expected {name} {description}, got {given[name]!r}")
     return read
 
 

@@ -13,11 +13,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class Selection:
-    """Which tokens of a chunk `[B, T]` a layer computes, and which only give it keys and values.
+    """Which tokens of a chunk `[B, T]` a layer computes, and which have exited below it.
+
+    A layer needs only the keys and values of exited tokens.
 
     Args:
-        active: `[B, T]`, true for the tokens that the layer computes.
-        exited: `[B, T]`, true for those that exited below it. The others are padding.
+        active: `[B, T]`, true for tokens that the layer computes.
+        exited: `[B, T]`, true for tokens that exited below it. All other tokens are padding.
     """
 
     def __init__(self, active: Tensor, exited: Tensor) -> None:
@@ -33,8 +35,9 @@ class Selection:
     def groups(self) -> tuple[Tensor, Tensor, Tensor]:
         """Packed rows grouped by sequence: sequences [G], packed index [G, M], place [n].
 
-        `packed[g, m]` is the packed row of sequence g's m-th active token, sequences with fewer
-        repeat their first; `place[i]` is the flat index g * M + m of packed row i.
+        `packed[g, m]` is the packed row of the m-th active token of sequence g. Sequences with
+        fewer active tokens repeat their first. `place[i]` is the flat index g * M + m of packed
+        row i.
         """
         counts = self.active.sum(dim=1)
         sequences = torch.nonzero(counts, as_tuple=True)[0]
@@ -56,17 +59,18 @@ class _Buffer(DynamicLayer):
 
 
 class KeyValueCache(Cache):
-    """Keys and values of every layer, in buffers made once; layers may be filled at any pace.
+    """Keys and values of every layer, in buffers that are allocated once.
 
-    `window` sets the columns that the next calls write. A plan made with this cache takes the
-    window's start as the number of columns before the chunk.
+    Layers may be filled to different columns. `window` sets the columns that the next calls write.
+    In a plan made with this cache, the start of the window is the number of columns before the
+    chunk.
 
     Args:
-        num_layers: How many layers.
-        batch: How many sequences.
-        capacity: The most columns that a sequence can have.
-        keep: Whether later calls read what earlier ones wrote. A single chunk needs one layer's
-            keys and values at a time.
+        num_layers: The number of layers.
+        batch: The number of sequences.
+        capacity: The maximum number of columns of a sequence.
+        keep: Whether later calls read the columns that earlier calls wrote. A single chunk does not
+            need this, since only one layer's keys and values are in use at a time.
     """
 
     def __init__(self, num_layers: int, batch: int, capacity: int, *, keep: bool = True) -> None:
@@ -80,12 +84,12 @@ class KeyValueCache(Cache):
         self._packed: Selection | None = None
 
     def window(self, start: int, stop: int) -> None:
-        """Let the next calls write columns start to stop - 1."""
+        """Set the columns that the next calls write: start to stop - 1."""
         self.start, self.stop = start, stop
 
     @contextlib.contextmanager
     def packed(self, selection: Selection) -> Iterator[None]:
-        """Take the next updates as the active rows of a selection, packed into one row."""
+        """Interpret updates in the context as the active tokens of a selection, packed in a row."""
         self._packed = selection
         try:
             yield
@@ -93,26 +97,26 @@ class KeyValueCache(Cache):
             self._packed = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return how many columns lie before the window."""
+        """Return the number of columns before the window."""
         return self.start
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return the window's first column."""
+        """Return the first column of the window."""
         return self.start
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return how many columns attention sees, and the first of them."""
+        """Return the number of columns that attention sees, and the first of them."""
         return self.start + query_length, 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values; return all that its attention can see.
+        """Write a layer's new keys and values; return all keys and values that attention sees.
 
         Args:
-            key_states: `[B, heads, T, head_dim]`, or `[1, heads, n, head_dim]` when packed.
-            value_states: The same.
-            layer_idx: From 0.
+            key_states: `[B, heads, T, head_dim]`, or `[1, heads, n, head_dim]` if packed.
+            value_states: Same shape as `key_states`.
+            layer_idx: The layer, counted from 0.
             args: Ignored.
             kwargs: Ignored.
         """
@@ -129,23 +133,23 @@ class KeyValueCache(Cache):
     def put(
         self, index: int, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Write single tokens' keys and values, `[heads, n, head_dim]`, columns of the window."""
+        """Write keys and values `[heads, n, head_dim]` of n tokens; columns count in the window."""
         buffer = self._buffer(index, keys, values)
         buffer.keys[rows, :, self.start + columns] = keys.transpose(0, 1)
         buffer.values[rows, :, self.start + columns] = values.transpose(0, 1)
         return self.read(index)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values up to the window's end, `[B, heads, stop, head_dim]`."""
+        """Return a layer's keys and values up to the window end, `[B, heads, stop, head_dim]`."""
         buffer = self._buffers[index if self.keep else 0]
         return buffer.keys[:, :, : self.stop], buffer.values[:, :, : self.stop]
 
     def _buffer(self, index: int, keys: Tensor, values: Tensor) -> _Buffer:
-        # Without `keep` all layers share one buffer: each writes every column that it reads.
+        # Without `keep`, all layers share one buffer, since each writes every column that it reads.
         buffer = self._buffers[index if self.keep else 0]
         shape = (self.batch, keys.shape[-3], self.capacity, keys.shape[-1])
         if buffer.keys is None or buffer.keys.shape != shape:
-            # Zeros: columns of padding are masked but never written, and NaN times 0 is NaN.
+            # Zeros, because padding columns are masked but never written, and NaN * 0 is NaN.
             buffer.keys = keys.new_zeros(shape)
             buffer.values = values.new_zeros((*shape[:3], values.shape[-1]))
             buffer.is_initialized = True

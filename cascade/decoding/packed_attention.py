@@ -1,4 +1,4 @@
-"""Attention over packed queries: only the tokens that are still computed."""
+"""Attention for packed queries, which contain only the active tokens."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from cascade.models.overrides.views import can_be_copied, with_children, with_co
 #: The name under which packed attention is registered with `transformers`.
 _PACKED = "cascade_packed"
 
-#: The implementations of attention that take a mask per query, as packed queries need one.
+#: Implementations of attention that accept a mask per query, which packed queries need.
 PACKABLE = ("eager", "sdpa")
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What packed attention must know of the call that it serves.
+    """The parameters of one packed attention call.
 
     Attributes:
-        selection: Which tokens of the chunk `[B, T]` the packed row holds.
+        selection: Which tokens of the chunk `[B, T]` are in the packed row.
         mask: The chunk's attention mask, `[B or 1, heads or 1, T, L]`, or None.
         implementation: The model's own attention: "eager" or "sdpa".
     """
@@ -38,7 +38,7 @@ class Packing:
 
 
 class _PackedConfig:
-    """The config of an attention module that serves one packed call; otherwise the model's own."""
+    """The config of an attention module for one packed call; delegates to the model's config."""
 
     _attn_implementation = _PACKED
 
@@ -64,8 +64,8 @@ def _packed_attention(
         query: `[1, heads, n, head_dim]`.
         key: `[B, heads, L, head_dim]`.
         value: `[B, heads, L, head_dim]`.
-        attention_mask: Ignored: the mask for all tokens of the chunk is in the packing.
-        kwargs: What the module passes on: scaling, soft-capping and the like.
+        attention_mask: Ignored; the packing has the mask of the whole chunk.
+        kwargs: Other arguments of the attention function, such as scaling and soft-capping.
     """
     config: Any = module.config
     packing: Packing = config.packing
@@ -89,7 +89,7 @@ def _mask_of(packing: Packing, packed: Tensor, seen: int) -> Tensor | None:
         return mask[rows, :, columns].transpose(1, 2)
     if packing.selection.active.shape[1] == 1:
         return None  # a single column attends to everything before it
-    # Without a mask `transformers` means causal attention, with nothing before the chunk.
+    # In `transformers`, no mask means causal attention without earlier columns.
     return (torch.arange(seen, device=columns.device) <= columns[..., None])[:, None]
 
 
@@ -101,21 +101,22 @@ def _attention_of(module: nn.Module, implementation: str) -> Callable[..., tuple
     return found
 
 
-# Reached only by modules whose config is a `_PackedConfig`; the model's own attention is unchanged.
+# Only modules whose config is a `_PackedConfig` use it; the model's own attention is unchanged.
 AttentionInterface.register(_PACKED, _packed_attention)
 
 
 @contextlib.contextmanager
 def packed_layer(layer: nn.Module, selection: Selection, mask: Tensor | None) -> Iterator[Any]:
-    """Yield a decoder layer whose attention takes the packed row of one call.
+    """Yield a decoder layer whose attention accepts the packed row of one call.
 
-    That is a copy, so that other threads can run the layer meanwhile. Where a library answers the
-    calls of the layer or its attention itself (see `can_be_copied`), the attention's config is
-    exchanged in place and restored; the model is then for one thread at a time.
+    The result is a copy, so that other threads can run the original layer at the same time. If
+    another library handles the calls of the layer or its attention (see `can_be_copied`), the
+    config of the attention is replaced in place and restored. Such a model may be used by one
+    thread at a time.
 
     Args:
         layer: The layer, with its attention as `self_attn`.
-        selection: Which tokens the packed row holds.
+        selection: Which tokens are in the packed row.
         mask: The mask of the whole chunk, or None.
     """
     attention: Any = layer.self_attn

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits."""
+"""Choice of the next token from logits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from cascade.decoding.generation_settings import DecodingConfig
 
 
 class TokenChooser:
-    """Chooses the next token from logits; draws depend on seed, row and column alone.
+    """Chooses the next token from logits; random choices depend only on seed, row and column.
 
     Args:
-        config: Greedy or sampling, and how to sample.
+        config: Whether and how to sample.
     """
 
     def __init__(self, config: DecodingConfig) -> None:
@@ -46,9 +46,9 @@ class TokenChooser:
         if not self.config.do_sample:
             return logits.argmax(dim=-1)
         scores = self.warpers(None, logits)  # type: ignore[arg-type]
-        # The largest of log-probability plus Gumbel noise is a draw (Gumbel 1954). The noise is
-        # fixed by seed, row and column, so that an exit and the full model draw alike where their
-        # logits agree, and verification can compare tokens.
+        # The argmax of log-probabilities plus Gumbel noise is a sample (Gumbel 1954). Seed, row and
+        # column determine the noise. An exit and the full model therefore choose the same token if
+        # their logits agree, and verification can compare tokens.
         noise = torch.stack(
             [self._noise(scores.shape[1], *key) for key in zip(rows, columns, strict=True)]
         )

@@ -1,11 +1,11 @@
-"""Decoder layers computed for some of the tokens only: KV cache, packed rows, counted work.
+"""Decoder layers that compute only the active tokens.
 
-The upper layers still need the keys and values of an exited token, because later tokens attend to
-them. Everything else of those layers (queries, attention, output projection, MLP) is computed for
-the active tokens alone: they are packed into one row, `[1, n, D]`, and go through the layer's own
-forward, whose attention is unpacked per sequence.
+Upper layers still need the keys and values of an exited token, because later tokens attend to them.
+Everything else (queries, attention, output projection, MLP) is computed only for active tokens.
+These are packed into one row, `[1, n, D]`, and passed to the layer's own forward, whose attention
+is unpacked per sequence.
 
-Nothing of the shared model is changed meanwhile, so that several threads can decode with it.
+The shared model is not changed, so that several threads can decode with it.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from cascade.models.stack import DecoderStack, LayerCall
 
 @dataclass(frozen=True)
 class LayerTask:
-    """What one layer has to compute of a chunk.
+    """The computation of one layer for a chunk.
 
     Attributes:
         layer: 1..N.
         hidden: The layer's input, `[B, T, D]`; for exited tokens their exit state.
         selection: Which tokens are active and which have exited.
-        call: The layer's entry of the chunk's plan, made with `cache`.
-        cache: Its window is the chunk.
-        counts: What is computed is added here.
-        predicted: What the ridge maps predict for the exited tokens, in the order of
-            `selection.exited_rows`: `[x, 2 * key_value_width]`, what `k_proj` and `v_proj` would
-            give. None: keys and values are made from the exit states.
-        predicts_states: The maps predict the layer's input instead, `[x, D]`.
+        call: The layer's entry in the chunk's plan, made with `cache`.
+        cache: The KV cache, whose window is the chunk.
+        counts: Receives the work that is computed.
+        predicted: The ridge maps' predictions for exited tokens, in the order of
+            `selection.exited_rows`: the outputs of `k_proj` and `v_proj`,
+            `[x, 2 * key_value_width]`. None: keys and values are computed from the exit states.
+        predicts_states: Whether `predicted` has layer inputs instead, `[x, D]`.
     """
 
     layer: int
@@ -69,31 +69,31 @@ class LayerTask:
 
 
 class SkippingLayers:
-    """The decoder layers of a stack, each computable for some of the tokens.
+    """The decoder layers of a stack, each of which can compute a selection of tokens.
 
-    Where a family has separate query, key, value and output projections behind an input norm
-    (Llama and similar ones), layers are truly skipped. Elsewhere every token is computed, and what
-    was computed for exited tokens is thrown away: the same result, no work saved. Which of the two
-    applies is found by comparing numbers, not from the family's name: see `reason`.
+    In families with separate query, key, value and output projections after an input norm (Llama
+    and similar ones), layers skip exited tokens. In other families every token is computed, and the
+    results of exited tokens are discarded. The output is the same, but no work is saved. A
+    numerical comparison decides which of the two applies, not the name of the family; see `reason`.
 
     Args:
         stack: The model.
-        skip: False computes every token in any case (a reference for the packed path).
+        skip: False always computes every token (a reference for the packed path).
 
     Attributes:
-        reason: Why layers are not truly skipped; None where they are.
-        fast: Fast layers for few tokens, if they compute the same; None elsewhere.
+        reason: Why layers do not skip exited tokens, or None if they do.
+        fast: Fast layers for few tokens, or None if they do not compute the same.
     """
 
     def __init__(self, stack: DecoderStack, *, skip: bool = True) -> None:
         self.stack = stack
         self.reason: str | None = None
         if not skip:
-            self.reason = "asked to compute every token"
+            self.reason = "skip=False computes every token"
         elif not all(_is_llama_shaped(layer) for layer in stack.layers):
             self.reason = (
                 f"{stack.model.config.model_type} layers have no separate q_proj, k_proj, v_proj"
-                " and o_proj behind an input_layernorm"
+                " and o_proj after an input_layernorm"
             )
         else:
             self.reason = self._find_reason()
@@ -101,7 +101,7 @@ class SkippingLayers:
 
     @property
     def skips(self) -> bool:
-        """Whether exited tokens cost no more than their keys and values."""
+        """Whether layers compute only the keys and values of exited tokens."""
         return self.reason is None
 
     def new_cache(self, batch: int, capacity: int, *, keep: bool = True) -> KeyValueCache:
@@ -177,13 +177,13 @@ class SkippingLayers:
         return torch.cat([attention.k_proj(normed), attention.v_proj(normed)], dim=-1)
 
     def rotate(self, layer: int, raw: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn what `project` returns into what a cache holds: `[heads, n, head_dim]` twice.
+        """Return normed and rotated keys and values for the cache, `[heads, n, head_dim]` each.
 
         Args:
             layer: 1..N.
-            raw: `[n, 2 * key_value_width]`.
-            cos: `[n, head_dim]` of the tokens' positions.
-            sin: The same.
+            raw: The result of `project`, `[n, 2 * key_value_width]`.
+            cos: Cosines of the tokens' positions, `[n, head_dim]`.
+            sin: Sines of the tokens' positions, `[n, head_dim]`.
         """
         attention = self._attention(layer)
         heads = raw.unflatten(-1, (2, -1, attention.head_dim))  # [n, 2, heads, head_dim]
@@ -197,7 +197,7 @@ class SkippingLayers:
         return keys, values
 
     def _run_all(self, task: LayerTask) -> Tensor:
-        """Compute every token, as the model would, and keep the output of the active ones."""
+        """Compute every token, as the model does, and keep the output of active tokens."""
         task.count_all()
         exited = (task.selection.exited_rows, task.selection.exited_columns)
         if task.predicted is not None:
@@ -216,7 +216,7 @@ class SkippingLayers:
         return self.stack.layers[layer - 1].self_attn
 
     def _find_reason(self) -> str | None:
-        """Return why packed rows cannot be trusted here; None where they can."""
+        """Return why packed rows cannot be used with this model, or None if they can."""
         implementation = self._attention(1).config._attn_implementation
         if implementation not in PACKABLE:
             return (
@@ -226,12 +226,12 @@ class SkippingLayers:
         try:
             return self._find_difference()
         except Exception as error:
-            # Any family's layers may ask anything of their call; whatever they raise, they cannot
-            # be packed, but every token can still be computed.
-            return f"its layers cannot be run for some of the tokens ({first_line(error)})"
+            # Layers of an unknown family may need any arguments and raise any error. They cannot be
+            # packed, but every token can still be computed.
+            return f"its layers cannot be computed for some tokens ({first_line(error)})"
 
     def _find_difference(self) -> str | None:
-        """Run two short rows packed and dense; return in which layer they differ, if they do."""
+        """Run two short rows packed and dense; return the layer at which they differ, or None."""
         ids = torch.arange(8, device=self.stack.device).remainder(self.stack.vocab_size)
         ids = ids.reshape(2, 4)
         active = torch.tensor([[True, False, True, True], [False, True, False, True]])
@@ -254,23 +254,23 @@ class SkippingLayers:
             pairs = [(dense[active], packed[active])]
             pairs += zip(caches[0].read(layer - 1), caches[1].read(layer - 1), strict=True)
             if not all(_close(a, b) for a, b in pairs):
-                return f"layer {layer} computed for some of the tokens differs from the whole one"
+                return f"layer {layer} computed for some tokens differs from the full computation"
             hidden = dense
         return None
 
     def _find_fast(self) -> FastLayers | None:
-        """Return fast layers where they compute what the model's own do; None elsewhere."""
+        """Return fast layers if they compute the same as the model's layers, else None."""
         fast = FastLayers(self.stack.layers)
         if not self.skips or not fast.are_supported():
             return None
         try:
             return fast if self._agrees(fast) else None
         except Exception:
-            # As in `_find_reason`: a family that asks for more of its call than Llama's does.
+            # As in `_find_reason`: the layers of this family need other arguments than Llama's.
             return None
 
     def _agrees(self, fast: FastLayers) -> bool:
-        """Run two columns behind a short prompt, padded in one row, by both kinds of layers."""
+        """Return whether both kinds of layers agree on two columns after a short padded prompt."""
         ids = torch.arange(10, device=self.stack.device).remainder(self.stack.vocab_size)
         ids = ids.reshape(2, 5)
         mask = torch.ones_like(ids)
@@ -296,18 +296,18 @@ class SkippingLayers:
 
 @contextlib.contextmanager
 def _projecting(layer: nn.Module, where: tuple[Tensor, Tensor], raw: Tensor) -> Iterator[Any]:
-    """Yield a layer whose projections give predicted keys and values for some tokens.
+    """Yield a layer whose projections return predicted keys and values for some tokens.
 
-    That is a copy, as in `packed_layer`, or the layer itself where a copy cannot work.
+    The result is a copy, as in `packed_layer`, or the layer itself if it cannot be copied.
 
     Args:
         layer: The layer, with its attention as `self_attn`.
         where: The rows `[n]` and columns `[n]` of the tokens.
-        raw: Their keys and values before any norm and rotation, `[n, 2 * key_value_width]`.
+        raw: Keys and values before any norm and rotation, `[n, 2 * key_value_width]`.
     """
     attention: Any = layer.self_attn
     projections: list[nn.Module] = [attention.k_proj, attention.v_proj]
-    # A module can be registered under several names; all of them lead to its copy.
+    # A module can be registered under several names; all of them get its copy.
     paths = [(path, module) for module in projections for path in paths_of(module, layer)]
     if all(can_be_copied(holder) for path, _ in paths for holder in holders(layer, path)):
         copies = {module: with_own_hooks(module) for module in projections}
@@ -321,7 +321,7 @@ def _projecting(layer: nn.Module, where: tuple[Tensor, Tensor], raw: Tensor) -> 
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    # Half of the dtype's digits: kernels may differ far below it, a missing step never does.
+    # Half of the dtype's digits. Kernels differ by much less; a missing operation by much more.
     limit = torch.finfo(a.dtype).eps ** 0.5 * a.abs().max().clamp_min(1e-6)
     return bool((a - b).abs().max() <= limit)
 

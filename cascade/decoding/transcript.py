@@ -1,4 +1,4 @@
-"""Transcripts: a generated text with the layer at which each token exited, as a record."""
+"""Transcripts: records of a generated text with the layer at which each token exited."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cascade.core.errors import UsageError
 from cascade.core.schema import Count, Finite, Index, Part, Share, StoredRecord
 from cascade.models.counts import CountsRecord
 
-# Reports read the record without loading torch; whoever generates has loaded it.
+# Reports read the record without loading torch. Generating text has loaded it already.
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class ExitEntry(Part, frozen=True, kw_only=True):
-    """One exit.
+    """One exit of the model.
 
     Attributes:
         layer: The exit layer.
-        rule: The name of its rule.
-        head: The name of its head.
-        threshold: Tokens with a confidence at or above it exit; None: no token does.
+        rule: The name of the exit rule.
+        head: The name of the exit head.
+        threshold: Tokens with a confidence at or above it exit; None: no token exits.
     """
 
     layer: Count
@@ -39,12 +39,12 @@ class ExitEntry(Part, frozen=True, kw_only=True):
 
 
 class LayerShare(Part, frozen=True, kw_only=True):
-    """How many new tokens exited at a layer.
+    """The number of new tokens that exited at a layer.
 
     Attributes:
         layer: An exit layer, or N.
-        tokens: How many tokens.
-        share: Of all new tokens.
+        tokens: The number of tokens.
+        share: The share of all new tokens.
     """
 
     layer: Count
@@ -53,14 +53,14 @@ class LayerShare(Part, frozen=True, kw_only=True):
 
 
 class FullGeneration(Part, frozen=True, kw_only=True):
-    """What the full model generated from the same prompt.
+    """The full model's generation from the same prompt.
 
     Attributes:
-        text: Its text.
-        tokens: How many tokens.
-        same_tokens: How many first tokens are the same.
+        text: The generated text.
+        tokens: The number of new tokens.
+        same_tokens: The number of leading tokens that both generations share.
         tokens_per_second: New tokens per second.
-        speed_ratio: The speed with exits relative to the full model's.
+        speed_ratio: The speed with exits divided by the full model's.
     """
 
     text: str
@@ -75,22 +75,22 @@ class GenerationRecord(StoredRecord, frozen=True, kw_only=True):
 
     Attributes:
         num_layers: N.
-        exits: In ascending order of layers.
+        exits: The exits, in ascending order of layers.
         propagation: "frozen", "ridge" or "exact".
-        tokens: What each new token adds to the text; joined, they are the generated text.
-        exit_layers: The layer at which each of them exited; N where it did not.
-        by_layer: One entry per exit layer and for N, in ascending order, those without a token
-            included.
-        layers_per_token: Layers computed per token, the prompt's included.
+        tokens: The text that each new token adds; joined, they are the generated text.
+        exit_layers: The layer at which each new token exited; N if it did not exit.
+        by_layer: One entry per exit layer and one for N, in ascending order, including those
+            without tokens.
+        layers_per_token: Layers computed per token, including the prompt's tokens.
         tokens_per_second: New tokens per second.
-        counts: What was computed.
+        counts: The work that was computed.
         verified: Whether the full model confirmed every token.
-        drafted: How many tokens an exit proposed.
-        accepted: How many of those the full model confirmed.
-        fallback_reason: Why layers were computed for every token; None where they were skipped.
-        full: What the full model generated from the same prompt; None without a comparison.
+        drafted: The number of tokens that an exit proposed.
+        accepted: The number of drafted tokens that the full model confirmed.
+        fallback_reason: Why layers computed every token; None if they skipped exited tokens.
+        full: The full model's generation from the same prompt; None without a comparison.
         prompt: The text to continue.
-        chat: Whether the prompt is a message of a chat and the tokens the answer.
+        chat: Whether the prompt is a chat message and the tokens are the answer.
     """
 
     KIND: ClassVar[str] = "generation"
@@ -132,10 +132,10 @@ def transcribe(
         early: The model with its exits.
         prompt: The text to continue.
         settings: Settings of `EarlyExit.generate` by name, e.g. `max_new_tokens`.
-        chat: Put the prompt into the model's chat template.
+        chat: Apply the model's chat template to the prompt.
         verify: Let the full model confirm every token.
-        compare: Generate with the full model, too, and compare texts and speed.
-        full: The full model (default: that of `early`).
+        compare: Also generate with the full model, and compare texts and speed.
+        full: The full model (default: the model of `early`).
 
     Raises:
         UsageError: The model has no tokenizer or no chat template, or a setting is invalid.
@@ -155,7 +155,7 @@ def transcribe(
     tokenizer = _tokenizer_of(stack)
     ids = _encode(tokenizer, prompt, chat=chat)
     settings = dict(settings or {})
-    # The first pass warms caches up for the timed ones; some tokens are enough.
+    # Warm up before the timed runs; a few tokens are enough.
     first = ids[:, -8:]
     early.generate(first, first.new_ones(first.shape), **settings | {"max_new_tokens": 1})
     run = _timed(early, ids, settings, verify=verify)
@@ -192,7 +192,7 @@ def transcribe(
 
 @dataclass(frozen=True)
 class _TimedRun:
-    """A generation of one row, its new tokens, and how long it took, in seconds."""
+    """A generation of one row, its new tokens, and its duration in seconds."""
 
     made: Generation
     tokens: list[int]
@@ -207,7 +207,7 @@ class _TimedRun:
 def _timed(
     early: EarlyExit, ids: Tensor, settings: Mapping[str, Any], *, verify: bool = False
 ) -> _TimedRun:
-    mask = ids.new_ones(ids.shape)  # a prompt is text, also where it has the padding token
+    mask = ids.new_ones(ids.shape)  # all of a prompt is text, even if it has the padding token
     start = time.perf_counter()
     made: Any = early.generate(ids, mask, return_dict_in_generate=True, verify=verify, **settings)
     seconds = time.perf_counter() - start
@@ -235,14 +235,14 @@ def _by_layer(early: EarlyExit, layers: Sequence[int]) -> list[LayerShare]:
 
 
 def _same_tokens(some: Sequence[int], others: Sequence[int]) -> int:
-    """Return how many first tokens of two texts are the same."""
+    """Return the number of leading tokens that two texts share."""
     same = [a == b for a, b in zip(some, others, strict=False)]
     return same.index(False) if False in same else len(same)
 
 
 def _tokenizer_of(stack: DecoderStack) -> PreTrainedTokenizerBase:
     if stack.tokenizer is None:
-        raise UsageError("the model has no tokenizer to read a prompt with")
+        raise UsageError("a prompt needs a tokenizer, and the model has none; load it with one")
     return stack.tokenizer
 
 
@@ -251,7 +251,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> T
 
     if chat:
         if not getattr(tokenizer, "chat_template", None):
-            raise UsageError("the model's tokenizer has no chat template; leave out --chat")
+            raise UsageError("the model's tokenizer has no chat template; omit --chat")
         prompt = str(
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -261,7 +261,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> T
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Tensor, new: Sequence[int]) -> list[str]:
-    """Return what each new token adds to the text: decoded alone, some would be half a letter."""
+    """Return the text that each new token adds; a single token may be only half a letter."""
     before = ids[0].tolist()
     texts = [
         str(tokenizer.decode([*before, *new[:count]])).rstrip("\ufffd")

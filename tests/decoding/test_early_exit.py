@@ -1,4 +1,4 @@
-"""Scoring with exits is the mixed pass that the paper describes."""
+"""Scoring with exits matches a reference implementation of the paper."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ from cascade.models.stack import DecoderStack
 MASK = some_mask(3, 20)
 
 
-#: Rules whose confidences differ from token to token, in families of either kind.
-RULES_THAT_TELL_TOKENS_APART = [name for name in RULES if name != "fixed"]
+#: Rules whose confidences differ between tokens.
+VARYING_RULES = [name for name in RULES if name != "fixed"]
 
 
-# --- The two ends: nobody leaves, everybody leaves --------------------------------------------
+# --- No token exits, all tokens exit ----------------------------------------------------------
 
 
 @ALL_PROPAGATIONS
 @ALL_FAMILIES
-def test_where_nobody_leaves_it_is_the_full_model(family: str, propagation: Propagation) -> None:
+def test_without_exits_scores_match_full_model(family: str, propagation: Propagation) -> None:
     stack, ids = a_stack(family), random_ids(3, 20)
     expected = own_logits(stack, ids)
     for layers in ((), (1,), (2, 3), (LAYERS,)):
@@ -69,7 +69,7 @@ def test_where_nobody_leaves_it_is_the_full_model(family: str, propagation: Prop
 
 
 @ALL_FAMILIES
-def test_a_padded_row_where_nobody_leaves_is_the_full_models(family: str) -> None:
+def test_without_exits_padded_row_matches_full_model(family: str) -> None:
     stack, ids, mask = a_stack(family), random_ids(2, 20), some_mask(2, 20)
     score = EarlyExit(stack).score(ids, mask, keep_logits=True)
     expected = own_logits(stack, ids, mask)
@@ -79,9 +79,7 @@ def test_a_padded_row_where_nobody_leaves_is_the_full_models(family: str) -> Non
 
 @ALL_PROPAGATIONS
 @ALL_FAMILIES
-def test_where_everybody_leaves_it_is_the_exit_head_alone(
-    family: str, propagation: Propagation
-) -> None:
+def test_if_all_tokens_exit_scores_match_exit_head(family: str, propagation: Propagation) -> None:
     stack, ids = a_stack(family), random_ids(2, 20)
     history = visited(stack, ids)
     for layer in range(1, LAYERS + 1):
@@ -98,37 +96,35 @@ def test_where_everybody_leaves_it_is_the_exit_head_alone(
             )
             score = early.score(ids, keep_logits=True)
             expected = head_logits(stack, early.exits[0], history[layer])
-            # Written out, the head rounds otherwise than in one fused product.
+            # The fused product of the head rounds differently from separate operations.
             assert difference(logits_of(score), expected) <= (0.0 if heads is None else CLOSE)
             assert bool((score.exit_layers == layer).all())
 
 
-# --- In between: the mixed pass, written out by hand ------------------------------------------
+# --- Some tokens exit -------------------------------------------------------------------------
 
 
 @ALL_PROPAGATIONS
 @ALL_FAMILIES
-def test_a_mixture_of_exits_is_the_mixed_pass_by_hand(
-    family: str, propagation: Propagation
-) -> None:
+def test_mixed_exits_match_reference(family: str, propagation: Propagation) -> None:
     early = scorer(family, propagation)
     for mask in (None, MASK):
         score = check_it_is_the_mixed_pass(early, TEXT, mask, heads=some_heads(family))
         assert is_mixed(score.exit_layers, [1, 2, 3])
 
 
-@pytest.mark.parametrize("rule", RULES_THAT_TELL_TOKENS_APART)
+@pytest.mark.parametrize("rule", VARYING_RULES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_every_rule_decides_as_by_hand(family: str, rule: str) -> None:
+def test_every_rule_matches_reference(family: str, rule: str) -> None:
     layers = (2, 3, 4) if rule == "mean_cosine" else (1, 2, 3)
     early = scorer(family, "ridge", rule=rule, layers=layers, seed=5)
-    # The oracle's full model is run on padded rows too, where own_logits knows no mask.
+    # The reference computes the oracle's full predictions without a mask.
     mask = None if rule == "oracle" else MASK
     score = check_it_is_the_mixed_pass(early, TEXT, mask, heads=some_heads(family))
     assert is_mixed(score.exit_layers, [layers[1], layers[2]])
 
 
-def test_a_rule_without_logits_and_patience_can_share_a_cascade() -> None:
+def test_rule_without_logits_can_be_combined_with_patience() -> None:
     stack = a_stack("llama")
     first = some_exits(stack, "cosine", (1,), share=0.3)
     rest = some_exits(stack, "patience", (2, 3))
@@ -137,7 +133,7 @@ def test_a_rule_without_logits_and_patience_can_share_a_cascade() -> None:
     assert is_mixed(score.exit_layers, [1, 3])
 
 
-def test_a_token_at_the_threshold_leaves() -> None:
+def test_token_at_threshold_exits() -> None:
     stack = a_stack("llama")
     early = EarlyExit(stack, layer=2, rule="fixed", threshold=1.0)
     assert bool((early.score(TEXT).exit_layers == 2).all())
@@ -148,7 +144,7 @@ def test_a_token_at_the_threshold_leaves() -> None:
         assert early.score(TEXT).exit_layers[1, 3] == layer
 
 
-def test_the_oracle_lets_go_exactly_those_on_whom_head_and_full_model_agree() -> None:
+def test_oracle_exits_tokens_on_which_head_and_full_model_agree() -> None:
     stack, ids = a_stack("llama"), random_ids(4, 20)
     early = EarlyExit(stack, layer=3, rule="oracle", threshold=1.0)
     score = early.score(ids)
@@ -159,13 +155,13 @@ def test_the_oracle_lets_go_exactly_those_on_whom_head_and_full_model_agree() ->
 
 
 @pytest.mark.parametrize("seed", [1.5, "1", None, True, [1]])
-def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
+def test_non_integer_seed_is_rejected(seed: Any) -> None:
     with pytest.raises(UsageError) as caught:
         EarlyExit(a_stack("llama"), seed=seed)
-    assert str(caught.value) == f"expected seed a whole number, got {seed!r}"
+    assert str(caught.value) == f"expected seed to be an integer, got {seed!r}"
 
 
-def test_a_seed_of_numpy_is_one_of_pythons() -> None:
+def test_numpy_seed_is_converted_to_int() -> None:
     assert type(EarlyExit(a_stack("llama"), seed=np.int64(3)).seed) is int  # type: ignore[arg-type]
 
 
@@ -178,7 +174,7 @@ def test_random_exits_depend_on_the_seed() -> None:
 
 
 @ALL_FAMILIES
-def test_exact_hard_tokens_are_the_full_models(family: str) -> None:
+def test_exact_hard_tokens_match_full_model(family: str) -> None:
     early = scorer(family, "exact")
     score = early.score(TEXT, keep_logits=True)
     hard = score.exit_layers == LAYERS
@@ -188,7 +184,7 @@ def test_exact_hard_tokens_are_the_full_models(family: str) -> None:
 
 @pytest.mark.parametrize("propagation", ["frozen", "ridge"])
 @ALL_FAMILIES
-def test_hard_tokens_behind_exited_ones_are_not_the_full_models(
+def test_hard_tokens_after_exited_tokens_differ_from_full_model(
     family: str, propagation: Propagation
 ) -> None:
     early = scorer(family, propagation)
@@ -199,7 +195,7 @@ def test_hard_tokens_behind_exited_ones_are_not_the_full_models(
 
 @ALL_PROPAGATIONS
 @ALL_FAMILIES
-def test_a_left_padded_row_is_the_row_alone(family: str, propagation: Propagation) -> None:
+def test_left_padded_row_scores_like_row_alone(family: str, propagation: Propagation) -> None:
     early, mask = scorer(family, propagation), some_mask(3, 20, left=5)
     together = early.score(TEXT, mask, keep_logits=True)
     alone = early.score(TEXT[:1, 5:], keep_logits=True)
@@ -212,7 +208,7 @@ def test_a_left_padded_row_is_the_row_alone(family: str, propagation: Propagatio
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
-def test_padding_on_the_right_changes_nothing_before_it(family: str) -> None:
+def test_right_padding_does_not_change_tokens_before_it(family: str) -> None:
     early, mask = scorer(family), torch.ones_like(TEXT)
     mask[1, 14:] = 0
     together = early.score(TEXT, mask, keep_logits=True)
@@ -222,24 +218,24 @@ def test_padding_on_the_right_changes_nothing_before_it(family: str) -> None:
     assert together.scored[1].tolist() == [True] * 13 + [False] * 6
 
 
-def test_one_token_has_no_perplexity() -> None:
+def test_perplexity_of_one_token_is_nan() -> None:
     score = scorer("llama").score(random_ids(2, 1))
     assert score.log_probabilities.shape == (2, 0)
     assert math.isnan(score.perplexity)
 
 
-def test_a_score_carries_no_gradient() -> None:
+def test_score_has_no_gradient() -> None:
     score = scorer("llama").score(random_ids(), keep_logits=True)
     assert not logits_of(score).requires_grad
     assert not score.log_probabilities.requires_grad
 
 
-# --- Packed and generic: the same results -----------------------------------------------------
+# --- Skipping changes no result ---------------------------------------------------------------
 
 
 @pytest.fixture
 def with_attention() -> Iterator[Callable[[str, str], DecoderStack]]:
-    """Return a family's stack with another implementation of attention, for one test."""
+    """Return a function that sets the attention implementation of a stack during a test."""
     changed: list[tuple[DecoderStack, str]] = []
 
     def change(family: str, implementation: str) -> DecoderStack:
@@ -259,11 +255,11 @@ def with_attention() -> Iterator[Callable[[str, str], DecoderStack]]:
         (family, implementation)
         for family in SKIPPING
         for implementation in ("sdpa", "eager")
-        if (family, implementation) != ("gemma2", "sdpa")  # soft-caps inside, which sdpa cannot
+        if (family, implementation) != ("gemma2", "sdpa")  # sdpa cannot soft-cap scores
     ],
 )
 @pytest.mark.parametrize("propagation", ["frozen", "ridge"])
-def test_skipping_changes_no_result(
+def test_skipping_does_not_change_results(
     family: str,
     implementation: str,
     propagation: Propagation,
@@ -275,7 +271,7 @@ def test_skipping_changes_no_result(
         EarlyExit(stack, exits=exits, propagation=propagation, skip=skip) for skip in (True, False)
     )
     assert packed.fallback_reason is None
-    assert generic.fallback_reason == "asked to compute every token"
+    assert generic.fallback_reason == "skip=False computes every token"
     for mask in (None, MASK):
         one, other = (early.score(TEXT, mask, keep_logits=True) for early in (packed, generic))
         assert is_mixed(one.exit_layers, [1, 2, 3])
@@ -286,7 +282,7 @@ def test_skipping_changes_no_result(
 
 @pytest.mark.parametrize("propagation", ["frozen", "ridge"])
 @SKIPPING_FAMILIES
-def test_skipping_in_bfloat16_agrees(family: str, propagation: Propagation) -> None:
+def test_skipping_agrees_in_bfloat16(family: str, propagation: Propagation) -> None:
     stack = a_bf16_stack(family)
     exits = exits_for_text(stack, bf16_heads(family), propagation)
     packed, generic = (
@@ -295,14 +291,14 @@ def test_skipping_in_bfloat16_agrees(family: str, propagation: Propagation) -> N
     assert packed.fallback_reason is None
     one, other = (early.score(TEXT) for early in (packed, generic))
     assert is_mixed(one.exit_layers, [1, 2, 3])
-    # Eight bits: a token whose confidence lies within a rounding of the threshold may part.
+    # bfloat16 has eight bits: a confidence close to the threshold may be rounded across it.
     assert (one.exit_layers == other.exit_layers).float().mean() >= 0.9
     assert (one.predictions == other.predictions).float().mean() >= 0.9
 
 
 @ALL_PROPAGATIONS
 @ALL_FAMILIES
-def test_bfloat16_where_nobody_leaves_is_the_full_model(
+def test_without_exits_bfloat16_scores_match_full_model(
     family: str, propagation: Propagation
 ) -> None:
     stack, heads = a_bf16_stack(family), bf16_heads(family)
@@ -316,7 +312,7 @@ def test_bfloat16_where_nobody_leaves_is_the_full_model(
 
 
 @ALL_FAMILIES
-def test_bfloat16_where_everybody_leaves_is_the_exit_head_alone(family: str) -> None:
+def test_if_all_tokens_exit_bfloat16_scores_match_exit_head(family: str) -> None:
     stack = a_bf16_stack(family)
     history = visited(stack, TEXT)
     for layer, heads, propagation in (
@@ -327,32 +323,32 @@ def test_bfloat16_where_everybody_leaves_is_the_exit_head_alone(family: str) -> 
         early = EarlyExit(stack, layer=layer, threshold=-INF, heads=heads, propagation=propagation)
         score = early.score(TEXT, keep_logits=True)
         expected = head_logits(stack, early.exits[0], history[layer]).float()
-        # Written out, a ridge head may round otherwise, by a unit in the last of eight bits.
+        # The fused product of a ridge head may differ by one unit in the last of eight bits.
         close = torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
         assert difference(logits_of(score), expected) <= (close if heads else 0.0)
         assert bool((score.exit_layers == layer).all())
 
 
 @ALL_FAMILIES
-def test_a_family_that_cannot_skip_says_so(family: str) -> None:
+def test_fallback_reason_of_every_family(family: str) -> None:
     reason = EarlyExit(a_stack(family)).fallback_reason
     if family in SKIPPING:
         assert reason is None
     else:
         assert reason == (
-            f"{family} layers have no separate q_proj, k_proj, v_proj and o_proj behind an "
+            f"{family} layers have no separate q_proj, k_proj, v_proj and o_proj after an "
             "input_layernorm"
         )
 
 
-# --- What a pass leaves behind ----------------------------------------------------------------
+# --- Side effects -----------------------------------------------------------------------------
 
 
 def raise_it(*_: Any, **__: Any) -> Any:
     raise ArithmeticError("planted")
 
 
-#: Where a pass can break: in a layer, inside its attention, in the LM head.
+#: Modules that can raise an error during a pass.
 BREAKS: dict[str, Callable[[DecoderStack], nn.Module]] = {
     "layer": lambda stack: stack.layers[2],
     "attention": lambda stack: stack.layers[2].get_submodule("self_attn.o_proj"),
@@ -364,9 +360,7 @@ BREAKS: dict[str, Callable[[DecoderStack], nn.Module]] = {
 @pytest.mark.parametrize("place", BREAKS)
 @pytest.mark.parametrize("skip", [True, False], ids=["packed", "generic"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_model_is_left_as_it_was_also_when_something_raises(
-    family: str, skip: bool, place: str
-) -> None:
+def test_scoring_restores_model_after_exception(family: str, skip: bool, place: str) -> None:
     early = scorer(family, "ridge", skip=skip)
     before, expected = state_of(early.stack), early.score(TEXT, keep_logits=True)
     assert is_mixed(expected.exit_layers, [1, 2, 3])
@@ -383,7 +377,7 @@ def test_the_model_is_left_as_it_was_also_when_something_raises(
 
 
 @ALL_FAMILIES
-def test_scoring_leaves_every_family_as_it_was(family: str) -> None:
+def test_scoring_does_not_change_model(family: str) -> None:
     stack, ids = a_stack(family), random_ids()
     before, logits = state_of(stack), own_logits(stack, ids)
     for propagation in PROPAGATIONS:

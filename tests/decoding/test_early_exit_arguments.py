@@ -1,4 +1,4 @@
-"""Invalid exits, thresholds and heads are refused in one line."""
+"""Invalid exits, thresholds and heads give one-line errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cascade.models.stack import DecoderStack
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"layer": 0}, "expected an exit layer in 1..4, got 0"),
         ({"layer": LAYERS + 1}, "expected an exit layer in 1..4, got 5"),
@@ -51,7 +51,7 @@ from cascade.models.stack import DecoderStack
         ),
         (
             {"layer": 2, "propagation": "ridge"},
-            "ridge propagation needs fitted heads; make them with `cascade fit-heads`",
+            "ridge propagation needs fitted heads; create them with `cascade fit-heads`",
         ),
         (
             {"layer": 2, "threshold": 1.01},
@@ -94,14 +94,14 @@ from cascade.models.stack import DecoderStack
         ),
     ],
 )
-def test_invalid_argument_gives_a_one_line_error(settings: dict[str, Any], said: str) -> None:
+def test_invalid_argument_gives_a_one_line_error(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
         EarlyExit(a_stack("llama"), **settings)
-    assert one_line(error) == said
+    assert one_line(error) == message
 
 
 @pytest.mark.parametrize("layers", [(2, 1), (2, 2), (1, 3, 2)])
-def test_exits_out_of_order_are_refused(layers: tuple[int, ...]) -> None:
+def test_exits_out_of_order_are_rejected(layers: tuple[int, ...]) -> None:
     stack = a_stack("llama")
     exits = [make_exit(stack, layer, "cosine", 0.5) for layer in layers]
     with pytest.raises(UsageError) as error:
@@ -115,7 +115,7 @@ def test_exits_out_of_order_are_refused(layers: tuple[int, ...]) -> None:
     "others", [(), ((3, "cosine"),), ((3, "cosine"), (4, "top2_gap"))], ids=len
 )
 @pytest.mark.parametrize("threshold", [1.0, 0.0, INF])
-def test_patience_is_refused_where_no_exit_lies_below_to_be_looked_at(
+def test_patience_without_earlier_exit_is_rejected(
     others: tuple[tuple[int, str], ...], threshold: float
 ) -> None:
     stack = a_stack("llama")
@@ -124,15 +124,15 @@ def test_patience_is_refused_where_no_exit_lies_below_to_be_looked_at(
     with pytest.raises(UsageError) as error:
         EarlyExit(stack, exits=exits)
     assert one_line(error) == (
-        "the rule patience looks at earlier exits, and none lies below layer 2; give exits below "
-        "it, or take another rule"
+        "the rule patience needs an earlier exit, and there is none below layer 2; add exits below "
+        "it, or use another rule"
     )
-    # One exit below is enough, and what patience looks at may be patience.
+    # One exit below is enough, and its rule may be patience.
     for below in ("fixed", "patience"):
         EarlyExit(stack, exits=[make_exit(stack, 1, below, INF), *exits])
 
 
-def test_a_threshold_in_exits_given_one_by_one_is_checked_too() -> None:
+def test_thresholds_of_exits_are_checked() -> None:
     stack = a_stack("llama")
     at = Exit(2, find_rule("entropy"), 1.5, make_exit(stack, 2, "entropy", 0.5).head)
     with pytest.raises(UsageError, match=r"^the rule entropy gives confidences from 0 to 1; "):
@@ -140,7 +140,7 @@ def test_a_threshold_in_exits_given_one_by_one_is_checked_too() -> None:
 
 
 @pytest.mark.parametrize("threshold", ["x", None])
-def test_a_threshold_in_exits_that_is_no_number_is_refused(threshold: Any) -> None:
+def test_non_numeric_threshold_of_exit_is_rejected(threshold: Any) -> None:
     at = Exit(
         2, find_rule("entropy"), threshold, make_exit(a_stack("llama"), 2, "entropy", 0.5).head
     )
@@ -149,7 +149,7 @@ def test_a_threshold_in_exits_that_is_no_number_is_refused(threshold: Any) -> No
     assert one_line(error).startswith("expected a number as threshold")
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     early = EarlyExit(
         a_stack("llama"), layer=np.int64(3), rule="top2_gap", threshold=np.float32(0.5)
     )
@@ -158,20 +158,22 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert (type(at.threshold), at.threshold) == (float, 0.5)
 
 
-def test_one_exit_layer_and_a_list_of_exits_are_not_both_taken() -> None:
+def test_layer_and_exits_together_are_rejected() -> None:
     stack = a_stack("llama")
     with pytest.raises(UsageError) as error:
         EarlyExit(stack, layer=1, exits=some_exits(stack))
-    assert one_line(error) == "expected one exit layer or exits, got layer=1 and exits; give one"
+    assert one_line(error) == (
+        "expected either layer or exits, got layer=1 and exits; give only one"
+    )
 
 
-def test_ridge_propagation_needs_a_map_of_every_exit_below_the_last_layer() -> None:
+def test_ridge_propagation_needs_map_of_every_exit_below_last_layer() -> None:
     stack, heads = a_stack("llama"), some_heads("llama")
     exits = [make_exit(stack, layer, "cosine", 0.5, heads=heads) for layer in (2, LAYERS)]
     with pytest.raises(UsageError) as error:
         EarlyExit(stack, exits=exits, propagation="ridge")
     assert one_line(error) == (
-        "the exit at layer 2 has no propagation map; give it the one of its fitted heads, or use "
+        "the exit at layer 2 has no propagation map; pass the map of its fitted heads, or use "
         "frozen propagation"
     )
     last = make_exit(stack, LAYERS, "cosine", 0.5, heads=heads, propagation="ridge")
@@ -180,7 +182,7 @@ def test_ridge_propagation_needs_a_map_of_every_exit_below_the_last_layer() -> N
 
 
 @pytest.mark.parametrize("propagation", ["frozen", "exact"])
-def test_a_map_that_nobody_asked_for_is_not_used(propagation: Propagation) -> None:
+def test_map_is_unused_without_ridge_propagation(propagation: Propagation) -> None:
     stack, heads, ids = a_stack("llama"), some_heads("llama"), random_ids(3, 20)
     with_map, without = (
         some_exits(stack, heads=heads, propagation=kind) for kind in ("ridge", "frozen")
@@ -194,7 +196,7 @@ def test_a_map_that_nobody_asked_for_is_not_used(propagation: Propagation) -> No
     assert not any(one.counts.predicted_rows)
 
 
-def test_a_layer_without_a_fitted_head_is_refused_with_those_that_have_one() -> None:
+def test_unfitted_layer_error_lists_fitted_layers() -> None:
     stack = a_stack("llama")
     heads = fit_heads(stack, random_blocks(), [1, 3])
     with pytest.raises(UsageError) as error:
@@ -206,7 +208,7 @@ def test_a_layer_without_a_fitted_head_is_refused_with_those_that_have_one() -> 
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
-def test_heads_of_another_model_are_refused_and_both_are_named(propagation: Propagation) -> None:
+def test_heads_of_another_model_error_names_both_models(propagation: Propagation) -> None:
     with pytest.raises(ModelError) as error:
         EarlyExit(a_stack("qwen2"), layer=2, heads=some_heads("llama"), propagation=propagation)
     text = one_line(error)
@@ -216,7 +218,7 @@ def test_heads_of_another_model_are_refused_and_both_are_named(propagation: Prop
     assert text.endswith("; make them again for this model")
 
 
-def test_exits_of_another_model_are_refused_and_of_the_same_weights_taken() -> None:
+def test_exits_of_model_with_equal_weights_are_accepted() -> None:
     stack, same, other = (DecoderStack(tiny_model("llama", seed=seed)) for seed in (0, 0, 1))
     ids = random_ids()
     expected = EarlyExit(stack, layer=2, rule="top2_gap", threshold=0.1).score(ids)
@@ -233,7 +235,7 @@ def test_exits_of_another_model_are_refused_and_of_the_same_weights_taken() -> N
     assert torch.equal(score.predictions, expected.predictions)
 
 
-def test_a_head_of_ones_own_need_not_know_its_model() -> None:
+def test_custom_head_need_not_have_a_model() -> None:
     class Own:
         name, multiplications = "own", 0
 

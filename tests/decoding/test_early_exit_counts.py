@@ -1,4 +1,4 @@
-"""The counts of a score are the rows that the modules saw."""
+"""The counts of a score match the rows that the modules compute."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cascade.models.stack import DecoderStack
 
 @contextmanager
 def rows_seen(stack: DecoderStack) -> Iterator[dict[str, list[int]]]:
-    """Count the token rows that the model's own modules see, per layer."""
+    """Count the token rows that the model's modules compute, per layer."""
     seen = {name: [0] * LAYERS for name in ("mlp", "q_proj", "k_proj", "v_proj", "o_proj")}
     seen["lm_head"] = [0]
 
@@ -56,40 +56,37 @@ def rows_seen(stack: DecoderStack) -> Iterator[dict[str, list[int]]]:
 @pytest.mark.parametrize("rule", ["top2_gap", "cosine"])
 @ALL_PROPAGATIONS
 @SKIPPING_FAMILIES
-def test_the_counts_are_the_rows_that_the_modules_saw(
-    family: str, propagation: Propagation, rule: str
-) -> None:
+def test_counts_match_rows_of_modules(family: str, propagation: Propagation, rule: str) -> None:
     early = scorer(family, propagation, rule=rule)
     with rows_seen(early.stack) as seen:
         score = early.score(TEXT)
-    counts, left = score.counts, score.exit_layers
-    assert is_mixed(left, [1, 2, 3])
+    counts, exit_layers = score.counts, score.exit_layers
+    assert is_mixed(exit_layers, [1, 2, 3])
     assert seen["mlp"] == seen["q_proj"] == seen["o_proj"] == counts.layer_rows
     projected = [a + b for a, b in zip(counts.layer_rows, counts.key_value_rows, strict=True)]
     assert seen["k_proj"] == seen["v_proj"] == projected
     assert seen["lm_head"] == [counts.lm_head_rows]
-    above = [int((left >= layer).sum()) for layer in range(1, LAYERS + 1)]
-    exited = [int((left < layer).sum()) for layer in range(1, LAYERS + 1)]
+    above = [int((exit_layers >= layer).sum()) for layer in range(1, LAYERS + 1)]
+    exited = [int((exit_layers < layer).sum()) for layer in range(1, LAYERS + 1)]
     if propagation == "exact":
         assert counts.layer_rows == [60] * LAYERS
         assert not any(counts.key_value_rows + counts.predicted_rows)
     else:
-        # True skipping: no MLP, query or output projection of a token that left.
+        # No MLP, query or output projection is computed for an exited token.
         assert counts.layer_rows == above
         of_exited = counts.key_value_rows if propagation == "frozen" else counts.predicted_rows
-        of_nobody = counts.predicted_rows if propagation == "frozen" else counts.key_value_rows
+        unused = counts.predicted_rows if propagation == "frozen" else counts.key_value_rows
         assert of_exited == exited
-        assert not any(of_nobody)
-    # Rules that look at logits probe everybody undecided; the cosine asks only those that leave.
-    probed = (
-        sum(above[:3]) if rule == "top2_gap" else sum(int((left == at).sum()) for at in (1, 2, 3))
-    )
-    assert counts.lm_head_rows == probed + int((left == LAYERS).sum())
+        assert not any(unused)
+    # Rules that need logits compute them for all undecided tokens, cosine only for exiting ones.
+    at_exits = sum(int((exit_layers == layer).sum()) for layer in (1, 2, 3))
+    probed = sum(above[:3]) if rule == "top2_gap" else at_exits
+    assert counts.lm_head_rows == probed + int((exit_layers == LAYERS).sum())
     assert sum(counts.head_rows.values()) == probed
     assert set(counts.head_rows) == {1, 2, 3}
 
 
-def test_pairs_are_queries_times_what_their_attention_sees() -> None:
+def test_pairs_are_queries_times_visible_columns() -> None:
     stack = a_stack("llama")
     ids = random_ids(2, 10)
     assert EarlyExit(stack).score(ids).counts.pairs == [2 * 10 * 10] * LAYERS
@@ -101,7 +98,7 @@ def test_pairs_are_queries_times_what_their_attention_sees() -> None:
     assert most < 20
 
 
-def test_the_generic_path_counts_every_row_it_computes() -> None:
+def test_generic_path_counts_every_computed_row() -> None:
     early = scorer("llama", "ridge", skip=False)
     with rows_seen(early.stack) as seen:
         score = early.score(TEXT)
@@ -112,13 +109,13 @@ def test_the_generic_path_counts_every_row_it_computes() -> None:
     assert score.counts.predicted_rows == exited
 
 
-def test_the_logit_lens_maps_nothing_before_the_lm_head() -> None:
+def test_logit_lens_has_no_head_rows() -> None:
     stack = a_stack("llama")
     early = EarlyExit(stack, exits=some_exits(stack, layers=(2,)))
     assert early.score(random_ids()).counts.head_rows == {}
 
 
-def test_the_oracles_look_at_the_full_model_is_no_work_of_its_exits() -> None:
+def test_full_pass_of_oracle_is_not_counted() -> None:
     early = EarlyExit(a_stack("llama"), layer=2, rule="oracle", threshold=1.0)
     score = early.score(random_ids(2, 10))
     assert score.counts.layer_rows[:2] == [20, 20]

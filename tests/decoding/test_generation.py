@@ -1,4 +1,4 @@
-"""Generating is scoring; without exits it is the generate of transformers."""
+"""Generation matches scoring; without exits it matches `generate` of transformers."""
 
 from __future__ import annotations
 
@@ -44,15 +44,17 @@ from cascade.decoding.generation import Generation
 
 @functools.cache
 def a_text(family: str, propagation: Propagation, *, padded: bool = True) -> Generation:
-    """Return what a family's generator writes after the prompts; made once, not to be changed."""
+    """Return a cached generation after the prompts; callers must not change it."""
     return generated(generator(family, propagation), PROMPT, MASK if padded else None)
 
 
-# --- Generating is scoring --------------------------------------------------------------------
+# --- Generation matches scoring ---------------------------------------------------------------
 
 
-def check_generating_is_scoring(early: EarlyExit, result: Generation, mask: Tensor | None) -> None:
-    """Raise AssertionError unless each new token and its exit are what scoring the text gives."""
+def check_generation_matches_scoring(
+    early: EarlyExit, result: Generation, mask: Tensor | None
+) -> None:
+    """Raise AssertionError unless scoring the text gives the same tokens and exits."""
     start = PROMPT.shape[1]
     assert result.sequences.shape == (len(PROMPT), start + NEW)
     assert result.exit_layers.shape == (len(PROMPT), NEW)
@@ -62,7 +64,7 @@ def check_generating_is_scoring(early: EarlyExit, result: Generation, mask: Tens
     assert torch.equal(score.exit_layers[:, start - 1 : -1], result.exit_layers)
 
 
-#: Without padding transformers prepares no mask, which is another way through a layer.
+#: Without padding, transformers prepares no mask, and layers take a different code path.
 PADDED_AND_NOT = pytest.mark.parametrize(
     ("propagation", "padded"),
     [("frozen", False), *((propagation, True) for propagation in PROPAGATIONS)],
@@ -72,14 +74,16 @@ PADDED_AND_NOT = pytest.mark.parametrize(
 
 @PADDED_AND_NOT
 @ALL_FAMILIES
-def test_generating_is_scoring_the_generated_text(
+def test_generation_matches_scoring_of_generated_text(
     family: str, propagation: Propagation, padded: bool
 ) -> None:
     result = a_text(family, propagation, padded=padded)
-    check_generating_is_scoring(generator(family, propagation), result, MASK if padded else None)
-    left = set(result.exit_layers.flatten().tolist())
-    assert LAYERS in left, "nobody went all the way"
-    assert len(left) >= 3, f"only {left}: too few exits to prove anything"
+    check_generation_matches_scoring(
+        generator(family, propagation), result, MASK if padded else None
+    )
+    exit_layers = set(result.exit_layers.flatten().tolist())
+    assert LAYERS in exit_layers, "expected a token that does not exit"
+    assert len(exit_layers) >= 3, f"expected exits at several layers, got {exit_layers}"
 
 
 @ALL_PROPAGATIONS
@@ -92,19 +96,19 @@ def test_generating_is_scoring_the_generated_text(
         if (family, rule) != ("gpt2", "patience")  # two exits that always agree
     ],
 )
-def test_generating_is_scoring_by_every_rule(
+def test_generation_matches_scoring_for_every_rule(
     family: str, rule: str, propagation: Propagation
 ) -> None:
     early = generator(family, propagation, rule=rule, layers=(2, 3))
     result = generated(early, PROMPT, MASK)
-    check_generating_is_scoring(early, result, MASK)
-    left = result.exit_layers
-    assert 0 < int((left < LAYERS).sum()) < left.numel()
+    check_generation_matches_scoring(early, result, MASK)
+    exit_layers = result.exit_layers
+    assert 0 < int((exit_layers < LAYERS).sum()) < exit_layers.numel()
 
 
 @ALL_PROPAGATIONS
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_generating_by_a_fixed_exit_is_scoring(family: str, propagation: Propagation) -> None:
+def test_generation_with_fixed_exit_matches_scoring(family: str, propagation: Propagation) -> None:
     heads = some_heads(family)
     for layer in (1, 3, LAYERS):
         early = EarlyExit(
@@ -116,16 +120,16 @@ def test_generating_by_a_fixed_exit_is_scoring(family: str, propagation: Propaga
             propagation=propagation,
         )
         result = generated(early, PROMPT, MASK)
-        check_generating_is_scoring(early, result, MASK)
+        check_generation_matches_scoring(early, result, MASK)
         assert bool((result.exit_layers == layer).all())
 
 
 @ALL_PROPAGATIONS
 @pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_an_exit_at_the_last_layer_is_one_exit_more(family: str, propagation: Propagation) -> None:
+def test_exit_at_last_layer(family: str, propagation: Propagation) -> None:
     early = generator(family, propagation, layers=(2, LAYERS))
     result = generated(early, PROMPT, MASK)
-    check_generating_is_scoring(early, result, MASK)
+    check_generation_matches_scoring(early, result, MASK)
     assert {2, LAYERS} == set(result.exit_layers.flatten().tolist())
 
 
@@ -133,13 +137,11 @@ def test_an_exit_at_the_last_layer_is_one_exit_more(family: str, propagation: Pr
     ("family", "propagation"),
     [*((family, "frozen") for family in SKIPPING), ("qwen3", "ridge"), ("gemma3_text", "ridge")],
 )
-def test_generating_beyond_the_window_and_without_skipping_gives_the_same_text(
-    family: str, propagation: Propagation
-) -> None:
+def test_skipping_does_not_change_text_beyond_window(family: str, propagation: Propagation) -> None:
     packed, generic = (generator(family, propagation, skip=skip) for skip in (True, False))
     assert (packed.fallback_reason is None, generic.fallback_reason is None) == (True, False)
     one, other = a_text(family, propagation), generated(generic, PROMPT, MASK)
-    assert one.sequences.shape[1] - 3 >= 2 * 8  # the windows are of 8
+    assert one.sequences.shape[1] - 3 >= 2 * 8  # the windows have 8 tokens
     assert torch.equal(one.sequences, other.sequences)
     assert torch.equal(one.exit_layers, other.exit_layers)
     assert sum(one.counts.layer_rows) < sum(other.counts.layer_rows)
@@ -147,17 +149,17 @@ def test_generating_beyond_the_window_and_without_skipping_gives_the_same_text(
 
 @ALL_PROPAGATIONS
 @ALL_FAMILIES
-def test_generating_in_bfloat16_agrees_with_scoring(family: str, propagation: Propagation) -> None:
+def test_bfloat16_generation_agrees_with_scoring(family: str, propagation: Propagation) -> None:
     stack, heads = a_bf16_stack(family), bf16_heads(family)
     rule = REPEATING.get(family, "top2_gap")
     exits = some_exits(stack, rule, (2, 3), heads=heads, propagation=propagation, share=0.35)
     early = EarlyExit(stack, exits=exits, propagation=propagation)
-    left = generated(early, PROMPT).exit_layers
-    assert 0 < int((left < LAYERS).sum()) < left.numel()
+    exit_layers = generated(early, PROMPT).exit_layers
+    assert 0 < int((exit_layers < LAYERS).sum()) < exit_layers.numel()
     for ids in (PROMPT, PROMPT[1:2]):
         result = generated(early, ids)
         score = early.score(result.sequences)
-        # Eight bits: where two tokens' logits round to one number, either may come first.
+        # bfloat16 has eight bits: two logits may round to the same number, in either order.
         same = score.predictions[:, 8:-1] == result.sequences[:, 9:]
         assert same.float().mean() >= 0.8
         assert (score.exit_layers[:, 8:-1] == result.exit_layers).float().mean() >= 0.8
@@ -165,9 +167,7 @@ def test_generating_in_bfloat16_agrees_with_scoring(family: str, propagation: Pr
 
 @ALL_PROPAGATIONS
 @ALL_FAMILIES
-def test_a_left_padded_row_generates_what_it_would_alone(
-    family: str, propagation: Propagation
-) -> None:
+def test_left_padded_row_generates_like_row_alone(family: str, propagation: Propagation) -> None:
     together = a_text(family, propagation)
     alone = generated(generator(family, propagation), PROMPT[:1, 3:])
     assert torch.equal(together.sequences[:1, 3:], alone.sequences)
@@ -176,9 +176,7 @@ def test_a_left_padded_row_generates_what_it_would_alone(
 
 @ALL_PROPAGATIONS
 @ALL_FAMILIES
-def test_where_everybody_leaves_the_exit_head_writes_alone(
-    family: str, propagation: Propagation
-) -> None:
+def test_if_all_tokens_exit_text_is_exit_heads(family: str, propagation: Propagation) -> None:
     stack, heads = a_stack(family), some_heads(family)
     early = EarlyExit(
         stack, layer=3, rule="entropy", threshold=-INF, heads=heads, propagation=propagation
@@ -190,12 +188,12 @@ def test_where_everybody_leaves_the_exit_head_writes_alone(
     assert torch.equal(generated(early, PROMPT, max_new_tokens=4).sequences, ids)
 
 
-# --- Where nobody leaves: transformers' own generate ------------------------------------------
+# --- Without exits: generate of transformers --------------------------------------------------
 
 
 @PADDED_AND_NOT
 @ALL_FAMILIES
-def test_where_nobody_leaves_the_text_is_that_of_transformers(
+def test_exits_without_exiting_tokens_match_transformers(
     family: str, propagation: Propagation, padded: bool
 ) -> None:
     stack, heads = a_stack(family), some_heads(family)
@@ -217,7 +215,7 @@ def test_where_nobody_leaves_the_text_is_that_of_transformers(
 
 
 @ALL_FAMILIES
-def test_without_any_exit_the_text_is_that_of_transformers(family: str) -> None:
+def test_generation_without_exits_matches_transformers(family: str) -> None:
     stack = a_stack(family)
     end, expected = own_ended_text(stack)
     result = generated(EarlyExit(stack), PROMPT, MASK, eos_token_id=end, pad_token_id=1)
@@ -226,7 +224,7 @@ def test_without_any_exit_the_text_is_that_of_transformers(family: str) -> None:
 
 @ALL_PROPAGATIONS
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neo", "falcon"])
-def test_rows_end_one_by_one_and_are_padded(family: str, propagation: Propagation) -> None:
+def test_ended_rows_are_padded(family: str, propagation: Propagation) -> None:
     early = generator(family, propagation)
     free = generated(early, PROMPT, MASK)
     ends = [int(free.sequences[0, 9 + 2]), int(free.sequences[1, 9 + 5])]
@@ -242,7 +240,7 @@ def test_rows_end_one_by_one_and_are_padded(family: str, propagation: Propagatio
         assert not bool(result.exit_layers[row, length:].any())
 
 
-def test_a_row_that_ended_costs_nothing_more() -> None:
+def test_ended_row_is_not_computed() -> None:
     early = generator("llama")
     alone = generated(early, PROMPT[2:])
     end = int(generated(early, PROMPT[1:]).sequences[0, 9])
@@ -256,7 +254,7 @@ def test_a_row_that_ended_costs_nothing_more() -> None:
     assert rows[0] == 9
 
 
-def test_generation_stops_at_once_where_every_row_ends() -> None:
+def test_generation_stops_if_every_row_has_ended() -> None:
     early = generator("llama")
     first = generated(early, PROMPT).sequences[:, 9].tolist()
     result = generated(early, PROMPT, eos_token_id=first)
@@ -264,21 +262,24 @@ def test_generation_stops_at_once_where_every_row_ends() -> None:
     assert result.passed == 27
 
 
-# --- Refusals ---------------------------------------------------------------------------------
+# --- Controls and memory ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("propagation", ["frozen", "exact"])
-def test_controls_score_but_do_not_generate(propagation: Propagation) -> None:
+def test_rules_that_need_full_prediction_cannot_generate(propagation: Propagation) -> None:
     stack = a_stack("llama")
     exits: list[Exit] = [make_exit(stack, 1, "cosine", 0.9), make_exit(stack, 2, "oracle", 1.0)]
     early = EarlyExit(stack, exits=exits, propagation=propagation)
     early.score(PROMPT)
-    said = "oracle needs the full model's answer: it can score, not generate"
-    check_refusal(early, PROMPT, said)
-    check_refusal(early, PROMPT, said, verify=propagation == "exact")
+    message = (
+        "the rule oracle needs the full model's prediction, so it can score but not generate; use "
+        "another rule"
+    )
+    check_refusal(early, PROMPT, message)
+    check_refusal(early, PROMPT, message, verify=propagation == "exact")
 
 
-def test_ended_and_kept_rows_share_no_memory_with_the_prompt() -> None:
+def test_sequences_share_no_memory_with_prompt() -> None:
     result = generated(generator("llama"), PROMPT)
     assert result.sequences.data_ptr() != PROMPT.data_ptr()
     assert by_name(result) == {

@@ -1,4 +1,4 @@
-"""Generation computes what it counts, and leaves the model and the cache as it should."""
+"""Effects of generation: KV cache, counts, and an unchanged model."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from cascade.decoding.kv_cache import KeyValueCache
 from cascade.decoding.selective_layers import SkippingLayers
 from cascade.models.stack import DecoderStack
 
-# --- The cache that generation leaves ---------------------------------------------------------
+# --- KV cache ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def caches(monkeypatch: pytest.MonkeyPatch) -> list[KeyValueCache]:
-    """Return a list that fills with the caches that generation makes."""
+    """Return a list that collects the caches that generation creates."""
     made: list[KeyValueCache] = []
     new_cache = SkippingLayers.new_cache
 
@@ -55,19 +55,19 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[KeyValueCache]:
     return made
 
 
-def held(states: Tensor, valid: Tensor) -> Tensor:
-    """Return `[n, heads, head_dim]` of a cache's `[B, heads, T, head_dim]`."""
+def valid_states(states: Tensor, valid: Tensor) -> Tensor:
+    """Return the valid columns `[n, heads, head_dim]` of a cache's `[B, heads, T, head_dim]`."""
     return states[:, :, : valid.shape[1]].transpose(1, 2)[valid]
 
 
 @pytest.mark.parametrize("propagation", ["frozen", "ridge"])
 @ALL_FAMILIES
-def test_after_frozen_and_ridge_generation_the_cache_is_that_of_the_mixed_pass_by_hand(
+def test_cache_of_frozen_and_ridge_generation_matches_reference(
     family: str, propagation: Propagation, caches: list[KeyValueCache]
 ) -> None:
     early = generator(family, propagation)
     result = generated(early, PROMPT, MASK)
-    seen = result.sequences[:, :-1]  # nobody looked at the last token yet
+    seen = result.sequences[:, :-1]  # the last token has not been computed yet
     mask = longer(MASK, seen)
     expected = by_hand(
         early.stack, seen, early.exits, mask, propagation=propagation, heads=some_heads(family)
@@ -75,13 +75,15 @@ def test_after_frozen_and_ridge_generation_the_cache_is_that_of_the_mixed_pass_b
     assert int((expected.exit_layers < LAYERS).sum()) > 20
     for ours, theirs in zip(caches[-1].layers, expected.cache.layers, strict=True):
         for name in ("keys", "values"):
-            got, wanted = (held(getattr(layer, name), mask.bool()) for layer in (ours, theirs))
+            got, wanted = (
+                valid_states(getattr(layer, name), mask.bool()) for layer in (ours, theirs)
+            )
             assert apart(got, wanted) <= CLOSE
 
 
 @pytest.mark.parametrize("verify", [False, True], ids=["plain", "verified"])
 @ALL_FAMILIES
-def test_after_exact_generation_the_cache_holds_the_full_models_keys_and_values(
+def test_cache_of_exact_generation_matches_full_model(
     family: str, verify: bool, caches: list[KeyValueCache]
 ) -> None:
     early = generator(family, "exact", settled=True)
@@ -89,7 +91,7 @@ def test_after_exact_generation_the_cache_holds_the_full_models_keys_and_values(
     seen, mask = result.sequences[:, :-1], longer(MASK, result.sequences[:, :-1])
     theirs = full_cache(early.stack, seen, mask)
     hard = (result.exit_layers == LAYERS).any(dim=0).nonzero()
-    # A token that went all the way took everything before it along; verifying is for everybody.
+    # A token that does not exit completes all earlier columns, and verification completes all.
     least = seen.shape[1] if verify else 9 + int(hard.max()) if len(hard) else 0
     for number, (ours, full) in enumerate(zip(caches[-1].layers, theirs.layers, strict=True), 1):
         states: Any = ours
@@ -99,13 +101,13 @@ def test_after_exact_generation_the_cache_holds_the_full_models_keys_and_values(
         assert done >= (seen.shape[1] if number == 1 else min(least, seen.shape[1]))
         valid = mask.bool()[:, :done]
         for name in ("keys", "values") if done else ():
-            got, wanted = (held(getattr(layer, name), valid) for layer in (ours, full))
+            got, wanted = (valid_states(getattr(layer, name), valid) for layer in (ours, full))
             assert apart(got, wanted) <= CLOSE
 
 
 @torch.no_grad()
 def full_cache(stack: DecoderStack, ids: Tensor, mask: Tensor) -> DynamicCache:
-    """Return what the model itself caches in one plain forward."""
+    """Return the cache of the model after a single forward pass."""
     cache = DynamicCache()
     model: Any = stack.model
     padded: dict[str, Any] = {"attention_mask": mask}
@@ -115,12 +117,12 @@ def full_cache(stack: DecoderStack, ids: Tensor, mask: Tensor) -> DynamicCache:
     return cache
 
 
-# --- Counted, not assumed ---------------------------------------------------------------------
+# --- Counts -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def rows_seen() -> Iterator[Callable[[DecoderStack], dict[str, list[int]]]]:
-    """Return a function that counts the token rows a stack's own modules see, per layer."""
+    """Return a function that counts the token rows that a stack's modules compute, per layer."""
     handles = []
 
     def watch(stack: DecoderStack) -> dict[str, list[int]]:
@@ -148,7 +150,7 @@ def rows_seen() -> Iterator[Callable[[DecoderStack], dict[str, list[int]]]]:
 @pytest.mark.parametrize("verify", [False, True], ids=["plain", "verified"])
 @ALL_PROPAGATIONS
 @pytest.mark.parametrize("family", SKIPPING)
-def test_the_counts_of_generation_are_the_rows_that_the_modules_saw(
+def test_counts_of_generation_match_rows_of_modules(
     family: str,
     propagation: Propagation,
     verify: bool,
@@ -169,13 +171,13 @@ def test_the_counts_of_generation_are_the_rows_that_the_modules_saw(
         return
     assert result.passed == counts.layer_rows[0] == 3 * (9 + NEW - 1)
     if propagation != "exact":
-        left = early.score(result.sequences[:, :-1]).exit_layers
-        above = [int((left >= layer).sum()) for layer in range(1, LAYERS + 1)]
+        exit_layers = early.score(result.sequences[:, :-1]).exit_layers
+        above = [int((exit_layers >= layer).sum()) for layer in range(1, LAYERS + 1)]
         assert counts.layer_rows == above
-        assert result.layers_per_token == pytest.approx(left.double().mean().item())
+        assert result.layers_per_token == pytest.approx(exit_layers.double().mean().item())
 
 
-def test_exact_generation_leaves_upper_layers_alone_until_somebody_needs_them() -> None:
+def test_exact_generation_defers_upper_layers_until_needed() -> None:
     stack = a_stack("llama")
     early = EarlyExit(stack, layer=2, rule="cosine", threshold=-INF, propagation="exact")
     counts = generated(early, PROMPT).counts
@@ -184,7 +186,7 @@ def test_exact_generation_leaves_upper_layers_alone_until_somebody_needs_them() 
     assert generated(full, PROMPT).counts.layer_rows == [3 * 18] * 4
 
 
-# --- What generation leaves behind ------------------------------------------------------------
+# --- Side effects -----------------------------------------------------------------------------
 
 
 def raise_it(*_: Any, **__: Any) -> Any:
@@ -201,7 +203,7 @@ class Raising(Recorder):
 @pytest.mark.parametrize("place", ["layer", "projection", "lm_head", "streamer"])
 @pytest.mark.parametrize("verify", [False, True], ids=["plain", "verified"])
 @ALL_PROPAGATIONS
-def test_the_model_is_left_as_it_was_also_when_generation_breaks_off(
+def test_generation_restores_model_after_exception(
     propagation: Propagation, verify: bool, place: str
 ) -> None:
     if verify and propagation != "exact":
@@ -229,7 +231,7 @@ def test_the_model_is_left_as_it_was_also_when_generation_breaks_off(
     assert torch.equal(generated(early, PROMPT[:1], verify=verify).sequences, expected.sequences)
 
 
-def test_what_is_generated_carries_no_gradient_and_is_the_callers_own() -> None:
+def test_generation_has_no_gradient_and_shares_no_memory() -> None:
     early, ids = generator("llama"), PROMPT.clone()
     result = generated(early, ids)
     assert not result.sequences.requires_grad

@@ -1,4 +1,4 @@
-"""Generation settings are those of transformers; invalid ones are refused."""
+"""Generation settings follow transformers; invalid settings give one-line errors."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from transformers import GenerationConfig
 from cascade.decoding.early_exit import EarlyExit
 from cascade.models.stack import DecoderStack
 
-# --- Where nobody leaves: transformers' own generate ------------------------------------------
+# --- Defaults and overrides -------------------------------------------------------------------
 
 
-def test_the_models_own_settings_hold_where_nothing_else_is_said() -> None:
+def test_settings_default_to_generation_config_of_model() -> None:
     stack = DecoderStack(tiny_model("llama"))
     own: Any = stack.model
     own.generation_config = GenerationConfig(
         eos_token_id=own_ended_text(a_stack("llama"))[0], pad_token_id=0
     )
-    # Without a length of its own transformers makes 20 new tokens, and warns.
+    # Without a length, transformers generates 20 new tokens with a warning.
     expected = own.generate(PROMPT, attention_mask=MASK, max_new_tokens=20)
     early = EarlyExit(stack)
     assert torch.equal(as_tensor(early.generate(PROMPT, MASK)), expected)
@@ -54,7 +54,7 @@ def test_the_models_own_settings_hold_where_nothing_else_is_said() -> None:
     assert torch.equal(got, own_generate(stack, PROMPT, attention_mask=MASK, max_new_tokens=8))
 
 
-def test_a_given_generation_config_goes_before_the_models_own_and_behind_single_settings() -> None:
+def test_single_settings_override_given_config_override_model_config() -> None:
     early = EarlyExit(a_stack("llama"))
     given = GenerationConfig(max_length=14, eos_token_id=None)
     assert generated(
@@ -84,7 +84,7 @@ def test_a_given_generation_config_goes_before_the_models_own_and_behind_single_
     )
 
 
-def test_twenty_new_tokens_are_made_where_nobody_says_how_many_and_never_too_many() -> None:
+def test_default_is_twenty_new_tokens_within_positions() -> None:
     early = EarlyExit(a_stack("llama"))
     settings: dict[str, Any] = {"max_new_tokens": None}
     assert generated(early, PROMPT, **settings).sequences.shape == (3, 29)
@@ -95,19 +95,18 @@ def test_twenty_new_tokens_are_made_where_nobody_says_how_many_and_never_too_man
     assert generated(without_end, random_ids(1, 60), **settings).sequences.shape == (1, 80)
 
 
-# --- Refusals ---------------------------------------------------------------------------------
+# --- Invalid settings -------------------------------------------------------------------------
 
 
-RIGHT = (
-    "a prompt has padding behind a token, by its attention_mask or, without one, by the token that "
-    "the model pads with; expected prompts padded on the left only, so that every row's last token "
-    "is the one to go on from"
+PADDED_AFTER_TEXT = (
+    "expected prompts padded only on the left, got padding after a token (given by the "
+    "attention_mask or, without one, by the padding token); set padding_side='left'"
 )
 
 
-AMONG = (
-    f"token {int(PROMPT[1, 4])}, with which the model pads, stands between other tokens or alone in"
-    " a row; give an attention_mask that says what is padding"
+PADDED_INSIDE_TEXT = (
+    f"the padding token {int(PROMPT[1, 4])} is between other tokens or fills a whole row, so it "
+    "could be text; pass an attention_mask"
 )
 
 
@@ -118,66 +117,72 @@ KNOWN = (
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, "expected max_new_tokens a whole number from 1, got 0"),
-        ({"max_new_tokens": 2.5}, "expected max_new_tokens a whole number from 1, got 2.5"),
-        ({"max_new_tokens": True}, "expected max_new_tokens a whole number from 1, got True"),
-        ({"max_length": 14.5}, "expected max_length a whole number, got 14.5"),
+        ({"max_new_tokens": 0}, "expected max_new_tokens to be an integer of at least 1, got 0"),
+        (
+            {"max_new_tokens": 2.5},
+            "expected max_new_tokens to be an integer of at least 1, got 2.5",
+        ),
+        (
+            {"max_new_tokens": True},
+            "expected max_new_tokens to be an integer of at least 1, got True",
+        ),
+        ({"max_length": 14.5}, "expected max_length to be an integer, got 14.5"),
         (
             {"max_length": 9},
-            "a prompt of 9 tokens leaves nothing of max_length 9; give max_new_tokens",
+            "expected a prompt shorter than max_length 9, got 9 tokens; set max_new_tokens instead",
         ),
         (
             {"temperature": 0},
-            "expected temperature more than 0 (do_sample=False for greedy), got 0",
+            "expected temperature to be above 0 (do_sample=False for greedy), got 0",
         ),
         (
             {"temperature": math.nan},
-            "expected temperature more than 0 (do_sample=False for greedy), got nan",
+            "expected temperature to be above 0 (do_sample=False for greedy), got nan",
         ),
-        ({"top_p": 0.0}, "expected top_p in (0, 1], got 0.0"),
-        ({"top_p": 1.5}, "expected top_p in (0, 1], got 1.5"),
-        ({"top_k": -1}, "expected top_k a whole number from 0, got -1"),
-        ({"top_k": 2.5}, "expected top_k a whole number from 0, got 2.5"),
-        ({"seed": 1.5}, "expected seed a whole number, got 1.5"),
+        ({"top_p": 0.0}, "expected top_p to be in (0, 1], got 0.0"),
+        ({"top_p": 1.5}, "expected top_p to be in (0, 1], got 1.5"),
+        ({"top_k": -1}, "expected top_k to be an integer of at least 0, got -1"),
+        ({"top_k": 2.5}, "expected top_k to be an integer of at least 0, got 2.5"),
+        ({"seed": 1.5}, "expected seed to be an integer, got 1.5"),
         *(
-            ({"do_sample": value}, f"expected do_sample True or False, got {value!r}")
+            ({"do_sample": value}, f"expected do_sample to be True or False, got {value!r}")
             for value in (1, 0, "no", "false", [True])
         ),
         *(
             (
                 {"temperature": value},
-                f"expected temperature more than 0 (do_sample=False for greedy), got {value!r}",
+                f"expected temperature to be above 0 (do_sample=False for greedy), got {value!r}",
             )
             for value in ("x", "0.7", [0.7], 10**400)
         ),
-        ({"top_p": "x"}, "expected top_p in (0, 1], got 'x'"),
-        ({"top_k": "x"}, "expected top_k a whole number from 0, got 'x'"),
+        ({"top_p": "x"}, "expected top_p to be in (0, 1], got 'x'"),
+        ({"top_k": "x"}, "expected top_k to be an integer of at least 0, got 'x'"),
         *(
             (
                 {"stop_strings": value},
-                f"expected stop_strings a text or several, none empty, got {value!r}",
+                f"expected stop_strings to be one or several non-empty strings, got {value!r}",
             )
             for value in (5, [5], "", ["a", ""])
         ),
         *(
             (
                 {"eos_token_id": value},
-                f"expected eos_token_id a token in 0..96, or several, got {value!r}",
+                f"expected eos_token_id to be one or several tokens in 0..96, got {value!r}",
             )
             for value in (VOCABULARY, [1, VOCABULARY], -1, "x", 1.5, True)
         ),
         *(
             (
                 {"generation_config": value},
-                f"expected generation_config a GenerationConfig of transformers, got {name}; give "
-                "single settings by name",
+                f"expected a GenerationConfig of transformers as generation_config, got {name}; "
+                "pass single settings by name",
             )
             for value, name in (({"top_k": 5}, "dict"), ("greedy", "str"))
         ),
-        ({"pad_token_id": VOCABULARY}, "expected pad_token_id in 0..96, got 97"),
-        ({"pad_token_id": -1}, "expected pad_token_id in 0..96, got -1"),
+        ({"pad_token_id": VOCABULARY}, "expected pad_token_id to be in 0..96, got 97"),
+        ({"pad_token_id": -1}, "expected pad_token_id to be in 0..96, got -1"),
         ({"num_beams": 4}, f"expected settings among {KNOWN}, got num_beams"),
         (
             {"max_tokens": 4, "beam": 2},
@@ -185,43 +190,44 @@ KNOWN = (
         ),
         (
             {"stop_strings": ["a"]},
-            "stop_strings need the model's tokenizer; load the model with it",
+            "stop_strings need a tokenizer, and the model has none; load the model with one",
         ),
         (
             {"max_new_tokens": 56},
-            "a prompt of 9 tokens and 56 new ones exceed the model's 64 positions; shorten the "
-            "prompt or take a smaller max_new_tokens",
+            "a prompt of 9 tokens and 56 new tokens exceed the model's 64 positions; shorten the "
+            "prompt or use a smaller max_new_tokens",
         ),
         (
             {"verify": True},
-            'verify=True needs propagation="exact", got "frozen": only exact keys and values let '
-            "the full model confirm a token",
+            'verify=True needs propagation="exact", got "frozen"; the full model can only '
+            "confirm tokens with exact keys and values",
         ),
         ({"draft_length": 0}, "expected a draft_length of at least 1, got 0"),
         ({"draft_length": None}, "expected a draft_length of at least 1, got None"),
-        ({"streamer": Recorder()}, "a streamer takes one row, got 3; generate row by row"),
-        ({"attention_mask": MASK.flip(1)}, RIGHT),
-        ({"pad_token_id": int(PROMPT[1, -1])}, RIGHT),
-        ({"pad_token_id": int(PROMPT[1, 4])}, AMONG),
-        ({"attention_mask": torch.tensor([[1] * 9, [1, 0] + [1] * 7, [1] * 9])}, RIGHT),
+        (
+            {"streamer": Recorder()},
+            "expected one row with a streamer, got 3; generate each row separately",
+        ),
+        ({"attention_mask": MASK.flip(1)}, PADDED_AFTER_TEXT),
+        ({"pad_token_id": int(PROMPT[1, -1])}, PADDED_AFTER_TEXT),
+        ({"pad_token_id": int(PROMPT[1, 4])}, PADDED_INSIDE_TEXT),
+        ({"attention_mask": torch.tensor([[1] * 9, [1, 0] + [1] * 7, [1] * 9])}, PADDED_AFTER_TEXT),
     ],
 )
-def test_a_setting_that_cannot_be_meant_is_refused_in_one_line(
-    settings: dict[str, Any], said: str
-) -> None:
-    check_refusal(generator("llama"), PROMPT, said, **settings)
+def test_invalid_setting_gives_one_line_error(settings: dict[str, Any], message: str) -> None:
+    check_refusal(generator("llama"), PROMPT, message, **settings)
     streamer = settings.get("streamer")
     assert streamer is None or streamer.given == []
 
 
-def test_a_models_own_end_beyond_its_vocabulary_is_refused_by_its_name() -> None:
+def test_end_token_of_model_beyond_vocabulary_is_rejected() -> None:
     stack = padding_stack("llama", pad_token_id=None, eos_token_id=VOCABULARY)
-    said = f"expected eos_token_id a token in 0..96, or several, got {VOCABULARY}"
-    check_refusal(EarlyExit(stack), PROMPT, said)
+    message = f"expected eos_token_id to be one or several tokens in 0..96, got {VOCABULARY}"
+    check_refusal(EarlyExit(stack), PROMPT, message)
     assert generated(EarlyExit(stack), PROMPT, eos_token_id=()).sequences.shape == (3, 9 + NEW)
 
 
-def test_numbers_of_numpy_are_numbers_and_a_whole_temperature_is_one() -> None:
+def test_numpy_numbers_and_integer_temperature_are_accepted() -> None:
     early = EarlyExit(a_stack("llama"))
     same = {"max_new_tokens": 3, "top_k": 7, "seed": 4, "temperature": 2.0, "top_p": 0.9}
     kinds: dict[str, Any] = {"temperature": 2, "top_p": np.float64(0.9)}
@@ -231,17 +237,17 @@ def test_numbers_of_numpy_are_numbers_and_a_whole_temperature_is_one() -> None:
 
 
 @pytest.mark.parametrize("length", [64, 63, 60])
-def test_a_prompt_fills_the_positions_to_the_last_one(length: int) -> None:
+def test_prompt_and_new_tokens_may_fill_all_positions(length: int) -> None:
     early, ids = generator("llama"), random_ids(1, length)
-    said = (
-        f"a prompt of {length} tokens and {65 - length} new ones exceed the model's 64 positions; "
-        "shorten the prompt or take a smaller max_new_tokens"
+    message = (
+        f"a prompt of {length} tokens and {65 - length} new tokens exceed the model's 64 "
+        "positions; shorten the prompt or use a smaller max_new_tokens"
     )
-    check_refusal(early, ids, said, max_new_tokens=65 - length)
+    check_refusal(early, ids, message, max_new_tokens=65 - length)
     if length < 64:
         assert generated(early, ids, max_new_tokens=64 - length).sequences.shape == (1, 64)
     else:
-        check_refusal(early, ids, said)
+        check_refusal(early, ids, message)
 
 
 @pytest.mark.parametrize(
@@ -260,24 +266,22 @@ def test_a_prompt_fills_the_positions_to_the_last_one(length: int) -> None:
         ({"guidance_scale": 1.5}, "guidance_scale"),
     ],
 )
-def test_settings_that_early_exit_does_not_follow_are_refused_by_name(
-    settings: dict[str, Any], refused: str
-) -> None:
-    said = (
-        f"early exit does not follow the generation settings {refused}; give a generation_config "
+def test_unsupported_settings_error_lists_them(settings: dict[str, Any], refused: str) -> None:
+    message = (
+        f"early exit does not support the generation settings {refused}; pass a generation_config "
         "that turns them off"
     )
     given = GenerationConfig(**settings)
-    check_refusal(generator("llama"), PROMPT, said, generation_config=given)
+    check_refusal(generator("llama"), PROMPT, message, generation_config=given)
     stack = DecoderStack(tiny_model("llama"))
     stack.model.generation_config = given
-    check_refusal(EarlyExit(stack), PROMPT, said)
+    check_refusal(EarlyExit(stack), PROMPT, message)
 
 
-def test_settings_that_change_nothing_are_taken() -> None:
+def test_settings_without_effect_are_accepted() -> None:
     stack = DecoderStack(tiny_model("llama"))
     stack.model.generation_config = GenerationConfig(repetition_penalty=1.1, eos_token_id=1)
-    stack.model.generation_config.update(chat_format="of the checkpoint's own")
+    stack.model.generation_config.update(chat_format="unknown to transformers")
     given = GenerationConfig(
         num_beams=1,
         repetition_penalty=1.0,

@@ -33,15 +33,15 @@ DRAFT_LENGTHS = (1, 2, 8)
     ("family", "settled"),
     [*((family, True) for family in FAMILIES), ("llama", False), ("gemma2", False)],
 )
-def test_verified_text_is_that_of_transformers(family: str, settled: bool) -> None:
+def test_verified_text_matches_transformers(family: str, settled: bool) -> None:
     early = generator(family, "exact", settled=settled)
     free = own_text(early.stack)
     end = int(free[1, 13])
     lengths = [length_of(row, [end]) for row in free[:, 9:].tolist()]
     result = generated(early, PROMPT, MASK, verify=True)
     assert torch.equal(result.sequences, free)
-    left = (result.exit_layers > 0) & (result.exit_layers < LAYERS)
-    assert result.accepted == int(left.sum())
+    exited = (result.exit_layers > 0) & (result.exit_layers < LAYERS)
+    assert result.accepted == int(exited.sum())
     assert result.drafted >= result.accepted
     behind = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
     for draft_length in DRAFT_LENGTHS:
@@ -58,7 +58,7 @@ def test_verified_text_is_that_of_transformers(family: str, settled: bool) -> No
         assert torch.equal(ended.exit_layers == 0, behind)
 
 
-def test_drafts_are_both_confirmed_and_refused_so_that_a_wrong_one_would_show() -> None:
+def test_verification_both_accepts_and_rejects_drafts() -> None:
     drafted = accepted = 0
     for family in ("llama", "gemma2", "gpt2", "falcon"):
         result = generated(generator(family, "exact", settled=True), PROMPT, MASK, verify=True)
@@ -91,7 +91,7 @@ def test_verified_text_does_not_depend_on_the_exits(
 
 @pytest.mark.parametrize("draft_length", DRAFT_LENGTHS)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neo", "bloom"])
-def test_verified_draws_are_the_full_models(family: str, draft_length: int) -> None:
+def test_verified_samples_match_full_model(family: str, draft_length: int) -> None:
     early = generator(family, "exact", settled=True)
     full = EarlyExit(early.stack)
     settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "seed": 3}
@@ -102,7 +102,7 @@ def test_verified_draws_are_the_full_models(family: str, draft_length: int) -> N
     assert result.accepted > 0
 
 
-def test_verified_stop_strings_end_rows_as_unverified_ones_do() -> None:
+def test_stop_strings_end_verified_rows_like_unverified_rows() -> None:
     full, early = speaking("exact", exits=False), speaking("exact")
     tokenizer: Any = full.stack.tokenizer
     text = generated(full, PROMPT, MASK).sequences
@@ -113,23 +113,25 @@ def test_verified_stop_strings_end_rows_as_unverified_ones_do() -> None:
     assert not torch.equal(got.sequences[:, : text.shape[1]], text)
 
 
-def test_a_draft_is_no_longer_than_asked_and_full_passes_are_fewer() -> None:
+def test_draft_length_limits_drafts_and_reduces_full_passes() -> None:
     stack = a_settled_stack("llama")
     exits = [make_exit(stack, 2, "cosine", -INF)]
     early = EarlyExit(stack, exits=exits, propagation="exact")
     rows: dict[int, int] = {}
     for draft_length in (1, 4):
-        looks: list[int] = []
+        lengths: list[int] = []
         handle = (
             stack.layers[-1]
             .get_submodule("mlp")
-            .register_forward_hook(lambda _, args, __, looks=looks: looks.append(args[0].shape[1]))
+            .register_forward_hook(
+                lambda _, args, __, lengths=lengths: lengths.append(args[0].shape[1])
+            )
         )
         try:
             generated(early, PROMPT[:1], verify=True, draft_length=draft_length)
         finally:
             handle.remove()
-        assert max(looks[1:]) <= draft_length
-        rows[draft_length] = len(looks)
+        assert max(lengths[1:]) <= draft_length
+        rows[draft_length] = len(lengths)
     assert rows[1] == NEW
     assert rows[4] < NEW

@@ -1,4 +1,4 @@
-"""Token ids and attention masks are checked."""
+"""Checks of token ids and attention masks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from cascade.core.errors import UsageError
 from cascade.decoding.early_exit import EarlyExit
 from cascade.decoding.inputs import make_chunk
 
-# --- In between: the mixed pass, written out by hand ------------------------------------------
+# --- Valid inputs -----------------------------------------------------------------------------
 
 
-def test_a_mask_without_padding_is_no_mask() -> None:
+def test_mask_without_padding_is_dropped() -> None:
     early = scorer("llama")
     with_mask = early.score(TEXT, torch.ones_like(TEXT), keep_logits=True)
     assert torch.equal(logits_of(with_mask), logits_of(early.score(TEXT, keep_logits=True)))
@@ -38,68 +38,68 @@ def test_token_ids_may_be_lists_or_narrow_integers() -> None:
         assert torch.equal(early.score(same).predictions, expected.predictions)
 
 
-# --- Refusals ---------------------------------------------------------------------------------
+# --- Invalid inputs ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "message"),
     [
-        ([], "expected token ids [B, T], a row per prompt and none empty, got shape [0]"),
-        ([[]], "expected token ids [B, T], a row per prompt and none empty, got shape [1, 0]"),
-        ([3, 4], "expected token ids [B, T], a row per prompt and none empty, got shape [2]"),
+        ([], "expected token ids [B, T] with one non-empty row per prompt, got shape [0]"),
+        ([[]], "expected token ids [B, T] with one non-empty row per prompt, got shape [1, 0]"),
+        ([3, 4], "expected token ids [B, T] with one non-empty row per prompt, got shape [2]"),
         (
             [[[3]]],
-            "expected token ids [B, T], a row per prompt and none empty, got shape [1, 1, 1]",
+            "expected token ids [B, T] with one non-empty row per prompt, got shape [1, 1, 1]",
         ),
         (
             [[2, 3], [4]],
             "expected token ids [B, T], got rows of different length; pad them on the left and "
-            "give an attention_mask",
+            "pass an attention_mask",
         ),
         (
             [[2, VOCABULARY]],
-            "expected token ids in 0..96, got 2 to 97; use the model's own tokenizer",
+            "expected token ids in 0..96, got 2 to 97; use the model's tokenizer",
         ),
-        ([[-1, 5]], "expected token ids in 0..96, got -1 to 5; use the model's own tokenizer"),
+        ([[-1, 5]], "expected token ids in 0..96, got -1 to 5; use the model's tokenizer"),
         (
             [[2.0, 3.0]],
-            "expected token ids as whole numbers, got float32; use the model's own tokenizer",
+            "expected integer token ids, got float32; use the model's tokenizer",
         ),
         (
             [[True, False]],
-            "expected token ids as whole numbers, got bool; use the model's own tokenizer",
+            "expected integer token ids, got bool; use the model's tokenizer",
         ),
         (
             torch.full((1, 65), 2),
             "65 tokens exceed the model's 64 positions; shorten the prompt",
         ),
-        ("a text", "expected token ids [B, T], got str; use the model's own tokenizer"),
+        ("a text", "expected token ids [B, T], got str; use the model's tokenizer"),
         (
             [["a", "text"]],
-            "expected token ids [B, T], got a list that is no array of numbers; use the model's "
-            "own tokenizer",
+            "expected token ids [B, T], got a list that is not an array of numbers; use the "
+            "model's tokenizer",
         ),
         (
             [[None]],
-            "expected token ids [B, T], got a list that is no array of numbers; use the model's "
-            "own tokenizer",
+            "expected token ids [B, T], got a list that is not an array of numbers; use the "
+            "model's tokenizer",
         ),
         (
             [[10**30]],
-            "expected token ids [B, T], got a list that is no array of numbers; use the model's "
-            "own tokenizer",
+            "expected token ids [B, T], got a list that is not an array of numbers; use the "
+            "model's tokenizer",
         ),
     ],
 )
-def test_token_ids_that_cannot_be_are_refused(ids: Any, said: str) -> None:
+def test_invalid_token_ids_give_one_line_error(ids: Any, message: str) -> None:
     for call in (EarlyExit(a_stack("llama")).score, EarlyExit(a_stack("llama")).generate):
         with pytest.raises(UsageError) as error:
             call(ids)
-        assert one_line(error) == said
+        assert one_line(error) == message
 
 
 @pytest.mark.parametrize(
-    ("mask", "said"),
+    ("mask", "message"),
     [
         (torch.ones(2, 4), "expected an attention_mask of the ids' shape [2, 5], got [2, 4]"),
         (torch.ones(5), "expected an attention_mask of the ids' shape [2, 5], got [5]"),
@@ -109,7 +109,7 @@ def test_token_ids_that_cannot_be_are_refused(ids: Any, said: str) -> None:
         ),
         (
             torch.tensor([[1] * 5, [0] * 5]),
-            "a row of the attention_mask is all zeros; expected at least one token",
+            "expected at least one token in every row, got a row of zeros in the attention_mask",
         ),
         (
             [[1, 1, 1, 1, 1], [1]],
@@ -119,21 +119,21 @@ def test_token_ids_that_cannot_be_are_refused(ids: Any, said: str) -> None:
         *(
             (
                 [[1] * 5, [0, value, 1, 1, 1]],
-                "expected an attention_mask of 0 for padding and 1 for tokens alone, got "
-                f"{shown} among them",
+                "expected an attention_mask of zeros (padding) and ones (tokens), got the value "
+                f"{shown}",
             )
             for value, shown in ((math.nan, "nan"), (0.5, "0.5"), (2, "2"), (-1, "-1"))
         ),
     ],
 )
-def test_a_mask_that_does_not_fit_is_refused(mask: Any, said: str) -> None:
+def test_invalid_mask_gives_one_line_error(mask: Any, message: str) -> None:
     for call in (EarlyExit(a_stack("llama")).score, EarlyExit(a_stack("llama")).generate):
         with pytest.raises(UsageError) as error:
             call(random_ids(2, 5), mask)
-        assert one_line(error) == said
+        assert one_line(error) == message
 
 
-def test_a_mask_of_any_kind_of_ones_and_zeros_is_read_alike() -> None:
+def test_mask_may_have_any_dtype() -> None:
     early, ids, mask = scorer("llama"), random_ids(2, 12), some_mask(2, 12)
     expected = early.score(ids, mask, keep_logits=True)
     kinds: list[Any] = [mask.bool(), mask.float(), mask.tolist(), mask.to(torch.int8)]
@@ -141,7 +141,7 @@ def test_a_mask_of_any_kind_of_ones_and_zeros_is_read_alike() -> None:
         assert torch.equal(logits_of(early.score(ids, same, keep_logits=True)), logits_of(expected))
 
 
-def test_a_chunk_knows_its_positions() -> None:
+def test_positions_start_after_left_padding() -> None:
     chunk = make_chunk(a_stack("llama"), random_ids(2, 5), some_mask(2, 5, left=2))
     assert chunk.positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
     assert chunk.valid.tolist() == [[False, False, True, True, True], [True] * 5]
@@ -152,16 +152,14 @@ def test_a_chunk_knows_its_positions() -> None:
     "given", [None, {"input_ids": [[1, 2]]}, BatchEncoding({"input_ids": [[1]]})]
 )
 @pytest.mark.parametrize("method", ["score", "generate"])
-def test_what_a_tokenizer_returns_is_refused_with_what_to_take_of_it(
-    method: str, given: Any
-) -> None:
+def test_tokenizer_output_error_names_its_fields(method: str, given: Any) -> None:
     early = EarlyExit(a_stack("llama"), layer=2, threshold=0.9)
     with pytest.raises(UsageError) as error:
         getattr(early, method)(given)
-    assert 'give ["input_ids"]' in one_line(error)
+    assert 'pass the tokenizer\'s ["input_ids"]' in one_line(error)
 
 
-def test_values_that_are_no_numbers_are_refused() -> None:
+def test_non_numeric_values_are_rejected() -> None:
     early = EarlyExit(a_stack("llama"), layer=2, threshold=0.9)
     with pytest.raises(UsageError, match="expected token ids"):
         early.score([["a", "b"]])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The KV cache holds what transformers' own would; selections pack and unpack tokens."""
+"""The KV cache matches the cache of transformers; selections pack and unpack tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cascade.decoding.kv_cache import KeyValueCache, Selection
 
 
 def masks(least: int = 1) -> st.SearchStrategy[Tensor]:
-    """Return active tokens `[B, T]`, `least` or more."""
+    """Return masks of active tokens `[B, T]` with at least `least` active tokens."""
     shapes = st.tuples(st.integers(1, 4), st.integers(1, 7))
     return shapes.flatmap(
         lambda shape: st.lists(
@@ -41,19 +41,19 @@ def masks(least: int = 1) -> st.SearchStrategy[Tensor]:
 
 
 @given(masks())
-def test_packed_rows_find_their_sequence_and_their_way_back(active: Tensor) -> None:
+def test_packed_rows_are_grouped_by_sequence_and_unpacked(active: Tensor) -> None:
     selection = Selection(active, torch.zeros_like(active))
     sequences, packed, place = selection.groups
     assert sequences.tolist() == [row for row, some in enumerate(active.any(dim=1)) if some]
     assert torch.equal(packed.flatten()[place], torch.arange(int(active.sum())))
     assert packed.shape[1] == int(active.sum(dim=1).max())
-    # Every place of a group holds a token of the group's own sequence, also where it repeats one.
+    # Every place of a group has a token of its sequence, including places that repeat a token.
     assert torch.equal(selection.rows[packed], sequences[:, None].expand_as(packed))
     assert torch.equal(active.nonzero(), torch.stack([selection.rows, selection.columns], dim=1))
 
 
 @given(masks(least=0), st.booleans())
-def test_a_selection_is_dense_where_packing_would_gain_nothing(active: Tensor, left: bool) -> None:
+def test_selection_is_dense_if_packing_saves_nothing(active: Tensor, left: bool) -> None:
     exited = ~active if left else torch.zeros_like(active)
     padded_prompt = not bool(exited.any()) and bool(active.any()) and active.shape[1] > 1
     assert Selection(active, exited).dense == (bool(active.all()) or padded_prompt)
@@ -64,9 +64,7 @@ def test_a_selection_is_dense_where_packing_would_gain_nothing(active: Tensor, l
 
 @pytest.mark.parametrize("padded", [False, True], ids=["without_mask", "left_padded"])
 @ALL_FAMILIES
-def test_a_cache_filled_in_chunks_is_what_transformers_would_hold(
-    family: str, padded: bool
-) -> None:
+def test_cache_filled_in_chunks_matches_transformers(family: str, padded: bool) -> None:
     stack, ids = a_stack(family), random_ids(2, 20)
     mask = some_mask(2, 20) if padded else None
     theirs = DynamicCache()
@@ -78,8 +76,8 @@ def test_a_cache_filled_in_chunks_is_what_transformers_would_hold(
         ours.window(start, stop)
         assert ours.get_seq_length() == ours.get_query_offset() == start
         assert ours.get_mask_sizes(stop - start, 0) == (stop, 0)
-        part = planned(stack, ids, mask, ours, start, stop)
-        outputs.append(stepped(stack, part.embedded, part.calls))
+        plan = planned(stack, ids, mask, ours, start, stop)
+        outputs.append(stepped(stack, plan.embedded, plan.calls))
     valid = torch.ones_like(ids).bool() if mask is None else mask.bool()
     assert apart(torch.cat(outputs, dim=1)[valid], expected[valid]) <= CLOSE
     for index in range(LAYERS):
@@ -89,7 +87,7 @@ def test_a_cache_filled_in_chunks_is_what_transformers_would_hold(
         assert apart(at(values, valid), at(layer.values, valid)) <= CLOSE
 
 
-def test_a_cache_writes_single_tokens_where_they_belong() -> None:
+def test_put_writes_single_tokens() -> None:
     cache = KeyValueCache(1, 2, 5)
     cache.window(2, 4)
     rows, columns = torch.tensor([0, 1]), torch.tensor([1, 0])
@@ -102,7 +100,7 @@ def test_a_cache_writes_single_tokens_where_they_belong() -> None:
         assert int((states != 0).sum()) == 2 * 3 * 4
 
 
-def test_packed_updates_go_to_the_active_tokens_and_only_inside_the_block() -> None:
+def test_packed_updates_write_active_tokens_inside_context() -> None:
     cache = KeyValueCache(1, 2, 3)
     cache.window(0, 3)
     active = torch.tensor([[True, False, True], [False, True, False]])
@@ -122,7 +120,7 @@ def break_off(block: AbstractContextManager[None]) -> None:
         raise ArithmeticError
 
 
-def test_a_cache_that_keeps_nothing_takes_layers_of_any_shape() -> None:
+def test_cache_without_keep_accepts_layers_of_any_shape() -> None:
     cache = KeyValueCache(3, 1, 2, keep=False)
     cache.window(0, 2)
     row, column = torch.tensor([0]), torch.tensor([1])

@@ -1,4 +1,4 @@
-"""Padding without a mask is found where transformers finds it."""
+"""Padding without a mask is inferred as in transformers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from support.reference_early_exit import (
 from cascade.core.errors import UsageError
 from cascade.decoding.early_exit import EarlyExit, Propagation
 
-#: As a tokenizer that pads with token 0 would give it.
+#: Prompts as a tokenizer that pads with token 0 returns them.
 PADDED = PROMPT.masked_fill(MASK == 0, 0)
 
 
 @pytest.mark.parametrize("propagation", ["frozen", "exact"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
-def test_padding_without_a_mask_is_found_where_transformers_finds_it(
+def test_padding_without_mask_is_inferred_as_in_transformers(
     family: str, propagation: Propagation
 ) -> None:
     stack = padding_stack(family, pad_token_id=0, eos_token_id=1)
@@ -53,7 +53,7 @@ def test_padding_without_a_mask_is_found_where_transformers_finds_it(
         ({}, {}),
     ],
 )
-def test_a_token_that_may_end_rows_or_that_nobody_pads_with_is_text(
+def test_end_tokens_and_unused_padding_tokens_are_text(
     own: dict[str, Any], single: dict[str, Any]
 ) -> None:
     stack = padding_stack("llama", **own)
@@ -66,7 +66,7 @@ def test_a_token_that_may_end_rows_or_that_nobody_pads_with_is_text(
     assert torch.equal(got, as_text)
 
 
-def test_where_no_token_ends_a_row_padding_is_found_too() -> None:
+def test_padding_is_inferred_without_end_tokens() -> None:
     stack = padding_stack("llama", pad_token_id=0, eos_token_id=0)
     expected = own_generate(stack, PADDED, attention_mask=None, pad_token_id=0)
     assert torch.equal(generated(EarlyExit(stack), PADDED).sequences, expected)
@@ -74,7 +74,7 @@ def test_where_no_token_ends_a_row_padding_is_found_too() -> None:
 
 
 @pytest.mark.parametrize("propagation", ["frozen", "exact"])
-def test_scoring_finds_the_padding_that_generating_found(propagation: Propagation) -> None:
+def test_scoring_and_generation_infer_the_same_padding(propagation: Propagation) -> None:
     stack = padding_stack("llama", pad_token_id=0, eos_token_id=1)
     early = EarlyExit(stack, exits=some_exits(stack, layers=(2, 3)), propagation=propagation)
     result = generated(early, PADDED, eos_token_id=1)
@@ -87,7 +87,7 @@ def test_scoring_finds_the_padding_that_generating_found(propagation: Propagatio
     assert torch.equal(score.exit_layers[:, 8:-1], result.exit_layers)
 
 
-def test_scoring_takes_rows_that_ended_as_generating_fills_them() -> None:
+def test_scoring_infers_padding_of_ended_rows() -> None:
     stack = padding_stack("llama", pad_token_id=0, eos_token_id=1)
     early = EarlyExit(stack)
     ids = PADDED.clone()
@@ -102,14 +102,14 @@ def test_scoring_takes_rows_that_ended_as_generating_fills_them() -> None:
 
 
 @pytest.mark.parametrize("row", [[5, 0, 6], [0, 5, 0, 6], [0, 0], [5, 0, 0, 6, 0]])
-def test_padding_that_may_be_text_is_refused(row: list[int]) -> None:
+def test_ambiguous_padding_is_rejected(row: list[int]) -> None:
     stack = padding_stack("llama", pad_token_id=0, eos_token_id=1)
     early, ids = EarlyExit(stack), torch.tensor([row, [7] * len(row)])
     for call in (early.score, early.generate):
         with pytest.raises(UsageError) as error:
             call(ids)
         assert one_line(error) == (
-            "token 0, with which the model pads, stands between other tokens or alone in a row; "
-            "give an attention_mask that says what is padding"
+            "the padding token 0 is between other tokens or fills a whole row, so it could be "
+            "text; pass an attention_mask"
         )
     assert early.score(ids, torch.ones_like(ids)).scored.all()

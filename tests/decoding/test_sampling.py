@@ -1,4 +1,4 @@
-"""Sampled tokens follow the distribution, and depend on seed, row and column alone."""
+"""Sampled tokens follow the distribution and depend only on seed, row and column."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cascade.models.stack import DecoderStack
 
 
 @ALL_PROPAGATIONS
-def test_the_same_seed_draws_the_same_text_and_another_another(propagation: Propagation) -> None:
+def test_seed_determines_sampled_text(propagation: Propagation) -> None:
     early = generator("llama", propagation)
     first, again, other = (drawn(early, PROMPT, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
@@ -43,7 +43,7 @@ def test_the_same_seed_draws_the_same_text_and_another_another(propagation: Prop
     assert not torch.equal(first, generated(early, PROMPT).sequences)
 
 
-def test_rows_draw_each_for_itself_and_the_first_as_it_would_alone() -> None:
+def test_rows_sample_independently_and_first_row_matches_single_row() -> None:
     early = generator("llama")
     same = PROMPT[:1].expand(4, -1)
     rows = drawn(early, same)
@@ -52,7 +52,7 @@ def test_rows_draw_each_for_itself_and_the_first_as_it_would_alone() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**31, 2**32 - 1, 20_240_101, 2**63, 10**30])
-def test_any_whole_number_is_a_seed(seed: int) -> None:
+def test_any_integer_is_a_seed(seed: int) -> None:
     assert drawn(EarlyExit(a_stack("llama")), PROMPT, seed=seed).shape == (3, 9 + NEW)
 
 
@@ -67,11 +67,11 @@ def draws(**settings: Any) -> Tensor:
 
 
 def check_distribution(tokens: Tensor, expected: Tensor) -> None:
-    """Raise AssertionError unless the tokens could be draws from the probabilities."""
+    """Raise AssertionError unless the tokens are consistent with the probabilities."""
     count = len(tokens)
     shares = torch.bincount(tokens, minlength=VOCABULARY).double() / count
     spread = (expected * (1 - expected) / count).sqrt()
-    # 4.5 standard deviations, and one token for the rare ones: once in 10,000 tables of 97.
+    # 4.5 standard deviations plus one token for rare ones fail once in 10,000 tables of 97.
     assert bool(((shares - expected).abs() <= 4.5 * spread + 1 / count).all())
 
 
@@ -81,7 +81,7 @@ def next_logits() -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_draws_follow_the_softmax_of_the_logits(temperature: float) -> None:
+def test_samples_follow_softmax_of_logits(temperature: float) -> None:
     tokens = draws(temperature=temperature)
     check_distribution(tokens, (next_logits() / temperature).softmax(dim=-1))
     if temperature != 1.0:
@@ -89,7 +89,7 @@ def test_draws_follow_the_softmax_of_the_logits(temperature: float) -> None:
             check_distribution(tokens, next_logits().softmax(dim=-1))
 
 
-def test_top_k_draws_among_so_many_in_their_proportions() -> None:
+def test_top_k_samples_follow_renormalized_softmax() -> None:
     kept = next_logits().topk(5)
     expected = torch.zeros(VOCABULARY).double()
     expected[kept.indices] = kept.values.softmax(dim=-1)
@@ -97,7 +97,7 @@ def test_top_k_draws_among_so_many_in_their_proportions() -> None:
     assert set(draws(top_k=5).tolist()) == set(kept.indices.tolist())
 
 
-def test_top_p_draws_among_the_fewest_that_reach_the_probability() -> None:
+def test_top_p_samples_from_smallest_set_that_reaches_probability() -> None:
     ordered = next_logits().softmax(dim=-1).sort(descending=True)
     before = ordered.values.cumsum(dim=0) - ordered.values
     kept = ordered.indices[before < 0.4]
@@ -109,7 +109,7 @@ def test_top_p_draws_among_the_fewest_that_reach_the_probability() -> None:
 
 
 def own_draws(stack: DecoderStack, **settings: Any) -> Tensor:
-    """Return 4,096 next tokens that the model draws by itself."""
+    """Return 4,096 next tokens sampled by `transformers`."""
     rows = PROMPT[:1].expand(256, -1)
     torch.manual_seed(0)
     return torch.cat(
@@ -120,16 +120,16 @@ def own_draws(stack: DecoderStack, **settings: Any) -> Tensor:
     )
 
 
-def among_the_best(count: int) -> Tensor:
-    """Return the probabilities of a draw among so many of the likeliest tokens."""
+def top_k_probabilities(count: int) -> Tensor:
+    """Return the probabilities of top-k sampling with k = `count`."""
     kept = next_logits().topk(count)
     expected = torch.zeros(VOCABULARY).double()
     expected[kept.indices] = kept.values.softmax(dim=-1)
     return expected
 
 
-def open_draws(early: EarlyExit, **settings: Any) -> Tensor:
-    """Return 4,096 next tokens drawn by nothing but the settings given."""
+def default_draws(early: EarlyExit, **settings: Any) -> Tensor:
+    """Return 4,096 next tokens sampled with default settings except those given."""
     settings = {"max_new_tokens": 1, "do_sample": True} | settings
     rows = PROMPT[:1].expand(256, -1)
     return torch.cat(
@@ -137,13 +137,13 @@ def open_draws(early: EarlyExit, **settings: Any) -> Tensor:
     )
 
 
-def test_a_draw_of_which_nothing_is_said_is_that_of_transformers() -> None:
-    theirs, ours = own_draws(a_stack("llama")), open_draws(EarlyExit(a_stack("llama")))
+def test_sampling_defaults_match_transformers() -> None:
+    theirs, ours = own_draws(a_stack("llama")), default_draws(EarlyExit(a_stack("llama")))
     for tokens in (theirs, ours):
-        check_distribution(tokens, among_the_best(50))
-    # Draws among all tokens, as ours once were, would show.
+        check_distribution(tokens, top_k_probabilities(50))
+    # Sampling among all tokens would be detected.
     with pytest.raises(AssertionError):
-        check_distribution(draws(), among_the_best(50))
+        check_distribution(draws(), top_k_probabilities(50))
 
 
 @pytest.mark.parametrize(
@@ -158,18 +158,18 @@ def test_a_draw_of_which_nothing_is_said_is_that_of_transformers() -> None:
         ({"temperature": 1e-6}, {"top_k": 7}, {"temperature": None}, 7),
     ],
 )
-def test_whoever_says_how_to_draw_is_heard_as_by_transformers(
+def test_sampling_settings_override_as_in_transformers(
     own: dict[str, Any], given: dict[str, Any], single: dict[str, Any], kept: int
 ) -> None:
     stack = DecoderStack(tiny_model("llama"))
     stack.model.generation_config = GenerationConfig(pad_token_id=1, **own)
     config = GenerationConfig(max_new_tokens=1, do_sample=True, **given)
     settings: dict[str, Any] = {"generation_config": config} | single
-    for tokens in (own_draws(stack, **settings), open_draws(EarlyExit(stack), **settings)):
-        check_distribution(tokens, among_the_best(kept))
+    for tokens in (own_draws(stack, **settings), default_draws(EarlyExit(stack), **settings)):
+        check_distribution(tokens, top_k_probabilities(kept))
 
 
-def test_neighbouring_rows_and_seeds_draw_independently() -> None:
+def test_neighbouring_rows_and_seeds_sample_independently() -> None:
     tokens = draws().view(16, 256)
     chance = next_logits().softmax(dim=-1).square().sum().item()
     for one, other in ((tokens[:, 1:], tokens[:, :-1]), (tokens[1:], tokens[:-1])):
@@ -178,8 +178,8 @@ def test_neighbouring_rows_and_seeds_draw_independently() -> None:
         assert abs(same - chance) <= 4.5 * math.sqrt(chance * (1 - chance) / count)
 
 
-def test_neighbouring_places_draw_independently() -> None:
-    # Every token comes from one flat distribution, so places agree as often as chance has it.
+def test_neighbouring_columns_sample_independently() -> None:
+    # All tokens have the same uniform distribution, so places agree by chance.
     stack = DecoderStack(tiny_model("llama"))
     with torch.no_grad():
         stack.model.get_parameter("lm_head.weight").zero_()
@@ -190,7 +190,7 @@ def test_neighbouring_places_draw_independently() -> None:
     check_distribution(new.flatten(), torch.full((VOCABULARY,), chance).double())
 
 
-def test_tokens_that_leave_are_drawn_from_their_exit_head() -> None:
+def test_exited_tokens_are_sampled_from_exit_head() -> None:
     stack, heads = a_stack("llama"), some_heads("llama")
     early = EarlyExit(stack, layer=2, rule="cosine", threshold=-INF, heads=heads)
     rows = PROMPT[:1].expand(512, -1)

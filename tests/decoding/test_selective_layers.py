@@ -1,4 +1,4 @@
-"""Layers computed for some of the tokens leave the states, keys and values of computing all."""
+"""Layers that compute only active tokens give the same states, keys and values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from cascade.exits.fitted_heads import FittedHeads
 from cascade.models.flops import Counts
 from cascade.models.stack import DecoderStack, LayerCall
 
-#: Longer than the sliding windows of 8, and than a mask that is only causal would forgive.
+#: Longer than the sliding windows of 8, so that a purely causal mask would be detected.
 LONGEST = 18
 
 
@@ -51,13 +51,13 @@ def some_layers(family: str, *, skip: bool = True) -> SkippingLayers:
 
 @dataclass
 class Mixture:
-    """Which tokens leave where, and in which chunks they come.
+    """Which tokens exit at which layer, and in which chunks they are computed.
 
     Attributes:
         ids: `[B, T]`.
-        mask: `[B, T]`, or None where nothing is padded.
-        exit_layers: `[B, T]`, N for tokens that stay.
-        cuts: Where chunks end, ascending, T last.
+        mask: `[B, T]`, or None without padding.
+        exit_layers: `[B, T]`; N for tokens that do not exit.
+        cuts: Ends of the chunks, ascending; the last is T.
         ridge: Whether upper layers get predictions.
     """
 
@@ -89,7 +89,7 @@ def mixtures(draw: st.DrawFn) -> Mixture:
 
 
 def plain(stack: DecoderStack, mixture: Mixture, heads: FittedHeads) -> ByHand:
-    """Return the mixture's pass by hand."""
+    """Return the reference pass of a mixture."""
     return climb(
         stack,
         mixture.ids,
@@ -135,18 +135,18 @@ def run(
 
 
 def predictions(mixture: Mixture, expected: ByHand, heads: FittedHeads, layer: int) -> Tensor:
-    """Return what the maps say of every token that left below a layer, `[B, T, width]`."""
+    """Return the maps' predictions for tokens that exited below a layer, `[B, T, width]`."""
     table = torch.zeros((*mixture.ids.shape, heads.width))
     for below in range(1, layer):
-        said = map_by_hand(heads, below, expected.states[below])[:, :, layer - below - 1]
-        table = torch.where((mixture.exit_layers == below)[..., None], said, table)
+        predicted = map_by_hand(heads, below, expected.states[below])[:, :, layer - below - 1]
+        table = torch.where((mixture.exit_layers == below)[..., None], predicted, table)
     return table
 
 
 def check_a_mixture(
     layers: SkippingLayers, mixture: Mixture, heads: FittedHeads
 ) -> tuple[Tensor, KeyValueCache, Counts]:
-    """Raise AssertionError unless states and cache are those of the mixed pass by hand."""
+    """Raise AssertionError unless states and cache match the reference pass."""
     expected, valid = plain(layers.stack, mixture, heads), mixture.valid
     hidden, cache, counts = run(layers, mixture, expected, heads)
     assert apart(hidden[valid], expected.states[-1][valid]) <= CLOSE
@@ -161,9 +161,7 @@ def check_a_mixture(
 @ALL_FAMILIES
 @settings(max_examples=25)
 @given(mixtures())
-def test_any_mixture_of_exits_leaves_the_states_and_the_cache_that_it_should(
-    family: str, mixture: Mixture
-) -> None:
+def test_any_mixture_of_exits_matches_reference(family: str, mixture: Mixture) -> None:
     layers, heads = some_layers(family), some_heads(family)
     assert layers.skips == (family in SKIPPING)
     _, _, counts = check_a_mixture(layers, mixture, heads)
@@ -177,7 +175,7 @@ def test_any_mixture_of_exits_leaves_the_states_and_the_cache_that_it_should(
 @SKIPPING_FAMILIES
 @settings(max_examples=6)
 @given(mixtures())
-def test_the_generic_path_leaves_the_same(family: str, mixture: Mixture) -> None:
+def test_generic_path_matches_reference(family: str, mixture: Mixture) -> None:
     layers, heads = some_layers(family, skip=False), some_heads(family)
     assert not layers.skips
     _, _, counts = check_a_mixture(layers, mixture, heads)
@@ -196,7 +194,7 @@ def eager_layers(family: str) -> SkippingLayers:
 @SKIPPING_FAMILIES
 @settings(max_examples=6)
 @given(mixtures())
-def test_eager_attention_leaves_the_same(family: str, mixture: Mixture) -> None:
+def test_eager_attention_matches_reference(family: str, mixture: Mixture) -> None:
     check_a_mixture(eager_layers(family), mixture, some_heads(family))
 
 
@@ -214,18 +212,18 @@ def alternating_layers(family: str) -> SkippingLayers:
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen2"])
 @settings(max_examples=8)
 @given(mixtures())
-def test_layers_that_slide_beside_layers_that_do_not_leave_the_same(
+def test_mixed_sliding_and_full_attention_layers_match_reference(
     family: str, mixture: Mixture
 ) -> None:
     check_a_mixture(alternating_layers(family), mixture, some_heads(family))
 
 
-#: Exit layers of two rows of which nobody leaves.
+#: Exit layers of two rows in which no token exits.
 NOBODY = torch.full((2, 16), LAYERS)
 
 
 def half_out(length: int = 16, *, ridge: bool = False) -> Mixture:
-    """Return a mixture in which every other token of two rows leaves at layer 2."""
+    """Return a mixture in which every other token of two rows exits at layer 2."""
     ids = random_ids(2, length)
     exit_layers = torch.full_like(ids, LAYERS)
     exit_layers[:, ::2] = 2
@@ -233,7 +231,7 @@ def half_out(length: int = 16, *, ridge: bool = False) -> Mixture:
 
 
 @SKIPPING_FAMILIES
-def test_the_window_of_a_sliding_family_is_kept_and_would_show(family: str) -> None:
+def test_sliding_window_is_respected(family: str) -> None:
     stack, mixture = a_stack(family), half_out()
     check_a_mixture(some_layers(family), mixture, some_heads(family))
     if not getattr(stack.model.config, "sliding_window", None):
@@ -262,12 +260,12 @@ def test_bfloat16_mixtures_agree(family: str) -> None:
         theirs: Any = layer
         pairs += zip(cache.read(index), (theirs.keys, theirs.values), strict=True)
     for got, wanted in pairs:
-        # Eight bits, four layers: the roundings of two orders of summation.
+        # Two orders of summation over four layers, in bfloat16 with eight bits.
         assert difference(got, wanted) <= 0.05 * wanted.abs().max().item()
 
 
 @pytest.mark.parametrize("skip", [True, False], ids=["packed", "generic"])
-def test_a_cache_that_keeps_nothing_serves_a_single_chunk_alike(skip: bool) -> None:
+def test_cache_without_keep_gives_same_single_chunk(skip: bool) -> None:
     layers, mixture, heads = some_layers("qwen3", skip=skip), half_out(), some_heads("qwen3")
     expected = plain(layers.stack, mixture, heads)
     new_cache = functools.partial(KeyValueCache, LAYERS, keep=False)
@@ -279,7 +277,7 @@ def test_a_cache_that_keeps_nothing_serves_a_single_chunk_alike(skip: bool) -> N
 
 
 @pytest.mark.parametrize("skip", [True, False], ids=["packed", "generic"])
-def test_maps_that_predict_layer_inputs_serve_llamas_too(skip: bool) -> None:
+def test_maps_of_layer_inputs_work_for_llama(skip: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     maps = {
         layer: (
@@ -291,17 +289,17 @@ def test_maps_that_predict_layer_inputs_serve_llamas_too(skip: bool) -> None:
     heads = FittedHeads({}, maps, width=WIDTH, of_states=True)
     _, _, counts = check_a_mixture(some_layers("llama", skip=skip), half_out(ridge=True), heads)
     assert counts.predicted_rows == [0, 0, 16, 16]
-    # A predicted input still goes through the projections.
+    # A predicted layer input still passes through the projections.
     assert counts.key_value_rows == ([0, 0, 16, 16] if skip else [0] * LAYERS)
 
 
-# --- What the cache holds, from the paper's formulas ------------------------------------------
+# --- Contents of the cache, by the formulas of the papers -------------------------------------
 
 
 def rotated(keys: Tensor, positions: Tensor, base: float) -> Tensor:
     """Rotate `[n, heads, head_dim]` keys to their positions (RoFormer, Su et al. 2021, sec. 3.4).
 
-    Pairs are dimension i and i + head_dim / 2, as Llama has them.
+    As in Llama, dimensions i and i + head_dim / 2 form a pair.
     """
     half = keys.shape[-1] // 2
     angles = positions[:, None].double() * base ** (-torch.arange(half).double() / half)
@@ -317,9 +315,7 @@ def rms(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 @pytest.mark.parametrize("ridge", [False, True], ids=["frozen", "ridge"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3"])
 @torch.no_grad()
-def test_the_cache_holds_the_exit_states_keys_and_values_normed_and_rotated(
-    family: str, ridge: bool
-) -> None:
+def test_cache_has_normed_and_rotated_keys_of_exit_states(family: str, ridge: bool) -> None:
     layers, heads, mixture = some_layers(family), some_heads(family), half_out(ridge=ridge)
     mixture.mask = some_mask(2, 16, left=3)
     mixture.exit_layers[mixture.mask == 0] = LAYERS
@@ -360,11 +356,11 @@ def expected_keys(expected: ByHand, number: int) -> Tensor:
     return keys
 
 
-# --- Nothing is computed for tokens that left -------------------------------------------------
+# --- No work for exited tokens ----------------------------------------------------------------
 
 
 @SKIPPING_FAMILIES
-def test_where_every_token_left_a_layer_only_projects_keys_and_values(
+def test_layer_projects_only_keys_and_values_if_all_tokens_exited(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = some_layers(family)
@@ -388,14 +384,14 @@ def test_where_every_token_left_a_layer_only_projects_keys_and_values(
 def plain_without(
     stack: DecoderStack, mixture: Mixture, heads: FittedHeads, monkeypatch: pytest.MonkeyPatch
 ) -> ByHand:
-    """Return the pass by hand, its upper layers standing still."""
+    """Return the reference pass in which upper layers do not change the states."""
     with monkeypatch.context() as patch:
         for layer in stack.layers[2:]:
             patch.setattr(layer, "forward", lambda hidden, *_, **__: hidden)
         return plain(stack, mixture, heads)
 
 
-def test_attention_sees_the_active_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_computes_only_active_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     layers, mixture, heads = some_layers("llama"), half_out(), some_heads("llama")
     handles = [

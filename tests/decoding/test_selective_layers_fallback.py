@@ -1,4 +1,4 @@
-"""Where tokens cannot be packed, every token is computed."""
+"""Families whose tokens cannot be packed compute every token."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from cascade.decoding.early_exit import EarlyExit, Propagation
 from cascade.decoding.selective_layers import SkippingLayers
 from cascade.models.stack import DecoderStack
 
-# --- The lean way for few tokens --------------------------------------------------------------
+# --- Helpers ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def hooked() -> Iterator[Callable[[nn.Module, Any], None]]:
-    """Return a function that hooks a module's output for one test."""
+    """Return a function that registers a forward hook during a test."""
     handles = []
     yield lambda module, hook: handles.append(module.register_forward_hook(hook))
     for handle in handles:
         handle.remove()
 
 
-# --- The try-out ------------------------------------------------------------------------------
+# --- The numerical comparison -----------------------------------------------------------------
 
 
 def check_it_falls_back(stack: DecoderStack, reason: str) -> None:
-    """Raise AssertionError unless layers are not skipped, for this reason, and exits still work."""
+    """Raise AssertionError unless exits work without skipping, for the given reason."""
     heads, ids = some_heads(stack.model.config.model_type), random_ids(2, 16)
     propagations: tuple[Propagation, ...] = ("frozen", "ridge")
     for propagation in propagations:
@@ -57,7 +57,7 @@ def check_it_falls_back(stack: DecoderStack, reason: str) -> None:
         assert score.counts.layer_rows == [32] * LAYERS
 
 
-DIFFERS = "layer {} computed for some of the tokens differs from the whole one"
+DIFFERS = "layer {} computed for some tokens differs from the full computation"
 
 
 def forget_rotation(layers: type[SkippingLayers]) -> Callable[..., Any]:
@@ -105,7 +105,7 @@ def forget_the_norm(_: type[SkippingLayers]) -> Callable[..., Any]:
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_a_planted_bug_is_caught_by_the_try_out(
+def test_planted_bug_causes_fallback(
     family: str,
     method: str,
     plant: Callable[[type[SkippingLayers]], Callable[..., Any]],
@@ -116,7 +116,7 @@ def test_a_planted_bug_is_caught_by_the_try_out(
 
 
 class NormsByAnotherName(nn.Module):
-    """Attention whose keys are normed by a module that nobody would look for."""
+    """Attention whose keys are normed by a module with an unusual name."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class NormsByAnotherName(nn.Module):
         return self.real(*args, **kwargs)
 
 
-def test_a_norm_of_keys_that_is_not_found_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_norm_of_keys_causes_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3")
     module = sys.modules[type(model).__module__]
     for name in ("apply_rotary_pos_emb", "eager_attention_forward"):
@@ -139,7 +139,7 @@ def test_a_norm_of_keys_that_is_not_found_is_caught(monkeypatch: pytest.MonkeyPa
     check_it_falls_back(DecoderStack(model), DIFFERS.format(1))
 
 
-def test_a_layer_that_looks_at_its_neighbours_is_caught_by_number(
+def test_fallback_reason_names_layer_that_mixes_tokens(
     hooked: Callable[[nn.Module, Any], None],
 ) -> None:
     def add_what_came_before(_: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def test_a_layer_that_looks_at_its_neighbours_is_caught_by_number(
     check_it_falls_back(a_stack("llama"), DIFFERS.format(3))
 
 
-def test_a_layer_that_cannot_take_packed_rows_at_all_is_caught(
+def test_layer_that_rejects_packed_rows_causes_fallback(
     hooked: Callable[[nn.Module, Any], None],
 ) -> None:
     def insist(_: nn.Module, args: Any, output: Tensor) -> None:
@@ -157,11 +157,11 @@ def test_a_layer_that_cannot_take_packed_rows_at_all_is_caught(
             raise RuntimeError(f"expected two rows\nnot {output.shape[0]}")
 
     hooked(a_stack("llama").layers[1].get_submodule("mlp"), insist)
-    reason = "its layers cannot be run for some of the tokens (expected two rows)"
+    reason = "its layers cannot be computed for some tokens (expected two rows)"
     check_it_falls_back(a_stack("llama"), reason)
 
 
-def test_attention_that_takes_no_mask_per_query_is_not_packed(
+def test_attention_without_mask_per_query_is_not_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stack = a_stack("llama")
@@ -187,7 +187,7 @@ def test_layers_without_rotary_positions_are_not_packed(monkeypatch: pytest.Monk
 
 
 @SKIPPING_FAMILIES
-def test_the_try_out_leaves_the_model_as_it_was(family: str) -> None:
+def test_numerical_comparison_does_not_change_model(family: str) -> None:
     stack = a_stack(family)
     before = state_of(stack)
     assert SkippingLayers(stack).skips

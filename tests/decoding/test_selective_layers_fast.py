@@ -1,4 +1,4 @@
-"""Fast layers are used for few tokens, and only where they compute the same."""
+"""Fast layers are used for few tokens, and only if they compute the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cascade.models.stack import DecoderStack
 
 @pytest.fixture
 def hooked() -> Iterator[Callable[[nn.Module, Any], None]]:
-    """Return a function that hooks a module's output for one test."""
+    """Return a function that registers a forward hook during a test."""
     handles = []
     yield lambda module, hook: handles.append(module.register_forward_hook(hook))
     for handle in handles:
@@ -34,16 +34,16 @@ def hooked() -> Iterator[Callable[[nn.Module, Any], None]]:
 
 
 def own_stack(family: str) -> DecoderStack:
-    """Return a stack that no other test has hooked: what is hooked is not taken apart."""
+    """Return a new stack, since fast layers do not replace modules with hooks of other tests."""
     return DecoderStack(tiny_model(family))
 
 
-#: Families whose layers are Llama's and nothing else, with attention that can take the lean way.
+#: Families with exactly Llama's layers, whose attention supports fast layers.
 LEAN = ("llama", "qwen2", "qwen3", "mistral", "smollm3")
 
 
 def own_difference(layers: SkippingLayers, ids: Tensor) -> float:
-    """Return how far all layers, run token by token, are from the model's own logits."""
+    """Return the distance between logits computed token by token and the model's logits."""
     stack, cache = layers.stack, layers.new_cache(*ids.shape)
     outputs = []
     for start in range(ids.shape[1]):
@@ -60,7 +60,7 @@ def own_difference(layers: SkippingLayers, ids: Tensor) -> float:
 
 
 @SKIPPING_FAMILIES
-def test_only_layers_that_are_llamas_take_the_lean_way(
+def test_fast_layers_are_used_only_for_llama_layers(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
@@ -78,9 +78,7 @@ def test_only_layers_that_are_llamas_take_the_lean_way(
 
 
 @pytest.mark.parametrize("family", LEAN)
-def test_a_planted_bug_in_the_lean_way_is_caught(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_planted_bug_disables_fast_layers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step = FastLayers.compute
 
     def wrong(self: FastLayers, layer: int, *args: Any) -> Tensor:
@@ -93,34 +91,34 @@ def test_a_planted_bug_in_the_lean_way_is_caught(
     assert own_difference(layers, random_ids(2, 6)) <= CLOSE
 
 
-PARTS = [name for name, _ in own_stack("qwen3").layers[0].named_modules()]
+MODULES = [name for name, _ in own_stack("qwen3").layers[0].named_modules()]
 
 
 def louder(output: Any) -> Any:
-    """Change a module's output, also where a norm follows."""
+    """Change a module's output so that a following norm does not cancel the change."""
     hidden = output[0] if isinstance(output, tuple) else output
     made = 1.5 * hidden + 0.1
     return (made, *output[1:]) if isinstance(output, tuple) else made
 
 
-@pytest.mark.parametrize("part", PARTS, ids=[part or "layer" for part in PARTS])
-def test_a_hook_set_later_is_heard_by_the_lean_way_too(
-    part: str, hooked: Callable[[nn.Module, Any], None]
+@pytest.mark.parametrize("path", MODULES, ids=[path or "layer" for path in MODULES])
+def test_fast_layers_call_hooks_registered_later(
+    path: str, hooked: Callable[[nn.Module, Any], None]
 ) -> None:
     layers, ids = SkippingLayers(own_stack("qwen3")), random_ids(2, 6)
     before = own_logits(layers.stack, ids)
-    hooked(layers.stack.layers[1].get_submodule(part), lambda _, __, output: louder(output))
+    hooked(layers.stack.layers[1].get_submodule(path), lambda _, __, output: louder(output))
     assert difference(own_logits(layers.stack, ids), before) > 1e-3
     assert own_difference(layers, ids) <= CLOSE
 
 
-@pytest.mark.parametrize("part", PARTS, ids=[part or "layer" for part in PARTS])
-def test_a_forward_replaced_later_is_called_by_the_lean_way_too(
-    part: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("path", MODULES, ids=[path or "layer" for path in MODULES])
+def test_fast_layers_call_forwards_replaced_later(
+    path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers, ids = SkippingLayers(own_stack("qwen3")), random_ids(2, 6)
     before = own_logits(layers.stack, ids)
-    module = layers.stack.layers[1].get_submodule(part)
+    module = layers.stack.layers[1].get_submodule(path)
     forward = module.forward
 
     def replaced(*args: Any, **kwargs: Any) -> Any:

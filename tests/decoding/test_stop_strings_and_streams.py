@@ -1,4 +1,4 @@
-"""Stop strings end rows, and streamers get each token once."""
+"""Stop strings end rows, and streamers receive each token once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cascade.decoding.early_exit import Propagation
 
 
 @ALL_PROPAGATIONS
-def test_stop_strings_end_their_row_and_are_kept(propagation: Propagation) -> None:
+def test_stop_strings_end_rows_and_are_kept(propagation: Propagation) -> None:
     early = speaking(propagation)
     tokenizer: Any = early.stack.tokenizer
     free = generated(early, PROMPT, MASK)
@@ -47,11 +47,11 @@ def test_stop_strings_end_their_row_and_are_kept(propagation: Propagation) -> No
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_stop_strings_are_those_of_transformers(length: int) -> None:
+def test_stop_strings_match_transformers(length: int) -> None:
     early = speaking("frozen", exits=False)
     tokenizer: Any = early.stack.tokenizer
     free = own_generate(early.stack, PROMPT)
-    # Without any token that ends rows, transformers goes on with rows that a string has ended.
+    # Without an end token, transformers continues rows that a stop string has ended.
     stops = {"stop_strings": [tokenizer.decode(free[1, 13 : 13 + length])], "eos_token_id": 0}
     assert 0 not in free
     expected = own_generate(early.stack, PROMPT, tokenizer=tokenizer, **stops)
@@ -62,7 +62,7 @@ def test_stop_strings_are_those_of_transformers(length: int) -> None:
 
 @pytest.mark.parametrize("verify", [False, True], ids=["plain", "verified"])
 @ALL_PROPAGATIONS
-def test_a_streamer_gets_the_prompt_and_each_token_once_in_order(
+def test_streamer_receives_prompt_and_each_token_in_order(
     propagation: Propagation, verify: bool
 ) -> None:
     if verify and propagation != "exact":
@@ -75,7 +75,7 @@ def test_a_streamer_gets_the_prompt_and_each_token_once_in_order(
     assert streamer.ended == 1
 
 
-def test_a_text_streamer_prints_what_transformers_prints(
+def test_text_streamer_prints_same_as_transformers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     early = speaking("frozen", exits=False)
@@ -87,7 +87,7 @@ def test_a_text_streamer_prints_what_transformers_prints(
     assert len(expected) > NEW
 
 
-def test_a_streamer_sees_a_token_before_the_next_one_is_made() -> None:
+def test_streamer_receives_token_before_next_is_generated() -> None:
     early = speaking("frozen")
     passes: list[int] = []
 

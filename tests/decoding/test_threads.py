@@ -1,4 +1,4 @@
-"""Several threads decode with one model and get what one thread gets."""
+"""Several threads decode with one model and get the results of a single thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cascade.decoding.early_exit import EarlyExit, Propagation
 from cascade.decoding.generation import Generation
 from cascade.models.stack import DecoderStack
 
-#: Each thread's work is done this often at the same time as the other's.
+#: How often each thread repeats its work.
 REPEATS = 3
 
 Work = Callable[[], tuple[Tensor, ...]]
@@ -33,7 +33,7 @@ Work = Callable[[], tuple[Tensor, ...]]
 
 @pytest.fixture(autouse=True)
 def switch_often() -> Iterator[None]:
-    """Let threads take turns 500 times as often as usual, so that few repeats show a conflict."""
+    """Switch threads 500 times as often as usual, so that few repeats reveal a conflict."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(before / 500)
     yield
@@ -41,7 +41,7 @@ def switch_often() -> Iterator[None]:
 
 
 def together(*works: Work) -> list[list[tuple[Tensor, ...]]]:
-    """Run each work `REPEATS` times in a thread of its own; return all results by work."""
+    """Run each work `REPEATS` times in a separate thread; return all results by work."""
     barrier = threading.Barrier(len(works))
 
     def repeated(work: Work) -> list[tuple[Tensor, ...]]:
@@ -53,7 +53,7 @@ def together(*works: Work) -> list[list[tuple[Tensor, ...]]]:
 
 
 def check_threads_do_not_matter(*works: Work) -> None:
-    """Raise AssertionError unless works give together what each gives alone."""
+    """Raise AssertionError unless concurrent works give the same results as each work alone."""
     alone = [work() for work in works]
     for expected, results in zip(alone, together(*works), strict=True):
         for result in results:
@@ -120,7 +120,7 @@ def test_two_threads_generate_with_one_model(family: str) -> None:
 
 
 @SKIPPING_FAMILIES
-def test_layers_that_skip_and_layers_that_do_not_run_at_the_same_time(family: str) -> None:
+def test_skipping_and_generic_layers_run_concurrently(family: str) -> None:
     stack = DecoderStack(tiny_model(family))
     check_threads_do_not_matter(
         scoring(some_of_them_exit(stack), random_ids(3, 14, seed=1)),
@@ -138,7 +138,7 @@ def test_two_threads_share_one_early_exit(family: str) -> None:
 
 
 @SKIPPING_FAMILIES
-def test_the_models_own_forward_runs_while_another_thread_decodes(family: str) -> None:
+def test_model_forward_runs_while_another_thread_decodes(family: str) -> None:
     stack = DecoderStack(tiny_model(family))
     ids = random_ids(2, 9, seed=2)
 
@@ -150,7 +150,7 @@ def test_the_models_own_forward_runs_while_another_thread_decodes(family: str) -
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_thread_visits_all_states_while_another_thread_decodes(family: str) -> None:
+def test_visit_runs_while_another_thread_decodes(family: str) -> None:
     stack = DecoderStack(tiny_model(family))
     ids = random_ids(2, 9, seed=2)
 
@@ -164,17 +164,17 @@ def test_a_thread_visits_all_states_while_another_thread_decodes(family: str) ->
     check_threads_do_not_matter(visit, scoring(some_of_them_exit(stack), random_ids(3, 14, seed=1)))
 
 
-@pytest.mark.parametrize("part", ["", "self_attn"], ids=["layer", "attention"])
+@pytest.mark.parametrize("path", ["", "self_attn"], ids=["layer", "attention"])
 @pytest.mark.parametrize("propagation", ["frozen", "ridge"])
-def test_a_model_whose_calls_a_library_answers_is_restored_after_each_call(
-    part: str, propagation: Propagation
+def test_model_with_replaced_forward_is_restored_after_each_call(
+    path: str, propagation: Propagation
 ) -> None:
     stack = DecoderStack(tiny_model("llama"))
     work = scoring(some_of_them_exit(stack, propagation), random_ids(3, 14, seed=1))
     generic = scoring(some_of_them_exit(stack, propagation, skip=False), random_ids(3, 14, seed=1))
     expected, all_computed = work(), generic()
     for layer in stack.layers:
-        module = layer.get_submodule(part)
+        module = layer.get_submodule(path)
         module.forward = functools.partial(type(module).forward, module)  # as accelerate does
     before = state_of(stack)
     for one, other in zip((*work(), *generic()), (*expected, *all_computed), strict=True):

@@ -22,7 +22,7 @@ def early_exit() -> EarlyExit:
     return EarlyExit(stack, layer=2, rule="random", threshold=0.5)
 
 
-def test_a_transcript_has_every_token_with_its_layer() -> None:
+def test_transcript_has_every_token_with_its_layer() -> None:
     record = transcribe(early_exit(), "Number 7", SETTINGS)
     assert len(record.tokens) == len(record.exit_layers) == 6
     assert [(row.layer, row.tokens) for row in record.by_layer] == [
@@ -33,7 +33,7 @@ def test_a_transcript_has_every_token_with_its_layer() -> None:
     assert record.full.tokens == 6
 
 
-def test_a_verified_transcript_is_the_full_models_text() -> None:
+def test_verified_transcript_matches_full_model() -> None:
     stack = early_exit().stack
     early = EarlyExit(stack, layer=2, rule="random", threshold=0.5, propagation="exact")
     record = transcribe(early, "Number 7", SETTINGS, verify=True)
@@ -43,19 +43,19 @@ def test_a_verified_transcript_is_the_full_models_text() -> None:
     assert record.accepted <= record.drafted
 
 
-def test_a_transcript_comes_back_from_its_plain_form() -> None:
+def test_transcript_survives_round_trip() -> None:
     record = transcribe(early_exit(), "Number 7", SETTINGS, compare=False)
     assert record.full is None
     assert from_plain(to_plain(record), GenerationRecord) == record
 
 
-def test_a_model_without_a_tokenizer_is_refused() -> None:
+def test_model_without_tokenizer_is_rejected() -> None:
     early = EarlyExit(DecoderStack(tiny_model("llama")), layer=2)
-    with pytest.raises(UsageError, match="the model has no tokenizer to read a prompt with"):
+    with pytest.raises(UsageError, match="a prompt needs a tokenizer, and the model has none"):
         transcribe(early, "Number 7", SETTINGS)
 
 
-def test_the_record_is_imported_without_torch() -> None:
+def test_record_is_imported_without_torch() -> None:
     code = "import sys, cascade.decoding.transcript; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -131,7 +131,7 @@ def test_a_chat_answer_is_separated_from_its_prompt(run: Run, folder: Path) -> N
         ),
         (
             ("--prompt", "x", "--rule", "patience", "--threshold", 1),
-            "the rule patience looks at earlier exits, and none lies below layer 3",
+            "the rule patience needs an earlier exit, and there is none below layer 3",
         ),
     ],
 )
