@@ -1,4 +1,4 @@
-"""Calibration: thresholds for a model, an exit layer and a rule, fitted and certified on text."""
+"""Calibration: fitted and certified thresholds of an exit layer and rule for a model and corpus."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from cascade.stats.thresholds import fit_threshold, transfer
 
 Progress = Callable[[int], None] | None
 
-#: Exit shares whose thresholds are tested one after the other, the safest first.
+#: Exit shares whose thresholds are tested in this order, the safest first.
 _TESTED_SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, *(share / 100 for share in range(10, 100, 5)), 1.0)
 
 _INTERVAL = "95 % percentile bootstrap over whole sequences"
@@ -49,18 +49,18 @@ _INTERVAL = "95 % percentile bootstrap over whole sequences"
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What to calibrate, and how.
+    """The options of a calibration.
 
     Attributes:
         layer: The exit layer.
-        rule: The rule's name.
-        hard_ratios: A threshold is fitted to each.
-        propagation: What upper layers see of exited tokens; it changes the risk.
+        rule: The name of the exit rule.
+        hard_ratios: Hard ratios; a threshold is fitted to each.
+        propagation: How upper layers get keys and values of exited tokens; it affects the risk.
         risk: The largest mean share of a sequence's tokens that may be predicted differently from
             the full model; None: no threshold is certified.
         confidence: The probability with which the certificate holds.
         batch_size: Sequences per forward pass.
-        seed: For rules that draw, and of the intervals.
+        seed: Seed of the intervals and of rules that draw random numbers.
 
     Example:
         >>> CalibrationConfig(layer=29, hard_ratios=(0.5,)).check()
@@ -76,12 +76,12 @@ class CalibrationConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse a configuration that cannot be run with.
+        """Check that the options are valid.
 
         Raises:
             UsageError: A ratio, risk, confidence or seed is out of range; neither a hard ratio nor
-                a risk is given; or the rule has no thresholds, or needs the full model's answer or
-                other exit layers.
+                a risk is given; or the rule has no threshold, or needs the full model's prediction
+                or other exit layers.
         """
         self._check_rule()
         if not self.hard_ratios and self.risk is None:
@@ -100,16 +100,17 @@ class CalibrationConfig:
         rule = find_rule(self.rule)
         if rule.needs_full:
             raise UsageError(
-                f"the rule {self.rule} needs the full model's answer: it has nothing to calibrate"
+                f"the rule {self.rule} needs the full model's prediction and cannot be calibrated; "
+                "calibrate another rule"
             )
         if rule.needs_earlier:
             raise UsageError(
-                f"the rule {self.rule} looks at earlier exit layers, and a calibration has only one"
-                " layer; calibrate another rule"
+                f"the rule {self.rule} needs earlier exit layers, and a calibration has only one "
+                "layer; calibrate another rule"
             )
         if self.rule == "fixed":
             raise UsageError(
-                "the rule fixed lets every token leave: it has no threshold to calibrate"
+                "the rule fixed lets every token exit and has no threshold; calibrate another rule"
             )
 
 
@@ -123,20 +124,22 @@ def confidences(
     batch_size: int = 32,
     seed: int = 0,
 ) -> Array:
-    """Return every token's confidence at an exit layer, `[S, T]`; nothing above it is computed.
+    """Return every token's confidence at an exit layer, `[S, T]`.
+
+    Layers above the exit layer are not computed.
 
     Args:
         stack: The model.
         blocks: The corpus.
         layer: The exit layer.
-        rule: The rule's name.
-        heads: Fitted heads; the logit lens where not given.
+        rule: The name of the exit rule.
+        heads: Fitted heads (default: the logit lens).
         batch_size: Sequences per forward pass.
-        seed: For rules that draw.
+        seed: Seed for rules that draw random numbers.
 
     Raises:
-        UsageError: No such layer or rule.
-        CorpusError: Sequences beyond the model's positions.
+        UsageError: There is no such layer or rule.
+        CorpusError: Sequences are longer than the model's positions.
         ModelError: A state is not finite, or the heads belong to another model.
     """
     at = make_exit(stack, layer, rule, float("inf"), heads=heads)
@@ -155,18 +158,18 @@ def _confidence_batches(
         cache = layers.new_cache(*ids.shape, keep=False)
         cache.window(0, ids.shape[1])
         counts = Counts.of(stack.num_layers)
-        going = ForwardPass(layers, (at,), chunk, cache, counts, PassConfig(seed=seed))
-        going.run_layers_to(at.layer)
+        forward = ForwardPass(layers, (at,), chunk, cache, counts, PassConfig(seed=seed))
+        forward.run_layers_to(at.layer)
         rows, columns = torch.nonzero(chunk.valid, as_tuple=True)
         values = [
-            at.rule.confidence(going.exit_point(at, rows[some], columns[some]))
+            at.rule.confidence(forward.exit_point(at, rows[some], columns[some]))
             for some in slices(len(rows), stack.max_positions)
         ]
         made = torch.cat(values).reshape(ids.shape).float()
         if not torch.isfinite(made).all():
             raise not_finite(
-                f"the rule {at.rule.name} is not finite at exit layer {at.layer}, nor are "
-                "the states or logits there"
+                f"the rule {at.rule.name} is not finite at exit layer {at.layer}, because states or"
+                " logits are not finite"
             )
         yield made.cpu().numpy()
 
@@ -181,23 +184,32 @@ def calibrate(
     command: str | None = None,
     progress: Progress = None,
 ) -> CalibrationRecord:
-    """Fit a threshold to each hard ratio; certify one for a risk; apply them to another corpus.
+    """Return thresholds fitted to hard ratios and, with a risk, a certified threshold.
 
-    With a risk, every second sequence tests the thresholds that the other sequences propose.
+    For the certificate, half of the sequences propose thresholds and the other half tests them.
 
     Args:
         stack: The model.
         blocks: The corpus to calibrate on.
-        config: What to calibrate.
-        heads: Fitted heads; the logit lens where not given.
-        onto: Another corpus, on which the thresholds' hard ratio and risk are measured.
-        command: What the user ran, for the provenance.
-        progress: Called with the number of tokens done since the last call.
+        config: The options of the calibration.
+        heads: Fitted heads (default: the logit lens).
+        onto: Another corpus, on which the hard ratio and the risk of the thresholds are measured.
+        command: The command that the user ran, for the provenance.
+        progress: Called with the number of tokens processed since the last call.
 
     Raises:
-        UsageError: An option is out of its range.
-        CorpusError: Too few sequences for an interval, or too long ones.
+        UsageError: An option is out of range.
+        CorpusError: There are too few sequences for an interval, or they are too long.
         ModelError: A state is not finite, or the heads belong to another model.
+
+    Example:
+        >>> from cascade import calibrate, load, load_blocks
+        >>> stack = load("smollm2-135m")
+        >>> blocks = load_blocks("embedded", stack.tokenizer, seq_len=32, max_tokens=256)
+        >>> record = calibrate(stack, blocks, CalibrationConfig(layer=29, hard_ratios=(0.5,)))
+        >>> row = record.by_hard_ratio[0]
+        >>> row.hard_ratio, 0 < row.threshold < 1
+        (0.5, True)
     """
     config.check()
     config = replace(config, hard_ratios=tuple(dict.fromkeys(config.hard_ratios)))
@@ -211,7 +223,7 @@ def calibrate(
     ]
     certificate = None if config.risk is None else run.certificate(blocks, values, config.risk)
     provenance = exit_provenance(stack, blocks, command, heads=heads)
-    # Of a model in memory, too: a calibration runs with these weights alone.
+    # Models in memory get a weights hash too, since a calibration is valid only for these weights.
     model = structs.replace(provenance.model, weights_hash=stack.weights_hash())
     return CalibrationRecord(
         provenance=structs.replace(provenance, model=model),
@@ -231,8 +243,8 @@ def _check_corpus(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> 
     if len(blocks.ids) < 2:
         raise CorpusError(
             f"expected at least 2 sequences to calibrate on, got {len(blocks.ids)} in "
-            f"{blocks.name}: tokens of one are correlated and give no interval; take a larger "
-            "corpus, a larger --max-tokens or a smaller --seq-len"
+            f"{blocks.name} (tokens of one sequence are correlated and give no interval); use a "
+            "larger corpus, a larger --max-tokens or a smaller --seq-len"
         )
     check_blocks(stack, blocks, batch_size)
 
@@ -240,12 +252,12 @@ def _check_corpus(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> 
 def tokens_to_read(
     blocks: TokenBlocks, config: CalibrationConfig, *, onto: TokenBlocks | None = None
 ) -> int:
-    """Return how many tokens `calibrate` reads: the sum of what `progress` is called with.
+    """Return the number of tokens that `calibrate` processes and reports to `progress` in total.
 
     Args:
         blocks: The corpus to calibrate on.
-        config: What to calibrate.
-        onto: Another corpus.
+        config: The options of the calibration.
+        onto: Another corpus, or None.
     """
     tested = 0
     if config.risk is not None:
@@ -256,12 +268,12 @@ def tokens_to_read(
 
 
 def _tested(blocks: TokenBlocks) -> TokenBlocks:
-    """Return the sequences that thresholds are tested on; the others propose them."""
+    """Return the sequences that test thresholds; the others propose thresholds."""
     return replace(blocks, ids=blocks.ids[1::2])
 
 
 def _too_few(tested: TokenBlocks, risk: float, confidence: float) -> Certificate | None:
-    """Return the certificate of too few sequences; None where thresholds have to be tested."""
+    """Return the certificate for too few sequences, or None if there are enough to test."""
     return too_few(len(tested.ids), risk=risk, confidence=confidence)
 
 
@@ -276,7 +288,7 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.stack, self.config, self.progress = stack, config, progress
-        # Made before any pass: it refuses a layer or heads that do not fit the model.
+        # Created before any pass, because it checks layer and heads.
         self.evaluator = Evaluator(
             stack,
             {config.layer: [config.rule]},
@@ -306,18 +318,18 @@ class _Run:
         return self.evaluator.losses(blocks, points, progress=self.progress)
 
     def certificate(self, blocks: TokenBlocks, values: Array, risk: float) -> CertifiedThreshold:
-        """Test thresholds on half of the sequences, proposed by the confidences of the others.
+        """Return the certificate: half of the sequences test thresholds that the others propose.
 
         Args:
             blocks: All sequences.
-            values: Their confidences, `[S, T]`.
+            values: Confidences of all tokens, `[S, T]`.
             risk: The risk to certify.
         """
         tested, confidence = _tested(blocks), self.config.confidence
         found = _too_few(tested, risk, confidence)
         if found is None:
             proposed = np.quantile(values[0::2], [1 - share for share in _TESTED_SHARES])
-            # In the confidences' own precision, in which they are compared.
+            # Confidences are compared in their own precision.
             thresholds = np.unique(proposed.astype(values.dtype))[::-1]
             losses = self.losses(tested, [float(value) for value in thresholds])
             found = certify(thresholds, losses, risk=risk, confidence=confidence)
@@ -334,7 +346,7 @@ class _Run:
         if certificate is not None and certificate.threshold is not None:
             wanted.append((f"risk {certificate.risk:g}", certificate.threshold))
         corpus = from_plain(to_plain(onto.provenance()), CorpusProvenance)
-        if not wanted:  # no hard ratio was given, and nothing was certified
+        if not wanted:  # without hard ratios and without a certified threshold
             return CalibrationTransfer(corpus=corpus, rows=[])
         values = self.confidences(onto)
         losses = self.losses(onto, [threshold for _, threshold in wanted])
@@ -349,18 +361,21 @@ class _Run:
 
 
 def read_calibration(path: Path) -> CalibrationRecord:
-    """Read a calibration, and check that its rule has such layers, thresholds and seeds.
+    """Return a stored calibration, after checking its layer, thresholds and seed.
 
-    Whether it belongs to a model is checked where it is applied, by `early_exit_of`.
+    `early_exit_of` checks that it belongs to a model.
+
+    Args:
+        path: The file.
 
     Raises:
-        RecordError: The file is missing, torn, or no calibration.
+        RecordError: The file is missing or torn, or it is not a calibration.
     """
     record = read_typed(path, CalibrationRecord)
     try:
         _check_rule_of(record)
     except UsageError as error:
-        raise RecordError(f"{path}: {error}; make it anew with `cascade calibrate`") from error
+        raise RecordError(f"{path}: {error}; create it again with `cascade calibrate`") from error
     return record
 
 
@@ -377,16 +392,16 @@ def _check_rule_of(record: CalibrationRecord) -> None:
 
 
 def threshold_of(record: CalibrationRecord, hard_ratio: float | None = None) -> float:
-    """Return the threshold to run with.
+    """Return the threshold of a calibration to run with.
 
     Args:
-        record: A calibration.
-        hard_ratio: Take the threshold fitted to this ratio. Where not given: the certified one,
-            which is +inf (the full model) where none could be certified; without a certificate,
-            the only one there is.
+        record: The calibration.
+        hard_ratio: Return the threshold fitted to this ratio. None: return the certified threshold,
+            or +inf (the full model) if none could be certified; without a certificate, return the
+            only threshold.
 
     Raises:
-        UsageError: There is none for the ratio, or there are several and no ratio is given.
+        UsageError: There is no threshold for the ratio, or there are several and no ratio is given.
     """
     rows, certificate = record.by_hard_ratio, record.certificate
     if hard_ratio is None and certificate is not None:
@@ -396,10 +411,11 @@ def threshold_of(record: CalibrationRecord, hard_ratio: float | None = None) -> 
     for row in rows:
         if row.hard_ratio == hard_ratio:
             return row.threshold
-    ratios = ", ".join(str(row.hard_ratio) for row in rows) or "none at all"
+    ratios = ", ".join(str(row.hard_ratio) for row in rows) or "none"
+    got = "no ratio" if hard_ratio is None else f"{hard_ratio:g}"
     raise UsageError(
-        f"this calibration has thresholds for the hard ratios {ratios}; "
-        f"choose one with --hard-ratio{'' if hard_ratio is None else f', got {hard_ratio:g}'}"
+        f"expected a hard ratio of this calibration ({ratios}), got {got}; choose one with "
+        "--hard-ratio"
     )
 
 
@@ -410,17 +426,17 @@ def early_exit_of(
     heads: FittedHeads | None = None,
     hard_ratio: float | None = None,
 ) -> EarlyExit:
-    """Return the model with the exit that a calibration describes.
+    """Return the model with the calibrated exit.
 
     Args:
-        record: A calibration.
-        stack: The model that it was made with.
-        heads: The heads that it was made with.
-        hard_ratio: Which of its thresholds; see `threshold_of`.
+        record: The calibration.
+        stack: The model of the calibration.
+        heads: The heads of the calibration, or None for the logit lens.
+        hard_ratio: The hard ratio whose threshold is used; see `threshold_of`.
 
     Raises:
-        ModelError: The calibration belongs to another model (both are named).
-        UsageError: The heads are missing, too many or others, or no threshold is chosen.
+        ModelError: The calibration belongs to another model; names both models.
+        UsageError: The heads differ from those of the calibration, or no threshold is chosen.
     """
     check_same_model(to_plain(record.provenance.model), stack, what="this calibration's thresholds")
     _check_heads(record, heads)
@@ -436,15 +452,15 @@ def early_exit_of(
 
 
 def _check_heads(record: CalibrationRecord, heads: FittedHeads | None) -> None:
-    """Refuse other heads than those that a calibration was made with."""
+    """Check that heads are those of a calibration."""
     used = "ridge" if heads is not None else "logit_lens"
     if (record.head == "logit_lens") != (heads is None):
         raise UsageError(
-            f"this calibration was made with the {record.head} head, got {used}; "
-            "give the same --heads"
+            f"expected the {record.head} head of this calibration, got {used}; pass the same "
+            "--heads"
         )
     if heads is not None and heads.fingerprint() != record.provenance.heads_fingerprint:
         raise UsageError(
-            "this calibration was made with other heads of the same model; give the same --heads, "
-            "or calibrate anew with these"
+            "expected the heads of this calibration, got other heads of the same model; pass the "
+            "same --heads, or calibrate again with these"
         )

@@ -10,7 +10,7 @@ from cascade.core.provenance import CorpusProvenance
 from cascade.core.schema import Count, Finite, Index, Part, Share, StoredRecord, Text
 from cascade.evaluation.records import ExitProvenance
 
-#: Lower and upper end of an interval. A pair, not a list: `to_json` then writes a row on one line.
+#: Lower and upper end of an interval. `to_json` writes rows with pairs (unlike lists) on one line.
 Ends = tuple[Finite, Finite]
 
 
@@ -19,11 +19,11 @@ class HardRatioThreshold(Part, frozen=True, kw_only=True):
 
     Attributes:
         hard_ratio: The wanted share of hard tokens.
-        threshold: Tokens exit from this confidence on.
+        threshold: Tokens with a confidence at or above it exit.
         reached: The share of the fitted corpus's tokens that are hard at this threshold.
         threshold_interval: 95 % interval of the threshold.
         reached_interval: 95 % interval of `reached`.
-        ties: How many tokens lie exactly at the threshold.
+        ties: The number of tokens exactly at the threshold.
     """
 
     hard_ratio: Share
@@ -38,15 +38,15 @@ class CertifiedThreshold(Part, frozen=True, kw_only=True):
     """A certificate of a risk (see `cascade.stats.certificates.Certificate`).
 
     Attributes:
-        threshold: The lowest certified threshold; None where none is certified.
+        threshold: The lowest certified threshold; None if none is certified.
         risk: The largest mean share of a sequence's tokens that may be predicted differently.
         confidence: The probability that the certificate holds.
-        sequences: How many sequences the thresholds were tested on.
-        sequences_needed: How many would certify a threshold that loses nothing.
-        empirical_risk: The mean loss at the certified threshold; None where none is certified.
+        sequences: The number of sequences that the thresholds were tested on.
+        sequences_needed: The number that would certify a threshold without any loss.
+        empirical_risk: The mean loss at the certified threshold; None if none is certified.
         p_values: One per tested threshold, the highest threshold first.
-        certified: How many thresholds are certified.
-        reason: Why testing stopped there, in one sentence.
+        certified: The number of certified thresholds.
+        reason: Why testing stopped, in one sentence.
     """
 
     threshold: Finite | None
@@ -61,17 +61,17 @@ class CertifiedThreshold(Part, frozen=True, kw_only=True):
 
 
 class TransferRow(Part, frozen=True, kw_only=True):
-    """One of the thresholds on another corpus (see `cascade.stats.thresholds.Transfer`).
+    """A threshold applied to another corpus (see `cascade.stats.thresholds.Transfer`).
 
     Attributes:
         source: What the threshold was fitted to, e.g. "hard ratio 0.3"; `from` in the JSON.
         threshold: The threshold.
-        hard_ratio: The share of that corpus's tokens that are hard.
+        hard_ratio: The share of the other corpus's tokens that are hard.
         hard_ratio_interval: Its 95 % interval.
-        loss: The mean share of a sequence's tokens that are predicted differently; None where
-            it was not measured.
-        loss_interval: Its 95 % interval; None where `loss` is.
-        sequences: How many sequences were measured.
+        loss: The mean share of a sequence's tokens that are predicted differently; None if it was
+            not measured.
+        loss_interval: Its 95 % interval; None if `loss` is None.
+        sequences: The number of measured sequences.
     """
 
     source: Text = msgspec.field(name="from")
@@ -84,7 +84,7 @@ class TransferRow(Part, frozen=True, kw_only=True):
 
 
 class CalibrationTransfer(Part, frozen=True, kw_only=True):
-    """What the thresholds of a calibration do on another corpus."""
+    """The thresholds of a calibration applied to another corpus."""
 
     corpus: CorpusProvenance
     rows: list[TransferRow]
@@ -96,16 +96,16 @@ class CalibrationRecord(StoredRecord, frozen=True, kw_only=True):
     Attributes:
         schema: The schema of the record.
         kind: Always "calibration".
-        provenance: The model, the corpus that was calibrated on, and the exit heads.
+        provenance: The model, the corpus of the calibration, and the exit heads.
         exit_layer: The exit layer.
-        rule: The exit rule's name.
-        seed: For rules that draw, and of the intervals.
-        head: The exit head's name.
-        propagation: What upper layers see of exited tokens.
-        interval: How the intervals were made.
+        rule: The name of the exit rule.
+        seed: Seed of the intervals and of rules that draw random numbers.
+        head: The name of the exit head.
+        propagation: How upper layers get keys and values of exited tokens.
+        interval: The method of the intervals.
         by_hard_ratio: A threshold for each hard ratio.
-        certificate: A threshold for a risk; None where no risk was given.
-        transfer: The thresholds on another corpus; None where none was given.
+        certificate: A certified threshold for a risk; None without a risk.
+        transfer: The thresholds on another corpus; None without another corpus.
     """
 
     KIND: ClassVar[str] = "calibration"

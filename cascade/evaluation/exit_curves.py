@@ -1,9 +1,10 @@
-"""Exit curves: what leaving at every threshold would do, read off what every token would do.
+"""Exit curves: exits and agreement at every threshold, estimated from an exit table.
 
-An exit table knows, for every token, a rule's confidence and whether the exit head predicts what
-the full model does; a token that stays counts as predicted alike. With exact propagation that is
-so. With any other, those that stay see less of those that left, and some are predicted otherwise:
-what is read off a table has to be confirmed by running.
+An exit table has every token's confidence and whether the exit head and the full model predict the
+same token. Tokens that continue count as agreeing with the full model. With exact propagation this
+is true. With frozen or ridge propagation, continuing tokens attend to approximate keys and values
+of exited tokens, and some predictions change. Estimates from a table must therefore be confirmed by
+running the exits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cascade.evaluation.records import ExitCurve
 from cascade.stats.decision import reaches
 from cascade.stats.resampling import draw_counts, percentile_ends
 
-#: Shares of the tokens to fit on that leave at a curve's thresholds, about.
+#: Approximate exit shares of a curve's thresholds on the tokens to fit on.
 _SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.075, *(step / 40 for step in range(4, 41)))
 
 
@@ -28,17 +29,17 @@ def lowest_threshold(
     *,
     more_wrong: Callable[[Array], Array] | None = None,
 ) -> float | None:
-    """Return the lowest threshold at which a wanted share of all tokens is predicted alike.
+    """Return the lowest threshold at which the predictions of a wanted share of tokens agree.
 
     Args:
-        confidence: Of every token, any shape.
-        agrees: Whether its exit head predicts what the full model does, the same shape.
-        agreement: The least share of all tokens whose prediction is the full model's.
-        more_wrong: How many tokens are predicted otherwise beside those that the table knows of,
-            from how many leave, `[n]` to `[n]`; none where not given.
+        confidence: The confidence of every token, any shape.
+        agrees: Whether exit head and full model predict the same token; same shape.
+        agreement: The minimum share of all tokens whose prediction is the full model's.
+        more_wrong: The number of additional differing predictions as a function of the number of
+            exits, `[n]` to `[n]` (default: none).
 
     Returns:
-        One of the confidences; None where no threshold lets a token leave and keeps it.
+        One of the confidences, or None if no threshold lets a token exit and keeps the agreement.
     """
     values = confidence.ravel()
     order = np.argsort(-values, kind="stable")
@@ -46,35 +47,35 @@ def lowest_threshold(
     wrong = np.cumsum(~agrees.ravel()[order]).astype(np.float64)
     if more_wrong is not None:
         wrong += more_wrong(np.arange(1, len(order) + 1))
-    # As the row of a point says it: 1 - 0.9 is a little less than a tenth.
+    # The same formula as in a point's row, since 1 - 0.9 is slightly less than 0.1 in floats.
     fine = (len(order) - wrong) / len(order) >= agreement
-    # Ties leave together: a threshold may only fall between different confidences.
+    # Tied tokens exit together, so a threshold must separate different confidences.
     distinct = np.append(values[1:] < values[:-1], True)
     last = np.flatnonzero(fine & distinct)
     return float(values[last[-1]]) if len(last) else None
 
 
 def threshold_of_share(confidence: Array, share: float) -> float:
-    """Return the highest threshold at which this share of the tokens leaves, or more by ties.
+    """Return the highest threshold at which at least this share of the tokens exits.
 
     Args:
-        confidence: Of every token, any shape.
-        share: In (0, 1]; at least one token leaves.
+        confidence: The confidence of every token, any shape.
+        share: The exit share, in (0, 1]; at least one token exits.
     """
     values = -np.sort(-confidence, axis=None)
     return float(values[max(1, round(share * values.size)) - 1])
 
 
 def exits_and_wrong(confidence: Array, agrees: Array, threshold: float) -> tuple[int, int]:
-    """Return how many tokens leave at a threshold, and how many of these are predicted otherwise.
+    """Return how many tokens exit at a threshold, and how many of these disagree.
 
     Args:
-        confidence: Of every token, any shape.
-        agrees: Whether its exit head predicts what the full model does, the same shape.
-        threshold: From which confidence on tokens leave.
+        confidence: The confidence of every token, any shape.
+        agrees: Whether exit head and full model predict the same token; same shape.
+        threshold: Tokens with a confidence at or above it exit.
     """
-    leaves = reaches(confidence, threshold)
-    return int(leaves.sum()), int((leaves & ~agrees).sum())
+    exits = reaches(confidence, threshold)
+    return int(exits.sum()), int((exits & ~agrees).sum())
 
 
 def curve(
@@ -86,17 +87,17 @@ def curve(
     *,
     seed: int = 0,
 ) -> ExitCurve:
-    """Return what exiting at a grid of thresholds would do on two corpora, from their tables.
+    """Return the exits and disagreements at a grid of thresholds on two corpora.
 
-    The grid lets about 1 % to 100 % of the tokens to fit on exit, in 43 steps.
+    The grid has 43 thresholds, at which about 1 % to 100 % of the tokens to fit on exit.
 
     Args:
         layer: The exit layer.
-        rule: The exit rule's name.
+        rule: The name of the exit rule.
         fit: Confidence and agreement of every token to fit on, `[S, T]` each.
-        confirm: Those of every token to confirm on.
-        thresholds: Further ones.
-        seed: Of the intervals.
+        confirm: Confidence and agreement of every token to confirm on, `[S, T]` each.
+        thresholds: Additional thresholds.
+        seed: Seed of the intervals.
     """
     grid = {threshold_of_share(fit[0], share) for share in _SHARES}
     found = sorted({*grid, *map(float, thresholds)}, reverse=True)
@@ -125,7 +126,7 @@ def _intervals(
     )
     weights = np.stack(list(draw_counts(sequences, seed)))
     ends = percentile_ends(weights @ agreed / (sequences * length))
-    # Six digits: a token in a million is finer than any corpus here.
+    # Six digits resolve one token in a million, which is finer than any corpus here.
     low, high = np.round(ends, 6).tolist()
     return low, high
 
@@ -135,13 +136,13 @@ def lowest_kept(curve: ExitCurve, tokens: int, agreement: float) -> int | None:
 
     Args:
         curve: An exit curve.
-        tokens: How many tokens it was fitted on.
-        agreement: The least share of all tokens whose prediction is the full model's.
+        tokens: The number of tokens that it was fitted on.
+        agreement: The minimum share of all tokens whose prediction is the full model's.
 
     Returns:
-        The index; None where no threshold lets a token exit and keeps the agreement.
+        The index, or None if no threshold lets a token exit and keeps the agreement.
     """
-    # The lower a threshold, the more tokens exit: those predicted otherwise only grow in number.
+    # At lower thresholds more tokens exit, so the number of disagreements never decreases.
     kept = [
         place
         for place, (exits, wrong) in enumerate(zip(curve.fit_exits, curve.fit_wrong, strict=True))

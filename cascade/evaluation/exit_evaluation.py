@@ -1,4 +1,4 @@
-"""Evaluation: quality and cost of early exit over layers, rules and thresholds, and a verdict."""
+"""Evaluation of early exit: quality and cost of layers, rules and thresholds, and a verdict."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ from cascade.stats.thresholds import quantile_threshold
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What to evaluate.
+    """The options of an evaluation.
 
     Attributes:
         layers: Exit layers.
         rules: Names of the rules; the controls are added.
-        hard_ratios: A threshold is fitted for each.
-        thresholds: Further operating points, measured as they are.
-        agreement: The least share of agreeing tokens, for the search and the verdict.
+        hard_ratios: Hard ratios; a threshold is fitted to each.
+        thresholds: Additional operating points, measured with the given thresholds.
+        agreement: The minimum share of agreeing tokens, for the search and the verdict.
         perplexity_ratio: The largest perplexity ratio that the verdict accepts.
-        only_given: Measure `thresholds` alone: no fit, no search and no controls.
+        only_given: Measure only `thresholds`, without a fit, a search or controls.
 
     Example:
         >>> EvaluationConfig(layers=(24, 28), rules=("top2_gap",)).hard_ratios
@@ -70,25 +70,27 @@ class EvaluationConfig:
 
     @property
     def all_rules(self) -> tuple[str, ...]:
-        """The names of the rules, those of given operating points among them."""
+        """The names of the rules, including those of given operating points."""
         return tuple(dict.fromkeys([*self.rules, *(point.rule for point in self.thresholds)]))
 
     @property
     def all_layers(self) -> list[int]:
-        """The exit layers in ascending order, those of given operating points among them."""
+        """The exit layers in ascending order, including those of given operating points."""
         return sorted({*self.layers, *(point.layer for point in self.thresholds)})
 
     def check(self) -> None:
-        """Refuse a configuration that cannot be evaluated.
+        """Check that the options are valid.
 
         Raises:
-            UsageError: A ratio or a threshold is outside its range, or there is no exit layer, or
-                no rule but controls.
+            UsageError: A ratio or a threshold is out of range, there is no exit layer, or all rules
+                are controls.
         """
         if self.only_given and not self.thresholds:
-            raise UsageError("expected at least one point to measure; name some with --point")
+            raise UsageError(
+                "expected at least one operating point to measure, got none; add some with --point"
+            )
         if not self.layers and not self.thresholds:
-            raise UsageError("expected at least one exit layer, got none; name some")
+            raise UsageError("expected at least one exit layer, got none; add one with --layers")
         for name, values in (
             ("hard ratio", self.hard_ratios),
             ("share of agreement", (self.agreement,)),
@@ -107,48 +109,51 @@ class EvaluationConfig:
             if math.isinf(point.threshold):
                 raise UsageError(
                     f"expected a finite threshold, got {point.threshold:g}; the full model is "
-                    "always measured, and that every token leaves is the rule fixed"
+                    "always measured, and the rule fixed lets every token exit"
                 )
             rule.check(point.threshold, infinite=False)
         self._check_judged()
 
     def check_layers(self, num_layers: int) -> None:
-        """Refuse exit layers that the model or a rule does not have.
+        """Check that the exit layers exist and have enough layers below them for their rules.
 
         Args:
-            num_layers: Decoder layers of the model.
+            num_layers: The number of decoder layers of the model.
 
         Raises:
-            UsageError: Names the valid range.
+            UsageError: A layer is outside the valid range; names the range.
         """
         given = [(point.layer, point.rule) for point in self.thresholds]
         for layer, name in [*itertools.product(self.layers, self.rules), *given]:
             check_layers({layer: find_rule(name)}, num_layers)
 
     def _check_judged(self) -> None:
-        """Refuse to judge where there are only controls."""
+        """Check that at least one rule is not a control."""
         if self.only_given or any(name not in CONTROLS for name in self.all_rules):
             return
         if not self.all_rules:
-            raise UsageError("expected a rule to judge, got none; name one")
+            raise UsageError("expected a rule to judge, got none; add one with --rule")
         raise UsageError(
-            f"the rules {', '.join(self.all_rules)} are controls, measured beside every rule; name "
-            "a rule to judge"
+            f"expected a rule to judge, got only controls ({', '.join(self.all_rules)}), which are "
+            "always measured; add another rule"
         )
 
 
-_MORE_SEQUENCES = "take a larger corpus, a larger --max-tokens or a smaller --seq-len"
+_MORE_SEQUENCES = "use a larger corpus, a larger --max-tokens or a smaller --seq-len"
 
 
 def split(blocks: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks]:
-    """Deal the sequences out to two corpora in turn: one to fit on, one to confirm on.
+    """Return two halves of a corpus with alternating sequences: to fit on and to confirm on.
+
+    Args:
+        blocks: The corpus.
 
     Raises:
-        CorpusError: Fewer than four sequences.
+        CorpusError: The corpus has fewer than four sequences.
     """
     if len(blocks.ids) < 4:
         raise CorpusError(
-            f"{len(blocks.ids)} sequences cannot be split, expected at least 4; {_MORE_SEQUENCES}"
+            f"expected at least 4 sequences to split, got {len(blocks.ids)}; {_MORE_SEQUENCES}"
         )
     return (
         replace(blocks, ids=blocks.ids[0::2], name=f"{blocks.name}-fit"),
@@ -157,7 +162,11 @@ def split(blocks: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks]:
 
 
 def check_split(fit: TokenBlocks, confirm: TokenBlocks) -> None:
-    """Refuse corpora too small for an interval.
+    """Check that both corpora are large enough for an interval.
+
+    Args:
+        fit: The corpus to fit on.
+        confirm: The corpus to confirm on.
 
     Raises:
         CorpusError: One of them has fewer than two sequences.
@@ -183,25 +192,35 @@ def evaluate(
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> EvaluationRecord:
-    """Measure early exit over layers, rules and thresholds, and judge it.
+    """Return the quality and cost of early exit over layers, rules and thresholds, and a verdict.
 
     Args:
         stack: The model.
         fit: The corpus on which thresholds are fitted.
         confirm: The corpus on which every figure is measured.
-        config: What to evaluate.
-        heads: Fitted heads; the logit lens where not given.
-        propagation: What upper layers see of tokens that exited.
+        config: The options of the evaluation.
+        heads: Fitted heads (default: the logit lens).
+        propagation: How upper layers get keys and values of exited tokens.
         batch_size: Sequences per forward pass.
-        seed: Of the random control and of the intervals.
+        seed: Seed of the random control and of the intervals.
         command: The command that the user ran, for the provenance.
-        progress: Called with the number of tokens done since the last call, both corpora.
+        progress: Called with the number of tokens processed since the last call, in both corpora.
 
     Raises:
-        UsageError: The configuration cannot be evaluated, or a rule needs more layers than lie
-            below an exit layer.
-        CorpusError: Too few sequences for an interval, or too long ones.
+        UsageError: The options are invalid, or a rule needs more layers than there are below an
+            exit layer.
+        CorpusError: There are too few sequences for an interval, or they are too long.
         ModelError: The heads belong to another model, or a state is not finite.
+
+    Example:
+        >>> from cascade import evaluate, load, load_blocks
+        >>> stack = load("smollm2-135m")
+        >>> blocks = load_blocks("embedded", stack.tokenizer, seq_len=32, max_tokens=256)
+        >>> fit, confirm = split(blocks)
+        >>> config = EvaluationConfig(layers=(29,), rules=("cosine",), hard_ratios=(0.5,))
+        >>> record = evaluate(stack, fit, confirm, config)
+        >>> record.full.layers, record.points[0].exit_layer
+        (30, 29)
     """
     config.check()
     check_seed(seed)
@@ -251,13 +270,13 @@ def exit_provenance(
     fitted_on: TokenBlocks | None = None,
     heads: FittedHeads | None = None,
 ) -> ExitProvenance:
-    """Return where figures of early exit come from.
+    """Return the provenance of measurements of early exit.
 
     Args:
         stack: The model.
-        blocks: The corpus that is measured on.
+        blocks: The corpus of the measurement.
         command: The command that the user ran.
-        fitted_on: The corpus that thresholds are fitted on; None where none is fitted.
+        fitted_on: The corpus on which thresholds are fitted; None without fitted thresholds.
         heads: Fitted heads; None for the logit lens.
     """
     corpora = [blocks] if fitted_on is None else [fitted_on, blocks]
@@ -273,8 +292,8 @@ def exit_provenance(
 def _measured_rules(config: EvaluationConfig) -> dict[int, list[str]]:
     """Return the rules of every exit layer, controls last.
 
-    Rules that compare more layers than lie below an exit layer are left out there: a given
-    operating point may bring them in for another layer.
+    A layer omits rules that need more layers than there are below it. Such a rule can come from an
+    operating point that is given for another layer.
     """
     names = config.all_rules
     controls = () if config.only_given else tuple(c for c in CONTROLS if c not in names)
@@ -289,7 +308,7 @@ def _verdict(rows: Sequence[OperatingPointRow], config: EvaluationConfig) -> Ver
     return no_verdict(wanted) if config.only_given else judge(rows, wanted)
 
 
-#: How a row's seconds come about.
+#: How the seconds of a row are measured.
 SECONDS = (
     "one process, every batch through the full model and through every point in turn; a point's "
     "time is that of the layers below its exit, of its rule and head on every token that they "
@@ -298,8 +317,8 @@ SECONDS = (
 )
 
 
-#: Exit shares count as equal for the random control if they differ by at most this part of them;
-#: what exiting at random costs then differs by no more either.
+#: A random control matches a point if their exit shares differ by at most this fraction. The costs
+#: of exiting at random then differ by no more.
 _SAME_SHARE = 0.05
 
 
@@ -325,7 +344,7 @@ def _random_controls(fitted: ExitTable, points: Sequence[OperatingPoint]) -> lis
         if point.rule in CONTROLS:
             continue
         exits = reaches(fitted.confidence[point.layer, point.rule], point.threshold)
-        # Where none exits here, some may on the other sequences: assume one token.
+        # If no token exits here, some may on the other sequences, so assume one token.
         share = max(float(exits.mean()), 1 / exits.size)
         near = any(
             other.rule == "random"
@@ -342,19 +361,19 @@ def _random_controls(fitted: ExitTable, points: Sequence[OperatingPoint]) -> lis
 def search(
     table: ExitTable, layers: Sequence[int], rules: Sequence[str], agreement: float
 ) -> list[OperatingPoint]:
-    """Find, for every layer and rule, the lowest threshold that keeps a wanted agreement.
+    """Return, for every layer and rule, the lowest threshold that keeps a wanted agreement.
 
-    On the table a token that stays agrees with the full model: with frozen or ridge propagation
-    that is not quite so, and what is found has to be confirmed.
+    In the table, tokens that continue agree with the full model. With frozen or ridge propagation
+    this is not exactly true, and the thresholds must be confirmed.
 
     Args:
-        table: Of the corpus to fit on.
+        table: The exit table of the corpus to fit on.
         layers: Exit layers.
         rules: Names of rules.
-        agreement: The least share of all tokens whose prediction is the full model's.
+        agreement: The minimum share of all tokens whose prediction is the full model's.
 
     Returns:
-        One point per layer and rule that lets any token exit.
+        One point for each layer and rule at which a token can exit.
     """
     points = []
     for layer, rule in itertools.product(layers, rules):
@@ -371,7 +390,7 @@ def full_record(stack: DecoderStack, table: ExitTable) -> FullModelFigures:
 
     Args:
         stack: The model.
-        table: Of the corpus that was measured on.
+        table: The exit table of the measured corpus.
     """
     scored = table.full_log_probability[:, :-1]
     tokens = int(table.full_log_probability.size)
@@ -388,7 +407,7 @@ def full_record(stack: DecoderStack, table: ExitTable) -> FullModelFigures:
 def _curves(
     fitted: ExitTable, table: ExitTable, points: Sequence[OperatingPoint], seed: int
 ) -> ExitCurves:
-    """Return each layer's and rule's exit curve, from which other agreements are searched."""
+    """Return the exit curve of each layer and rule, for searches at other agreements."""
     rows = []
     for layer, name in fitted.confidence:
         if name in CONTROLS:
@@ -426,7 +445,7 @@ def _auroc_rows(table: ExitTable, rules: dict[int, list[str]]) -> list[AurocRow]
 def _search_result(
     rows: Sequence[OperatingPointRow], searched: Sequence[OperatingPoint], agreement: float
 ) -> SearchResult:
-    """Return which of the searched points keep the agreement on the other corpus."""
+    """Return which of the searched points keep the agreement on the corpus to confirm on."""
     keys = {(point.layer, point.rule, float(point.threshold)) for point in searched}
     found = [
         number

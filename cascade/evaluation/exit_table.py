@@ -1,4 +1,4 @@
-"""The exit table: what every token would do at every exit layer, from one full pass."""
+"""The exit table: confidence and predictions of every token at every exit layer."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ T = TypeVar("T")
 
 @dataclass
 class ExitTable:
-    """What every token would do at every exit layer; nothing was skipped to learn it.
+    """The results of every token at every exit layer, from one full pass without skipping.
 
     Attributes:
-        confidence: (layer, rule) -> `[S, T]` fp32.
-        agrees: layer -> `[S, T]`, whether the exit head predicts what the full model does.
-        head_log_probability: layer -> `[S, T]`, of the token that came next; NaN at the last.
-        full_log_probability: `[S, T]`, the full model's; NaN at the last.
-        divergence: layer -> `[S, T]`, KL(full || exit head), in nats.
+        confidence: (layer, rule) -> confidences, `[S, T]`, fp32.
+        agrees: Layer -> whether exit head and full model predict the same token, `[S, T]`.
+        head_log_probability: Layer -> the exit head's log-probability of the next token, `[S, T]`;
+            NaN at the last token.
+        full_log_probability: The full model's log-probability of the next token, `[S, T]`; NaN at
+            the last token.
+        divergence: Layer -> KL(full || exit head), `[S, T]`, in nats.
     """
 
     confidence: dict[tuple[int, str], Array] = field(default_factory=dict)
@@ -45,7 +47,7 @@ class ExitTable:
 
     @classmethod
     def joined(cls, tables: Sequence[ExitTable]) -> ExitTable:
-        """Return the table of several batches, in their order."""
+        """Return the concatenated table of several batches."""
 
         def join(name: str) -> dict[Any, Array]:
             return {
@@ -63,26 +65,26 @@ class ExitTable:
 
 
 class Clock:
-    """Measures seconds of work, without the time of what runs inside `aside`."""
+    """Measures the duration of work in seconds, excluding calls wrapped by `aside`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._aside = 0.0
 
     def now(self) -> float:
-        """Return the time in seconds, once the device has finished."""
+        """Return the time in seconds, after the device has finished its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def time(self, work: Callable[[], T]) -> tuple[T, float]:
-        """Run `work` and return its result and its seconds."""
+        """Run `work`; return its result and its duration in seconds."""
         aside, start = self._aside, self.now()
         result = work()
         return result, self.now() - start - (self._aside - aside)
 
     def aside(self, work: Callable[..., None]) -> Callable[..., None]:
-        """Return `work` such that its time does not count to the work that calls it."""
+        """Return `work` wrapped so that its duration is excluded from the work that calls it."""
 
         def run(*args: Any) -> None:
             start = self.now()
@@ -94,11 +96,11 @@ class Clock:
 
 @dataclass
 class BatchSeconds:
-    """Where the seconds of one batch went.
+    """The durations of the work of one batch, in seconds.
 
     Attributes:
-        layers: Layer -> the decoder layers up to and including it, from the previous key on; key 0
-            is the work before the first layer.
+        layers: Layer -> the decoder layers after the previous key, up to and including this one;
+            key 0 is the work before the first layer.
         heads: Exit layer -> its exit head, for all tokens.
         rules: (exit layer, rule) -> the rule's confidences, for all tokens.
         full_head: The LM head of the full model, for all tokens.
@@ -119,7 +121,7 @@ class BatchSeconds:
 
 
 class ExitBatch:
-    """One batch through the full model, its states at the exit layers kept for the points."""
+    """A full pass over one batch that keeps its states at the exit layers for operating points."""
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class ExitBatch:
         self.seed = seed
         cache = layers.new_cache(*self.chunk.ids.shape, keep=False)
         cache.window(0, self.chunk.ids.shape[1])
-        going, self.seconds.layers[0] = self.clock.time(
+        forward, self.seconds.layers[0] = self.clock.time(
             lambda: ForwardPass(
                 layers,
                 tuple(self.exits.values()),
@@ -147,19 +149,19 @@ class ExitBatch:
         )
         self.forks: dict[int, ForwardPass] = {}
         for layer in sorted(rules):
-            self._climb(going, layer)
-            self.forks[layer] = going.fork()
-        self._climb(going, self.stack.num_layers)
-        self.final = going.hidden
+            self._run_to(forward, layer)
+            self.forks[layer] = forward.fork()
+        self._run_to(forward, self.stack.num_layers)
+        self.final = forward.hidden
         self._measure()
 
-    def _climb(self, going: ForwardPass, layer: int) -> None:
+    def _run_to(self, forward: ForwardPass, layer: int) -> None:
         """Run the layers up to and including `layer`, which may be reached already."""
-        _, spent = self.clock.time(lambda: going.run_layers_to(layer))
+        _, spent = self.clock.time(lambda: forward.run_layers_to(layer))
         self.seconds.layers[layer] = self.seconds.layers.get(layer, 0.0) + spent
 
     def _measure(self) -> None:
-        """Compare every exit layer's head and rules with the full model, token by token."""
+        """Compare the head and rules of every exit layer with the full model, token by token."""
         shape = tuple(self.chunk.ids.shape)
         following = torch.cat([self.chunk.ids[:, 1:], self.chunk.ids[:, :1]], dim=1)
         self.table = ExitTable(full_log_probability=np.zeros(shape, dtype=np.float32))
@@ -187,7 +189,7 @@ class ExitBatch:
         )
         target = following.flatten()[:, None]
         chosen = self.full_logs.gather(1, target).reshape(shape)
-        self.table.full_log_probability = but_the_last(chosen)
+        self.table.full_log_probability = without_last(chosen)
         earlier: list[Tensor] = []
         for layer, fork in self.forks.items():
             earlier.append(self._measure_layer(layer, fork, rows, columns, target, earlier))
@@ -216,7 +218,7 @@ class ExitBatch:
             point.full_prediction = self.full_prediction[rows[some], columns[some]]
             logits, spent = self.clock.time(functools.partial(getattr, point, "logits"))
             self.seconds.heads[layer] += spent
-            # As in a pass: NaN is larger than any number, and -inf rules single tokens out.
+            # As in a forward pass: amax propagates NaN, and -inf only excludes a token.
             if not torch.isfinite(logits.amax(dim=-1)).all():
                 raise not_finite(f"the logits of exit layer {layer} are not finite")
             for rule in self.rules[layer]:
@@ -232,18 +234,18 @@ class ExitBatch:
         for name, values in confidence.items():
             if torch.isnan(values).any():
                 raise not_finite(
-                    f"the rule {name} is NaN at exit layer {layer}: the states or logits there "
-                    "are not finite"
+                    f"the rule {name} is NaN at exit layer {layer}, because states or logits are "
+                    "not finite"
                 )
             self.table.confidence[layer, name] = values.reshape(shape).cpu().numpy()
         self.table.agrees[layer] = agrees.reshape(shape).cpu().numpy()
-        self.table.head_log_probability[layer] = but_the_last(log_probability.reshape(shape))
+        self.table.head_log_probability[layer] = without_last(log_probability.reshape(shape))
         self.table.divergence[layer] = divergence.reshape(shape).cpu().numpy()
         return prediction
 
 
-def but_the_last(values: Tensor) -> Array:
-    """Return `[B, T]` log-probabilities, NaN at the last token: nothing comes next."""
+def without_last(values: Tensor) -> Array:
+    """Return log-probabilities `[B, T]` with NaN at the last token, which has no next token."""
     known: Array = values.cpu().numpy()
     known[:, -1] = np.nan
     return known
@@ -251,6 +253,6 @@ def but_the_last(values: Tensor) -> Array:
 
 def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
     """Return KL(full || other) per row, in nats, from log-probabilities `[n, V]`."""
-    # Where both are minus infinity there is nothing; where the other alone is, the most.
+    # The difference is 0 if both are -inf, and the maximum if only the other is.
     difference = (full - other).nan_to_num(nan=0.0, neginf=0.0, posinf=MOST_NATS)
     return (full.exp() * difference).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""Operating points: exit layer, rule and threshold, measured against the full model."""
+"""Operating points (exit layer, rule and threshold), measured against the full model."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class OperatingPoint:
 
     Attributes:
         layer: The exit layer.
-        rule: The rule's name.
-        threshold: Tokens exit from this confidence on.
-        source: Where the threshold comes from, e.g. "hard ratio 0.3".
+        rule: The name of the exit rule.
+        threshold: Tokens with a confidence at or above it exit.
+        source: The origin of the threshold, e.g. "hard ratio 0.3".
     """
 
     layer: int
@@ -51,15 +51,15 @@ class OperatingPoint:
 
 @dataclass
 class _Outcome:
-    """What one batch does at one operating point.
+    """The results of one batch at one operating point.
 
     Attributes:
-        exits: `[B, T]`, the tokens that exit.
-        log_probability: `[B, T]`, of the token that came next; NaN at the last.
-        agrees: `[B, T]`, whether the prediction is the full model's.
-        divergence: `[B, T]`, from the full model's prediction, in nats.
-        counts: What is computed.
-        seconds: What that takes.
+        exits: Whether each token exits, `[B, T]`.
+        log_probability: The log-probability of the next token, `[B, T]`; NaN at the last token.
+        agrees: Whether the prediction is the full model's, `[B, T]`.
+        divergence: KL divergence from the full model's prediction, `[B, T]`, in nats.
+        counts: The work that is computed.
+        seconds: The duration of this work.
     """
 
     exits: Array
@@ -72,7 +72,7 @@ class _Outcome:
 
 @dataclass
 class _Tally:
-    """Sums of one operating point, one array `[B]` per batch, and its cost."""
+    """Sums over tokens of one operating point, one array `[B]` per batch, and its cost."""
 
     nll: list[Array] = field(default_factory=list)
     hard_nll: list[Array] = field(default_factory=list)
@@ -90,9 +90,9 @@ class _Tally:
         """Add a batch.
 
         Args:
-            outcome: What the batch does.
-            full_log_probability: `[B, T]`, the full model's.
-            operations: What it computes.
+            outcome: The results of the batch.
+            full_log_probability: The full model's log-probabilities, `[B, T]`.
+            operations: The number of operations of the batch.
         """
         scored = np.ones(outcome.exits.shape, dtype=bool)
         scored[:, -1] = False
@@ -110,26 +110,27 @@ class _Tally:
         self.layer_rows += sum(outcome.counts.layer_rows)
 
     def sums(self, name: str) -> Array:
-        """Return a figure's sums, one per sequence, `[S]`."""
+        """Return the sums of a figure per sequence, `[S]`."""
         values: Array = np.concatenate(getattr(self, name))
         return values
 
 
 class Evaluator:
-    """Runs batches through the full model once, and through every point's own upper part.
+    """Measures operating points: one full pass per batch, then the upper layers of each point.
+
+    A rule that needs earlier exit layers (patience) uses every layer of `rules` below its own, and
+    the cost of their heads is included. This corresponds to an `EarlyExit` with exits at those
+    layers at which no token exits.
 
     Args:
         stack: The model.
-        rules: Exit layer -> the rules' names.
-        heads: Fitted heads; the logit lens where not given.
+        rules: Exit layer -> names of the rules.
+        heads: Fitted heads (default: the logit lens).
         propagation: "frozen", "ridge" or "exact".
-        seed: For rules that draw.
-
-    A rule that looks at earlier exit layers (patience) sees every layer of `rules` below its own,
-    and pays for their heads: as `EarlyExit` with exits at those layers that let nothing leave.
+        seed: Seed for rules that draw random numbers.
 
     Raises:
-        UsageError: A layer, rule or propagation that cannot be, or no head was fitted for a layer.
+        UsageError: A layer, rule or propagation is invalid, or no head was fitted for a layer.
         ModelError: The heads belong to another model.
     """
 
@@ -148,13 +149,13 @@ class Evaluator:
             )
         if propagation == "ridge" and heads is None:
             raise UsageError(
-                "ridge propagation needs fitted heads; make them with `cascade fit-heads`"
+                "ridge propagation needs fitted heads; create them with `cascade fit-heads`"
             )
         if not rules or not all(rules.values()):
-            raise UsageError("expected at least one exit layer, and a rule for each; name them")
+            raise UsageError("expected at least one exit layer with a rule, got none; add one")
         self.stack, self.heads, self.propagation = stack, heads, propagation
         self.rules = {layer: [find_rule(name) for name in rules[layer]] for layer in sorted(rules)}
-        # The widest rule of a layer decides how many entries before it are kept.
+        # The rule that needs most entries decides how many earlier entries are kept.
         self.exits = {
             layer: make_exit(
                 stack,
@@ -170,14 +171,14 @@ class Evaluator:
         self.seed = seed
 
     def check(self, points: Sequence[OperatingPoint]) -> None:
-        """Refuse points that cannot be measured.
+        """Check that operating points can be measured.
 
         Args:
-            points: Ways to exit.
+            points: The operating points.
 
         Raises:
-            UsageError: A threshold outside its rule's range, or a layer or rule that is not among
-                the evaluator's.
+            UsageError: A threshold is outside its rule's range, or the evaluator does not have the
+                layer or the rule.
         """
         for point in points:
             rule = find_rule(point.rule)
@@ -185,8 +186,8 @@ class Evaluator:
             rule.check(point.threshold)
             if rule not in self.rules.get(point.layer, ()):
                 raise UsageError(
-                    f"layer {point.layer} with the rule {point.rule} is not measured here; expected"
-                    f" layers among {', '.join(map(str, self.rules))}, with their own rules"
+                    f"expected a layer among {', '.join(map(str, self.rules))} with one of its "
+                    f"rules, got layer {point.layer} with the rule {point.rule}"
                 )
 
     @torch.no_grad()
@@ -198,8 +199,8 @@ class Evaluator:
         check_blocks(self.stack, blocks, batch_size)
         if blocks.ids.shape[1] < 2:
             raise CorpusError(
-                "expected sequences of at least 2 tokens, got 1: nothing comes next to score; take "
-                "a larger --seq-len"
+                "expected sequences of at least 2 tokens, got 1, which has no next token to score; "
+                "use a larger --seq-len"
             )
         for ids, _ in blocks.batches(batch_size):
             tensor = torch.from_numpy(ids).long().to(self.stack.device)
@@ -215,12 +216,12 @@ class Evaluator:
         batch_size: int = 8,
         progress: Callable[[int], None] | None = None,
     ) -> ExitTable:
-        """Learn what every token would do at every exit layer.
+        """Return confidence and predictions of every token at every exit layer.
 
         Args:
             blocks: The corpus.
-            batch_size: Sequences per forward pass; each holds T x V full log-probabilities.
-            progress: Called with the number of tokens done since the last call.
+            batch_size: Sequences per forward pass; each needs T x V log-probabilities in memory.
+            progress: Called with the number of tokens processed since the last call.
         """
         tables = [batch.table for batch in self._batches(blocks, batch_size, progress)]
         return ExitTable.joined(tables)
@@ -234,16 +235,16 @@ class Evaluator:
         batch_size: int = 8,
         progress: Callable[[int], None] | None = None,
     ) -> tuple[list[OperatingPointRow], ExitTable]:
-        """Measure points: quality, counted operations, and seconds, each against the full model.
+        """Return quality, operations and seconds of operating points, against the full model.
 
         Args:
             blocks: The corpus.
-            points: What to measure; their layers and rules are among the evaluator's.
+            points: The operating points, with layers and rules of the evaluator.
             batch_size: Sequences per forward pass.
-            progress: Called with the number of tokens done since the last call.
+            progress: Called with the number of tokens processed since the last call.
 
         Returns:
-            One row per point, and the table that the pass gives besides.
+            One row per point, and the exit table of the corpus.
         """
         self.check(points)
         tallies = [_Tally() for _ in points]
@@ -268,16 +269,16 @@ class Evaluator:
         batch_size: int = 8,
         progress: Callable[[int], None] | None = None,
     ) -> Array:
-        """Return each sequence's loss at each point, `[points, S]`.
+        """Return the loss of each sequence at each operating point, `[points, S]`.
 
         The loss is the share of a sequence's tokens after which the prediction is not the full
         model's (textual consistency: Schuster et al. 2022, section 4.1, token by token).
 
         Args:
             blocks: The corpus.
-            points: Ways to exit.
+            points: The operating points.
             batch_size: Sequences per forward pass.
-            progress: Called with the number of tokens done since the last call.
+            progress: Called with the number of tokens processed since the last call.
         """
         self.check(points)
         tallies = [_Tally() for _ in points]
@@ -288,7 +289,7 @@ class Evaluator:
         return np.stack([1 - tally.sums("agreement") / length for tally in tallies])
 
     def _measure(self, batch: ExitBatch, point: OperatingPoint, tally: _Tally) -> None:
-        """Add one batch at one operating point to its sums."""
+        """Measure one batch at one operating point and add it to the sums."""
         outcome = self._below(batch, point)
         if self.propagation == "exact":
             self._above_exactly(batch, point, outcome)
@@ -303,7 +304,7 @@ class Evaluator:
         tally.add(outcome, batch.table.full_log_probability, operations)
 
     def _below(self, batch: ExitBatch, point: OperatingPoint) -> _Outcome:
-        """Return what the layers up to the exit do; of the tokens that continue, the full model."""
+        """Return the outcome at the exit; continuing tokens get the full model's results."""
         table, layer = batch.table, point.layer
         exits = reaches(table.confidence[layer, point.rule], point.threshold)
         counts = Counts.of(self.stack.num_layers)
@@ -328,12 +329,12 @@ class Evaluator:
         )
 
     def _above_run(self, batch: ExitBatch, point: OperatingPoint, outcome: _Outcome) -> None:
-        """Run the layers above the exit, and complete an outcome with what the tokens give there.
+        """Run the layers above the exit, and update an outcome with their results.
 
-        Predictions of tokens that continue change, because upper layers see other keys and values
-        of the tokens that exited.
+        The predictions of continuing tokens change, because upper layers use approximate keys and
+        values of exited tokens.
         """
-        going = batch.forks[point.layer].fork(Counts.of(self.stack.num_layers))
+        forward = batch.forks[point.layer].fork(Counts.of(self.stack.num_layers))
         mask = torch.from_numpy(outcome.exits).to(batch.stack.device)
         following = torch.cat([batch.chunk.ids[:, 1:], batch.chunk.ids[:, :1]], dim=1)
 
@@ -348,13 +349,13 @@ class Evaluator:
             outcome.divergence[place] = kl_divergence(reference, logs).cpu().numpy()
 
         clock = batch.clock
-        _, taking_out = clock.time(lambda: going.exit_tokens(self.exits[point.layer], mask))
-        _, finishing = clock.time(lambda: going.finish(batch.chunk.valid, clock.aside(take)))
-        outcome.counts = outcome.counts + going.counts
-        outcome.seconds += taking_out + finishing
+        _, exiting = clock.time(lambda: forward.exit_tokens(self.exits[point.layer], mask))
+        _, finishing = clock.time(lambda: forward.finish(batch.chunk.valid, clock.aside(take)))
+        outcome.counts = outcome.counts + forward.counts
+        outcome.seconds += exiting + finishing
 
     def _above_exactly(self, batch: ExitBatch, point: OperatingPoint, outcome: _Outcome) -> None:
-        """Complete an outcome with the cost of the layers above the exit, which change nothing."""
+        """Add the cost of the layers above the exit, which do not change predictions."""
         exits, last = outcome.exits, self.stack.num_layers
         for layer in range(point.layer + 1, last + 1):
             outcome.counts.layer_rows[layer - 1] += exits.size
@@ -407,25 +408,25 @@ class Evaluator:
 
 
 class _Full:
-    """The full model's own figures."""
+    """The figures of the full model."""
 
     def __init__(self, table: ExitTable, seconds: list[float], operations: float) -> None:
         self.table, self.seconds, self.flops = table, seconds, operations
         self.nll = -table.full_log_probability[:, :-1].sum(axis=1, dtype=np.float64)
         if not np.isfinite(self.nll).all():
             raise ModelError(
-                f"the full model gives a token of sequence {int(np.isfinite(self.nll).argmin())} no"
-                " probability at all: there is no perplexity to compare with; use a wider --dtype,"
-                " or leave that text out"
+                "the full model assigns zero probability to a token of sequence "
+                f"{int(np.isfinite(self.nll).argmin())}, so its perplexity is infinite; use a wider"
+                " --dtype, or remove that text"
             )
 
 
-def _ratio_of(part: Array, whole: Array) -> float | None:
-    total = float(whole.sum())
-    return float(part.sum()) / total if total else None
+def _ratio_of(numerator: Array, denominator: Array) -> float | None:
+    total = float(denominator.sum())
+    return float(numerator.sum()) / total if total else None
 
 
 def _sum(values: Array, where: Array) -> Array:
-    """Return the sums of `[B, T]` over the chosen tokens of each sequence, in double precision."""
+    """Return the sums of values `[B, T]` over selected tokens per sequence, in float64."""
     sums: Array = np.where(where, values, 0).sum(axis=1, dtype=np.float64)
     return sums

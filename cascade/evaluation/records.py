@@ -1,4 +1,4 @@
-"""Evaluation records: what early exit costs and loses at operating points, and the verdict."""
+"""Evaluation records: quality and cost of early exit at operating points, and the verdict."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from cascade.exits.records import HeadsProvenance
 
 
 class ExitProvenance(Provenance, frozen=True, kw_only=True):
-    """Where figures of early exit come from: model, corpora and exit heads.
+    """The provenance of measurements of early exit: model, corpora and exit heads.
 
     Attributes:
-        fitted_on: The corpus that thresholds were fitted on; absent where none was fitted.
-        heads: The provenance of the exit heads, as their file has it; None for the logit lens.
+        fitted_on: The corpus on which thresholds were fitted; absent without fitted thresholds.
+        heads: The provenance of the exit heads, from their file; None for the logit lens.
         heads_fingerprint: The fingerprint of the exit heads; None for the logit lens.
-        heads_saw_corpus: Whether the heads were fitted on text that the figures are measured on;
-            absent from the first records.
+        heads_saw_corpus: Whether the heads were fitted on text of the measurement; absent from the
+            first records.
     """
 
     fitted_on: CorpusProvenance | UnsetType = UNSET
@@ -40,20 +40,21 @@ class ExitProvenance(Provenance, frozen=True, kw_only=True):
 
 
 class EvaluationSettings(Part, frozen=True, kw_only=True):
-    """How an evaluation was made.
+    """The settings of an evaluation.
 
     Attributes:
-        propagation: What upper layers see of exited tokens: "frozen", "ridge" or "exact".
+        propagation: How upper layers get keys and values of exited tokens: "frozen", "ridge" or
+            "exact".
         layers: Exit layers.
-        rules: Names of the rules, without controls that were added.
-        hard_ratios: A threshold was fitted to each.
-        agreement: The least share of agreeing tokens, for the search and the verdict.
+        rules: Names of the rules, without the controls that were added.
+        hard_ratios: Hard ratios; a threshold was fitted to each.
+        agreement: The minimum share of agreeing tokens, for the search and the verdict.
         perplexity_ratio: The largest perplexity ratio that the verdict accepts.
         batch_size: Sequences per forward pass.
-        seed: Of the random control and of the intervals.
-        computes_every_token_because: Why exited tokens are computed too; None where they are not.
-        interval: How the intervals are made.
-        seconds: How the seconds are measured.
+        seed: Seed of the random control and of the intervals.
+        computes_every_token_because: Why exited tokens are computed too; None if they are skipped.
+        interval: The method of the intervals.
+        seconds: How seconds are measured.
     """
 
     propagation: Text
@@ -70,7 +71,7 @@ class EvaluationSettings(Part, frozen=True, kw_only=True):
 
 
 class FullModelFigures(Part, frozen=True, kw_only=True):
-    """The full model on the corpus that was measured on."""
+    """The figures of the full model on the measured corpus."""
 
     perplexity: Positive
     tokens: Count
@@ -81,27 +82,27 @@ class FullModelFigures(Part, frozen=True, kw_only=True):
 
 
 class OperatingPointRow(Part, frozen=True, kw_only=True):
-    """One operating point, measured; ratios are relative to the full model.
+    """A measured operating point; ratios are relative to the full model.
 
     Attributes:
         exit_layer: The exit layer.
-        rule: The exit rule's name.
-        head: The exit head's name.
-        threshold: Tokens exit from this confidence on.
-        threshold_from: Where the threshold comes from, e.g. "hard ratio 0.3".
+        rule: The name of the exit rule.
+        head: The name of the exit head.
+        threshold: Tokens with a confidence at or above it exit.
+        threshold_from: The origin of the threshold, e.g. "hard ratio 0.3".
         exit_share: The share of tokens that exit.
         agreement: The share of tokens whose prediction is the full model's.
         agreement_interval: Its 95 % interval.
-        exit_agreement: The same among the tokens that exit; None where none does.
-        perplexity: Of all scored tokens.
-        perplexity_ratio: The same, relative to the full model's.
+        exit_agreement: The agreement of the tokens that exit; None if no token exits.
+        perplexity: The perplexity of all scored tokens.
+        perplexity_ratio: The perplexity divided by the full model's.
         perplexity_ratio_interval: Its 95 % interval.
-        hard_perplexity_ratio: The ratio for the tokens that continue; None where none does.
+        hard_perplexity_ratio: The ratio for the tokens that continue; None if no token continues.
         kl: Divergence from the full model's predictions, in nats per token.
         layers_per_token: Decoder layers computed per token.
-        flops_ratio: Counted operations, relative.
-        seconds_ratio: Seconds, relative.
-        seconds_ratio_interval: Its 95 % interval; None where there was one batch.
+        flops_ratio: Counted operations divided by the full model's.
+        seconds_ratio: Seconds divided by the full model's.
+        seconds_ratio_interval: Its 95 % interval; None if there was only one batch.
     """
 
     exit_layer: Count
@@ -129,9 +130,9 @@ class AurocRow(Part, frozen=True, kw_only=True):
 
     Attributes:
         exit_layer: The exit layer.
-        rule: The exit rule's name.
+        rule: The name of the exit rule.
         head_agreement: The share of all tokens on which exit head and full model agree.
-        auroc: The area under the ROC; None where all tokens are of one kind.
+        auroc: The area under the ROC curve; None if all tokens agree or none does.
     """
 
     exit_layer: Count
@@ -141,18 +142,18 @@ class AurocRow(Part, frozen=True, kw_only=True):
 
 
 class ExitCurve(Part, frozen=True, kw_only=True):
-    """What exiting at each of many thresholds would do: columns of one length.
+    """Exits and disagreements at many thresholds; all columns have the same length.
 
     Attributes:
         exit_layer: The exit layer.
-        rule: The exit rule's name.
-        thresholds: Strictly decreasing.
-        fit_exits: Tokens to fit on that exit.
-        fit_wrong: Those of them whose prediction is not the full model's.
-        exits: Tokens to confirm on that exit.
-        wrong: Those of them whose prediction is not the full model's.
+        rule: The name of the exit rule.
+        thresholds: The thresholds, strictly decreasing.
+        fit_exits: The number of tokens to fit on that exit.
+        fit_wrong: The number of these whose prediction is not the full model's.
+        exits: The number of tokens to confirm on that exit.
+        wrong: The number of these whose prediction is not the full model's.
         low: Lower end of the 95 % interval of the agreement of the tokens to confirm on.
-        high: Its upper end.
+        high: Upper end of this interval.
     """
 
     exit_layer: Count
@@ -167,7 +168,7 @@ class ExitCurve(Part, frozen=True, kw_only=True):
 
 
 class ExitCurves(Part, frozen=True, kw_only=True):
-    """The exit curves of every layer and rule, and how many tokens they count."""
+    """The exit curves of every layer and rule, and the number of tokens that they count."""
 
     fit_tokens: Count
     tokens: Count
@@ -175,14 +176,14 @@ class ExitCurves(Part, frozen=True, kw_only=True):
 
 
 class SearchResult(Part, frozen=True, kw_only=True):
-    """The exit-layer search of an evaluation; numbers are indices of the operating points.
+    """The exit-layer search of an evaluation; numbers are indices of operating points.
 
     Attributes:
         agreement: The wanted share of agreeing tokens.
-        points: What the search found on the corpus to fit on.
-        confirmed: Those that keep the agreement on the other corpus.
-        best: The confirmed one with the fewest operations; None where none was confirmed.
-        saves: Whether the best one needs fewer operations than the full model.
+        points: The points that the search found on the corpus to fit on.
+        confirmed: Those that keep the agreement on the corpus to confirm on.
+        best: The confirmed point with the fewest operations; None if no point was confirmed.
+        saves: Whether the best point needs fewer operations than the full model.
     """
 
     agreement: Share
@@ -193,7 +194,7 @@ class SearchResult(Part, frozen=True, kw_only=True):
 
 
 class ControlPoints(Part, frozen=True, kw_only=True):
-    """The controls that a verdict compares with, as indices; None where there is none."""
+    """The controls that a verdict compares with, as indices; None if there is none."""
 
     random: Index | None
     static: Index | None
@@ -201,25 +202,25 @@ class ControlPoints(Part, frozen=True, kw_only=True):
 
 
 class WantedQuality(Part, frozen=True, kw_only=True):
-    """The quality that a verdict asks for."""
+    """The quality that a verdict requires."""
 
     agreement: Share
     perplexity_ratio: Finite
 
 
 class Verdict(Part, frozen=True, kw_only=True):
-    """Whether early exit pays; numbers are indices of the operating points.
+    """Whether early exit pays; numbers are indices of operating points.
 
     Attributes:
         use: Whether any operating point is worth using.
-        point: The one to use, or the one that comes nearest; None where no token exited.
+        point: The operating point to use, or the nearest one; None if no token exited.
         headline: The verdict in one sentence.
-        reasons: One sentence for each check of that point.
+        reasons: One sentence for each check of this point.
         failed: The names of the checks that failed.
-        good_enough: The fastest one of sufficient quality.
-        faster: Of those that are faster, the one of the best quality.
-        against: The controls that it was compared with.
-        wanted: The quality asked for.
+        good_enough: The fastest operating point of sufficient quality.
+        faster: The faster operating point of the best quality.
+        against: The controls that the point was compared with.
+        wanted: The required quality.
     """
 
     use: bool
@@ -239,12 +240,12 @@ class EvaluationRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     Attributes:
         schema: The schema of the record.
         kind: Always "evaluation".
-        provenance: Where the figures come from.
-        settings: How they were made.
-        full: The full model.
-        points: The operating points, controls among them.
-        auroc: How well each rule knows when the exit head is right.
-        curves: Exit curves; None where nothing was fitted, absent from the first records.
+        provenance: The provenance of the figures.
+        settings: The settings of the evaluation.
+        full: The figures of the full model.
+        points: The operating points, including controls.
+        auroc: How well each rule's confidence separates agreeing tokens from others.
+        curves: Exit curves; None without fitted thresholds, absent from the first records.
         search: The exit-layer search.
         verdict: Whether early exit pays.
     """

@@ -1,4 +1,4 @@
-"""The verdict: whether early exit pays, from measured rows alone."""
+"""The verdict on early exit, computed only from measured rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cascade.evaluation.records import ControlPoints, OperatingPointRow, Verdict
 
 Rows = Sequence[OperatingPointRow]
 
-#: Rules that the others are compared with; they are not meant for use.
+#: Rules that other rules are compared with. They are not meant for use.
 CONTROLS = ("fixed", "random", "oracle")
 
-#: The figures that a verdict rests on.
+#: The figures that a verdict needs.
 _FIGURES = ("agreement", "perplexity_ratio", "exit_share", "flops_ratio", "seconds_ratio")
 _INTERVALS = ("agreement_interval", "perplexity_ratio_interval", "seconds_ratio_interval")
 
@@ -28,8 +28,8 @@ class _Check:
 
     Attributes:
         name: "agreement", "perplexity", "speed", "random" or "static".
-        passed: Whether the point passed it.
-        text: What was found, in a sentence.
+        passed: Whether the point passed the check.
+        text: The finding in one sentence.
     """
 
     name: str
@@ -40,14 +40,15 @@ class _Check:
 def judge(rows: Rows, wanted: WantedQuality) -> Verdict:
     """Return whether any operating point is worth running instead of the full model.
 
-    A point is worth it when its quality is sufficient, it is significantly faster, and neither a
-    random exit at the same share nor one static exit layer for all tokens does as well. Of several
-    such points the fastest is chosen. If there is none, the verdict names the nearest: the fastest
-    of those of sufficient quality or, without any, the one that lacks least of it.
+    A point is worth running if its quality is sufficient, if it is significantly faster (95 %
+    confidence interval), and if neither a random exit at the same share nor a static exit layer for
+    all tokens performs as well. Of several such points, the fastest is chosen. If there is none,
+    the verdict names the nearest: the fastest point of sufficient quality or, without one, the
+    point with the smallest shortfall.
 
     Args:
-        rows: The operating points of an evaluation, controls among them.
-        wanted: The quality asked for.
+        rows: The operating points of an evaluation, including controls.
+        wanted: The required quality.
 
     Raises:
         RecordError: A figure of a row is missing or not a number.
@@ -73,7 +74,7 @@ def judge(rows: Rows, wanted: WantedQuality) -> Verdict:
     point = min(fine or both or good or candidates, key=seconds if good else lacks, default=None)
     if point is None:
         return _without_point(
-            "Do not use early exit here: no token left at any measured point.", wanted
+            "Do not use early exit here: no token exited at any measured point.", wanted
         )
     good_enough = min(good, key=seconds, default=None)
     faster = min(fast, key=lacks, default=None)
@@ -95,10 +96,10 @@ def judge(rows: Rows, wanted: WantedQuality) -> Verdict:
 
 
 def no_verdict(wanted: WantedQuality) -> Verdict:
-    """Return the verdict of given operating points alone: without controls there is none.
+    """Return the empty verdict of given operating points, which have no controls.
 
     Args:
-        wanted: The quality asked for.
+        wanted: The required quality.
     """
     text = "Not judged: only the given points were measured, without controls."
     return _without_point(text, wanted)
@@ -122,9 +123,9 @@ def is_faster(seconds_ratio_interval: Sequence[float] | None, flops_ratio: float
     """Return whether early exit is significantly faster than the full model.
 
     Args:
-        seconds_ratio_interval: The 95 % interval of its seconds, relative to the full model's; None
-            where there is none.
-        flops_ratio: Its operations, relative to the full model's; None where they are not known.
+        seconds_ratio_interval: The 95 % interval of the seconds divided by the full model's, or
+            None.
+        flops_ratio: The operations divided by the full model's, or None if they are unknown.
     """
     if seconds_ratio_interval is None or flops_ratio is None:
         return False
@@ -137,14 +138,13 @@ def _check_row(number: int, row: OperatingPointRow) -> None:
         figures += getattr(row, name) or ()
     if not all(map(math.isfinite, figures)):
         raise RecordError(
-            f"point {number} ({row.rule} at layer {row.exit_layer}) lacks a figure or "
-            f"holds NaN, expected numbers for {', '.join((*_FIGURES, *_INTERVALS))}; evaluate "
-            "again"
+            f"expected finite numbers for {', '.join((*_FIGURES, *_INTERVALS))}, got NaN or"
+            f" infinity at point {number} ({row.rule} at layer {row.exit_layer}); evaluate again"
         )
 
 
 def _shortfall(row: OperatingPointRow, wanted: WantedQuality) -> float:
-    """Return what a point lacks of the wanted quality: a share of tokens plus nats per token."""
+    """Return the shortfall from the wanted quality: a share of tokens plus nats per token."""
     tokens = max(0.0, wanted.agreement - row.agreement)
     return tokens + max(0.0, math.log(row.perplexity_ratio / wanted.perplexity_ratio))
 
@@ -186,8 +186,8 @@ def _checks(number: int, rows: Rows, wanted: WantedQuality) -> list[_Check]:
             _Check(
                 "static",
                 not _dominates(other, row),
-                f"every token leaving at layer {other.exit_layer} takes "
-                f"{other.seconds_ratio:.2f} x the time: {_quality(other)}",
+                f"static exit at layer {other.exit_layer}, {other.seconds_ratio:.2f} x the time: "
+                f"{_quality(other)}",
             )
         )
     return checks
@@ -198,9 +198,9 @@ def _failed(checks: Sequence[_Check]) -> list[str]:
 
 
 def _beaten_in(row: OperatingPointRow, other: OperatingPointRow) -> list[str]:
-    """Return the measures in which a point is better than a control by more than chance.
+    """Return the measures in which a point is significantly better than a control.
 
-    One of them is enough: how bad it may be in the other at most has its own check.
+    One measure is enough, since separate checks limit the loss in the other.
     """
     better = {
         "agreement": row.agreement_interval[0] > other.agreement,
@@ -210,7 +210,7 @@ def _beaten_in(row: OperatingPointRow, other: OperatingPointRow) -> list[str]:
 
 
 def _measures(names: Sequence[str]) -> str:
-    return {0: "neither", 1: f"{''.join(names)} alone"}.get(len(names), " and ".join(names))
+    return {0: "neither", 1: f"{''.join(names)} only"}.get(len(names), " and ".join(names))
 
 
 def _dominates(other: OperatingPointRow, row: OperatingPointRow) -> bool:
@@ -230,7 +230,7 @@ def _random(row: OperatingPointRow, rows: Rows) -> int | None:
 
 
 def _static(row: OperatingPointRow, rows: Rows) -> int | None:
-    """Return the best static exit that is no slower than the point: one that does as well first."""
+    """Return the best static exit that is not slower; one that dominates the point comes first."""
     found = [
         number
         for number, other in enumerate(rows)
@@ -265,10 +265,10 @@ def _headline(
     if not failed:
         return (
             f"Use early exit here: {_point(row)} with the {row.head} head, "
-            f"{percent(row.exit_share)} of the tokens leave."
+            f"{percent(row.exit_share)} of the tokens exit."
         )
     if not {*_QUALITY, "speed"} & {*failed}:
-        instead = {"random": "leaving at random", "static": "one static layer for all tokens"}
+        instead = {"random": "exiting at random", "static": "one static layer for all tokens"}
         return (
             f"Do not use early exit here: {_point(row)} is good enough and faster, but no better "
             f"than {' or '.join(instead[name] for name in failed)}."
@@ -277,16 +277,16 @@ def _headline(
         slow = f"(best: {_point(rows[good_enough])}, {_time(rows[good_enough])})"
         if faster is None:
             return (
-                "Do not use early exit here: some points are good enough, but none is faster beyond"
-                f" doubt {slow}."
+                "Do not use early exit here: some operating points are good enough, but none is "
+                f"significantly faster {slow}."
             )
         return (
-            f"Do not use early exit here: what is good enough is not faster beyond doubt {slow}, "
-            f"and what is faster is not good enough (best: {_point(rows[faster])}, "
-            f"{_quality(rows[faster])})."
+            "Do not use early exit here: operating points that are good enough are not "
+            f"significantly faster {slow}, and faster ones are not good enough (best: "
+            f"{_point(rows[faster])}, {_quality(rows[faster])})."
         )
     return (
-        "Do not use early exit here: no point is good enough (nearest: "
+        "Do not use early exit here: no operating point is good enough (nearest: "
         f"{_point(row)}, {_quality(row)})."
     )
 
@@ -308,7 +308,7 @@ def _time(row: OperatingPointRow) -> str:
 def _speed(row: OperatingPointRow) -> str:
     found = f"scoring takes {_time(row)}, {_hundredths(row.flops_ratio)} x its operations"
     if row.seconds_ratio_interval is None:
-        found += "; one batch cannot tell, take a smaller --batch-size or more text"
+        found += "; one batch gives no interval, use a smaller --batch-size or more text"
     return found
 
 

@@ -1,4 +1,4 @@
-"""Calibrations: fitted, certified, carried over to another corpus, stored, and run with."""
+"""Calibrations: fitting, certificates, transfer to another corpus, files, and running with them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ Plain = dict[str, Any]
 BLOCKS = blocks_of(24, seed=3)
 OTHER = blocks_of(10, seed=4)
 
-#: The shares of exits that are tested, the safest first (the same as in the module).
+#: The exit shares that are tested, the safest first (the same as in the module).
 SHARES = [0.01, 0.02, 0.03, 0.05, 0.07, *(share / 100 for share in range(10, 100, 5)), 1.0]
 
 
@@ -82,7 +82,7 @@ def a_certifying_config(propagation: str = "exact", **changes: Any) -> Calibrati
 
 @functools.cache
 def calibrated(family: str = "gemma2") -> CalibrationRecord:
-    """Return a calibration with everything in it, on ridge heads."""
+    """Return a calibration with thresholds, certificate and transfer, on ridge heads."""
     return calibrate(
         a_settled_stack(family),
         BLOCKS,
@@ -103,7 +103,7 @@ def refusal(kind: type[CascadeError], work: Callable[[], Any]) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layer", [1, 3, LAYERS])
-def test_confidences_of_the_cosine_are_those_of_the_hidden_history(family: str, layer: int) -> None:
+def test_cosine_confidences_match_hidden_history(family: str, layer: int) -> None:
     stack = a_settled_stack(family)
     history = visited(stack, ids_of(BLOCKS))
     expected = torch.cosine_similarity(history[layer - 1].double(), history[layer].double(), dim=-1)
@@ -113,7 +113,7 @@ def test_confidences_of_the_cosine_are_those_of_the_hidden_history(family: str, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_confidences_of_the_top2_gap_at_the_last_layer_are_those_of_the_models_own_logits(
+def test_top2_gap_confidences_at_last_layer_match_model_logits(
     family: str,
 ) -> None:
     stack = a_settled_stack(family)
@@ -125,7 +125,7 @@ def test_confidences_of_the_top2_gap_at_the_last_layer_are_those_of_the_models_o
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_confidences_of_the_top2_gap_below_it_are_those_of_the_exit_head(family: str) -> None:
+def test_top2_gap_confidences_below_last_layer_match_exit_head(family: str) -> None:
     stack, heads = a_settled_stack(family), settled_heads(family)
     weight, bias = heads.weights[2]
     state = visited(stack, ids_of(BLOCKS))[2]
@@ -136,17 +136,17 @@ def test_confidences_of_the_top2_gap_below_it_are_those_of_the_exit_head(family:
     np.testing.assert_allclose(got, (best[..., 0] - best[..., 1]).numpy(), atol=1e-6, rtol=0)
 
 
-def test_tokens_exit_exactly_where_their_confidence_reaches_the_threshold() -> None:
+def test_tokens_exit_if_confidence_reaches_threshold() -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
     for rule in ("cosine", "top2_gap", "entropy", "random"):
         values = confidences(stack, BLOCKS, 2, rule, heads=heads, batch_size=24, seed=9)
         middle = float(np.quantile(values, 0.5))
         early = EarlyExit(stack, layer=2, rule=rule, threshold=middle, heads=heads, seed=9)
-        left = early.score(ids_of(BLOCKS)).exit_layers == 2
-        assert np.array_equal(left.numpy(), values >= middle), rule
+        exited = early.score(ids_of(BLOCKS)).exit_layers == 2
+        assert np.array_equal(exited.numpy(), values >= middle), rule
 
 
-def test_confidences_do_not_depend_on_the_layers_above_the_exit() -> None:
+def test_confidences_do_not_depend_on_layers_above_exit() -> None:
     stack = DecoderStack(tiny_model("llama"))
     before = confidences(stack, BLOCKS, 2, "cosine")
     for layer in stack.layers[2:]:
@@ -155,7 +155,7 @@ def test_confidences_do_not_depend_on_the_layers_above_the_exit() -> None:
 
 
 @pytest.mark.parametrize("rule", ["cosine", "top2_gap"])
-def test_confidences_that_are_not_finite_are_refused_and_name_the_layer(rule: str) -> None:
+def test_non_finite_confidence_error_names_layer(rule: str) -> None:
     stack = DecoderStack(tiny_model("llama"))
     stack.layers[1].mlp.down_proj.weight.data.fill_(math.nan)
     for work in (
@@ -170,7 +170,7 @@ def test_confidences_that_are_not_finite_are_refused_and_name_the_layer(rule: st
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rule", ["cosine", "top2_gap"])
-def test_thresholds_are_the_quantiles_of_the_confidences(family: str, rule: str) -> None:
+def test_thresholds_are_quantiles_of_confidences(family: str, rule: str) -> None:
     stack = a_settled_stack(family)
     ratios = (0.0, 0.3, 0.5, 0.7)
     record = calibrate(stack, BLOCKS, a_config(rule=rule, hard_ratios=ratios, batch_size=7))
@@ -184,7 +184,7 @@ def test_thresholds_are_the_quantiles_of_the_confidences(family: str, rule: str)
         assert low <= row.threshold <= high
 
 
-def test_running_with_a_threshold_reaches_the_hard_ratio_it_was_fitted_for() -> None:
+def test_running_with_threshold_reaches_fitted_hard_ratio() -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
     record = calibrate(stack, BLOCKS, a_config(batch_size=24), heads=heads)
     for row in record.by_hard_ratio:
@@ -194,17 +194,18 @@ def test_running_with_a_threshold_reaches_the_hard_ratio_it_was_fitted_for() -> 
         assert abs(row.reached - row.hard_ratio) <= 1 / BLOCKS.tokens
 
 
-def test_the_random_rule_draws_with_the_seed_of_its_calibration() -> None:
+def test_random_rule_uses_seed_of_calibration() -> None:
     stack = a_stack("llama")
     record = calibrate(stack, BLOCKS, a_config(rule="random", hard_ratios=(0.3,), seed=5))
     values = confidences(stack, BLOCKS, 2, "random", seed=5)
-    left = early_exit_of(record, stack).score(ids_of(BLOCKS)).exit_layers == 2
-    assert np.array_equal(left.numpy(), values >= threshold_of(record))
+    exited = early_exit_of(record, stack).score(ids_of(BLOCKS)).exit_layers == 2
+    assert np.array_equal(exited.numpy(), values >= threshold_of(record))
     other = calibrate(stack, BLOCKS, a_config(rule="random", hard_ratios=(0.3,), seed=6))
-    assert not torch.equal(early_exit_of(other, stack).score(ids_of(BLOCKS)).exit_layers == 2, left)
+    others = early_exit_of(other, stack).score(ids_of(BLOCKS)).exit_layers == 2
+    assert not torch.equal(others, exited)
 
 
-def test_a_record_of_the_default_config_names_its_model_corpus_and_exit() -> None:
+def test_record_names_model_corpus_and_exit() -> None:
     record = calibrate(a_stack("llama"), BLOCKS, CalibrationConfig(3), command="cascade calibrate")
     assert (record.kind, record.schema) == ("calibration", 1)
     assert (record.exit_layer, record.rule, record.head) == (3, "cosine", "logit_lens")
@@ -219,7 +220,7 @@ def test_a_record_of_the_default_config_names_its_model_corpus_and_exit() -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_record_can_be_written_and_read_back(family: str, tmp_path: Path) -> None:
+def test_record_survives_round_trip(family: str, tmp_path: Path) -> None:
     record, path = calibrated(family), tmp_path / "calibration.json"
     write_record(path, record)
     plain = json.loads(to_json(to_plain(record)))
@@ -233,7 +234,7 @@ def test_a_whole_record_can_be_written_and_read_back(family: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("propagation", ["frozen", "ridge", "exact"])
-def test_thresholds_are_proposed_on_one_half_and_tested_on_the_other(propagation: Any) -> None:
+def test_one_half_proposes_thresholds_and_other_half_tests_them(propagation: Any) -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
     record = calibrate(stack, BLOCKS, a_certifying_config(propagation, batch_size=24), heads=heads)
     proposing, testing = BLOCKS.ids[0::2], BLOCKS.ids[1::2]
@@ -268,7 +269,7 @@ def test_thresholds_are_proposed_on_one_half_and_tested_on_the_other(propagation
             assert getattr(record.certificate, name) == pytest.approx(value, abs=1e-6), name
 
 
-def test_losses_are_measured_on_the_tested_half_alone() -> None:
+def test_losses_are_measured_only_on_tested_half() -> None:
     stack = a_settled_stack("gemma2")
     seen: list[Any] = []
 
@@ -284,14 +285,14 @@ def test_losses_are_measured_on_the_tested_half_alone() -> None:
     assert np.array_equal(tested.ids, BLOCKS.ids[1::2])
 
 
-def test_a_certified_threshold_keeps_the_risk_on_600_other_sequences() -> None:
-    # An unsettled model whose heads agree on about a third of the tokens: the risk binds.
+def test_certified_threshold_keeps_risk_on_600_other_sequences() -> None:
+    # The heads of this unsettled model agree on about a third of the tokens, so the risk matters.
     stack, heads = a_stack("llama"), fit_heads(a_stack("llama"), random_blocks(), [2])
     record = calibrate(
         stack, blocks_of(60, seed=8), a_certifying_config(risk=0.35, hard_ratios=()), heads=heads
     )
     found = record.certificate
-    assert 0 < found.certified < len(found.p_values)  # not all of them, and not none
+    assert 0 < found.certified < len(found.p_values)  # some, but not all
     early = early_exit_of(record, stack, heads=heads)
     assert early.exits[0].threshold == found.threshold
     many = blocks_of(600, seed=9)
@@ -299,7 +300,7 @@ def test_a_certified_threshold_keeps_the_risk_on_600_other_sequences() -> None:
     scored = score_by_hand(stack, many, point, heads=heads, propagation="exact", batch_size=200)
     losses = losses_by_hand(scored)
     assert losses.mean() + 3 * losses.std() / math.sqrt(600) < 0.35
-    assert losses.mean() > 0.05  # it does lose: the promise was not kept by never leaving
+    assert losses.mean() > 0.05  # tokens do exit, so the certificate is not trivial
     boldest = losses_by_hand(
         score_by_hand(
             stack,
@@ -310,11 +311,11 @@ def test_a_certified_threshold_keeps_the_risk_on_600_other_sequences() -> None:
             batch_size=200,
         )
     )
-    assert boldest.mean() > 0.35  # and could have been broken
+    assert boldest.mean() > 0.35  # other thresholds exceed the risk
 
 
-def test_certificates_fail_no_more_often_than_their_confidence_allows() -> None:
-    # 40 calibrations of 24 sequences; each certificate's true risk is that on 300 others.
+def test_failure_rate_of_certificates_is_within_confidence() -> None:
+    # 40 calibrations of 24 sequences. The true risk of each is measured on 300 other sequences.
     stack, heads = a_stack("llama"), fit_heads(a_stack("llama"), random_blocks(), [2])
     many = blocks_of(300, seed=10)
     values = confidences(stack, many, 2, "top2_gap", heads=heads, batch_size=100)
@@ -333,16 +334,16 @@ def test_certificates_fail_no_more_often_than_their_confidence_allows() -> None:
 
 @pytest.mark.parametrize("risk", [0.05, 0.5])
 @pytest.mark.parametrize("onto", [None, OTHER])
-def test_progress_adds_up_to_the_tokens_to_read(risk: float, onto: TokenBlocks | None) -> None:
+def test_progress_adds_up_to_tokens_to_read(risk: float, onto: TokenBlocks | None) -> None:
     asked, done = a_certifying_config(risk=risk), list[int]()
     calibrate(a_stack("llama"), BLOCKS, asked, onto=onto, progress=done.append)
     assert sum(done) == tokens_to_read(BLOCKS, asked, onto=onto)
-    # No threshold is tested where there are too few sequences to certify any.
+    # No threshold is tested if there are too few sequences to certify any.
     tested = BLOCKS.tokens // 2 if risk == 0.5 else 0
     assert sum(done) == BLOCKS.tokens + tested + (2 * OTHER.tokens if onto else 0)
 
 
-def test_too_few_sequences_certify_nothing_and_the_full_model_runs() -> None:
+def test_too_few_sequences_run_full_model() -> None:
     stack = a_settled_stack("gemma2")
     asked = a_certifying_config(risk=0.05, confidence=0.9)
     record = calibrate(stack, BLOCKS, asked, onto=OTHER)
@@ -357,7 +358,7 @@ def test_too_few_sequences_certify_nothing_and_the_full_model_runs() -> None:
     assert threshold_of(record) == math.inf
     early = early_exit_of(record, stack)
     assert (early.score(ids_of(OTHER)).exit_layers == LAYERS).all()
-    # What was asked for beside it is there all the same.
+    # The hard ratio's threshold is fitted nevertheless.
     assert [row.source for row in record.transfer.rows] == [
         "hard ratio 0.3",
         "hard ratio 0.7",
@@ -366,20 +367,20 @@ def test_too_few_sequences_certify_nothing_and_the_full_model_runs() -> None:
     to_json(to_plain(record))
 
 
-def test_without_any_threshold_the_transfer_has_no_rows() -> None:
+def test_transfer_without_thresholds_has_no_rows() -> None:
     asked = a_certifying_config(risk=0.05, hard_ratios=())
     record = calibrate(a_settled_stack("llama"), BLOCKS, asked, onto=OTHER)
     assert record.by_hard_ratio == []
     assert to_plain(record.transfer) == {"corpus": to_plain(OTHER.provenance()), "rows": []}
     words = refusal(UsageError, lambda: threshold_of(record, 0.3))
-    assert "none at all" in words
+    assert "expected a hard ratio of this calibration (none), got" in words
 
 
 # --- Transfer --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transfer_rows_are_what_the_thresholds_do_on_the_other_corpus(family: str) -> None:
+def test_transfer_rows_match_thresholds_on_other_corpus(family: str) -> None:
     stack, heads, record = a_settled_stack(family), settled_heads(family), calibrated(family)
     rows = record.transfer.rows
     assert to_plain(record.transfer.corpus) == to_plain(OTHER.provenance())
@@ -401,7 +402,7 @@ def test_transfer_rows_are_what_the_thresholds_do_on_the_other_corpus(family: st
         assert row.hard_ratio == pytest.approx(hard.mean(), abs=1e-12)
         assert row.loss == pytest.approx(losses.mean(), abs=1e-12)
         assert row.sequences == 10
-        # Any confidences of the right sides of the threshold have the same intervals.
+        # The intervals depend only on which side of the threshold the confidences are.
         sides = np.where(hard, threshold - 1, threshold + 1)
         expected = transfer(threshold, sides, losses, seed=1)
         assert row.hard_ratio_interval == pytest.approx(expected.hard_ratio_interval)
@@ -432,9 +433,9 @@ def fitted_to(hard_ratio: float, threshold: float) -> HardRatioThreshold:
 def with_thresholds(
     thresholds: dict[float, float], *, certified: float | EllipsisType | None = ...
 ) -> CalibrationRecord:
-    """Return a calibration with a threshold for each hard ratio, and one that is certified.
+    """Return a calibration with a threshold for each hard ratio and a certificate.
 
-    Where that is None, none could be certified; where it is not given, no risk was given.
+    With None, no threshold could be certified. Without the argument, there is no certificate.
     """
     certificate = calibrated().certificate
     assert certificate is not None
@@ -445,22 +446,22 @@ def with_thresholds(
     )
 
 
-def test_the_only_threshold_is_the_default() -> None:
+def test_only_threshold_is_default() -> None:
     record = with_thresholds({0.3: 0.9})
     assert threshold_of(record) == 0.9
     assert threshold_of(record, 0.3) == 0.9
 
 
-def test_one_of_several_thresholds_is_chosen_by_its_hard_ratio() -> None:
+def test_threshold_is_chosen_by_hard_ratio() -> None:
     record = with_thresholds({0.3: 0.9, 0.7: 0.95})
     assert threshold_of(record, 0.7) == 0.95
     words = refusal(UsageError, lambda: threshold_of(record))
-    assert "for the hard ratios 0.3, 0.7; choose one with --hard-ratio" in words
+    assert "expected a hard ratio of this calibration (0.3, 0.7), got " in words
     words = refusal(UsageError, lambda: threshold_of(record, 0.5))
     assert words.endswith("got 0.5")
 
 
-def test_the_certified_threshold_is_the_default_unless_a_hard_ratio_is_given() -> None:
+def test_certified_threshold_is_default_without_hard_ratio() -> None:
     record = with_thresholds({0.3: 0.9}, certified=0.8)
     assert threshold_of(record) == 0.8
     assert threshold_of(record, 0.3) == 0.9
@@ -468,7 +469,7 @@ def test_the_certified_threshold_is_the_default_unless_a_hard_ratio_is_given() -
     assert threshold_of(record) == math.inf
 
 
-def test_a_threshold_above_a_probability_of_one_lets_no_token_exit() -> None:
+def test_threshold_above_one_exits_no_token() -> None:
     stack = DecoderStack(tiny_model("llama"))
     stack.lm_head.weight.data.mul_(100)  # probabilities of exactly 1
     record = calibrate(stack, BLOCKS, a_config(rule="max_probability", hard_ratios=(1.0,)))
@@ -492,7 +493,7 @@ def a_named_stack(**provenance: Any) -> DecoderStack:
         ({"dtype": "bfloat16"}, "dtype"),
     ],
 )
-def test_a_calibration_of_other_weights_revision_or_dtype_is_refused_and_names_both(
+def test_calibration_of_other_weights_revision_or_dtype_error_names_both(
     other: dict[str, str], named: str, tmp_path: Path
 ) -> None:
     stack = a_named_stack()
@@ -505,7 +506,7 @@ def test_a_calibration_of_other_weights_revision_or_dtype_is_refused_and_names_b
     assert f"but the model is huge ({named} {getattr(there.provenance, named)})" in words
 
 
-def test_a_calibration_of_another_dtype_or_family_is_refused(tmp_path: Path) -> None:
+def test_calibration_of_other_dtype_or_family_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     write_record(path, calibrate(a_stack("llama"), BLOCKS, a_config()))
     half = DecoderStack(tiny_model("llama").to(torch.bfloat16))
@@ -516,7 +517,7 @@ def test_a_calibration_of_another_dtype_or_family_is_refused(tmp_path: Path) -> 
     assert "family qwen2" in words
 
 
-def test_a_calibration_of_a_model_in_memory_fits_equal_weights_only(
+def test_calibration_of_unnamed_model_requires_equal_weights(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "calibration.json"
@@ -598,16 +599,16 @@ BROKEN: dict[str, tuple[Callable[[Plain], str], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_torn_or_foreign_calibration_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+def test_corrupt_calibration_gives_one_line_error(name: str, tmp_path: Path) -> None:
     text, words = BROKEN[name]
     path = tmp_path / "calibration.json"
     path.write_text(text(to_plain(calibrated())), encoding="utf-8")
-    said = refusal(RecordError, lambda: read_calibration(path))
-    assert words in said
-    assert str(path) in said
+    message = refusal(RecordError, lambda: read_calibration(path))
+    assert words in message
+    assert str(path) in message
 
 
-def test_a_missing_calibration_names_the_command_that_makes_one(tmp_path: Path) -> None:
+def test_missing_calibration_error_names_command(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     words = refusal(RecordError, lambda: read_calibration(path))
     assert "cascade calibrate" in words
@@ -617,7 +618,7 @@ def test_a_missing_calibration_names_the_command_that_makes_one(tmp_path: Path) 
 # --- Running with a calibration --------------------------------------------------------------
 
 
-def test_a_calibration_runs_with_its_layer_rule_threshold_heads_and_propagation() -> None:
+def test_early_exit_of_calibration_has_its_settings() -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
     early = early_exit_of(calibrated(), stack, heads=heads, hard_ratio=0.7)
     (at,) = early.exits
@@ -627,14 +628,14 @@ def test_a_calibration_runs_with_its_layer_rule_threshold_heads_and_propagation(
     assert at.propagation is not None
 
 
-def test_heads_other_than_those_calibrated_with_are_refused() -> None:
+def test_heads_that_differ_from_calibration_are_rejected() -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
     words = refusal(UsageError, lambda: early_exit_of(calibrated(), stack))
-    assert "made with the ridge head, got logit_lens" in words
+    assert "expected the ridge head of this calibration, got logit_lens" in words
     lens = calibrate(stack, BLOCKS, a_config(hard_ratios=(0.3,)))
     words = refusal(UsageError, lambda: early_exit_of(lens, stack, heads=heads))
-    assert "made with the logit_lens head, got ridge" in words
-    # Of the same model, but fitted on other text; and off by one unit in the last place.
+    assert "expected the logit_lens head of this calibration, got ridge" in words
+    # Heads of the same model fitted on other text, and heads that differ in the last digit.
     others: FittedHeads = fit_heads(stack, blocks_of(40, 16, seed=5), heads.layers)
     weight, bias = heads.weights[2]
     nudged = dataclasses.replace(
@@ -649,7 +650,7 @@ def test_heads_other_than_those_calibrated_with_are_refused() -> None:
         assert "other heads of the same model" in words
 
 
-def test_the_same_heads_from_their_file_are_the_same(tmp_path: Path) -> None:
+def test_loaded_heads_match_calibration(tmp_path: Path) -> None:
     from cascade.exits.fitted_heads import load_heads
 
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
@@ -658,14 +659,14 @@ def test_the_same_heads_from_their_file_are_the_same(tmp_path: Path) -> None:
     early_exit_of(calibrated(), stack, heads=loaded)
 
 
-# --- Bad input -------------------------------------------------------------------------------
+# --- Invalid input ---------------------------------------------------------------------------
 
 WRONG = {
     "rule": ({"rule": "cosin"}, "expected a rule among cosine"),
-    "oracle": ({"rule": "oracle"}, "nothing to calibrate"),
-    "fixed": ({"rule": "fixed"}, "the rule fixed lets every token leave: it has no threshold"),
+    "oracle": ({"rule": "oracle"}, "needs the full model's prediction and cannot be calibrated"),
+    "fixed": ({"rule": "fixed"}, "the rule fixed lets every token exit and has no threshold"),
     "a risk too small": ({"risk": 1e-155}, "expected a risk of at least 1e-06, got 1e-155"),
-    "patience": ({"rule": "patience"}, "looks at earlier exit layers"),
+    "patience": ({"rule": "patience"}, "needs earlier exit layers"),
     "propagation": ({"propagation": "melted"}, "got 'melted'"),
     "ridge without heads": ({"propagation": "ridge"}, "needs fitted heads"),
     "ratio": ({"hard_ratios": (0.3, 1.2)}, "expected a hard ratio in 0..1, got 1.2"),
@@ -682,7 +683,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_an_invalid_config_is_refused_before_any_forward_pass(
+def test_invalid_config_is_rejected_before_any_forward_pass(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -695,7 +696,7 @@ def test_an_invalid_config_is_refused_before_any_forward_pass(
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
-def test_a_seed_out_of_range_is_refused_before_any_forward_pass(
+def test_seed_out_of_range_is_rejected_before_any_forward_pass(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -705,14 +706,14 @@ def test_a_seed_out_of_range_is_refused_before_any_forward_pass(
     assert words == f"expected a seed in 0..{2**63 - 1}, got {seed}"
 
 
-def test_a_repeated_hard_ratio_is_fitted_once() -> None:
+def test_repeated_hard_ratio_is_fitted_once() -> None:
     record = calibrate(a_stack("llama"), BLOCKS, a_config(hard_ratios=(0.5, 0.3, 0.5)), onto=OTHER)
     assert [row.hard_ratio for row in record.by_hard_ratio] == [0.5, 0.3]
     rows = record.transfer.rows
     assert [row.source for row in rows] == ["hard ratio 0.5", "hard ratio 0.3"]
 
 
-def test_heads_of_another_model_are_refused() -> None:
+def test_heads_of_another_model_are_rejected() -> None:
     heads = settled_heads("gemma2")
     words = refusal(
         ModelError, lambda: calibrate(a_stack("llama"), BLOCKS, a_config(), heads=heads)
@@ -721,7 +722,7 @@ def test_heads_of_another_model_are_refused() -> None:
     assert "family llama" in words
 
 
-def test_too_few_or_too_long_sequences_are_refused_before_any_forward_pass(
+def test_invalid_corpus_is_rejected_before_any_forward_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
@@ -741,7 +742,7 @@ def test_too_few_or_too_long_sequences_are_refused_before_any_forward_pass(
     assert "exceed the model's 64 positions" in words
 
 
-def test_two_sequences_suffice_for_a_threshold_but_not_for_a_certificate() -> None:
+def test_two_sequences_suffice_for_threshold_but_not_for_certificate() -> None:
     record = calibrate(a_settled_stack("llama"), blocks_of(2), a_certifying_config(risk=0.1))
     assert record.certificate.sequences == 1
     assert record.certificate.threshold is None

@@ -1,4 +1,4 @@
-"""Exit curves: thresholds and counts read off tables, against counting token by token."""
+"""Exit curves: thresholds and counts from tables match counts token by token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cascade.evaluation.exit_curves import (
 )
 from cascade.evaluation.records import ExitCurve
 
-#: A few distinct values: ties are the rule.
+#: Few distinct values, so that ties are frequent.
 TABLES = st.lists(
     st.tuples(st.integers(0, 6).map(lambda value: value / 8), st.booleans()),
     min_size=12,
@@ -30,7 +30,7 @@ def arrays(table: list[tuple[float, bool]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def kept(confidence: np.ndarray, agrees: np.ndarray, threshold: float) -> float:
-    """Return the agreement of a threshold, token by token: who stays is predicted alike."""
+    """Return the agreement at a threshold, counted token by token; continuing tokens agree."""
     alike = [
         good or value < threshold
         for value, good in zip(confidence.ravel().tolist(), agrees.ravel().tolist(), strict=True)
@@ -39,7 +39,7 @@ def kept(confidence: np.ndarray, agrees: np.ndarray, threshold: float) -> float:
 
 
 @given(TABLES, st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9, 1.0]))
-def test_the_lowest_threshold_is_the_lowest_that_keeps_the_agreement(
+def test_lowest_threshold_keeps_agreement(
     table: list[tuple[float, bool]], agreement: float
 ) -> None:
     confidence, agrees = arrays(table)
@@ -52,7 +52,7 @@ def test_the_lowest_threshold_is_the_lowest_that_keeps_the_agreement(
 
 
 @given(TABLES, st.sampled_from([0.5, 0.75, 0.9, 1.0]))
-def test_tokens_lost_beside_the_table_make_the_threshold_more_cautious(
+def test_additional_disagreements_raise_threshold(
     table: list[tuple[float, bool]], agreement: float
 ) -> None:
     confidence, agrees = arrays(table)
@@ -67,15 +67,15 @@ def test_tokens_lost_beside_the_table_make_the_threshold_more_cautious(
     assert no_more == found
 
 
-@pytest.mark.parametrize(("share", "leave"), [(1 / 12, 1), (0.5, 6), (1.0, 12), (0.001, 1)])
-def test_a_share_of_the_tokens_leaves(share: float, leave: int) -> None:
+@pytest.mark.parametrize(("share", "exits"), [(1 / 12, 1), (0.5, 6), (1.0, 12), (0.001, 1)])
+def test_threshold_of_share_exits_that_share(share: float, exits: int) -> None:
     confidence = np.random.default_rng(0).permutation(12).reshape(4, 3).astype(np.float32)
     threshold = threshold_of_share(confidence, share)
-    assert exits_and_wrong(confidence, confidence > 5, threshold)[0] == leave
+    assert exits_and_wrong(confidence, confidence > 5, threshold)[0] == exits
 
 
 @given(TABLES, TABLES)
-def test_a_curve_counts_on_both_corpora(
+def test_curve_counts_on_both_corpora(
     fit: list[tuple[float, bool]], confirm: list[tuple[float, bool]]
 ) -> None:
     found = curve(2, "cosine", arrays(fit), arrays(confirm), [0.3])
@@ -84,15 +84,15 @@ def test_a_curve_counts_on_both_corpora(
     for place, threshold in enumerate(found.thresholds):
         for name, table in (("fit_", fit), ("", confirm)):
             confidence, agrees = arrays(table)
-            leaves = confidence >= threshold
-            assert getattr(found, f"{name}exits")[place] == leaves.sum()
-            assert getattr(found, f"{name}wrong")[place] == (leaves & ~agrees).sum()
+            exits = confidence >= threshold
+            assert getattr(found, f"{name}exits")[place] == exits.sum()
+            assert getattr(found, f"{name}wrong")[place] == (exits & ~agrees).sum()
         agreement = kept(*arrays(confirm), threshold)
         assert found.low[place] <= agreement + 1e-6
         assert found.high[place] >= agreement - 1e-6
 
 
-def test_a_curve_has_every_share_and_its_last_threshold_lets_all_go() -> None:
+def test_curve_has_every_share_and_ends_with_all_tokens() -> None:
     confidence = np.random.default_rng(0).random((40, 100)).astype(np.float32)
     found = curve(2, "cosine", (confidence, confidence > 0.5), (confidence, confidence > 0.5))
     assert len(found.thresholds) == 43
@@ -100,7 +100,7 @@ def test_a_curve_has_every_share_and_its_last_threshold_lets_all_go() -> None:
 
 
 @given(TABLES, st.sampled_from([0.0, 0.5, 0.75, 0.9, 1.0]))
-def test_of_a_curve_with_every_threshold_the_lowest_kept_is_the_table_s(
+def test_lowest_kept_of_full_curve_matches_table(
     table: list[tuple[float, bool]], agreement: float
 ) -> None:
     confidence, agrees = arrays(table)
@@ -112,7 +112,7 @@ def test_of_a_curve_with_every_threshold_the_lowest_kept_is_the_table_s(
     assert (None if place is None else found.thresholds[place]) == lowest
 
 
-def test_a_threshold_at_which_none_leaves_keeps_nothing() -> None:
+def test_threshold_without_exits_is_not_kept() -> None:
     found = ExitCurve(
         exit_layer=2,
         rule="cosine",

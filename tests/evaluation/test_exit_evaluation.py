@@ -1,4 +1,4 @@
-"""Evaluations as a whole: what is fitted where, searched, confirmed and judged."""
+"""Evaluations: fitting, searching, confirming and judging on the right split."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ REQUEST = EvaluationConfig(
     agreement=0.9,
 )
 
-#: What the issue wants in every row.
+#: Figures that every row must have.
 PROMISED = {
     "exit_layer",
     "rule",
@@ -89,21 +89,21 @@ def refusal(kind: type[CascadeError], work: Callable[[], Any]) -> str:
 
 
 @pytest.mark.parametrize("sequences", [4, 5, 19, 20])
-def test_the_split_deals_sequences_out_in_turn(sequences: int) -> None:
+def test_split_alternates_sequences(sequences: int) -> None:
     blocks = blocks_of(sequences)
     fit, confirm = split(blocks)
     assert np.array_equal(fit.ids, blocks.ids[[n for n in range(sequences) if n % 2 == 0]])
     assert np.array_equal(confirm.ids, blocks.ids[[n for n in range(sequences) if n % 2 == 1]])
-    prints = [set(part.sequence_fingerprints().tolist()) for part in (fit, confirm)]
+    prints = [set(half.sequence_fingerprints().tolist()) for half in (fit, confirm)]
     assert not prints[0] & prints[1]
     assert len(prints[0]) + len(prints[1]) == sequences
     assert fit.fingerprint() != confirm.fingerprint()
     assert (fit.name, confirm.name) == ("random-0-fit", "random-0-confirm")
 
 
-def test_too_few_sequences_cannot_be_split() -> None:
+def test_splitting_fewer_than_four_sequences_is_rejected() -> None:
     words = refusal(CorpusError, lambda: split(blocks_of(3)))
-    assert "3 sequences cannot be split, expected at least 4" in words
+    assert "expected at least 4 sequences to split, got 3" in words
     assert "--max-tokens" in words
 
 
@@ -111,7 +111,7 @@ def test_too_few_sequences_cannot_be_split() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_record_can_be_written_and_read_back(family: str, tmp_path: Path) -> None:
+def test_record_survives_round_trip(family: str, tmp_path: Path) -> None:
     record = evaluated(family)
     write_record(tmp_path / "evaluation.json", record)
     assert read_typed(tmp_path / "evaluation.json", EvaluationRecord) == record
@@ -119,7 +119,7 @@ def test_a_record_can_be_written_and_read_back(family: str, tmp_path: Path) -> N
         assert to_plain(row).keys() >= PROMISED
 
 
-def test_a_record_says_on_what_it_was_fitted_and_measured() -> None:
+def test_record_names_both_corpora() -> None:
     record = evaluated()
     provenance, stack = record.provenance, a_settled_stack("gemma2")
     assert provenance.corpus == CONFIRM.provenance()
@@ -139,7 +139,7 @@ def test_a_record_says_on_what_it_was_fitted_and_measured() -> None:
         assert row.perplexity_ratio == pytest.approx(ratio, rel=1e-6)
 
 
-def test_a_record_says_where_tokens_that_left_save_no_work() -> None:
+def test_record_says_why_exited_tokens_save_no_work() -> None:
     assert evaluated("llama").settings.computes_every_token_because is None
     reason = evaluated("gpt2").settings.computes_every_token_because
     assert "gpt2" in reason
@@ -147,7 +147,7 @@ def test_a_record_says_where_tokens_that_left_save_no_work() -> None:
         assert row.layers_per_token == LAYERS
 
 
-def test_every_point_is_measured_once_and_on_the_sequences_kept_for_it() -> None:
+def test_every_point_is_measured_once_on_sequences_to_confirm_on() -> None:
     record = evaluated()
     rows = record.points
     assert [key(row) for row in rows] == sorted({key(row) for row in rows})
@@ -161,7 +161,7 @@ def test_every_point_is_measured_once_and_on_the_sequences_kept_for_it() -> None
         assert replace(row, **alike) == replace(other, **alike)
 
 
-def test_thresholds_come_from_the_other_sequences_quantiles() -> None:
+def test_thresholds_are_quantiles_on_sequences_to_fit_on() -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
     ids = torch.from_numpy(FIT.ids).long()
     found = {
@@ -178,27 +178,27 @@ def test_thresholds_come_from_the_other_sequences_quantiles() -> None:
         assert found[layer, "fixed", "control"] == found[layer, "oracle", "control"] == 0.5
 
 
-def test_other_sequences_to_confirm_on_leave_every_fitted_threshold_as_it_is() -> None:
+def test_fitted_thresholds_do_not_depend_on_sequences_to_confirm_on() -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
     other = evaluate(stack, FIT, blocks_of(9, seed=2), REQUEST, heads=heads, batch_size=4)
     assert [key(row) for row in other.points] == [key(row) for row in evaluated().points]
     assert [row.agreement for row in other.points] != [row.agreement for row in evaluated().points]
 
 
-def test_given_points_are_measured_as_they_are() -> None:
+def test_given_points_are_measured_at_given_thresholds() -> None:
     rows = {key(row): row for row in evaluated().points}
     assert rows[3, "cosine", 0.875].threshold_from == "given"
     assert rows[2, "entropy", 0.125].threshold_from == "given"
 
 
-def test_given_points_alone_fit_search_and_compare_nothing() -> None:
-    request = dataclasses.replace(REQUEST, layers=(), rules=(), only_given=True)
+def test_only_given_points_skips_fit_search_and_controls() -> None:
+    config = dataclasses.replace(REQUEST, layers=(), rules=(), only_given=True)
     done: list[int] = []
     record = evaluate(
         a_settled_stack("gemma2"),
         FIT,
         CONFIRM,
-        request,
+        config,
         heads=settled_heads("gemma2"),
         batch_size=4,
         progress=done.append,
@@ -214,7 +214,7 @@ def test_given_points_alone_fit_search_and_compare_nothing() -> None:
     to_json(to_plain(record))
 
 
-def test_every_point_has_a_random_control_of_its_share() -> None:
+def test_every_point_has_random_control_of_its_exit_share() -> None:
     stack, heads = a_settled_stack("gemma2"), settled_heads("gemma2")
     record = evaluated()
     layers = {
@@ -236,15 +236,15 @@ def test_every_point_has_a_random_control_of_its_share() -> None:
         nearest = min(abs(share - other) for other in shares)
         assert nearest <= 0.05 * share
         apart = max(apart, min(abs(share - other) for other in (0.75, 0.5)))
-    assert apart > 0.1  # the hard ratios' own would not have done
+    assert apart > 0.1  # the random points of the hard ratios would not match
 
 
-def test_a_point_that_lets_few_go_is_not_compared_with_a_control_that_lets_none() -> None:
+def test_point_with_few_exits_is_compared_with_control_that_exits_tokens() -> None:
     stack = a_settled_stack("gemma2")
     ratios = (1.0, 0.98, 0.97, 0.96)
-    request = EvaluationConfig(layers=(2,), rules=("top2_gap",), hard_ratios=ratios)
+    config = EvaluationConfig(layers=(2,), rules=("top2_gap",), hard_ratios=ratios)
     fit, confirm = split(blocks_of(60, seed=6))
-    record = evaluate(stack, fit, confirm, request, batch_size=30)
+    record = evaluate(stack, fit, confirm, config, batch_size=30)
     fitted = Evaluator(stack, {2: ["top2_gap"]}).table(fit, batch_size=30)
     shares = [1 - row.threshold for row in record.points if row.rule == "random"]
     seen = 0
@@ -259,31 +259,31 @@ def test_a_point_that_lets_few_go_is_not_compared_with_a_control_that_lets_none(
 
 def test_progress_counts_both_corpora() -> None:
     done: list[int] = []
-    request = EvaluationConfig(layers=(2,), rules=("cosine",), hard_ratios=(0.5,))
-    evaluate(a_stack("llama"), FIT, CONFIRM, request, batch_size=4, progress=done.append)
+    config = EvaluationConfig(layers=(2,), rules=("cosine",), hard_ratios=(0.5,))
+    evaluate(a_stack("llama"), FIT, CONFIRM, config, batch_size=4, progress=done.append)
     assert sum(done) == FIT.tokens + CONFIRM.tokens
 
 
-def test_the_verdict_is_that_of_the_rows() -> None:
+def test_verdict_matches_judged_rows() -> None:
     record = evaluated()
     wanted = WantedQuality(agreement=0.9, perplexity_ratio=1.05)
     assert record.verdict == judge(record.points, wanted)
     assert record.verdict.wanted == wanted
 
 
-def test_the_logit_lens_of_an_unsettled_model_is_not_to_be_used() -> None:
-    request = EvaluationConfig(layers=(2, 3), rules=("cosine",), hard_ratios=(0.3,))
-    record = evaluate(a_stack("llama"), FIT, CONFIRM, request, batch_size=3)
+def test_verdict_rejects_logit_lens_of_unsettled_model() -> None:
+    config = EvaluationConfig(layers=(2, 3), rules=("cosine",), hard_ratios=(0.3,))
+    record = evaluate(a_stack("llama"), FIT, CONFIRM, config, batch_size=3)
     assert not record.verdict.use
     assert record.verdict.headline.startswith("Do not use early exit here: ")
     assert {row.head for row in record.points} == {"logit_lens"}
 
 
-def test_a_hard_ratio_of_1_lets_nothing_go_even_where_confidences_are_saturated() -> None:
+def test_hard_ratio_of_one_exits_no_token_with_saturated_confidences() -> None:
     stack = DecoderStack(tiny_model("llama"))
     stack.lm_head.weight.data.mul_(100)  # probabilities of exactly 1
-    request = EvaluationConfig(layers=(2,), rules=("max_probability",), hard_ratios=(1.0,))
-    record = evaluate(stack, FIT, CONFIRM, request)
+    config = EvaluationConfig(layers=(2,), rules=("max_probability",), hard_ratios=(1.0,))
+    record = evaluate(stack, FIT, CONFIRM, config)
     rows = [row for row in record.points if row.threshold_from == "hard ratio 1"]
     row = next(row for row in rows if row.rule == "max_probability")
     assert row.threshold == np.nextafter(np.float32(1), np.float32(2))
@@ -309,8 +309,8 @@ def tables(draw: st.DrawFn) -> ExitTable:
     )
 
 
-def lowest_by_hand(table: ExitTable, agreement: float) -> float | None:
-    """Try every threshold."""
+def reference_lowest(table: ExitTable, agreement: float) -> float | None:
+    """Return the lowest threshold that keeps the agreement, by trying all."""
     values, agrees = table.confidence[2, "cosine"], table.agrees[2]
     fine = [
         float(value)
@@ -322,31 +322,31 @@ def lowest_by_hand(table: ExitTable, agreement: float) -> float | None:
 
 @given(tables(), st.one_of(st.sampled_from([0.0, 0.5, 0.75, 0.9, 0.95, 1.0]), st.floats(0, 1)))
 @settings(max_examples=300)
-def test_the_search_finds_the_lowest_threshold_that_keeps_the_agreement(
+def test_search_finds_lowest_threshold_that_keeps_agreement(
     table: ExitTable, agreement: float
 ) -> None:
     found = search(table, [2], ["cosine"], agreement)
-    expected = lowest_by_hand(table, agreement)
+    expected = reference_lowest(table, agreement)
     assert [point.threshold for point in found] == ([] if expected is None else [expected])
 
 
 @pytest.mark.parametrize("wrong", range(1, 10))
-def test_an_agreement_that_is_met_exactly_is_kept(wrong: int) -> None:
-    # 1 - 0.9 is 0.09999999999999998 in double precision: less than one token of ten.
+def test_search_accepts_exact_agreement(wrong: int) -> None:
+    # In float64, 1 - 0.9 is 0.09999999999999998, which is less than one token of ten.
     values = np.linspace(0.1, 1.0, 10, dtype=np.float32)[None]
     table = ExitTable({(2, "cosine"): values}, {2: values > wrong / 10 + 0.05})
     (point,) = search(table, [2], ["cosine"], (10 - wrong) / 10)
     assert point.threshold == values.min()
 
 
-def test_the_search_takes_tied_tokens_together() -> None:
+def test_search_exits_tied_tokens_together() -> None:
     values = np.array([[0.9, 0.5, 0.5, 0.1]], dtype=np.float32)
     table = ExitTable({(2, "cosine"): values}, {2: np.array([[True, True, False, True]])})
     (point,) = search(table, [2], ["cosine"], 1.0)
     assert point == OperatingPoint(2, "cosine", float(np.float32(0.9)), "agreement 1")
 
 
-def test_the_search_passes_controls_and_absent_rules_by() -> None:
+def test_search_skips_controls_and_missing_rules() -> None:
     table = ExitTable(
         {(2, "random"): np.ones((1, 4)), (2, "cosine"): np.ones((1, 4))},
         {2: np.ones((1, 4), dtype=bool)},
@@ -356,14 +356,14 @@ def test_the_search_passes_controls_and_absent_rules_by() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_found_on_one_split_is_confirmed_on_the_other(family: str) -> None:
+def test_searched_points_are_confirmed_on_other_split(family: str) -> None:
     record = evaluated(family)
     rows, found = record.points, record.search
     rules = {layer: ["cosine", "top2_gap", "patience", "entropy"] for layer in (2, 3)}
     evaluator = Evaluator(a_settled_stack(family), rules, heads=settled_heads(family))
     table = evaluator.table(FIT, batch_size=4)
     expected = {
-        (layer, rule): lowest_by_hand(
+        (layer, rule): reference_lowest(
             ExitTable({(2, "cosine"): table.confidence[layer, rule]}, {2: table.agrees[layer]}),
             0.9,
         )
@@ -379,7 +379,7 @@ def test_what_is_found_on_one_split_is_confirmed_on_the_other(family: str) -> No
     assert found.saves == (bool(kept) and rows[found.best].flops_ratio < 1)
 
 
-def test_not_all_that_is_found_is_confirmed() -> None:
+def test_some_searched_points_are_not_confirmed() -> None:
     found = [evaluated(family).search for family in FAMILIES]
     assert any(len(one.confirmed) < len(one.points) for one in found)
     assert any(one.confirmed for one in found)
@@ -389,7 +389,7 @@ def test_not_all_that_is_found_is_confirmed() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_records_auroc_is_measured_on_the_sequences_kept_for_it(family: str) -> None:
+def test_auroc_is_measured_on_sequences_to_confirm_on(family: str) -> None:
     record = evaluated(family)
     rules = {layer: ["cosine", "top2_gap", "patience", "entropy", "random"] for layer in (2, 3)}
     evaluator = Evaluator(a_settled_stack(family), rules, heads=settled_heads(family))
@@ -404,7 +404,7 @@ def test_a_records_auroc_is_measured_on_the_sequences_kept_for_it(family: str) -
         assert row.auroc == expected
 
 
-# --- Bad input -------------------------------------------------------------------------------
+# --- Invalid input ---------------------------------------------------------------------------
 
 WRONG = {
     "hard ratio above 1": ({"hard_ratios": (0.3, 1.5)}, "expected a hard ratio in 0..1, got 1.5"),
@@ -417,7 +417,7 @@ WRONG = {
     ),
     "controls alone": (
         {"rules": ("oracle", "random")},
-        "the rules oracle, random are controls, measured beside every rule; name a rule to judge",
+        "expected a rule to judge, got only controls (oracle, random), which are always measured",
     ),
     "no rule": ({"rules": ()}, "expected a rule to judge, got none"),
     "a rule too wide for the layer": (
@@ -446,7 +446,7 @@ WRONG = {
         "a finite threshold",
     ),
     "too wide": ({"thresholds": (OperatingPoint(1, "mean_cosine", 0.5, ""),)}, "in 2..4, got 1"),
-    "only given, none": ({"only_given": True}, "expected at least one point"),
+    "only given, none": ({"only_given": True}, "expected at least one operating point"),
     "only given, too wide": (
         {"layers": (), "rules": (), "only_given": True}
         | {"thresholds": (OperatingPoint(1, "mean_cosine", 0.5, ""),)},
@@ -456,51 +456,49 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_evaluated_is_refused_before_any_pass(
+def test_invalid_config_is_rejected_before_any_pass(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Evaluator, "_batches", lambda *_: pytest.fail("a pass was begun"))
+    monkeypatch.setattr(Evaluator, "_batches", lambda *_: pytest.fail("a forward pass was started"))
     changes, words = WRONG[name]
-    request = dataclasses.replace(EvaluationConfig(layers=(2,), rules=("cosine",)), **changes)
-    assert words in refusal(UsageError, lambda: evaluate(a_stack("llama"), FIT, CONFIRM, request))
+    config = dataclasses.replace(EvaluationConfig(layers=(2,), rules=("cosine",)), **changes)
+    assert words in refusal(UsageError, lambda: evaluate(a_stack("llama"), FIT, CONFIRM, config))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
-def test_a_seed_that_not_every_generator_takes_is_refused_before_any_pass(
+def test_seed_out_of_range_is_rejected_before_any_pass(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Evaluator, "_batches", lambda *_: pytest.fail("a pass was begun"))
-    request = EvaluationConfig(layers=(2,), rules=("cosine",))
-    words = refusal(
-        UsageError, lambda: evaluate(a_stack("llama"), FIT, CONFIRM, request, seed=seed)
-    )
+    monkeypatch.setattr(Evaluator, "_batches", lambda *_: pytest.fail("a forward pass was started"))
+    config = EvaluationConfig(layers=(2,), rules=("cosine",))
+    words = refusal(UsageError, lambda: evaluate(a_stack("llama"), FIT, CONFIRM, config, seed=seed))
     assert words == f"expected a seed in 0..{2**63 - 1}, got {seed}"
 
 
-def test_controls_beside_a_rule_or_a_given_point_are_welcome() -> None:
-    beside = EvaluationConfig(layers=(2,), rules=("cosine", "random"))
+def test_controls_are_accepted_with_another_rule_or_given_point() -> None:
+    with_rule = EvaluationConfig(layers=(2,), rules=("cosine", "random"))
     given = EvaluationConfig(
         layers=(2,), rules=("fixed",), thresholds=(OperatingPoint(2, "cosine", 0.5, "given"),)
     )
-    for request in (beside, given):
-        request.check()
+    for config in (with_rule, given):
+        config.check()
 
 
-def test_a_rule_of_a_given_point_is_not_asked_for_at_other_layers() -> None:
-    request = EvaluationConfig(
+def test_rule_of_given_point_is_not_measured_at_other_layers() -> None:
+    config = EvaluationConfig(
         layers=(1,), rules=("cosine",), thresholds=(OperatingPoint(2, "mean_cosine", 0.5, "given"),)
     )
-    record = evaluate(a_stack("llama"), FIT, CONFIRM, request)
+    record = evaluate(a_stack("llama"), FIT, CONFIRM, config)
     layers = {row.exit_layer for row in record.points if row.rule == "mean_cosine"}
     assert layers == {2}
 
 
-def test_a_propagation_or_heads_that_cannot_serve_are_refused() -> None:
-    request = EvaluationConfig(layers=(2,), rules=("cosine",))
+def test_invalid_propagation_or_heads_are_rejected() -> None:
+    config = EvaluationConfig(layers=(2,), rules=("cosine",))
     stack: DecoderStack = a_stack("llama")
 
     def run(**options: Any) -> Callable[[], Any]:
-        return lambda: evaluate(stack, FIT, CONFIRM, request, **options)
+        return lambda: evaluate(stack, FIT, CONFIRM, config, **options)
 
     assert "needs fitted heads" in refusal(UsageError, run(propagation="ridge"))
     assert "got 'melted'" in refusal(UsageError, run(propagation="melted"))
@@ -510,29 +508,29 @@ def test_a_propagation_or_heads_that_cannot_serve_are_refused() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_too_few_sequences_to_fit_or_confirm_on_are_refused(place: int) -> None:
-    parts = [blocks_of(4), blocks_of(4)]
-    parts[place] = blocks_of(1)
-    request = EvaluationConfig(layers=(2,), rules=("cosine",))
-    words = refusal(CorpusError, lambda: evaluate(a_stack("llama"), *parts, request))
+def test_too_few_sequences_to_fit_or_confirm_on_are_rejected(place: int) -> None:
+    halves = [blocks_of(4), blocks_of(4)]
+    halves[place] = blocks_of(1)
+    config = EvaluationConfig(layers=(2,), rules=("cosine",))
+    words = refusal(CorpusError, lambda: evaluate(a_stack("llama"), *halves, config))
     assert "expected at least 2 sequences to fit on and 2 to confirm on, got 1" in words
 
 
-def test_sequences_beyond_the_positions_are_refused() -> None:
-    request = EvaluationConfig(layers=(2,), rules=("cosine",))
+def test_sequences_beyond_positions_are_rejected() -> None:
+    config = EvaluationConfig(layers=(2,), rules=("cosine",))
     words = refusal(
-        CorpusError, lambda: evaluate(a_stack("llama"), *split(blocks_of(4, 65)), request)
+        CorpusError, lambda: evaluate(a_stack("llama"), *split(blocks_of(4, 65)), config)
     )
     assert "exceed the model's 64 positions" in words
 
 
-def test_given_points_alone_are_not_judged() -> None:
+def test_only_given_points_are_not_judged() -> None:
     stack = a_stack("llama")
     blocks = blocks_of(8)
-    request = EvaluationConfig(
+    config = EvaluationConfig(
         layers=(), rules=(), thresholds=(OperatingPoint(2, "cosine", 0.5, "given"),)
     )
-    alone = dataclasses.replace(request, only_given=True)
+    alone = dataclasses.replace(config, only_given=True)
     record = evaluate(stack, *split(blocks), alone)
     assert [row.threshold_from for row in record.points] == ["given"]
     assert not record.verdict.use

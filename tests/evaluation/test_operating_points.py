@@ -1,4 +1,4 @@
-"""What is measured of a point, figure by figure, against plain scoring and own logits."""
+"""Every figure of an operating point matches plain scoring and the model's logits."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ from cascade.core.records import to_json
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import EarlyExit, Propagation, make_exit
-from cascade.evaluation import exit_table
-from cascade.evaluation import operating_points as room
+from cascade.evaluation import exit_table, operating_points
 from cascade.evaluation.exit_table import ExitTable
 from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.evaluation.records import OperatingPointRow
@@ -51,11 +50,11 @@ from cascade.exits.rules import RULES, ExitPoint
 from cascade.models.flops import full_flops
 from cascade.models.stack import DecoderStack
 
-#: Figures that a clock or draws have a hand in.
+#: Figures that depend on a clock or on resampling.
 NOISY = {"seconds_ratio", "seconds_ratio_interval"}
 DRAWN = {"agreement_interval", "perplexity_ratio_interval"}
 
-#: Between fp32 sums in another order: 30 units in the last place of a perplexity of 100.
+#: Tolerance for fp32 sums in a different order: 30 units in the last place of a perplexity of 100.
 CLOSE = 1e-5
 
 WITH_LOGITS = ("top2_gap", "max_probability", "entropy", "patience", "oracle")
@@ -64,7 +63,7 @@ ALL_RULES = WITH_LOGITS + WITHOUT_LOGITS
 AT = {1: ("cosine", "patience", "oracle"), 2: ALL_RULES, 3: ALL_RULES}
 
 #: Heads and propagation; the maps of ridge propagation belong to the ridge heads.
-WAYS: tuple[tuple[bool, Propagation], ...] = (
+VARIANTS: tuple[tuple[bool, Propagation], ...] = (
     (True, "frozen"),
     (True, "ridge"),
     (True, "exact"),
@@ -74,7 +73,7 @@ WAYS: tuple[tuple[bool, Propagation], ...] = (
 
 
 def close(got: Any, expected: Any) -> bool:
-    """Say whether two figures, intervals or names are the same, give or take fp32's arithmetic."""
+    """Return whether two figures, intervals or names are equal up to fp32 rounding."""
     if expected is None or isinstance(expected, str):
         return bool(got == expected)
     return bool(got == pytest.approx(expected, rel=CLOSE, abs=CLOSE))
@@ -85,7 +84,7 @@ def heads_of(family: str, *, fitted: bool) -> FittedHeads | None:
 
 
 def mixed_points(table: ExitTable, layers: Sequence[int] = (2, 3)) -> list[OperatingPoint]:
-    """Return a point for each rule and layer at which about half of the tokens leave."""
+    """Return a point for each rule and layer at which about half of the tokens exit."""
     points = []
     for layer in layers:
         for rule in AT[layer]:
@@ -116,8 +115,8 @@ def measured(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("fitted", "propagation"), WAYS)
-def test_a_row_is_what_scoring_and_the_models_own_logits_say(
+@pytest.mark.parametrize(("fitted", "propagation"), VARIANTS)
+def test_row_matches_scoring_and_model_logits(
     family: str, fitted: bool, propagation: Propagation
 ) -> None:
     stack, blocks, heads = a_settled_stack(family), blocks_of(7), heads_of(family, fitted=fitted)
@@ -147,26 +146,26 @@ def test_a_row_is_what_scoring_and_the_models_own_logits_say(
         )
         assert row.head == ("ridge" if fitted else "logit_lens")
         mixed += 0 < row.exit_share < 1
-    assert mixed >= 12  # a point that lets none or all go would prove little
+    assert mixed >= 12  # points at which no or all tokens exit would prove little
 
 
-def test_the_points_really_differ_from_the_full_model() -> None:
+def test_measured_points_differ_from_full_model() -> None:
     for family in FAMILIES:
-        rows = [row for way in WAYS for row in measured(family, *way)[1]]
+        rows = [row for variant in VARIANTS for row in measured(family, *variant)[1]]
         assert min(row.agreement for row in rows) < 0.9
         assert max(abs(row.perplexity_ratio - 1) for row in rows) > 1e-3
         assert len({round(row.flops_ratio, 6) for row in rows}) > 20
 
 
-def test_full_flops_are_those_of_scoring_without_an_exit() -> None:
+def test_full_flops_match_scoring_without_exits() -> None:
     for family in FAMILIES:
         stack, blocks = a_stack(family), blocks_of(3)
         counts = EarlyExit(stack).score(torch.from_numpy(blocks.ids).long()).counts
-        assert room.flops(stack, counts) == full_flops(stack, 3, 12)
+        assert operating_points.flops(stack, counts) == full_flops(stack, 3, 12)
 
 
 @pytest.mark.parametrize("propagation", ["frozen", "ridge", "exact"])
-def test_a_threshold_that_nothing_reaches_is_the_full_model(propagation: Propagation) -> None:
+def test_point_without_exits_matches_full_model(propagation: Propagation) -> None:
     evaluator = Evaluator(
         a_settled_stack("llama"),
         {2: ["cosine"]},
@@ -178,7 +177,7 @@ def test_a_threshold_that_nothing_reaches_is_the_full_model(propagation: Propaga
     assert row.agreement == 1
     assert row.exit_agreement is None
     assert row.agreement_interval == [1, 1]
-    # Not to the last bit: the upper layers run a second time.
+    # Not bit for bit, because the upper layers run a second time.
     assert row.perplexity_ratio == pytest.approx(1, abs=1e-6)
     assert row.hard_perplexity_ratio == pytest.approx(1, abs=1e-6)
     assert row.kl == pytest.approx(0, abs=1e-6)
@@ -186,7 +185,7 @@ def test_a_threshold_that_nothing_reaches_is_the_full_model(propagation: Propaga
     assert row.flops_ratio == 1
 
 
-def test_a_threshold_that_all_reach_is_the_exit_head_alone() -> None:
+def test_point_at_which_all_tokens_exit_matches_exit_head() -> None:
     evaluator = Evaluator(
         a_settled_stack("llama"), {2: ["cosine", "fixed"]}, heads=settled_heads("llama")
     )
@@ -201,7 +200,7 @@ def test_a_threshold_that_all_reach_is_the_exit_head_alone() -> None:
 
 
 @pytest.mark.parametrize("fitted", [True, False])
-def test_leaving_at_the_last_layer_is_its_head_and_costs_every_layer(fitted: bool) -> None:
+def test_exit_at_last_layer_costs_every_layer(fitted: bool) -> None:
     stack, blocks = a_settled_stack("llama"), blocks_of(4)
     heads = heads_of("llama", fitted=fitted)
     evaluator = Evaluator(stack, {LAYERS: ["fixed"]}, heads=heads)
@@ -221,7 +220,7 @@ def test_leaving_at_the_last_layer_is_its_head_and_costs_every_layer(fitted: boo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_oracle_with_exact_propagation_always_agrees(family: str) -> None:
+def test_oracle_with_exact_propagation_always_agrees(family: str) -> None:
     points, rows, table = measured(family, True, "exact")
     found = [
         (point, row)
@@ -234,20 +233,20 @@ def test_an_oracle_with_exact_propagation_always_agrees(family: str) -> None:
         assert row.exit_share == pytest.approx(table.agrees[point.layer].mean(), abs=1e-12)
 
 
-def test_a_threshold_between_two_fp32_numbers_keeps_the_lower_one_as_scoring_does() -> None:
+def test_threshold_between_two_float32_numbers_is_not_rounded() -> None:
     stack, blocks = a_settled_stack("llama"), blocks_of(4)
     evaluator = Evaluator(stack, {2: ["cosine"]})
     lower = float(np.sort(evaluator.table(blocks, batch_size=4).confidence[2, "cosine"], None)[20])
-    assert np.float32(lower + 1e-12) == np.float32(lower)  # rounded, it would let the token go
-    for threshold, leaving in ((lower, 28), (lower + 1e-12, 27)):
+    assert np.float32(lower + 1e-12) == np.float32(lower)  # the token would exit after rounding
+    for threshold, exits in ((lower, 28), (lower + 1e-12, 27)):
         point = OperatingPoint(2, "cosine", threshold, "")
         row = evaluator.run(blocks, [point], batch_size=4)[0][0]
         scored = score_by_hand(stack, blocks, point, heads=None, propagation="frozen", batch_size=4)
         assert row.exit_share * 48 == pytest.approx(int(scored.leaves.sum()))
-        assert row.exit_share * 48 == pytest.approx(leaving)
+        assert row.exit_share * 48 == pytest.approx(exits)
 
 
-def test_the_batch_size_changes_nothing_but_seconds_and_the_padding_of_packed_queries() -> None:
+def test_batch_size_changes_only_seconds_and_padding_of_packed_queries() -> None:
     for family in FAMILIES:
         stack = a_settled_stack(family)
         _, one, _ = measured(family, True, "frozen", batch_size=1)
@@ -261,15 +260,15 @@ def test_the_batch_size_changes_nothing_but_seconds_and_the_padding_of_packed_qu
                         row.rule,
                         name,
                     )
-                # The queries of a batch are padded to its longest: they are really computed.
-                if family == "gpt2":  # nothing is packed
+                # The queries of a batch are padded to the longest, and the padding is computed.
+                if family == "gpt2":  # no packing
                     assert row.flops_ratio == pytest.approx(other.flops_ratio, rel=1e-12)
                 attention = 4.0 * LAYERS * 7 * 12 * 12 * stack.hidden_size
                 more = (row.flops_ratio - other.flops_ratio) * full_flops(stack, 7, 12)
                 assert -1 < more < attention
 
 
-def test_intervals_hold_their_figure_and_shrink_with_more_sequences() -> None:
+def test_intervals_contain_figure_and_shrink_with_more_sequences() -> None:
     evaluator = Evaluator(a_settled_stack("gemma2"), {2: ["fixed"]})
     width = {}
     for sequences in (8, 72):
@@ -283,7 +282,7 @@ def test_intervals_hold_their_figure_and_shrink_with_more_sequences() -> None:
         for name in DRAWN:
             assert getattr(again, name) == getattr(row, name)
     for name in ("agreement", "perplexity_ratio"):
-        # A third by the square root of nine; sequences differ, so give or take.
+        # One third, by the square root of nine, with a tolerance since sequences differ.
         assert 0.15 < width[name, 72] / width[name, 8] < 0.6
 
 
@@ -291,7 +290,7 @@ def test_intervals_hold_their_figure_and_shrink_with_more_sequences() -> None:
 
 
 @pytest.mark.parametrize("threshold", [1.0, 2.0])
-def test_patience_sees_what_exits_at_the_layers_below_would_show_it(threshold: float) -> None:
+def test_patience_uses_predictions_of_layers_below(threshold: float) -> None:
     stack, blocks, heads = a_settled_stack("gemma2"), blocks_of(5), settled_heads("gemma2")
     evaluator = Evaluator(stack, AT, heads=heads)
     point = OperatingPoint(3, "patience", threshold, "")
@@ -305,16 +304,16 @@ def test_patience_sees_what_exits_at_the_layers_below_would_show_it(threshold: f
         batch_size=5,
         earlier=[1, 2],
     )
-    leaves = table.confidence[3, "patience"] >= threshold
-    assert np.array_equal(leaves, scored.leaves.numpy())
-    assert 0 < leaves.mean() < 1
-    # The heads of both layers below ran over every token, and so did its own.
+    exits = table.confidence[3, "patience"] >= threshold
+    assert np.array_equal(exits, scored.leaves.numpy())
+    assert 0 < exits.mean() < 1
+    # Its own head and the heads of both layers below ran over every token.
     assert scored.counts.head_rows == {1: 60, 2: 60, 3: 60}
     expected = row_by_hand(stack, blocks, scored, heads)["flops_ratio"]
     assert row.flops_ratio == pytest.approx(expected, rel=1e-12)
 
 
-def test_patience_with_no_layer_below_it_is_never_confident() -> None:
+def test_patience_without_layer_below_is_zero() -> None:
     evaluator = Evaluator(a_settled_stack("llama"), {3: ["patience"]})
     (row,), table = evaluator.run(blocks_of(3), [OperatingPoint(3, "patience", 1.0, "")])
     assert not table.confidence[3, "patience"].any()
@@ -326,7 +325,7 @@ def test_patience_with_no_layer_below_it_is_never_confident() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fitted", [True, False])
-def test_the_table_is_what_states_and_heads_say_of_every_token(family: str, fitted: bool) -> None:
+def test_table_matches_states_and_heads(family: str, fitted: bool) -> None:
     stack, blocks, heads = a_settled_stack(family), blocks_of(7), heads_of(family, fitted=fitted)
     table = Evaluator(stack, AT, heads=heads, seed=5).table(blocks, batch_size=3)
     ids = torch.from_numpy(blocks.ids).long()
@@ -344,7 +343,7 @@ def test_the_table_is_what_states_and_heads_say_of_every_token(family: str, fitt
     earlier: list[torch.Tensor] = []
     for layer, rules in AT.items():
         at = make_exit(stack, layer, "fixed", 0.0, heads=heads)
-        # Sequence by sequence: a head takes no more rows than the model has positions.
+        # Sequence by sequence, since a head accepts at most as many rows as the model's positions.
         logits = torch.cat([at.head.logits(states) for states in history[layer]]).float()
         logs = logits.double().log_softmax(dim=-1).unflatten(0, ids.shape)
         prediction = logits.argmax(dim=-1)
@@ -373,22 +372,22 @@ def test_the_table_is_what_states_and_heads_say_of_every_token(family: str, fitt
         earlier.append(prediction)
 
 
-def test_the_table_of_a_run_is_the_table() -> None:
+def test_run_returns_same_table() -> None:
     stack, blocks = a_settled_stack("llama"), blocks_of(5)
     evaluator = Evaluator(stack, {2: ["cosine", "random"]}, seed=3)
     alone = evaluator.table(blocks, batch_size=2)
-    _, beside = evaluator.run(blocks, [OperatingPoint(2, "cosine", 0.5, "")], batch_size=2)
-    assert alone.confidence.keys() == beside.confidence.keys() == {(2, "cosine"), (2, "random")}
+    _, of_run = evaluator.run(blocks, [OperatingPoint(2, "cosine", 0.5, "")], batch_size=2)
+    assert alone.confidence.keys() == of_run.confidence.keys() == {(2, "cosine"), (2, "random")}
     for key in alone.confidence:
-        assert np.array_equal(alone.confidence[key], beside.confidence[key])
-    assert np.array_equal(alone.agrees[2], beside.agrees[2])
+        assert np.array_equal(alone.confidence[key], of_run.confidence[key])
+    assert np.array_equal(alone.agrees[2], of_run.agrees[2])
 
 
 # --- Losses ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("propagation", ["frozen", "ridge", "exact"])
-def test_a_sequences_loss_is_its_share_of_tokens_not_predicted_as_by_the_full_model(
+def test_loss_is_share_of_differing_predictions(
     propagation: Propagation,
 ) -> None:
     stack, blocks, heads = a_settled_stack("gemma2"), blocks_of(7), settled_heads("gemma2")
@@ -404,21 +403,21 @@ def test_a_sequences_loss_is_its_share_of_tokens_not_predicted_as_by_the_full_mo
         np.testing.assert_allclose(row, losses_by_hand(scored), atol=1e-12)
     assert not losses[0].any()
     assert losses[3].mean() > losses[2].mean() > 0
-    assert len(np.unique(losses[3])) > 2  # sequences are told apart
+    assert len(np.unique(losses[3])) > 2  # losses differ between sequences
 
 
 # --- Seconds ---------------------------------------------------------------------------------
 
-#: What the fake clock counts for each part; the metrics' must show nowhere.
+#: Seconds of the fake clock for each kind of work. The time of metrics must not be counted.
 PLAN, LAYER, FULL_HEAD, HEAD, RULE, METRIC = 0.25, 1.0, 10.0, 100.0, 0.5, 1e6
 
 
 class FakeClock:
-    """A clock that only the work to be timed moves on."""
+    """A clock that advances only during the work to be timed."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        #: Slows everything down, for batches that take their time.
+        #: A factor that slows down all work, to simulate slow batches.
         self.pace = 1.0
 
     def perf_counter(self) -> float:
@@ -434,11 +433,11 @@ class FakeClock:
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeClock, DecoderStack]:
-    """Return a clock, and a model whose parts move it on."""
+    """Return a clock and a model whose modules advance it."""
     clock, stack = FakeClock(), DecoderStack(tiny_model("llama"))
     monkeypatch.setattr(exit_table, "time", types.SimpleNamespace(perf_counter=clock.perf_counter))
-    layers_run = room.SkippingLayers.run
-    monkeypatch.setattr(room.SkippingLayers, "run", clock.ticking(layers_run, LAYER))
+    layers_run = operating_points.SkippingLayers.run
+    monkeypatch.setattr(operating_points.SkippingLayers, "run", clock.ticking(layers_run, LAYER))
     monkeypatch.setattr(stack, "plan", clock.ticking(stack.plan, PLAN))
     monkeypatch.setattr(stack, "decode", clock.ticking(stack.decode, FULL_HEAD))
     monkeypatch.setattr(RidgeHead, "logits", clock.ticking(RidgeHead.logits, HEAD))
@@ -453,7 +452,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeClock, DecoderStack]:
 
 
 @pytest.mark.parametrize("propagation", ["frozen", "ridge", "exact"])
-def test_a_points_seconds_are_those_below_its_exit_of_deciding_and_above_it(
+def test_seconds_are_layers_below_exit_decision_and_layers_above(
     timed: tuple[FakeClock, DecoderStack], propagation: Propagation
 ) -> None:
     _, stack = timed
@@ -473,22 +472,22 @@ def test_a_points_seconds_are_those_below_its_exit_of_deciding_and_above_it(
     full = PLAN + LAYERS * LAYER + FULL_HEAD
     below = PLAN + 3 * LAYER
     for point, row in zip(points, rows, strict=True):
-        left = (table.confidence[3, point.rule] >= point.threshold).reshape(2, -1).mean(axis=1)
+        shares = (table.confidence[3, point.rule] >= point.threshold).reshape(2, -1).mean(axis=1)
         expected = 0.0
-        for share in left:  # batch by batch
-            # The rule's own softmax is its work; of logits it is the metrics'.
-            own = METRIC if point.rule == "max_probability" else 0
-            looked = {"patience": 2.0, "max_probability": 1.0}.get(point.rule, share)
+        for share in shares:  # one share per batch
+            # A softmax computed by the rule counts; the softmax of the metrics does not.
+            softmax = METRIC if point.rule == "max_probability" else 0
+            heads = {"patience": 2.0, "max_probability": 1.0}.get(point.rule, share)
             above = LAYER + (FULL_HEAD if share < 1 else 0)
             if propagation == "exact":
                 above = LAYER + FULL_HEAD * (1 - share)
-            expected += below + looked * HEAD + RULE + own + above
+            expected += below + heads * HEAD + RULE + softmax + above
         assert row.seconds_ratio == pytest.approx(expected / (2 * full)), point.rule
         if point.rule != "fixed":
-            assert 0 < left.min() < 1
+            assert 0 < shares.min() < 1
 
 
-def test_the_interval_of_seconds_is_that_of_a_ratio_over_batches(
+def test_interval_of_seconds_is_ratio_interval_over_batches(
     timed: tuple[FakeClock, DecoderStack],
 ) -> None:
     clock, stack = timed
@@ -510,7 +509,7 @@ def test_the_interval_of_seconds_is_that_of_a_ratio_over_batches(
     point = pace * (PLAN + LAYERS * LAYER + FULL_HEAD + RULE + shares * HEAD)
     ratio = point.sum() / full.sum()
     assert row.seconds_ratio == pytest.approx(ratio)
-    # Cochran 1977, section 6.3: the residuals' own t interval, in units of the mean of the full.
+    # Cochran 1977, section 6.3: the t interval of the residuals, relative to the full model's mean.
     around = ttest_1samp(point - ratio * full, 0).confidence_interval()
     assert row.seconds_ratio_interval == pytest.approx(
         [ratio + end / full.mean() for end in around]
@@ -525,10 +524,10 @@ def test_one_batch_has_no_interval_of_seconds() -> None:
     assert row.seconds_ratio > 0
 
 
-# --- What evaluating leaves behind -----------------------------------------------------------
+# --- Side effects ----------------------------------------------------------------------------
 
 
-def test_evaluating_leaves_model_heads_and_corpus_as_they_were() -> None:
+def test_evaluating_does_not_change_model_heads_and_corpus() -> None:
     stack, blocks, heads = DecoderStack(tiny_model("llama")), blocks_of(4), some_heads("llama")
     weights = {name: value.clone() for name, value in stack.model.state_dict().items()}
     before, ids, fingerprint = state_of(stack), blocks.ids.copy(), heads.fingerprint()
@@ -550,7 +549,7 @@ def test_progress_counts_every_token_once() -> None:
     assert done[3:] == [48, 36]
 
 
-# --- Bad input -------------------------------------------------------------------------------
+# --- Invalid input ---------------------------------------------------------------------------
 
 
 def refusal(kind: type[CascadeError], work: Callable[[], Any]) -> str:
@@ -567,22 +566,22 @@ def refusal(kind: type[CascadeError], work: Callable[[], Any]) -> str:
         ({5: ["cosine"]}, {}, "expected an exit layer in 1..4, got 5"),
         ({1: ["mean_cosine"]}, {}, "expected an exit layer in 2..4, got 1"),
         ({}, {}, "expected at least one exit layer"),
-        ({2: []}, {}, "and a rule for each"),
+        ({2: []}, {}, "expected at least one exit layer with a rule"),
         ({2: ["cosine"]}, {"propagation": "molten"}, "got 'molten'"),
         ({2: ["cosine"]}, {"propagation": "ridge"}, "needs fitted heads"),
     ],
 )
-def test_an_evaluator_that_cannot_be_is_refused_at_the_door(
+def test_invalid_evaluator_is_rejected(
     rules: dict[int, list[str]], options: dict[str, Any], words: str
 ) -> None:
     assert words in refusal(UsageError, lambda: Evaluator(a_stack("llama"), rules, **options))
 
 
-def test_heads_without_the_layer_or_of_another_model_are_refused_at_the_door() -> None:
+def test_heads_without_layer_or_of_another_model_are_rejected() -> None:
     heads = some_heads("llama")
     some = dataclasses.replace(heads, weights={3: heads.weights[3]})
     words = refusal(UsageError, lambda: Evaluator(a_stack("llama"), {2: ["cosine"]}, heads=some))
-    assert "fitted for the layers 3, got layer 2" in words
+    assert "these heads were fitted for (3), got 2" in words
     words = refusal(
         ModelError, lambda: Evaluator(a_stack("qwen2"), {2: ["cosine"]}, heads=some_heads("llama"))
     )
@@ -595,24 +594,24 @@ def test_heads_without_the_layer_or_of_another_model_are_refused_at_the_door() -
     [
         (OperatingPoint(2, "cosine", math.nan, ""), "got nan"),
         (OperatingPoint(2, "cosine", 1.5, ""), "from -1 to 1"),
-        (OperatingPoint(2, "top2_gap", 0.5, ""), "not measured here"),
-        (OperatingPoint(3, "cosine", 0.5, ""), "layer 3 with the rule cosine is not measured here"),
+        (OperatingPoint(2, "top2_gap", 0.5, ""), "got layer 2 with the rule top2_gap"),
+        (OperatingPoint(3, "cosine", 0.5, ""), "got layer 3 with the rule cosine"),
         (OperatingPoint(9, "cosine", 0.5, ""), "1..4, got 9"),
         (OperatingPoint(2, "cosin", 0.5, ""), "got 'cosin'"),
     ],
 )
-def test_a_point_that_cannot_be_measured_is_refused_before_any_pass(
+def test_invalid_point_is_rejected_before_any_pass(
     point: OperatingPoint, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack = a_stack("llama")
     evaluator = Evaluator(stack, {2: ["cosine"]})
-    monkeypatch.setattr(stack, "plan", lambda *_, **__: pytest.fail("a pass was begun"))
+    monkeypatch.setattr(stack, "plan", lambda *_, **__: pytest.fail("a forward pass was started"))
     blocks = blocks_of(4)
     assert words in refusal(UsageError, lambda: evaluator.run(blocks, [point]))
     assert words in refusal(UsageError, lambda: evaluator.losses(blocks, [point]))
 
 
-def test_a_corpus_that_cannot_be_read_or_scored_is_refused() -> None:
+def test_invalid_corpus_is_rejected() -> None:
     evaluator = Evaluator(a_stack("llama"), {2: ["cosine"]})
     words = refusal(CorpusError, lambda: evaluator.table(blocks_of(2, 65)))
     assert "65 tokens exceed the model's 64 positions" in words
@@ -625,11 +624,11 @@ def test_a_corpus_that_cannot_be_read_or_scored_is_refused() -> None:
     assert "got none" in refusal(CorpusError, lambda: evaluator.losses(empty, []))
 
 
-def test_logits_and_states_that_are_not_finite_are_refused_by_layer() -> None:
+def test_non_finite_logits_and_states_are_rejected() -> None:
     heads = some_heads("llama")
     weight, bias = heads.weights[2]
     broken = dataclasses.replace(heads, weights={2: (weight * math.nan, bias)})
-    # A cosine needs no logits: only their own check can tell.
+    # The cosine needs no logits, so only the check of logits detects them.
     evaluator = Evaluator(a_stack("llama"), {2: ["cosine"]}, heads=broken)
     words = refusal(ModelError, lambda: evaluator.table(blocks_of(2)))
     assert "logits of exit layer 2 are not finite" in words
@@ -639,7 +638,7 @@ def test_logits_and_states_that_are_not_finite_are_refused_by_layer() -> None:
     assert "not finite" in refusal(ModelError, lambda: evaluator.table(blocks_of(2)))
 
 
-def test_a_head_that_rules_the_next_token_out_has_a_perplexity_that_a_record_can_hold(
+def test_head_that_excludes_next_token_has_finite_perplexity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def certain(self: RidgeHead, hidden: torch.Tensor) -> torch.Tensor:
@@ -656,12 +655,12 @@ def test_a_head_that_rules_the_next_token_out_has_a_perplexity_that_a_record_can
     to_json(to_plain(rows))
 
 
-def test_a_full_model_without_a_perplexity_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_model_with_infinite_perplexity_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = DecoderStack(tiny_model("llama"))
-    whole = stack.decode
+    decode = stack.decode
 
     def banning(hidden: torch.Tensor) -> torch.Tensor:
-        logits = whole(hidden)
+        logits = decode(hidden)
         logits[..., 50:] = -math.inf
         return logits
 
@@ -670,4 +669,4 @@ def test_a_full_model_without_a_perplexity_is_refused(monkeypatch: pytest.Monkey
     words = refusal(
         ModelError, lambda: evaluator.run(blocks_of(4), [OperatingPoint(2, "fixed", 0.5, "")])
     )
-    assert "no probability at all" in words
+    assert "assigns zero probability to a token" in words

@@ -1,4 +1,4 @@
-"""Every reason to use early exit or not, on rows made by hand."""
+"""The verdict on early exit for constructed rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = OperatingPointRow
 
 
 def row(rule: str = "cosine", layer: int = 24, **figures: Any) -> Row:
-    """Return a point that is good enough and faster; figures change it, intervals follow."""
+    """Return a point that is good enough and faster, with changed figures and their intervals."""
     found = {
         "exit_layer": layer,
         "rule": rule,
@@ -65,10 +65,10 @@ def verdict(*rows: Row) -> Verdict:
     return found
 
 
-# --- Use it ----------------------------------------------------------------------------------
+# --- Points worth using ----------------------------------------------------------------------
 
 
-def test_a_point_that_passes_everything_is_to_be_used() -> None:
+def test_point_that_passes_all_checks_is_used() -> None:
     found = verdict(GOOD, *CONTROL_ROWS)
     assert found.use
     assert found.point == found.good_enough == found.faster == 0
@@ -76,7 +76,7 @@ def test_a_point_that_passes_everything_is_to_be_used() -> None:
     assert found.against == ControlPoints(random=1, static=2, oracle=3)
     assert found.headline == (
         "Use early exit here: layer 24, cosine >= 0.95 with the ridge head, 30.0 % of the tokens "
-        "leave."
+        "exit."
     )
     assert found.reasons == [
         "97.0 % of all tokens are predicted as by the full model (96.0 % to 98.0 %; wanted: "
@@ -85,22 +85,21 @@ def test_a_point_that_passes_everything_is_to_be_used() -> None:
         "scoring takes 0.90 x the full model's time (0.88 to 0.92), 0.90 x its operations",
         "random exit of 30.0 % at the same layer: perplexity 1.100 x, agreement 90.0 % (beaten in "
         "agreement and perplexity)",
-        "every token leaving at layer 24 takes 0.80 x the time: perplexity 1.500 x, agreement "
-        "70.0 %",
+        "static exit at layer 24, 0.80 x the time: perplexity 1.500 x, agreement 70.0 %",
     ]
 
 
-def test_of_several_points_to_use_it_is_the_fastest() -> None:
+def test_fastest_of_several_good_points_is_used() -> None:
     slower, faster = row(seconds_ratio=0.95), row(layer=20, seconds_ratio=0.7)
     assert verdict(GOOD, slower, faster, *CONTROL_ROWS).point == 2
 
 
-def test_a_faster_point_that_fails_does_not_stand_in_the_way() -> None:
+def test_faster_failing_point_does_not_prevent_use() -> None:
     found = verdict(row(seconds_ratio=0.5, agreement=0.6), GOOD, *CONTROL_ROWS)
     assert (found.use, found.point, found.faster) == (True, 1, 1)
 
 
-# --- One reason each -------------------------------------------------------------------------
+# --- Single failed checks --------------------------------------------------------------------
 
 EDGES = {
     "agreement at the wanted one": ({"agreement": 0.95}, []),
@@ -120,7 +119,7 @@ EDGES = {
 
 
 @pytest.mark.parametrize("name", EDGES)
-def test_a_point_that_fails_in_one_way_says_in_which(name: str) -> None:
+def test_failed_names_single_failed_check(name: str) -> None:
     changes, failed = EDGES[name]
     found = verdict(row(**changes), *CONTROL_ROWS)
     assert found.failed == failed
@@ -129,31 +128,29 @@ def test_a_point_that_fails_in_one_way_says_in_which(name: str) -> None:
     assert len(found.reasons) == 5
 
 
-def test_one_batch_has_no_interval_and_the_reason_says_so() -> None:
+def test_reason_says_that_one_batch_gives_no_interval() -> None:
     found = verdict(row(seconds_ratio_interval=None), *CONTROL_ROWS)
     assert found.reasons[2] == (
         "scoring takes 0.90 x the full model's time (no interval: one batch), 0.90 x its "
-        "operations; one batch cannot tell, take a smaller --batch-size or more text"
+        "operations; one batch gives no interval, use a smaller --batch-size or more text"
     )
-    assert "none is faster beyond doubt" in found.headline
+    assert "none is significantly faster" in found.headline
 
 
 @pytest.mark.parametrize(
     ("control", "beaten"),
     [
         ({"agreement": 0.9, "perplexity_ratio": 1.1}, "agreement and perplexity"),
-        # Better in one measure beyond its interval is enough; the other has its own limit.
-        ({"agreement": 0.9, "perplexity_ratio": 1.0}, "agreement alone"),
-        ({"agreement": 0.99, "perplexity_ratio": 1.1}, "perplexity alone"),
-        # As good, or apart by less than the interval: the rule knows nothing.
+        # Significantly better in one measure is enough; a separate check limits the other.
+        ({"agreement": 0.9, "perplexity_ratio": 1.0}, "agreement only"),
+        ({"agreement": 0.99, "perplexity_ratio": 1.1}, "perplexity only"),
+        # Differences within the interval: the rule carries no information.
         ({"agreement": 0.97, "perplexity_ratio": 1.02}, "neither"),
         ({"agreement": 0.965, "perplexity_ratio": 1.025}, "neither"),
         ({"agreement": 0.99, "perplexity_ratio": 1.0}, "neither"),
     ],
 )
-def test_a_rule_has_to_beat_random_exit_by_more_than_chance(
-    control: dict[str, float], beaten: str
-) -> None:
+def test_rule_must_beat_random_exit_significantly(control: dict[str, float], beaten: str) -> None:
     found = verdict(GOOD, row("random", **control))
     assert found.reasons[3].endswith(f"(beaten in {beaten})")
     assert found.use == (beaten != "neither")
@@ -161,7 +158,7 @@ def test_a_rule_has_to_beat_random_exit_by_more_than_chance(
         assert found.failed == ["random"]
         assert found.headline == (
             "Do not use early exit here: layer 24, cosine >= 0.95 is good enough and faster, but "
-            "no better than leaving at random."
+            "no better than exiting at random."
         )
 
 
@@ -172,11 +169,11 @@ def test_a_rule_has_to_beat_random_exit_by_more_than_chance(
         ({"agreement": 0.98, "perplexity_ratio": 1.03, "seconds_ratio": 0.8}, True),
         ({"agreement": 0.97, "perplexity_ratio": 1.02, "seconds_ratio": 0.9}, False),
         ({"agreement": 0.98, "perplexity_ratio": 1.01, "seconds_ratio": 0.9}, False),
-        # It does better, but takes longer: it is no rival.
+        # Better, but slower, so it does not count.
         ({"agreement": 0.98, "perplexity_ratio": 1.01, "seconds_ratio": 0.91}, True),
     ],
 )
-def test_one_static_layer_must_not_do_as_well_in_the_same_time(
+def test_static_layer_must_not_perform_as_well_in_same_time(
     control: dict[str, float], passes: bool
 ) -> None:
     found = verdict(GOOD, row("fixed", layer=28, **control))
@@ -186,16 +183,16 @@ def test_one_static_layer_must_not_do_as_well_in_the_same_time(
         assert "no better than one static layer for all tokens." in found.headline
 
 
-def test_no_better_than_both_controls_says_so_of_both() -> None:
+def test_headline_names_both_controls() -> None:
     found = verdict(GOOD, row("random"), row("fixed"))
     assert found.failed == ["random", "static"]
-    assert "than leaving at random or one static layer for all tokens." in found.headline
+    assert "than exiting at random or one static layer for all tokens." in found.headline
 
 
-# --- What it is compared with ----------------------------------------------------------------
+# --- Controls --------------------------------------------------------------------------------
 
 
-def test_the_random_control_is_the_one_of_the_layer_with_the_nearest_share() -> None:
+def test_random_control_has_same_layer_and_nearest_exit_share() -> None:
     rows = [
         GOOD,
         row("random", layer=28, exit_share=0.3),
@@ -206,10 +203,10 @@ def test_the_random_control_is_the_one_of_the_layer_with_the_nearest_share() -> 
     assert judge(rows, WANTED).against.random == 3
 
 
-def test_a_static_layer_that_does_as_well_is_found_behind_one_that_agrees_more() -> None:
+def test_dominating_static_layer_is_preferred_to_higher_agreement() -> None:
     rows = [
         GOOD,
-        # Deeper and agreeing more, but its perplexity is worse: no rival.
+        # Deeper and with higher agreement, but it does not dominate because of its perplexity.
         row("fixed", layer=29, agreement=0.99, perplexity_ratio=1.04, seconds_ratio=0.85),
         row("fixed", layer=28, agreement=0.975, perplexity_ratio=1.01, seconds_ratio=0.85),
     ]
@@ -218,17 +215,17 @@ def test_a_static_layer_that_does_as_well_is_found_behind_one_that_agrees_more()
     assert found.failed == ["static"]
 
 
-def test_without_controls_nothing_is_compared_and_nothing_fails_for_it() -> None:
+def test_missing_controls_do_not_fail_checks() -> None:
     found = verdict(GOOD)
     assert found.use
     assert found.against == ControlPoints(random=None, static=None, oracle=None)
     assert len(found.reasons) == 3
 
 
-# --- Do not: what comes nearest --------------------------------------------------------------
+# --- Nearest points --------------------------------------------------------------------------
 
 
-def test_good_enough_but_slow_and_fast_but_bad_names_the_best_of_each() -> None:
+def test_headline_names_best_slow_and_best_fast_point() -> None:
     rows = [
         row(layer=24, agreement=0.82, seconds_ratio=0.8),
         row(layer=26, agreement=0.89, seconds_ratio=0.9),
@@ -240,14 +237,15 @@ def test_good_enough_but_slow_and_fast_but_bad_names_the_best_of_each() -> None:
     assert (found.point, found.good_enough, found.faster) == (2, 2, 1)
     assert found.failed == ["speed"]
     assert found.headline == (
-        "Do not use early exit here: what is good enough is not faster beyond doubt (best: layer "
-        "28, cosine >= 0.95, 1.01 x the full model's time (0.99 to 1.03)), and what is faster is "
-        "not good enough (best: layer 26, cosine >= 0.95, perplexity 1.020 x, agreement 89.0 %)."
+        "Do not use early exit here: operating points that are good enough are not significantly "
+        "faster (best: layer 28, cosine >= 0.95, 1.01 x the full model's time (0.99 to 1.03)), and "
+        "faster ones are not good enough (best: layer 26, cosine >= 0.95, perplexity 1.020 x, "
+        "agreement 89.0 %)."
     )
 
 
-def test_points_that_pass_more_checks_are_no_nearer_for_it() -> None:
-    # Fails agreement alone, by far; the other fails speed and both controls, by a hair.
+def test_nearest_point_does_not_depend_on_number_of_passed_checks() -> None:
+    # One point fails only agreement, by far. The other barely fails speed and both controls.
     far = row(agreement=0.5, seconds_ratio=0.8)
     near = row(agreement=0.951, perplexity_ratio=1.05, seconds_ratio=1.001)
     controls = [row("random", agreement=0.96), row("fixed", agreement=0.96)]
@@ -255,14 +253,16 @@ def test_points_that_pass_more_checks_are_no_nearer_for_it() -> None:
     assert (found.point, found.good_enough, found.faster) == (1, 1, 0)
 
 
-def test_good_enough_but_nothing_faster() -> None:
+def test_headline_without_faster_points() -> None:
     found = verdict(row(seconds_ratio=1.3), row(layer=28, seconds_ratio=1.1), *CONTROL_ROWS)
     assert (found.point, found.good_enough, found.faster) == (1, 1, None)
-    assert "some points are good enough, but none is faster beyond doubt" in found.headline
+    assert (
+        "some operating points are good enough, but none is significantly faster" in found.headline
+    )
     assert "layer 28" in found.headline
 
 
-def test_nothing_good_enough_names_the_one_that_lacks_least() -> None:
+def test_nearest_point_has_smallest_shortfall() -> None:
     rows = [
         row(layer=20, agreement=0.94, perplexity_ratio=3.0, seconds_ratio=0.7),
         row(layer=24, agreement=0.90, perplexity_ratio=1.06, seconds_ratio=1.5),
@@ -271,12 +271,12 @@ def test_nothing_good_enough_names_the_one_that_lacks_least() -> None:
     found = verdict(*rows, *CONTROL_ROWS)
     assert (found.point, found.good_enough, found.faster) == (1, None, 2)
     assert found.headline == (
-        "Do not use early exit here: no point is good enough (nearest: layer 24, cosine >= 0.95, "
-        "perplexity 1.060 x, agreement 90.0 %)."
+        "Do not use early exit here: no operating point is good enough (nearest: layer 24, "
+        "cosine >= 0.95, perplexity 1.060 x, agreement 90.0 %)."
     )
 
 
-def test_a_ruinous_perplexity_is_readable() -> None:
+def test_huge_perplexity_is_shown_in_scientific_notation() -> None:
     found = verdict(row(perplexity_ratio=1e300, perplexity_ratio_interval=[1e299, 1e300]))
     assert "perplexity 1.0e+300 x" in found.headline
 
@@ -284,15 +284,15 @@ def test_a_ruinous_perplexity_is_readable() -> None:
 @pytest.mark.parametrize(
     "rows", [[], CONTROL_ROWS, [row(exit_share=0.0, agreement=1.0, seconds_ratio=0.99)]]
 )
-def test_where_no_token_leaves_by_a_rule_there_is_nothing_to_use(rows: list[Row]) -> None:
+def test_verdict_without_exited_tokens_has_no_point(rows: list[Row]) -> None:
     found = verdict(*rows)
     assert not found.use
     assert found.point is None
     assert found.reasons == found.failed == []
-    assert "no token left" in found.headline
+    assert "no token exited" in found.headline
 
 
-def test_the_full_model_in_disguise_is_not_the_nearest() -> None:
+def test_point_without_exits_is_not_nearest() -> None:
     disguised = row(exit_share=0.0, agreement=1.0, perplexity_ratio=1.0, seconds_ratio=1.0)
     assert verdict(disguised, row(seconds_ratio=1.1)).point == 1
 
@@ -306,7 +306,7 @@ FIGURES = ["agreement", "perplexity_ratio", "exit_share", "flops_ratio", "second
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("rule", ["cosine", "random"])
-def test_a_figure_that_is_no_number_is_refused_by_point(rule: str, name: str, value: Any) -> None:
+def test_non_finite_figure_error_names_point(rule: str, name: str, value: Any) -> None:
     with pytest.raises(RecordError, match="evaluate again") as error:
         judge([GOOD, replace(row(rule), **{name: value})], WANTED)
     assert f"point 1 ({rule} at layer 24)" in one_line(error)
@@ -314,7 +314,7 @@ def test_a_figure_that_is_no_number_is_refused_by_point(rule: str, name: str, va
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "0.9", "absent"])
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_that_is_no_number_is_refused_when_it_is_read(name: str, value: Any) -> None:
+def test_non_finite_figure_in_file_is_rejected(name: str, value: Any) -> None:
     broken = to_plain(GOOD) | {name: value}
     if value == "absent":
         del broken[name]
@@ -323,13 +323,13 @@ def test_a_figure_that_is_no_number_is_refused_when_it_is_read(name: str, value:
 
 
 @pytest.mark.parametrize("name", ["agreement", "perplexity_ratio", "seconds_ratio"])
-def test_an_interval_with_nan_is_refused(name: str) -> None:
-    with pytest.raises(RecordError, match="holds NaN"):
+def test_interval_with_nan_is_rejected(name: str) -> None:
+    with pytest.raises(RecordError, match="got NaN or infinity"):
         judge([replace(GOOD, **{f"{name}_interval": [0.9, math.nan]})], WANTED)
 
 
 @pytest.mark.parametrize("name", ["agreement", "perplexity_ratio"])
-def test_only_seconds_may_lack_their_interval(name: str) -> None:
+def test_only_interval_of_seconds_is_optional(name: str) -> None:
     with pytest.raises(SchemaError, match=f"{name}_interval"):
         from_plain(to_plain(GOOD) | {f"{name}_interval": None}, OperatingPointRow)
     from_plain(to_plain(GOOD) | {"seconds_ratio_interval": None}, OperatingPointRow)
@@ -351,7 +351,7 @@ points = st.builds(
 
 @given(st.lists(points, max_size=8))
 @settings(max_examples=300)
-def test_use_means_that_the_point_keeps_every_promise_and_do_not_that_none_does(
+def test_use_if_and_only_if_a_point_passes_all_checks(
     rows: list[Row],
 ) -> None:
     found = judge(rows, WANTED)
@@ -370,7 +370,7 @@ def test_use_means_that_the_point_keeps_every_promise_and_do_not_that_none_does(
     if found.use:
         assert found.point in keeping
         assert found.failed == []
-    elif keeping:  # then only a control stands in the way
+    elif keeping:  # then only a control fails
         assert found.point in keeping
         assert set(found.failed) <= {"random", "static"}
     assert found.use == (found.point is not None and not found.failed)
@@ -382,6 +382,6 @@ def test_use_means_that_the_point_keeps_every_promise_and_do_not_that_none_does(
 
 
 @given(st.lists(points, max_size=6), st.integers(0, 5))
-def test_the_order_of_the_rows_decides_nothing_but_numbers(rows: list[Row], turn: int) -> None:
+def test_order_of_rows_changes_only_indices(rows: list[Row], turn: int) -> None:
     turned = rows[turn:] + rows[:turn]
     assert judge(rows, WANTED).use == judge(turned, WANTED).use

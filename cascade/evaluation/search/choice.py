@@ -1,4 +1,4 @@
-"""The choice of an exit layer: of points that were tried, the cheapest that keeps an agreement."""
+"""The choice of an exit layer: the cheapest tried point that keeps a wanted agreement."""
 
 from __future__ import annotations
 
@@ -45,20 +45,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What to search for, and what to measure.
+    """The options of a search.
 
-    A search of stored evaluations takes all that is measured from their own settings.
+    A search of stored evaluations takes layers, rules, propagation, batch size and seed from their
+    settings.
 
     Attributes:
-        agreement: The least share of all tokens whose prediction is the full model's.
-        risk: The largest mean share of tokens that may be predicted differently, to be certified;
-            None: what the agreement leaves.
+        agreement: The minimum share of all tokens whose prediction is the full model's.
+        risk: The largest mean share of tokens that may be predicted differently, to be certified
+            (default: 1 - agreement).
         confidence: The probability with which all certificates hold together.
         layers: Exit layers.
         rules: Names of the rules.
-        propagation: What upper layers see of exited tokens: "frozen", "ridge" or "exact".
+        propagation: How upper layers get keys and values of exited tokens: "frozen", "ridge" or
+            "exact".
         batch_size: Sequences per forward pass.
-        seed: Of the intervals.
+        seed: Seed of the intervals.
 
     Example:
         >>> SearchConfig(agreement=0.95).bound
@@ -75,10 +77,10 @@ class SearchConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse a configuration that cannot be searched for.
+        """Check that the options are valid.
 
         Raises:
-            UsageError: A share or the seed is outside its range.
+            UsageError: A share or the seed is out of range.
         """
         if not 0 <= self.agreement <= 1:
             raise UsageError(f"expected a share of agreement in 0..1, got {self.agreement:g}")
@@ -87,17 +89,17 @@ class SearchConfig:
 
     @property
     def bound(self) -> float | None:
-        """The risk to certify; None where the agreement leaves none, or everything."""
+        """The risk to certify, or None if 1 - agreement is not a valid risk."""
         if self.risk is not None:
             return self.risk
-        # 1 - 0.95 is a little more than a twentieth.
-        left = round(1 - self.agreement, 12)
-        return left if LEAST_RISK <= left < 1 else None
+        # Rounded, since 1 - 0.95 is slightly more than 0.05 in floats.
+        risk = round(1 - self.agreement, 12)
+        return risk if LEAST_RISK <= risk < 1 else None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What `choose` finds; numbers are indices of `points`. See `SearchRecord`."""
+    """The result of `choose`; numbers are indices of `points`. See `SearchRecord`."""
 
     points: list[SearchedPoint]
     pairs: list[VariantResult]
@@ -111,7 +113,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class SearchOrigin:
-    """Where the points of a search come from: what its record says besides the search itself."""
+    """The fields of a search record that do not depend on the choice."""
 
     provenance: ExitProvenance
     settings: SearchSettings
@@ -128,23 +130,23 @@ def search_record(
     """Return the record of a search.
 
     Args:
-        origin: Where the points come from.
-        points: What was tried.
+        origin: The origin of the points.
+        points: The points that were tried.
         nothing: Layers and rules without a threshold that keeps the agreement.
-        config: What was searched for.
+        config: The options of the search.
     """
     rows = sorted(
         points, key=lambda point: (point.exit_layer, point.rule, point.source, point.threshold)
     )
-    left_out = list(nothing)
-    found = choose(rows, left_out, config, sequences=origin.full.sequences)
+    without_threshold = list(nothing)
+    found = choose(rows, without_threshold, config, sequences=origin.full.sequences)
     return SearchRecord(
         provenance=origin.provenance,
         settings=origin.settings,
         sources=origin.sources,
         full=origin.full,
         points=found.points,
-        nothing=left_out,
+        nothing=without_threshold,
         pairs=found.pairs,
         best=found.best,
         best_beyond_doubt=found.best_beyond_doubt,
@@ -162,23 +164,23 @@ def choose(
     *,
     sequences: int,
 ) -> Choice:
-    """Find the cheapest points that keep an agreement, and certify what the sequences allow.
+    """Return the cheapest points that keep an agreement, and the certified points.
 
-    A **candidate** is a threshold at which the sequences to fit on keep the agreement: it was
-    chosen without those to confirm on. Of the candidates whose agreement is confirmed by at least
-    the point estimate, the best is the cheapest in operations; those that are significantly faster
-    than the full model come first. The same is found for those whose whole interval keeps it.
+    A **candidate** is a threshold at which the sequences to fit on keep the agreement. It was
+    chosen without the sequences to confirm on. The best candidate is the cheapest in operations
+    among those whose point estimate on the sequences to confirm on keeps the agreement; candidates
+    that are significantly faster than the full model come first. A second choice requires that the
+    whole 95 % interval keeps the agreement.
 
-    Every candidate's risk is tested on the same sequences, so with M of them each is tested at
-    level (1 - confidence) / M: the family-wise error is then at most 1 - confidence, and the best
-    may be picked afterwards (Bonferroni; Learn then Test, Angelopoulos et al. 2021,
-    arXiv:2110.01052, section 2).
+    All M candidates are tested on the same sequences, each at level (1 - confidence) / M. The
+    family-wise error is then at most 1 - confidence, and the best may be chosen after testing
+    (Bonferroni; Learn then Test, Angelopoulos et al. 2021, arXiv:2110.01052, section 2).
 
     Args:
-        tried: What was tried.
+        tried: The points that were tried.
         nothing: Layers and rules without a threshold that keeps the agreement.
-        config: What is searched for.
-        sequences: How many sequences confirm.
+        config: The options of the search.
+        sequences: The number of sequences to confirm on.
     """
     tests = _RiskTests.of(tried, config, sequences)
     points = [_judged(point, config, tests) for point in tried]
@@ -198,7 +200,7 @@ def choose(
         key=lambda number: (points[number].agreement, -_operations(points[number])),
         default=None,
     )
-    words = _Words(points, config.agreement)
+    texts = _Texts(points, config.agreement)
     return Choice(
         points=points,
         pairs=_variant_results(points, nothing),
@@ -209,10 +211,10 @@ def choose(
         certificate=_certificate(points, tests),
         verdict=SearchVerdict(
             exit=best is not None and _is_faster(points[best]),
-            headline=words.headline(best, nearest),
+            headline=texts.headline(best, nearest),
             also=[
-                *words.doubt(best, best_beyond_doubt),
-                *words.table_alone(best, best_on_table),
+                *texts.interval(best, best_beyond_doubt),
+                *texts.cheaper_by_table(best, best_on_table),
             ],
         ),
     )
@@ -239,7 +241,7 @@ def _price(point: TriedPoint) -> tuple[bool, float]:
 def _variant_results(
     points: Sequence[SearchedPoint], nothing: Sequence[NoThreshold]
 ) -> list[VariantResult]:
-    """Return, for every layer and rule, the lowest candidate, and the lowest that keeps it."""
+    """Return, for every layer and rule, the lowest candidate and the lowest confirmed ones."""
     candidates: dict[ExitVariant, list[int]] = {}
     for number, point in enumerate(points):
         if point.candidate:
@@ -272,13 +274,13 @@ def _first(
 
 @dataclass(frozen=True)
 class _RiskTests:
-    """The tests of all candidates: how many there are, and what each tests.
+    """The risk tests of all candidates.
 
     Attributes:
-        tested: How many candidates are tested.
-        confidence_each: The confidence of each test, with which all hold together.
-        sequences: How many sequences they are tested on.
-        risk: The risk to certify; None: none.
+        tested: The number of candidates that are tested.
+        confidence_each: The confidence of each test, at which all hold together.
+        sequences: The number of sequences that they are tested on.
+        risk: The risk to certify, or None.
     """
 
     tested: int
@@ -293,11 +295,11 @@ class _RiskTests:
         return cls(tested, each, sequences, config.bound)
 
     def bound(self, loss: float) -> float:
-        """Return the least risk that a mean loss certifies."""
+        """Return the lowest risk that a mean loss certifies."""
         return risk_bound(loss, sequences=self.sequences, confidence=self.confidence_each)
 
     def certifies(self, threshold: float, loss: float) -> bool | None:
-        """Return whether a mean loss certifies the risk; None where there is none to certify."""
+        """Return whether a mean loss certifies the risk, or None without a risk to certify."""
         if self.risk is None:
             return None
         return bool(
@@ -312,12 +314,12 @@ class _RiskTests:
 
 
 def _is_tested(point: TriedPoint) -> bool:
-    # What a table says of continuing tokens is no measured loss.
+    # A table does not measure the loss of continuing tokens.
     return point.candidate and not point.only_on_table
 
 
 def _judged(point: TriedPoint, config: SearchConfig, tests: _RiskTests) -> SearchedPoint:
-    """Return a point with its outcome, and with its risk where it is tested."""
+    """Return a point with its outcome and, if it is tested, its risk."""
     tested, loss = _is_tested(point), 1 - point.agreement
     return SearchedPoint(
         **{name: getattr(point, name) for name in TriedPoint.__struct_fields__},
@@ -340,31 +342,31 @@ def _certificate(points: Sequence[SearchedPoint], tests: _RiskTests) -> SearchCe
     )
 
 
-# --- In words --------------------------------------------------------------------------------
+# --- Texts -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Words:
-    """Sentences about the points of a search, for a wanted agreement."""
+class _Texts:
+    """Sentences about the points of a search for a wanted agreement."""
 
     points: Sequence[SearchedPoint]
     agreement: float
 
     def headline(self, best: int | None, nearest: int | None) -> str:
-        """Say which point to exit at, or why none is worth it."""
+        """Return which point to exit at, or why no point is worth it."""
         wanted = percent(self.agreement)
         if best is not None:
             return self._best(self.points[best])
         if nearest is None:
             return (
-                f"No early exit keeps {wanted} agreement: no layer and rule lets any token leave "
-                "and keeps it."
+                f"No early exit keeps {wanted} agreement: no layer and rule has a threshold at "
+                "which a token exits and the agreement is kept."
             )
         point = self.points[nearest]
-        by = "on the table alone" if point.only_on_table else "by running"
+        by = "estimated from the table" if point.only_on_table else "measured"
         return (
-            f"Nothing is confirmed to keep {wanted} agreement by running; nearest: "
-            f"{_exit(point)}, {percent(point.agreement)} {by}, at {_cost(point)}."
+            f"No measured point keeps {wanted} agreement; nearest: {_exit(point)}, "
+            f"{percent(point.agreement)} {by}, at {_cost(point)}."
         )
 
     def _best(self, point: SearchedPoint) -> str:
@@ -374,36 +376,39 @@ class _Words:
                 f"Exit at {_exit(point)}: {percent(point.agreement)} of all tokens are predicted "
                 f"as by the full model (wanted: {wanted}), at {_cost(point)}."
             )
-        what = "time beyond doubt" if _operations(point) < 1 else "anything"
+        saves = "saves significant time" if _operations(point) < 1 else "saves operations"
         return (
-            f"No early exit saves {what} at {wanted} agreement: the cheapest that keeps it, "
+            f"No early exit {saves} at {wanted} agreement: the cheapest that keeps it, "
             f"{_exit(point)} ({percent(point.agreement)}), takes {_cost(point)}."
         )
 
-    def doubt(self, best: int | None, beyond_doubt: int | None) -> list[str]:
-        """Say which point is chosen where the whole interval has to keep the agreement."""
+    def interval(self, best: int | None, beyond_doubt: int | None) -> list[str]:
+        """Return which point is chosen if the whole interval has to keep the agreement."""
         if best is None or best == beyond_doubt:
             return []
         text = (
-            f"The interval of its agreement, {_ends(self.points[best])}, reaches below the "
+            f"The 95 % interval of its agreement, {_ends(self.points[best])}, reaches below the "
             f"wanted {percent(self.agreement)}. "
         )
         if beyond_doubt is None:
-            return [f"{text}None keeps it beyond doubt; more sequences would tell."]
+            return [f"{text}No point's whole interval keeps it; use more sequences to decide."]
         point = self.points[beyond_doubt]
-        return [f"{text}Beyond doubt is {_exit(point)} ({_ends(point)}), at {_cost(point)}."]
+        return [
+            f"{text}The cheapest whose whole interval keeps it is {_exit(point)} "
+            f"({_ends(point)}), at {_cost(point)}."
+        ]
 
-    def table_alone(self, best: int | None, on_table: int | None) -> list[str]:
-        """Name a point that was not run and would be cheaper, if the table were right."""
+    def cheaper_by_table(self, best: int | None, on_table: int | None) -> list[str]:
+        """Return a note on a point that was not run and is cheaper if the table is right."""
         if on_table is None:
             return []
         point = self.points[on_table]
         if best is not None and _price(self.points[best]) <= _price(point):
             return []
         return [
-            f"On the table alone, {_exit(point)} keeps {percent(point.agreement)} at "
-            f"{_cost(point)} (estimated): there every token that stays counts as predicted alike, "
-            "so running it can only show whether it does. --measure runs it."
+            f"By the table, {_exit(point)} keeps {percent(point.agreement)} at {_cost(point)} "
+            "(estimated). The table counts every token that continues as agreeing with the full "
+            "model, so the point must be run to confirm it. --measure runs it."
         ]
 
 

@@ -1,4 +1,4 @@
-"""The best exit layer: layer x rule x threshold, fitted on one split, confirmed on another."""
+"""The search for the best exit layer, rule and threshold, fitted and confirmed on two splits."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ Progress = Callable[[int], None] | None
 #: An exit layer and the name of a rule.
 LayerRule = tuple[int, str]
 
-#: Fractions of the largest exit share that are tried as well: a higher threshold may be confirmed
-#: where the lowest is not, and together they draw a curve.
+#: Fractions of the largest exit share that are tried. A higher threshold may be confirmed if the
+#: lowest is not, and together they form a curve.
 _FRACTIONS = (1.0, 2 / 3, 1 / 3)
 
 #: Why a layer and rule have no threshold.
-_NOT_ON_THE_TABLE = "no threshold that lets a token leave keeps it on the sequences to fit on"
+_NOT_ON_THE_TABLE = "no threshold at which a token exits keeps it on the sequences to fit on"
 _NOT_BY_RUNNING = "none of the thresholds that keep it on the table kept it when they were run"
 
 
@@ -60,28 +60,38 @@ def search_exits(
     command: str | None = None,
     progress: Progress = None,
 ) -> SearchRecord:
-    """Search the exit layer, rule and threshold that save most and keep an agreement.
+    """Return the exit layer, rule and threshold that save most and keep a wanted agreement.
 
-    One table on the sequences to fit on gives, for every layer and rule, the lowest threshold
-    that keeps the agreement if every continuing token is predicted as by the full model. With
-    exact propagation it is. With any other, that threshold and two higher ones are run on the same
-    sequences, and the table is corrected by how many more tokens they predicted differently, in
-    proportion between them: the lowest threshold that then keeps the agreement is tried as well.
-    All are run on the sequences to confirm on.
+    An exit table of the sequences to fit on gives, for every layer and rule, the lowest threshold
+    that keeps the agreement if all continuing tokens are predicted as by the full model. With exact
+    propagation this is true. With frozen or ridge propagation, this threshold and two higher ones
+    are run on the same sequences. The additional disagreements that they show correct the table, by
+    linear interpolation, and the lowest threshold that keeps the agreement after the correction is
+    tried as well. All thresholds are run on the sequences to confirm on.
 
     Args:
         stack: The model.
-        fit: Thresholds are fitted here.
-        confirm: Every figure is measured here.
-        config: What to search for, and what to measure.
-        heads: Fitted heads; the logit lens where not given.
-        command: What the user ran, for the provenance.
-        progress: Called with the number of tokens done since the last call.
+        fit: The corpus on which thresholds are fitted.
+        confirm: The corpus on which every figure is measured.
+        config: The options of the search.
+        heads: Fitted heads (default: the logit lens).
+        command: The command that the user ran, for the provenance.
+        progress: Called with the number of tokens processed since the last call.
 
     Raises:
-        UsageError: An option is out of its range.
-        CorpusError: Too few sequences for an interval, or too long ones.
+        UsageError: An option is out of range.
+        CorpusError: There are too few sequences for an interval, or they are too long.
         ModelError: The heads belong to another model, or a state is not finite.
+
+    Example:
+        >>> from cascade import load, load_blocks, search_exits
+        >>> from cascade.evaluation.exit_evaluation import split
+        >>> stack = load("smollm2-135m")
+        >>> blocks = load_blocks("embedded", stack.tokenizer, seq_len=32, max_tokens=256)
+        >>> config = SearchConfig(agreement=0.5, layers=(29,), rules=("cosine",))
+        >>> record = search_exits(stack, *split(blocks), config)
+        >>> record.settings.layers, record.settings.rules
+        ([29], ['cosine'])
     """
     config.check()
     check_split(fit, confirm)
@@ -147,24 +157,27 @@ def _settings(
 
 
 def tokens_to_read(fit: TokenBlocks, confirm: TokenBlocks, propagation: str) -> int:
-    """Return how many tokens `search_exits` reads: the sum of what `progress` is called with.
+    """Return the number of tokens that `search_exits` processes and reports to `progress` in total.
 
     Args:
         fit: The sequences to fit on.
-        confirm: Those to confirm on.
-        propagation: What upper layers see of exited tokens.
+        confirm: The sequences to confirm on.
+        propagation: How upper layers get keys and values of exited tokens.
     """
     return confirm.tokens + fit.tokens * (1 if propagation == "exact" else 2)
 
 
 def _layer_rules(stack: DecoderStack, config: SearchConfig) -> list[LayerRule]:
-    """Return every layer with every rule, once; refuse what cannot be searched."""
+    """Return every pair of a layer and a rule once, after checking them."""
     if not config.layers or not config.rules:
-        raise UsageError("expected at least one exit layer and one rule to search; name some")
+        raise UsageError(
+            f"expected at least one exit layer and one rule to search, got {len(config.layers)} "
+            f"layers and {len(config.rules)} rules"
+        )
     for name in config.rules:
         if name in CONTROLS:
             raise UsageError(
-                f"the rule {name} is a control, which nobody runs to save work; search another rule"
+                f"the rule {name} is a control, which does not save work; search another rule"
             )
         find_rule(name)
     pairs = list(dict.fromkeys(itertools.product(config.layers, config.rules)))
@@ -186,19 +199,20 @@ def measure_missing(
     heads: FittedHeads | None = None,
     progress: Progress = None,
 ) -> Answer:
-    """Measure what a stored evaluation lacks for a search, with the evaluation's own settings.
+    """Return the answer of a stored evaluation after measuring what it does not contain.
 
-    Where it lacks everything, its layers and rules are searched. Otherwise only the thresholds are
-    run that are known from its curves alone.
+    The settings are those of the evaluation. If it cannot answer at all, its layers and rules are
+    searched. Otherwise only thresholds that are known from its curves are run.
 
     Args:
-        stack: The model that it was made with.
-        answer: What the evaluation says of the wanted agreement.
-        fit: The sequences that it fitted on.
-        confirm: Those that it measured on.
-        config: What is searched for; everything else is as in the evaluation.
-        heads: Those that it was made with.
-        progress: Called with the number of tokens done since the last call.
+        stack: The model of the evaluation.
+        answer: The evaluation's answer for the wanted agreement.
+        fit: The sequences that the evaluation fitted on.
+        confirm: The sequences that the evaluation measured on.
+        config: The options of the search; layers, rules, propagation, batch size and seed come from
+            the evaluation.
+        heads: The heads of the evaluation, or None for the logit lens.
+        progress: Called with the number of tokens processed since the last call.
 
     Raises:
         RecordError: The model, the text or the heads are not those of the evaluation.
@@ -232,7 +246,7 @@ def _run_table_points(
     heads: FittedHeads | None,
     progress: Progress,
 ) -> Answer:
-    """Run the thresholds that an evaluation knows from its curves alone."""
+    """Run the thresholds that an evaluation knows only from its curves."""
     settings = answer.evaluation.record.settings
     evaluator = Evaluator(
         stack,
@@ -267,17 +281,17 @@ def check_same_inputs(
     confirm: TokenBlocks,
     heads: FittedHeads | None,
 ) -> None:
-    """Refuse to complete an evaluation with another model, text or heads than it was made with.
+    """Check that model, text and heads are those of an evaluation.
 
     Args:
         stack: The model.
         evaluation: The evaluation.
-        fit: The sequences that it fitted on.
-        confirm: Those that it measured on.
-        heads: Those that it was made with.
+        fit: The sequences to fit on.
+        confirm: The sequences to confirm on.
+        heads: The fitted heads, or None for the logit lens.
 
     Raises:
-        RecordError: Something differs; names what.
+        RecordError: One of them differs; names which.
     """
     provenance = evaluation.record.provenance
     expected, own = to_plain(provenance.model), to_plain(stack.provenance)
@@ -290,12 +304,12 @@ def check_same_inputs(
     ):
         if was != now:
             raise RecordError(
-                f"expected the record's own {what}, {was}, to measure what it lacks; got {now}: "
-                "name what it was made with, or evaluate again"
+                f"expected the {what} of the evaluation, {was}, got {now}; use the same {what}, or "
+                "evaluate again"
             )
 
 
-#: What of a model two runs must share.
+#: Fields of a model's provenance that two runs must share.
 _MODEL = ("family", "num_layers", "hidden_size", "revision", "dtype", "weights_hash")
 
 
@@ -304,7 +318,7 @@ _MODEL = ("family", "num_layers", "hidden_size", "revision", "dtype", "weights_h
 
 @dataclass(frozen=True)
 class _FittedPoint:
-    """An operating point, and what the sequences to fit on say of it (see `FitFigures`)."""
+    """An operating point and its figures on the sequences to fit on (see `FitFigures`)."""
 
     point: OperatingPoint
     exit_share: float
@@ -331,7 +345,7 @@ def _fit(
     config: SearchConfig,
     progress: Progress,
 ) -> _Fit:
-    """Fit thresholds for every layer and rule; run them, where the table alone is not exact."""
+    """Fit thresholds for every layer and rule, and run them if the table is not exact."""
     table = evaluator.table(blocks, batch_size=config.batch_size, progress=progress)
     tables = {pair: _PairTable(table, pair, config.agreement) for pair in pairs}
     on_table = {pair: one.candidates() for pair, one in tables.items()}
@@ -370,12 +384,12 @@ def _as_run(one: _FittedPoint, row: OperatingPointRow) -> _FittedPoint:
 
 
 class _PairTable:
-    """What every token of the corpus to fit on would do at one exit layer, by one rule.
+    """The exit table of the corpus to fit on, for one exit layer and rule.
 
     Args:
-        table: Of all layers and rules.
-        pair: Which of them.
-        agreement: The wanted one.
+        table: The table of all layers and rules.
+        pair: The exit layer and the name of the rule.
+        agreement: The wanted agreement.
     """
 
     def __init__(self, table: ExitTable, pair: LayerRule, agreement: float) -> None:
@@ -401,17 +415,17 @@ class _PairTable:
         return found
 
     def corrected_by(self, run: Sequence[tuple[_FittedPoint, _FittedPoint]]) -> _FittedPoint | None:
-        """Return the lowest threshold that keeps the agreement once the table is corrected.
+        """Return the lowest threshold that keeps the agreement after correcting the table.
 
-        Running a threshold predicts more tokens differently than the table says, since continuing
-        tokens see less of exited ones. How many more is interpolated linearly between the exit
-        shares that were run.
+        If a threshold is run, more tokens disagree than in the table, since continuing tokens use
+        approximate keys and values of exited tokens. The number of additional disagreements is
+        interpolated linearly between the exit shares that were run.
 
         Args:
-            run: Each threshold as the table has it, and as it was run.
+            run: For each threshold, its point by the table and its point as run.
 
         Returns:
-            None where there is none, or it was run already.
+            The point, or None if there is no such threshold or it was run already.
         """
         ordered = sorted(run, key=lambda pair: pair[1].exit_share)
         shares = [0.0, *(after.exit_share for _, after in ordered)]

@@ -1,4 +1,4 @@
-"""The exit-search record: what was tried, what it kept and costs, certificates and the verdict."""
+"""The exit-search record: tried points, their agreement and cost, certificates and the verdict."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from cascade.core.display import Displayed, origin_of
 from cascade.core.schema import Count, Finite, Index, Interval, Part, Share, StoredRecord, Text
 from cascade.evaluation.records import ExitProvenance, FullModelFigures, OperatingPointRow
 
-#: How the agreement of a point was confirmed. "running": it was run. "table": read off the table
-#: of what every token would do, on which each continuing token counts as predicted alike. "exact
-#: table": the same with exact propagation, where that holds.
+#: How the agreement of a point was confirmed. "running": the point was run. "table": the agreement
+#: comes from the exit table, which counts every continuing token as agreeing with the full model.
+#: "exact table": the same with exact propagation, for which this is true.
 ConfirmedBy = Literal["running", "table", "exact table"]
 RUNNING: ConfirmedBy = "running"
 TABLE: ConfirmedBy = "table"
 EXACT_TABLE: ConfirmedBy = "exact table"
 
-#: Whether a point keeps the wanted agreement on the sequences to confirm on. "beyond doubt": its
-#: whole 95 % interval does.
+#: Whether a point keeps the wanted agreement on the sequences to confirm on. "kept": its point
+#: estimate does. "beyond doubt": its whole 95 % interval does.
 Outcome = Literal["beyond doubt", "kept", "lost"]
 BEYOND_DOUBT: Outcome = "beyond doubt"
 KEPT: Outcome = "kept"
@@ -26,14 +26,14 @@ LOST: Outcome = "lost"
 
 
 class ExitVariant(Part, frozen=True, kw_only=True):
-    """What a threshold is searched for.
+    """A variant of early exit for which a threshold is searched.
 
     Attributes:
         exit_layer: The exit layer.
-        rule: The exit rule's name.
-        head: The exit head's name.
-        propagation: What upper layers see of exited tokens.
-        source: Which of the sources it is from, counted from 0; 0 without sources.
+        rule: The name of the exit rule.
+        head: The name of the exit head.
+        propagation: How upper layers get keys and values of exited tokens.
+        source: The index of its source, from 0; 0 without sources.
     """
 
     exit_layer: Count
@@ -46,27 +46,27 @@ class ExitVariant(Part, frozen=True, kw_only=True):
 class TriedPoint(Part, frozen=True, kw_only=True):
     """An operating point that a search tried; ratios are relative to the full model.
 
-    A figure that is not known without running the point is None.
+    Figures that are unknown unless the point is run are None.
 
     Attributes:
         exit_layer: The exit layer.
-        rule: The exit rule's name.
-        head: The exit head's name.
-        threshold: Tokens exit from this confidence on.
-        threshold_from: Where the threshold comes from, e.g. "agreement 0.95".
+        rule: The name of the exit rule.
+        head: The name of the exit head.
+        threshold: Tokens with a confidence at or above it exit.
+        threshold_from: The origin of the threshold, e.g. "agreement 0.95".
         exit_share: The share of the tokens to confirm on that exit.
         agreement: The share of the tokens to confirm on whose prediction is the full model's.
         agreement_interval: Its 95 % interval.
-        perplexity_ratio: The perplexity, relative.
+        perplexity_ratio: The perplexity divided by the full model's.
         layers_per_token: Decoder layers computed per token.
-        flops_ratio: Counted operations, relative.
-        seconds_ratio: Seconds, relative.
-        seconds_ratio_interval: Its 95 % interval; None where there was one batch, too.
-        propagation: What upper layers see of exited tokens.
-        source: Which of the sources it is from, counted from 0; 0 without sources.
+        flops_ratio: Counted operations divided by the full model's.
+        seconds_ratio: Seconds divided by the full model's.
+        seconds_ratio_interval: Its 95 % interval; also None if there was only one batch.
+        propagation: How upper layers get keys and values of exited tokens.
+        source: The index of its source, from 0; 0 without sources.
         fit_exit_share: The share of the tokens to fit on that exit.
         fit_agreement: The share of the tokens to fit on whose prediction is the full model's.
-        fit_by: What these two come from, e.g. "table".
+        fit_by: The origin of the previous two, e.g. "table".
         candidate: Whether the sequences to fit on keep the wanted agreement.
         confirmed_by: How the agreement was confirmed.
     """
@@ -94,7 +94,7 @@ class TriedPoint(Part, frozen=True, kw_only=True):
 
     @property
     def variant(self) -> ExitVariant:
-        """What this is a threshold of."""
+        """The variant to which the threshold belongs."""
         return ExitVariant(
             exit_layer=self.exit_layer,
             rule=self.rule,
@@ -105,18 +105,19 @@ class TriedPoint(Part, frozen=True, kw_only=True):
 
     @property
     def only_on_table(self) -> bool:
-        """Whether its agreement is known from a table that running it may contradict."""
+        """Whether its agreement is only an estimate from a table."""
         return self.confirmed_by == TABLE
 
 
 @dataclass(frozen=True)
 class FitFigures:
-    """What the sequences to fit on say of a point.
+    """The figures of a point on the sequences to fit on.
 
     Attributes:
-        exit_share: The share of their tokens that exit; None where it is not recorded.
-        agreement: The share of their tokens whose prediction is the full model's; None as well.
-        by: What these two come from, e.g. "table".
+        exit_share: The share of tokens that exit, or None if it is not recorded.
+        agreement: The share of tokens whose prediction is the full model's, or None if it is not
+            recorded.
+        by: The origin of these two, e.g. "table".
     """
 
     exit_share: float | None
@@ -132,8 +133,8 @@ def tried_point(
     Args:
         row: Its figures on the sequences to confirm on.
         fit: Its figures on the sequences to fit on.
-        propagation: What upper layers see of exited tokens.
-        source: Which of the sources it is from.
+        propagation: How upper layers get keys and values of exited tokens.
+        source: The index of its source.
         candidate: Whether the sequences to fit on keep the wanted agreement.
     """
     shared = [name for name in TriedPoint.__struct_fields__ if name in row.__struct_fields__]
@@ -150,12 +151,12 @@ def tried_point(
 
 
 class SearchedPoint(TriedPoint, frozen=True, kw_only=True):
-    """A point as a search judges it.
+    """A tried point with its outcome and its certificate.
 
     Attributes:
         outcome: Whether it keeps the wanted agreement on the sequences to confirm on.
-        risk_bound: The least risk that can be certified for it; None where it was not tested.
-        certified: Whether the wanted risk is certified; None where it was not tested.
+        risk_bound: The lowest risk that can be certified for it; None if it was not tested.
+        certified: Whether the wanted risk is certified; None if it was not tested.
     """
 
     outcome: Outcome
@@ -163,12 +164,12 @@ class SearchedPoint(TriedPoint, frozen=True, kw_only=True):
     certified: bool | None
 
     def as_tried(self) -> TriedPoint:
-        """Return the point without what the search made of it."""
+        """Return the point without outcome and certificate."""
         return TriedPoint(**{name: getattr(self, name) for name in TriedPoint.__struct_fields__})
 
 
 class NoThreshold(ExitVariant, frozen=True, kw_only=True):
-    """A layer and rule without any threshold that keeps the wanted agreement, and why."""
+    """A layer and rule without a threshold that keeps the wanted agreement, with the reason."""
 
     why: Text
 
@@ -177,7 +178,7 @@ class VariantResult(ExitVariant, frozen=True, kw_only=True):
     """The thresholds of a layer and rule; numbers are indices of points.
 
     Attributes:
-        fitted: The lowest candidate; None where there is none.
+        fitted: The lowest candidate, or None.
         kept: The lowest candidate that keeps the wanted agreement when confirmed.
         beyond_doubt: The lowest one whose whole interval keeps it.
     """
@@ -188,19 +189,19 @@ class VariantResult(ExitVariant, frozen=True, kw_only=True):
 
 
 class SearchSettings(Part, frozen=True, kw_only=True):
-    """What was searched for, and how it was measured.
+    """The settings of a search.
 
     Attributes:
         agreement: The wanted share of all tokens whose prediction is the full model's.
-        risk: The risk to certify; None where the agreement leaves none.
+        risk: The risk to certify; None if 1 - agreement is not a valid risk.
         confidence: The probability with which all certificates hold together.
         layers: Exit layers.
         rules: Names of the rules.
         batch_size: Sequences per forward pass.
-        seed: Of the intervals.
-        computes_every_token_because: Why exited tokens are computed too; None where they are not.
-        interval: How the intervals were made.
-        seconds: How the seconds were measured.
+        seed: Seed of the intervals.
+        computes_every_token_because: Why exited tokens are computed too; None if they are skipped.
+        interval: The method of the intervals.
+        seconds: How seconds were measured.
     """
 
     agreement: Share
@@ -219,11 +220,11 @@ class SearchSource(Part, frozen=True, kw_only=True):
     """A stored evaluation that was searched.
 
     Attributes:
-        name: Its file or folder, as it was given.
-        command: The command that made it.
+        name: The given file or folder.
+        command: The command that created it.
         heads_fingerprint: The fingerprint of its exit heads; None for the logit lens.
-        propagation: What upper layers see of exited tokens.
-        words: What was taken from it, in words.
+        propagation: How upper layers get keys and values of exited tokens.
+        words: A description of the points taken from it.
     """
 
     name: Text
@@ -234,16 +235,16 @@ class SearchSource(Part, frozen=True, kw_only=True):
 
 
 class SearchCertificate(Part, frozen=True, kw_only=True):
-    """What the sequences to confirm on certify; numbers are indices of points.
+    """The certificates of a search; numbers are indices of points.
 
     Attributes:
-        tested: How many candidates were tested.
-        confidence_each: The confidence of each test, with which all hold together.
-        sequences: How many sequences they were tested on.
-        sequences_needed: How many would certify a point that loses nothing; None where no risk is
-            to be certified.
-        certified: The points that are certified.
-        best: The cheapest of them; None where there is none.
+        tested: The number of candidates that were tested.
+        confidence_each: The confidence of each test, at which all hold together.
+        sequences: The number of sequences that they were tested on.
+        sequences_needed: The number that would certify a point without any loss; None without a
+            risk to certify.
+        certified: The certified points.
+        best: The cheapest certified point, or None.
     """
 
     tested: Index
@@ -255,12 +256,12 @@ class SearchCertificate(Part, frozen=True, kw_only=True):
 
 
 class SearchVerdict(Part, frozen=True, kw_only=True):
-    """What comes of a search, in words.
+    """The verdict of a search.
 
     Attributes:
         exit: Whether a point keeps the agreement and is significantly faster.
         headline: The verdict in one sentence.
-        also: What to know about it, one text each.
+        also: Additional notes.
     """
 
     exit: bool
@@ -275,19 +276,19 @@ class SearchRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
         schema: The schema of the record.
         kind: Always "exit-search".
         provenance: The model, the corpora and the exit heads.
-        settings: What was searched for.
-        sources: The stored evaluations that were searched; none for a search that measured.
-        full: The full model on the sequences to confirm on.
-        points: What was tried, by layer, rule, source and threshold.
+        settings: The settings of the search.
+        sources: The stored evaluations that were searched; empty if the search measured.
+        full: The figures of the full model on the sequences to confirm on.
+        points: The tried points, by layer, rule, source and threshold.
         nothing: Layers and rules without a threshold.
         pairs: The thresholds of each layer and rule.
-        best: The index of the cheapest candidate that keeps the agreement, those first that are
-            significantly faster; None where none keeps it.
-        best_beyond_doubt: The same among those whose whole interval keeps it.
-        best_on_table: The same among those that were not run.
+        best: The index of the cheapest candidate that keeps the agreement, or None; significantly
+            faster candidates come first.
+        best_beyond_doubt: The same among candidates whose whole interval keeps the agreement.
+        best_on_table: The same among candidates that were not run.
         nearest: The candidate with the largest agreement.
-        certificate: What is certified.
-        verdict: What comes of it.
+        certificate: The certificates.
+        verdict: The verdict.
     """
 
     KIND: ClassVar[str] = "exit-search"

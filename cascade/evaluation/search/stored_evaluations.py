@@ -1,4 +1,4 @@
-"""Searches in stored evaluations: what `cascade evaluate --output` kept is not measured again."""
+"""Searches in stored evaluations, without measuring again what they contain."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from cascade.evaluation.search.records import (
 )
 from cascade.evaluation.verdict import CONTROLS
 
-#: Evaluations are searched together only where all of these agree.
+#: Evaluations can be searched together only if these fields are equal.
 _IDENTITY = (
     ("provenance", "model", "name"),
     ("provenance", "model", "weights_hash"),
@@ -44,10 +44,10 @@ _IDENTITY = (
     ("provenance", "fitted_on", "fingerprint"),
 )
 
-#: Note for evaluations without exit curves, which answer for their own agreement alone.
-_NO_CURVES = "it was made without exit curves, so its thresholds are those for agreement {:g} alone"
+#: Note for evaluations without exit curves, which can only answer for their own agreement.
+_NO_CURVES = "it has no exit curves, so its thresholds are only valid for agreement {:g}"
 
-_NO_THRESHOLD = "no threshold that lets a token leave keeps it on the sequences to fit on"
+_NO_THRESHOLD = "no threshold at which a token exits keeps it on the sequences to fit on"
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class StoredEvaluation:
     """One of the evaluations that are searched together.
 
     Attributes:
-        name: What it is called in reports: its path.
-        source: Its number among them, from 0.
+        name: Its name in reports (the path).
+        source: Its index, from 0.
         record: The evaluation.
         fitted_on: The corpus that it fitted on.
     """
@@ -68,20 +68,20 @@ class StoredEvaluation:
 
     @property
     def curves(self) -> ExitCurves | None:
-        """Its exit curves; None where it was made without."""
+        """Its exit curves, or None if it has none."""
         curves = self.record.curves
         return None if isinstance(curves, UnsetType) else curves
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a stored evaluation says of a wanted agreement.
+    """The answer of a stored evaluation for a wanted agreement.
 
     Attributes:
         evaluation: The evaluation.
-        points: What it ran, or what can be read off its curves.
+        points: The points that it ran or that its curves give.
         nothing: Layers and rules without a threshold that keeps the agreement.
-        lacks: What the evaluation lacks to answer, in words; None where it has what is needed.
+        lacks: Why the evaluation cannot answer; None if it can.
     """
 
     evaluation: StoredEvaluation
@@ -91,7 +91,7 @@ class Answer:
 
     @property
     def on_table(self) -> list[TriedPoint]:
-        """The points that have not been run, and may differ when they are."""
+        """The points that have not been run and may differ when they are."""
         return [point for point in self.points if point.only_on_table]
 
 
@@ -99,14 +99,14 @@ class Answer:
 
 
 def read_evaluations(paths: Sequence[Path]) -> list[StoredEvaluation]:
-    """Read evaluations that can be searched together.
+    """Return stored evaluations that can be searched together.
 
     Args:
         paths: Files `evaluation.json`, or the folders that `cascade evaluate --output` wrote.
 
     Raises:
-        RecordError: One is missing, torn, or fitted nothing; or two are of different models or
-            texts, or measured the same.
+        RecordError: An evaluation is missing, torn or without fitted thresholds; or two have
+            different models or corpora, or measured the same.
     """
     files = [path / "evaluation.json" if path.is_dir() else path for path in paths]
     evaluations = [
@@ -125,14 +125,14 @@ def _read(file: Path, name: str, source: int) -> StoredEvaluation:
     fitted_on = record.provenance.fitted_on
     if isinstance(fitted_on, UnsetType):
         raise RecordError(
-            f"{file} holds given points alone, for which nothing was fitted; make a record "
-            "with `cascade evaluate --output`, without --only-points"
+            f"{file} contains only given operating points, without fitted thresholds; create a "
+            "record with `cascade evaluate --output`, without --only-points"
         )
     return StoredEvaluation(name, source, record, fitted_on)
 
 
 def _inconsistency(record: EvaluationRecord) -> str | None:
-    """Return what is wrong with the indices of points or the columns of curves; None if nothing."""
+    """Return what is wrong with the indices of points or the columns of curves, or None."""
     count = len(record.points)
     if any(number >= count for number in record.search.points):
         return f"a searched point beyond the {count} points"
@@ -164,7 +164,7 @@ def _check_alike(files: Sequence[Path], evaluations: Sequence[StoredEvaluation])
                 if key in seen:
                     raise RecordError(
                         f"{path} and {seen[key]} both measured layer {layer} with {rule} and the "
-                        "same heads and propagation; leave one out"
+                        "same heads and propagation; omit one of them"
                     )
                 seen[key] = path
 
@@ -173,16 +173,16 @@ def _check_alike(files: Sequence[Path], evaluations: Sequence[StoredEvaluation])
 
 
 def answer(evaluation: StoredEvaluation, config: SearchConfig) -> Answer:
-    """Return what a stored evaluation says of a wanted agreement, without any forward pass.
+    """Return the answer of a stored evaluation for a wanted agreement, without a forward pass.
 
-    Where it has exit curves, the lowest threshold of every layer and rule on them that keeps the
-    agreement on the sequences to fit on is a candidate, and so is every higher one that was run. A
-    curve's threshold that was not run is confirmed on the table alone, which with exact
-    propagation says the same. An evaluation without curves answers for its own agreement alone.
+    With exit curves, the candidates of every layer and rule are the lowest threshold of the curve
+    that keeps the agreement on the sequences to fit on, and every higher threshold that was run. A
+    threshold of a curve that was not run is confirmed only by the table, which is exact with exact
+    propagation. An evaluation without curves can only answer for its own agreement.
 
     Args:
         evaluation: The evaluation (see `read_evaluations`).
-        config: What is searched for.
+        config: The options of the search.
     """
     own = evaluation.record.settings.agreement
     if evaluation.curves is None and own != config.agreement:
@@ -230,11 +230,10 @@ class _Pair:
         evaluation: The evaluation.
         agreement: The wanted share of agreeing tokens.
         layer: The exit layer.
-        rule: The rule's name.
+        rule: The name of the rule.
         rows: Its operating points that were run.
-        curve: Its exit curve; None where there is none.
-        lowest: The lowest threshold that keeps the agreement on the sequences to fit on; None
-            where there is none.
+        curve: Its exit curve, or None.
+        lowest: The lowest threshold that keeps the agreement on the sequences to fit on, or None.
     """
 
     evaluation: StoredEvaluation
@@ -246,7 +245,7 @@ class _Pair:
     lowest: float | None
 
     def run_points(self) -> list[TriedPoint]:
-        """Return its points that were run."""
+        """Return the points that were run."""
         fits = self._fits()
         return [
             tried_point(
@@ -254,8 +253,8 @@ class _Pair:
                 fits.get(row.threshold, FitFigures(None, None, "table")),
                 propagation=self.evaluation.record.settings.propagation,
                 source=self.evaluation.source,
-                # On the table, a higher threshold never keeps less. A given one may have been
-                # chosen with the very sequences that would confirm it.
+                # In the table, the agreement never decreases with the threshold. A given threshold
+                # may have been chosen with the sequences that would confirm it.
                 candidate=self.lowest is not None
                 and row.threshold >= self.lowest
                 and row.threshold_from != "given",
@@ -264,7 +263,7 @@ class _Pair:
         ]
 
     def no_threshold(self) -> NoThreshold:
-        """Say that no threshold keeps the agreement."""
+        """Return the row for a layer and rule without a threshold that keeps the agreement."""
         return NoThreshold(
             exit_layer=self.layer,
             rule=self.rule,
@@ -275,9 +274,9 @@ class _Pair:
         )
 
     def table_point(self, curve: ExitCurve, threshold: float) -> TriedPoint:
-        """Return a point that was not run, as the curve has it.
+        """Return a point of the curve that was not run.
 
-        Its costs are those of a straight line through the points that were run.
+        Its costs are interpolated by a straight line through the points that were run.
 
         Args:
             curve: The exit curve.
@@ -311,7 +310,7 @@ class _Pair:
         )
 
     def _fits(self) -> dict[float, FitFigures]:
-        """Return what the sequences to fit on say of each threshold of the curve."""
+        """Return the figures on the sequences to fit on for each threshold of the curve."""
         curve, curves = self.curve, self.evaluation.curves
         if curve is None or curves is None:
             return {}
@@ -328,11 +327,11 @@ class _Pair:
         return rows[0].head if rows else "logit_lens"
 
     def _cost_at(self, share: float, costs: Sequence[float]) -> float | None:
-        """Return the cost at a share of exits: it grows in proportion to continuing tokens.
+        """Return the cost at an exit share, which is linear in the share of continuing tokens.
 
         Args:
             share: The share of tokens that exit.
-            costs: The cost of each of the rows.
+            costs: The cost of each row.
         """
         shares = np.array([row.exit_share for row in self.rows])
         if len(np.unique(shares)) < 2:
@@ -350,18 +349,17 @@ def search_evaluations(
     """Return the record of a search in stored evaluations.
 
     Args:
-        answers: What each evaluation says (see `answer`), or was measured since; of one model and
-            corpus.
-        config: What is searched for.
-        command: What the user ran, for the provenance.
+        answers: The answers of evaluations of one model and corpus (see `answer`).
+        config: The options of the search.
+        command: The command that the user ran, for the provenance.
 
     Raises:
-        RecordError: An evaluation lacks what is needed.
+        RecordError: An evaluation cannot answer for the wanted agreement.
     """
     for one in answers:
         if one.lacks is not None:
             raise RecordError(
-                f"{one.evaluation.name} does not have what agreement {config.agreement:g} needs: "
+                f"{one.evaluation.name} has no thresholds for agreement {config.agreement:g}: "
                 f"{one.lacks}; measure them with --measure, or evaluate again"
             )
     records = [one.evaluation.record for one in answers]
@@ -395,11 +393,11 @@ def _source(one: Answer) -> SearchSource:
     name, record = one.evaluation.name, one.evaluation.record
     propagation, on_table = record.settings.propagation, len(one.on_table)
     run = len(one.points) - on_table
-    read_off = f", {on_table} read off its curves" if on_table else ""
+    from_curves = f", {on_table} taken from its curves" if on_table else ""
     return SearchSource(
         name=name,
         command=record.provenance.command,
         heads_fingerprint=record.provenance.heads_fingerprint,
         propagation=propagation,
-        words=f"{name}: {run} points that were run{read_off}, {propagation} propagation",
+        words=f"{name}: {run} points that were run{from_curves}, {propagation} propagation",
     )

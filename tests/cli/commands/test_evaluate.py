@@ -56,7 +56,7 @@ def test_points_alone_are_measured_as_they_are_among_others(tiny: Run, here: Pat
         (("--agreement", 2), "expected a share of agreement in 0..1, got 2"),
         (("--perplexity-ratio", 0.5), "expected a finite perplexity ratio of at least 1, got 0.5"),
         (("--propagation", "ridge"), "ridge propagation needs fitted heads"),
-        (("--only-points",), "expected at least one point"),
+        (("--only-points",), "expected at least one operating point"),
         (("--max-tokens", 32), "a larger --max-tokens"),
         (("--rule", "oracle"), "the rules oracle are controls"),
         (("--layers", 1, "--rule", "mean_cosine"), "the rule mean_cosine compares 2 layers"),

@@ -116,7 +116,7 @@ def test_an_older_record_measures_what_it_lacks_or_says_it(
     options = ("--model", models / "tiny", "--corpus", "texts.jsonl")
     done = run("search-exit", evaluation, "--agreement", 0.6, *options)
     assert done.status == 0, done.err
-    assert "Measuring for e: it was made without exit curves" in done.err
+    assert "Measuring for e: it has no exit curves" in done.err
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_another_model_or_text_than_the_record_s_is_refused(
         (("--propagation", "ridge"), "ridge propagation needs fitted heads"),
         (("--heads", "none.safetensors"), "none.safetensors"),
         (("--heads", "a", "--heads", "b"), "expected one --heads, got several"),
-        (("--max-tokens", 40), "cannot be split, expected at least 4"),
+        (("--max-tokens", 40), "expected at least 4 sequences to split"),
         (("none.json",), "no record none.json; make one with `cascade evaluate --output`"),
         (("texts.jsonl",), "texts.jsonl"),
     ],

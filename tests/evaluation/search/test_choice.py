@@ -1,4 +1,4 @@
-"""The choice of an exit layer, from points made by hand."""
+"""The choice of an exit layer from constructed points."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def chosen(
     return choose(points, nothing, SearchConfig(**config), sequences=sequences)
 
 
-def test_the_best_is_the_cheapest_whose_agreement_is_confirmed() -> None:
+def test_best_is_cheapest_point_with_confirmed_agreement() -> None:
     points = (
         a_point(20, 0.90, 0.7),
         a_point(24, 0.955, 0.9),
@@ -41,10 +41,10 @@ def test_the_best_is_the_cheapest_whose_agreement_is_confirmed() -> None:
     )
     (also,) = found.verdict.also
     assert "94.5 % to 96.5 %, reaches below the wanted 95.0 %" in also
-    assert "Beyond doubt is layer 26" in also
+    assert "The cheapest whose whole interval keeps it is layer 26" in also
 
 
-def test_exactly_the_wanted_agreement_counts_as_kept() -> None:
+def test_exact_agreement_is_kept() -> None:
     point = a_point(24, 0.95, 0.9, half=0.0)
     assert chosen(point).best_beyond_doubt == 0
 
@@ -58,40 +58,43 @@ def test_significantly_faster_points_come_before_those_with_fewer_operations() -
 @pytest.mark.parametrize(
     ("point", "words"),
     [
-        (a_point(28, 0.97, 1.08), "No early exit saves anything at 95.0 % agreement: the cheapest"),
+        (
+            a_point(28, 0.97, 1.08),
+            "No early exit saves operations at 95.0 % agreement: the cheapest",
+        ),
         (
             a_point(28, 0.97, 0.99, seconds=(0.99, 0.97, 1.01)),
-            "No early exit saves time beyond doubt at 95.0 % agreement: the cheapest",
+            "No early exit saves significant time at 95.0 % agreement: the cheapest",
         ),
-        (a_point(28, 0.94, 0.9), "Nothing is confirmed to keep 95.0 % agreement by running"),
+        (a_point(28, 0.94, 0.9), "No measured point keeps 95.0 % agreement; nearest: "),
     ],
 )
-def test_the_headline_says_that_nothing_is_saved(point: TriedPoint, words: str) -> None:
+def test_headline_without_savings(point: TriedPoint, words: str) -> None:
     verdict = chosen(point).verdict
     assert verdict.exit is False
     assert verdict.headline.startswith(words)
     assert "layer 28, cosine >= 0.9 with the ridge head" in verdict.headline
 
 
-def test_the_headline_says_that_no_layer_and_rule_has_a_threshold() -> None:
+def test_headline_without_thresholds() -> None:
     found = chosen(nothing=(no_threshold(2),))
     assert found.verdict.headline.startswith("No early exit keeps 95.0 % agreement: no layer")
     assert (found.best, found.nearest) == (None, None)
     assert [row.fitted for row in found.pairs] == [None]
 
 
-def test_a_point_that_the_fit_does_not_support_is_neither_chosen_nor_tested() -> None:
+def test_point_that_is_no_candidate_is_neither_chosen_nor_tested() -> None:
     found = chosen(a_point(20, 0.99, 0.5, candidate=False), a_point(24, 0.96, 0.9))
     assert found.best == 1
     assert found.certificate.tested == 1
 
 
-def test_a_point_on_the_table_is_never_the_best_but_named_where_it_would_be_cheaper() -> None:
+def test_point_on_table_is_never_best_but_mentioned_if_cheaper() -> None:
     table = a_point(20, 0.99, 0.5, confirmed_by="table")
     found = chosen(table, a_point(24, 0.97, 0.9))
     assert (found.best, found.best_on_table) == (1, 0)
     (also,) = found.verdict.also
-    assert also.startswith("On the table alone, layer 20")
+    assert also.startswith("By the table, layer 20")
     assert "--measure runs it" in also
     assert (found.points[0].risk_bound, found.points[0].certified) == (None, None)
     alone = chosen(a_point(20, 0.99, 0.5, confirmed_by="table"))
@@ -101,7 +104,7 @@ def test_a_point_on_the_table_is_never_the_best_but_named_where_it_would_be_chea
     assert exact.best == 0
 
 
-def test_each_layer_and_rule_names_its_lowest_threshold_and_the_lowest_that_kept_it() -> None:
+def test_each_variant_names_lowest_fitted_and_kept_thresholds() -> None:
     found = chosen(
         a_point(24, 0.93, 0.8, threshold=0.5),
         a_point(24, 0.955, 0.9, threshold=0.6),
@@ -117,30 +120,28 @@ def test_each_layer_and_rule_names_its_lowest_threshold_and_the_lowest_that_kept
 # --- Certificates ----------------------------------------------------------------------------
 
 
-def test_risk_bounds_share_the_error_among_all_tested_points() -> None:
+def test_risk_bounds_share_error_among_tested_points() -> None:
     points = [a_point(layer, 0.97, 0.9) for layer in (20, 22, 24, 26)]
     found = chosen(*points, sequences=1000)
     for row in found.points:
         assert row.risk_bound is not None
-        # At its own bound a hypothesis is just rejected, at a quarter of the error.
+        # At its bound, a hypothesis is just rejected at a quarter of the error.
         p_value = hoeffding_p_value(0.03, sequences=1000, risk=row.risk_bound)
         assert p_value == pytest.approx(0.05 / 4)
     assert found.certificate.confidence_each == pytest.approx(1 - 0.05 / 4)
 
 
 @pytest.mark.parametrize(("points", "certified"), [(1, True), (40, False)])
-def test_a_certificate_takes_more_sequences_when_more_thresholds_are_tested(
-    points: int, certified: bool
-) -> None:
+def test_certificate_needs_more_sequences_for_more_thresholds(points: int, certified: bool) -> None:
     tried = [a_point(layer, 1.0, 0.9) for layer in range(1, points + 1)]
-    found = chosen(*tried, sequences=700)  # 600 are enough for one at risk 0.05
+    found = chosen(*tried, sequences=700)  # 600 suffice for one threshold at risk 0.05
     assert [row.certified for row in found.points] == [certified] * points
     assert (found.certificate.best is not None) is certified
     assert found.certificate.sequences_needed is not None
     assert (found.certificate.sequences_needed <= 700) is certified
 
 
-def test_a_certificate_is_what_learn_then_test_gives_at_its_share_of_the_error() -> None:
+def test_certificate_matches_learn_then_test_at_shared_error() -> None:
     losses = np.random.default_rng(0).random((1, 1300)) * 0.02
     mean = float(losses.mean())
     point = a_point(24, 1 - mean, 0.9)
@@ -150,7 +151,7 @@ def test_a_certificate_is_what_learn_then_test_gives_at_its_share_of_the_error()
     assert found.certificate.certified == [0]
 
 
-def test_the_default_risk_is_what_the_agreement_leaves() -> None:
+def test_default_risk_is_one_minus_agreement() -> None:
     assert SearchConfig(0.95).bound == 0.05
     assert SearchConfig(0.95, risk=0.2).bound == 0.2
     assert SearchConfig(1.0).bound is None
@@ -158,13 +159,13 @@ def test_the_default_risk_is_what_the_agreement_leaves() -> None:
     assert chosen(a_point(24, 1.0, 0.9), agreement=1.0).certificate.certified == []
 
 
-def test_mean_losses_certify_the_same_thresholds_as_all_losses() -> None:
+def test_mean_losses_certify_same_thresholds_as_all_losses() -> None:
     losses = np.random.default_rng(1).random((3, 800)) * np.array([[0.01], [0.05], [0.2]])
     grid = np.array([0.9, 0.8, 0.7])
-    whole = certify(grid, losses, risk=0.08, confidence=0.95)
+    expected = certify(grid, losses, risk=0.08, confidence=0.95)
     again = certify_means(grid, losses.mean(axis=1), sequences=800, risk=0.08, confidence=0.95)
-    assert whole.certified == again.certified == 2
-    assert again.p_values == pytest.approx(whole.p_values)
+    assert expected.certified == again.certified == 2
+    assert again.p_values == pytest.approx(expected.p_values)
     with pytest.raises(ValueError, match="expected 3 mean losses, got shape"):
         certify_means(grid, np.zeros(2), sequences=8, risk=0.1, confidence=0.9)
 
@@ -177,7 +178,7 @@ def test_mean_losses_certify_the_same_thresholds_as_all_losses() -> None:
         ({"loss": 0.5, "sequences": 3, "confidence": 1.0}, "expected a confidence"),
     ],
 )
-def test_a_risk_bound_refuses_arguments_out_of_range(arguments: dict[str, Any], words: str) -> None:
+def test_risk_bound_rejects_arguments_out_of_range(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         risk_bound(arguments.pop("loss"), **arguments)
     assert risk_bound(0.9, sequences=1, confidence=0.99) == 1.0
@@ -193,12 +194,12 @@ def test_a_risk_bound_refuses_arguments_out_of_range(arguments: dict[str, Any], 
         (SearchConfig(0.9, confidence=1.0), "expected a confidence between 0 and 1, got 1"),
     ],
 )
-def test_an_invalid_config_is_refused(config: SearchConfig, words: str) -> None:
+def test_invalid_config_is_rejected(config: SearchConfig, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         config.check()
 
 
-def test_a_record_can_be_written_and_numbers_its_points_in_order() -> None:
+def test_record_survives_round_trip_with_ordered_points() -> None:
     points = [a_point(28, 0.97, 0.9), a_point(24, 0.97, None, confirmed_by="table")]
     record = search_record(a_search_origin(), points, [], SearchConfig())
     assert [row.exit_layer for row in record.points] == [24, 28]

@@ -1,4 +1,4 @@
-"""The search for an exit layer, on tiny models: fitted on one split, confirmed on another."""
+"""The search for an exit layer on tiny models, fitted on one split and confirmed on another."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cascade.evaluation.search.stored_evaluations import Answer, StoredEvaluatio
 FIT, CONFIRM = split(blocks_of(24, seed=1))
 LAYERS, RULES = (1, 2), ("cosine", "top2_gap")
 
-#: With this, no token of an unsettled model may exit.
+#: With this configuration, no token of an unsettled model exits.
 NOTHING_EXITS = SearchConfig(1.0, layers=(1,), rules=("cosine",))
 
 
@@ -55,7 +55,7 @@ def run_again(tried: Sequence[TriedPoint], blocks: TokenBlocks) -> list[Operatin
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
-def test_fit_and_confirmed_figures_are_those_of_their_own_split(propagation: Propagation) -> None:
+def test_fit_and_confirm_figures_are_measured_on_their_split(propagation: Propagation) -> None:
     record = searched(propagation)
     assert to_json(to_plain(record))
     wanted = record.settings.agreement, record.settings.risk, record.settings.confidence
@@ -75,7 +75,7 @@ def test_fit_and_confirmed_figures_are_those_of_their_own_split(propagation: Pro
 
 
 @pytest.mark.parametrize("agreement", [0.7, 0.9, 0.95])
-def test_a_corrected_threshold_predicts_the_agreement_of_running_it(agreement: float) -> None:
+def test_corrected_threshold_predicts_measured_agreement(agreement: float) -> None:
     record = searched("frozen", agreement)
     found = [
         (row, other.agreement)
@@ -85,7 +85,7 @@ def test_a_corrected_threshold_predicts_the_agreement_of_running_it(agreement: f
     assert corrected
     for row, run in corrected:
         assert row.fit_agreement >= agreement
-        # Of 288 tokens two at most; the boldest on the table misses by up to five times that.
+        # At most two of 288 tokens. The lowest threshold of the table differs by up to ten.
         assert run == pytest.approx(row.fit_agreement, abs=2 / FIT.tokens)
         boldest = [
             other
@@ -96,7 +96,7 @@ def test_a_corrected_threshold_predicts_the_agreement_of_running_it(agreement: f
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
-def test_every_layer_and_rule_has_a_threshold_or_a_reason(propagation: Propagation) -> None:
+def test_every_layer_and_rule_has_threshold_or_reason(propagation: Propagation) -> None:
     record = searched(propagation)
     pairs = [(row.exit_layer, row.rule) for row in record.pairs]
     assert pairs == [(layer, rule) for layer in LAYERS for rule in RULES]
@@ -109,8 +109,8 @@ def test_every_layer_and_rule_has_a_threshold_or_a_reason(propagation: Propagati
         assert (row.fitted is None) is (len(reasons) == 1)
 
 
-def test_without_any_threshold_there_are_no_points() -> None:
-    # Of a model whose layers all matter no token's head is right beyond doubt.
+def test_search_without_thresholds_has_no_points() -> None:
+    # All layers of an unsettled model matter, so no threshold keeps the agreement.
     record = search_exits(a_stack("llama"), FIT, CONFIRM, NOTHING_EXITS)
     assert record.points == []
     assert [row.why[:12] for row in record.nothing] == ["no threshold"]
@@ -119,7 +119,7 @@ def test_without_any_threshold_there_are_no_points() -> None:
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
-def test_progress_adds_up_to_the_tokens_to_read(propagation: Propagation) -> None:
+def test_progress_adds_up_to_tokens_to_read(propagation: Propagation) -> None:
     done: list[int] = []
     search_exits(
         a_settled_stack("llama"),
@@ -149,7 +149,7 @@ def test_progress_adds_up_to_the_tokens_to_read(propagation: Propagation) -> Non
         ({"batch_size": 0}, CorpusError, "--batch-size"),
     ],
 )
-def test_an_invalid_search_is_refused_in_one_line(
+def test_invalid_search_gives_one_line_error(
     changes: dict[str, Any], kind: type[CascadeError], words: str
 ) -> None:
     fit = changes.get("fit", FIT)
@@ -161,7 +161,7 @@ def test_an_invalid_search_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-# --- What a record lacks ---------------------------------------------------------------------
+# --- Completing stored evaluations -----------------------------------------------------------
 
 
 @functools.cache
@@ -192,14 +192,14 @@ def completed(
     return measure_missing(stack, found, config=config, **options)
 
 
-def test_points_known_from_the_table_alone_are_run_and_nothing_is_fitted_again() -> None:
+def test_points_from_table_are_run_without_fitting_again() -> None:
     record = evaluated()
     before = answer(stored(record), SearchConfig(0.8))
     done: list[int] = []
     found = completed(record, 0.8, progress=done.append)
     assert before.on_table
     assert not found.on_table
-    assert sum(done) == CONFIRM.tokens  # nothing is fitted again
+    assert sum(done) == CONFIRM.tokens  # thresholds are not fitted again
     assert len(found.points) == len(before.points)
     again = {
         (row.exit_layer, row.rule, row.threshold): row.agreement
@@ -210,7 +210,7 @@ def test_points_known_from_the_table_alone_are_run_and_nothing_is_fitted_again()
         assert row.agreement == pytest.approx(again[name])
 
 
-def test_an_evaluation_without_curves_is_searched_again_with_its_own_settings() -> None:
+def test_evaluation_without_curves_is_searched_again_with_its_settings() -> None:
     record = structs.replace(evaluated(), curves=UNSET)
     found = completed(record, 0.8, source=3)
     fresh = searched("ridge", 0.8)
@@ -221,13 +221,13 @@ def test_an_evaluation_without_curves_is_searched_again_with_its_own_settings() 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"stack": a_stack("qwen2")}, "expected the record's own family, llama"),
-        ({"heads": None}, "expected the record's own heads"),
-        ({"fit": blocks_of(4)}, "expected the record's own text to fit on"),
-        ({"confirm": FIT}, "expected the record's own text to confirm on"),
+        ({"stack": a_stack("qwen2")}, "expected the family of the evaluation, llama"),
+        ({"heads": None}, "expected the heads of the evaluation"),
+        ({"fit": blocks_of(4)}, "expected the text to fit on of the evaluation"),
+        ({"confirm": FIT}, "expected the text to confirm on of the evaluation"),
     ],
 )
-def test_an_evaluation_is_not_completed_with_another_model_text_or_heads(
+def test_completing_with_other_model_text_or_heads_is_rejected(
     changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(RecordError) as error:
@@ -236,15 +236,17 @@ def test_an_evaluation_is_not_completed_with_another_model_text_or_heads(
     assert "\n" not in str(error.value)
 
 
-def test_an_evaluation_is_not_completed_with_other_weights() -> None:
+def test_completing_with_other_weights_is_rejected() -> None:
     record = evaluated()
     model = structs.replace(record.provenance.model, weights_hash="sha256:11aa")
     record = structs.replace(record, provenance=structs.replace(record.provenance, model=model))
-    with pytest.raises(RecordError, match="expected the record's own weights_hash, sha256:11aa"):
+    with pytest.raises(
+        RecordError, match="expected the weights_hash of the evaluation, sha256:11aa"
+    ):
         completed(record, 0.8)
 
 
-def test_the_best_point_keeps_the_agreement_at_the_fewest_operations() -> None:
+def test_best_point_keeps_agreement_at_fewest_operations() -> None:
     record = searched("exact")
     prices = [row.flops_ratio for row in record.points if row.candidate and row.agreement >= 0.9]
     best = record.points[record.best]

@@ -1,4 +1,4 @@
-"""Searches in stored evaluations: what they have is used, what they lack is said."""
+"""Searches in stored evaluations use their contents and report what is missing."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def evaluated(
     propagation: Propagation = "ridge", layers: tuple[int, ...] = (1, 2), *, heads: bool = True
 ) -> EvaluationRecord:
     record = _evaluated(propagation, layers, heads)
-    # A model made in memory has neither.
+    # A model created in memory has neither.
     model = structs.replace(record.provenance.model, name="tiny", weights_hash="sha256:11aa")
     return structs.replace(record, provenance=structs.replace(record.provenance, model=model))
 
@@ -87,7 +87,7 @@ def key(row: TriedPoint | OperatingPointRow) -> tuple[int, str, float]:
     return row.exit_layer, row.rule, row.threshold
 
 
-def test_at_its_own_agreement_an_evaluation_answers_with_the_points_that_it_ran() -> None:
+def test_evaluation_answers_for_its_agreement_with_points_that_were_run() -> None:
     record = evaluated()
     found = searched(record, agreement=0.9)
     rows = {key(row): row for row in record.points}
@@ -99,7 +99,7 @@ def test_at_its_own_agreement_an_evaluation_answers_with_the_points_that_it_ran(
             assert getattr(row, name) == getattr(rows[key(row)], name)
 
 
-def test_an_evaluation_without_curves_answers_for_its_own_agreement_alone() -> None:
+def test_evaluation_without_curves_answers_only_for_its_agreement() -> None:
     record = evaluated()
     with_curves = searched(record, agreement=0.9)
     record = structs.replace(record, curves=UNSET)  # as earlier releases wrote it
@@ -107,14 +107,12 @@ def test_an_evaluation_without_curves_answers_for_its_own_agreement_alone() -> N
     for name in ("best", "best_beyond_doubt", "pairs"):
         assert getattr(found, name) == getattr(with_curves, name)
     assert {row.fit_agreement for row in found.points} == {None}
-    with pytest.raises(
-        RecordError, match=r"record 0 does not have what agreement 0.8 needs: .*0.9"
-    ):
+    with pytest.raises(RecordError, match=r"record 0 has no thresholds for agreement 0.8: .*0.9"):
         searched(record, agreement=0.8)
 
 
 @pytest.mark.parametrize("agreement", [0.7, 0.8, 0.95, 1.0])
-def test_any_other_agreement_is_searched_on_the_curves(agreement: float) -> None:
+def test_other_agreements_are_searched_on_curves(agreement: float) -> None:
     record = evaluated()
     found = searched(record, agreement=agreement)
     table = _table("ridge")
@@ -139,9 +137,9 @@ def test_any_other_agreement_is_searched_on_the_curves(agreement: float) -> None
         row = found.points[pair.fitted]
         if row.threshold_from != "given":
             assert row.threshold == min(fine)
-        leaves = confidence >= row.threshold
-        assert row.fit_exit_share == leaves.mean()
-        assert row.fit_agreement == np.mean(agrees | ~leaves)
+        exits = confidence >= row.threshold
+        assert row.fit_exit_share == exits.mean()
+        assert row.fit_agreement == np.mean(agrees | ~exits)
     assert found.pairs
 
 
@@ -157,22 +155,22 @@ def _table(propagation: Propagation) -> Any:
 
 
 @pytest.mark.parametrize(("propagation", "by"), [("ridge", "table"), ("exact", "exact table")])
-def test_points_that_were_not_run_are_marked_as_read_off_the_table(
+def test_points_that_were_not_run_are_marked_as_from_table(
     propagation: Propagation, by: str
 ) -> None:
     record = evaluated(propagation)
     found = searched(record, agreement=0.8)
-    read_off = [row for row in found.points if row.confirmed_by != "running"]
-    assert read_off
+    from_table = [row for row in found.points if row.confirmed_by != "running"]
+    assert from_table
     evaluator = Evaluator(
         a_settled_stack("llama"),
         {layer: ["cosine", "top2_gap"] for layer in (1, 2)},
         heads=settled_heads("llama"),
         propagation=propagation,
     )
-    points = [OperatingPoint(*key(row), "here") for row in read_off]
+    points = [OperatingPoint(*key(row), "here") for row in from_table]
     run, _ = evaluator.run(CONFIRM, points)
-    for row, again in zip(read_off, run, strict=True):
+    for row, again in zip(from_table, run, strict=True):
         assert row.confirmed_by == by
         assert row.exit_share == again.exit_share
         assert row.flops_ratio == pytest.approx(again.flops_ratio, abs=0.03)
@@ -182,7 +180,7 @@ def test_points_that_were_not_run_are_marked_as_read_off_the_table(
             assert row.agreement_interval == pytest.approx(again.agreement_interval, abs=1e-6)
 
 
-def test_a_given_threshold_is_a_point_but_no_candidate() -> None:
+def test_given_threshold_is_not_a_candidate() -> None:
     found = searched(evaluated(), agreement=0.5)
     given = [row for row in found.points if row.threshold_from == "given"]
     assert [row.candidate for row in given] == [False]
@@ -243,11 +241,11 @@ def _set(*places: Any) -> Callable[[Plain], None]:
         (_set("points", 0, "threshold", None), "expected a finite number at points[0].threshold"),
         (_set("search", "points", [99]), "a searched point beyond the"),
         (_set("curves", "rows", 0, "wrong", [1]), "a curve whose columns differ in length"),
-        (_without("provenance", "fitted_on"), "holds given points alone"),
+        (_without("provenance", "fitted_on"), "contains only given operating points"),
         (_set("provenance", "fitted_on", {}), "expected text at provenance.fitted_on.source"),
     ],
 )
-def test_a_torn_evaluation_is_refused_in_one_line(
+def test_corrupt_evaluation_gives_one_line_error(
     tmp_path: Path, change: Callable[[Plain], None], words: str
 ) -> None:
     record = to_plain(evaluated())
@@ -267,7 +265,7 @@ def test_a_torn_evaluation_is_refused_in_one_line(
         (_set("provenance", "fitted_on", "fingerprint", "x"), "differ in fitted_on fingerprint"),
     ],
 )
-def test_evaluations_that_cannot_be_searched_together_are_refused(
+def test_evaluations_that_do_not_match_are_rejected(
     tmp_path: Path, change: Callable[[Plain], None], words: str
 ) -> None:
     record, other = to_plain(evaluated()), to_plain(evaluated())

@@ -61,7 +61,7 @@ def test_the_choice_comes_first() -> None:
     text = plain(printed(a_record(*POINTS)))
     head, _, _ = text.partition("What was measured")
     assert "Exit at layer 24, cosine >= 0.9701 with the ridge head: 95.5 % of all tokens" in head
-    assert "Beyond doubt is layer 24, cosine >= 0.9755" in head
+    assert "whole interval keeps it is layer 24, cosine >= 0.9755" in head
 
 
 def test_every_layer_and_rule_shows_its_lowest_threshold_and_those_that_keep_it() -> None:
@@ -81,7 +81,7 @@ def test_points_that_were_not_run_have_a_question_mark_and_no_certificate() -> N
     text = printed(a_record(table, *POINTS))
     (row,) = [line for line in text.splitlines() if line.startswith("   20")]
     assert row.split()[-4:] == ["-", "sure?", "cosine", "0.9000"]
-    assert "On the table alone, layer 20" in plain(text)
+    assert "By the table, layer 20" in plain(text)
 
 
 @pytest.mark.parametrize(
