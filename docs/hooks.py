@@ -1,4 +1,4 @@
-"""What the site is told while it is built: pages from outside docs/, and the commands."""
+"""Hooks of the site: pages from outside docs/, and the reference of the commands."""
 
 from __future__ import annotations
 
@@ -135,9 +135,9 @@ def _commands() -> str:
 
 
 def _described(name: str, command: Any) -> list[str]:
-    """Return one command's section, or those of a group's commands."""
+    """Return the section of a command, or those of a group's commands, in the order of help."""
     if hasattr(command, "commands"):
-        below = sorted(command.commands.items())
+        below = [(each, command.commands[each]) for each in command.list_commands(None)]
         return [line for each, one in below for line in _described(f"{name} {each}", one)]
     options = [param for param in command.params if param.param_type_name == "option"]
     arguments = [param for param in command.params if param.param_type_name == "argument"]
@@ -147,8 +147,11 @@ def _described(name: str, command: Any) -> list[str]:
         lines += ["| argument | |", "| --- | --- |"]
         lines += [f"| `{param.name.upper()}` | {_cell(param.help)} |" for param in arguments]
         lines.append("")
+    panels = dict.fromkeys(param.rich_help_panel or "Options" for param in options)
     lines += ["| option | | default |", "| --- | --- | --- |"]
-    lines += [_row(param, command) for param in options]
+    for panel in panels:
+        lines.append(f"| **{panel}** | | |")
+        lines += [_row(param, command) for param in options if param.rich_help_panel == panel]
     return [*lines, ""]
 
 

@@ -1,4 +1,4 @@
-"""The command line itself: its groups, its version, and how it ends."""
+"""The command line itself: command groups, version, errors and exit status."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from cascade.cli.options import ORDER, option_groups
+from cascade.cli.console import printing
+from cascade.cli.options import option_groups
 from cascade.core.errors import CascadeError, UsageError, os_reason
 
 try:
-    from typer import TyperException as Refusal
-except ImportError:  # an older typer, which takes click's own
-    from click import ClickException as Refusal  # type: ignore[assignment]
+    from typer import TyperException
+except ImportError:  # an older typer, which raises click's own
+    from click import ClickException as TyperException  # type: ignore[assignment]
 
-#: Where a context keeps what the command line gives, as text: parameter -> its values.
+#: Where a context keeps the command line as text: parameter -> its values.
 _GIVEN = "cascade.given"
 
 
 class Command(TyperCommand):
-    """A command that refuses options which a script left empty, e.g. `--output "$UNSET"`.
+    """A command that prints what `--json` and `--quiet` say, and rejects empty option values.
 
-    As a path, an empty text would mean the current folder.
+    A script passes an empty value by mistake, e.g. `--output "$UNSET"`. As a path, it would mean
+    the current folder.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command's arguments.
 
         Raises:
-            UsageError: The value of an option or of an argument is empty.
+            UsageError: The value of an option or argument is empty.
         """
+        if ctx.resilient_parsing:  # a shell completes an unfinished line
+            return super().parse_args(ctx, args)
         values, _, _ = self.make_parser(ctx).parse_args(args=list(args))
         given = {name: _as_texts(value) for name, value in values.items()}
         for param in self.params:
@@ -47,9 +51,29 @@ class Command(TyperCommand):
         ctx.meta[_GIVEN] = given
         return super().parse_args(ctx, args)
 
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option `--help`, in the last panel of help."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.help = "Show this help."
+            option.rich_help_panel = "Output"
+        return option
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, printing what its options `--json` and `--quiet` say."""
+        with printing(as_json=bool(ctx.params.get("json")), quiet=bool(ctx.params.get("quiet"))):
+            return super().invoke(ctx)
+
 
 class Group(TyperGroup):
-    """A group of commands that refuses an empty name of one."""
+    """A group of commands that rejects an empty command name."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option `--help`."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.help = "Show this help."
+        return option
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that the arguments name.
@@ -64,40 +88,62 @@ class Group(TyperGroup):
 
 
 def _as_texts(value: Any) -> tuple[str, ...]:
-    """Return the texts among what was parsed: one, several, or none for a flag."""
+    """Return a parsed value as texts: one, several, or none for a flag."""
     values = value if isinstance(value, list | tuple) else (value,)
     return tuple(each for each in values if isinstance(each, str))
 
 
+#: The panels of `cascade --help` with their commands, in the order in which a project uses them.
+COMMAND_PANELS = {
+    "Measure": ("analyze",),
+    "Gate": ("gate", "compare", "accept"),
+    "Early exit": ("fit-heads", "calibrate", "evaluate", "search-exit", "generate"),
+    "Stages": ("collect-hard", "train"),
+    "Studies": ("explain", "compare-corpora", "compare-models", "findings"),
+    "Benchmarks": ("bench",),
+    "Setup": ("env", "cache"),
+}
+
+
+class _Root(Group):
+    """The group of all commands, listed panel by panel."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands in the order of `COMMAND_PANELS`."""
+        listed = [name for names in COMMAND_PANELS.values() for name in names]
+        return sorted(self.commands, key=listed.index)
+
+
 app = typer.Typer(
     name="cascade",
-    cls=Group,
-    help="Measure how a language model's layers saturate, and hold it to stored baselines.",
+    cls=_Root,
+    help="Measure how the layers of a language model saturate, exit early, and gate drift.",
+    epilog="`cascade COMMAND --help` describes a command and its options.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 bench = typer.Typer(
     cls=Group,
-    help="Measure speed and memory, in one process, interleaved.",
+    help="Time variants of the same work, interleaved in one process.",
     no_args_is_help=True,
 )
-app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench", rich_help_panel="Benchmarks")
 
 
 def command(
-    name: str, *, group: typer.Typer = app, order: Sequence[str] = ORDER
+    name: str, *, group: typer.Typer = app
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command; its parameters are options, or groups of options.
 
     Args:
         name: The command's name.
         group: The group of commands that it belongs to.
-        order: How help orders the options that several commands take (see `option_groups`).
     """
+    panels = {name: panel for panel, names in COMMAND_PANELS.items() for name in names}
+    panel = panels[name] if group is app else None
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        group.command(name, cls=Command)(option_groups(function, order=order))
+        group.command(name, cls=Command, rich_help_panel=panel)(option_groups(function))
         return function
 
     return register
@@ -121,13 +167,13 @@ def _root(
     pass
 
 
-#: What writing to an open stream can end with; every file is written with an error of its own.
+#: Errors of writing to stdout or stderr. Writing a file raises an `OutputError` instead.
 _STREAM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 
 def main() -> None:
-    """Run the command line; what a user can put right is one line on stderr and exit status 2."""
-    # Our own bars and messages say what concerns the user.
+    """Run the command line; an error that the user can fix is one line on stderr, status 2."""
+    # The package shows its own progress bars and messages.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -135,34 +181,34 @@ def main() -> None:
         with _unwinding():
             sys.exit(app(prog_name="cascade", standalone_mode=False))
     except CascadeError as error:
-        _refuse(str(error), error.exit_status)
-    except Refusal as error:
+        _fail(str(error), error.exit_status)
+    except TyperException as error:
         if type(error).__name__ != "NoArgsIsHelpError":  # there the help has been shown
-            _refuse(_usage_words(error))
+            _fail(_usage_message(error))
         sys.exit(UsageError.exit_status)
     except OSError as error:
         if error.filename is not None or error.errno not in _STREAM_ERRORS:
             raise
-        _drop_unprinted()
-        _refuse(f"cannot print: {os_reason(error)}; send stdout elsewhere")
+        _discard_stdout()
+        _fail(f"cannot print: {os_reason(error)}; send stdout elsewhere")
 
 
-def _drop_unprinted() -> None:
-    """Send what stdout still holds to nowhere: its flush at the end of Python would fail again."""
+def _discard_stdout() -> None:
+    """Discard what stdout still buffers: flushing it at the exit of Python would fail again."""
     with contextlib.suppress(AttributeError, OSError, ValueError):  # stdout need not be a file
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, sys.stdout.fileno())
         os.close(sink)
 
 
-def _refuse(text: str, status: int = UsageError.exit_status) -> NoReturn:
-    # A path or a column can hold a line break of its own.
+def _fail(text: str, status: int = UsageError.exit_status) -> NoReturn:
+    # A path or a column can contain a line break.
     typer.echo(f"cascade: {' '.join(text.splitlines())}", err=True)
     sys.exit(status)
 
 
-def _usage_words(error: Any) -> str:
-    """Return what is wrong with a command line, what was given, and where to read on."""
+def _usage_message(error: Any) -> str:
+    """Return what is wrong with a command line, what it says, and which help to read."""
     context: Any = getattr(error, "ctx", None)
     param: Any = getattr(error, "param", None)
     command = context.command_path if context is not None else "cascade"
@@ -176,16 +222,16 @@ def _usage_words(error: Any) -> str:
 
 @contextlib.contextmanager
 def _unwinding() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a run as Ctrl-C does: what is half-written is taken away."""
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does: half-written files are removed."""
 
     def stop(number: int, _: object) -> None:
-        for taken in handled:  # a second one must not break off the clearing up
+        for taken in handled:  # a second signal must not interrupt the cleanup
             signal.signal(taken, signal.SIG_IGN)
         sys.exit(128 + number)
 
     handled = []
     if threading.current_thread() is threading.main_thread():
-        # Windows has no SIGHUP; where nohup has set it to be ignored, it stays so.
+        # Windows has no SIGHUP. Under nohup it is ignored, and remains so.
         numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
         handled = [n for n in numbers if n is not None and signal.getsignal(n) == signal.SIG_DFL]
         for number in handled:

@@ -1,4 +1,4 @@
-"""What commands show while they run, and after: spinner, progress bar, printed records."""
+"""What commands show while they run, and after: spinner, progress bar, messages and records."""
 
 from __future__ import annotations
 
@@ -6,12 +6,50 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
+
+import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class _Printing:
+    as_json: bool = False
+    quiet: bool = False
+
+
+_PRINTING: ContextVar[_Printing | None] = ContextVar("printing", default=None)
+
+
+@contextlib.contextmanager
+def printing(*, as_json: bool, quiet: bool) -> Iterator[None]:
+    """Set what commands print until the context ends.
+
+    Args:
+        as_json: `show_record` prints the record as JSON instead of the report.
+        quiet: No messages, no progress, and no report.
+    """
+    token = _PRINTING.set(_Printing(as_json, quiet))
+    try:
+        yield
+    finally:
+        _PRINTING.reset(token)
+
+
+def _wanted() -> _Printing:
+    return _PRINTING.get() or _Printing()
+
+
+def message(text: str) -> None:
+    """Print a message on stderr, unless the command is quiet."""
+    if not _wanted().quiet:
+        typer.echo(text, err=True)
 
 
 @contextlib.contextmanager
@@ -20,7 +58,7 @@ def status(text: str) -> Iterator[None]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if _wanted().quiet or not console.is_terminal:
         yield
         return
     with console.status(text):
@@ -49,18 +87,34 @@ def progress_bar(what: str, tokens: int) -> Iterator[Callable[[int], None]]:
         TimeLeft(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    disabled = _wanted().quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=disabled) as bar:
         task = bar.add_task(what, total=tokens)
         yield lambda done: bar.advance(task, done)
 
 
 def command_line() -> str:
-    """Return what the user ran, as a line that can be run again."""
+    """Return the command line of this process, quoted so that a shell can run it again."""
     return shlex.join(["cascade", *sys.argv[1:]])
 
 
-def print_record(show: Callable[[R, Console], None], record: R) -> None:
-    """Print a record on stdout; what it is drawn from was saved before."""
-    from rich.console import Console
+def show_record(record: R, show: Callable[[R, Console], None], *, stored: object = None) -> None:
+    """Print a record on stdout: as a report, as JSON with `--json`, not at all with `--quiet`.
 
-    show(record, Console())
+    A command saves its files first: printing fails if the disk behind stdout is full.
+
+    Args:
+        record: The record.
+        show: Prints the report of the record.
+        stored: What `--json` prints instead of the record, if its file has another form.
+    """
+    wanted = _wanted()
+    if wanted.as_json:
+        from cascade.core.records import to_json
+        from cascade.core.schema import to_plain
+
+        typer.echo(to_json(to_plain(record if stored is None else stored)))
+    elif not wanted.quiet:
+        from rich.console import Console
+
+        show(record, Console())

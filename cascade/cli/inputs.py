@@ -1,4 +1,4 @@
-"""What commands read: models, corpora, heads, layers and operating points."""
+"""The inputs of commands: models, corpora, heads, layers and operating points."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_model(options: ModelOptions) -> DecoderStack:
-    """Load a model, with a spinner while it takes long."""
+    """Return the model, loaded with a spinner."""
     from cascade.models import loading
 
     with status(f"Loading {options.model} (a first time can take half a minute)"):
@@ -29,10 +29,17 @@ def load_model(options: ModelOptions) -> DecoderStack:
 
 
 def check_cascade_alone(others: list[str]) -> None:
-    """Refuse options that have no meaning together with `--cascade`."""
+    """Check that no option is given together with `--cascade` that it does not take.
+
+    Args:
+        others: Those that are, as the command line spells them.
+
+    Raises:
+        UsageError: There are some.
+    """
     if others:
         raise UsageError(
-            f"--cascade says base, stages and thresholds itself; leave out {', '.join(others)}"
+            f"--cascade sets base, stages and thresholds; leave out {', '.join(others)}"
         )
 
 
@@ -43,12 +50,12 @@ def read_blocks(
     embedded_split: str | None = None,
     num_samples: int | None = None,
 ) -> TokenBlocks:
-    """Read a corpus, with a spinner.
+    """Return the corpus cut into sequences, read with a spinner.
 
     Args:
-        stack: The model whose tokenizer reads it.
-        options: Which text, and how many tokens of it.
-        embedded_split: The split of the embedded corpus, where none is given.
+        stack: The model whose tokenizer is used.
+        options: Which text to read, and how many tokens.
+        embedded_split: The split of the embedded corpus if the options name none.
         num_samples: How many records; None for all.
     """
     from cascade.corpora import blocks as corpora
@@ -67,14 +74,14 @@ def read_blocks(
 
 
 def read_heads(path: Path | None, stack: DecoderStack) -> FittedHeads | None:
-    """Read fitted heads; None, the logit lens, where no file is named."""
+    """Return fitted heads; None, the logit lens, without a file."""
     from cascade.exits.fitted_heads import load_heads
 
     return None if path is None else load_heads(path, stack)
 
 
 def usual_layer(stack: DecoderStack, heads: FittedHeads | None) -> int:
-    """Return the second to last layer, or the last one below it that heads were fitted for."""
+    """Return the second to last layer, or the nearest one below it that the heads have."""
     usual = max(1, stack.num_layers - 1)
     if heads is None:
         return usual
@@ -82,13 +89,13 @@ def usual_layer(stack: DecoderStack, heads: FittedHeads | None) -> int:
 
 
 def read_layers(text: str) -> tuple[int, ...]:
-    """Return the exit layers that an option names, e.g. "20,24,28".
+    """Return the exit layers of an option such as "20,24,28".
 
     Raises:
-        UsageError: It names something else.
+        UsageError: The option has another form.
     """
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(int(layer) for layer in text.split(","))
     except ValueError:
         raise UsageError(f"expected layers such as 24 or 20,24,28, got {text!r}") from None
 
@@ -96,7 +103,7 @@ def read_layers(text: str) -> tuple[int, ...]:
 def evaluated_layers(
     text: str | None, stack: DecoderStack, heads: FittedHeads | None, only_points: bool
 ) -> tuple[int, ...]:
-    """Return the exit layers that an option names; else the heads', or the second to last."""
+    """Return the exit layers of the option, else those of the heads, or the second to last."""
     if text is not None:
         return read_layers(text)
     if only_points:
@@ -108,13 +115,13 @@ def parse_point(text: str) -> tuple[int, str, float]:
     """Return exit layer, rule and threshold of `LAYER:RULE:THRESHOLD`.
 
     Raises:
-        UsageError: It is of another form.
+        UsageError: The text has another form.
     """
-    parts = text.split(":")
     try:
-        layer, rule, threshold = parts
+        layer, rule, threshold = text.split(":")
         return int(layer), rule, float(threshold)
     except ValueError:
         raise UsageError(
-            f"expected a point LAYER:RULE:THRESHOLD such as 29:cosine:0.9517, got {text!r}"
+            f"expected an operating point LAYER:RULE:THRESHOLD such as 29:cosine:0.9517, got "
+            f"{text!r}"
         ) from None

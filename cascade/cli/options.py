@@ -1,76 +1,59 @@
-"""Options of commands: the ones that several commands take, and groups of options.
+"""Options of commands: groups of options as dataclasses, and the panels of help that show them.
 
 A command takes groups: frozen dataclasses, each field of which is one option. `option_groups` shows
-typer the fields as options of the command, and hands the command the groups.
+typer the fields as options of the command, and passes the groups to the command.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
+from cascade.cli import completion
 from cascade.core.defaults import EVALUATED_TOKENS, NUM_SAMPLES, SEQ_LEN
-
-MODEL_HELP = "Model: smollm2-135m, -360m or -1.7b, a hub id, a local folder, or a .gguf file."
-RULES_HELP = "cosine, mean_cosine, top2_gap, max_probability, entropy, patience, ..."
 
 # --- Groups of options as parameters ---------------------------------------------------------
 
-#: The order in which help shows the options that several commands take.
-ORDER = (
-    "model",
-    "revision",
-    "heads",
-    "propagation",
-    "corpus",
-    "split",
-    "text_column",
-    "num_samples",
-    "seq_len",
-    "max_tokens",
-    "batch_size",
-    "dtype",
-    "device",
-    "seed",
-    "output",
-    "overwrite",
-)
+#: The panels of help that several commands have, in the order in which help shows them, with their
+#: options in order. A command's other options are in panels above these.
+PANELS = {
+    "Model": ("model", "revision", "dtype", "device"),
+    "Exit heads": ("heads", "propagation"),
+    "Corpus": (
+        "corpus",
+        "split",
+        "config",
+        "text_column",
+        "num_samples",
+        "max_tokens",
+        "seq_len",
+        "stream",
+    ),
+    "Computation": ("batch_size", "rounds", "threads", "seed"),
+    "Output": ("output", "npz", "overwrite", "json", "quiet", "help"),
+}
+
+#: The panel of a command's options whose group names none.
+_OWN_PANEL = "Options"
 
 
-@dataclass(frozen=True)
-class Behind:
-    """In an option's annotation: help shows it directly behind another one.
-
-    Attributes:
-        name: The other option's parameter.
-    """
-
-    name: str
-
-
-@dataclass(frozen=True)
-class First:
-    """In an option's annotation: help shows it among the command's own options."""
-
-
-def option_groups(
-    command: Callable[..., None], *, order: Sequence[str] = ORDER
-) -> Callable[..., None]:
+def option_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take dataclasses whose fields become its options.
 
-    Help shows the command's own options first, in the order in which they are declared, then the
-    shared ones, in the order given. `First` and `Behind` in an annotation place single options.
+    Each option is shown in a panel of help: the one that its annotation names
+    (`rich_help_panel`), else its panel in `PANELS`, else the `panel` of its group. Panels that are
+    not in `PANELS` come first, in the order in which they are declared.
 
     Args:
         command: A function; a parameter whose type is a dataclass is a group of options.
-        order: The parameters of the shared options.
 
     Returns:
         A function that takes every option by name, for typer.
@@ -83,9 +66,8 @@ def option_groups(
             groups[name] = hints[name]
             parameters += _fields_as_parameters(groups[name])
         else:
-            parameters.append(
-                parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-            )
+            found = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            parameters.append(_in_panel(found, _OWN_PANEL))
 
     def flat(**values: Any) -> None:
         built = {
@@ -95,44 +77,70 @@ def option_groups(
         command(**values, **built)
 
     functools.update_wrapper(flat, command)
-    flat.__signature__ = inspect.Signature(_in_order(parameters, order))  # type: ignore[attr-defined]
+    flat.__signature__ = inspect.Signature(_in_order(parameters))  # type: ignore[attr-defined]
     flat.__annotations__ = {each.name: each.annotation for each in parameters}
     return flat
 
 
 def _fields_as_parameters(group: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
+    panel = getattr(group, "panel", _OWN_PANEL)
     return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default
-            if field.default is not dataclasses.MISSING
-            else inspect.Parameter.empty,
-            annotation=hints[field.name],
+        _in_panel(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default
+                if field.default is not dataclasses.MISSING
+                else inspect.Parameter.empty,
+                annotation=hints[field.name],
+            ),
+            panel,
         )
         for field in dataclasses.fields(group)
     ]
 
 
-def _in_order(
-    parameters: Iterable[inspect.Parameter], order: Sequence[str]
-) -> list[inspect.Parameter]:
-    own, shared, behind = [], [], []
-    for each in parameters:
-        marks = getattr(each.annotation, "__metadata__", ())
-        if any(isinstance(mark, Behind) for mark in marks):
-            behind.append(each)
-        elif each.name in order and not any(isinstance(mark, First) for mark in marks):
-            shared.append(each)
-        else:
-            own.append(each)
-    placed = [*own, *sorted(shared, key=lambda each: order.index(each.name))]
-    for each in behind:
-        (mark,) = (mark for mark in each.annotation.__metadata__ if isinstance(mark, Behind))
-        place = [other.name for other in placed].index(mark.name)
-        placed.insert(place + 1, each)
-    return placed
+def _in_panel(parameter: inspect.Parameter, own_panel: str) -> inspect.Parameter:
+    """Return the parameter with its panel in the annotation, unless the annotation names one."""
+    option = _option(parameter)
+    if option is None or option.rich_help_panel is not None:
+        return parameter
+    shared = (panel for panel, names in PANELS.items() if parameter.name in names)
+    placed = copy.copy(option)
+    placed.rich_help_panel = next(shared, own_panel)
+    kind, *extras = get_args(parameter.annotation)
+    extras = [placed if extra is option else extra for extra in extras]
+    return parameter.replace(annotation=Annotated[kind, *extras])
+
+
+def _option(parameter: inspect.Parameter) -> Any:
+    """Return what an annotation says of an option; None for an argument or the context."""
+    extras = getattr(parameter.annotation, "__metadata__", ())
+    return next((one for one in extras if isinstance(one, type(typer.Option()))), None)
+
+
+def _in_order(parameters: Iterable[inspect.Parameter]) -> list[inspect.Parameter]:
+    """Return the parameters panel by panel: arguments first, then own panels, then shared ones."""
+    found = list(parameters)
+    panels: list[str | None] = [None]
+    for each in found:
+        panel = _panel(each)
+        if panel not in panels and panel not in PANELS:
+            panels.append(panel)
+    panels += PANELS
+
+    def place(each: inspect.Parameter) -> tuple[int, int]:
+        panel = _panel(each)
+        names = PANELS.get(panel or "", ())
+        return panels.index(panel), names.index(each.name) if each.name in names else len(names)
+
+    return sorted(found, key=place)
+
+
+def _panel(parameter: inspect.Parameter) -> str | None:
+    option = _option(parameter)
+    return None if option is None else option.rich_help_panel
 
 
 def field_names(group: Any) -> tuple[str, ...]:
@@ -149,7 +157,7 @@ def picked(group: type[G], *others: Any, **values: Any) -> G:
     Args:
         group: The group to make.
         others: Groups that have its options, among others.
-        values: Options with values of their own.
+        values: Options with other values.
     """
     found: dict[str, Any] = {}
     for other in others:
@@ -158,13 +166,13 @@ def picked(group: type[G], *others: Any, **values: Any) -> G:
     return group(**{name: found[name] for name in field_names(group)})
 
 
-def given_beside(context: typer.Context, names: Iterable[str]) -> list[str]:
-    """Return the options that the command line gives besides some, as it spells them."""
+def given_besides(context: typer.Context, names: Iterable[str]) -> list[str]:
+    """Return the options on the command line that are not among `names`, as it spells them."""
     return given(context, set(context.params) - set(names))
 
 
 def given(context: typer.Context, names: Iterable[str]) -> list[str]:
-    """Return which of some options the command line gives, as it spells them, in its own order."""
+    """Return which of `names` are on the command line, as it spells them, in its order."""
     wanted = set(names)
     return [
         f"--{name.replace('_', '-')}"
@@ -176,25 +184,91 @@ def given(context: typer.Context, names: Iterable[str]) -> list[str]:
 
 # --- Options that several commands take: the same name, the same words, the same range -------
 
-Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
-Dtype = Annotated[str, typer.Option("--dtype", help="Arithmetic: float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option("--device", help="Device: cpu, cuda, mps or auto.")]
-Split = Annotated[str | None, typer.Option("--split", help="Split of a hub or embedded corpus.")]
+_MAX_SEED = 2**63 - 1
+
+
+def _check_seed(value: int) -> int:
+    # A callback instead of `max`: help would show a range of 20 digits.
+    if value > _MAX_SEED:
+        raise typer.BadParameter(f"expected at most {_MAX_SEED}")
+    return value
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="Short name, hub id, folder or .gguf file.",
+        autocompletion=completion.models,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="float32, bfloat16 or float16.", autocompletion=completion.dtypes),
+]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="cpu, cuda, mps or auto.", autocompletion=completion.devices),
+]
+ExitLayer = Annotated[
+    int | None,
+    typer.Option(
+        "--layer",
+        help="Exit layer (default: second to last).",
+        autocompletion=completion.layer,
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        "--split", help="Split of a hub or embedded corpus.", autocompletion=completion.splits
+    ),
+]
 NumSamples = Annotated[
-    int, typer.Option("--num-samples", min=0, help="Records to take; 0 for all.")
+    int, typer.Option("--num-samples", min=0, help="Read this many records; 0 reads all.")
 ]
 SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per sequence.")]
 MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", min=1, help="Stop at this many tokens.")
+    int | None, typer.Option("--max-tokens", min=1, help="Stop after this many tokens.")
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per forward pass.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of draws and intervals.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed", min=0, callback=_check_seed, help="Seed of random choices and intervals."
+    ),
+]
+ExitLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        help="Exit layers, e.g. 24,28 (default: of --heads, or second to last).",
+        autocompletion=completion.layers,
+    ),
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        help="Exit rule; repeatable (default: cosine, top2_gap).",
+        autocompletion=completion.rules,
+    ),
+]
+Agreement = Annotated[
+    float,
+    typer.Option("--agreement", help="Wanted share of tokens predicted as by the full model."),
+]
 HeadsFile = Annotated[
     Path | None,
-    typer.Option("--heads", help="Heads of `cascade fit-heads`; the logit lens without."),
+    typer.Option("--heads", help="File of `cascade fit-heads` (default: logit lens)."),
 ]
 Propagation = Annotated[
-    str, typer.Option("--propagation", help="What upper layers see of exited tokens.")
+    str,
+    typer.Option(
+        "--propagation",
+        help="KV of exited tokens above the exit: frozen, ridge or exact.",
+        autocompletion=completion.propagations,
+    ),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")
@@ -203,7 +277,7 @@ Overwrite = Annotated[
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """Where and in which arithmetic a model runs."""
+    """On which device and with which dtype a model runs."""
 
     dtype: Dtype = "float32"
     device: Device = "cpu"
@@ -211,34 +285,36 @@ class DeviceOptions:
 
 @dataclass(frozen=True)
 class ModelOptions(DeviceOptions):
-    """Which model, and where and in which arithmetic it runs."""
+    """Which model runs, on which device, and with which dtype."""
 
     model: Model = "smollm2-135m"
-    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.")] = (
-        None
-    )
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")
+    ] = None
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Which text, and the length of its sequences."""
+    """Which text is read, and the length of its sequences."""
 
     corpus: Annotated[
         str,
         typer.Option(
-            "--corpus", help="embedded, a .jsonl/.json/.parquet/.txt file, or a hub dataset."
+            "--corpus",
+            help="embedded, hub dataset, or file.",
+            autocompletion=completion.corpora,
         ),
     ] = "embedded"
     text_column: Annotated[
         str | None,
-        typer.Option("--text-column", help="Column to read, where records are not in Alpaca form."),
+        typer.Option("--text-column", help="Column to read, if records are not in Alpaca form."),
     ] = None
     seq_len: SeqLen = SEQ_LEN
 
 
 @dataclass(frozen=True)
 class CorpusOptions(TextOptions):
-    """Which text, of which split, and how many of its tokens."""
+    """Which text is read, from which split, and how many tokens."""
 
     split: Split = None
     max_tokens: MaxTokens = None
@@ -246,21 +322,21 @@ class CorpusOptions(TextOptions):
 
 @dataclass(frozen=True)
 class SampledCorpusOptions(CorpusOptions):
-    """Which text, of which split, and how many of its records and tokens."""
+    """Which text is read, from which split, and how many records and tokens."""
 
     num_samples: NumSamples = NUM_SAMPLES
 
 
 @dataclass(frozen=True)
 class EvaluationCorpusOptions(CorpusOptions):
-    """Which text an evaluation measures."""
+    """The text of an evaluation."""
 
     max_tokens: MaxTokens = EVALUATED_TOKENS
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """Exit heads, and what upper layers get of exited tokens."""
+    """Exit heads, and the keys and values of exited tokens in upper layers."""
 
     heads: HeadsFile = None
     propagation: Propagation = "frozen"
@@ -268,15 +344,25 @@ class HeadOptions:
 
 @dataclass(frozen=True)
 class PassOptions:
-    """How the passes of an evaluation are made."""
+    """Batch size and seed of an evaluation."""
 
     batch_size: BatchSize = 8
     seed: Seed = 0
 
 
 @dataclass(frozen=True)
-class OutputOptions:
-    """Where results go."""
+class PrintOptions:
+    """What a command prints. `cascade.cli.app.Command` reads these options for every command."""
+
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the record as JSON instead of the report.")
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False
+
+
+@dataclass(frozen=True)
+class OutputOptions(PrintOptions):
+    """Where results are written, and what is printed."""
 
     output: Annotated[Path | None, typer.Option("--output", help="Folder for the results.")] = None
     overwrite: Overwrite = False

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import typer
-
+from cascade.cli.console import message, show_record
 from cascade.core.errors import OutputError
 
 if TYPE_CHECKING:
@@ -24,12 +23,12 @@ R = TypeVar("R")
 def run_folder(
     output: Path | None, names: Sequence[str], *, optional: Sequence[str] = (), overwrite: bool
 ) -> Iterator[RunFolder | None]:
-    """Yield the folder for a command's files; what cannot be written is refused on entering.
+    """Yield the folder for a command's files, after checking that they can be written.
 
     Args:
         output: The folder; None yields None.
-        names: The files that it gets.
-        optional: The files that it may get.
+        names: The files that the command writes.
+        optional: The files that it may write.
         overwrite: Replace the files of an earlier run.
 
     Raises:
@@ -47,11 +46,11 @@ def run_folder(
 def report_folder(
     output: OutputOptions, stem: str, pictures: Sequence[str]
 ) -> contextlib.AbstractContextManager[RunFolder | None]:
-    """Yield the folder that a report goes to; what cannot be written is refused on entering.
+    """Yield the folder for a report, after checking that its files can be written.
 
     Args:
-        output: The folder.
-        stem: The record becomes `stem.json`, the page `stem.html`.
+        output: The folder, and whether to replace the files of an earlier run.
+        stem: The record is written to `stem.json`, the page to `stem.html`.
         pictures: The files of all pictures that the report may have.
 
     Raises:
@@ -62,7 +61,7 @@ def report_folder(
 
 
 def write_json(folder: RunFolder | None, name: str, record: object) -> None:
-    """Write a record into a run's folder, if there is one."""
+    """Write a record to a file in a run's folder, if there is a folder."""
     from cascade.core.records import to_json
     from cascade.core.schema import to_plain
 
@@ -71,13 +70,13 @@ def write_json(folder: RunFolder | None, name: str, record: object) -> None:
 
 
 def finish(folder: RunFolder | None, stem: str, record: R, draw: Callable[[R], Report]) -> Report:
-    """Draw a record's report and stage its files.
+    """Draw a record's report, stage its files, and return it.
 
     Args:
-        folder: Of `report_folder`; None: nothing is written.
+        folder: The folder of `report_folder`; None writes nothing.
         stem: As for `report_folder`.
         record: The record.
-        draw: Makes the report of it.
+        draw: Returns the report of the record.
     """
     from cascade.report.common.sections import html_page
 
@@ -90,24 +89,26 @@ def finish(folder: RunFolder | None, stem: str, record: R, draw: Callable[[R], R
     return report
 
 
-def show(report: Report, output: Path | None, name: str) -> None:
-    """Print a report, and say which file was written, if there is a folder for it."""
-    from rich.console import Console
-
+def show(record: object, report: Report, output: Path | None, name: str) -> None:
+    """Print a record or its report, and the path of the file that was written, if any."""
     from cascade.report.common.sections import print_sections
 
-    print_sections(report, Console())
+    show_record(record, lambda _, console: print_sections(report, console))
     say_wrote(output, name)
 
 
 def say_wrote(output: Path | None, name: str) -> None:
-    """Say on stderr which file was written, if there is a folder for it."""
+    """Print the path of the file that was written, if there is a folder for it."""
     if output is not None:
-        typer.echo(f"Wrote {output / name}", err=True)
+        message(f"Wrote {output / name}")
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse an output file that exists, unless it may be overwritten."""
+    """Check that an output file can be written.
+
+    Raises:
+        OutputError: It is no .safetensors file, exists already, or cannot be written.
+    """
     from cascade.core.files import check_writable
 
     if path.suffix != ".safetensors":

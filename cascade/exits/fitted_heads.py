@@ -141,6 +141,10 @@ class FittedHeads:
         model = known(self.provenance.model) or ModelProvenance()
         check_same_model(model, stack, what="these exit heads")
 
+    def metadata(self) -> HeadsMetadata:
+        """Return what a file of these heads stores next to the weights."""
+        return HeadsMetadata(width=self.width, of_states=self.of_states, provenance=self.provenance)
+
     def save(self, path: Path, *, half: bool = False) -> None:
         """Write the heads to a safetensors file, atomically.
 
@@ -161,10 +165,7 @@ class FittedHeads:
                 for name, tensor in (("weight", weight), ("bias", bias)):
                     stored = _halved(tensor, layer) if half else tensor
                     tensors[f"{kind}.{layer}.{name}"] = stored.cpu().contiguous()
-        metadata = HeadsMetadata(
-            width=self.width, of_states=self.of_states, provenance=self.provenance
-        )
-        text = json.dumps(to_plain(metadata))
+        text = json.dumps(to_plain(self.metadata()))
         with atomic_path(path) as temporary:
             try:
                 save_file(tensors, temporary, metadata={"cascade": text})

@@ -1,4 +1,4 @@
-"""`cascade analyze` and `cascade accept`: profile a model, and store a reviewed run."""
+"""`cascade analyze`: measure the saturation of a model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade.cli.app import command
-from cascade.cli.console import command_line, print_record, progress_bar, status
+from cascade.cli.console import command_line, message, progress_bar, show_record, status
 from cascade.cli.inputs import load_model
 from cascade.cli.options import (
     BatchSize,
-    Behind,
     ModelOptions,
     OutputOptions,
     SampledCorpusOptions,
@@ -36,25 +35,25 @@ RUN_FILES = ("profile.json", "profile.npz", "layer-profile.svg", "density.svg", 
 class AnalyzedCorpus(SampledCorpusOptions):
     """Which text is analyzed."""
 
-    config: Annotated[
-        str | None, typer.Option(help="Configuration of a hub dataset."), Behind("split")
-    ] = None
+    config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None
     seed: Annotated[
-        int | None, typer.Option(help="Draw the records at random; in corpus order without.")
+        int | None,
+        typer.Option(
+            help="Sample records at random (default: no).",
+            rich_help_panel="Corpus",
+        ),
     ] = None
 
 
 @dataclass(frozen=True)
 class AnalysisOutput(OutputOptions):
-    """Where the results of an analysis go."""
+    """Where the results of an analysis are written."""
 
     output: Annotated[
-        Path | None, typer.Option(help="Folder for report.html, SVGs and profile.json.")
+        Path | None, typer.Option(help="Folder for report.html, profile.json and SVG figures.")
     ] = None
     npz: Annotated[
-        Path | None,
-        typer.Option(help="File for one similarity per token and layer."),
-        Behind("output"),
+        Path | None, typer.Option(help="File for the similarity of every token at every layer.")
     ] = None
 
 
@@ -68,20 +67,20 @@ def analyze(
     """Measure the saturation of every decoder layer over a corpus.
 
     Prints statistics, outliers, special layers and suggested exit
-    thresholds. With --output, writes the same as a self-contained
-    HTML page, SVG and JSON.
+    thresholds. With --output, also writes an HTML page, SVG figures
+    and the record as JSON.
     """
     from cascade.report.saturation.terminal import print_profile
     from cascade.saturation.token_archive import SimilarityArchive, check_free
 
     output, npz = files.output, files.npz
     with contextlib.ExitStack() as cleanup:
-        # What cannot be written is said now, not after the pass.
+        # Fail before the pass if the files cannot be written.
         folder = cleanup.enter_context(run_folder(output, RUN_FILES, overwrite=files.overwrite))
         if npz is not None:
             check_free(npz, overwrite=files.overwrite)
             if output is not None and npz.resolve() in [(output / f).resolve() for f in RUN_FILES]:
-                raise OutputError(f"--output writes {npz} itself; choose another --npz")
+                raise OutputError(f"--output already writes {npz}; choose another --npz")
         from cascade.saturation import profile as saturation
 
         stack = load_model(model)
@@ -103,17 +102,17 @@ def analyze(
         if folder is not None:
             from cascade.gate.remeasuring import with_noise
 
-            with status("Measuring what arithmetic alone moves"):
+            with status("Measuring the noise of the arithmetic"):
                 profile = with_noise(profile, stack, blocks)
             _write_run(folder, profile)
         record = profile.record()
         if archive is not None:
             archive.save(record.provenance)
-    print_record(print_profile, record)
+    show_record(record, print_profile)
     written = [str(output / "report.html")] if output else []
     written += [str(npz)] if npz else []
     if written:
-        typer.echo(f"Wrote {', '.join(written)}", err=True)
+        message(f"Wrote {', '.join(written)}")
 
 
 def _read(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
@@ -151,43 +150,3 @@ def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
     )
     for name, content in zip(RUN_FILES, contents, strict=True):
         folder.write(name, content)
-
-
-@command("accept")
-def accept(
-    run: Annotated[
-        Path, typer.Argument(help="A folder of `cascade analyze` or `cascade evaluate --output`.")
-    ],
-    baselines: Annotated[Path, typer.Option(help="The folder of all baselines.")] = Path(
-        "baselines"
-    ),
-) -> None:
-    """Store a reviewed run: a profile as baseline, an evaluation's given points as budgets."""
-    from cascade.gate.baselines import accept as store
-    from cascade.gate.baselines import read_profile
-
-    if (run / "evaluation.json").exists():
-        _accept_budgets(run, baselines)
-        return
-    path, before = store(baselines, run)
-    if before is not None:
-        from cascade.gate.drift import compare
-        from cascade.report.gate.terminal import print_comparison
-
-        typer.echo("Against the baseline before:")
-        print_record(print_comparison, compare(read_profile(run), before, anyway=True).record())
-    typer.echo(f"Wrote {path} and {path.with_suffix('.npz').name}; review and commit both")
-
-
-def _accept_budgets(run: Path, baselines: Path) -> None:
-    from cascade.core.records import read_plain
-    from cascade.evaluation.records import EvaluationRecord
-    from cascade.gate.budgets import accept_budgets
-
-    evaluation = read_plain(run / "evaluation.json", EvaluationRecord)
-    accepted = accept_budgets(baselines, evaluation)
-    for overrun in accepted.overruns:
-        typer.echo(f"Against the budgets before: {overrun}")
-    if accepted.replaced_heads is not None:
-        typer.echo(f"Replaces the budgets of other heads, {accepted.replaced_heads}")
-    typer.echo(f"Wrote {accepted.path}; review and commit it")

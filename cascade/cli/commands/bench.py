@@ -1,4 +1,4 @@
-"""`cascade bench ...`: commands that measure speed and memory."""
+"""`cascade bench ...`: measure speed and memory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
 
 import typer
 
+from cascade.cli import completion
 from cascade.cli.app import bench, command
-from cascade.cli.console import command_line
+from cascade.cli.console import command_line, message
 from cascade.cli.inputs import read_layers
-from cascade.cli.options import Behind, Device, Model
+from cascade.cli.options import Device, ExitLayer, Model, PrintOptions
 from cascade.cli.output import run_folder, show, write_json
 
 if TYPE_CHECKING:
@@ -28,22 +29,24 @@ R = TypeVar("R")
 
 _FILE = "bench.json"
 
-Rounds = Annotated[int, typer.Option(help="Timed passes per way.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
+_WORK, _EXIT = "Work", "Exit"
+
+Rounds = Annotated[int, typer.Option(help="Timed passes per variant.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.", rich_help_panel=_WORK)]
+BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.", rich_help_panel=_WORK)]
 RepeatedTokens = Annotated[
     int, typer.Option(help="Tokens per pass; the embedded corpus is repeated as needed.")
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", help="Threads to compute with; as torch has it without."),
+    typer.Option("--threads", help="Number of threads (default: torch's)."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Draws the order of the ways in every round.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the order of variants in a round.")]
 
 
 @dataclass(frozen=True)
-class BenchmarkOutput:
-    """Where the record of a benchmark goes."""
+class BenchmarkOutput(PrintOptions):
+    """Where the record of a benchmark is written."""
 
     output: Annotated[Path | None, typer.Option("--output", help="Folder for bench.json.")] = None
     overwrite: Annotated[
@@ -56,47 +59,50 @@ def _run(
     draw: Callable[[R], Report],
     output: BenchmarkOutput,
 ) -> None:
-    """Measure, write the record where one is wanted, and print it.
+    """Measure, write the record if there is an output folder, and print it.
 
     Args:
         measure: Called with the command line and a callback for progress messages.
         draw: Returns the record's report.
-        output: Where the record goes; checked before anything is measured.
+        output: Where the record is written; checked before anything is measured.
     """
     with run_folder(output.output, [_FILE], overwrite=output.overwrite) as folder:
-        record = measure(command_line(), lambda text: typer.echo(text, err=True))
+        record = measure(command_line(), message)
         write_json(folder, _FILE, record)
-    show(draw(record), output.output, _FILE)
+    show(record, draw(record), output.output, _FILE)
 
 
 @dataclass(frozen=True)
 class CollectionOptions:
-    """What the benchmark of collecting measures."""
+    """The variants of collecting similarities that are timed."""
+
+    panel: ClassVar[str] = _WORK
 
     model: Model = "smollm2-135m"
     tokens: Annotated[int, typer.Option(help="Tokens per pass over the embedded corpus.")] = 4096
     seq_len: SeqLen = 128
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass, all ways.")] = 32
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences per pass, for all variants.", rich_help_panel=_WORK)
+    ] = 32
     rounds: Rounds = 7
     threads: Threads = None
     seed: Seed = 0
     device: Device = "cpu"
 
 
-@command("collect", group=bench, order=())
+@command("collect", group=bench)
 def bench_collect(
     options: CollectionOptions,
     output: BenchmarkOutput,
     memory: Annotated[
         bool,
-        typer.Option(help="Measure peak memory too, in processes of their own."),
-        Behind("device"),
+        typer.Option(help="Measure peak memory, in separate processes.", rich_help_panel=_WORK),
     ] = True,
 ) -> None:
-    """Time the ways to collect similarities: the seed's, the bare decoder's, analyze, a peer's.
+    """Time ways to collect similarities: bare decoder, analyze, the study's, a peer's.
 
-    One process, rounds interleaved in random order. A missed target is
-    printed and recorded; it does not fail the command.
+    Runs the variants in one process, interleaved in random order. A
+    missed target is printed and recorded; the exit status remains 0.
     """
     from cascade.report.benchmarks.collection import collection_benchmark_report
 
@@ -111,40 +117,66 @@ def bench_collect(
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """What the benchmark of decoding measures."""
+    """The variants of decoding that are timed."""
+
+    panel: ClassVar[str] = _WORK
 
     model: Model = "smollm2-135m"
-    dtype: Annotated[str, typer.Option(help="Arithmetic: float32 or bfloat16.")] = "float32"
-    prompts: Annotated[int, typer.Option(help="Prompts that every way continues.")] = 2
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 64
-    new_tokens: Annotated[int, typer.Option(help="Tokens added to each.")] = 24
-    batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 1
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16.", autocompletion=completion.dtypes)
+    ] = "float32"
+    prompts: Annotated[int, typer.Option(help="Prompts that each variant continues.")] = 2
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 64
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt.")] = 24
+    batch_size: Annotated[
+        int, typer.Option(help="Prompts continued together.", rich_help_panel=_WORK)
+    ] = 1
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 5
-    layer: Annotated[int | None, typer.Option(help="Exit layer; the heads', or 24, without.")] = (
-        None
-    )
-    rule: Annotated[str, typer.Option(help="Exit rule: cosine, top2_gap, ...")] = "cosine"
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Exit layer (default: of --heads, or 24).",
+            rich_help_panel=_EXIT,
+            autocompletion=completion.layer,
+        ),
+    ] = None
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="Exit rule, e.g. top2_gap.",
+            rich_help_panel=_EXIT,
+            autocompletion=completion.rules,
+        ),
+    ] = "cosine"
     threshold: Annotated[
-        float | None, typer.Option(help="Tokens at or above it leave; fitted without.")
+        float | None,
+        typer.Option(help="Tokens at or above it exit (default: fitted).", rich_help_panel=_EXIT),
     ] = None
     hard_ratio: Annotated[
-        float, typer.Option(help="Share of hard tokens that a threshold is fitted to.")
+        float,
+        typer.Option(
+            help="Share of hard tokens that the threshold is fitted to.", rich_help_panel=_EXIT
+        ),
     ] = 0.5
     heads: Annotated[
-        Path | None, typer.Option(help="Heads of `cascade fit-heads`; fitted without.")
+        Path | None,
+        typer.Option(
+            help="File of `cascade fit-heads` (default: fitted here).", rich_help_panel=_EXIT
+        ),
     ] = None
-    scoring: Annotated[bool, typer.Option(help="Time the scoring of skipped tokens too.")] = True
+    scoring: Annotated[bool, typer.Option(help="Time scoring with skipped layers as well.")] = True
     threads: Threads = None
     seed: Seed = 0
     device: Device = "cpu"
 
 
-@command("decode", group=bench, order=())
+@command("decode", group=bench)
 def bench_decode(options: DecodingOptions, output: BenchmarkOutput) -> None:
-    """Time the ways to decode: transformers' generate, ours in full, and with early exits.
+    """Time decoding: transformers' generate, this package's, and with early exit.
 
-    One process, rounds interleaved in random order, on held-out text. A
-    missed target is printed and recorded; it does not fail the command.
+    Runs the variants on held-out text, in one process, interleaved in
+    random order. A missed target is printed and recorded; the exit
+    status remains 0.
     """
     from cascade.report.benchmarks.decoding import decoding_benchmark_report
 
@@ -160,10 +192,14 @@ def bench_decode(options: DecodingOptions, output: BenchmarkOutput) -> None:
 
 @dataclass(frozen=True)
 class HeadFittingOptions:
-    """What the benchmark of fitting heads measures."""
+    """The fitting of heads that is timed."""
+
+    panel: ClassVar[str] = _WORK
 
     model: Model = "smollm2-135m"
-    layers: Annotated[str, typer.Option(help="Exit layers, e.g. 20,24,28.")] = "20,24,26,28,29"
+    layers: Annotated[
+        str, typer.Option(help="Exit layers, e.g. 20,24,28.", autocompletion=completion.layers)
+    ] = "20,24,26,28,29"
     tokens: RepeatedTokens = 16384
     seq_len: SeqLen = 128
     batch_size: BatchSize = 32
@@ -173,12 +209,12 @@ class HeadFittingOptions:
     device: Device = "cpu"
 
 
-@command("fit", group=bench, order=())
+@command("fit", group=bench)
 def bench_fit(options: HeadFittingOptions, output: BenchmarkOutput) -> None:
     """Time fitting exit heads against the bare forward pass over the same tokens.
 
-    One process, rounds interleaved in random order. A missed target is
-    printed and recorded; it does not fail the command.
+    Runs the variants in one process, interleaved in random order. A
+    missed target is printed and recorded; the exit status remains 0.
     """
     from cascade.report.benchmarks.collection import head_fitting_benchmark_report
 
@@ -197,10 +233,12 @@ def bench_fit(options: HeadFittingOptions, output: BenchmarkOutput) -> None:
 
 @dataclass(frozen=True)
 class HardTokenOptions:
-    """What the benchmark of collecting hard tokens measures."""
+    """The collection of hard tokens that is timed."""
+
+    panel: ClassVar[str] = _WORK
 
     model: Model = "smollm2-135m"
-    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None
+    layer: ExitLayer = None
     tokens: RepeatedTokens = 20480
     seq_len: SeqLen = 128
     batch_size: BatchSize = 32
@@ -210,12 +248,12 @@ class HardTokenOptions:
     device: Device = "cpu"
 
 
-@command("collect-hard", group=bench, order=())
+@command("collect-hard", group=bench)
 def bench_collect_hard(options: HardTokenOptions, output: BenchmarkOutput) -> None:
     """Time collecting hard tokens against the bare forward pass over the same batches.
 
-    One process, rounds interleaved in random order. A missed target is
-    printed and recorded; it does not fail the command.
+    Runs the variants in one process, interleaved in random order. A
+    missed target is printed and recorded; the exit status remains 0.
     """
     from cascade.report.benchmarks.collection import hard_token_benchmark_report
 
@@ -230,26 +268,27 @@ def bench_collect_hard(options: HardTokenOptions, output: BenchmarkOutput) -> No
 
 @dataclass(frozen=True)
 class GateOptions:
-    """What the benchmark of the gate measures."""
+    """The gate that is timed."""
+
+    panel: ClassVar[str] = _WORK
 
     model: Model = "smollm2-135m"
-    baselines: Annotated[Path, typer.Option(help="The folder of all baselines.")] = Path(
-        "baselines"
-    )
-    tokens: Annotated[int, typer.Option(help="The budget of the quick gate.")] = 512
+    baselines: Annotated[Path, typer.Option(help="Folder of all baselines.")] = Path("baselines")
+    tokens: Annotated[int, typer.Option(help="Compare at most this many tokens.")] = 512
     rounds: Rounds = 7
     threads: Threads = None
     seed: Seed = 0
     device: Device = "cpu"
 
 
-@command("gate", group=bench, order=())
+@command("gate", group=bench)
 def bench_gate(options: GateOptions, output: BenchmarkOutput) -> None:
-    """Time the quick gate against one bare forward over the same tokens.
+    """Time the quick gate against one bare forward pass over the same tokens.
 
-    One process, rounds interleaved in random order; comparing records,
-    loading the model and importing the plugin are timed by themselves. A
-    missed target is printed and recorded; it does not fail the command.
+    Runs the variants in one process, interleaved in random order.
+    Comparing records, loading the model and importing the plugin are
+    timed separately. A missed target is printed and recorded; the exit
+    status remains 0.
     """
     from cascade.report.benchmarks.gate import gate_benchmark_report
 

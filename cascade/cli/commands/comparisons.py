@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from cascade.cli import completion
 from cascade.cli.app import command
 from cascade.cli.console import command_line, progress_bar, status
 from cascade.cli.inputs import load_model
 from cascade.cli.named_corpora import Amount, load_corpus, read_names
 from cascade.cli.options import (
-    MODEL_HELP,
     BatchSize,
-    Behind,
     DeviceOptions,
     ModelOptions,
     NumSamples,
@@ -47,46 +46,46 @@ MODELS_PICTURES = ("models-profiles.svg", "models-operations.svg")
 class CorpusComparisonOptions:
     """How corpora are compared."""
 
+    panel: ClassVar[str] = "Comparison"
+
     layer: Annotated[
         int | None,
-        typer.Option("--layer", help="Exit layer; as the first corpus suggests without."),
-        Behind("revision"),
+        typer.Option(
+            "--layer",
+            help="Exit layer (default: suggested by the first corpus).",
+            autocompletion=completion.layer,
+        ),
     ] = None
     hard_ratio: Annotated[
         list[float] | None,
-        typer.Option(help="Share of hard tokens; repeatable."),
-        Behind("layer"),
+        typer.Option(help="Share of hard tokens; repeatable (default: 0.3, 0.5, 0.7)."),
     ] = None
     margin: Annotated[
         float,
-        typer.Option(help="The smallest difference of mean similarities that matters."),
-        Behind("hard_ratio"),
+        typer.Option(help="Smallest difference of mean similarities that matters."),
     ] = 0.01
     tolerance: Annotated[
         float,
-        typer.Option(help="How far off the hard ratio may be where a threshold transfers."),
-        Behind("margin"),
+        typer.Option(help="Largest error of the hard ratio at which a threshold transfers."),
     ] = 0.05
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the resampling.")] = 0
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the resampling.")] = 0
 
 
 @dataclass(frozen=True)
 class ComparedText:
-    """How much is read of each corpus."""
+    """How much of each corpus is read."""
 
     num_samples: NumSamples = NUM_SAMPLES
     max_tokens: Annotated[
         int,
         typer.Option(
-            "--max-tokens", min=0, help="Tokens of each, spread evenly over it; 0 for all."
+            "--max-tokens", min=0, help="Tokens of each corpus, spread evenly; 0 takes all."
         ),
-        Behind("num_samples"),
     ] = 16_384
     seq_len: SeqLen = SEQ_LEN
     stream: Annotated[
         bool,
-        typer.Option("--stream", help="Read hub datasets without fetching the whole of them."),
-        Behind("seq_len"),
+        typer.Option("--stream", help="Read hub datasets without downloading all of them."),
     ] = False
 
 
@@ -97,9 +96,10 @@ def compare_corpora(
         typer.Argument(
             metavar="CORPUS",
             # No brackets: help reads them as markup.
-            help="Two or more, the first is the reference: NAME, or as much as is needed of "
-            "NAME:CONFIG@SPLIT#COLUMN.",
+            help="Two or more corpora, the reference first: NAME:CONFIG@SPLIT#COLUMN, or only "
+            "NAME.",
             show_default=False,
+            autocompletion=completion.corpora,
         ),
     ],
     model: ModelOptions,
@@ -108,26 +108,27 @@ def compare_corpora(
     output: OutputOptions,
     batch_size: BatchSize = 32,
 ) -> None:
-    """Put corpora side by side: which layers move, do thresholds transfer?
+    """Compare corpora: which layers differ, and do thresholds transfer?
 
-    A corpus is named as elsewhere (embedded, a file, a hub dataset), with
-    its settings behind it: Salesforce/wikitext:wikitext-2-raw-v1@test,
-    embedded@held-out, texts.jsonl#body. With --output, writes
-    corpora.json, corpora.html and two SVGs.
+    A corpus is embedded, a file or a hub dataset, followed by its
+    configuration, split and column as far as it needs them:
+    Salesforce/wikitext:wikitext-2-raw-v1@test, embedded@held-out,
+    texts.jsonl#body. With --output, writes corpora.json, corpora.html
+    and two SVG figures.
     """
     with report_folder(output, "corpora", CORPORA_PICTURES) as folder:
         from cascade.core.defaults import HARD_RATIOS
         from cascade.report.studies.corpora import corpora_report
         from cascade.studies.comparisons import corpus_comparison
 
-        question = corpus_comparison.CorpusComparisonConfig(
+        config = corpus_comparison.CorpusComparisonConfig(
             layer=comparison.layer,
             hard_ratios=tuple(comparison.hard_ratio or HARD_RATIOS),
             margin=comparison.margin,
             tolerance=comparison.tolerance,
             seed=comparison.seed,
         )
-        question.check()
+        config.check()
         named = read_names(corpora)
         amount = Amount(
             text.num_samples or None, text.max_tokens or None, text.seq_len, text.stream
@@ -135,36 +136,55 @@ def compare_corpora(
         amount.check()
         stack = load_model(model)
         blocks = [load_corpus(one, stack, amount) for one in named]
-        corpus_comparison.check_corpora(stack, blocks, question, batch_size)
+        corpus_comparison.check_corpora(stack, blocks, config, batch_size)
         total = sum(one.tokens for one in blocks)
         with progress_bar("Measuring", total) as advance:
             record = corpus_comparison.compare_corpora(
                 stack,
                 blocks,
-                question,
+                config,
                 batch_size=batch_size,
                 command=command_line(),
                 progress=advance,
             )
         report = finish(folder, "corpora", record, corpora_report)
-    show(report, output.output, "corpora.html")
+    show(record, report, output.output, "corpora.html")
 
 
 @dataclass(frozen=True)
 class ModelsOptions:
     """Which models are compared."""
 
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+    panel: ClassVar[str] = "Models"
+
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL",
+            help="Models: short name, hub id, folder or .gguf file.",
+            autocompletion=completion.models,
+        ),
+    ]
     copies: Annotated[
         list[str] | None,
-        typer.Option("--copy", help="Copy of the first: int8, int4, bf16, noise:0.01; repeatable."),
+        typer.Option(
+            "--copy",
+            help="Altered copy of the first model: int8, int4, bf16, noise:0.01; repeatable.",
+            autocompletion=completion.copies,
+        ),
     ] = None
     unmeasured: Annotated[
         list[str] | None,
-        typer.Option(help="Model to describe by its configuration alone; repeatable."),
+        typer.Option(
+            help="Model to describe from its configuration alone; repeatable.",
+            autocompletion=completion.models,
+        ),
     ] = None
     config_only: Annotated[
-        bool, typer.Option("--config-only", help="Measure nothing; no weights are needed.")
+        bool,
+        typer.Option(
+            "--config-only", help="Describe every model from its configuration; needs no weights."
+        ),
     ] = False
 
 
@@ -173,7 +193,7 @@ class SameTextOptions(SampledCorpusOptions):
     """The text that every model reads."""
 
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, help="Stop at this many tokens per model.")
+        int, typer.Option("--max-tokens", min=1, help="Stop after this many tokens per model.")
     ] = 16_384
 
 
@@ -184,14 +204,14 @@ def compare_models(
     where: DeviceOptions,
     output: OutputOptions,
     batch_size: BatchSize = 32,
-    seed: Annotated[int, typer.Option(help="Of the noise in copies.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise in copies.")] = 0,
 ) -> None:
     """Compare models over relative depth: profiles, dips, exit layers.
 
-    All read the same text, each with its own tokenizer, and one model is in
-    memory at a time. A folder with a config.json and no weights is described
-    by its configuration. With --output, writes models.html, models.json and
-    the pictures.
+    All models read the same text, each with its own tokenizer. One model
+    at a time is in memory. A folder that has a config.json but no weights
+    is described from its configuration. With --output, writes
+    models.html, models.json and the figures.
     """
     with report_folder(output, "models", MODELS_PICTURES) as folder:
         from cascade.report.studies.models import models_report
@@ -204,7 +224,7 @@ def compare_models(
             unmeasured=of.unmeasured or (),
             config_only=of.config_only,
         )
-        # What cannot be read is said before minutes are spent; copies are of the first model.
+        # Fail before minutes are spent if a model cannot be read. Copies are of the first model.
         for candidate in {each.source: each for each in reversed(wanted)}.values():
             _check_candidate(candidate)
         text = compared_models.SameText(
@@ -220,7 +240,7 @@ def compare_models(
             command=command_line(),
         )
         report = finish(folder, "models", record, models_report)
-    show(report, output.output, "models.html")
+    show(record, report, output.output, "models.html")
 
 
 def _check_candidate(candidate: Candidate) -> None:

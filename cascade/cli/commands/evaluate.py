@@ -1,16 +1,16 @@
-"""`cascade evaluate`: early exit at several layers, or a trained cascade."""
+"""`cascade evaluate`: measure early exit, or a trained cascade, against the full model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
 from cascade.cli.app import command
 from cascade.cli.commands.stages import CascadeEvaluationOptions, evaluate_stages
-from cascade.cli.console import command_line, print_record, progress_bar
+from cascade.cli.console import command_line, progress_bar, show_record
 from cascade.cli.inputs import (
     check_cascade_alone,
     evaluated_layers,
@@ -20,14 +20,16 @@ from cascade.cli.inputs import (
     read_heads,
 )
 from cascade.cli.options import (
-    RULES_HELP,
+    Agreement,
     EvaluationCorpusOptions,
+    ExitLayers,
     HeadOptions,
     ModelOptions,
     OutputOptions,
     PassOptions,
+    Rules,
     field_names,
-    given_beside,
+    given_besides,
     picked,
 )
 from cascade.cli.output import run_folder, say_wrote, show, write_json
@@ -42,29 +44,32 @@ CASCADE_EVALUATION_FILE = "cascade-evaluation.json"
 class EvaluationOptions:
     """What is evaluated, and what counts as good enough."""
 
-    cascade: Annotated[
-        Path | None, typer.Option(help="A cascade of `cascade train`, measured stage by stage.")
-    ] = None
-    layers: Annotated[
-        str | None, typer.Option(help="Exit layers, e.g. 24,28; the heads' own without.")
-    ] = None
-    rule: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {RULES_HELP}")] = None
+    panel: ClassVar[str] = "Operating points"
+
+    layers: ExitLayers = None
+    rule: Rules = None
     hard_ratio: Annotated[
-        list[float] | None, typer.Option(help="Share of hard tokens; repeatable.")
+        list[float] | None,
+        typer.Option(help="Hard ratio; repeatable (default: 0.3, 0.5, 0.7)."),
     ] = None
     point: Annotated[
         list[str] | None,
-        typer.Option(help="LAYER:RULE:THRESHOLD, a point to measure as it is; repeatable."),
+        typer.Option(help="Also measure LAYER:RULE:THRESHOLD; repeatable."),
     ] = None
     only_points: Annotated[
-        bool, typer.Option("--only-points", help="Measure the --point alone, as budgets do.")
+        bool, typer.Option("--only-points", help="Measure only the --point options, for budgets.")
     ] = False
-    agreement: Annotated[
-        float, typer.Option(help="Wanted share of tokens predicted as by the full model.")
-    ] = 0.95
+    agreement: Agreement = 0.95
     perplexity_ratio: Annotated[
-        float, typer.Option(help="Largest acceptable perplexity, relative to the full model's.")
+        float, typer.Option(help="Largest acceptable perplexity, as a multiple.")
     ] = 1.05
+    cascade: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of `cascade train`: measure this cascade stage by stage instead.",
+            rich_help_panel="Cascade",
+        ),
+    ] = None
 
 
 @command("evaluate")
@@ -77,16 +82,17 @@ def evaluate(
     passes: PassOptions,
     output: OutputOptions,
 ) -> None:
-    """Measure early exit against the full model, and say whether it pays here.
+    """Measure early exit against the full model: does it pay?
 
-    Half of the sequences fit the thresholds, every figure comes from the
-    other half. Of the embedded corpus the held-out split is taken.
-    With --cascade, stage by stage, against the controls trained with it.
+    Half of the sequences fit the thresholds; every figure comes from the
+    other half. The embedded corpus is read from its held-out split.
+    With --cascade, measures a trained cascade stage by stage, against
+    the controls trained with it.
     """
     if evaluation.cascade is None:
         _evaluate_exits(evaluation, model, heads, corpus, passes, output)
         return
-    check_cascade_alone(given_beside(context, field_names(CascadeEvaluationOptions)))
+    check_cascade_alone(given_besides(context, field_names(CascadeEvaluationOptions)))
     _evaluate_cascade(
         evaluation.cascade,
         picked(CascadeEvaluationOptions, evaluation, model, corpus, passes, output),
@@ -112,7 +118,7 @@ def _evaluate_exits(
 
         stack = load_model(model)
         fitted = read_heads(heads.heads, stack)
-        request = evaluation.EvaluationConfig(
+        config = evaluation.EvaluationConfig(
             layers=evaluated_layers(wanted.layers, stack, fitted, wanted.only_points),
             rules=() if wanted.only_points else tuple(wanted.rule or ("cosine", "top2_gap")),
             hard_ratios=tuple(wanted.hard_ratio or HARD_RATIOS),
@@ -121,7 +127,7 @@ def _evaluate_exits(
             perplexity_ratio=wanted.perplexity_ratio,
             only_given=wanted.only_points,
         )
-        request.check()
+        config.check()
         blocks = read_blocks(stack, corpus, embedded_split="held-out")
         fit, confirm = evaluation.split(blocks)
         tokens = confirm.tokens + (0 if wanted.only_points else fit.tokens)
@@ -130,7 +136,7 @@ def _evaluate_exits(
                 stack,
                 fit,
                 confirm,
-                request,
+                config,
                 heads=fitted,
                 propagation=heads.propagation,  # type: ignore[arg-type]  # checked by the evaluator
                 batch_size=passes.batch_size,
@@ -143,7 +149,7 @@ def _evaluate_exits(
         if folder is not None:
             folder.write(PARETO, report.pictures()[0].svg)
             folder.write("evaluation.html", html_page(report))
-    show(report, output.output, "evaluation")
+    show(record, report, output.output, "evaluation")
 
 
 def _evaluate_cascade(cascade: Path, options: CascadeEvaluationOptions) -> None:
@@ -153,5 +159,5 @@ def _evaluate_cascade(cascade: Path, options: CascadeEvaluationOptions) -> None:
     with run_folder(options.output, [name], overwrite=options.overwrite) as folder:
         record = evaluate_stages(cascade, options)
         write_json(folder, name, record)
-    print_record(print_cascade_evaluation, record)
+    show_record(record, print_cascade_evaluation)
     say_wrote(options.output, name)

@@ -1,4 +1,4 @@
-"""`cascade explain` and `cascade findings`."""
+"""`cascade explain` and `cascade findings`: explain a layer, and draw the page of findings."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from cascade.cli import completion
 from cascade.cli.app import command
-from cascade.cli.console import command_line, progress_bar
+from cascade.cli.console import command_line, message, progress_bar
 from cascade.cli.inputs import load_model, read_blocks
 from cascade.cli.options import (
     BatchSize,
@@ -20,6 +21,7 @@ from cascade.cli.options import (
     ModelOptions,
     OutputOptions,
     SampledCorpusOptions,
+    Seed,
 )
 from cascade.cli.output import finish, report_folder, show
 from cascade.core.defaults import EVALUATED_TOKENS
@@ -35,38 +37,56 @@ _NORM = "+norm"
 
 @dataclass(frozen=True)
 class ExplainedCorpus(SampledCorpusOptions):
-    """Which text an explanation measures."""
+    """The text of an explanation."""
 
     max_tokens: MaxTokens = EVALUATED_TOKENS
 
 
+@dataclass(frozen=True)
+class ExplanationOptions:
+    """Which row of a profile is explained."""
+
+    panel: ClassVar[str] = "Explanation"
+
+    layer: Annotated[
+        str,
+        typer.Option(
+            help="Row to explain: a layer, or 30+norm for the final norm behind layer 30.",
+            autocompletion=completion.row,
+        ),
+    ]
+    contrast: Annotated[
+        int | None,
+        typer.Option(
+            help="Layer to compare it with (default: nearest stable one).",
+            autocompletion=completion.layer,
+        ),
+    ] = None
+
+
 @command("explain")
 def explain(
-    layer: Annotated[
-        str, typer.Option(help="The row to explain: 25, or 30+norm for the final norm.")
-    ],
+    wanted: ExplanationOptions,
     model: ModelOptions,
     corpus: ExplainedCorpus,
     output: OutputOptions,
-    contrast: Annotated[
-        int | None,
-        typer.Option(help="The layer to compare with; the nearest stable one without."),
-    ] = None,
     batch_size: BatchSize = 8,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the intervals.")] = 0,
+    seed: Seed = 0,
 ) -> None:
-    """Say why a layer turns the stream as it does, and what that is worth.
+    """Explain why the input and output of a layer differ as they do.
 
-    Splits its update into attention and MLP, takes every possible cause
-    away, from it and from a neighbour, and names those with which the
-    difference goes. With --output, writes the record, a page and pictures.
+    Splits the layer's update into attention and MLP, removes each
+    possible cause from it and from a neighbour, and names the causes
+    without which the two layers no longer differ. Also measures the
+    perplexity of the model without the layer. With --output, writes the
+    record, an HTML page and figures.
     """
     from cascade.report.studies import explanation, final_norm
 
-    of_norm = layer.endswith(_NORM)
-    number = _number(layer)
-    if of_norm and contrast is not None:
-        raise UsageError("--contrast is a layer to compare a layer with; leave it out for a norm")
+    of_norm = wanted.layer.endswith(_NORM)
+    number = _number(wanted.layer)
+    if of_norm and wanted.contrast is not None:
+        raise UsageError("--contrast compares two layers; leave it out for a norm")
     report_module, stem = (final_norm, "final-norm") if of_norm else (explanation, "explanation")
     with report_folder(output, stem, report_module.PICTURES) as folder:
         stack = load_model(model)
@@ -77,9 +97,9 @@ def explain(
             norm_record = _explain_norm(stack, blocks, number, **about)
             report = finish(folder, stem, norm_record, final_norm.final_norm_report)
         else:
-            record = _explain_layer(stack, blocks, number, contrast, **about)
+            record = _explain_layer(stack, blocks, number, wanted.contrast, **about)
             report = finish(folder, stem, record, explanation.explanation_report)
-    show(report, output.output, f"{stem}.html")
+    show(norm_record if of_norm else record, report, output.output, f"{stem}.html")
 
 
 def _number(layer: str) -> int:
@@ -87,7 +107,7 @@ def _number(layer: str) -> int:
         return int(layer.removesuffix(_NORM))
     except ValueError:
         raise UsageError(
-            f"expected a row of a profile, 25 or (for the final norm) 30{_NORM}, got {layer!r}"
+            f"expected a row of a profile such as 25 or 30{_NORM} (the final norm), got {layer!r}"
         ) from None
 
 
@@ -107,39 +127,61 @@ def _explain_norm(
 
     if layer != stack.num_layers:
         raise UsageError(
-            f"the final norm follows layer {stack.num_layers}: expected {stack.num_layers}{_NORM}, "
-            f"got {layer}{_NORM}"
+            f"expected {stack.num_layers}{_NORM}, got {layer}{_NORM}; the final norm follows layer "
+            f"{stack.num_layers}"
         )
     with progress_bar("Explaining", blocks.tokens) as advance:
         return explain_norm(stack, blocks, progress=advance, **about)
 
 
-@command("findings", order=())
+_MEASURING = "Measuring"
+
+
+@command("findings")
 def findings(
     page: Annotated[
-        Path, typer.Argument(help="The page; its records and pictures lie in a folder beside it.")
+        Path, typer.Argument(help="Page to write; records and figures are in a folder next to it.")
     ] = Path("docs/findings.md"),
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure every record anew, by its command.")
+        bool,
+        typer.Option("--measure", help="Measure every record first.", rich_help_panel=_MEASURING),
     ] = False,
     model: Annotated[
-        str, typer.Option(help="Model to measure: smollm2-135m, a hub id, a folder, a .gguf file.")
+        str,
+        typer.Option(
+            help="Short name, hub id, folder or .gguf file.",
+            rich_help_panel=_MEASURING,
+            autocompletion=completion.models,
+        ),
     ] = "smollm2-135m",
-    layer: Annotated[int, typer.Option(min=1, help="The layer to explain.")] = 25,
+    layer: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Layer to explain.",
+            rich_help_panel=_MEASURING,
+            autocompletion=completion.layer,
+        ),
+    ] = 25,
     corpus: Annotated[
         list[str] | None,
-        typer.Option(help="Corpora beside the embedded one; repeatable."),
+        typer.Option(
+            help="Corpus to compare with the embedded one; repeatable.",
+            rich_help_panel=_MEASURING,
+        ),
     ] = None,
     heads: Annotated[
-        Path | None, typer.Option(help="Heads of `cascade fit-heads` for the exit search.")
+        Path | None,
+        typer.Option(
+            help="File of `cascade fit-heads` for the exit search.", rich_help_panel=_MEASURING
+        ),
     ] = None,
 ) -> None:
-    """Draw the page of findings from its records; with --measure, measure them first.
+    """Write the page of findings from stored records, or measure them first.
 
-    Without options the page is drawn anew from docs/findings/*.json. With
-    --measure, five commands are run, each of which writes its record and
-    its pictures: explain (twice), compare-corpora, compare-models,
-    search-exit.
+    Reads the records in docs/findings/. With --measure, runs the five
+    commands that write them: explain (twice), compare-corpora,
+    compare-models and search-exit.
     """
     folder = page.with_suffix("")
     if folder == page:
@@ -147,15 +189,15 @@ def findings(
     if measure:
         _measure_findings(folder, model, layer, corpus or [], heads)
     elif corpus or heads is not None:
-        raise UsageError("--corpus and --heads are for measuring; give --measure as well")
+        raise UsageError("--corpus and --heads need --measure; add it, or leave them out")
     _draw_findings(page, folder)
-    typer.echo(f"Wrote {page} and its pictures in {folder}", err=True)
+    message(f"Wrote {page} and its pictures in {folder}")
 
 
 #: Copies of the model that it is compared with.
 _COPIES = ("bf16", "int8", "int4", "noise:0.01")
 #: Other sizes of the reference model.
-_KIN = ("smollm2-360m", "smollm2-1.7b")
+_OTHER_SIZES = ("smollm2-360m", "smollm2-1.7b")
 
 
 def _measure_findings(
@@ -166,7 +208,9 @@ def _measure_findings(
     from cascade.studies.explanations.records import LayerExplanation
 
     if not corpora:
-        raise UsageError("expected at least one corpus beside the embedded one; name it: --corpus")
+        raise UsageError(
+            "expected at least one --corpus to compare with the embedded one, got none"
+        )
     of_model = [] if model == "smollm2-135m" else ["--model", model]
     to_folder = ["--output", str(folder), "--overwrite"]
     _run_command(["explain", "--layer", str(layer), *of_model, *to_folder])
@@ -174,24 +218,24 @@ def _measure_findings(
     last = record.provenance.model.num_layers
     _run_command(["explain", "--layer", f"{last}+norm", *of_model, *to_folder])
     _run_command(["compare-corpora", "embedded", *corpora, *of_model, *to_folder])
-    copies = [part for how in _COPIES for part in ("--copy", how)]
-    # Of the reference model's kin the sizes are known, whether or not their weights are at hand.
-    kin = [] if of_model else [part for name in _KIN for part in ("--unmeasured", name)]
-    _run_command(["compare-models", model, *copies, *kin, *to_folder])
+    copies = [word for kind in _COPIES for word in ("--copy", kind)]
+    # The sizes of the reference model's family are known even without their weights.
+    others = [] if of_model else [word for name in _OTHER_SIZES for word in ("--unmeasured", name)]
+    _run_command(["compare-models", model, *copies, *others, *to_folder])
     fitted = [] if heads is None else ["--heads", str(heads), "--propagation", "ridge"]
     _run_command(["search-exit", *of_model, *fitted, *to_folder])
 
 
 def _run_command(command: list[str]) -> None:
-    """Run one command as a user would: its line stands in its record."""
-    typer.echo(f"cascade {shlex.join(command)}", err=True)
+    """Run one command in a process of its own, so that its record has its command line."""
+    message(f"cascade {shlex.join(command)}")
     exit_status = status_of([sys.executable, "-m", "cascade", *command])
     if exit_status:
-        raise typer.Exit(exit_status)  # it has said why
+        raise typer.Exit(exit_status)  # the command printed the error
 
 
 def status_of(command: list[str]) -> int:
-    """Run a command and return its exit status; interrupted, let it clean up after itself first."""
+    """Run a command and return its exit status; if interrupted, let it clean up first."""
     with subprocess.Popen(command) as child:
         try:
             return child.wait()

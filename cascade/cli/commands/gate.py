@@ -1,19 +1,18 @@
-"""`cascade compare` and `cascade gate`: a record or a model against its baseline."""
+"""`cascade gate` and `cascade compare`: check a model or a stored profile against a baseline."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from cascade.cli.app import command
-from cascade.cli.console import command_line, print_record, progress_bar
+from cascade.cli.console import command_line, message, progress_bar, show_record
 from cascade.cli.inputs import load_model, read_blocks
 from cascade.cli.options import (
     BatchSize,
-    Behind,
     CorpusOptions,
     ModelOptions,
     NumSamples,
@@ -28,17 +27,19 @@ from cascade.core.errors import RecordError
 
 if TYPE_CHECKING:
     from cascade.core.files import RunFolder
-    from cascade.gate.records import ComparisonRecord
+    from cascade.gate.records import ComparisonRecord, SessionRecord
 
 #: The files of `cascade compare --output` and `cascade gate --output`.
 REPORT_FILES = ("report.json", "report.md", "report.html")
 
-_STRICT = typer.Option("--strict", help="What is inconclusive fails too.")
+_STRICT = typer.Option(
+    "--strict", help="Fail if the result is inconclusive.", rich_help_panel="Comparison"
+)
 
 
 @dataclass(frozen=True)
 class ReportOutput(OutputOptions):
-    """Where a gate's report goes."""
+    """Where the report of a comparison is written."""
 
     output: Annotated[
         Path | None, typer.Option(help="Folder for report.json, report.md and report.html.")
@@ -52,38 +53,41 @@ class ReportOutput(OutputOptions):
 class ComparisonOptions:
     """How two profiles are compared."""
 
+    panel: ClassVar[str] = "Comparison"
+
     independent: Annotated[
-        bool, typer.Option("--independent", help="Compare means even where sequences are shared.")
+        bool, typer.Option("--independent", help="Compare means even if the sequences are shared.")
     ] = False
     margin: Annotated[
         float,
-        typer.Option(help="On other sequences: in standard deviations between the baseline's."),
+        typer.Option(help="Allowed shift of a mean, in standard deviations between sequences."),
     ] = 1.0
     confidence: Annotated[
-        float, typer.Option(help="On other sequences: that all intervals hold at once.")
+        float, typer.Option(help="Confidence that all intervals of means hold at once.")
     ] = 0.99
     anyway: Annotated[
         bool,
-        typer.Option("--anyway", help="Compare in spite of another model, dtype or tokenizer."),
+        typer.Option("--anyway", help="Compare even if model, dtype or tokenizer differ."),
     ] = False
-    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the resampling.")] = 0
 
 
 @command("compare")
 def compare(
     new: Annotated[
-        Path, typer.Argument(help="A run's folder, or a profile's .json with its .npz beside it.")
+        Path, typer.Argument(help="Folder of a run, or a profile's .json next to its .npz.")
     ],
-    baseline: Annotated[Path, typer.Argument(help="The same, of what it is held to.")],
+    baseline: Annotated[Path, typer.Argument(help="The profile to compare with: the same.")],
     comparison: ComparisonOptions,
     output: ReportOutput,
     strict: Annotated[bool, _STRICT] = False,
 ) -> None:
     """Compare two stored profiles: has the first drifted from the second?
 
-    Exit status 0: no drift, 1: drift, 2: not comparable. The same
-    sequences are compared one by one; of other ones the means are, with
-    intervals.
+    Exit status: 0 no drift, 1 drift, 2 not comparable. Profiles of the
+    same sequences are compared sequence by sequence. Otherwise their
+    means are compared, with confidence intervals; --margin and
+    --confidence apply to these.
     """
     with run_folder(output.output, REPORT_FILES, overwrite=output.overwrite) as folder:
         from cascade.gate import drift
@@ -98,44 +102,37 @@ def compare(
             anyway=comparison.anyway,
             seed=comparison.seed,
         )
-        _write(folder, found.record(), baseline)
-    _finish(found.record(), found.exit_status(strict=strict), output.output)
+        report = _report(found.record(), baseline)
+        _write(folder, report)
+    _finish(report, found.record(), found.exit_status(strict=strict), output.output)
 
 
 @dataclass(frozen=True)
 class GateCorpus(TextOptions):
-    """The baseline's text."""
+    """The text of the baseline."""
 
-    corpus: Annotated[
-        str, typer.Option(help="The baseline's: embedded, a file, or a hub dataset.")
-    ] = "embedded"
     split: Split = None
     num_samples: NumSamples = NUM_SAMPLES
 
 
 @dataclass(frozen=True)
 class BaselineOptions:
-    """Which baseline, and how much of it is compared."""
+    """Which baseline the model is checked against, and on how many tokens."""
+
+    panel: ClassVar[str] = "Comparison"
 
     baselines: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of all baselines (default: ./baselines, then those shipped with cascade)."
-        ),
-        Behind("seq_len"),
+        typer.Option(help="Folder of baselines (default: ./baselines, then those of cascade)."),
     ] = None
     baseline: Annotated[
         Path | None,
-        typer.Option(help="One baseline's .json; found by its names without."),
-        Behind("baselines"),
+        typer.Option(help="One baseline's .json (default: found by model and corpus)."),
     ] = None
-    tokens: Annotated[
-        int, typer.Option(min=1, help="The budget of the quick gate."), Behind("baseline")
-    ] = 512
+    tokens: Annotated[int, typer.Option(min=1, help="Compare at most this many tokens.")] = 512
     full: Annotated[
         bool,
-        typer.Option("--full", help="Measure the whole corpus, its table included."),
-        Behind("tokens"),
+        typer.Option("--full", help="Compare the whole corpus and its table of statistics."),
     ] = False
 
 
@@ -146,12 +143,12 @@ def gate(
     against: BaselineOptions,
     output: ReportOutput,
     batch_size: BatchSize = 32,
-    strict: Annotated[bool, _STRICT, Behind("device")] = False,
+    strict: Annotated[bool, _STRICT] = False,
 ) -> None:
-    """Hold a model to its baseline, on a few of the baseline's sequences.
+    """Check a model against its baseline, on a few of the baseline's sequences.
 
-    Stops as soon as it is decided. Exit status 0: no drift, 1: drift, 2:
-    not comparable.
+    Stops as soon as the result is certain. Exit status: 0 no drift,
+    1 drift, 2 not comparable.
     """
     with run_folder(output.output, REPORT_FILES, overwrite=output.overwrite) as folder:
         from cascade.gate.baselines import read_profile
@@ -180,16 +177,18 @@ def gate(
                 command=command_line(),
                 progress=advance,
             )
-        _write(folder, result.record(), path)
+        report = _report(result.record(), path)
+        _write(folder, report)
     _say_baseline(path)
-    _finish(result.record(), result.comparison.exit_status(strict=strict), output.output)
+    status = result.comparison.exit_status(strict=strict)
+    _finish(report, result.record(), status, output.output)
 
 
 def _say_baseline(path: Path) -> None:
-    """Say on stderr which baseline was used."""
+    """Print on stderr which baseline was used."""
     from cascade.gate.baseline_lookup import described
 
-    typer.echo(f"Baseline: {described(path)}", err=True)
+    message(f"Baseline: {described(path)}")
 
 
 def _baseline_path(model: str, corpus: GateCorpus, baselines: Path | None) -> Path:
@@ -211,27 +210,33 @@ def _baseline_path(model: str, corpus: GateCorpus, baselines: Path | None) -> Pa
     return path
 
 
-def _write(folder: RunFolder | None, record: ComparisonRecord, path: Path) -> None:
+def _report(record: ComparisonRecord, path: Path) -> SessionRecord:
+    from cascade.gate.records import NamedComparison, session_record
+
+    about = record.baseline
+    name = f"{about.model.name}/{about.corpus.name}" if about else str(path)
+    return session_record([NamedComparison.of(record, name=name, path=str(path))])
+
+
+def _write(folder: RunFolder | None, report: SessionRecord) -> None:
     if folder is None:
         return
     from cascade.core.records import to_json
     from cascade.core.schema import to_plain
-    from cascade.gate.records import NamedComparison, session_record
     from cascade.report.gate.markdown import report_markdown
     from cascade.report.gate.page import report_page
 
-    about = record.baseline
-    name = f"{about.model.name}/{about.corpus.name}" if about else str(path)
-    report = session_record([NamedComparison.of(record, name=name, path=str(path))])
     contents = (to_json(to_plain(report)) + "\n", report_markdown(report), report_page(report))
     for file, content in zip(REPORT_FILES, contents, strict=True):
         folder.write(file, content)
 
 
-def _finish(record: ComparisonRecord, exit_status: int, output: Path | None) -> None:
+def _finish(
+    report: SessionRecord, record: ComparisonRecord, exit_status: int, output: Path | None
+) -> None:
     from cascade.report.gate.terminal import print_comparison
 
-    print_record(print_comparison, record)
+    show_record(record, print_comparison, stored=report)
     say_wrote(output, "report.html")
     if exit_status:
         raise typer.Exit(exit_status)

@@ -1,17 +1,18 @@
-"""`cascade generate`."""
+"""`cascade generate`: generate text with early exit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from cascade.cli import completion
 from cascade.cli.app import command
-from cascade.cli.console import print_record, status
+from cascade.cli.console import show_record, status
 from cascade.cli.inputs import check_cascade_alone, load_model, read_heads, usual_layer
-from cascade.cli.options import RULES_HELP, HeadsFile, ModelOptions, Seed
+from cascade.cli.options import HeadsFile, ModelOptions, PrintOptions, Seed
 from cascade.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,56 +23,71 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """The prompt, and how much is added to it."""
+    """The prompt, and how many tokens are generated."""
 
-    prompt: Annotated[str, typer.Option(help="What to go on from.")]
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40
+    panel: ClassVar[str] = "Text"
+
+    prompt: Annotated[str, typer.Option(help="Text to continue.")]
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 40
+    stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; repeatable.")] = None
+    compare: Annotated[bool, typer.Option(help="Compare with the full model's text.")] = True
 
     def check(self) -> None:
-        """Refuse a prompt without text.
+        """Check that the prompt has text.
 
         Raises:
-            UsageError: It has none, or not in UTF-8.
+            UsageError: It has none, or is not UTF-8.
         """
         if not self.prompt.strip():
-            raise UsageError("expected a prompt, got an empty one; give --prompt some text")
+            raise UsageError("expected text in --prompt, got an empty one; add some")
         if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):
             raise UsageError("expected a --prompt in UTF-8, got other bytes; convert it first")
 
 
 @dataclass(frozen=True)
 class ExitOptions:
-    """Where tokens exit: given one by one, as a calibration, or as a cascade."""
+    """Where tokens exit: set by single options, by a calibration, or by a cascade."""
+
+    panel: ClassVar[str] = "Exit"
 
     layer: Annotated[
         int | None,
-        typer.Option(help="Exit layer; the last but one, or the heads' highest below N, without."),
+        typer.Option(
+            help="Exit layer (default: second to last, or of --heads).",
+            autocompletion=completion.layer,
+        ),
     ] = None
-    rule: Annotated[str | None, typer.Option(help=f"Exit rule, cosine without: {RULES_HELP}")] = (
-        None
-    )
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="Exit rule, e.g. top2_gap (default: cosine).", autocompletion=completion.rules
+        ),
+    ] = None
     threshold: Annotated[
-        float | None, typer.Option(help="Tokens at or above it leave; without, the full model.")
+        float | None,
+        typer.Option(help="Tokens at or above it exit (default: none, the full model)."),
     ] = None
     calibration: Annotated[
         Path | None,
-        typer.Option(help="calibration.json: layer, rule, threshold and propagation."),
+        typer.Option(help="calibration.json to take layer, rule and threshold from."),
     ] = None
     hard_ratio: Annotated[
-        float | None, typer.Option(help="Which of the calibration's thresholds.")
+        float | None, typer.Option(help="Use the calibration's threshold for this ratio.")
     ] = None
     cascade: Annotated[
-        Path | None, typer.Option(help="A cascade of `cascade train`: base, stages, thresholds.")
+        Path | None,
+        typer.Option(help="Folder of `cascade train` to take base and stages from."),
     ] = None
     verify: Annotated[
-        bool, typer.Option("--verify", help="The full model confirms every token.")
+        bool, typer.Option("--verify", help="Let the full model confirm every token.")
     ] = False
 
     def check(self, heads: GenerationHeads) -> None:
-        """Refuse options that say the same thing twice.
+        """Check that no two options set the same thing.
 
         Raises:
-            UsageError: They do.
+            UsageError: Two of them do.
         """
         one_by_one: dict[str, Any] = {
             "--layer": self.layer,
@@ -81,7 +97,7 @@ class ExitOptions:
         }
         if self.calibration is not None and _given(one_by_one):
             raise UsageError(
-                "--calibration says layer, rule, threshold and propagation; leave out "
+                "--calibration sets layer, rule, threshold and propagation; leave out "
                 f"{', '.join(_given(one_by_one))}"
             )
         if self.cascade is not None:
@@ -92,7 +108,7 @@ class ExitOptions:
                 f"--verify needs --propagation exact, got {heads.propagation}; leave one out"
             )
         if self.hard_ratio is not None and self.calibration is None:
-            raise UsageError("--hard-ratio chooses a calibration's threshold; give --calibration")
+            raise UsageError("--hard-ratio needs --calibration; add it, or leave --hard-ratio out")
 
 
 def _given(options: dict[str, Any]) -> list[str]:
@@ -101,57 +117,57 @@ def _given(options: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class GenerationHeads:
-    """Exit heads, and what upper layers get of exited tokens, if that is given."""
+    """Exit heads, and the propagation if the command line has one."""
 
     heads: HeadsFile = None
     propagation: Annotated[
         str | None,
-        typer.Option(help="What upper layers see of exited tokens; frozen without."),
+        typer.Option(
+            help="KV of exited tokens above the exit: frozen, ridge or exact (default: frozen).",
+            autocompletion=completion.propagations,
+        ),
     ] = None
 
 
 @dataclass(frozen=True)
-class DrawOptions:
-    """How tokens are chosen, where the text ends, and what is shown beside it."""
+class SamplingOptions(PrintOptions):
+    """How tokens are chosen, and what is printed."""
 
-    sample: Annotated[bool, typer.Option("--sample", help="Draw the tokens.")] = False
+    panel: ClassVar[str] = "Sampling"
+
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample tokens instead of taking the likeliest.")
+    ] = False
     temperature: Annotated[
-        float | None, typer.Option(help="Divides the logits of a draw; the model's own without.")
+        float | None, typer.Option(help="Divide logits by this (default: the model's).")
     ] = None
     top_p: Annotated[
         float | None,
-        typer.Option(help="Draw among the likeliest of this sum; the model's own without."),
+        typer.Option(help="Sample from the likeliest of this sum (default: the model's)."),
     ] = None
     top_k: Annotated[
         int | None,
-        typer.Option(help="Draw among so many, 0 for all; the model's own, or 50, without."),
+        typer.Option(help="Sample from this many; 0: all (default: the model's, or 50)."),
     ] = None
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
-    ] = False
-    compare: Annotated[bool, typer.Option(help="Generate with the full model too, to compare.")] = (
-        True
-    )
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of a draw that are given."""
-        draw = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {name: value for name, value in draw.items() if value is not None}
+        """Return the sampling settings on the command line."""
+        found = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {name: value for name, value in found.items() if value is not None}
 
     def check(self) -> None:
-        """Refuse settings of a draw without a draw, and a temperature that none can have.
+        """Check that sampling settings come with --sample, and the temperature is possible.
 
         Raises:
-            UsageError: There are some.
+            UsageError: They do not, or it is not.
         """
         if self.settings() and not self.sample:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in self.settings())
-            raise UsageError(f"{flags} are of a draw; give --sample, or leave them out")
+            raise UsageError(f"{flags} need --sample; add it, or leave them out")
         if self.temperature is not None and not self.temperature > 0:
             raise UsageError(
-                f"expected a --temperature above 0, got {self.temperature:g}; for the likeliest "
-                "token leave out --sample"
+                f"expected a --temperature above 0, got {self.temperature:g}; leave out --sample "
+                "to take the likeliest token"
             )
 
 
@@ -159,37 +175,37 @@ class DrawOptions:
 def generate(
     prompt: PromptOptions,
     exits: ExitOptions,
-    draw: DrawOptions,
+    sampling: SamplingOptions,
     model: ModelOptions,
     heads: GenerationHeads,
     seed: Seed = 0,
 ) -> None:
-    """Generate, and show at which layer each token left."""
+    """Generate text, and show at which layer each token exited."""
     from cascade.decoding.transcript import transcribe
     from cascade.report.exits.generation import print_generation
 
     exits.check(heads)
     prompt.check()
-    draw.check()
+    sampling.check()
     stack, early = _early_exit_of(exits, model, heads, seed)
     settings: dict[str, Any] = {
         "max_new_tokens": prompt.max_new_tokens,
-        "do_sample": draw.sample,
+        "do_sample": sampling.sample,
         "seed": seed,
-        "stop_strings": draw.stop,
+        "stop_strings": prompt.stop,
     }
-    settings |= draw.settings()
+    settings |= sampling.settings()
     with status("Generating"):
         record = transcribe(
             early,
             prompt.prompt,
             settings,
-            chat=draw.chat,
+            chat=prompt.chat,
             verify=exits.verify,
-            compare=draw.compare,
+            compare=prompt.compare,
             full=stack,
         )
-    print_record(print_generation, record)
+    show_record(record, print_generation)
 
 
 def _early_exit_of(

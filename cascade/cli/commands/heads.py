@@ -1,26 +1,26 @@
-"""`cascade fit-heads` and `cascade calibrate`."""
+"""`cascade fit-heads` and `cascade calibrate`: fit exit heads and thresholds."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from cascade.cli import completion
 from cascade.cli.app import command
-from cascade.cli.console import command_line, print_record, progress_bar
+from cascade.cli.console import command_line, message, progress_bar, show_record
 from cascade.cli.inputs import load_model, read_blocks, read_heads, read_layers, usual_layer
 from cascade.cli.options import (
-    RULES_HELP,
     BatchSize,
-    Behind,
     CorpusOptions,
-    First,
     HeadOptions,
     ModelOptions,
     OutputOptions,
     Overwrite,
+    PrintOptions,
     Seed,
     picked,
 )
@@ -30,26 +30,33 @@ from cascade.core.errors import UsageError
 from cascade.core.schema import known
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cascade.corpora.blocks import TokenBlocks
+    from cascade.exits.records import HeadsMetadata
     from cascade.models.stack import DecoderStack
 
 
 @dataclass(frozen=True)
-class FittingOptions:
-    """Which heads are fitted, how, and where they go."""
+class FittingOptions(PrintOptions):
+    """Which heads are fitted, how, and where they are written."""
 
-    output: Annotated[Path, typer.Option(help="The safetensors file to write."), First()]
-    layers: Annotated[str, typer.Option(help="Exit layers, e.g. 20,24,28.")]
+    panel: ClassVar[str] = "Fitting"
+
+    layers: Annotated[
+        str, typer.Option(help="Exit layers, e.g. 20,24,28.", autocompletion=completion.layers)
+    ] = dataclasses.field(kw_only=True)
     distill: Annotated[
         int,
-        typer.Option(min=0, help="Then learn from the full model, in so many passes."),
-        Behind("batch_size"),
+        typer.Option(min=0, help="Distill the full model into the heads, in this many passes."),
     ] = 0
     half: Annotated[
         bool,
-        typer.Option("--half", help="Store in 16 bits: half the size."),
-        Behind("distill"),
+        typer.Option("--half", help="Store the weights in 16 bits, half the size."),
     ] = False
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write.")] = (
+        dataclasses.field(kw_only=True)
+    )
     overwrite: Overwrite = False
 
 
@@ -61,11 +68,11 @@ def fit_heads(
     batch_size: BatchSize = 32,
     seed: Seed = 0,
 ) -> None:
-    """Fit exit heads in closed form, and maps that tell upper layers of exited tokens.
+    """Fit ridge heads, and maps for the keys and values of exited tokens.
 
-    One pass over the corpus (of the embedded one: its training split).
-    --distill goes on from there, and keeps what is better on sequences
-    kept aside.
+    Runs one pass over the corpus (of the embedded corpus, its training
+    split). --distill trains the heads further, and keeps a head only if
+    it is better on sequences kept aside.
     """
     output = fitting.output
     wanted = read_layers(fitting.layers)
@@ -97,15 +104,20 @@ def fit_heads(
                 progress=advance,
             )
     fitted.save(output, half=fitting.half)
-    # Printed after everything is saved: the disk behind stdout can be full.
     size = output.stat().st_size / 1e6
-    typer.echo(f"Wrote {output} ({size:.1f} MB): heads for the layers {fitting.layers}", err=True)
-    distilled = known(fitted.provenance.distillation)
+    message(f"Wrote {output} ({size:.1f} MB): heads for the layers {fitting.layers}")
+    show_record(fitted.metadata(), _print_losses)
+
+
+def _print_losses(record: HeadsMetadata, console: Console) -> None:
+    distilled = known(record.provenance.distillation)
     losses_of = {} if distilled is None else distilled.kl_on_sequences_kept_aside
     for layer, losses in losses_of.items():
-        typer.echo(
+        console.print(
             f"Layer {layer}: KL to the full model {losses[0]:.4f} nats in closed form, "
-            f"{min(losses):.4f} distilled (on sequences kept aside)"
+            f"{min(losses):.4f} distilled (on sequences kept aside)",
+            soft_wrap=True,
+            highlight=False,
         )
 
 
@@ -113,42 +125,62 @@ def fit_heads(
 class CalibrationOptions:
     """What is calibrated."""
 
+    panel: ClassVar[str] = "Calibration"
+
     layer: Annotated[
-        int | None, typer.Option(help="Exit layer; the last but one, or the heads', without.")
+        int | None,
+        typer.Option(
+            help="Exit layer (default: second to last, or of --heads).",
+            autocompletion=completion.layer,
+        ),
     ] = None
-    rule: Annotated[str, typer.Option(help=f"Exit rule: {RULES_HELP}")] = "cosine"
+    rule: Annotated[
+        str, typer.Option(help="Exit rule, e.g. top2_gap.", autocompletion=completion.rules)
+    ] = "cosine"
     hard_ratio: Annotated[
-        list[float] | None, typer.Option(help="Share of hard tokens; repeatable.")
+        list[float] | None,
+        typer.Option(help="Share of hard tokens; repeatable (default: 0.3, 0.5, 0.7)."),
     ] = None
     risk: Annotated[
         float | None,
-        typer.Option(help="Certify: at most this share of tokens differs from the full model's."),
+        typer.Option(help="Certify that at most this share of predictions differs."),
     ] = None
-    confidence: Annotated[float, typer.Option(help="How sure the certificate must be.")] = 0.95
+    confidence: Annotated[float, typer.Option(help="Confidence of the certificate.")] = 0.95
 
 
 @dataclass(frozen=True)
 class TransferOptions:
-    """The other corpus that thresholds are tried on."""
+    """The other corpus that the thresholds are tried on."""
+
+    panel: ClassVar[str] = "Transfer"
 
     transfer_to: Annotated[
-        str | None, typer.Option(help="Another corpus, to see what the thresholds do there.")
+        str | None,
+        typer.Option(
+            help="Another corpus to try the thresholds on.", autocompletion=completion.corpora
+        ),
     ] = None
-    transfer_split: Annotated[str | None, typer.Option(help="Split of that corpus.")] = None
+    transfer_split: Annotated[
+        str | None, typer.Option(help="Split of that corpus.", autocompletion=completion.splits)
+    ] = None
     transfer_text_column: Annotated[
-        str | None, typer.Option(help="Column to read of that corpus.")
+        str | None, typer.Option(help="Column of that corpus to read.")
     ] = None
 
     def check(self) -> None:
-        """Refuse a split or a column of no corpus."""
+        """Check that a split or a column has a corpus.
+
+        Raises:
+            UsageError: It has none.
+        """
         if self.transfer_to is None and (self.transfer_split or self.transfer_text_column):
             raise UsageError(
-                "--transfer-split and --transfer-text-column are of the corpus that --transfer-to "
-                "names; give it"
+                "--transfer-split and --transfer-text-column need --transfer-to; add it, or leave "
+                "them out"
             )
 
     def read(self, stack: DecoderStack, sizes: CorpusOptions) -> TokenBlocks | None:
-        """Read the corpus, if there is one, in sequences as long and as many as the other's."""
+        """Return the corpus, if there is one, cut as `sizes` says."""
         if self.transfer_to is None:
             return None
         other = picked(
@@ -171,11 +203,12 @@ def calibrate(
     output: OutputOptions,
     seed: Seed = 0,
 ) -> None:
-    """Fit thresholds for hard ratios, with intervals; or certify one for a risk.
+    """Fit thresholds for hard ratios, or certify one for a risk.
 
-    Of the embedded corpus the held-out split is taken: heads are fitted on
-    the other. With --output, writes calibration.json, which `cascade generate
-    --calibration` runs with.
+    Every figure has a confidence interval. The embedded corpus is read
+    from its held-out split, because heads are fitted on the other one.
+    With --output, writes calibration.json for `cascade generate
+    --calibration`.
     """
     from cascade.report.exits.calibration import print_calibration
 
@@ -210,5 +243,5 @@ def calibrate(
                 progress=advance,
             )
         write_json(folder, name, record)
-    print_record(print_calibration, record)
+    show_record(record, print_calibration)
     say_wrote(output.output, name)

@@ -1,25 +1,27 @@
-"""`cascade search-exit`."""
+"""`cascade search-exit`: search the exit layer, rule and threshold."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from cascade.cli.app import command
-from cascade.cli.console import command_line, progress_bar
+from cascade.cli.console import command_line, message, progress_bar
 from cascade.cli.inputs import evaluated_layers, load_model, read_blocks, read_heads
 from cascade.cli.options import (
-    RULES_HELP,
+    Agreement,
     EvaluationCorpusOptions,
+    ExitLayers,
     MaxTokens,
     ModelOptions,
     OutputOptions,
     PassOptions,
     Propagation,
+    Rules,
     field_names,
     given,
     picked,
@@ -42,38 +44,38 @@ _STEM = "exit-search"
 class SearchOptions:
     """What is searched for, and in which records."""
 
+    panel: ClassVar[str] = "Search"
+
     records: Annotated[
         list[Path] | None,
         typer.Argument(help="Evaluations of `cascade evaluate --output`: files or folders."),
     ] = None
-    agreement: Annotated[
-        float, typer.Option(help="Wanted share of tokens predicted as by the full model.")
-    ] = 0.95
-    layers: Annotated[
-        str | None, typer.Option(help="Exit layers, e.g. 20,24,28; the heads' own without.")
-    ] = None
-    rule: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {RULES_HELP}")] = None
+    agreement: Agreement = 0.95
+    layers: ExitLayers = None
+    rule: Rules = None
     risk: Annotated[
         float | None,
-        typer.Option(help="Certify: at most this share of tokens differs; 1 - agreement without."),
+        typer.Option(help="Certify that at most this share differs (default: 1 - agreement)."),
     ] = None
-    confidence: Annotated[float, typer.Option(help="How sure all certificates must be.")] = 0.95
+    confidence: Annotated[float, typer.Option(help="Confidence of all certificates.")] = 0.95
     measure: Annotated[
         bool | None,
         typer.Option(
             "--measure/--no-measure",
-            help="Run what records have on the table alone; or nothing, whatever they lack.",
+            help="Run the operating points that records have as counted values only, or run none "
+            "(default: run what records lack).",
+            rich_help_panel="Records",
         ),
     ] = None
 
 
 @dataclass(frozen=True)
 class SearchHeads:
-    """Exit heads, several files for several records, and what upper layers get of exited tokens."""
+    """Exit heads, one file per record that has some, and the propagation."""
 
     heads: Annotated[
         list[Path] | None,
-        typer.Option("--heads", help="Heads of `cascade fit-heads`; the logit lens without."),
+        typer.Option("--heads", help="File of `cascade fit-heads` (default: logit lens)."),
     ] = None
     propagation: Propagation = "frozen"
 
@@ -94,7 +96,7 @@ class SearchSource:
 
 @dataclass(frozen=True)
 class _MeasuredOptions:
-    """The options of a new measurement; records have them already."""
+    """The options of a new measurement; stored records already have them."""
 
     layers: str | None
     rule: list[str] | None
@@ -118,9 +120,9 @@ def search_exit(
 ) -> None:
     """Search the exit layer, rule and threshold that save most at a wanted agreement.
 
-    Half of the sequences fit the thresholds, the other half confirms them.
-    From stored evaluations, what they have is not measured again: the model
-    is loaded only for what they lack.
+    Half of the sequences fit the thresholds, the other half confirms
+    them. With stored evaluations, the model is loaded only to measure
+    what they lack.
     """
     from cascade.evaluation.search.choice import SearchConfig
     from cascade.report.exits.search import FRONTIER, exit_search_report
@@ -128,7 +130,7 @@ def search_exit(
     config = SearchConfig(search.agreement, search.risk, search.confidence)
     config.check()
     if search.measure is not None and not search.records:
-        raise UsageError("--measure and --no-measure are for records; name some, or leave it out")
+        raise UsageError("--measure and --no-measure need records; name some, or leave it out")
     source = SearchSource(model, tuple(heads.heads or ()), corpus)
     with report_folder(output, _STEM, (FRONTIER,)) as folder:
         if search.records:
@@ -137,7 +139,7 @@ def search_exit(
             options = picked(_MeasuredOptions, search, model, heads, corpus, passes)
             record = _measured(config, source, options)
         report = finish(folder, _STEM, record, exit_search_report)
-    show(report, output.output, f"{_STEM}.html")
+    show(record, report, output.output, f"{_STEM}.html")
 
 
 def _measured(
@@ -147,7 +149,7 @@ def _measured(
     from cascade.evaluation.search import exit_search
 
     if len(source.heads) > 1:
-        raise UsageError("expected one --heads, got several; evaluate each, and search the records")
+        raise UsageError("expected one --heads, got several; evaluate each and search the records")
     stack = load_model(source.model)
     fitted = read_heads(source.heads[0] if source.heads else None, stack)
     fit, confirm = evaluation.split(source.blocks(stack, options.seq_len, options.max_tokens))
@@ -181,9 +183,9 @@ def _from_records(
 ) -> SearchRecord:
     from cascade.evaluation.search import stored_evaluations
 
-    beside = given(context, field_names(_MeasuredOptions))
-    if beside:
-        raise UsageError(f"records say themselves what was measured; leave out {', '.join(beside)}")
+    extra = given(context, field_names(_MeasuredOptions))
+    if extra:
+        raise UsageError(f"records already say what was measured; leave out {', '.join(extra)}")
     answers = [
         stored_evaluations.answer(evaluation, config)
         for evaluation in stored_evaluations.read_evaluations(paths)
@@ -200,7 +202,7 @@ def _completed(
     *,
     run_table_points: bool,
 ) -> list[Answer]:
-    """Measure what some evaluations lack, and say what that is."""
+    """Measure what some evaluations lack, after printing what that is."""
     lacking = [
         one for one in answers if one.lacks is not None or (run_table_points and one.on_table)
     ]
@@ -212,7 +214,7 @@ def _completed(
 
     for one in lacking:
         lacks = one.lacks or f"{len(one.on_table)} thresholds are known from the table alone"
-        typer.echo(f"Measuring for {one.evaluation.name}: {lacks}", err=True)
+        message(f"Measuring for {one.evaluation.name}: {lacks}")
     first = answers[0].evaluation
     model, confirmed_on = first.record.provenance.model, first.record.provenance.corpus
     stack = load_model(dataclasses.replace(pass_source.model, dtype=str(model.dtype)))
@@ -227,8 +229,8 @@ def _completed(
         fingerprint = record.provenance.heads_fingerprint
         if fingerprint is not None and fingerprint not in fingerprints:
             raise RecordError(
-                f"{one.evaluation.name} was made with the exit heads {fingerprint[:19]}..., which "
-                "are not among --heads; name their file"
+                f"{one.evaluation.name} was measured with the exit heads {fingerprint[:19]}..., "
+                "which are not among --heads; add their file"
             )
         passes = exit_search.tokens_to_read(fit, confirm, record.settings.propagation)
         total = confirm.tokens if one.lacks is None else passes

@@ -1,27 +1,29 @@
-"""Commands of stages: collect the hard tokens that they learn from, train, and measure them."""
+"""`cascade collect-hard` and `cascade train`: collect hard tokens, and train a stage on them."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import typer
 
+from cascade.cli import completion
 from cascade.cli.app import command
-from cascade.cli.console import command_line, print_record, progress_bar, status
+from cascade.cli.console import command_line, message, progress_bar, show_record, status
 from cascade.cli.inputs import load_model
 from cascade.cli.options import (
     BatchSize,
-    Behind,
     DeviceOptions,
-    First,
+    ExitLayer,
     MaxTokens,
     ModelOptions,
     NumSamples,
     OutputOptions,
+    PrintOptions,
     Seed,
     TextOptions,
 )
@@ -44,31 +46,37 @@ class StageCorpus(TextOptions):
 
     num_samples: NumSamples = 0
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop at this many tokens, a fifth of them held out.")
+        int | None,
+        typer.Option(min=1, help="Stop after this many tokens; a fifth is held out."),
     ] = None
 
 
 @dataclass(frozen=True)
-class CollectionOptions:
-    """Which tokens are hard, and where the dataset goes."""
+class CollectionOptions(PrintOptions):
+    """Which tokens are hard, and where the dataset is written."""
 
-    output: Annotated[Path, typer.Option(help="Folder for the dataset."), First()]
-    threshold: Annotated[
-        float | None, typer.Option(help="Tokens whose similarity is below it are hard.")
-    ] = None
+    panel: ClassVar[str] = "Hard tokens"
+
+    output: Annotated[Path, typer.Option(help="Folder for the dataset.")] = dataclasses.field(
+        kw_only=True
+    )
+    layer: ExitLayer = None
     hard_ratio: Annotated[
-        float | None,
-        typer.Option(help="Share of hard tokens; without --threshold, fits it."),
+        float | None, typer.Option(help="Share of hard tokens; fits the threshold.")
     ] = None
-    layer: Annotated[int | None, typer.Option(help="Exit layer; the last but one without.")] = None
+    threshold: Annotated[
+        float | None, typer.Option(help="Tokens below this similarity are hard.")
+    ] = None
     states_dtype: Annotated[
         str,
-        typer.Option(help="How states are stored: float16, or bfloat16 for large ones."),
-        Behind("max_tokens"),
+        typer.Option(
+            help="dtype of the stored states: float16, or bfloat16 for large ones.",
+            autocompletion=completion.states_dtypes,
+        ),
     ] = "float16"
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace an earlier dataset, or another unfinished one."),
+        typer.Option("--overwrite", help="Replace an earlier or another unfinished dataset."),
     ] = False
 
 
@@ -79,14 +87,18 @@ def collect_hard(
     corpus: StageCorpus,
     batch_size: BatchSize = 32,
     seed: Annotated[
-        int | None, typer.Option(help="Draw the records at random; in corpus order without.")
+        int | None,
+        typer.Option(
+            help="Sample records at random (default: no).",
+            rich_help_panel="Corpus",
+        ),
     ] = None,
 ) -> None:
-    """Run a model once over a corpus; store its exit states and which tokens are hard.
+    """Store a model's exit states over a corpus, and which tokens are hard.
 
-    Every fifth record is held out (of the embedded corpus, its own
-    held-out split). Interrupted, the same command goes on from where it
-    was. datasets.load_from_disk reads the result.
+    Runs the model once. Every fifth record is held out (of the embedded
+    corpus, its held-out split). Run the same command again to resume
+    after an interruption. datasets.load_from_disk reads the result.
     """
     from cascade.report.exits.hard_tokens import print_hard_tokens
     from cascade.stages.hard_tokens import collecting, splits
@@ -109,34 +121,31 @@ def collect_hard(
         read = splits.load_splits(_corpus_config(corpus, seed), stack.tokenizer)
     tokens = sum(blocks.tokens for blocks in read.values())
     size = splits.expected_bytes(stack, read)
-    typer.echo(
+    message(
         f"Collecting {tokens:,} tokens into {output}: about {_bytes(size)}, states of "
-        f"{stack.hidden_size:,} numbers in {options.states_dtype}",
-        err=True,
+        f"{stack.hidden_size:,} numbers in {options.states_dtype}"
     )
     with _says_how_to_resume(output), progress_bar("Collecting", tokens) as advance:
         found = collecting.collect_hard(
             stack, read, output, config, progress=advance, overwrite=options.overwrite
         )
-    print_record(print_hard_tokens, found.record)
+    show_record(found.record, print_hard_tokens)
     written = sum(file.bytes for file in found.record.files)
-    typer.echo(
-        f"Wrote {output} ({_bytes(written)}); read it with "
-        f"datasets.load_from_disk({str(output)!r})",
-        err=True,
+    message(
+        f"Wrote {output} ({_bytes(written)}); read it with datasets.load_from_disk({str(output)!r})"
     )
 
 
 @contextlib.contextmanager
 def _says_how_to_resume(output: Path) -> Iterator[None]:
-    """Say after an interruption that the work done so far is kept."""
+    """Print after an interruption that the work so far is kept."""
     from cascade.stages.hard_tokens.dataset import is_unfinished
 
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         if is_unfinished(output):
-            typer.echo(f"Stopped; {output} is kept: run the same command again to go on", err=True)
+            message(f"Stopped; {output} is kept: run the same command again to resume")
         raise
 
 
@@ -157,58 +166,93 @@ def _bytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-#: In a cascade's folder: the dataset that its stage learned from, and checkpoints.
+#: In the folder of a cascade: the dataset that its stage was trained on, and the checkpoints.
 _DATASET, _CHECKPOINTS = "hard-tokens", "checkpoints"
 
 
-@dataclass(frozen=True)
-class StageOptions:
-    """The stage: where it goes, which tokens enter it, its layers and its training."""
+_TRAINING = "Training"
 
-    output: Annotated[Path, typer.Option(help="Folder for the cascade."), First()]
-    threshold: Annotated[
-        float | None, typer.Option(help="Tokens whose similarity is below it enter the stage.")
+
+@dataclass(frozen=True)
+class StageOptions(PrintOptions):
+    """The stage: where it is written, which tokens enter it, its layers and its training."""
+
+    panel: ClassVar[str] = "Stage"
+
+    output: Annotated[Path, typer.Option(help="Folder for the cascade.")] = dataclasses.field(
+        kw_only=True
+    )
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Layer that decides (default: second to last).",
+            autocompletion=completion.layer,
+        ),
     ] = None
     hard_ratio: Annotated[
-        float | None, typer.Option(help="Share of hard tokens; without --threshold, fits it.")
+        float | None, typer.Option(help="Share of hard tokens; fits the threshold.")
     ] = None
-    layer: Annotated[
-        int | None, typer.Option(help="Whose similarity decides; the last but one without.")
+    threshold: Annotated[
+        float | None, typer.Option(help="Tokens below this similarity enter the stage.")
     ] = None
-    additional_layers: Annotated[int, typer.Option(min=1, help="Layers of the stage.")] = 2
+    additional_layers: Annotated[
+        int, typer.Option(min=1, help="Number of decoder layers in the stage.")
+    ] = 2
     start: Annotated[
-        str, typer.Option(help="Its layers start as copies of the last ones, or fresh.")
+        str,
+        typer.Option(
+            help="First weights: copies of the last layers, or fresh.",
+            autocompletion=completion.starts,
+        ),
     ] = "copies"
     own_head: Annotated[
-        bool, typer.Option("--own-head", help="Train an LM head of its own, too.")
+        bool, typer.Option("--own-head", help="Train an LM head for the stage as well.")
     ] = False
-    epochs: Annotated[float, typer.Option(help="Passes over the training part.")] = 2.0
-    lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 3e-4
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step."), First()] = 8
+    epochs: Annotated[
+        float, typer.Option(help="Passes over the training split.", rich_help_panel=_TRAINING)
+    ] = 2.0
+    lr: Annotated[
+        float, typer.Option(help="Highest learning rate of AdamW.", rich_help_panel=_TRAINING)
+    ] = 3e-4
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Sequences per step.", rich_help_panel=_TRAINING)
+    ] = 8
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many looks without a better one; never: 0.")
+        int | None,
+        typer.Option(
+            help="Evaluations without improvement before a stop; 0: no stop.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = 3
-    seed: Annotated[int, typer.Option(min=0, help="Of fresh weights and of the order.")] = 0
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Seed of fresh weights and batch order.", rich_help_panel=_TRAINING
+        ),
+    ] = 0
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What else is trained, from what, and what becomes of an earlier run."""
+    """Which controls are trained, on which dataset, and how an earlier run is treated."""
 
-    controls: Annotated[
-        bool,
-        typer.Option("--controls", help="Train the same stage on all and on random tokens, too."),
-    ] = False
-    after: Annotated[
-        Path | None, typer.Option(help="A trained cascade: the new stage follows its last one.")
-    ] = None
+    panel: ClassVar[str] = _TRAINING
+
     dataset: Annotated[
         Path | None,
-        typer.Option(help="A dataset of `cascade collect-hard`; made in --output without."),
+        typer.Option(help="Folder of `cascade collect-hard` (default: collect anew)."),
     ] = None
-    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's logs.")] = None
+    after: Annotated[
+        Path | None,
+        typer.Option(help="Trained cascade; the new stage follows its last one."),
+    ] = None
+    controls: Annotated[
+        bool,
+        typer.Option("--controls", help="Also train the stage on all and on random tokens."),
+    ] = False
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.")] = None
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
+        bool, typer.Option("--resume", help="Resume from the last checkpoint in --output.")
     ] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier cascade.")] = (
         False
@@ -217,11 +261,13 @@ class RunOptions:
 
 @command("train")
 def train(stage: StageOptions, run: RunOptions, model: ModelOptions, corpus: StageCorpus) -> None:
-    """Train a stage that hard tokens go on to; it starts as the identity and never makes it worse.
+    """Train a stage: more decoder layers, for hard tokens only.
 
-    The model runs once, over the corpus; its states are kept in --output.
-    The stage is chosen by the held-out perplexity of the whole cascade,
-    step 0 (no stage) included. Interrupted, --resume goes on.
+    The model runs once over the corpus; its states are kept in --output.
+    The stage starts as the identity. The step with the lowest held-out
+    perplexity of the whole cascade is kept; step 0 is no stage, so the
+    result is never worse than without one on that text. --resume
+    continues after an interruption.
     """
     from cascade.report.exits.cascades import print_training
     from cascade.stages.cascades import Entry
@@ -236,14 +282,14 @@ def train(stage: StageOptions, run: RunOptions, model: ModelOptions, corpus: Sta
     routed = base.routed() if base.stages else base.stack
     tokens = _dataset_of(base, routed, stage, run, corpus)
     for note in tokens.notes:
-        typer.echo(f"Beware: {note}", err=True)
+        message(f"Warning: {note}")
     trained = _train(routed, tokens, config, run, output / _CHECKPOINTS / config.routing)
     entry = Entry(tokens.layer, tokens.threshold)
-    _save(base, trained, entry, output, overwrite=run.overwrite or run.resume)
+    saved = _save(base, trained, entry, output, overwrite=run.overwrite or run.resume)
     if run.controls:
         _train_controls(base, routed, tokens, trained, output, run)
-    print_record(print_training, trained.provenance)
-    typer.echo(f"Wrote {output}; measure it with `cascade evaluate --cascade {output}`", err=True)
+    show_record(trained.provenance, print_training, stored=saved.record())
+    message(f"Wrote {output}; measure it with `cascade evaluate --cascade {output}`")
 
 
 def _training_config(stage: StageOptions) -> TrainingConfig:
@@ -279,7 +325,7 @@ def _check_train(stage: StageOptions, run: RunOptions) -> None:
     if run.dataset is None:
         CollectingConfig(threshold=stage.threshold, hard_ratio=stage.hard_ratio).check()
     elif stage.hard_ratio is not None and stage.threshold is None:
-        raise UsageError("--dataset has its hard ratio already; leave --hard-ratio out")
+        raise UsageError("--dataset already has a hard ratio; leave --hard-ratio out")
 
 
 def _cascade(folder: Path | None, model: ModelOptions) -> Cascade:
@@ -292,7 +338,7 @@ def _cascade(folder: Path | None, model: ModelOptions) -> Cascade:
 
 
 def read_cascade(folder: Path, dtype: str, device: str) -> Cascade:
-    """Return the cascade in a folder, its base loaded from where its record says."""
+    """Return the cascade in a folder; its record says where its base is loaded from."""
     from cascade.stages.cascades import Cascade
 
     with status(f"Loading {folder} (a first time can take half a minute)"):
@@ -306,7 +352,7 @@ def _dataset_of(
     run: RunOptions,
     corpus: StageCorpus,
 ) -> HardTokens:
-    """Return the dataset that was given, checked, or collect one in the output folder."""
+    """Return the dataset of --dataset after checking it, or collect one in the output folder."""
     from cascade.stages.hard_tokens.collecting import collect_hard
     from cascade.stages.hard_tokens.dataset import load_hard_tokens
     from cascade.stages.hard_tokens.plan import CollectingConfig
@@ -375,13 +421,13 @@ def _train_controls(
 def _shown_training(
     routing: Routing, batch_size: int, tokens: HardTokens
 ) -> Iterator[_ShownTraining]:
-    """Yield a progress that is shown on stderr until the training ends."""
+    """Yield a progress callback that prints on stderr until the training ends."""
     with contextlib.ExitStack() as cleanup:
         yield _ShownTraining(routing, batch_size * tokens.record.states.seq_len, cleanup)
 
 
 class _ShownTraining:
-    """Shows steps as a progress bar of tokens, and every evaluation as a line on stderr."""
+    """Shows steps as a progress bar of tokens, and each evaluation as a line on stderr."""
 
     def __init__(self, routing: Routing, tokens: int, cleanup: contextlib.ExitStack) -> None:
         self._routing, self._tokens, self._cleanup = routing, tokens, cleanup
@@ -396,24 +442,26 @@ class _ShownTraining:
         self._advance(self._tokens)
 
     def evaluated(self, evaluation: HeldOutEvaluation) -> None:
-        response = evaluation.ratios.get("response")  # a corpus can be without
+        response = evaluation.ratios.get("response")  # not every corpus marks response text
         also = "" if response is None else f", response text {response:.4f} x"
-        typer.echo(
-            f"Step {evaluation.step}: held-out perplexity {evaluation.all:.4f} x{also}", err=True
-        )
+        message(f"Step {evaluation.step}: held-out perplexity {evaluation.all:.4f} x{also}")
 
 
-def _save(base: Cascade, trained: Training, entry: Entry, folder: Path, *, overwrite: bool) -> None:
+def _save(
+    base: Cascade, trained: Training, entry: Entry, folder: Path, *, overwrite: bool
+) -> Cascade:
+    """Write the base with the trained stage to a folder, and return both."""
     from cascade.stages.records import CascadeProvenance
 
     provenance = CascadeProvenance(command=command_line())
     cascade = base.with_stage(trained.stage, entry, provenance=provenance)
     cascade.save_pretrained(folder, overwrite=overwrite)
+    return cascade
 
 
 @dataclass(frozen=True)
 class CascadeEvaluationOptions(TextOptions, DeviceOptions, OutputOptions):
-    """What evaluating a cascade takes: the options of `cascade evaluate` that it accepts."""
+    """The options that `cascade evaluate` accepts together with --cascade."""
 
     cascade: Path | None = None
     max_tokens: MaxTokens = None

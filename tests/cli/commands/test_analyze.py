@@ -163,6 +163,8 @@ def test_the_defaults_are_those_of_the_study() -> None:
         "output": None,
         "npz": None,
         "overwrite": False,
+        "json": False,
+        "quiet": False,
     }
 
 

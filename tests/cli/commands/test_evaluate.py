@@ -49,7 +49,7 @@ def test_points_alone_are_measured_as_they_are_among_others(tiny: Run, here: Pat
     ("arguments", "message"),
     [
         (("--layers", "7"), "expected an exit layer in 1..4, got 7"),
-        (("--point", "3:cosine"), "expected a point LAYER:RULE:THRESHOLD"),
+        (("--point", "3:cosine"), "expected an operating point LAYER:RULE:THRESHOLD"),
         (("--point", "3:cosine:1.5"), "expected a threshold in this range, got 1.5"),
         (("--point", "3:cosine:nan"), "the rule cosine gives confidences from -1 to 1"),
         (("--rule", "none"), "expected a rule among cosine"),

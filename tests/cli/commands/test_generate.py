@@ -104,7 +104,7 @@ def test_a_chat_answer_is_separated_from_its_prompt(run: Run, folder: Path) -> N
         (("--prompt", "x", "--rule", "oracle", "--threshold", 0.5), "it can score, not generate"),
         (("--prompt", "x", "--temperature", 0, "--sample"), "leave out --sample"),
         (("--prompt", "x", "--temperature", "nan", "--sample"), "expected a --temperature above 0"),
-        (("--prompt", "x", "--top-p", 0.5), "--top-p are of a draw; give --sample"),
+        (("--prompt", "x", "--top-p", 0.5), "--top-p need --sample; add it"),
         (("--prompt", "x\udcff"), "expected a --prompt in UTF-8"),
         (("--prompt", "x" * 50, "--max-new-tokens", 20), "exceed the model's 64 positions"),
         (("--prompt", "x", "--top-k", -1, "--sample"), "expected top_k a whole number from 0"),
@@ -114,7 +114,7 @@ def test_a_chat_answer_is_separated_from_its_prompt(run: Run, folder: Path) -> N
         *(
             (
                 ("--prompt", "x", "--calibration", "none.json", option, value),
-                "--calibration says layer, rule, threshold and propagation; leave out " + option,
+                "--calibration sets layer, rule, threshold and propagation; leave out " + option,
             )
             for option, value in (
                 *(("--layer", 2), ("--threshold", 0.5), ("--rule", "cosine")),

@@ -146,7 +146,7 @@ def test_another_model_or_text_than_the_record_s_is_refused(
     [
         (("--agreement", 1.5), "expected a share of agreement in 0..1, got 1.5"),
         (("--risk", 0), "expected a risk between 0 and 1, got 0"),
-        (("--measure",), "--measure and --no-measure are for records"),
+        (("--measure",), "--measure and --no-measure need records"),
         (("--layers", "9"), "expected an exit layer in 1..4, got 9"),
         (("--rule", "guess"), "guess"),
         (("--rule", "oracle"), "the rule oracle is a control"),

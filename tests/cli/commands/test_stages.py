@@ -140,7 +140,7 @@ def test_an_interrupted_command_run_again_goes_on(collect: Run, here: Path, mode
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "Stopped; hard is kept: run the same command again to go on" in err
+    assert "Stopped; hard is kept: run the same command again to resume" in err
     done = collect("--batch-size", 4, "--hard-ratio", 0.5, "--output", "hard")
     assert done.status == 2  # here shards have their usual size
     assert "unfinished dataset with other arguments (batches, per_shard: 1, now " in done.err

@@ -137,8 +137,8 @@ def test_the_command_draws_the_page_from_its_folder(run: Run, here: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--corpus", "texts.jsonl"), "give --measure as well"),
-        (("--measure",), "expected at least one corpus beside the embedded one"),
+        (("--corpus", "texts.jsonl"), "--corpus and --heads need --measure"),
+        (("--measure",), "expected at least one --corpus"),
         (("page", "--measure", "--corpus", "texts.jsonl"), "expected a page such as"),
         (("absent.md",), "explanation.json is missing"),
     ],

@@ -1,0 +1,53 @@
+"""`cascade accept`: store a reviewed run as a baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cascade.cli.app import command
+from cascade.cli.console import show_record
+
+
+@command("accept")
+def accept(
+    run: Annotated[
+        Path, typer.Argument(help="Folder that `cascade analyze` or `evaluate --output` wrote.")
+    ],
+    baselines: Annotated[Path, typer.Option(help="Folder of all baselines.")] = Path("baselines"),
+) -> None:
+    """Store a reviewed run as a baseline: a profile, or the budgets of an evaluation.
+
+    Of an evaluation, the operating points given with --point become
+    budgets. Review and commit what this command writes.
+    """
+    from cascade.gate.baselines import accept as store
+    from cascade.gate.baselines import read_profile
+
+    if (run / "evaluation.json").exists():
+        _accept_budgets(run, baselines)
+        return
+    path, before = store(baselines, run)
+    if before is not None:
+        from cascade.gate.drift import compare
+        from cascade.report.gate.terminal import print_comparison
+
+        typer.echo("Compared with the baseline that it replaces:")
+        show_record(compare(read_profile(run), before, anyway=True).record(), print_comparison)
+    typer.echo(f"Wrote {path} and {path.with_suffix('.npz').name}; review and commit both")
+
+
+def _accept_budgets(run: Path, baselines: Path) -> None:
+    from cascade.core.records import read_plain
+    from cascade.evaluation.records import EvaluationRecord
+    from cascade.gate.budgets import accept_budgets
+
+    evaluation = read_plain(run / "evaluation.json", EvaluationRecord)
+    accepted = accept_budgets(baselines, evaluation)
+    for overrun in accepted.overruns:
+        typer.echo(f"Compared with the budgets that it replaces: {overrun}")
+    if accepted.replaced_heads is not None:
+        typer.echo(f"Replaces the budgets of other heads, {accepted.replaced_heads}")
+    typer.echo(f"Wrote {accepted.path}; review and commit it")
