@@ -16,6 +16,7 @@ _MODULES = (
     "comparisons",
     "explain",
     "bench",
+    "setup",
 )
 for _name in _MODULES:
     import_module(f"cascade.cli.commands.{_name}")

@@ -38,7 +38,7 @@ PANELS = {
         "stream",
     ),
     "Computation": ("batch_size", "rounds", "threads", "seed"),
-    "Output": ("output", "npz", "overwrite", "json", "quiet", "help"),
+    "Output": ("output", "npz", "overwrite", "json", "as_json", "quiet", "help"),
 }
 
 #: The panel of a command's options whose group names none.
@@ -350,14 +350,18 @@ class PassOptions:
     seed: Seed = 0
 
 
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the record as JSON instead of the report.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+
+
 @dataclass(frozen=True)
 class PrintOptions:
     """What a command prints. `cascade.cli.app.Command` reads these options for every command."""
 
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the record as JSON instead of the report.")
-    ] = False
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False
+    json: Json = False
+    quiet: Quiet = False
 
 
 @dataclass(frozen=True)

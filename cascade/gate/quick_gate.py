@@ -13,6 +13,7 @@ import msgspec.structs
 import numpy as np
 
 from cascade.core.arrays import Array
+from cascade.core.cache import cache_folder
 from cascade.core.display import Displayed
 from cascade.core.errors import OutputError, RecordError, UsageError
 from cascade.core.provenance import CorpusProvenance, Provenance, provenance_of
@@ -25,7 +26,6 @@ from cascade.gate.drift import LEAST_SHARED, compare
 from cascade.gate.noise import measure_noise
 from cascade.gate.records import ComparisonRecord, GateRun, GateStep, Mismatch, NoiseRecord
 from cascade.models.stack import DecoderStack
-from cascade.models.weights import cache_folder
 from cascade.saturation.profile import SaturationProfile, analyze
 
 #: The default budget of the quick gate, in tokens. A fault moves every sequence, and 512 tokens

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cascade.core.cache import cache_folder
 from cascade.core.errors import CascadeError, ModelError, OutputError, first_line, os_reason
 from cascade.core.files import xxh3_of
 from cascade.core.provenance import ModelProvenance
@@ -268,14 +269,6 @@ def _from_hub(source: str, revision: str | None) -> Weights:
         revision=folder.name,
         quantization=found.quantization,
     )
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder for dequantized weights (`CASCADE_CACHE` overrides it)."""
-    import platformdirs
-
-    override = os.environ.get("CASCADE_CACHE")
-    return Path(override) if override else Path(platformdirs.user_cache_dir("cascade-exit"))
 
 
 def _from_gguf(path: Path, source: str, name: str, digest: str) -> Weights:
