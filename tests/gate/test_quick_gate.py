@@ -370,7 +370,7 @@ def test_analyze_stores_the_noise_floor_and_a_seal(run: Run, stored: Path) -> No
 def test_accept_compares_a_run_with_the_baseline_it_replaces(run: Run, stored: Path) -> None:
     done = run("accept", "run")
     assert done.status == 0
-    assert "Against the baseline before" in done.out
+    assert "Compared with the baseline that it replaces" in done.out
     assert "PASS" in done.out
 
 

@@ -41,7 +41,7 @@ def test_accept_stores_a_run_and_reports_the_comparison_the_next_time(
     assert sorted(os.listdir(stored)) == ["texts.saturation.json", "texts.saturation.npz"]
     again = run("accept", "report")
     assert again.status == 0
-    assert "Against the baseline before:\nPASS" in again.out
+    assert "Compared with the baseline that it replaces:\nPASS" in again.out
 
 
 def test_accept_says_what_differs_from_the_baseline_before(
@@ -54,7 +54,7 @@ def test_accept_says_what_differs_from_the_baseline_before(
     done = run("accept", "other", "--baselines", "stored")
     assert done.status == 0
     # What differs is noted, and the numbers are compared all the same.
-    assert "Against the baseline before:\nFAIL" in done.out
+    assert "Compared with the baseline that it replaces:\nFAIL" in done.out
     assert "model.weights_hash differs: expected sha256:" in " ".join(done.out.split())
 
 

@@ -96,7 +96,7 @@ def test_a_chat_answer_is_separated_from_its_prompt(run: Run, folder: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--prompt", "  "), "expected a prompt, got an empty one"),
+        (("--prompt", "  "), "expected text in --prompt, got an empty one"),
         (("--prompt", "x" * 70), "exceed the model's 64 positions"),
         (("--prompt", "x", "--max-new-tokens", 64), "exceed the model's 64 positions"),
         (("--prompt", "x", "--threshold", 3), "the rule cosine gives confidences from -1 to 1"),
@@ -108,7 +108,7 @@ def test_a_chat_answer_is_separated_from_its_prompt(run: Run, folder: Path) -> N
         (("--prompt", "x\udcff"), "expected a --prompt in UTF-8"),
         (("--prompt", "x" * 50, "--max-new-tokens", 20), "exceed the model's 64 positions"),
         (("--prompt", "x", "--top-k", -1, "--sample"), "expected top_k a whole number from 0"),
-        (("--prompt", "x", "--hard-ratio", 0.5), "give --calibration"),
+        (("--prompt", "x", "--hard-ratio", 0.5), "--hard-ratio needs --calibration"),
         (("--prompt", "x", "--chat"), "no chat template"),
         (("--prompt", "x", "--calibration", "none.json"), "cascade calibrate"),
         *(
