@@ -36,17 +36,17 @@ def test_thresholds_are_fitted_on_text_that_the_heads_have_not_seen(
     given = ("calibrate", *few, "--layer", 3, "--heads", "h.safetensors")
     done = run(*given, "--transfer-to", "embedded", "--output", "c")
     assert done.status == 0, done.err
-    assert "the heads were fitted on this very text" not in done.out
+    assert "the heads were fitted on this text" not in done.out
     assert "The same thresholds on the same text" in done.out
     record = read_record("c/calibration.json")
     assert record["provenance"]["heads"]["corpus"]["name"] == "embedded-train"
     assert record["provenance"]["corpus"]["name"] == "embedded-held-out"
     assert record["transfer"]["corpus"]["name"] == "embedded-held-out"
     done = run(*given, "--split", "train")
-    assert "Beware" in done.out
-    assert "the heads were fitted on this very text" in done.out
+    assert "Warning" in done.out
+    assert "the heads were fitted on this text" in done.out
     evaluated = run("evaluate", *few, "--heads", "h.safetensors", "--split", "train")
-    assert "Beware" in evaluated.out
+    assert "Warning" in evaluated.out
 
 
 def test_the_other_corpus_has_a_split_and_a_column_of_its_own(

@@ -100,6 +100,6 @@ def test_accepting_says_whose_budgets_give_way_and_refuses_those_of_another_dtyp
     assert tiny("evaluate", *point, "--dtype", "bfloat16", "--output", "c").status == 0
     done = run("accept", "c")
     assert (done.status, done.out) == (2, "")
-    assert "model.dtype is bfloat16, the budget's is float32" in done.err
+    assert "expected model.dtype float32, got bfloat16" in done.err
     assert len(done.err.strip().splitlines()) == 1
     assert contents(here / "baselines") == before
