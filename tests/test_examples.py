@@ -51,7 +51,9 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_examples_in_docstrings_print_what_they_say(path: str) -> None:
     name = ".".join(["cascade", *Path(path).with_suffix("").parts]).removesuffix(".__init__")
     module = importlib.import_module(name)
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner = doctest.DocTestRunner(
+        verbose=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
     found: list[str] = []
     attempted = 0
     for example in doctest.DocTestFinder(exclude_empty=True).find(module, name):

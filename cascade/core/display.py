@@ -70,7 +70,7 @@ class Displayed:
         return self, {}
 
     def _in_one_line(self) -> str:
-        """Return what the result is of, and its outcome."""
+        """Return the origin and the outcome of the result in one line."""
         raise NotImplementedError
 
 
@@ -78,7 +78,7 @@ def origin_of(provenance: Provenance) -> str:
     """Return model, corpus and number of tokens, for one line.
 
     Args:
-        provenance: Of the record.
+        provenance: The provenance of the record.
     """
     model, corpus = provenance.model, provenance.corpus
     name = known(model.name) or known(model.family) or "a model"

@@ -20,7 +20,7 @@ from cascade.decoding.inputs import make_chunk
 from cascade.decoding.selective_layers import SkippingLayers
 from cascade.exits.rules import ExitRule
 from cascade.models.flops import Counts
-from cascade.stats.perplexity import MOST_NATS
+from cascade.stats.perplexity import MAX_NATS
 
 T = TypeVar("T")
 
@@ -254,5 +254,5 @@ def without_last(values: Tensor) -> Array:
 def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
     """Return KL(full || other) per row, in nats, from log-probabilities `[n, V]`."""
     # The difference is 0 if both are -inf, and the maximum if only the other is.
-    difference = (full - other).nan_to_num(nan=0.0, neginf=0.0, posinf=MOST_NATS)
+    difference = (full - other).nan_to_num(nan=0.0, neginf=0.0, posinf=MAX_NATS)
     return (full.exp() * difference).sum(dim=-1)

@@ -20,7 +20,7 @@ from torch.nn import functional
 _CAPTURING = "transformers.utils.output_capturing"
 
 #: The most token rows, batch times tokens. With more, the products take most of the time.
-MOST_ROWS = 16
+MAX_ROWS = 16
 
 
 def product(module: nn.Module, rows: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class FastLayers:
         module = self.layers[layer - 1]
         mask = kwargs.get("attention_mask")
         return (
-            hidden.shape[0] * hidden.shape[1] <= MOST_ROWS
+            hidden.shape[0] * hidden.shape[1] <= MAX_ROWS
             and (mask is None or mask.ndim == 4)
             and kwargs.get("past_key_values") is not None
             and is_untouched(module)

@@ -145,11 +145,11 @@ def load(
 def borrowed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[DecoderStack]:
-    """Yield a model of `transformers` as a stack, in evaluation mode until the context ends.
+    """Yield a model of `transformers` as a stack, in evaluation mode inside the context.
 
     Args:
-        model: The model; its weights are hashed as they are now.
-        tokenizer: Its tokenizer, if there is text to read.
+        model: The model. The hash is that of its current weights.
+        tokenizer: Its tokenizer, needed to read text.
 
     Raises:
         UnsupportedModelError: It has no decoder layers, or recurrent or bidirectional ones.
@@ -179,7 +179,7 @@ def _name_of(source: str) -> str:
 
 
 def _read_weights(source: str, folder: Path, **options: Any) -> Any:
-    """Return the model of a folder, with every weight read and on a device."""
+    """Return the model of a folder, after checking that all weights are loaded on a device."""
     from transformers import AutoModelForCausalLM
 
     given = [name for name in ("device_map", "attn_implementation") if name in options]

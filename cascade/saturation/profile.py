@@ -43,7 +43,7 @@ _PILOT_SEQUENCES = 16
 
 @dataclass(frozen=True, repr=False)
 class SaturationProfile(Displayed):
-    """Similarity statistics of every layer, with where they come from.
+    """Similarity statistics of every layer, and their provenance.
 
     Attributes:
         statistics: One row per layer label.

@@ -10,8 +10,8 @@ import numpy as np
 from cascade.core.arrays import Array
 from cascade.core.errors import UsageError
 
-#: The smallest risk that can be asked for. At confidence 0.95 it takes 1.5e12 sequences.
-LEAST_RISK = 1e-6
+#: The smallest supported risk. At confidence 0.95 it takes 1.5e12 sequences.
+MIN_RISK = 1e-6
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def check_certifiable(risk: float | None, confidence: float) -> None:
     for name, value in (("risk", risk), ("confidence", confidence)):
         if value is not None and not 0 < value < 1:
             raise UsageError(f"expected a {name} between 0 and 1, got {value:g}")
-    if risk is not None and risk < LEAST_RISK:
+    if risk is not None and risk < MIN_RISK:
         raise UsageError(
-            f"expected a risk of at least {LEAST_RISK:g}, got {risk:g}; a smaller one "
+            f"expected a risk of at least {MIN_RISK:g}, got {risk:g}; a smaller one "
             "needs more sequences than any corpus has"
         )
 

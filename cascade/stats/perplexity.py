@@ -11,7 +11,7 @@ from cascade.stats.resampling import draws, interval
 
 #: Mean losses are cut off at this many nats, because records hold no infinite numbers and
 #: exp(709.8) is the largest double.
-MOST_NATS = 700.0
+MAX_NATS = 700.0
 
 
 def perplexity(nats: float) -> float:
@@ -20,7 +20,7 @@ def perplexity(nats: float) -> float:
     Args:
         nats: The mean loss, or the difference of two, in nats.
     """
-    return math.exp(min(nats, MOST_NATS))
+    return math.exp(min(nats, MAX_NATS))
 
 
 def perplexity_ratio_interval(difference: Array, scored: int, seed: int) -> list[float]:
@@ -33,4 +33,4 @@ def perplexity_ratio_interval(difference: Array, scored: int, seed: int) -> list
     """
     per_token = difference * (len(difference) / scored)
     means = per_token[draws(len(per_token), seed)].mean(axis=1)
-    return interval(np.exp(np.minimum(means, MOST_NATS)))
+    return interval(np.exp(np.minimum(means, MAX_NATS)))

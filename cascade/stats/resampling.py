@@ -24,7 +24,7 @@ RESAMPLES = 999
 
 #: The smallest number R of resamples with a 95 % percentile interval. Its ends have the ranks
 #: 0.025 (R + 1) and 0.975 (R + 1).
-FEWEST_RESAMPLES = 39
+MIN_RESAMPLES = 39
 
 #: The quantiles at the ends of a 95 % percentile interval.
 _ENDS = (0.025, 0.975)

@@ -12,7 +12,7 @@ import numpy as np
 from cascade.core.arrays import Array
 from cascade.stats.certificates import checked_losses
 from cascade.stats.decision import reaches
-from cascade.stats.resampling import FEWEST_RESAMPLES, RESAMPLES, draw_counts, interval
+from cascade.stats.resampling import MIN_RESAMPLES, RESAMPLES, draw_counts, interval
 
 Interval = tuple[float, float]
 
@@ -266,9 +266,9 @@ def _checked_confidence(confidence: Array) -> Array:
 
 
 def _check_resampling(resamples: int, seed: int) -> None:
-    if resamples < FEWEST_RESAMPLES:
+    if resamples < MIN_RESAMPLES:
         raise ValueError(
-            f"expected at least {FEWEST_RESAMPLES} resamples, got {resamples}; fewer give no"
+            f"expected at least {MIN_RESAMPLES} resamples, got {resamples}; fewer give no"
             " 95 % interval"
         )
     if seed < 0:

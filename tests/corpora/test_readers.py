@@ -274,18 +274,18 @@ def test_corpus_names_contain_no_path(
 def test_name_of_a_hub_dataset_is_a_valid_file_name(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked = []
+    calls = []
 
     def load_dataset(*args: Any, **kwargs: Any) -> list[dict[str, str]]:
-        asked.append((args, kwargs))
+        calls.append((args, kwargs))
         return RECORDS
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     blocks = blocks_of("Salesforce/wikitext", config="wikitext-2-raw-v1", split="validation")
-    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "validation"})]
+    assert calls == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "validation"})]
     assert blocks.name == "salesforce--wikitext-wikitext-2-raw-v1-validation"
     assert blocks_of("tatsu-lab/alpaca").name == "tatsu-lab--alpaca"
-    assert asked[1] == (("tatsu-lab/alpaca", None), {"split": "train"})
+    assert calls[1] == (("tatsu-lab/alpaca", None), {"split": "train"})
 
 
 def test_streamed_dataset_gives_the_same_text(hub_dataset: Path) -> None:

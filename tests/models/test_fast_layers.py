@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cascade.decoding.early_exit import EarlyExit
 from cascade.decoding.selective_layers import SkippingLayers
-from cascade.models.fast_layers import MOST_ROWS, FastLayers, product
+from cascade.models.fast_layers import MAX_ROWS, FastLayers, product
 from cascade.models.stack import DecoderStack
 
 #: The families whose layers combine their modules as Llama does.
@@ -177,8 +177,8 @@ def test_fast_layers_use_weights_changed_later() -> None:
 
 def test_many_rows_use_the_models_own_layers() -> None:
     stack = DecoderStack(tiny_model("llama"))
-    cache = SkippingLayers(stack).new_cache(1, MOST_ROWS + 1)
-    for length, taken in ((MOST_ROWS, True), (MOST_ROWS + 1, False)):
+    cache = SkippingLayers(stack).new_cache(1, MAX_ROWS + 1)
+    for length, taken in ((MAX_ROWS, True), (MAX_ROWS + 1, False)):
         cache.window(0, length)
         plan = stack.plan(random_ids(1, length), cache=cache)
         fast = FastLayers(stack.layers)

@@ -45,18 +45,18 @@ def test_auto_is_the_cpu_without_an_accelerator(name: str) -> None:
 def test_auto_prefers_an_accelerator(
     cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[torch.device, torch.dtype]] = []
+    calls: list[tuple[torch.device, torch.dtype]] = []
     ones = torch.ones
 
     def ones_here(*args: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-        asked.append((device, dtype))
+        calls.append((device, dtype))
         return ones(*args, dtype=dtype)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "ones", ones_here)
     assert resolve_device("auto", torch.bfloat16) == torch.device(expected)
-    assert asked == [(torch.device(expected), torch.bfloat16)]
+    assert calls == [(torch.device(expected), torch.bfloat16)]
 
 
 @pytest.mark.usefixtures("no_accelerator")

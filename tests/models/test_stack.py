@@ -404,5 +404,5 @@ def test_steps_of_the_reference_model_are_exact(reference_model: DecoderStack) -
     assert stack.provenance.weights_hash.startswith("sha256:b179c9523d0e6a0f98a330c7562b6827")
 
 
-def test_a_stack_is_one_readable_line_in_a_console() -> None:
+def test_repr_is_one_readable_line() -> None:
     assert repr(a_stack("llama")) == "<DecoderStack: llama, 4 layers, float32 on cpu>"

@@ -636,16 +636,16 @@ def test_revision_selects_the_snapshot(
 def test_short_name_resolves_to_its_hub_model(
     short: str, saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked = []
+    calls = []
 
     def download(source: str, *, revision: str | None, **_: Any) -> str:
-        asked.append((source, revision))
+        calls.append((source, revision))
         return str(saved)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     found, by_id = resolve(short, revision="v2"), resolve(HUB_NAMES[short], revision="v2")
-    assert asked == [(HUB_NAMES[short], "v2")] * 2
+    assert calls == [(HUB_NAMES[short], "v2")] * 2
     assert (found.source, by_id.source) == (short, HUB_NAMES[short])
     # Both names mean the same model and share baselines.
     assert (found.name, found.hash) == (by_id.name, by_id.hash)
@@ -704,19 +704,19 @@ def test_incomplete_snapshot_is_rejected(hub: Path, saved: Path) -> None:
 def test_bin_files_are_fetched_only_without_safetensors(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[str]] = []
+    calls: list[list[str]] = []
     old = shutil.copytree(saved, tmp_path / "old")
     (old / "model.safetensors").rename(old / "pytorch_model.bin")
 
     def download(source: str, *, allow_patterns: list[str], **_: Any) -> str:
-        asked.append(allow_patterns)
+        calls.append(allow_patterns)
         return str(old if source == "some-org/old" else saved)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     resolve("some-org/new")
-    assert ["*.bin" in patterns for patterns in asked] == [False]
+    assert ["*.bin" in patterns for patterns in calls] == [False]
     resolve("some-org/old")
-    assert ["*.bin" in patterns for patterns in asked] == [False, False, True]
+    assert ["*.bin" in patterns for patterns in calls] == [False, False, True]
 
 
 def test_read_or_explain_keeps_errors_of_the_package() -> None:
@@ -744,7 +744,7 @@ def test_dangling_link_to_weights_gives_a_one_line_error(folder: Path) -> None:
 # --- Names -----------------------------------------------------------------------------------
 
 
-def test_a_model_is_named_as_its_weights_are_before_they_are_read(
+def test_model_name_equals_the_name_of_its_weights(
     tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

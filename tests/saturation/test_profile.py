@@ -190,33 +190,35 @@ def test_table_of_a_tiny_model(
 
 
 @pytest.mark.saturation
-def test_a_quarter_of_the_embedded_corpus_gives_the_stored_baseline(
+def test_quarter_of_the_embedded_corpus_matches_the_stored_baseline(
     quarter_profile: SaturationProfile,
 ) -> None:
     baseline = read_profile(profile_path(BASELINES, quarter_profile.record()))
     comparison = compare(quarter_profile, baseline)
     assert comparison.verdict == "PASS", comparison.worst()[:5]
-    # Every statistic of every sequence and layer: no hole.
+    # Every statistic of every sequence and layer is compared.
     assert len(comparison.cells) == 31 * 10
     assert comparison.sequences == (128, 128)
 
 
 @pytest.mark.saturation
 @pytest.mark.whole
-def test_the_embedded_corpus_gives_the_stored_baseline(
+def test_embedded_corpus_matches_the_stored_baseline(
     embedded_profile: SaturationProfile,
 ) -> None:
     baseline = read_profile(profile_path(BASELINES, embedded_profile.record()))
     comparison = compare(embedded_profile, baseline)
     assert comparison.verdict == "PASS", comparison.worst()[:5]
-    # Every statistic of every sequence and layer, and the table besides: no hole.
+    # Every statistic of every sequence and layer, and of the table, is compared.
     assert len(comparison.cells) == 31 * (5 + 10)
     assert comparison.sequences == (511, 511)
 
 
 @pytest.mark.saturation
 @pytest.mark.whole
-def test_special_layers_and_thresholds_are_as_stored(embedded_profile: SaturationProfile) -> None:
+def test_roles_and_thresholds_match_the_stored_baseline(
+    embedded_profile: SaturationProfile,
+) -> None:
     record = embedded_profile.record()
     stored = read_typed(profile_path(BASELINES, record), ProfileRecord)
     assert record.structure.cutoff == pytest.approx(stored.structure.cutoff, abs=1e-4)
@@ -231,7 +233,7 @@ def test_special_layers_and_thresholds_are_as_stored(embedded_profile: Saturatio
 
 
 @pytest.mark.saturation
-def test_a_quarter_of_the_embedded_corpus_has_the_stored_special_layers(
+def test_quarter_of_the_embedded_corpus_has_the_stored_roles(
     quarter_profile: SaturationProfile,
 ) -> None:
     record = quarter_profile.record()
@@ -241,7 +243,7 @@ def test_a_quarter_of_the_embedded_corpus_has_the_stored_special_layers(
     assert record.thresholds.exit_layer == stored.thresholds.exit_layer
 
 
-def test_every_baseline_is_small_and_whole() -> None:
+def test_stored_baselines_are_small_and_valid() -> None:
     records = sorted(BASELINES.glob("*/*.saturation.json"))
     assert records
     for path in records:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from cascade.stats.perplexity import MOST_NATS, perplexity, perplexity_ratio_interval
+from cascade.stats.perplexity import MAX_NATS, perplexity, perplexity_ratio_interval
 from cascade.stats.resampling import draws, interval
 
 
@@ -16,9 +16,9 @@ def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
     assert perplexity(math.log(7)) == pytest.approx(7)
 
 
-@pytest.mark.parametrize("nats", [MOST_NATS, 1e6, math.inf])
+@pytest.mark.parametrize("nats", [MAX_NATS, 1e6, math.inf])
 def test_perplexity_is_finite(nats: float) -> None:
-    assert perplexity(nats) == math.exp(MOST_NATS)
+    assert perplexity(nats) == math.exp(MAX_NATS)
     assert math.isfinite(perplexity(nats))
     low, high = perplexity_ratio_interval(np.full(3, 10 * nats), 10, seed=0)
     assert math.isfinite(low)

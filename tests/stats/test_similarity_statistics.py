@@ -244,8 +244,8 @@ def test_share_below_inverts_quantile_within_one_token(values: Values, q: float)
     for row, value in enumerate(statistics.quantile(q)):
         share = statistics.share_below(float(value))[row]
         flat = np.sort(values[row].astype(np.float64).ravel())
-        alike = np.abs(np.arccos(flat) - np.arccos(value)).round(12) <= 2 * np.pi / BINS
-        assert abs(share - q) <= (alike.sum() + 1) / tokens
+        close = np.abs(np.arccos(flat) - np.arccos(value)).round(12) <= 2 * np.pi / BINS
+        assert abs(share - q) <= (close.sum() + 1) / tokens
 
 
 def test_share_below_spreads_tokens_evenly_over_a_bin() -> None:

@@ -32,7 +32,7 @@ from cascade.evaluation.search.records import (
 )
 from cascade.evaluation.verdict import is_faster
 from cascade.stats.certificates import (
-    LEAST_RISK,
+    MIN_RISK,
     certify_means,
     check_certifiable,
     risk_bound,
@@ -94,7 +94,7 @@ class SearchConfig:
             return self.risk
         # Rounded, since 1 - 0.95 is slightly more than 0.05 in floats.
         risk = round(1 - self.agreement, 12)
-        return risk if LEAST_RISK <= risk < 1 else None
+        return risk if MIN_RISK <= risk < 1 else None
 
 
 @dataclass(frozen=True)

@@ -73,14 +73,14 @@ def test_copy_keeps_hooks_and_has_its_own() -> None:
 
 def test_config_is_replaced_in_all_descendants() -> None:
     config, other = SimpleNamespace(name="own"), SimpleNamespace(name="other")
-    inner, outer, beside = Doubling(), nn.Sequential(), Doubling()
+    inner, outer, sibling = Doubling(), nn.Sequential(), Doubling()
     inner.config = outer.config = config  # type: ignore[assignment]
-    outer.append(nn.Sequential(inner)).append(beside)
+    outer.append(nn.Sequential(inner)).append(sibling)
     made: Any = with_config(outer, config, other)
     assert (made.config, made[0][0].config) == (other, other)
-    assert made[1] is beside
+    assert made[1] is sibling
     assert (outer.config, inner.config) == (config, config)
-    assert with_config(beside, config, other) is beside
+    assert with_config(sibling, config, other) is sibling
 
 
 def test_module_with_replaced_calls_cannot_be_copied() -> None:
