@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,3 +61,9 @@ def test_examples_in_docstrings_print_what_they_say(path: str) -> None:
         attempted += runner.run(example, out=found.append).attempted
     assert attempted, f"expected examples in {name}, found none that can run"
     assert not found, "".join(found)
+
+
+@pytest.mark.parametrize("name", cascade._MODULES)
+def test_every_public_name_has_an_example(name: str) -> None:
+    described = inspect.getdoc(getattr(cascade, name)) or ""
+    assert doctest.DocTestParser().get_examples(described), f"cascade.{name} has no example"
