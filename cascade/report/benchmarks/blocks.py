@@ -1,4 +1,4 @@
-"""Parts that the reports of all benchmarks have: headline, speed, ratios, targets."""
+"""Blocks shared by the reports of all benchmarks: headline, speed, ratios, targets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from cascade.report.common.sections import Block, Pairs, Report, Section, Table,
 if TYPE_CHECKING:
     from cascade.benchmarks.records import BenchmarkProvenance, Ratio, Target, VariantTimes
 
-_ABOUT = "One process, rounds interleaved in random order. No missed target fails the command."
+_ABOUT = (
+    "One process, rounds interleaved in random order. A missed target does not fail the command."
+)
 
 
 class CorpusSettings(Protocol):
-    """The settings of a benchmark that passes over a corpus."""
+    """The settings of a benchmark over a corpus."""
 
     @property
     def tokens(self) -> int:
@@ -46,9 +48,9 @@ def benchmark_report(
     """Return the report of a benchmark.
 
     Args:
-        title: What was measured.
-        provenance: The record's.
-        sections: In order.
+        title: The subject of the benchmark.
+        provenance: The provenance of the record.
+        sections: The sections in order.
     """
     return Report("CASCADE benchmark", title, _ABOUT, tuple(sections), to_plain(provenance))
 
@@ -59,8 +61,8 @@ def headline(
     """Return the model, the pass and the machine of a benchmark over a corpus.
 
     Args:
-        provenance: The record's.
-        settings: The record's.
+        provenance: The provenance of the record.
+        settings: The settings of the record.
         more: Further labels and texts.
     """
     model = provenance.model
@@ -78,7 +80,7 @@ def headline(
 
 
 def machine_text(provenance: BenchmarkProvenance, threads: int | None) -> str:
-    """Return processor, cores, threads, and who else was at work."""
+    """Return processor, cores, threads and the load of the machine."""
     machine = provenance.machine
     load = machine.load_average_before
     busy = "" if load is None else f", load average before the start {load:.2f}"
@@ -94,7 +96,7 @@ def speed_table(variants: Mapping[str, VariantTimes]) -> Table:
     """Return the speed of every variant."""
     return table_of(
         "Tokens per second, and the seconds of one round",
-        ("tokens/s", "median seconds", "fastest", "slowest", "way"),
+        ("tokens/s", "median seconds", "fastest", "slowest", "variant"),
         [
             [_speed(times.tokens_per_second), *seconds_cells(times.seconds), name]
             for name, times in variants.items()
@@ -104,7 +106,7 @@ def speed_table(variants: Mapping[str, VariantTimes]) -> Table:
 
 
 def seconds_cells(seconds: Sequence[float]) -> list[str]:
-    """Return median, fastest and slowest of some seconds."""
+    """Return median, minimum and maximum of some seconds as text."""
     values = (float(np.median(seconds)), min(seconds), max(seconds))
     return [f"{value:.3f}" for value in values]
 
@@ -122,7 +124,7 @@ def ratios_table(ratios: Sequence[Ratio]) -> Table:
     """Return the ratios of pairs of variants."""
     return table_of(
         "Median and 95 % interval over rounds",
-        ("median", "interval", "way/reference"),
+        ("median", "interval", "variant/reference"),
         [
             [f"{row.median:.3f}", "{:.3f} to {:.3f}".format(*row.interval), row.name]
             for row in ratios
@@ -135,8 +137,8 @@ def targets_section(targets: Sequence[Target], set_for: str) -> Section:
     """Return the targets, met or missed.
 
     Args:
-        targets: The record's.
-        set_for: What they were set for, e.g. "2 cores".
+        targets: The targets of the record.
+        set_for: The machine that they are set for, e.g. "2 cores".
     """
     table = table_of(
         f"Set for {set_for}",
@@ -159,7 +161,7 @@ def _verdict(row: Target) -> str:
     if row.met is None:
         return "not measured"
     verdict = "met" if row.met else "not met"
-    # With the limit inside its interval, another run could well say the opposite.
+    # If the interval contains the limit, another run could give the opposite verdict.
     undecided = row.interval is not None and row.interval[0] <= row.limit <= row.interval[1]
     return f"{verdict}, within noise" if undecided else verdict
 
@@ -170,5 +172,5 @@ def notes_section(*notes: tuple[str, str]) -> Section:
 
 
 def not_measured(reason: str) -> Block:
-    """Return the sentence that stands where something was not measured."""
+    """Return the sentence that replaces a missing measurement."""
     return f"Not measured: {reason}."

@@ -26,7 +26,7 @@ def collection_benchmark_report(record: CollectionBenchmark) -> Report:
     """Return the report of the benchmark of collecting similarities.
 
     Args:
-        record: Its record.
+        record: The record of the benchmark.
     """
     return benchmark_report(
         "Collecting similarities",
@@ -47,8 +47,8 @@ def _memory_section(memory: MemoryUsage) -> Section:
     if memory.reason is not None:
         return Section(heading, (not_measured(memory.reason),))
     table = table_of(
-        "Each pass in a process of its own",
-        ("peak MB", "after loading", "tokens", "way"),
+        "Each pass in a separate process",
+        ("peak MB", "after loading", "tokens", "variant"),
         [
             [f"{row.peak_mb:,.1f}", f"{row.loaded_mb:,.1f}", f"{row.tokens:,}", row.variant]
             for row in memory.peaks
@@ -69,7 +69,7 @@ def _collection_notes(record: CollectionBenchmark) -> list[tuple[str, str]]:
         ),
         (
             "Same work",
-            "largest difference of a layer's mean, the seed's way from analyze: "
+            "largest difference of a layer's mean between the seed's method and analyze: "
             f"{seed.difference:+.2e} in layer {seed.layer}",
         ),
         ("Peer", f"{record.peer.reason} ({record.peer.source})"),
@@ -83,7 +83,7 @@ def head_fitting_benchmark_report(record: HeadFittingBenchmark) -> Report:
     """Return the report of the benchmark of fitting heads.
 
     Args:
-        record: Its record.
+        record: The record of the benchmark.
     """
     layers = ", ".join(map(str, record.settings.layers))
     heads = ("Heads", f"layers {layers}, in one pass")
@@ -104,7 +104,7 @@ def hard_token_benchmark_report(record: HardTokenBenchmark) -> Report:
     """Return the report of the benchmark of collecting hard tokens.
 
     Args:
-        record: Its record.
+        record: The record of the benchmark.
     """
     exit_layer = ("Exit", f"layer {record.settings.layer}")
     return benchmark_report(

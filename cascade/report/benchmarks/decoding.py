@@ -27,11 +27,11 @@ def decoding_benchmark_report(record: DecodingBenchmark) -> Report:
     """Return the report of the benchmark of decoding.
 
     Args:
-        record: Its record.
+        record: The record of the benchmark.
     """
     generated = table_of(
         "Exits, computed rows, and agreement with generate",
-        ("exits", "layers/token", "rows of layers", "LM head", "as generate", "way"),
+        ("exits", "layers/token", "rows of layers", "LM head", "as generate", "variant"),
         [_generated_cells(name, row) for name, row in record.generated.items()],
         text_columns=1,
     )
@@ -42,9 +42,9 @@ def decoding_benchmark_report(record: DecodingBenchmark) -> Report:
             Section("", (Pairs(_headline(record)),)),
             speed_section(record.variants),
             ratios_section(record.ratios),
-            Section("What was generated", (generated,)),
+            Section("Generated text", (generated,)),
             Section("assistant_early_exit, over fewer tokens", _times(record.assistant)),
-            Section("Scoring with 70 % of the tokens out early", _times(record.scoring)),
+            Section("Scoring with 70 % of the tokens exiting early", _times(record.scoring)),
             targets_section(record.targets, "2 cores"),
             notes_section(*_notes(record)),
         ),
@@ -63,7 +63,7 @@ def _headline(record: DecodingBenchmark) -> tuple[tuple[str, str], ...]:
         ),
         (
             "Exit",
-            f"layer {out.layer}, {out.rule} from {settings.threshold:.4g} on, "
+            f"layer {out.layer}, {out.rule} >= {settings.threshold:.4g}, "
             f"{out.head} head ({out.heads})",
         ),
         ("Machine", machine_text(record.provenance, settings.threads)),
@@ -97,8 +97,8 @@ def _notes(record: DecodingBenchmark) -> list[tuple[str, str]]:
         ("Threshold", record.exit.threshold),
         (
             "As generate",
-            "share of new tokens that are those of generate at the same place; behind the first"
-            " that differs, the texts are two",
+            "share of new tokens that equal those of generate at the same position; after the "
+            "first difference, the texts diverge",
         ),
         ("Verified", f"{verified.accepted} of {verified.drafted} drafted tokens confirmed"),
     ]
@@ -106,7 +106,7 @@ def _notes(record: DecodingBenchmark) -> list[tuple[str, str]]:
         notes.append(("Skipping", f"none: {record.exit.fallback}"))
     for row in () if record.scoring.skipping is UNSET else record.scoring.skipping:
         text = (
-            f"{row.exit_share:.3f} of the tokens out, {row.flops_ratio:.3f} of the "
+            f"{row.exit_share:.3f} of the tokens exited, {row.flops_ratio:.3f} of the "
             f"operations, {row.seconds_ratio:.3f} of the time"
         )
         notes.append((row.name, text))

@@ -23,11 +23,11 @@ def gate_benchmark_report(record: GateBenchmark) -> Report:
     """Return the report of the benchmark of the gate.
 
     Args:
-        record: Its record.
+        record: The record of the benchmark.
     """
     alone = table_of(
-        "Timed alone, not interleaved with the others",
-        ("median seconds", "fastest", "slowest", "what"),
+        "Not interleaved with the variants above",
+        ("median seconds", "fastest", "slowest", "step"),
         [[*seconds_cells(row.seconds), name] for name, row in record.alone.items()],
         text_columns=1,
     )
@@ -38,7 +38,7 @@ def gate_benchmark_report(record: GateBenchmark) -> Report:
             headline(record.provenance, record.settings),
             speed_section(record.variants),
             ratios_section(record.ratios),
-            Section("By themselves", (alone,)),
+            Section("Timed separately", (alone,)),
             targets_section(record.targets, "2 cores and 512 tokens"),
             notes_section(*_notes(record)),
         ),
@@ -46,14 +46,14 @@ def gate_benchmark_report(record: GateBenchmark) -> Report:
 
 
 def _notes(record: GateBenchmark) -> list[tuple[str, str]]:
-    noise = "not needed here: the baseline was made on this machine"
+    noise = "not needed, because the baseline was made in this environment"
     if record.elsewhere:
         noise = (
-            f"the baseline was made elsewhere ({'; '.join(record.elsewhere)}): the first gate "
-            "here measures the noise as well, later ones read it from the cache"
+            f"the baseline was made in another environment ({'; '.join(record.elsewhere)}); the "
+            "first gate also measures the noise, later ones read it from the cache"
         )
     return [
-        ("Looks", f"after {', '.join(f'{tokens:,}' for tokens in record.steps)} tokens"),
+        ("Steps", f"after {', '.join(f'{tokens:,}' for tokens in record.steps)} tokens"),
         ("Noise", noise),
         ("Interval", record.interval),
         *((name.capitalize(), row.what) for name, row in record.alone.items()),

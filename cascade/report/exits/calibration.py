@@ -1,4 +1,4 @@
-"""The report of a calibration: thresholds, what they do on another corpus, and the certificate."""
+"""The report of a calibration: thresholds, transfer to another corpus, and certificate."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from cascade.report.common.sections import (
 
 
 def print_calibration(record: CalibrationRecord, console: Console) -> None:
-    """Print a calibration: thresholds with intervals, transfer, and the certificate in words.
+    """Print a calibration: thresholds with intervals, transfer and certificate.
 
     Args:
         record: A calibration.
         console: Where to print; its width and encoding are respected.
 
     Raises:
-        ValueError: The record holds NaN, or is of another schema.
+        ValueError: The record contains NaN or has another schema.
     """
     print_sections(calibration_report(record), console)
 
@@ -55,7 +55,7 @@ def calibration_report(record: CalibrationRecord) -> Report:
         record: A calibration.
 
     Raises:
-        ValueError: The record holds NaN, or is of another schema.
+        ValueError: The record contains NaN or has another schema.
     """
     check_record(record)
     (_, model), corpus, (_, run) = headline(record)
@@ -68,7 +68,7 @@ def calibration_report(record: CalibrationRecord) -> Report:
     ]
     sections = [
         Section("", (Pairs(tuple(measured)),)),
-        Section("Thresholds by the wanted share of hard tokens", tuple(_thresholds(record))),
+        Section("Thresholds by target hard ratio", tuple(_thresholds(record))),
     ]
     if record.transfer is not None:
         same = _is_same_text(record, record.transfer)
@@ -102,11 +102,11 @@ def _thresholds(record: CalibrationRecord) -> Iterator[Block]:
         [_threshold_cells(row, ties=ties) for row in rows],
     )
     notes = [
-        ("reached", "the share of these tokens that is below the threshold: hard"),
+        ("reached", "the share of these tokens below the threshold, i.e. the reached hard ratio"),
         ("interval", record.interval),
     ]
     if ties:
-        exactly = "tokens exactly at the threshold: they exit, and rounding alone could move them"
+        exactly = "tokens exactly at the threshold, which exit; rounding alone could change this"
         notes.append(("ties", exactly))
     yield Pairs(tuple(notes))
 
@@ -125,7 +125,7 @@ def _threshold_cells(row: HardRatioThreshold, *, ties: bool) -> list[str]:
 def _transfer(transfer: CalibrationTransfer, *, same_text: bool) -> Iterator[Block]:
     about = [("Corpus", corpus_words(transfer.corpus)), *few_pairs(transfer.corpus)]
     if same_text:
-        about.append(("Beware", "it is the very text that they were fitted on: take another"))
+        about.append(("Warning", "the thresholds were fitted on this text; use another corpus"))
     yield Pairs(tuple(about))
     if not transfer.rows:
         yield "none"
@@ -133,11 +133,11 @@ def _transfer(transfer: CalibrationTransfer, *, same_text: bool) -> Iterator[Blo
     yield _transfer_table(transfer)
     yield Pairs(
         (
-            ("hard ratio", "the share of that corpus's tokens that is below the threshold"),
+            ("hard ratio", "the share of that corpus's tokens below the threshold"),
             (
                 "loss",
-                "the share of a sequence's tokens whose prediction is not the full model's, "
-                "on average over its sequences",
+                "the share of a sequence's tokens with another prediction than the full model, "
+                "averaged over the sequences",
             ),
         )
     )
@@ -156,42 +156,42 @@ def _transfer_table(transfer: CalibrationTransfer) -> Table:
         for row in transfer.rows
     ]
     header = ("threshold", "hard ratio", "interval", "loss", "interval", "fitted for")
-    return table_of("The thresholds on that corpus", header, rows, text_columns=1)
+    return table_of("The same thresholds on that corpus", header, rows, text_columns=1)
 
 
 def _certificate(certificate: CertifiedThreshold) -> Pairs:
     risk, confidence = f"{100 * certificate.risk:g}%", f"{100 * certificate.confidence:g}%"
     wanted = (
-        f"on average at most {risk} of a sequence's tokens predicted otherwise than by the full "
-        f"model, at a confidence of {confidence}"
+        f"on average, at most {risk} of a sequence's tokens have another prediction than the full "
+        f"model, with {confidence} confidence"
     )
-    tested = f"on {certificate.sequences:,} sequences that no threshold was proposed from"
+    tested = f"on {certificate.sequences:,} sequences that were not used to choose thresholds"
     if certificate.threshold is None:
         outcome = _nothing_certified(certificate, tested)
     else:
         lost = share(certificate.empirical_risk, 2)
         outcome = [
             ("Result", f"certified: threshold {show_threshold(certificate.threshold)}"),
-            ("Tested", f"{tested}; there, {lost} were predicted otherwise"),
+            ("Tested", f"{tested}; {lost} of their tokens had another prediction"),
             (
                 "Holds",
-                "for sequences drawn as these were, independently of each other; of all "
-                f"calibrations made so, {confidence} keep the promise or more",
+                "for sequences drawn independently from the same distribution; at least "
+                f"{confidence} of such calibrations satisfy the bound",
             ),
         ]
     return Pairs((("Wanted", wanted), *outcome, ("Why", certificate.reason)))
 
 
 def _nothing_certified(certificate: CertifiedThreshold, tested: str) -> list[tuple[str, str]]:
-    result = ("Result", "nothing is certified: the full model is used, no token leaves")
+    result = ("Result", "nothing is certified; use the full model, no token exits")
     if certificate.sequences >= certificate.sequences_needed:
         return [result, ("Tested", tested)]
     return [
         result,
-        ("Tested", f"none: there are {certificate.sequences:,} sequences to test on"),
+        ("Tested", f"none, because there are only {certificate.sequences:,} test sequences"),
         (
             "Needed",
-            f"{certificate.sequences_needed:,} such sequences at least; of a corpus every second "
-            "one is tested, the others propose the thresholds",
+            f"at least {certificate.sequences_needed:,} test sequences; every second sequence of "
+            "the corpus is a test sequence, the others are used to choose thresholds",
         ),
     ]

@@ -1,4 +1,4 @@
-"""Reports of cascades: how a stage was trained, and what each stage is worth."""
+"""Reports of cascades: the training of a stage, and the benefit of each stage."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SCOPES = {
 
 
 def print_training(provenance: TrainingProvenance, console: Console) -> None:
-    """Print how a stage was trained: every evaluation during training, and which was chosen.
+    """Print the report of a stage's training: every evaluation, and the chosen one.
 
     Args:
         provenance: How the stage was trained.
@@ -69,7 +69,7 @@ def training_report(provenance: TrainingProvenance) -> Report:
                 (
                     Pairs(
                         (
-                            ("Enter", f"similarity at layer {tokens.layer} below {threshold}"),
+                            ("Entry", f"similarity at layer {tokens.layer} below {threshold}"),
                             ("Held out", corpus_words(tokens.corpora["held-out"])),
                         )
                     ),
@@ -79,8 +79,8 @@ def training_report(provenance: TrainingProvenance) -> Report:
                 "Training",
                 (
                     table_of(
-                        "Held-out perplexity of the whole cascade, relative to that without the "
-                        "stage",
+                        "Held-out perplexity of the whole cascade, relative to the cascade without "
+                        "the stage",
                         ("step", "all tokens", "hard", "response", "hard response", ""),
                         [
                             _evaluation(one, provenance.chosen_step)
@@ -102,11 +102,11 @@ def _evaluation(evaluation: HeldOutEvaluation, chosen: int) -> list[str]:
     return [f"{evaluation.step}", *cells, "chosen" if evaluation.step == chosen else ""]
 
 
-# --- What a cascade is worth -----------------------------------------------------------------
+# --- Benefit of a cascade --------------------------------------------------------------------
 
 
 def print_cascade_evaluation(record: CascadeEvaluationRecord, console: Console) -> None:
-    """Print what each stage of a cascade is worth, and what its routing is.
+    """Print the benefit of each stage of a cascade and of its routing.
 
     Args:
         record: A measured cascade.
@@ -138,16 +138,16 @@ def cascade_report(record: CascadeEvaluationRecord) -> Report:
             Section(
                 "Figures",
                 (
-                    _figures(record, "Perplexity relative to the base's", "ratio", 3),
+                    _figures(record, "Perplexity relative to the base model", "ratio", 3),
                     _figures(record, "Perplexity", "perplexity", 2),
-                    _figures(record, "Next tokens predicted rightly", "accuracy", 3),
+                    _figures(record, "Accuracy of the next-token prediction", "accuracy", 3),
                 ),
             ),
             Section(
-                "What it costs",
+                "Cost",
                 (
                     table_of(
-                        "Computed layers and operations, the latter relative to the base's",
+                        "Layers computed per token, and operations relative to the base model",
                         ("layers per token", "operations", "enter the stage", ""),
                         [_cost(row) for row in record.rows],
                         text_columns=1,
@@ -165,7 +165,7 @@ def _figures(
     name: Literal["ratio", "perplexity", "accuracy"],
     digits: int,
 ) -> Table:
-    """Return one figure of every variant in every scope."""
+    """Return a table of one figure for every variant and scope."""
     scopes = [scope for scope in _SCOPES if scope in record.rows[0].scopes]
     return table_of(
         caption,
@@ -186,9 +186,8 @@ def _stages(cascade: CascadeRecord) -> list[tuple[str, str]]:
     return [
         (
             f"Stage {number}",
-            f"{stage.num_layers} layers, entered below "
-            f"{show_threshold(float(stage.entry.threshold))} of {stage.entry.rule} at "
-            f"layer {stage.entry.layer}, {cascade.propagation} propagation",
+            f"{stage.num_layers} layers, entry if {stage.entry.rule} at layer {stage.entry.layer} "
+            f"< {show_threshold(float(stage.entry.threshold))}, {cascade.propagation} propagation",
         )
         for number, stage in enumerate(cascade.stages, start=1)
     ]

@@ -1,4 +1,4 @@
-"""The report of an evaluation of early exit: the verdict first, then every operating point."""
+"""The report of an early-exit evaluation: the verdict first, then every operating point."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cascade.report.exits.pareto import pareto_svg
 #: The file of the figure.
 PARETO = "pareto.svg"
 
-_NONE = "No point was measured."
+_NONE = "No operating point was measured."
 _MARK = " *"
 
 
@@ -56,7 +56,7 @@ def _headline(record: EvaluationRecord) -> list[tuple[str, str]]:
 def _thresholds(record: EvaluationRecord) -> str:
     fitted_on = record.provenance.fitted_on
     if fitted_on is UNSET:
-        return "as given, none was fitted"
+        return "all given, none fitted"
     return f"fitted on {corpus_words(fitted_on)}"
 
 
@@ -67,12 +67,12 @@ def _heads(record: EvaluationRecord) -> list[tuple[str, str]]:
 
 
 def _reasons(record: EvaluationRecord) -> list[tuple[str, str]]:
-    """Return every check of the verdict as (passed or failed, what was found)."""
+    """Return every check of the verdict as ("passed" or "failed", the finding)."""
     verdict = record.verdict
     if not verdict.reasons:
         return []
     against = verdict.against
-    # The checks in the order in which they are made; a control that is not there checks nothing.
+    # The checks in the order of the verdict's reasons; a missing control has no check.
     names = ["agreement", "perplexity", "speed"]
     names += [name for name in ("random", "static") if getattr(against, name) is not None]
     if len(names) != len(verdict.reasons):
@@ -83,16 +83,16 @@ def _reasons(record: EvaluationRecord) -> list[tuple[str, str]]:
     for name, reason in zip(names, verdict.reasons, strict=True):
         failed = name in verdict.failed
         if name in ("random", "static"):
-            reason = f"{'not better' if failed else 'better'} than this: {reason}"
+            reason = f"{'no better' if failed else 'better'} than this control: {reason}"
         reasons.append(("failed" if failed else "passed", reason))
     return [*reasons, *_oracle(record)]
 
 
 def _oracle(record: EvaluationRecord) -> list[tuple[str, str]]:
-    """Return what to measure a rule by: leaving exactly where the exit head is right.
+    """Return the oracle as a reference: exit exactly the tokens where the exit head is right.
 
-    It lets the most go without a wrong prediction of the head, and can lose by how many it lets
-    go: those that stay see less of them.
+    The oracle exits the most tokens without a wrong prediction of the head. It can still lose
+    quality, because the tokens that continue see approximate keys and values of exited ones.
     """
     number = record.verdict.against.oracle
     if number is None:
@@ -100,12 +100,12 @@ def _oracle(record: EvaluationRecord) -> list[tuple[str, str]]:
     row = record.points[number]
     return [
         (
-            "yardstick",
-            f"an oracle that lets exactly those leave at layer {row.exit_layer} for which the "
-            f"exit head is right ({share(row.exit_share)}): perplexity "
-            f"{ratio(row.perplexity_ratio)} x, agreement {share(row.agreement)}, "
-            f"{ratio(row.flops_ratio, 2)} x the operations; a rule that lets fewer go can lose "
-            "less",
+            "reference",
+            f"an oracle that exits at layer {row.exit_layer} exactly the tokens for which the "
+            f"exit head is right ({share(row.exit_share)}) has perplexity "
+            f"{ratio(row.perplexity_ratio)} x, agreement {share(row.agreement)} and "
+            f"{ratio(row.flops_ratio, 2)} x the operations; a rule that exits fewer tokens can "
+            "lose less",
         )
     ]
 
@@ -115,7 +115,7 @@ def _is_control(row: OperatingPointRow) -> bool:
 
 
 def _ordered(record: EvaluationRecord) -> list[tuple[int, OperatingPointRow]]:
-    """Return the points with their numbers, by layer, each layer's controls last."""
+    """Return the operating points with their numbers, by layer, each layer's controls last."""
     return sorted(
         enumerate(record.points),
         key=lambda pair: (pair[1].exit_layer, _is_control(pair[1])),
@@ -123,7 +123,7 @@ def _ordered(record: EvaluationRecord) -> list[tuple[int, OperatingPointRow]]:
 
 
 def _rule_cell(row: OperatingPointRow) -> str:
-    """Name the rule with its threshold, which means nothing to a rule that knows no degrees."""
+    """Return the rule with its threshold, if it uses one."""
     if row.rule in ("fixed", "oracle"):
         return f"control: {row.rule}"
     if row.rule == "random":
@@ -132,7 +132,7 @@ def _rule_cell(row: OperatingPointRow) -> str:
 
 
 def _point_cells(row: OperatingPointRow) -> list[str]:
-    """Return a point for 80 columns."""
+    """Return the cells of an operating point for a table of 80 columns."""
     return [
         share(row.exit_share),
         share(row.agreement),
@@ -147,8 +147,8 @@ def _point_cells(row: OperatingPointRow) -> list[str]:
 
 
 _POINTS = (
-    "ppl, FLOPs and time are relative to the full model's; the notes explain every column. "
-    "* marks the verdict's point."
+    "ppl, FLOPs and time are relative to the full model. The notes explain every column. * marks "
+    "the verdict's operating point."
 )
 _POINT_HEADER = ("exits", "agree", "ppl", "KL", "layers", "FLOPs", "time", "interval", "rule")
 
@@ -168,22 +168,22 @@ def _auroc(record: EvaluationRecord) -> Block:
 
 
 _AUROC = (
-    "The chance that a token on which the exit head predicts what the full model does is given "
-    "the higher confidence than one on which it does not: 1 always, 0.5 by chance. "
-    '"agrees": the share of all tokens on which it does.'
+    "The probability that a token for which the exit head agrees with the full model gets a higher "
+    "confidence than a token for which it does not: 1 is perfect, 0.5 is chance. "
+    '"agrees" is the share of tokens for which the exit head agrees.'
 )
 
 
 def _search_question(record: EvaluationRecord, fitted_on: CorpusProvenance) -> str:
     return (
-        f"Which layer, rule and threshold save most while {share(record.search.agreement)} "
-        "of all tokens are predicted as by the full model? The lowest such threshold of every "
-        f"layer and rule was fitted on {fitted_on.name} and measured on "
+        "Which layer, rule and threshold save most with an agreement of "
+        f"{share(record.search.agreement)} with the full model? For every layer and rule, the "
+        f"lowest such threshold was fitted on {fitted_on.name} and measured on "
         f"{record.provenance.corpus.name}."
     )
 
 
-_NOT_SEARCHED = "Not searched: only the given points were measured."
+_NOT_SEARCHED = "There was no search: only the given operating points were measured."
 _SEARCH_HEADER = ("layer", "threshold", "exits", "agree", "interval", "FLOPs", "rule", "outcome")
 
 
@@ -211,40 +211,41 @@ def _search_rows(record: EvaluationRecord) -> list[list[str]]:
 def _search_answer(record: EvaluationRecord) -> str:
     found = record.search
     if not found.points:
-        return "No threshold that lets any token leave keeps that agreement."
+        return "No threshold reaches that agreement and exits any token."
     if found.best is None:
-        return "None of them kept its promise on the other sequences."
+        return "No threshold reached that agreement on the confirmation split."
     row = record.points[found.best]
     best = (
         f"Best: layer {row.exit_layer}, {row.rule} >= {show_threshold(row.threshold)}, "
         f"at {ratio(row.flops_ratio)} x the operations of the full model"
     )
-    return f"{best}." if found.saves else f"{best}: it keeps its promise and saves nothing."
+    return f"{best}." if found.saves else f"{best}. It reaches that agreement but saves nothing."
 
 
 def _notes(record: EvaluationRecord) -> list[tuple[str, str]]:
     settings, full = record.settings, record.full
     notes = [
-        ("exits", "share of tokens that leave at the layer; the others go on to the last"),
-        ("agree", "share of all tokens whose prediction is the full model's"),
+        ("exits", "share of tokens that exit at the layer; the others continue to the last layer"),
+        ("agree", "share of all tokens with the same prediction as the full model"),
         (
             "ppl",
-            f"perplexity, relative to the full model's {full.perplexity:.2f} on "
+            f"perplexity relative to the full model's {full.perplexity:.2f} on "
             f"{full.scored_tokens:,} tokens",
         ),
-        ("KL", "divergence of the predictions from the full model's, in nats per token"),
+        ("KL", "KL divergence from the full model's predictions, in nats per token"),
         ("layers", f"layers computed per token, of {full.layers}"),
         (
             "FLOPs",
-            "counted operations, those of deciding included, relative to the full model's "
-            f"{full.flops_per_token / 1e6:,.1f} million per token",
+            "counted operations, including those of the exit decision, relative to the full "
+            f"model's {full.flops_per_token / 1e6:,.1f} million per token",
         ),
-        ("time", f"seconds, relative to the full model's: {settings.seconds}"),
+        ("time", f"seconds relative to the full model's; {settings.seconds}"),
         ("interval", settings.interval),
         (
             "controls",
-            "yardsticks, not to be run: fixed (every token leaves), random (as many leave, no "
-            "matter which), oracle (those leave for which the exit head is right)",
+            "references, not meant for use: fixed (every token exits), random (the same number of "
+            "tokens exit, chosen at random), oracle (the tokens exit for which the exit head is "
+            "right)",
         ),
     ]
     because = settings.computes_every_token_because
@@ -254,9 +255,10 @@ def _notes(record: EvaluationRecord) -> list[tuple[str, str]]:
 
 
 _QUALITY = (
-    "Quality of every point, perplexities relative to the full model's. of exits: share of the "
-    "tokens that left whose prediction is the full model's; hard ppl: perplexity of the tokens "
-    "that went on, relative to the full model's of the same. Grey rows are controls."
+    "Quality of every operating point; perplexities are relative to the full model. of exits: "
+    "share of the exited tokens with the same prediction as the full model; hard ppl: perplexity "
+    "of the tokens that continued, relative to the full model on the same tokens. Grey rows are "
+    "controls."
 )
 _QUALITY_HEADER = (
     "layer",
@@ -270,7 +272,7 @@ _QUALITY_HEADER = (
     "KL",
     "rule",
 )
-_COST = "Cost of every point, relative to the full model's."
+_COST = "Cost of every operating point, relative to the full model."
 _COST_HEADER = (
     "layer",
     "exits",
@@ -312,7 +314,7 @@ def _cost_cells(row: OperatingPointRow, chosen: bool) -> list[str]:
 
 
 def _page_tables(record: EvaluationRecord) -> list[Table]:
-    """Return all figures of all operating points, in the width of a page."""
+    """Return all figures of all operating points, for the width of a page."""
     points = _ordered(record)
     chosen = record.verdict.point
     return [
@@ -338,7 +340,7 @@ def _terminal_tables(record: EvaluationRecord) -> list[Table]:
     cells = {number: _point_cells(row) for number, row in points}
     if chosen is not None:
         cells[chosen][-1] += _MARK
-    # The same widths in every layer's table, so that columns stand below each other.
+    # The same widths in every layer's table, so that the columns are aligned.
     widths = [max(map(len, column)) for column in zip(_POINT_HEADER, *cells.values(), strict=True)]
     header = [name.rjust(width) for name, width in zip(_POINT_HEADER, widths, strict=True)]
     header[-1] = header[-1].strip()
@@ -361,7 +363,7 @@ def _terminal_tables(record: EvaluationRecord) -> list[Table]:
 def _styles(
     rows: Sequence[tuple[int, OperatingPointRow]], chosen: int | None
 ) -> tuple[tuple[int, str], ...]:
-    """Return which rows stand out and which are set back, by their place."""
+    """Return which rows are highlighted and which are muted, by row number."""
     styles = {place: "control" for place, (_, row) in enumerate(rows) if _is_control(row)}
     styles |= {place: "active" for place, (number, _) in enumerate(rows) if number == chosen}
     return tuple(styles.items())
@@ -371,10 +373,10 @@ def _points(record: EvaluationRecord) -> list[Block]:
     picture = Picture(
         PARETO,
         pareto_svg(record),
-        "What is lost against what it costs; lower left is better. Above: perplexity, relative to "
-        "the full model's. Below: tokens whose prediction is not the full model's. Each line is "
-        "one rule at one exit layer (the number) over its thresholds; grey marks are controls. "
-        "The dark line joins the points that no other point beats in both.",
+        "Loss against cost; lower left is better. Top: perplexity relative to the full model. "
+        "Bottom: share of tokens with another prediction than the full model. Each line is one "
+        "rule at one exit layer (the number) over its thresholds; grey marks are controls. The "
+        "dark line joins the operating points that no other one beats in both loss and cost.",
     )
     if not record.points:
         return [picture, _NONE]
@@ -387,7 +389,7 @@ def _search(record: EvaluationRecord) -> list[Block]:
         return [_NOT_SEARCHED]
     blocks: list[Block] = [_search_question(record, fitted_on), _search_answer(record)]
     if record.search.points:
-        caption = "What was found on the one half, and what came of it on the other."
+        caption = "Thresholds fitted on one half, and their results on the confirmation split."
         blocks.append(table_of(caption, _SEARCH_HEADER, _search_rows(record), text_columns=2))
     return blocks
 
@@ -403,7 +405,7 @@ def evaluation_report(record: EvaluationRecord) -> Report:
     """
     model, *_ = headline(record)
     provenance = to_plain(record.provenance)
-    # Nothing is known of heads where the model's own head was used.
+    # The logit lens has no fitted heads, so their entries are omitted.
     if record.provenance.heads is None:
         provenance = {key: value for key, value in provenance.items() if "heads" not in key}
     verdict = record.verdict
@@ -422,8 +424,11 @@ def evaluation_report(record: EvaluationRecord) -> Report:
             ),
             Section("What was measured", (Pairs(tuple(_headline(record))),)),
             Section("Quality and cost", tuple(_points(record))),
-            Section("Does the rule know when the exit head is right? (AUROC)", (_auroc(record),)),
-            Section("The exit-layer search", tuple(_search(record))),
+            Section(
+                "Does the confidence predict when the exit head is right? (AUROC)",
+                (_auroc(record),),
+            ),
+            Section("Exit-layer search", tuple(_search(record))),
             Section("Notes", (Pairs(tuple(_notes(record))),)),
         ),
         provenance=provenance,

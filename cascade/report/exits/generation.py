@@ -17,7 +17,7 @@ from cascade.report.common.terminal import (
     printable,
 )
 
-#: The exit layers' colours, from the lowest layer on; the last layer has its own.
+#: The colours of exit layers, lowest first; the last layer has a separate colour.
 _COLOURS = ("green", "cyan", "bright_blue", "magenta", "yellow")
 _FULL_COLOUR = "red"
 
@@ -25,20 +25,20 @@ _FULL_COLOUR = "red"
 def print_generation(record: GenerationRecord, console: Console) -> None:
     """Print a generated text, each token with the layer at which it exited, and a summary.
 
-    With colours, the tokens have those of the legend. Without (a pipe, a file, `NO_COLOR`), the
-    layer is in brackets before the tokens that exited there.
+    On a terminal with colours, each token has the colour of its exit layer. Otherwise (a pipe, a
+    file, `NO_COLOR`), the layer is printed in brackets before the tokens that exited there.
 
     Args:
         record: The record.
         console: Where to print; its width, encoding and colours are respected.
 
     Raises:
-        ValueError: The record has another schema, or a token that belongs to no layer.
+        ValueError: The record has another schema, or a token with an unknown exit layer.
     """
     _check(record)
     coloured = console.color_system is not None and not console.no_color
     print_lines(_text(record, console, coloured=coloured), console, console.width)
-    print_heading("Where the tokens left", console)
+    print_heading("Exit layers", console)
     _print_legend(record, console, coloured=coloured)
     print_heading("Summary", console)
     print_pairs(_summary(record), console)
@@ -64,7 +64,7 @@ def _colours(record: GenerationRecord) -> dict[int, str]:
 
 
 def _text(record: GenerationRecord, console: Console, *, coloured: bool) -> Text:
-    """Return prompt and tokens: the tokens coloured, or marked with their layer run by run."""
+    """Return prompt and tokens, coloured or with each run of tokens marked by its exit layer."""
 
     def shown(text: str) -> str:
         return printable(text, console, keep="\n\t")
@@ -77,7 +77,7 @@ def _text(record: GenerationRecord, console: Console, *, coloured: bool) -> Text
         if coloured:
             text.append(shown(joined), style=colours[layer])
         else:
-            # Behind the blanks that tokens begin with: the mark then stands at the word.
+            # After leading blanks, so that the mark is directly before the word.
             word = joined.lstrip()
             text.append(f"{shown(joined[: len(joined) - len(word)])}[{layer}]{shown(word)}")
     return text
@@ -89,7 +89,7 @@ def _print_legend(record: GenerationRecord, console: Console, *, coloured: bool)
         layer = row.layer
         if coloured:
             styles[number] = colours[layer]
-        went = "left" if layer != record.num_layers else "went all the way"
+        went = "exited" if layer != record.num_layers else "computed every layer"
         mark = colours[layer].removeprefix("bright_") if coloured else f"[{layer}]"
         rows.append([str(layer), f"{row.tokens:,}", share(row.share), mark, went])
     if not rows:
@@ -99,7 +99,7 @@ def _print_legend(record: GenerationRecord, console: Console, *, coloured: bool)
     print_table(header, rows, console, gap=2, text_columns=2, styles=styles)
     if not coloured:
         console.print()
-        mark = "A mark holds for all tokens up to the next one."
+        mark = "A mark applies to all tokens up to the next mark."
         print_lines(Text(mark), console, console.width)
 
 
@@ -109,8 +109,8 @@ def _summary(record: GenerationRecord) -> list[tuple[str, str]]:
         ("Propagation", propagation_words(record.propagation)),
         (
             "Layers",
-            f"{record.layers_per_token:.2f} of {record.num_layers} computed per token, the "
-            "prompt's tokens included, which the table above does not count",
+            f"{record.layers_per_token:.2f} of {record.num_layers} computed per token, including "
+            "the prompt's tokens, which the table above does not count",
         ),
         ("Speed", _speed(record)),
         ("LM head", f"{record.counts.lm_head_rows:,} rows for {_count(record)}"),
@@ -119,8 +119,8 @@ def _summary(record: GenerationRecord) -> list[tuple[str, str]]:
         rows.append(
             (
                 "Verified",
-                f"exits drafted {record.drafted:,} tokens, the full model confirmed "
-                f"{record.accepted:,} of them and chose the others itself",
+                f"early exit drafted {record.drafted:,} tokens, of which the full model confirmed "
+                f"{record.accepted:,}; the full model chose the others",
             )
         )
     if record.full is not None:
@@ -149,20 +149,20 @@ def _speed(record: GenerationRecord) -> str:
     if full is None:
         return speed
     return (
-        f"{speed}, the full model {full.tokens_per_second:.1f} tokens/s: "
-        f"{full.speed_ratio:.2f} x its speed (one run each)"
+        f"{speed}, {full.speed_ratio:.2f} x the full model's {full.tokens_per_second:.1f} tokens/s "
+        "(one run each)"
     )
 
 
 def _compared(record: GenerationRecord, full: FullGeneration) -> list[tuple[str, str]]:
     count = len(record.tokens)
     if full.same_tokens == count == full.tokens:
-        return [("Agreement", "the text is the full model's, token for token")]
+        return [("Agreement", "all tokens are the same as the full model's")]
     return [
         (
             "Agreement",
-            f"the first {full.same_tokens:,} of {_count(record)} are the full model's; from "
-            "there on the two texts differ",
+            f"the first {full.same_tokens:,} of {_count(record)} are the same as the full model's; "
+            "after that the texts differ",
         ),
         ("Full model", " ".join(full.text.split())),
     ]

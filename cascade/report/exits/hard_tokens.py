@@ -1,4 +1,4 @@
-"""Reports of datasets of hard tokens: where they come from, and how many of them are hard."""
+"""Reports of hard-token datasets: provenance, and the share of hard tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cascade.stages.hard_tokens.records import HardTokensRecord, SplitCounts
 
 
 def print_hard_tokens(record: HardTokensRecord, console: Console) -> None:
-    """Print what a dataset of hard tokens holds.
+    """Print the report of a hard-token dataset.
 
     Args:
         record: The dataset's record.
@@ -21,7 +21,7 @@ def print_hard_tokens(record: HardTokensRecord, console: Console) -> None:
 
 
 def hard_tokens_report(record: HardTokensRecord) -> Report:
-    """Return the report of a dataset of hard tokens.
+    """Return the report of a hard-token dataset.
 
     Args:
         record: The dataset's record.
@@ -30,16 +30,16 @@ def hard_tokens_report(record: HardTokensRecord) -> Report:
     name, trained_on = _model_name(record), record.splits["train"]
     return Report(
         kicker="CASCADE hard tokens",
-        title=f"Hard tokens of {name}: {share(trained_on.hard_ratio)} of the training part",
+        title=f"Hard tokens of {name}: {share(trained_on.hard_ratio)} of the training split",
         about=f"Model: {name}, {model.dtype} on {model.device}",
         sections=(
             Section("", (Pairs(_pairs(record)),)),
             Section(
-                "Parts",
+                "Splits",
                 (
                     table_of(
-                        "How many tokens are hard, of all tokens and of response text",
-                        ("sequences", "tokens", "hard", "response tokens", "hard", "part"),
+                        "Hard tokens among all tokens and among response tokens",
+                        ("sequences", "tokens", "hard", "response tokens", "hard", "split"),
                         [_row(split, counts) for split, counts in record.splits.items()],
                         text_columns=1,
                     ),
@@ -59,7 +59,7 @@ def _pairs(record: HardTokensRecord) -> tuple[tuple[str, str], ...]:
     layer, states, requested = record.layer, record.states, record.requested
     source = "given"
     if requested.threshold is None and requested.hard_ratio is not None:
-        source = f"fitted to a hard ratio of {requested.hard_ratio:g} on the training part"
+        source = f"fitted to a hard ratio of {requested.hard_ratio:g} on the training split"
     corpora = record.provenance.corpora
     return (
         *((f"Corpus, {split}", corpus_words(corpora[split])) for split in record.splits),
@@ -70,10 +70,10 @@ def _pairs(record: HardTokensRecord) -> tuple[tuple[str, str], ...]:
         ),
         (
             "States",
-            f"what leaves layer {states.entry}, before the final norm: "
+            f"output of layer {states.entry}, before the final norm: "
             f"{states.seq_len:,} x {states.hidden_size:,} per sequence in {states.dtype}",
         ),
-        *(("Beware", note) for note in record.notes),
+        *(("Warning", note) for note in record.notes),
     )
 
 

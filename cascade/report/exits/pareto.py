@@ -1,4 +1,4 @@
-"""The trade-off of an evaluation as SVG: what each point loses against what it costs."""
+"""The trade-off of an evaluation as SVG: the loss of each operating point against its cost."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style, ti
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Colour and marker of every rule; one that is not here is drawn like the last.
-LOOKS = {
+#: Colour and marker of every rule; the last entry is for unknown rules.
+RULE_STYLES = {
     "cosine": ("rule1", "o"),
     "mean_cosine": ("rule2", "p"),
     "top2_gap": ("rule3", "s"),
@@ -34,7 +34,7 @@ _LOGARITHMIC_FROM = 3.0
 
 @dataclass(frozen=True)
 class _Panel:
-    """One panel: what is drawn against what, and where the full model lies."""
+    """One panel: its axes, the cost and loss that it shows, and the full model's loss."""
 
     axes: Axes
     cost: Callable[[OperatingPointRow], float]
@@ -42,12 +42,12 @@ class _Panel:
     full_loss: float
 
     def place(self, row: OperatingPointRow) -> tuple[float, float]:
-        """Return where a point lies."""
+        """Return the position of an operating point."""
         return self.cost(row), self.loss(row)
 
 
-#: What is lost: perplexity, relative to the full model's, and tokens predicted otherwise; each
-#: with the full model's own.
+#: The losses, each with the full model's value: perplexity relative to the full model, and the
+#: share of tokens with another prediction.
 _LOSSES: tuple[tuple[Callable[[OperatingPointRow], float], float], ...] = (
     (lambda row: row.perplexity_ratio, 1.0),
     (lambda row: 1 - row.agreement, 0.0),
@@ -59,22 +59,22 @@ _COSTS: tuple[Callable[[OperatingPointRow], float], ...] = (
 
 
 def pareto_svg(record: EvaluationRecord) -> str:
-    """Draw perplexity and differing predictions against operations and time, point by point.
+    """Draw perplexity and differing predictions of each operating point against its costs.
 
-    The full model lies at (1, 1) and (1, 0): lower left is better. Rules differ in colour and
-    marker; controls are grey; the line joins the points that no other point beats.
+    The full model is at (1, 1) and (1, 0); lower left is better. Rules differ in colour and marker,
+    and controls are grey. A line joins the operating points that no other one beats.
 
     Args:
         record: A saved record of kind `evaluation`.
 
     Returns:
-        One `<svg>` element, the same bytes for the same record; it stands alone as a file, too.
+        One `<svg>` element, which is identical for equal records and is also a complete file.
     """
     with plain_style():
         figure = new_figure((10, 8.6))
         grid = figure.subplots(2, 2, sharex="col", sharey="row")
         title = title_of(record, "loss against cost, numbers are exit layers")
-        # Without parse_math=False a "$" in a name would start a formula.
+        # parse_math=False, because a "$" in a name would start a formula.
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
         for row, (loss, full_loss) in zip(grid, _LOSSES, strict=True):
             for axes, cost in zip(row, _COSTS, strict=True):
@@ -100,7 +100,7 @@ def _draw_panel(panel: _Panel, record: EvaluationRecord) -> None:
         color=LIGHT["ink"],
         linewidth=1.1,
         zorder=2,
-        label="no point is better in both",
+        label="none is better in both",
     )
     panel.axes.plot(
         [1.0],
@@ -118,10 +118,10 @@ def _draw_panel(panel: _Panel, record: EvaluationRecord) -> None:
 
 
 def front_of(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the places that no other beats in both, from left to right.
+    """Return the positions that no other one beats in both cost and loss, from left to right.
 
     Args:
-        places: Cost and loss; of both, less is better.
+        places: Cost and loss of each position; lower is better.
     """
     front: list[tuple[float, float]] = []
     for cost, loss in sorted(places):
@@ -150,7 +150,7 @@ def _draw_curves(
     named: set[str] = set()
     for number, (rule, layer, points) in enumerate(curves):
         control = rule in CONTROLS
-        colour, marker = LOOKS.get(rule, LOOKS[""])
+        colour, marker = RULE_STYLES.get(rule, RULE_STYLES[""])
         if control:
             colour, marker = "control", _CONTROL_MARKERS[rule]
         places = [panel.place(row) for row in points]
@@ -175,12 +175,12 @@ def name_curve(axes: Axes, layer: int, end: tuple[float, float], number: int, co
     """Write a curve's exit layer at its end.
 
     Args:
-        axes: Where it is drawn.
+        axes: The axes of the panel.
         layer: The exit layer.
-        end: Where the curve ends.
-        number: Of the curve: names stand by turns above and below, as ends that lie close would
-            cover each other's.
-        colour: The curve's.
+        end: The end of the curve.
+        number: The number of the curve. Names alternate between above and below, so that those of
+            neighbouring ends do not overlap.
+        colour: The colour of the curve.
     """
     axes.annotate(
         str(layer),
@@ -196,7 +196,7 @@ def name_curve(axes: Axes, layer: int, end: tuple[float, float], number: int, co
 
 
 def ring(axes: Axes, place: tuple[float, float], name: str) -> None:
-    """Draw a ring around the point that is named."""
+    """Draw a ring with a legend entry around an operating point."""
     axes.plot(
         [place[0]],
         [place[1]],
@@ -216,24 +216,24 @@ def _ring_verdict(panel: _Panel, record: EvaluationRecord) -> None:
     if number is None or not all(map(math.isfinite, panel.place(record.points[number]))):
         return
     place = panel.place(record.points[number])
-    ring(panel.axes, place, "use this" if record.verdict.use else "nearest to paying")
+    ring(panel.axes, place, "recommended" if record.verdict.use else "nearest to worthwhile")
 
 
 def _name_axes(grid: Sequence[Sequence[Axes]], record: EvaluationRecord) -> None:
     from matplotlib.ticker import FuncFormatter
 
     settings = record.settings
-    (perplexity, _), (otherwise, other) = grid
+    (perplexity, _), (differing, other) = grid
     perplexity.set_ylabel("perplexity / the full model's")
-    otherwise.set_ylabel("tokens predicted otherwise")
-    otherwise.set_xlabel("operations / the full model's")
+    differing.set_ylabel("tokens with another prediction")
+    differing.set_xlabel("operations / the full model's")
     other.set_xlabel("time / the full model's")
     ratios = [row.perplexity_ratio for row in record.points]
     if max(ratios, default=1.0) > _LOGARITHMIC_FROM:
         perplexity.set_yscale("log")
         perplexity.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         perplexity.yaxis.set_minor_formatter("")
-    otherwise.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    differing.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     wanted = (settings.perplexity_ratio, 1 - settings.agreement)
     for row, most in zip(grid, wanted, strict=True):
         for axes in row:
@@ -241,7 +241,7 @@ def _name_axes(grid: Sequence[Sequence[Axes]], record: EvaluationRecord) -> None
 
 
 def _draw_target(axes: Axes, most: float) -> None:
-    """Shade where a point is good enough and cheaper than the full model."""
+    """Shade the region that is good enough and cheaper than the full model."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     axes.fill_between(
         [left, 1.0],
@@ -250,7 +250,7 @@ def _draw_target(axes: Axes, most: float) -> None:
         color=LIGHT["stable"],
         linewidth=0,
         zorder=0,
-        label="wanted: good enough, and cheaper",
+        label="target: good enough and cheaper",
     )
     axes.set_xlim(left, right)
     axes.set_ylim(low, max(high, most))
@@ -259,7 +259,7 @@ def _draw_target(axes: Axes, most: float) -> None:
 def _label(record: EvaluationRecord) -> str:
     rules = ", ".join(dict.fromkeys(row.rule for row in record.points)) or "none"
     return (
-        "Four scatter plots: perplexity and share of tokens predicted otherwise, against "
+        "Four scatter plots: perplexity and share of tokens with another prediction, against "
         f"operations and time, relative to the full model. Rules: {rules}. "
         f"{record.verdict.headline}"
     )

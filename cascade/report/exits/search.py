@@ -1,4 +1,4 @@
-"""The search for an exit layer: the choice, every layer and rule, certificates, the frontier."""
+"""The report of an exit-layer search: choice, every layer and rule, certificate, frontier."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from cascade.report.common.exit_wording import (
 from cascade.report.common.records import check_record, headline
 from cascade.report.common.sections import Block, Lead, Pairs, Picture, Report, Section, table_of
 from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style, title_of
-from cascade.report.exits.pareto import LOOKS, front_of, name_curve, ring
+from cascade.report.exits.pareto import RULE_STYLES, front_of, name_curve, ring
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FRONTIER = "exit-search-frontier.svg"
 
-#: How a point's outcome is told in a column.
+#: Outcome of an operating point -> its text in the column.
 _KEPT = {"beyond doubt": "sure", "kept": "yes", "lost": "no"}
 _MARK = " *"
 #: Beyond this many curves their labels would cover each other.
@@ -43,7 +43,7 @@ def exit_search_report(record: SearchRecord) -> Report:
         record: A search.
 
     Raises:
-        ValueError: The record is of another schema, or holds NaN.
+        ValueError: The record contains NaN or has another schema.
     """
     verdict = record.verdict
     check_record(record)
@@ -51,7 +51,7 @@ def exit_search_report(record: SearchRecord) -> Report:
     return Report(
         kicker="CASCADE search for an exit layer",
         title=model[1],
-        about=f"{share(record.settings.agreement)} agreement wanted; {run[1]}",
+        about=f"Target agreement {share(record.settings.agreement)}; {run[1]}",
         sections=(
             Section(
                 "",
@@ -62,8 +62,8 @@ def exit_search_report(record: SearchRecord) -> Report:
             ),
             Section("What was measured", (Pairs(tuple(_measured(record))),)),
             Section("Every layer and rule", tuple(_tables(record))),
-            Section("What is certified", (_certificate(record),)),
-            Section("The frontier", tuple(_pictures(record))),
+            Section("Certificate", (_certificate(record),)),
+            Section("Frontier", tuple(_pictures(record))),
             Section("Notes", (Pairs(tuple(_notes(record))),)),
         ),
         provenance=to_plain(record.provenance),
@@ -92,7 +92,7 @@ _HEADER = ("layer", "exits", "fit", "agree", "interval", "FLOPs", "time", "risk"
 
 
 def _tables(record: SearchRecord) -> Iterator[Block]:
-    """Yield one table for every head and propagation, then what lets nothing leave."""
+    """Yield one table per head and propagation, then the layers and rules that exit no token."""
 
     def key(pair: VariantResult) -> tuple[int, str, str]:
         return pair.source, pair.head, pair.propagation
@@ -102,9 +102,9 @@ def _tables(record: SearchRecord) -> Iterator[Block]:
         rows = [row for pair in group for row in _rows(record, pair)]
         if rows:
             yield table_of(
-                f"Head: {head_words(head)}. Propagation: {propagation_words(propagation)}. Of every"
-                " layer and rule the boldest threshold that was fitted and, where that is another, "
-                "the boldest that kept the agreement, and that kept it beyond doubt.",
+                f"Head: {head_words(head)}. Propagation: {propagation_words(propagation)}. For "
+                "every layer and rule: the lowest fitted threshold and, if different, the lowest "
+                "that kept the agreement and the lowest that kept it significantly.",
                 _HEADER,
                 rows,
                 text_columns=2,
@@ -138,28 +138,28 @@ def _cells(row: SearchedPoint, best: bool) -> list[str]:
 def _certificate(record: SearchRecord) -> str:
     found, settings = record.certificate, record.settings
     if settings.risk is None:
-        return "No risk was asked for, and the wanted agreement leaves none to certify."
+        return "Nothing to certify: no risk is given, and the target agreement leaves none."
     risk, sure = share(settings.risk), f"{settings.confidence:g}"
     if not found.tested:
-        return f"No threshold was run that could be certified for a risk of {risk}."
+        return f"No measured threshold could be certified for a risk of {risk}."
     tested = (
-        f"{found.tested} thresholds, chosen without these sequences, were tested on "
-        f"{found.sequences:,} of them for a risk of {risk}, all together at confidence {sure}"
+        f"{found.tested} thresholds, chosen on other sequences, were tested on "
+        f"{found.sequences:,} sequences for a risk of {risk}, at a joint confidence of {sure}"
     )
     if found.best is not None:
         row = record.points[found.best]
         return (
             f"{tested}. Certified: {len(found.certified)}; the cheapest of them is layer "
             f"{row.exit_layer}, {row.rule} >= {show_threshold(row.threshold, 4)} "
-            f"({share(1 - row.agreement)} of these tokens differed; at "
+            f"({share(1 - row.agreement)} of these tokens differed, "
             f"{ratio(row.flops_ratio)} x the operations)."
         )
     if found.sequences_needed is not None and found.sequences < found.sequences_needed:
         return (
-            f"{tested}. None can be: even without any loss it takes "
-            f"{found.sequences_needed:,} sequences. Take a larger corpus, or a larger --risk."
+            f"{tested}. None can be certified: even without any loss, this needs "
+            f"{found.sequences_needed:,} sequences. Use a larger corpus or a larger --risk."
         )
-    return f"{tested}. None is: too many tokens differed at each of them."
+    return f"{tested}. None is certified: too many tokens differed at each threshold."
 
 
 # --- The picture -----------------------------------------------------------------------------
@@ -167,15 +167,15 @@ def _certificate(record: SearchRecord) -> str:
 
 def _pictures(record: SearchRecord) -> Iterator[Block]:
     if not record.points:
-        yield "No point was measured, so there is nothing to draw: no layer and rule lets any go."
+        yield "There is nothing to draw: at no layer and rule does any token exit."
         return
     yield Picture(
         FRONTIER,
         frontier_svg(record),
-        "What is kept against what it costs; upper left is better. Each line is one rule at one "
-        "exit layer (the number) over its thresholds; hollow marks were not run and come from the "
-        "table alone. The dark line joins the points that no other point beats in both, the full "
-        "model's at the right among them.",
+        "Agreement against cost; upper left is better. Each line is one rule at one exit layer "
+        "(the number) over its thresholds; hollow marks were not measured but predicted from the "
+        "fitting table. The dark line joins the operating points that no other one beats in both "
+        "agreement and cost, including the full model at the right.",
     )
 
 
@@ -186,7 +186,7 @@ def frontier_svg(record: SearchRecord) -> str:
         record: A search with at least one point.
 
     Returns:
-        One `<svg>` element, the same bytes for the same record.
+        One `<svg>` element, which is identical for equal records.
     """
     with plain_style():
         figure = new_figure((10, 5.4))
@@ -199,15 +199,15 @@ def frontier_svg(record: SearchRecord) -> str:
         ):
             _draw_panel(axes, record, cost)
             axes.set_xlabel(name)
-        left.set_ylabel("tokens predicted as by the full model")
+        left.set_ylabel("agreement with the full model")
         handles, names = left.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=4)
         return as_svg(figure, "exit-search-frontier", _label(record))
 
 
-#: What a point costs; None where that is not known.
+#: The cost of an operating point; None if unknown.
 _Cost = Callable[[SearchedPoint], float | None]
-#: A point, and where it is drawn.
+#: An operating point and its position.
 _Placed = tuple[SearchedPoint, tuple[float, float]]
 
 
@@ -220,7 +220,7 @@ def _time(point: SearchedPoint) -> float | None:
 
 
 def _priced(points: Sequence[SearchedPoint], cost: _Cost) -> list[_Placed]:
-    """Return the points whose cost is known, each with cost and agreement."""
+    """Return the operating points with a known cost, each with cost and agreement."""
     prices = ((point, cost(point)) for point in points)
     return [(point, (price, point.agreement)) for point, price in prices if price is not None]
 
@@ -241,7 +241,7 @@ def _draw_panel(axes: Axes, record: SearchRecord, cost: _Cost) -> None:
         color=LIGHT["ink"],
         linewidth=1.1,
         zorder=2,
-        label="frontier: no point is better in both",
+        label="frontier: none is better in both",
     )
     axes.plot(
         [1.0],
@@ -271,7 +271,7 @@ def _draw_curves(axes: Axes, rows: Sequence[_Placed]) -> None:
     sources = sorted({pair[0] for pair, _ in groups})
     named: set[str] = set()
     for number, ((source, head, _, rule, layer), points) in enumerate(groups):
-        colour, marker = LOOKS.get(rule, LOOKS[""])
+        colour, marker = RULE_STYLES.get(rule, RULE_STYLES[""])
         name = f"{rule}, {head}" if several else rule
         places = [place for _, place in points]
         axes.plot(
@@ -304,14 +304,14 @@ def _ring(axes: Axes, record: SearchRecord, cost: _Cost) -> None:
     number = record.nearest if best is None else best
     if number is None:
         return
-    name = "nearest to the wanted agreement" if best is None else "cheapest that keeps it"
+    name = "nearest to the target agreement" if best is None else "cheapest that reaches it"
     for _, place in _priced([record.points[number]], cost):
         ring(axes, place, name)
 
 
 def _draw_wanted(axes: Axes, agreement: float) -> None:
-    """Draw the wanted agreement, and shade where a point keeps it and is cheaper."""
-    axes.axhline(agreement, color=LIGHT["active"], linewidth=1, zorder=1, label="wanted agreement")
+    """Draw the target agreement, and shade the region that reaches it and is cheaper."""
+    axes.axhline(agreement, color=LIGHT["active"], linewidth=1, zorder=1, label="target agreement")
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     axes.fill_between(
         [left, 1.0],
@@ -320,7 +320,7 @@ def _draw_wanted(axes: Axes, agreement: float) -> None:
         color=LIGHT["stable"],
         linewidth=0,
         zorder=0,
-        label="wanted: keeps it, and cheaper",
+        label="target: reached, and cheaper",
     )
     axes.set_xlim(left, right)
     axes.set_ylim(low, high)
@@ -329,8 +329,8 @@ def _draw_wanted(axes: Axes, agreement: float) -> None:
 def _label(record: SearchRecord) -> str:
     rules = ", ".join(dict.fromkeys(row.rule for row in record.points))
     return (
-        "Two scatter plots: the share of tokens predicted as by the full model, against operations "
-        f"and time relative to the full model's. Rules: {rules}. {record.verdict.headline}"
+        "Two scatter plots: agreement with the full model against operations and time relative to "
+        f"the full model. Rules: {rules}. {record.verdict.headline}"
     )
 
 
@@ -340,34 +340,37 @@ def _label(record: SearchRecord) -> str:
 def _notes(record: SearchRecord) -> list[tuple[str, str]]:
     settings, certificate = record.settings, record.certificate
     notes = [
-        ("exits", "share of the confirming tokens that leave; the others go on to the last layer"),
+        (
+            "exits",
+            "share of the confirmation tokens that exit; the others continue to the last layer",
+        ),
         (
             "fit",
-            "share of all tokens to fit on whose prediction is the full model's; a dash: not "
-            "recorded, but no less than wanted",
+            "share of the fitting tokens with the same prediction as the full model; a dash means "
+            "not recorded, but at least the target",
         ),
-        ("agree", "the same of the tokens to confirm on, which had no part in the fit"),
-        ("interval", f"of that, in %; {settings.interval}"),
-        ("FLOPs, time", f"relative to the full model's; {settings.seconds}"),
+        ("agree", "the same for the confirmation tokens, which were not used for fitting"),
+        ("interval", f"of agree, in %; {settings.interval}"),
+        ("FLOPs, time", f"relative to the full model; {settings.seconds}"),
         (
             "risk",
             "with confidence "
-            f"{settings.confidence:g} no more tokens than this differ from the full model's on "
-            "sequences like these, for all thresholds together (Hoeffding's bound; each of the "
-            f"{certificate.tested} gets an equal part of the error)",
+            f"{settings.confidence:g}, at most this share of tokens differs from the full model on "
+            "sequences like these, jointly for all thresholds (Hoeffding's bound; the error is "
+            f"divided equally among the {certificate.tested} thresholds)",
         ),
         (
             "kept",
-            "yes: the agreement on the sequences to confirm on is no less than wanted; sure: so is "
-            "its whole interval; no: it is less. A question mark: not run, but read off the table, "
-            "where every token that stays counts as predicted alike",
+            "yes: the agreement on the confirmation sequences reaches the target; sure: so does "
+            "its whole interval; no: it does not. A question mark means not measured but predicted "
+            "from the fitting table, which counts every token that continues as equal",
         ),
         (
-            "not judged",
-            "whether leaving at random would do as well: cascade evaluate judges a point against "
-            "that",
+            "not checked",
+            "whether exiting at random would do as well; cascade evaluate checks an operating "
+            "point against that control",
         ),
     ]
     if record.best is not None:
-        notes.append(("*", "the cheapest that keeps the agreement"))
+        notes.append(("*", "the cheapest operating point that reaches the agreement"))
     return notes

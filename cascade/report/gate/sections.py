@@ -92,7 +92,7 @@ def session_report(record: SessionRecord, *, worst: int, drawn: bool) -> Report:
     parts = worst_first([*record.comparisons, *record.budgets])
     sections = []
     if len(parts) > 1:
-        rows = [[part.verdict, part.name, outcome(part)] for part in parts]
+        rows = [[part.verdict, _subject(part), outcome(part)] for part in parts]
         header = ("verdict", "baseline", "outcome")
         sections.append(
             Section("", (table_of("Worst verdict first.", header, rows, text_columns=3),))
@@ -104,13 +104,16 @@ def session_report(record: SessionRecord, *, worst: int, drawn: bool) -> Report:
     for part in parts:
         if isinstance(part, NamedComparison):
             number += 1
-            heading = f"{part.verdict}: {part.name}"
             blocks = _comparison(part, worst, number if drawn else None)
         else:
-            heading = f"{part.verdict}: budgets of {part.name}"
             blocks = _budget(part)
-        sections.append(Section(heading, tuple(blocks)))
+        sections.append(Section(f"{part.verdict}: {_subject(part)}", tuple(blocks)))
     return _session(record, sections)
+
+
+def _subject(part: NamedComparison | BudgetOutcome) -> str:
+    """Return the name of a comparison or of a budget file."""
+    return part.name if isinstance(part, NamedComparison) else f"budgets of {part.name}"
 
 
 def _session(record: SessionRecord, sections: Sequence[Section]) -> Report:

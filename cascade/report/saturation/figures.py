@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _MARKERS = {"input transform": "^", "dip": "v", "output transform": "s"}
 _HEAT_ROWS = 120
-#: Beyond this many active layers their names would cover each other; the markers still tell.
+#: Beyond this many active layers their names would overlap, so only markers are drawn.
 _MAX_ANNOTATIONS = 8
 
 
@@ -32,10 +32,10 @@ def layer_profile_svg(record: ProfileRecord) -> str:
         record: The profile's record.
 
     Returns:
-        One `<svg>` element, the same bytes for the same record; it stands alone as a file, too.
+        One `<svg>` element, which is identical for equal records and is also a complete file.
 
     Raises:
-        ValueError: The record is of another schema, or has no layers.
+        ValueError: The record has another schema or no layers.
     """
     check_profile(record)
     with plain_style():
@@ -52,7 +52,7 @@ def layer_profile_svg(record: ProfileRecord) -> str:
 
 
 def density_svg(record: ProfileRecord, arrays: Arrays) -> str:
-    """Draw where the tokens of each layer lie, as a heat map of layers x similarity.
+    """Draw the distribution of each layer's tokens as a heat map of layers x similarity.
 
     Args:
         record: The profile's record.
@@ -60,16 +60,15 @@ def density_svg(record: ProfileRecord, arrays: Arrays) -> str:
             in angle over [0, pi].
 
     Returns:
-        One `<svg>` element with the map as an embedded image, the same bytes for the same input.
+        One `<svg>` element with the map as an embedded image, identical for equal input.
 
     Raises:
-        ValueError: The record is of another schema or has no layers, or the arrays do not belong
-            to it.
+        ValueError: The record has another schema or no layers, or the arrays do not belong to it.
     """
     check_profile(record)
     check_histogram(record, arrays)
     with plain_style():
-        figure, axes = _new_figure(record, "where the tokens lie")
+        figure, axes = _new_figure(record, "distribution of tokens")
         shares, edges = rebinned(arrays["histogram"])
         _draw_heat_map(figure, axes, shares, edges, layer_positions(record.layers))
         limit_angles(axes, float(edges[0]), float(edges[-1]))
@@ -82,7 +81,7 @@ def density_svg(record: ProfileRecord, arrays: Arrays) -> str:
 def _new_figure(record: ProfileRecord, subject: str) -> tuple[Figure, Axes]:
     figure = new_figure((10, 5.2))
     axes = figure.add_subplot()
-    # Without parse_math=False a "$" in a name would start a formula.
+    # parse_math=False, because a "$" in a name would start a formula.
     title = title_of(record, subject)
     axes.set_title(title, loc="left", pad=20, fontsize=11, parse_math=False)
     axes.set_ylabel("similarity (axis uniform in angle)")
@@ -164,12 +163,12 @@ def _draw_normed(axes: Axes, row: LayerRow, x: float) -> None:
         marker="D",
         markersize=6,
         linestyle="none",
-        label=f"{row.layer}: behind the final norm",
+        label=f"{row.layer}: after the final norm",
     )
 
 
 def _draw_active_layers(axes: Axes, record: ProfileRecord) -> None:
-    """Mark active layers by role, and name them where there is room."""
+    """Mark active layers by role, and name them if there are few."""
     position = _positions_by_name(record)
     rows = {row.layer: row for row in record.layers}
     annotated = len(roles_of(record)) <= _MAX_ANNOTATIONS
@@ -237,7 +236,7 @@ def _draw_heat_map(
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.ticker import NullLocator
 
-    # The darkest quarter is left out: one token must stand out from none.
+    # Without the darkest quarter, so that one token is visible against none.
     colours = ListedColormap(colormaps["viridis"](np.linspace(0.25, 1.0, 256)))
     highest = float(shares.max())
     decade = math.floor(math.log10(shares[shares > 0].min()))

@@ -12,16 +12,15 @@ from cascade.saturation.records import ProfileRecord
 def profile_page(
     record: ProfileRecord, arrays: Arrays, *, pictures: tuple[str, str] | None = None
 ) -> str:
-    """Return one self-contained HTML page of a profile: nothing is loaded, no script runs.
+    """Return a profile as one self-contained HTML page, which loads nothing and runs no script.
 
     Args:
         record: The profile's record.
         arrays: Its arrays, as for `density_svg`.
-        pictures: What `layer_profile_svg` and `density_svg` draw of them, if known already.
+        pictures: The results of `layer_profile_svg` and `density_svg`, if already drawn.
 
     Raises:
-        ValueError: The record is of another schema or has no layers, or the arrays do not belong
-            to it.
+        ValueError: The record has another schema or no layers, or the arrays do not belong to it.
     """
     drawn = pictures or (layer_profile_svg(record), density_svg(record, arrays))
     return html_page(profile_report(record, drawn))

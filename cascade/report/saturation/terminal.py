@@ -14,17 +14,17 @@ from cascade.saturation.records import ProfileRecord
 def print_profile(record: ProfileRecord, console: Console) -> None:
     """Print a profile: headline, statistics, outliers, bar chart, special layers, thresholds.
 
-    Nothing depends on colour, and 80 columns are enough.
+    The text does not depend on colour and fits 80 columns.
 
     Args:
         record: The profile's record.
         console: Where to print; its width and encoding are respected.
 
     Raises:
-        ValueError: The record is of another schema, or has no layers.
+        ValueError: The record has another schema or no layers.
     """
     report = profile_report(record)
     special, similarity, statistics, outliers, thresholds = report.sections
-    # What was found comes late: the end of the output is what a terminal shows first.
+    # The findings come last, because a terminal shows the end of the output.
     sections = (statistics, outliers, similarity, special, thresholds)
     print_sections(replace(report, sections=sections), console)

@@ -1,4 +1,4 @@
-"""A saturation profile in words and tables, written once for the terminal and the page."""
+"""The report of a saturation profile, for terminal and HTML page."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def profile_report(record: ProfileRecord, pictures: tuple[str, str] | None = Non
 
     Args:
         record: The profile's record.
-        pictures: What `layer_profile_svg` and `density_svg` draw of it; only a page shows them.
+        pictures: The results of `layer_profile_svg` and `density_svg`, which only a page shows.
 
     Returns:
         Five sections: special layers, mean similarity, statistics, outliers, thresholds.
 
     Raises:
-        ValueError: The record is of another schema, or has no layers.
+        ValueError: The record has another schema or no layers.
     """
     check_profile(record)
     about = headline(record)
@@ -55,10 +55,10 @@ def profile_report(record: ProfileRecord, pictures: tuple[str, str] | None = Non
 
 
 def check_profile(record: ProfileRecord) -> None:
-    """Refuse a record that cannot be shown.
+    """Raise if a record cannot be shown.
 
     Raises:
-        ValueError: It is of another schema, or has no layers.
+        ValueError: The record has another schema or no layers.
     """
     if record.schema != record.SCHEMA:
         raise ValueError(f"expected schema {record.SCHEMA}, got {record.schema}")
@@ -99,15 +99,15 @@ def layers_of(record: ProfileRecord, key: str) -> list[str]:
 
 
 def summary(record: ProfileRecord) -> str:
-    """Say in two or three sentences what was found."""
+    """Return the main finding in two or three sentences."""
     if record.structure.cutoff is None:
-        return "There are too few layers to tell active ones from stable ones."
+        return "There are too few layers to distinguish active from stable ones."
     bands, cutoff = _bands(record), show(record.structure.cutoff)
     if bands == "none":
         stable = f"No run of layers stays at or above a mean similarity of {cutoff}."
     else:
         stable = (
-            f"Hidden states are saturated in layers {bands}: there, every layer's mean similarity "
+            f"Hidden states are saturated in layers {bands}, where every layer's mean similarity "
             f"is at least {cutoff}."
         )
     active = [
@@ -129,7 +129,7 @@ def _bars(record: ProfileRecord) -> Bars:
 def _pictures(record: ProfileRecord, pictures: tuple[str, str] | None) -> list[Picture]:
     if pictures is None:
         return []
-    apart = " The row behind the final norm stands apart: it is no decoder layer."
+    apart = " The row after the final norm is set apart, because it is no decoder layer."
     return [
         Picture(
             "layer-profile.svg",
@@ -140,8 +140,8 @@ def _pictures(record: ProfileRecord, pictures: tuple[str, str] | None) -> list[P
         Picture(
             "density.svg",
             pictures[1],
-            "Where the tokens lie: each column is one layer, each cell the share of its tokens at "
-            "that similarity, on a logarithmic colour scale. Dark cells hold no token at all.",
+            "Distribution of tokens. Each column is one layer, each cell the share of its tokens "
+            "at that similarity, on a logarithmic colour scale. Dark cells contain no tokens.",
         ),
     ]
 
@@ -188,14 +188,14 @@ def _thresholds(record: ProfileRecord) -> list[Block]:
         (
             f"{100 * entry.hard_ratio:g}%",
             f"{entry.threshold:.6f}",
-            f"{100 * entry.hard_ratio:g}% go on, {100 - 100 * entry.hard_ratio:g}% exit",
+            f"{100 * entry.hard_ratio:g}% continue, {100 - 100 * entry.hard_ratio:g}% exit",
         )
         for entry in record.thresholds.by_hard_ratio
     ]
     if not rows:
         return ["none"]
     table = Table(
-        "Thresholds by the wanted share of hard tokens.",
+        "Thresholds by target hard ratio.",
         ("hard ratio", "threshold", "meaning"),
         tuple(rows),
         text_columns=1,
@@ -209,7 +209,7 @@ def _thresholds(record: ProfileRecord) -> list[Block]:
 
 
 def _special_layers(record: ProfileRecord) -> list[tuple[str, str]]:
-    """Return the special layers in words, as (label, text)."""
+    """Return the special layers, as (label, text)."""
     pairs = [
         ("Stable bands", _bands(record)),
         ("Input transform", _active_layers(record, "input_transform")),
@@ -230,33 +230,33 @@ def _special_layers(record: ProfileRecord) -> list[tuple[str, str]]:
 def _cutoff(record: ProfileRecord) -> str:
     cutoff = record.structure.cutoff
     if cutoff is None:
-        return "too few layers to tell active layers from stable ones"
+        return "too few layers to distinguish active from stable ones"
     return f"a layer with a mean similarity below {show(cutoff)} is active"
 
 
 def _final_norm(record: ProfileRecord) -> str | None:
-    """Compare the last layer with the final norm behind it; None without a `+norm` row."""
+    """Return how the last layer compares with the final norm; None without a `+norm` row."""
     rows = {row.layer: row for row in record.layers}
     normed = next((row for row in record.layers if is_normed(row)), None)
     if normed is None:
         return None
     last = normed.layer.removesuffix(NORM_SUFFIX)
     return (
-        f"layer {last} itself has a mean similarity of {show(rows[last].mean)}; read behind "
-        f"the final norm (row {normed.layer}) it is {show(normed.mean)}. The difference "
-        "is made by the norm, not by the layer."
+        f"layer {last} itself has a mean similarity of {show(rows[last].mean)}; after the final "
+        f"norm (row {normed.layer}) it is {show(normed.mean)}. The difference comes from the norm, "
+        "not from the layer."
     )
 
 
 def _active_layers(record: ProfileRecord, key: str) -> str:
-    """Name the layers of one role with their means, or `none`."""
+    """Return the layers of one role with their means, or `none`."""
     means = {row.layer: row.mean for row in record.layers}
     layers = layers_of(record, key)
     return _listed([f"{layer} (mean {show(means[layer])})" for layer in layers])
 
 
 def _bands(record: ProfileRecord) -> str:
-    """Name the stable bands: `3 to 24 and 26 to 29`, or `none`."""
+    """Return the stable bands, such as `3 to 24 and 26 to 29`, or `none`."""
     bands = record.structure.stable_bands
     return _listed([first if first == last else f"{first} to {last}" for first, last in bands])
 

@@ -27,11 +27,11 @@ from cascade.studies.comparisons.corpus_records import (
     ThresholdTransfer,
 )
 
-#: So many corpora fit side by side into 80 columns.
-_BESIDE = 4
-#: Beyond this many names of layers a sentence gives their number alone.
+#: The number of corpora that fit side by side into 80 columns.
+_MOST_COLUMNS = 4
+#: The maximum number of layers named in a sentence; the others are only counted.
 _MAX_NAMED = 8
-#: An estimate of more tokens than this says only that it is too close to call.
+#: Estimates above this number of tokens are shown as "more than", being too close to call.
 _MOST_TOKENS = 9_900_000
 
 
@@ -70,7 +70,7 @@ def _lead(record: CorpusComparison) -> str:
         f"Of {rows} layer means, these move by more than {margin:g} against A: "
         f"{listed(moved)}. Of {total} thresholds taken from one corpus to another, "
         f"{counts['transfers'] or 'none'} transfer, {counts['does not'] or 'none'} do not"
-        + (f", {counts['cannot tell']} cannot be told." if counts["cannot tell"] else ".")
+        + (f", {counts['cannot tell']} are undecided." if counts["cannot tell"] else ".")
     )
 
 
@@ -81,7 +81,7 @@ def _corpora(record: CorpusComparison) -> Iterator[tuple[str, str]]:
         yield from few_pairs(corpus)
     for pair in record.shared:
         yield (
-            "Beware",
+            "Warning",
             f"{listed(pair.corpora)} have {pair.sequences:,} sequences in common: they are "
             "not independent, and their intervals too wide or too narrow",
         )
@@ -95,10 +95,10 @@ def _moves(record: CorpusComparison) -> Iterator[Block]:
     sure = f"{100 * confidence:g} %"
     yield (
         "A layer moves where the interval of its difference lies wholly beyond the margin of "
-        f"{margin:g}, stays where it lies wholly within, and cannot be told otherwise (then with "
-        "the tokens of each corpus that it would take, if the difference stays what it is). Whole "
-        f"sequences are resampled; the intervals of a corpus's differences hold all at once with "
-        f"{sure}."
+        f"{margin:g}, stays where it lies wholly within, and is undecided otherwise (then with "
+        "the tokens of each corpus that would decide, if the difference stays the same). Whole "
+        f"sequences are resampled; all intervals of a corpus's differences hold simultaneously "
+        f"with {sure} confidence."
     )
     for pair in record.differences:
         yield _pair_words(record, pair)
@@ -106,12 +106,12 @@ def _moves(record: CorpusComparison) -> Iterator[Block]:
         "corpora-profiles.svg",
         corpora_profiles_svg(record),
         f"Above: mean similarity per layer and corpus, with {sure} intervals. Below: differences "
-        "to A, with intervals that hold all at once; where some are far beyond the margin, the "
-        "axis is logarithmic outside it. Filled: the layer moves; open: it stays or cannot be "
-        "told.",
+        "to A, with simultaneous intervals; where some are far beyond the margin, the "
+        "axis is logarithmic outside it. Filled: the layer moves; open: it stays or is "
+        "undecided.",
     )
-    for start in range(0, len(record.corpora), _BESIDE):
-        yield _means(record, range(start, min(start + _BESIDE, len(record.corpora))))
+    for start in range(0, len(record.corpora), _MOST_COLUMNS):
+        yield _means(record, range(start, min(start + _MOST_COLUMNS, len(record.corpora))))
     for pair in record.differences:
         table = _differences(record, pair)
         if table.rows:
@@ -119,7 +119,7 @@ def _moves(record: CorpusComparison) -> Iterator[Block]:
 
 
 def _pair_words(record: CorpusComparison, pair: CorpusDifferences) -> str:
-    """Say which layers of one corpus move, how far, and what cannot be told."""
+    """Return which layers of one corpus move, how far, and which are undecided."""
     rows = {row.layer: row for row in pair.rows}
     by: dict[LayerVerdict, list[str]] = {
         verdict: [f"{layer} ({rows[layer].difference:+.4f})" for layer in layers]
@@ -132,7 +132,7 @@ def _pair_words(record: CorpusComparison, pair: CorpusDifferences) -> str:
         f"{len(by['stays']) or 'none'} stay{'s' * (len(by['stays']) == 1)}",
     ]
     if by["cannot tell"]:
-        parts.append(f"{len(by['cannot tell'])} cannot be told: {_few(by['cannot tell'])}")
+        parts.append(f"{len(by['cannot tell'])} undecided: {_few(by['cannot tell'])}")
     name = _name(record, pair.corpus)
     return f"{name} against {pair.against}: {'; '.join(parts)}.{_norm_words(rows)}"
 
@@ -149,13 +149,13 @@ def _name(record: CorpusComparison, label: str) -> str:
 
 
 def _norm_words(rows: dict[str, LayerDifference]) -> str:
-    """Tell the last layer from the final norm behind it, where the two differ."""
+    """Return the difference of the last layer with and without the final norm."""
     normed = next((row for row in rows.values() if is_normed(row)), None)
     if normed is None:
         return ""
     last = rows[normed.layer.removesuffix(NORM_SUFFIX)]
     return (
-        f" Layer {last.layer} itself differs by {last.difference:+.4f}; read behind the "
+        f" Layer {last.layer} itself differs by {last.difference:+.4f}; after the "
         f"final norm (row {normed.layer}) by {normed.difference:+.4f}."
     )
 
@@ -195,7 +195,7 @@ def _differences(record: CorpusComparison, pair: CorpusDifferences) -> Table:
     name = f"{pair.corpus} - {pair.against}"
     return table_of(
         f"{name}: the layers that do not stay within {record.settings.margin:g}.",
-        ["Layer", name, "", "verdict", "takes tokens"],
+        ["Layer", name, "", "verdict", "tokens needed"],
         rows,
         text_columns=2,
         active=pair.layers["moves"],
@@ -203,13 +203,13 @@ def _differences(record: CorpusComparison, pair: CorpusDifferences) -> Table:
 
 
 def _tokens_needed(row: LayerDifference | ThresholdTransfer) -> str:
-    """Return the tokens that would decide what cannot be told, where any number would."""
+    """Return the number of tokens that would decide an undecided row; empty if none would."""
     needed = row.tokens_needed
     if needed is None:
         return ""
     if needed > _MOST_TOKENS:
         return f"> {_MOST_TOKENS:,}"
-    # Two digits: it is an estimate.
+    # Two significant digits, because it is an estimate.
     unit = 10 ** max(0, len(str(needed)) - 2)
     return f"{-(-needed // unit) * unit:,}"
 
@@ -252,9 +252,9 @@ def _special_words(record: CorpusComparison) -> str:
     parts = []
     for row in special.differ:
         shares = ", ".join(f"{label} {share(value)}" for label, value in row.shares.items())
-        how = "surely" if row.sure else "not surely"
+        how = "significantly" if row.sure else "not significantly"
         parts.append(
-            f"Layer {row.layer} is special in {listed(row.special_in)} alone, {how} so "
+            f"Layer {row.layer} is special only in {listed(row.special_in)}, {how} so "
             f"(share of resamples in which it is: {shares})."
         )
     return " ".join(parts)
@@ -269,15 +269,15 @@ def _transfers(record: CorpusComparison) -> Iterator[Block]:
     yield (
         "A threshold is fitted on one corpus and realizes a hard ratio on another. It transfers "
         f"where the 95 % interval of that ratio lies within {settings.tolerance:g} of the "
-        "wanted one, does not where it lies wholly beyond, and cannot be told otherwise (then with "
-        "the tokens of that corpus that it would take)."
+        "target, does not where it lies wholly beyond, and is undecided otherwise (then with "
+        "the tokens of that corpus that would decide)."
     )
     yield Picture(
         "corpora-thresholds.svg",
         corpora_thresholds_svg(record),
         "How far the hard ratio that other corpora's thresholds realize on each corpus lies from "
-        "the wanted one, with 95 % intervals. Filled: the threshold does not transfer; open: it "
-        "does, or cannot be told.",
+        "the target, with 95 % intervals. Filled: the threshold does not transfer; open: it "
+        "does, or this is undecided.",
     )
     rows = [
         [
@@ -293,11 +293,11 @@ def _transfers(record: CorpusComparison) -> Iterator[Block]:
     ]
     header = [
         "threshold of",
-        "wanted",
+        "target",
         "threshold",
         "realized",
         "95 % interval",
         "verdict",
-        "takes tokens",
+        "tokens needed",
     ]
-    yield table_of("Hard tokens, wanted and realized.", header, rows, text_columns=2)
+    yield table_of("Target and realized hard ratios.", header, rows, text_columns=2)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Colour and marker of each corpus, in order: both tell them apart.
+#: Colour and marker of each corpus, in order.
 _STYLES = (
     ("rule1", "o"),
     ("rule3", "s"),
@@ -30,9 +30,9 @@ _STYLES = (
     ("ink", "X"),
     ("control", "h"),
 )
-#: How much of a layer's place all corpora together take.
+#: The share of a layer's width that the markers of all corpora take.
 _DODGE = 0.5
-#: From so many times the margin on, the axis of the differences is logarithmic beyond the margin.
+#: If a difference exceeds this multiple of the margin, the axis is logarithmic beyond the margin.
 _FAR = 12.0
 _MAX_NAME = 40
 _PANELS_PER_ROW = 3
@@ -48,7 +48,7 @@ def styles_of(record: CorpusComparison) -> dict[str, tuple[str, str]]:
 
 
 def corpora_profiles_svg(record: CorpusComparison) -> str:
-    """Draw the corpora's means, layer by layer, and below it their differences to the first.
+    """Draw the corpora's means per layer, and below them the differences to the first corpus.
 
     Args:
         record: The comparison.
@@ -77,7 +77,7 @@ def corpora_profiles_svg(record: CorpusComparison) -> str:
 
 
 def _draw_legend(figure: Figure, panels: Iterable[Axes]) -> None:
-    """Name every style once, in the order of the names: A before B."""
+    """Add one legend entry per style, sorted by name."""
     handles = {
         label: handle
         for axes in panels
@@ -92,25 +92,25 @@ def _draw_legend(figure: Figure, panels: Iterable[Axes]) -> None:
 
 
 def _named(corpus: ComparedCorpus) -> str:
-    """Return `A: name`, in characters that every font has."""
+    """Return `A: name` in ASCII, which every font has."""
     name = str(corpus.name)
     short = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 3]}..."
     return f"{corpus.label}: {short}".encode("ascii", "replace").decode()
 
 
 def _offset(number: int, count: int, width: float = _DODGE) -> float:
-    """Return how far from its layer's place a corpus is drawn, so that none covers another."""
+    """Return the horizontal offset of a corpus from its layer, so that markers do not overlap."""
     return width * ((number + 0.5) / count - 0.5)
 
 
 def _draw_means(axes: Axes, record: CorpusComparison) -> None:
-    """Draw every corpus's means with intervals; the row behind the final norm stands apart."""
+    """Draw every corpus's means with intervals; the row after the final norm is set apart."""
     rows, styles = record.layers, styles_of(record)
     places = layer_positions(rows)
     drawn = []
     for number, corpus in enumerate(record.corpora):
         colour, marker = styles[corpus.label]
-        # Hardly any offset: lines that are drawn apart look as if the means were.
+        # A tiny offset, because separated lines would look like different means.
         offset = _offset(number, len(styles), _DODGE / 3)
         means = [row.means[number] for row in rows]
         drawn += [end for mean in means for end in mean.interval]
@@ -169,7 +169,7 @@ def _draw_differences(axes: Axes, record: CorpusComparison) -> None:
 
 
 def _scale_differences(axes: Axes, margin: float, most: float) -> None:
-    """Make the axis linear, or, where differences are far beyond the margin, only within it."""
+    """Make the axis linear, or linear only within the margin if differences are far beyond it."""
     if most <= _FAR * margin:
         return
     axes.set_yscale("symlog", linthresh=margin, linscale=1.0)
@@ -215,7 +215,7 @@ def corpora_thresholds_svg(record: CorpusComparison) -> str:
 def _panels(
     grid: Iterable[Iterable[Axes]], corpora: Sequence[ComparedCorpus]
 ) -> Iterator[tuple[Axes, ComparedCorpus]]:
-    """Yield a panel for every corpus; those that are left over are taken away."""
+    """Yield a panel for every corpus and remove unused panels."""
     flat = [axes for line in grid for axes in line]
     yield from zip(flat, corpora, strict=False)
     for axes in flat[len(corpora) :]:
@@ -223,7 +223,7 @@ def _panels(
 
 
 def _draw_transfers(axes: Axes, record: CorpusComparison, corpus: ComparedCorpus) -> None:
-    """Draw how far off other corpora's thresholds are on one, filled where they do not transfer."""
+    """Draw the errors of other corpora's thresholds on one corpus, filled if not transferring."""
     settings, styles = record.settings, styles_of(record)
     axes.set_title(f"on {_named(corpus)}", loc="left", fontsize=10, parse_math=False)
     axes.set_xlabel("wanted hard ratio")
@@ -261,7 +261,7 @@ def _draw_transfers(axes: Axes, record: CorpusComparison, corpus: ComparedCorpus
 def _rows_between(
     record: CorpusComparison, one: ComparedCorpus, other: ComparedCorpus
 ) -> list[ThresholdTransfer]:
-    """Return what the thresholds of one corpus do on another, in the order of the hard ratios."""
+    """Return the transfers from one corpus to another, ordered by hard ratio."""
     return [
         row
         for row in record.thresholds.rows

@@ -1,4 +1,4 @@
-"""The report of an explained layer: the causes that are supported, and by which numbers."""
+"""The report of an explained layer: the supported causes and their evidence."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _named(record: LayerExplanation, causes: Sequence[ClosingCause]) -> str:
 
 
 def _verdict(record: LayerExplanation) -> str:
-    """Say which causes are supported, with the numbers that decide."""
+    """Return which causes are supported, with the deciding numbers."""
     gap, (target, other) = record.gap, record.sides
     turns = (
         f"Layer {target.layer} turns the stream by {target.degrees:.1f} degrees (similarity "
@@ -94,19 +94,19 @@ def _verdict(record: LayerExplanation) -> str:
     ]
     if not supported:
         return (
-            f"{turns} No single cause carries the gap of {gap.degrees:.1f} degrees: taking away "
-            f"any of them leaves more than {whole_percent(1 - record.settings.carries)} of it, or "
-            "cannot be told from that."
+            f"{turns} No single cause explains the gap of {gap.degrees:.1f} degrees: the gap that "
+            f"remains without each is more than {whole_percent(1 - record.settings.carries)}, or "
+            "this is undecided."
         )
     supported.sort(key=lambda one: -one.closed)
     return (
-        f"{turns} The gap of {gap.degrees:.1f} degrees goes with {_named(record, supported)}: the "
-        "share of it that is gone without each."
+        f"{turns} The gap of {gap.degrees:.1f} degrees is explained by {_named(record, supported)} "
+        "(share of the gap that closes without each)."
     )
 
 
 def _worth(record: LayerExplanation) -> tuple[str, ...]:
-    """Say which causes are not supported, and what the layer is worth to the model."""
+    """Return which causes are not supported, and the layer's importance to the model."""
     lines = []
     if record.gap.asks_for_a_cause:
         for verdict, words in (
@@ -157,7 +157,7 @@ def _causes(record: LayerExplanation) -> list[Block]:
             f"What is left without each: degrees that layer {layer} turns the stream, degrees that "
             f"layer {contrast} turns it, the similarity of layer {layer}; and which share of the "
             "gap between the two is gone, with its 95 % interval in percent.",
-            (layer, contrast, "cosine", "gone", "95 %", "carries", "without"),
+            (layer, contrast, "cosine", "closed", "95 %", "supported", "without"),
             rows,
             text_columns=2,
         )
@@ -172,10 +172,9 @@ def _causes(record: LayerExplanation) -> list[Block]:
             Picture(
                 "explanation-causes.svg",
                 causes_svg(record),
-                f"Share of the gap between layer {layer} and layer {contrast} that goes with each "
-                "cause; lines are 95 % intervals. What an update adds is subtracted, tokens are "
-                "hidden from attention, dimensions are left out, and traits are made the "
-                "neighbour's.",
+                f"Share of the gap between layer {layer} and layer {contrast} that closes without "
+                "each cause; lines are 95 % intervals. Updates are subtracted, tokens are hidden "
+                "from attention, dimensions are removed, and traits are set to the neighbour's.",
             )
         )
     return blocks

@@ -41,7 +41,7 @@ def _names(record: LayerExplanation) -> tuple[str, str]:
 
 
 def causes_svg(record: LayerExplanation) -> str:
-    """Draw which share of the gap goes with each cause, with its interval.
+    """Draw the share of the gap that closes without each cause, with its interval.
 
     Args:
         record: The explanation.
@@ -62,12 +62,13 @@ def causes_svg(record: LayerExplanation) -> str:
         axes.axvline(0, color=LIGHT["muted"], linewidth=0.8)
         names = [cause_words(record, cause.row) for cause in causes]
         axes.set_yticks(range(len(names)), names, parse_math=False)
-        axes.set_xlabel(f"share of the gap that goes with it, % (dashed: {threshold:g} % carries)")
+        axes.set_xlabel(
+            f"share of the gap that closes without it, % (dashed: {threshold:g} %, supported)"
+        )
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
-        label = (
-            f"Bar chart: share of the gap between {layer} and {contrast} that goes with each cause."
-        )
+        label = f"Bar chart: share of the gap between {layer} and {contrast} that closes without "
+        label += "each cause."
         return as_svg(figure, "explanation-causes", label)
 
 
@@ -139,7 +140,7 @@ def _line(
 
 
 def _mark(axes: Axes, record: LayerExplanation) -> None:
-    """Mark the layer that is explained and its neighbour."""
+    """Mark the explained layer and its neighbour."""
     settings = record.settings
     for place, colour in ((int(settings.layer), "active"), (int(settings.contrast), "mean")):
         axes.axvspan(place - 0.4, place + 0.4, color=LIGHT[colour], alpha=0.13, linewidth=0)
@@ -177,7 +178,7 @@ def tokens_svg(record: LayerExplanation) -> str:
 def _draw_groups(
     axes: Axes, sides: Sequence[GroupSimilarity], shift: float, colour: str, name: str
 ) -> list[float]:
-    """Draw one layer's similarity in each group; return the angles that are drawn."""
+    """Draw one layer's similarity in each group and return the drawn angles."""
     places = [place + shift for place in range(len(sides))]
     angles = [angle(side.similarity) for side in sides]
     axes.plot(places, angles, "o", color=colour, markersize=4.5, label=name)

@@ -44,9 +44,9 @@ def sides_table(record: LayerExplanation) -> Table:
         *_sink_lines(rows),
     ]
     return table_of(
-        "The update of each layer, in its parts. Angles are in degrees, norms the medians over "
-        "tokens but the first; a part's share of the angle is what goes with it when it leaves "
-        "first and when it leaves last, on average.",
+        "The update of each layer and its sublayers. Angles are in degrees, norms are medians over "
+        "all tokens but the first. A sublayer's share of the angle is the mean of the angle that "
+        "closes when it is removed first and when it is removed last.",
         (*(f"layer {side.layer}" for side in sides), ""),
         table,
         text_columns=1,
@@ -54,7 +54,7 @@ def sides_table(record: LayerExplanation) -> Table:
 
 
 def _sink_lines(rows: Sequence[LayerRow]) -> list[list[str]]:
-    """Return the lines on attention to the first token and to delimiters, where it is known."""
+    """Return the rows on attention to the first token and to delimiters, if measured."""
     lines = []
     for name, shares in (
         ("attention to the first token", [known(row.first_token_attention) for row in rows]),
@@ -84,7 +84,7 @@ def ablation_blocks(record: LayerExplanation) -> tuple[Block, ...]:
     full = record.ablations[0].full_perplexity
     return (
         table_of(
-            f"Perplexity when a layer or a part of it is taken away; as it is: {full:.2f}.",
+            f"Perplexity without a layer or a sublayer; unchanged model: {full:.2f}.",
             ("layer", "perplexity", "ratio", "95 % interval", ""),
             rows,
             text_columns=1,
@@ -92,7 +92,7 @@ def ablation_blocks(record: LayerExplanation) -> tuple[Block, ...]:
         Picture(
             "explanation-ablations.svg",
             ablations_svg(record),
-            "Perplexity without a layer or a part of it, relative to the model as it is.",
+            "Perplexity without a layer or a sublayer, relative to the unchanged model.",
         ),
     )
 
@@ -128,7 +128,7 @@ def _ends(interval: Sequence[float] | None) -> str:
 
 
 def depth_blocks(record: LayerExplanation) -> tuple[Block, ...]:
-    """Return what the stream does over depth: its growth, its picture, massive activations."""
+    """Return the stream over depth: growth, picture and massive activations."""
     norms = {row.entry: row.norm for row in record.entries}
     picture = Picture(
         "explanation-depth.svg",
@@ -154,7 +154,7 @@ def depth_blocks(record: LayerExplanation) -> tuple[Block, ...]:
 
 
 def _massive_rows(entries: Sequence[StreamEntry]) -> list[list[str]]:
-    """Return one row per dimension: where it is massive, how large, on which tokens."""
+    """Return one row per massive dimension: layers, size and tokens."""
     found: dict[int, list[tuple[int, MassiveDimension]]] = {}
     for entry in entries:
         for row in entry.massive:

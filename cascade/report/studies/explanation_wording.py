@@ -47,7 +47,7 @@ _VERDICTS = {"carries": "yes", "does not carry": "no", "cannot tell": "unclear"}
 
 @dataclass(frozen=True)
 class TestedCause:
-    """A cause that was tried, with its numbers."""
+    """A tested cause with its numbers."""
 
     row: CauseRow
     effect: CauseEffect
@@ -55,7 +55,7 @@ class TestedCause:
 
 @dataclass(frozen=True)
 class ClosingCause:
-    """A cause for which the closed share of the gap is known."""
+    """A tested cause with a known closed share of the gap."""
 
     row: CauseRow
     closed: float
@@ -63,12 +63,12 @@ class ClosingCause:
 
 
 def tested_causes(record: LayerExplanation) -> list[TestedCause]:
-    """Return the causes that were tried, in order."""
+    """Return the tested causes, in order."""
     return [TestedCause(row, effect) for row in record.causes if (effect := row.effect) is not None]
 
 
 def closing_causes(record: LayerExplanation) -> list[ClosingCause]:
-    """Return the causes for which the closed share of the gap is known, in order."""
+    """Return the tested causes with a known closed share of the gap, in order."""
     return [
         ClosingCause(tested.row, tested.effect.closed, tested.effect.interval)
         for tested in tested_causes(record)
@@ -77,7 +77,7 @@ def closing_causes(record: LayerExplanation) -> list[ClosingCause]:
 
 
 def cause_words(record: LayerExplanation, row: CauseRow) -> str:
-    """Return what a cause is called."""
+    """Return the name of a cause."""
     target = record.sides[0]
     if row.cause == "dimensions":
         found = [dim.dimension for dim in target.dimensions]
@@ -99,10 +99,10 @@ def _numbers(word: str, numbers: Sequence[int]) -> str:
 
 
 def ablation_words(row: AblationRow) -> str:
-    """Return what an ablation is called."""
+    """Return the name of an ablation."""
     return _ABLATIONS[row.ablation]
 
 
 def verdict_words(record: LayerExplanation, row: CauseRow) -> str:
-    """Return whether a cause is supported, in a word."""
+    """Return "yes", "no" or "unclear": whether a cause is supported."""
     return _VERDICTS[row.verdict] if record.gap.asks_for_a_cause else "no gap"

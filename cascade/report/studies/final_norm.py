@@ -1,4 +1,4 @@
-"""The final norm in words: what it does to the last layer's similarity, and by which weights."""
+"""The report of a final norm: its effect on the last layer's similarity, and its weights."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _verdict(record: FinalNormExplanation) -> str:
     means, layer = _means(record), record.settings.layer
     text = (
         f"Layer {layer}'s similarity is {means['residual']:.3f} on the residual stream and "
-        f"{means['behind']:.3f} where only its output is taken behind the final norm; behind the "
-        f"norm on both sides it is {means['both_behind']:.3f}."
+        f"{means['behind']:.3f} if only its output is taken after the final norm; after the norm "
+        f"on both sides it is {means['both_behind']:.3f}."
     )
     enough, explained = _enough(record)
     if enough is None:
@@ -81,7 +81,7 @@ def _verdict(record: FinalNormExplanation) -> str:
 
 
 def _enough(record: FinalNormExplanation) -> tuple[LevelledWeights | None, float]:
-    """Return the fewest weights that explain most of the difference, and which share of it."""
+    """Return the fewest weights that explain most of the difference, and their share of it."""
     for row in record.levelled:
         if row.explained is not None and row.explained >= 0.8:
             return row, row.explained
@@ -97,7 +97,7 @@ def _similarities(record: FinalNormExplanation) -> Table:
         row for row in record.similarities if row.between != "without_bias" or record.norm.has_bias
     ]
     centred = record.norm.subtracts_mean
-    # A norm that only divides by the size leaves every angle as it is.
+    # A norm that only divides by the size changes no angle.
     shown = [row for row in shown if row.between != "equal_weights" or centred]
     return table_of(
         f"Mean similarity of layer {record.settings.layer}'s input and output, by where the "
@@ -156,7 +156,7 @@ def _weights(record: FinalNormExplanation) -> tuple[Block, ...]:
 
 
 def final_norm_svg(record: FinalNormExplanation) -> str:
-    """Draw the similarity against the number of levelled weights.
+    """Draw the similarity against the number of equalized weights.
 
     Args:
         record: The explanation.

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = ("rule1", "rule3", "rule2", "rule4", "rule5", "rule6")
-#: Names longer than this run out of the legend.
+#: Longer names do not fit into the legend.
 _LONGEST_NAME = 44
-#: Depths that lie closer share what is written beside them.
+#: Depths closer than this share one label.
 _CLOSE = 0.06
-#: Beyond this many curves the names of their largest movers would cover each other; rings remain.
+#: Beyond this many curves the labels of the largest changes would overlap, so only rings are drawn.
 _MOST_NAMED = 6
 
 
 def profiles_svg(record: ModelComparison) -> str | None:
-    """Draw mean similarity against relative depth, and below it how far copies moved.
+    """Draw mean similarity against relative depth, and below it the changes of copies.
 
     Dips are triangles, joined where they match; dotted lines are suggested exit layers. The lower
     panel has the models that read the same tokens through as many layers as the first.
@@ -82,17 +82,17 @@ def _places(entry: ModelMeasurement) -> dict[str, tuple[float, float]]:
 
 
 def colour_of(record: ModelComparison, label: str) -> dict[str, Any]:
-    """Return colour and line of a model; dashed from the seventh on."""
+    """Return colour and line style of a model; dashed from the seventh model on."""
     number = [entry.label for entry in record.models].index(label)
     style = "-" if number < len(_COLOURS) else (0, (4, 1.5))
     return {"color": LIGHT[_COLOURS[number % len(_COLOURS)]], "linestyle": style}
 
 
 def shown_name(entry: ComparedModel | ModelMeasurement) -> str:
-    """Return "A name", in characters that every font has."""
+    """Return "A name" in ASCII, which every font has."""
     name = entry.name
     short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
-    # A "$" would start a formula, and a character that the font lacks would warn.
+    # A "$" would start a formula, and matplotlib warns about characters that the font lacks.
     return f"{entry.label}  {short}".encode("ascii", "replace").decode().replace("$", r"\$")
 
 
@@ -109,7 +109,7 @@ def _draw_profiles(
         axes.plot(
             depths,
             angles_of,
-            # The first one is broad: others that coincide with it are seen upon it.
+            # The first line is broad, so that others that coincide with it remain visible.
             linewidth=4.5 if number == 0 and len(measured) > 1 else 1.3,
             alpha=0.4 if number == 0 and len(measured) > 1 else 1.0,
             marker="o",
@@ -174,7 +174,7 @@ def _draw_exits(axes: Axes, measured: Sequence[ModelMeasurement]) -> None:
 
 
 def _near(found: Iterable[tuple[float, str, str]]) -> list[tuple[list[float], str]]:
-    """Return what to write beside depths that lie close: "29 (A, B), 39 (C)".
+    """Return the shared label of close depths, such as "29 (A, B), 39 (C)".
 
     Args:
         found: Relative depth, label of the model, layer.
@@ -202,7 +202,7 @@ def _near(found: Iterable[tuple[float, str, str]]) -> list[tuple[list[float], st
 
 
 def label_range(labels: Sequence[str]) -> str:
-    """Return "A to E" for letters that follow each other, else "A, C"."""
+    """Return "A to E" for consecutive letters, else "A, C"."""
     follow = [chr(ord(labels[0]) + number) for number in range(len(labels))]
     if len(labels) > 2 and list(labels) == follow:
         return f"{labels[0]} to {labels[-1]}"
@@ -241,7 +241,7 @@ class _MovedModel:
 
 
 def _moved_models(record: ModelComparison) -> list[_MovedModel]:
-    """Return the models with a change to draw; a logarithmic axis has no place for zero."""
+    """Return the models with a nonzero change, because the axis is logarithmic."""
     found = [
         _MovedModel(
             pair.model,
@@ -297,7 +297,7 @@ def _name_mover(axes: Axes, text: str, place: tuple[float, float]) -> None:
 
 
 def operations_svg(record: ModelComparison) -> str | None:
-    """Draw what share of each model's operations lies before and behind the exit, and in the head.
+    """Draw the shares of each model's operations before and after the exit, and in the LM head.
 
     Args:
         record: The comparison.

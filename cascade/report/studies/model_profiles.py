@@ -1,4 +1,4 @@
-"""Parts of the report on models: profiles, dips, exit layers, changes over the same tokens."""
+"""Sections of the report on models: profiles, dips, exit layers, changes on the same tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def profile_blocks(
         yield "No model was measured: there is no profile to draw."
         return
     caption = (
-        "Mean similarity of each decoder layer's input and output; the state behind the final norm "
+        "Mean similarity of each decoder layer's input and output; the state after the final norm "
         "is left out. Triangles are dips, joined by dots where they match; dotted lines are "
         "suggested exit layers."
     )
@@ -60,7 +60,7 @@ def profile_blocks(
 
 
 def _means_table(measured: Sequence[ModelMeasurement]) -> Table:
-    """Return one row per layer of the deepest model; each layer of another in the nearest row."""
+    """Return one row per layer of the deepest model; other models' layers are in the nearest."""
     deepest = max(entry.sizes.num_layers for entry in measured)
     several = any(entry.sizes.num_layers != deepest for entry in measured)
     lines: list[list[str]] = [[""] * len(measured) for _ in range(deepest + 1)]
@@ -68,9 +68,9 @@ def _means_table(measured: Sequence[ModelMeasurement]) -> Table:
     for column, entry in enumerate(measured):
         depth = entry.sizes.num_layers
         for row in entry.layers:
-            # layer / depth * deepest, to the nearest: no two layers share a line.
+            # The nearest row to layer / depth * deepest; no two layers share a row.
             line = deepest if is_normed(row) else _nearest(int(row.layer), depth, deepest) - 1
-            # Of models that differ in depth, each cell says which layer it is.
+            # If models differ in depth, each cell names its layer.
             text = f"{row.layer}: {show(row.mean)}" if several else show(row.mean)
             lines[line][column] = text
             if row.layer in entry.structure.dips:
@@ -86,7 +86,7 @@ def _means_table(measured: Sequence[ModelMeasurement]) -> Table:
     if several:
         caption += " (layer: mean), in the line of the relative depth that is nearest"
     return table_of(
-        f"{caption}; norm: of the state behind the final norm.",
+        f"{caption}; norm: of the state after the final norm.",
         ("depth", *([] if several else ["layer"]), *(entry.label for entry in measured)),
         rows,
         active=tuple(dips),
@@ -211,7 +211,7 @@ def exit_blocks(record: ModelComparison, measured: Sequence[ModelMeasurement]) -
 
 
 def paired_blocks(record: ModelComparison) -> Iterator[Block]:
-    """Yield what changed between models over the same tokens."""
+    """Yield the changes between models on the same tokens."""
     paired = [(pair, pair.paired) for pair in record.pairs if pair.paired is not None]
     if paired:
         pair, changes = paired[0]
@@ -229,7 +229,7 @@ def paired_blocks(record: ModelComparison) -> Iterator[Block]:
         ]
         if normed:
             yield table_of(
-                "The same for the state behind the final norm.",
+                "The same for the state after the final norm.",
                 ("", "size", "mean change", "95% interval", "largest", "sequence"),
                 normed,
             )

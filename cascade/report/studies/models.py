@@ -69,7 +69,7 @@ def _about(measured: Sequence[ModelMeasurement]) -> str:
 
 
 def _provenance(record: ModelComparison) -> dict[str, Any]:
-    """Return what all models share, and the origin of each model."""
+    """Return what all models share, and the provenance of each model."""
     models: dict[str, Any] = {}
     for entry in record.models:
         about: dict[str, Any] = {"configuration": entry.configuration}
@@ -113,7 +113,7 @@ def _lead(record: ModelComparison, measured: Sequence[ModelMeasurement]) -> str:
 
 
 def _threshold_words(record: ModelComparison) -> str:
-    """Say which model the first one's thresholds suit least, where they can be tried."""
+    """Return which model the first one's thresholds fit least, if they can be applied."""
     tried = [
         (abs(row.reached - row.hard_ratio), pair, row)
         for pair in record.pairs
@@ -194,7 +194,7 @@ def _configured(record: ModelComparison) -> Iterator[Block]:
 
 
 def _by_size(record: ModelComparison) -> dict[tuple[str, ...], list[str]]:
-    """Return what each size comes to, with the models that have it."""
+    """Return the cost of each configuration, with the models that have it."""
     found: dict[tuple[str, ...], list[str]] = {}
     for entry in record.models:
         sizes = entry.sizes

@@ -61,7 +61,7 @@ def test_a_search_that_lets_nothing_go_draws_nothing(search: Any, here: Path) ->
     done = search(*options, "--output", "out", "--overwrite")
     assert done.status == 0, done.err
     assert read("out/exit-search.json")["points"] == []
-    assert "there is nothing to draw" in done.out
+    assert "There is nothing to draw" in done.out
     assert {path.name for path in Path("out").iterdir()} == FILES - {"exit-search-frontier.svg"}
 
 

@@ -76,7 +76,7 @@ def test_options_select_what_is_collected(collect: Run, here: Path) -> None:
     assert corpora["train"].records + corpora["held-out"].records == 20
     assert "the threshold 0.8 decides" in found.notes[0]
     for note in found.notes:
-        assert f"Beware {note}" in " ".join(done.out.split())
+        assert f"Warning {note}" in " ".join(done.out.split())
 
 
 @pytest.mark.parametrize(

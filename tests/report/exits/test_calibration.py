@@ -1,4 +1,4 @@
-"""A calibration is shown with its intervals, what it does elsewhere, and what it promises."""
+"""The report of a calibration: thresholds with intervals, transfer and certificate."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_thresholds_are_shown_with_both_intervals() -> None:
     assert "70% 0.957700 0.956700 to 0.959700 70.12% 66.90% to 72.90%" in lines
 
 
-def test_ties_are_a_column_only_where_there_are_any() -> None:
+def test_ties_are_a_column_only_if_there_are_any() -> None:
     assert "ties" not in printed(a_record())
     record = a_record(by_hard_ratio=[a_fit(0.3, 0.9461), a_fit(0.7, 0.9577, ties=1234)])
     lines = printed(record).splitlines()
@@ -159,7 +159,7 @@ def test_ties_are_a_column_only_where_there_are_any() -> None:
 def test_cosine_names_the_pair_of_history_entries() -> None:
     text = flat(printed(a_record()))
     assert "Exit layer 29, history[28] against history[29]." in text
-    assert "Hard: similarity < threshold, the token goes on." in text
+    assert "Hard: similarity < threshold, the token continues." in text
 
 
 def test_mean_cosine_names_both_pairs() -> None:
@@ -169,7 +169,7 @@ def test_mean_cosine_names_both_pairs() -> None:
 
 
 @pytest.mark.parametrize("rule", ["top2_gap", "max_probability", "entropy", "patience"])
-def test_other_rules_say_what_they_measure_and_name_no_pair(rule: str) -> None:
+def test_other_rules_are_explained_without_a_pair(rule: str) -> None:
     text = flat(printed(a_record(rule=rule)))
     value, what = RULE_WORDS[rule]
     assert f"Exit layer 29: {what}. Hard: {value} < threshold" in text
@@ -181,7 +181,7 @@ def test_an_unknown_rule_is_shown_by_its_name() -> None:
     assert "Exit layer 29, rule novel. Hard: confidence < threshold" in text
 
 
-def test_every_rule_that_can_be_run_is_explained() -> None:
+def test_every_rule_is_explained() -> None:
     from cascade.evaluation.verdict import CONTROLS
     from cascade.exits.rules import RULES
 
@@ -194,7 +194,7 @@ def test_the_transfer_table_names_its_corpus_and_explains_the_loss() -> None:
     assert "0.946100 33.8% 27.7% to 39.8% 27.5% 23.5% to 31.1% hard ratio 0.3" in lines
     assert "0.987650 91.2% 90.1% to 92.3% - - risk 0.1" in lines
     assert "other-tasks, 8,192 tokens" in text
-    assert "share of a sequence's tokens whose prediction is not the full model's" in flat(text)
+    assert "share of a sequence's tokens with another prediction than the full model" in flat(text)
     assert "other corpus" not in printed(a_record())
 
 
@@ -203,37 +203,37 @@ def test_the_same_text_is_not_called_another_corpus() -> None:
     text = flat(printed(a_record(transfer=transfer)))
     assert "another corpus" not in text
     assert "The same thresholds on the same text" in text
-    assert "Beware it is the very text that they were fitted on" in text
+    assert "Warning the thresholds were fitted on this text; use another corpus" in text
 
 
-def test_few_sequences_are_said_to_be_few() -> None:
-    assert "Beware" not in printed(a_record())
+def test_few_sequences_give_a_warning() -> None:
+    assert "Warning" not in printed(a_record())
     plain = a_plain_record()
     plain["provenance"]["corpus"]["sequences"] = 7
     text = flat(printed(from_plain(plain, CalibrationRecord)))
-    assert "Beware 7 sequences are few: their intervals mean little" in text
+    assert "Warning 7 sequences are too few for reliable intervals" in text
 
 
 def test_a_certificate_shows_its_threshold_risk_and_confidence() -> None:
     text = flat(printed(a_record(certificate=a_certificate(0.98765432))))
-    assert "at most 10% of a sequence's tokens predicted otherwise" in text
-    assert "at a confidence of 95%" in text
+    assert "at most 10% of a sequence's tokens have another prediction" in text
+    assert "with 95% confidence" in text
     assert "certified: threshold 0.987654" in text
     assert "1,032 sequences" in text
-    assert "7.12% were predicted otherwise" in text
+    assert "7.12% of their tokens had another prediction" in text
     assert "the reason as the test gave it" in text
-    assert "full model is used" not in text
+    assert "use the full model" not in text
 
 
-def test_too_few_sequences_say_that_the_full_model_is_used_and_how_many_are_needed() -> None:
+def test_too_few_test_sequences_name_the_number_needed() -> None:
     text = flat(printed(a_record(certificate=a_certificate(None))))
-    assert "nothing is certified: the full model is used, no token leaves" in text
-    assert "Tested none: there are 32 sequences to test on" in text
-    assert "Needed 150 such sequences at least" in text
+    assert "nothing is certified; use the full model, no token exits" in text
+    assert "Tested none, because there are only 32 test sequences" in text
+    assert "Needed at least 150 test sequences" in text
     assert "the reason as the test gave it" in text
 
 
-def test_with_enough_sequences_no_larger_number_is_suggested() -> None:
+def test_with_enough_test_sequences_no_number_is_shown() -> None:
     certificate = a_certificate(None) | {"sequences": 200}
     text = printed(a_record(certificate=certificate))
     assert "nothing is certified" in text
@@ -242,7 +242,7 @@ def test_with_enough_sequences_no_larger_number_is_suggested() -> None:
 
 def test_without_a_hard_ratio_there_are_no_thresholds() -> None:
     text = printed(a_record(by_hard_ratio=[], certificate=a_certificate(0.98)))
-    assert "Thresholds by the wanted share of hard tokens\nnone\n" in text
+    assert "Thresholds by target hard ratio\nnone\n" in text
 
 
 def everything() -> CalibrationRecord:
@@ -265,7 +265,7 @@ def test_no_line_is_longer_than_the_console(width: int, encoding: str) -> None:
     assert not any("…" in line for line in lines)
 
 
-def test_markup_and_control_characters_in_a_name_are_printed_as_they_are() -> None:
+def test_markup_and_control_characters_in_a_name_are_escaped() -> None:
     plain = a_plain_record() | {"transfer": a_transfer()}
     plain["provenance"]["model"]["name"] = "[red]x[/red] :smile: [/nothing] \x1b[2J"
     plain["transfer"]["rows"][0]["from"] = "[b]"
@@ -275,7 +275,7 @@ def test_markup_and_control_characters_in_a_name_are_printed_as_they_are() -> No
     assert "\x1b" not in text
 
 
-def test_a_name_in_another_script_does_not_stop_an_ascii_console() -> None:
+def test_a_non_ascii_name_is_printed_on_an_ascii_console() -> None:
     plain = a_plain_record()
     plain["provenance"]["model"]["name"] = "模型"
     record = from_plain(plain, CalibrationRecord)
@@ -293,7 +293,7 @@ def test_a_name_in_another_script_does_not_stop_an_ascii_console() -> None:
         ),
     ],
 )
-def test_a_record_of_another_kind_or_schema_or_with_nan_is_refused_in_one_line(
+def test_a_record_of_another_kind_or_schema_or_with_nan_gives_a_one_line_error(
     change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
@@ -301,14 +301,14 @@ def test_a_record_of_another_kind_or_schema_or_with_nan_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_record_without_a_section_is_no_calibration() -> None:
+def test_an_incomplete_calibration_is_refused() -> None:
     plain = a_plain_record()
     del plain["certificate"]
     with pytest.raises(SchemaError, match="expected an object or null at certificate, got nothing"):
         from_plain(plain, CalibrationRecord)
 
 
-def test_printing_leaves_the_record_as_it_was() -> None:
+def test_printing_does_not_change_the_record() -> None:
     record = everything()
     before = copy.deepcopy(to_plain(record))
     printed(record)
@@ -318,7 +318,7 @@ def test_printing_leaves_the_record_as_it_was() -> None:
 def test_the_report_is_the_same_as_a_page_and_as_markdown() -> None:
     report = calibration_report(everything())
     for text in (html_page(report), markdown(report)):
-        assert "Thresholds by the wanted share of hard tokens" in text
+        assert "Thresholds by target hard ratio" in text
         assert "hard ratio 0.333333" in text
         assert "certified: threshold -0.250000" in text
 
@@ -337,7 +337,7 @@ def test_the_report_is_the_same_as_a_page_and_as_markdown() -> None:
         (float("-inf"), "-inf"),
     ],
 )
-def test_a_threshold_never_reads_as_one_or_zero_unless_it_is(value: float, shown: str) -> None:
+def test_only_thresholds_of_zero_or_one_are_shown_as_such(value: float, shown: str) -> None:
     assert show_threshold(value).rstrip("0") == shown.rstrip("0")
     assert float(show_threshold(value)) == pytest.approx(value, abs=5e-7)
 
@@ -355,5 +355,5 @@ def test_a_threshold_never_reads_as_one_or_zero_unless_it_is(value: float, shown
         (float("inf"), "inf"),
     ],
 )
-def test_a_ratio_keeps_to_few_characters(value: float | None, shown: str) -> None:
+def test_ratios_are_short(value: float | None, shown: str) -> None:
     assert ratio(value) == shown

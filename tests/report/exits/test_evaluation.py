@@ -1,4 +1,4 @@
-"""An evaluation is shown with its verdict first, every point, and nothing left out or made up."""
+"""The report of an evaluation: the verdict first, then every operating point."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def a_corpus(name: str) -> dict[str, Any]:
 def a_point(
     layer: int, rule: str, threshold: float, share: float, **changes: Any
 ) -> dict[str, Any]:
-    """Return a point that loses and saves the more, the more tokens leave and the earlier."""
+    """Return an operating point that loses and saves more, the more tokens exit and the earlier."""
     loss = min(1.0, share * (30 - layer) / 20)
     return {
         "exit_layer": layer,
@@ -153,7 +153,7 @@ def a_record(layers: tuple[int, ...] = (24, 28), **changes: Any) -> dict[str, An
 
 
 def an_empty_record() -> dict[str, Any]:
-    """Return a record without any point, as for rules that no layer is wide enough for."""
+    """Return a record without any operating point."""
     return a_record(
         (),
         search={"agreement": 0.95, "points": [], "confirmed": [], "best": None, "saves": False},
@@ -172,7 +172,7 @@ def an_empty_record() -> dict[str, Any]:
 
 
 def a_bare_record() -> dict[str, Any]:
-    """Return a record with nothing in it that may be missing."""
+    """Return a record without any optional field."""
     record = a_record()
     for row in record["points"]:
         row.update(
@@ -195,7 +195,7 @@ def a_bare_record() -> dict[str, Any]:
 
 
 def a_poor_record() -> dict[str, Any]:
-    """Return a record whose perplexities are those of a logit lens far from the top."""
+    """Return a record with the huge perplexities of a logit lens at low layers."""
     record = a_record()
     for row in record["points"]:
         row.update(perplexity_ratio=37_298_780.0, perplexity_ratio_interval=[2e6, 1e30])
@@ -241,7 +241,7 @@ def full_text() -> str:
 
 @functools.cache
 def report_of(make: Callable[[], dict[str, Any]]) -> Report:
-    """Return the report of a record, made once: drawing its figure takes the most time."""
+    """Return the report of a record, cached because drawing its figure is slow."""
     return evaluation_report(typed(make()))
 
 
@@ -262,7 +262,7 @@ def flat(text: str) -> str:
 
 
 def section(text: str, heading: str) -> str:
-    """Return what is printed below a heading, up to the next empty line."""
+    """Return the printed text below a heading, up to the next empty line."""
     return text.split(f"\n{heading}\n", 1)[1].split("\n\n", 1)[0]
 
 
@@ -277,37 +277,37 @@ def test_the_verdict_comes_first_with_every_check_marked() -> None:
         "failed 92.5 % of all tokens (wanted: 95.0 %)",
         "passed perplexity is 1.150 x",
         "passed scoring takes 0.93 x",
-        "failed not better than this: random exit of 50.0 %",
-        "passed better than this: every token leaving",
+        "failed no better than this control: random exit of 50.0 %",
+        "passed better than this control: every token leaving",
     ]
 
 
-def test_the_oracle_is_told_as_a_yardstick_and_not_as_a_limit() -> None:
+def test_the_oracle_is_a_reference_and_not_a_limit() -> None:
     text = flat(full_text())
     assert (
-        "yardstick an oracle that lets exactly those leave at layer 24 for which the exit head is "
-        "right (64.0%): perplexity 1.192 x, agreement 90.4%, 0.90 x the operations; a rule that "
-        "lets fewer go can lose less" in text
+        "reference an oracle that exits at layer 24 exactly the tokens for which the exit head is "
+        "right (64.0%) has perplexity 1.192 x, agreement 90.4% and 0.90 x the operations; a rule "
+        "that exits fewer tokens can lose less" in text
     )
     assert "limit" not in text
 
 
-def test_checks_that_no_control_was_measured_for_are_left_out() -> None:
+def test_checks_without_a_measured_control_are_omitted() -> None:
     text = printed(a_bare_record()).split("\nWhat was measured\n")[0]
     text = text[text.index("Verdict\n") :]
     assert [line.split()[0] for line in text.splitlines()[3:6]] == ["failed", "passed", "passed"]
-    assert "this:" not in text
-    assert "yardstick" not in text
+    assert "this control:" not in text
+    assert "reference" not in text
 
 
-def test_reasons_that_fit_no_check_are_refused() -> None:
+def test_reasons_that_match_no_check_are_refused() -> None:
     record = a_record()
     record["verdict"]["reasons"].pop()
     with pytest.raises(ValueError, match=r"one reason for each of agreement, .*static, got 4$"):
         printed(record)
 
 
-def test_every_point_is_printed_below_its_layer_and_controls_come_last() -> None:
+def test_operating_points_are_printed_by_layer_with_controls_last() -> None:
     for layer in (24, 28):
         rules = [
             line.split("  ")[-1] for line in section(full_text(), f"Layer {layer}").splitlines()
@@ -330,7 +330,7 @@ def test_the_printed_numbers_are_those_of_the_record() -> None:
     assert flat(first) == "70.0% 89.5% 1.210 0.070 25.80 0.90 0.91 0.90-0.92 cosine 0.9405"
 
 
-def test_columns_of_all_layers_stand_below_each_other() -> None:
+def test_columns_of_all_layers_are_aligned() -> None:
     record = a_record()
     record["points"][0]["exit_share"] = 1.0
     first, second = (section(printed(record), f"Layer {layer}") for layer in (24, 28))
@@ -348,30 +348,32 @@ def test_auroc_is_a_table_of_layers_and_rules_with_a_dash_for_none() -> None:
     assert "0.5 by chance" in flat(text)
 
 
-def test_the_search_tells_what_was_fitted_and_what_was_confirmed() -> None:
-    text = full_text().split("\nThe exit-layer search\n")[1]
+def test_the_search_shows_fitted_and_confirmed_thresholds() -> None:
+    text = full_text().split("\nExit-layer search\n")[1]
     assert "fitted on held-out-fit and measured on held-out-confirm" in flat(text)
     lines = [flat(line) for line in text.splitlines()]
     assert "24 0.9528 50.0% 92.50% 91.7%-93.2% 0.93 cosine not confirmed" in lines
     assert "24 0.3875 30.0% 95.50% 95.0%-95.9% 1.10 top2_gap confirmed, best" in lines
     assert "Best: layer 24, top2_gap >= 0.387500, at 1.104 x the operations" in flat(text)
-    assert "it keeps its promise and saves nothing." in flat(text)
+    assert "It reaches that agreement but saves nothing." in flat(text)
 
 
-def test_a_search_that_saves_says_no_more_than_that() -> None:
+def test_a_search_that_saves_has_no_caveat() -> None:
     record = a_record()
     record["search"].update(confirmed=[1], best=1, saves=True)
     assert "at 0.925 x the operations of the full model." in flat(printed(record))
 
 
-def test_a_search_that_confirms_nothing_says_so() -> None:
-    assert "None of them kept its promise on the other sequences." in flat(printed(a_bare_record()))
+def test_a_search_that_confirms_nothing_is_reported() -> None:
+    assert "No threshold reached that agreement on the confirmation split." in flat(
+        printed(a_bare_record())
+    )
 
 
-def test_an_agreement_that_just_fails_does_not_read_as_the_wanted_one() -> None:
+def test_an_agreement_just_below_the_target_is_not_rounded_up() -> None:
     record = a_record()
     record["points"][1]["agreement"] = 0.9497
-    assert "94.97%" in printed(record).split("\nThe exit-layer search\n")[1]
+    assert "94.97%" in printed(record).split("\nExit-layer search\n")[1]
 
 
 def test_the_notes_explain_every_column_and_the_seconds() -> None:
@@ -383,7 +385,7 @@ def test_the_notes_explain_every_column_and_the_seconds() -> None:
     assert "no skipping" not in notes
 
 
-def test_a_family_that_computes_every_token_says_why() -> None:
+def test_the_reason_for_computing_every_token_is_shown() -> None:
     record = a_record()
     record["settings"]["computes_every_token_because"] = "its projections are fused"
     text = flat(printed(record))
@@ -400,31 +402,31 @@ def test_the_headline_names_both_splits_the_heads_and_the_propagation() -> None:
     assert "Head logit lens" in flat(printed(a_bare_record()))
 
 
-def test_given_points_alone_are_not_said_to_be_fitted_or_searched() -> None:
+def test_given_operating_points_are_not_reported_as_fitted_or_searched() -> None:
     record = a_bare_record()
     record["search"] |= {"points": [], "best": None}
     del record["provenance"]["fitted_on"]
     text, page = flat(printed(record)), flat(page_of(record))
     for shown in (text, page):
         assert "itted on" not in shown.split("Provenance")[0]
-        assert "Not searched: only the given points were measured." in shown
-        assert "keeps that agreement" not in shown
-    assert "Thresholds as given, none was fitted" in text
+        assert "There was no search: only the given operating points were measured." in shown
+        assert "that agreement" not in shown
+    assert "Thresholds all given, none fitted" in text
 
 
-def test_few_sequences_are_said_to_be_few() -> None:
+def test_few_sequences_give_a_warning() -> None:
     record = a_record()
-    assert "sequences are few" not in full_text()
+    assert "sequences are too few" not in full_text()
     record["provenance"]["corpus"]["sequences"] = 2
-    said = "2 sequences are few: their intervals mean little"
-    assert f"Beware {said}" in flat(printed(record))
+    said = "2 sequences are too few for reliable intervals"
+    assert f"Warning {said}" in flat(printed(record))
     assert said in page_of(record)
 
 
-def test_without_a_point_the_report_says_so() -> None:
+def test_a_report_without_operating_points() -> None:
     text = printed(an_empty_record())
-    assert text.count("No point was measured.") == 2
-    assert "No threshold that lets any token leave keeps that agreement." in flat(text)
+    assert text.count("No operating point was measured.") == 2
+    assert "No threshold reaches that agreement and exits any token." in flat(text)
     assert "\nVerdict\nDo not use early exit here: no rule was measured.\n" in text
 
 
@@ -458,7 +460,7 @@ def test_piped_output_holds_no_escape_codes_and_a_terminal_gets_the_same_text() 
 
 # The figure's font has no escape character.
 @pytest.mark.filterwarnings("ignore:Glyph 27")
-def test_markup_in_names_is_printed_as_it_is() -> None:
+def test_markup_in_names_is_printed_verbatim() -> None:
     record = a_record()
     nasty = "[red]x[/red] :smile: [/nothing]\x1b[2J"
     record["provenance"]["model"]["name"] = nasty
@@ -472,7 +474,7 @@ def test_markup_in_names_is_printed_as_it_is() -> None:
 # --- Figure ----------------------------------------------------------------------------------
 
 
-def test_the_figure_is_one_element_and_the_same_twice() -> None:
+def test_the_figure_is_one_element_and_reproducible() -> None:
     svg = figure_of(a_record())
     assert svg == figure_of(a_record())
     assert svg.startswith("<svg ")
@@ -480,7 +482,7 @@ def test_the_figure_is_one_element_and_the_same_twice() -> None:
     assert Page(svg).misnested == []
 
 
-def test_the_figure_tells_rules_controls_and_the_full_model_apart() -> None:
+def test_the_figure_distinguishes_rules_controls_and_the_full_model() -> None:
     texts = [text.strip() for text in Page(figure_of(a_record())).texts if text.strip()]
     for name in (
         "cosine",
@@ -489,7 +491,7 @@ def test_the_figure_tells_rules_controls_and_the_full_model_apart() -> None:
         "random (control)",
         "oracle (control)",
         "full model",
-        "nearest to paying",
+        "nearest to worthwhile",
     ):
         assert texts.count(name) == 1
     assert {"24", "28"} <= {*texts}
@@ -502,12 +504,12 @@ def test_a_verdict_for_early_exit_is_marked_as_one() -> None:
     assert ">use this<" in figure_of(record)
 
 
-def test_the_front_holds_what_nothing_beats_in_both_and_the_full_model() -> None:
+def test_the_front_has_the_undominated_points_and_the_full_model() -> None:
     places = [(0.9, 1.1), (0.95, 1.2), (0.8, 1.4), (0.9, 1.3), (1.1, 1.05), (0.8, 1.4)]
     assert front_of([(1.0, 1.0), *places]) == [(0.8, 1.4), (0.9, 1.1), (1.0, 1.0)]
 
 
-def test_a_point_better_than_the_full_model_in_both_leaves_it_off_the_front() -> None:
+def test_a_point_that_dominates_the_full_model_removes_it_from_the_front() -> None:
     assert front_of([(1.0, 1.0), (0.9, 0.98)]) == [(0.9, 0.98)]
 
 
@@ -539,7 +541,7 @@ def test_a_name_beyond_the_font_is_drawn() -> None:
 # --- Page ------------------------------------------------------------------------------------
 
 
-def test_the_page_is_well_nested_loads_nothing_and_its_ids_are_unique() -> None:
+def test_the_page_is_well_formed_and_loads_nothing() -> None:
     parsed = Page(full_page())
     assert parsed.misnested == []
     assert parsed.open == []
@@ -563,8 +565,8 @@ def test_the_page_begins_with_the_verdict() -> None:
             "92.5 % of all tokens",
             "What was measured",
             "Quality and cost",
-            "Does the rule know when the exit head is right?",
-            "The exit-layer search",
+            "Does the confidence predict when the exit head is right?",
+            "Exit-layer search",
             "Notes",
             "Provenance",
         )
@@ -572,7 +574,7 @@ def test_the_page_begins_with_the_verdict() -> None:
     assert order == sorted(order)
 
 
-def test_the_page_shows_every_point_with_all_its_numbers() -> None:
+def test_the_page_shows_every_operating_point_with_all_numbers() -> None:
     rows = Page(full_page()).rows
     assert [
         "24",
@@ -599,13 +601,13 @@ def test_the_page_shows_every_point_with_all_its_numbers() -> None:
     assert len([row for row in rows if row[0] in ("24", "28") and len(row) > 2]) == 2 * 12 + 2 + 2
 
 
-def test_controls_are_set_back_and_the_verdicts_point_stands_out() -> None:
+def test_controls_are_muted_and_the_verdicts_point_is_highlighted() -> None:
     classes = [tag.get("class") for name, tag in Page(full_page()).tags if name == "tr"]
     assert classes.count("control") == 2 * 6
     assert classes.count("active") == 2
 
 
-def test_nested_provenance_is_on_the_page_and_absent_heads_are_not() -> None:
+def test_the_page_shows_nested_provenance_without_absent_heads() -> None:
     rows = Page(full_page()).rows
     for row in (["heads: strengths"], ["24", "0.01, 1e-06"], ["heads: corpus"], ["name", "train"]):
         assert row in rows
@@ -613,7 +615,7 @@ def test_nested_provenance_is_on_the_page_and_absent_heads_are_not() -> None:
     assert not [name for name in bare if "heads" in name]
 
 
-def test_everything_of_the_record_is_escaped() -> None:
+def test_all_texts_of_a_record_are_escaped() -> None:
     nasty = "<script>alert('x')</script>\"&amp;<b>"
     record = a_record()
 
@@ -648,7 +650,7 @@ def test_tables_have_captions_and_the_figure_a_label() -> None:
     assert a_record()["verdict"]["headline"] in label
 
 
-def test_colours_follow_the_readers_scheme() -> None:
+def test_colours_follow_the_light_or_dark_theme() -> None:
     page = full_page()
     svg = page[page.index("<svg ") : page.index("</svg>")]
     assert not re.search(r"#[0-9a-f]{6}\b", svg)
@@ -676,15 +678,13 @@ def broken() -> dict[str, Any]:
         (broken(), "points[3].kl"),
     ],
 )
-def test_another_record_is_refused_before_a_report_in_one_line(
-    record: dict[str, Any], place: str
-) -> None:
+def test_an_invalid_record_gives_a_one_line_error(record: dict[str, Any], place: str) -> None:
     with pytest.raises(SchemaError, match=re.escape(place)) as caught:
         typed(record)
     assert "\n" not in str(caught.value)
 
 
-def test_reporting_leaves_the_record_as_it_was() -> None:
+def test_reporting_does_not_change_the_record() -> None:
     record = typed(a_record())
     before = copy.deepcopy(record)
     evaluation_report(record)

@@ -1,4 +1,4 @@
-"""Generated text is shown whole, and every token tells the layer at which it left."""
+"""The report of generated text: all tokens with their exit layers, and a summary."""
 
 from __future__ import annotations
 
@@ -82,16 +82,16 @@ def flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_without_colours_marks_tell_where_tokens_left() -> None:
+def test_without_colours_marks_show_exit_layers() -> None:
     text = printed(a_record())
     assert text.startswith(
-        "The capital of France is [24]Paris, [30]which [28]is [24]big\n\nWhere the tokens left\n"
+        "The capital of France is [24]Paris, [30]which [28]is [24]big\n\nExit layers\n"
     )
-    assert "A mark holds for all tokens up to the next one." in text
+    assert "A mark applies to all tokens up to the next mark." in text
     assert "\x1b" not in text
 
 
-def test_no_color_brings_marks_even_on_a_terminal() -> None:
+def test_no_color_gives_marks_on_a_terminal() -> None:
     assert "is [24]Paris, [30]which" in without_codes(on_a_terminal(a_record(), no_color=True))
 
 
@@ -112,7 +112,7 @@ def test_the_prompt_is_plain() -> None:
     assert on_a_terminal(a_record()).startswith("The capital of France is\x1b[32m")
 
 
-def test_an_answer_stands_apart_from_the_question() -> None:
+def test_an_answer_is_separated_from_the_question() -> None:
     for shown in (printed, on_a_terminal):
         text = without_codes(shown(a_record() | {"chat": True}))
         assert re.match(r"The capital of France is\n\n (\[24\])?Paris,", text)
@@ -129,7 +129,7 @@ def test_an_exit_layer_without_tokens_is_in_the_legend() -> None:
     assert "for 1 new token\n" in text
 
 
-def test_the_summary_says_everything_that_the_record_does() -> None:
+def test_the_summary_shows_all_fields_of_the_record() -> None:
     text = flat(printed(a_record()))
     for part in (
         "layer 24, top2_gap >= 0.381000; ridge",
@@ -138,7 +138,7 @@ def test_the_summary_says_everything_that_the_record_does() -> None:
         "not count",
         "14.2 tokens/s, the full model 12.9 tokens/s: 1.10 x its speed",
         "1,061 rows for 5 new tokens",
-        "the first 4 of 5 new tokens are the full model's",
+        "the first 4 of 5 new tokens are the same as the full model's",
         "Full model Paris, which is large",
     ):
         assert part in text
@@ -146,24 +146,24 @@ def test_the_summary_says_everything_that_the_record_does() -> None:
     assert "No skipping" not in text
 
 
-def test_drafts_are_told_where_they_were_verified() -> None:
+def test_verified_drafts_are_counted() -> None:
     record = a_record() | {"verified": True, "drafted": 1024, "accepted": 1003}
     text = flat(printed(record))
-    assert "exits drafted 1,024 tokens, the full model confirmed 1,003 of them" in text
+    assert "early exit drafted 1,024 tokens, of which the full model confirmed 1,003" in text
 
 
-def test_the_same_text_as_the_full_models_is_said_to_be_the_same() -> None:
+def test_text_equal_to_the_full_models_is_reported() -> None:
     record = a_record()
     record["full"]["same_tokens"] = 5
     text = printed(record)
-    assert "the text is the full model's, token for token" in text
+    assert "all tokens are the same as the full model's" in text
     assert "Full model " not in text
 
 
 def test_a_text_that_only_begins_like_the_full_models_is_not_the_same() -> None:
     record = a_record()
     record["full"].update(same_tokens=5, tokens=9)
-    assert "the first 5 of 5 new tokens are the full model's" in printed(record)
+    assert "the first 5 of 5 new tokens are the same as the full model's" in printed(record)
 
 
 def test_without_the_full_model_there_is_only_the_speed() -> None:
@@ -172,12 +172,12 @@ def test_without_the_full_model_there_is_only_the_speed() -> None:
     assert "full model's" not in text
 
 
-def test_a_fallback_says_why() -> None:
+def test_the_reason_for_a_fallback_is_shown() -> None:
     text = flat(printed(a_record() | {"fallback_reason": "fused projections"}))
     assert "No skipping every layer computed every token here: fused projections" in text
 
 
-def test_markup_and_control_characters_of_the_model_are_shown_and_do_nothing() -> None:
+def test_markup_and_control_characters_of_the_text_are_escaped() -> None:
     record = a_record([24, 30], ["[red]\x1b[31m\x07", " [/x] :smile:\r"])
     text = printed(record)
     assert "[24][red]\\x1b[31m\\x07 [30][/x] :smile:\\r" in text
@@ -203,7 +203,7 @@ def test_no_line_is_longer_than_the_console(encoding: str, width: int) -> None:
     assert max(map(len, lines)) <= max(width, 50)
 
 
-def test_many_exit_layers_are_told_apart_by_marks() -> None:
+def test_many_exit_layers_are_distinguished_by_marks() -> None:
     layers = list(range(1, 31))
     record = a_record(layers, [f" w{layer}" for layer in layers])
     record["by_layer"] = [{"layer": layer, "tokens": 1, "share": 1 / 30} for layer in layers]
@@ -212,10 +212,10 @@ def test_many_exit_layers_are_told_apart_by_marks() -> None:
     on_a_terminal(record)
 
 
-def test_no_token_at_all_is_no_error() -> None:
+def test_a_generation_without_tokens_is_shown() -> None:
     record = a_record([], []) | {"by_layer": [], "full": None}
     text = printed(record)
-    assert text.startswith("The capital of France is\n\nWhere the tokens left\nnone\n")
+    assert text.startswith("The capital of France is\n\nExit layers\nnone\n")
     assert "0 new tokens" in text
 
 
@@ -229,22 +229,20 @@ def test_no_token_at_all_is_no_error() -> None:
         ({"exit_layers": [7] * 5}, "expected exit layers among those of by_layer, got 7"),
     ],
 )
-def test_a_record_that_cannot_be_shown_is_refused_in_one_line(
-    change: dict[str, Any], message: str
-) -> None:
+def test_an_invalid_record_gives_a_one_line_error(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         printed(a_record() | change)
     assert "\n" not in str(caught.value)
 
 
-def test_a_record_without_a_section_is_refused_by_name() -> None:
+def test_an_incomplete_record_is_refused() -> None:
     record = a_record()
     del record["by_layer"]
     with pytest.raises(ValueError, match="expected a list at by_layer, got nothing"):
         printed(record)
 
 
-def test_printing_leaves_the_record_as_it_was() -> None:
+def test_printing_does_not_change_the_record() -> None:
     record = a_record()
     before = copy.deepcopy(record)
     printed(record)

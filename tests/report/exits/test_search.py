@@ -1,4 +1,4 @@
-"""A search for an exit layer is shown with its choice, what each layer keeps, and the frontier."""
+"""The report of an exit-layer search: choice, every layer and rule, frontier."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_choice_comes_first() -> None:
     assert "whole interval keeps it is layer 24, cosine >= 0.9755" in head
 
 
-def test_every_layer_and_rule_shows_its_lowest_threshold_and_those_that_keep_it() -> None:
+def test_every_layer_and_rule_shows_its_lowest_thresholds() -> None:
     lines = printed(a_record(*POINTS)).splitlines()
     rows = [line.split() for line in lines if line.startswith(("   24", "   28"))]
     assert [" ".join(row) for row in rows] == [
@@ -76,7 +76,7 @@ def test_every_layer_and_rule_shows_its_lowest_threshold_and_those_that_keep_it(
     assert max(map(len, lines)) <= 80
 
 
-def test_points_that_were_not_run_have_a_question_mark_and_no_certificate() -> None:
+def test_unmeasured_points_have_a_question_mark_and_no_certificate() -> None:
     table = a_point(20, 0.99, 0.5, confirmed_by="table")
     text = printed(a_record(table, *POINTS))
     (row,) = [line for line in text.splitlines() if line.startswith("   20")]
@@ -87,17 +87,20 @@ def test_points_that_were_not_run_have_a_question_mark_and_no_certificate() -> N
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (a_record(*POINTS), "None can be: even without any loss it takes 877 sequences."),
-        (a_record(*POINTS, sequences=1000), "None is: too many tokens differed at each"),
+        (
+            a_record(*POINTS),
+            "None can be certified: even without any loss, this needs 877 sequences.",
+        ),
+        (a_record(*POINTS, sequences=1000), "None is certified: too many tokens differed at each"),
         (
             a_record(*POINTS, sequences=1000, risk=0.1),
-            "for a risk of 10.0%, all together at confidence 0.95. Certified: 3; the cheapest of "
+            "for a risk of 10.0%, at a joint confidence of 0.95. Certified: 3; the cheapest of "
             "them is layer 24, cosine >= 0.9701",
         ),
-        (a_record(*POINTS, agreement=1.0), "the wanted agreement leaves none to certify"),
+        (a_record(*POINTS, agreement=1.0), "the target agreement leaves none"),
         (
             a_record(a_point(20, 0.99, 0.5, confirmed_by="table")),
-            "No threshold was run that could be certified for a risk of 5.0%.",
+            "No measured threshold could be certified for a risk of 5.0%.",
         ),
     ],
 )
@@ -117,7 +120,7 @@ def test_without_any_point_there_is_no_picture() -> None:
     report = exit_search_report(record)
     assert report.pictures() == ()
     text = plain(printed(record))
-    assert "there is nothing to draw" in text
+    assert "There is nothing to draw" in text
     assert "No early exit keeps 95.0 % agreement" in text
 
 
@@ -125,12 +128,12 @@ def test_the_picture_has_a_legend_and_is_reproducible() -> None:
     record = a_record(a_point(20, 0.99, 0.5, confirmed_by="table"), *POINTS)
     (picture,) = exit_search_report(record).pictures()
     assert picture.file == FRONTIER
-    for words in ("wanted agreement", "full model", "frontier", "cheapest that keeps it"):
+    for words in ("target agreement", "full model", "frontier", "cheapest that reaches it"):
         assert words in picture.svg
     for layer in (">20<", ">24<", ">28<"):
         assert layer in picture.svg
     assert picture.svg == frontier_svg(record)  # the same bytes every time
-    assert "nearest to the wanted agreement" in frontier_svg(a_record(POINTS[0]))
+    assert "nearest to the target agreement" in frontier_svg(a_record(POINTS[0]))
 
 
 def test_a_point_without_a_cost_is_in_the_table_and_not_in_the_picture() -> None:
@@ -151,7 +154,7 @@ def test_each_head_has_its_own_table_and_name_in_the_picture() -> None:
     assert "cosine, logit_lens" in frontier_svg(record)
 
 
-def test_the_page_stands_alone() -> None:
+def test_the_page_is_self_contained() -> None:
     record = renamed_model(a_record(*POINTS), "<tiny> $x$")
     text = html_page(exit_search_report(record))
     page = Page(text)
@@ -162,7 +165,7 @@ def test_the_page_stands_alone() -> None:
 
 
 @pytest.mark.parametrize("section", ["points", "certificate", "verdict"])
-def test_a_record_without_a_section_is_no_search(section: str) -> None:
+def test_an_incomplete_search_is_refused(section: str) -> None:
     plain = to_plain(a_record(*POINTS))
     del plain[section]
     with pytest.raises(SchemaError, match=section):

@@ -1,4 +1,4 @@
-"""The drawings of a profile: labelled, small, the same bytes for the same record."""
+"""The figures of a profile: labelled, small and reproducible."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.html import Page, ids
 from cascade.report.saturation.figures import rebinned
 
 
-def test_the_same_record_gives_the_same_bytes_whatever_the_users_style() -> None:
+def test_drawings_do_not_depend_on_the_users_matplotlib_style() -> None:
     import matplotlib
 
     record = a_full_record()
@@ -78,7 +78,7 @@ def test_every_layer_role_and_cutoff_is_named_in_the_line_chart() -> None:
     assert "0.8316" in texts
 
 
-def test_a_long_name_does_not_run_out_of_the_drawing() -> None:
+def test_a_long_name_is_shortened() -> None:
     record = a_record([0.9, 0.95])
     record["provenance"]["model"]["name"] = "models/" * 40
     texts = Page(profile_figure(record)).texts
@@ -86,7 +86,7 @@ def test_a_long_name_does_not_run_out_of_the_drawing() -> None:
     assert max(map(len, texts)) < 110
 
 
-def test_many_layers_get_thinned_labels() -> None:
+def test_some_labels_are_skipped_with_many_layers() -> None:
     texts = [text.strip() for text in Page(profile_figure(a_record([0.95] * 80))).texts]
     assert {"1", "5", "75", "80"} <= set(texts)
     assert not {"2", "77", "79"} & set(texts)

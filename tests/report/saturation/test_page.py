@@ -1,4 +1,4 @@
-"""The page of a profile: whole, safe, and with every number of the record."""
+"""The page of a profile: well formed, escaped, with every number of the record."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_page_loads_nothing_and_runs_nothing() -> None:
     assert not re.findall(r"@import|url\((?!#)|<!DOCTYPE svg", page)
 
 
-def test_the_page_is_well_nested_and_its_ids_are_unique() -> None:
+def test_the_page_is_well_formed_with_unique_ids() -> None:
     page = full_page()
     parsed = Page(page)
     assert parsed.misnested == []
@@ -35,7 +35,7 @@ def test_the_page_is_well_nested_and_its_ids_are_unique() -> None:
     assert not set(ids(svgs(page)[0])) & set(ids(svgs(page)[1]))
 
 
-def test_everything_of_the_record_is_escaped() -> None:
+def test_all_texts_of_a_record_are_escaped() -> None:
     nasty = "<script>alert('x')</script>\"&amp;<b>"
     record = a_full_record()
 
@@ -62,18 +62,18 @@ def test_the_page_shows_the_records_numbers() -> None:
         expected = [row["layer"], *(f"{row[name]:.4f}" for name in STATISTICS)]
         assert [cells[:8] for cells in rows].count(expected) == 1
     assert ["12", "<0.01%", "0.78%"] in rows
-    assert ["30%", "0.944312", "30% go on, 70% exit"] in rows
+    assert ["30%", "0.944312", "30% continue, 70% exit"] in rows
 
 
-def test_the_page_begins_with_what_was_found() -> None:
+def test_the_page_begins_with_the_findings() -> None:
     text = " ".join("".join(Page(full_page()).texts).split())
     found = text.index(
-        "Hidden states are saturated in layers 3 to 24 and 26 to 29: there, every layer's mean "
+        "Hidden states are saturated in layers 3 to 24 and 26 to 29, where every layer's mean "
         "similarity is at least 0.9146. Active layers: input transform in 1 and 2; dip in 25; "
         "output transform in 30 and 30+norm."
     )
     norm = text.index(
-        "layer 30 itself has a mean similarity of 0.7101; read behind the final norm "
+        "layer 30 itself has a mean similarity of 0.7101; after the final norm "
         "(row 30+norm) it is 0.0800. The difference is made by the norm, not by the layer."
     )
     assert found < norm < text.index("Similarity of each layer's input and output")
@@ -107,7 +107,7 @@ def test_tables_have_captions_and_scopes_and_figures_have_labels() -> None:
     assert all(tag.get("aria-label") for name, tag in tags if name == "svg")
 
 
-def test_colours_of_the_page_follow_the_readers_scheme() -> None:
+def test_colours_follow_the_light_or_dark_theme() -> None:
     page = full_page()
     assert "prefers-color-scheme: dark" in page
     used = set(re.findall(r"var\((--[a-z]+)\)", page))

@@ -26,7 +26,7 @@ def bar_rows(text: str) -> dict[str, str]:
 
 
 def special_layers(text: str) -> str:
-    """Return what stands below "Special layers": a sentence, then labels and texts."""
+    """Return the text below "Special layers": a sentence, then labels and texts."""
     return text.split("\nSpecial layers\n", 1)[1].split("\n\nSuggested thresholds", 1)[0]
 
 
@@ -52,7 +52,7 @@ def test_the_printed_numbers_are_those_of_the_record() -> None:
         assert line.split()[1:8] == [f"{row[name]:.4f}" for name in STATISTICS]
 
 
-def test_active_layers_carry_their_role_in_words_and_others_carry_none() -> None:
+def test_only_active_layers_show_a_role() -> None:
     lines = section(printed(a_full_record()), "Similarity of input and output, per layer")[2:]
     roles = {line.split()[0]: " ".join(line.split()[8:]) for line in lines}
     assert {layer: role for layer, role in roles.items() if role} == {
@@ -89,14 +89,14 @@ def test_the_outlier_table_shows_a_tiny_share_as_more_than_zero() -> None:
         (1.0, "100.00%"),
     ],
 )
-def test_a_share_is_neither_none_nor_all_unless_it_is(share: float, shown: str) -> None:
+def test_a_share_is_shown_as_0_or_100_percent_only_if_exact(share: float, shown: str) -> None:
     record = a_record([0.9, 0.95])
     record["layers"][1]["frac_below_half"] = share
     lines = section(printed(record), "Outliers: share of tokens")[2:]
     assert [line.split() for line in lines] == [["2", "0.00%", shown]]
 
 
-def test_without_outliers_a_sentence_says_so() -> None:
+def test_a_profile_without_outliers_has_a_sentence() -> None:
     lines = section(printed(a_record([0.9, 0.95])), "Outliers: share of tokens")
     assert lines == ["No token lies below 0.5 in any layer."]
 
@@ -123,13 +123,13 @@ def test_bar_lengths_are_in_proportion_to_the_means() -> None:
     assert bar_length(lines["3+norm"]) == pytest.approx(-full / 2, abs=2)
 
 
-def test_every_bar_starts_at_the_same_zero_line_and_a_tiny_mean_is_seen() -> None:
+def test_bars_share_one_zero_line_and_a_tiny_mean_is_visible() -> None:
     lines = bar_rows(printed(a_record([0.0001, -0.1, 0.9], normed=-0.3)))
     assert len({line.index("│") for line in lines.values()}) == 1
     assert bar_length(lines["1"]) > 0
 
 
-def test_roles_stand_in_one_column_beside_the_bars() -> None:
+def test_roles_are_aligned_next_to_the_bars() -> None:
     lines = bar_rows(printed(a_full_record(normed=-0.09)))
     marked = {layer: line.index("(") for layer, line in lines.items() if "(" in line}
     assert set(marked) == {"1", "2", "25", "30", "30+norm"}
@@ -185,9 +185,9 @@ def test_the_headline_names_model_corpus_and_run() -> None:
     assert "None" not in head
 
 
-def test_special_layers_are_said_in_words_with_rule_and_source() -> None:
+def test_special_layers_are_described_with_rule_and_source() -> None:
     text = special_layers(printed(a_full_record(), width=300))
-    assert text.startswith("Hidden states are saturated in layers 3 to 24 and 26 to 29: there, ")
+    assert text.startswith("Hidden states are saturated in layers 3 to 24 and 26 to 29, where ")
     assert re.search(r"Stable bands +3 to 24 and 26 to 29\n", text)
     assert re.search(r"Input transform +1 \(mean 0\.0068\) and 2 \(mean 0\.8175\)\n", text)
     assert re.search(r"Dips +25 \(mean 0\.8316\)\n", text)
@@ -213,10 +213,10 @@ def test_a_stable_band_of_one_layer_is_not_a_range() -> None:
 def test_thresholds_say_which_states_they_compare_and_who_goes_on() -> None:
     text = printed(a_full_record(), width=300).split("\nSuggested thresholds\n")[1]
     assert "Exit layer 29, history[28] against history[29]." in text
-    assert "Hard: similarity < threshold, the token goes on." in text
+    assert "Hard: similarity < threshold, the token continues." in text
     assert "Easy: similarity >= threshold, the token exits." in text
-    assert re.search(r"30% +0\.944312 +30% go on, 70% exit", text)
-    assert re.search(r"70% +0\.956288 +70% go on, 30% exit", text)
+    assert re.search(r"30% +0\.944312 +30% continue, 70% exit", text)
+    assert re.search(r"70% +0\.956288 +70% continue, 30% exit", text)
 
 
 def test_absent_thresholds_are_said_to_be_none() -> None:

@@ -55,9 +55,9 @@ def test_every_kind_of_record_is_drawn_whole(record: dict[str, Any]) -> None:
 def test_without_a_cutoff_nothing_is_called_active_or_stable() -> None:
     record = two_layers()
     text = printed(record)
-    assert "too few layers to tell active layers from stable ones" in text
+    assert "too few layers to distinguish active from stable ones" in text
     page = "".join(Page(page_of(record, some_arrays(record))).texts)
-    assert "There are too few layers to tell active ones from stable ones." in page
+    assert "There are too few layers to distinguish active from stable ones." in page
     assert "saturated" not in page
     assert "cutoff" not in profile_figure(record)
 
@@ -103,7 +103,7 @@ def test_another_record_is_refused_by_every_report(change: dict[str, Any], messa
             report()
 
 
-def test_a_record_without_a_section_is_refused_by_name() -> None:
+def test_an_incomplete_record_is_refused() -> None:
     record = a_full_record()
     del record["structure"]
     with pytest.raises(ValueError, match="expected an object at structure, got nothing"):

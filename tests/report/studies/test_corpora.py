@@ -188,7 +188,7 @@ def test_the_lead_counts_what_moves_and_what_transfers() -> None:
     text = flat(printed(a_record()))
     assert "Of 7 layer means, these move by more than 0.01 against A: 2 in B and 2 in C." in text
     assert (
-        "Of 6 thresholds taken from one corpus to another, 2 transfer, 2 do not, 2 cannot be told."
+        "Of 6 thresholds taken from one corpus to another, 2 transfer, 2 do not, 2 are undecided."
         in text
     )
 
@@ -197,8 +197,8 @@ def test_layers_that_move_are_named_the_farthest_first() -> None:
     text = flat(printed(a_record()))
     assert (
         "B (self-instruct-seed-tasks) against A: 2 of 7 layer means move: 6+norm (-0.1045) and 6 "
-        "(+0.0325); 4 stay; 1 cannot be told: 2 (-0.0081). Layer 6 itself differs by +0.0325; "
-        "read behind the final norm (row 6+norm) by -0.1045."
+        "(+0.0325); 4 stay; 1 undecided: 2 (-0.0081). Layer 6 itself differs by +0.0325; "
+        "after the final norm (row 6+norm) by -0.1045."
     ) in text
 
 
@@ -223,7 +223,7 @@ def test_one_moving_layer_is_in_the_singular() -> None:
     ]
     record["differences"] = [a_pair("B", rows)]
     text = flat(printed(record))
-    assert "1 of 7 layer means moves: 1 (+0.2000); 1 stays; 5 cannot be told: 2 (+0.0000)" in text
+    assert "1 of 7 layer means moves: 1 (+0.2000); 1 stays; 5 undecided: 2 (+0.0000)" in text
 
 
 def test_many_layers_are_counted_rather_than_named() -> None:
@@ -250,9 +250,9 @@ def test_few_or_shared_sequences_give_a_warning() -> None:
     record = a_record(shared=[{"corpora": ["A", "C"], "sequences": 7}])
     record["corpora"][1]["sequences"] = 3
     text = flat(printed(record))
-    assert "Beware 3 sequences are few" in text
-    assert "Beware A and C have 7 sequences in common: they are not independent" in text
-    assert "Beware" not in printed(a_record())
+    assert "Warning 3 sequences are too few" in text
+    assert "Warning A and C have 7 sequences in common: they are not independent" in text
+    assert "Warning" not in printed(a_record())
 
 
 @pytest.mark.parametrize(
@@ -272,8 +272,8 @@ def test_few_or_shared_sequences_give_a_warning() -> None:
                     }
                 ],
             },
-            "Layer 4 is special in A and C alone, not surely so (share of resamples in which it "
-            "is: A 100.0%, B 25.1%, C 97.0%).",
+            "Layer 4 is special only in A and C, not significantly so (share of resamples in which "
+            "it is: A 100.0%, B 25.1%, C 97.0%).",
         ),
     ],
 )

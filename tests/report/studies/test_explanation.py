@@ -70,7 +70,7 @@ def test_without_a_supported_cause_none_is_named(record: dict[str, Any]) -> None
     for row in record["causes"]:
         if "closed" in row:
             row["verdict"] = "does not carry"
-    assert "No single cause carries" in lead(record)
+    assert "No single cause explains" in lead(record)
 
 
 def test_without_a_gap_there_is_no_dip_to_explain(record: dict[str, Any]) -> None:
