@@ -201,7 +201,7 @@ def test_the_transfer_table_names_its_corpus_and_explains_the_loss() -> None:
 def test_the_same_text_is_not_called_another_corpus() -> None:
     transfer = a_transfer() | {"corpus": a_corpus("embedded-held-out")}
     text = flat(printed(a_record(transfer=transfer)))
-    assert "another corpus" not in text
+    assert "thresholds on another corpus" not in text
     assert "The same thresholds on the same text" in text
     assert "Warning the thresholds were fitted on this text; use another corpus" in text
 
@@ -289,7 +289,7 @@ def test_a_non_ascii_name_is_printed_on_an_ascii_console() -> None:
         ({"schema": 2}, "expected schema 1, got 2"),
         (
             {"by_hard_ratio": [replace(a_record().by_hard_ratio[0], threshold=float("nan"))]},
-            "expected numbers, got nan at by_hard_ratio[0].threshold; make the record anew",
+            "expected numbers, got nan at by_hard_ratio[0].threshold; create the record again",
         ),
     ],
 )

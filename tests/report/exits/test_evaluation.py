@@ -345,7 +345,7 @@ def test_auroc_is_a_table_of_layers_and_rules_with_a_dash_for_none() -> None:
         ["24", "64.4%", "0.567", "0.808", "-"],
         ["28", "64.4%", "0.567", "0.808", "-"],
     ]
-    assert "0.5 by chance" in flat(text)
+    assert "0.5 is chance" in flat(text)
 
 
 def test_the_search_shows_fitted_and_confirmed_thresholds() -> None:
@@ -501,7 +501,7 @@ def test_the_figure_distinguishes_rules_controls_and_the_full_model() -> None:
 def test_a_verdict_for_early_exit_is_marked_as_one() -> None:
     record = a_record()
     record["verdict"]["use"] = True
-    assert ">use this<" in figure_of(record)
+    assert ">recommended<" in figure_of(record)
 
 
 def test_the_front_has_the_undominated_points_and_the_full_model() -> None:

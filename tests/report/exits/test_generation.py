@@ -101,9 +101,9 @@ def test_on_a_terminal_tokens_have_the_colours_of_the_legend() -> None:
     assert without_codes(first) == "The capital of France is Paris, which is big"
     assert "\x1b[32m Paris,\x1b[0m\x1b[31m which\x1b[0m\x1b[36m is\x1b[0m" in first
     legend = {line.split()[0]: line for line in without_codes(text).splitlines() if "%" in line}
-    assert legend["24"].split() == ["24", "3", "60.0%", "green", "left"]
-    assert legend["28"].split() == ["28", "1", "20.0%", "cyan", "left"]
-    assert legend["30"].split() == ["30", "1", "20.0%", "red", "went", "all", "the", "way"]
+    assert legend["24"].split() == ["24", "3", "60.0%", "green", "exited"]
+    assert legend["28"].split() == ["28", "1", "20.0%", "cyan", "exited"]
+    assert legend["30"].split() == ["30", "1", "20.0%", "red", "computed", "every", "layer"]
     for code, word in ((32, "green"), (36, "cyan"), (31, "red")):
         assert re.search(rf"\x1b\[{code}m{word} *\x1b", text)
 
@@ -125,7 +125,7 @@ def test_an_exit_layer_without_tokens_is_in_the_legend() -> None:
         {"layer": 30, "tokens": 1, "share": 1.0},
     ]
     text = printed(record)
-    assert re.search(r"^ +24 +0 +0\.0% +\[24\] +left$", text, flags=re.MULTILINE)
+    assert re.search(r"^ +24 +0 +0\.0% +\[24\] +exited$", text, flags=re.MULTILINE)
     assert "for 1 new token\n" in text
 
 
@@ -134,9 +134,9 @@ def test_the_summary_shows_all_fields_of_the_record() -> None:
     for part in (
         "layer 24, top2_gap >= 0.381000; ridge",
         "layer 28, never; ridge",
-        "26.31 of 30 computed per token, the prompt's tokens included, which the table above does "
+        "26.31 of 30 computed per token, including the prompt's tokens, which the table above does "
         "not count",
-        "14.2 tokens/s, the full model 12.9 tokens/s: 1.10 x its speed",
+        "14.2 tokens/s, 1.10 x the full model's 12.9 tokens/s",
         "1,061 rows for 5 new tokens",
         "the first 4 of 5 new tokens are the same as the full model's",
         "Full model Paris, which is large",

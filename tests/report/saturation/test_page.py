@@ -74,7 +74,7 @@ def test_the_page_begins_with_the_findings() -> None:
     )
     norm = text.index(
         "layer 30 itself has a mean similarity of 0.7101; after the final norm "
-        "(row 30+norm) it is 0.0800. The difference is made by the norm, not by the layer."
+        "(row 30+norm) it is 0.0800. The difference comes from the norm, not from the layer."
     )
     assert found < norm < text.index("Similarity of each layer's input and output")
 
