@@ -130,7 +130,7 @@ def copy_of(stack: DecoderStack, how: Alteration) -> DecoderStack:
         >>> from cascade import copy_of, load
         >>> from cascade.studies.comparisons.altered_models import Alteration
         >>> copy_of(load("smollm2-135m"), Alteration.parse("int8")).provenance.name
-        'smollm2-135m+int8'
+        'smollm2-135m-instruct-q4_1+int8'
     """
     altered = DecoderStack(
         copy.deepcopy(stack.model),

@@ -200,7 +200,7 @@ def measure_model(
         >>> text = load_blocks("embedded", stack.tokenizer, max_tokens=256)
         >>> measured = measure_model(stack, text)
         >>> measured.name, measured.sizes.num_layers
-        ('smollm2-135m', 30)
+        ('smollm2-135m-instruct-q4_1', 30)
     """
     sizes = sizes_of(stack.model.config, int(blocks.ids.shape[1]))
     profile = analyze(stack, blocks, batch_size=batch_size, progress=progress)

@@ -82,7 +82,7 @@ def compare_models(
         >>> models = [stack, copy_of(stack, Alteration("int8"))]
         >>> record = compare_models(measure_model(model, blocks) for model in models)
         >>> [model.name for model in record.models]
-        ['smollm2-135m', 'smollm2-135m+int8']
+        ['smollm2-135m-instruct-q4_1', 'smollm2-135m-instruct-q4_1+int8']
     """
     found = list(models)
     if len(found) < 2:
