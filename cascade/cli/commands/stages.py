@@ -240,7 +240,7 @@ class RunOptions:
 
     dataset: Annotated[
         Path | None,
-        typer.Option(help="Folder of `cascade collect-hard` (default: collect anew)."),
+        typer.Option(help="Folder of `cascade collect-hard` (default: collect again)."),
     ] = None
     after: Annotated[
         Path | None,
