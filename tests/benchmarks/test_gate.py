@@ -130,8 +130,8 @@ def test_noise_is_timed_for_a_baseline_from_another_machine(
     assert "instead of another" in found.elsewhere[0]
     assert list((tmp_path / "cache/noise").iterdir())  # written in the warm-up round
     assert len(found.variants["noise"].seconds) == 2
-    assert "the first gate here measures the noise as well" in " ".join(printed(found).split())
-    assert "not needed here" in printed(record)
+    assert "first gate also measures the noise" in " ".join(printed(found).split())
+    assert "not needed, because the baseline" in printed(record)
 
 
 def printed(record: GateBenchmark) -> str:
