@@ -323,7 +323,7 @@ BAD_INPUT: dict[str, tuple[Setup, list[str]]] = {
     ),
     "npz that the report overwrites": (
         with_options("--output", "both", "--npz", "both/profile.npz"),
-        ["--output writes both/profile.npz itself; choose another --npz"],
+        ["--output already writes both/profile.npz; choose another --npz"],
     ),
     "model of an overlong name": (with_options("--model", "x" * 300), ["no model xxx"]),
     "corpus of an overlong name": (

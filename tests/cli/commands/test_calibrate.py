@@ -143,4 +143,4 @@ def test_heads_and_calibrations_of_another_model_are_refused_with_both_named(
         named = ("float32", "bfloat16") if "bfloat16" in options else ("tiny", "other")
         assert all(name in done.err for name in named)
     done = run(*prompt, "--model", models / "tiny", *saved)
-    assert "give the same --heads" in done.err
+    assert "pass the same --heads" in done.err

@@ -95,7 +95,7 @@ def test_a_dataset_is_trained_on_as_it_is(train: Run, run: Run, here: Path, mode
     entry = json.loads(Path("staged/cascade_config.json").read_text())["stages"][0]["entry"]
     assert entry == {"layer": 3, "rule": "cosine", "threshold": 0.8, "heads": None}
     for wrong, words in (
-        (("--threshold", 0.7), "below the threshold 0.8, got 0.7"),
+        (("--threshold", 0.7), "collected for threshold 0.8, got 0.7"),
         (("--layer", 2), "those of exit layer 3, got layer 2"),
         (("--model", models / "other"), "the hard tokens in hard belong to"),
     ):

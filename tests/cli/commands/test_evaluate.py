@@ -58,7 +58,7 @@ def test_points_alone_are_measured_as_they_are_among_others(tiny: Run, here: Pat
         (("--propagation", "ridge"), "ridge propagation needs fitted heads"),
         (("--only-points",), "expected at least one operating point"),
         (("--max-tokens", 32), "a larger --max-tokens"),
-        (("--rule", "oracle"), "the rules oracle are controls"),
+        (("--rule", "oracle"), "expected a rule to judge, got only controls (oracle)"),
         (("--layers", 1, "--rule", "mean_cosine"), "the rule mean_cosine compares 2 layers"),
         (("--perplexity-ratio", "inf"), "got inf"),
         (("--seed", -1), "got '-1'"),
