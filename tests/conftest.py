@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,9 @@ def run(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
             cli.main()
         status = caught.value.code or 0
         assert isinstance(status, int)
-        return Done(status, *capfd.readouterr())
+        done = Done(status, *capfd.readouterr())
+        for path in re.findall(r"^Wrote ([^\s,;]+)", done.err, re.MULTILINE):
+            assert Path(path).exists(), path
+        return done
 
     return run

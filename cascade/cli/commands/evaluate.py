@@ -149,7 +149,7 @@ def _evaluate_exits(
         if folder is not None:
             folder.write(PARETO, report.pictures()[0].svg)
             folder.write("evaluation.html", html_page(report))
-    show(record, report, output.output, "evaluation")
+    show(record, report, output.output, "evaluation.html")
 
 
 def _evaluate_cascade(cascade: Path, options: CascadeEvaluationOptions) -> None:

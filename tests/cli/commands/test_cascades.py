@@ -96,7 +96,7 @@ def test_a_dataset_is_trained_on_as_it_is(train: Run, run: Run, here: Path, mode
     assert entry == {"layer": 3, "rule": "cosine", "threshold": 0.8, "heads": None}
     for wrong, words in (
         (("--threshold", 0.7), "collected for threshold 0.8, got 0.7"),
-        (("--layer", 2), "those of exit layer 3, got layer 2"),
+        (("--layer", 2), "collected for exit layer 3, got layer 2"),
         (("--model", models / "other"), "the hard tokens in hard belong to"),
     ):
         done = train("--dataset", "hard", *wrong, "--output", "another")

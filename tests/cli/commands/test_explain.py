@@ -44,7 +44,7 @@ def test_the_final_norm_is_explained(run: Run, here: Path, models: Path) -> None
         (("--layer", "0"), "expected --layer in 1..4, got 0"),
         (("--layer", "3+norm"), "expected 4+norm, got 3+norm"),
         (("--layer", "4+norm", "--contrast", 2), "leave it out for a norm"),
-        (("--layer", "2", "--contrast", 2), "a neighbour other than layer 2"),
+        (("--layer", "2", "--contrast", 2), "expected --contrast to differ from layer 2"),
         (("--layer", "2", "--max-tokens", 32), "expected at least 4 sequences"),
         (("--layer", "2", "--corpus", "absent.jsonl"), "absent.jsonl"),
     ],

@@ -69,7 +69,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_a_pass_over_it(
     monkeypatch.setattr(SkippingLayers, "run", spy)
     done = tiny("generate", "--prompt", "x" * 30, "--max-new-tokens", 40)
     assert (done.status, done.out) == (2, "")
-    assert "a prompt of 30 tokens and 40 new ones exceed the model's 64 positions" in done.err
+    assert "a prompt of 30 tokens and 40 new tokens exceed the model's 64 positions" in done.err
     assert max(widths, default=0) < 30
 
 
@@ -101,13 +101,19 @@ def test_a_chat_answer_is_separated_from_its_prompt(run: Run, folder: Path) -> N
         (("--prompt", "x", "--max-new-tokens", 64), "exceed the model's 64 positions"),
         (("--prompt", "x", "--threshold", 3), "the rule cosine gives confidences from -1 to 1"),
         (("--prompt", "x", "--layer", 5, "--threshold", 0.5), "expected an exit layer in 1..4"),
-        (("--prompt", "x", "--rule", "oracle", "--threshold", 0.5), "it can score, not generate"),
+        (
+            ("--prompt", "x", "--rule", "oracle", "--threshold", 0.5),
+            "it can score but not generate",
+        ),
         (("--prompt", "x", "--temperature", 0, "--sample"), "leave out --sample"),
         (("--prompt", "x", "--temperature", "nan", "--sample"), "expected a --temperature above 0"),
         (("--prompt", "x", "--top-p", 0.5), "--top-p need --sample; add it"),
         (("--prompt", "x\udcff"), "expected a --prompt in UTF-8"),
         (("--prompt", "x" * 50, "--max-new-tokens", 20), "exceed the model's 64 positions"),
-        (("--prompt", "x", "--top-k", -1, "--sample"), "expected top_k a whole number from 0"),
+        (
+            ("--prompt", "x", "--top-k", -1, "--sample"),
+            "expected top_k to be an integer of at least 0, got -1",
+        ),
         (("--prompt", "x", "--hard-ratio", 0.5), "--hard-ratio needs --calibration"),
         (("--prompt", "x", "--chat"), "no chat template"),
         (("--prompt", "x", "--calibration", "none.json"), "cascade calibrate"),

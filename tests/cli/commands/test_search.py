@@ -112,7 +112,7 @@ def test_an_older_record_measures_what_it_lacks_or_says_it(
     assert run("search-exit", evaluation, "--agreement", 0.5).status == 0
     refused = run("search-exit", evaluation, "--agreement", 0.6, "--no-measure")
     assert (refused.status, refused.out) == (2, "")
-    assert "its thresholds are those for agreement 0.5 alone; measure them" in refused.err
+    assert "its thresholds are only valid for agreement 0.5; measure them" in refused.err
     options = ("--model", models / "tiny", "--corpus", "texts.jsonl")
     done = run("search-exit", evaluation, "--agreement", 0.6, *options)
     assert done.status == 0, done.err
@@ -122,8 +122,8 @@ def test_an_older_record_measures_what_it_lacks_or_says_it(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--model", "other"), "expected the record's own weights_hash"),
-        (("--corpus", "other.jsonl"), "expected the record's own text to fit on"),
+        (("--model", "other"), "expected the weights_hash of the evaluation"),
+        (("--corpus", "other.jsonl"), "expected the text to fit on of the evaluation"),
     ],
 )
 def test_another_model_or_text_than_the_record_s_is_refused(

@@ -43,8 +43,8 @@ def test_a_dataset_is_collected_and_its_summary_says_what_it_is(
     assert f"Collecting {tokens:,} tokens into hard: about" in estimate
     assert written.endswith("read it with datasets.load_from_disk('hard')")
     assert "similarity at layer 3 (history[2] against history[3]) below" in done.out
-    assert "fitted to a hard ratio of 0.5 on the training part" in " ".join(done.out.split())
-    assert "what leaves layer 4, before the final norm" in done.out
+    assert "fitted to a hard ratio of 0.5 on the training split" in " ".join(done.out.split())
+    assert "output of layer 4, before the final norm" in done.out
     assert f"{train.hard_ratio:.1%}".replace("%", "") in done.out
     assert found.record.provenance.command.startswith("cascade collect-hard --model")
     assert len(datasets.load_from_disk("hard")["train"]) == train.sequences
@@ -74,7 +74,7 @@ def test_options_select_what_is_collected(collect: Run, here: Path) -> None:
     assert found.record.provenance.model.dtype == "bfloat16"
     corpora = found.record.provenance.corpora
     assert corpora["train"].records + corpora["held-out"].records == 20
-    assert "the threshold 0.8 decides" in found.notes[0]
+    assert "--threshold 0.8 is used" in found.notes[0]
     for note in found.notes:
         assert f"Warning {note}" in " ".join(done.out.split())
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("cascade.models.loading.load", None)
     done = collect("--hard-ratio", 0.5, "--output", "hard")
     assert (done.status, len(done.err.strip().splitlines())) == (2, 1)
-    assert "hard holds a dataset of hard tokens already" in done.err
+    assert "hard already holds a dataset of hard tokens" in done.err
     done = collect("--output", "other")
     assert done.status == 2
     assert "expected a threshold or a hard ratio" in done.err
