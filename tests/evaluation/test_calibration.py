@@ -458,7 +458,7 @@ def test_threshold_is_chosen_by_hard_ratio() -> None:
     words = refusal(UsageError, lambda: threshold_of(record))
     assert "expected a hard ratio of this calibration (0.3, 0.7), got " in words
     words = refusal(UsageError, lambda: threshold_of(record, 0.5))
-    assert words.endswith("got 0.5")
+    assert words.endswith("got 0.5; choose one with --hard-ratio")
 
 
 def test_certified_threshold_is_default_without_hard_ratio() -> None:
