@@ -152,7 +152,7 @@ class Cascade:
         self.propagation: Propagation = propagation
         self.provenance = provenance or CascadeProvenance()
         self.stages: list[Stage] = []
-        self.entries: list[Entry] = []
+        self.stage_entries: list[Entry] = []
         self._stacks = [base]
         self._exits: list[Exit] = []
         self._early_exits: dict[int, EarlyExit] = {}
@@ -182,7 +182,7 @@ class Cascade:
         self._stacks.append(extended(top, stage))
         self._exits.append(easy_exit)
         self.stages.append(stage)
-        self.entries.append(entry)
+        self.stage_entries.append(entry)
 
     def with_stage(
         self, stage: Stage, entry: Entry, *, provenance: CascadeProvenance | None = None
@@ -199,7 +199,7 @@ class Cascade:
             UsageError: The entry is invalid, or not above the previous entry.
         """
         longer = Cascade(self.base, propagation=self.propagation, provenance=provenance)
-        for own, before in zip(self.stages, self.entries, strict=True):
+        for own, before in zip(self.stages, self.stage_entries, strict=True):
             longer.add_stage(own, before)
         longer.add_stage(stage, entry)
         return longer
@@ -213,13 +213,13 @@ class Cascade:
         Raises:
             UsageError: The number of stages differs.
         """
-        if len(other.entries) != len(self.stages):
+        if len(other.stage_entries) != len(self.stages):
             raise UsageError(
-                f"expected a cascade with {len(self.stages)} stages, got {len(other.entries)}; "
-                "train both cascades with the same number of stages"
+                f"expected a cascade with {len(self.stages)} stages, "
+                f"got {len(other.stage_entries)}; train both cascades with the same number of stages"
             )
         same = Cascade(self.base, propagation=self.propagation)
-        for stage, entry in zip(self.stages, other.entries, strict=True):
+        for stage, entry in zip(self.stages, other.stage_entries, strict=True):
             same.add_stage(stage, entry)
         return same
 
@@ -378,7 +378,7 @@ class Cascade:
 
     def record(self) -> CascadeRecord:
         """Return the record that `save_pretrained` writes, without file hashes."""
-        numbered = enumerate(zip(self.stages, self.entries, strict=True), start=1)
+        numbered = enumerate(zip(self.stages, self.stage_entries, strict=True), start=1)
         return CascadeRecord(
             base=self._base_record(),
             propagation="exact" if self.propagation == "exact" else "frozen",
@@ -408,7 +408,7 @@ class Cascade:
         Raises:
             OutputError: The folder already holds a cascade, or it cannot be written.
         """
-        heads = [entry.heads for entry in self.entries]
+        heads = [entry.heads for entry in self.stage_entries]
         write_cascade(Path(folder), self.record(), self.stages, heads, overwrite=overwrite)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **kwargs: Any) -> Any:

@@ -71,4 +71,4 @@ def test_saved_controls_are_loaded_and_missing_ones_are_skipped(
     (name,) = found = read_controls(tmp_path, a_reader())
     assert name == "random"
     assert found[name].stages[0].fingerprint() == cascade.stages[0].fingerprint()
-    assert found[name].entries == cascade.entries
+    assert found[name].stage_entries == cascade.stage_entries

@@ -128,7 +128,7 @@ def test_an_invalid_entry_is_refused(entry: Entry, message: str) -> None:
 def test_with_entries_of_uses_the_entries_of_another_cascade() -> None:
     one, other = a_cascade("llama"), a_cascade("llama", rule="random")
     same = one.with_entries_of(other)
-    assert same.entries == other.entries
+    assert same.stage_entries == other.stage_entries
     assert same.stages == one.stages
     assert torch.equal(same.score(TEXT).exit_layers, other.score(TEXT).exit_layers)
     with pytest.raises(UsageError, match="expected a cascade with 2 stages, got 1"):

@@ -72,7 +72,7 @@ def check_same(one: Cascade, other: Cascade) -> None:
     for a, b in pairs:
         assert (a.fingerprint(), a.start, a.sources) == (b.fingerprint(), b.start, b.sources)
         assert (a.provenance, a.head is None) == (b.provenance, b.head is None)
-    for mine, read in zip(one.entries, other.entries, strict=True):
+    for mine, read in zip(one.stage_entries, other.stage_entries, strict=True):
         assert (mine.layer, mine.rule, mine.threshold) == (read.layer, read.rule, read.threshold)
         assert (mine.heads is None) == (read.heads is None)
     scores = [cascade.score(TEXT, keep_logits=True) for cascade in (one, other)]
@@ -98,7 +98,7 @@ def test_thresholds_load_unchanged(threshold: float, tmp_path: Path) -> None:
     ends(a_stack("llama"), [threshold]).save_pretrained(tmp_path / "c")
     text = (tmp_path / "c" / CONFIG).read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    (entry,) = Cascade.from_pretrained(tmp_path / "c", a_stack("llama")).entries
+    (entry,) = Cascade.from_pretrained(tmp_path / "c", a_stack("llama")).stage_entries
     assert (entry.threshold, entry.rule) == (threshold, "cosine")
 
 
