@@ -215,8 +215,8 @@ class Cascade:
         """
         if len(other.stage_entries) != len(self.stages):
             raise UsageError(
-                f"expected a cascade with {len(self.stages)} stages, "
-                f"got {len(other.stage_entries)}; train both cascades with the same number of stages"
+                f"expected a cascade with {len(self.stages)} stages, got "
+                f"{len(other.stage_entries)}; train both cascades with the same number of stages"
             )
         same = Cascade(self.base, propagation=self.propagation)
         for stage, entry in zip(self.stages, other.stage_entries, strict=True):

@@ -89,7 +89,7 @@ def _print_legend(record: GenerationRecord, console: Console, *, coloured: bool)
         layer = row.layer
         if coloured:
             styles[number] = colours[layer]
-        went = "exited" if layer != record.num_layers else "computed every layer"
+        went = "exited" if layer != record.num_layers else "all layers"
         mark = colours[layer].removeprefix("bright_") if coloured else f"[{layer}]"
         rows.append([str(layer), f"{row.tokens:,}", share(row.share), mark, went])
     if not rows:

@@ -103,7 +103,7 @@ def test_on_a_terminal_tokens_have_the_colours_of_the_legend() -> None:
     legend = {line.split()[0]: line for line in without_codes(text).splitlines() if "%" in line}
     assert legend["24"].split() == ["24", "3", "60.0%", "green", "exited"]
     assert legend["28"].split() == ["28", "1", "20.0%", "cyan", "exited"]
-    assert legend["30"].split() == ["30", "1", "20.0%", "red", "computed", "every", "layer"]
+    assert legend["30"].split() == ["30", "1", "20.0%", "red", "all", "layers"]
     for code, word in ((32, "green"), (36, "cyan"), (31, "red")):
         assert re.search(rf"\x1b\[{code}m{word} *\x1b", text)
 
