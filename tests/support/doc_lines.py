@@ -202,7 +202,8 @@ def parse_cascade(command: Command) -> None:
         given, _, _ = found.make_parser(context).parse_args(words)
         for param in found.params:
             value = given.get(param.name)
-            if value is not None and not param.is_eager and not re.fullmatch("[A-Z]+", str(value)):
+            acts = param.is_eager or not param.expose_value  # --help, --install-completion
+            if value is not None and not acts and not re.fullmatch("[A-Z]+", str(value)):
                 param.process_value(context, value)
     except Exception as error:
         raise DocsError(f"{command.place}: {error}: {command.line}") from error
