@@ -17,14 +17,14 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 
-#: Pages that lie where GitHub looks for them -> where the site has them.
+#: Pages in the folders where GitHub expects them -> their paths on the site.
 OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "baselines/README.md": "baselines.md",
 }
 
-#: What links may name beside pages of the site -> the page that says the same there.
+#: Other link targets -> the page of the site with the same content.
 ELSEWHERE = OUTSIDE | {"README.md": "index.md"}
 
 #: The notebooks with their outputs, which `tox -e notebooks` stores.
@@ -61,8 +61,8 @@ def _relinked(text: str, source: str, target: str) -> str:
 
     Args:
         text: The page.
-        source: Where it lies in the repository; what its links start from.
-        target: Where it lies on the site.
+        source: Its path in the repository, to which its links are relative.
+        target: Its path on the site.
     """
 
     def replaced(match: re.Match[str]) -> str:

@@ -27,12 +27,6 @@ RULES = {
     "oracle": "control: whether the full model predicts the same token",
 }
 
-_MODELS = {
-    "smollm2-135m": "the reference model",
-    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
-    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-}
-
 
 def _among(values: dict[str, str]) -> Callable[[str], list[Candidate]]:
     def complete(incomplete: str) -> list[Candidate]:
@@ -42,7 +36,6 @@ def _among(values: dict[str, str]) -> Callable[[str], list[Candidate]]:
 
 
 rules = _among(RULES)
-models = _among(_MODELS)
 dtypes = _among({"float32": "", "bfloat16": "", "float16": ""})
 states_dtypes = _among({"float16": "", "bfloat16": "for large states"})
 devices = _among({"cpu": "", "cuda": "", "mps": "", "auto": "the fastest one"})
@@ -59,16 +52,21 @@ starts = _among({"copies": "copies of the last layers", "fresh": "random weights
 copies = _among({"bf16": "", "int8": "", "int4": "", "noise:0.01": "with random noise"})
 
 
+def models(incomplete: str) -> list[Candidate]:
+    """Return the short names of models, with their names on the hub."""
+    return _among({name: known["hub_id"] for name, known in _known_models().items()})(incomplete)
+
+
 def layer(context: typer.Context, incomplete: str) -> list[Candidate]:
     """Return the decoder layers of the model on the command line, the last ones first."""
-    last = num_layers(str(context.params.get("model") or "smollm2-135m"))
+    last = _last_layer(context)
     found = [str(number) for number in range(last, 0, -1)]
     return [(number, f"of {last} layers") for number in found if number.startswith(incomplete)]
 
 
 def row(context: typer.Context, incomplete: str) -> list[Candidate]:
     """Return the rows of a profile: decoder layers and the final norm."""
-    last = num_layers(str(context.params.get("model") or "smollm2-135m"))
+    last = _last_layer(context)
     norm = (f"{last}+norm", "the final norm")
     return [norm] * (last > 0 and norm[0].startswith(incomplete)) + layer(context, incomplete)
 
@@ -84,6 +82,10 @@ def layers(context: typer.Context, incomplete: str) -> list[Candidate]:
     ]
 
 
+def _last_layer(context: typer.Context) -> int:
+    return num_layers(str(context.params.get("model") or "smollm2-135m"))
+
+
 def num_layers(model: str) -> int:
     """Return a model's number of decoder layers; 0 if no file at hand says it."""
     try:
@@ -97,11 +99,17 @@ def _config(model: str) -> Any:
     path = Path(os.path.expanduser(model)) / "config.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    text = resources.files("cascade").joinpath("data/configurations.json").read_text("utf-8")
-    for name, known in json.loads(text)["models"].items():
+    for name, known in _known_models().items():
         if model in (name, known["hub_id"]):
             return known["config"]
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(model, "config.json")
     return json.loads(Path(cached).read_text("utf-8")) if isinstance(cached, str) else {}
+
+
+def _known_models() -> dict[str, Any]:
+    """Return the models whose configuration ships with the package, by short name."""
+    text = resources.files("cascade").joinpath("data/configurations.json").read_text("utf-8")
+    found: dict[str, Any] = json.loads(text)["models"]
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 
 from cascade.core.cache import cache_folder
@@ -53,7 +52,7 @@ def environment() -> Environment:
     if torch.backends.mps.is_available():
         accelerators.append("mps")
     return Environment(
-        versions=library_versions() | {name: _version(name) for name in _MORE},
+        versions=library_versions(_MORE),
         platform=platform.platform(),
         processor=machine.processor,
         cores=os.cpu_count(),
@@ -66,15 +65,8 @@ def environment() -> Environment:
     )
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _model_cache() -> Path:
-    # As huggingface_hub finds it; importing that package takes a second.
+    # As huggingface_hub finds it, without importing it: torch is all that `cascade env` loads.
     given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if given:
         return Path(given).expanduser()

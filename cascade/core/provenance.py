@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -171,10 +171,14 @@ def machine_of(device: torch.device) -> MachineProvenance:
     )
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of every library that can change a result."""
+def library_versions(others: Iterable[str] = ()) -> dict[str, str]:
+    """Return the versions of Python and of every library that can change a result.
+
+    Args:
+        others: Further packages, added at the end.
+    """
     found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *others):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

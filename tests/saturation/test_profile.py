@@ -189,16 +189,26 @@ def test_table_of_a_tiny_model(
 # --- The real model against its stored baseline ----------------------------------------------
 
 
+def check_baseline(profile: SaturationProfile, sequences: int, cells: int) -> None:
+    """Check that a profile passes against its baseline, and that so many cells are compared."""
+    comparison = compare(profile, read_profile(profile_path(BASELINES, profile.record())))
+    assert comparison.verdict == "PASS", comparison.worst()[:5]
+    assert len(comparison.cells) == cells
+    assert comparison.sequences == (sequences, sequences)
+
+
+def check_roles(record: ProfileRecord, stored: ProfileRecord) -> None:
+    for name in ("input_transform", "dips", "output_transform", "stable_bands"):
+        assert getattr(record.structure, name) == getattr(stored.structure, name)
+    assert record.thresholds.exit_layer == stored.thresholds.exit_layer
+
+
 @pytest.mark.saturation
 def test_quarter_of_the_embedded_corpus_matches_the_stored_baseline(
     quarter_profile: SaturationProfile,
 ) -> None:
-    baseline = read_profile(profile_path(BASELINES, quarter_profile.record()))
-    comparison = compare(quarter_profile, baseline)
-    assert comparison.verdict == "PASS", comparison.worst()[:5]
     # Every statistic of every sequence and layer is compared.
-    assert len(comparison.cells) == 31 * 5
-    assert comparison.sequences == (128, 128)
+    check_baseline(quarter_profile, sequences=128, cells=31 * 5)
 
 
 @pytest.mark.saturation
@@ -206,12 +216,16 @@ def test_quarter_of_the_embedded_corpus_matches_the_stored_baseline(
 def test_embedded_corpus_matches_the_stored_baseline(
     embedded_profile: SaturationProfile,
 ) -> None:
-    baseline = read_profile(profile_path(BASELINES, embedded_profile.record()))
-    comparison = compare(embedded_profile, baseline)
-    assert comparison.verdict == "PASS", comparison.worst()[:5]
     # Every statistic of every sequence and layer, and of the table, is compared.
-    assert len(comparison.cells) == 31 * (5 + 10)
-    assert comparison.sequences == (511, 511)
+    check_baseline(embedded_profile, sequences=511, cells=31 * (5 + 10))
+
+
+@pytest.mark.saturation
+def test_quarter_of_the_embedded_corpus_has_the_stored_roles(
+    quarter_profile: SaturationProfile,
+) -> None:
+    record = quarter_profile.record()
+    check_roles(record, read_typed(profile_path(BASELINES, record), ProfileRecord))
 
 
 @pytest.mark.saturation
@@ -221,26 +235,13 @@ def test_roles_and_thresholds_match_the_stored_baseline(
 ) -> None:
     record = embedded_profile.record()
     stored = read_typed(profile_path(BASELINES, record), ProfileRecord)
+    check_roles(record, stored)
     assert record.structure.cutoff == pytest.approx(stored.structure.cutoff, abs=1e-4)
-    for name in ("input_transform", "dips", "output_transform", "stable_bands"):
-        assert getattr(record.structure, name) == getattr(stored.structure, name)
-    assert record.thresholds.exit_layer == stored.thresholds.exit_layer
     for new, old in zip(
         record.thresholds.by_hard_ratio, stored.thresholds.by_hard_ratio, strict=True
     ):
         assert new.hard_ratio == old.hard_ratio
         assert new.threshold == pytest.approx(old.threshold, abs=1e-4)
-
-
-@pytest.mark.saturation
-def test_quarter_of_the_embedded_corpus_has_the_stored_roles(
-    quarter_profile: SaturationProfile,
-) -> None:
-    record = quarter_profile.record()
-    stored = read_typed(profile_path(BASELINES, record), ProfileRecord)
-    for name in ("input_transform", "dips", "output_transform", "stable_bands"):
-        assert getattr(record.structure, name) == getattr(stored.structure, name)
-    assert record.thresholds.exit_layer == stored.thresholds.exit_layer
 
 
 def test_stored_baselines_are_small_and_valid() -> None:

@@ -28,32 +28,18 @@ BUDGETS = BASELINES / "smollm2-135m-instruct-q4_1" / "embedded.cascade.json"
 pytestmark = pytest.mark.cascade
 
 
-#: A third of the training tokens of the stored budgets. Measured: 0.744 on all text, 0.545 on its
-#: hard tokens; 0.999 on response text, which takes the stored budgets' tokens to improve.
-SHORT = {
-    "made": {
-        "layer": 29,
-        "hard_ratio": 0.5,
-        "tokens": {"train": 12288, "held-out": 4096},
-        "recipe": {
-            "additional_layers": 2,
-            "epochs": 1.0,
-            "learning_rate": 3e-4,
-            "batch_size": 2,
-            "looks": 1,
-            "seed": 0,
-        },
-    },
-    "limits": {"all": 0.8, "hard": 0.6, "response": 1.01},
-}
+#: What the default run changes in the stored budgets: a third of the training tokens. Measured:
+#: 0.744 on all text, 0.545 on its hard tokens; 0.999 on response text, which needs all tokens.
+SHORT_TOKENS = {"train": 12288, "held-out": 4096}
+SHORT_LIMITS = {"all": 0.8, "hard": 0.6, "response": 1.01}
 
 
 @pytest.fixture(scope="module", params=["short", pytest.param("whole", marks=pytest.mark.whole)])
 def stored(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The stored budgets, or those of a shorter training."""
-    if request.param == "short":
-        return SHORT
     record: dict[str, Any] = json.loads(BUDGETS.read_text(encoding="utf-8"))
+    if request.param == "short":
+        record["made"]["tokens"], record["limits"] = SHORT_TOKENS, SHORT_LIMITS
     return record
 
 
@@ -112,7 +98,8 @@ def test_the_trained_cascade_keeps_its_budgets(
         if not (ratio := reached[scope]) <= limit
     }
     assert not beyond, f"held-out perplexity, relative to the base's: (reached, limit) {beyond}"
-    assert evaluation.verdict.helps or stored is SHORT
+    if stored["made"]["tokens"] != SHORT_TOKENS:
+        assert evaluation.verdict.helps
 
 
 def test_easy_tokens_are_the_bases_to_the_last_bit(evaluation: CascadeEvaluationRecord) -> None:

@@ -240,7 +240,7 @@ class RunOptions:
 
     dataset: Annotated[
         Path | None,
-        typer.Option(help="Folder of `cascade collect-hard` (default: collect again)."),
+        typer.Option(help="Folder of `cascade collect-hard` (default: collect hard tokens first)."),
     ] = None
     after: Annotated[
         Path | None,
