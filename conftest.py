@@ -27,7 +27,7 @@ def reference_model() -> DecoderStack:
 
 @pytest.fixture(scope="session")
 def embedded_profile(reference_model: DecoderStack) -> SaturationProfile:
-    """The reference model's profile over the whole embedded corpus (about a minute on 2 cores)."""
+    """The reference model's profile over the whole embedded corpus (1 to 3 minutes on 2 cores)."""
     return _profile(reference_model, every=1)
 
 
