@@ -24,15 +24,17 @@ from cascade.benchmarks.timing import (
     target,
 )
 from cascade.core.provenance import provenance_of
-from cascade.core.schema import Count, Finite, Part, StoredRecord, known
+from cascade.core.schema import Count, Finite, Part, StoredRecord
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
-from cascade.gate.baselines import StoredProfile, baseline_paths, read_profile
+from cascade.gate.baseline_lookup import described, find_baseline
+from cascade.gate.baselines import StoredProfile, read_profile
 from cascade.gate.comparison import environment_differences
 from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import QUICK_TOKENS, quick_blocks, quick_ids, run_gate
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
+from cascade.models.weights import model_name
 
 #: Description of each variant, as stored in the record.
 VARIANTS = {
@@ -62,7 +64,8 @@ class GateBenchmarkConfig:
 
     Attributes:
         model: Source of the model, as for `load`.
-        baselines: Folder of all baselines. The model's baseline on the embedded corpus is used.
+        baselines: Folder of all baselines (default: `baselines` in the current folder, then those
+            shipped with the package). The model's baseline on the embedded corpus is used.
         tokens: Token budget of the gate. A model without drift uses all of it.
         rounds: Timed passes per variant, and repetitions of tasks that are timed alone.
         threads: Number of torch threads; None to keep the current number.
@@ -74,7 +77,7 @@ class GateBenchmarkConfig:
     """
 
     model: str = "smollm2-135m"
-    baselines: str = "baselines"
+    baselines: str | None = None
     tokens: int = QUICK_TOKENS
     rounds: int = 7
     threads: int | None = None
@@ -159,10 +162,11 @@ def benchmark_gate(
         DeviceError: The device is missing.
     """
     with session(config, progress) as (config, run):
+        path = _baseline_path(config)
+        run.progress(f"Baseline: {described(path)}")
+        baseline = read_profile(path)
         run.progress(f"Loading {config.model}")
         stack = load(config.model, device=config.device)
-        path = _baseline_path(stack, config)
-        baseline = read_profile(path)
         blocks = _blocks(stack, baseline)
         few = quick_blocks(blocks, baseline, config.tokens)
         timings = run.time(
@@ -214,9 +218,10 @@ def gate_targets(ratio: Ratio, alone: dict[str, TimedAlone]) -> list[Target]:
     ]
 
 
-def _baseline_path(stack: DecoderStack, config: GateBenchmarkConfig) -> Path:
-    model = known(stack.provenance.name)
-    return baseline_paths(Path(config.baselines), "saturation", model=model, corpus=EMBEDDED)[0]
+def _baseline_path(config: GateBenchmarkConfig) -> Path:
+    folder = None if config.baselines is None else Path(config.baselines)
+    model = model_name(config.model)
+    return find_baseline(folder, "saturation", model=model, corpus=EMBEDDED)
 
 
 def _blocks(stack: DecoderStack, baseline: StoredProfile) -> TokenBlocks:

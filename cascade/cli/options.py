@@ -270,6 +270,12 @@ Propagation = Annotated[
         autocompletion=completion.propagations,
     ),
 ]
+BaselinesFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--baselines", help="Folder of baselines (default: ./baselines, then those of cascade)."
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")
 ]

@@ -20,6 +20,7 @@ from cascade.benchmarks.timing import BenchmarkError
 from cascade.core.errors import RecordError
 from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.corpora.blocks import load_blocks
+from cascade.gate import baseline_lookup
 from cascade.gate.baselines import read_profile, seal
 from cascade.gate.remeasuring import measure_whole, store_profile
 from cascade.models.loading import load
@@ -187,6 +188,18 @@ def test_a_missing_baseline_is_an_error_with_the_command_that_makes_it(
 ) -> None:
     with pytest.raises(RecordError, match="cascade analyze --output"):
         benchmark.benchmark_gate(settings(saved, tmp_path))
+
+
+def test_the_baseline_that_ships_with_the_package_is_found_from_any_folder(
+    run: Run, saved: Path, baselines: Path, record: GateBenchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baseline_lookup, "shipped_baselines", lambda: baselines)
+    monkeypatch.setattr(benchmark, "time_alone", lambda *_: record.alone)
+    done = run("bench", "gate", "--model", saved, "--tokens", 80, "--rounds", 2, "--output", "out")
+    assert done.status == 0, done.err
+    assert not Path("baselines").exists()
+    assert f"Baseline: {baselines}" in done.err
+    assert json.loads(Path("out/bench.json").read_text())["settings"]["baselines"] is None
 
 
 def test_the_command_writes_its_record(

@@ -14,7 +14,7 @@ from cascade.cli import completion
 from cascade.cli.app import bench, command
 from cascade.cli.console import command_line, message
 from cascade.cli.inputs import read_layers
-from cascade.cli.options import Device, ExitLayer, Model, PrintOptions
+from cascade.cli.options import BaselinesFolder, Device, ExitLayer, Model, PrintOptions
 from cascade.cli.output import run_folder, show, write_json
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ class GateOptions:
     panel: ClassVar[str] = _WORK
 
     model: Model = "smollm2-135m"
-    baselines: Annotated[Path, typer.Option(help="Folder of all baselines.")] = Path("baselines")
+    baselines: BaselinesFolder = None
     tokens: Annotated[int, typer.Option(help="Compare at most this many tokens.")] = 512
     rounds: Rounds = 7
     threads: Threads = None
@@ -295,7 +295,7 @@ def bench_gate(options: GateOptions, output: BenchmarkOutput) -> None:
     def measure(line: str, progress: Callable[[str], None]) -> GateBenchmark:
         from cascade.benchmarks.gate import GateBenchmarkConfig, benchmark_gate
 
-        baselines = str(options.baselines)
+        baselines = None if options.baselines is None else str(options.baselines)
         config = GateBenchmarkConfig(**dataclasses.asdict(options) | {"baselines": baselines})
         return benchmark_gate(config, command=line, progress=progress)
 

@@ -12,6 +12,7 @@ from cascade.cli.app import command
 from cascade.cli.console import command_line, message, progress_bar, show_record
 from cascade.cli.inputs import load_model, read_blocks
 from cascade.cli.options import (
+    BaselinesFolder,
     BatchSize,
     CorpusOptions,
     ModelOptions,
@@ -121,10 +122,7 @@ class BaselineOptions:
 
     panel: ClassVar[str] = "Comparison"
 
-    baselines: Annotated[
-        Path | None,
-        typer.Option(help="Folder of baselines (default: ./baselines, then those of cascade)."),
-    ] = None
+    baselines: BaselinesFolder = None
     baseline: Annotated[
         Path | None,
         typer.Option(help="One baseline's .json (default: found by model and corpus)."),
