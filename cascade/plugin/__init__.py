@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cascade.models.stack import DecoderStack
     from cascade.plugin.budget_check import BudgetCheck
     from cascade.plugin.checks import SaturationCheck
-    from cascade.plugin.measuring import MeasuredEvaluations, MeasuredProfile
+    from cascade.plugin.measuring import MeasuredEvaluations, MeasuredProfile, ModelUnderTest
 
 
 @dataclass(frozen=True)
@@ -170,23 +170,35 @@ def cascade_model(pytestconfig: pytest.Config) -> DecoderStack:
     return stack
 
 
+def _model_under_test(request: pytest.FixtureRequest) -> ModelUnderTest:
+    """Return the model of the fixture `cascade_model`, loaded on first use."""
+    from cascade.plugin.measuring import ModelUnderTest
+
+    # pytest has no public way to ask whether a fixture is overridden.
+    defined = request._fixturemanager.getfixturedefs("cascade_model", request._pyfuncitem)
+    return ModelUnderTest(
+        load=lambda: request.getfixturevalue("cascade_model"),
+        source=request.config.stash[_SETTINGS].model if len(defined or ()) == 1 else None,
+    )
+
+
 @pytest.fixture(scope="session")
-def cascade_profile(cascade_model: DecoderStack, pytestconfig: pytest.Config) -> MeasuredProfile:
-    """The model's profile of its baseline's sequences, measured on first use."""
+def cascade_profile(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> MeasuredProfile:
+    """The model's profile of its baseline's sequences; loaded and measured on first use."""
     from cascade.plugin.measuring import MeasuredProfile
 
     command = shlex.join(["pytest", *map(str, pytestconfig.invocation_params.args)])
-    return MeasuredProfile(cascade_model, pytestconfig.stash[_SETTINGS], command)
+    return MeasuredProfile(_model_under_test(request), pytestconfig.stash[_SETTINGS], command)
 
 
 @pytest.fixture(scope="session")
 def cascade_evaluation(
-    cascade_model: DecoderStack, pytestconfig: pytest.Config
+    request: pytest.FixtureRequest, pytestconfig: pytest.Config
 ) -> MeasuredEvaluations:
-    """Evaluations of the budgeted operating points, measured on first use."""
+    """Evaluations of the budgeted operating points; loaded and measured on first use."""
     from cascade.plugin.measuring import MeasuredEvaluations
 
-    return MeasuredEvaluations(cascade_model, pytestconfig.stash[_SETTINGS])
+    return MeasuredEvaluations(_model_under_test(request), pytestconfig.stash[_SETTINGS])
 
 
 @pytest.fixture
@@ -228,16 +240,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     settings = config.stash[_SETTINGS]
     unused = findings.unused(settings.baselines) if _is_whole(config) else []
     record = findings.record(unused)
-    lines: list[str] = []
+    lines = list(findings.notes)
     if record is not None:
         try:
-            lines = [*_shipped_used(record)]
+            lines += _shipped_used(record)
             lines += [f"Wrote {path}" for path in write_reports(settings, record)]
         except CascadeError as error:
             lines += [f"No report: {error}"]
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
     elif settings.report is not None and not config.getoption("collectonly"):
-        lines = ["No report: no test compared anything with a baseline"]
+        lines += ["No report: no test compared anything with a baseline"]
     config.stash[_RESULT] = _Result(record, lines)
 
 

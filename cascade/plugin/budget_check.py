@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from cascade.core.schema import known
 from cascade.evaluation.records import EvaluationRecord
 from cascade.gate.records import BudgetGroup, BudgetOutcome, BudgetSource, Overrun, Verdict
 from cascade.plugin.checks import Check
-from cascade.plugin.measuring import MeasuredEvaluations, one_line
+from cascade.plugin.measuring import MeasuredEvaluations, create_command, one_line
 from cascade.plugin.settings import budget_options, shown
 
 #: An evaluation, typed or as dictionaries and lists.
@@ -27,12 +27,16 @@ class BudgetCheck(Check):
 
     kind = "budgets"
 
-    def check(self, evaluation: Evaluation | Sequence[Evaluation]) -> None:
+    def check(
+        self, evaluation: Evaluation | Sequence[Evaluation], *, required: bool = True
+    ) -> None:
         """Fail the test unless every stored operating point is within its budgets.
 
         Args:
             evaluation: `cascade_evaluation`, which measures the stored operating points; or one or
                 several records of kind `evaluation`.
+            required: Whether the test fails in a project that stores no budgets at all; if not, it
+                is skipped.
         """
         __tracebackhide__ = True
         with one_line():
@@ -42,6 +46,8 @@ class BudgetCheck(Check):
                 self._regenerate(evaluation, path, option)
                 return
             if not path.exists():
+                if not required and not any(self.settings.baselines.glob("*/*.budgets.json")):
+                    self._skip_missing(path)
                 self._fail_missing(path)
             overruns, points, tokens = self._overruns(evaluation, path)
         verdict: Verdict = "FAIL" if overruns else "PASS"
@@ -50,6 +56,15 @@ class BudgetCheck(Check):
         self._add_properties(verdict, worst, tokens)
         if overruns:
             pytest.fail(self._message(overruns, points, path), pytrace=False)
+
+    def _skip_missing(self, path: Path) -> NoReturn:
+        folder = shown(self.settings.baselines)
+        line = (
+            f"no budgets of early exit in {folder}; record them with "
+            f"{create_command(path, self.settings)}"
+        )
+        self.findings.notes.append(f"Not checked: {line}")
+        pytest.skip(line)
 
     def _path(self, evaluation: Evaluation | Sequence[Evaluation]) -> Path:
         from cascade.gate.baselines import baseline_paths

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -38,6 +39,33 @@ def one_line() -> Iterator[None]:
         line = " ".join(str(error).splitlines())
         # As `pytest.fail` does, but without the original error.
         raise pytest.fail.Exception(line, pytrace=False) from None
+
+
+@dataclass(frozen=True)
+class ModelUnderTest:
+    """The model of the fixture `cascade_model`, loaded on first use.
+
+    Attributes:
+        load: Returns the model; repeated calls return the same one.
+        source: The source that `load` reads; None if the project overrides the fixture.
+    """
+
+    load: Callable[[], DecoderStack]
+    source: str | None
+
+    @property
+    def stack(self) -> DecoderStack:
+        """The loaded model."""
+        return self.load()
+
+    @property
+    def name(self) -> str | None:
+        """The name that baselines know the model by."""
+        from cascade.models.weights import model_name
+
+        if self.source is not None:
+            return model_name(self.source)
+        return known(self.stack.provenance.name)
 
 
 def missing_line(path: Path, settings: Settings, layer: int | str = "LAYER") -> str:
@@ -94,8 +122,8 @@ def _read_blocks(
 class _Reading:
     """The stored baseline, its corpus, and the gates that compared with it."""
 
-    def __init__(self, stack: DecoderStack, settings: Settings, command: str) -> None:
-        self.stack = stack
+    def __init__(self, model: ModelUnderTest, settings: Settings, command: str) -> None:
+        self.model = model
         self.settings = settings
         self.command = command
         self._gates: dict[tuple[int, bool], Gate] = {}
@@ -105,9 +133,8 @@ class _Reading:
         """The path of the baseline."""
         from cascade.corpora.blocks import corpus_name
 
-        model = known(self.stack.provenance.name)
         corpus = corpus_name(self.settings.corpus, split=self.settings.split)
-        return self.settings.find_baseline("saturation", model=model, corpus=corpus)
+        return self.settings.find_baseline("saturation", model=self.model.name, corpus=corpus)
 
     @cached_property
     def baseline(self) -> StoredProfile:
@@ -121,7 +148,7 @@ class _Reading:
         """The part of the corpus that the baseline was measured on."""
         about = self.baseline.record().provenance.corpus
         return _read_blocks(
-            self.stack,
+            self.model.stack,
             self.settings,
             seq_len=about.seq_len,
             records=about.records,
@@ -135,10 +162,11 @@ class _Reading:
 
         key = (0 if full else tokens, full)
         if key not in self._gates:
+            baseline = self.baseline  # before the model is loaded, which takes longer
             self._gates[key] = run_gate(
-                self.stack,
+                self.model.stack,
                 self.blocks,
-                self.baseline,
+                baseline,
                 tokens=tokens,
                 full=full,
                 command=self.command,
@@ -164,8 +192,10 @@ class _Reading:
                 return done
             edges = self.baseline.arrays()["edges"]
             # The edges fit only a model of the same depth.
-            same = len(edges) == len(self.stack.layer_labels)
-            return analyze(self.stack, blocks, edges=edges if same else None, command=self.command)
+            same = len(edges) == len(self.model.stack.layer_labels)
+            return analyze(
+                self.model.stack, blocks, edges=edges if same else None, command=self.command
+            )
 
 
 class MeasuredProfile:
@@ -176,16 +206,16 @@ class MeasuredProfile:
     with `--cascade-full` all sequences.
 
     Args:
-        stack: The model.
+        model: The model.
         settings: The settings of the session.
         command: The user's command line, for the provenance.
     """
 
-    def __init__(self, stack: DecoderStack, settings: Settings, command: str) -> None:
-        self.stack = stack
+    def __init__(self, model: ModelUnderTest, settings: Settings, command: str) -> None:
+        self.model = model
         self.settings = settings
         self.command = command
-        self._reading = _Reading(stack, settings, command)
+        self._reading = _Reading(model, settings, command)
 
     @property
     def path(self) -> Path:
@@ -220,17 +250,17 @@ class MeasuredProfile:
         if records is None:
             records = max(NUM_SAMPLES, 0 if about is None else about.records)
         blocks = _read_blocks(
-            self.stack,
+            self.model.stack,
             self.settings,
             seq_len=SEQ_LEN if about is None else about.seq_len,
             records=records or None,
             split=self.settings.split,
         )
-        return measure_whole(self.stack, blocks, command=self.command)
+        return measure_whole(self.model.stack, blocks, command=self.command)
 
     def forget(self) -> None:
         """Discard all results, because the baseline has changed."""
-        self._reading = _Reading(self.stack, self.settings, self.command)
+        self._reading = _Reading(self.model, self.settings, self.command)
 
     # The interface of `SaturationProfile`.
 
@@ -270,12 +300,12 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
     """Evaluations of the stored operating points, one per group of budgets, measured on first use.
 
     Args:
-        stack: The model.
+        model: The model.
         settings: The settings of the session.
     """
 
-    def __init__(self, stack: DecoderStack, settings: Settings) -> None:
-        self.stack = stack
+    def __init__(self, model: ModelUnderTest, settings: Settings) -> None:
+        self.model = model
         self.settings = settings
         self._groups: list[BudgetGroup] | None = None
         self._done: dict[int, EvaluationRecord] = {}
@@ -286,10 +316,9 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
         from cascade.corpora.blocks import corpus_name
         from cascade.gate.baselines import baseline_paths
 
-        model = known(self.stack.provenance.name)
         corpus = f"{corpus_name(self.settings.corpus, split=self.split)}-confirm"
         folder = self.settings.baselines
-        return baseline_paths(folder, "budgets", model=model, corpus=corpus)[0]
+        return baseline_paths(folder, "budgets", model=self.model.name, corpus=corpus)[0]
 
     @property
     def split(self) -> str | None:
@@ -331,15 +360,15 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
         if number not in self._done:
             group = self.groups[number]
             fingerprint = group.provenance.heads_fingerprint
-            heads = find_heads(self.path.parent, fingerprint, self.stack)
+            heads = find_heads(self.path.parent, fingerprint, self.model.stack)
             blocks = group_blocks(
-                self.stack,
+                self.model.stack,
                 group,
                 self.settings.corpus,
                 corpus_split=self.split,
                 text_column=self.settings.text_column,
             )
-            self._done[number] = rerun(self.stack, group, blocks, heads=heads)
+            self._done[number] = rerun(self.model.stack, group, blocks, heads=heads)
         return self._done[number]
 
     def first(self) -> EvaluationRecord:
@@ -351,17 +380,17 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
         from cascade.gate.remeasuring import PointsConfig, evaluate_points, first_points
 
         blocks = _read_blocks(
-            self.stack,
+            self.model.stack,
             self.settings,
             seq_len=SEQ_LEN,
             tokens=EVALUATED_TOKENS,
             split=self.split,
         )
-        points = first_points(self.stack, blocks, self.settings.exit_layer)
+        points = first_points(self.model.stack, blocks, self.settings.exit_layer)
         given = [f"{point.layer}:{point.rule}:{point.threshold:g}" for point in points]
         options = ["--only-points", *(word for text in given for word in ("--point", text))]
         config = PointsConfig(command=self.settings.command("evaluate", *options))
-        return evaluate_points(self.stack, points, blocks, config=config)
+        return evaluate_points(self.model.stack, points, blocks, config=config)
 
     def forget(self) -> None:
         """Discard all results, because the budgets have changed."""

@@ -45,6 +45,7 @@ class Findings:
         selected: Marker -> ids of the selected tests with this marker.
         ran: Marker -> ids of the tests that were run.
         deselected: The markers of deselected tests.
+        notes: Lines for the summary about what was not checked.
     """
 
     comparisons: list[NamedComparison] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Findings:
     selected: dict[str, list[str]] = field(default_factory=dict)
     ran: dict[str, list[str]] = field(default_factory=dict)
     deselected: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def dump(self) -> str:
         """Return all findings as text, for a worker to send."""
@@ -68,6 +70,7 @@ class Findings:
         _extend(self.missing, other.missing)
         _extend(self.regenerated, other.regenerated)
         _extend(self.deselected, other.deselected)
+        _extend(self.notes, other.notes)
         for mine, theirs in (
             (self.used, other.used),
             (self.selected, other.selected),

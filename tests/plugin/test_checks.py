@@ -28,6 +28,7 @@ from cascade.core.records import packed
 from cascade.gate import baseline_lookup
 from cascade.gate.baselines import read_profile
 from cascade.gate.budgets import SLACK
+from cascade.models import loading
 
 # --- Life cycle of a baseline ---------------------------------------------------------------------
 
@@ -99,6 +100,48 @@ def test_the_shipped_baseline_is_used_and_never_written_to(
     own.assert_outcomes(passed=1, deselected=1)
     assert "shipped with" not in str(own.stdout)
     assert contents(package) == before
+
+
+@pytest.mark.parametrize(("marker", "path"), [("saturation", BASELINE), ("budgets", STORED)])
+def test_a_missing_baseline_is_reported_before_the_model_is_loaded(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marker: str, path: Path
+) -> None:
+    def refuse(source: str, **_: object) -> None:
+        raise AssertionError(f"{source} was loaded")
+
+    monkeypatch.setattr(loading, "load", refuse)
+    done = ran(project, "-m", marker)
+    done.assert_outcomes(failed=1, deselected=1)
+    assert failure(done).startswith(f"no baseline {path}; create it with `cascade ")
+
+
+def test_a_torn_baseline_is_reported_before_the_model_is_loaded(
+    guarded: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: str, **_: object) -> None:
+        raise AssertionError(f"{source} was loaded")
+
+    torn(BASELINE)
+    monkeypatch.setattr(loading, "load", refuse)
+    assert str(BASELINE) in failure(ran(guarded, "-m", "saturation"))
+
+
+def test_an_overridden_model_is_loaded_to_find_its_baseline(
+    guarded: pytest.Pytester, models: Path
+) -> None:
+    Path("baselines/tiny").rename("baselines/other")
+    guarded.makeconftest(
+        f"""
+        import pytest
+        from cascade.models.loading import load
+
+        @pytest.fixture(scope="session")
+        def cascade_model():
+            return load({str(models / "other")!r})
+        """
+    )
+    done = ran(guarded, "-m", "saturation")
+    assert failure(done).startswith("NOT COMPARABLE: expected model.weights_hash")
 
 
 def test_life_cycle_of_budgets(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,8 +355,9 @@ def test_nan_or_a_missing_model_gives_a_one_line_error(
     assert len(failure(done).splitlines()) == 1
     mended(guarded)
     (guarded.path / "empty").mkdir()
+    shutil.copytree("baselines/tiny", "baselines/empty")
     only = ("-m", "saturation", "--cascade-model", "empty", "--cascade-report", "out")
     done = ran(guarded, *only)
-    done.assert_outcomes(errors=1, deselected=1)
+    done.assert_outcomes(failed=1, deselected=1)
     assert len(failure(done).splitlines()) == 1
     assert json.loads(Path("out/report.json").read_text())["verdict"] == "NOT COMPARABLE"

@@ -19,6 +19,7 @@ from support.paths import ROOT
 from support.plugin_project import (
     BUDGETS,
     SATURATION,
+    STORED,
     failure,
     ran,
 )
@@ -44,6 +45,25 @@ def test_a_project_without_test_files_runs_the_suite(
     done = ran(guarded, *given, "--cascade-model", "tiny", "-m", "saturation")
     done.assert_outcomes(failed=1, deselected=1)
     assert failure(done).startswith("NOT COMPARABLE: expected model.weights_hash sha256:")
+
+
+def test_the_suite_skips_budgets_in_a_project_that_stores_none(
+    guarded: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("--pyargs", "cascade.suite", "-p", "no:cacheprovider")
+    STORED.unlink()
+    done = ran(guarded, *given, "-rs")
+    done.assert_outcomes(passed=1, skipped=1)
+    said = "no budgets of early exit in baselines; record them with `cascade evaluate --model *"
+    done.stdout.fnmatch_lines([f"Not checked: {said}", f"SKIPPED*: {said}"])
+    # The project's own test still fails.
+    own = ran(guarded, "-m", "budgets")
+    own.assert_outcomes(failed=1, deselected=1)
+    # So does the suite's, if the project has budgets, but of another model.
+    other = Path("baselines/other") / STORED.name
+    other.parent.mkdir()
+    other.touch()
+    ran(guarded, *given).assert_outcomes(passed=1, failed=1)
 
 
 def twelve_lines(page: str) -> str:
