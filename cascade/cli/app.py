@@ -53,11 +53,7 @@ class Command(TyperCommand):
 
     def get_help_option(self, ctx: Any) -> Any:
         """Return the option `--help`, in the last panel of help."""
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.help = "Show this help."
-            option.rich_help_panel = "Output"
-        return option
+        return _described(super().get_help_option(ctx), panel="Output")
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, printing what its options `--json` and `--quiet` say."""
@@ -70,10 +66,7 @@ class Group(TyperGroup):
 
     def get_help_option(self, ctx: Any) -> Any:
         """Return the option `--help`."""
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.help = "Show this help."
-        return option
+        return _described(super().get_help_option(ctx))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that the arguments name.
@@ -85,6 +78,14 @@ class Group(TyperGroup):
             name = ctx.info_name if ctx.parent is not None else "the command"
             raise UsageError(f"expected a value for {name}, got an empty one")
         return super().resolve_command(ctx, args)
+
+
+def _described(option: Any, panel: str | None = None) -> Any:
+    """Return the option `--help` with our words, if there is one, in a panel of help."""
+    if option is not None:
+        option.help = "Show this help."
+        option.rich_help_panel = panel
+    return option
 
 
 def _as_texts(value: Any) -> tuple[str, ...]:
