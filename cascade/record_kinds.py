@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from cascade.core.files import AnyPath
 from cascade.core.records import read_typed
 from cascade.core.schema import StoredRecord
 
@@ -51,7 +52,7 @@ def record_type(kind: str) -> type[StoredRecord]:
     return found
 
 
-def read_record(path: Path | str, *, kind: str) -> StoredRecord:
+def read_record(path: AnyPath, *, kind: str) -> StoredRecord:
     """Read and check a stored record.
 
     Args:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from cascade.core.errors import OutputError, os_reason
 
+#: A path as users give it.
+AnyPath = str | os.PathLike[str]
+
 
 def make_folder(path: Path) -> list[Path]:
     """Create a folder and its parents; return those that were missing, outermost first.

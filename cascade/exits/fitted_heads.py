@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cascade.core.errors import OutputError, RecordError, UsageError, first_line
-from cascade.core.files import atomic_path
+from cascade.core.files import AnyPath, atomic_path
 from cascade.core.provenance import ModelProvenance
 from cascade.core.schema import from_plain, known, to_plain
 from cascade.corpora.blocks import TokenBlocks
@@ -145,7 +145,7 @@ class FittedHeads:
         """Return what a file of these heads stores next to the weights."""
         return HeadsMetadata(width=self.width, of_states=self.of_states, provenance=self.provenance)
 
-    def save(self, path: Path, *, half: bool = False) -> None:
+    def save(self, path: AnyPath, *, half: bool = False) -> None:
         """Write the heads to a safetensors file, atomically.
 
         Args:
@@ -159,6 +159,7 @@ class FittedHeads:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        path = Path(path)
         tensors = {}
         for kind, pairs in (("head", self.weights), ("propagation", self.maps)):
             for layer, (weight, bias) in pairs.items():
@@ -186,7 +187,7 @@ def _halved(tensor: Tensor, layer: int) -> Tensor:
     return stored
 
 
-def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
+def load_heads(path: AnyPath, stack: DecoderStack) -> FittedHeads:
     """Return the fitted heads stored in a file, after checking that they belong to the model.
 
     Args:
@@ -211,6 +212,7 @@ def load_heads(path: Path, stack: DecoderStack) -> FittedHeads:
     """
     from safetensors import safe_open
 
+    path = Path(path)
     if path.is_dir():
         raise RecordError(
             f"{path} is a folder, expected the .safetensors file of `cascade fit-heads`"

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from cascade.core.arrays import Array
 from cascade.core.display import Displayed
 from cascade.core.errors import RecordError, first_line
-from cascade.core.files import RunFolder
+from cascade.core.files import AnyPath, RunFolder
 from cascade.core.records import (
     Record,
     at,
@@ -133,7 +133,7 @@ def _arrays_hash(arrays: Mapping[str, Array]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def read_profile(path: Path) -> StoredProfile:
+def read_profile(path: AnyPath) -> StoredProfile:
     """Read a profile or a baseline, and check that it has not changed since it was written.
 
     Args:
@@ -150,6 +150,7 @@ def read_profile(path: Path) -> StoredProfile:
         >>> baseline.record().thresholds.exit_layer
         '29'
     """
+    path = Path(path)
     if path.is_dir():
         path = path / "profile.json"
     record = read_plain(path, ProfileRecord)

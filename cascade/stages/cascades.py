@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cascade.core.arguments import read_threshold
 from cascade.core.errors import ModelError, UsageError
+from cascade.core.files import AnyPath
 from cascade.core.schema import UNSET, known
 from cascade.decoding.early_exit import EarlyExit, Propagation, Score
 from cascade.decoding.forward import Exit, ForwardPass
@@ -396,7 +397,7 @@ class Cascade:
             provenance=self.provenance,
         )
 
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+    def save_pretrained(self, folder: AnyPath, *, overwrite: bool = False) -> None:
         """Write stages, entries and provenance to a folder. The base is named, not copied.
 
         Either all files are written or none.
@@ -424,7 +425,7 @@ class Cascade:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: AnyPath,
         base: DecoderStack | None = None,
         *,
         revision: str | None = None,

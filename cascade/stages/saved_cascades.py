@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from cascade.core.errors import RecordError, first_line
-from cascade.core.files import RunFolder
+from cascade.core.files import AnyPath, RunFolder
 from cascade.core.records import read_typed, to_json
 from cascade.core.schema import UNSET, to_plain
 from cascade.exits.fitted_heads import FittedHeads, load_heads
@@ -83,7 +83,7 @@ def upload(
         return api.upload_folder(repo_id=repository, folder_path=folder, **kwargs)
 
 
-def local_folder(source: str | Path, revision: str | None) -> Path:
+def local_folder(source: AnyPath, revision: str | None) -> Path:
     """Return a local folder. A Hub repository is downloaded first.
 
     Args:
@@ -94,7 +94,7 @@ def local_folder(source: str | Path, revision: str | None) -> Path:
         RecordError: The Hub cannot be reached or has no such repository.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir() or isinstance(source, Path) or source.count("/") != 1:
+    if folder.is_dir() or not isinstance(source, str) or source.count("/") != 1:
         return folder
     from huggingface_hub import snapshot_download
 

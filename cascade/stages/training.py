@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from cascade.core.errors import TrainingError, UsageError
+from cascade.core.files import AnyPath
 from cascade.core.provenance import machine_of
 from cascade.core.schema import known
 from cascade.models.overrides.hooks import frozen
@@ -50,11 +52,11 @@ def train_stage(
     stack: DecoderStack,
     tokens: HardTokens,
     config: TrainingConfig,
-    folder: Path,
+    folder: AnyPath,
     *,
     resume: bool = False,
     steps: int | None = None,
-    tensorboard: Path | None = None,
+    tensorboard: AnyPath | None = None,
     progress: TrainingProgress | None = None,
 ) -> Training:
     """Train a stage on a model's stored exit states. The model itself is never run.
@@ -105,6 +107,7 @@ def train_stage(
         1
     """
     config.check()
+    folder = Path(folder)
     if tensorboard is not None:
         _check_tensorboard()
     tokens.check(stack)
@@ -237,7 +240,7 @@ def _arguments(
     return arguments
 
 
-def _logging_to(folder: Path) -> TrainerCallback:
+def _logging_to(folder: AnyPath) -> TrainerCallback:
     """Return a callback that logs every step and evaluation to a TensorBoard folder."""
     from transformers.integrations.integration_utils import TensorBoardCallback
 
@@ -245,7 +248,7 @@ def _logging_to(folder: Path) -> TrainerCallback:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         from tensorboardX import SummaryWriter  # type: ignore[import-not-found, no-redef]
-    callback: TrainerCallback = TensorBoardCallback(SummaryWriter(str(folder)))
+    callback: TrainerCallback = TensorBoardCallback(SummaryWriter(os.fspath(folder)))
     return callback
 
 

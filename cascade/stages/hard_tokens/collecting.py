@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cascade.core.errors import RecordError
+from cascade.core.files import AnyPath
 from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.completing import complete
 from cascade.stages.hard_tokens.dataset import (
@@ -35,7 +36,7 @@ from cascade.stages.hard_tokens.working_folder import (
 def collect_hard(
     stack: DecoderStack,
     splits: Splits,
-    folder: Path | str,
+    folder: AnyPath,
     config: CollectingConfig,
     *,
     progress: Callable[[int], None] | None = None,

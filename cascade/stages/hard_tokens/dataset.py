@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from cascade.core.errors import RecordError, UsageError, first_line, os_reason
-from cascade.core.files import xxh3_of
+from cascade.core.files import AnyPath, xxh3_of
 from cascade.core.records import read_plain, record_hash
 from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.models.identity import check_same_model
@@ -182,7 +182,7 @@ def _read_dataset(folder: Path) -> datasets.DatasetDict:
     return found
 
 
-def load_hard_tokens(folder: Path | str) -> HardTokens:
+def load_hard_tokens(folder: AnyPath) -> HardTokens:
     """Load a dataset that `collect_hard` wrote, and check that it was not changed.
 
     The check reads all files once (14 GB/s from the page cache, on one core of an EPYC).
