@@ -69,6 +69,7 @@ HOW_TO_GET_WEIGHTS = (
 )
 
 _SNAPSHOT_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _MANIFEST = "cascade.json"
 _MANIFEST_SCHEMA = 1
 
@@ -148,6 +149,20 @@ def model_name(source: str) -> str:
     if os.path.exists(path):
         return path.stem.lower()
     return HUB_NAMES.get(source, source).replace("/", "--").lower()
+
+
+def is_missing_path(source: str) -> bool:
+    """Return whether a source can only be a path, and nothing is there.
+
+    Args:
+        source: As for `resolve`.
+
+    Example:
+        >>> is_missing_path("./nowhere"), is_missing_path("ORG/Name")
+        (True, False)
+    """
+    exists = source in WHEELS or os.path.exists(os.path.expanduser(source))
+    return not exists and _HUB_ID.fullmatch(source) is None
 
 
 def file_hash(path: Path) -> str:

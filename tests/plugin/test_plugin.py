@@ -83,7 +83,8 @@ def test_the_workflow_in_the_docs_has_twelve_lines_and_runs(
     Path("pytest.ini").unlink()
     given = (f"--cascade-model={project.path / 'nowhere'}", "--cascade-corpus=texts.jsonl")
     done = ran(project, *arguments, *given)
-    done.assert_outcomes(errors=1, deselected=1)
+    done.assert_outcomes(failed=1, deselected=1)
+    assert failure(done).startswith(f"no model {project.path / 'nowhere'}")
     assert json.loads(Path("report/report.json").read_text())["verdict"] == "NOT COMPARABLE"
 
 
