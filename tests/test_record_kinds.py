@@ -17,11 +17,17 @@ from cascade.core.schema import StoredRecord
 from cascade.record_kinds import KINDS, json_schema, read_record, record_type
 
 
+def kinds_of(base: type[StoredRecord]) -> set[type[StoredRecord]]:
+    """Return the classes below a class that are records of a kind, not bases of others."""
+    found = {each for each in base.__subclasses__() if "KIND" in vars(each)}
+    return found.union(*(kinds_of(each) for each in base.__subclasses__()))
+
+
 def test_every_stored_record_of_the_package_is_a_known_kind() -> None:
     for found in pkgutil.walk_packages(cascade.__path__, "cascade."):
         if "__main__" not in found.name:
             importlib.import_module(found.name)
-    classes = {each for each in StoredRecord.__subclasses__() if each.__module__[:8] == "cascade."}
+    classes = {each for each in kinds_of(StoredRecord) if each.__module__[:8] == "cascade."}
     assert {record_type(kind) for kind in KINDS} == classes
     assert {kind: record_type(kind).KIND for kind in KINDS} == {kind: kind for kind in KINDS}
 

@@ -9,29 +9,23 @@ from typing import Any, Literal
 import numpy as np
 from msgspec import field
 
-from cascade.benchmarks.memory import LONG, PassPeak, measure_peak, measure_usage, not_measured
+from cascade.benchmarks.memory import LONG, measure_peak, measure_usage, not_measured
 from cascade.benchmarks.passes import angular_distances, bare_forward, seed_means
-from cascade.benchmarks.records import (
-    BenchmarkProvenance,
-    MemoryUsage,
-    Ratio,
-    Target,
-    VariantTimes,
-)
+from cascade.benchmarks.records import BenchmarkRecord, MemoryUsage, PassPeak, Ratio, Target
 from cascade.benchmarks.timing import (
     INTERVAL,
     BenchmarkError,
+    CorpusBenchmarkConfig,
     Session,
     Timings,
     Variant,
-    check_least,
     pinned_threads,
     ratio_target,
     session,
     target,
 )
 from cascade.core.arrays import Array
-from cascade.core.schema import Finite, Part, StoredRecord
+from cascade.core.schema import Finite, Part
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.models.loading import load
@@ -61,39 +55,12 @@ RATIOS = (
 
 
 @dataclass(frozen=True)
-class CollectionBenchmarkConfig:
+class CollectionBenchmarkConfig(CorpusBenchmarkConfig):
     """Options of the benchmark of collecting similarities.
-
-    Attributes:
-        model: Source of the model, as for `load`.
-        tokens: Tokens per pass, rounded down to whole sequences.
-        seq_len: Tokens per sequence.
-        batch_size: Sequences per forward pass.
-        rounds: Timed passes per variant.
-        threads: Number of torch threads; None to keep the current number.
-        seed: Seed of the order of variants and of the resamples.
-        device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
         BenchmarkError: A number is too small.
     """
-
-    model: str = "smollm2-135m"
-    tokens: int = 4096
-    seq_len: int = 128
-    batch_size: int = 32
-    rounds: int = 7
-    threads: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        least = {"seq_len": 2, "batch_size": 1, "rounds": 2, "threads": 1, "seed": 0}
-        reasons = {
-            "tokens": "one sequence of --seq-len",
-            "rounds": "one round gives no interval",
-        }
-        check_least(self, least | {"tokens": self.seq_len}, reasons)
 
 
 class Peer(Part, frozen=True, kw_only=True):
@@ -152,24 +119,17 @@ class Agreement(Part, frozen=True, kw_only=True):
     seed: LargestDifference
 
 
-class CollectionBenchmark(StoredRecord, frozen=True, kw_only=True):
+class CollectionBenchmark(BenchmarkRecord, frozen=True, kw_only=True):
     """Record of the benchmark of collecting similarities."""
 
     KIND = "bench.collect"
     COMMAND = "bench collect --output"
 
-    schema: int = 1
     kind: Literal["bench.collect"] = "bench.collect"
-    provenance: BenchmarkProvenance
     settings: CollectionBenchmarkConfig
-    variants: dict[str, VariantTimes] = field(name="ways")
-    order: list[list[str]]
-    ratios: list[Ratio]
-    interval: str
     agreement: Agreement
     peer: Peer
     memory: MemoryUsage
-    targets: list[Target]
 
 
 def benchmark_collection(

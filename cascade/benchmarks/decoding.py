@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from msgspec import field
 from torch import Tensor
 from transformers.utils import logging
 
@@ -23,9 +22,10 @@ from cascade.benchmarks.decoding_results import (
     skipping_rows,
 )
 from cascade.benchmarks.passes import generate_plainly
-from cascade.benchmarks.records import BenchmarkProvenance, Ratio, Target, VariantTimes
+from cascade.benchmarks.records import BenchmarkRecord
 from cascade.benchmarks.timing import (
     INTERVAL,
+    BenchmarkConfig,
     BenchmarkError,
     Session,
     Timings,
@@ -35,7 +35,7 @@ from cascade.benchmarks.timing import (
 )
 from cascade.core.errors import first_line
 from cascade.core.provenance import provenance_of
-from cascade.core.schema import UNSET, StoredRecord
+from cascade.core.schema import UNSET
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.decoding.early_exit import EarlyExit, Propagation
@@ -75,17 +75,15 @@ SCORED_SEQUENCES, SCORED_LENGTH = 32, 128
 
 
 @dataclass(frozen=True)
-class DecodingBenchmarkConfig:
+class DecodingBenchmarkConfig(BenchmarkConfig):
     """Options of the benchmark of decoding.
 
     Attributes:
-        model: Source of the model, as for `load`.
         dtype: "float32" or "bfloat16".
         prompts: Number of prompts that every variant continues in one round.
         prompt_tokens: Tokens per prompt.
         new_tokens: New tokens per prompt.
         batch_size: Prompts per batch.
-        rounds: Timed rounds.
         layer: Exit layer (default: 24, the second to last in a shallower model, or the highest
             fitted layer).
         rule: Exit rule.
@@ -93,15 +91,11 @@ class DecodingBenchmarkConfig:
         hard_ratio: Share of hard tokens on the text that the threshold is fitted on.
         heads: File of fitted heads (default: fit them).
         scoring: Also time scoring with skipped tokens.
-        threads: Number of torch threads; None to keep the current number.
-        seed: Seed of the order of variants and of the resamples.
-        device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
         BenchmarkError: A number is out of range, or the dtype is not supported.
     """
 
-    model: str = "smollm2-135m"
     dtype: str = "float32"
     prompts: int = 2
     prompt_tokens: int = 64
@@ -114,46 +108,28 @@ class DecodingBenchmarkConfig:
     hard_ratio: float = 0.5
     heads: str | None = None
     scoring: bool = True
-    threads: int | None = None
-    seed: int = 0
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        least = {
-            "prompts": 1,
-            "prompt_tokens": 2,
-            "new_tokens": 2,
-            "batch_size": 1,
-            "rounds": 2,
-            "threads": 1,
-            "seed": 0,
-        }
-        check_least(self, least, {"rounds": "one round gives no interval"})
+        super().__post_init__()
+        check_least(self, {"prompts": 1, "prompt_tokens": 2, "new_tokens": 2, "batch_size": 1})
         if self.dtype not in ("float32", "bfloat16"):
             raise BenchmarkError(f"expected --dtype float32 or bfloat16, got {self.dtype}")
         if not 0 <= self.hard_ratio <= 1:
             raise BenchmarkError(f"expected --hard-ratio in 0..1, got {self.hard_ratio:g}")
 
 
-class DecodingBenchmark(StoredRecord, frozen=True, kw_only=True):
+class DecodingBenchmark(BenchmarkRecord, frozen=True, kw_only=True):
     """Record of the benchmark of decoding."""
 
     KIND = "bench.decode"
     COMMAND = "bench decode --output"
 
-    schema: int = 1
     kind: Literal["bench.decode"] = "bench.decode"
-    provenance: BenchmarkProvenance
     settings: DecodingBenchmarkConfig
     exit: TimedExit
-    variants: dict[str, VariantTimes] = field(name="ways")
-    order: list[list[str]]
-    ratios: list[Ratio]
-    interval: str
     generated: dict[str, GeneratedRow]
     assistant: AssistantTimes
     scoring: ScoringTimes
-    targets: list[Target]
 
 
 def benchmark_decoding(

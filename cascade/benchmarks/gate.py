@@ -14,9 +14,10 @@ import numpy as np
 from msgspec import field
 
 from cascade.benchmarks.passes import bare_forward
-from cascade.benchmarks.records import BenchmarkProvenance, Ratio, Target, VariantTimes
+from cascade.benchmarks.records import BenchmarkRecord, Ratio, Target
 from cascade.benchmarks.timing import (
     INTERVAL,
+    BenchmarkConfig,
     BenchmarkError,
     check_least,
     ratio_target,
@@ -24,7 +25,7 @@ from cascade.benchmarks.timing import (
     target,
 )
 from cascade.core.provenance import provenance_of
-from cascade.core.schema import Count, Finite, Part, StoredRecord
+from cascade.core.schema import Count, Finite, Part
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.gate.baseline_lookup import described, find_baseline
@@ -59,33 +60,24 @@ _PLUGIN = (
 
 
 @dataclass(frozen=True)
-class GateBenchmarkConfig:
+class GateBenchmarkConfig(BenchmarkConfig):
     """Options of the benchmark of the quick gate.
 
     Attributes:
-        model: Source of the model, as for `load`.
         baselines: Folder of all baselines (default: `baselines` in the current folder, then those
             shipped with the package). The model's baseline on the embedded corpus is used.
         tokens: Token budget of the gate. A model without drift uses all of it.
-        rounds: Timed passes per variant, and repetitions of tasks that are timed alone.
-        threads: Number of torch threads; None to keep the current number.
-        seed: Seed of the order of variants and of the resamples.
-        device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
         BenchmarkError: A number is too small.
     """
 
-    model: str = "smollm2-135m"
     baselines: str | None = None
     tokens: int = QUICK_TOKENS
-    rounds: int = 7
-    threads: int | None = None
-    seed: int = 0
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_least(self, {"tokens": 1, "rounds": 2, "threads": 1, "seed": 0})
+        super().__post_init__()
+        check_least(self, {"tokens": 1})
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,7 @@ class TimedAlone(Part, frozen=True, kw_only=True):
     seconds: list[Finite]
 
 
-class GateBenchmark(StoredRecord, frozen=True, kw_only=True):
+class GateBenchmark(BenchmarkRecord, frozen=True, kw_only=True):
     """Record of the benchmark of the quick gate.
 
     Attributes:
@@ -125,18 +117,11 @@ class GateBenchmark(StoredRecord, frozen=True, kw_only=True):
     KIND = "bench.gate"
     COMMAND = "bench gate --output"
 
-    schema: int = 1
     kind: Literal["bench.gate"] = "bench.gate"
-    provenance: BenchmarkProvenance
     settings: GateBenchmarkSettings
-    variants: dict[str, VariantTimes] = field(name="ways")
-    order: list[list[str]]
-    ratios: list[Ratio]
-    interval: str
     steps: list[Count] = field(name="looks")
     elsewhere: list[str]
     alone: dict[str, TimedAlone]
-    targets: list[Target]
 
 
 def benchmark_gate(
@@ -169,6 +154,7 @@ def benchmark_gate(
         stack = load(config.model, device=config.device)
         blocks = _blocks(stack, baseline)
         few = quick_blocks(blocks, baseline, config.tokens)
+        _check_shared(few, path, config)
         timings = run.time(
             {
                 "bare": lambda: bare_forward(stack, few, len(few.ids)),
@@ -229,6 +215,14 @@ def _blocks(stack: DecoderStack, baseline: StoredProfile) -> TokenBlocks:
     return load_blocks(
         EMBEDDED, stack.tokenizer, seq_len=corpus.seq_len, num_samples=corpus.records
     )
+
+
+def _check_shared(few: TokenBlocks, path: Path, config: GateBenchmarkConfig) -> None:
+    if not len(few.ids):
+        raise BenchmarkError(
+            f"expected sequences of {path} in the embedded corpus as {config.model} reads it, "
+            "found none; run `cascade gate` to see what differs"
+        )
 
 
 def _check_passed(verdict: str, config: GateBenchmarkConfig) -> None:

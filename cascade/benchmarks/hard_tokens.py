@@ -10,12 +10,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from msgspec import field
 
-from cascade.benchmarks.records import BenchmarkProvenance, Ratio, Target, VariantTimes
-from cascade.benchmarks.timing import INTERVAL, check_least, ratio_target, session
+from cascade.benchmarks.records import BenchmarkRecord
+from cascade.benchmarks.timing import (
+    INTERVAL,
+    CorpusBenchmarkConfig,
+    check_least,
+    ratio_target,
+    session,
+)
 from cascade.core.provenance import provenance_of
-from cascade.core.schema import StoredRecord
 from cascade.corpora.blocks import PARTS, Part, TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.models.loading import load
@@ -34,55 +38,35 @@ HARD_RATIO = 0.5
 
 
 @dataclass(frozen=True)
-class HardTokenBenchmarkConfig:
+class HardTokenBenchmarkConfig(CorpusBenchmarkConfig):
     """Options of the benchmark of collecting hard tokens.
 
     Attributes:
-        model: Source of the model, as for `load`.
         layer: Exit layer (default: second to last).
         tokens: Tokens per pass, rounded down to whole sequences; a fifth of them is held out. The
             embedded corpus is repeated as often as needed.
-        seq_len: Tokens per sequence.
-        batch_size: Sequences per forward pass.
-        rounds: Timed passes per variant.
-        threads: Number of torch threads; None to keep the current number.
-        seed: Seed of the order of variants and of the resamples.
-        device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
         BenchmarkError: A number is too small.
     """
 
-    model: str = "smollm2-135m"
     layer: int | None = None
     tokens: int = 20480
-    seq_len: int = 128
-    batch_size: int = 32
     rounds: int = 5
-    threads: int | None = None
-    seed: int = 0
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        least = {"seq_len": 2, "batch_size": 1, "rounds": 2, "threads": 1, "seed": 0}
-        check_least(self, least | {"tokens": 5 * self.seq_len})
+        super().__post_init__()
+        check_least(self, {"tokens": 5 * self.seq_len})
 
 
-class HardTokenBenchmark(StoredRecord, frozen=True, kw_only=True):
+class HardTokenBenchmark(BenchmarkRecord, frozen=True, kw_only=True):
     """Record of the benchmark of collecting hard tokens."""
 
     KIND = "bench.collect-hard"
     COMMAND = "bench collect-hard --output"
 
-    schema: int = 1
     kind: Literal["bench.collect-hard"] = "bench.collect-hard"
-    provenance: BenchmarkProvenance
     settings: HardTokenBenchmarkConfig
-    variants: dict[str, VariantTimes] = field(name="ways")
-    order: list[list[str]]
-    ratios: list[Ratio]
-    interval: str
-    targets: list[Target]
 
 
 def benchmark_hard_tokens(

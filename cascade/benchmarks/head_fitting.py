@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from msgspec import field
 
 from cascade.benchmarks.passes import bare_forward
-from cascade.benchmarks.records import BenchmarkProvenance, Ratio, Target, VariantTimes
-from cascade.benchmarks.timing import INTERVAL, check_least, ratio_target, session
+from cascade.benchmarks.records import BenchmarkRecord
+from cascade.benchmarks.timing import (
+    INTERVAL,
+    CorpusBenchmarkConfig,
+    ratio_target,
+    session,
+)
 from cascade.core.provenance import provenance_of
-from cascade.core.schema import StoredRecord
 from cascade.corpora.blocks import load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.exits.head_fitting import fit_heads
@@ -27,55 +30,31 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class HeadFittingBenchmarkConfig:
+class HeadFittingBenchmarkConfig(CorpusBenchmarkConfig):
     """Options of the benchmark of fitting exit heads.
 
     Attributes:
-        model: Source of the model, as for `load`.
         layers: Exit layers, all fitted in the same pass.
         tokens: Tokens per pass, rounded down to whole sequences. The embedded corpus is repeated as
             often as needed. The cost of solving does not depend on the number of tokens.
-        seq_len: Tokens per sequence.
-        batch_size: Sequences per forward pass.
-        rounds: Timed passes per variant.
-        threads: Number of torch threads; None to keep the current number.
-        seed: Seed of the order of variants and of the resamples.
-        device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
         BenchmarkError: A number is too small.
     """
 
-    model: str = "smollm2-135m"
     layers: tuple[int, ...] = (20, 24, 26, 28, 29)
     tokens: int = 16384
-    seq_len: int = 128
-    batch_size: int = 32
     rounds: int = 3
-    threads: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        least = {"seq_len": 2, "batch_size": 1, "rounds": 2, "threads": 1, "seed": 0}
-        check_least(self, least | {"tokens": self.seq_len})
 
 
-class HeadFittingBenchmark(StoredRecord, frozen=True, kw_only=True):
+class HeadFittingBenchmark(BenchmarkRecord, frozen=True, kw_only=True):
     """Record of the benchmark of fitting exit heads."""
 
     KIND = "bench.fit"
     COMMAND = "bench fit --output"
 
-    schema: int = 1
     kind: Literal["bench.fit"] = "bench.fit"
-    provenance: BenchmarkProvenance
     settings: HeadFittingBenchmarkConfig
-    variants: dict[str, VariantTimes] = field(name="ways")
-    order: list[list[str]]
-    ratios: list[Ratio]
-    interval: str
-    targets: list[Target]
 
 
 def benchmark_head_fitting(

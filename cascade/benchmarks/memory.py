@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade.benchmarks.records import MemoryUsage, PeakMemory
+from msgspec.structs import asdict
+
+from cascade.benchmarks.records import MemoryUsage, PassPeak, PeakMemory
 from cascade.benchmarks.timing import BenchmarkError, no_progress
-from cascade.core.schema import UNSET, Count, Finite, Part, UnsetType, from_plain
+from cascade.core.schema import from_plain
 
 #: The long pass has this many times the tokens of the short one.
 LONG = 8
@@ -33,22 +35,6 @@ _WHAT = (
     f"The {LONG}x pass repeats the same blocks {LONG} times. glibc is configured to return freed "
     f"memory at once ({', '.join(f'{name}={value}' for name, value in STEADY_MALLOC.items())})"
 )
-
-
-class PassPeak(Part, frozen=True, kw_only=True):
-    """The peak memory of one pass in a fresh process.
-
-    Attributes:
-        tokens: Tokens of the measured pass.
-        loaded_mb: Peak up to the end of loading, in MB.
-        peak_mb: Peak of the measured pass in MB, or of the whole process if `isolated` is false.
-        isolated: Whether the operating system could reset the peak before the pass.
-    """
-
-    tokens: Count
-    loaded_mb: Finite
-    peak_mb: Finite
-    isolated: bool | UnsetType = UNSET
 
 
 def measure_usage(
@@ -83,16 +69,7 @@ def measure_usage(
     for name, factor in ((variant, 1), (variant, LONG), *((other, 1) for other in others)):
         progress(f"Measuring the memory of {name} at {factor}x tokens")
         found = peak_in_fresh_process(kind, config, name, factor)
-        peaks.append(
-            PeakMemory(
-                variant=name,
-                factor=factor,
-                tokens=found.tokens,
-                loaded_mb=found.loaded_mb,
-                peak_mb=found.peak_mb,
-                isolated=found.isolated,
-            )
-        )
+        peaks.append(PeakMemory(variant=name, factor=factor, **asdict(found)))
     growth = peaks[1].peak_mb - peaks[0].peak_mb
     return MemoryUsage(what=_WHAT, reason=None, growth_mb=growth, peaks=peaks)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import field
 
 from cascade.core.provenance import MachineProvenance, Provenance
-from cascade.core.schema import UNSET, Count, Finite, Interval, Part, UnsetType
+from cascade.core.schema import UNSET, Count, Finite, Interval, Part, StoredRecord, UnsetType
 
 
 class BenchmarkMachine(MachineProvenance, frozen=True, kw_only=True):
@@ -76,24 +78,32 @@ class Target(Part, frozen=True, kw_only=True):
     met: bool | None
 
 
-class PeakMemory(Part, frozen=True, kw_only=True):
+class PassPeak(Part, frozen=True, kw_only=True):
     """The peak memory of one pass in a fresh process.
 
     Attributes:
-        variant: Measured variant.
-        factor: Number of times that the pass repeated the tokens.
         tokens: Tokens of the measured pass.
         loaded_mb: Peak up to the end of loading, in MB.
-        peak_mb: Peak of the measured pass, in MB.
-        isolated: Whether the peak was reset before the pass.
+        peak_mb: Peak of the measured pass in MB, or of the whole process if `isolated` is false.
+        isolated: Whether the operating system could reset the peak before the pass.
     """
 
-    variant: str = field(name="way")
-    factor: Count
     tokens: Count
     loaded_mb: Finite
     peak_mb: Finite
     isolated: bool | UnsetType = UNSET
+
+
+class PeakMemory(PassPeak, frozen=True, kw_only=True):
+    """The peak memory of one pass of a variant.
+
+    Attributes:
+        variant: Measured variant.
+        factor: Number of times that the pass repeated the tokens.
+    """
+
+    variant: str = field(name="way")
+    factor: Count
 
 
 class MemoryUsage(Part, frozen=True, kw_only=True):
@@ -110,3 +120,27 @@ class MemoryUsage(Part, frozen=True, kw_only=True):
     reason: str | None
     growth_mb: Finite | None
     peaks: list[PeakMemory]
+
+
+class BenchmarkRecord(StoredRecord, frozen=True, kw_only=True):
+    """The fields that every benchmark's record has.
+
+    Attributes:
+        provenance: Model, corpus, machine, versions and command.
+        settings: Options of the benchmark.
+        variants: Times of each variant, by name.
+        order: Order of the variants in every timed round.
+        ratios: Ratios of seconds, variant over reference.
+        interval: Description of the median and the interval of a ratio.
+        targets: Targets and measured values.
+    """
+
+    schema: int = 1
+    kind: str = ""
+    provenance: BenchmarkProvenance
+    settings: Any
+    variants: dict[str, VariantTimes] = field(name="ways")
+    order: list[list[str]]
+    ratios: list[Ratio]
+    interval: str
+    targets: list[Target]

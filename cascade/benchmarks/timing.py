@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -67,20 +67,50 @@ def check_least(
 # --- The set-up of a benchmark ---------------------------------------------------------------
 
 
-class BenchmarkConfig(Protocol):
-    """Options that every benchmark has."""
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Options that every benchmark has.
 
-    @property
-    def rounds(self) -> int:
-        """Timed rounds."""
+    Attributes:
+        model: Source of the model, as for `load`.
+        rounds: Timed passes per variant.
+        threads: Number of torch threads; None to keep the current number.
+        seed: Seed of the order of variants and of the resamples.
+        device: "cpu", "cuda", "mps" or "auto".
 
-    @property
-    def threads(self) -> int | None:
-        """Number of torch threads; None to keep the current number."""
+    Raises:
+        BenchmarkError: A number is too small.
+    """
 
-    @property
-    def seed(self) -> int:
-        """Seed of the order of variants and of the resamples."""
+    model: str = "smollm2-135m"
+    rounds: int = 7
+    threads: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        least = {"rounds": 2, "threads": 1, "seed": 0}
+        check_least(self, least, {"rounds": "one round gives no interval"})
+
+
+@dataclass(frozen=True)
+class CorpusBenchmarkConfig(BenchmarkConfig):
+    """Options of a benchmark that runs a model over sequences of the embedded corpus.
+
+    Attributes:
+        tokens: Tokens per pass, rounded down to whole sequences.
+        seq_len: Tokens per sequence.
+        batch_size: Sequences per forward pass.
+    """
+
+    tokens: int = 4096
+    seq_len: int = 128
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"seq_len": 2, "batch_size": 1, "tokens": self.seq_len}
+        check_least(self, least, {"tokens": "one sequence of --seq-len"})
 
 
 C = TypeVar("C", bound=BenchmarkConfig)
@@ -151,7 +181,7 @@ def session(
     """
     load_before = load_average()
     threads = config.threads or torch.get_num_threads()
-    config = replace(config, threads=threads)  # type: ignore[type-var]  # a dataclass
+    config = replace(config, threads=threads)
     with pinned_threads(threads):
         yield config, Session(config.rounds, config.seed, load_before, progress or no_progress)
 

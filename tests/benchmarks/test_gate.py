@@ -150,6 +150,20 @@ def test_the_report_shows_all_times_and_refuses_another_kind(record: GateBenchma
         from_plain(to_plain(record) | {"kind": "bench.fit"}, GateBenchmark)
 
 
+def test_a_baseline_without_sequences_of_the_corpus_is_an_error(
+    saved: Path, baselines: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(baselines, tmp_path / "moved")
+    stack = load(str(saved))
+    texts = ["Other text that the corpus does not have."] * 9
+    blocks = load_blocks(texts, stack.tokenizer, seq_len=LENGTH)
+    path, _ = store_profile(folder, measure_whole(stack, blocks))
+    path.rename(path.with_name("embedded.saturation.json"))
+    path.with_suffix(".npz").rename(path.with_name("embedded.saturation.npz"))
+    with pytest.raises(BenchmarkError, match=r"expected sequences of .* found none"):
+        benchmark.benchmark_gate(settings(saved, folder))
+
+
 def test_a_gate_that_stops_early_is_an_error(
     saved: Path, baselines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +186,7 @@ def test_a_failing_process_is_an_error() -> None:
     ("changes", "message"),
     [
         ({"tokens": 0}, "--tokens of at least 1, got 0"),
-        ({"rounds": 1}, "--rounds of at least 2, got 1"),
+        ({"rounds": 1}, r"--rounds of at least 2 \(one round gives no interval\), got 1"),
         ({"threads": 0}, "--threads of at least 1, got 0"),
     ],
 )

@@ -76,7 +76,7 @@ def test_the_report_has_the_ratio_and_refuses_another_kind(record: HardTokenBenc
     ("changes", "message"),
     [
         ({"tokens": 79}, "--tokens of at least 80, got 79"),
-        ({"rounds": 1}, "--rounds of at least 2, got 1"),
+        ({"rounds": 1}, r"--rounds of at least 2 \(one round gives no interval\), got 1"),
         ({"batch_size": 0}, "--batch-size of at least 1, got 0"),
     ],
 )

@@ -90,8 +90,8 @@ def test_the_report_names_the_layers_and_refuses_another_kind(record: HeadFittin
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": 15}, "--tokens of at least 16, got 15"),
-        ({"rounds": 1}, "--rounds of at least 2, got 1"),
+        ({"tokens": 15}, r"--tokens of at least 16 \(one sequence of --seq-len\), got 15"),
+        ({"rounds": 1}, r"--rounds of at least 2 \(one round gives no interval\), got 1"),
         ({"batch_size": 0}, "--batch-size of at least 1, got 0"),
     ],
 )

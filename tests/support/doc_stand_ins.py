@@ -31,7 +31,7 @@ from cascade.benchmarks import gate as gate_benchmark
 from cascade.benchmarks import memory, timing
 from cascade.corpora import blocks as corpora
 from cascade.corpora import readers, record_text
-from cascade.gate import noise, remeasuring
+from cascade.gate import baseline_lookup, noise, remeasuring
 from cascade.gate import quick_gate as gate
 from cascade.gate.budgets import SLACK
 from cascade.models import weights
@@ -110,6 +110,7 @@ def save_all(folder: Path) -> Path:
     """Save everything that stands in for downloads: `reference/`, and a hub's cache, `hub/`."""
     save_stand_in(folder / "reference", seed=0)
     _fit_heads(folder)
+    _store_baseline(folder)
     for number, name in enumerate(HUB_MODELS, start=1):
         cached = folder / "hub" / f"models--{name.replace('/', '--')}"
         save_stand_in(cached / "snapshots" / _COMMIT, seed=number)
@@ -133,6 +134,17 @@ def _fit_heads(folder: Path) -> None:
     fit_heads(stack, blocks, [24, 28]).save(folder / "heads.safetensors")
 
 
+def _store_baseline(folder: Path) -> None:
+    """Store what stands in for the baseline that ships with the package."""
+    from cascade.models.loading import load
+
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(folder, patch)
+        stack = load("smollm2-135m")
+        blocks = corpora.load_blocks("embedded", stack.tokenizer)
+        remeasuring.store_profile(folder / "baselines", remeasuring.measure_whole(stack, blocks))
+
+
 def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the package find what `save_all` saved, as real weights and in the hub's cache."""
     import datasets.config
@@ -147,6 +159,7 @@ def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(weights, "_from_wheel", from_wheel)
     monkeypatch.setattr(readers, "_read_embedded", read_embedded)
+    monkeypatch.setattr(baseline_lookup, "shipped_baselines", lambda: saved / "baselines")
     monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)
     for room in (noise, gate, remeasuring):
         monkeypatch.setattr(room, "measure_noise", lambda *_: NOISE)

@@ -32,16 +32,9 @@ _FILE = "bench.json"
 _WORK, _EXIT = "Work", "Exit"
 
 Rounds = Annotated[int, typer.Option(help="Timed passes per variant.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.", rich_help_panel=_WORK)]
-BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.", rich_help_panel=_WORK)]
 RepeatedTokens = Annotated[
     int, typer.Option(help="Tokens per pass; the embedded corpus is repeated as needed.")
 ]
-Threads = Annotated[
-    int | None,
-    typer.Option("--threads", help="Number of threads (default: torch's)."),
-]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the order of variants in a round.")]
 
 
 @dataclass(frozen=True)
@@ -73,21 +66,38 @@ def _run(
 
 
 @dataclass(frozen=True)
-class CollectionOptions:
-    """The variants of collecting similarities that are timed."""
+class BenchmarkOptions:
+    """Options that every benchmark has."""
 
     panel: ClassVar[str] = _WORK
 
     model: Model = "smollm2-135m"
-    tokens: Annotated[int, typer.Option(help="Tokens per pass over the embedded corpus.")] = 4096
-    seq_len: SeqLen = 128
-    batch_size: Annotated[
-        int, typer.Option(help="Sequences per pass, for all variants.", rich_help_panel=_WORK)
-    ] = 32
     rounds: Rounds = 7
-    threads: Threads = None
-    seed: Seed = 0
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Number of threads (default: torch's).")
+    ] = None
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed of the order of variants in a round.")
+    ] = 0
     device: Device = "cpu"
+
+
+@dataclass(frozen=True)
+class CorpusBenchmarkOptions(BenchmarkOptions):
+    """Options of a benchmark that runs a model over sequences of the embedded corpus."""
+
+    tokens: RepeatedTokens = 4096
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.", rich_help_panel=_WORK)] = 128
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences per forward pass.", rich_help_panel=_WORK)
+    ] = 32
+
+
+@dataclass(frozen=True)
+class CollectionOptions(CorpusBenchmarkOptions):
+    """The variants of collecting similarities that are timed."""
+
+    tokens: Annotated[int, typer.Option(help="Tokens per pass over the embedded corpus.")] = 4096
 
 
 @command("collect", group=bench)
@@ -116,12 +126,9 @@ def bench_collect(
 
 
 @dataclass(frozen=True)
-class DecodingOptions:
+class DecodingOptions(BenchmarkOptions):
     """The variants of decoding that are timed."""
 
-    panel: ClassVar[str] = _WORK
-
-    model: Model = "smollm2-135m"
     dtype: Annotated[
         str, typer.Option(help="float32 or bfloat16.", autocompletion=completion.dtypes)
     ] = "float32"
@@ -165,9 +172,6 @@ class DecodingOptions:
         ),
     ] = None
     scoring: Annotated[bool, typer.Option(help="Time scoring with skipped layers as well.")] = True
-    threads: Threads = None
-    seed: Seed = 0
-    device: Device = "cpu"
 
 
 @command("decode", group=bench)
@@ -191,22 +195,14 @@ def bench_decode(options: DecodingOptions, output: BenchmarkOutput) -> None:
 
 
 @dataclass(frozen=True)
-class HeadFittingOptions:
+class HeadFittingOptions(CorpusBenchmarkOptions):
     """The fitting of heads that is timed."""
 
-    panel: ClassVar[str] = _WORK
-
-    model: Model = "smollm2-135m"
     layers: Annotated[
         str, typer.Option(help="Exit layers, e.g. 20,24,28.", autocompletion=completion.layers)
     ] = "20,24,26,28,29"
     tokens: RepeatedTokens = 16384
-    seq_len: SeqLen = 128
-    batch_size: BatchSize = 32
     rounds: Rounds = 3
-    threads: Threads = None
-    seed: Seed = 0
-    device: Device = "cpu"
 
 
 @command("fit", group=bench)
@@ -232,20 +228,12 @@ def bench_fit(options: HeadFittingOptions, output: BenchmarkOutput) -> None:
 
 
 @dataclass(frozen=True)
-class HardTokenOptions:
+class HardTokenOptions(CorpusBenchmarkOptions):
     """The collection of hard tokens that is timed."""
 
-    panel: ClassVar[str] = _WORK
-
-    model: Model = "smollm2-135m"
     layer: ExitLayer = None
     tokens: RepeatedTokens = 20480
-    seq_len: SeqLen = 128
-    batch_size: BatchSize = 32
     rounds: Rounds = 5
-    threads: Threads = None
-    seed: Seed = 0
-    device: Device = "cpu"
 
 
 @command("collect-hard", group=bench)
@@ -267,18 +255,11 @@ def bench_collect_hard(options: HardTokenOptions, output: BenchmarkOutput) -> No
 
 
 @dataclass(frozen=True)
-class GateOptions:
+class GateOptions(BenchmarkOptions):
     """The gate that is timed."""
 
-    panel: ClassVar[str] = _WORK
-
-    model: Model = "smollm2-135m"
     baselines: BaselinesFolder = None
     tokens: Annotated[int, typer.Option(help="Compare at most this many tokens.")] = 512
-    rounds: Rounds = 7
-    threads: Threads = None
-    seed: Seed = 0
-    device: Device = "cpu"
 
 
 @command("gate", group=bench)
