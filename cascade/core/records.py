@@ -105,16 +105,35 @@ def read_typed(path: Path, kind: type[R]) -> R:
 def typed(record: Record, kind: type[R], path: Path) -> R:
     """Convert the plain content of a file to a typed record.
 
+    Values that earlier releases wrote under another name are read as today's.
+
     Raises:
         RecordError: A field is missing or has another type.
     """
     try:
-        return from_plain(record, kind)
+        return from_plain(_renamed(record, kind), kind)
     except SchemaError as error:
         raise RecordError(
             f"{path} is torn or edited ({error}); restore it, or make it again with "
             f"`cascade {kind.COMMAND}`"
         ) from error
+
+
+def _renamed(record: Record, kind: type[StoredRecord]) -> Record:
+    """Return a record whose values have today's names; see `StoredRecord.RENAMED`."""
+    record = dict(record)
+    for (rows, column), names in kind.RENAMED.items():
+        found = record.get(rows)
+        if isinstance(found, list):
+            record[rows] = [_renamed_row(row, column, names) for row in found]
+    return record
+
+
+def _renamed_row(row: Any, column: str, names: Mapping[str, str]) -> Any:
+    # Anything else is refused when the record is checked.
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        return row
+    return row | {column: names.get(row[column], row[column])}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:

@@ -69,11 +69,14 @@ class StoredRecord(Part, frozen=True, kw_only=True):
         KIND: The record's kind, as in its JSON.
         SCHEMA: The schema that this release writes, and the newest that it reads.
         COMMAND: The command that creates such a record, for error messages.
+        RENAMED: The values that earlier releases wrote into a column of a list, and today's: the
+            list and the column, then the earlier value and today's.
     """
 
     KIND: ClassVar[str]
     SCHEMA: ClassVar[int] = 1
     COMMAND: ClassVar[str]
+    RENAMED: ClassVar[dict[tuple[str, str], dict[str, str]]] = {}
 
 
 T = TypeVar("T")

@@ -310,10 +310,10 @@ def _verdict(rows: Sequence[OperatingPointRow], config: EvaluationConfig) -> Ver
 
 #: How the seconds of a row are measured.
 SECONDS = (
-    "one process, every batch through the full model and through every point in turn; a point's "
-    "time is that of the layers below its exit, of its rule and head on every token that they "
-    "look at, and of the layers and the LM head above for the tokens that stayed (with exact "
-    "propagation, of the layers for all tokens)"
+    "one process runs each batch through the full model and then through every point; the time of "
+    "a point includes the layers up to its exit, its rule and head for every token that they "
+    "evaluate, and the upper layers and the LM head for the tokens that continue (with exact "
+    "propagation, the upper layers for all tokens)"
 )
 
 

@@ -27,8 +27,8 @@ from cascade.stats.ratios import student_ratio_interval
 from cascade.stats.resampling import mean_interval
 
 INTERVAL = (
-    "95 %: percentile bootstrap, 999 resamples of whole sequences; for seconds Student's t over "
-    "batches, whose number is too small to resample"
+    "95 % percentile bootstrap over whole sequences, 999 resamples; for seconds, Student's t over "
+    "batches, because there are too few batches to resample"
 )
 
 

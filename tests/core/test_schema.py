@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.core.records import to_json
+from cascade.core.errors import RecordError
+from cascade.core.records import to_json, typed
 from cascade.core.schema import (
     UNSET,
     Count,
@@ -29,6 +31,7 @@ from cascade.core.schema import (
     known,
     to_plain,
 )
+from cascade.record_kinds import KINDS, json_schema, record_type
 
 
 class Point(Part, frozen=True, kw_only=True):
@@ -215,3 +218,47 @@ def test_known_returns_none_for_an_unset_field() -> None:
     assert known(UNSET) is None
     assert known(None) is None
     assert known(0) == 0
+
+
+# --- Values of earlier releases --------------------------------------------------------------
+
+
+class Judged(Part, frozen=True, kw_only=True):
+    outcome: Literal["significant", "kept"]
+
+
+class Judgement(StoredRecord, frozen=True, kw_only=True):
+    KIND: ClassVar[str] = "judgement"
+    COMMAND: ClassVar[str] = "judge"
+    RENAMED: ClassVar[dict[tuple[str, str], dict[str, str]]] = {
+        ("points", "outcome"): {"beyond doubt": "significant"}
+    }
+
+    points: list[Judged]
+
+
+def test_values_of_earlier_releases_are_read_as_todays() -> None:
+    stored = {"points": [{"outcome": "beyond doubt"}, {"outcome": "kept"}]}
+    record = typed(stored, Judgement, Path("record.json"))
+    assert [point.outcome for point in record.points] == ["significant", "kept"]
+    assert stored["points"][0] == {"outcome": "beyond doubt"}, "the plain record is unchanged"
+
+
+@pytest.mark.parametrize(
+    "points", [None, "points", ["beyond doubt"], [{"outcome": None}], [{"outcome": "lost"}], [{}]]
+)
+def test_renaming_values_hides_no_wrong_type(points: Any) -> None:
+    with pytest.raises(RecordError, match="is torn or edited"):
+        typed({"points": points}, Judgement, Path("record.json"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_renamed_values_are_values_that_the_type_allows(kind: str) -> None:
+    own = record_type(kind)
+    definitions = json_schema(kind)["$defs"]
+    fields = definitions[own.__name__]["properties"]
+    for (rows, column), names in own.RENAMED.items():
+        row = definitions[fields[rows]["items"]["$ref"].rpartition("/")[2]]
+        allowed = row["properties"][column]["enum"]
+        assert set(names.values()) <= set(allowed)
+        assert not set(names) & set(allowed)

@@ -15,9 +15,9 @@ from cascade.core.formatting import percent
 from cascade.core.schema import to_plain
 from cascade.evaluation.records import ExitProvenance, FullModelFigures
 from cascade.evaluation.search.records import (
-    BEYOND_DOUBT,
     KEPT,
     LOST,
+    SIGNIFICANT,
     ExitVariant,
     NoThreshold,
     Outcome,
@@ -192,9 +192,9 @@ def choose(
         kept = [number for number in numbers if points[number].outcome in outcomes]
         return min(kept, key=lambda number: _price(points[number]), default=None)
 
-    best = cheapest(run, KEPT, BEYOND_DOUBT)
-    best_beyond_doubt = cheapest(run, BEYOND_DOUBT)
-    best_on_table = cheapest(on_table, KEPT, BEYOND_DOUBT)
+    best = cheapest(run, KEPT, SIGNIFICANT)
+    best_significant = cheapest(run, SIGNIFICANT)
+    best_on_table = cheapest(on_table, KEPT, SIGNIFICANT)
     nearest = max(
         candidates,
         key=lambda number: (points[number].agreement, -_operations(points[number])),
@@ -205,7 +205,7 @@ def choose(
         points=points,
         pairs=_variant_results(points, nothing),
         best=best,
-        best_beyond_doubt=best_beyond_doubt,
+        best_beyond_doubt=best_significant,
         best_on_table=best_on_table,
         nearest=nearest,
         certificate=_certificate(points, tests),
@@ -213,7 +213,7 @@ def choose(
             exit=best is not None and _is_faster(points[best]),
             headline=texts.headline(best, nearest),
             also=[
-                *texts.interval(best, best_beyond_doubt),
+                *texts.interval(best, best_significant),
                 *texts.cheaper_by_table(best, best_on_table),
             ],
         ),
@@ -226,7 +226,7 @@ def _is_faster(point: TriedPoint) -> bool:
 
 def _outcome(point: TriedPoint, agreement: float) -> Outcome:
     if point.agreement_interval[0] >= agreement and point.agreement >= agreement:
-        return BEYOND_DOUBT
+        return SIGNIFICANT
     return KEPT if point.agreement >= agreement else LOST
 
 
@@ -253,8 +253,8 @@ def _variant_results(
             VariantResult(
                 **to_plain(variant),
                 fitted=numbers[0],
-                kept=_first(points, numbers, KEPT, BEYOND_DOUBT),
-                beyond_doubt=_first(points, numbers, BEYOND_DOUBT),
+                kept=_first(points, numbers, KEPT, SIGNIFICANT),
+                beyond_doubt=_first(points, numbers, SIGNIFICANT),
             )
         )
     for row in nothing:
@@ -359,42 +359,46 @@ class _Texts:
             return self._best(self.points[best])
         if nearest is None:
             return (
-                f"No early exit keeps {wanted} agreement: no layer and rule has a threshold at "
+                f"No early exit keeps {wanted} agreement. No layer and rule has a threshold at "
                 "which a token exits and the agreement is kept."
             )
         point = self.points[nearest]
         by = "estimated from the table" if point.only_on_table else "measured"
         return (
-            f"No measured point keeps {wanted} agreement; nearest: {_exit(point)}, "
-            f"{percent(point.agreement)} {by}, at {_cost(point)}."
+            f"No measured point keeps {wanted} agreement. The nearest one is {_exit(point)} "
+            f"(agreement {percent(point.agreement)}, {by}), at {_cost(point)}."
         )
 
     def _best(self, point: SearchedPoint) -> str:
         wanted = percent(self.agreement)
         if _is_faster(point):
             return (
-                f"Exit at {_exit(point)}: {percent(point.agreement)} of all tokens are predicted "
-                f"as by the full model (wanted: {wanted}), at {_cost(point)}."
+                f"Exit at {_exit(point)}. It predicts {percent(point.agreement)} of all tokens as "
+                f"the full model does (target: {wanted}), at {_cost(point)}."
             )
-        saves = "saves significant time" if _operations(point) < 1 else "saves operations"
+        saves = (
+            "is significantly faster than the full model"
+            if _operations(point) < 1
+            else "takes fewer operations than the full model"
+        )
         return (
-            f"No early exit {saves} at {wanted} agreement: the cheapest that keeps it, "
-            f"{_exit(point)} ({percent(point.agreement)}), takes {_cost(point)}."
+            f"No early exit that keeps {wanted} agreement {saves}. The cheapest one is "
+            f"{_exit(point)} (agreement {percent(point.agreement)}), at {_cost(point)}."
         )
 
-    def interval(self, best: int | None, beyond_doubt: int | None) -> list[str]:
+    def interval(self, best: int | None, significant: int | None) -> list[str]:
         """Return which point is chosen if the whole interval has to keep the agreement."""
-        if best is None or best == beyond_doubt:
+        if best is None or best == significant:
             return []
         text = (
-            f"The 95 % interval of its agreement, {_ends(self.points[best])}, reaches below the "
-            f"wanted {percent(self.agreement)}. "
+            f"The 95 % interval of its agreement, {_ends(self.points[best])}, starts below the "
+            f"target of {percent(self.agreement)}. "
         )
-        if beyond_doubt is None:
-            return [f"{text}No point's whole interval keeps it; use more sequences to decide."]
-        point = self.points[beyond_doubt]
+        if significant is None:
+            return [f"{text}No point's whole interval keeps it. Use more sequences to decide."]
+        point = self.points[significant]
         return [
-            f"{text}The cheapest whose whole interval keeps it is {_exit(point)} "
+            f"{text}The cheapest one whose whole interval keeps it is {_exit(point)} "
             f"({_ends(point)}), at {_cost(point)}."
         ]
 

@@ -17,10 +17,10 @@ RUNNING: ConfirmedBy = "running"
 TABLE: ConfirmedBy = "table"
 EXACT_TABLE: ConfirmedBy = "exact table"
 
-#: Whether a point keeps the wanted agreement on the sequences to confirm on. "kept": its point
-#: estimate does. "beyond doubt": its whole 95 % interval does.
-Outcome = Literal["beyond doubt", "kept", "lost"]
-BEYOND_DOUBT: Outcome = "beyond doubt"
+#: Whether a point keeps the target agreement on the sequences to confirm on. "kept": its point
+#: estimate does. "significant": its whole 95 % interval does.
+Outcome = Literal["significant", "kept", "lost"]
+SIGNIFICANT: Outcome = "significant"
 KEPT: Outcome = "kept"
 LOST: Outcome = "lost"
 
@@ -293,6 +293,9 @@ class SearchRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
 
     KIND: ClassVar[str] = "exit-search"
     COMMAND: ClassVar[str] = "search-exit --output"
+    RENAMED: ClassVar[dict[tuple[str, str], dict[str, str]]] = {
+        ("points", "outcome"): {"beyond doubt": SIGNIFICANT}
+    }
 
     schema: int = 1
     kind: Literal["exit-search"] = "exit-search"

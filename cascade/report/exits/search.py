@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FRONTIER = "exit-search-frontier.svg"
 
 #: Outcome of an operating point -> its text in the column.
-_KEPT = {"beyond doubt": "sure", "kept": "yes", "lost": "no"}
+_KEPT = {"significant": "sure", "kept": "yes", "lost": "no"}
 _MARK = " *"
 #: Beyond this many curves their labels would cover each other.
 _MAX_LABELS = 16
@@ -173,9 +173,9 @@ def _pictures(record: SearchRecord) -> Iterator[Block]:
         FRONTIER,
         frontier_svg(record),
         "Agreement against cost; upper left is better. Each line is one rule at one exit layer "
-        "(the number) over its thresholds; hollow marks were not measured but predicted from the "
-        "fitting table. The dark line joins the operating points that no other one beats in both "
-        "agreement and cost, including the full model at the right.",
+        "(the number) over its thresholds. Hollow marks were not measured but estimated from the "
+        "exit table. The dark line is the frontier: no other operating point is better in both "
+        "agreement and cost. The full model is at the right.",
     )
 
 
@@ -346,24 +346,24 @@ def _notes(record: SearchRecord) -> list[tuple[str, str]]:
         ),
         (
             "fit",
-            "share of the fitting tokens with the same prediction as the full model; a dash means "
-            "not recorded, but at least the target",
+            "agreement with the full model on the fitting tokens; a dash means not recorded, but "
+            "at least the target",
         ),
-        ("agree", "the same for the confirmation tokens, which were not used for fitting"),
+        ("agree", "agreement on the confirmation tokens, which were not used for fitting"),
         ("interval", f"of agree, in %; {settings.interval}"),
         ("FLOPs, time", f"relative to the full model; {settings.seconds}"),
         (
             "risk",
             "with confidence "
-            f"{settings.confidence:g}, at most this share of tokens differs from the full model on "
-            "sequences like these, jointly for all thresholds (Hoeffding's bound; the error is "
-            f"divided equally among the {certificate.tested} thresholds)",
+            f"{settings.confidence:g}, at most this share of tokens is predicted differently from "
+            "the full model on sequences like these, jointly for all thresholds (Hoeffding's "
+            f"bound, the error divided equally among the {certificate.tested} thresholds)",
         ),
         (
             "kept",
-            "yes: the agreement on the confirmation sequences reaches the target; sure: so does "
-            "its whole interval; no: it does not. A question mark means not measured but predicted "
-            "from the fitting table, which counts every token that continues as equal",
+            "yes: the agreement on the confirmation tokens reaches the target; sure: so does its "
+            "whole interval; no: it does not. A question mark means not measured but estimated "
+            "from the exit table, which counts every token that continues as agreeing",
         ),
         (
             "not checked",

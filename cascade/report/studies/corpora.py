@@ -31,6 +31,8 @@ from cascade.studies.comparisons.corpus_records import (
 _MOST_COLUMNS = 4
 #: The maximum number of layers named in a sentence; the others are only counted.
 _MAX_NAMED = 8
+#: Verdict -> its text in a table; all others are shown as they are.
+_VERDICTS = {"cannot tell": "undecided"}
 #: Estimates above this number of tokens are shown as "more than", being too close to call.
 _MOST_TOKENS = 9_900_000
 
@@ -52,7 +54,7 @@ def corpora_report(record: CorpusComparison) -> Report:
         sections=(
             Section("", (Lead(_lead(record), "open"), Pairs(tuple(_corpora(record))))),
             Section("Which layers move", tuple(_moves(record))),
-            Section("Special layers", tuple(_special(record))),
+            Section("Special layers", tuple(_roles(record))),
             Section("Whether thresholds transfer", tuple(_transfers(record))),
         ),
         provenance=to_plain(record.provenance),
@@ -66,10 +68,13 @@ def _lead(record: CorpusComparison) -> str:
     ]
     counts = record.thresholds.counts
     total = sum(counts.values())
+    roles = _role_words(record) if record.special.same else "Not every layer keeps its role."
     return (
-        f"Of {rows} layer means, these move by more than {margin:g} against A: "
-        f"{listed(moved)}. Of {total} thresholds taken from one corpus to another, "
-        f"{counts['transfers'] or 'none'} transfer, {counts['does not'] or 'none'} do not"
+        f"{roles} Of {rows} mean similarities, these differ from A by significantly more than "
+        f"{margin:g}: {listed(moved)}. Of {total} thresholds that were fitted on one corpus and "
+        f"used on another, {counts['transfers'] or 'none'} transfer (the hard ratio stays within "
+        f"{record.settings.tolerance:g} of its target), "
+        f"{counts['does not'] or 'none'} do not"
         + (f", {counts['cannot tell']} are undecided." if counts["cannot tell"] else ".")
     )
 
@@ -83,7 +88,7 @@ def _corpora(record: CorpusComparison) -> Iterator[tuple[str, str]]:
         yield (
             "Warning",
             f"{listed(pair.corpora)} have {pair.sequences:,} sequences in common: they are "
-            "not independent, and their intervals too wide or too narrow",
+            "not independent, and their intervals are too wide or too narrow",
         )
 
 
@@ -94,11 +99,11 @@ def _moves(record: CorpusComparison) -> Iterator[Block]:
     margin, confidence = record.settings.margin, record.settings.confidence
     sure = f"{100 * confidence:g} %"
     yield (
-        "A layer moves where the interval of its difference lies wholly beyond the margin of "
-        f"{margin:g}, stays where it lies wholly within, and is undecided otherwise (then with "
-        "the tokens of each corpus that would decide, if the difference stays the same). Whole "
-        f"sequences are resampled; all intervals of a corpus's differences hold simultaneously "
-        f"with {sure} confidence."
+        "The interval of a difference comes from resampled whole sequences. The intervals of all "
+        f"layers of a corpus hold simultaneously with {sure} confidence. A layer "
+        f"moves if its interval lies outside the margin of {margin:g}, and stays if it lies "
+        "inside. Otherwise it is undecided, and the table says how many tokens of each corpus "
+        "would decide if the difference stays the same."
     )
     for pair in record.differences:
         yield _pair_words(record, pair)
@@ -106,9 +111,8 @@ def _moves(record: CorpusComparison) -> Iterator[Block]:
         "corpora-profiles.svg",
         corpora_profiles_svg(record),
         f"Above: mean similarity per layer and corpus, with {sure} intervals. Below: differences "
-        "to A, with simultaneous intervals; where some are far beyond the margin, the "
-        "axis is logarithmic outside it. Filled: the layer moves; open: it stays or is "
-        "undecided.",
+        "from A, with simultaneous intervals. If some are far beyond the margin, the axis is "
+        "logarithmic outside it. Filled: the layer moves. Open: it stays or is undecided.",
     )
     for start in range(0, len(record.corpora), _MOST_COLUMNS):
         yield _means(record, range(start, min(start + _MOST_COLUMNS, len(record.corpora))))
@@ -186,7 +190,7 @@ def _differences(record: CorpusComparison, pair: CorpusDifferences) -> Table:
             row.layer,
             f"{row.difference:+.4f}",
             f"±{_half(row.interval)}",
-            row.verdict,
+            _VERDICTS.get(row.verdict, row.verdict),
             _tokens_needed(row),
         ]
         for row in pair.rows
@@ -217,8 +221,8 @@ def _tokens_needed(row: LayerDifference | ThresholdTransfer) -> str:
 # --- Special layers --------------------------------------------------------------------------
 
 
-def _special(record: CorpusComparison) -> Iterator[Block]:
-    yield _special_words(record)
+def _roles(record: CorpusComparison) -> Iterator[Block]:
+    yield _role_words(record)
     header = ["", "input transform", "dips", "output transform", "stable bands", "exit layer"]
     rows = [
         [
@@ -240,15 +244,17 @@ def _special(record: CorpusComparison) -> Iterator[Block]:
         ]
         for corpus in record.corpora
     ]
-    yield table_of("Found by rule in each corpus.", header, rows, text_columns=5)
+    yield table_of(
+        "Found by the rule of `cascade analyze` in each corpus.", header, rows, text_columns=5
+    )
 
 
-def _special_words(record: CorpusComparison) -> str:
+def _role_words(record: CorpusComparison) -> str:
     special = record.special
     if special.same:
-        return "The same layers are special in every corpus."
+        return "Every layer has the same role in all corpora."
     if not special.differ:
-        return "The same layers are special in every corpus, but not in the same role."
+        return "The same layers are special in all corpora, but not in the same role."
     parts = []
     for row in special.differ:
         shares = ", ".join(f"{label} {share(value)}" for label, value in row.shares.items())
@@ -267,17 +273,17 @@ def _transfers(record: CorpusComparison) -> Iterator[Block]:
     settings = record.settings
     yield rule_sentence(str(settings.layer))
     yield (
-        "A threshold is fitted on one corpus and realizes a hard ratio on another. It transfers "
-        f"where the 95 % interval of that ratio lies within {settings.tolerance:g} of the "
-        "target, does not where it lies wholly beyond, and is undecided otherwise (then with "
-        "the tokens of that corpus that would decide)."
+        "A threshold is fitted on one corpus for a target hard ratio and realizes another ratio on "
+        f"another corpus. It transfers if the 95 % interval of that ratio is within "
+        f"{settings.tolerance:g} of the target, and does not if the interval is outside. Otherwise "
+        "it is undecided, and the table says how many tokens of that corpus would decide."
     )
     yield Picture(
         "corpora-thresholds.svg",
         corpora_thresholds_svg(record),
-        "How far the hard ratio that other corpora's thresholds realize on each corpus lies from "
-        "the target, with 95 % intervals. Filled: the threshold does not transfer; open: it "
-        "does, or this is undecided.",
+        "On each corpus, the hard ratio under the thresholds of the other corpora minus the "
+        "target, with 95 % intervals. Filled: the threshold does not transfer. Open: it transfers "
+        "or is undecided.",
     )
     rows = [
         [
@@ -286,7 +292,7 @@ def _transfers(record: CorpusComparison) -> Iterator[Block]:
             f"{row.threshold:.4f}",
             share(row.realized),
             between(row.interval, share, " to "),
-            row.verdict,
+            _VERDICTS.get(row.verdict, row.verdict),
             _tokens_needed(row),
         ]
         for row in record.thresholds.rows

@@ -203,11 +203,11 @@ def corpora_thresholds_svg(record: CorpusComparison) -> str:
         for axes, corpus in _panels(grid, corpora):
             _draw_transfers(axes, record, corpus)
         for line in grid:
-            line[0].set_ylabel("realized - wanted, in points")
+            line[0].set_ylabel("realized - target, in percentage points")
         _draw_legend(figure, [axes for line in grid for axes in line])
         label = (
-            "One chart per corpus: how far the hard ratio that the thresholds of the other corpora "
-            "realize on it lies from the wanted one."
+            "One chart per corpus: the hard ratio under the thresholds of the other corpora, minus "
+            "the target."
         )
         return as_svg(figure, "corpora-thresholds", label)
 
@@ -226,10 +226,10 @@ def _draw_transfers(axes: Axes, record: CorpusComparison, corpus: ComparedCorpus
     """Draw the errors of other corpora's thresholds on one corpus, filled if not transferring."""
     settings, styles = record.settings, styles_of(record)
     axes.set_title(f"on {_named(corpus)}", loc="left", fontsize=10, parse_math=False)
-    axes.set_xlabel("wanted hard ratio")
+    axes.set_xlabel("target hard ratio")
     axes.grid(axis="y", linewidth=0.8)
     within = 100 * settings.tolerance
-    label = f"tolerance: {within:g} points"
+    label = f"tolerance: {within:g} percentage points"
     axes.axhspan(-within, within, color=LIGHT["stable"], linewidth=0, zorder=0, label=label)
     axes.axhline(0, color=LIGHT["muted"], linewidth=0.8)
     others = [other for other in record.corpora if other.label != corpus.label]

@@ -46,16 +46,16 @@ def explanation_report(record: LayerExplanation) -> Report:
         title=f"Layer {settings.layer} of {name}, against layer {settings.contrast}",
         about=(
             f"{corpus.name}: {settings.sequences:,} sequences x {corpus.seq_len:,} tokens "
-            f"measured, {settings.pilot_sequences:,} others learned from; {model.dtype} on "
-            f"{model.device}"
+            f"measured, {settings.pilot_sequences:,} others to estimate the traits of the update; "
+            f"{model.dtype} on {model.device}"
         ),
         sections=(
             Section("", (Lead(_verdict(record), _mark(record)), *_worth(record))),
             Section("Causes", tuple(_causes(record))),
-            Section("What the layer adds", (sides_table(record),)),
-            Section("What it is worth", ablation_blocks(record)),
-            Section("By token", token_blocks(record)),
-            Section("The stream over depth", depth_blocks(record)),
+            Section("Update of the layer", (sides_table(record),)),
+            Section("Effect on perplexity", ablation_blocks(record)),
+            Section("Similarity by token", token_blocks(record)),
+            Section("Residual stream over depth", depth_blocks(record)),
             Section("What could not be measured", tuple(map(_sentence, record.missing))),
         ),
         provenance=to_plain(record.provenance),
@@ -80,28 +80,28 @@ def _verdict(record: LayerExplanation) -> str:
     """Return which causes are supported, with the deciding numbers."""
     gap, (target, other) = record.gap, record.sides
     turns = (
-        f"Layer {target.layer} turns the stream by {target.degrees:.1f} degrees (similarity "
-        f"{target.similarity:.3f}), layer {other.layer} by {other.degrees:.1f} "
-        f"({other.similarity:.3f})."
+        f"Layer {target.layer} turns the residual stream by {target.degrees:.1f} degrees on "
+        f"average (mean similarity {target.similarity:.3f}), its neighbour, layer {other.layer}, "
+        f"by {other.degrees:.1f} ({other.similarity:.3f})."
     )
     if not gap.asks_for_a_cause:
         return (
-            f"{turns} That is a gap of {gap.degrees:.1f} degrees ({gap.interval[0]:.1f} to "
-            f"{gap.interval[1]:.1f}): there is no dip to explain."
+            f"{turns} The gap is {gap.degrees:.1f} degrees ({gap.interval[0]:.1f} to "
+            f"{gap.interval[1]:.1f}), so there is no dip to explain."
         )
     supported = [
         one for one in closing_causes(record) if one.row.cause in record.verdict.carried_by
     ]
     if not supported:
         return (
-            f"{turns} No single cause explains the gap of {gap.degrees:.1f} degrees: the gap that "
-            f"remains without each is more than {whole_percent(1 - record.settings.carries)}, or "
-            "this is undecided."
+            f"{turns} No single cause explains the gap of {gap.degrees:.1f} degrees. Without any "
+            f"one of them, at least {whole_percent(1 - record.settings.carries)} of the gap "
+            "remains, or this is undecided."
         )
     supported.sort(key=lambda one: -one.closed)
     return (
-        f"{turns} The gap of {gap.degrees:.1f} degrees is explained by {_named(record, supported)} "
-        "(share of the gap that closes without each)."
+        f"{turns} Most of the gap of {gap.degrees:.1f} degrees closes if one of these causes is "
+        f"removed (in brackets: the share that closes): {_named(record, supported)}."
     )
 
 
@@ -110,8 +110,8 @@ def _worth(record: LayerExplanation) -> tuple[str, ...]:
     lines = []
     if record.gap.asks_for_a_cause:
         for verdict, words in (
-            ("does not carry", "Not supported by their ablation, and so no cause"),
-            ("cannot tell", "Not to be told from half of the gap"),
+            ("not supported", "Not supported, because less than half of the gap closes"),
+            ("undecided", "Undecided, because the interval of the share includes half of the gap"),
         ):
             causes = [one for one in closing_causes(record) if one.row.verdict == verdict]
             if causes:
@@ -121,15 +121,15 @@ def _worth(record: LayerExplanation) -> tuple[str, ...]:
     common = _ablation(record, layer, "common_left_out")
     if skipped[0] and skipped[1]:
         text = (
-            f"Skipping layer {layer} makes perplexity {skipped[0].perplexity_ratio:.2f} x, "
-            f"skipping layer {contrast} {skipped[1].perplexity_ratio:.2f} x"
+            f"Without layer {layer}, the perplexity is {skipped[0].perplexity_ratio:.2f} x that of "
+            f"the unchanged model, without layer {contrast} {skipped[1].perplexity_ratio:.2f} x."
         )
         if common is not None:
             text += (
-                f"; leaving out only what layer {layer} adds alike to every token makes it "
-                f"{common.perplexity_ratio:.2f} x"
+                f" Without only the common part of layer {layer}'s update it is "
+                f"{common.perplexity_ratio:.2f} x."
             )
-        lines.append(f"{text}.")
+        lines.append(text)
     return tuple(lines)
 
 
@@ -154,10 +154,12 @@ def _causes(record: LayerExplanation) -> list[Block]:
     ]
     blocks: list[Block] = [
         table_of(
-            f"What is left without each: degrees that layer {layer} turns the stream, degrees that "
-            f"layer {contrast} turns it, the similarity of layer {layer}; and which share of the "
-            "gap between the two is gone, with its 95 % interval in percent.",
-            (layer, contrast, "cosine", "closed", "95 %", "supported", "without"),
+            f"Without each cause: the mean angles of layers {layer} and {contrast} in degrees, the "
+            f"similarity of layer {layer}, and the share of the gap that closes, with its 95 % "
+            f"interval in percent. Above 100 %, layer {layer} turns the stream less than layer "
+            f"{contrast}; below 0 %, the gap grows. Of the token classes, the one that closes most "
+            "is shown.",
+            (layer, contrast, "similarity", "closed", "95 %", "supported", "without"),
             rows,
             text_columns=2,
         )
@@ -173,8 +175,10 @@ def _causes(record: LayerExplanation) -> list[Block]:
                 "explanation-causes.svg",
                 causes_svg(record),
                 f"Share of the gap between layer {layer} and layer {contrast} that closes without "
-                "each cause; lines are 95 % intervals. Updates are subtracted, tokens are hidden "
-                "from attention, dimensions are removed, and traits are set to the neighbour's.",
+                "each cause; lines are 95 % intervals. Outputs and the common part are subtracted "
+                "from the update. First tokens and delimiters are hidden from attention. "
+                "Dimensions are left out of input and output; token classes and positions are left "
+                f"out of the mean. Size, direction and norm are set to layer {contrast}'s.",
             )
         )
     return blocks

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 _LAYER, _CONTRAST = LIGHT["active"], LIGHT["mean"]
 _VERDICTS = {
-    "carries": LIGHT["active"],
-    "does not carry": LIGHT["whisker"],
-    "cannot tell": LIGHT["spread"],
+    "supported": LIGHT["active"],
+    "not supported": LIGHT["whisker"],
+    "undecided": LIGHT["spread"],
 }
 
 
@@ -111,10 +111,10 @@ def _draw_norms(axes: Axes, record: LayerExplanation) -> None:
 def _draw_updates(axes: Axes, record: LayerExplanation) -> None:
     layers = record.layers
     places = [int(row.layer) for row in layers]
-    _line(axes, places, [row.attention_ratio for row in layers], "attention's part", "active")
-    _line(axes, places, [row.mlp_ratio for row in layers], "MLP's part", "rule2")
+    _line(axes, places, [row.attention_ratio for row in layers], "attention output", "active")
+    _line(axes, places, [row.mlp_ratio for row in layers], "MLP output", "rule2")
     axes.set_yscale("log")
-    axes.set_ylabel("norm over the stream's")
+    axes.set_ylabel("norm / stream norm")
 
 
 def _draw_sinks(axes: Axes, record: LayerExplanation) -> None:
@@ -211,7 +211,7 @@ def ablations_svg(record: LayerExplanation) -> str:
     by = {(row.layer, row.ablation): row for row in record.ablations}
     with plain_style():
         figure, (axes,) = _figure(
-            record, "perplexity without a part", height=1.9 + 0.42 * len(names)
+            record, "perplexity under each ablation", height=1.9 + 0.42 * len(names)
         )
         for number, label, colour, shift in (
             (record.settings.layer, layer, _LAYER, 0.13),
@@ -237,7 +237,7 @@ def ablations_svg(record: LayerExplanation) -> str:
         largest = max(row.perplexity_ratio for row in record.ablations)
         if largest > 5:
             axes.set_xscale("log")
-        axes.set_xlabel("perplexity, relative to the model as it is")
+        axes.set_xlabel("perplexity / unchanged model's")
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
         figure.legend(loc="outside lower center", ncols=2)

@@ -28,25 +28,30 @@ def sides_table(record: LayerExplanation) -> Table:
 
     table = [
         [*(f"{side.similarity:.3f}" for side in sides), "similarity"],
-        [*(f"{side.degrees:.1f}" for side in sides), "degrees that it turns the stream"],
-        line("share of the angle by attention", lambda row: whole_percent(row.attention_share)),
-        line("share of the angle by the MLP", lambda row: whole_percent(row.mlp_share)),
-        line("attention's norm over the stream's", lambda row: f"{row.attention_ratio:.2f}"),
-        line("MLP's norm over the stream's", lambda row: f"{row.mlp_ratio:.2f}"),
-        line("attention's angle to the stream", lambda row: f"{row.attention_angle:.0f}"),
-        line("MLP's angle to the stream", lambda row: f"{row.mlp_angle:.0f}"),
-        line("the update's angle to the stream", lambda row: f"{row.update_angle:.0f}"),
-        [*(whole_percent(side.common_share) for side in sides), "energy alike for every token"],
+        [*(f"{side.degrees:.1f}" for side in sides), "angle by which it turns the stream"],
+        line("share of the angle due to attention", lambda row: whole_percent(row.attention_share)),
+        line("share of the angle due to the MLP", lambda row: whole_percent(row.mlp_share)),
+        line("norm of the attention output / stream", lambda row: f"{row.attention_ratio:.2f}"),
+        line("norm of the MLP output / stream", lambda row: f"{row.mlp_ratio:.2f}"),
+        line(
+            "angle of the attention output to the stream", lambda row: f"{row.attention_angle:.0f}"
+        ),
+        line("angle of the MLP output to the stream", lambda row: f"{row.mlp_angle:.0f}"),
+        line("angle of the update to the stream", lambda row: f"{row.update_angle:.0f}"),
+        [
+            *(whole_percent(side.common_share) for side in sides),
+            "share of the energy in the common part",
+        ],
         [
             *(f"{side.dimensions_for_half:,}" for side in sides),
-            "dimensions with half of the energy",
+            "dimensions that hold half of the energy",
         ],
         *_sink_lines(rows),
     ]
     return table_of(
         "The update of each layer and its sublayers. Angles are in degrees, norms are medians over "
-        "all tokens but the first. A sublayer's share of the angle is the mean of the angle that "
-        "closes when it is removed first and when it is removed last.",
+        "all tokens but the first. A sublayer's share of the angle is the reduction when "
+        "it is removed, averaged over both orders of removal.",
         (*(f"layer {side.layer}" for side in sides), ""),
         table,
         text_columns=1,
@@ -65,7 +70,7 @@ def _sink_lines(rows: Sequence[LayerRow]) -> list[list[str]]:
     heads = [row.heads for row in rows if row.heads]
     if len(heads) == len(rows):
         ranges = [f"{whole_percent(min(each))} to {whole_percent(max(each))}" for each in heads]
-        lines.append([*ranges, "the same, head by head"])
+        lines.append([*ranges, "attention to the first token, by head"])
     return lines
 
 
@@ -84,7 +89,7 @@ def ablation_blocks(record: LayerExplanation) -> tuple[Block, ...]:
     full = record.ablations[0].full_perplexity
     return (
         table_of(
-            f"Perplexity without a layer or a sublayer; unchanged model: {full:.2f}.",
+            f"Perplexity under each ablation, and relative to the unchanged model ({full:.2f}).",
             ("layer", "perplexity", "ratio", "95 % interval", ""),
             rows,
             text_columns=1,
@@ -92,7 +97,8 @@ def ablation_blocks(record: LayerExplanation) -> tuple[Block, ...]:
         Picture(
             "explanation-ablations.svg",
             ablations_svg(record),
-            "Perplexity without a layer or a sublayer, relative to the unchanged model.",
+            "Perplexity under each ablation, relative to the unchanged model; lines are 95 % "
+            "intervals.",
         ),
     )
 
@@ -100,6 +106,7 @@ def ablation_blocks(record: LayerExplanation) -> tuple[Block, ...]:
 def token_blocks(record: LayerExplanation) -> tuple[Block, ...]:
     """Return the table and the picture of the similarity by token class and by position."""
     layer, contrast = record.settings.layer, record.settings.contrast
+    names = (f"layer {layer}", f"layer {contrast}")
     rows = [
         [
             row.name,
@@ -111,14 +118,15 @@ def token_blocks(record: LayerExplanation) -> tuple[Block, ...]:
     ]
     return (
         table_of(
-            "Similarity by token class, then by position in the sequence, with 95 % intervals.",
-            ("", "tokens", f"layer {layer}", f"layer {contrast}", f"({layer})", f"({contrast})"),
+            "Mean similarity by token class, then by position in the sequence (0: the first "
+            "token), with 95 % intervals.",
+            ("", "tokens", *names, *(f"{name}, 95 %" for name in names)),
             rows,
         ),
         Picture(
             "explanation-tokens.svg",
             tokens_svg(record),
-            "Similarity by token class and by position; lines are 95 % intervals.",
+            "Mean similarity by token class and by position; lines are 95 % intervals.",
         ),
     )
 
@@ -133,20 +141,22 @@ def depth_blocks(record: LayerExplanation) -> tuple[Block, ...]:
     picture = Picture(
         "explanation-depth.svg",
         depth_svg(record),
-        "The norm of the stream, what attention and MLP add to it, and the attention to the "
-        "first token and to delimiters. Shaded: the layer and its neighbour.",
+        "From above: the norm of the residual stream; the norms of the attention output and the "
+        "MLP output relative to it; the attention to the first token and to delimiters, if "
+        "measured. Shaded: the layer and its neighbour.",
     )
     growth = (
-        f"The median token's norm grows from {norms[1]:,.1f} behind layer 1 to "
-        f"{norms[max(norms)]:,.1f} behind layer {max(norms)}."
+        f"The median norm of the stream grows from {norms[1]:,.1f} after layer 1 to "
+        f"{norms[max(norms)]:,.1f} after layer {max(norms)}."
     )
     massive = _massive_rows(record.entries)
     if not massive:
         return (f"{growth} No activation is massive anywhere.", picture)
     table = table_of(
-        "Massive activations: magnitude above 100 and above 1,000 times the median of their "
-        "sequence's hidden state (Sun et al. 2024).",
-        ("dimension", "largest", "at the first token", "entries of the history", "tokens"),
+        "Massive activations: magnitudes above 100 and above 1,000 times the median of their "
+        "sequence's hidden state (Sun et al. 2024). Tokens: the most frequent ones with such an "
+        "activation, with their number, in the history entry that has most.",
+        ("dimension", "largest", "at the first token", "history entries", "tokens"),
         massive,
         text_columns=2,
     )

@@ -15,14 +15,14 @@ from cascade.studies.explanations.records import (
 )
 
 _CAUSES = {
-    "attention": "what its attention adds",
-    "mlp": "what its MLP adds",
-    "first_token": "what it reads from the first token",
-    "delimiters": "what it reads from delimiters",
-    "common": "what it adds alike to every token",
+    "attention": "its attention output",
+    "mlp": "its MLP output",
+    "first_token": "attention to the first token",
+    "delimiters": "attention to delimiters",
+    "common": "the common part of its update",
     "update_size": "the size of its update",
     "update_direction": "the direction of its update",
-    "stream_size": "a shorter stream before it",
+    "stream_size": "the norm of its input",
 }
 
 _ABLATIONS = {
@@ -30,19 +30,19 @@ _ABLATIONS = {
     "attention_skipped": "attention skipped",
     "mlp_skipped": "MLP skipped",
     "update_halved": "update halved",
-    "common_left_out": "common part left out",
+    "common_left_out": "common part removed",
     "first_token_hidden": "first token hidden",
     "delimiters_hidden": "delimiters hidden",
 }
 
 _CLASSES = {
-    "start": "the first token",
-    "special": "special tokens",
-    "word start": "word starts",
-    "continuation": "continuations",
+    "start": "first tokens",
+    "digits": "digit tokens",
+    "word start": "tokens that start a word",
+    "continuation": "tokens that continue a word",
 }
 
-_VERDICTS = {"carries": "yes", "does not carry": "no", "cannot tell": "unclear"}
+_VERDICTS = {"supported": "yes", "not supported": "no", "undecided": "undecided"}
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ def cause_words(record: LayerExplanation, row: CauseRow) -> str:
     target = record.sides[0]
     if row.cause == "dimensions":
         found = [dim.dimension for dim in target.dimensions]
-        return f"what it adds in {_numbers('dimension', found)}" if found else "few dimensions"
+        return f"{_numbers('dimension', found)} of the stream" if found else "few dimensions"
     if row.cause == "massive":
         dims = target.massive
         return f"the massive {_numbers('dimension', dims)}" if dims else "massive activations"
     if row.cause == "one_class":
         if row.token_class is UNSET:
             return "one class of tokens"
-        return f"{_CLASSES.get(row.token_class, row.token_class)} alone"
+        return _CLASSES.get(row.token_class, f"{row.token_class} tokens")
     if row.cause == "first_positions":
         return f"the first {row.positions} positions"
     return _CAUSES[row.cause]
@@ -104,5 +104,5 @@ def ablation_words(row: AblationRow) -> str:
 
 
 def verdict_words(record: LayerExplanation, row: CauseRow) -> str:
-    """Return "yes", "no" or "unclear": whether a cause is supported."""
+    """Return "yes", "no" or "undecided": whether a cause is supported."""
     return _VERDICTS[row.verdict] if record.gap.asks_for_a_cause else "no gap"

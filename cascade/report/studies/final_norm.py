@@ -15,10 +15,10 @@ PICTURES = ("final-norm.svg",)
 
 _WORDS = {
     "residual": "both on the residual stream",
-    "behind": "the output behind the norm, the input before it (the usual mistake)",
-    "both_behind": "both behind the norm",
-    "equal_weights": "the output behind a norm with equal weights and no bias",
-    "without_bias": "the output behind the norm without its bias",
+    "behind": "output after the norm, input before it (the usual mistake)",
+    "both_behind": "both after the norm",
+    "equal_weights": "output after a norm with equal weights and no bias",
+    "without_bias": "output after the norm without its bias",
 }
 
 
@@ -33,7 +33,7 @@ def final_norm_report(record: FinalNormExplanation) -> Report:
     layer = settings.layer
     return Report(
         kicker="CASCADE final norm",
-        title=f"Layer {layer} of {known(model.name) or model.family} behind its final norm",
+        title=f"Layer {layer} of {known(model.name) or model.family} and its final norm",
         about=(
             f"{corpus.name}: {settings.sequences:,} sequences x {corpus.seq_len:,} tokens "
             f"measured, {settings.pilot_sequences:,} others to order the weights; "
@@ -42,7 +42,7 @@ def final_norm_report(record: FinalNormExplanation) -> Report:
         sections=(
             Section("", (Lead(_verdict(record), "pass"),)),
             Section("Similarity of the last layer", (_similarities(record),)),
-            Section("By which weights", _weights(record)),
+            Section("Weights that change it", _weights(record)),
         ),
         provenance=to_plain(record.provenance),
     )
@@ -55,27 +55,27 @@ def _means(record: FinalNormExplanation) -> dict[str, float]:
 def _verdict(record: FinalNormExplanation) -> str:
     means, layer = _means(record), record.settings.layer
     text = (
-        f"Layer {layer}'s similarity is {means['residual']:.3f} on the residual stream and "
-        f"{means['behind']:.3f} if only its output is taken after the final norm; after the norm "
-        f"on both sides it is {means['both_behind']:.3f}."
+        f"The mean similarity of layer {layer} is {means['residual']:.3f} on the residual stream. "
+        f"It is {means['behind']:.3f} if only the output is taken after the final norm, and "
+        f"{means['both_behind']:.3f} if input and output both are."
     )
     enough, explained = _enough(record)
     if enough is None:
-        return f"{text} No few weights explain the difference."
+        return f"{text} No small number of weights explains the difference."
     dims = [row.dimension for row in record.dimensions[: enough.weights]]
     if enough.weights == 1:
         first = record.dimensions[0]
-        sign = ", which is negative," if first.weight < 0 else ""
-        which = f"A single weight, {first.weight:.2f} in dimension {first.dimension}{sign}"
-        verb, them = "explains", "it"
+        sign = "negative " if first.weight < 0 else ""
+        which = f"The {sign}weight of dimension {first.dimension}, {first.weight:.2f}, alone"
+        verb, them = "explains", "it is"
     elif len(dims) <= 5:
         which = f"The weights of the dimensions {', '.join(map(str, dims))}"
-        verb, them = "explain", "them"
+        verb, them = "explain", "they are"
     else:
-        which, verb, them = f"{enough.weights} weights", "explain", "them"
+        which, verb, them = f"{enough.weights} weights", "explain", "they are"
     return (
-        f"{text} {which} {verb} {100 * explained:.0f} % of the difference: with {them} "
-        f"set to the median weight of {record.weights.median:.2f} it is "
+        f"{text} {which} {verb} {100 * explained:.0f} % of the difference between the first two. "
+        f"If {them} set to the median weight of {record.weights.median:.2f}, the similarity is "
         f"{enough.similarity:.3f}."
     )
 
@@ -100,8 +100,8 @@ def _similarities(record: FinalNormExplanation) -> Table:
     # A norm that only divides by the size changes no angle.
     shown = [row for row in shown if row.between != "equal_weights" or centred]
     return table_of(
-        f"Mean similarity of layer {record.settings.layer}'s input and output, by where the "
-        "two are taken.",
+        f"Mean similarity of layer {record.settings.layer}'s input and output, by where they are "
+        "taken.",
         ("mean", "95 % interval", "input and output"),
         [[f"{row.mean:.3f}", _interval(row.interval), _WORDS[row.between]] for row in shown],
         text_columns=1,
@@ -111,15 +111,15 @@ def _similarities(record: FinalNormExplanation) -> Table:
 def _weights(record: FinalNormExplanation) -> tuple[Block, ...]:
     spread = record.weights
     words = (
-        f"The norm has {spread.dimensions:,} weights from {spread.smallest:.2f} to "
-        f"{spread.largest:.2f}, their median is {spread.median:.2f}, {spread.negative:,} "
+        f"The norm has {spread.dimensions:,} weights between {spread.smallest:.2f} and "
+        f"{spread.largest:.2f}, with a median of {spread.median:.2f}; {spread.negative:,} of them "
         "are negative."
     )
     dims = table_of(
-        "The dimensions in which the norm takes most away: the weight, the dimension's share of "
-        "the output's energy (first tokens left out), and what it adds to the similarity before "
-        "and behind the norm.",
-        ("dimension", "weight", "energy", "before", "behind"),
+        "The dimensions in which the norm reduces the similarity most: weight, share of the "
+        "output's energy (without first tokens), and contribution to the similarity before and "
+        "after the norm.",
+        ("dimension", "weight", "energy", "before", "after"),
         [
             [
                 str(row.dimension),
@@ -132,9 +132,10 @@ def _weights(record: FinalNormExplanation) -> tuple[Block, ...]:
         ],
     )
     levelled = table_of(
-        "The first weights of that order set to the median, all others as they are; and the other "
-        "way round, all others set to the median.",
-        ("weights", "similarity", "explains", "alone", "explain alone"),
+        "The similarity if the first weights of the table above are set to the median, and the "
+        "share of the difference that this explains. Last two columns: the reverse, only these "
+        "weights are kept and all others are set to the median.",
+        ("weights", "similarity", "explained", "only these", "explained"),
         [
             [
                 f"{row.weights:,}",
@@ -149,8 +150,9 @@ def _weights(record: FinalNormExplanation) -> tuple[Block, ...]:
     picture = Picture(
         "final-norm.svg",
         final_norm_svg(record),
-        "The similarity of the last layer with the first weights set to the median. Dashed: on the "
-        "residual stream, and with the output behind the norm as it is.",
+        "The similarity of the last layer if the weights with the largest effect, or all others, "
+        "are set to the median. Dashed: on the residual stream, and with the output after the "
+        "unchanged norm.",
     )
     return (words, dims, levelled, picture)
 
@@ -185,7 +187,7 @@ def final_norm_svg(record: FinalNormExplanation) -> str:
             markersize=4,
             label="all others set to the median",
         )
-        for name, words in (("residual", "residual stream"), ("behind", "behind the norm")):
+        for name, words in (("residual", "residual stream"), ("behind", "after the norm")):
             axes.axhline(means[name], color=LIGHT["muted"], linestyle=(0, (4, 3)), linewidth=1)
             axes.annotate(
                 f"{words}: {means[name]:.3f}",
@@ -197,8 +199,12 @@ def final_norm_svg(record: FinalNormExplanation) -> str:
                 fontsize=8.5,
             )
         axes.set_xticks([0, *places], ["none", *(f"{row.weights:,}" for row in rows)])
-        axes.set_xlabel("how many weights, those that take most away first")
+        axes.set_xlabel("number of weights, largest effect first")
         axes.set_ylabel("mean similarity")
         axes.grid(axis="y")
         figure.legend(loc="outside lower center", ncols=2)
-        return as_svg(figure, "final-norm", "Line chart: similarity against levelled weights.")
+        return as_svg(
+            figure,
+            "final-norm",
+            "Line chart: similarity against the number of weights set to the median.",
+        )

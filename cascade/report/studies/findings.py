@@ -8,8 +8,11 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from cascade.core.errors import RecordError
+from cascade.core.provenance import ModelProvenance
 from cascade.core.records import read_typed
+from cascade.core.schema import known
 from cascade.evaluation.search.records import SearchRecord
+from cascade.report.common.records import NORM_SUFFIX
 from cascade.report.common.sections import Lead, Picture, Report, Section, markdown_lines, plain
 from cascade.report.common.words import listed
 from cascade.report.exits.search import exit_search_report
@@ -60,7 +63,7 @@ def _limits_of_explanation(records: FindingsRecords) -> str:
     settings = records.explanation.settings
     return (
         f"One model, one corpus, {settings.sequences:,} sequences. Each cause is removed by "
-        "itself: causes overlap, so their shares do not add up to 100 %. An ablation shows what "
+        "itself. Causes overlap, so their shares do not add up to 100 %. An ablation shows what "
         "the layer does, not why training made it so."
     )
 
@@ -70,7 +73,21 @@ def _limits_of_final_norm(records: FindingsRecords) -> str:
     return (
         f"One model, one corpus, {settings.sequences:,} sequences. Setting a weight to the median "
         "explains how the similarity is read. It does not show what the weight does for the "
-        "model's predictions, which were not measured."
+        f"model's predictions. That was not measured.{_normed_rows(records)}"
+    )
+
+
+def _normed_rows(records: FindingsRecords) -> str:
+    """Return how much the row after the final norm varies with the text; empty if unknown."""
+    layer = f"{records.final_norm.settings.layer}{NORM_SUFFIX}"
+    rows = [row for row in records.corpora.layers if row.layer == layer]
+    if not rows or not _same_model(
+        records.final_norm.provenance.model, records.corpora.provenance.model
+    ):
+        return ""
+    means = listed([f"{each.mean:.2f}" for each in rows[0].means])
+    return (
+        f" After the norm, the similarity varies with the text: it is {means} in the next section."
     )
 
 
@@ -79,8 +96,8 @@ def _limits_of_corpora(records: FindingsRecords) -> str:
     return (
         f"One model, {len(records.corpora.corpora)} corpora, one exit layer "
         f"({settings.layer}), and the cosine alone. {transfers.counts['cannot tell']} of "
-        f"{len(transfers.rows)} transfers cannot be decided with this much text; the details say "
-        "how many tokens that takes."
+        f"{len(transfers.rows)} transfers are undecided with this much text. The details say how "
+        "many tokens would decide."
     )
 
 
@@ -92,14 +109,14 @@ def _limits_of_models(records: FindingsRecords) -> str:
     limits = []
     if len(others) == 1:
         limits.append(
-            f"Every measured model is {first} or an altered copy of it. The agreement shows that "
-            "the profile survives rounding and noise, not that independently trained models "
-            "share it."
+            f"Every measured model is {first} or an altered copy of it. The profile therefore "
+            "survives rounding and noise, but this does not show that independently trained "
+            "models share it."
         )
     if unmeasured:
         limits.append(
-            f"The weights of {listed(unmeasured)} were not measured: what stands there follows "
-            "from their configuration alone."
+            f"The weights of {listed(unmeasured)} were not measured. Their figures follow from the "
+            "configuration alone."
         )
     return " ".join(limits or ["One corpus, and only these models."])
 
@@ -108,8 +125,8 @@ def _limits_of_search(records: FindingsRecords) -> str:
     confirm = records.exit_search.provenance.corpus
     return (
         f"One model, one machine, {confirm.sequences:,} sequences to confirm on. Whether exiting "
-        "at random would do as well is not judged here. A model with more layers for each LM head "
-        "can come out differently."
+        "random tokens would do as well was not measured here. The result can differ on a model "
+        "whose LM head takes a smaller share of the operations."
     )
 
 
@@ -118,11 +135,12 @@ FINDINGS = (
         "explanation",
         "Why does a layer dip?",
         lambda records: explanation_report(records.explanation),
-        "In the study's table, one layer in the middle changes every token's state, between layers "
-        "that hardly change any. Why?",
-        "The command removes every possible cause, from the layer and from a neighbouring layer "
-        "alike, and measures how much of the difference between the two closes. A cause is named "
-        "only where most of the difference closes, by an interval over whole sequences.",
+        "Most layers in the middle of the model hardly change a token's state. One of them, a dip, "
+        "changes every token's state. Why?",
+        "The command removes one possible cause after the other from the layer and from its "
+        "nearest neighbour that is no dip, and measures which share of the gap between their "
+        "angles closes. A cause is supported if more than half of the gap closes, by a 95 % "
+        "interval over whole sequences.",
         "explanation-causes.svg",
         _limits_of_explanation,
     ),
@@ -130,12 +148,13 @@ FINDINGS = (
         "final-norm",
         "What does the final norm do to the last layer?",
         lambda records: final_norm_report(records.final_norm),
-        "The study published a similarity of 0.13 for the last layer, measured after the final "
-        "norm. It concluded that the layer transforms all tokens so much that easy and hard ones "
-        "cannot be told apart there. How much of that is the layer, and how much the norm?",
+        "The earlier study published a similarity of 0.13 for the last layer, with its output read "
+        "after the final norm. It concluded that the layer changes all tokens so much that easy "
+        "and hard ones cannot be told apart there. How much of the change is due to the layer, and "
+        "how much to the norm?",
         "The command measures the similarity on the residual stream and after the norm. It then "
-        "sets the norm's weights to their median, those that take most away first, and measures "
-        "again.",
+        "sets the norm's weights to their median, those that reduce the similarity most first, and "
+        "measures again.",
         "final-norm.svg",
         _limits_of_final_norm,
     ),
@@ -143,10 +162,11 @@ FINDINGS = (
         "corpora",
         "Does it hold on other text?",
         lambda records: corpora_report(records.corpora),
-        "The study measured one corpus. Thresholds that are fitted on one text are used on others.",
-        "The command measures a sample of each corpus and compares layer means "
-        "with simultaneous intervals over whole sequences. It then applies each corpus's "
-        "thresholds to the others and compares the share of hard tokens with the wanted one.",
+        "The earlier study measured one corpus, but thresholds that are fitted on one text are "
+        "used on other text. Do layers and thresholds behave the same there?",
+        "The command measures a sample of each corpus and compares the mean similarity of every "
+        "layer, with simultaneous intervals over whole sequences. It then applies each corpus's "
+        "thresholds to the others and compares the hard ratio with its target.",
         "corpora-profiles.svg",
         _limits_of_corpora,
     ),
@@ -154,9 +174,10 @@ FINDINGS = (
         "models",
         "Does it hold for other models?",
         lambda records: models_report(records.models),
-        "The study measured one model in one size.",
-        "All models read the same text, and layers are compared by relative depth. Altered copies "
-        "of the first model show what fewer bits or noise in the weights change.",
+        "The earlier study measured one model in one size. Do other models have the same profile?",
+        "All models read the same text, and layers are compared by relative depth, which is the "
+        "layer's number divided by the number of layers. Altered copies of the first model show "
+        "what fewer bits or noise in the weights change.",
         "models-profiles.svg",
         _limits_of_models,
     ),
@@ -164,11 +185,12 @@ FINDINGS = (
         "exit-search",
         "Which exit layer is best?",
         lambda records: exit_search_report(records.exit_search),
-        "The study exits at the second to last layer. Is there a better exit, and does it save "
-        "time?",
-        "The command fits the threshold of every exit layer and rule on one half of the text. It "
-        "runs the best ones on the other half, next to the full model, and certifies what the "
-        "number of sequences allows.",
+        "The earlier study exits at the second to last layer. Is there a better exit, and does it "
+        "save time?",
+        "The command fits the threshold of every exit layer and rule on one half of the text, so "
+        "that the agreement with the full model reaches a target. It runs the best thresholds on "
+        "the other half, next to the full model, and certifies what the number of sequences "
+        "allows.",
         "exit-search-frontier.svg",
         _limits_of_search,
     ),
@@ -208,11 +230,7 @@ def findings_markdown(records: FindingsRecords, *, pictures: str) -> str:
     lines = [
         "# Findings",
         "",
-        "The study that started this project ended with open questions. Each section below answers "
-        "one of them, with the command that measured it. `cascade findings` draws this page from "
-        "the stored records of these commands, and `cascade findings --measure` measures them "
-        "again. The glossary explains the terms.",
-        "",
+        *_introduction(records.explanation),
         "## In short",
         "",
     ]
@@ -224,6 +242,43 @@ def findings_markdown(records: FindingsRecords, *, pictures: str) -> str:
     for finding, report in reports:
         lines += _finding_lines(finding, report, records, pictures)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _introduction(explanation: LayerExplanation) -> list[str]:
+    """Return what was asked and measured, and the terms of the answers."""
+    model = explanation.provenance.model
+    name = known(model.name) or known(model.family) or "a model"
+    return [
+        "An earlier study, which started this project, measured how much each layer of a small "
+        "language model changes its hidden states. It proposed that easy tokens exit early, and "
+        f"left questions open. This page answers five of them for {plain(name)} "
+        f"({model.dtype}). Each section has the command that measured it.",
+        "",
+        "- **Similarity** is the cosine of a layer's input and output on the residual stream, for "
+        "one token. The angle between the two says the same in degrees: the layer turns the stream "
+        "by that angle. A layer with a similarity close to 1 hardly changes the state.",
+        "- A layer's **update** is what it adds to the stream: its attention output and its MLP "
+        "output. The **common part** is the mean update, which is the same for every token.",
+        "- A **dip** is a layer in the middle that changes the state much more than its "
+        "neighbours. Row **N+norm** compares the last layer's input with its output after the "
+        "final norm.",
+        "- A token is **hard** if its confidence is below a threshold, and continues. An **easy** "
+        "token exits. The share of hard tokens is the **hard ratio**.",
+        "- **Agreement** is the share of tokens for which the next-token prediction is the full "
+        "model's. Perplexity, operations and time are given relative to the full model (1.03 x).",
+        "- An **exit rule** gives each token a confidence. `cosine` is the similarity at the exit "
+        "layer, `top2_gap` the gap between the exit head's two largest probabilities. An **exit "
+        "head** predicts the next token from the state at the exit layer. The ridge head is a "
+        "fitted affine map before the LM head.",
+        "- Intervals are 95 % intervals over whole sequences, those of times over batches. "
+        "**Significant** means that the whole interval supports the statement.",
+        "",
+        "The figures of a layer differ a little between sections, because each measured its own "
+        "sample of the text. The [glossary](glossary.md) has all terms. `cascade findings` draws "
+        "this page from the stored records of the commands, and `cascade findings --measure` "
+        "measures them again.",
+        "",
+    ]
 
 
 def _finding_lines(
@@ -298,17 +353,14 @@ def _letters(finding: Finding, records: FindingsRecords) -> str:
 
 
 def _one_number(explanation: LayerExplanation, norm: FinalNormExplanation) -> str | None:
-    """Say where the layer writes into the same dimensions that the final norm turns round.
+    """Say where the layer writes into the same dimensions whose sign the final norm reverses.
 
     None where they are other dimensions, or where they are not supported as a cause.
     """
     side = explanation.sides[0]
     turned = {row.dimension: row for row in norm.dimensions if row.weight < 0}
     both = [row.dimension for row in side.dimensions if row.dimension in turned]
-    models = explanation.provenance.model, norm.provenance.model
-    same_model = (
-        models[0].name == models[1].name and models[0].weights_hash == models[1].weights_hash
-    )
+    same_model = _same_model(explanation.provenance.model, norm.provenance.model)
     if not both or not same_model or "dimensions" not in explanation.verdict.carried_by:
         return None
     layer, last = explanation.settings.layer, norm.settings.layer
@@ -316,12 +368,17 @@ def _one_number(explanation: LayerExplanation, norm: FinalNormExplanation) -> st
     lost = sum(turned[dim].before - turned[dim].behind for dim in both)
     means = {row.between: row.mean for row in norm.similarities}
     share = lost / (means["residual"] - means["behind"])
+    others = f"; the other dimensions regain {100 * (share - 1):.0f} %" if share > 1 else ""
     return (
-        f"These two answers are one: {_dimensions(both)}, into which layer {layer} writes "
-        f"{100 * energy:.0f} % of its update's energy, {'is' if len(both) == 1 else 'are'} where "
-        "the final norm has a negative weight and turns the stream round. What is lost there "
-        f"makes {100 * share:.0f} % of the difference between layer {last} and {last}+norm."
+        f"Both answers have the same origin, {_dimensions(both)} of the residual stream. Layer "
+        f"{layer} writes {100 * energy:.0f} % of its update's energy there, and the final norm "
+        "reverses the sign there by a negative weight. The similarity that is lost there is "
+        f"{100 * share:.0f} % of the difference between layer {last} and row {last}+norm{others}."
     )
+
+
+def _same_model(first: ModelProvenance, other: ModelProvenance) -> bool:
+    return first.name == other.name and first.weights_hash == other.weights_hash
 
 
 def _dimensions(numbers: Sequence[int]) -> str:

@@ -70,7 +70,7 @@ def _label(measured: Sequence[ModelMeasurement], moved: Sequence[_MovedModel]) -
     text = f"Line chart: mean similarity over relative depth. Suggested exits: {exits}."
     if moved:
         names = ", ".join(model.label for model in moved)
-        text += f" Below: how far {names} moved from {moved[0].against}, per layer."
+        text += f" Below: the change of {names} from {moved[0].against}, per layer."
     return text
 
 
@@ -259,8 +259,8 @@ def _draw_moves(axes: Axes, record: ModelComparison, moved: Sequence[_MovedModel
     num_layers = {model.label: model.sizes.num_layers for model in record.models}
     axes.set_yscale("log")
     axes.grid(axis="y", linewidth=0.8)
-    axes.set_ylabel("mean size of the change")
-    title = f"how far a sequence's mean similarity moved from {moved[0].against}'s, same tokens"
+    axes.set_ylabel("mean absolute change")
+    title = f"change of a sequence's mean similarity from {moved[0].against}, same tokens"
     axes.set_title(title, loc="left", fontsize=11)
     for model in moved:
         depth = num_layers[model.label]
@@ -312,7 +312,7 @@ def operations_svg(record: ModelComparison) -> str | None:
         figure = new_figure((10, 1.5 + 0.45 * len(sizes)))
         axes = figure.subplots()
         seq_len = record.models[0].sizes.seq_len
-        title = f"where the operations lie, sequences of {seq_len:,} tokens"
+        title = f"operations by layer group, sequences of {seq_len:,} tokens"
         axes.set_title(title, loc="left", fontsize=11)
         for number, entry in enumerate(record.models):
             _draw_bar(axes, number, entry)
@@ -335,7 +335,7 @@ def _draw_bar(axes: Axes, number: int, entry: ComparedModel) -> None:
     spared = None if entry.exit is None else entry.exit.spared
     parts = [
         ("layers up to the suggested exit", "spread", 1 - head - (spared or 0.0)),
-        ("layers behind it: what leaving can spare", "rule3", spared or 0.0),
+        ("layers above it: the most that an exit can save", "rule3", spared or 0.0),
         ("LM head", "control", head),
     ]
     if spared is None:

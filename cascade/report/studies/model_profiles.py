@@ -31,22 +31,20 @@ def profile_blocks(
         yield "No model was measured: there is no profile to draw."
         return
     caption = (
-        "Mean similarity of each decoder layer's input and output; the state after the final norm "
-        "is left out. Triangles are dips, joined by dots where they match; dotted lines are "
-        "suggested exit layers."
+        "Mean similarity of each decoder layer, without the row after the final norm. Triangles "
+        "are dips; dotted lines join matching ones and mark suggested exit layers."
     )
     if any(pair.paired for pair in record.pairs):
         caption += (
-            " Below, where models read the same tokens through as many layers: how far a "
-            "sequence's mean similarity moved, the mean of its size; the ring is the layer that "
-            "moved most."
+            " Below, for models with the same tokens and number of layers: the mean absolute "
+            "change of a sequence's mean similarity. A ring marks the layer that changed most."
         )
     yield Picture("models-profiles.svg", picture, caption)
     yield _means_table(measured)
     if record.pairs:
         yield table_of(
-            "How far each profile lies from the first one's.",
-            ("", "degrees apart", "most", "at depth"),
+            f"The distance of each profile from {record.pairs[0].against}'s.",
+            ("", "degrees apart", "largest", "at depth"),
             [
                 [
                     pair.model,
@@ -86,7 +84,7 @@ def _means_table(measured: Sequence[ModelMeasurement]) -> Table:
     if several:
         caption += " (layer: mean), in the line of the relative depth that is nearest"
     return table_of(
-        f"{caption}; norm: of the state after the final norm.",
+        f"{caption}; norm: the last layer's output after the final norm.",
         ("depth", *([] if several else ["layer"]), *(entry.label for entry in measured)),
         rows,
         active=tuple(dips),
@@ -105,7 +103,7 @@ def dip_blocks(record: ModelComparison, measured: Sequence[ModelMeasurement]) ->
     if not measured:
         return
     yield table_of(
-        "What the rule of `cascade analyze` finds in each profile.",
+        "Found by the rule of `cascade analyze` in each profile.",
         ("", "input transform", "stable bands", "dips", "output transform"),
         [[entry.label, *_structure(entry.structure)] for entry in measured],
         text_columns=4,
@@ -125,8 +123,8 @@ def dip_blocks(record: ModelComparison, measured: Sequence[ModelMeasurement]) ->
     first = record.pairs[0].against if record.pairs else ""
     if rows:
         yield table_of(
-            f"Dips that match {first}'s, with relative depth.",
-            ("", f"dip of {first}", "its own", f"mean in {first}", "its own"),
+            f"Dips that match those of {first}, with relative depths.",
+            ("", f"dip of {first}", "matches", f"mean in {first}", "mean"),
             rows,
         )
     yield from _unmatched(record)
@@ -149,7 +147,7 @@ def _unmatched(record: ModelComparison) -> Iterator[str]:
         dips = pair.dips
         names = (pair.against, pair.model)
         if not dips.judged:
-            yield f"{listed(names)}: too few layers to tell dips from other layers."
+            yield f"{listed(names)}: too few layers to find dips."
             continue
         left = [
             f"{listed(layers)} of {name}"
@@ -172,13 +170,13 @@ def exit_blocks(record: ModelComparison, measured: Sequence[ModelMeasurement]) -
         return
     ratios = [row.hard_ratio for row in measured[0].exit.by_hard_ratio]
     yield table_of(
-        "The layer suggested for each, and its thresholds by the share of hard tokens.",
+        "The suggested exit layer, and its thresholds by hard ratio.",
         (
             "",
             "exit layer",
             "of",
             "depth",
-            "can spare",
+            "can save",
             *(f"{100 * each:g}% hard" for each in ratios),
         ),
         [
@@ -198,7 +196,7 @@ def exit_blocks(record: ModelComparison, measured: Sequence[ModelMeasurement]) -
         pair, thresholds = reached[0]
         first, layer = pair.against, thresholds[0].layer
         yield table_of(
-            f"Tokens that {first}'s thresholds at layer {layer} make hard in the others.",
+            f"Hard ratios of the other models with {first}'s thresholds at layer {layer}.",
             ("", *(f"{first}: {100 * each:g}%" for each in ratios)),
             [
                 [pair.model, *(percent(row.reached, 1) for row in thresholds)]
@@ -216,9 +214,8 @@ def paired_blocks(record: ModelComparison) -> Iterator[Block]:
     if paired:
         pair, changes = paired[0]
         yield table_of(
-            f"What moved most from {pair.against}: the layer whose mean similarity changed "
-            f"most over {changes.sequences:,} sequences, and the sequence that "
-            "changed most there.",
+            f"The changes from {pair.against} over {changes.sequences:,} sequences: the layer that "
+            "changed most, and the sequence that changed most in it.",
             ("", "layer", "size", "mean change", "95% interval", "largest", "sequence"),
             [[pair.model, *_largest_mover(changes)] for pair, changes in paired],
         )
@@ -229,7 +226,7 @@ def paired_blocks(record: ModelComparison) -> Iterator[Block]:
         ]
         if normed:
             yield table_of(
-                "The same for the state after the final norm.",
+                "The same for the row after the final norm.",
                 ("", "size", "mean change", "95% interval", "largest", "sequence"),
                 normed,
             )

@@ -38,9 +38,9 @@ def models_report(record: ModelComparison) -> Report:
     sections = (
         Section("", (Lead(_lead(record, measured)), _models_table(record))),
         Section("Profiles over relative depth", tuple(profile_blocks(record, measured))),
-        Section("Special layers, and dips matched", tuple(dip_blocks(record, measured))),
+        Section("Special layers and matching dips", tuple(dip_blocks(record, measured))),
         Section("Suggested exit layers", tuple(exit_blocks(record, measured))),
-        Section("The same tokens, sequence by sequence", tuple(paired_blocks(record))),
+        Section("Changes on the same tokens", tuple(paired_blocks(record))),
         Section("From configuration alone", tuple(_configured(record))),
         Section("How to read this", (Pairs(tuple(_rules(record))),)),
     )
@@ -92,8 +92,8 @@ def _lead(record: ModelComparison, measured: Sequence[ModelMeasurement]) -> str:
             [f"{percent(entry.sizes.lm_head_share, 1)} in {entry.label}" for entry in record.models]
         )
         return (
-            f"Nothing was measured. Of the operations the LM head has {heads}: the smaller its "
-            "share, the more an early exit can spare."
+            f"Nothing was measured. The LM head's share of the operations is {heads}. The smaller "
+            "it is, the more an early exit can save."
         )
     exits = {(entry.exit.layer, entry.sizes.num_layers) for entry in measured}
     depths = sorted(entry.exit.depth for entry in measured)
@@ -102,7 +102,8 @@ def _lead(record: ModelComparison, measured: Sequence[ModelMeasurement]) -> str:
         return f"One model was measured: {_exit_words(only)} is suggested for {only.label}."
     if len(exits) == 1:
         text = (
-            f"One exit layer is suggested for all that were measured: {_exit_words(measured[0])}."
+            "The suggested exit layer is the same for all measured models: "
+            f"{_exit_words(measured[0])}."
         )
     else:
         text = (
@@ -123,8 +124,8 @@ def _threshold_words(record: ModelComparison) -> str:
         return ""
     _, pair, row = max(tried, key=lambda entry: entry[0])
     return (
-        f"{pair.against}'s threshold for {100 * row.hard_ratio:g}% hard tokens makes "
-        f"{percent(row.reached, 1)} hard in {pair.model}; no other is further off."
+        f"The largest error of {pair.against}'s thresholds is in {pair.model}, where "
+        f"{percent(row.reached, 1)} of the tokens are hard instead of {100 * row.hard_ratio:g}%."
     )
 
 
@@ -138,13 +139,13 @@ def _exit_words(entry: ModelMeasurement) -> str:
 def _dip_words(record: ModelComparison) -> str:
     judged = [pair.dips for pair in record.pairs if pair.dips.judged]
     if not judged:
-        return "There are too few layers to tell dips."
+        return "The models have too few layers to find dips."
     matched = sum(len(dips.matched) for dips in judged)
     left = sum(len(side) for dips in judged for side in dips.unmatched)
     if matched + left == 0:
         return "No model has a dip."
     if left == 0:
-        return "Every dip has its match in the first model, and every one of its in the others."
+        return "The dips of all models match."
     return (
         f"Over all pairs {matched} {'dip matches' if matched == 1 else 'dips match'} and {left} "
         f"{'has' if left == 1 else 'have'} no match."
@@ -153,7 +154,7 @@ def _dip_words(record: ModelComparison) -> str:
 
 def _models_table(record: ModelComparison) -> Table:
     return table_of(
-        "What was compared.",
+        "The compared models.",
         ("", "layers", "width", "parameters", "tokens", "model"),
         [
             [
@@ -175,7 +176,7 @@ def _models_table(record: ModelComparison) -> Table:
 
 def _configured(record: ModelComparison) -> Iterator[Block]:
     yield table_of(
-        "What follows from each configuration.",
+        "Sizes, and shares of the operations per token.",
         ("", "layers", "width", "in layers", "operations", "one layer", "LM head"),
         [[label_range(labels), *row] for row, labels in _by_size(record).items()],
     )
@@ -187,7 +188,7 @@ def _configured(record: ModelComparison) -> Iterator[Block]:
             "models-operations.svg",
             picture,
             "Shares of each model's operations per token. Where a model was measured, its decoder "
-            "layers are parted at the suggested exit layer.",
+            "layers are split at the suggested exit layer.",
         )
     if record.by_depth:
         yield _by_depth(record)
@@ -227,9 +228,9 @@ def _by_depth(record: ModelComparison) -> Table:
                 ]
             )
     return table_of(
-        "Layers of models that were not measured, by depth alone: where to look first. No exit "
-        "layer was found there.",
-        ("", "depth", "layer", "can spare", "why this depth"),
+        "Models that were not measured: the layers at these relative depths. Measure them first; "
+        "this is not a suggested exit layer.",
+        ("", "depth", "layer", "can save", "why this depth"),
         sorted(rows, key=lambda row: row[0]),
         text_columns=1,
     )
@@ -243,12 +244,13 @@ def _rules(record: ModelComparison) -> Iterator[tuple[str, str]]:
         yield "Degrees apart", rules.apart
     if any(entry.measured for entry in record.models):
         yield "Exit layer", rules.exit
-    yield "Can spare", rules.spared
+    yield "Can save", rules.spared
     if any(pair.paired for pair in record.pairs):
         yield "Change", rules.paired
     yield (
         "Operations",
-        "per token; in layers: the share of the parameters that is in decoder layers",
+        "floating-point operations per token; one layer, LM head: their shares of these; in "
+        "layers: the share of the parameters that is in decoder layers",
     )
     for entry in record.models:
         altered = None if entry.provenance is None else known(entry.provenance.model.altered)

@@ -45,9 +45,9 @@ RULES = ComparisonRules(
     ),
     exit="the last layer of the last stable band, or the second to last layer without a band",
     spared=(
-        "the share of the model's operations (matrix products and attention) in the layers behind "
+        "the share of the model's operations (matrix products and attention) in the layers above "
         "the exit layer; a token that exits saves at most this share, because it still needs the "
-        "LM head, and keys and values"
+        "LM head, and keys and values in these layers"
     ),
     paired=(
         "both models process the same tokens; the change is each sequence's mean similarity in a "

@@ -17,6 +17,7 @@ from cascade.models.stack import DecoderStack
 from cascade.stats.cosine import cosine, norm
 from cascade.stats.resampling import mean_interval
 from cascade.studies.explanations.records import (
+    INTERVAL,
     FinalNormExplanation,
     FinalNormSettings,
     LevelledWeights,
@@ -133,7 +134,7 @@ def explain_norm(
             seed=seed,
             pilot_sequences=len(pilot.ids),
             sequences=len(rest.ids),
-            interval="95 % percentile bootstrap over whole sequences, 999 resamples",
+            interval=INTERVAL,
         ),
         norm=NormTraits(subtracts_mean=centred, has_bias=bool((bias.abs() > limit).any())),
         weights=_spread(final),

@@ -75,15 +75,15 @@ class AngleGap:
         sides = (target, contrast, self.target, self.contrast)
         whole = self.target - self.contrast
         if whole.mean() <= 0 or (whole[self.drawn].mean(axis=1) <= 0).any():
-            return ClosedGap(None, None, "cannot tell")
+            return ClosedGap(None, None, "undecided")
         share = _closed_share(*(side.mean(axis=0) for side in sides))
         resampled = _closed_share(*(side[self.drawn].mean(axis=1) for side in sides))
         low, high = interval(resampled)
-        verdict: CauseVerdict = "cannot tell"
+        verdict: CauseVerdict = "undecided"
         if low > SUPPORTED:
-            verdict = "carries"
+            verdict = "supported"
         elif high < SUPPORTED:
-            verdict = "does not carry"
+            verdict = "not supported"
         return ClosedGap(float(share), [low, high], verdict)
 
 

@@ -28,6 +28,7 @@ from cascade.studies.explanations.layer_measurement import (
     MeasuredSide,
 )
 from cascade.studies.explanations.records import (
+    INTERVAL,
     AblationRow,
     DimensionEnergy,
     ExplanationSettings,
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 #: Minimum and maximum number of pilot sequences, on which the traits of a layer are learned.
 _LEAST_PILOT, _MOST_PILOT = 2, 64
-
-_INTERVAL = "95 % percentile bootstrap over whole sequences, 999 resamples"
 
 
 def explain(
@@ -104,7 +103,7 @@ def explain(
         measured = measurement.run(pilot, rest)
     gap = gap_of(measured, seed)
     gap_row, causes = gap.row(), CauseTests(measured, gap).rows()
-    supported = [row.cause for row in causes if row.verdict == "carries"]
+    supported = [row.cause for row in causes if row.verdict == "supported"]
     return LayerExplanation(
         provenance=provenance_of(stack, blocks, command),
         settings=ExplanationSettings(
@@ -117,7 +116,7 @@ def explain(
             most_dimensions=MOST_DIMENSIONS,
             pilot_sequences=len(pilot.ids),
             sequences=len(rest.ids),
-            interval=_INTERVAL,
+            interval=INTERVAL,
         ),
         missing=[*missing, *_missing(measured)],
         layers=measured.stream.layer_rows(),

@@ -20,8 +20,11 @@ from cascade.core.schema import (
     UnsetType,
 )
 
-#: Whether removing a cause closes more than half of the gap ("carries": it does).
-CauseVerdict = Literal["carries", "does not carry", "cannot tell", "not tried"]
+#: How intervals of similarities, of shares of the gap and of perplexity ratios are computed.
+INTERVAL = "95 % percentile bootstrap over whole sequences, 999 resamples"
+
+#: Whether a cause is supported by its ablation, which then closes more than half of the gap.
+CauseVerdict = Literal["supported", "not supported", "undecided", "not tried"]
 
 
 class ExplanationSettings(Part, frozen=True, kw_only=True):
@@ -264,6 +267,13 @@ class LayerExplanation(Displayed, StoredRecord, frozen=True, kw_only=True):
 
     KIND: ClassVar[str] = "explanation"
     COMMAND: ClassVar[str] = "explain --output"
+    RENAMED: ClassVar[dict[tuple[str, str], dict[str, str]]] = {
+        ("causes", "verdict"): {
+            "carries": "supported",
+            "does not carry": "not supported",
+            "cannot tell": "undecided",
+        }
+    }
 
     schema: int = 1
     kind: Literal["explanation"] = "explanation"

@@ -32,16 +32,16 @@ def test_best_is_cheapest_point_with_confirmed_agreement() -> None:
     )
     found = chosen(*points)
     assert (found.best, found.best_beyond_doubt) == (1, 2)
-    assert [row.outcome for row in found.points] == ["lost", "kept", "beyond doubt", "beyond doubt"]
+    assert [row.outcome for row in found.points] == ["lost", "kept", "significant", "significant"]
     assert found.verdict.exit is True
     assert found.verdict.headline == (
-        "Exit at layer 24, cosine >= 0.9 with the ridge head: 95.5 % of all tokens are predicted "
-        "as by the full model (wanted: 95.0 %), at 0.900 x the full model's operations and "
+        "Exit at layer 24, cosine >= 0.9 with the ridge head. It predicts 95.5 % of all tokens as "
+        "the full model does (target: 95.0 %), at 0.900 x the full model's operations and "
         "0.90 x its time (0.89 to 0.91)."
     )
     (also,) = found.verdict.also
-    assert "94.5 % to 96.5 %, reaches below the wanted 95.0 %" in also
-    assert "The cheapest whose whole interval keeps it is layer 26" in also
+    assert "94.5 % to 96.5 %, starts below the target of 95.0 %" in also
+    assert "The cheapest one whose whole interval keeps it is layer 26" in also
 
 
 def test_exact_agreement_is_kept() -> None:
@@ -60,13 +60,15 @@ def test_significantly_faster_points_come_before_those_with_fewer_operations() -
     [
         (
             a_point(28, 0.97, 1.08),
-            "No early exit saves operations at 95.0 % agreement: the cheapest",
+            "No early exit that keeps 95.0 % agreement takes fewer operations than the full "
+            "model. The cheapest one is layer 28",
         ),
         (
             a_point(28, 0.97, 0.99, seconds=(0.99, 0.97, 1.01)),
-            "No early exit saves significant time at 95.0 % agreement: the cheapest",
+            "No early exit that keeps 95.0 % agreement is significantly faster than the full "
+            "model. The cheapest one is layer 28",
         ),
-        (a_point(28, 0.94, 0.9), "No measured point keeps 95.0 % agreement; nearest: "),
+        (a_point(28, 0.94, 0.9), "No measured point keeps 95.0 % agreement. The nearest one is "),
     ],
 )
 def test_headline_without_savings(point: TriedPoint, words: str) -> None:
@@ -78,7 +80,7 @@ def test_headline_without_savings(point: TriedPoint, words: str) -> None:
 
 def test_headline_without_thresholds() -> None:
     found = chosen(nothing=(no_threshold(2),))
-    assert found.verdict.headline.startswith("No early exit keeps 95.0 % agreement: no layer")
+    assert found.verdict.headline.startswith("No early exit keeps 95.0 % agreement. No layer")
     assert (found.best, found.nearest) == (None, None)
     assert [row.fitted for row in found.pairs] == [None]
 

@@ -60,7 +60,10 @@ def plain(text: str) -> str:
 def test_the_choice_comes_first() -> None:
     text = plain(printed(a_record(*POINTS)))
     head, _, _ = text.partition("What was measured")
-    assert "Exit at layer 24, cosine >= 0.9701 with the ridge head: 95.5 % of all tokens" in head
+    assert (
+        "Exit at layer 24, cosine >= 0.9701 with the ridge head. It predicts 95.5 % of all tokens"
+        in head
+    )
     assert "whole interval keeps it is layer 24, cosine >= 0.9755" in head
 
 

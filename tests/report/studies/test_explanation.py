@@ -54,22 +54,22 @@ def test_the_verdict_names_the_supported_causes_with_their_numbers(
     record: dict[str, Any],
 ) -> None:
     text = lead(record)
-    assert "Layer 4 turns the stream by" in text
-    assert "what its attention adds" in text
-    assert "what it adds in dimension 7" in text
-    assert "what its MLP adds" not in text
+    assert "Layer 4 turns the residual stream by" in text
+    assert "its attention output" in text
+    assert "dimension 7 of the stream" in text
+    assert "its MLP output" not in text
     refused = report_of(record).sections[0].blocks[1]
     assert isinstance(refused, str)
-    assert refused.startswith("Not supported by their ablation, and so no cause")
-    assert "what its MLP adds" in refused
-    assert "attention adds" not in refused
+    assert refused.startswith("Not supported, because less than half of the gap closes")
+    assert "its MLP output" in refused
+    assert "its attention output" not in refused
 
 
 def test_without_a_supported_cause_none_is_named(record: dict[str, Any]) -> None:
     record["verdict"]["carried_by"] = []
     for row in record["causes"]:
         if "closed" in row:
-            row["verdict"] = "does not carry"
+            row["verdict"] = "not supported"
     assert "No single cause explains" in lead(record)
 
 
@@ -100,7 +100,7 @@ def test_pictures_without_content_are_left_out(
 ) -> None:
     for row in record["causes"]:
         if "closed" in row:
-            row |= {"closed": None, "interval": None, "verdict": "cannot tell"}
+            row |= {"closed": None, "interval": None, "verdict": "undecided"}
     record["verdict"]["carried_by"] = []
     for row in record["layers"]:
         row.pop("first_token_attention")
@@ -111,7 +111,7 @@ def test_pictures_without_content_are_left_out(
     assert "explanation-causes.svg" not in [picture.file for picture in report.pictures()]
     text = printed(report)
     assert "Attention weights: this family's layers do not return them." in text
-    assert "attention to the first token" not in text
+    assert "attention to the first token, by head" not in text
     depth = next(p.svg for p in report.pictures() if p.file == "explanation-depth.svg")
     assert "share of the attention" not in depth
 

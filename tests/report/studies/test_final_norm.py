@@ -46,14 +46,14 @@ def test_the_verdict_names_the_fewest_weights_needed(
     record["levelled"][0] |= {"explained": 0.9, "similarity": 0.65}
     record["dimensions"][0] |= {"dimension": 17, "weight": -1.26}
     text = verdict_of(record)
-    assert "A single weight, -1.26 in dimension 17, which is negative, explains 90 %" in text
-    assert "it is 0.650" in text
+    assert "The negative weight of dimension 17, -1.26, alone explains 90 %" in text
+    assert "the similarity is 0.650" in text
     record["levelled"][0]["explained"] = 0.2
     record["levelled"][1] |= {"explained": 0.85, "weights": 2}
     assert "The weights of the dimensions 17, " in verdict_of(record)
     for row in record["levelled"]:
         row["explained"] = 0.1
-    assert "No few weights explain the difference" in verdict_of(record)
+    assert "No small number of weights explains the difference" in verdict_of(record)
 
 
 def test_rows_on_bias_and_mean_are_shown_only_if_they_apply(

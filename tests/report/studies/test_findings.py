@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from support.commands import Done, Run
+from support.findings_texts import with_todays_texts
 from support.paths import DOCS
 
+from cascade.core.records import to_json
 from cascade.core.schema import from_plain, to_plain
 from cascade.report.studies.findings import (
     FINDINGS,
@@ -46,6 +48,20 @@ def page(records: FindingsRecords) -> str:
 def page_of(records: FindingsRecords, **changes: Any) -> str:
     """Return the page of some records, with other ones in the place of those of these names."""
     return findings_markdown(replace(records, **changes), pictures="findings")
+
+
+@pytest.mark.parametrize("finding", FINDINGS, ids=lambda finding: finding.stem)
+def test_texts_of_the_stored_records_are_those_that_the_code_writes(
+    finding: Finding, records: FindingsRecords, request: pytest.FixtureRequest
+) -> None:
+    path = FOLDER / f"{finding.stem}.json"
+    written = to_json(to_plain(with_todays_texts(records)[finding.stem])) + "\n"
+    if request.config.getoption("--force-regen", default=False):
+        path.write_text(written, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == written, (
+        f"{path.name} holds texts that the code no longer writes; run `pytest "
+        "tests/report/studies/test_findings.py --force-regen`, then `cascade findings`"
+    )
 
 
 def test_the_stored_page_equals_the_page_of_its_records(page: str) -> None:
@@ -81,7 +97,7 @@ def test_numbers_of_the_page_come_from_the_records(records: FindingsRecords) -> 
     assert "7.65 x" in page
 
 
-_ONE_ANSWER = "These two answers are one"
+_ONE_ANSWER = "Both answers have the same origin"
 
 
 def test_layer_and_norm_are_one_answer_where_they_share_a_dimension(page: str) -> None:
@@ -118,6 +134,16 @@ def test_layer_and_norm_are_two_answers_for_another_norm(records: FindingsRecord
             row["weight"] = 1.0
     positive = from_plain(plain, FinalNormExplanation)
     assert _ONE_ANSWER not in page_of(records, final_norm=positive)
+
+
+def test_limits_of_the_norm_name_other_text_only_for_the_same_model(
+    page: str, records: FindingsRecords
+) -> None:
+    words = "the similarity varies with the text"
+    assert words in page
+    plain = to_plain(records.final_norm)
+    plain["provenance"]["model"]["weights_hash"] = "another"
+    assert words not in page_of(records, final_norm=from_plain(plain, FinalNormExplanation))
 
 
 def test_the_command_draws_the_page_from_its_folder(run: Run, here: Path) -> None:

@@ -104,8 +104,8 @@ def test_every_record_has_a_valid_report(case: str) -> None:
 
 def test_the_lead_names_exit_layers_and_matching_dips() -> None:
     text = " ".join(printed(of_copies()).split())
-    assert "for all that were measured: layer 29 of 30, relative depth 0.967." in text
-    assert "Every dip has its match" in text
+    assert "for all measured models: layer 29 of 30, relative depth 0.967." in text
+    assert "The dips of all models match." in text
     text = " ".join(printed(of_sizes()).split())
     assert "exit layers lie at relative depths from 0.958 to 0.975." in text
     assert "Over all pairs 2 dips match and 1 has no match." in text
@@ -116,10 +116,10 @@ def test_the_lead_names_the_threshold_that_is_furthest_off() -> None:
     worst = max(record.pairs[1].thresholds, key=lambda row: row.reached - row.hard_ratio)
     text = " ".join(printed(record).split())
     assert (
-        f"A's threshold for {100 * worst.hard_ratio:g}% hard tokens makes "
-        f"{100 * worst.reached:.1f}% hard in C; no other is further off."
+        f"The largest error of A's thresholds is in C, where {100 * worst.reached:.1f}% of the "
+        f"tokens are hard instead of {100 * worst.hard_ratio:g}%."
     ) in text
-    assert "further off" not in printed(of_sizes())
+    assert "The largest error" not in printed(of_sizes())
 
 
 def test_matched_dips_have_depths_and_unmatched_ones_are_named() -> None:
@@ -158,7 +158,7 @@ def test_exit_layers_are_shown_with_depth_share_and_thresholds() -> None:
 
 def test_the_largest_mover_is_shown_for_models_over_the_same_tokens() -> None:
     text = printed(of_copies())
-    rows = text.split("The same tokens", 1)[1]
+    rows = text.split("Changes on the same tokens", 1)[1]
     assert row_of(rows, "B")[:4] == ["B", "25", "0.01", "-0.01"]
     assert row_of(rows, "C")[:4] == ["C", "25", "0.001", "-0.001"]
     text = " ".join(printed(of_sizes()).split())
@@ -171,16 +171,16 @@ def test_the_largest_mover_is_shown_for_models_over_the_same_tokens() -> None:
 
 def test_an_unchanged_model_is_named_and_not_drawn() -> None:
     record = EVERY["the same twice"]()
-    assert row_of(printed(record).split("The same tokens", 1)[1], "B")[1] == "none"
+    assert row_of(printed(record).split("Changes on the same tokens", 1)[1], "B")[1] == "none"
     svg = profiles_svg(record)
     assert svg is not None
-    assert "how far" not in svg
+    assert "change of" not in svg
 
 
 def test_unmeasured_models_are_marked() -> None:
     text = printed(EVERY["mixed"]())
     assert "other (not measured)" in text
-    by_depth = text.split("Layers of models that were not measured", 1)[1]
+    by_depth = text.split("Models that were not measured", 1)[1]
     assert row_of(by_depth, "B  0.900")[:4] == ["B", "0.900", "11", "7.1%"]
     assert "exit of C" in by_depth
     text = printed(EVERY["unmeasured"]())
@@ -218,7 +218,7 @@ def test_the_picture_names_models_exits_and_dips() -> None:
     assert "exit 23 (C), 29 (A), 39 (B)" in said
     assert {"dip 33 (B), 25 (A), 20 (C)", "dip 12 (B)"} <= set(said)
     assert {"A  small", "B  large", "C  wide"} <= set(said)
-    assert "how far" not in svg
+    assert "change of" not in svg
 
 
 def test_models_over_the_same_tokens_have_a_panel_of_changes() -> None:
@@ -227,7 +227,7 @@ def test_models_over_the_same_tokens_have_a_panel_of_changes() -> None:
     said = texts(svg)
     assert "exit 29 (A to C)" in said
     assert "dip 25 (A to C)" in said
-    assert any(text.startswith("how far a sequence") for text in said)
+    assert any(text.startswith("change of a sequence") for text in said)
     assert {"B 25", "C 25"} <= set(said)
 
 

@@ -10,7 +10,7 @@ from cascade.studies.explanations.gap import AngleGap
 
 
 @pytest.mark.parametrize(
-    ("left", "verdict"), [(2.0, "carries"), (5.0, "cannot tell"), (8.0, "does not carry")]
+    ("left", "verdict"), [(2.0, "supported"), (5.0, "undecided"), (8.0, "not supported")]
 )
 def test_a_cause_is_supported_only_if_its_whole_interval_lies_above_half(
     left: float, verdict: str
@@ -27,7 +27,7 @@ def test_a_cause_is_supported_only_if_its_whole_interval_lies_above_half(
     low, high = found.interval
     assert low < found.share < high
     assert found.share == pytest.approx(1 - left / 10, abs=0.08)
-    if verdict == "cannot tell":
+    if verdict == "undecided":
         assert low < 0.5 < high
 
 
@@ -35,5 +35,5 @@ def test_without_a_gap_there_is_no_closed_share() -> None:
     degrees = np.full(16, 20.0)
     gap = AngleGap(draws(16, 0), degrees, degrees)
     found = gap.closed(degrees, degrees)
-    assert (found.share, found.interval, found.verdict) == (None, None, "cannot tell")
+    assert (found.share, found.interval, found.verdict) == (None, None, "undecided")
     assert not gap.row().asks_for_a_cause
