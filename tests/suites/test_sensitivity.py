@@ -125,6 +125,9 @@ def test_the_table_of_the_docs_is_what_was_measured(
         " to the numbers.",
         "Then it runs the quick gate with its budget of 512 tokens. The column `tokens` says when"
         " the gate stopped.",
+        "The last column says where the evidence points: `capture` (the states are read wrongly),"
+        " one `layer`,",
+        "`numerics` (rounding), the whole `model`, `counting` of tokens, or another `corpus`.",
         "",
         "| fault | verdict | tokens | points to |",
         "|---|---|---|---|",
@@ -149,12 +152,12 @@ def how_often_it_errs() -> list[str]:
         "",
         'Only the rows named "one layer moved" contain a real fault. All others measure false'
         " alarms.",
-        "The first rows are SmolLM2-135M, run 200 times over the same 16 sequences, in other orders"
+        "In the first rows, SmolLM2-135M ran 200 times over the same 16 sequences, in other orders"
         " and with variants",
         "that differ only in arithmetic. A run counts in every row that it belongs to"
         " (`pytest tests/suites/test_sensitivity.py -m slow`,",
-        "[record](repetitions.csv)). The last rows compare disjoint samples of the baseline's"
-        " corpus 200 times ([record](odds.csv)).",
+        "[record](repetitions.csv)). In the last rows, disjoint samples of the baseline's"
+        " corpus were compared 200 times ([record](odds.csv)).",
         "",
         "| what was run | count | pass | inconclusive | fail |",
         "|---|---|---|---|---|",

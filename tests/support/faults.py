@@ -354,7 +354,7 @@ FAULTS = {
         "exit index off by one: the pair below", wrong_pairs(_pair_below), "capture"
     ),
     "norm": Fault(
-        "last layer read behind the final norm", wrong_pairs(_norm_mixed_up), "capture", "30"
+        "last layer read after the final norm", wrong_pairs(_norm_mixed_up), "capture", "30"
     ),
     "shuffled": Fault(
         "sequences shuffled between rows", _changed(lambda v: v.flip(dims=(1,))), "capture"
@@ -380,14 +380,14 @@ FAULTS = {
         "pair swapped: output against input",
         wrong_pairs(_swapped_pair),
         None,
-        unseen="a cosine is the same both ways: nothing is wrong with the numbers",
+        unseen="the cosine is symmetric, so the numbers are right",
     ),
     "positions": Fault(
         "position ids shifted by one",
         shifted_positions,
         None,
         unseen=(
-            "rotary attention depends on distances alone, and nothing changes; with learned "
+            "rotary attention depends on distances only, so the numbers are right; with learned "
             "positions (GPT-2) it is seen"
         ),
     ),
@@ -395,7 +395,7 @@ FAULTS = {
         "threshold compared with > instead of >=",
         above_only,
         None,
-        unseen="similarities are measured, not compared; the tests of exit rules see it",
+        unseen="the gate compares no similarity with a threshold; the tests of exit rules see it",
     ),
     "labels": Fault(
         "labels shifted by one",

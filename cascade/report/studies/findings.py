@@ -148,7 +148,7 @@ FINDINGS = (
         "final-norm",
         "What does the final norm do to the last layer?",
         lambda records: final_norm_report(records.final_norm),
-        "The earlier study published a similarity of 0.13 for the last layer, with its output read "
+        "The study published a similarity of 0.13 for the last layer, with its output read "
         "after the final norm. It concluded that the layer changes all tokens so much that easy "
         "and hard ones cannot be told apart there. How much of the change is due to the layer, and "
         "how much to the norm?",
@@ -162,7 +162,7 @@ FINDINGS = (
         "corpora",
         "Does it hold on other text?",
         lambda records: corpora_report(records.corpora),
-        "The earlier study measured one corpus, but thresholds that are fitted on one text are "
+        "The study measured one corpus, but thresholds that are fitted on one text are "
         "used on other text. Do layers and thresholds behave the same there?",
         "The command measures a sample of each corpus and compares the mean similarity of every "
         "layer, with simultaneous intervals over whole sequences. It then applies each corpus's "
@@ -174,7 +174,7 @@ FINDINGS = (
         "models",
         "Does it hold for other models?",
         lambda records: models_report(records.models),
-        "The earlier study measured one model in one size. Do other models have the same profile?",
+        "The study measured one model in one size. Do other models have the same profile?",
         "All models read the same text, and layers are compared by relative depth, which is the "
         "layer's number divided by the number of layers. Altered copies of the first model show "
         "what fewer bits or noise in the weights change.",
@@ -185,7 +185,7 @@ FINDINGS = (
         "exit-search",
         "Which exit layer is best?",
         lambda records: exit_search_report(records.exit_search),
-        "The earlier study exits at the second to last layer. Is there a better exit, and does it "
+        "The study exits at the second to last layer. Is there a better exit, and does it "
         "save time?",
         "The command fits the threshold of every exit layer and rule on one half of the text, so "
         "that the agreement with the full model reaches a target. It runs the best thresholds on "
@@ -249,9 +249,10 @@ def _introduction(explanation: LayerExplanation) -> list[str]:
     model = explanation.provenance.model
     name = known(model.name) or known(model.family) or "a model"
     return [
-        "An earlier study, which started this project, measured how much each layer of a small "
-        "language model changes its hidden states. It proposed that easy tokens exit early, and "
-        f"left questions open. This page answers five of them for {plain(name)} "
+        '"SmolLM2-135M Saturation Analysis" (2024), the study that started this project, measured '
+        "how much each layer of SmolLM2-135M-Instruct changes its hidden states, on Alpaca text in "
+        "fp16. It proposed that easy tokens exit early, and left questions open. This page answers "
+        f"five of them for {plain(name)} "
         f"({model.dtype}). Each section has the command that measured it.",
         "",
         "- **Similarity** is the cosine of a layer's input and output on the residual stream, for "
