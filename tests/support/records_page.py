@@ -6,7 +6,8 @@ import inspect
 import json
 import re
 from collections import Counter
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_type_hints
 
 from cascade.record_kinds import KINDS, json_schema, record_type
 
@@ -14,8 +15,9 @@ _INTRODUCTION = """# Records
 
 What a command measures is stored as one JSON file, a *record*, and every table, plot and page is
 drawn from it. A record names its `kind` and `schema`. It is checked when it is read: a missing
-field, a wrong type, NaN or infinity are refused with the place of the fault. Keys that a release
-does not know are ignored, and every schema written so far is still read.
+field, a wrong type, NaN or infinity are refused, and the error names the place. Keys that a release
+does not know are ignored. Every schema written so far is still read, and so are names of outcomes
+and verdicts that earlier releases wrote. The [glossary](../glossary.md) explains the terms.
 
 From Python, `read_record` returns a typed record, whose fields are attributes:
 
@@ -34,26 +36,74 @@ This page is made from the types in the package (`pytest tests/test_record_kinds
 """
 
 
+#: The meaning of fields that need no words of their own in a docstring.
+_EVERYWHERE = {
+    "schema": "The schema of the record.",
+    "kind": "The kind of the record.",
+    "provenance": "The origin of the figures: model, corpus, machine, versions and command.",
+    "machine": "The machine that measured.",
+    "versions": "Versions of the libraries, by name.",
+    "command": "The command line that made the record; null from Python.",
+    "tokenizer_hash": "The hash of the tokenizer.",
+    "model": "The model.",
+    "corpus": "The corpus.",
+    "mean": "The mean.",
+    "std": "The standard deviation.",
+    "min": "The minimum.",
+    "p10": "The 10 % quantile.",
+    "p50": "The median.",
+    "p90": "The 90 % quantile.",
+    "max": "The maximum.",
+}
+
+
 def records_page() -> str:
     """Return the page: each kind's fields, and its JSON Schema."""
     lines = [_INTRODUCTION]
     schemas = {kind: json_schema(kind) for kind in KINDS}
-    uses = Counter(name for schema in schemas.values() for name in schema["$defs"])
+    types = {kind: _types_in(record_type(kind)) for kind in KINDS}
+    # Two types of one name are not the same part.
+    uses = Counter(type_ for found in types.values() for type_ in found.values())
     for kind in KINDS:
         record, schema = record_type(kind), schemas[kind]
-        lines += [f"## {kind}", "", (inspect.getdoc(record) or "").partition("\n")[0], ""]
+        lines += [f"## {kind}", "", _first_sentence(record), ""]
         command = record.COMMAND.partition(" --")[0]
         lines += [f"Schema {record.SCHEMA}, written by `cascade {command}`.", ""]
-        own = [name for name in schema["$defs"] if uses[name] == 1 and name != record.__name__]
-        for name in [record.__name__, *sorted(own)]:
-            lines += _table(name, schema["$defs"][name], top=name == record.__name__)
+        own = [name for name, type_ in types[kind].items() if uses[type_] == 1]
+        for name in [record.__name__, *sorted(set(own) - {record.__name__})]:
+            top = name == record.__name__
+            lines += _table(types[kind][name], schema["$defs"][name], top=top)
         text = json.dumps(_without_descriptions(schema), separators=(",", ":"))
         lines += ['??? note "JSON Schema"', "", f"        {text}", ""]
     lines += ["## Parts of several records", ""]
-    parts = {name: about for schema in schemas.values() for name, about in schema["$defs"].items()}
-    for name in sorted(name for name, count in uses.items() if count > 1):
-        lines += _table(name, parts[name], top=False)
+    shared = {
+        type_: schemas[kind]["$defs"][name]
+        for kind, found in types.items()
+        for name, type_ in found.items()
+        if uses[type_] > 1
+    }
+    for type_ in sorted(shared, key=lambda each: each.__name__):
+        lines += _table(type_, shared[type_], top=False)
     return "\n".join(lines)
+
+
+def _types_in(record: type) -> dict[str, type]:
+    """Return the type of a record and those of all objects in it, by their names."""
+    found: dict[str, type] = {}
+    left: list[Any] = [record]
+    while left:
+        each = left.pop()
+        left += get_args(each)
+        if not (hasattr(each, "__struct_fields__") or is_dataclass(each)):
+            continue
+        if each.__name__ not in found:
+            found[each.__name__] = each
+            left += get_type_hints(each, include_extras=True).values()
+    return found
+
+
+def _first_sentence(kind: type) -> str:
+    return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
 
 
 def _without_descriptions(value: Any) -> Any:
@@ -67,14 +117,32 @@ def _without_descriptions(value: Any) -> Any:
     return [_without_descriptions(item) for item in value] if isinstance(value, list) else value
 
 
-def _table(name: str, about: dict[str, Any], *, top: bool) -> list[str]:
-    heading = [] if top else [f"`{name}`", ""]
-    required = set(about.get("required", ()))
+def _table(kind: type, about: dict[str, Any], *, top: bool) -> list[str]:
+    heading = [] if top else [f"`{kind.__name__}`: {_first_sentence(kind)}", ""]
+    required, meanings = set(about.get("required", ())), _meanings(kind)
     rows = [
-        f"| `{field}` | {_cell(_type_words(kind))} | {'' if field in required else 'optional'} |"
-        for field, kind in about.get("properties", {}).items()
+        f"| `{field}` | {_cell(_type_words(type_))} "
+        f"| {_cell(_meaning(meanings.get(field, ''), optional=field not in required))} |"
+        for field, type_ in about.get("properties", {}).items()
     ]
-    return [*heading, "| field | type | |", "| --- | --- | --- |", *rows, ""]
+    return [*heading, "| field | type | meaning |", "| --- | --- | --- |", *rows, ""]
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """Return what the docstrings of a type and of its bases say of each field, by its JSON key."""
+    found = dict(_EVERYWHERE)
+    for each in reversed(kind.__mro__):
+        _, _, text = inspect.cleandoc(each.__doc__ or "").partition("Attributes:\n")
+        for entry in re.findall(r"^ {4}(\w.*(?:\n {5,}.*)*)", text.split("\n\n")[0], re.MULTILINE):
+            name, _, meaning = " ".join(entry.split()).partition(": ")
+            found[name] = meaning
+    fields = getattr(kind, "__struct_fields__", ())
+    keys = dict(zip(fields, getattr(kind, "__struct_encode_fields__", ()), strict=True))
+    return {keys.get(name, name): meaning for name, meaning in found.items()}
+
+
+def _meaning(text: str, *, optional: bool) -> str:
+    return " ".join((["Optional."] if optional else []) + ([text] if text else []))
 
 
 def _cell(text: str) -> str:
