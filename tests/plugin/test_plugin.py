@@ -47,6 +47,28 @@ def test_a_project_without_test_files_runs_the_suite(
     assert failure(done).startswith("NOT COMPARABLE: expected model.weights_hash sha256:")
 
 
+def test_the_suite_runs_in_a_checkout_without_the_packages_of_its_tests() -> None:
+    code = textwrap.dedent(
+        """
+        import sys
+        for name in ("hypothesis", "mapie", "pytest_regressions", "tensorboard", "xdist"):
+            sys.modules[name] = None
+        import pytest
+        given = ["--pyargs", "cascade.suite", "-m", "saturation"]
+        sys.exit(pytest.main(["-p", "cascade.plugin", "-p", "no:cacheprovider", *given, "--co"]))
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1/2 tests collected (1 deselected)" in done.stdout
+
+
 def test_the_suite_skips_budgets_in_a_project_that_stores_none(
     guarded: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
