@@ -175,7 +175,7 @@ class RunFolder:
         """Move the files into place on success; leave the folder unchanged on failure."""
         try:
             if kind is None:
-                self._commit()
+                self.commit()
         except OSError as error:
             raise OutputError(
                 f"cannot write to {self.path}: {os_reason(error)}; choose another --output "
@@ -185,7 +185,7 @@ class RunFolder:
             shutil.rmtree(self.staging, ignore_errors=True)
             remove_empty(self._made)
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
         """Rename the staged files into place: all of them or, on failure or Ctrl-C, none."""
         before = self.staging / "before"
         before.mkdir()

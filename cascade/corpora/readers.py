@@ -26,7 +26,7 @@ def read_records(
             raise CorpusError(
                 f"--config belongs to hub datasets, got it for {source}; leave it out"
             )
-        return _read_embedded(split)
+        return read_embedded(split)
     # These functions of os.path accept any string; Path's raise for "~nobody" and long names.
     path = Path(os.path.expanduser(source))
     suffix = path.suffix.lower()
@@ -81,7 +81,15 @@ def name_of_texts(texts: Iterable[str | Record]) -> str:
     return f"{name}-{split}" if split else str(name)
 
 
-def _read_embedded(split: str | None) -> list[Record]:
+def read_embedded(split: str | None) -> list[Record]:
+    """Return the records of the embedded corpus.
+
+    Args:
+        split: A split; None for all records.
+
+    Raises:
+        CorpusError: There is no such split.
+    """
     text = resources.files("cascade").joinpath("data/embedded.jsonl").read_text(encoding="utf-8")
     records: list[Record] = [json.loads(line) for line in text.splitlines()]
     splits = sorted({record["split"] for record in records})

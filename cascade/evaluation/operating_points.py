@@ -191,9 +191,19 @@ class Evaluator:
                 )
 
     @torch.no_grad()
-    def _batches(
+    def batches(
         self, blocks: TokenBlocks, batch_size: int, progress: Callable[[int], None] | None
     ) -> Iterator[ExitBatch]:
+        """Yield one full pass per batch, with its states at all exit layers.
+
+        Args:
+            blocks: The corpus.
+            batch_size: Sequences per forward pass.
+            progress: Called with the number of tokens processed since the last call.
+
+        Raises:
+            CorpusError: There is no sequence, or sequences have a single token.
+        """
         if not len(blocks.ids):
             raise CorpusError("expected at least one sequence to evaluate on, got none")
         check_blocks(self.stack, blocks, batch_size)
@@ -223,7 +233,7 @@ class Evaluator:
             batch_size: Sequences per forward pass; each needs T x V log-probabilities in memory.
             progress: Called with the number of tokens processed since the last call.
         """
-        tables = [batch.table for batch in self._batches(blocks, batch_size, progress)]
+        tables = [batch.table for batch in self.batches(blocks, batch_size, progress)]
         return ExitTable.joined(tables)
 
     @torch.no_grad()
@@ -250,7 +260,7 @@ class Evaluator:
         tallies = [_Tally() for _ in points]
         full_seconds: list[float] = []
         tables = []
-        for batch in self._batches(blocks, batch_size, progress):
+        for batch in self.batches(blocks, batch_size, progress):
             full_seconds.append(batch.seconds.full_model())
             tables.append(batch.table)
             for point, tally in zip(points, tallies, strict=True):
@@ -282,7 +292,7 @@ class Evaluator:
         """
         self.check(points)
         tallies = [_Tally() for _ in points]
-        for batch in self._batches(blocks, batch_size, progress):
+        for batch in self.batches(blocks, batch_size, progress):
             for point, tally in zip(points, tallies, strict=True):
                 self._measure(batch, point, tally)
         length = blocks.ids.shape[1]

@@ -22,7 +22,7 @@ from cascade.models.stack import DecoderStack
 from cascade.stats.ridge import rms_normalized
 
 #: Token rows per step: 1,024 rows of 49,152 logits in fp32 are 200 MB.
-_ROWS = 1024
+STEP_ROWS = 1024
 
 #: With 0.99, Adam's second moment averages about 100 steps. An epoch has only about as many.
 _BETAS = (0.9, 0.99)
@@ -109,13 +109,15 @@ def distill(
     best = {layer: head.copy() for layer, head in trained.items()}
     parameters = [tensor for head in trained.values() for tensor in (head.weight, head.bias)]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=_BETAS)
-    steps = epochs * _steps(len(training), batch_size, blocks.ids.shape[1])
+    steps = epochs * step_count(len(training), batch_size, blocks.ids.shape[1])
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     )
     shuffler = torch.Generator().manual_seed(seed)
     on_progress = progress or (lambda _: None)
-    losses = {layer: [loss] for layer, loss in _validate(stack, trained, blocks, held_out).items()}
+    losses = {
+        layer: [loss] for layer, loss in validation_losses(stack, trained, blocks, held_out).items()
+    }
     with frozen(stack.model):
         for _ in range(epochs):
             order = training[torch.randperm(len(training), generator=shuffler).numpy()]
@@ -123,7 +125,7 @@ def distill(
                 ids = blocks.ids[order[start : start + batch_size]]
                 _train(stack, trained, ids, optimizer, schedule, shuffler)
                 on_progress(ids.size)
-            for layer, loss in _validate(stack, trained, blocks, held_out).items():
+            for layer, loss in validation_losses(stack, trained, blocks, held_out).items():
                 if loss < min(losses[layer]):
                     best[layer] = trained[layer].copy()
                 losses[layer].append(loss)
@@ -144,10 +146,10 @@ def trained_tokens(blocks: TokenBlocks) -> int:
     return trained * int(length)
 
 
-def _steps(sequences: int, batch_size: int, length: int) -> int:
-    """Return the optimizer steps of an epoch: every batch is split into `_ROWS` token rows."""
+def step_count(sequences: int, batch_size: int, length: int) -> int:
+    """Return the optimizer steps of an epoch: every batch is split into `STEP_ROWS` token rows."""
     sizes = [min(batch_size, sequences - start) for start in range(0, sequences, batch_size)]
-    return sum(math.ceil(size * length / _ROWS) for size in sizes)
+    return sum(math.ceil(size * length / STEP_ROWS) for size in sizes)
 
 
 def _train(
@@ -160,8 +162,8 @@ def _train(
 ) -> None:
     states, final = rows_of(stack, ids, list(heads))
     order = torch.randperm(len(final), generator=shuffler).to(final.device)
-    for rows in order.split(_ROWS):
-        teacher = _log_probabilities(stack, final[rows])
+    for rows in order.split(STEP_ROWS):
+        teacher = log_probabilities(stack, final[rows])
         optimizer.zero_grad()
         with torch.enable_grad():
             for layer, head in heads.items():
@@ -171,7 +173,7 @@ def _train(
         schedule.step()
 
 
-def _validate(
+def validation_losses(
     stack: DecoderStack, heads: dict[int, _Head], blocks: TokenBlocks, numbers: np.ndarray
 ) -> dict[int, float]:
     """Return each head's mean KL on the held-out sequences, in nats."""
@@ -181,15 +183,16 @@ def _validate(
         for start in range(0, len(numbers), 8):
             states, final = rows_of(stack, blocks.ids[numbers[start : start + 8]], list(heads))
             tokens += len(final)
-            for rows in torch.arange(len(final), device=final.device).split(_ROWS):
-                teacher = _log_probabilities(stack, final[rows])
+            for rows in torch.arange(len(final), device=final.device).split(STEP_ROWS):
+                teacher = log_probabilities(stack, final[rows])
                 for layer, head in heads.items():
                     loss = _loss(stack, head, states[layer][rows], teacher)
                     totals[layer] += float(loss) * len(rows)
     return {layer: total / tokens for layer, total in totals.items()}
 
 
-def _log_probabilities(stack: DecoderStack, normed: Tensor) -> Tensor:
+def log_probabilities(stack: DecoderStack, normed: Tensor) -> Tensor:
+    """Return the full model's log-probabilities of normed final states `[R, D]`, as `[R, V]`."""
     logits: Tensor = stack.decode_normed(_shaped(stack, normed)).flatten(0, 1)[: len(normed)]
     return logits.float().log_softmax(dim=-1)
 

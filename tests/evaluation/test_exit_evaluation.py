@@ -459,7 +459,7 @@ WRONG = {
 def test_invalid_config_is_rejected_before_any_pass(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Evaluator, "_batches", lambda *_: pytest.fail("a forward pass was started"))
+    monkeypatch.setattr(Evaluator, "batches", lambda *_: pytest.fail("a forward pass was started"))
     changes, words = WRONG[name]
     config = dataclasses.replace(EvaluationConfig(layers=(2,), rules=("cosine",)), **changes)
     assert words in refusal(UsageError, lambda: evaluate(a_stack("llama"), FIT, CONFIRM, config))
@@ -469,7 +469,7 @@ def test_invalid_config_is_rejected_before_any_pass(
 def test_seed_out_of_range_is_rejected_before_any_pass(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Evaluator, "_batches", lambda *_: pytest.fail("a forward pass was started"))
+    monkeypatch.setattr(Evaluator, "batches", lambda *_: pytest.fail("a forward pass was started"))
     config = EvaluationConfig(layers=(2,), rules=("cosine",))
     words = refusal(UsageError, lambda: evaluate(a_stack("llama"), FIT, CONFIRM, config, seed=seed))
     assert words == f"expected a seed in 0..{2**63 - 1}, got {seed}"

@@ -149,7 +149,7 @@ def test_best_epoch_is_kept_instead_of_last(monkeypatch: pytest.MonkeyPatch) -> 
         seen.append({layer: head.weight.detach().clone() for layer, head in heads.items()})
         return dict(zip(EXITS, next(losses), strict=True))
 
-    monkeypatch.setattr(distillation, "_validate", validate)
+    monkeypatch.setattr(distillation, "validation_losses", validate)
     heads = distill(sharp_stack(), closed_form(), some_blocks(40), epochs=2)
     assert torch.equal(heads.weights[1][0], seen[1][1])
     assert torch.equal(heads.weights[3][0], seen[0][3])
@@ -191,8 +191,8 @@ def test_step_count_matches_actual_steps(sequences: int, batch_size: int, length
     steps = 0
     for start in range(0, sequences, batch_size):
         rows = len(range(sequences)[start : start + batch_size]) * length
-        steps += len(torch.arange(rows).split(distillation._ROWS))
-    assert distillation._steps(sequences, batch_size, length) == steps
+        steps += len(torch.arange(rows).split(distillation.STEP_ROWS))
+    assert distillation.step_count(sequences, batch_size, length) == steps
 
 
 def test_heads_train_independently_of_each_other() -> None:
@@ -225,7 +225,7 @@ def test_distilling_does_not_change_global_random_state() -> None:
 def test_batches_larger_than_step_and_positions() -> None:
     blocks, stack = some_blocks(200), sharp_stack()
     assert stack.max_positions == 64
-    assert 2 * distillation._ROWS < 180 * 15
+    assert 2 * distillation.STEP_ROWS < 180 * 15
     heads = distill(stack, closed_form(), blocks, epochs=1, batch_size=1000)
     losses = losses_of(heads)
     for layer in EXITS:
@@ -242,7 +242,7 @@ def test_log_probabilities_of_rows_match_single_rows(family: str, count: int) ->
     rows = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(count))
     expected = stack.decode_normed(rows[:, None])[:, 0].log_softmax(dim=-1)
     with torch.no_grad():
-        got = distillation._log_probabilities(stack, rows)
+        got = distillation.log_probabilities(stack, rows)
     # 1e-5: kernels may sum a row of a batch in a different order than a single row.
     assert difference(got, expected) < 1e-5
 

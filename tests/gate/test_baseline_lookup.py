@@ -33,7 +33,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package with one baseline; return the folder of its baselines."""
     touched(tmp_path / "site-packages/cascade/data/baselines" / FILE)
     touched(tmp_path / "site-packages/cascade/data/baselines/tiny/texts.budgets.json")
-    monkeypatch.setattr(baseline_lookup, "_PACKAGE", tmp_path / "site-packages/cascade")
+    monkeypatch.setattr(baseline_lookup, "PACKAGE", tmp_path / "site-packages/cascade")
     (tmp_path / "project").mkdir()
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "site-packages/cascade/data/baselines"
@@ -117,7 +117,7 @@ def shipped(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert run("analyze", *given, "--output", "run").status == 0
     folder = tmp_path / "cascade/data/baselines"
     assert run("accept", "run", "--baselines", folder).status == 0
-    monkeypatch.setattr(baseline_lookup, "_PACKAGE", tmp_path / "cascade")
+    monkeypatch.setattr(baseline_lookup, "PACKAGE", tmp_path / "cascade")
     return folder
 
 

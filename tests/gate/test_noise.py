@@ -76,7 +76,7 @@ def test_an_unavailable_variant_is_recorded_with_its_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stack = DecoderStack(tiny_model("llama"))
-    monkeypatch.setattr(noise, "_MOST_BYTES", 0)
+    monkeypatch.setattr(noise, "MOST_BYTES", 0)
 
     def refuse(implementation: str) -> None:
         if implementation == "eager":

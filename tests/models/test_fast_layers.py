@@ -199,7 +199,7 @@ def test_product_matches_the_module(
     torch.manual_seed(0)
     calls: list[int] = []
     mv = torch.mv
-    monkeypatch.setattr("cascade.models.fast_layers._has_amx", lambda: amx)
+    monkeypatch.setattr("cascade.models.fast_layers.has_amx", lambda: amx)
     monkeypatch.setattr(torch, "mv", lambda *args: calls.append(1) or mv(*args))
     module = nn.Linear(WIDTH, 3 * WIDTH, bias=bias, dtype=dtype)
     rows = torch.randn((*shape, WIDTH), dtype=dtype)

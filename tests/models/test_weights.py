@@ -60,13 +60,13 @@ def gguf_file(tmp_path: Path) -> Path:
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Return a list to which every dequantization appends its file."""
     made: list[Path] = []
-    dequantize = weights._dequantize
+    dequantize = weights.dequantize
 
     def counting(path: Path, folder: Path) -> None:
         made.append(path)
         dequantize(path, folder)
 
-    monkeypatch.setattr(weights, "_dequantize", counting)
+    monkeypatch.setattr(weights, "dequantize", counting)
     return made
 
 
@@ -453,7 +453,7 @@ def test_concurrent_processes_share_one_copy(gguf_file: Path, tmp_path: Path, ca
                 file.write("end\\n")
 
         source, log, ready, go = sys.argv[1:]
-        weights._dequantize = dequantize
+        weights.dequantize = dequantize
         import filelock, transformers
         transformers.__version__
         Path(ready).touch()

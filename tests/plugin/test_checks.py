@@ -81,7 +81,7 @@ def test_the_shipped_baseline_is_used_and_never_written_to(
 ) -> None:
     package = project.path / "site/cascade"
     shutil.copytree(made, package / "data/baselines")
-    monkeypatch.setattr(baseline_lookup, "_PACKAGE", package)
+    monkeypatch.setattr(baseline_lookup, "PACKAGE", package)
     before = contents(package)
     only = ("-m", "saturation")
     kept = ran(project, *only)

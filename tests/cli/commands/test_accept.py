@@ -44,7 +44,7 @@ def test_accept_stores_a_run_and_reports_the_comparison_the_next_time(
     assert "Compared with the baseline that it replaces:\nPASS" in again.out
 
 
-def test_accept_says_what_differs_from_the_baseline_before(
+def test_accept_reports_differences_from_the_previous_baseline(
     analyze: Run, run: Run, models: Path
 ) -> None:
     analyze("--output", "report")
@@ -106,7 +106,7 @@ def test_accept_refuses_a_damaged_run(
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".json"])
-def test_accept_on_a_disk_that_fills_leaves_the_old_pair(
+def test_accept_on_a_full_disk_keeps_the_previous_baseline(
     analyze: Run, run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     write = RunFolder.write

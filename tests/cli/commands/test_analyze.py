@@ -50,7 +50,7 @@ def test_without_output_nothing_is_written(analyze: Run, here: Path) -> None:
     assert contents(here) == before
 
 
-def test_stdout_has_every_layers_statistics(analyze: Run) -> None:
+def test_stdout_shows_the_statistics_of_every_layer(analyze: Run) -> None:
     done = analyze("--output", "report")
     for row in read_profile("report")["layers"]:
         numbers = [
@@ -61,7 +61,7 @@ def test_stdout_has_every_layers_statistics(analyze: Run) -> None:
         assert heading in done.out
 
 
-def test_the_profile_has_the_promised_rows(analyze: Run) -> None:
+def test_the_profile_has_one_row_per_layer_and_the_final_norm(analyze: Run) -> None:
     analyze("--output", "report")
     profile = read_profile("report")
     assert (profile["schema"], profile["kind"]) == (2, "saturation")
@@ -87,7 +87,7 @@ def test_the_profile_has_the_promised_rows(analyze: Run) -> None:
         assert -1 <= row["min"] <= row["p10"] <= row["p50"] <= row["p90"] <= row["max"] <= 1
 
 
-def test_the_profile_says_where_it_comes_from(analyze: Run, models: Path) -> None:
+def test_the_profile_records_its_provenance(analyze: Run, models: Path) -> None:
     analyze("--output", "report")
     provenance = read_profile("report")["provenance"]
     weights = hashlib.sha256((models / "tiny/model.safetensors").read_bytes()).hexdigest()
@@ -127,13 +127,13 @@ def test_the_profile_says_where_it_comes_from(analyze: Run, models: Path) -> Non
     )
 
 
-def test_the_command_in_the_profile_can_be_run_again(analyze: Run, here: Path) -> None:
+def test_the_recorded_command_can_be_run_again(analyze: Run, here: Path) -> None:
     (here / "texts.jsonl").rename(here / "my texts.jsonl")
     analyze("--corpus", "my texts.jsonl", "--output", "report")
     assert "--corpus 'my texts.jsonl'" in read_profile("report")["provenance"]["command"]
 
 
-def test_the_same_command_twice_gives_the_same_report_to_the_byte(draw: Run, here: Path) -> None:
+def test_repeating_the_command_gives_an_identical_report(draw: Run, here: Path) -> None:
     arguments = ("--seed", 7, "--num-samples", 30, "--output", "report", "--overwrite")
     assert draw(*arguments).status == 0
     before = contents(here)
@@ -211,7 +211,7 @@ def test_every_dtype_is_measured_and_recorded(analyze: Run, dtype: str) -> None:
     assert f"{dtype} on {model['device']}" in done.out
 
 
-def test_a_gguf_file_is_a_model(analyze: Run, models: Path) -> None:
+def test_a_gguf_file_can_be_analyzed(analyze: Run, models: Path) -> None:
     done = analyze("--model", models / "tiny.gguf", "--output", "report")
     assert done.status == 0
     assert done.err == "Wrote report/report.html\n"
@@ -221,7 +221,7 @@ def test_a_gguf_file_is_a_model(analyze: Run, models: Path) -> None:
     assert model["weights_hash"] == f"sha256:{digest}"
 
 
-def test_a_dataset_is_a_corpus(analyze: Run, here: Path) -> None:
+def test_a_hub_dataset_can_be_the_corpus(analyze: Run, here: Path) -> None:
     (here / "hub").mkdir()
     (here / "texts.jsonl").rename(here / "hub/test.jsonl")
     done = analyze("--corpus", "hub", "--split", "test", "--text-column", "text", "--output", "r")
@@ -239,7 +239,7 @@ def test_overwrite_replaces_an_older_run(analyze: Run, here: Path) -> None:
     assert sorted(os.listdir("report")) == sorted([*RUN_FILES, "notes.txt"])
 
 
-def test_npz_has_one_value_per_token_as_the_seed_had_it(analyze: Run) -> None:
+def test_npz_has_one_value_per_token_as_in_the_original_study(analyze: Run) -> None:
     done = analyze("--output", "report", "--npz", "new/cos_sim_data.npz")
     assert done.err == "Wrote report/report.html, new/cos_sim_data.npz\n"
     profile = read_profile("report")
@@ -260,12 +260,12 @@ def test_npz_has_one_value_per_token_as_the_seed_had_it(analyze: Run) -> None:
     assert sorted(os.listdir("new")) == ["cos_sim_data.npz"]
 
 
-def test_npz_can_lie_in_the_report_folder(analyze: Run) -> None:
+def test_the_npz_can_be_in_the_report_folder(analyze: Run) -> None:
     assert analyze("--output", "report", "--npz", "report/cos_sim_data.npz").status == 0
     assert sorted(os.listdir("report")) == sorted([*RUN_FILES, "cos_sim_data.npz"])
 
 
-def test_a_process_of_its_own_keeps_its_streams_clean(here: Path, models: Path) -> None:
+def test_a_separate_process_prints_only_results_on_stdout(here: Path, models: Path) -> None:
     (here / "hub").mkdir()
     (here / "texts.jsonl").rename(here / "hub/train.jsonl")
     arguments = ["--model", models / "tiny", "--corpus", "hub", "--seq-len", 32, "--output", "r"]
@@ -276,7 +276,7 @@ def test_a_process_of_its_own_keeps_its_streams_clean(here: Path, models: Path) 
     assert sorted(os.listdir("r")) == sorted(RUN_FILES)
 
 
-def test_without_network_an_unknown_model_names_the_three_ways(here: Path) -> None:
+def test_without_network_an_unknown_model_error_names_all_model_sources(here: Path) -> None:
     before = contents(here)
     # Nothing listens on port 1: what a machine without network sees, at once.
     environment = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(here.parent / "hf")}
@@ -287,7 +287,7 @@ def test_without_network_an_unknown_model_names_the_three_ways(here: Path) -> No
 
 
 @pytest.mark.saturation
-def test_the_reference_model_needs_no_option_but_an_output(
+def test_the_reference_model_is_the_default(
     tmp_path: Path,
     reference_model: DecoderStack,
     monkeypatch: pytest.MonkeyPatch,

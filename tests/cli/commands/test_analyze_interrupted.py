@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
-def test_a_disk_that_fills_leaves_the_old_report(analyze: Run, here: Path, name: str) -> None:
+def test_a_full_disk_keeps_the_previous_report(analyze: Run, here: Path, name: str) -> None:
     arguments = ("--output", "report", "--overwrite")
     assert analyze("--max-tokens", 640, *arguments).status == 0
     sizes = [(here / "report" / file).stat().st_size for file in RUN_FILES]
@@ -43,7 +43,7 @@ def test_a_disk_that_fills_leaves_the_old_report(analyze: Run, here: Path, name:
     assert contents(here) == before
 
 
-def test_a_disk_that_fills_leaves_the_old_npz_and_the_old_report(analyze: Run, here: Path) -> None:
+def test_a_full_disk_keeps_the_previous_npz_and_report(analyze: Run, here: Path) -> None:
     arguments = ("--output", "report", "--npz", "x.npz", "--overwrite")
     assert analyze(*arguments).status == 0
     size = (here / "x.npz").stat().st_size
@@ -68,10 +68,10 @@ def test_a_disk_that_fills_leaves_the_old_npz_and_the_old_report(analyze: Run, h
         "cascade.saturation.profile.similarities",
         "cascade.report.saturation.page.profile_page",
         "cascade.saturation.token_archive.SimilarityArchive.save",
-        "cascade.core.files.RunFolder._commit",
+        "cascade.core.files.RunFolder.commit",
     ],
 )
-def test_ctrl_c_at_any_point_leaves_everything_as_it_was(
+def test_ctrl_c_at_any_point_leaves_all_files_unchanged(
     place: str, analyze: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*arguments: object, **options: object) -> None:
@@ -85,7 +85,7 @@ def test_ctrl_c_at_any_point_leaves_everything_as_it_was(
     assert (done.status, done.out, done.err) == (130, "", "")
     left = contents(here)
     # The archive is whole before the report is put in its place.
-    if place.endswith("_commit"):
+    if place.endswith("commit"):
         assert np.load(here / "newer/x.npz")["layer_1"].size > 0
         left = {path: content for path, content in left.items() if not path.startswith("newer")}
     assert left == before
@@ -93,7 +93,7 @@ def test_ctrl_c_at_any_point_leaves_everything_as_it_was(
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_stop_leaves_everything_as_it_was(
+def test_a_termination_signal_leaves_all_files_unchanged(
     kind: signal.Signals, analyze: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*arguments: object, **options: object) -> None:
@@ -146,7 +146,7 @@ cli.main()
 """
 
 
-def test_a_real_ctrl_c_in_the_middle_of_the_pass(here: Path, models: Path) -> None:
+def test_ctrl_c_in_a_running_process_exits_cleanly(here: Path, models: Path) -> None:
     """A real signal to a real process whose stderr is a terminal: the bar, then nothing left."""
     before = contents(here)
     terminal, other_end = pty.openpty()
@@ -194,7 +194,7 @@ def read_terminal(terminal: int, shown: list[bytes]) -> None:
             shown.append(part)
 
 
-def test_on_a_terminal_the_bar_counts_every_token(
+def test_the_progress_bar_counts_every_token_on_a_terminal(
     analyze: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
@@ -217,7 +217,7 @@ def test_on_a_terminal_the_bar_counts_every_token(
     assert "Reading texts.jsonl" in text
 
 
-def test_the_bar_stays_off_where_stderr_is_no_terminal(analyze: Run) -> None:
+def test_no_progress_bar_is_shown_if_stderr_is_not_a_terminal(analyze: Run) -> None:
     done = analyze()
     assert (done.status, done.err) == (0, "")
     assert "Suggested thresholds" in done.out

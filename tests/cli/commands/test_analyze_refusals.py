@@ -350,7 +350,7 @@ BAD_INPUT: dict[str, tuple[Setup, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_and_leaves_no_trace(
+def test_invalid_input_gives_a_one_line_error_and_leaves_no_files(
     case: str, analyze: Run, here: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup, fragments = BAD_INPUT[case]
@@ -362,7 +362,7 @@ def test_bad_input_is_one_line_and_leaves_no_trace(
     assert not list((models / "cache").rglob(".incoming*"))
 
 
-def test_a_refused_overwrite_is_refused_before_the_model_is_loaded(
+def test_existing_output_is_refused_before_the_model_is_loaded(
     analyze: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

@@ -28,9 +28,7 @@ def test_a_calibration_prints_its_table_and_generates(tiny: Run, here: Path) -> 
     assert done.status == 0, done.err
 
 
-def test_thresholds_are_fitted_on_text_that_the_heads_have_not_seen(
-    run: Run, models: Path, here: Path
-) -> None:
+def test_thresholds_are_fitted_on_held_out_text(run: Run, models: Path, here: Path) -> None:
     few = ("--model", models / "tiny", "--seq-len", 16, "--max-tokens", 320)
     assert run("fit-heads", *few, "--layers", 3, "--output", "h.safetensors").status == 0
     given = ("calibrate", *few, "--layer", 3, "--heads", "h.safetensors")
@@ -49,7 +47,7 @@ def test_thresholds_are_fitted_on_text_that_the_heads_have_not_seen(
     assert "Warning" in evaluated.out
 
 
-def test_the_other_corpus_has_a_split_and_a_column_of_its_own(
+def test_the_transfer_corpus_has_its_own_split_and_column(
     tiny: Run, here: Path, tmp_path: Path
 ) -> None:
     Path("other.jsonl").write_text(
@@ -69,7 +67,7 @@ def test_the_other_corpus_has_a_split_and_a_column_of_its_own(
     assert "--transfer-to" in done.err
 
 
-def test_without_a_layer_it_is_one_that_the_heads_have(tiny: Run, here: Path) -> None:
+def test_the_default_layer_is_one_that_the_heads_have(tiny: Run, here: Path) -> None:
     for layers, expected in (("2", 2), ("1,3", 3), ("2,4", 2), ("4", 4)):
         path = f"{layers.replace(',', '-')}.safetensors"
         assert tiny("fit-heads", "--layers", layers, "--output", path).status == 0
@@ -78,7 +76,7 @@ def test_without_a_layer_it_is_one_that_the_heads_have(tiny: Run, here: Path) ->
         assert read_record("c/calibration.json")["exit_layer"] == expected
 
 
-def test_too_few_sequences_certify_nothing_and_leave_the_full_model(
+def test_too_few_sequences_certify_no_threshold_and_the_full_model_runs(
     tiny: Run, here: Path, models: Path
 ) -> None:
     done = tiny("calibrate", "--layer", 3, "--risk", 0.05, "--output", "c")
@@ -113,7 +111,7 @@ def test_too_few_sequences_certify_nothing_and_leave_the_full_model(
         (("--dtype", "int8"), "expected --dtype among"),
     ],
 )
-def test_calibrating_refuses_in_one_line_and_writes_nothing(
+def test_calibrate_rejects_invalid_options_in_one_line_and_writes_nothing(
     tiny: Run, here: Path, arguments: tuple[object, ...], message: str
 ) -> None:
     before = contents(here)
@@ -124,7 +122,7 @@ def test_calibrating_refuses_in_one_line_and_writes_nothing(
     assert contents(here) == before
 
 
-def test_heads_and_calibrations_of_another_model_are_refused_with_both_named(
+def test_heads_or_calibrations_of_another_model_are_refused_with_both_names(
     tiny: Run, run: Run, models: Path, fitted: Path, here: Path
 ) -> None:
     shutil.copy(fitted, here / "h.safetensors")

@@ -26,7 +26,7 @@ def train(run: Run, models: Path) -> Callable[..., Done]:
     return train
 
 
-def test_a_stage_is_trained_measured_and_generated_with(
+def test_a_trained_stage_can_be_evaluated_and_generates_text(
     train: Run, run: Run, here: Path, models: Path
 ) -> None:
     done = train(*BRIEFLY, "--controls", "--output", "staged")
@@ -65,7 +65,7 @@ def test_a_second_stage_follows_the_first(train: Run, run: Run, here: Path) -> N
     assert [len(row["stage_rows"]) for row in rows] == [0, 1, 2]
 
 
-def test_resumed_the_same_command_ends_at_the_same_stage(train: Run, here: Path) -> None:
+def test_resumed_training_ends_with_the_same_stage(train: Run, here: Path) -> None:
     assert train(*BRIEFLY, "--output", "staged").status == 0
     first = Path("staged/stage-1.safetensors").read_bytes()
     collected = _changed_at("staged/hard-tokens")
@@ -87,7 +87,9 @@ def _step(path: Path) -> int:
     return int(path.name.partition("-")[2])
 
 
-def test_a_dataset_is_trained_on_as_it_is(train: Run, run: Run, here: Path, models: Path) -> None:
+def test_training_uses_an_existing_dataset_unchanged(
+    train: Run, run: Run, here: Path, models: Path
+) -> None:
     model = ("--model", models / "tiny")
     assert run("collect-hard", *model, *SHORT, "--threshold", 0.8, "--output", "hard").status == 0
     done = train("--dataset", "hard", "--epochs", 0.5, "--output", "staged")
@@ -122,7 +124,7 @@ def test_a_dataset_is_trained_on_as_it_is(train: Run, run: Run, here: Path, mode
         (("--hard-ratio", 0.5, "--layer", 9), "expected an exit layer in 1..4, got 9"),
     ],
 )
-def test_what_cannot_be_trained_is_one_line(
+def test_invalid_training_options_give_a_one_line_error(
     train: Run, here: Path, options: tuple[Any, ...], words: str
 ) -> None:
     done = train(*options, "--output", "new")
@@ -133,7 +135,7 @@ def test_what_cannot_be_trained_is_one_line(
     assert not Path("new/cascade_config.json").exists()
 
 
-def test_a_cascade_is_replaced_only_when_asked_to(train: Run, here: Path) -> None:
+def test_a_cascade_is_replaced_only_with_overwrite(train: Run, here: Path) -> None:
     Path("staged").mkdir()
     Path("staged/cascade_config.json").write_text("{}")
     done = train(*BRIEFLY, "--output", "staged")
@@ -143,7 +145,7 @@ def test_a_cascade_is_replaced_only_when_asked_to(train: Run, here: Path) -> Non
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
-def test_a_cascade_and_what_contradicts_it_are_refused(run: Run, here: Path, command: str) -> None:
+def test_options_that_contradict_a_cascade_are_refused(run: Run, here: Path, command: str) -> None:
     prompt = ("--prompt", "a") if command == "generate" else ()
     option = ("--layer", 3) if command == "generate" else ("--layers", 3)
     done = run(command, "--cascade", "staged", *prompt, *option)

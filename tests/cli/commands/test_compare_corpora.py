@@ -53,7 +53,7 @@ def read(path: str) -> dict[str, Any]:
     return record
 
 
-def test_two_files_are_compared_and_everything_is_written(compare: Callable[..., Done]) -> None:
+def test_comparing_two_files_writes_all_output_files(compare: Callable[..., Done]) -> None:
     done = compare("texts.jsonl", "digits.jsonl", "--layer", 3, "--output", "out")
     assert done.status == 0, done.err
     assert {path.name for path in Path("out").iterdir()} == FILES
@@ -69,7 +69,7 @@ def test_two_files_are_compared_and_everything_is_written(compare: Callable[...,
         assert f'<svg id="{Path(name).stem}"' in page
 
 
-def test_options_reach_the_question(compare: Callable[..., Done]) -> None:
+def test_options_reach_the_comparison(compare: Callable[..., Done]) -> None:
     done = compare(
         *("texts.jsonl", "digits.jsonl", "--layer", 2, "--margin", 0.03, "--tolerance", 0.1),
         *("--hard-ratio", 0.4, "--hard-ratio", 0.6, "--seed", 5, "--output", "out"),
@@ -87,7 +87,9 @@ def test_options_reach_the_question(compare: Callable[..., Done]) -> None:
     }
 
 
-def test_as_many_tokens_of_each_are_taken_spread_over_it(compare: Callable[..., Done]) -> None:
+def test_equally_many_evenly_spaced_tokens_of_each_corpus_are_compared(
+    compare: Callable[..., Done],
+) -> None:
     corpora = ("texts.jsonl", "digits.jsonl")
     assert compare(*corpora, "--max-tokens", 170, "--output", "some").status == 0
     for corpus in read("some/corpora.json")["corpora"]:
@@ -120,7 +122,7 @@ def test_configurations_splits_and_columns_of_one_dataset_are_corpora(
     assert len(set(prints)) == 4
 
 
-def test_streamed_or_fetched_a_dataset_is_the_same_text(
+def test_a_streamed_dataset_has_the_same_text_as_a_downloaded_one(
     compare: Callable[..., Done], here: Path
 ) -> None:
     in_folder(here / "hub")
@@ -133,7 +135,7 @@ def test_streamed_or_fetched_a_dataset_is_the_same_text(
     assert prints[0] == prints[1]
 
 
-def test_hub_datasets_are_asked_for_by_name_configuration_and_split(
+def test_hub_datasets_are_loaded_by_name_configuration_and_split(
     compare: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -198,7 +200,7 @@ def test_hub_datasets_are_asked_for_by_name_configuration_and_split(
         (("texts.jsonl", "digits.jsonl", "--seed", -1), "got '-1'"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_in_one_line_and_nothing_is_written(
+def test_corpora_that_cannot_be_compared_give_a_one_line_error_and_write_nothing(
     compare: Callable[..., Done], here: Path, arguments: tuple[object, ...], message: str
 ) -> None:
     (here / "copy.jsonl").write_text((here / "texts.jsonl").read_text())
@@ -214,7 +216,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line_and_nothing_is_written(
     assert contents(here) == before
 
 
-def test_an_earlier_run_is_replaced_only_when_told(compare: Callable[..., Done]) -> None:
+def test_an_earlier_run_is_replaced_only_with_overwrite(compare: Callable[..., Done]) -> None:
     arguments = ("texts.jsonl", "digits.jsonl", "--layer", 3, "--hard-ratio", 0.5, "--output", "o")
     assert compare(*arguments).status == 0
     before = contents(Path("o"))
@@ -227,7 +229,7 @@ def test_an_earlier_run_is_replaced_only_when_told(compare: Callable[..., Done])
     assert contents(Path("o")) != before
 
 
-def test_help_says_how_a_corpus_is_named(run: Run) -> None:
+def test_help_describes_how_to_name_a_corpus(run: Run) -> None:
     done = run("compare-corpora", "--help")
     assert done.status == 0
     assert "NAME:CONFIG@SPLIT#COLUMN" in done.out

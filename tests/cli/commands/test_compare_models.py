@@ -26,7 +26,7 @@ def deeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("deeper") / "Deeper", num_layers=7)
 
 
-def test_models_copies_and_unmeasured_ones_are_compared(
+def test_models_copies_and_unmeasured_models_are_compared(
     run: Run, models: Path, deeper: Path, here: Path
 ) -> None:
     arguments = (models / "tiny", deeper, "--copy", "int8", "--unmeasured", "smollm2-360m")
@@ -47,9 +47,7 @@ def test_models_copies_and_unmeasured_ones_are_compared(
     ]
 
 
-def test_the_same_command_twice_gives_the_same_files_to_the_byte(
-    run: Run, models: Path, here: Path
-) -> None:
+def test_repeating_the_command_gives_identical_files(run: Run, models: Path, here: Path) -> None:
     found = []
     for _ in range(2):
         done = run(
@@ -63,7 +61,7 @@ def test_the_same_command_twice_gives_the_same_files_to_the_byte(
     assert not Path("out/models-operations.svg").exists()
 
 
-def test_the_seed_is_the_noises(run: Run, models: Path, here: Path) -> None:
+def test_the_seed_changes_only_copies_with_noise(run: Run, models: Path, here: Path) -> None:
     means = []
     for seed in (0, 0, 1):
         arguments = ("--copy", "noise:0.1", "--seed", seed, "--output", "out", "--overwrite")
@@ -79,7 +77,7 @@ def test_without_output_nothing_is_written(run: Run, models: Path, here: Path) -
     assert contents(here) == before
 
 
-def test_from_configurations_alone_no_weights_are_needed(run: Run, here: Path) -> None:
+def test_config_only_needs_no_weights(run: Run, here: Path) -> None:
     done = run(
         *("compare-models", "smollm2-135m", "smollm2-360m", "smollm2-1.7b", "--config-only"),
         *("--output", "out"),
@@ -99,7 +97,7 @@ def test_a_folder_without_weights_is_described(
     assert "broken (not measured)" in done.out
 
 
-def test_a_hub_model_is_compared_by_id_and_by_short_name(
+def test_a_hub_model_can_be_named_by_id_or_short_name(
     run: Run, models: Path, here: Path, deeper: Path
 ) -> None:
     """The hub's cache, as its client leaves it; the hub itself cannot be reached."""
@@ -147,7 +145,7 @@ def test_a_hub_model_is_compared_by_id_and_by_short_name(
         (("TINY", "OTHER", "--output", "texts.jsonl"), "texts.jsonl is a file"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_no_trace(
+def test_invalid_input_gives_a_one_line_error_and_leaves_no_files(
     run: Run,
     models: Path,
     here: Path,
@@ -176,7 +174,7 @@ def test_bad_input_is_one_line_and_leaves_no_trace(
     assert contents(here) == before
 
 
-def test_what_cannot_be_found_is_said_before_anything_is_measured(
+def test_a_missing_model_is_reported_before_anything_is_measured(
     run: Run, models: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cascade.models.loading.load", None)
@@ -185,7 +183,7 @@ def test_what_cannot_be_found_is_said_before_anything_is_measured(
     assert "no model nobody/nothing" in done.err
 
 
-def test_one_model_is_in_memory_at_a_time(
+def test_only_one_model_is_in_memory_at_a_time(
     run: Run, models: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import gc

@@ -29,7 +29,7 @@ def test_an_evaluation_says_whether_early_exit_pays_and_becomes_budgets(
     assert [p["threshold"] for p in read_record(str(budgets))["groups"][0]["points"]] == [0.5]
 
 
-def test_points_alone_are_measured_as_they_are_among_others(tiny: Run, here: Path) -> None:
+def test_only_points_gives_the_same_results_as_a_full_evaluation(tiny: Run, here: Path) -> None:
     point = ("--point", "3:top2_gap:0.1")
     assert tiny("evaluate", "--layers", "2", *point, "--output", "all").status == 0
     assert tiny("evaluate", "--only-points", *point, "--output", "one").status == 0
@@ -65,7 +65,7 @@ def test_points_alone_are_measured_as_they_are_among_others(tiny: Run, here: Pat
         (("--heads", "."), ". is a folder, expected the .safetensors file"),
     ],
 )
-def test_evaluating_refuses_in_one_line_and_writes_nothing(
+def test_evaluate_rejects_invalid_options_in_one_line_and_writes_nothing(
     tiny: Run, here: Path, arguments: tuple[object, ...], message: str
 ) -> None:
     before = contents(here)
@@ -86,12 +86,12 @@ def test_accepting_an_evaluation_without_a_given_point_is_refused(
     assert not Path("baselines").exists()
 
 
-def test_accepting_says_whose_budgets_give_way_and_refuses_those_of_another_dtype(
+def test_accept_reports_replaced_budgets_and_refuses_another_dtype(
     tiny: Run, run: Run, fitted: Path, here: Path
 ) -> None:
     point = ("--only-points", "--point", "3:cosine:0.5")
-    assert tiny("fit-heads", "--layers", 3, "--output", "anew.safetensors").status == 0
-    for name, heads in (("a", fitted), ("b", here / "anew.safetensors")):
+    assert tiny("fit-heads", "--layers", 3, "--output", "refitted.safetensors").status == 0
+    for name, heads in (("a", fitted), ("b", here / "refitted.safetensors")):
         assert tiny("evaluate", *point, "--heads", heads, "--output", name).status == 0
         done = run("accept", name)
         assert done.status == 0, done.err

@@ -11,7 +11,7 @@ from support.commands import Run
 ARGUMENTS = ("--corpus", "texts.jsonl", "--seq-len", 16, "--max-tokens", 256)
 
 
-def test_a_layer_is_explained_and_everything_is_written(run: Run, here: Path, models: Path) -> None:
+def test_explaining_a_layer_writes_all_output_files(run: Run, here: Path, models: Path) -> None:
     done = run("explain", "--layer", 2, "--model", models / "tiny", *ARGUMENTS, "--output", "out")
     assert done.status == 0, done.err
     assert "Layer 2 of" in done.out
@@ -26,7 +26,9 @@ def test_a_layer_is_explained_and_everything_is_written(run: Run, here: Path, mo
     assert "holds another run" in again.err
 
 
-def test_the_final_norm_is_explained(run: Run, here: Path, models: Path) -> None:
+def test_explaining_the_final_norm_writes_all_output_files(
+    run: Run, here: Path, models: Path
+) -> None:
     done = run(
         "explain", "--layer", "4+norm", "--model", models / "tiny", *ARGUMENTS, "--output", "out"
     )
@@ -49,7 +51,7 @@ def test_the_final_norm_is_explained(run: Run, here: Path, models: Path) -> None
         (("--layer", "2", "--corpus", "absent.jsonl"), "absent.jsonl"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line_and_nothing_is_written(
+def test_invalid_options_give_a_one_line_error_and_write_nothing(
     run: Run, here: Path, models: Path, arguments: tuple[object, ...], words: str
 ) -> None:
     done = run("explain", "--model", models / "tiny", *ARGUMENTS, *arguments, "--output", "out")

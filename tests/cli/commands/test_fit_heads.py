@@ -9,7 +9,7 @@ from support.commands import Run, read_record
 from support.disk import contents, largest_file
 
 
-def test_heads_are_fitted_distilled_and_then_serve(tiny: Run, here: Path) -> None:
+def test_fitted_and_distilled_heads_can_be_used(tiny: Run, here: Path) -> None:
     done = tiny("fit-heads", "--layers", "2,3", "--distill", 1, "--output", "h.safetensors")
     assert done.status == 0, done.err
     assert "Layer 2: KL to the full model" in done.out
@@ -40,7 +40,7 @@ def test_half_precision_halves_the_file(tiny: Run, here: Path) -> None:
         (("--layers", "2", "--distill", 1, "--seed", 2**64), f"got '{2**64}'"),
     ],
 )
-def test_fitting_refuses_in_one_line_and_writes_nothing(
+def test_fit_heads_rejects_invalid_options_in_one_line_and_writes_nothing(
     tiny: Run, here: Path, arguments: tuple[object, ...], message: str
 ) -> None:
     before = contents(here)
@@ -59,7 +59,7 @@ def test_fitting_refuses_in_one_line_and_writes_nothing(
         ("folder.safetensors", "folder.safetensors is a folder, expected a file"),
     ],
 )
-def test_heads_that_could_not_be_written_are_not_fitted(
+def test_an_unwritable_output_is_refused_before_fitting(
     tiny: Run, here: Path, output: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cascade.models.loading.load", None)  # refused before the model is read

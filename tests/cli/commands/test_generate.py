@@ -12,7 +12,7 @@ import pytest
 from support.commands import Run
 
 
-def test_generating_shows_the_layers_and_the_full_model_beside(tiny: Run, here: Path) -> None:
+def test_generate_shows_exit_layers_and_the_full_models_text(tiny: Run, here: Path) -> None:
     done = tiny(
         "generate", "--prompt", "Number 7", "--layer", 2, "--threshold", 0.5, "--max-new-tokens", 8
     )
@@ -21,7 +21,7 @@ def test_generating_shows_the_layers_and_the_full_model_beside(tiny: Run, here: 
     assert "tokens/s" in done.out
 
 
-def test_verified_text_is_the_full_models(tiny: Run, here: Path) -> None:
+def test_verified_text_equals_the_full_models(tiny: Run, here: Path) -> None:
     done = tiny(
         "generate",
         *("--prompt", "Number 7", "--layer", 2, "--threshold=-1", "--verify"),
@@ -55,7 +55,7 @@ def test_sampling_defaults_are_the_models_own(run: Run, here: Path, models: Path
     assert free != greedy
 
 
-def test_a_prompt_that_does_not_fit_is_refused_before_a_pass_over_it(
+def test_a_prompt_that_is_too_long_is_refused_before_a_forward_pass(
     tiny: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cascade.decoding.selective_layers import LayerTask, SkippingLayers
@@ -73,7 +73,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_a_pass_over_it(
     assert max(widths, default=0) < 30
 
 
-def test_without_a_layer_generating_takes_one_that_the_heads_have(
+def test_the_default_layer_of_generate_is_one_that_the_heads_have(
     tiny: Run, fitted: Path, here: Path
 ) -> None:
     assert tiny("fit-heads", "--layers", "1,2", "--output", "low.safetensors").status == 0
@@ -141,7 +141,7 @@ def test_a_chat_answer_is_separated_from_its_prompt(run: Run, folder: Path) -> N
         ),
     ],
 )
-def test_generating_refuses_in_one_line(
+def test_generate_rejects_invalid_options_in_one_line(
     tiny: Run, here: Path, arguments: tuple[object, ...], message: str
 ) -> None:
     done = tiny("generate", *arguments)

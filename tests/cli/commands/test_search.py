@@ -53,7 +53,7 @@ def test_a_search_is_printed_and_stored(search: Any, here: Path) -> None:
     assert max(map(len, done.out.splitlines())) <= 80
 
 
-def test_a_search_that_lets_nothing_go_draws_nothing(search: Any, here: Path) -> None:
+def test_a_search_without_an_admissible_exit_draws_no_picture(search: Any, here: Path) -> None:
     (here / "out").mkdir()
     (here / "out" / "exit-search-frontier.svg").write_text("an older run's")
     # At the first layer the surest token is predicted otherwise.
@@ -86,7 +86,7 @@ def test_a_record_is_searched_without_torch(here: Path, evaluation: Path) -> Non
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_what_is_known_from_the_table_alone_is_run_when_asked(
+def test_points_known_only_from_the_exit_table_are_run_on_request(
     run: Run, models: Path, evaluation: Path
 ) -> None:
     alone = run("search-exit", evaluation, "--agreement", 0.3, "--output", "alone")
@@ -103,7 +103,7 @@ def test_what_is_known_from_the_table_alone_is_run_when_asked(
     ]
 
 
-def test_an_older_record_measures_what_it_lacks_or_says_it(
+def test_an_older_record_is_completed_by_measuring_or_reports_what_it_lacks(
     run: Run, models: Path, evaluation: Path
 ) -> None:
     record = read("e/evaluation.json")
@@ -126,7 +126,7 @@ def test_an_older_record_measures_what_it_lacks_or_says_it(
         (("--corpus", "other.jsonl"), "expected the text to fit on of the evaluation"),
     ],
 )
-def test_another_model_or_text_than_the_record_s_is_refused(
+def test_a_record_of_another_model_or_corpus_is_refused(
     run: Run, models: Path, here: Path, evaluation: Path, options: tuple[str, str], words: str
 ) -> None:
     lines = [json.dumps({"text": f"Line {number} of other text."}) + "\n" for number in range(90)]
@@ -158,7 +158,7 @@ def test_another_model_or_text_than_the_record_s_is_refused(
         (("texts.jsonl",), "texts.jsonl"),
     ],
 )
-def test_bad_input_is_refused_in_one_line_and_writes_nothing(
+def test_invalid_input_gives_a_one_line_error_and_writes_nothing(
     run: Run, models: Path, here: Path, arguments: tuple[object, ...], words: str
 ) -> None:
     before = contents(here)
@@ -171,7 +171,9 @@ def test_bad_input_is_refused_in_one_line_and_writes_nothing(
     assert contents(here) == before
 
 
-def test_what_records_say_themselves_is_not_taken_twice(run: Run, evaluation: Path) -> None:
+def test_options_that_the_records_determine_and_repeated_records_are_refused(
+    run: Run, evaluation: Path
+) -> None:
     done = run("search-exit", evaluation, "--layers", "2", "--seed", 3)
     assert done.status == 2
     assert "leave out --layers, --seed" in done.err

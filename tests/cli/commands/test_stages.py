@@ -30,9 +30,7 @@ def collect(run: Run, models: Path) -> Callable[..., Any]:
     return collect
 
 
-def test_a_dataset_is_collected_and_its_summary_says_what_it_is(
-    collect: Run, here: Path, models: Path
-) -> None:
+def test_a_dataset_is_collected_and_summarized(collect: Run, here: Path, models: Path) -> None:
     done = collect("--hard-ratio", 0.5, "--output", "hard")
     assert done.status == 0, done.err
     found = load_hard_tokens("hard")
@@ -57,7 +55,7 @@ def test_every_fifth_record_is_held_out(collect: Run, here: Path) -> None:
         assert {number % 5 for row in rows for number in row} == rest
 
 
-def test_max_tokens_are_those_of_both_parts_together(collect: Run, here: Path) -> None:
+def test_max_tokens_limits_both_splits_together(collect: Run, here: Path) -> None:
     assert collect("--hard-ratio", 0.5, "--output", "hard", "--max-tokens", 800).status == 0
     parts = load_hard_tokens("hard").record.splits
     assert [parts[split].tokens for split in ("train", "held-out")] == [640, 160]
@@ -95,7 +93,7 @@ def test_options_select_what_is_collected(collect: Run, here: Path) -> None:
         (("--hard-ratio", 0.5, "--num-samples", 4), "in its held-out split"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_no_trace(
+def test_invalid_input_gives_a_one_line_error_and_leaves_no_files(
     collect: Run, here: Path, arguments: tuple[object, ...], message: str
 ) -> None:
     before = contents(here)
@@ -106,7 +104,7 @@ def test_bad_input_is_one_line_and_leaves_no_trace(
     assert contents(here) == before
 
 
-def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
+def test_an_unwritable_output_is_refused_before_the_model_is_loaded(
     collect: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert collect("--hard-ratio", 0.5, "--output", "hard").status == 0
@@ -119,7 +117,9 @@ def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
     assert "expected a threshold or a hard ratio" in done.err
 
 
-def test_an_interrupted_command_run_again_goes_on(collect: Run, here: Path, models: Path) -> None:
+def test_rerunning_an_interrupted_command_resumes_it(
+    collect: Run, here: Path, models: Path
+) -> None:
     code = (
         "import time; from cascade import cli; "
         "from cascade.stages.hard_tokens import exit_states, plan; "
@@ -154,7 +154,7 @@ def test_an_interrupted_command_run_again_goes_on(collect: Run, here: Path, mode
     assert load_hard_tokens("hard").layer == 3
 
 
-def test_the_benchmark_writes_its_record_and_refuses_a_layer_that_is_none(
+def test_the_benchmark_writes_its_record_and_refuses_a_missing_layer(
     run: Run, models: Path, here: Path
 ) -> None:
     small = ("--tokens", 160, "--seq-len", 16, "--rounds", 2, "--model", models / "tiny")

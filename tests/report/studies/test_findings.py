@@ -81,14 +81,14 @@ def test_the_stored_pictures_equal_those_of_the_records(records: FindingsRecords
 
 
 @pytest.mark.parametrize("finding", FINDINGS, ids=lambda finding: finding.stem)
-def test_every_finding_has_its_command(finding: Finding, page: str) -> None:
+def test_every_finding_names_its_command(finding: Finding, page: str) -> None:
     assert f"## {finding.heading}" in page
     line = json.loads((FOLDER / f"{finding.stem}.json").read_text())["provenance"]["command"]
     assert line.startswith("cascade ")
     assert f"```bash\n{line}\n```" in page
 
 
-def test_numbers_of_the_page_come_from_the_records(records: FindingsRecords) -> None:
+def test_the_pages_numbers_come_from_the_records(records: FindingsRecords) -> None:
     plain = to_plain(records.explanation)
     row = next(row for row in plain["ablations"] if row["ablation"] == "layer_skipped")
     row["perplexity_ratio"] = 7.654321
