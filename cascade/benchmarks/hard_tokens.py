@@ -19,8 +19,8 @@ from cascade.benchmarks.timing import (
     ratio_target,
     session,
 )
-from cascade.core.provenance import provenance_of
-from cascade.corpora.blocks import PARTS, Part, TokenBlocks, load_blocks
+from cascade.core.provenance import SPLITS, Split, provenance_of
+from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
@@ -117,7 +117,7 @@ def benchmark_hard_tokens(
     )
 
 
-def bare_visit(stack: DecoderStack, splits: Mapping[Part, TokenBlocks], batch_size: int) -> None:
+def bare_visit(stack: DecoderStack, splits: Mapping[Split, TokenBlocks], batch_size: int) -> None:
     """Run the decoder over all batches and ignore the states. Collecting cannot be faster.
 
     Args:
@@ -132,7 +132,7 @@ def bare_visit(stack: DecoderStack, splits: Mapping[Part, TokenBlocks], batch_si
 
 def collect(
     stack: DecoderStack,
-    splits: Mapping[Part, TokenBlocks],
+    splits: Mapping[Split, TokenBlocks],
     layer: int,
     batch_size: int,
     folder: Path,
@@ -155,20 +155,20 @@ def collect(
     )
 
 
-def _splits(stack: DecoderStack, config: HardTokenBenchmarkConfig) -> dict[Part, TokenBlocks]:
+def _splits(stack: DecoderStack, config: HardTokenBenchmarkConfig) -> dict[Split, TokenBlocks]:
     total = config.tokens // config.seq_len
-    rows = dict(zip(PARTS, (total - total // 5, total // 5), strict=True))
-    return {split: _repeated(stack, config.seq_len, split, rows[split]) for split in PARTS}
+    rows = dict(zip(SPLITS, (total - total // 5, total // 5), strict=True))
+    return {split: _repeated(stack, config.seq_len, split, rows[split]) for split in SPLITS}
 
 
-def _repeated(stack: DecoderStack, seq_len: int, split: Part, rows: int) -> TokenBlocks:
+def _repeated(stack: DecoderStack, seq_len: int, split: Split, rows: int) -> TokenBlocks:
     """Return a split of the embedded corpus, repeated up to the given number of sequences."""
     blocks = load_blocks(
         EMBEDDED,
         stack.tokenizer,
         seq_len=seq_len,
         num_samples=None,
-        part=split,
+        record_split=split,
         marks=True,
     )
     shape = (rows, seq_len)

@@ -7,8 +7,9 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from msgspec import field
 from msgspec.structs import replace
 
 from cascade.core.schema import UNSET, Count, Index, Part, UnsetType, from_plain, known, to_plain
@@ -47,12 +48,17 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
     altered: str | UnsetType = UNSET
 
 
+#: The splits of a corpus, by record. The first one trains, the second one selects and judges.
+Split = Literal["train", "held-out"]
+SPLITS: tuple[Split, ...] = ("train", "held-out")
+
+
 class CorpusProvenance(Part, frozen=True, kw_only=True):
     """Which text was measured.
 
     Attributes:
-        part: "train" or "held-out", where only these records were read.
-        parted: How records are assigned to the two.
+        record_split: "train" or "held-out", where only these records were read.
+        split_rule: How records are assigned to the two.
         spread: How sequences were chosen, where not all of them were measured.
     """
 
@@ -63,8 +69,8 @@ class CorpusProvenance(Part, frozen=True, kw_only=True):
     tokens: Count
     sequences: Count
     seq_len: Count
-    part: str | UnsetType = UNSET
-    parted: str | UnsetType = UNSET
+    record_split: str | UnsetType = field(default=UNSET, name="part")
+    split_rule: str | UnsetType = field(default=UNSET, name="parted")
     spread: str | UnsetType = UNSET
 
 

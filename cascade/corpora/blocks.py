@@ -9,14 +9,14 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from cascade.core.defaults import NUM_SAMPLES, SEQ_LEN
 from cascade.core.errors import CorpusError, ModelError
-from cascade.core.provenance import CorpusProvenance
+from cascade.core.provenance import SPLITS, CorpusProvenance, Split
 from cascade.core.schema import UNSET
 from cascade.corpora.joining import RecordText, join
 from cascade.corpora.readers import EMBEDDED, name_of_texts, read_records, read_texts
@@ -26,14 +26,8 @@ from cascade.models.stack import DecoderStack
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Part = Literal["train", "held-out"]
-
 #: A corpus in memory: texts, or the rows of a dataset.
 Texts = Iterable[str] | Iterable[Record]
-
-
-#: The two splits of a corpus, for training and for evaluation.
-PARTS: tuple[Part, ...] = ("train", "held-out")
 
 
 #: The fewest sequences that can be divided into a pilot and a rest.
@@ -58,7 +52,7 @@ class TokenBlocks:
         response: `[S, T]`, true for tokens of response text. In a record in Alpaca form these are
             the tokens that begin after its last heading, and its EOS; in any other record they are
             all tokens. None without marks.
-        part: The split that was read, "train" or "held-out"; None for the whole corpus.
+        record_split: The split that was read, "train" or "held-out"; None for the whole corpus.
         spread_over: The number of sequences in the text, if these are only some of them, evenly
             spaced; else None.
 
@@ -76,7 +70,7 @@ class TokenBlocks:
     records: int
     record_of: npt.NDArray[np.int32] | None = None
     response: npt.NDArray[np.bool_] | None = None
-    part: Part | None = None
+    record_split: Split | None = None
     spread_over: int | None = None
 
     def __repr__(self) -> str:
@@ -173,8 +167,8 @@ class TokenBlocks:
             tokens=self.tokens,
             sequences=len(self.ids),
             seq_len=int(self.ids.shape[1]),
-            part=UNSET if self.part is None else self.part,
-            parted=UNSET if self.part is None else f"by record, {rule}",
+            record_split=UNSET if self.record_split is None else self.record_split,
+            split_rule=UNSET if self.record_split is None else f"by record, {rule}",
             spread=UNSET if over is None else f"evenly over {over:,} sequences",
         )
 
@@ -200,7 +194,7 @@ def load_blocks(
     config: str | None = None,
     text_column: str | None = None,
     seed: int | None = None,
-    part: Part | None = None,
+    record_split: Split | None = None,
     marks: bool = False,
     stream: bool = False,
 ) -> TokenBlocks:
@@ -214,7 +208,8 @@ def load_blocks(
             or a folder as for `datasets.load_dataset`, a list of texts, or a `datasets.Dataset`.
         tokenizer: The tokenizer of the model.
         seq_len: Tokens per block.
-        num_samples: The number of records to read, before `part` selects some; None for all.
+        num_samples: The number of records to read, before `record_split` selects some; None for
+            all.
         max_tokens: The maximum number of tokens, rounded down to whole blocks (default: no
             maximum).
         split: A split of a hub dataset (default: "train"), or of the embedded corpus, "train" or
@@ -222,9 +217,9 @@ def load_blocks(
         config: A configuration of a hub dataset.
         text_column: The column to read, for records that are not in Alpaca form.
         seed: Shuffle the records with this seed (default: the order of the corpus).
-        part: Keep only records for training ("train") or for evaluation ("held-out"). The embedded
-            corpus assigns each record to one of them; in any other corpus every fifth record is
-            held out.
+        record_split: Keep only records for training ("train") or for evaluation ("held-out"). The
+            embedded corpus assigns each record to one of them; in any other corpus every fifth
+            record is held out.
         marks: Mark each token with its record, and whether it is response text.
         stream: Read a hub dataset record by record instead of downloading it first.
 
@@ -250,8 +245,8 @@ def load_blocks(
     else:
         in_memory, source = source, name_of_texts(source)
         _check_in_memory(split=split, config=config, stream=stream or None)
-    if part is not None:
-        _check_part(part, source, split)
+    if record_split is not None:
+        _check_record_split(record_split, source, split)
     if stream and seed is not None:
         raise CorpusError(
             "expected no seed for a stream, which keeps the order of its records; leave out "
@@ -267,31 +262,33 @@ def load_blocks(
     texts = (
         RecordText(number, *text_of(record, source, number, text_column))
         for number, record in enumerate(itertools.islice(records, num_samples), start=1)
-        if part is None or part == _part_of(record, number, source)
+        if record_split in (None, _split_of(record, number, source))
     )
     wanted = None if max_tokens is None else max_tokens // seq_len * seq_len
     joined = join(texts, tokenizer, wanted, marks=marks)
     ids = joined.ids
     if not joined.spans:
-        raise CorpusError(f"{source} is empty; expected at least one record{_of_part(part)}")
+        raise CorpusError(
+            f"{source} is empty; expected at least one record{_in_split(record_split)}"
+        )
     rows = len(ids) // seq_len
     if wanted is not None:
         rows = min(rows, wanted // seq_len)
     if rows == 0:
         raise CorpusError(
-            f"{source} gives {len(ids)} tokens{_of_part(part)}, expected at least one block of "
-            f"{seq_len}; take more records or a smaller --seq-len"
+            f"{source} gives {len(ids)} tokens{_in_split(record_split)}, expected at least one "
+            f"block of {seq_len}; take more records or a smaller --seq-len"
         )
     shape = (rows, seq_len)
     name = corpus_name(source, config=config, split=split)
     return TokenBlocks(
         np.array(ids[: rows * seq_len], dtype=np.int32).reshape(shape),
         source,
-        f"{name}-{part}" if part else name,
+        f"{name}-{record_split}" if record_split else name,
         len(joined.spans),
         record_of=joined.record_numbers(shape) if marks else None,
         response=joined.response_marks(shape) if marks else None,
-        part=part,
+        record_split=record_split,
     )
 
 
@@ -313,24 +310,25 @@ def _check_in_memory(**options: Any) -> None:
             )
 
 
-def _check_part(part: str, source: str, split: str | None) -> None:
-    if part not in PARTS:
-        raise CorpusError(f"expected part among {', '.join(PARTS)}, got {part!r}")
+def _check_record_split(record_split: str, source: str, split: str | None) -> None:
+    if record_split not in SPLITS:
+        raise CorpusError(f"expected record_split among {', '.join(SPLITS)}, got {record_split!r}")
     if source == EMBEDDED and split is not None:
         raise CorpusError(
-            f"expected part or split for {source}, got part {part} and split {split}; leave one out"
+            f"expected record_split or split for {source}, got record_split {record_split} and "
+            f"split {split}; leave one out"
         )
 
 
-def _part_of(record: Any, number: int, source: str) -> str:
+def _split_of(record: Any, number: int, source: str) -> str:
     """Return the split that a record belongs to."""
     if source == EMBEDDED:
         return str(record["split"])
     return "train" if number % _HELD_OUT_EVERY else "held-out"
 
 
-def _of_part(part: str | None) -> str:
-    return f" in its {part} split" if part else ""
+def _in_split(split: str | None) -> str:
+    return f" in its {split} split" if split else ""
 
 
 def corpus_name(source: str, *, config: str | None = None, split: str | None = None) -> str:

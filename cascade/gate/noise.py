@@ -49,7 +49,7 @@ def measure_noise(stack: DecoderStack, ids: npt.NDArray[np.integer[Any]]) -> Noi
     return NoiseFloor(
         repeat=max(repeated),
         exact=exact if isinstance(exact, float) else None,
-        ways=variants | {"float64": exact},
+        variants=variants | {"float64": exact},
         sequences=len(tokens),
     )
 

@@ -40,7 +40,7 @@ class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
     Attributes:
         repeat: The largest change from another batch size, thread count or attention kernel.
         exact: The largest change from float64; None where it could not be measured.
-        ways: The largest change of each variant, or the reason why it could not be measured.
+        variants: The largest change of each variant, or the reason why it could not be measured.
         sequences: The number of sequences measured.
     """
 
@@ -51,7 +51,7 @@ class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
     kind: Literal["noise"] = "noise"
     repeat: Finite
     exact: Finite | None
-    ways: dict[str, float | str]
+    variants: dict[str, float | str] = field(name="ways")
     sequences: Count
 
     @classmethod
@@ -62,7 +62,10 @@ class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
     def floor(self) -> NoiseFloor:
         """Return the noise floor."""
         return NoiseFloor(
-            repeat=self.repeat, exact=self.exact, ways=self.ways, sequences=self.sequences
+            repeat=self.repeat,
+            exact=self.exact,
+            variants=self.variants,
+            sequences=self.sequences,
         )
 
 

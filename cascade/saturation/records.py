@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from msgspec import field
+
 from cascade.core.display import Displayed, origin_of
 from cascade.core.provenance import Provenance
 from cascade.core.schema import UNSET, Count, Finite, Index, Part, Share, StoredRecord, UnsetType
@@ -15,13 +17,13 @@ class NoiseFloor(Part, frozen=True, kw_only=True):
     Attributes:
         repeat: The largest change with another batch size, number of threads or attention kernel.
         exact: The largest change with float64; None if it could not be measured.
-        ways: The largest change of each variant, or the reason why it could not be measured.
+        variants: The largest change of each variant, or the reason why it could not be measured.
         sequences: The number of sequences that were run.
     """
 
     repeat: Finite
     exact: Finite | None
-    ways: dict[str, float | str]
+    variants: dict[str, float | str] = field(name="ways")
     sequences: Count
 
 

@@ -106,7 +106,7 @@ def evaluate_cascade(
         >>> cascade = Cascade(base)
         >>> cascade.add_stage(new_stage(base, num_layers=1), Entry(layer=29, threshold=0.95))
         >>> text = load_blocks(
-        ...     "embedded", base.tokenizer, max_tokens=256, part="held-out", marks=True
+        ...     "embedded", base.tokenizer, max_tokens=256, record_split="held-out", marks=True
         ... )
         >>> record = evaluate_cascade(cascade, text)
         >>> record.verdict.helps  # the stage is not trained

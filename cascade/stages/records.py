@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from msgspec import field
 
 from cascade.core.display import Displayed, origin_of
-from cascade.core.provenance import CorpusProvenance, MachineProvenance, Provenance
+from cascade.core.provenance import CorpusProvenance, MachineProvenance, Provenance, Split
 from cascade.core.schema import (
     UNSET,
     Count,
@@ -21,7 +21,7 @@ from cascade.core.schema import (
     UnsetType,
 )
 from cascade.models.counts import CountsRecord
-from cascade.stages.hard_tokens.records import Split, SplitCounts
+from cascade.stages.hard_tokens.records import SplitCounts
 from cascade.stages.training_config import Start, TrainingConfig
 
 # --- How a stage was trained -----------------------------------------------------------------

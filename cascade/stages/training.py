@@ -96,7 +96,7 @@ def train_stage(
         >>> base, folder = load("smollm2-135m"), Path(mkdtemp())
         >>> splits = {
         ...     split: load_blocks(
-        ...         "embedded", base.tokenizer, max_tokens=256, part=split, marks=True
+        ...         "embedded", base.tokenizer, max_tokens=256, record_split=split, marks=True
         ...     )
         ...     for split in ("train", "held-out")
         ... }
@@ -206,7 +206,7 @@ def _arguments(
 ) -> TrainingArguments:
     per_epoch = math.ceil(len(tokens.split("train")) / config.batch_size)
     total = steps or max(1, math.ceil(config.epochs * per_epoch))
-    every = max(1, per_epoch // config.looks)
+    every = max(1, per_epoch // config.evaluations_per_epoch)
     on_cpu = stack.device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(folder),

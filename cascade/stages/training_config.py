@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from cascade.core.arguments import check_seed
 from cascade.core.errors import UsageError
@@ -18,8 +19,7 @@ Routing = Literal["hard", "all", "random"]
 ROUTINGS = ("hard", "all", "random")
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Options for training a stage.
 
     Attributes:
@@ -32,7 +32,7 @@ class TrainingConfig:
             decays to 0 along a half cosine.
         batch_size: Sequences per step.
         patience: Stop after this many evaluations without improvement; None to never stop early.
-        looks: Evaluations on the held-out split per epoch.
+        evaluations_per_epoch: Evaluations on the held-out split per epoch.
         weight_decay: Weight decay of AdamW.
         clipping: Maximum gradient norm.
         seed: Seed of fresh weights, of the order of sequences and of random routing.
@@ -50,7 +50,7 @@ class TrainingConfig:
     learning_rate: float = 3e-4
     batch_size: int = 8
     patience: int | None = 3
-    looks: int = 2
+    evaluations_per_epoch: int = msgspec.field(default=2, name="looks")
     weight_decay: float = 0.0
     clipping: float = 1.0
     seed: int = 0
@@ -71,7 +71,7 @@ class TrainingConfig:
             ("learning_rate", self.learning_rate, 0),
             ("clipping", self.clipping, 0),
             ("batch_size", self.batch_size, 0),
-            ("looks", self.looks, 0),
+            ("evaluations_per_epoch", self.evaluations_per_epoch, 0),
             ("patience", 1 if self.patience is None else self.patience, 0),
         ):
             if not low < value < math.inf:

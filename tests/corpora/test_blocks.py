@@ -169,7 +169,7 @@ def test_spread_sequences_are_evenly_spaced(rows: int, wanted: int) -> None:
 
 def test_spread_keeps_the_marks_of_its_sequences(tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", [{"instruction": "ab", "output": "cd" * 9}] * 6)
-    whole = blocks_of(path, marks=True, part="train")
+    whole = blocks_of(path, marks=True, record_split="train")
     some = whole.spread(5)
     rows = [int(np.flatnonzero((whole.ids == row).all(axis=1))[0]) for row in some.ids]
     assert some.record_of is not None
@@ -182,7 +182,7 @@ def test_spread_keeps_the_marks_of_its_sequences(tmp_path: Path) -> None:
     places = (np.arange(5) * 2 + 1) * len(whole.ids) // 10
     assert (some.record_of == whole.record_of[places]).all()
     assert (some.response == whole.response[places]).all()
-    assert some.provenance().part == "train"
+    assert some.provenance().record_split == "train"
     assert some.spread(2).provenance().spread == f"evenly over {len(whole.ids)} sequences"
 
 
@@ -269,7 +269,7 @@ def test_splits_are_disjoint_and_complete(
     with tempfile.TemporaryDirectory() as folder:
         path = in_lines(Path(folder) / "x.jsonl", named)
         whole, train, held_out = (
-            blocks_of(path, part=part, text_column="text", **settings)
+            blocks_of(path, record_split=part, text_column="text", **settings)
             for part in (None, "train", "held-out")
         )
     assert whole.records == train.records + held_out.records == len(named[:num_samples])
@@ -287,10 +287,10 @@ def test_splits_are_disjoint_and_complete(
         assert len(own) >= len(chosen) - 1
 
 
-def test_parts_of_the_embedded_corpus_are_its_splits() -> None:
+def test_record_splits_of_the_embedded_corpus_are_its_own_splits() -> None:
     whole = [record["split"] for record in embedded_records()]
     for part in ("train", "held-out"):
-        blocks = blocks_of("embedded", part=part, num_samples=None, seq_len=128, marks=True)
+        blocks = blocks_of("embedded", record_split=part, num_samples=None, seq_len=128, marks=True)
         split = blocks_of("embedded", split=part, num_samples=None, seq_len=128)
         assert np.array_equal(blocks.ids, split.ids)
         assert blocks.name == split.name == f"embedded-{part}"
@@ -300,10 +300,16 @@ def test_parts_of_the_embedded_corpus_are_its_splits() -> None:
 
 def test_provenance_says_how_a_corpus_was_split(tmp_path: Path) -> None:
     path = in_lines(tmp_path / "x.jsonl", RECORDS)
-    found = blocks_of(path, part="held-out").provenance()
-    assert (found.part, found.parted) == ("held-out", "by record, every 5th is held out")
-    found = blocks_of("embedded", part="train", num_samples=9).provenance()
-    assert (found.part, found.parted) == ("train", "by record, as the corpus says of each")
+    found = blocks_of(path, record_split="held-out").provenance()
+    assert (found.record_split, found.split_rule) == (
+        "held-out",
+        "by record, every 5th is held out",
+    )
+    found = blocks_of("embedded", record_split="train", num_samples=9).provenance()
+    assert (found.record_split, found.split_rule) == (
+        "train",
+        "by record, as the corpus says of each",
+    )
     assert not {"part", "parted"} & set(to_plain(blocks_of(path).provenance()))
 
 
@@ -312,12 +318,24 @@ def test_provenance_says_how_a_corpus_was_split(tmp_path: Path) -> None:
     [
         (
             "embedded",
-            {"part": "train", "split": "train"},
-            "expected part or split for embedded, got part train and",
+            {"record_split": "train", "split": "train"},
+            "expected record_split or split for embedded, got record_split train and",
         ),
-        ("x.jsonl", {"part": "test"}, "expected part among train, held-out, got 'test'"),
-        ("x.jsonl", {"part": "held-out", "num_samples": 4}, "at least one record in its held-out"),
-        ("x.jsonl", {"part": "held-out", "seq_len": 99}, "gives 12 tokens in its held-out split"),
+        (
+            "x.jsonl",
+            {"record_split": "test"},
+            "expected record_split among train, held-out, got 'test'",
+        ),
+        (
+            "x.jsonl",
+            {"record_split": "held-out", "num_samples": 4},
+            "at least one record in its held-out",
+        ),
+        (
+            "x.jsonl",
+            {"record_split": "held-out", "seq_len": 99},
+            "12 tokens in its held-out",
+        ),
     ],
 )
 def test_unknown_or_empty_split_is_rejected(

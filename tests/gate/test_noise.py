@@ -20,13 +20,13 @@ IDS = random_blocks(4, 16).ids
 def test_the_fp32_noise_floor_is_near_fp32_precision_and_lists_its_variants() -> None:
     stack = DecoderStack(tiny_model("llama"))
     found = measure_noise(stack, IDS)
-    assert set(found.ways) == {"batch_size", "threads", "attention", "float64"}
+    assert set(found.variants) == {"batch_size", "threads", "attention", "float64"}
     assert found.sequences == 4
     # Means of 16 similarities, each accurate to about 1e-7.
     assert 0 < found.repeat < 1e-6
     assert found.exact is not None
     assert 0 < found.exact < 1e-6
-    assert found.repeat == max(value for name, value in found.ways.items() if name != "float64")
+    assert found.repeat == max(value for name, value in found.variants.items() if name != "float64")
 
 
 def test_the_bf16_noise_floor_is_near_bf16_precision() -> None:
@@ -85,6 +85,6 @@ def test_an_unavailable_variant_is_recorded_with_its_reason(
     monkeypatch.setattr(stack.model, "set_attn_implementation", refuse)
     found = measure_noise(stack, IDS)
     assert found.exact is None
-    assert "would take" in str(found.ways["float64"])
-    assert "no eager attention" in str(found.ways["attention"])
-    assert found.repeat == max(found.ways["batch_size"], found.ways["threads"])
+    assert "would take" in str(found.variants["float64"])
+    assert "no eager attention" in str(found.variants["attention"])
+    assert found.repeat == max(found.variants["batch_size"], found.variants["threads"])

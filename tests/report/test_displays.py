@@ -45,7 +45,7 @@ def _some_blocks() -> TokenBlocks:
     ids = random_ids(8, 16, seed=3).numpy().astype(np.int32)
     marks = np.ones_like(ids)
     return TokenBlocks(
-        ids, "random", "random", 8, record_of=marks, response=marks > 0, part="held-out"
+        ids, "random", "random", 8, record_of=marks, response=marks > 0, record_split="held-out"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import structs
 from support.tiny_stages import (
     SHORT,
     a_moved_stage,
@@ -35,12 +36,12 @@ def test_a_control_is_trained_for_the_same_steps_without_patience(
         trained,
         steps=17,
         provenance=msgspec.structs.replace(
-            trained.provenance, config=dataclasses.replace(SHORT, patience=1)
+            trained.provenance, config=structs.replace(SHORT, patience=1)
         ),
     )
     done = train_control(a_reader(), tokens, like, control, tmp_path)
     assert done.steps == 17
-    assert done.provenance.config == dataclasses.replace(SHORT, patience=1, routing=control)
+    assert done.provenance.config == structs.replace(SHORT, patience=1, routing=control)
     assert done.chosen.worst <= 1
     again = train_control(a_reader(), tokens, like, control, tmp_path, resume=True)
     assert again.stage.fingerprint() == done.stage.fingerprint()

@@ -41,7 +41,7 @@ def some_blocks() -> TokenBlocks:
     place = np.broadcast_to(np.arange(LENGTH), ids.shape)
     records = np.ones_like(ids)
     return TokenBlocks(
-        ids, "random", "random", 9, record_of=records, response=place > 5, part="held-out"
+        ids, "random", "random", 9, record_of=records, response=place > 5, record_split="held-out"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from support.reference_early_exit import (
     one_line,
     own_logits,
@@ -90,7 +91,7 @@ def test_the_identity_is_chosen_if_training_makes_the_stage_worse(
         return {"loss": -forward(self, **batch)["loss"]}
 
     monkeypatch.setattr(StageModule, "forward", negated)
-    config = dataclasses.replace(SHORT, start=start, epochs=1)
+    config = structs.replace(SHORT, start=start, epochs=1)
     done = train_stage(a_reader(), tokens, config, tmp_path)
     assert done.steps > 0
     assert min(evaluation.worst for evaluation in done.evaluations[1:]) > 1.1
@@ -116,7 +117,7 @@ def test_training_neither_changes_nor_runs_the_base(tokens: HardTokens, tmp_path
         attention.register_forward_pre_hook(note)
     before = stack.weights_in_memory()
     flags = [value.requires_grad for value in stack.model.parameters()]
-    train_stage(stack, tokens, dataclasses.replace(SHORT, epochs=0.3), tmp_path)
+    train_stage(stack, tokens, structs.replace(SHORT, epochs=0.3), tmp_path)
     assert not runs
     assert stack.weights_in_memory() == before
     assert [value.requires_grad for value in stack.model.parameters()] == flags
@@ -131,7 +132,7 @@ def test_changing_the_weights_of_the_base_is_an_error(tokens: HardTokens, tmp_pa
             with torch.no_grad():
                 stack.lm_head.weight[0, 0] += 1e-3  # type: ignore[operator]
 
-    config = dataclasses.replace(SHORT, epochs=0.1)
+    config = structs.replace(SHORT, epochs=0.1)
     with pytest.raises(TrainingError, match="changed the base's weights") as caught:
         train_stage(stack, tokens, config, tmp_path, progress=Changing())
     one_line(caught)
@@ -145,7 +146,7 @@ def test_the_provenance_names_base_tokens_options_and_evaluations(
     assert made.base.weights_hash == a_reader().weights_hash()
     assert (made.tokens.layer, made.tokens.threshold) == (3, tokens.threshold)
     assert made.tokens.splits == tokens.record.splits
-    splits = [made.tokens.corpora[split].part for split in ("train", "held-out")]
+    splits = [made.tokens.corpora[split].record_split for split in ("train", "held-out")]
     assert splits == ["train", "held-out"]
     assert made.config == SHORT
     assert (made.steps, made.chosen_step) == (trained.steps, trained.chosen.step)
@@ -156,7 +157,7 @@ def test_training_is_reproducible(trained: Training, tokens: HardTokens, tmp_pat
     again = train_stage(a_reader(), tokens, SHORT, tmp_path)
     assert again.evaluations == trained.evaluations
     assert again.stage.fingerprint() == trained.stage.fingerprint()
-    other = train_stage(a_reader(), tokens, dataclasses.replace(SHORT, seed=1), tmp_path / "b")
+    other = train_stage(a_reader(), tokens, structs.replace(SHORT, seed=1), tmp_path / "b")
     assert other.stage.fingerprint() != trained.stage.fingerprint()
 
 
@@ -164,12 +165,12 @@ def test_training_is_reproducible(trained: Training, tokens: HardTokens, tmp_pat
 def test_other_families_train(family: str, tmp_path: Path) -> None:
     stack = a_reader(family)
     found = some_hard_tokens(tmp_path / "d", stack)
-    done = train_stage(stack, found, dataclasses.replace(SHORT, epochs=1), tmp_path / "c")
+    done = train_stage(stack, found, structs.replace(SHORT, epochs=1), tmp_path / "c")
     assert done.chosen.worst < 1
 
 
 def test_a_separate_head_is_trained(tokens: HardTokens, tmp_path: Path) -> None:
-    config = dataclasses.replace(SHORT, own_head=True, epochs=1)
+    config = structs.replace(SHORT, own_head=True, epochs=1)
     done = train_stage(a_reader(), tokens, config, tmp_path)
     assert done.chosen.step > 0
     assert done.stage.head is not None
@@ -182,7 +183,7 @@ def test_a_stage_starts_at_a_ratio_of_exactly_one(
     routing: Any, tokens: HardTokens, tmp_path: Path
 ) -> None:
     for size in (3, 8):  # the batch size changes how many rows the LM head computes at once
-        config = dataclasses.replace(SHORT, routing=routing, batch_size=size)
+        config = structs.replace(SHORT, routing=routing, batch_size=size)
         done = train_stage(a_reader(), tokens, config, tmp_path, steps=1)
         assert set(done.evaluations[0].ratios.values()) == {1.0}
 
@@ -191,7 +192,7 @@ def test_a_stage_starts_at_a_ratio_of_exactly_one(
 def test_a_stage_with_a_separate_head_starts_at_a_ratio_of_one(bf16: bool, tmp_path: Path) -> None:
     stack = a_reader(bf16=bf16)
     found = some_hard_tokens(tmp_path / "d", stack, dtype="bfloat16")
-    config = dataclasses.replace(SHORT, own_head=True)
+    config = structs.replace(SHORT, own_head=True)
     done = train_stage(stack, found, config, tmp_path / "c", steps=1)
     assert list(done.evaluations[0].ratios.values()) == pytest.approx([1.0] * 4, abs=1e-5)
 
@@ -204,7 +205,7 @@ def test_training_works_on_text_without_response_tokens(tmp_path: Path) -> None:
     found = collect_hard(
         a_reader(), splits, tmp_path / "d", CollectingConfig(layer=3, hard_ratio=0.5)
     )
-    config = dataclasses.replace(SHORT, epochs=0.5)
+    config = structs.replace(SHORT, epochs=0.5)
     done = train_stage(a_reader(), found, config, tmp_path / "c")
     assert set(done.chosen.ratios) == set(done.perplexities) == {"all", "hard"}
     assert done.chosen.worst == done.chosen.ratios["all"] < 1
@@ -215,7 +216,7 @@ def test_a_stage_of_a_bf16_base_is_trained_in_fp32(tmp_path: Path) -> None:
     stack = a_reader(bf16=True)
     before = stack.weights_in_memory()
     found = some_hard_tokens(tmp_path / "d", stack, dtype="bfloat16")
-    done = train_stage(stack, found, dataclasses.replace(SHORT, epochs=1), tmp_path / "c")
+    done = train_stage(stack, found, structs.replace(SHORT, epochs=1), tmp_path / "c")
     assert done.chosen.worst < 1
     assert {value.dtype for value in done.stage.parameters()} == {torch.float32}
     assert stack.weights_in_memory() == before
@@ -236,7 +237,7 @@ def test_a_second_stage_is_trained_on_the_hard_tokens_of_the_first(
     cascade.add_stage(stage, Entry(tokens.layer, tokens.threshold))
     routed, top = cascade.routed(), cascade.stack.num_layers
     found = some_hard_tokens(tmp_path / "d", routed, layer=top, hard_ratio=0.25)
-    done = train_stage(routed, found, dataclasses.replace(SHORT, epochs=1), tmp_path / "c")
+    done = train_stage(routed, found, structs.replace(SHORT, epochs=1), tmp_path / "c")
     before = cascade.score(held_out())
     cascade.add_stage(done.stage, Entry(found.layer, found.threshold))
     after = cascade.score(held_out())

@@ -11,11 +11,11 @@ import torch
 from support.paths import BASELINES
 
 from cascade import load_blocks
+from cascade.core.provenance import SPLITS
 from cascade.stages.cascades import Cascade, Entry
 from cascade.stages.evaluation import evaluate_cascade
 from cascade.stages.hard_tokens.collecting import collect_hard
 from cascade.stages.hard_tokens.plan import CollectingConfig
-from cascade.stages.hard_tokens.records import SPLITS
 from cascade.stages.records import CascadeEvaluationRecord, StageWork
 from cascade.stages.training import Training, train_stage
 from cascade.stages.training_config import TrainingConfig
@@ -55,7 +55,7 @@ def trained(
             "embedded",
             reference_model.tokenizer,
             max_tokens=made["tokens"][split],
-            part=split,
+            record_split=split,
             marks=True,
         )
         for split in SPLITS
@@ -80,7 +80,7 @@ def evaluation(
         "embedded",
         reference_model.tokenizer,
         max_tokens=stored["made"]["tokens"]["held-out"],
-        part="held-out",
+        record_split="held-out",
         marks=True,
     )
     return evaluate_cascade(trained[1], blocks)

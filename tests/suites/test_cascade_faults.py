@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from support.reference_early_exit import CLOSE, a_stack, one_line, own_logits, visited
 from support.tiny_stages import TEXT, a_moved_stage, a_reader, share_of, some_hard_tokens, some_text
 from torch import Tensor
@@ -34,7 +35,7 @@ from cascade.stages.trainer.stage_module import StageModule
 from cascade.stages.training import Training, train_stage
 from cascade.stages.training_config import STARTS, TrainingConfig
 
-SHORT = TrainingConfig(epochs=1, looks=2, learning_rate=3e-3)
+SHORT = TrainingConfig(epochs=1, evaluations_per_epoch=2, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_scratch_weights_that_are_not_zeroed_are_seen(
     monkeypatch.setattr(stages, "check_identity", lambda *_: None)
     with goes_red():
         law_of_the_identity()
-    config = dataclasses.replace(SHORT, start="fresh")
+    config = structs.replace(SHORT, start="fresh")
     with pytest.raises(TrainingError, match="not the identity on the held-out states") as caught:
         train_stage(a_reader(), tokens, config, tmp_path)
     one_line(caught)

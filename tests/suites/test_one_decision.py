@@ -19,6 +19,7 @@ from support.reference_early_exit import a_stack, random_blocks
 from torch import Tensor
 
 from cascade.core.arrays import Array
+from cascade.core.provenance import SPLITS, Split
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import EarlyExit, make_exit
 from cascade.decoding.generation import Generation
@@ -29,7 +30,6 @@ from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.exits.rules import find_rule
 from cascade.stages.hard_tokens.collecting import collect_hard
 from cascade.stages.hard_tokens.plan import CollectingConfig
-from cascade.stages.hard_tokens.records import SPLITS, Split
 from cascade.stats.thresholds import transfer
 
 LAYER = 3
@@ -178,7 +178,7 @@ def test_hard_tokens_are_collected_exactly(place: str, tmp_path: Path) -> None:
             blocks(),
             record_of=np.ones(blocks().ids.shape, dtype=np.int32),
             response=np.ones(blocks().ids.shape, dtype=bool),
-            part=split,
+            record_split=split,
         )
         for split in SPLITS
     }

@@ -58,16 +58,16 @@ def test_measuring_training_and_evaluating_need_no_more_than_the_configuration(
 ) -> None:
     stack = load(str(checkpoint))
     depth = SHAPES[checkpoint.name][0]
-    parts = {
-        part: load_blocks(
-            "embedded", stack.tokenizer, seq_len=32, max_tokens=size, part=part, marks=True
+    splits = {
+        split: load_blocks(
+            "embedded", stack.tokenizer, seq_len=32, max_tokens=size, record_split=split, marks=True
         )
-        for part, size in (("train", 1280), ("held-out", 640))
+        for split, size in (("train", 1280), ("held-out", 640))
     }
-    profile = analyze(stack, parts["held-out"])
+    profile = analyze(stack, splits["held-out"])
     assert len(profile.record().layers) == depth + 1  # and the normed row
     tokens = collect_hard(
-        stack, parts, tmp_path / "hard", CollectingConfig(layer=depth - 1, hard_ratio=0.5)
+        stack, splits, tmp_path / "hard", CollectingConfig(layer=depth - 1, hard_ratio=0.5)
     )
     training = train_stage(
         stack, tokens, TrainingConfig(epochs=1, learning_rate=1e-3), tmp_path / "checkpoints"
@@ -79,5 +79,5 @@ def test_measuring_training_and_evaluating_need_no_more_than_the_configuration(
     read = Cascade.from_pretrained(tmp_path / "cascade")
     assert isinstance(read.base, DecoderStack)
     assert read.stack.num_layers == depth + 2
-    record = evaluate_cascade(read, parts["held-out"])
+    record = evaluate_cascade(read, splits["held-out"])
     assert record.rows[1].scopes["all"].ratio < 1

@@ -76,11 +76,11 @@ def provenance(**changes: Any) -> Provenance:
 
 
 #: A noise floor as quiet as fp32 is.
-QUIET = NoiseFloor(repeat=1e-7, exact=1e-7, ways={}, sequences=4)
+QUIET = NoiseFloor(repeat=1e-7, exact=1e-7, variants={}, sequences=4)
 
 
 def floor(repeat: float, exact: float) -> NoiseFloor:
-    return NoiseFloor(repeat=repeat, exact=exact, ways={}, sequences=4)
+    return NoiseFloor(repeat=repeat, exact=exact, variants={}, sequences=4)
 
 
 def profile_of(

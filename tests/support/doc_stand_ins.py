@@ -62,7 +62,7 @@ RECORDS = {"train": 14, "held-out": 9}
 NOISE = NoiseFloor(
     repeat=1e-7,
     exact=1e-7,
-    ways={"batch_size": 1e-7, "threads": 1e-7, "attention": 1e-7, "float64": 1e-7},
+    variants={"batch_size": 1e-7, "threads": 1e-7, "attention": 1e-7, "float64": 1e-7},
     sequences=4,
 )
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from cascade.core.provenance import Split
 from cascade.corpora.blocks import TokenBlocks
 from cascade.stages.hard_tokens.collecting import collect_hard
 from cascade.stages.hard_tokens.dataset import HardTokens
 from cascade.stages.hard_tokens.plan import CollectingConfig
-from cascade.stages.hard_tokens.records import Split
 from support.reference_early_exit import a_stack
 
 Splits = dict[Split, TokenBlocks]
@@ -35,7 +35,13 @@ def some_splits(train: int = 22, held_out: int = 7, length: int = LENGTH) -> Spl
         ids = generator.integers(2, 97, (rows, length)).astype(np.int32)
         records = (place // 10 + 1).astype(np.int32)
         return TokenBlocks(
-            ids, "random", "random", 9, record_of=records, response=place % 10 > 3, part=split
+            ids,
+            "random",
+            "random",
+            9,
+            record_of=records,
+            response=place % 10 > 3,
+            record_split=split,
         )
 
     return {"train": blocks(train, "train"), "held-out": blocks(held_out, "held-out")}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascade.core.provenance import SPLITS, Split
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.decoding.early_exit import Propagation, Score
 from cascade.models.stack import DecoderStack
@@ -17,7 +18,6 @@ from cascade.stages.cascades import Cascade, Entry
 from cascade.stages.hard_tokens.collecting import collect_hard
 from cascade.stages.hard_tokens.dataset import HardTokens
 from cascade.stages.hard_tokens.plan import CollectingConfig
-from cascade.stages.hard_tokens.records import SPLITS, Split
 from cascade.stages.records import HeldOutEvaluation
 from cascade.stages.stage import Stage, new_stage
 from cascade.stages.trainer.stage_trainer import NoProgress
@@ -105,7 +105,7 @@ def some_text(samples: int = 40) -> dict[Split, TokenBlocks]:
             tiny_tokenizer(),
             seq_len=32,
             num_samples=samples,
-            part=split,
+            record_split=split,
             marks=True,
         )
         for split in SPLITS
@@ -128,7 +128,7 @@ def held_out() -> Tensor:
 # --- Training them -----------------------------------------------------------------------------
 
 #: Lowers the held-out perplexity in a second or two.
-SHORT = TrainingConfig(epochs=2, looks=2, learning_rate=3e-3)
+SHORT = TrainingConfig(epochs=2, evaluations_per_epoch=2, learning_rate=3e-3)
 
 
 class Noted(NoProgress):

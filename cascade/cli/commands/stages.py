@@ -485,7 +485,7 @@ def evaluate_stages(folder: Path, options: CascadeEvaluationOptions) -> CascadeE
             num_samples=None,
             max_tokens=options.max_tokens,
             text_column=options.text_column,
-            part="held-out",
+            record_split="held-out",
             marks=True,
         )
     with progress_bar("Evaluating", blocks.tokens) as advance:

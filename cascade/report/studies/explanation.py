@@ -93,10 +93,10 @@ def _verdict(record: LayerExplanation) -> str:
         one for one in closing_causes(record) if one.row.cause in record.verdict.carried_by
     ]
     if not supported:
+        remaining = whole_percent(1 - record.settings.supported_share)
         return (
             f"{turns} No single cause explains the gap of {gap.degrees:.1f} degrees. Without any "
-            f"one of them, at least {whole_percent(1 - record.settings.carries)} of the gap "
-            "remains, or this is undecided."
+            f"one of them, at least {remaining} of the gap remains, or this is undecided."
         )
     supported.sort(key=lambda one: -one.closed)
     return (

@@ -57,7 +57,7 @@ def causes_svg(record: LayerExplanation) -> str:
             axes.barh(place, 100 * cause.closed, color=colour, height=0.6)
             ends = [100 * end for end in cause.interval]
             axes.plot(ends, [place] * 2, color=LIGHT["ink"], linewidth=1)
-        threshold = 100 * record.settings.carries
+        threshold = 100 * record.settings.supported_share
         axes.axvline(threshold, color=LIGHT["muted"], linestyle=(0, (4, 3)), linewidth=1)
         axes.axvline(0, color=LIGHT["muted"], linewidth=0.8)
         names = [cause_words(record, cause.row) for cause in causes]

@@ -76,7 +76,7 @@ def collect_hard(
         >>> stack = load("smollm2-135m")
         >>> splits = {
         ...     split: load_blocks(
-        ...         "embedded", stack.tokenizer, max_tokens=256, part=split, marks=True
+        ...         "embedded", stack.tokenizer, max_tokens=256, record_split=split, marks=True
         ...     )
         ...     for split in ("train", "held-out")
         ... }

@@ -11,17 +11,15 @@ import numpy as np
 from cascade.core.arrays import Array
 from cascade.core.errors import UsageError
 from cascade.core.files import write_text
-from cascade.core.provenance import provenance_of
+from cascade.core.provenance import SPLITS, Split, provenance_of
 from cascade.core.records import record_hash, write_record
 from cascade.core.schema import from_plain, to_plain
 from cascade.stages.hard_tokens.dataset import RECORD, SPLITS_FILE, hash_of
 from cascade.stages.hard_tokens.plan import CollectionPlan
 from cascade.stages.hard_tokens.records import (
-    SPLITS,
     DatasetFile,
     HardTokensProvenance,
     HardTokensRecord,
-    Split,
     SplitCounts,
     StoredStates,
 )

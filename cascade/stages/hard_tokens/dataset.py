@@ -14,16 +14,12 @@ from torch import Tensor
 
 from cascade.core.errors import RecordError, UsageError, first_line, os_reason
 from cascade.core.files import AnyPath, xxh3_of
+from cascade.core.provenance import SPLITS
 from cascade.core.records import read_plain, record_hash
 from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.models.identity import check_same_model
 from cascade.models.stack import DecoderStack
-from cascade.stages.hard_tokens.records import (
-    SPLITS,
-    DatasetFile,
-    HardTokensRecord,
-    missing_split,
-)
+from cascade.stages.hard_tokens.records import DatasetFile, HardTokensRecord, missing_split
 from cascade.stages.hard_tokens.shards import tensors_of
 from cascade.stats.decision import least_fp32
 
@@ -56,7 +52,7 @@ class HardTokens:
         >>> stack = load("smollm2-135m")
         >>> splits = {
         ...     split: load_blocks(
-        ...         "embedded", stack.tokenizer, max_tokens=256, part=split, marks=True
+        ...         "embedded", stack.tokenizer, max_tokens=256, record_split=split, marks=True
         ...     )
         ...     for split in ("train", "held-out")
         ... }
@@ -199,7 +195,7 @@ def load_hard_tokens(folder: AnyPath) -> HardTokens:
         >>> stack, folder = load("smollm2-135m"), mkdtemp()
         >>> splits = {
         ...     split: load_blocks(
-        ...         "embedded", stack.tokenizer, max_tokens=256, part=split, marks=True
+        ...         "embedded", stack.tokenizer, max_tokens=256, record_split=split, marks=True
         ...     )
         ...     for split in ("train", "held-out")
         ... }

@@ -13,19 +13,18 @@ from msgspec import structs
 
 from cascade.core.arguments import as_float
 from cascade.core.errors import UsageError
+from cascade.core.provenance import SPLITS, Split
 from cascade.core.schema import to_plain
 from cascade.exits.history import exit_entries
 from cascade.exits.rules import find_rule
 from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.records import (
-    SPLITS,
     CollectionRequest,
     HardTokensRecord,
     RequestedBatches,
     RequestedSplit,
     RequestedStates,
     RequestedThreshold,
-    Split,
     StatesDtype,
 )
 from cascade.stages.hard_tokens.shards import STATE_DTYPES, features_of, row_bytes

@@ -6,7 +6,13 @@ from typing import ClassVar, Literal
 
 from msgspec import field
 
-from cascade.core.provenance import CorpusProvenance, MachineProvenance, ModelProvenance
+from cascade.core.provenance import (
+    SPLITS,
+    CorpusProvenance,
+    MachineProvenance,
+    ModelProvenance,
+    Split,
+)
 from cascade.core.schema import (
     UNSET,
     Count,
@@ -18,10 +24,6 @@ from cascade.core.schema import (
     Text,
     UnsetType,
 )
-
-#: The splits of a corpus. The first one trains a stage, the second one selects and judges it.
-Split = Literal["train", "held-out"]
-SPLITS: tuple[Split, ...] = ("train", "held-out")
 
 #: The dtypes in which states can be stored.
 StatesDtype = Literal["float16", "bfloat16"]

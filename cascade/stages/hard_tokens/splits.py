@@ -11,9 +11,9 @@ import numpy as np
 
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError
+from cascade.core.provenance import SPLITS, Split
 from cascade.corpora.blocks import TokenBlocks, check_blocks, load_blocks
 from cascade.models.stack import DecoderStack
-from cascade.stages.hard_tokens.records import SPLITS, Split
 from cascade.stages.hard_tokens.shards import row_bytes
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def load_splits(
             max_tokens=most[split],
             text_column=config.text_column,
             seed=config.seed,
-            part=split,
+            record_split=split,
             marks=True,
         )
         for split in SPLITS

@@ -15,10 +15,10 @@ from filelock import FileLock, Timeout
 
 from cascade.core.errors import ModelError, OutputError, os_reason
 from cascade.core.files import make_folder, remove_empty, write_text
+from cascade.core.provenance import SPLITS
 from cascade.core.schema import to_plain
 from cascade.stages.hard_tokens.dataset import RECORD, SPLITS_FILE, WORK, read_hard_tokens_record
 from cascade.stages.hard_tokens.plan import CollectionPlan
-from cascade.stages.hard_tokens.records import SPLITS
 
 #: Files in the working folder: the collection request and the lock.
 REQUEST, LOCK = "request.json", "lock"

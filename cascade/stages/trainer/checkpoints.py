@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec.structs import asdict
 
 from cascade.core.errors import TrainingError, first_line
 from cascade.core.files import write_text
+from cascade.core.schema import to_plain
 from cascade.stages.hard_tokens.dataset import HardTokens
 from cascade.stages.training_config import TrainingConfig
 
@@ -46,8 +47,7 @@ def can_resume(folder: Path) -> bool:
     return any(checkpoints(folder))
 
 
-@dataclass(frozen=True)
-class TrainingRequest(TrainingConfig):
+class TrainingRequest(TrainingConfig, frozen=True, kw_only=True):
     """Everything that determines the result of a training run, except the code.
 
     The request is stored with the checkpoints. Only an equal request can resume from them.
@@ -72,7 +72,7 @@ class TrainingRequest(TrainingConfig):
             steps: Exact number of steps, or None for all steps of the epochs.
         """
         return cls(
-            **dataclasses.asdict(config),
+            **asdict(config),
             steps=steps,
             tokens=tokens.record.request,
             threshold=tokens.threshold,
@@ -84,7 +84,7 @@ def begin(folder: Path, request: TrainingRequest) -> None:
     for path in folder.glob("checkpoint-*"):
         if path.name.partition("-")[2].isdigit():
             shutil.rmtree(path)
-    write_text(folder / _REQUEST, json.dumps(dataclasses.asdict(request), indent=1) + "\n")
+    write_text(folder / _REQUEST, json.dumps(to_plain(request), indent=1) + "\n")
 
 
 def checkpoint_of(folder: Path, request: TrainingRequest) -> Path:
@@ -107,7 +107,7 @@ def checkpoint_of(folder: Path, request: TrainingRequest) -> Path:
             f"{folder / _REQUEST} is missing, torn or edited ({first_line(error)}), so the "
             "configuration of the checkpoints is unknown; train without --resume"
         ) from error
-    wanted = dataclasses.asdict(request)
+    wanted = to_plain(request)
     differs = [name for name, value in wanted.items() if made.get(name) != value]
     if differs:
         name = differs[0]

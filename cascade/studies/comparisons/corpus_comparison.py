@@ -122,7 +122,7 @@ def compare_corpora(
         >>> from cascade import compare_corpora, load, load_blocks
         >>> stack = load("smollm2-135m")
         >>> corpora = [
-        ...     load_blocks("embedded", stack.tokenizer, max_tokens=512, part=split)
+        ...     load_blocks("embedded", stack.tokenizer, max_tokens=512, record_split=split)
         ...     for split in ("train", "held-out")
         ... ]
         >>> record = compare_corpora(stack, corpora)

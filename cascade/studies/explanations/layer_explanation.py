@@ -111,7 +111,7 @@ def explain(
             contrast=str(contrast),
             batch_size=batch_size,
             seed=seed,
-            carries=SUPPORTED,
+            supported_share=SUPPORTED,
             least_gap=LEAST_GAP,
             most_dimensions=MOST_DIMENSIONS,
             pilot_sequences=len(pilot.ids),

@@ -35,7 +35,7 @@ class ExplanationSettings(Part, frozen=True, kw_only=True):
         contrast: Its neighbour.
         batch_size: Sequences per forward pass.
         seed: Seed of the intervals.
-        carries: A cause is supported if its removal closes more than this share of the gap.
+        supported_share: A cause is supported if its removal closes more than this share of the gap.
         least_gap: Gaps below this many degrees are not explained.
         most_dimensions: An update lies in few dimensions if at most this many hold half of its
             energy.
@@ -48,7 +48,7 @@ class ExplanationSettings(Part, frozen=True, kw_only=True):
     contrast: str
     batch_size: int
     seed: int
-    carries: Finite
+    supported_share: Finite = field(name="carries")
     least_gap: Finite
     most_dimensions: int
     pilot_sequences: int

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 from support.reference_early_exit import (
     one_line,
 )
@@ -107,7 +107,7 @@ def test_checkpoints_of_another_configuration_are_refused(
         {"epochs": 3},
     ]
     for change in changes:
-        config = dataclasses.replace(SHORT, **change)
+        config = structs.replace(SHORT, **change)
         (name,) = change
         with pytest.raises(TrainingError, match=rf"another configuration \({name}: ") as caught:
             train_stage(a_reader(), tokens, config, tmp_path, resume=True)
@@ -123,7 +123,7 @@ def test_a_new_training_run_does_not_resume_from_old_checkpoints(
 ) -> None:
     stopped(tokens, tmp_path, trained)
     assert can_resume(tmp_path)
-    other = dataclasses.replace(SHORT, seed=1)
+    other = structs.replace(SHORT, seed=1)
     with pytest.raises(StageStopped):
         train_stage(a_reader(), tokens, other, tmp_path, progress=StoppingAt(2))
     assert not can_resume(tmp_path)

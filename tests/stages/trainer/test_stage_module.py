@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from support.tiny_stages import (
     SHORT,
     a_moved_stage,
@@ -68,7 +68,7 @@ def test_a_batch_without_hard_tokens_is_skipped(tmp_path: Path) -> None:
     hard = [bool(batch["hard"].any()) for batch in few.batches("train", 1)]
     assert not all(hard)
     assert any(hard)
-    one_by_one = dataclasses.replace(SHORT, batch_size=1, epochs=1, looks=1)
+    one_by_one = structs.replace(SHORT, batch_size=1, epochs=1, evaluations_per_epoch=1)
     done = train_stage(a_reader(), few, one_by_one, tmp_path / "c")
     assert done.steps == len(hard)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from support.reference_early_exit import (
     one_line,
 )
@@ -35,7 +36,7 @@ from cascade.stages.training import Training, train_stage
 
 def test_patience_stops_training_early(tokens: HardTokens, tmp_path: Path) -> None:
     config = dataclasses.replace(
-        SHORT, learning_rate=0.3, clipping=1e6, looks=4, epochs=20, patience=2
+        SHORT, learning_rate=0.3, clipping=1e6, evaluations_per_epoch=4, epochs=20, patience=2
     )
     done = train_stage(a_reader(), tokens, config, tmp_path)
     best = min(done.evaluations[1:], key=lambda evaluation: evaluation.worst)
@@ -47,7 +48,7 @@ def test_progress_is_called_for_every_step_and_evaluation(
     tokens: HardTokens, tmp_path: Path
 ) -> None:
     noted = Noted()
-    config = dataclasses.replace(SHORT, epochs=1)
+    config = structs.replace(SHORT, epochs=1)
     done = train_stage(a_reader(), tokens, config, tmp_path, progress=noted)
     assert noted.steps == list(range(1, done.steps + 1))
     assert [one.step for one in noted.evaluations] == [one.step for one in done.evaluations]
@@ -93,7 +94,7 @@ def test_a_nan_loss_at_the_first_step_names_no_checkpoint(
 
 
 def test_a_huge_learning_rate_gives_a_one_line_error(tokens: HardTokens, tmp_path: Path) -> None:
-    config = dataclasses.replace(SHORT, learning_rate=1e30, clipping=1e30)
+    config = structs.replace(SHORT, learning_rate=1e30, clipping=1e30)
     with pytest.raises(TrainingError, match=r"not finite at step|the loss is") as caught:
         train_stage(a_reader(), tokens, config, tmp_path)
     assert "choose a smaller --lr" in one_line(caught)
@@ -109,7 +110,7 @@ def test_missing_tensorboard_gives_a_one_line_error(
 
 
 def test_tensorboard_gets_losses_and_evaluations(tokens: HardTokens, tmp_path: Path) -> None:
-    config = dataclasses.replace(SHORT, epochs=0.5)
+    config = structs.replace(SHORT, epochs=0.5)
     train_stage(a_reader(), tokens, config, tmp_path / "c", tensorboard=tmp_path / "t")
     (events,) = (tmp_path / "t").rglob("events.out.tfevents*")
     text = events.read_bytes()
