@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cascade.saturation.profile import SaturationProfile as SaturationProfile
     from cascade.saturation.profile import analyze as analyze
     from cascade.stages.cascades import Cascade as Cascade
-    from cascade.stages.cascades import Entry as Entry
+    from cascade.stages.entries import Entry as Entry
     from cascade.stages.evaluation import evaluate_cascade as evaluate_cascade
     from cascade.stages.hard_tokens.collecting import collect_hard as collect_hard
     from cascade.stages.hard_tokens.dataset import HardTokens as HardTokens
@@ -60,7 +60,7 @@ _MODULES = {
     "Comparison": "gate.comparison",
     "DecoderStack": "models.stack",
     "EarlyExit": "decoding.early_exit",
-    "Entry": "stages.cascades",
+    "Entry": "stages.entries",
     "FittedHeads": "exits.fitted_heads",
     "Gate": "gate.quick_gate",
     "HardTokens": "stages.hard_tokens.dataset",

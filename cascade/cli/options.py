@@ -218,6 +218,15 @@ ExitLayer = Annotated[
         autocompletion=completion.layer,
     ),
 ]
+#: For commands that take --heads.
+ExitLayerOfHeads = Annotated[
+    int | None,
+    typer.Option(
+        "--layer",
+        help="Exit layer (default: second to last, or of --heads).",
+        autocompletion=completion.layer,
+    ),
+]
 Split = Annotated[
     str | None,
     typer.Option(

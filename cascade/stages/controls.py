@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from cascade.models.stack import DecoderStack
-from cascade.stages.cascades import Cascade, Entry
+from cascade.stages.cascades import Cascade
+from cascade.stages.entries import Entry
 from cascade.stages.hard_tokens.dataset import HardTokens
 from cascade.stages.saved_cascades import CONFIG
 from cascade.stages.trainer.checkpoints import can_resume

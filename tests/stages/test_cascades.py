@@ -35,7 +35,8 @@ from cascade.core.errors import (
 )
 from cascade.core.schema import to_plain
 from cascade.decoding.early_exit import Propagation
-from cascade.stages.cascades import Cascade, Entry
+from cascade.stages.cascades import Cascade
+from cascade.stages.entries import Entry
 from cascade.stages.stage import new_stage
 
 INF = math.inf

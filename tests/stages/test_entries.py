@@ -35,7 +35,8 @@ from cascade.core.errors import (
 from cascade.core.schema import from_plain
 from cascade.exits.head_fitting import fit_heads
 from cascade.models.stack import DecoderStack
-from cascade.stages.cascades import Cascade, Entry
+from cascade.stages.cascades import Cascade
+from cascade.stages.entries import Entry
 from cascade.stages.records import (
     StageBase,
     StageProvenance,

@@ -20,7 +20,8 @@ from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import Score
 from cascade.models.stack import DecoderStack
-from cascade.stages.cascades import Cascade, Entry
+from cascade.stages.cascades import Cascade
+from cascade.stages.entries import Entry
 from cascade.stages.evaluation import (
     SCOPES,
     SequenceSums,

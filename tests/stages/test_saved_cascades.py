@@ -43,7 +43,8 @@ from cascade.core.errors import (
 from cascade.exits.head_fitting import fit_heads
 from cascade.models.stack import DecoderStack
 from cascade.stages import saved_cascades
-from cascade.stages.cascades import Cascade, Entry
+from cascade.stages.cascades import Cascade
+from cascade.stages.entries import Entry
 from cascade.stages.records import (
     CascadeProvenance,
     StageProvenance,

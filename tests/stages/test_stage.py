@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from cascade.core.errors import ModelError, UnsupportedModelError, UsageError
 from cascade.models.stack import DecoderStack
 from cascade.stages import stage as stages
-from cascade.stages.cascades import Cascade, Entry
+from cascade.stages.cascades import Cascade
+from cascade.stages.entries import Entry
 from cascade.stages.stage import Stage, extended, new_stage, run_stage
 from cascade.stages.training_config import STARTS
 

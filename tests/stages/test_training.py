@@ -32,7 +32,8 @@ from cascade.core.errors import (
 from cascade.core.records import to_json
 from cascade.core.schema import to_plain
 from cascade.models.stack import DecoderStack
-from cascade.stages.cascades import Cascade, Entry
+from cascade.stages.cascades import Cascade
+from cascade.stages.entries import Entry
 from cascade.stages.hard_tokens.collecting import collect_hard
 from cascade.stages.hard_tokens.dataset import HardTokens
 from cascade.stages.hard_tokens.plan import CollectingConfig

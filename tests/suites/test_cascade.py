@@ -12,7 +12,8 @@ from support.paths import BASELINES
 
 from cascade import load_blocks
 from cascade.core.provenance import SPLITS
-from cascade.stages.cascades import Cascade, Entry
+from cascade.stages.cascades import Cascade
+from cascade.stages.entries import Entry
 from cascade.stages.evaluation import evaluate_cascade
 from cascade.stages.hard_tokens.collecting import collect_hard
 from cascade.stages.hard_tokens.plan import CollectingConfig

@@ -24,7 +24,8 @@ from cascade.core.errors import TrainingError, UnsupportedModelError
 from cascade.exits.rules import ExitPoint
 from cascade.models.stack import DecoderStack
 from cascade.stages import stage as stages
-from cascade.stages.cascades import Cascade, Entry
+from cascade.stages.cascades import Cascade
+from cascade.stages.entries import Entry
 from cascade.stages.hard_tokens.collecting import collect_hard
 from cascade.stages.hard_tokens.dataset import Batch, HardTokens
 from cascade.stages.hard_tokens.plan import CollectingConfig

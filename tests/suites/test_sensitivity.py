@@ -14,7 +14,7 @@ from support.clean_runs import (
     a_tiny_stack,
     broken_in_another_process,
     clean_table,
-    clean_ways,
+    clean_variations,
     cleanly,
     padded_similarities,
     repeat,
@@ -146,7 +146,7 @@ def test_the_table_of_the_docs_is_what_was_measured(
 
 
 def how_often_it_errs() -> list[str]:
-    """Return a section of the docs, drawn from the stored records of both ways of deciding."""
+    """Return a section of the docs, drawn from the stored records of both methods of deciding."""
     lines = [
         "## How often it errs",
         "",
@@ -176,7 +176,7 @@ def records(name: str) -> list[list[str]]:
     return [line.split(",") for line in lines[1:]]
 
 
-def test_the_stored_odds_of_both_ways_are_at_most_one_alarm_in_a_hundred() -> None:
+def test_the_stored_odds_of_both_methods_are_at_most_one_alarm_in_a_hundred() -> None:
     table = [[*map(int, counts)] for _, *counts in records("repetitions")]
     assert table[-1][0] == 200
     assert all(count == passed + undecided + failed for count, passed, undecided, failed in table)
@@ -299,24 +299,25 @@ def test_padding_is_in_every_pass_of_a_padded_way(monkeypatch: pytest.MonkeyPatc
         return right(self, ids, **options)
 
     monkeypatch.setattr(DecoderStack, "plan", watched)
-    way = replace(next(clean_ways(1)), left=7)
-    assert cleanly(stack, blocks, baseline, way) == "PASS"
+    variation = replace(next(clean_variations(1)), left=7)
+    assert cleanly(stack, blocks, baseline, variation) == "PASS"
     assert set(widths) == {16 + 7}
 
 
 def test_some_repetitions_are_in_another_process_and_break_where_it_does() -> None:
     blocks = tiny_blocks(8)
     baseline = stored(a_tiny_stack(), blocks)
-    ways = [replace(next(clean_ways(1)), elsewhere=elsewhere) for elsewhere in (False, True)]
-    assert repeat(broken_in_another_process, blocks, baseline, ways) == ["PASS", "FAIL"]
+    one = next(clean_variations(1))
+    variations = [replace(one, elsewhere=elsewhere) for elsewhere in (False, True)]
+    assert repeat(broken_in_another_process, blocks, baseline, variations) == ["PASS", "FAIL"]
 
 
-def test_ways_are_dealt_out_evenly_enough_to_say_something_of_each() -> None:
-    rows = clean_table(clean_ways(200), ["PASS"] * 200).splitlines()[1:]
+def test_variations_cover_every_value_often_enough() -> None:
+    rows = clean_table(clean_variations(200), ["PASS"] * 200).splitlines()[1:]
     counts = {name: int(count) for name, count, *_ in (row.split(",") for row in rows)}
     assert min(counts.values()) >= 40
     assert counts["together"] == 200
-    assert {way.batch_size for way in clean_ways(200)} >= {1, 32}
+    assert {variation.batch_size for variation in clean_variations(200)} >= {1, 32}
 
 
 @pytest.mark.parametrize("repetitions", [40, pytest.param(100, marks=pytest.mark.slow)])
@@ -324,8 +325,8 @@ def test_ways_are_dealt_out_evenly_enough_to_say_something_of_each() -> None:
 def test_clean_repetitions_of_a_tiny_model_raise_no_alarm(family: str, repetitions: int) -> None:
     make = partial(a_tiny_stack, family)
     blocks = tiny_blocks(24)
-    ways = list(clean_ways(repetitions))
-    verdicts = repeat(make, blocks, stored(make(), blocks), ways, each=20)
+    variations = list(clean_variations(repetitions))
+    verdicts = repeat(make, blocks, stored(make(), blocks), variations, each=20)
     assert verdicts == ["PASS"] * repetitions
 
 
@@ -395,11 +396,11 @@ def test_two_hundred_clean_repetitions_of_the_real_model_raise_no_alarm(
     blocks = blocks_for(reference_model)
     # 16 sequences: a full gate over them all is 2,048 tokens.
     few = replace(blocks, ids=blocks.ids[:: len(blocks.ids) // 16][:16])
-    ways = list(clean_ways(200))
-    verdicts = repeat(partial(load, "smollm2-135m"), few, baseline, ways)
+    variations = list(clean_variations(200))
+    verdicts = repeat(partial(load, "smollm2-135m"), few, baseline, variations)
     assert verdicts.count("FAIL") + verdicts.count("NOT COMPARABLE") <= 2  # 1 % of 200 at most
     file_regression.check(
-        clean_table(ways, verdicts), fullpath=DOCS / "repetitions.csv", extension=".csv"
+        clean_table(variations, verdicts), fullpath=DOCS / "repetitions.csv", extension=".csv"
     )
 
 

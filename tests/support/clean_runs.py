@@ -1,4 +1,4 @@
-"""Clean repetitions: an unchanged model, run in ways that differ in arithmetic and order alone."""
+"""Clean repetitions: an unchanged model, run with other arithmetic and in another order."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def broken_in_another_process() -> DecoderStack:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to run an unchanged model.
+class Variation:
+    """How an unchanged model is run.
 
     Attributes:
         threads: That torch computes with.
@@ -58,11 +58,11 @@ class Way:
     elsewhere: bool
 
 
-def clean_ways(repetitions: int) -> Iterator[Way]:
-    """Return so many ways, every attribute drawn or dealt out independently of the others."""
+def clean_variations(repetitions: int) -> Iterator[Variation]:
+    """Yield variations whose attributes are drawn independently of each other."""
     draw = np.random.default_rng(0)
     for number in range(repetitions):
-        yield Way(
+        yield Variation(
             threads=int(draw.integers(1, 3)),
             batch_size=int(draw.integers(1, 33)),
             attention=("sdpa", "eager")[number % 2],
@@ -89,27 +89,31 @@ def padded_similarities(stack: DecoderStack, ids: Tensor, left: int) -> Tensor:
     )
 
 
-def cleanly(stack: DecoderStack, blocks: TokenBlocks, baseline: StoredProfile, way: Way) -> str:
-    """Run the gate on an unchanged model in one of the ways; return the verdict."""
-    order = np.random.default_rng(way.order).permutation(len(blocks.ids))
+def cleanly(
+    stack: DecoderStack, blocks: TokenBlocks, baseline: StoredProfile, variation: Variation
+) -> str:
+    """Run the gate on an unchanged model in one of the variations; return the verdict."""
+    order = np.random.default_rng(variation.order).permutation(len(blocks.ids))
     threads, model = torch.get_num_threads(), stack.model
     before = model.config._attn_implementation
     with ExitStack() as restore:
         restore.callback(torch.set_num_threads, threads)
-        torch.set_num_threads(way.threads)
+        torch.set_num_threads(variation.threads)
         restore.callback(model.set_attn_implementation, before)
-        model.set_attn_implementation(way.attention)
+        model.set_attn_implementation(variation.attention)
         patch = restore.enter_context(pytest.MonkeyPatch.context())
-        if way.left:
+        if variation.left:
             patch.setattr(
-                saturation, "similarities", lambda s, ids: padded_similarities(s, ids, way.left)
+                saturation,
+                "similarities",
+                lambda s, ids: padded_similarities(s, ids, variation.left),
             )
         gate = run_gate(
             stack,
             replace(blocks, ids=blocks.ids[order]),
             baseline,
-            batch_size=way.batch_size,
-            full=way.full,
+            batch_size=variation.batch_size,
+            full=variation.full,
         )
     return gate.comparison.verdict
 
@@ -122,29 +126,29 @@ def _load(make: Callable[[], DecoderStack]) -> None:
     _kept["stack"] = make()
 
 
-def _elsewhere(blocks: TokenBlocks, baseline: StoredProfile, way: Way) -> str:
-    return cleanly(_kept["stack"], blocks, baseline, way)
+def _elsewhere(blocks: TokenBlocks, baseline: StoredProfile, variation: Variation) -> str:
+    return cleanly(_kept["stack"], blocks, baseline, variation)
 
 
 def repeat(
     make: Callable[[], DecoderStack],
     blocks: TokenBlocks,
     baseline: StoredProfile,
-    ways: Sequence[Way],
+    variations: Sequence[Variation],
     *,
     each: int = 10,
 ) -> list[str]:
-    """Run every way, some of them in processes that load the model by themselves.
+    """Run every variation, some of them in processes that load the model by themselves.
 
     Args:
         make: Makes the model; importable, as another process calls it too.
         blocks: What is measured.
         baseline: What it is held to.
-        ways: How.
+        variations: How.
         each: Repetitions that one of the other processes lives for.
 
     Returns:
-        The verdicts, in the order of the ways.
+        The verdicts, in the order of the variations.
     """
     stack = make()
     pool = ProcessPoolExecutor(
@@ -156,35 +160,35 @@ def repeat(
     )
     with pool:
         return [
-            pool.submit(_elsewhere, blocks, baseline, way).result()
-            if way.elsewhere
-            else cleanly(stack, blocks, baseline, way)
-            for way in ways
+            pool.submit(_elsewhere, blocks, baseline, variation).result()
+            if variation.elsewhere
+            else cleanly(stack, blocks, baseline, variation)
+            for variation in variations
         ]
 
 
 #: Rows of the table: what the repetitions have in common.
-_GROUPS: dict[str, Callable[[Way], bool]] = {
-    "1 thread": lambda way: way.threads == 1,
-    "2 threads": lambda way: way.threads == 2,
-    "batches of 1 to 8": lambda way: way.batch_size <= 8,
-    "batches of 9 to 32": lambda way: way.batch_size > 8,
-    "SDPA attention": lambda way: way.attention == "sdpa",
-    "eager attention": lambda way: way.attention == "eager",
-    "padded": lambda way: way.left > 0,
-    "another process": lambda way: way.elsewhere,
-    "quick gate": lambda way: not way.full,
-    "all sequences": lambda way: way.full,
-    "together": lambda way: True,
+_GROUPS: dict[str, Callable[[Variation], bool]] = {
+    "1 thread": lambda variation: variation.threads == 1,
+    "2 threads": lambda variation: variation.threads == 2,
+    "batches of 1 to 8": lambda variation: variation.batch_size <= 8,
+    "batches of 9 to 32": lambda variation: variation.batch_size > 8,
+    "SDPA attention": lambda variation: variation.attention == "sdpa",
+    "eager attention": lambda variation: variation.attention == "eager",
+    "padded": lambda variation: variation.left > 0,
+    "another process": lambda variation: variation.elsewhere,
+    "quick gate": lambda variation: not variation.full,
+    "all sequences": lambda variation: variation.full,
+    "together": lambda variation: True,
 }
 
 
-def clean_table(ways: Iterable[Way], verdicts: Iterable[str]) -> str:
+def clean_table(variations: Iterable[Variation], verdicts: Iterable[str]) -> str:
     """Return verdicts as CSV, counted by what the repetitions have in common."""
-    pairs = list(zip(ways, verdicts, strict=True))
+    pairs = list(zip(variations, verdicts, strict=True))
     lines = ["clean repetitions in another order of sequences,count,pass,inconclusive,fail"]
     for name, belongs in _GROUPS.items():
-        found = [verdict for way, verdict in pairs if belongs(way)]
+        found = [verdict for variation, verdict in pairs if belongs(variation)]
         counts = [found.count(verdict) for verdict in ("PASS", "INCONCLUSIVE", "FAIL")]
         lines.append(",".join([name, str(len(found)), *map(str, counts)]))
     return "\n".join(lines) + "\n"

@@ -161,8 +161,8 @@ def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "read_embedded", read_embedded)
     monkeypatch.setattr(baseline_lookup, "shipped_baselines", lambda: saved / "baselines")
     monkeypatch.setitem(SLACK, "seconds_ratio", 50.0)
-    for room in (noise, gate, remeasuring):
-        monkeypatch.setattr(room, "measure_noise", lambda *_: NOISE)
+    for module in (noise, gate, remeasuring):
+        monkeypatch.setattr(module, "measure_noise", lambda *_: NOISE)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(saved / "hub"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

@@ -164,14 +164,14 @@ def mask(diagonal: int | None) -> Plant:
     """Let every token see so many that come later; all of them where None."""
 
     def plant(stack: DecoderStack) -> Any:
-        room = __import__(type(stack.decoder).__module__, fromlist=["create_causal_mask"])
+        module = __import__(type(stack.decoder).__module__, fromlist=["create_causal_mask"])
 
         def made(*_: Any, inputs_embeds: Tensor, **__: Any) -> Tensor:
             length = inputs_embeds.shape[1]
             seen = torch.ones((1, 1, length, length), dtype=torch.bool)
             return seen if diagonal is None else seen.tril(diagonal)
 
-        return attribute_of(room, "create_causal_mask", made)
+        return attribute_of(module, "create_causal_mask", made)
 
     return plant
 

@@ -301,7 +301,7 @@ def climb(
     states = [plan.embedded]
     maps: list[tuple[Tensor, int, Tensor]] = []
     for layer in range(1, stack.num_layers + 1):
-        with _told(stack, heads, layer, states[-1], maps) as entering:
+        with _with_predictions(stack, heads, layer, states[-1], maps) as entering:
             output = stack.step(layer, entering, plan.calls[layer - 1])
         states.append(torch.where(gone[..., None], states[-1], output))
         out = leaving(layer, states, undecided) & undecided
@@ -317,37 +317,37 @@ def climb(
 
 
 @contextlib.contextmanager
-def _told(
+def _with_predictions(
     stack: DecoderStack,
     heads: FittedHeads | None,
     layer: int,
     hidden: Tensor,
     maps: list[tuple[Tensor, int, Tensor]],
 ) -> Iterator[Tensor]:
-    """Let one layer see what the maps say of tokens that left: as its input, or in its k and v."""
+    """Give one layer the maps' predictions of exited tokens, as its input or in its k and v."""
 
-    def told(width: slice, values: Tensor) -> Tensor:
+    def predict(width: slice, values: Tensor) -> Tensor:
         for out, exit_layer, predicted in maps:
-            said = predicted[:, :, layer - exit_layer - 1, width].to(values.dtype)
-            values = torch.where(out[..., None], said, values)
+            given = predicted[:, :, layer - exit_layer - 1, width].to(values.dtype)
+            values = torch.where(out[..., None], given, values)
         return values
 
     with contextlib.ExitStack() as restored:
         if heads is None or heads.of_states:
-            yield told(slice(None), hidden)
+            yield predict(slice(None), hidden)
             return
         attention: Any = stack.layers[layer - 1].self_attn
         halves = (slice(None, heads.width // 2), slice(heads.width // 2, None))
         for projection, half in zip((attention.k_proj, attention.v_proj), halves, strict=True):
-            hook = functools.partial(_hook, told, half)
+            hook = functools.partial(_hook, predict, half)
             restored.callback(projection.register_forward_hook(hook).remove)
         yield hidden
 
 
 def _hook(
-    told: Callable[[slice, Tensor], Tensor], half: slice, _: nn.Module, __: Any, output: Tensor
+    predict: Callable[[slice, Tensor], Tensor], half: slice, _: nn.Module, __: Any, output: Tensor
 ) -> Tensor:
-    return told(half, output)
+    return predict(half, output)
 
 
 def map_by_hand(heads: FittedHeads, layer: int, hidden: Tensor) -> Tensor:

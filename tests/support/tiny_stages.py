@@ -14,7 +14,8 @@ from cascade.core.provenance import SPLITS, Split
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.decoding.early_exit import Propagation, Score
 from cascade.models.stack import DecoderStack
-from cascade.stages.cascades import Cascade, Entry
+from cascade.stages.cascades import Cascade
+from cascade.stages.entries import Entry
 from cascade.stages.hard_tokens.collecting import collect_hard
 from cascade.stages.hard_tokens.dataset import HardTokens
 from cascade.stages.hard_tokens.plan import CollectingConfig

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import typer
 
 from cascade.cli.app import command
-from cascade.cli.commands.stages import CascadeEvaluationOptions, evaluate_stages
+from cascade.cli.cascades import CascadeEvaluationOptions, evaluate_stages
 from cascade.cli.console import command_line, progress_bar, show_record
 from cascade.cli.inputs import (
     check_cascade_alone,

@@ -12,7 +12,7 @@ from cascade.cli import completion
 from cascade.cli.app import command
 from cascade.cli.console import show_record, status
 from cascade.cli.inputs import check_cascade_alone, load_model, read_heads, usual_layer
-from cascade.cli.options import HeadsFile, ModelOptions, PrintOptions, Seed
+from cascade.cli.options import ExitLayerOfHeads, HeadsFile, ModelOptions, PrintOptions, Seed
 from cascade.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,13 +51,7 @@ class ExitOptions:
 
     panel: ClassVar[str] = "Exit"
 
-    layer: Annotated[
-        int | None,
-        typer.Option(
-            help="Exit layer (default: second to last, or of --heads).",
-            autocompletion=completion.layer,
-        ),
-    ] = None
+    layer: ExitLayerOfHeads = None
     rule: Annotated[
         str | None,
         typer.Option(
@@ -213,7 +207,7 @@ def _early_exit_of(
 ) -> tuple[DecoderStack, EarlyExit]:
     """Load the model that generates, and return how it exits early."""
     if exits.cascade is not None:
-        from cascade.cli.commands.stages import read_cascade
+        from cascade.cli.cascades import read_cascade
 
         staged = read_cascade(exits.cascade, model.dtype, model.device)
         return staged.base, staged.early_exit()

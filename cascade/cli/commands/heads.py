@@ -16,6 +16,7 @@ from cascade.cli.inputs import load_model, read_blocks, read_heads, read_layers,
 from cascade.cli.options import (
     BatchSize,
     CorpusOptions,
+    ExitLayerOfHeads,
     HeadOptions,
     ModelOptions,
     OutputOptions,
@@ -127,13 +128,7 @@ class CalibrationOptions:
 
     panel: ClassVar[str] = "Calibration"
 
-    layer: Annotated[
-        int | None,
-        typer.Option(
-            help="Exit layer (default: second to last, or of --heads).",
-            autocompletion=completion.layer,
-        ),
-    ] = None
+    layer: ExitLayerOfHeads = None
     rule: Annotated[
         str, typer.Option(help="Exit rule, e.g. top2_gap.", autocompletion=completion.rules)
     ] = "cosine"

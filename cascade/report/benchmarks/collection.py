@@ -87,17 +87,7 @@ def head_fitting_benchmark_report(record: HeadFittingBenchmark) -> Report:
     """
     layers = ", ".join(map(str, record.settings.layers))
     heads = ("Heads", f"layers {layers}, in one pass")
-    return benchmark_report(
-        "Fitting exit heads",
-        record.provenance,
-        (
-            headline(record.provenance, record.settings, heads),
-            speed_section(record.variants),
-            ratios_section(record.ratios),
-            targets_section(record.targets, "2 cores and 100,000 tokens"),
-            notes_section(("Interval", record.interval)),
-        ),
-    )
+    return _single_ratio_report("Fitting exit heads", record, heads, "2 cores and 100,000 tokens")
 
 
 def hard_token_benchmark_report(record: HardTokenBenchmark) -> Report:
@@ -107,14 +97,23 @@ def hard_token_benchmark_report(record: HardTokenBenchmark) -> Report:
         record: The record of the benchmark.
     """
     exit_layer = ("Exit", f"layer {record.settings.layer}")
+    return _single_ratio_report("Collecting hard tokens", record, exit_layer, "2 cores")
+
+
+def _single_ratio_report(
+    title: str,
+    record: HeadFittingBenchmark | HardTokenBenchmark,
+    subject: tuple[str, str],
+    target_of: str,
+) -> Report:
     return benchmark_report(
-        "Collecting hard tokens",
+        title,
         record.provenance,
         (
-            headline(record.provenance, record.settings, exit_layer),
+            headline(record.provenance, record.settings, subject),
             speed_section(record.variants),
             ratios_section(record.ratios),
-            targets_section(record.targets, "2 cores"),
+            targets_section(record.targets, target_of),
             notes_section(("Interval", record.interval)),
         ),
     )

@@ -237,20 +237,24 @@ def _name_axes(grid: Sequence[Sequence[Axes]], record: EvaluationRecord) -> None
     wanted = (settings.perplexity_ratio, 1 - settings.agreement)
     for row, most in zip(grid, wanted, strict=True):
         for axes in row:
-            _draw_target(axes, most)
+            shade_cheaper(axes, (None, most), "target: good enough and cheaper")
 
 
-def _draw_target(axes: Axes, most: float) -> None:
-    """Shade the region that is good enough and cheaper than the full model."""
+def shade_cheaper(axes: Axes, target: tuple[float | None, float | None], name: str) -> None:
+    """Shade the values of y that reach a target, where x is cheaper than the full model.
+
+    Args:
+        axes: Axes whose x is a cost relative to the full model. The shaded values are shown.
+        target: Lowest and highest value; None for the end of the axis.
+        name: Name of the region in the legend.
+    """
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    least, most = (
+        low if target[0] is None else target[0],
+        high if target[1] is None else target[1],
+    )
     axes.fill_between(
-        [left, 1.0],
-        low,
-        most,
-        color=LIGHT["stable"],
-        linewidth=0,
-        zorder=0,
-        label="target: good enough and cheaper",
+        [left, 1.0], least, most, color=LIGHT["stable"], linewidth=0, zorder=0, label=name
     )
     axes.set_xlim(left, right)
     axes.set_ylim(low, max(high, most))

@@ -22,7 +22,7 @@ from cascade.report.common.exit_wording import (
 from cascade.report.common.records import check_record, headline
 from cascade.report.common.sections import Block, Lead, Pairs, Picture, Report, Section, table_of
 from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style, title_of
-from cascade.report.exits.pareto import RULE_STYLES, front_of, name_curve, ring
+from cascade.report.exits.pareto import RULE_STYLES, front_of, name_curve, ring, shade_cheaper
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -312,18 +312,7 @@ def _ring(axes: Axes, record: SearchRecord, cost: _Cost) -> None:
 def _draw_wanted(axes: Axes, agreement: float) -> None:
     """Draw the target agreement, and shade the region that reaches it and is cheaper."""
     axes.axhline(agreement, color=LIGHT["active"], linewidth=1, zorder=1, label="target agreement")
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    axes.fill_between(
-        [left, 1.0],
-        agreement,
-        high,
-        color=LIGHT["stable"],
-        linewidth=0,
-        zorder=0,
-        label="target: reached, and cheaper",
-    )
-    axes.set_xlim(left, right)
-    axes.set_ylim(low, high)
+    shade_cheaper(axes, (agreement, None), "target: reached, and cheaper")
 
 
 def _label(record: SearchRecord) -> str:

@@ -17,7 +17,8 @@ from support.tiny_stages import (
 )
 from torch import Tensor
 
-from cascade.stages.cascades import Cascade, Entry
+from cascade.stages.cascades import Cascade
+from cascade.stages.entries import Entry
 from cascade.stages.hard_tokens.dataset import HardTokens
 from cascade.stages.trainer.stage_module import (
     SCOPES,

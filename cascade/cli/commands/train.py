@@ -1,4 +1,4 @@
-"""`cascade collect-hard` and `cascade train`: collect hard tokens, and train a stage on them."""
+"""`cascade train`: train a stage on hard tokens."""
 
 from __future__ import annotations
 
@@ -13,157 +13,24 @@ import typer
 
 from cascade.cli import completion
 from cascade.cli.app import command
+from cascade.cli.cascades import read_cascade
+from cascade.cli.commands.collect_hard import StageCorpus, corpus_config, says_how_to_resume
 from cascade.cli.console import command_line, message, progress_bar, show_record, status
 from cascade.cli.inputs import load_model
 from cascade.cli.options import (
-    BatchSize,
-    DeviceOptions,
-    ExitLayer,
-    MaxTokens,
     ModelOptions,
-    NumSamples,
-    OutputOptions,
     PrintOptions,
-    Seed,
-    TextOptions,
 )
 from cascade.core.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from cascade.models.stack import DecoderStack
-    from cascade.stages.cascades import Cascade, Entry
+    from cascade.stages.cascades import Cascade
+    from cascade.stages.entries import Entry
     from cascade.stages.hard_tokens.dataset import HardTokens
-    from cascade.stages.hard_tokens.records import StatesDtype
-    from cascade.stages.hard_tokens.splits import CorpusConfig
-    from cascade.stages.records import CascadeEvaluationRecord, HeldOutEvaluation
+    from cascade.stages.records import HeldOutEvaluation
     from cascade.stages.training import Training
     from cascade.stages.training_config import Routing, Start, TrainingConfig
-
-
-@dataclass(frozen=True)
-class StageCorpus(TextOptions):
-    """The text whose hard tokens are collected."""
-
-    num_samples: NumSamples = 0
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop after this many tokens; a fifth is held out."),
-    ] = None
-
-
-@dataclass(frozen=True)
-class CollectionOptions(PrintOptions):
-    """Which tokens are hard, and where the dataset is written."""
-
-    panel: ClassVar[str] = "Hard tokens"
-
-    output: Annotated[Path, typer.Option(help="Folder for the dataset.")] = dataclasses.field(
-        kw_only=True
-    )
-    layer: ExitLayer = None
-    hard_ratio: Annotated[
-        float | None, typer.Option(help="Share of hard tokens; fits the threshold.")
-    ] = None
-    threshold: Annotated[
-        float | None, typer.Option(help="Tokens below this similarity are hard.")
-    ] = None
-    states_dtype: Annotated[
-        str,
-        typer.Option(
-            help="dtype of the stored states: float16, or bfloat16 for large ones.",
-            autocompletion=completion.states_dtypes,
-        ),
-    ] = "float16"
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace an earlier or another unfinished dataset."),
-    ] = False
-
-
-@command("collect-hard")
-def collect_hard(
-    options: CollectionOptions,
-    model: ModelOptions,
-    corpus: StageCorpus,
-    batch_size: BatchSize = 32,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Sample records at random (default: no).",
-            rich_help_panel="Corpus",
-        ),
-    ] = None,
-) -> None:
-    """Store a model's exit states over a corpus, and which tokens are hard.
-
-    Runs the model once. Every fifth record is held out (of the embedded
-    corpus, its held-out split). Run the same command again to resume
-    after an interruption. datasets.load_from_disk reads the result.
-    """
-    from cascade.report.exits.hard_tokens import print_hard_tokens
-    from cascade.stages.hard_tokens import collecting, splits
-    from cascade.stages.hard_tokens.plan import CollectingConfig
-    from cascade.stages.hard_tokens.working_folder import check_output
-
-    output = options.output
-    check_output(output, overwrite=options.overwrite)
-    config = CollectingConfig(
-        layer=options.layer,
-        threshold=options.threshold,
-        hard_ratio=options.hard_ratio,
-        dtype=cast("StatesDtype", options.states_dtype),  # checked next
-        batch_size=batch_size,
-        command=command_line(),
-    )
-    config.check()
-    stack = load_model(model)
-    with status(f"Reading {corpus.corpus}"):
-        read = splits.load_splits(_corpus_config(corpus, seed), stack.tokenizer)
-    tokens = sum(blocks.tokens for blocks in read.values())
-    size = splits.expected_bytes(stack, read)
-    message(
-        f"Collecting {tokens:,} tokens into {output}: about {_bytes(size)}, states of "
-        f"{stack.hidden_size:,} numbers in {options.states_dtype}"
-    )
-    with _says_how_to_resume(output), progress_bar("Collecting", tokens) as advance:
-        found = collecting.collect_hard(
-            stack, read, output, config, progress=advance, overwrite=options.overwrite
-        )
-    show_record(found.record, print_hard_tokens)
-    written = sum(file.bytes for file in found.record.files)
-    message(
-        f"Wrote {output} ({_bytes(written)}); read it with datasets.load_from_disk({str(output)!r})"
-    )
-
-
-@contextlib.contextmanager
-def _says_how_to_resume(output: Path) -> Iterator[None]:
-    """Print after an interruption that the work so far is kept."""
-    from cascade.stages.hard_tokens.dataset import is_unfinished
-
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        if is_unfinished(output):
-            message(f"Stopped; {output} is kept: run the same command again to resume")
-        raise
-
-
-def _corpus_config(corpus: StageCorpus, seed: int | None = None) -> CorpusConfig:
-    from cascade.stages.hard_tokens.splits import CorpusConfig
-
-    return CorpusConfig(
-        corpus=corpus.corpus,
-        text_column=corpus.text_column,
-        num_samples=corpus.num_samples or None,
-        seq_len=corpus.seq_len,
-        max_tokens=corpus.max_tokens,
-        seed=seed,
-    )
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 #: In the folder of a cascade: the dataset that its stage was trained on, and the checkpoints.
@@ -270,7 +137,7 @@ def train(stage: StageOptions, run: RunOptions, model: ModelOptions, corpus: Sta
     continues after an interruption.
     """
     from cascade.report.exits.cascades import print_training
-    from cascade.stages.cascades import Entry
+    from cascade.stages.entries import Entry
 
     output = stage.output
     _check_train(stage, run)
@@ -337,14 +204,6 @@ def _cascade(folder: Path | None, model: ModelOptions) -> Cascade:
     return read_cascade(folder, model.dtype, model.device)
 
 
-def read_cascade(folder: Path, dtype: str, device: str) -> Cascade:
-    """Return the cascade in a folder; its record says where its base is loaded from."""
-    from cascade.stages.cascades import Cascade
-
-    with status(f"Loading {folder} (a first time can take half a minute)"):
-        return Cascade.from_pretrained(str(folder), dtype=dtype, device=device)
-
-
 def _dataset_of(
     base: Cascade,
     routed: DecoderStack,
@@ -370,9 +229,9 @@ def _dataset_of(
     )
     folder = stage.output / _DATASET
     with status(f"Reading {corpus.corpus}"):
-        splits = load_splits(_corpus_config(corpus), routed.tokenizer)
+        splits = load_splits(corpus_config(corpus), routed.tokenizer)
     tokens = sum(blocks.tokens for blocks in splits.values())
-    with _says_how_to_resume(folder), progress_bar("Collecting", tokens) as advance:
+    with says_how_to_resume(folder), progress_bar("Collecting", tokens) as advance:
         return collect_hard(
             routed, splits, folder, config, progress=advance, overwrite=True, reuse=True
         )
@@ -457,44 +316,3 @@ def _save(
     cascade = base.with_stage(trained.stage, entry, provenance=provenance)
     cascade.save_pretrained(folder, overwrite=overwrite)
     return cascade
-
-
-@dataclass(frozen=True)
-class CascadeEvaluationOptions(TextOptions, DeviceOptions, OutputOptions):
-    """The options that `cascade evaluate` accepts together with --cascade."""
-
-    cascade: Path | None = None
-    max_tokens: MaxTokens = None
-    batch_size: BatchSize = 8
-    seed: Seed = 0
-
-
-def evaluate_stages(folder: Path, options: CascadeEvaluationOptions) -> CascadeEvaluationRecord:
-    """Measure the cascade in a folder, and its controls, on held-out text; return the record."""
-    from cascade.corpora.blocks import load_blocks
-    from cascade.stages.controls import read_controls
-    from cascade.stages.evaluation import evaluate_cascade
-
-    cascade = read_cascade(folder, options.dtype, options.device)
-    controls = read_controls(folder, cascade.base)
-    with status(f"Reading {options.corpus}"):
-        blocks = load_blocks(
-            options.corpus,
-            cascade.base.tokenizer,
-            seq_len=options.seq_len,
-            num_samples=None,
-            max_tokens=options.max_tokens,
-            text_column=options.text_column,
-            record_split="held-out",
-            marks=True,
-        )
-    with progress_bar("Evaluating", blocks.tokens) as advance:
-        return evaluate_cascade(
-            cascade,
-            blocks,
-            controls=controls,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            command=command_line(),
-            progress=advance,
-        )
