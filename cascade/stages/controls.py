@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Literal
+
+from msgspec.structs import replace
 
 from cascade.models.stack import DecoderStack
 from cascade.stages.cascades import Cascade
@@ -52,7 +53,7 @@ def train_control(
     return train_stage(
         stack,
         tokens,
-        dataclasses.replace(trained.provenance.config, routing=control),
+        replace(trained.provenance.config, routing=control),
         folder,
         steps=max(1, trained.steps),
         resume=resume and can_resume(folder),

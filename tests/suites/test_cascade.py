@@ -12,6 +12,7 @@ from support.paths import BASELINES
 
 from cascade import load_blocks
 from cascade.core.provenance import SPLITS
+from cascade.core.schema import from_plain
 from cascade.stages.cascades import Cascade
 from cascade.stages.entries import Entry
 from cascade.stages.evaluation import evaluate_cascade
@@ -64,7 +65,7 @@ def trained(
     before = reference_model.weights_in_memory()
     collecting = CollectingConfig(layer=made["layer"], hard_ratio=made["hard_ratio"])
     tokens = collect_hard(reference_model, splits, folder / "hard", collecting)
-    config = TrainingConfig(**made["recipe"])
+    config = from_plain(made["recipe"], TrainingConfig)
     training = train_stage(reference_model, tokens, config, folder / "checkpoints")
     cascade = Cascade(reference_model)
     cascade.add_stage(training.stage, Entry(tokens.layer, tokens.threshold))
