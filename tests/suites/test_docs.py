@@ -213,7 +213,7 @@ BROKEN = {
         "no record nowhere/profile.json",
     ),
     "another exit status than the page says": (
-        fenced("", "cascade gate  # exit status 1"),
+        fenced("", "cascade gate --baselines none  # exit status 1"),
         "x.md:2: exit status 2",
     ),
     "a placeholder that nobody fills in": (
@@ -282,7 +282,7 @@ def test_what_is_right_in_a_page_passes(page: Page) -> None:
             "print(Path('notes.py').read_text())",
         )
         + fenced("text", "here 3", "# notes.py")
-        + fenced("", "cascade gate  # exit status 2")
+        + fenced("", "cascade gate --baselines none  # exit status 2")
         + fenced("python", "def test_it():", "    pass")
         + fenced("bash", "pytest -q")
         + "`cascade evaluate --heads HEADS`, `pytest -m budgets`, `cascade` and `--full`.\n"
