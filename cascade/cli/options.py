@@ -265,7 +265,7 @@ Rules = Annotated[
 ]
 Agreement = Annotated[
     float,
-    typer.Option("--agreement", help="Wanted share of tokens predicted as by the full model."),
+    typer.Option("--agreement", help="Target share of tokens with the full model's prediction."),
 ]
 HeadsFile = Annotated[
     Path | None,

@@ -18,7 +18,7 @@ class HardRatioThreshold(Part, frozen=True, kw_only=True):
     """A threshold fitted to a hard ratio (see `cascade.stats.thresholds.FittedThreshold`).
 
     Attributes:
-        hard_ratio: The wanted share of hard tokens.
+        hard_ratio: The target share of hard tokens.
         threshold: Tokens with a confidence at or above it exit.
         reached: The share of the fitted corpus's tokens that are hard at this threshold.
         threshold_interval: 95 % interval of the threshold.

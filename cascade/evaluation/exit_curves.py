@@ -29,7 +29,7 @@ def lowest_threshold(
     *,
     more_wrong: Callable[[Array], Array] | None = None,
 ) -> float | None:
-    """Return the lowest threshold at which the predictions of a wanted share of tokens agree.
+    """Return the lowest threshold at which the predictions of a target share of tokens agree.
 
     Args:
         confidence: The confidence of every token, any shape.
@@ -132,7 +132,7 @@ def _intervals(
 
 
 def lowest_kept(curve: ExitCurve, tokens: int, agreement: float) -> int | None:
-    """Return the index of a curve's lowest threshold that keeps a wanted agreement.
+    """Return the index of a curve's lowest threshold that keeps a target agreement.
 
     Args:
         curve: An exit curve.

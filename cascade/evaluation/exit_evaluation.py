@@ -361,7 +361,7 @@ def _random_controls(fitted: ExitTable, points: Sequence[OperatingPoint]) -> lis
 def search(
     table: ExitTable, layers: Sequence[int], rules: Sequence[str], agreement: float
 ) -> list[OperatingPoint]:
-    """Return, for every layer and rule, the lowest threshold that keeps a wanted agreement.
+    """Return, for every layer and rule, the lowest threshold that keeps a target agreement.
 
     In the table, tokens that continue agree with the full model. With frozen or ridge propagation
     this is not exactly true, and the thresholds must be confirmed.

@@ -179,7 +179,7 @@ class SearchResult(Part, frozen=True, kw_only=True):
     """The exit-layer search of an evaluation; numbers are indices of operating points.
 
     Attributes:
-        agreement: The wanted share of agreeing tokens.
+        agreement: The target share of agreeing tokens.
         points: The points that the search found on the corpus to fit on.
         confirmed: Those that keep the agreement on the corpus to confirm on.
         best: The confirmed point with the fewest operations; None if no point was confirmed.

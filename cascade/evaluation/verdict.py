@@ -144,7 +144,7 @@ def _check_row(number: int, row: OperatingPointRow) -> None:
 
 
 def _shortfall(row: OperatingPointRow, wanted: WantedQuality) -> float:
-    """Return the shortfall from the wanted quality: a share of tokens plus nats per token."""
+    """Return the shortfall from the required quality: a share of tokens plus nats per token."""
     tokens = max(0.0, wanted.agreement - row.agreement)
     return tokens + max(0.0, math.log(row.perplexity_ratio / wanted.perplexity_ratio))
 
@@ -155,14 +155,14 @@ def _checks(number: int, rows: Rows, wanted: WantedQuality) -> list[_Check]:
         _Check(
             "agreement",
             row.agreement >= wanted.agreement,
-            f"{percent(row.agreement)} of all tokens are predicted as by the full model "
-            f"({_between(row.agreement_interval, percent)}; wanted: {percent(wanted.agreement)})",
+            f"{percent(row.agreement)} of all tokens have the full model's prediction "
+            f"({_between(row.agreement_interval, percent)}; target: {percent(wanted.agreement)})",
         ),
         _Check(
             "perplexity",
             row.perplexity_ratio <= wanted.perplexity_ratio,
             f"perplexity is {_ratio(row.perplexity_ratio)} x the full model's "
-            f"({_between(row.perplexity_ratio_interval, _ratio)}; wanted: at most "
+            f"({_between(row.perplexity_ratio_interval, _ratio)}; target: at most "
             f"{_ratio(wanted.perplexity_ratio)})",
         ),
         _Check("speed", is_faster(row.seconds_ratio_interval, row.flops_ratio), _speed(row)),

@@ -79,9 +79,8 @@ def test_point_that_passes_all_checks_is_used() -> None:
         "exit."
     )
     assert found.reasons == [
-        "97.0 % of all tokens are predicted as by the full model (96.0 % to 98.0 %; wanted: "
-        "95.0 %)",
-        "perplexity is 1.020 x the full model's (1.010 to 1.030; wanted: at most 1.050)",
+        "97.0 % of all tokens have the full model's prediction (96.0 % to 98.0 %; target: 95.0 %)",
+        "perplexity is 1.020 x the full model's (1.010 to 1.030; target: at most 1.050)",
         "scoring takes 0.90 x the full model's time (0.88 to 0.92), 0.90 x its operations",
         "random exit of 30.0 % at the same layer: perplexity 1.100 x, agreement 90.0 % (beaten in "
         "agreement and perplexity)",

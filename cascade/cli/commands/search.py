@@ -118,7 +118,7 @@ def search_exit(
     passes: PassOptions,
     output: OutputOptions,
 ) -> None:
-    """Search the exit layer, rule and threshold that save most at a wanted agreement.
+    """Search the exit layer, rule and threshold that save most at a target agreement.
 
     Half of the sequences fit the thresholds, the other half confirms
     them. With stored evaluations, the model is loaded only to measure

@@ -1,1 +1,1 @@
-"""The search for the exit that saves most at a wanted agreement."""
+"""The search for the exit that saves most at a target agreement."""

@@ -1,4 +1,4 @@
-"""The choice of an exit layer: the cheapest tried point that keeps a wanted agreement."""
+"""The choice of an exit layer: the cheapest tried point that keeps a target agreement."""
 
 from __future__ import annotations
 
@@ -347,7 +347,7 @@ def _certificate(points: Sequence[SearchedPoint], tests: _RiskTests) -> SearchCe
 
 @dataclass(frozen=True)
 class _Texts:
-    """Sentences about the points of a search for a wanted agreement."""
+    """Sentences about the points of a search for a target agreement."""
 
     points: Sequence[SearchedPoint]
     agreement: float

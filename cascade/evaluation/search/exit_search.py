@@ -60,7 +60,7 @@ def search_exits(
     command: str | None = None,
     progress: Progress = None,
 ) -> SearchRecord:
-    """Return the exit layer, rule and threshold that save most and keep a wanted agreement.
+    """Return the exit layer, rule and threshold that save most and keep a target agreement.
 
     An exit table of the sequences to fit on gives, for every layer and rule, the lowest threshold
     that keeps the agreement if all continuing tokens are predicted as by the full model. With exact
@@ -206,7 +206,7 @@ def measure_missing(
 
     Args:
         stack: The model of the evaluation.
-        answer: The evaluation's answer for the wanted agreement.
+        answer: The evaluation's answer for the target agreement.
         fit: The sequences that the evaluation fitted on.
         confirm: The sequences that the evaluation measured on.
         config: The options of the search; layers, rules, propagation, batch size and seed come from
@@ -389,7 +389,7 @@ class _PairTable:
     Args:
         table: The table of all layers and rules.
         pair: The exit layer and the name of the rule.
-        agreement: The wanted agreement.
+        agreement: The target agreement.
     """
 
     def __init__(self, table: ExitTable, pair: LayerRule, agreement: float) -> None:

@@ -67,7 +67,7 @@ class TriedPoint(Part, frozen=True, kw_only=True):
         fit_exit_share: The share of the tokens to fit on that exit.
         fit_agreement: The share of the tokens to fit on whose prediction is the full model's.
         fit_by: The origin of the previous two, e.g. "table".
-        candidate: Whether the sequences to fit on keep the wanted agreement.
+        candidate: Whether the sequences to fit on keep the target agreement.
         confirmed_by: How the agreement was confirmed.
     """
 
@@ -135,7 +135,7 @@ def tried_point(
         fit: Its figures on the sequences to fit on.
         propagation: How upper layers get keys and values of exited tokens.
         source: The index of its source.
-        candidate: Whether the sequences to fit on keep the wanted agreement.
+        candidate: Whether the sequences to fit on keep the target agreement.
     """
     shared = [name for name in TriedPoint.__struct_fields__ if name in row.__struct_fields__]
     return TriedPoint(
@@ -154,9 +154,9 @@ class SearchedPoint(TriedPoint, frozen=True, kw_only=True):
     """A tried point with its outcome and its certificate.
 
     Attributes:
-        outcome: Whether it keeps the wanted agreement on the sequences to confirm on.
+        outcome: Whether it keeps the target agreement on the sequences to confirm on.
         risk_bound: The lowest risk that can be certified for it; None if it was not tested.
-        certified: Whether the wanted risk is certified; None if it was not tested.
+        certified: Whether the target risk is certified; None if it was not tested.
     """
 
     outcome: Outcome
@@ -169,7 +169,7 @@ class SearchedPoint(TriedPoint, frozen=True, kw_only=True):
 
 
 class NoThreshold(ExitVariant, frozen=True, kw_only=True):
-    """A layer and rule without a threshold that keeps the wanted agreement, with the reason."""
+    """A layer and rule without a threshold that keeps the target agreement, with the reason."""
 
     why: Text
 
@@ -179,7 +179,7 @@ class VariantResult(ExitVariant, frozen=True, kw_only=True):
 
     Attributes:
         fitted: The lowest candidate, or None.
-        kept: The lowest candidate that keeps the wanted agreement when confirmed.
+        kept: The lowest candidate that keeps the target agreement when confirmed.
         beyond_doubt: The lowest one whose whole interval keeps it.
     """
 
@@ -192,7 +192,7 @@ class SearchSettings(Part, frozen=True, kw_only=True):
     """The settings of a search.
 
     Attributes:
-        agreement: The wanted share of all tokens whose prediction is the full model's.
+        agreement: The target share of all tokens whose prediction is the full model's.
         risk: The risk to certify; None if 1 - agreement is not a valid risk.
         confidence: The probability with which all certificates hold together.
         layers: Exit layers.

@@ -75,7 +75,7 @@ class StoredEvaluation:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer of a stored evaluation for a wanted agreement.
+    """The answer of a stored evaluation for a target agreement.
 
     Attributes:
         evaluation: The evaluation.
@@ -173,7 +173,7 @@ def _check_alike(files: Sequence[Path], evaluations: Sequence[StoredEvaluation])
 
 
 def answer(evaluation: StoredEvaluation, config: SearchConfig) -> Answer:
-    """Return the answer of a stored evaluation for a wanted agreement, without a forward pass.
+    """Return the answer of a stored evaluation for a target agreement, without a forward pass.
 
     With exit curves, the candidates of every layer and rule are the lowest threshold of the curve
     that keeps the agreement on the sequences to fit on, and every higher threshold that was run. A
@@ -228,7 +228,7 @@ class _Pair:
 
     Attributes:
         evaluation: The evaluation.
-        agreement: The wanted share of agreeing tokens.
+        agreement: The target share of agreeing tokens.
         layer: The exit layer.
         rule: The name of the rule.
         rows: Its operating points that were run.
@@ -354,7 +354,7 @@ def search_evaluations(
         command: The command that the user ran, for the provenance.
 
     Raises:
-        RecordError: An evaluation cannot answer for the wanted agreement.
+        RecordError: An evaluation cannot answer for the target agreement.
     """
     for one in answers:
         if one.lacks is not None:

@@ -179,7 +179,7 @@ def _certificate(certificate: CertifiedThreshold) -> Pairs:
                 f"{confidence} of such calibrations satisfy the bound",
             ),
         ]
-    return Pairs((("Wanted", wanted), *outcome, ("Why", certificate.reason)))
+    return Pairs((("Target", wanted), *outcome, ("Why", certificate.reason)))
 
 
 def _nothing_certified(certificate: CertifiedThreshold, tested: str) -> list[tuple[str, str]]:

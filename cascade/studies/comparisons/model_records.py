@@ -79,7 +79,7 @@ class ComparedModelProvenance(Part, frozen=True, kw_only=True):
 
 
 class LayerAtDepth(LayerRow, frozen=True, kw_only=True):
-    """A layer's statistics and relative depth. The depth is null behind the final norm."""
+    """A layer's statistics and relative depth; the depth of row `N+norm` is null."""
 
     depth: Finite | None
 
@@ -90,7 +90,7 @@ class SuggestedExit(Part, frozen=True, kw_only=True):
     Attributes:
         layer: Number of the layer.
         depth: Relative depth of the layer.
-        spared: Share of the operations in the layers behind this layer.
+        spared: Share of the operations in the layers above it.
         by_hard_ratio: Thresholds by hard ratio.
     """
 
@@ -247,7 +247,7 @@ class ModelPair(Part, frozen=True, kw_only=True):
 
 
 class UnmeasuredLayer(Part, frozen=True, kw_only=True):
-    """A layer of an unmeasured model, with the share of operations in the layers behind it."""
+    """A layer of an unmeasured model, with the share of operations in the layers above it."""
 
     model: str
     layer: Count

@@ -348,7 +348,7 @@ class NormDimension(Part, frozen=True, kw_only=True):
         weight: Weight of the norm.
         energy: Share of the output's energy, without first tokens.
         before: Contribution to the similarity before the norm.
-        behind: Contribution to the similarity behind the norm.
+        behind: Contribution to the similarity after the norm.
     """
 
     dimension: Index

@@ -136,7 +136,7 @@ def a_record(layers: tuple[int, ...] = (24, 28), **changes: Any) -> dict[str, An
             "point": 1,
             "headline": "Do not use early exit here. Nearest: layer 24, cosine >= 0.9528.",
             "reasons": [
-                "92.5 % of all tokens (wanted: 95.0 %)",
+                "92.5 % of all tokens (target: 95.0 %)",
                 "perplexity is 1.150 x",
                 "scoring takes 0.93 x",
                 "random exit of 50.0 %",
@@ -274,7 +274,7 @@ def test_the_verdict_comes_first_with_every_check_marked() -> None:
     lines = [flat(line) for line in text[text.index("Verdict\n") :].splitlines()]
     assert lines[:2] == ["Verdict", a_record()["verdict"]["headline"]]
     assert lines[3:8] == [
-        "failed 92.5 % of all tokens (wanted: 95.0 %)",
+        "failed 92.5 % of all tokens (target: 95.0 %)",
         "passed perplexity is 1.150 x",
         "passed scoring takes 0.93 x",
         "failed no better than this control: random exit of 50.0 %",
