@@ -75,7 +75,7 @@ def _lead(record: CorpusComparison) -> str:
         f"used on another, {counts['transfers'] or 'none'} transfer (the hard ratio stays within "
         f"{record.settings.tolerance:g} of its target), "
         f"{counts['does not'] or 'none'} do not"
-        + (f", {counts['cannot tell']} are undecided." if counts["cannot tell"] else ".")
+        + (f", and {counts['cannot tell']} are undecided." if counts["cannot tell"] else ".")
     )
 
 

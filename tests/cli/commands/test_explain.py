@@ -33,7 +33,7 @@ def test_explaining_the_final_norm_writes_all_output_files(
         "explain", "--layer", "4+norm", "--model", models / "tiny", *ARGUMENTS, "--output", "out"
     )
     assert done.status == 0, done.err
-    assert "behind its final norm" in done.out
+    assert "and its final norm" in done.out
     assert json.loads((here / "out/final-norm.json").read_text())["kind"] == "final-norm"
     assert (here / "out/final-norm.svg").exists()
 

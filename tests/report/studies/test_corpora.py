@@ -192,7 +192,7 @@ def test_the_lead_counts_what_moves_and_what_transfers() -> None:
     ) in text
     assert (
         "Of 6 thresholds that were fitted on one corpus and used on another, 2 transfer (the hard "
-        "ratio stays within 0.05 of its target), 2 do not, 2 are undecided." in text
+        "ratio stays within 0.05 of its target), 2 do not, and 2 are undecided." in text
     )
 
 

@@ -142,7 +142,7 @@ def test_profiles_of_several_depths_name_each_values_layer() -> None:
     line = row_of(text, " norm")
     assert [cell for cell in line if cell.endswith("norm:")] == ["30+norm:", "40+norm:", "24+norm:"]
     # Every layer of every model has a cell of its own.
-    table = text.split("Mean similarity", 1)[1].split("How far", 1)[0]
+    table = text.split("Mean similarity", 1)[1].split("The distance of each", 1)[0]
     assert len(re.findall(r" \d+(?:\+norm)?: ", table)) == 31 + 41 + 25
 
 
