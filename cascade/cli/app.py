@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import signal
 import sys
+import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NoReturn
 
@@ -16,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from cascade.cli.console import printing
 from cascade.cli.options import option_groups
-from cascade.core.errors import CascadeError, UsageError, os_reason
+from cascade.core.errors import CascadeError, UsageError, first_line, os_reason
 
 try:
     from typer import TyperException
@@ -187,11 +190,45 @@ def main() -> None:
         if type(error).__name__ != "NoArgsIsHelpError":  # there the help has been shown
             _fail(_usage_message(error))
         sys.exit(UsageError.exit_status)
-    except OSError as error:
-        if error.filename is not None or error.errno not in _STREAM_ERRORS:
+    except SystemExit as end:
+        # The reader of stdout has ended, as in `cascade ... | head`: typer and rich exit with 1.
+        if not isinstance(end.__context__, BrokenPipeError):
             raise
         _discard_stdout()
+        sys.exit(CLOSED_PIPE_STATUS)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _STREAM_ERRORS:
+            _report_bug(error)
+        _discard_stdout()
         _fail(f"cannot print: {os_reason(error)}; send stdout elsewhere")
+    except Exception as error:
+        _report_bug(error)
+
+
+#: The exit status of a command whose reader has ended, as a shell reports it (128 + SIGPIPE).
+CLOSED_PIPE_STATUS = 141
+
+#: The exit status of an error in the package itself (EX_SOFTWARE of BSD's sysexits). Python's own
+#: status, 1, means drift.
+BUG_STATUS = 70
+
+
+def _report_bug(error: Exception) -> NoReturn:
+    """Save the traceback of an unexpected error and end with one line that names the file."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        handle, path = tempfile.mkstemp(prefix="cascade-error-", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{shlex.join(sys.argv)}\n\n{trace}")
+        where = f"the traceback is in {path}"
+    except OSError:
+        sys.stderr.write(trace)
+        where = "the traceback is above"
+    _fail(
+        f"unexpected {type(error).__name__}: {first_line(error)}; {where}, please report it with"
+        " the output of `cascade env`",
+        BUG_STATUS,
+    )
 
 
 def _discard_stdout() -> None:

@@ -31,6 +31,10 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
             store it in `Provenance`.
         altered: How the weights were altered after loading (see
             `cascade.studies.comparisons.altered_models`).
+        unused_parts: Parts of the weight files outside the decoder that the model does not use,
+            e.g. "mtp, vision_tower".
+        adapter: The base model that an adapter was applied to; `source` is the adapter.
+        unread_files: Other weight files in the model's folder, e.g. "consolidated.safetensors".
     """
 
     family: str | UnsetType = UNSET
@@ -46,6 +50,9 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
     quantization: str | UnsetType | None = UNSET
     tokenizer_hash: str | UnsetType | None = UNSET
     altered: str | UnsetType = UNSET
+    unused_parts: str | UnsetType = UNSET
+    unread_files: str | UnsetType = UNSET
+    adapter: str | UnsetType = UNSET
 
 
 #: The splits of a corpus, by record. The first one trains, the second one selects and judges.

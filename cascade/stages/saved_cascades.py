@@ -16,8 +16,8 @@ from cascade.core.files import AnyPath, RunFolder
 from cascade.core.records import read_typed, to_json
 from cascade.core.schema import UNSET, to_plain
 from cascade.exits.fitted_heads import FittedHeads, load_heads
+from cascade.models.checkpoints.reading import file_hash
 from cascade.models.stack import DecoderStack
-from cascade.models.weights import file_hash
 from cascade.stages.records import CascadeRecord, StageProvenance, StageRecord
 from cascade.stages.stage import Stage, new_stage
 

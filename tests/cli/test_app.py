@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-from support.commands import (
-    Run,
-    check_refusal,
-    python,
-)
+from support.commands import Run, check_refusal, python
 from support.disk import contents
 
 import cascade
-
-if TYPE_CHECKING:
-    pass
+from cascade.cli.app import BUG_STATUS, CLOSED_PIPE_STATUS
 
 
 def test_help_and_import_load_nothing_heavy() -> None:
@@ -128,6 +123,62 @@ def test_what_cannot_be_printed_is_one_line_and_what_was_written_stays(
     assert done.returncode == 2
     assert Path("h.safetensors").exists() == (command == "fit-heads")
     assert Path("baselines").exists() == (command == "accept run")
+
+
+@pytest.mark.parametrize("command", [["--help"], ["env"], ["compare", "run", "run"]])
+def test_a_closed_pipe_behind_stdout_is_no_error_and_no_drift(
+    analyze: Run, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    if command[0] == "compare":
+        assert analyze("--max-tokens", 320, "--output", "run").status == 0
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "cascade", *command],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert done.returncode == CLOSED_PIPE_STATUS, done.stderr
+    assert "Error" not in done.stderr
+
+
+def test_an_unexpected_error_is_one_line_that_names_its_traceback(
+    analyze: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("division by zero\nand more")
+
+    monkeypatch.setattr("cascade.report.saturation.terminal.print_profile", fail)
+    done = analyze("--max-tokens", 320)
+    assert done.status == BUG_STATUS == 70
+    found = re.fullmatch(
+        r"cascade: unexpected ZeroDivisionError: division by zero; the traceback is in (\S+),"
+        r" please report it with the output of `cascade env`",
+        done.err.splitlines()[-1],
+    )
+    assert found, done.err
+    text = Path(found.group(1)).read_text(encoding="utf-8")
+    assert "Traceback (most recent call last)" in text
+    assert "analyze" in text.splitlines()[0]
+    Path(found.group(1)).unlink()
+
+
+def test_an_unexpected_error_shows_its_traceback_where_it_cannot_be_saved(
+    analyze: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("cascade.report.saturation.terminal.print_profile", lambda *_: 1 / 0)
+    monkeypatch.setattr("tempfile.mkstemp", fail)
+    done = analyze("--max-tokens", 320)
+    assert done.status == BUG_STATUS
+    assert "Traceback (most recent call last)" in done.err
+    assert "the traceback is above" in done.err.splitlines()[-1]
 
 
 def test_a_full_disk_behind_stdout_is_one_line(

@@ -70,10 +70,42 @@ def test_family_without_causal_model_is_rejected() -> None:
 
 def test_model_without_list_of_layers_is_rejected() -> None:
     model = tiny_model("llama")
-    model.config.num_hidden_layers = 7
+    model.base_model.layers = torch.nn.ModuleList()
     with pytest.raises(UnsupportedModelError) as error:
         DecoderStack(model)
-    assert one_line(error).startswith("llama has no list of 7 decoder layers; expected")
+    assert one_line(error).startswith("llama has no list of 4 decoder layers; expected")
+
+
+def test_layers_removed_in_memory_ask_for_the_config() -> None:
+    model = tiny_model("llama")
+    del model.base_model.layers[1]
+    with pytest.raises(UnsupportedModelError) as error:
+        DecoderStack(model)
+    assert one_line(error) == (
+        "the model has 3 decoder layers, but its config counts 4; set"
+        " model.config.num_hidden_layers to 3 where layers were removed or added"
+    )
+    model.config.num_hidden_layers = 3
+    with pytest.raises(ModelError) as moved:
+        DecoderStack(model)
+    assert "decoder layer 2 has layer_idx 2, expected 1" in one_line(moved)
+    for index, layer in enumerate(model.base_model.layers):
+        layer.self_attn.layer_idx = index
+    assert DecoderStack(model).num_layers == 3
+
+
+def test_a_layer_in_another_dtype_is_rejected() -> None:
+    model = tiny_model("llama")
+    model.base_model.layers[2].half()
+    with pytest.raises(ModelError, match=r"is float16 in decoder layer 3 and float32 in"):
+        DecoderStack(model)
+
+
+def test_weights_on_no_device_are_rejected() -> None:
+    model = tiny_model("llama")
+    model.base_model.layers[2].to("meta")
+    with pytest.raises(ModelError, match=r"layers\.2\..* is on no device \(meta, or offloaded"):
+        DecoderStack(model)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

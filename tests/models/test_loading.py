@@ -17,7 +17,7 @@ from support.stacks import (
     one_line,
     own_run,
 )
-from support.tiny_models import WIDTH, random_ids, save_checkpoint, tiny_model
+from support.tiny_models import WIDTH, random_ids, save_checkpoint
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -216,7 +216,10 @@ def test_weight_of_another_shape_is_rejected(folder: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError) as error:
         load(str(folder))
-    assert one_line(error).startswith(f"cannot read the weights of {folder}: ")
+    assert one_line(error) == (
+        f"{folder}: model.norm.weight has the shape {WIDTH - 1} in the files and {WIDTH} by "
+        "config.json; expected a config.json of these weights, get both from the same checkpoint"
+    )
 
 
 def test_load_rejects_a_non_finite_weight(folder: Path) -> None:
@@ -236,20 +239,6 @@ def test_truncated_weights_are_rejected(folder: Path, kept: int) -> None:
         load(str(folder))
     assert one_line(error).startswith(f"cannot read the weights of {folder}: ")
     assert str(error.value).endswith("; get the checkpoint again")
-
-
-def test_error_names_the_missing_shard(tmp_path: Path) -> None:
-    tiny = save_checkpoint(tmp_path / "sharded")
-    (tiny / "model.safetensors").unlink()
-    tiny_model("llama").save_pretrained(tiny, max_shard_size="40KB")
-    shards = sorted(tiny.glob("*.safetensors"))
-    assert len(shards) > 2
-    load(str(tiny))
-    shards[1].unlink()
-    with pytest.raises(ModelError) as error:
-        load(str(tiny))
-    assert one_line(error).startswith(f"cannot read the weights of {tiny}: ")
-    assert shards[1].name in str(error.value)
 
 
 def test_missing_tokenizer_is_rejected(folder: Path) -> None:
@@ -278,7 +267,6 @@ def test_truncated_tokenizer_is_rejected(folder: Path) -> None:
         ("\x80", "config.json is not JSON ("),
         ("[]", "config.json is not a model config"),
         ("null", "config.json is not a model config"),
-        ('{"quantization_config": 4}', "config.json is not a model config"),
         ("{}", "cannot read the config of "),
         ('{"model_type": "nonsense"}', "cannot read the config of "),
     ],
@@ -303,7 +291,7 @@ def test_folder_without_weights_is_rejected(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError) as error:
         load(str(folder))
-    assert one_line(error).startswith(f"{folder} holds no weights (*.safetensors or *.bin)")
+    assert one_line(error).startswith(f"{folder} holds no weights: expected model.safetensors or ")
 
 
 @pytest.mark.parametrize("family", ["mamba", "qwen3_next", "t5", "distilbert"])

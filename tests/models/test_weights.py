@@ -23,19 +23,19 @@ from safetensors.torch import load_file, save_file
 from support.tiny_models import random_ids, save_checkpoint, save_gguf, tiny_model
 from transformers import PreTrainedModel
 
+from cascade.core.cache import cache_folder
 from cascade.core.errors import CascadeError, ModelError, OutputError
 from cascade.core.schema import to_plain
 from cascade.models import weights
+from cascade.models.checkpoints import gguf_copies
+from cascade.models.checkpoints.reading import file_hash, read_or_explain
 from cascade.models.loading import load
 from cascade.models.weights import (
     HOW_TO_GET_WEIGHTS,
     HUB_NAMES,
     WHEELS,
     Weights,
-    cache_folder,
-    file_hash,
     model_name,
-    read_or_explain,
     resolve,
 )
 
@@ -60,13 +60,13 @@ def gguf_file(tmp_path: Path) -> Path:
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Return a list to which every dequantization appends its file."""
     made: list[Path] = []
-    dequantize = weights.dequantize
+    dequantize = gguf_copies.dequantize
 
-    def counting(path: Path, folder: Path) -> None:
-        made.append(path)
-        dequantize(path, folder)
+    def counting(files: list[Path], folder: Path) -> None:
+        made.extend(files)
+        dequantize(files, folder)
 
-    monkeypatch.setattr(weights, "dequantize", counting)
+    monkeypatch.setattr(gguf_copies, "dequantize", counting)
     return made
 
 
@@ -272,7 +272,7 @@ def test_gguf_file_is_dequantized_once(
     assert conversions == [gguf_file]
     assert copies(cache) == [first.folder]
     digest = file_hash(gguf_file)
-    assert first.folder.name == f"{digest[:32]}-transformers-{transformers.__version__}"
+    assert first.folder.name == f"{digest[:32]}-transformers-{transformers.__version__}-2"
 
 
 def test_moved_file_uses_the_same_copy(
@@ -294,7 +294,7 @@ def test_each_transformers_release_has_its_own_copy(
     second = resolve(str(gguf_file))
     assert len(conversions) == 2
     assert second.folder != first.folder
-    assert second.folder.name.endswith("-transformers-99.1")
+    assert second.folder.name.endswith("-transformers-99.1-2")
 
 
 def test_changed_file_has_its_own_copy(
@@ -442,6 +442,7 @@ def test_concurrent_processes_share_one_copy(gguf_file: Path, tmp_path: Path, ca
         import json, sys, time
         from pathlib import Path
         from cascade.models import weights
+        from cascade.models.checkpoints import gguf_copies
 
         def dequantize(path, folder):
             with open(log, "a") as file:
@@ -453,7 +454,7 @@ def test_concurrent_processes_share_one_copy(gguf_file: Path, tmp_path: Path, ca
                 file.write("end\\n")
 
         source, log, ready, go = sys.argv[1:]
-        weights.dequantize = dequantize
+        gguf_copies.dequantize = dequantize
         import filelock, transformers
         transformers.__version__
         Path(ready).touch()
@@ -533,6 +534,9 @@ def test_hash_reads_the_weights_under_any_file_name(
     (folder / "model.safetensors").rename(file)
     if linked:
         (folder / "model.safetensors").symlink_to(file)
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
     before = resolve(str(folder)).hash
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -604,6 +608,7 @@ def test_cached_hub_model_has_its_commit_as_revision(hub: Path, saved: Path) -> 
         folder=snapshot,
         source="Some-Org/Tiny",
         name="some-org--tiny",
+        files=(snapshot / "model.safetensors",),
         hash=resolve(str(saved)).hash,
         revision=COMMIT,
         quantization=None,

@@ -299,7 +299,7 @@ def test_a_broken_folder_gives_a_one_line_error(name: str, tmp_path: Path) -> No
 
 
 def test_an_invalid_safetensors_file_gives_a_one_line_error(tmp_path: Path) -> None:
-    from cascade.models.weights import file_hash
+    from cascade.models.checkpoints.reading import file_hash
 
     a_saved_cascade(a_stack("llama"), tmp_path / "c")
     path = tmp_path / "c" / "stage-1.safetensors"

@@ -44,3 +44,26 @@ def test_cosine_with_a_zero_vector_is_zero_and_nan_stays_nan() -> None:
 )
 def test_states_are_widened_to_at_least_fp32(dtype: torch.dtype, wide: torch.dtype) -> None:
     assert widened(torch.ones(2, dtype=dtype)).dtype is wide
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scales", [(1e-20, 1e-20), (1e-30, 1.0), (1e-38, 1e20), (1e19, 1e25)])
+def test_the_norm_of_a_state_does_not_matter(
+    scales: tuple[float, float], dtype: torch.dtype
+) -> None:
+    a, b = torch.randn((2, 5, 8), generator=torch.Generator().manual_seed(0), dtype=dtype)
+    expected = torch.cosine_similarity(a.double(), b.double(), dim=-1).to(dtype)
+    torch.testing.assert_close(cosine(a * scales[0], b * scales[1]), expected)
+
+
+def test_a_short_state_changes_nothing_of_the_others() -> None:
+    a, b = torch.randn((2, 6, 8), generator=torch.Generator().manual_seed(0))
+    alone = cosine(a[:5], b[:5])
+    a[5] *= 1e-25
+    assert torch.equal(cosine(a, b)[:5], alone)
+
+
+def test_states_that_are_broadcast_have_the_same_cosine() -> None:
+    a = torch.randn((3, 8), generator=torch.Generator().manual_seed(0))
+    a[1] *= 1e-25
+    torch.testing.assert_close(cosine(a, a[:1]), cosine(a, a[:1].expand(3, 8).clone()))

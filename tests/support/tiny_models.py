@@ -5,6 +5,7 @@ Freshly initialized norms are all ones and hide a doubled or a missing norm.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,20 @@ def save_checkpoint(folder: Path, family: str = "llama", **changes: Any) -> Path
     return folder
 
 
-def save_gguf(path: Path, **changes: Any) -> PreTrainedModel:
+def save_gguf(
+    path: Path,
+    *,
+    extra: Callable[[gguf.GGUFWriter], object] | None = None,
+    without: Container[str] = (),
+    **changes: Any,
+) -> PreTrainedModel:
     """Save a tiny Llama as GGUF, most of its layers' weights in Q4_1, with a BPE tokenizer.
+
+    Args:
+        path: The file.
+        extra: Adds settings and tensors.
+        without: Names of tensors to leave out.
+        changes: Of the model's config.
 
     Returns:
         The model that the file holds: its weights are what Q4_1 left of them.
@@ -119,7 +132,11 @@ def save_gguf(path: Path, **changes: Any) -> PreTrainedModel:
     _add_gguf_tokenizer(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     for name, weight in model.state_dict().items():
-        _add_gguf_tensor(writer, names.get_name(name, try_suffixes=(".weight",)), weight, model)
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if target not in without:
+            _add_gguf_tensor(writer, target, weight, model)
+    if extra is not None:
+        extra(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

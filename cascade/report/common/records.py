@@ -112,12 +112,21 @@ def rule_sentence(layer: str, rule: str = "cosine") -> str:
 
 
 def headline(record: HasProvenance) -> list[tuple[str, str]]:
-    """Return one line each for model, corpus and run, as (label, text)."""
+    """Return one line each for model, corpus and run, as (label, text), and what was not read."""
     model, corpus = record.provenance.model, record.provenance.corpus
     layers = f"{known(model.num_layers)} decoder layers"
     traits = [known(model.family), layers, known(model.quantization)]
+    unread = [
+        f"{what} ({names})"
+        for what, names in (
+            ("other weight files", known(model.unread_files)),
+            ("parts of the files", known(model.unused_parts)),
+        )
+        if names
+    ]
     return [
         ("Model", f"{known(model.name)} ({', '.join(trait for trait in traits if trait)})"),
+        *([("Not used", "; ".join(unread))] if unread else []),
         (
             "Corpus",
             f"{corpus.name}, {corpus.tokens:,} tokens: "

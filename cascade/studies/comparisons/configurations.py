@@ -19,8 +19,9 @@ from torch import nn
 from cascade.core.errors import ModelError, UnsupportedModelError, first_line
 from cascade.core.schema import Part, from_plain
 from cascade.models.architecture import check_config, find_layers
+from cascade.models.checkpoints.reading import quiet_transformers, read_or_explain
 from cascade.models.flops import full_flops, layer_flops
-from cascade.models.weights import HUB_NAMES, WHEELS, quiet_transformers, read_or_explain
+from cascade.models.weights import HUB_NAMES, WHEELS
 from cascade.studies.comparisons.model_records import ModelSizes
 
 #: File patterns of weights.
@@ -216,14 +217,17 @@ def _from_disk(path: Path, source: str) -> Configuration:
         if not (path / "config.json").exists():
             raise ModelError(f"{source} holds no config.json; expected a saved transformers model")
         config = read_or_explain(
-            f"the config of {source}", lambda: AutoConfig.from_pretrained(path)
+            f"the config of {source}",
+            lambda: AutoConfig.from_pretrained(path, trust_remote_code=False),
         )
         return Configuration(path.resolve().name.lower(), str(path / "config.json"), config)
     if path.suffix.lower() != ".gguf":
         raise ModelError(f"expected a model folder or a .gguf file, got {source}")
     config = read_or_explain(
         f"the config of {source}",
-        lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name),
+        lambda: AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        ),
     )
     return Configuration(path.stem.lower(), str(path), config)
 
@@ -233,7 +237,7 @@ def _from_hub(source: str, revision: str | None) -> Configuration:
 
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:
         # The Hub client raises many kinds of errors. All mean the same to the user.
         raise ModelError(

@@ -329,4 +329,5 @@ def _levelled_rows(
 
 def _shares(a: Tensor, b: Tensor) -> Tensor:
     """Return the contribution of each dimension to the cosine of two states, `[B, T, D]`."""
-    return a * b / (norm(a) * norm(b)).clamp_min(1e-30)[..., None]
+    smallest = torch.finfo(a.dtype).tiny
+    return a * b / norm(a).clamp_min(smallest)[..., None] / norm(b).clamp_min(smallest)[..., None]

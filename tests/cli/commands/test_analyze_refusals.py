@@ -221,7 +221,7 @@ BAD_INPUT: dict[str, tuple[Setup, list[str]]] = {
             num_key_value_heads=2,
             vocab_size=97,
         ),
-        ["llama has no list of 0 decoder layers", "expected a decoder-only model"],
+        ["config.json counts 0 layers, but the files have more", "correct num_hidden_layers"],
     ),
     "encoder-decoder": (with_config(model_type="t5"), ["t5 is an encoder-decoder", "decoder-only"]),
     "recurrent layers": (

@@ -1,0 +1,1 @@
+"""Checkpoints: which files are read, and whether all of their weights were loaded."""

@@ -1,0 +1,121 @@
+"""What loading a checkpoint reported: missing, unexpected and mismatched tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cascade.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SCALES = re.compile(r"(scales?|scale_inv|zero_points?|qzeros|g_idx|absmax|quant_map|quant_state)")
+_LORA = re.compile(r"(^|\.)lora_|(^|\.)adapters?\.|\.dora_|\.ia3_")
+
+
+def check_loading_report(source: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Check that loading used every tensor of the files that belongs to the decoder.
+
+    `transformers` only warns: missing weights are random, and others are dropped.
+
+    Args:
+        source: The model, for errors.
+        model: The loaded model.
+        report: The loading info of `from_pretrained`. Tensors that the family ignores on purpose
+            are not in it.
+
+    Raises:
+        ModelError: Weights are missing or have other shapes, or tensors of the decoder were not
+            used: layers that the config does not count, quantization scales, biases, or an
+            adapter's. Tensors of other parts, such as a vision tower, are allowed; see
+            `unused_parts`.
+    """
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{source}: {name} has the shape {_shape(stored)} in the files and {_shape(wanted)} by"
+            f" config.json{_more(mismatched)}; expected a config.json of these weights, get both"
+            " from the same checkpoint"
+        )
+    unexpected = sorted(report["unexpected_keys"])
+    lora = [name for name in unexpected if _LORA.search(name)]
+    if lora:
+        raise ModelError(
+            f"{source} has weights of an adapter that are not applied, such as"
+            f" {lora[0]}{_more(lora)}; expected a merged model: load it with peft,"
+            " merge_and_unload() and save_pretrained()"
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        others = f" (and has {unexpected[0]}, which it does not use)" if unexpected else ""
+        raise ModelError(
+            f"{source} lacks {len(missing)} of its weights, the first is {missing[0]}{others}; "
+            "get the checkpoint again"
+        )
+    unused = [name for name in unexpected if _belongs_to_decoder(name, model)]
+    if not unused:
+        return
+    scales = [name for name in unused if _SCALES.search(name.rpartition(".")[2])]
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = [name for name in unused if _layer_number(name) >= depth]
+    if scales:
+        reason = "its weights need quantization scales that are not applied"
+        remedy = "expected a quantization_config in config.json; dequantize the weights, or add it"
+        unused = scales
+    elif layers:
+        reason = f"config.json counts {depth} layers, but the files have more"
+        remedy = "correct num_hidden_layers, or get config.json and weights of the same checkpoint"
+        unused = layers
+    else:
+        reason = f"the files have weights that {model.config.model_type} does not use"
+        remedy = "expected a config.json of these weights; get both from the same checkpoint"
+    raise ModelError(f"{source}: {reason}, such as {unused[0]}{_more(unused)}; {remedy}")
+
+
+def unused_parts(model: PreTrainedModel, report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the parts of the files outside the decoder that loading did not use.
+
+    Args:
+        model: The loaded model.
+        report: The loading info of `from_pretrained`.
+
+    Returns:
+        The first component of the tensors' names, e.g. `("mtp", "vision_tower")`.
+    """
+    names = (name for name in report["unexpected_keys"] if not _belongs_to_decoder(name, model))
+    prefix = f"{model.base_model_prefix}."
+    return tuple(sorted({name.removeprefix(prefix).split(".")[0] for name in names}))
+
+
+def _belongs_to_decoder(name: str, model: PreTrainedModel) -> bool:
+    """Return whether a tensor would be part of a module that the model has.
+
+    A buffer that the model computes itself, such as a causal mask, does not count.
+    """
+    modules = dict(model.named_modules())
+    buffers = dict(model.named_buffers())
+    outermost = {"", *(path for path, module in modules.items() if module is model.base_model)}
+    for full in (name, f"{model.base_model_prefix}.{name}"):
+        if full in buffers:
+            return False
+        parents = full.split(".")[:-1]
+        paths = {".".join(parents[:count]) for count in range(1, len(parents) + 1)}
+        if (paths & set(modules)) - outermost:
+            return True
+    return False
+
+
+def _layer_number(name: str) -> int:
+    """Return the index in a tensor's name, e.g. 4 for `model.layers.4.mlp.up_proj.weight`."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), -1)
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _more(names: list[Any]) -> str:
+    return f" ({len(names) - 1} more)" if names[1:] else ""
