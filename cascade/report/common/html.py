@@ -16,7 +16,7 @@ body {
   margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
 }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main { container-type: inline-size; max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 2.75rem 0 .75rem; font-size: 1.2rem; }
 h3 { margin: 2rem 0 .5rem; font-size: 1.02rem; }
@@ -38,11 +38,11 @@ figure { margin: 1.5rem 0; }
 figcaption, caption { font-size: .9rem; text-align: left; }
 figcaption { max-width: 46rem; margin-top: .25rem; }
 caption { padding-bottom: .5rem; }
-caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2.5rem); }
-.scroll { overflow-x: auto; margin-bottom: 1.5rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: 100cqi; }
+.scroll { container-type: inline-size; overflow-x: auto; margin-bottom: 1.5rem; }
 .scroll svg { display: block; width: 100%; min-width: 40rem; height: auto; }
 .scroll svg text { font-family: inherit !important; }
-table { min-width: 22rem; border-collapse: collapse; font-size: .9rem;
+table { min-width: min(22rem, 100cqi); border-collapse: collapse; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .7rem; border-bottom: 1px solid var(--grid); text-align: right; }
 th { font-weight: 600; }
@@ -53,20 +53,43 @@ td.text, th.text { text-align: left; }
 .scroll tr.active > * { background: var(--tint); }
 tr.active td.text { color: var(--active); font-weight: 600; white-space: nowrap; }
 tr.control > * { color: var(--muted); font-weight: 400; }
-.provenance { width: 100%; }
+.provenance { width: 100%; min-width: 0; }
 .provenance td { overflow-wrap: anywhere; }
 .provenance .active > * { background: var(--tint); }
 .provenance tr.active td.text { white-space: normal; }
 .provenance tbody th { font-weight: 400; color: var(--muted); vertical-align: top; }
 .provenance tbody th[scope=rowgroup] { padding-top: 1rem; color: var(--ink); font-weight: 600; }
-@media (max-width: 64rem) {
+@container (max-width: 58rem) {
   table { font-size: .82rem; }
   th, td { padding: .22rem .38rem; }
 }
-@media (max-width: 36rem) {
+@container (max-width: 33.5rem) {
   dl { display: block; }
   dd { margin-bottom: .75rem; }
+  .scroll table { width: max-content; }
+  td.text { max-width: 18rem; }
 }
+@media print {
+  main { max-width: none; padding: 0; }
+  .scroll { overflow: visible; }
+  .scroll svg { min-width: 0; }
+  .scroll th[scope=row] { position: static; }
+  table { font-size: .72rem; }
+  th, td { padding: .15rem .3rem; }
+  h2, h3, caption { break-after: avoid; }
+  figure, tr { break-inside: avoid; }
+  tr.active > * { print-color-adjust: exact; }
+}
+"""
+
+#: What pages that show a fragment set for elements, as the page of a report has it.
+_RESET = """
+h1, h2, h3 { color: inherit; font-weight: 700; letter-spacing: normal; }
+dl, dt, dd, p, figcaption { font-style: normal; letter-spacing: normal; }
+figure { display: block; width: auto; max-width: none; text-align: left; }
+p, dd, dt { font-size: 1em; }
+table { display: table; background: none; border: 0; border-radius: 0; overflow: visible; }
+th, td { min-width: 0; border-top: 0; vertical-align: baseline; }
 """
 
 
@@ -101,17 +124,19 @@ def html_fragment(sections: Iterable[str]) -> str:
 
     Its styles apply to itself alone, and win over those of the page. It is light or dark as
     JupyterLab, VS Code and Material for MkDocs say that they are, else as the reader's system is.
+    On paper it is light.
 
     Args:
         sections: The fragment's parts, as HTML.
     """
     light, dark = (f".{_FRAGMENT} {{ {_colours(index)} }}" for index in (0, 1))
     themes = (
-        f"\n{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n"
-        f"{_within_hosts(_LIGHT_HOSTS, light)}\n{_within_hosts(_DARK_HOSTS, dark)}"
+        f"\n{light}\n@media screen and (prefers-color-scheme: dark) {{ {dark} }}\n"
+        f"{_within_hosts(_LIGHT_HOSTS, light)}\n"
+        f"@media screen {{ {_within_hosts(_DARK_HOSTS, dark)} }}"
     )
     return (
-        f'<div class="{_FRAGMENT}">\n<style>{themes}{_scoped(_CSS)}</style>\n<main>\n'
+        f'<div class="{_FRAGMENT}">\n<style>{themes}{_scoped(_RESET + _CSS)}</style>\n<main>\n'
         f"{''.join(sections)}</main>\n</div>\n"
     )
 
@@ -141,12 +166,14 @@ def _scoped(css: str) -> str:
     """Return rules that apply within a fragment alone."""
 
     def scoped(rule: re.Match[str]) -> str:
-        # Twice the class: more specific than the rules that pages have for their tables.
-        root = f".{_FRAGMENT}.{_FRAGMENT}"
+        # Four times the class: more specific than the rules that pages have for their tables.
+        root = 4 * f".{_FRAGMENT}"
         selectors = [selector.strip() for selector in rule[2].split(",")]
         named = [root if name == "body" else f"{root} {name}" for name in selectors]
         return f"{rule[1]}{', '.join(named)} {{"
 
+    # A page can have another root font size: that of Material for MkDocs is 20 to 27 px.
+    css = re.sub(r"(\d*\.?\d+)rem\b", lambda size: f"{16 * float(size[1]):g}px", css)
     return re.sub(r"(\A\s*|[{}]\s*)([^{}@]+?)\s*\{", scoped, css)
 
 
@@ -171,7 +198,7 @@ def own_ids(svg: str) -> str:
 def _theme() -> str:
     return (
         f"\n:root {{ color-scheme: light dark; {_colours(0)} }}"
-        f"\n@media (prefers-color-scheme: dark) {{ :root {{ {_colours(1)} }} }}"
+        f"\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {_colours(1)} }} }}"
     )
 
 
