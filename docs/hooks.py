@@ -144,11 +144,11 @@ def _described(name: str, command: Any) -> list[str]:
     usage = " ".join([name, *(param.name.upper() for param in arguments), "[OPTIONS]"])
     lines = [f"## {name}", "", f"`{usage}`", "", _paragraphs(command.help or ""), ""]
     if arguments:
-        lines += ["| argument | |", "| --- | --- |"]
+        lines += ["| argument | meaning |", "| --- | --- |"]
         lines += [f"| `{param.name.upper()}` | {_cell(param.help)} |" for param in arguments]
         lines.append("")
     panels = dict.fromkeys(param.rich_help_panel or "Options" for param in options)
-    lines += ["| option | | default |", "| --- | --- | --- |"]
+    lines += ["| option | meaning | default |", "| --- | --- | --- |"]
     for panel in panels:
         lines.append(f"| **{panel}** | | |")
         lines += [_row(param, command) for param in options if param.rich_help_panel == panel]

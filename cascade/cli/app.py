@@ -71,6 +71,13 @@ class Group(TyperGroup):
         """Return the option `--help`."""
         return _described(super().get_help_option(ctx))
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the group's options, which are all flags: help shows no type for them."""
+        params = super().get_params(ctx)
+        for param in params:
+            param.metavar = ""
+        return params
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that the arguments name.
 
@@ -87,6 +94,7 @@ def _described(option: Any, panel: str | None = None) -> Any:
     """Return the option `--help` with our words, if there is one, in a panel of help."""
     if option is not None:
         option.help = "Show this help."
+        option.metavar = ""
         option.rich_help_panel = panel
     return option
 
@@ -121,7 +129,7 @@ class _Root(Group):
 app = typer.Typer(
     name="cascade",
     cls=_Root,
-    help="Measure how the layers of a language model saturate, exit early, and gate drift.",
+    help="Measure layer saturation in language models, decode with early exit, and detect drift.",
     epilog="`cascade COMMAND --help` describes a command and its options.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -102,16 +102,25 @@ def _fields_as_parameters(group: Any) -> list[inspect.Parameter]:
 
 
 def _in_panel(parameter: inspect.Parameter, own_panel: str) -> inspect.Parameter:
-    """Return the parameter with its panel in the annotation, unless the annotation names one."""
+    """Return the parameter with a panel and a metavar, where its annotation has none."""
     option = _option(parameter)
-    if option is None or option.rich_help_panel is not None:
+    if option is None:
         return parameter
     shared = (panel for panel, names in PANELS.items() if parameter.name in names)
     placed = copy.copy(option)
-    placed.rich_help_panel = next(shared, own_panel)
+    placed.rich_help_panel = option.rich_help_panel or next(shared, own_panel)
     kind, *extras = get_args(parameter.annotation)
+    placed.metavar = placed.metavar or _metavar(kind)
     extras = [placed if extra is option else extra for extra in extras]
     return parameter.replace(annotation=Annotated[kind, *extras])
+
+
+def _metavar(kind: Any) -> str | None:
+    """Return how help shows the type of an option's values: nothing for a flag, one of a list."""
+    names = {bool: "", int: "<int>", float: "<float>", str: "<str>", Path: "<path>"}
+    kinds = [kind, *get_args(kind)]
+    kinds += [inner for each in get_args(kind) for inner in get_args(each)]
+    return next((names[each] for each in kinds if each in names), None)
 
 
 def _option(parameter: inspect.Parameter) -> Any:
@@ -275,7 +284,7 @@ Propagation = Annotated[
     str,
     typer.Option(
         "--propagation",
-        help="KV of exited tokens above the exit: frozen, ridge or exact.",
+        help="Keys and values of exited tokens above the exit: frozen, ridge or exact.",
         autocompletion=completion.propagations,
     ),
 ]

@@ -176,7 +176,7 @@ def _checks(number: int, rows: Rows, wanted: WantedQuality) -> list[_Check]:
                 "random",
                 bool(beaten),
                 f"random exit of {percent(other.exit_share)} at the same layer: "
-                f"{_quality(other)} (beaten in {_measures(beaten)})",
+                f"{_quality(other)} (the point is better in {_measures(beaten)})",
             )
         )
     static = _static(row, rows)
@@ -210,7 +210,7 @@ def _beaten_in(row: OperatingPointRow, other: OperatingPointRow) -> list[str]:
 
 
 def _measures(names: Sequence[str]) -> str:
-    return {0: "neither", 1: f"{''.join(names)} only"}.get(len(names), " and ".join(names))
+    return {0: "neither measure", 1: f"{''.join(names)} only"}.get(len(names), " and ".join(names))
 
 
 def _dominates(other: OperatingPointRow, row: OperatingPointRow) -> bool:

@@ -82,8 +82,8 @@ def test_point_that_passes_all_checks_is_used() -> None:
         "97.0 % of all tokens have the full model's prediction (96.0 % to 98.0 %; target: 95.0 %)",
         "perplexity is 1.020 x the full model's (1.010 to 1.030; target: at most 1.050)",
         "scoring takes 0.90 x the full model's time (0.88 to 0.92), 0.90 x its operations",
-        "random exit of 30.0 % at the same layer: perplexity 1.100 x, agreement 90.0 % (beaten in "
-        "agreement and perplexity)",
+        "random exit of 30.0 % at the same layer: perplexity 1.100 x, agreement 90.0 % (the "
+        "point is better in agreement and perplexity)",
         "static exit at layer 24, 0.80 x the time: perplexity 1.500 x, agreement 70.0 %",
     ]
 
@@ -144,16 +144,16 @@ def test_reason_says_that_one_batch_gives_no_interval() -> None:
         ({"agreement": 0.9, "perplexity_ratio": 1.0}, "agreement only"),
         ({"agreement": 0.99, "perplexity_ratio": 1.1}, "perplexity only"),
         # Differences within the interval: the rule carries no information.
-        ({"agreement": 0.97, "perplexity_ratio": 1.02}, "neither"),
-        ({"agreement": 0.965, "perplexity_ratio": 1.025}, "neither"),
-        ({"agreement": 0.99, "perplexity_ratio": 1.0}, "neither"),
+        ({"agreement": 0.97, "perplexity_ratio": 1.02}, "neither measure"),
+        ({"agreement": 0.965, "perplexity_ratio": 1.025}, "neither measure"),
+        ({"agreement": 0.99, "perplexity_ratio": 1.0}, "neither measure"),
     ],
 )
 def test_rule_must_beat_random_exit_significantly(control: dict[str, float], beaten: str) -> None:
     found = verdict(GOOD, row("random", **control))
-    assert found.reasons[3].endswith(f"(beaten in {beaten})")
-    assert found.use == (beaten != "neither")
-    if beaten == "neither":
+    assert found.reasons[3].endswith(f"(the point is better in {beaten})")
+    assert found.use == (beaten != "neither measure")
+    if beaten == "neither measure":
         assert found.failed == ["random"]
         assert found.headline == (
             "Do not use early exit here: layer 24, cosine >= 0.95 is good enough and faster, but "

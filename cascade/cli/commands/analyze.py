@@ -39,7 +39,7 @@ class AnalyzedCorpus(SampledCorpusOptions):
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Sample records at random (default: no).",
+            help="Sample records at random with this seed (default: take the first).",
             rich_help_panel="Corpus",
         ),
     ] = None

@@ -109,7 +109,7 @@ def bench_collect(
         typer.Option(help="Measure peak memory, in separate processes.", rich_help_panel=_WORK),
     ] = True,
 ) -> None:
-    """Time ways to collect similarities: bare decoder, analyze, the study's, a peer's.
+    """Time collecting similarities: bare decoder, analyze, the study's code, a peer's code.
 
     Runs the variants in one process, interleaved in random order. A
     missed target is printed and recorded; the exit status remains 0.
@@ -157,7 +157,10 @@ class DecodingOptions(BenchmarkOptions):
     ] = "cosine"
     threshold: Annotated[
         float | None,
-        typer.Option(help="Tokens at or above it exit (default: fitted).", rich_help_panel=_EXIT),
+        typer.Option(
+            help="Let tokens with this confidence or more exit (default: fitted).",
+            rich_help_panel=_EXIT,
+        ),
     ] = None
     hard_ratio: Annotated[
         float,
@@ -176,7 +179,7 @@ class DecodingOptions(BenchmarkOptions):
 
 @command("decode", group=bench)
 def bench_decode(options: DecodingOptions, output: BenchmarkOutput) -> None:
-    """Time decoding: transformers' generate, this package's, and with early exit.
+    """Time decoding: transformers' generate, this package's, and early exit.
 
     Runs the variants on held-out text, in one process, interleaved in
     random order. A missed target is printed and recorded; the exit

@@ -51,7 +51,7 @@ class CollectionOptions(PrintOptions):
     )
     layer: ExitLayer = None
     hard_ratio: Annotated[
-        float | None, typer.Option(help="Share of hard tokens; fits the threshold.")
+        float | None, typer.Option(help="Share of hard tokens to which the threshold is fitted.")
     ] = None
     threshold: Annotated[
         float | None, typer.Option(help="Tokens below this similarity are hard.")
@@ -78,7 +78,7 @@ def collect_hard(
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Sample records at random (default: no).",
+            help="Sample records at random with this seed (default: take the first).",
             rich_help_panel="Corpus",
         ),
     ] = None,

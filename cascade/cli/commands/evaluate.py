@@ -61,7 +61,8 @@ class EvaluationOptions:
     ] = False
     agreement: Agreement = 0.95
     perplexity_ratio: Annotated[
-        float, typer.Option(help="Largest acceptable perplexity, as a multiple.")
+        float,
+        typer.Option(help="Largest acceptable perplexity, as a multiple of the full model's."),
     ] = 1.05
     cascade: Annotated[
         Path | None,

@@ -51,7 +51,7 @@ class ExplanationOptions:
     layer: Annotated[
         str,
         typer.Option(
-            help="Row to explain: a layer, or 30+norm for the final norm behind layer 30.",
+            help="Row to explain: a layer, or 30+norm for the final norm after layer 30.",
             autocompletion=completion.row,
         ),
     ]
@@ -73,7 +73,7 @@ def explain(
     batch_size: BatchSize = 8,
     seed: Seed = 0,
 ) -> None:
-    """Explain why the input and output of a layer differ as they do.
+    """Explain why a layer changes the hidden state as much as it does.
 
     Splits the layer's update into attention and MLP, removes each
     possible cause from it and from a neighbour, and names the causes

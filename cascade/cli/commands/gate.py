@@ -78,7 +78,9 @@ def compare(
     new: Annotated[
         Path, typer.Argument(help="Folder of a run, or a profile's .json next to its .npz.")
     ],
-    baseline: Annotated[Path, typer.Argument(help="The profile to compare with: the same.")],
+    baseline: Annotated[
+        Path, typer.Argument(help="Profile to compare with, given in the same form.")
+    ],
     comparison: ComparisonOptions,
     output: ReportOutput,
     strict: Annotated[bool, _STRICT] = False,

@@ -29,7 +29,9 @@ class PromptOptions:
 
     prompt: Annotated[str, typer.Option(help="Text to continue.")]
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 40
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Generate at most this many tokens.")
+    ] = 40
     stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; repeatable.")] = None
     compare: Annotated[bool, typer.Option(help="Compare with the full model's text.")] = True
 
@@ -60,18 +62,18 @@ class ExitOptions:
     ] = None
     threshold: Annotated[
         float | None,
-        typer.Option(help="Tokens at or above it exit (default: none, the full model)."),
+        typer.Option(help="Let tokens with this confidence or more exit (default: none exits)."),
     ] = None
     calibration: Annotated[
         Path | None,
         typer.Option(help="calibration.json to take layer, rule and threshold from."),
     ] = None
     hard_ratio: Annotated[
-        float | None, typer.Option(help="Use the calibration's threshold for this ratio.")
+        float | None, typer.Option(help="Use the calibration's threshold for this hard ratio.")
     ] = None
     cascade: Annotated[
         Path | None,
-        typer.Option(help="Folder of `cascade train` to take base and stages from."),
+        typer.Option(help="Folder of `cascade train` to take the model and its stages from."),
     ] = None
     verify: Annotated[
         bool, typer.Option("--verify", help="Let the full model confirm every token.")
@@ -117,7 +119,8 @@ class GenerationHeads:
     propagation: Annotated[
         str | None,
         typer.Option(
-            help="KV of exited tokens above the exit: frozen, ridge or exact (default: frozen).",
+            help="Keys and values of exited tokens above the exit: frozen, ridge or exact "
+            "(default: frozen).",
             autocompletion=completion.propagations,
         ),
     ] = None
@@ -137,11 +140,17 @@ class SamplingOptions(PrintOptions):
     ] = None
     top_p: Annotated[
         float | None,
-        typer.Option(help="Sample from the likeliest of this sum (default: the model's)."),
+        typer.Option(
+            help="Sample from the likeliest tokens that have this probability together "
+            "(default: the model's)."
+        ),
     ] = None
     top_k: Annotated[
         int | None,
-        typer.Option(help="Sample from this many; 0: all (default: the model's, or 50)."),
+        typer.Option(
+            help="Sample from this many of the likeliest tokens; 0: all "
+            "(default: the model's, or 50)."
+        ),
     ] = None
 
     def settings(self) -> dict[str, Any]:

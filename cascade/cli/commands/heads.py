@@ -53,7 +53,7 @@ class FittingOptions(PrintOptions):
     ] = 0
     half: Annotated[
         bool,
-        typer.Option("--half", help="Store the weights in 16 bits, half the size."),
+        typer.Option("--half", help="Store the weights in 16 bits, which halves the file."),
     ] = False
     output: Annotated[Path, typer.Option(help="The .safetensors file to write.")] = (
         dataclasses.field(kw_only=True)
@@ -106,7 +106,7 @@ def fit_heads(
             )
     fitted.save(output, half=fitting.half)
     size = output.stat().st_size / 1e6
-    message(f"Wrote {output} ({size:.1f} MB): heads for the layers {fitting.layers}")
+    message(f"Wrote {output} ({size:.1f} MB): heads for layers {fitting.layers}")
     show_record(fitted.metadata(), _print_losses)
 
 
@@ -138,7 +138,9 @@ class CalibrationOptions:
     ] = None
     risk: Annotated[
         float | None,
-        typer.Option(help="Certify that at most this share of predictions differs."),
+        typer.Option(
+            help="Certify that at most this share of predictions differs from the full model's."
+        ),
     ] = None
     confidence: Annotated[float, typer.Option(help="Confidence of the certificate.")] = 0.95
 

@@ -55,15 +55,17 @@ class SearchOptions:
     rule: Rules = None
     risk: Annotated[
         float | None,
-        typer.Option(help="Certify that at most this share differs (default: 1 - agreement)."),
+        typer.Option(
+            help="Certify that at most this share of predictions differs (default: 1 - agreement)."
+        ),
     ] = None
     confidence: Annotated[float, typer.Option(help="Confidence of all certificates.")] = 0.95
     measure: Annotated[
         bool | None,
         typer.Option(
             "--measure/--no-measure",
-            help="Run the operating points that records have as counted values only, or run none "
-            "(default: run what records lack).",
+            help="Also run the operating points that the records only estimate, or run none "
+            "(default: run what the records lack).",
             rich_help_panel="Records",
         ),
     ] = None

@@ -52,12 +52,12 @@ class StageOptions(PrintOptions):
     layer: Annotated[
         int | None,
         typer.Option(
-            help="Layer that decides (default: second to last).",
+            help="Layer whose similarity decides (default: second to last).",
             autocompletion=completion.layer,
         ),
     ] = None
     hard_ratio: Annotated[
-        float | None, typer.Option(help="Share of hard tokens; fits the threshold.")
+        float | None, typer.Option(help="Share of hard tokens to which the threshold is fitted.")
     ] = None
     threshold: Annotated[
         float | None, typer.Option(help="Tokens below this similarity enter the stage.")

@@ -104,7 +104,9 @@ def rule_sentence(layer: str, rule: str = "cosine") -> str:
         last = int(layer) if layer.isdigit() else None
         pairs = [] if last is None else [last] if rule == "cosine" else [last - 1, last]
         # Written out, because the first study was off by one here.
-        what = "".join(f", history[{after - 1}] against history[{after}]" for after in pairs)
+        states = ", ".join(f"history[{after - 1}] against history[{after}]" for after in pairs)
+        ends = "input and output" if rule == "cosine" else "inputs and outputs of two layers"
+        what = f", {ends} ({states})" if pairs else ""
     return (
         f"Exit layer {layer}{what}. Hard: {value} < threshold, the token continues. "
         f"Easy: {value} >= threshold, the token exits."

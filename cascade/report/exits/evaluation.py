@@ -376,7 +376,8 @@ def _points(record: EvaluationRecord) -> list[Block]:
         "Loss against cost; lower left is better. Top: perplexity relative to the full model. "
         "Bottom: share of tokens with another prediction than the full model. Each line is one "
         "rule at one exit layer (the number) over its thresholds; grey marks are controls. The "
-        "dark line joins the operating points that no other one beats in both loss and cost.",
+        "line without marks joins the operating points that no other one beats in both loss and "
+        "cost.",
     )
     if not record.points:
         return [picture, _NONE]

@@ -134,8 +134,10 @@ def _summary(record: GenerationRecord) -> list[tuple[str, str]]:
 
 def _exit(exit_: ExitEntry) -> str:
     threshold = exit_.threshold
-    when = "never" if threshold is None else f"{exit_.rule} >= {show_threshold(threshold)}"
-    return f"layer {exit_.layer}, {when}; {head_words(exit_.head)}"
+    if threshold is None:
+        return f"layer {exit_.layer}, no threshold: no token exits; {head_words(exit_.head)}"
+    rule = f"{exit_.rule} >= {show_threshold(threshold)}"
+    return f"layer {exit_.layer}, {rule}; {head_words(exit_.head)}"
 
 
 def _count(record: GenerationRecord) -> str:

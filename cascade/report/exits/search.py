@@ -102,7 +102,7 @@ def _tables(record: SearchRecord) -> Iterator[Block]:
         rows = [row for pair in group for row in _rows(record, pair)]
         if rows:
             yield table_of(
-                f"Head: {head_words(head)}. Propagation: {propagation_words(propagation)}. For "
+                f"Head {head_words(head)}. Propagation {propagation_words(propagation)}. For "
                 "every layer and rule: the lowest fitted threshold and, if different, the lowest "
                 "that kept the agreement and the lowest that kept it significantly.",
                 _HEADER,
@@ -174,8 +174,8 @@ def _pictures(record: SearchRecord) -> Iterator[Block]:
         frontier_svg(record),
         "Agreement against cost; upper left is better. Each line is one rule at one exit layer "
         "(the number) over its thresholds. Hollow marks were not measured but estimated from the "
-        "exit table. The dark line is the frontier: no other operating point is better in both "
-        "agreement and cost. The full model is at the right.",
+        "exit table. The line without marks is the frontier: no other operating point "
+        "is better in both agreement and cost. The full model is at the right.",
     )
 
 

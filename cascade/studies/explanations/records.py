@@ -407,7 +407,7 @@ class FinalNormExplanation(Displayed, StoredRecord, frozen=True, kw_only=True):
         means = {row.between: row.mean for row in self.similarities}
         found = ", ".join(
             f"{words} {means[name]:.4f}"
-            for name, words in (("residual", "before the norm"), ("behind", "behind it"))
+            for name, words in (("residual", "before the norm"), ("behind", "after it"))
             if name in means
         )
         layer = self.settings.layer

@@ -158,13 +158,13 @@ def test_ties_are_a_column_only_if_there_are_any() -> None:
 
 def test_cosine_names_the_pair_of_history_entries() -> None:
     text = flat(printed(a_record()))
-    assert "Exit layer 29, history[28] against history[29]." in text
+    assert "Exit layer 29, input and output (history[28] against history[29])." in text
     assert "Hard: similarity < threshold, the token continues." in text
 
 
 def test_mean_cosine_names_both_pairs() -> None:
     text = flat(printed(a_record(rule="mean_cosine")))
-    assert "history[27] against history[28], history[28] against history[29]." in text
+    assert "history[27] against history[28], history[28] against history[29])." in text
     assert "Easy: mean similarity >= threshold" in text
 
 

@@ -133,7 +133,7 @@ def test_the_summary_shows_all_fields_of_the_record() -> None:
     text = flat(printed(a_record()))
     for part in (
         "layer 24, top2_gap >= 0.381000; ridge",
-        "layer 28, never; ridge",
+        "layer 28, no threshold: no token exits; ridge",
         "26.31 of 30 computed per token, including the prompt's tokens, which the table above does "
         "not count",
         "14.2 tokens/s, 1.10 x the full model's 12.9 tokens/s",

@@ -152,7 +152,7 @@ def test_each_head_has_its_own_table_and_name_in_the_picture() -> None:
     sources = [a_source("one", "ridge"), a_source("two", "frozen")]
     record = structs.replace(a_record(*POINTS, other), sources=sources)
     text = plain(printed(record))
-    assert text.index("Head: ridge") < text.index("Head: logit lens")
+    assert text.index("Head ridge:") < text.index("Head logit lens:")
     assert "From the record one: ridge" in text
     assert "cosine, logit_lens" in frontier_svg(record)
 

@@ -212,7 +212,7 @@ def test_a_stable_band_of_one_layer_is_not_a_range() -> None:
 
 def test_thresholds_say_which_states_they_compare_and_who_goes_on() -> None:
     text = printed(a_full_record(), width=300).split("\nSuggested thresholds\n")[1]
-    assert "Exit layer 29, history[28] against history[29]." in text
+    assert "Exit layer 29, input and output (history[28] against history[29])." in text
     assert "Hard: similarity < threshold, the token continues." in text
     assert "Easy: similarity >= threshold, the token exits." in text
     assert re.search(r"30% +0\.944312 +30% continue, 70% exit", text)

@@ -285,7 +285,9 @@ def test_special_layers_are_the_same_or_named(special: Record, words: str) -> No
 
 
 def test_the_compared_states_of_a_threshold_are_named() -> None:
-    assert "Exit layer 5, history[4] against history[5]." in flat(printed(a_record()))
+    assert "Exit layer 5, input and output (history[4] against history[5])." in flat(
+        printed(a_record())
+    )
 
 
 # --- Tables ----------------------------------------------------------------------------------
