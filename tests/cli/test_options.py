@@ -104,6 +104,19 @@ def test_help_of_an_option_is_a_sentence_and_its_default_comes_last() -> None:
                 assert param.help.endswith(")."), where
 
 
+def test_help_shows_one_value_of_a_list_and_no_type_of_a_flag() -> None:
+    shown = {
+        flag: param.metavar
+        for _, command in commands()
+        for param in command.params
+        for flag in param.opts
+        if param.param_type_name == "option"
+    }
+    expected = {"--overwrite": "", "--seed": "<int>", "--hard-ratio": "<float>", "--rule": "<str>"}
+    assert {flag: shown[flag] for flag in expected} == expected
+    assert set(shown.values()) == {"", "<int>", "<float>", "<str>", "<path>"}
+
+
 def test_the_command_receives_its_groups(command: Any) -> None:
     arguments = ["--width", "5", "--output", "x", "--height", "7"]
     command.main(arguments, standalone_mode=False)

@@ -138,6 +138,7 @@ def test_a_notebook_shows_the_report_with_its_figures(name: str) -> None:
     selectors = re.findall(r"(?:\A\s*|[{}]\s*)([^{}@]+?)\s*\{", style)
     assert len(selectors) > 40
     assert all(".cascade-report" in part for found in selectors for part in found.split(","))
+    assert "rem" not in style  # the page around it has its own root size
     every = [one for svg in svgs(page) for one in ids(svg)]
     assert len(every) == len(set(every))
     assert set(re.findall(r'(?:url\(|href=")#([^")]+)', page)) <= set(every)

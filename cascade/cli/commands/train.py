@@ -293,6 +293,7 @@ class _ShownTraining:
         self._advance: Callable[[int], None] = lambda _: None
 
     def started(self, steps: int, done: int) -> None:
+        message(f"Training a stage on {self._routing} tokens: {steps} steps")
         bar = progress_bar(f"Training ({self._routing})", steps * self._tokens)
         self._advance = self._cleanup.enter_context(bar)
         self._advance(done * self._tokens)

@@ -9,6 +9,7 @@ from typing import Protocol
 from cascade.core.schema import known
 from cascade.evaluation.records import ExitProvenance
 from cascade.report.common.records import percent
+from cascade.report.common.words import counted
 
 _HEADS = {
     "logit_lens": "logit lens: the model's own final norm and LM head",
@@ -82,7 +83,7 @@ def corpus_words(corpus: SizedCorpus) -> str:
     """Return the name and size of a corpus."""
     return (
         f"{corpus.name}, {corpus.tokens:,} tokens: "
-        f"{corpus.sequences:,} sequences x {corpus.seq_len:,}"
+        f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}"
     )
 
 

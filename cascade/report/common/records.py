@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from cascade.core.provenance import Provenance
 from cascade.core.schema import StoredRecord, known, to_plain
+from cascade.report.common.words import counted
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -132,7 +133,7 @@ def headline(record: HasProvenance) -> list[tuple[str, str]]:
         (
             "Corpus",
             f"{corpus.name}, {corpus.tokens:,} tokens: "
-            f"{corpus.sequences:,} sequences x {corpus.seq_len:,}",
+            f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}",
         ),
         ("Run", f"{known(model.dtype)} on {known(model.device)}"),
     ]

@@ -1,4 +1,4 @@
-"""Text helpers for reports: lists, ranges and whole percentages."""
+"""Text helpers for reports: lists, counts, ranges and whole percentages."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ def listed(names: Sequence[str], none: str = "") -> str:
     if len(names) < 2:
         return "".join(names) or none
     return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    Args:
+        number: The number.
+        noun: The noun in the singular; its plural ends with an s.
+
+    Example:
+        >>> counted(1, "layer"), counted(1024, "token")
+        ('1 layer', '1,024 tokens')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def whole_percent(share: float | None) -> str:

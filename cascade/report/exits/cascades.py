@@ -18,6 +18,7 @@ from cascade.report.common.sections import (
     print_sections,
     table_of,
 )
+from cascade.report.common.words import counted
 from cascade.stages.records import (
     CascadeEvaluationRecord,
     CascadeRecord,
@@ -59,7 +60,7 @@ def training_report(provenance: TrainingProvenance) -> Report:
     threshold = show_threshold(tokens.threshold)
     return Report(
         kicker="CASCADE training",
-        title=f"Stage: {config.additional_layers} layers ({config.start}), trained on "
+        title=f"Stage: {counted(config.additional_layers, 'layer')} ({config.start}), trained on "
         f"{config.routing} tokens",
         about=f"{provenance.steps} steps of {config.batch_size} sequences, learning rate "
         f"{config.learning_rate:g}, seed {config.seed}",
@@ -138,6 +139,7 @@ def cascade_report(record: CascadeEvaluationRecord) -> Report:
             Section(
                 "Figures",
                 (
+                    "A control is named by the tokens that it was trained on / that enter it.",
                     _figures(record, "Perplexity relative to the base model", "ratio", 3),
                     _figures(record, "Perplexity", "perplexity", 2),
                     _figures(record, "Accuracy of the next-token prediction", "accuracy", 3),
@@ -186,8 +188,9 @@ def _stages(cascade: CascadeRecord) -> list[tuple[str, str]]:
     return [
         (
             f"Stage {number}",
-            f"{stage.num_layers} layers, entry if {stage.entry.rule} at layer {stage.entry.layer} "
-            f"< {show_threshold(float(stage.entry.threshold))}, {cascade.propagation} propagation",
+            f"{counted(stage.num_layers, 'layer')}, entry if {stage.entry.rule} at layer "
+            f"{stage.entry.layer} < {show_threshold(float(stage.entry.threshold))}, "
+            f"{cascade.propagation} propagation",
         )
         for number, stage in enumerate(cascade.stages, start=1)
     ]
@@ -200,7 +203,7 @@ def _tokens(row: VariantFigures) -> str:
 def _name(row: VariantFigures) -> str:
     if row.trained_on in (None, "hard"):
         return row.name
-    return f"control: trained on {row.trained_on}, entered by {row.entered_by}"
+    return f"control: {row.trained_on} / {row.entered_by}"
 
 
 def _cost(row: VariantFigures) -> list[str]:

@@ -44,7 +44,7 @@ def test_a_trained_stage_can_be_evaluated_and_generates_text(
     assert len(record["comparisons"]) == 4
     for words in (record["verdict"]["stage"], record["verdict"]["routing"]):
         assert " ".join(words.split())[1:] in " ".join(done.out.split())
-    assert "control: trained on random, entered by random" in done.out
+    assert "control: random / random" in done.out
 
     done = run("generate", "--cascade", "staged", "--prompt", "Number", "--max-new-tokens", 6)
     assert done.status == 0, done.err

@@ -109,7 +109,7 @@ def test_tables_have_captions_and_scopes_and_figures_have_labels() -> None:
 
 def test_colours_follow_the_light_or_dark_theme() -> None:
     page = full_page()
-    assert "prefers-color-scheme: dark" in page
+    assert "@media screen and (prefers-color-scheme: dark)" in page  # paper is light
     used = set(re.findall(r"var\((--[a-z]+)\)", page))
     root = re.findall(r":root \{(.*?)\}", page)
     assert len(root) == 2
