@@ -320,7 +320,7 @@ def test_variations_cover_every_value_often_enough() -> None:
     assert {variation.batch_size for variation in clean_variations(200)} >= {1, 32}
 
 
-@pytest.mark.parametrize("repetitions", [40, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("repetitions", [20, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_clean_repetitions_of_a_tiny_model_raise_no_alarm(family: str, repetitions: int) -> None:
     make = partial(a_tiny_stack, family)
