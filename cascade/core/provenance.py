@@ -67,6 +67,7 @@ class CorpusProvenance(Part, frozen=True, kw_only=True):
         record_split: "train" or "held-out", where only these records were read.
         split_rule: How records are assigned to the two.
         spread: How sequences were chosen, where not all of them were measured.
+        empty_records: How many records were null or blank, if any were.
     """
 
     source: str
@@ -79,6 +80,7 @@ class CorpusProvenance(Part, frozen=True, kw_only=True):
     record_split: str | UnsetType = field(default=UNSET, name="part")
     split_rule: str | UnsetType = field(default=UNSET, name="parted")
     spread: str | UnsetType = UNSET
+    empty_records: Count | UnsetType = UNSET
 
 
 class MachineProvenance(Part, frozen=True, kw_only=True):

@@ -18,9 +18,9 @@ from cascade.core.defaults import NUM_SAMPLES, SEQ_LEN
 from cascade.core.errors import CorpusError, ModelError
 from cascade.core.provenance import SPLITS, CorpusProvenance, Split
 from cascade.core.schema import UNSET
-from cascade.corpora.joining import RecordText, join
+from cascade.corpora.joining import JoinedText, RecordText, join
 from cascade.corpora.readers import EMBEDDED, name_of_texts, read_records, read_texts
-from cascade.corpora.record_text import Record, text_of
+from cascade.corpora.record_text import Record, texts_of
 from cascade.models.stack import DecoderStack
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class TokenBlocks:
             the tokens that begin after its last heading, and its EOS; in any other record they are
             all tokens. None without marks.
         record_split: The split that was read, "train" or "held-out"; None for the whole corpus.
+        empty_records: The number of records that are null or blank.
         spread_over: The number of sequences in the text, if these are only some of them, evenly
             spaced; else None.
 
@@ -72,6 +73,7 @@ class TokenBlocks:
     response: npt.NDArray[np.bool_] | None = None
     record_split: Split | None = None
     spread_over: int | None = None
+    empty_records: int = 0
 
     def __repr__(self) -> str:
         sequences, length = self.ids.shape
@@ -169,6 +171,7 @@ class TokenBlocks:
             seq_len=int(self.ids.shape[1]),
             record_split=UNSET if self.record_split is None else self.record_split,
             split_rule=UNSET if self.record_split is None else f"by record, {rule}",
+            empty_records=self.empty_records or UNSET,
             spread=UNSET if over is None else f"evenly over {over:,} sequences",
         )
 
@@ -259,11 +262,8 @@ def load_blocks(
     )
     if seed is not None:
         records = _shuffled(records, seed)
-    texts = (
-        RecordText(number, *text_of(record, source, number, text_column))
-        for number, record in enumerate(itertools.islice(records, num_samples), start=1)
-        if record_split in (None, _split_of(record, number, source))
-    )
+    reading = _Reading()
+    texts = reading.texts(source, itertools.islice(records, num_samples), text_column, record_split)
     wanted = None if max_tokens is None else max_tokens // seq_len * seq_len
     joined = join(texts, tokenizer, wanted, marks=marks)
     ids = joined.ids
@@ -271,6 +271,7 @@ def load_blocks(
         raise CorpusError(
             f"{source} is empty; expected at least one record{_in_split(record_split)}"
         )
+    _check_readable(source, reading, joined, tokenizer.eos_token_id)
     rows = len(ids) // seq_len
     if wanted is not None:
         rows = min(rows, wanted // seq_len)
@@ -285,11 +286,72 @@ def load_blocks(
         np.array(ids[: rows * seq_len], dtype=np.int32).reshape(shape),
         source,
         f"{name}-{record_split}" if record_split else name,
-        len(joined.spans),
+        joined.records,
+        empty_records=reading.empty,
         record_of=joined.record_numbers(shape) if marks else None,
         response=joined.response_marks(shape) if marks else None,
         record_split=record_split,
     )
+
+
+@dataclass
+class _Reading:
+    """Counts what is read from a corpus.
+
+    Attributes:
+        empty: Records that are null or blank.
+        characters: Characters of all texts.
+        nuls: NUL characters among them.
+    """
+
+    empty: int = 0
+    characters: int = 0
+    nuls: int = 0
+
+    def texts(
+        self,
+        source: str,
+        records: Iterable[Record],
+        text_column: str | None,
+        record_split: Split | None,
+    ) -> Iterator[RecordText]:
+        """Yield the texts of all records of a split, counting them."""
+        for number, record in enumerate(records, start=1):
+            if record_split not in (None, _split_of(record, number, source)):
+                continue
+            found = texts_of(record, source, number, text_column)
+            self.empty += not any(text.strip() for text, _ in found)
+            for text, response in found:
+                self.characters += len(text)
+                self.nuls += text.count("\0")
+                yield RecordText(number, text, response)
+
+
+def _check_readable(source: str, reading: _Reading, joined: JoinedText, eos: int | None) -> None:
+    """Check that most of what was tokenized is text.
+
+    Raises:
+        CorpusError: Most characters are NUL, most texts became no tokens or unknown ones, or most
+            tokens are EOS.
+    """
+    if reading.nuls > reading.characters / 2:
+        raise CorpusError(
+            f"{reading.nuls} of {reading.characters} characters of {source} are NUL; expected text,"
+            " get the file again or name its column with --text-column"
+        )
+    texts = len(joined.spans)
+    if joined.silent > texts / 2:
+        raise CorpusError(
+            f"the tokenizer turns {joined.silent} of {texts} texts of {source} into no tokens or"
+            " unknown ones; expected the model's own tokenizer: copy tokenizer.json and"
+            " tokenizer_config.json from the model that it was made from"
+        )
+    ends = sum(token == eos for token in joined.ids)
+    if ends > len(joined.ids) / 2:
+        raise CorpusError(
+            f"{ends} of {len(joined.ids)} tokens of {source} are EOS, because most of its records"
+            " are empty; expected text, name its column with --text-column"
+        )
 
 
 def _check_sizes(seq_len: int, max_tokens: int | None) -> None:

@@ -51,11 +51,18 @@ class JoinedText:
 
     Attributes:
         ids: The ids of all records, joined by EOS.
-        spans: One per record.
+        spans: One per text.
+        silent: How many texts are not blank, but became no token, or unknown tokens alone.
     """
 
     ids: list[int]
     spans: list[_Span]
+    silent: int = 0
+
+    @property
+    def records(self) -> int:
+        """The number of records."""
+        return len({span.number for span in self.spans})
 
     def record_numbers(self, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
         """Return the number of each token's record, `[S, T]`."""
@@ -88,21 +95,23 @@ def join(
     Raises:
         CorpusError: The tokenizer has no EOS, or cannot separate template and response.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise CorpusError("the tokenizer has no EOS token to join records with; set one")
+    eos, unknown = tokenizer.eos_token_id, {getattr(tokenizer, "unk_token_id", None)}
     ids: list[int] = []
     spans: list[_Span] = []
+    silent = 0
     for text in texts:
         if spans:
+            if eos is None:
+                raise CorpusError("the tokenizer has no EOS token to join records with; set one")
             ids.append(int(eos))
             spans[-1] = replace(spans[-1], tokens=spans[-1].tokens + 1)
         own, template = _encode(text, tokenizer, marks=marks)
         ids.extend(own)
+        silent += bool(text.text.strip()) and not set(own) - unknown
         spans.append(_Span(text.number, len(own), template))
         if wanted is not None and len(ids) >= wanted:
             break
-    return JoinedText(ids, spans)
+    return JoinedText(ids, spans, silent)
 
 
 def _encode(

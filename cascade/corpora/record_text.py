@@ -10,7 +10,7 @@ Record = dict[str, Any]
 
 
 def record_text(record: Any, *, source: str, number: int, text_column: str | None = None) -> str:
-    """Return a record's text: all fields in Alpaca form, else the text column.
+    """Return a record's first text: all fields in Alpaca form, else the text column.
 
     Args:
         record: A mapping of columns.
@@ -19,22 +19,38 @@ def record_text(record: Any, *, source: str, number: int, text_column: str | Non
         text_column: The column to read (default: Alpaca form, else the column "text").
 
     Raises:
-        CorpusError: The column is missing or does not hold text.
+        CorpusError: The record is null, or the column is missing or does not hold text.
     """
-    return text_of(record, source, number, text_column)[0]
+    texts = texts_of(record, source, number, text_column)
+    if not texts:
+        raise CorpusError(f"{source}, record {number}: expected text, got null; fix it")
+    return texts[0][0]
 
 
-def text_of(record: Any, source: str, number: int, text_column: str | None) -> tuple[str, int]:
-    """Return a record's text, and the index at which its response text begins."""
+def texts_of(
+    record: Any, source: str, number: int, text_column: str | None
+) -> list[tuple[str, int]]:
+    """Return a record's texts, each with the index at which its response text begins.
+
+    A record has one text, or one per entry of its list `instances`. A null record, or one whose
+    column is null, has none.
+    """
     place = f"{source}, record {number}"
+    if record is None:
+        return []
     if not isinstance(record, dict):
         raise CorpusError(f"{place}: expected an object, got {type(record).__name__}; fix it")
-    fields = _alpaca_fields(record) if text_column is None else None
-    if fields is not None:
-        for column, value in fields.items():
-            _check_text(value, column, place)
-        text = alpaca_text(*fields.values())
-        return text, len(text) - len(fields["output"])
+    alpaca = _alpaca_fields(record) if text_column is None else None
+    if alpaca is not None:
+        texts = []
+        for fields in alpaca:
+            if fields["instruction"] is None or fields["output"] is None:
+                continue
+            for column, value in fields.items():
+                _check_text(value, column, place)
+            text = alpaca_text(*fields.values())
+            texts.append((text, len(text) - len(fields["output"])))
+        return texts
     column = text_column or "text"
     if column not in record:
         raise CorpusError(
@@ -42,21 +58,28 @@ def text_of(record: Any, source: str, number: int, text_column: str | None) -> t
             f"{'' if text_column else ' or instruction and output'}, got "
             f"{', '.join(sorted(map(str, record))) or 'no columns'}; name one with --text-column"
         )
+    if record[column] is None:
+        return []
     _check_text(record[column], column, place)
-    return record[column], 0
+    return [(record[column], 0)]
 
 
-def _alpaca_fields(record: Record) -> dict[str, Any] | None:
-    """Return instruction, input and output; None if the record is not in Alpaca form."""
+def _alpaca_fields(record: Record) -> list[dict[str, Any]] | None:
+    """Return instruction, input and output per instance; None if this is no Alpaca form."""
     nested = record.get("instances")
-    rest = nested[0] if isinstance(nested, list) and nested else record
-    if "instruction" not in record or not isinstance(rest, dict) or "output" not in rest:
+    rests = nested if isinstance(nested, list) and nested else [record]
+    if "instruction" not in record or not all(
+        isinstance(rest, dict) and "output" in rest for rest in rests
+    ):
         return None
-    return {
-        "instruction": record["instruction"],
-        "input": rest.get("input") or "",
-        "output": rest["output"],
-    }
+    return [
+        {
+            "instruction": record["instruction"],
+            "input": "" if rest.get("input") is None else rest["input"],
+            "output": rest["output"],
+        }
+        for rest in rests
+    ]
 
 
 def _check_text(value: Any, column: str, place: str) -> None:

@@ -26,6 +26,7 @@ from cascade.exits.rules import ExitRule, check_layers, find_rule
 from cascade.models.flops import Counts
 from cascade.models.identity import check_same_model
 from cascade.models.stack import DecoderStack
+from cascade.stats.perplexity import perplexity
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -61,7 +62,7 @@ class Score:
     def perplexity(self) -> float:
         """The exponential of the mean negative log-probability of the scored tokens."""
         values = self.log_probabilities[self.scored].double()
-        return math.exp(-float(values.mean())) if len(values) else math.nan
+        return perplexity(-float(values.mean())) if len(values) else math.nan
 
 
 class EarlyExit:

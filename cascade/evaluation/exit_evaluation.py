@@ -39,6 +39,7 @@ from cascade.models.flops import full_flops
 from cascade.models.stack import DecoderStack
 from cascade.stats.auroc import auroc
 from cascade.stats.decision import reaches
+from cascade.stats.perplexity import perplexity
 from cascade.stats.thresholds import quantile_threshold
 
 
@@ -395,7 +396,7 @@ def full_record(stack: DecoderStack, table: ExitTable) -> FullModelFigures:
     scored = table.full_log_probability[:, :-1]
     tokens = int(table.full_log_probability.size)
     return FullModelFigures(
-        perplexity=math.exp(-scored.mean(dtype=np.float64)),
+        perplexity=perplexity(-scored.mean(dtype=np.float64)),
         tokens=tokens,
         scored_tokens=int(scored.size),
         sequences=len(scored),

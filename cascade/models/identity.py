@@ -31,6 +31,29 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return "sha256:" + hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, source: str) -> None:
+    """Check that a tokenizer can be the model's: that it knows at least half of its tokens.
+
+    `transformers` makes an empty tokenizer of some families where the files are missing. Models
+    embed somewhat more tokens than their tokenizers know, to round the number up.
+
+    Args:
+        tokenizer: The tokenizer.
+        config: The config of the model.
+        source: The model, for the error.
+
+    Raises:
+        ModelError: The tokenizer knows fewer than half of the tokens.
+    """
+    embedded = int(config.get_text_config().vocab_size)
+    if len(tokenizer) < embedded / 2:
+        raise ModelError(
+            f"the tokenizer of {source} knows {len(tokenizer)} tokens, but the model embeds"
+            f" {embedded}; expected the model's own tokenizer: copy tokenizer.json and"
+            " tokenizer_config.json from the model that it was made from"
+        )
+
+
 def weights_digest(model: nn.Module) -> str:
     """Return a SHA-256 over the current weights. Hashing 650 MB took 0.5 s on one core.
 

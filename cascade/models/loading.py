@@ -18,7 +18,7 @@ from cascade.models.checkpoints.adapters import apply_adapter, without_wrapper
 from cascade.models.checkpoints.files import check_stored_dtypes
 from cascade.models.checkpoints.loading_report import check_loading_report, unused_parts
 from cascade.models.checkpoints.reading import read_or_explain
-from cascade.models.identity import tokenizer_hash
+from cascade.models.identity import check_tokenizer, tokenizer_hash
 from cascade.models.stack import DecoderStack
 from cascade.models.weights import Weights, resolve
 
@@ -142,6 +142,7 @@ def load(
         f"the tokenizer of {source} (expected tokenizer.json or similar in {texts})",
         lambda: AutoTokenizer.from_pretrained(texts, trust_remote_code=False),
     )
+    check_tokenizer(tokenizer, config, source)
     model, unused = _read_weights(weights, config=config, dtype=wanted, **placed)
     if own is not None:
         model = apply_adapter(model, own, source, merge=weights.quantization is None)
@@ -170,6 +171,8 @@ def borrowed(
         ModelError: A weight is NaN or infinite.
     """
     model = without_wrapper(model)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model.config, model.name_or_path or "the model")
     modes = [(module, module.training) for module in model.modules()]
     source = model.name_or_path or None
     try:

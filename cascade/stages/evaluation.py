@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,6 +28,7 @@ from cascade.stages.records import (
     ScopeFigures,
     VariantFigures,
 )
+from cascade.stats.perplexity import MAX_NATS, perplexity
 from cascade.stats.resampling import draws, interval
 
 #: The scopes of every figure. A token counts by the text that it predicts.
@@ -239,7 +239,7 @@ def _scope(own: SequenceSums, base: SequenceSums, scope: str, seed: int) -> Scop
     ratio, ratio_interval = perplexity_ratio(own, base, scope, seed)
     return ScopeFigures(
         tokens=int(tokens.sum()),
-        perplexity=math.exp(own.losses[scope].sum() / tokens.sum()),
+        perplexity=perplexity(own.losses[scope].sum() / tokens.sum()),
         accuracy=float(own.hits[scope].sum() / tokens.sum()),
         ratio=ratio,
         ratio_interval=ratio_interval,
@@ -261,8 +261,9 @@ def perplexity_ratio(
     sequences = draws(len(tokens), seed)
     drawn = tokens[sequences].sum(axis=1)
     kept = drawn > 0
-    resampled = np.exp(difference[sequences].sum(axis=1)[kept] / drawn[kept])
-    return math.exp(difference.sum() / tokens.sum()), interval(resampled)
+    resampled = difference[sequences].sum(axis=1)[kept] / drawn[kept]
+    ratio = perplexity(difference.sum() / tokens.sum())
+    return ratio, interval(np.exp(np.minimum(resampled, MAX_NATS)))
 
 
 def _compared(

@@ -26,6 +26,8 @@ from support.corpora import (
     some_blocks,
 )
 from support.tiny_models import tiny_tokenizer
+from tokenizers import Regex
+from tokenizers.normalizers import Replace
 
 from cascade.core.errors import CorpusError
 from cascade.core.schema import UNSET, to_plain
@@ -145,6 +147,67 @@ def test_missing_tokenizer_or_eos_is_rejected(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(CorpusError, match="no EOS token to join records with; set one"):
         load_blocks(str(path), tokenizer)
+
+
+def test_one_document_needs_no_eos(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("abcdefgh")
+    tokenizer = tiny_tokenizer()
+    expected = load_blocks(tmp_path / "x.txt", tokenizer, seq_len=4)
+    tokenizer.eos_token = None
+    assert np.array_equal(load_blocks(tmp_path / "x.txt", tokenizer, seq_len=4).ids, expected.ids)
+
+
+def test_null_records_are_skipped_and_empty_ones_counted(tmp_path: Path) -> None:
+    records = [{"text": "abcd"}, None, {"text": None}, {"text": " "}, {"text": ""}, {"text": "ef"}]
+    blocks = blocks_of(in_lines(tmp_path / "x.jsonl", records), seq_len=2)
+    assert decoded(blocks) == "abcd\n \n\nef"[:10]
+    assert (blocks.records, blocks.empty_records) == (4, 4)
+    assert blocks.provenance().empty_records == 4
+    whole = blocks_of(in_lines(tmp_path / "x.jsonl", records[:1]), seq_len=2)
+    assert whole.provenance().empty_records is UNSET
+
+
+def test_every_instance_of_a_record_is_read(tmp_path: Path) -> None:
+    record = {"instruction": "i", "instances": [{"output": "abc"}, {"output": "xyz..."}]}
+    blocks = blocks_of(in_lines(tmp_path / "x.jsonl", [record]), marks=True)
+    assert "abc" in decoded(blocks)
+    assert "xyz" in decoded(blocks)
+    assert blocks.records == 1
+    assert set(np.asarray(blocks.record_of).ravel()) == {1}
+
+
+def without_merges() -> Any:
+    """Return a tokenizer as transformers makes it where files are missing: text is nothing."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = Replace(Regex("."), "")
+    return tokenizer
+
+
+def of_unknown_tokens() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = Replace(Regex("."), "\u00e4")
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [without_merges, of_unknown_tokens])
+def test_a_tokenizer_that_cannot_read_the_text_is_refused(make: Any, tmp_path: Path) -> None:
+    path = in_lines(tmp_path / "x.jsonl", RECORDS)
+    with pytest.raises(CorpusError) as error:
+        load_blocks(path, make(), seq_len=2)
+    assert "the tokenizer turns 8 of 8 texts of " in str(error.value)
+    assert "copy tokenizer.json" in str(error.value)
+
+
+def test_a_corpus_of_empty_records_is_refused(tmp_path: Path) -> None:
+    records = [*[{"text": ""}] * 30, {"text": "abcd"}]
+    with pytest.raises(CorpusError, match=r"30 of 34 tokens of .* are EOS, because most of its"):
+        blocks_of(in_lines(tmp_path / "x.jsonl", records))
+
+
+def test_a_file_of_nul_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"\0" * 50 + b"text")
+    with pytest.raises(CorpusError, match=r"50 of 54 characters of .* are NUL; expected text"):
+        blocks_of(tmp_path / "x.txt")
 
 
 @given(rows=st.integers(1, 60), wanted=st.integers(1, 80))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.corpora import outcome
 
 from cascade.core.errors import CorpusError
-from cascade.corpora.record_text import alpaca_text, record_text
+from cascade.corpora.record_text import alpaca_text, record_text, texts_of
 
 if TYPE_CHECKING:
     pass
@@ -38,6 +38,14 @@ def test_first_nested_instance_is_used() -> None:
     }
     expected = "### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n2"
     assert record_text(record, source="here", number=1) == expected
+    second = expected.replace("1 + 1", "2 + 2").removesuffix("2") + "4"
+    assert [text for text, _ in texts_of(record, "here", 1, None)] == [expected, second]
+
+
+@pytest.mark.parametrize("column", [None, "text"])
+@pytest.mark.parametrize("record", [None, {"text": None}])
+def test_a_null_record_has_no_text(record: Any, column: str | None) -> None:
+    assert texts_of(record, "here", 1, column) == []
 
 
 def test_alpaca_form_takes_precedence_over_a_default_text_column() -> None:
@@ -51,15 +59,17 @@ def test_alpaca_form_takes_precedence_over_a_default_text_column() -> None:
     ("record", "column", "message"),
     [
         (["text"], None, "expected an object, got list"),
-        (None, None, "expected an object, got NoneType"),
+        (None, None, "expected text, got null"),
         ({"body": "b", "id": "1"}, None, "'text' or instruction and output, got body, id; name"),
         ({}, None, "got no columns"),
         ({"text": "t"}, "body", "expected the column 'body', got text; name one with --text-col"),
         ({"instruction": "i"}, None, "'text' or instruction and output, got instruction;"),
         ({"text": 3}, None, "expected text in column 'text', got int"),
-        ({"text": None}, None, "expected text in column 'text', got NoneType"),
+        ({"text": None}, None, "expected text, got null"),
         ({"instruction": "i", "output": 3}, None, "expected text in column 'output', got int"),
-        ({"instruction": None, "output": "o"}, None, "expected text in column 'instruction'"),
+        ({"instruction": None, "output": "o"}, None, "expected text, got null"),
+        ({"instruction": "i", "input": 0, "output": "o"}, None, "text in column 'input', got int"),
+        ({"instruction": "i", "input": False, "output": "o"}, None, "in column 'input', got bool"),
         ({"instruction": "i", "input": [1], "output": "o"}, None, "text in column 'input', got l"),
         ({"instruction": "i", "instances": ["output"]}, None, "got instances, instruction"),
         ({"instruction": "i", "instances": [3]}, None, "got instances, instruction"),

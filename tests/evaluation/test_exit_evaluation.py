@@ -31,13 +31,14 @@ from support.tiny_models import tiny_model
 from cascade.core.errors import CascadeError, CorpusError, ModelError, UsageError
 from cascade.core.records import read_typed, to_json, write_record
 from cascade.core.schema import UNSET, to_plain
-from cascade.decoding.early_exit import make_exit
+from cascade.decoding.early_exit import EarlyExit, make_exit
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, search, split
 from cascade.evaluation.exit_table import ExitTable
 from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow, WantedQuality
 from cascade.evaluation.verdict import CONTROLS, judge
 from cascade.models.stack import DecoderStack
+from cascade.stats.perplexity import MAX_NATS
 
 FIT, CONFIRM = split(blocks_of(19, seed=1))
 REQUEST = EvaluationConfig(
@@ -83,6 +84,18 @@ def refusal(kind: type[CascadeError], work: Callable[[], Any]) -> str:
     with pytest.raises(kind) as error:
         work()
     return one_line(error)
+
+
+def test_a_model_whose_perplexity_overflows_is_evaluated() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30_000)
+    record = evaluate(DecoderStack(model), FIT, CONFIRM, EvaluationConfig(layers=(2,)))
+    assert record.full.perplexity == pytest.approx(math.exp(MAX_NATS))
+    assert "Infinity" not in to_json(to_plain(record))
+    early = EarlyExit(DecoderStack(model))
+    ids = torch.from_numpy(CONFIRM.ids[:2].astype(np.int64))
+    assert early.score(ids).perplexity == pytest.approx(math.exp(MAX_NATS))
 
 
 # --- The split -------------------------------------------------------------------------------

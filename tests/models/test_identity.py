@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from support.stacks import ALL_FAMILIES, own_run
-from support.tiny_models import random_ids, tiny_model
+from support.tiny_models import random_ids, save_checkpoint, tiny_model
 from torch import Tensor, nn
 
+from cascade.core.errors import ModelError
 from cascade.core.schema import UNSET
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
@@ -75,3 +76,14 @@ def test_tokenizer_hash_depends_on_the_vocabulary(folder: Path) -> None:
     after = load(str(folder)).provenance
     assert after.tokenizer_hash != before.tokenizer_hash
     assert after.weights_hash == before.weights_hash
+
+
+def test_a_tokenizer_of_far_fewer_tokens_than_the_model_embeds_is_refused(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "model", vocab_size=195)
+    with pytest.raises(ModelError) as error:
+        load(folder)
+    assert str(error.value).startswith(
+        f"the tokenizer of {folder} knows 97 tokens, but the model embeds 195; expected the"
+    )
+    save_checkpoint(folder, vocab_size=190)
+    assert load(folder).vocab_size == 190

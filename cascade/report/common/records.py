@@ -127,13 +127,15 @@ def headline(record: HasProvenance) -> list[tuple[str, str]]:
         )
         if names
     ]
+    count = known(corpus.empty_records)
+    empty = f"; {counted(count, 'empty record')}" if count else ""
     return [
         ("Model", f"{known(model.name)} ({', '.join(trait for trait in traits if trait)})"),
         *([("Not used", "; ".join(unread))] if unread else []),
         (
             "Corpus",
             f"{corpus.name}, {corpus.tokens:,} tokens: "
-            f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}",
+            f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}{empty}",
         ),
         ("Run", f"{known(model.dtype)} on {known(model.device)}"),
     ]

@@ -17,6 +17,7 @@ from cascade.stages.hard_tokens.dataset import Batch, HardTokens
 from cascade.stages.records import HeldOutEvaluation
 from cascade.stages.trainer.checkpoints import checkpoints
 from cascade.stages.trainer.stage_module import SCOPES, StageModule, scope_masks
+from cascade.stats.perplexity import perplexity
 
 
 class TrainingProgress(Protocol):
@@ -271,4 +272,4 @@ def _check_whole(batch: Batch) -> None:
 
 
 def _perplexity(losses: Tensor) -> list[float]:
-    return [float(value) for value in losses.exp()]
+    return [perplexity(float(loss)) for loss in losses]

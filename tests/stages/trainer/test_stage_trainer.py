@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from cascade.stages.training import Training, train_stage
 
 
 def test_patience_stops_training_early(tokens: HardTokens, tmp_path: Path) -> None:
-    config = dataclasses.replace(
+    config = structs.replace(
         SHORT, learning_rate=0.3, clipping=1e6, evaluations_per_epoch=4, epochs=20, patience=2
     )
     done = train_stage(a_reader(), tokens, config, tmp_path)
