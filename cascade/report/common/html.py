@@ -30,6 +30,7 @@ p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
 .open { border-color: var(--muted); }
 h1.fail { color: var(--active); }
 h1.pass { color: var(--rule5); }
+code { padding: .05em .3em; border-radius: 3px; background: var(--tint); font-size: .92em; }
 summary { margin: 2rem 0 .5rem; font-weight: 600; cursor: pointer; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.25rem;
   max-width: 50rem; margin: 1.25rem 0 0; }
@@ -91,6 +92,15 @@ p, dd, dt { font-size: 1em; }
 table { display: table; background: none; border: 0; border-radius: 0; overflow: visible; }
 th, td { min-width: 0; border-top: 0; vertical-align: baseline; }
 """
+
+
+def inline(text: str) -> str:
+    """Return plain text as HTML. Text between a pair of backticks becomes code."""
+    parts = html.escape(text).split("`")
+    if len(parts) % 2 == 0:
+        return "`".join(parts)
+    parts[1::2] = [f"<code>{part}</code>" for part in parts[1::2]]
+    return "".join(parts)
 
 
 def html_document(title: str, sections: Iterable[str]) -> str:
@@ -224,14 +234,14 @@ def html_head(kicker: str, name: str, about: str, *, mark: str = "") -> str:
     opening = f'<h1 class="{mark}">' if mark else "<h1>"
     return (
         f'<header>\n<p class="kicker">{html.escape(kicker)}</p>\n{opening}{html.escape(name)}</h1>'
-        f'\n<p class="about">{html.escape(about)}</p>\n</header>\n'
+        f'\n<p class="about">{inline(about)}</p>\n</header>\n'
     )
 
 
 def html_pairs(pairs: Iterable[tuple[str, str]]) -> str:
     """Return labels and texts as a definition list; both are plain text."""
     items = "\n".join(
-        f"<dt>{html.escape(label)}</dt><dd>{html.escape(text)}</dd>" for label, text in pairs
+        f"<dt>{html.escape(label)}</dt><dd>{inline(text)}</dd>" for label, text in pairs
     )
     return f"<dl>\n{items}\n</dl>\n"
 
@@ -246,7 +256,7 @@ def html_figure(svg: str, caption: str) -> str:
     return (
         '<figure>\n<div class="scroll" tabindex="0" role="region" aria-label="figure">\n'
         f"{_themed(svg)}</div>\n"
-        f"<figcaption>{html.escape(caption)}</figcaption>\n</figure>\n"
+        f"<figcaption>{inline(caption)}</figcaption>\n</figure>\n"
     )
 
 
@@ -273,7 +283,7 @@ def html_table(
 
     def cell(tag: str, attributes: str, index: int, text: str) -> str:
         aligned = ' class="text"' if index >= first_text else ""
-        return f"<{tag}{attributes}{aligned}>{html.escape(text)}</{tag}>"
+        return f"<{tag}{attributes}{aligned}>{inline(text)}</{tag}>"
 
     head = "".join(cell("th", ' scope="col"', *pair) for pair in enumerate(header))
     body = ""
@@ -288,7 +298,7 @@ def html_table(
         )
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="table">\n<table>\n'
-        f"<caption><span>{html.escape(caption)}</span></caption>\n"
+        f"<caption><span>{inline(caption)}</span></caption>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
     )
 

@@ -20,6 +20,7 @@ from cascade.report.common.html import (
     html_provenances,
     html_section,
     html_table,
+    inline,
     own_ids,
 )
 from cascade.report.common.terminal import (
@@ -328,8 +329,8 @@ def _as_html(block: PageBlock) -> str:
     if isinstance(block, Heading):
         return f"<h3>{html.escape(block.text)}</h3>\n"
     if isinstance(block, Lead):
-        return f'<p class="lead {block.mark}">{html.escape(block.words())}</p>\n'
-    return f"<p>{html.escape(block)}</p>\n"
+        return f'<p class="lead {block.mark}">{inline(block.words())}</p>\n'
+    return f"<p>{inline(block)}</p>\n"
 
 
 def markdown(report: Report, *, level: int = 1, pictures: str = "") -> str:

@@ -368,9 +368,9 @@ def test_a_session_has_an_overview_with_the_worst_first() -> None:
     assert (
         "4 comparisons (1 FAIL, 1 NOT COMPARABLE, 1 INCONCLUSIVE, 1 PASS); 3 budget files" in text
     )
-    assert "Missing baselines/a.json; create it with `cascade analyze --output a | tee b`" in text
+    assert "Missing baselines/a.json; create it with cascade analyze --output a | tee b" in text
     assert ["agreement", "at least 0.897", "0.5000", BUDGET.overruns[0].point] in rows
-    assert "To inspect `cascade evaluate --point 3:cosine:0.95`" in text
+    assert "To inspect cascade evaluate --point 3:cosine:0.95" in text
     assert "NOT COMPARABLE: budgets of tiny/texts other heads" in text
     assert text.index("FAIL: tiny/words drift in") < text.index("PASS: tiny/words no drift")
     assert "Overview" not in visible_text(report_page(a_session(clean())))
