@@ -33,9 +33,9 @@ from cascade.gate.baselines import StoredProfile, read_profile
 from cascade.gate.comparison import environment_differences
 from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import QUICK_TOKENS, quick_blocks, quick_ids, run_gate
+from cascade.models.checkpoints.weights import model_name
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
-from cascade.models.weights import model_name
 
 #: Description of each variant, as stored in the record.
 VARIANTS = {

@@ -18,9 +18,9 @@ from cascade.models.checkpoints.adapters import apply_adapter, without_wrapper
 from cascade.models.checkpoints.files import check_stored_dtypes
 from cascade.models.checkpoints.loading_report import check_loading_report, unused_parts
 from cascade.models.checkpoints.reading import read_or_explain
+from cascade.models.checkpoints.weights import Weights, resolve
 from cascade.models.identity import check_tokenizer, tokenizer_hash
 from cascade.models.stack import DecoderStack
-from cascade.models.weights import Weights, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

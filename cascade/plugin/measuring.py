@@ -61,7 +61,7 @@ class ModelUnderTest:
     @property
     def name(self) -> str | None:
         """The name that baselines know the model by."""
-        from cascade.models.weights import is_missing_path, model_name
+        from cascade.models.checkpoints.weights import is_missing_path, model_name
 
         if self.source is not None and not is_missing_path(self.source):
             return model_name(self.source)

@@ -9,8 +9,8 @@ from support.commands import python
 
 from cascade.cli import completion
 from cascade.exits.rules import RULES
+from cascade.models.checkpoints.weights import HUB_NAMES, WHEELS
 from cascade.models.loading import DTYPES
-from cascade.models.weights import HUB_NAMES, WHEELS
 
 #: Runs the command line as a shell does, and reports heavy modules on stderr.
 _CODE = """

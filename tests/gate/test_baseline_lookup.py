@@ -15,7 +15,7 @@ from cascade.core.errors import RecordError
 from cascade.gate import baseline_lookup
 from cascade.gate.baseline_lookup import described, find_baseline, is_shipped, shipped_baselines
 from cascade.gate.baselines import read_profile
-from cascade.models.weights import model_name
+from cascade.models.checkpoints.weights import model_name
 
 NAMES = {"model": "tiny", "corpus": "texts"}
 FILE = Path("tiny/texts.saturation.json")

@@ -34,7 +34,7 @@ from cascade.corpora import readers, record_text
 from cascade.gate import baseline_lookup, noise, remeasuring
 from cascade.gate import quick_gate as gate
 from cascade.gate.budgets import SLACK
-from cascade.models import weights
+from cascade.models.checkpoints import weights
 from cascade.saturation.records import NoiseFloor
 from support.tiny_models import tiny_model
 

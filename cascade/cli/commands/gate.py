@@ -194,7 +194,7 @@ def _say_baseline(path: Path) -> None:
 def _baseline_path(model: str, corpus: GateCorpus, baselines: Path | None) -> Path:
     from cascade.corpora.blocks import corpus_name
     from cascade.gate.baseline_lookup import LOCAL, find_baseline
-    from cascade.models.weights import model_name
+    from cascade.models.checkpoints.weights import model_name
 
     path = find_baseline(
         baselines,

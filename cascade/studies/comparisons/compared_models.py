@@ -11,9 +11,9 @@ from cascade.core.errors import UsageError
 from cascade.core.schema import from_plain, known, to_plain
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.models.architecture import check_config
+from cascade.models.checkpoints.weights import resolve
 from cascade.models.identity import tokenizer_hash
 from cascade.models.stack import DecoderStack
-from cascade.models.weights import resolve
 from cascade.saturation.profile import SaturationProfile, analyze
 from cascade.saturation.records import ProfileRecord
 from cascade.studies.comparisons.altered_models import Alteration

@@ -20,8 +20,8 @@ from cascade.core.errors import ModelError, UnsupportedModelError, first_line
 from cascade.core.schema import Part, from_plain
 from cascade.models.architecture import check_config, find_layers
 from cascade.models.checkpoints.reading import quiet_transformers, read_or_explain
+from cascade.models.checkpoints.weights import HUB_NAMES, WHEELS
 from cascade.models.flops import full_flops, layer_flops
-from cascade.models.weights import HUB_NAMES, WHEELS
 from cascade.studies.comparisons.model_records import ModelSizes
 
 #: File patterns of weights.

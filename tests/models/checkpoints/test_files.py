@@ -14,8 +14,8 @@ from support.tiny_models import save_checkpoint, tiny_model
 
 from cascade.core.errors import ModelError
 from cascade.models.checkpoints.files import weight_files
+from cascade.models.checkpoints.weights import resolve
 from cascade.models.loading import load
-from cascade.models.weights import resolve
 
 
 @pytest.fixture

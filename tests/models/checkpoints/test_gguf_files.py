@@ -19,8 +19,8 @@ from support.tiny_models import random_ids, save_gguf
 
 from cascade.core.errors import ModelError
 from cascade.models.checkpoints.gguf_files import frequency_scaling, llama3_factors, shards
+from cascade.models.checkpoints.weights import model_name, resolve
 from cascade.models.loading import load
-from cascade.models.weights import model_name, resolve
 
 HEAD = 8
 THETA = 10_000.0

