@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,18 +114,19 @@ def check_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:
         )
 
 
-def check_layers(layers: nn.ModuleList) -> None:
-    """Check that layers can run one after another, as models edited in memory may not.
+def check_layer_numbers(layers: nn.ModuleList) -> None:
+    """Check that every layer stores its keys and values under its own number.
 
     Args:
-        layers: The decoder layers.
+        layers: The decoder layers. One that is in the list twice is not checked.
 
     Raises:
-        ModelError: A layer stores its keys and values under the number of another layer, or
-            computes in another dtype than the others.
+        ModelError: A layer has the number of another one, because layers were removed or moved.
     """
-    dtypes: dict[str, torch.dtype] = {}
+    counts = Counter(id(layer) for layer in layers)
     for index, layer in enumerate(layers):
+        if counts[id(layer)] > 1:
+            continue
         for module in layer.modules():
             found = getattr(module, "layer_idx", index)
             if isinstance(found, int) and found != index:
@@ -132,6 +134,19 @@ def check_layers(layers: nn.ModuleList) -> None:
                     f"decoder layer {index + 1} has layer_idx {found}, expected {index}: layers"
                     " were removed or moved; set layer_idx again, or save and load the model"
                 )
+
+
+def check_dtypes(layers: nn.ModuleList) -> None:
+    """Check that the same weight has the same dtype in every layer of a model that cannot run.
+
+    Args:
+        layers: The decoder layers.
+
+    Raises:
+        ModelError: A layer has another dtype than the others.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    for index, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
             first = dtypes.setdefault(name, parameter.dtype)
             if first.is_floating_point and parameter.dtype != first:

@@ -14,7 +14,8 @@ from cascade.core.provenance import ModelProvenance, model_provenance
 from cascade.core.schema import known
 from cascade.models.architecture import (
     check_config,
-    check_layers,
+    check_dtypes,
+    check_layer_numbers,
     check_weights,
     find_layers,
     run_decoder,
@@ -111,10 +112,14 @@ class DecoderStack:
         #: The longest supported sequence; None without a limit (ALiBi).
         self.max_positions: int | None = int(limit) if limit else None
         check_weights(model, self.layers)
-        check_layers(self.layers)
+        check_layer_numbers(self.layers)
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
-        self._probe = probe(model, self.layers)
+        try:
+            self._probe = probe(model, self.layers)
+        except RuntimeError:  # of torch, where dtypes do not match
+            check_dtypes(self.layers)
+            raise
         self.has_final_norm = self._probe.has_final_norm
         self._stand_ins = StandIns(model, self.decoder, self.layers)
         self._readout = Readout(model, self._stand_ins, self._probe)

@@ -85,13 +85,15 @@ def stack_of(tokenizer: Any) -> DecoderStack:
 
 
 def coarse_tokenizer() -> Any:
-    """Return a tokenizer with another hash, which maps every word to one unknown token."""
-    from tokenizers import Tokenizer
+    """Return a tokenizer with another hash, which maps every word to one token."""
+    from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.normalizers import Replace
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
+    backend = Tokenizer(WordLevel({"<unk>": 0, "<eos>": 1, "w": 2}, unk_token="<unk>"))
+    backend.normalizer = Replace(Regex(r"\S+"), "w")
     backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
