@@ -217,7 +217,7 @@ def main() -> None:
 CLOSED_PIPE_STATUS = 141
 
 #: The exit status of an error in the package itself (EX_SOFTWARE of BSD's sysexits). Python's own
-#: status, 1, means drift.
+#: status, 1, is that of drift.
 BUG_STATUS = 70
 
 

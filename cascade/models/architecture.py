@@ -58,23 +58,28 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
         for name, module in model.base_model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth > 0
     ]
+    if not lists:
+        raise _no_layers(model, depth, blocks)
+    return min(lists, key=lambda entry: entry[:2])[2]
+
+
+def _no_layers(model: PreTrainedModel, depth: int, blocks: set[str]) -> UnsupportedModelError:
+    """Return the error for a model without a list of `depth` layers of the classes `blocks`."""
     counts = {
         len(module)
         for module in model.base_model.modules()
         if isinstance(module, nn.ModuleList) and blocks & {type(child).__name__ for child in module}
     }
-    if not lists and len(counts) == 1:
+    if len(counts) == 1:
         (count,) = counts
-        raise UnsupportedModelError(
+        return UnsupportedModelError(
             f"the model has {count} decoder layers, but its config counts {depth}; set"
             f" model.config.num_hidden_layers to {count} where layers were removed or added"
         )
-    if not lists:
-        raise UnsupportedModelError(
-            f"{model.config.model_type} has no list of {depth} decoder layers; "
-            "expected a decoder-only model whose layers are an nn.ModuleList"
-        )
-    return min(lists, key=lambda entry: entry[:2])[2]
+    return UnsupportedModelError(
+        f"{model.config.model_type} has no list of {depth} decoder layers; "
+        "expected a decoder-only model whose layers are an nn.ModuleList"
+    )
 
 
 def check_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:

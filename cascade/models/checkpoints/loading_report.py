@@ -55,7 +55,7 @@ def check_loading_report(source: str, model: PreTrainedModel, report: Mapping[st
             f"{source} lacks {len(missing)} of its weights, the first is {missing[0]}{others}; "
             "get the checkpoint again"
         )
-    unused = [name for name in unexpected if _belongs_to_decoder(name, model)]
+    unused = _of_the_decoder(unexpected, model)
     if not unused:
         return
     scales = [name for name in unused if _SCALES.search(name.rpartition(".")[2])]
@@ -85,27 +85,31 @@ def unused_parts(model: PreTrainedModel, report: Mapping[str, Any]) -> tuple[str
     Returns:
         The first component of the tensors' names, e.g. `("mtp", "vision_tower")`.
     """
-    names = (name for name in report["unexpected_keys"] if not _belongs_to_decoder(name, model))
+    unexpected = report["unexpected_keys"]
+    names = set(unexpected) - set(_of_the_decoder(unexpected, model))
     prefix = f"{model.base_model_prefix}."
     return tuple(sorted({name.removeprefix(prefix).split(".")[0] for name in names}))
 
 
-def _belongs_to_decoder(name: str, model: PreTrainedModel) -> bool:
-    """Return whether a tensor would be part of a module that the model has.
+def _of_the_decoder(names: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """Return the tensors that would be part of a module that the model has.
 
     A buffer that the model computes itself, such as a causal mask, does not count.
     """
-    modules = dict(model.named_modules())
-    buffers = dict(model.named_buffers())
-    outermost = {"", *(path for path, module in modules.items() if module is model.base_model)}
-    for full in (name, f"{model.base_model_prefix}.{name}"):
-        if full in buffers:
-            return False
-        parents = full.split(".")[:-1]
-        paths = {".".join(parents[:count]) for count in range(1, len(parents) + 1)}
-        if (paths & set(modules)) - outermost:
-            return True
-    return False
+    inner = {path for path, module in model.named_modules() if module is not model.base_model}
+    inner.discard("")
+    buffers = {path for path, _ in model.named_buffers()}
+
+    def belongs(name: str) -> bool:
+        for full in (name, f"{model.base_model_prefix}.{name}"):
+            if full in buffers:
+                return False
+            parents = full.split(".")[:-1]
+            if any(".".join(parents[:count]) in inner for count in range(1, len(parents) + 1)):
+                return True
+        return False
+
+    return [name for name in names if belongs(name)]
 
 
 def _layer_number(name: str) -> int:
