@@ -68,6 +68,12 @@ class CorpusProvenance(Part, frozen=True, kw_only=True):
         split_rule: How records are assigned to the two.
         spread: How sequences were chosen, where not all of them were measured.
         empty_records: How many records were null or blank, if any were.
+        split: The split of a hub dataset or of the embedded corpus, if one was named.
+        config: The configuration of a hub dataset, if one was named.
+        text_column: The column that was read, if one was named.
+        seed: The seed that the records were shuffled with, if they were.
+        max_tokens: The maximum number of tokens, if one was given.
+        num_samples: The maximum number of records, 0 for all, if it is not the default.
     """
 
     source: str
@@ -81,6 +87,12 @@ class CorpusProvenance(Part, frozen=True, kw_only=True):
     split_rule: str | UnsetType = field(default=UNSET, name="parted")
     spread: str | UnsetType = UNSET
     empty_records: Count | UnsetType = UNSET
+    split: str | UnsetType = UNSET
+    config: str | UnsetType = UNSET
+    text_column: str | UnsetType = UNSET
+    seed: int | UnsetType = UNSET
+    max_tokens: Count | UnsetType = UNSET
+    num_samples: Index | UnsetType = UNSET
 
 
 class MachineProvenance(Part, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ import itertools
 import os
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -20,6 +20,7 @@ from cascade.core.provenance import SPLITS, CorpusProvenance, Split
 from cascade.core.schema import UNSET
 from cascade.corpora.joining import JoinedText, RecordText, join
 from cascade.corpora.readers import EMBEDDED, name_of_texts, read_records, read_texts
+from cascade.corpora.reading import CorpusReading
 from cascade.corpora.record_text import Record, texts_of
 from cascade.models.stack import DecoderStack
 
@@ -56,6 +57,7 @@ class TokenBlocks:
         empty_records: The number of records that are null or blank.
         spread_over: The number of sequences in the text, if these are only some of them, evenly
             spaced; else None.
+        reading: How the corpus was read.
 
     Example:
         >>> blocks = TokenBlocks(np.zeros((3, 8), np.int32), "zeros", "zeros", records=1)
@@ -74,6 +76,7 @@ class TokenBlocks:
     record_split: Split | None = None
     spread_over: int | None = None
     empty_records: int = 0
+    reading: CorpusReading = field(default_factory=CorpusReading)
 
     def __repr__(self) -> str:
         sequences, length = self.ids.shape
@@ -173,6 +176,7 @@ class TokenBlocks:
             split_rule=UNSET if self.record_split is None else f"by record, {rule}",
             empty_records=self.empty_records or UNSET,
             spread=UNSET if over is None else f"evenly over {over:,} sequences",
+            **self.reading.recorded(),
         )
 
 
@@ -291,6 +295,16 @@ def load_blocks(
         record_of=joined.record_numbers(shape) if marks else None,
         response=joined.response_marks(shape) if marks else None,
         record_split=record_split,
+        reading=CorpusReading(
+            seq_len=seq_len,
+            num_samples=num_samples,
+            max_tokens=max_tokens,
+            split=split,
+            config=config,
+            text_column=text_column,
+            seed=seed,
+            record_split=record_split,
+        ),
     )
 
 

@@ -310,6 +310,7 @@ def test_provenance_describes_the_corpus(tmp_path: Path) -> None:
         "tokens": 64,
         "sequences": 4,
         "seq_len": 16,
+        "num_samples": 5,
     }
 
 
