@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cascade.core.arguments import as_int, read_threshold
 from cascade.core.errors import UsageError
+from cascade.decoding.exit_support import check_exits
 from cascade.decoding.forward import Chunk, Exit, ForwardPass, PassConfig
 from cascade.decoding.generation import ExitConfig, Generation, generate
 from cascade.decoding.generation_settings import DecodingConfig, padding_token
@@ -93,6 +94,8 @@ class EarlyExit:
     Raises:
         UsageError: A layer, rule, threshold, heads, propagation or seed is invalid.
         ModelError: The heads, or those of `exits`, belong to another model.
+        UnsupportedModelError: A layer keeps other things than keys and values per token, or, with
+            exact propagation, takes those of another layer.
 
     Example:
         >>> from cascade import EarlyExit, load
@@ -126,6 +129,7 @@ class EarlyExit:
             raise UsageError(
                 "ridge propagation needs fitted heads; create them with `cascade fit-heads`"
             )
+        check_exits(stack, exact=propagation == "exact")
         if heads is not None and layer is None:  # otherwise make_exit checks them
             _check_fitted(heads)
             heads.check(stack)

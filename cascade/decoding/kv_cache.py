@@ -56,6 +56,8 @@ class _Buffer(DynamicLayer):
 
     keys: Any
     values: Any
+    #: Keys of an indexer, which selects the tokens to attend to (sparse attention), `[B, T, d]`.
+    indexer_keys: Any = None
 
 
 class KeyValueCache(Cache):
@@ -82,6 +84,8 @@ class KeyValueCache(Cache):
         self.batch, self.capacity, self.keep = batch, capacity, keep
         self.start = self.stop = 0
         self._packed: Selection | None = None
+        #: The layers that stored keys and values, counted from 0.
+        self.stored: set[int] = set()
 
     def window(self, start: int, stop: int) -> None:
         """Set the columns that the next calls write: start to stop - 1."""
@@ -120,6 +124,7 @@ class KeyValueCache(Cache):
             args: Ignored.
             kwargs: Ignored.
         """
+        self.stored.add(layer_idx)
         if self._packed is not None:
             rows, columns = self._packed.rows, self._packed.columns
             return self.put(layer_idx, rows, columns, key_states[0], value_states[0])
@@ -129,6 +134,23 @@ class KeyValueCache(Cache):
         buffer.keys[:, :, self.start : self.stop] = key_states
         buffer.values[:, :, self.start : self.stop] = value_states
         return self.read(layer_idx)
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Write a layer's new indexer keys; return those of all columns up to the window end.
+
+        Args:
+            indexer_key_states: `[B, T, d]`.
+            layer_idx: The layer, counted from 0.
+        """
+        if not self.keep:
+            return indexer_key_states
+        buffer = self._buffers[layer_idx]
+        if buffer.indexer_keys is None:
+            shape = (self.batch, self.capacity, indexer_key_states.shape[-1])
+            buffer.indexer_keys = indexer_key_states.new_zeros(shape)
+        buffer.indexer_keys[:, self.start : self.stop] = indexer_key_states
+        kept: Tensor = buffer.indexer_keys[:, : self.stop]
+        return kept
 
     def put(
         self, index: int, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor

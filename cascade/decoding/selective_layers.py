@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import first_line
+from cascade.decoding.exit_support import check_exits, close
 from cascade.decoding.kv_cache import KeyValueCache, Selection
 from cascade.decoding.packed_attention import PACKABLE, packed_layer
 from cascade.models.fast_layers import FastLayers
@@ -80,12 +81,17 @@ class SkippingLayers:
         stack: The model.
         skip: False always computes every token (a reference for the packed path).
 
+    Raises:
+        UnsupportedModelError: A layer keeps other things than keys and values per token, so that no
+            token can exit.
+
     Attributes:
         reason: Why layers do not skip exited tokens, or None if they do.
         fast: Fast layers for few tokens, or None if they do not compute the same.
     """
 
     def __init__(self, stack: DecoderStack, *, skip: bool = True) -> None:
+        check_exits(stack)
         self.stack = stack
         self.reason: str | None = None
         if not skip:
@@ -253,7 +259,7 @@ class SkippingLayers:
             packed = self._run_packed(task)
             pairs = [(dense[active], packed[active])]
             pairs += zip(caches[0].read(layer - 1), caches[1].read(layer - 1), strict=True)
-            if not all(_close(a, b) for a, b in pairs):
+            if not all(close(a, b) for a, b in pairs):
                 return f"layer {layer} computed for some tokens differs from the full computation"
             hidden = dense
         return None
@@ -288,7 +294,7 @@ class SkippingLayers:
                         return False
                     output = fast.compute(layer, hidden, call.kwargs)
                     made = (output, *cache.read(layer - 1))
-                    if not all(_close(*pair) for pair in zip(found, made, strict=True)):
+                    if not all(close(*pair) for pair in zip(found, made, strict=True)):
                         return False
                 hidden = real
         return True
@@ -318,12 +324,6 @@ def _projecting(layer: nn.Module, where: tuple[Tensor, Tensor], raw: Tensor) -> 
             hook = _replacing(where, values)
             restored.callback(projection.register_forward_hook(hook).remove)
         yield layer
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    # Half of the dtype's digits. Kernels differ by much less; a missing operation by much more.
-    limit = torch.finfo(a.dtype).eps ** 0.5 * a.abs().max().clamp_min(1e-6)
-    return bool((a - b).abs().max() <= limit)
 
 
 def _replacing(

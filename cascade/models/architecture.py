@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -9,49 +10,112 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import ModelError, UnsupportedModelError
+from cascade.models.overrides.views import holders, paths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Layer types with keys and values per token. Other types have a recurrent state instead.
-_ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-
 
 def check_config(config: Any) -> None:
-    """Check that a model can be measured, before its weights are read.
+    """Check that a config is that of a decoder with an LM head, before its weights are read.
 
     Args:
         config: The config of `transformers`.
 
     Raises:
-        UnsupportedModelError: The model is an encoder-decoder, is not a causal language model, or
-            has recurrent layers.
+        UnsupportedModelError: The model is an encoder-decoder, or is not a causal language model
+            and has none as its text decoder.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
+    _check_decoder_only(config)
     family = getattr(config, "model_type", "?")
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{family} is an encoder-decoder; expected a decoder-only causal language model"
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if auto_class(config) is None:
         raise UnsupportedModelError(
             f"{family} is not a causal language model that this transformers release knows"
         )
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    types = set(getattr(config.get_text_config(), "layer_types", None) or _ATTENTION_TYPES)
-    if getattr(model_class, "_is_stateful", False) or types - _ATTENTION_TYPES:
-        kinds = ", ".join(sorted(types - _ATTENTION_TYPES)) or "a recurrent state"
+
+
+def check_kind(model: PreTrainedModel) -> None:
+    """Check that a model in memory is a decoder with an LM head.
+
+    Raises:
+        UnsupportedModelError: The model is an encoder-decoder, or has no LM head.
+    """
+    _check_decoder_only(model.config)
+    if model.get_output_embeddings() is None:
         raise UnsupportedModelError(
-            f"{family} has recurrent layers ({kinds}), which keep no keys and values for an early"
-            " exit to propagate; expected attention in every layer"
+            f"{type(model).__name__} has no LM head; expected a causal language model, such as"
+            " AutoModelForCausalLM loads"
         )
 
 
+def _check_decoder_only(config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{getattr(config, 'model_type', '?')} is an encoder-decoder; expected a decoder-only"
+            " causal language model"
+        )
+
+
+def auto_class(config: Any) -> Any:
+    """Return the `Auto` class of `transformers` that loads a model with its LM head, or None.
+
+    Args:
+        config: The config of `transformers`.
+
+    Returns:
+        `AutoModelForCausalLM`, or for a model that also reads images or audio (LLaVA, Mistral 3,
+        Qwen-VL) the class of such models.
+    """
+    import transformers
+
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    for name in ("AutoModelForMultimodalLM", "AutoModelForImageTextToText"):
+        auto = getattr(transformers, name, None)
+        if auto is not None and type(config) in auto._model_mapping:
+            return auto
+    return None
+
+
+def text_config_of(config: Any) -> Any:
+    """Return the config of a model's text decoder; the config itself if the model has no other."""
+    return config.get_text_config(decoder=True)
+
+
+def find_decoder(model: PreTrainedModel, layers: nn.ModuleList) -> nn.Module:
+    """Return the outermost module that runs the layers and returns the last hidden states.
+
+    Args:
+        model: The model with its LM head.
+        layers: Its decoder layers.
+
+    Raises:
+        UnsupportedModelError: No module of the model returns the last hidden states.
+    """
+    base: nn.Module = model.base_model
+    if base is not model:
+        return base
+    # Llama 4's text model is not at the path that its class names.
+    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    around = {id(held): held for path in paths_of(layers, model) for held in holders(model, path)}
+    around.pop(id(model), None)
+    for held in around.values():
+        with contextlib.suppress(Exception):  # other modules take other arguments than token ids
+            run_decoder(held, ids)
+            return held
+    raise UnsupportedModelError(
+        f"no module of {model.config.model_type} returns the hidden states of its decoder layers;"
+        " expected a model of transformers with a decoder and an LM head"
+    )
+
+
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers, the outermost list of blocks with the config's length."""
-    config = model.config.get_text_config()
-    depth = getattr(config, "num_hidden_layers", 0)
+    """Return the decoder layers: the outermost list with the length that the text config counts.
+
+    A vision or audio tower can have a list of the same length. The decoder's is then the one that
+    runs on text.
+    """
+    depth = getattr(text_config_of(model.config), "num_hidden_layers", 0)
     blocks = set(model._no_split_modules or ())
     lists = [
         (not blocks & {type(child).__name__ for child in module}, name.count("."), module)
@@ -60,7 +124,33 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     ]
     if not lists:
         raise _no_layers(model, depth, blocks)
-    return min(lists, key=lambda entry: entry[:2])[2]
+    ordered = [module for _, _, module in sorted(lists, key=lambda entry: entry[:2])]
+    if text_config_of(model.config) is not model.config:
+        inside = {id(module) for module in model.get_decoder().modules()}
+        ordered = [found for found in ordered if id(found) in inside] or ordered
+        if len(ordered) > 1:
+            return _run_on_text(model, ordered)
+    return ordered[0]
+
+
+@torch.no_grad()
+def _run_on_text(model: PreTrainedModel, lists: list[nn.ModuleList]) -> nn.ModuleList:
+    """Return the first list whose modules run on text; the first of all if none does."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return lists[0]
+    ran: set[int] = set()
+    handles = [
+        module.register_forward_hook(lambda module, *_: ran.add(id(module)))
+        for found in lists
+        for module in found
+    ]
+    try:
+        ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next((found for found in lists if any(id(module) in ran for module in found)), lists[0])
 
 
 def _no_layers(model: PreTrainedModel, depth: int, blocks: set[str]) -> UnsupportedModelError:
@@ -123,18 +213,19 @@ def check_layer_numbers(layers: nn.ModuleList) -> None:
     """Check that every layer stores its keys and values under its own number.
 
     Args:
-        layers: The decoder layers. One that is in the list twice is not checked.
+        layers: The decoder layers. A module that several of them share is not checked.
 
     Raises:
         ModelError: A layer has the number of another one, because layers were removed or moved.
     """
-    counts = Counter(id(layer) for layer in layers)
+    counts = Counter(
+        id(module) for layer in layers for module in layer.modules() if hasattr(module, "layer_idx")
+    )
     for index, layer in enumerate(layers):
-        if counts[id(layer)] > 1:
-            continue
         for module in layer.modules():
             found = getattr(module, "layer_idx", index)
-            if isinstance(found, int) and found != index:
+            # Zamba 2 gives -1 to modules that store nothing.
+            if isinstance(found, int) and found not in (index, -1) and counts[id(module)] == 1:
                 raise ModelError(
                     f"decoder layer {index + 1} has layer_idx {found}, expected {index}: layers"
                     " were removed or moved; set layer_idx again, or save and load the model"
@@ -179,5 +270,11 @@ def run_decoder(decoder: nn.Module, input_ids: Tensor, **kwargs: Any) -> Tensor:
     """
     kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
     kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
-    output: Tensor = decoder(input_ids=input_ids, **kwargs).last_hidden_state
-    return output
+    output = decoder(input_ids=input_ids, **kwargs)
+    if not hasattr(output, "last_hidden_state"):
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} returns {type(output).__name__} without a"
+            " last_hidden_state; expected a decoder of transformers"
+        )
+    final: Tensor = output.last_hidden_state
+    return final

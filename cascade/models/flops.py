@@ -19,6 +19,10 @@ class Layered(Protocol):
         """Decoder layers 1 to N."""
 
     @property
+    def attends(self) -> Sequence[bool]:
+        """Whether each layer's attention compares every token with every earlier one."""
+
+    @property
     def hidden_size(self) -> int:
         """The width of the residual stream."""
 
@@ -32,7 +36,7 @@ def flops(stack: Layered, counts: Counts, *, map_width: int = 0, head_size: int 
 
     A multiplication with an addition counts as two. Matrix products and attention are counted;
     norms, rotations and softmax are not (below 1 % for SmolLM2-135M). A mixture of experts is
-    counted as if every expert ran.
+    counted as if every expert ran, and updating a recurrent state is not counted.
 
     Args:
         stack: The model; only its sizes are used.
@@ -40,11 +44,12 @@ def flops(stack: Layered, counts: Counts, *, map_width: int = 0, head_size: int 
         map_width: The outputs of the propagation maps per upper layer.
         head_size: The multiplications of an exit head per row, in addition to the LM head's.
     """
-    total = 0.0
+    total, attends = 0.0, stack.attends
     for index, layer in enumerate(stack.layers):
         total += 2.0 * counts.layer_rows[index] * _matrices(layer)
         # Query times key, then weight times value, each with heads x head_dim multiplications.
-        total += 4.0 * counts.pairs[index] * _query_width(layer, stack.hidden_size)
+        if attends[index]:
+            total += 4.0 * counts.pairs[index] * _query_width(layer, stack.hidden_size)
         total += 2.0 * counts.key_value_rows[index] * _key_value_size(layer)
         total += 2.0 * counts.predicted_rows[index] * stack.hidden_size * map_width
     total += 2.0 * counts.lm_head_rows * stack.hidden_size * stack.vocab_size

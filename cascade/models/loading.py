@@ -13,7 +13,7 @@ import torch
 from cascade.core.errors import DeviceError, ModelError, UsageError, first_line
 from cascade.core.provenance import ModelProvenance, model_provenance
 from cascade.core.schema import UNSET
-from cascade.models.architecture import check_config
+from cascade.models.architecture import auto_class, check_config
 from cascade.models.checkpoints.adapters import apply_adapter, without_wrapper
 from cascade.models.checkpoints.files import check_stored_dtypes
 from cascade.models.checkpoints.loading_report import check_loading_report, unused_parts
@@ -107,7 +107,7 @@ def load(
 
     Raises:
         ModelError: The weights are missing, truncated, corrupted or NaN.
-        UnsupportedModelError: It has no decoder layers, or recurrent or bidirectional ones.
+        UnsupportedModelError: It has no decoder layers, or bidirectional ones.
         DeviceError: The device is absent or does not support the dtype.
         UsageError: Both `device` and `device_map` are given.
 
@@ -167,7 +167,7 @@ def borrowed(
         tokenizer: Its tokenizer, needed to read text.
 
     Raises:
-        UnsupportedModelError: It has no decoder layers, or recurrent or bidirectional ones.
+        UnsupportedModelError: It has no decoder layers, or bidirectional ones.
         ModelError: A weight is NaN or infinite.
     """
     model = without_wrapper(model)
@@ -207,13 +207,11 @@ def _read_weights(weights: Weights, **options: Any) -> tuple[Any, tuple[str, ...
         ModelError: See `check_loading_report` and `check_stored_dtypes`, or a weight is on no
             device.
     """
-    from transformers import AutoModelForCausalLM
-
     source = weights.source
     given = [name for name in ("device_map", "attn_implementation") if name in options]
     model, report = read_or_explain(
         f"the weights of {source}",
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: auto_class(options["config"]).from_pretrained(
             weights.folder,
             output_loading_info=True,
             # Reported below, with names and shapes.

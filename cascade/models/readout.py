@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import UnsupportedModelError
-from cascade.models.architecture import run_decoder
+from cascade.models.architecture import run_decoder, text_config_of
 from cascade.models.fast_layers import product
 from cascade.models.overrides.hooks import as_output, split_output
 from cascade.models.overrides.stand_ins import StandIns
@@ -30,12 +30,15 @@ class Readout:
 
     Args:
         model: The model.
+        decoder: The module that runs its layers.
         stand_ins: Runs the model with other layers.
         probe: The result of `cascade.models.probing.probe`.
     """
 
-    def __init__(self, model: PreTrainedModel, stand_ins: StandIns, probe: Probe) -> None:
-        self.model = model
+    def __init__(
+        self, model: PreTrainedModel, decoder: nn.Module, stand_ins: StandIns, probe: Probe
+    ) -> None:
+        self.model, self.decoder = model, decoder
         self.stand_ins = stand_ins
         self.probe = probe
         self.lm_head: nn.Module = model.get_output_embeddings()
@@ -45,10 +48,10 @@ class Readout:
     @torch.no_grad()
     def _find_direct_norm(self) -> nn.Module | None:
         """Return the final norm if norm and LM head alone give the logits, else None."""
-        norm = getattr(self.model.base_model, "norm", None)
+        norm = getattr(self.decoder, "norm", None)
         if not isinstance(norm, nn.Module) or not self.probe.has_final_norm:
             return None
-        width = int(self.model.config.get_text_config().hidden_size)
+        width = int(text_config_of(self.model.config).hidden_size)
         hidden = torch.linspace(-1, 1, width, dtype=self.model.dtype, device=self.model.device)
         normed = norm(hidden[None, None])
         # Soft-capping changes only large logits, so scale a normed state by a hundred.
@@ -86,8 +89,7 @@ class Readout:
         if self._direct_norm is not None:
             normed: Tensor = self._direct_norm(hidden)
             return normed
-        decoder: nn.Module = self.model.base_model
-        with self.stand_ins.standing_in(decoder, self._stand_in_for(hidden)) as decoder:
+        with self.stand_ins.standing_in(self.decoder, self._stand_in_for(hidden)) as decoder:
             return run_decoder(decoder, _ids_like(hidden))
 
     def _decode_by_model(self, hidden: Tensor) -> Tensor:
@@ -99,7 +101,8 @@ class Readout:
 
     def _decode_normed_by_model(self, normed: Tensor) -> Tensor:
         def pass_on(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return as_output(split_output(args, kwargs)[0], self.probe.tuple_sizes[number])
+            native = split_output(args, kwargs)[0]
+            return as_output(native, self.probe.tuple_sizes[number])
 
         def swap(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (normed, *args[1:])
@@ -117,8 +120,7 @@ class Readout:
             return _logits(model, normed)
 
     def _stand_in_for(self, hidden: Tensor) -> Any:
-        sizes = self.probe.tuple_sizes
-        return lambda number, args, kwargs: as_output(hidden, sizes[number])
+        return lambda number, args, kwargs: self.probe.output(number, hidden)
 
 
 def _logits(model: nn.Module, like: Tensor) -> Tensor:

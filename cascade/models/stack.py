@@ -10,20 +10,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cascade.core.errors import UnsupportedModelError
 from cascade.core.provenance import ModelProvenance, model_provenance
 from cascade.core.schema import known
 from cascade.models.architecture import (
-    check_config,
     check_dtypes,
+    check_kind,
     check_layer_numbers,
     check_weights,
+    find_decoder,
     find_layers,
     run_decoder,
+    text_config_of,
 )
 from cascade.models.checkpoints.adapters import without_wrapper
 from cascade.models.identity import weights_digest
+from cascade.models.layer_states import attending
 from cascade.models.overrides.hooks import (
-    as_output,
     hidden_of,
     layer_hooks,
     layer_pre_hook,
@@ -72,7 +75,7 @@ class DecoderStack:
 
     Raises:
         UnsupportedModelError: The model is an encoder-decoder, has no decoder layers, or has
-            recurrent or bidirectional ones.
+            bidirectional ones.
         ModelError: A weight is NaN or infinite (the message names the layer).
 
     Example:
@@ -95,34 +98,35 @@ class DecoderStack:
         provenance: Mapping[str, Any] | ModelProvenance | None = None,
     ) -> None:
         model = without_wrapper(model)
-        check_config(model.config)
+        check_kind(model)
         self.model = model
         model.train(False)
         self.tokenizer = tokenizer
         #: The model that this one continues (see `cascade.stages.stage.extended`).
         self.below: DecoderStack | None = None
-        self.decoder = model.base_model
         self.layers = find_layers(model)
         self.num_layers = len(self.layers)
         self.lm_head: nn.Module = model.get_output_embeddings()
-        text_config = model.config.get_text_config()
-        self.hidden_size = int(text_config.hidden_size)
+        text_config = text_config_of(model.config)
         self.vocab_size = int(text_config.vocab_size)
         limit = getattr(text_config, "max_position_embeddings", None)
         #: The longest supported sequence; None without a limit (ALiBi).
         self.max_positions: int | None = int(limit) if limit else None
         check_weights(model, self.layers)
         check_layer_numbers(self.layers)
-        parameters = inspect.signature(self.decoder.forward).parameters
-        self._takes_position_ids = "position_ids" in parameters
         try:
-            self._probe = probe(model, self.layers)
+            self.decoder = find_decoder(model, self.layers)
+            self._probe = probe(model, self.decoder, self.layers)
         except RuntimeError:  # of torch, where dtypes do not match
             check_dtypes(self.layers)
             raise
+        parameters = inspect.signature(self.decoder.forward).parameters
+        self._takes_position_ids = "position_ids" in parameters
+        #: The width of a hidden state, D: that of all parallel streams together.
+        self.hidden_size = int(text_config.hidden_size) * self._probe.layout.count
         self.has_final_norm = self._probe.has_final_norm
         self._stand_ins = StandIns(model, self.decoder, self.layers)
-        self._readout = Readout(model, self._stand_ins, self._probe)
+        self._readout = Readout(model, self.decoder, self._stand_ins, self._probe)
         found = ModelProvenance(
             family=model.config.model_type,
             num_layers=self.num_layers,
@@ -155,6 +159,22 @@ class DecoderStack:
         """The rows of a saturation profile, "1".."N", and "N+norm" for the final norm."""
         labels = [str(layer) for layer in range(1, self.num_layers + 1)]
         return labels + ([f"{self.num_layers}+norm"] if self.has_final_norm else [])
+
+    @property
+    def step_obstacle(self) -> str | None:
+        """Why layers cannot be run one at a time (see `plan`), or None if they can."""
+        layer = self._probe.linked_layer
+        if layer is None:
+            return None
+        return (
+            f"decoder layer {layer} ({type(self.layers[layer - 1]).__name__}) takes a second value"
+            " from an earlier layer next to the hidden states"
+        )
+
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Whether each layer's attention compares every token with every earlier one."""
+        return attending(self.model, self.layers)
 
     def weights_hash(self) -> str:
         """Return the hash of the file that the weights were loaded from.
@@ -191,9 +211,12 @@ class DecoderStack:
         """
         entries = iter(range(1, self.num_layers + 1))
         decoder, layers = self._stand_ins.for_hooks(self.decoder)
+        joined = self._probe.layout.joined
         with (
-            layer_pre_hook(layers[0], lambda hidden: visitor(0, hidden)),
-            layer_hooks(layers, lambda _, output: visitor(next(entries), hidden_of(output))),
+            layer_pre_hook(layers[0], lambda hidden: visitor(0, joined(hidden))),
+            layer_hooks(
+                layers, lambda _, output: visitor(next(entries), joined(hidden_of(output)))
+            ),
         ):
             final = run_decoder(decoder, input_ids)
         return final if self.has_final_norm else None
@@ -218,15 +241,25 @@ class DecoderStack:
 
         Returns:
             The embeddings and the call of each layer.
+
+        Raises:
+            UnsupportedModelError: The layers hand on more than the hidden states.
         """
+        if self.step_obstacle is not None:
+            raise UnsupportedModelError(
+                f"the layers of {self.model.config.model_type} cannot be run one at a time:"
+                f" {self.step_obstacle}; use `cascade analyze` and `cascade gate`, which run the"
+                " whole model"
+            )
         calls: list[LayerCall] = []
         embedded: list[Tensor] = []
 
         def record(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden, rest, named = split_output(args, kwargs)
+            hidden = self._probe.layout.joined(hidden)
             embedded.append(hidden)
             calls.append(LayerCall(rest, named))
-            return as_output(hidden, self._probe.tuple_sizes[number])
+            return self._probe.output(number, hidden)
 
         kwargs: dict[str, Any] = (
             {} if attention_mask is None else {"attention_mask": attention_mask}
@@ -256,8 +289,9 @@ class DecoderStack:
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"expected a layer in 1..{self.num_layers}, got {layer}")
-        output: Tensor = hidden_of(self.layers[layer - 1](hidden, *call.args, **call.kwargs))
-        return output
+        layout = self._probe.layout
+        output = self.layers[layer - 1](layout.split(hidden), *call.args, **call.kwargs)
+        return layout.joined(hidden_of(output))
 
     def decode(self, hidden: Tensor) -> Tensor:
         """Return the logits of an entry of the hidden history, with the model's norm and LM head.

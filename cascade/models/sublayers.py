@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import UnsupportedModelError
+from cascade.models.layer_states import sharing_layer
 from cascade.models.stack import DecoderStack, LayerCall
 from cascade.stats.cosine import widened
 
@@ -116,15 +117,28 @@ def find_sublayers(stack: DecoderStack, layer: int) -> Sublayers:
         layer: 1..N.
 
     Raises:
-        UnsupportedModelError: The layer changes its input even if both return zeros (post-norm
-            layers, mixtures of experts), so its update is not the sum of the two.
+        UnsupportedModelError: The layer has no attention or no MLP (Mamba), or changes its input
+            even if both return zeros (post-norm layers, mixtures of experts), so its update is not
+            the sum of the two; or it shares keys and values with another layer.
     """
     family = stack.model.config.model_type
+    shared = sharing_layer(stack.model.config)
+    if shared is not None:
+        raise UnsupportedModelError(
+            f"decoder layer {shared} of {family} takes the keys and values of an earlier layer, so"
+            " no layer's update can be changed alone; expected layers with keys and values of"
+            " their own"
+        )
     ids = torch.arange(8, device=stack.device).remainder(stack.vocab_size)[None]
     plan = stack.plan(ids)
     hidden, call = plan.embedded, plan.calls[layer - 1]
     module = stack.layers[layer - 1]
     found = last_products(module, lambda: stack.step(layer, hidden, call))
+    if len(found) < 2:
+        raise UnsupportedModelError(
+            f"decoder layer {layer} of {family} ({type(module).__name__}) has no attention next to"
+            " an MLP, so its update cannot be split into the two; expected layers that have both"
+        )
     if len(found) == 2:
         with silenced(*found):
             if torch.equal(stack.step(layer, hidden, call), hidden):

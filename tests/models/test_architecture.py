@@ -4,54 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.stacks import one_line, refuse_to_run
-from support.tiny_models import WIDTH, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from support.stacks import one_line
+from support.tiny_models import tiny_model
+from transformers import AutoConfig
 
 from cascade.core.errors import ModelError, UnsupportedModelError
 from cascade.models.architecture import check_config
 from cascade.models.stack import DecoderStack
-
-
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [
-        ("mamba", "linear_attention"),
-        ("mamba2", "linear_attention"),
-        ("rwkv", "a recurrent state"),
-        ("jamba", "linear_attention"),
-        ("recurrent_gemma", "linear_attention"),
-        ("qwen3_next", "linear_attention"),
-        ("lfm2", "conv"),
-    ],
-)
-def test_recurrent_layers_are_rejected_by_name(family: str, kind: str) -> None:
-    settings = {"layer_types": ["conv", "full_attention"] * 16} if family == "lfm2" else {}
-    with pytest.raises(UnsupportedModelError) as error:
-        check_config(AutoConfig.for_model(family, **settings))
-    assert one_line(error).startswith(f"{family} has recurrent layers ({kind}), which keep ")
-    assert "expected attention in every layer" in str(error.value)
-
-
-def test_single_recurrent_layer_is_rejected() -> None:
-    types = ["full_attention"] * 4
-    config = AutoConfig.for_model("qwen3", num_hidden_layers=4, layer_types=types)
-    check_config(config)
-    config.layer_types = [*types[:2], "linear_attention", types[3]]
-    with pytest.raises(UnsupportedModelError, match=r"qwen3 has recurrent layers \(linear_att"):
-        check_config(config)
-
-
-def test_recurrent_model_is_rejected_before_it_runs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = AutoConfig.for_model(
-        "mamba", hidden_size=WIDTH, num_hidden_layers=2, vocab_size=97, state_size=4
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    monkeypatch.setattr(type(model), "forward", refuse_to_run)
-    with pytest.raises(UnsupportedModelError, match="mamba has recurrent layers"):
-        DecoderStack(model)
 
 
 def test_encoder_decoder_is_rejected() -> None:
@@ -66,6 +25,12 @@ def test_family_without_causal_model_is_rejected() -> None:
     with pytest.raises(UnsupportedModelError) as error:
         check_config(AutoConfig.for_model("distilbert"))
     assert one_line(error).startswith("distilbert is not a causal language model")
+
+
+def test_a_model_without_an_lm_head_is_rejected() -> None:
+    with pytest.raises(UnsupportedModelError) as error:
+        DecoderStack(tiny_model("llama").model)
+    assert one_line(error).startswith("LlamaModel has no LM head; expected a causal language")
 
 
 def test_model_without_list_of_layers_is_rejected() -> None:

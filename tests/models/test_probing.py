@@ -92,4 +92,7 @@ def test_model_that_runs_a_layer_twice_is_rejected() -> None:
     model.model.layers[2] = model.model.layers[1]
     with pytest.raises(UnsupportedModelError) as error:
         DecoderStack(model)
-    assert "ran 6 of its 4 decoder layers, expected each exactly once" in one_line(error)
+    assert one_line(error) == (
+        "decoder layer 2 of llama (LlamaDecoderLayer) runs twice: decoder layer 3 is the same"
+        " module; expected every layer to run exactly once for each token"
+    )

@@ -62,13 +62,72 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": _LLAMA | {"logit_scale": 0.25},
 }
 
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LATENT = _LLAMA | {  # latent attention
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+#: With few heads, scores of zero tie, and the model's own choice between them is arbitrary.
+_INDEXER = {"index_n_heads": 8, "index_head_dim": 16, "index_topk": 4}
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+_PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+
+#: Families of other kinds, which only some tests need: family -> settings, for four layers.
+KINDS: dict[str, dict[str, Any]] = {
+    "mamba": {"hidden_size": WIDTH, "state_size": 8},
+    "rwkv": {"hidden_size": WIDTH, "attention_hidden_size": WIDTH, "intermediate_size": 48},
+    "jamba": _LLAMA
+    | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8}
+    | {"use_mamba_kernels": False},
+    "lfm2": _LLAMA | {"layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8},
+    "qwen3_next": _LLAMA
+    | _EXPERTS
+    | _LINEAR
+    | {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2}
+    | {"shared_expert_intermediate_size": 16},
+    "falcon_h1": _LLAMA
+    | {"head_dim": 8, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8}
+    | {"mamba_n_groups": 1, "mamba_d_state": 8},
+    "zaya": _LLAMA | _EXPERTS | {"head_dim": 8, "num_experts_per_tok": 1},
+    "mixtral": _LLAMA | {"num_local_experts": 4},
+    "llama4_text": _LLAMA
+    | {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64}
+    | {"attention_chunk_size": 16},
+    "deepseek_v32": _LATENT | _INDEXER | {"first_k_dense_replace": 1},
+    "deepseek_v4": _LATENT | _INDEXER | {"head_dim": 8},
+    "hy_v4": _LATENT | _INDEXER | {"head_dim": 8},
+    "gemma4_text": _GEMMA
+    | _PER_LAYER
+    | {"global_head_dim": 8, "num_kv_shared_layers": 2, "layer_types": _ALTERNATING},
+    "gemma3n_text": _GEMMA
+    | _PER_LAYER
+    | {"altup_num_inputs": 3, "laurel_rank": 4, "num_kv_shared_layers": 2}
+    | {"intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4}
+    | {"layer_types": _ALTERNATING},
+}
+
 
 def tiny_model(
     family: str, *, num_layers: int = 4, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
     """Return a random model of `family` in fp32 evaluation mode, every norm weight perturbed."""
     special = {"pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 1}
-    settings = FAMILIES[family] | {"vocab_size": VOCABULARY} | special | changes
+    settings = (FAMILIES | KINDS)[family] | {"vocab_size": VOCABULARY} | special | changes
     if family == "gpt_neo":
         settings["attention_types"] = [[["global", "local"], num_layers // 2]]
     config = AutoConfig.for_model(family, num_hidden_layers=num_layers, **settings)

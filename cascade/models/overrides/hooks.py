@@ -100,14 +100,24 @@ def layer_hooks(
 
 
 @contextlib.contextmanager
-def layer_pre_hook(layer: nn.Module, hook: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `hook(hidden)` with a layer's input inside the context."""
+def call_hooks(
+    layers: Iterable[nn.Module], hook: Callable[[tuple[Any, ...], dict[str, Any]], None]
+) -> Iterator[None]:
+    """Call `hook(args, kwargs)` before each layer inside the context."""
 
     def call(_: nn.Module, args: Any, kwargs: Any) -> None:
-        hook(split_output(args, kwargs)[0])
+        hook(args, kwargs)
 
-    handle = layer.register_forward_pre_hook(call, with_kwargs=True)
+    handles = [layer.register_forward_pre_hook(call, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def layer_pre_hook(layer: nn.Module, hook: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call `hook(hidden)` with a layer's input inside the context."""
+    with call_hooks([layer], lambda args, kwargs: hook(split_output(args, kwargs)[0])):
+        yield

@@ -18,10 +18,16 @@ from torch import nn
 
 from cascade.core.errors import ModelError, UnsupportedModelError, first_line
 from cascade.core.schema import Part, from_plain
-from cascade.models.architecture import check_config, find_layers
+from cascade.models.architecture import (
+    auto_class,
+    check_config,
+    find_layers,
+    text_config_of,
+)
 from cascade.models.checkpoints.reading import quiet_transformers, read_or_explain
 from cascade.models.checkpoints.weights import HUB_NAMES, WHEELS
 from cascade.models.flops import full_flops, layer_flops
+from cascade.models.layer_states import attending
 from cascade.studies.comparisons.model_records import ModelSizes
 
 #: File patterns of weights.
@@ -94,16 +100,13 @@ def sizes_of(config: Any, seq_len: int) -> Sizes:
         seq_len: Tokens per sequence. The cost of attention grows with this length.
 
     Raises:
-        UnsupportedModelError: The configuration does not describe a decoder-only model with
-            attention in every layer.
+        UnsupportedModelError: The configuration does not describe a decoder-only model.
     """
-    from transformers import AutoModelForCausalLM
-
     check_config(config)
     try:
         with quiet_transformers(), torch.device("meta"):
             # Use a copy, because building a model fills in missing fields of its configuration.
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = auto_class(config).from_config(copy.deepcopy(config))
     except Exception as error:
         # Families raise different exceptions for inconsistent sizes.
         raise UnsupportedModelError(
@@ -130,13 +133,14 @@ def sizes_of(config: Any, seq_len: int) -> Sizes:
 @dataclass(frozen=True)
 class _Outline:
     layers: nn.ModuleList
+    attends: tuple[bool, ...]
     hidden_size: int
     vocab_size: int
 
     @classmethod
     def of(cls, model: Any) -> _Outline:
-        text = model.config.get_text_config()
-        return cls(find_layers(model), int(text.hidden_size), int(text.vocab_size))
+        text, layers = text_config_of(model.config), find_layers(model)
+        return cls(layers, attending(model, layers), int(text.hidden_size), int(text.vocab_size))
 
 
 def layer_at(depth: float | Fraction, num_layers: int) -> int:

@@ -224,14 +224,6 @@ BAD_INPUT: dict[str, tuple[Setup, list[str]]] = {
         ["config.json counts 0 layers, but the files have more", "correct num_hidden_layers"],
     ),
     "encoder-decoder": (with_config(model_type="t5"), ["t5 is an encoder-decoder", "decoder-only"]),
-    "recurrent layers": (
-        with_config(model_type="mamba"),
-        ["mamba has recurrent layers", "expected attention in every layer"],
-    ),
-    "some recurrent layers": (
-        with_config(model_type="qwen3_next", num_hidden_layers=4),
-        ["qwen3_next has recurrent layers (linear_attention)", "attention in every layer"],
-    ),
     "NaN in a layer": (
         with_weights(nan_in_layer_3),
         ["NaN or infinite values (decoder layer 3: model.layers.2.mlp.up_proj.weight)"],

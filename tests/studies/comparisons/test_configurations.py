@@ -138,9 +138,9 @@ def test_a_hub_model_is_described_by_its_cached_configuration(
             "encoder-decoder",
         ),
         (
-            lambda path: path.write_text('{"model_type": "mamba"}'),
+            lambda path: path.write_text('{"model_type": "vit"}'),
             UnsupportedModelError,
-            "recurrent",
+            "not a causal language model",
         ),
         (
             lambda path: path.write_text(
