@@ -55,6 +55,7 @@ def evaluate_stages(folder: Path, options: CascadeEvaluationOptions) -> CascadeE
             num_samples=None,
             max_tokens=options.max_tokens,
             text_column=options.text_column,
+            bos=options.bos,
             record_split="held-out",
             marks=True,
         )

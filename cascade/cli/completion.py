@@ -48,6 +48,7 @@ propagations = _among(
         "exact": "computed when a later token continues",
     }
 )
+bos = _among({"auto": "as the tokenizer does", "yes": "", "no": ""})
 starts = _among({"copies": "copies of the last layers", "fresh": "random weights"})
 copies = _among({"bf16": "", "int8": "", "int4": "", "noise:0.01": "with random noise"})
 

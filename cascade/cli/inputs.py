@@ -70,6 +70,7 @@ def read_blocks(
             max_tokens=options.max_tokens,
             split=options.split or usual,
             text_column=options.text_column,
+            bos=options.bos,
         )
 
 

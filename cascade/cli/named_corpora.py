@@ -79,12 +79,14 @@ class Amount:
         max_tokens: Tokens, spread evenly over it; None for all.
         seq_len: Tokens per sequence.
         stream: Read hub datasets without fetching the whole of them.
+        bos: Whether texts and sequences begin with BOS.
     """
 
     num_samples: int | None
     max_tokens: int | None
     seq_len: int
     stream: bool
+    bos: str = "auto"
 
     def check(self) -> None:
         """Refuse what gives no sequence, or never ends.
@@ -133,6 +135,7 @@ def load_corpus(named: NamedCorpus, stack: DecoderStack, amount: Amount) -> Toke
                 config=named.config,
                 text_column=named.text_column,
                 stream=amount.stream,
+                bos=amount.bos,
             )
     except CorpusError as error:
         raise CorpusError(_in_this_grammar(str(error))) from error

@@ -32,6 +32,7 @@ PANELS = {
         "split",
         "config",
         "text_column",
+        "bos",
         "num_samples",
         "max_tokens",
         "seq_len",
@@ -203,6 +204,13 @@ def _check_seed(value: int) -> int:
     return value
 
 
+def _check_bos(value: str) -> str:
+    # Checked here, because a corpus is read only after the model is loaded.
+    if value not in ("auto", "yes", "no"):
+        raise typer.BadParameter(f"expected auto, yes or no, got {value!r}")
+    return value
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -250,6 +258,15 @@ MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", min=1, help="Stop after this many tokens.")
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per forward pass.")]
+Bos = Annotated[
+    str,
+    typer.Option(
+        "--bos",
+        callback=_check_bos,
+        help="Begin texts and sequences with BOS: auto (if the tokenizer does), yes or no.",
+        autocompletion=completion.bos,
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option(
@@ -334,6 +351,7 @@ class TextOptions:
         typer.Option("--text-column", help="Column to read, if records are not in Alpaca form."),
     ] = None
     seq_len: SeqLen = SEQ_LEN
+    bos: Bos = "auto"
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,8 @@ class CorpusProvenance(Part, frozen=True, kw_only=True):
         seed: The seed that the records were shuffled with, if they were.
         max_tokens: The maximum number of tokens, if one was given.
         num_samples: The maximum number of records, 0 for all, if it is not the default.
+        bos: "yes" where each record and sequence begins with the tokenizer's BOS token; "no" where
+            the tokenizer adds it but the text was read without.
     """
 
     source: str
@@ -93,6 +95,7 @@ class CorpusProvenance(Part, frozen=True, kw_only=True):
     seed: int | UnsetType = UNSET
     max_tokens: Count | UnsetType = UNSET
     num_samples: Index | UnsetType = UNSET
+    bos: Literal["yes", "no"] | UnsetType = UNSET
 
 
 class MachineProvenance(Part, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,9 @@ import numpy.typing as npt
 from cascade.core.defaults import NUM_SAMPLES, SEQ_LEN
 from cascade.core.errors import CorpusError, ModelError
 from cascade.core.provenance import SPLITS, CorpusProvenance, Split
-from cascade.core.schema import UNSET
-from cascade.corpora.joining import JoinedText, RecordText, join
+from cascade.core.schema import UNSET, UnsetType
+from cascade.corpora.bos import BosRule, bos_rule
+from cascade.corpora.joining import JoinedText, RecordText, cut, join
 from cascade.corpora.readers import EMBEDDED, name_of_texts, read_records, read_texts
 from cascade.corpora.reading import CorpusReading
 from cascade.corpora.record_text import Record, texts_of
@@ -55,6 +56,7 @@ class TokenBlocks:
             all tokens. None without marks.
         record_split: The split that was read, "train" or "held-out"; None for the whole corpus.
         empty_records: The number of records that are null or blank.
+        bos: As in `CorpusProvenance`: "yes" where records and sequences begin with BOS.
         spread_over: The number of sequences in the text, if these are only some of them, evenly
             spaced; else None.
         reading: How the corpus was read.
@@ -77,6 +79,7 @@ class TokenBlocks:
     spread_over: int | None = None
     empty_records: int = 0
     reading: CorpusReading = field(default_factory=CorpusReading)
+    bos: Literal["yes", "no"] | UnsetType = UNSET
 
     def __repr__(self) -> str:
         sequences, length = self.ids.shape
@@ -177,6 +180,7 @@ class TokenBlocks:
             empty_records=self.empty_records or UNSET,
             spread=UNSET if over is None else f"evenly over {over:,} sequences",
             **self.reading.recorded(),
+            bos=self.bos,
         )
 
 
@@ -188,6 +192,7 @@ class ReadingOptions(TypedDict, total=False):
     max_tokens: int | None
     text_column: str | None
     seed: int | None
+    bos: str
 
 
 def load_blocks(
@@ -204,11 +209,14 @@ def load_blocks(
     record_split: Split | None = None,
     marks: bool = False,
     stream: bool = False,
+    bos: str = "auto",
 ) -> TokenBlocks:
     """Read a corpus and cut its tokens into blocks.
 
     Records in Alpaca form become one text with headings, of others the text column is read. Token
-    ids of all records are joined by the tokenizer's EOS. An incomplete last block is dropped.
+    ids of all records are joined by the tokenizer's EOS. With BOS, each record and each block
+    begins with one BOS token, which counts as a token of the block. An incomplete last block is
+    dropped.
 
     Args:
         source: "embedded", a `.jsonl`, `.json`, `.parquet` or `.txt` file (one document), a hub id
@@ -229,9 +237,12 @@ def load_blocks(
             record is held out.
         marks: Mark each token with its record, and whether it is response text.
         stream: Read a hub dataset record by record instead of downloading it first.
+        bos: Whether records and blocks begin with BOS: "auto" (if the tokenizer puts it before a
+            text), "yes" or "no".
 
     Raises:
         CorpusError: The corpus is missing, empty, malformed or too small for one block.
+        UsageError: `bos` is "yes", and the tokenizer has no BOS token.
 
     Example:
         >>> from cascade import load
@@ -246,6 +257,7 @@ def load_blocks(
             "the model has no tokenizer to read text with; load it with its tokenizer"
         )
     _check_sizes(seq_len, max_tokens)
+    rule = bos_rule(tokenizer, bos)
     in_memory: Texts | None = None
     if isinstance(source, str | os.PathLike):
         source = os.fspath(source)
@@ -269,31 +281,31 @@ def load_blocks(
     reading = _Reading()
     texts = reading.texts(source, itertools.islice(records, num_samples), text_column, record_split)
     wanted = None if max_tokens is None else max_tokens // seq_len * seq_len
-    joined = join(texts, tokenizer, wanted, marks=marks)
+    joined = join(texts, tokenizer, wanted, marks=marks, bos=rule)
     ids = joined.ids
     if not joined.spans:
         raise CorpusError(
             f"{source} is empty; expected at least one record{_in_split(record_split)}"
         )
-    _check_readable(source, reading, joined, tokenizer.eos_token_id)
-    rows = len(ids) // seq_len
-    if wanted is not None:
-        rows = min(rows, wanted // seq_len)
-    if rows == 0:
+    _check_readable(source, reading, joined, tokenizer.eos_token_id, rule)
+    rows = cut(ids, seq_len, rule.token, None if wanted is None else wanted // seq_len)
+    if not len(rows.places):
         raise CorpusError(
             f"{source} gives {len(ids)} tokens{_in_split(record_split)}, expected at least one "
             f"block of {seq_len}; take more records or a smaller --seq-len"
         )
-    shape = (rows, seq_len)
+    tokens = np.array(ids, dtype=np.int32)[rows.places]
+    if rule.token is not None:
+        tokens[rows.begun, 0] = rule.token
     name = corpus_name(source, config=config, split=split)
     return TokenBlocks(
-        np.array(ids[: rows * seq_len], dtype=np.int32).reshape(shape),
+        tokens,
         source,
         f"{name}-{record_split}" if record_split else name,
         joined.records,
         empty_records=reading.empty,
-        record_of=joined.record_numbers(shape) if marks else None,
-        response=joined.response_marks(shape) if marks else None,
+        record_of=joined.record_numbers(rows) if marks else None,
+        response=joined.response_marks(rows) if marks else None,
         record_split=record_split,
         reading=CorpusReading(
             seq_len=seq_len,
@@ -304,7 +316,9 @@ def load_blocks(
             text_column=text_column,
             seed=seed,
             record_split=record_split,
+            bos=bos,
         ),
+        bos=rule.recorded,
     )
 
 
@@ -341,7 +355,9 @@ class _Reading:
                 yield RecordText(number, text, response)
 
 
-def _check_readable(source: str, reading: _Reading, joined: JoinedText, eos: int | None) -> None:
+def _check_readable(
+    source: str, reading: _Reading, joined: JoinedText, eos: int | None, bos: BosRule
+) -> None:
     """Check that most of what was tokenized is text.
 
     Raises:
@@ -360,10 +376,11 @@ def _check_readable(source: str, reading: _Reading, joined: JoinedText, eos: int
             " unknown ones; expected the model's own tokenizer: copy tokenizer.json and"
             " tokenizer_config.json from the model that it was made from"
         )
-    ends = sum(token == eos for token in joined.ids)
-    if ends > len(joined.ids) / 2:
+    added = 0 if bos.token in (None, eos) else sum(token == bos.token for token in joined.ids)
+    ends, tokens = sum(token == eos for token in joined.ids), len(joined.ids) - added
+    if ends > tokens / 2:
         raise CorpusError(
-            f"{ends} of {len(joined.ids)} tokens of {source} are EOS, because most of its records"
+            f"{ends} of {tokens} tokens of {source} are EOS, because most of its records"
             " are empty; expected text, name its column with --text-column"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cascade.core.errors import CorpusError
+from cascade.corpora.bos import BosRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ class _Span:
     Attributes:
         number: The record's number, from 1.
         tokens: The number of tokens.
-        template: The number of tokens before the response text.
+        template: The number of tokens before the response text, BOS included.
     """
 
     number: int
@@ -64,17 +65,55 @@ class JoinedText:
         """The number of records."""
         return len({span.number for span in self.spans})
 
-    def record_numbers(self, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
+    def record_numbers(self, cut: Cut) -> npt.NDArray[np.int32]:
         """Return the number of each token's record, `[S, T]`."""
         numbers = np.array([span.number for span in self.spans], dtype=np.int32)
-        marked = np.repeat(numbers, [span.tokens for span in self.spans])
-        return marked[: shape[0] * shape[1]].reshape(shape)
+        return np.repeat(numbers, [span.tokens for span in self.spans])[cut.places]
 
-    def response_marks(self, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
-        """Return which tokens are response text, `[S, T]`."""
+    def response_marks(self, cut: Cut) -> npt.NDArray[np.bool_]:
+        """Return which tokens are response text, `[S, T]`. BOS never is."""
         runs = [run for span in self.spans for run in (span.template, span.tokens - span.template)]
-        marked = np.repeat(np.tile([False, True], len(self.spans)), runs)
-        return marked[: shape[0] * shape[1]].reshape(shape)
+        marked = np.repeat(np.tile([False, True], len(self.spans)), runs)[cut.places]
+        marked[cut.begun, 0] = False
+        return marked
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How joined ids are cut into sequences.
+
+    Attributes:
+        places: `[S, T]`, the index of each token; of a BOS that was added, of the token after it.
+        begun: `[S]`, whether BOS was added at the sequence's start.
+    """
+
+    places: npt.NDArray[np.int64]
+    begun: npt.NDArray[np.bool_]
+
+
+def cut(ids: Sequence[int], seq_len: int, bos: int | None, most: int | None = None) -> Cut:
+    """Cut ids into sequences, each of which begins with BOS. An incomplete last one is dropped.
+
+    Args:
+        ids: The ids of all records.
+        seq_len: Tokens per sequence, BOS included.
+        bos: The id of BOS; None to add none.
+        most: The maximum number of sequences; None for no maximum.
+    """
+    starts: list[int] = []
+    begun: list[bool] = []
+    start = 0
+    while most is None or len(starts) < most:
+        added = bos is not None and ids[start : start + 1] != [bos]
+        if start + seq_len - added > len(ids):
+            break
+        starts.append(start)
+        begun.append(added)
+        start += seq_len - added
+    marks = np.array(begun, dtype=bool)
+    # The BOS that is added takes the first place, and its token the second one.
+    columns = np.maximum(np.arange(seq_len)[None, :] - marks[:, None], 0)
+    return Cut(np.array(starts, dtype=np.int64)[:, None] + columns, marks)
 
 
 def join(
@@ -83,19 +122,23 @@ def join(
     wanted: int | None,
     *,
     marks: bool,
+    bos: BosRule,
 ) -> JoinedText:
     """Return the token ids of all texts, joined by EOS.
+
+    Where EOS is also BOS, one token is both.
 
     Args:
         texts: The texts, in order.
         tokenizer: The tokenizer of the model.
         wanted: Stop at this many tokens; None for all texts.
         marks: Determine which tokens are response text.
+        bos: How the ids of each text begin.
 
     Raises:
         CorpusError: The tokenizer has no EOS, or cannot separate template and response.
     """
-    eos, unknown = tokenizer.eos_token_id, {getattr(tokenizer, "unk_token_id", None)}
+    eos, unknown = tokenizer.eos_token_id, {getattr(tokenizer, "unk_token_id", None), bos.token}
     ids: list[int] = []
     spans: list[_Span] = []
     silent = 0
@@ -106,9 +149,15 @@ def join(
             ids.append(int(eos))
             spans[-1] = replace(spans[-1], tokens=spans[-1].tokens + 1)
         own, template = _encode(text, tokenizer, marks=marks)
-        ids.extend(own)
         silent += bool(text.text.strip()) and not set(own) - unknown
-        spans.append(_Span(text.number, len(own), template))
+        begun = bos.begin(own)
+        template = max(0, template + len(begun) - len(own))
+        if bos.token is not None:
+            template = max(1, template)
+            if ids[-1:] == [bos.token]:  # EOS, which is BOS as well
+                begun, template = begun[1:], template - 1
+        ids.extend(begun)
+        spans.append(_Span(text.number, len(begun), template))
         if wanted is not None and len(ids) >= wanted:
             break
     return JoinedText(ids, spans, silent)

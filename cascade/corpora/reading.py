@@ -8,6 +8,7 @@ from typing import Any
 from cascade.core.defaults import NUM_SAMPLES, SEQ_LEN
 from cascade.core.provenance import CorpusProvenance, Split
 from cascade.core.schema import UNSET, known
+from cascade.corpora.bos import recorded_choice
 
 #: Options that the provenance of a corpus has under the same name. An absent one has its default.
 _RECORDED = ("split", "config", "text_column", "seed")
@@ -30,6 +31,7 @@ class CorpusReading:
     text_column: str | None = None
     seed: int | None = None
     record_split: Split | None = None
+    bos: str = "auto"
 
     def options(self) -> dict[str, Any]:
         """Return the options as arguments of `load_blocks`."""
@@ -73,5 +75,6 @@ def _settings(about: CorpusProvenance) -> dict[str, Any]:
     return {
         "seq_len": about.seq_len,
         "record_split": known(about.record_split),
+        "bos": recorded_choice(about),
         **{name: known(getattr(about, name)) for name in _RECORDED},
     }

@@ -9,7 +9,17 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cascade.core.errors import UsageError
-from cascade.core.schema import Count, Finite, Index, Part, Share, StoredRecord
+from cascade.core.schema import (
+    UNSET,
+    Count,
+    Finite,
+    Index,
+    Part,
+    Share,
+    StoredRecord,
+    UnsetType,
+)
+from cascade.corpora.bos import BosRule, bos_rule, prompt_ids
 from cascade.models.counts import CountsRecord
 
 # Reports read the record without loading torch. Generating text has loaded it already.
@@ -91,6 +101,8 @@ class GenerationRecord(StoredRecord, frozen=True, kw_only=True):
         full: The full model's generation from the same prompt; None without a comparison.
         prompt: The text to continue.
         chat: Whether the prompt is a chat message and the tokens are the answer.
+        bos: "yes" if the prompt begins with the tokenizer's BOS token; "no" if the tokenizer would
+            have added it.
     """
 
     KIND: ClassVar[str] = "generation"
@@ -114,6 +126,7 @@ class GenerationRecord(StoredRecord, frozen=True, kw_only=True):
     full: FullGeneration | None
     prompt: str
     chat: bool
+    bos: Literal["yes", "no"] | UnsetType = UNSET
 
 
 def transcribe(
@@ -125,6 +138,7 @@ def transcribe(
     verify: bool = False,
     compare: bool = True,
     full: DecoderStack | None = None,
+    bos: str = "auto",
 ) -> GenerationRecord:
     """Generate a text and return a record of it.
 
@@ -136,9 +150,11 @@ def transcribe(
         verify: Let the full model confirm every token.
         compare: Also generate with the full model, and compare texts and speed.
         full: The full model (default: the model of `early`).
+        bos: Whether the prompt begins with BOS: "auto" (if the tokenizer puts it before a text),
+            "yes" or "no". A chat template that writes BOS itself adds no second one.
 
     Raises:
-        UsageError: The model has no tokenizer or no chat template, or a setting is invalid.
+        UsageError: The model has no tokenizer, chat template or BOS token, or a setting is invalid.
         ModelError: A confidence or logits are not finite.
 
     Example:
@@ -153,7 +169,8 @@ def transcribe(
 
     stack = early.stack if full is None else full
     tokenizer = _tokenizer_of(stack)
-    ids = _encode(tokenizer, prompt, chat=chat)
+    rule = bos_rule(tokenizer, bos)
+    ids = _encode(tokenizer, prompt, rule, chat=chat)
     settings = dict(settings or {})
     # Warm up before the timed runs; a few tokens are enough.
     first = ids[:, -8:]
@@ -187,6 +204,7 @@ def transcribe(
         full=comparison,
         prompt=prompt,
         chat=chat,
+        bos=rule.recorded,
     )
 
 
@@ -246,7 +264,9 @@ def _tokenizer_of(stack: DecoderStack) -> PreTrainedTokenizerBase:
     return stack.tokenizer
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> Tensor:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, rule: BosRule, *, chat: bool
+) -> Tensor:
     import torch
 
     if chat:
@@ -257,7 +277,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> T
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )
         )
-    return torch.tensor([tokenizer(prompt, add_special_tokens=not chat)["input_ids"]])
+    return torch.tensor([prompt_ids(tokenizer, prompt, rule)])
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Tensor, new: Sequence[int]) -> list[str]:

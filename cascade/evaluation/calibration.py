@@ -18,6 +18,7 @@ from cascade.core.provenance import CorpusProvenance
 from cascade.core.records import read_typed
 from cascade.core.schema import UnsetType, from_plain, to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
+from cascade.corpora.bos import check_same_bos
 from cascade.decoding.early_exit import PROPAGATIONS, EarlyExit, Propagation, make_exit
 from cascade.decoding.forward import Exit, ForwardPass, PassConfig, slices
 from cascade.decoding.inputs import make_chunk
@@ -215,6 +216,9 @@ def calibrate(
     config = replace(config, hard_ratios=tuple(dict.fromkeys(config.hard_ratios)))
     for corpus in (blocks, *([] if onto is None else [onto])):
         _check_corpus(stack, corpus, config.batch_size)
+        check_same_bos(blocks.bos, corpus.bos, what="thresholds are fitted")
+    if heads is not None:
+        heads.check_bos(blocks.bos)
     run = _Run(stack, config, heads, progress)
     values = run.confidences(blocks)
     fitted = [

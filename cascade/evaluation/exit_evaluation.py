@@ -16,6 +16,7 @@ from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import provenance_of
 from cascade.core.schema import UNSET
 from cascade.corpora.blocks import TokenBlocks
+from cascade.corpora.bos import check_same_bos
 from cascade.decoding.early_exit import Propagation
 from cascade.evaluation.exit_curves import curve, lowest_threshold
 from cascade.evaluation.exit_table import ExitTable
@@ -162,15 +163,17 @@ def split(blocks: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks]:
     )
 
 
-def check_split(fit: TokenBlocks, confirm: TokenBlocks) -> None:
-    """Check that both corpora are large enough for an interval.
+def check_split(fit: TokenBlocks, confirm: TokenBlocks, heads: FittedHeads | None) -> None:
+    """Check that both corpora are large enough for an interval, and begin as the heads' text did.
 
     Args:
         fit: The corpus to fit on.
         confirm: The corpus to confirm on.
+        heads: Fitted heads; None for the logit lens.
 
     Raises:
-        CorpusError: One of them has fewer than two sequences.
+        CorpusError: One of them has fewer than two sequences, or only some of the texts begin with
+            BOS.
     """
     for blocks in (fit, confirm):
         if len(blocks.ids) < 2:
@@ -178,6 +181,9 @@ def check_split(fit: TokenBlocks, confirm: TokenBlocks) -> None:
                 f"expected at least 2 sequences to fit on and 2 to confirm on, got "
                 f"{len(blocks.ids)} in {blocks.name}; {_MORE_SEQUENCES}"
             )
+    check_same_bos(fit.bos, confirm.bos, what="thresholds are fitted")
+    if heads is not None:
+        heads.check_bos(confirm.bos)
 
 
 def evaluate(
@@ -225,7 +231,7 @@ def evaluate(
     """
     config.check()
     check_seed(seed)
-    check_split(fit, confirm)
+    check_split(fit, confirm, heads)
     config.check_layers(stack.num_layers)
     rules = _measured_rules(config)
     evaluator = Evaluator(stack, rules, heads=heads, propagation=propagation, seed=seed)

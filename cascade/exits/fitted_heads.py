@@ -17,6 +17,7 @@ from cascade.core.files import AnyPath, atomic_path
 from cascade.core.provenance import ModelProvenance
 from cascade.core.schema import from_plain, known, to_plain
 from cascade.corpora.blocks import TokenBlocks
+from cascade.corpora.bos import check_same_bos
 from cascade.exits.heads import PropagationMap, RidgeHead
 from cascade.exits.records import HeadsMetadata, HeadsProvenance
 from cascade.models.identity import check_same_model
@@ -140,6 +141,19 @@ class FittedHeads:
         """
         model = known(self.provenance.model) or ModelProvenance()
         check_same_model(model, stack, what="these exit heads")
+
+    def check_bos(self, bos: object) -> None:
+        """Check that a text begins with BOS if the text that the heads were fitted on did.
+
+        Args:
+            bos: The `bos` of the text (see `TokenBlocks`).
+
+        Raises:
+            CorpusError: One text begins with BOS and the other does not.
+        """
+        fitted_on = known(self.provenance.corpus)
+        if fitted_on is not None:
+            check_same_bos(fitted_on.bos, bos, what="these exit heads were fitted")
 
     def metadata(self) -> HeadsMetadata:
         """Return what a file of these heads stores next to the weights."""

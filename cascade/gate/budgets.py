@@ -252,6 +252,10 @@ def _mismatch(
     for path in identity:
         expected, got = _value(group, path), _value(evaluation, path)
         if expected != got:
+            begun = [known(side.provenance.corpus.bos) == "yes" for side in (group, evaluation)]
+            if path[-1] == "fingerprint" and begun[0] != begun[1]:
+                was, now = (f"{'with' if bos else 'without'} BOS" for bos in begun)
+                return f"expected text read {was}, got text read {now}"
             return f"expected {'.'.join(path[-2:])} {expected}, got {got}"
     return None
 

@@ -59,6 +59,10 @@ IDENTITY = {
 }
 
 
+#: The mismatch of a text that begins with BOS and one that does not, and what to do.
+BOS = "corpus.bos"
+_BOS_REMEDY = "read the text with --bos {}, or accept a new baseline"
+
 #: Rounding depends on these fields: if one differs, the environments are different.
 _ENVIRONMENT = (
     ("machine", "processor"),
@@ -204,6 +208,9 @@ class Comparison(Displayed):
 
     def headline(self) -> str:
         """Return the verdict and its reason, in one sentence."""
+        if self.method is None and [one.name for one in self.mismatches] == [BOS]:
+            was, now = self.mismatches[0].expected, self.mismatches[0].obtained
+            return f"the baseline's corpus was read {was}, this one {now}"
         if self.method is None:
             names = " and ".join(mismatch.name for mismatch in self.mismatches)
             verb = "differs" if len(self.mismatches) == 1 else "differ"
@@ -272,6 +279,11 @@ def mismatches_of(new: Provenance, old: Provenance) -> list[Mismatch]:
             found.append(
                 Mismatch(name=".".join(path), expected=expected, obtained=obtained, remedy=remedy)
             )
+    begun = [known(side.corpus.bos) == "yes" for side in (old, new)]
+    if begun[0] != begun[1]:
+        was, now = (f"{'with' if bos else 'without'} BOS" for bos in begun)
+        remedy = _BOS_REMEDY.format("yes" if begun[0] else "no")
+        found.append(Mismatch(name=BOS, expected=was, obtained=now, remedy=remedy))
     return found
 
 

@@ -21,7 +21,7 @@ from cascade.core.records import read_typed, write_record
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.gate.baselines import StoredProfile
-from cascade.gate.comparison import Comparison, environment_differences, mismatches_of
+from cascade.gate.comparison import BOS, Comparison, environment_differences, mismatches_of
 from cascade.gate.drift import LEAST_SHARED, compare
 from cascade.gate.noise import measure_noise
 from cascade.gate.records import ComparisonRecord, GateRun, GateStep, Mismatch, NoiseRecord
@@ -162,7 +162,8 @@ def run_gate(
     shared = _shared(blocks, baseline)
     mismatches = mismatches_of(about, expected)
     same_text = len(shared) >= LEAST_SHARED * len(blocks.ids)
-    if not same_text and not full:
+    # Text with and without BOS has no sequence in common, which would say nothing more.
+    if not same_text and not full and all(one.name != BOS for one in mismatches):
         mismatches.append(_other_text(about.corpus, expected.corpus, len(shared)))
     if mismatches:
         comparison = Comparison(None, tuple(mismatches), provenance=about, baseline=expected)

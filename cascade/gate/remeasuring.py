@@ -16,6 +16,7 @@ from cascade.core.errors import ModelError, RecordError
 from cascade.core.files import write_text
 from cascade.core.records import packed
 from cascade.corpora.blocks import TokenBlocks, load_blocks
+from cascade.corpora.bos import recorded_choice
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
 from cascade.evaluation.operating_points import OperatingPoint
 from cascade.evaluation.records import EvaluationRecord
@@ -132,6 +133,7 @@ def group_blocks(
     *,
     corpus_split: str | None = None,
     text_column: str | None = None,
+    bos: str | None = None,
 ) -> TokenBlocks:
     """Read the part of a corpus that a group of budgets was measured on.
 
@@ -141,6 +143,7 @@ def group_blocks(
         source: The corpus.
         corpus_split: The split of a hub dataset or of the embedded corpus.
         text_column: The column to read, for records that are not in Alpaca form.
+        bos: Whether texts begin with BOS (default: as the text of the budgets).
 
     Raises:
         CorpusError: The corpus is missing, malformed or too small.
@@ -155,6 +158,7 @@ def group_blocks(
         max_tokens=2 * confirmed.tokens,
         split=corpus_split,
         text_column=text_column,
+        bos=bos or recorded_choice(confirmed, stack.tokenizer),
     )
 
 

@@ -19,7 +19,7 @@ from cascade.plugin.settings import Settings, shown
 
 if TYPE_CHECKING:
     from cascade.core.arrays import Array
-    from cascade.core.provenance import Provenance
+    from cascade.core.provenance import CorpusProvenance, Provenance
     from cascade.corpora.blocks import TokenBlocks
     from cascade.gate.baselines import StoredProfile
     from cascade.gate.quick_gate import Gate
@@ -91,6 +91,7 @@ def _read_blocks(
     records: int | None = None,
     tokens: int | None = None,
     split: str | None = None,
+    like: CorpusProvenance | None = None,
 ) -> TokenBlocks:
     """Read the corpus of the settings.
 
@@ -101,9 +102,12 @@ def _read_blocks(
         records: The maximum number of records; None for all.
         tokens: The maximum number of tokens; None for all.
         split: The split.
+        like: The text of a baseline, which says whether texts begin with BOS.
     """
     from cascade.corpora.blocks import load_blocks
+    from cascade.corpora.bos import recorded_choice
 
+    recorded = "auto" if like is None else recorded_choice(like, stack.tokenizer)
     seq_len = settings.seq_len or seq_len
     return load_blocks(
         settings.corpus,
@@ -113,6 +117,7 @@ def _read_blocks(
         max_tokens=None if tokens is None else max(tokens, seq_len),
         split=split,
         text_column=settings.text_column,
+        bos=settings.bos or recorded,
     )
 
 
@@ -154,6 +159,7 @@ class _Reading:
             records=about.records,
             tokens=about.tokens,
             split=self.settings.split,
+            like=about,
         )
 
     def gate(self, *, tokens: int, full: bool) -> Gate:
@@ -255,6 +261,7 @@ class MeasuredProfile:
             seq_len=SEQ_LEN if about is None else about.seq_len,
             records=records or None,
             split=self.settings.split,
+            like=about,
         )
         return measure_whole(self.model.stack, blocks, command=self.command)
 
@@ -367,6 +374,7 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
                 self.settings.corpus,
                 corpus_split=self.split,
                 text_column=self.settings.text_column,
+                bos=self.settings.bos,
             )
             self._done[number] = rerun(self.model.stack, group, blocks, heads=heads)
         return self._done[number]

@@ -25,6 +25,8 @@ class Settings:
         corpus: `embedded`, a file, or a hub dataset.
         split: The split of a hub dataset or of the embedded corpus.
         text_column: The column to read, for records that are not in Alpaca form.
+        bos: Whether texts and sequences begin with BOS, "auto", "yes" or "no"; None for the
+            baseline's.
         seq_len: Tokens per sequence; None for the baseline's.
         num_samples: Records of a new baseline, 0 for all; None for the default of
             `cascade analyze`, but never fewer than the previous baseline had.
@@ -45,6 +47,7 @@ class Settings:
     corpus: str = "embedded"
     split: str | None = None
     text_column: str | None = None
+    bos: str | None = None
     seq_len: int | None = None
     num_samples: int | None = None
     exit_layer: int | None = None
@@ -94,6 +97,7 @@ class Settings:
             ("--corpus", self.corpus if self.corpus != "embedded" else None),
             ("--split", self.split),
             ("--text-column", self.text_column),
+            ("--bos", self.bos),
             ("--seq-len", self.seq_len),
             ("--num-samples", self.num_samples if name != "evaluate" else None),
             ("--dtype", self.dtype if self.dtype != "float32" else None),
@@ -123,6 +127,8 @@ HELP = {
     "embedded)",
     "split": "split of a hub dataset or of the embedded corpus (default: all)",
     "text_column": "column to read if records are not in Alpaca form (default: text)",
+    "bos": "auto, yes or no: begin texts and sequences with BOS (default: as the baseline's; for a "
+    "new one, if the tokenizer does)",
     "seq_len": "tokens per sequence (default: the baseline's, 128 for a new one)",
     "num_samples": "records of a new baseline, 0 for all (default: 500)",
     "exit_layer": "exit layer of the product; ignore budgets of other layers (default: all layers)",
@@ -143,6 +149,7 @@ _SOURCES = ("model", "corpus")
 _COUNTS = {"seq_len": 2, "num_samples": 0, "exit_layer": 1, "tokens": 1}
 #: Repeated here, because importing them from `cascade.models.loading` would import torch.
 DTYPES = ("float32", "bfloat16", "float16")
+_CHOICES = {"dtype": DTYPES, "bos": ("auto", "yes", "no")}
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -201,8 +208,9 @@ def _read(name: str, value: Any, option: str, base: Path) -> Any:
     if name in _SOURCES:
         next_to = base / os.path.expanduser(value)
         return str(next_to) if next_to.exists() and not os.path.exists(value) else value
-    if name == "dtype" and value not in DTYPES:
-        raise pytest.UsageError(f"expected {option} to be one of {', '.join(DTYPES)}, got {value}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        choices = ", ".join(_CHOICES[name])
+        raise pytest.UsageError(f"expected {option} to be one of {choices}, got {value}")
     if name in _COUNTS:
         return _count(value, option, _COUNTS[name])
     return value

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from cascade.core.errors import ModelError, UsageError
 from cascade.core.files import AnyPath
+from cascade.core.provenance import CorpusProvenance
 from cascade.core.schema import UNSET, known
+from cascade.corpora.bos import check_same_bos
 from cascade.decoding.early_exit import EarlyExit, Propagation, Score
 from cascade.decoding.forward import Exit, ForwardPass
 from cascade.decoding.generation import Generation
@@ -306,6 +308,23 @@ class Cascade:
         return rows
 
     # --- Saving and loading ------------------------------------------------------------------
+
+    def check_bos(self, bos: object) -> None:
+        """Check that a text begins with BOS if the text that the stages were trained on did.
+
+        Args:
+            bos: The `bos` of the text (see `TokenBlocks`).
+
+        Raises:
+            CorpusError: One text begins with BOS and the other does not.
+        """
+        for corpus in self.trained_on():
+            check_same_bos(corpus.bos, bos, what="a stage was trained")
+
+    def trained_on(self) -> list[CorpusProvenance]:
+        """Return the texts that the stages were trained on, as far as they are recorded."""
+        found = [known(stage.provenance.tokens) for stage in self.stages]
+        return [text for tokens in found if tokens for text in tokens.corpora.values()]
 
     def record(self) -> CascadeRecord:
         """Return the record that `save_pretrained` writes, without file hashes."""

@@ -97,7 +97,8 @@ def evaluate_cascade(
 
     Raises:
         UsageError: The cascade has no stages.
-        CorpusError: The text has no marks.
+        CorpusError: The text has no marks, or only one of it and the text that the stages were
+            trained on begins with BOS.
 
     Example:
         >>> from cascade import Cascade, Entry, evaluate_cascade, load, load_blocks
@@ -122,6 +123,7 @@ def evaluate_cascade(
             "expected text with marks of its response tokens, got none; read it with marks=True"
         )
     check_blocks(cascade.base, blocks, batch_size)
+    cascade.check_bos(blocks.bos)
     variants = _variants(cascade, controls or {})
     base, first_stage = variants[0], variants[1]
     hard: list[Array] = []

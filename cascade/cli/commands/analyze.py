@@ -129,6 +129,7 @@ def _read(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
             config=corpus.config,
             text_column=corpus.text_column,
             seed=corpus.seed,
+            bos=corpus.bos,
         )
 
 

@@ -150,6 +150,7 @@ def corpus_config(corpus: StageCorpus, seed: int | None = None) -> CorpusConfig:
     return CorpusConfig(
         corpus=corpus.corpus,
         text_column=corpus.text_column,
+        bos=corpus.bos,
         num_samples=corpus.num_samples or None,
         seq_len=corpus.seq_len,
         max_tokens=corpus.max_tokens,

@@ -14,6 +14,7 @@ from cascade.cli.inputs import load_model
 from cascade.cli.named_corpora import Amount, load_corpus, read_names
 from cascade.cli.options import (
     BatchSize,
+    Bos,
     DeviceOptions,
     ModelOptions,
     NumSamples,
@@ -83,6 +84,7 @@ class ComparedText:
         ),
     ] = 16_384
     seq_len: SeqLen = SEQ_LEN
+    bos: Bos = "auto"
     stream: Annotated[
         bool,
         typer.Option("--stream", help="Read hub datasets without downloading all of them."),
@@ -131,7 +133,7 @@ def compare_corpora(
         config.check()
         named = read_names(corpora)
         amount = Amount(
-            text.num_samples or None, text.max_tokens or None, text.seq_len, text.stream
+            text.num_samples or None, text.max_tokens or None, text.seq_len, text.stream, text.bos
         )
         amount.check()
         stack = load_model(model)
@@ -234,6 +236,7 @@ def compare_models(
             num_samples=corpus.num_samples or None,
             split=corpus.split,
             text_column=corpus.text_column,
+            bos=corpus.bos,
         )
         record = model_comparison.compare_models(
             (_described(each, text, corpus.seq_len, batch_size, where) for each in wanted),

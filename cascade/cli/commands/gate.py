@@ -28,6 +28,7 @@ from cascade.core.errors import RecordError
 
 if TYPE_CHECKING:
     from cascade.core.files import RunFolder
+    from cascade.gate.baselines import StoredProfile
     from cascade.gate.records import ComparisonRecord, SessionRecord
 
 #: The files of `cascade compare --output` and `cascade gate --output`.
@@ -161,7 +162,7 @@ def gate(
         stack = load_model(model)
         blocks = read_blocks(
             stack,
-            picked(CorpusOptions, corpus, max_tokens=None),
+            picked(CorpusOptions, corpus, max_tokens=None, bos=_bos(corpus, stored, stack)),
             num_samples=corpus.num_samples or None,
         )
         with progress_bar(
@@ -182,6 +183,15 @@ def gate(
     _say_baseline(path)
     status = result.comparison.exit_status(strict=strict)
     _finish(report, result.record(), status, output.output)
+
+
+def _bos(corpus: GateCorpus, stored: StoredProfile, stack: DecoderStack) -> str:
+    """Return the choice of the command line, else the one that the baseline was read with."""
+    from cascade.corpora.bos import recorded_choice
+
+    if corpus.bos != "auto":
+        return corpus.bos
+    return recorded_choice(stored.record().provenance.corpus, stack.tokenizer)
 
 
 def _say_baseline(path: Path) -> None:

@@ -12,10 +12,19 @@ from cascade.cli import completion
 from cascade.cli.app import command
 from cascade.cli.console import show_record, status
 from cascade.cli.inputs import check_cascade_alone, load_model, read_heads, usual_layer
-from cascade.cli.options import ExitLayerOfHeads, HeadsFile, ModelOptions, PrintOptions, Seed
+from cascade.cli.options import (
+    Bos,
+    ExitLayerOfHeads,
+    HeadsFile,
+    ModelOptions,
+    PrintOptions,
+    Seed,
+)
 from cascade.core.errors import UsageError
+from cascade.core.schema import known
 
 if TYPE_CHECKING:
+    from cascade.core.provenance import CorpusProvenance
     from cascade.decoding.early_exit import EarlyExit
     from cascade.exits.fitted_heads import FittedHeads
     from cascade.models.stack import DecoderStack
@@ -28,6 +37,7 @@ class PromptOptions:
     panel: ClassVar[str] = "Text"
 
     prompt: Annotated[str, typer.Option(help="Text to continue.")]
+    bos: Bos = "auto"
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Generate at most this many tokens.")
@@ -190,7 +200,7 @@ def generate(
     exits.check(heads)
     prompt.check()
     sampling.check()
-    stack, early = _early_exit_of(exits, model, heads, seed)
+    stack, early, made_on = _early_exit_of(exits, model, heads, seed)
     settings: dict[str, Any] = {
         "max_new_tokens": prompt.max_new_tokens,
         "do_sample": sampling.sample,
@@ -207,35 +217,48 @@ def generate(
             verify=exits.verify,
             compare=prompt.compare,
             full=stack,
+            bos=_bos(prompt.bos, stack, made_on),
         )
     show_record(record, print_generation)
 
 
 def _early_exit_of(
     exits: ExitOptions, model: ModelOptions, heads: GenerationHeads, seed: int
-) -> tuple[DecoderStack, EarlyExit]:
-    """Load the model that generates, and return how it exits early."""
+) -> tuple[DecoderStack, EarlyExit, list[CorpusProvenance]]:
+    """Load the model that generates; return how it exits early, and the texts it was fitted on."""
     if exits.cascade is not None:
         from cascade.cli.cascades import read_cascade
 
         staged = read_cascade(exits.cascade, model.dtype, model.device)
-        return staged.base, staged.early_exit()
+        return staged.base, staged.early_exit(), staged.trained_on()
     stack = load_model(model)
     fitted = read_heads(heads.heads, stack)
     if exits.calibration is not None:
-        return stack, _calibrated(exits.calibration, stack, fitted, exits.hard_ratio)
+        from cascade.evaluation.calibration import early_exit_of, read_calibration
+
+        record = read_calibration(exits.calibration)
+        early = early_exit_of(record, stack, heads=fitted, hard_ratio=exits.hard_ratio)
+        return stack, early, [record.provenance.corpus]
     propagation = heads.propagation or ("exact" if exits.verify else "frozen")
-    return stack, _early_exit(
+    early = _early_exit(
         stack, exits.layer, exits.rule or "cosine", exits.threshold, fitted, propagation, seed
     )
+    corpus = None if fitted is None else known(fitted.provenance.corpus)
+    return stack, early, [] if corpus is None else [corpus]
 
 
-def _calibrated(
-    path: Path, stack: DecoderStack, heads: FittedHeads | None, hard_ratio: float | None
-) -> EarlyExit:
-    from cascade.evaluation.calibration import early_exit_of, read_calibration
+def _bos(choice: str, stack: DecoderStack, made_on: list[CorpusProvenance]) -> str:
+    """Return whether the prompt begins with BOS, after checking that fitted texts begin alike."""
+    from cascade.corpora.bos import bos_rule, check_same_bos, recorded_choice
 
-    return early_exit_of(read_calibration(path), stack, heads=heads, hard_ratio=hard_ratio)
+    if stack.tokenizer is None or not made_on:
+        return choice
+    if choice == "auto":
+        choice = recorded_choice(made_on[0], stack.tokenizer)
+    for corpus in made_on:
+        recorded = bos_rule(stack.tokenizer, choice).recorded
+        check_same_bos(corpus.bos, recorded, what="the exits were fitted")
+    return choice
 
 
 def _early_exit(

@@ -211,6 +211,7 @@ def _completed(
     if not lacking:
         return answers
     # torch is loaded only where something is measured.
+    from cascade.corpora.bos import recorded_choice
     from cascade.evaluation import exit_evaluation as evaluation
     from cascade.evaluation.search import exit_search
 
@@ -221,6 +222,10 @@ def _completed(
     model, confirmed_on = first.record.provenance.model, first.record.provenance.corpus
     stack = load_model(dataclasses.replace(pass_source.model, dtype=str(model.dtype)))
     fingerprints = _fingerprints(pass_source.heads, stack)
+    if pass_source.corpus.bos == "auto":
+        choice = recorded_choice(confirmed_on, stack.tokenizer)
+        corpus = dataclasses.replace(pass_source.corpus, bos=choice)
+        pass_source = dataclasses.replace(pass_source, corpus=corpus)
     blocks = pass_source.blocks(
         stack, first.fitted_on.seq_len, first.fitted_on.tokens + confirmed_on.tokens
     )

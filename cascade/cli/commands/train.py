@@ -220,6 +220,7 @@ def _dataset_of(
     if run.dataset is not None:
         found = load_hard_tokens(run.dataset)
         found.check(routed, layer=stage.layer, threshold=stage.threshold)
+        base.check_bos(found.record.provenance.corpora["train"].bos)
         return found
     config = CollectingConfig(
         layer=base.deciding_layer if stage.layer is None else stage.layer,
@@ -230,6 +231,7 @@ def _dataset_of(
     folder = stage.output / _DATASET
     with status(f"Reading {corpus.corpus}"):
         splits = load_splits(corpus_config(corpus), routed.tokenizer)
+    base.check_bos(splits["train"].bos)
     tokens = sum(blocks.tokens for blocks in splits.values())
     with says_how_to_resume(folder), progress_bar("Collecting", tokens) as advance:
         return collect_hard(

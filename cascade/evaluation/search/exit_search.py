@@ -14,6 +14,7 @@ from cascade.core.arrays import Array
 from cascade.core.errors import RecordError, UsageError
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
+from cascade.corpora.bos import check_same_bos
 from cascade.evaluation.exit_curves import exits_and_wrong, lowest_threshold, threshold_of_share
 from cascade.evaluation.exit_evaluation import SECONDS, check_split, exit_provenance, full_record
 from cascade.evaluation.exit_table import ExitTable
@@ -94,7 +95,7 @@ def search_exits(
         ([29], ['cosine'])
     """
     config.check()
-    check_split(fit, confirm)
+    check_split(fit, confirm, heads)
     pairs = _layer_rules(stack, config)
     by_layer: dict[int, list[str]] = {}
     for layer, rule in pairs:
@@ -292,10 +293,12 @@ def check_same_inputs(
 
     Raises:
         RecordError: One of them differs; names which.
+        CorpusError: Only one of the texts begins with BOS.
     """
     provenance = evaluation.record.provenance
     expected, own = to_plain(provenance.model), to_plain(stack.provenance)
     fingerprint = None if heads is None else heads.fingerprint()
+    check_same_bos(provenance.corpus.bos, confirm.bos, what="the evaluation was made")
     for what, was, now in (
         *((name, expected.get(name), own.get(name)) for name in _MODEL),
         ("text to fit on", evaluation.fitted_on.fingerprint, fit.fingerprint()),

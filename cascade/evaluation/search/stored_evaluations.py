@@ -44,6 +44,8 @@ _IDENTITY = (
     ("provenance", "fitted_on", "fingerprint"),
 )
 
+_BOS = ("provenance", "corpus", "bos")
+
 #: Note for evaluations without exit curves, which can only answer for their own agreement.
 _NO_CURVES = "it has no exit curves, so its thresholds are only valid for agreement {:g}"
 
@@ -151,6 +153,13 @@ def _check_alike(files: Sequence[Path], evaluations: Sequence[StoredEvaluation])
         for place in _IDENTITY:
             expected, got = at(plain[0], place), at(record, place)
             if expected != got:
+                begun = [at(side, _BOS) == "yes" for side in (plain[0], record)]
+                if place[-1] == "fingerprint" and begun[0] != begun[1]:
+                    raise RecordError(
+                        f"{path} was measured on text {'with' if begun[1] else 'without'} BOS, and "
+                        f"{files[0]} {'with' if begun[0] else 'without'}; search evaluations of "
+                        "text read with one --bos"
+                    )
                 raise RecordError(
                     f"{path} and {files[0]} differ in {' '.join(place[1:])} ({got} and {expected});"
                     " search evaluations of one model on one corpus"

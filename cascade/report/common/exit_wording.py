@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
-from cascade.core.schema import known
+from cascade.core.schema import UnsetType, known
 from cascade.evaluation.records import ExitProvenance
-from cascade.report.common.records import percent
+from cascade.report.common.records import bos_words, percent
 from cascade.report.common.words import counted
 
 _HEADS = {
@@ -49,6 +49,10 @@ class SizedCorpus(Protocol):
         """The number of sequences."""
 
     @property
+    def bos(self) -> Literal["yes", "no"] | UnsetType:
+        """As in `CorpusProvenance`."""
+
+    @property
     def seq_len(self) -> int:
         """The number of tokens per sequence."""
 
@@ -83,7 +87,7 @@ def corpus_words(corpus: SizedCorpus) -> str:
     """Return the name and size of a corpus."""
     return (
         f"{corpus.name}, {corpus.tokens:,} tokens: "
-        f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}"
+        f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}{bos_words(corpus.bos)}"
     )
 
 

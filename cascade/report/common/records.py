@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from cascade.core.provenance import Provenance
-from cascade.core.schema import StoredRecord, known, to_plain
+from cascade.core.schema import StoredRecord, UnsetType, known, to_plain
 from cascade.report.common.words import counted
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -114,6 +114,11 @@ def rule_sentence(layer: str, rule: str = "cosine") -> str:
     )
 
 
+def bos_words(bos: str | UnsetType) -> str:
+    """Return what follows the size of a corpus, where BOS was added or left out."""
+    return {"yes": ", with BOS", "no": ", without BOS"}.get(known(bos) or "", "")
+
+
 def headline(record: HasProvenance) -> list[tuple[str, str]]:
     """Return one line each for model, corpus and run, as (label, text), and what was not read."""
     model, corpus = record.provenance.model, record.provenance.corpus
@@ -135,7 +140,7 @@ def headline(record: HasProvenance) -> list[tuple[str, str]]:
         (
             "Corpus",
             f"{corpus.name}, {corpus.tokens:,} tokens: "
-            f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}{empty}",
+            f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}{bos_words(corpus.bos)}{empty}",
         ),
         ("Run", f"{known(model.dtype)} on {known(model.device)}"),
     ]

@@ -7,6 +7,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
+from cascade.core.schema import known
 from cascade.decoding.transcript import ExitEntry, FullGeneration, GenerationRecord
 from cascade.report.common.exit_wording import head_words, propagation_words, share, show_threshold
 from cascade.report.common.terminal import (
@@ -115,6 +116,9 @@ def _summary(record: GenerationRecord) -> list[tuple[str, str]]:
         ("Speed", _speed(record)),
         ("LM head", f"{record.counts.lm_head_rows:,} rows for {_count(record)}"),
     ]
+    bos = known(record.bos)
+    if bos is not None:
+        rows.insert(0, ("Prompt", "begins with BOS" if bos == "yes" else "without BOS"))
     if record.verified:
         rows.append(
             (

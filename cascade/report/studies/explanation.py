@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cascade.core.schema import known, to_plain
+from cascade.report.common.records import bos_words
 from cascade.report.common.sections import Block, Lead, Picture, Report, Section, table_of
 from cascade.report.common.words import listed, whole, whole_percent
 from cascade.report.studies.explanation_figures import causes_svg
@@ -45,8 +46,8 @@ def explanation_report(record: LayerExplanation) -> Report:
         kicker="CASCADE explanation",
         title=f"Layer {settings.layer} of {name}, against layer {settings.contrast}",
         about=(
-            f"{corpus.name}: {settings.sequences:,} sequences x {corpus.seq_len:,} tokens "
-            f"measured, {settings.pilot_sequences:,} others to estimate the traits of the update; "
+            f"{corpus.name}: {settings.sequences:,} sequences x {corpus.seq_len:,} tokens"
+            f"{bos_words(corpus.bos)} measured, {settings.pilot_sequences:,} others to estimate the traits of the update; "
             f"{model.dtype} on {model.device}"
         ),
         sections=(

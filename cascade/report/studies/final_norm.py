@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cascade.core.schema import known, to_plain
+from cascade.report.common.records import bos_words
 from cascade.report.common.sections import Block, Lead, Picture, Report, Section, Table, table_of
 from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style, title_of
 from cascade.report.common.words import whole_percent
@@ -35,8 +36,8 @@ def final_norm_report(record: FinalNormExplanation) -> Report:
         kicker="CASCADE final norm",
         title=f"Layer {layer} of {known(model.name) or model.family} and its final norm",
         about=(
-            f"{corpus.name}: {settings.sequences:,} sequences x {corpus.seq_len:,} tokens "
-            f"measured, {settings.pilot_sequences:,} others to order the weights; "
+            f"{corpus.name}: {settings.sequences:,} sequences x {corpus.seq_len:,} tokens"
+            f"{bos_words(corpus.bos)} measured, {settings.pilot_sequences:,} others to order the weights; "
             f"{model.dtype} on {model.device}"
         ),
         sections=(

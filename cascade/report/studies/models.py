@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cascade.core.schema import known, to_plain
-from cascade.report.common.records import percent
+from cascade.report.common.records import bos_words, percent
 from cascade.report.common.sections import (
     Block,
     Lead,
@@ -63,7 +63,7 @@ def _about(measured: Sequence[ModelMeasurement]) -> str:
     corpus, model = first.corpus, first.model
     return (
         f"{corpus.name}, {corpus.tokens:,} tokens of {measured[0].label}: "
-        f"{corpus.sequences:,} sequences x {corpus.seq_len:,}; "
+        f"{corpus.sequences:,} sequences x {corpus.seq_len:,}{bos_words(corpus.bos)}; "
         f"{model.dtype} on {model.device}"
     )
 

@@ -37,6 +37,7 @@ class CorpusConfig:
         seq_len: Tokens per sequence.
         max_tokens: Tokens of both splits together, a fifth of them held out (default: all).
         seed: Seed for drawing records at random (default: corpus order).
+        bos: Whether records and sequences begin with BOS, as for `load_blocks`.
     """
 
     corpus: str = "embedded"
@@ -45,6 +46,7 @@ class CorpusConfig:
     seq_len: int = 128
     max_tokens: int | None = None
     seed: int | None = None
+    bos: str = "auto"
 
 
 def load_splits(
@@ -74,6 +76,7 @@ def load_splits(
             seed=config.seed,
             record_split=split,
             marks=True,
+            bos=config.bos,
         )
         for split in SPLITS
     }

@@ -12,6 +12,7 @@ from cascade.core.errors import CorpusError, UsageError
 from cascade.core.provenance import CorpusProvenance
 from cascade.core.schema import from_plain, to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
+from cascade.corpora.bos import check_same_bos
 from cascade.models.stack import DecoderStack
 from cascade.studies.comparisons.corpus_differences import (
     CONFIDENCE,
@@ -225,6 +226,7 @@ def check_corpora(
     seen: dict[str, str] = {}
     for blocks in corpora:
         check_blocks(stack, blocks, batch_size)
+        check_same_bos(corpora[0].bos, blocks.bos, what="the first corpus was read")
         if len(blocks.ids) < 2:
             raise CorpusError(
                 f"expected at least 2 sequences of {blocks.name} for an interval, got "

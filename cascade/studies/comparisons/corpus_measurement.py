@@ -72,6 +72,7 @@ class MeasuredCorpus:
             sequences=corpus.sequences,
             seq_len=corpus.seq_len,
             spread=known(corpus.spread),
+            bos=corpus.bos,
             structure=structure,
             suggested_exit_layer=suggested_exit_layer(found, num_layers),
             special=_special_layers(layers, structure, draws),

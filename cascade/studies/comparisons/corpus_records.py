@@ -87,6 +87,7 @@ class ComparedCorpus(Part, frozen=True, kw_only=True):
     sequences: Count
     seq_len: Count
     spread: str | None = None
+    bos: Literal["yes", "no"] | UnsetType = UNSET
     structure: LayerRoles
     suggested_exit_layer: Count
     special: list[SpecialLayer]

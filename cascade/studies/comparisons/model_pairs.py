@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from cascade.core.arrays import Array
+from cascade.core.schema import known
 from cascade.studies.comparisons.compared_models import MeasuredModel
 from cascade.studies.comparisons.model_records import (
     DipMatch,
@@ -165,6 +166,9 @@ def _unpaired(first: MeasuredModel, other: MeasuredModel) -> str | None:
     """Return why two models cannot be compared sequence by sequence; None if they can."""
     if not _same_tokenizer(first, other):
         return "their tokenizers differ, so their tokens differ"
+    begun = [known(one.record.provenance.corpus.bos) == "yes" for one in (first, other)]
+    if begun[0] != begun[1]:
+        return "only one of them read text with BOS"
     if not np.array_equal(first.profile.sequence_fingerprints, other.profile.sequence_fingerprints):
         return "they read different sequences"
     if first.profile.statistics.layers != other.profile.statistics.layers:
