@@ -30,11 +30,12 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
         >>> adds_bos(load("smollm2-135m").tokenizer)
         False
     """
-    if tokenizer.bos_token_id is None:
+    token = getattr(tokenizer, "bos_token_id", None)
+    if token is None:
         return False
     plain = _ids("a", tokenizer, special=False)
     begun = _ids("a", tokenizer, special=True)
-    first = [tokenizer.bos_token_id]
+    first = [token]
     if begun[:1] != first:
         return False
     # Some tokenizers add it whatever they are asked for.
@@ -90,9 +91,11 @@ def bos_rule(tokenizer: PreTrainedTokenizerBase, choice: str = "auto") -> BosRul
         UsageError: The choice does not exist, or it is "yes" and the tokenizer has no BOS token.
     """
     check_choice(choice)
-    token = tokenizer.bos_token_id
+    token = getattr(tokenizer, "bos_token_id", None)
     if choice == "yes" and token is None:
-        raise UsageError("expected a tokenizer with a BOS token for --bos yes, got none; omit it")
+        raise UsageError(
+            "expected a tokenizer with a BOS token to read text with BOS, got none; use --bos no"
+        )
     adds = adds_bos(tokenizer)
     if choice == "yes" or (choice == "auto" and adds):
         return BosRule(token=token, recorded="yes")
@@ -111,15 +114,12 @@ def check_choice(choice: str) -> None:
         raise UsageError(f"expected --bos {', '.join(BOS_CHOICES)}, got {choice!r}; choose one")
 
 
-def recorded_choice(corpus: CorpusProvenance, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def recorded_choice(corpus: CorpusProvenance) -> str:
     """Return the choice that reads a text as a record says that it was read.
 
     Args:
         corpus: The text of the record.
-        tokenizer: The tokenizer that reads it now.
     """
-    if tokenizer is not None and tokenizer.bos_token_id is None:
-        return "auto"
     return known(corpus.bos) or "auto"
 
 
@@ -134,14 +134,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, rule: BosRule) -
     return rule.begin(_ids(prompt, tokenizer, special=False))
 
 
-def check_same_bos(made_with: object, bos: object, *, what: str) -> None:
+def check_same_bos(made_with: object, bos: object, *, what: str, again: str = "") -> None:
     """Check that a text begins with BOS if, and only if, the text that something was made on did.
 
     Args:
         made_with: The `bos` of the text that it was made on: "yes", or anything else for a text
             without BOS.
         bos: The `bos` of the other text.
-        what: What was made on the text, e.g. "these exit heads were fitted".
+        what: What was made, up to the word "text", e.g. "these heads were fitted on text".
+        again: What to do instead of reading the other text alike, e.g. "fit them again".
 
     Raises:
         CorpusError: One text begins with BOS and the other does not.
@@ -150,6 +151,6 @@ def check_same_bos(made_with: object, bos: object, *, what: str) -> None:
         return
     before, now, choice = ("with", "without", "yes") if bos != "yes" else ("without", "with", "no")
     raise CorpusError(
-        f"{what} on text {before} BOS, but this text is read {now} it; use --bos {choice}, or do "
-        "it again on text like this one"
+        f"{what} {before} BOS, but this text is read {now} it; use --bos {choice}"
+        f"{again and f', or {again}'}"
     )

@@ -216,7 +216,7 @@ def calibrate(
     config = replace(config, hard_ratios=tuple(dict.fromkeys(config.hard_ratios)))
     for corpus in (blocks, *([] if onto is None else [onto])):
         _check_corpus(stack, corpus, config.batch_size)
-        check_same_bos(blocks.bos, corpus.bos, what="thresholds are fitted")
+        check_same_bos(blocks.bos, corpus.bos, what="thresholds are fitted on text")
     if heads is not None:
         heads.check_bos(blocks.bos)
     run = _Run(stack, config, heads, progress)

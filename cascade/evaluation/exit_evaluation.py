@@ -181,7 +181,7 @@ def check_split(fit: TokenBlocks, confirm: TokenBlocks, heads: FittedHeads | Non
                 f"expected at least 2 sequences to fit on and 2 to confirm on, got "
                 f"{len(blocks.ids)} in {blocks.name}; {_MORE_SEQUENCES}"
             )
-    check_same_bos(fit.bos, confirm.bos, what="thresholds are fitted")
+    check_same_bos(fit.bos, confirm.bos, what="thresholds are fitted on text")
     if heads is not None:
         heads.check_bos(confirm.bos)
 

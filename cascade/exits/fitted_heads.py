@@ -153,7 +153,12 @@ class FittedHeads:
         """
         fitted_on = known(self.provenance.corpus)
         if fitted_on is not None:
-            check_same_bos(fitted_on.bos, bos, what="these exit heads were fitted")
+            check_same_bos(
+                fitted_on.bos,
+                bos,
+                what="these exit heads were fitted on text",
+                again="fit them again",
+            )
 
     def metadata(self) -> HeadsMetadata:
         """Return what a file of these heads stores next to the weights."""

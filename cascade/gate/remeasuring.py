@@ -158,7 +158,7 @@ def group_blocks(
         max_tokens=2 * confirmed.tokens,
         split=corpus_split,
         text_column=text_column,
-        bos=bos or recorded_choice(confirmed, stack.tokenizer),
+        bos=bos or recorded_choice(confirmed),
     )
 
 

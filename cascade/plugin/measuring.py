@@ -107,7 +107,7 @@ def _read_blocks(
     from cascade.corpora.blocks import load_blocks
     from cascade.corpora.bos import recorded_choice
 
-    recorded = "auto" if like is None else recorded_choice(like, stack.tokenizer)
+    recorded = "auto" if like is None else recorded_choice(like)
     seq_len = settings.seq_len or seq_len
     return load_blocks(
         settings.corpus,

@@ -319,7 +319,9 @@ class Cascade:
             CorpusError: One text begins with BOS and the other does not.
         """
         for corpus in self.trained_on():
-            check_same_bos(corpus.bos, bos, what="a stage was trained")
+            check_same_bos(
+                corpus.bos, bos, what="a stage was trained on text", again="train it again"
+            )
 
     def trained_on(self) -> list[CorpusProvenance]:
         """Return the texts that the stages were trained on, as far as they are recorded."""

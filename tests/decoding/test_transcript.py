@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
-from support.tiny_models import tiny_model, tiny_tokenizer
+from support.tiny_models import made_tokenizer, tiny_model, tiny_tokenizer
 
 from cascade.core.errors import UsageError
 from cascade.core.schema import from_plain, to_plain
+from cascade.corpora.bos import bos_rule, prompt_ids
 from cascade.decoding.early_exit import EarlyExit
 from cascade.decoding.transcript import GenerationRecord, transcribe
 from cascade.models.stack import DecoderStack
@@ -59,3 +61,53 @@ def test_record_is_imported_without_torch() -> None:
     code = "import sys, cascade.decoding.transcript; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "tokenizer", "choice", "expected"),
+    [
+        (None, "bos", "auto", "<bos>ab"),
+        (None, "bos", "no", "ab"),
+        (None, "plain", "auto", "ab"),
+        (None, "plain", "yes", "<bos>ab"),
+        (None, "eos too", "auto", "<bos>ab"),  # no EOS: the text goes on
+        ("{{ messages[0]['content'] }}!", "bos", "auto", "<bos>ab!"),
+        ("{{ bos_token }}{{ messages[0]['content'] }}!", "bos", "auto", "<bos>ab!"),
+        ("{{ bos_token }}{{ messages[0]['content'] }}!", "bos", "no", "ab!"),
+        ("{{ bos_token }}{{ messages[0]['content'] }}!", "plain", "auto", "<bos>ab!"),
+        ("{{ bos_token }}{{ messages[0]['content'] }}!", "plain", "no", "ab!"),
+        # ChatML: each message begins with what the tokenizer calls BOS.
+        ("<bos>{{ messages[0]['content'] }}<bos>!", "plain", "no", "<bos>ab<bos>!"),
+    ],
+)
+def test_prompts_and_chats_begin_like_corpora(
+    template: str | None,
+    tokenizer: str,
+    choice: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    around = {"bos": "<bos> $A", "plain": "$A", "eos too": "<bos> $A <eos>"}[tokenizer]
+    reading = made_tokenizer(around, bos_token="<bos>")
+    reading.chat_template = template
+    seen: list[list[int]] = []
+    early = EarlyExit(DecoderStack(tiny_model("llama", vocab_size=98), tokenizer=reading), layer=2)
+    right = early.generate
+
+    def watched(ids: Any, *args: Any, **settings: Any) -> Any:
+        seen.append(ids[0].tolist())
+        return right(ids, *args, **settings)
+
+    monkeypatch.setattr(early, "generate", watched)
+    record = transcribe(
+        early,
+        "ab",
+        {"max_new_tokens": 1},
+        chat=template is not None,
+        compare=False,
+        bos=choice,
+    )
+    assert "".join(reading.convert_ids_to_tokens(seen[-1])) == expected
+    assert record.bos == bos_rule(reading, choice).recorded
+    if template is None:
+        assert seen[-1] == prompt_ids(reading, "ab", bos_rule(reading, choice))

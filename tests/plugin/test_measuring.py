@@ -23,8 +23,13 @@ from support.plugin_project import (
     properties,
     ran,
 )
+from support.tiny_models import tiny_bos_tokenizer, tiny_model
 
+from cascade.corpora.blocks import load_blocks
 from cascade.gate.baselines import read_profile
+from cascade.gate.remeasuring import store_profile
+from cascade.models.loading import load
+from cascade.saturation.profile import analyze
 
 
 def test_the_profile_covers_the_quick_gate_or_the_whole_corpus(
@@ -162,3 +167,17 @@ def test_a_failure_reports_the_exit_layer_and_the_commands_to_run(
     assert "To accept an intended change: cascade analyze" in said
     assert "&& cascade accept RUN --baselines baselines" in said
     assert "Exit layer 2 has not moved" in failure(ran(guarded, *only, 2))
+
+
+def test_text_begins_with_bos_as_in_the_baseline_unless_the_session_says_otherwise(
+    project: pytest.Pytester,
+) -> None:
+    tiny_model("llama", vocab_size=98).save_pretrained(project.path / "tiny")
+    tiny_bos_tokenizer().save_pretrained(project.path / "tiny")
+    stack = load(str(project.path / "tiny"))
+    blocks = load_blocks(project.path / "texts.jsonl", stack.tokenizer, seq_len=16, bos="no")
+    store_profile(project.path / "baselines", analyze(stack, blocks))
+    given = ("-m", "saturation", "--cascade-model=tiny")
+    ran(project, *given).assert_outcomes(passed=1, deselected=1)
+    done = ran(project, *given, "--cascade-bos=yes")
+    assert "expected corpus.bos without BOS, got with BOS" in failure(done)

@@ -82,6 +82,7 @@ def test_ini_paths_are_relative_to_the_ini_file_and_others_to_the_current_folder
             "--cascade-dtype=int8",
             "expected --cascade-dtype to be one of float32, bfloat16, float16",
         ),
+        ("--cascade-bos=maybe", "expected --cascade-bos to be one of auto, yes, no"),
         ("--cascade-model=", "expected a value for --cascade-model, got an empty one"),
         ("--cascade-report=texts.jsonl", "--cascade-report: cannot write"),
         ("-ocascade_tokens=1.5", "expected cascade_tokens to be a whole number of at least 1"),

@@ -375,7 +375,7 @@ FAULTS = {
     "epsilon": Fault("RMS-norm epsilon 1e-2 instead of 1e-5", norm_epsilon, "model", "1"),
     "axis": Fault("mean over the wrong axis", _wrong_axis, "model", "1"),
     "bin": Fault("quantiles off by one bin", _next_bin, "counting"),
-    "bos": Fault("a tokenizer that adds BOS", begins_with_bos, "corpus"),
+    "bos": Fault("a tokenizer that adds BOS", begins_with_bos, "corpus.bos"),
     "pair": Fault(
         "pair swapped: output against input",
         wrong_pairs(_swapped_pair),

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 97
@@ -158,6 +159,28 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
     )
+
+
+def made_tokenizer(template: str, **special: str) -> PreTrainedTokenizerFast:
+    """Return the tiny tokenizer with other special tokens, which puts some around a text.
+
+    Args:
+        template: What it makes of a text, e.g. "<bos> $A <eos>".
+        special: The special tokens by role, e.g. `bos_token`; new ones are added.
+    """
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens(special)
+    around = {*template.split()} - {"$A"}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template,
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in around],
+    )
+    return tokenizer
+
+
+def tiny_bos_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tiny tokenizer with a BOS token, id 97, which it puts before a text."""
+    return made_tokenizer("<bos> $A", bos_token="<bos>")
 
 
 def save_checkpoint(folder: Path, family: str = "llama", **changes: Any) -> Path:

@@ -162,7 +162,7 @@ def gate(
         stack = load_model(model)
         blocks = read_blocks(
             stack,
-            picked(CorpusOptions, corpus, max_tokens=None, bos=_bos(corpus, stored, stack)),
+            picked(CorpusOptions, corpus, max_tokens=None, bos=_bos(corpus, stored)),
             num_samples=corpus.num_samples or None,
         )
         with progress_bar(
@@ -185,13 +185,13 @@ def gate(
     _finish(report, result.record(), status, output.output)
 
 
-def _bos(corpus: GateCorpus, stored: StoredProfile, stack: DecoderStack) -> str:
+def _bos(corpus: GateCorpus, stored: StoredProfile) -> str:
     """Return the choice of the command line, else the one that the baseline was read with."""
     from cascade.corpora.bos import recorded_choice
 
     if corpus.bos != "auto":
         return corpus.bos
-    return recorded_choice(stored.record().provenance.corpus, stack.tokenizer)
+    return recorded_choice(stored.record().provenance.corpus)
 
 
 def _say_baseline(path: Path) -> None:

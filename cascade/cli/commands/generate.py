@@ -254,10 +254,12 @@ def _bos(choice: str, stack: DecoderStack, made_on: list[CorpusProvenance]) -> s
     if stack.tokenizer is None or not made_on:
         return choice
     if choice == "auto":
-        choice = recorded_choice(made_on[0], stack.tokenizer)
+        choice = recorded_choice(made_on[0])
     for corpus in made_on:
         recorded = bos_rule(stack.tokenizer, choice).recorded
-        check_same_bos(corpus.bos, recorded, what="the exits were fitted")
+        check_same_bos(
+            corpus.bos, recorded, what="the exits were fitted on text", again="fit them again"
+        )
     return choice
 
 

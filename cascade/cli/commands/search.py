@@ -223,7 +223,7 @@ def _completed(
     stack = load_model(dataclasses.replace(pass_source.model, dtype=str(model.dtype)))
     fingerprints = _fingerprints(pass_source.heads, stack)
     if pass_source.corpus.bos == "auto":
-        choice = recorded_choice(confirmed_on, stack.tokenizer)
+        choice = recorded_choice(confirmed_on)
         corpus = dataclasses.replace(pass_source.corpus, bos=choice)
         pass_source = dataclasses.replace(pass_source, corpus=corpus)
     blocks = pass_source.blocks(

@@ -298,7 +298,12 @@ def check_same_inputs(
     provenance = evaluation.record.provenance
     expected, own = to_plain(provenance.model), to_plain(stack.provenance)
     fingerprint = None if heads is None else heads.fingerprint()
-    check_same_bos(provenance.corpus.bos, confirm.bos, what="the evaluation was made")
+    check_same_bos(
+        provenance.corpus.bos,
+        confirm.bos,
+        what="the evaluation was made on text",
+        again="evaluate again",
+    )
     for what, was, now in (
         *((name, expected.get(name), own.get(name)) for name in _MODEL),
         ("text to fit on", evaluation.fitted_on.fingerprint, fit.fingerprint()),

@@ -140,7 +140,8 @@ def headline(record: HasProvenance) -> list[tuple[str, str]]:
         (
             "Corpus",
             f"{corpus.name}, {corpus.tokens:,} tokens: "
-            f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}{bos_words(corpus.bos)}{empty}",
+            f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}"
+            f"{bos_words(corpus.bos)}{empty}",
         ),
         ("Run", f"{known(model.dtype)} on {known(model.device)}"),
     ]

@@ -47,7 +47,8 @@ def explanation_report(record: LayerExplanation) -> Report:
         title=f"Layer {settings.layer} of {name}, against layer {settings.contrast}",
         about=(
             f"{corpus.name}: {settings.sequences:,} sequences x {corpus.seq_len:,} tokens"
-            f"{bos_words(corpus.bos)} measured, {settings.pilot_sequences:,} others to estimate the traits of the update; "
+            f"{bos_words(corpus.bos)} measured, {settings.pilot_sequences:,} others to estimate "
+            f"the traits of the update; "
             f"{model.dtype} on {model.device}"
         ),
         sections=(

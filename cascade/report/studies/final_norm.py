@@ -37,7 +37,8 @@ def final_norm_report(record: FinalNormExplanation) -> Report:
         title=f"Layer {layer} of {known(model.name) or model.family} and its final norm",
         about=(
             f"{corpus.name}: {settings.sequences:,} sequences x {corpus.seq_len:,} tokens"
-            f"{bos_words(corpus.bos)} measured, {settings.pilot_sequences:,} others to order the weights; "
+            f"{bos_words(corpus.bos)} measured, {settings.pilot_sequences:,} others to order the "
+            f"weights; "
             f"{model.dtype} on {model.device}"
         ),
         sections=(

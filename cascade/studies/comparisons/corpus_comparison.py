@@ -226,7 +226,7 @@ def check_corpora(
     seen: dict[str, str] = {}
     for blocks in corpora:
         check_blocks(stack, blocks, batch_size)
-        check_same_bos(corpora[0].bos, blocks.bos, what="the first corpus was read")
+        check_same_bos(corpora[0].bos, blocks.bos, what="the first corpus is text")
         if len(blocks.ids) < 2:
             raise CorpusError(
                 f"expected at least 2 sequences of {blocks.name} for an interval, got "
