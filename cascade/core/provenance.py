@@ -33,6 +33,8 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
             `cascade.studies.comparisons.altered_models`).
         unused_parts: Parts of the weight files outside the decoder that the model does not use,
             e.g. "mtp, vision_tower".
+        text_decoder: The type of the text decoder, which alone was measured, of a model that also
+            reads images or audio, e.g. "qwen2".
         adapter: The base model that an adapter was applied to; `source` is the adapter.
         unread_files: Other weight files in the model's folder, e.g. "consolidated.safetensors".
     """
@@ -53,6 +55,7 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
     unused_parts: str | UnsetType = UNSET
     unread_files: str | UnsetType = UNSET
     adapter: str | UnsetType = UNSET
+    text_decoder: str | UnsetType = UNSET
 
 
 #: The splits of a corpus, by record. The first one trains, the second one selects and judges.

@@ -11,6 +11,7 @@ from torch import Tensor
 from cascade.core.errors import UnsupportedModelError, first_line
 from cascade.decoding.kv_cache import KeyValueCache
 from cascade.models.layer_states import other_state, shared_keys
+from cascade.models.probing import close
 from cascade.models.stack import DecoderStack
 
 
@@ -108,10 +109,3 @@ def _first_difference(
             if not close(hidden, history[layer][:, start:stop]):
                 return layer
     return None
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    """Return whether two results are the same but for rounding."""
-    # Half of the dtype's digits. Kernels differ by much less; a missing operation by much more.
-    limit = torch.finfo(a.dtype).eps ** 0.5 * a.abs().max().clamp_min(1e-6)
-    return bool((a - b).abs().max() <= limit)

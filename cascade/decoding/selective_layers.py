@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import first_line
-from cascade.decoding.exit_support import check_exits, close
+from cascade.decoding.exit_support import check_exits
 from cascade.decoding.kv_cache import KeyValueCache, Selection
 from cascade.decoding.packed_attention import PACKABLE, packed_layer
 from cascade.models.fast_layers import FastLayers
@@ -33,6 +33,7 @@ from cascade.models.overrides.views import (
     with_descendants,
     with_own_hooks,
 )
+from cascade.models.probing import close
 from cascade.models.stack import DecoderStack, LayerCall
 
 

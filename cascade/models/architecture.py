@@ -94,7 +94,8 @@ def find_decoder(model: PreTrainedModel, layers: nn.ModuleList) -> nn.Module:
     """
     base: nn.Module = model.base_model
     if base is not model:
-        return base
+        # Qwen-VL's outer module keeps positions of its last call; its text decoder does not.
+        return model.get_decoder() if hasattr(base, "rope_deltas") else base
     # Llama 4's text model is not at the path that its class names.
     ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
     around = {id(held): held for path in paths_of(layers, model) for held in holders(model, path)}

@@ -13,7 +13,7 @@ import torch
 from cascade.core.errors import DeviceError, ModelError, UsageError, first_line
 from cascade.core.provenance import ModelProvenance, model_provenance
 from cascade.core.schema import UNSET
-from cascade.models.architecture import auto_class, check_config
+from cascade.models.architecture import auto_class, check_config, text_config_of
 from cascade.models.checkpoints.adapters import apply_adapter, without_wrapper
 from cascade.models.checkpoints.files import check_stored_dtypes
 from cascade.models.checkpoints.loading_report import check_loading_report, unused_parts
@@ -147,6 +147,9 @@ def load(
     if own is not None:
         model = apply_adapter(model, own, source, merge=weights.quantization is None)
     known_too = {"tokenizer_hash": tokenizer_hash(tokenizer)}
+    text = text_config_of(config)
+    if text is not config:
+        known_too |= {"family": config.model_type, "text_decoder": text.model_type}
     if unused:
         known_too["unused_parts"] = ", ".join(unused)
     return DecoderStack(

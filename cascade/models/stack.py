@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
-from cascade.core.errors import UnsupportedModelError
+from cascade.core.errors import CascadeError, UnsupportedModelError, first_line
 from cascade.core.provenance import ModelProvenance, model_provenance
-from cascade.core.schema import known
+from cascade.core.schema import UNSET, UnsetType, known
 from cascade.models.architecture import (
     check_dtypes,
     check_kind,
@@ -33,8 +34,9 @@ from cascade.models.overrides.hooks import (
     split_output,
 )
 from cascade.models.overrides.stand_ins import StandIns
-from cascade.models.probing import probe
+from cascade.models.probing import close, probe
 from cascade.models.readout import Readout
+from cascade.models.text_decoders import has_text_decoder, run_on_text
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -117,9 +119,14 @@ class DecoderStack:
         try:
             self.decoder = find_decoder(model, self.layers)
             self._probe = probe(model, self.decoder, self.layers)
-        except RuntimeError:  # of torch, where dtypes do not match
-            check_dtypes(self.layers)
+        except (CascadeError, torch.OutOfMemoryError):
             raise
+        except Exception as error:  # families raise any error for other inputs or dtypes
+            check_dtypes(self.layers)
+            raise UnsupportedModelError(
+                f"{model.config.model_type} does not run on token ids alone"
+                f" ({first_line(error)}); expected a model that continues text"
+            ) from error
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
         #: The width of a hidden state, D: that of all parallel streams together.
@@ -127,6 +134,7 @@ class DecoderStack:
         self.has_final_norm = self._probe.has_final_norm
         self._stand_ins = StandIns(model, self.decoder, self.layers)
         self._readout = Readout(model, self.decoder, self._stand_ins, self._probe)
+        text, idle = self._check_text_decoder()
         found = ModelProvenance(
             family=model.config.model_type,
             num_layers=self.num_layers,
@@ -134,8 +142,44 @@ class DecoderStack:
             dtype=str(self.dtype).removeprefix("torch."),
             device=self.device.type,
             attention=model.config._attn_implementation,
+            text_decoder=text,
+            unused_parts=idle,
         )
         self.provenance = model_provenance(found, provenance)
+        if known(idle) and self.provenance.unused_parts != idle:
+            parts = {*str(idle).split(", "), *str(self.provenance.unused_parts).split(", ")}
+            self.provenance = replace(self.provenance, unused_parts=", ".join(sorted(parts)))
+
+    @torch.no_grad()
+    def _check_text_decoder(self) -> tuple[str | UnsetType, str | UnsetType]:
+        """Check that a text decoder inside a larger model computes the model's own logits.
+
+        Returns:
+            The type of the text decoder, and the parts of the model that text does not use.
+
+        Raises:
+            UnsupportedModelError: The model does not run on text alone, or has other logits.
+        """
+        if not has_text_decoder(self.model):
+            return UNSET, UNSET
+        family = self.model.config.model_type
+        ids = torch.arange(6, device=self.device).remainder(self.vocab_size).reshape(2, 3)
+        try:
+            own, idle = run_on_text(self.model, ids, self.layers)
+        except Exception as error:  # families raise any error without an image
+            raise UnsupportedModelError(
+                f"{family} does not run on text alone ({first_line(error)}); expected a model that"
+                " continues text without images or audio"
+            ) from error
+        last: list[Tensor] = []
+        self.visit(ids, lambda entry, hidden: last.__setitem__(slice(None), [hidden]))
+        if not close(self.decode(last[0]), own):
+            raise UnsupportedModelError(
+                f"the text decoder of {family} alone has other logits than the whole model;"
+                " expected the same for text"
+            )
+        text = str(text_config_of(self.model.config).model_type)
+        return text, ", ".join(idle) if idle else UNSET
 
     def __repr__(self) -> str:
         name = known(self.provenance.name) or self.model.config.model_type

@@ -123,7 +123,8 @@ def headline(record: HasProvenance) -> list[tuple[str, str]]:
     """Return one line each for model, corpus and run, as (label, text), and what was not read."""
     model, corpus = record.provenance.model, record.provenance.corpus
     layers = f"{known(model.num_layers)} decoder layers"
-    traits = [known(model.family), layers, known(model.quantization)]
+    part = "text decoder of " if known(model.text_decoder) else ""
+    traits = [f"{part}{known(model.family)}", layers, known(model.quantization)]
     unread = [
         f"{what} ({names})"
         for what, names in (
