@@ -137,7 +137,8 @@ def _check_causal(rows: Tensor, family: str) -> None:
     """Check that two rows have equal states before the token in which their inputs differ."""
     # Kernels and experts that treat two rows differently stay far below the limit. Attending to
     # later tokens changes fp32 states by 1e-3 of their size even in tiny random models.
-    if not close(rows[0], rows[1]):
+    # States that overflow are reported by what is measured, with the layer that does it.
+    if torch.isfinite(rows).all() and not close(rows[0], rows[1]):
         raise UnsupportedModelError(
             f"the layers of {family} attend to later tokens; expected a causal language model"
         )
