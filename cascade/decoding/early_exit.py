@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ from cascade.decoding.forward import Chunk, Exit, ForwardPass, PassConfig
 from cascade.decoding.generation import ExitConfig, Generation, generate
 from cascade.decoding.generation_settings import DecodingConfig, padding_token
 from cascade.decoding.inputs import make_chunk, read_seed
+from cascade.decoding.processors import CustomProcessing
 from cascade.decoding.selective_layers import SkippingLayers
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.heads import ExitHead, LogitLens
@@ -30,7 +31,7 @@ from cascade.models.stack import DecoderStack
 from cascade.stats.perplexity import perplexity
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
     from transformers.generation.streamers import BaseStreamer
 
 Propagation = Literal["frozen", "ridge", "exact"]
@@ -231,6 +232,9 @@ class EarlyExit:
         attention_mask: Tensor | None = None,
         *,
         generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        stopping_criteria: Sequence[StoppingCriteria] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
         streamer: BaseStreamer | None = None,
         return_dict_in_generate: bool = False,
         verify: bool = False,
@@ -247,7 +251,14 @@ class EarlyExit:
                 inferred as in `transformers`: the padding token is padding, unless it is also an
                 end-of-sequence token.
             generation_config: Settings of `transformers` (default: the model's generation config).
-                Settings that early exit does not support (beams, ...) raise an error.
+                Penalties, bans and samplers are followed by the logits processors of
+                `transformers`. Settings that early exit does not support (beams, contrastive
+                search, guidance, ...) raise an error.
+            logits_processor: Processors in addition to those of the settings. They get the tokens
+                and logits of the whole batch, once per column; zeros for rows that have ended.
+            stopping_criteria: Criteria that end rows, in addition to those of the settings.
+            prefix_allowed_tokens_fn: Returns the tokens that may follow, from a row's number and
+                its tokens.
             streamer: Receives each token as soon as it is final.
             return_dict_in_generate: Return a `Generation` instead of the ids alone.
             verify: Let the full model confirm every token (needs propagation="exact"). The result
@@ -255,8 +266,12 @@ class EarlyExit:
                 (self-speculative decoding).
             draft_length: With `verify`, the maximum number of tokens drafted before the full model
                 checks them.
-            kwargs: Single settings: max_new_tokens, do_sample, temperature, top_p, top_k, seed,
-                eos_token_id, pad_token_id, stop_strings.
+            kwargs: Single settings of a generation config (max_new_tokens, do_sample,
+                repetition_penalty, ...) and `seed`.
+
+        Logits processors change the logits from which a token is chosen: those of an exit head, of
+        a draft and of the full model. Exit rules see the logits before that, so thresholds keep
+        their meaning.
 
         Returns:
             Token ids, `[B, T + new]`, in which rows that ended earlier are padded; or a
@@ -267,6 +282,7 @@ class EarlyExit:
             ModelError: A confidence or logits are not finite.
         """
         config = DecodingConfig.of(self.stack, generation_config, kwargs)
+        custom = CustomProcessing.of(logits_processor, stopping_criteria, prefix_allowed_tokens_fn)
         if any(at.rule.needs_full for at in self.exits):
             names = ", ".join(at.rule.name for at in self.exits if at.rule.needs_full)
             raise UsageError(
@@ -287,6 +303,7 @@ class EarlyExit:
             ExitConfig(self.exits, exact=self.propagation == "exact", seed=self.seed),
             prompt,
             config,
+            custom=custom,
             draft_length=drafts if verify else None,
             streamer=streamer,
         )

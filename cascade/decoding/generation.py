@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,12 +20,14 @@ from cascade.decoding.forward import (
 )
 from cascade.decoding.generation_settings import DecodingConfig
 from cascade.decoding.kv_cache import Selection
+from cascade.decoding.processors import BatchProcessors, CustomProcessing, Processing
 from cascade.decoding.sampling import TokenChooser
 from cascade.decoding.selective_layers import LayerTask, SkippingLayers
 from cascade.models.flops import Counts
 from cascade.models.stack import DecoderStack, Plan
 
 if TYPE_CHECKING:
+    from transformers.generation.stopping_criteria import StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
 
 
@@ -91,12 +93,13 @@ class _Text:
         stack: DecoderStack,
         prompt: Chunk,
         config: DecodingConfig,
-        new_tokens: int,
+        capacity: int,
+        criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
     ) -> None:
         self.stack, self.config, self.streamer = stack, config, streamer
+        self.capacity, self.criteria = capacity, criteria
         batch, self.prompt = prompt.ids.shape
-        self.capacity = self.prompt + new_tokens
         self.ids = torch.full((batch, self.capacity), config.filling, device=prompt.ids.device)
         self.ids[:, : self.prompt] = prompt.ids
         self.layers = torch.zeros_like(self.ids)
@@ -112,24 +115,39 @@ class _Text:
         """The rows that have not ended."""
         return [row for row, ended in enumerate(self.ended) if not ended]
 
-    def add(self, row: int, chosen: _Token) -> None:
-        """Append a confirmed token to a row that has not ended."""
-        column = self.confirmed[row]
-        self.ids[row, column] = chosen.token
-        self.layers[row, column] = chosen.layer
-        self.confirmed[row] = column + 1
-        is_full = column + 1 == self.capacity
-        is_end = chosen.token in self.config.eos_token_id
-        self.ended[row] = is_full or is_end or self._has_stop_string(row)
-        if self.streamer is not None and len(self.ended) == 1:
-            self.streamer.put(torch.tensor([chosen.token]))
+    def add(self, column: int, chosen: Mapping[int, _Token]) -> None:
+        """Append confirmed tokens to rows that have not ended, and end rows.
+
+        Args:
+            column: The next column of these rows.
+            chosen: The token of each row.
+        """
+        for row, (token, layer) in sorted(chosen.items()):
+            self.ids[row, column] = token
+            self.layers[row, column] = layer
+            self.confirmed[row] = column + 1
+            is_full = column + 1 == self.capacity
+            is_end = token in self.config.eos_token_id
+            self.ended[row] = is_full or is_end or self._has_stop_string(row)
+            if self.streamer is not None and len(self.ended) == 1:
+                self.streamer.put(torch.tensor([token]))
+        if self.criteria and chosen:
+            stopped = self.criteria(self.ids[:, : column + 1], None)
+            for row in chosen:
+                self.ended[row] = self.ended[row] or bool(stopped[row])
 
     def _has_stop_string(self, row: int) -> bool:
+        """Return whether the newest token of a row completes a stop string."""
         if not self.config.stop_strings or self.stack.tokenizer is None:
             return False
-        new = self.ids[row, self.prompt : self.confirmed[row]].tolist()
-        text = self.stack.tokenizer.decode(new)
-        return any(stop in text for stop in self.config.stop_strings)
+        # As in transformers, a stop string may begin in the prompt. A token has at least one byte.
+        stops, end = self.config.stop_strings, self.confirmed[row]
+        longest = max(len(stop.encode()) for stop in stops)
+        start = max(int(self.first[row]), self.prompt - longest)
+        decode = self.stack.tokenizer.decode
+        before = str(decode(self.ids[row, start : self.prompt].tolist())).rstrip("\ufffd")
+        text = str(decode(self.ids[row, start:end].tolist()))
+        return any(stop in text[max(0, len(before) - len(stop) + 1) :] for stop in stops)
 
     def row_mask(self, rows: Sequence[int]) -> Tensor:
         """Return a mask of some rows, `[B, 1]`."""
@@ -173,6 +191,7 @@ def generate(
     prompt: Chunk,
     config: DecodingConfig,
     *,
+    custom: CustomProcessing,
     draft_length: int | None,
     streamer: BaseStreamer | None,
 ) -> Generation:
@@ -183,13 +202,14 @@ def generate(
         exits: How tokens exit.
         prompt: The prompts, padded on the left.
         config: How to generate.
+        custom: Logits processors and stopping criteria that the caller adds.
         draft_length: The maximum number of tokens drafted before the full model checks them. None:
             without verification.
         streamer: Receives each confirmed token; needs a single row.
 
     Raises:
-        UsageError: A prompt has padding after a token or is too long, or there are several rows to
-            stream.
+        UsageError: A prompt has padding after a token or is too long, there are several rows to
+            stream, or logits processors do not fit.
         ModelError: A confidence or logits are not finite.
     """
     if not bool((prompt.valid[:, 1:] >= prompt.valid[:, :-1]).all()):
@@ -203,8 +223,11 @@ def generate(
         )
     stack = layers.stack
     new = config.new_tokens(prompt.ids.shape[1], stack.max_positions)
-    text = _Text(stack, prompt, config, new, streamer)
-    choose = TokenChooser(config)
+    processing = Processing.of(stack, prompt, config, new, custom)
+    processors = BatchProcessors(processing, repeats=draft_length is not None)
+    capacity = prompt.ids.shape[1] + new
+    text = _Text(stack, prompt, config, capacity, processing.criteria, streamer)
+    choose = TokenChooser(config, processors)
     if not exits.exact:
         return _generate_skipping(layers, exits, text, choose)
     segments = _DeferredSegments(layers, exits, text)
@@ -225,28 +248,54 @@ def _generate_skipping(
         cache.window(start, stop)
         chunk = text.chunk(start, stop)
         passed += int(chunk.valid.sum())
-        chosen: dict[int, _Token] = {}
+        found = _FoundLogits()
         outputs = torch.zeros_like(chunk.valid)
         outputs[:, -1] = chunk.valid[:, -1]
         forward = ForwardPass(layers, exits.exits, chunk, cache, counts, config)
-        forward.run(outputs, _collecting(chosen, choose, stop))
-        for row, token in sorted(chosen.items()):
-            text.add(row, token)
+        forward.run(outputs, found.add)
+        text.add(stop, found.choose_column(choose, text.ids, stop))
         start, stop = stop, stop + 1
     return text.result(counts, passed, 0, 0)
 
 
-def _collecting(chosen: dict[int, _Token], choose: TokenChooser, column: int) -> OnLogits:
-    """Return a callback that chooses each row's token for one column."""
+class _FoundLogits:
+    """Logits of the tokens of a chunk, found at several layers, from which tokens are chosen.
 
-    def on_logits(layer: int, rows: Tensor, _: Tensor, logits: Tensor) -> None:
-        numbers = rows.tolist()
-        tokens = choose(logits, numbers, [column] * len(numbers)).tolist()
-        chosen.update(
-            {row: _Token(token, layer) for row, token in zip(numbers, tokens, strict=True)}
-        )
+    Tokens are chosen once all logits of a column are known, as in `transformers`, because logits
+    processors may keep state from column to column.
+    """
 
-    return on_logits
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self.rows: list[int] = []
+        self.columns: list[int] = []
+        self._logits: list[Tensor] = []
+
+    def add(self, layer: int, rows: Tensor, columns: Tensor, logits: Tensor) -> None:
+        """Add the logits `[n, V]` of some tokens, given by their rows and columns in the chunk."""
+        self.layers += [layer] * len(rows)
+        self.rows += rows.tolist()
+        self.columns += columns.tolist()
+        self._logits.append(logits)
+
+    def choose(self, choose: TokenChooser, ids: Tensor, columns: Sequence[int]) -> list[int]:
+        """Return the chosen tokens in the order in which their logits were added.
+
+        Args:
+            choose: Chooses tokens.
+            ids: Token ids of the batch, `[B, capacity]`.
+            columns: The column that each token will have in its row.
+        """
+        if not self._logits:
+            return []
+        logits = self._logits[0] if len(self._logits) == 1 else torch.cat(self._logits)
+        return choose(ids, logits, self.rows, columns).tolist()
+
+    def choose_column(self, choose: TokenChooser, ids: Tensor, column: int) -> dict[int, _Token]:
+        """Return the token of each row, if all of them will have the same column."""
+        tokens = self.choose(choose, ids, [column] * len(self.rows))
+        found = zip(self.rows, tokens, self.layers, strict=True)
+        return {row: _Token(token, layer) for row, token, layer in found}
 
 
 class _DeferredSegments:
@@ -320,10 +369,9 @@ def _generate_exact(segments: _DeferredSegments, text: _Text, choose: TokenChoos
     """Generate with exact propagation: upper layers compute exited tokens once needed."""
     stop = text.prompt
     while text.open_rows:
-        chosen: dict[int, _Token] = {}
-        _run_until_exited(segments, segments.probe(stop), stop, _collecting(chosen, choose, stop))
-        for row, token in sorted(chosen.items()):
-            text.add(row, token)
+        found = _FoundLogits()
+        _run_until_exited(segments, segments.probe(stop), stop, found.add)
+        text.add(stop, found.choose_column(choose, text.ids, stop))
         stop += 1
     return text.result(segments.counts, segments.passed, 0, 0)
 
@@ -356,11 +404,12 @@ def _generate_verified(
     drafted = accepted = 0
     stop = text.prompt
     while text.open_rows:
-        chosen: dict[int, _Token] = {}
+        found = _FoundLogits()
         probe = segments.probe(stop)
         unconfirmed = [row for row in text.open_rows if text.confirmed[row] <= stop]
         probe.undecided = probe.undecided & text.row_mask(unconfirmed)
-        all_exited = _draft(segments, probe, stop, _collecting(chosen, choose, stop))
+        all_exited = _draft(segments, probe, stop, found.add)
+        chosen = found.choose_column(choose, text.ids, stop)
         for row, draft in chosen.items():
             drafts[row][stop] = draft
             text.ids[row, stop : stop + 1] = draft.token
@@ -375,6 +424,7 @@ def _generate_verified(
         if text.open_rows:
             stop = min(text.confirmed[row] for row in text.open_rows)
             segments.crop(stop - 1)
+            choose.processors.confirm(stop)
             for by_column in drafts:
                 for column in [column for column in by_column if column >= stop]:
                     del by_column[column]
@@ -403,16 +453,23 @@ def _confirm(
     text, last = segments.text, segments.layers.stack.num_layers
     choices = _full_choices(segments, probe, choose, stop)
     accepted = 0
-    for row in text.open_rows:
-        for column in range(text.confirmed[row], stop + 1):
-            token = choices[row, column]
-            draft = drafts[row].pop(column, None)
-            confirmed = draft is not None and draft.token == token
-            accepted += confirmed
-            before = None if column == stop else int(text.ids[row, column])
-            text.add(row, draft if draft is not None and confirmed else _Token(token, last))
-            if text.ended[row] or (before is not None and before != token):
-                break
+    matching = text.open_rows
+    for column in range(min(text.confirmed[row] for row in matching), stop + 1):
+        confirmed: dict[int, _Token] = {}
+        right = []
+        for row in matching:
+            if text.confirmed[row] > column:
+                right.append(row)
+                continue
+            token, draft = choices[row, column], drafts[row].pop(column, None)
+            is_accepted = draft is not None and draft.token == token
+            accepted += is_accepted
+            # Later tokens of the row were computed after the token that is there now.
+            if column == stop or int(text.ids[row, column]) == token:
+                right.append(row)
+            confirmed[row] = draft if draft is not None and is_accepted else _Token(token, last)
+        text.add(column, confirmed)
+        matching = [row for row in right if not text.ended[row]]
     return accepted
 
 
@@ -424,15 +481,13 @@ def _full_choices(
     for index in range(len(segments.segments)):
         if segments.done[index] < stop:
             hidden = segments.run(index, stop, probe)
-    choices: dict[tuple[int, int], int] = {}
-
-    def on_logits(_: int, rows: Tensor, columns: Tensor, logits: Tensor) -> None:
-        keys = list(zip(rows.tolist(), (columns + start + 1).tolist(), strict=True))
-        tokens = choose(logits, [row for row, _ in keys], [column for _, column in keys])
-        choices.update(zip(keys, tokens.tolist(), strict=True))
-
     columns = torch.arange(start + 1, stop + 1, device=text.ids.device)
     confirmed = torch.tensor(text.confirmed, device=text.ids.device)[:, None]
-    outputs = (columns >= confirmed) & text.row_mask(text.open_rows)
-    decode_tokens(segments.layers.stack, hidden, outputs, segments.counts, on_logits)
-    return choices
+    # Processors that keep state need the logits of all rows, also of confirmed tokens.
+    wanted = columns >= (0 if choose.processors.keeps_state else confirmed)
+    outputs = wanted & text.row_mask(text.open_rows)
+    found = _FoundLogits()
+    decode_tokens(segments.layers.stack, hidden, outputs, segments.counts, found.add)
+    absolute = [column + start + 1 for column in found.columns]
+    tokens = found.choose(choose, text.ids, absolute)
+    return dict(zip(zip(found.rows, absolute, strict=True), tokens, strict=True))

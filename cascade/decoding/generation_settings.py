@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from cascade.core.arguments import as_bool, as_float, as_int
@@ -22,32 +22,75 @@ _DEFAULT_NEW_TOKENS = 20
 _SAMPLING = ("temperature", "top_p", "top_k")
 
 
-#: Settings of a generation config that early exit supports.
-_SUPPORTED = {
+#: Settings that `transformers` follows only if it samples.
+_ONLY_SAMPLING = {
+    *_SAMPLING,
+    "top_h",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+}
+
+
+#: Settings that end rows or name tokens; they do not change which token is the likeliest.
+_ENDS = {
     "max_new_tokens",
     "max_length",
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
     "eos_token_id",
     "pad_token_id",
-    "bos_token_id",
-    "stop_strings",
+}
+
+
+#: Settings that become logits processors or stopping criteria of `transformers`.
+_PROCESSED = _ONLY_SAMPLING | {
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "min_length",
+    "min_new_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "exponential_decay_length_penalty",
+    "remove_invalid_values",
+    "renormalize_logits",
+    "watermarking_config",
+    "max_time",
 }
 
 
 #: Settings that do not change the tokens, or only together with unsupported settings.
 _HARMLESS = {
     "transformers_version",
+    "bos_token_id",
     "use_cache",
     "return_dict_in_generate",
     "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "prefill_chunk_size",
+    "compile_config",
+    "continuous_batching_config",
     "decoder_start_token_id",
     "disable_compile",
     "early_stopping",
     "length_penalty",
-    "renormalize_logits",
+    "diversity_penalty",
+    "is_assistant",
+    "low_memory",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "assistant_ensemble_weight",
+    "assistant_lookbehind",
+    "target_lookbehind",
+    "max_matching_ngram_size",
+    "speculation_type",
 }
 
 
@@ -57,6 +100,8 @@ _NEUTRAL = {
     "num_beam_groups": 1,
     "num_return_sequences": 1,
     "typical_p": 1.0,
+    "top_p": 1.0,
+    "temperature": 1.0,
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "guidance_scale": 1.0,
@@ -80,6 +125,8 @@ class DecodingConfig:
         pad_token_id: Fills rows that ended, and is treated as padding in prompts without a mask.
             None: the first of `eos_token_id`, or 0, fills rows, and no token is padding.
         stop_strings: Texts that end a row; they are kept in the row.
+        others: Other settings with an effect, by name: `repetition_penalty`, `bad_words_ids`, ...
+            Logits processors and stopping criteria of `transformers` follow them.
     """
 
     max_new_tokens: int | None = None
@@ -92,6 +139,7 @@ class DecodingConfig:
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     stop_strings: tuple[str, ...] = ()
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -111,14 +159,15 @@ class DecodingConfig:
         Raises:
             UsageError: A setting is unknown, unsupported or out of range.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(changes) - known)
-        if unknown:
-            raise UsageError(
-                f"expected settings among {', '.join(sorted(known))}, got {', '.join(unknown)}"
-            )
         from transformers import GenerationConfig as Config
 
+        names = _names_of_transformers()
+        unknown = sorted(set(changes) - names - {"seed"})
+        if unknown:
+            raise UsageError(
+                "expected settings of a GenerationConfig of transformers, or seed, got "
+                f"{', '.join(unknown)}; correct the names"
+            )
         if config is not None and not isinstance(config, Config):
             raise UsageError(
                 "expected a GenerationConfig of transformers as generation_config, got "
@@ -127,19 +176,62 @@ class DecodingConfig:
         defaults = Config._get_default_generation_params()
         values: dict[str, Any] = {name: defaults[name] for name in _SAMPLING}
         for given in (stack.model.generation_config, config):
-            values |= {} if given is None else given.to_diff_dict()
-        check_supported(values)
-        merged = {name: values[name] for name in known & values.keys()}
+            values |= {} if given is None else _values_of(given)
         if changes.get("max_new_tokens") is not None:
-            merged.pop("max_length", None)
-        merged |= changes
-        merged = {name: value for name, value in merged.items() if value is not None}
-        made = cls(**_read(merged, stack.vocab_size - 1))
+            values.pop("max_length", None)
+        values |= changes
+        values = {name: value for name, value in values.items() if value is not None}
+        check_supported(values)
+        own = {entry.name for entry in fields(cls)} & values.keys()
+        read = _read({name: values[name] for name in own}, stack.vocab_size - 1)
+        made = cls(**read, others=_others(values, do_sample=read.get("do_sample", False)))
         if made.stop_strings and stack.tokenizer is None:
             raise UsageError(
                 "stop_strings need a tokenizer, and the model has none; load the model with one"
             )
         return made
+
+    def used_settings(self) -> dict[str, Any]:
+        """Return the settings that affect the tokens, by name; for records."""
+        shown: dict[str, Any] = {"do_sample": self.do_sample}
+        if self.do_sample:
+            shown |= {name: getattr(self, name) for name in (*_SAMPLING, "seed")}
+        for name in ("eos_token_id", "stop_strings"):
+            if getattr(self, name):
+                shown[name] = list(getattr(self, name))
+        return shown | dict(sorted(self.others.items()))
+
+    def processed_settings(self) -> dict[str, Any]:
+        """Return the settings that need logits processors or stopping criteria, by name."""
+        sampling = {name: getattr(self, name) for name in _SAMPLING} if self.do_sample else {}
+        effective = {
+            name: value for name, value in sampling.items() if not _is_neutral(name, value)
+        }
+        return effective | dict(self.others)
+
+    def transformers_settings(self, new_tokens: int) -> dict[str, Any]:
+        """Return arguments with which `generate` of `transformers` prepares the same processing.
+
+        They override every setting of the model's own generation config.
+
+        Args:
+            new_tokens: The maximum number of new tokens.
+        """
+        off = {name: _NEUTRAL.get(name) for name in _names_of_transformers() - _HARMLESS}
+        return (
+            off
+            | self.processed_settings()
+            | {
+                "do_sample": self.do_sample,
+                "max_new_tokens": new_tokens,
+                "eos_token_id": list(self.eos_token_id) or None,
+                "pad_token_id": self.filling,
+                # No cache is prepared.
+                "use_cache": False,
+                "cache_implementation": None,
+                "max_cache_len": None,
+            }
+        )
 
     @property
     def filling(self) -> int:
@@ -201,25 +293,77 @@ def check_supported(values: Mapping[str, Any]) -> None:
     Raises:
         UsageError: A setting is not supported.
     """
-    from transformers import GenerationConfig
-
+    supported = {entry.name for entry in fields(DecodingConfig)} | _PROCESSED | _HARMLESS
     # Settings that transformers does not know have no effect there either.
-    known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
     unsupported = sorted(
         name
-        for name in known & values.keys() - _SUPPORTED - _HARMLESS
+        for name in _names_of_transformers() & values.keys() - supported
         if not _is_neutral(name, values[name])
     )
     if unsupported:
+        off = ", ".join(f"{name}={_NEUTRAL.get(name, 0):g}" for name in unsupported)
         raise UsageError(
-            f"early exit does not support the generation settings {', '.join(unsupported)}; "
-            "pass a generation_config that turns them off"
+            f"early exit does not support the generation settings {', '.join(unsupported)}; turn "
+            f"them off with {off} (on the command line, each after --generation-config)"
         )
+
+
+def plain_settings(config: GenerationConfig) -> dict[str, Any]:
+    """Return arguments that turn off what a generation config adds to greedy decoding.
+
+    Args:
+        config: The model's generation config.
+
+    Returns:
+        Arguments for `generate`, by name; empty if the config adds nothing.
+    """
+    known = _names_of_transformers() - _HARMLESS - _ENDS
+    return {
+        name: _NEUTRAL.get(name)
+        for name, value in _values_of(config).items()
+        if name in known and not _is_neutral(name, value)
+    }
+
+
+@functools.cache
+def _names_of_transformers() -> frozenset[str]:
+    from transformers import GenerationConfig
+
+    return frozenset(name for name in GenerationConfig().to_dict() if not name.startswith("_"))
+
+
+def _values_of(config: GenerationConfig) -> dict[str, Any]:
+    """Return the settings that differ from the defaults, with objects (watermarks) as they are."""
+    return {
+        name: getattr(config, name, value)
+        for name, value in config.to_diff_dict().items()
+        if not name.startswith("_")
+    }
+
+
+def _others(values: Mapping[str, Any], *, do_sample: bool) -> dict[str, Any]:
+    """Return the settings with an effect that only processors and criteria follow."""
+    from transformers import GenerationConfig
+
+    names = _PROCESSED - set(_SAMPLING) - (set() if do_sample else _ONLY_SAMPLING)
+    defaults = GenerationConfig._get_default_generation_params()
+    found = {}
+    for name in names & values.keys():
+        value = values[name]
+        if _is_neutral(name, value):
+            continue
+        if name == "watermarking_config":  # from JSON, it is a dictionary
+            value = GenerationConfig(watermarking_config=value).watermarking_config
+        # transformers refuses the penalty 2 and takes 2.0.
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        is_number = isinstance(defaults.get(name), float) or name in ("min_p", "top_h", "max_time")
+        found[name] = float(value) if whole and is_number else value
+    return found
 
 
 def _is_neutral(name: str, value: Any) -> bool:
     if name.endswith("_token_id"):
-        return False  # 0 is a valid token
+        return value is None  # 0 is a valid token
     return not value or value == _NEUTRAL.get(name)
 
 

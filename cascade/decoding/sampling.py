@@ -8,44 +8,38 @@ import torch
 from torch import Tensor
 
 from cascade.decoding.generation_settings import DecodingConfig
+from cascade.decoding.processors import BatchProcessors
 
 
 class TokenChooser:
     """Chooses the next token from logits; random choices depend only on seed, row and column.
 
     Args:
-        config: Whether and how to sample.
+        config: Whether to sample.
+        processors: Change the logits first.
     """
 
-    def __init__(self, config: DecodingConfig) -> None:
-        from transformers import (
-            LogitsProcessorList,
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        )
-
-        self.config = config
+    def __init__(self, config: DecodingConfig, processors: BatchProcessors) -> None:
+        self.config, self.processors = config, processors
         self.generator = torch.Generator()
-        self.warpers = LogitsProcessorList()
-        if config.temperature != 1.0:
-            self.warpers.append(TemperatureLogitsWarper(config.temperature))
-        if config.top_k:
-            self.warpers.append(TopKLogitsWarper(config.top_k))
-        if config.top_p < 1.0:
-            self.warpers.append(TopPLogitsWarper(config.top_p))
 
-    def __call__(self, logits: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    def __call__(
+        self, ids: Tensor, logits: Tensor, rows: Sequence[int], columns: Sequence[int]
+    ) -> Tensor:
         """Return the chosen tokens, `[n]`.
 
         Args:
+            ids: Token ids of the batch, `[B, capacity]`, with the tokens before those chosen.
             logits: `[n, V]`.
             rows: The row of each token.
             columns: The column that each token will have in its row.
+
+        Raises:
+            UsageError: A setting is invalid, or no token is left to choose.
         """
+        scores = self._processed(ids, logits, rows, columns) if self.processors else logits
         if not self.config.do_sample:
-            return logits.argmax(dim=-1)
-        scores = self.warpers(None, logits)  # type: ignore[arg-type]
+            return scores.argmax(dim=-1)
         # The argmax of log-probabilities plus Gumbel noise is a sample (Gumbel 1954). Seed, row and
         # column determine the noise. An exit and the full model therefore choose the same token if
         # their logits agree, and verification can compare tokens.
@@ -53,6 +47,17 @@ class TokenChooser:
             [self._noise(scores.shape[1], *key) for key in zip(rows, columns, strict=True)]
         )
         return (scores + noise.to(scores.device)).argmax(dim=-1)
+
+    def _processed(
+        self, ids: Tensor, logits: Tensor, rows: Sequence[int], columns: Sequence[int]
+    ) -> Tensor:
+        scores = torch.empty_like(logits)
+        for column in sorted(set(columns)):
+            places = [place for place, other in enumerate(columns) if other == column]
+            scores[places] = self.processors(
+                ids, logits[places], [rows[place] for place in places], column
+            )
+        return scores
 
     def _noise(self, size: int, row: int, column: int) -> Tensor:
         mixed = (self.config.seed * 1_000_003 + row) * 1_000_003 + column
