@@ -484,7 +484,8 @@ def _full_choices(
     columns = torch.arange(start + 1, stop + 1, device=text.ids.device)
     confirmed = torch.tensor(text.confirmed, device=text.ids.device)[:, None]
     # Processors that keep state need the logits of all rows, also of confirmed tokens.
-    wanted = columns >= (0 if choose.processors.keeps_state else confirmed)
+    first = min(text.confirmed[row] for row in text.open_rows)
+    wanted = columns >= (first if choose.processors.keeps_state else confirmed)
     outputs = wanted & text.row_mask(text.open_rows)
     found = _FoundLogits()
     decode_tokens(segments.layers.stack, hidden, outputs, segments.counts, found.add)
