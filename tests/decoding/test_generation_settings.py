@@ -110,10 +110,7 @@ PADDED_INSIDE_TEXT = (
 )
 
 
-KNOWN = (
-    "do_sample, eos_token_id, max_length, max_new_tokens, pad_token_id, seed, stop_strings, "
-    "temperature, top_k, top_p"
-)
+UNKNOWN = "expected settings of a GenerationConfig of transformers, or seed, got "
 
 
 @pytest.mark.parametrize(
@@ -183,11 +180,12 @@ KNOWN = (
         ),
         ({"pad_token_id": VOCABULARY}, "expected pad_token_id to be in 0..96, got 97"),
         ({"pad_token_id": -1}, "expected pad_token_id to be in 0..96, got -1"),
-        ({"num_beams": 4}, f"expected settings among {KNOWN}, got num_beams"),
         (
-            {"max_tokens": 4, "beam": 2},
-            f"expected settings among {KNOWN}, got beam, max_tokens",
+            {"num_beams": 4},
+            "early exit does not support the generation settings num_beams; turn them off with "
+            "num_beams=1 (on the command line, each after --generation-config)",
         ),
+        ({"max_tokens": 4, "beam": 2}, f"{UNKNOWN}beam, max_tokens; correct the names"),
         (
             {"stop_strings": ["a"]},
             "stop_strings need a tokenizer, and the model has none; load the model with one",
@@ -251,31 +249,35 @@ def test_prompt_and_new_tokens_may_fill_all_positions(length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "refused"),
+    ("settings", "off"),
     [
-        ({"num_beams": 4}, "num_beams"),
-        ({"repetition_penalty": 1.2, "num_beams": 2}, "num_beams, repetition_penalty"),
-        ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size"),
-        ({"min_new_tokens": 1}, "min_new_tokens"),
-        ({"forced_eos_token_id": 0}, "forced_eos_token_id"),
-        ({"max_time": 1.0}, "max_time"),
-        ({"min_p": 0.1, "do_sample": True}, "min_p"),
-        ({"suppress_tokens": [3]}, "suppress_tokens"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
-        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
-        ({"guidance_scale": 1.5}, "guidance_scale"),
+        ({"num_beams": 4}, {"num_beams": 1}),
+        ({"penalty_alpha": 0.6, "num_beams": 2}, {"num_beams": 1, "penalty_alpha": 0}),
+        (
+            {"output_hidden_states": True, "return_dict_in_generate": True},
+            {"output_hidden_states": 0},
+        ),
+        ({"num_return_sequences": 2, "do_sample": True}, {"num_return_sequences": 1}),
+        ({"guidance_scale": 1.5}, {"guidance_scale": 1}),
+        ({"prompt_lookup_num_tokens": 3}, {"prompt_lookup_num_tokens": 0}),
+        ({"token_healing": True}, {"token_healing": 0}),
     ],
 )
-def test_unsupported_settings_error_lists_them(settings: dict[str, Any], refused: str) -> None:
+def test_unsupported_settings_error_lists_them_and_how_to_turn_them_off(
+    settings: dict[str, Any], off: dict[str, Any]
+) -> None:
     message = (
-        f"early exit does not support the generation settings {refused}; pass a generation_config "
-        "that turns them off"
+        f"early exit does not support the generation settings {', '.join(off)}; turn them off with "
+        f"{', '.join(f'{name}={value}' for name, value in off.items())} (on the command line, each "
+        "after --generation-config)"
     )
     given = GenerationConfig(**settings)
     check_refusal(generator("llama"), PROMPT, message, generation_config=given)
     stack = DecoderStack(tiny_model("llama"))
     stack.model.generation_config = given
     check_refusal(EarlyExit(stack), PROMPT, message)
+    kept: dict[str, Any] = {"do_sample": False, "max_new_tokens": 2}
+    assert as_tensor(EarlyExit(stack).generate(PROMPT, **off | kept)).shape == (3, 11)
 
 
 def test_settings_without_effect_are_accepted() -> None:

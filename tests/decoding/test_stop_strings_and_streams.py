@@ -60,6 +60,22 @@ def test_stop_strings_match_transformers(length: int) -> None:
     assert not torch.equal(got, free)
 
 
+def test_stop_strings_may_begin_in_the_prompt_as_in_transformers() -> None:
+    early = speaking("frozen", exits=False)
+    tokenizer: Any = early.stack.tokenizer
+    free = own_generate(early.stack, PROMPT[:1])
+    # A text within the prompt does not end a row.
+    stops = [tokenizer.decode(free[0, 7:10]), tokenizer.decode(free[0, 4:6])]
+    settings: dict[str, Any] = {"stop_strings": stops, "eos_token_id": 0}
+    expected = own_generate(early.stack, PROMPT[:1], tokenizer=tokenizer, **settings)
+    assert expected.shape == (1, 10)
+    assert torch.equal(generated(early, PROMPT[:1], **settings).sequences, expected)
+    settings["stop_strings"] = stops[1]
+    expected = own_generate(early.stack, PROMPT[:1], tokenizer=tokenizer, **settings)
+    assert torch.equal(generated(early, PROMPT[:1], **settings).sequences, expected)
+    assert expected.shape == (1, 19)
+
+
 @pytest.mark.parametrize("verify", [False, True], ids=["plain", "verified"])
 @ALL_PROPAGATIONS
 def test_streamer_receives_prompt_and_each_token_in_order(
