@@ -39,6 +39,7 @@ from cascade.core.schema import UNSET
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.decoding.early_exit import EarlyExit, Propagation
+from cascade.decoding.generation_settings import plain_settings
 from cascade.evaluation.calibration import confidences
 from cascade.exits.fitted_heads import FittedHeads, load_heads
 from cascade.exits.head_fitting import fit_heads
@@ -375,14 +376,17 @@ def _exit_layer(wanted: int | None, heads: FittedHeads | None, stack: DecoderSta
 
 
 def _decoding(early: EarlyExit, batches: Sequence[Tensor], new: int, *, verify: bool) -> Variant:
+    # Greedy decoding, whatever the model's generation config adds.
+    settings = plain_settings(early.stack.model.generation_config)
+    settings |= {"do_sample": False, "eos_token_id": ()}
     return lambda: [
         early.generate(
             ids,
             torch.ones_like(ids),
             max_new_tokens=new,
-            eos_token_id=(),
             verify=verify,
             return_dict_in_generate=True,
+            **settings,
         )
         for ids in batches
     ]

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from cascade.core.arrays import Array
 from cascade.corpora.blocks import TokenBlocks
+from cascade.decoding.generation_settings import plain_settings
 from cascade.exits.history import HiddenHistory
 from cascade.models.stack import DecoderStack
 
@@ -106,26 +107,28 @@ def angular_distances(stack: DecoderStack, blocks: TokenBlocks, batch_size: int)
 def generate_plainly(stack: DecoderStack, ids: Tensor, new_tokens: int, **settings: Any) -> Tensor:
     """Generate an exact number of tokens greedily with `transformers`.
 
+    What the model's generation config adds (penalties, bans, beams) is turned off.
+
     Args:
         stack: The model.
         ids: Prompts without padding, `[B, T]`.
         new_tokens: Number of new tokens per prompt.
-        settings: Other options of the generation config.
+        settings: Other settings of a generation config.
 
     Returns:
         Prompts and new tokens, `[B, T + new_tokens]`.
     """
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=new_tokens,
-        # No token has this id, so generation never ends early. None would use the model's EOS.
-        eos_token_id=stack.vocab_size,
-        pad_token_id=0,
-        **settings,
-    )
     made: Tensor = stack.model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), generation_config=config
+        ids,
+        attention_mask=torch.ones_like(ids),
+        **plain_settings(stack.model.generation_config)
+        | {
+            "do_sample": False,
+            "max_new_tokens": new_tokens,
+            # No token has this id, so generation never ends early.
+            "eos_token_id": stack.vocab_size,
+            "pad_token_id": 0,
+        }
+        | settings,
     )
     return made

@@ -94,8 +94,9 @@ _HARMLESS = {
 }
 
 
-#: Values that leave a setting without effect, in addition to None, False, 0 and empty values.
-_NEUTRAL = {
+#: Values that leave a setting without effect: None for those that 0 and empty values turn on; of
+#: other settings, those without effect are None, False, 0 and empty values.
+_NEUTRAL: dict[str, float | None] = {
     "num_beams": 1,
     "num_beam_groups": 1,
     "num_return_sequences": 1,
@@ -105,6 +106,9 @@ _NEUTRAL = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "guidance_scale": 1.0,
+    "top_h": None,
+    "max_time": None,
+    "watermarking_config": None,
 }
 
 
@@ -364,7 +368,9 @@ def _others(values: Mapping[str, Any], *, do_sample: bool) -> dict[str, Any]:
 def _is_neutral(name: str, value: Any) -> bool:
     if name.endswith("_token_id"):
         return value is None  # 0 is a valid token
-    return not value or value == _NEUTRAL.get(name)
+    if name in _NEUTRAL:
+        return value is None or value == _NEUTRAL[name]
+    return not value
 
 
 def _read(given: Mapping[str, Any], last: int) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from msgspec import field
 
 from cascade.core.errors import UsageError
 from cascade.core.schema import (
@@ -101,6 +105,8 @@ class GenerationRecord(StoredRecord, frozen=True, kw_only=True):
         full: The full model's generation from the same prompt; None without a comparison.
         prompt: The text to continue.
         chat: Whether the prompt is a chat message and the tokens are the answer.
+        settings: How tokens were chosen: the settings of the model's generation config and of the
+            caller that have an effect, by name; lists and objects as JSON text.
         bos: "yes" if the prompt begins with the tokenizer's BOS token; "no" if the tokenizer would
             have added it.
     """
@@ -126,6 +132,7 @@ class GenerationRecord(StoredRecord, frozen=True, kw_only=True):
     full: FullGeneration | None
     prompt: str
     chat: bool
+    settings: dict[str, bool | int | float | str] = field(default_factory=dict)
     bos: Literal["yes", "no"] | UnsetType = UNSET
 
 
@@ -204,8 +211,34 @@ def transcribe(
         full=comparison,
         prompt=prompt,
         chat=chat,
+        settings=_recorded(early.stack, settings),
         bos=rule.recorded,
     )
+
+
+def _recorded(
+    stack: DecoderStack, settings: Mapping[str, Any]
+) -> dict[str, bool | int | float | str]:
+    """Return the settings in effect, as values that a record can hold."""
+    from cascade.decoding.generation_settings import DecodingConfig
+
+    used = DecodingConfig.of(stack, None, settings).used_settings()
+    return {
+        name: value if isinstance(value, bool | int | str) or _is_finite(value) else _text_of(value)
+        for name, value in used.items()
+    }
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _text_of(value: Any) -> str:
+    value = value.to_dict() if hasattr(value, "to_dict") else value
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError):
+        return str(value)
 
 
 @dataclass(frozen=True)

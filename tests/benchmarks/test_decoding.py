@@ -87,10 +87,11 @@ def test_verified_tokens_equal_the_full_models_and_full_depth_computes_every_row
     assert generated["verified"].drafted >= generated["verified"].accepted
 
 
-def test_the_padding_token_in_a_corpus_counts_as_text(
+def test_a_models_padding_token_penalties_and_beams_do_not_change_the_work(
     folder: Path,
 ) -> None:
     pads = {"pad_token_id": ord("e") - 30}  # the tiny tokenizer's id of the letter
+    pads |= {"repetition_penalty": 1.9, "num_beams": 2, "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(pads))
     record = benchmark.benchmark_decoding(settings(folder, layer=2))
     assert record.generated["full"].counts.layer_rows == [34] * 4

@@ -63,10 +63,14 @@ def test_the_bare_pass_runs_all_layers_on_all_tokens_without_the_head():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_generate_plainly_makes_an_exact_number_of_tokens_equal_to_ours(family: str) -> None:
     stack, ids = DecoderStack(tiny_model(family)), random_ids(1, 8)
+    ours = EarlyExit(stack).generate(ids, max_new_tokens=20, eos_token_id=())
+    # The model's own penalties and beams are turned off.
+    stack.model.generation_config.update(
+        repetition_penalty=1.9, num_beams=2, suppress_tokens=[0], do_sample=True, stop_strings=["a"]
+    )
     plain = generate_plainly(stack, ids, 20)
     assert plain.shape == (1, 28)
     assert torch.equal(plain[:, :8], ids)
-    ours = EarlyExit(stack).generate(ids, max_new_tokens=20, eos_token_id=())
     assert isinstance(ours, torch.Tensor)
     assert torch.equal(ours, plain)
 

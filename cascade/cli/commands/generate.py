@@ -11,13 +11,13 @@ import typer
 from cascade.cli import completion
 from cascade.cli.app import command
 from cascade.cli.console import show_record, status
+from cascade.cli.generation_settings import SamplingOptions
 from cascade.cli.inputs import check_cascade_alone, load_model, read_heads, usual_layer
 from cascade.cli.options import (
     Bos,
     ExitLayerOfHeads,
     HeadsFile,
     ModelOptions,
-    PrintOptions,
     Seed,
 )
 from cascade.core.errors import UsageError
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from cascade.models.stack import DecoderStack
 
 
+#: The number of new tokens if the command line gives none.
+DEFAULT_NEW_TOKENS = 40
+
+
 @dataclass(frozen=True)
 class PromptOptions:
     """The prompt, and how many tokens are generated."""
@@ -40,8 +44,8 @@ class PromptOptions:
     bos: Bos = "auto"
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Generate at most this many tokens.")
-    ] = 40
+        int | None, typer.Option(min=1, help="Generate at most this many tokens (default: 40).")
+    ] = None
     stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; repeatable.")] = None
     compare: Annotated[bool, typer.Option(help="Compare with the full model's text.")] = True
 
@@ -136,54 +140,6 @@ class GenerationHeads:
     ] = None
 
 
-@dataclass(frozen=True)
-class SamplingOptions(PrintOptions):
-    """How tokens are chosen, and what is printed."""
-
-    panel: ClassVar[str] = "Sampling"
-
-    sample: Annotated[
-        bool, typer.Option("--sample", help="Sample tokens instead of taking the likeliest.")
-    ] = False
-    temperature: Annotated[
-        float | None, typer.Option(help="Divide logits by this (default: the model's).")
-    ] = None
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Sample from the likeliest tokens that have this probability together "
-            "(default: the model's)."
-        ),
-    ] = None
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            help="Sample from this many of the likeliest tokens; 0: all "
-            "(default: the model's, or 50)."
-        ),
-    ] = None
-
-    def settings(self) -> dict[str, Any]:
-        """Return the sampling settings on the command line."""
-        found = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {name: value for name, value in found.items() if value is not None}
-
-    def check(self) -> None:
-        """Check that sampling settings come with --sample, and the temperature is possible.
-
-        Raises:
-            UsageError: They do not, or it is not.
-        """
-        if self.settings() and not self.sample:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in self.settings())
-            raise UsageError(f"{flags} need --sample; add it, or leave them out")
-        if self.temperature is not None and not self.temperature > 0:
-            raise UsageError(
-                f"expected a --temperature above 0, got {self.temperature:g}; leave out --sample "
-                "to take the likeliest token"
-            )
-
-
 @command("generate")
 def generate(
     prompt: PromptOptions,
@@ -199,20 +155,17 @@ def generate(
 
     exits.check(heads)
     prompt.check()
-    sampling.check()
+    settings = sampling.settings()
     stack, early, made_on = _early_exit_of(exits, model, heads, seed)
-    settings: dict[str, Any] = {
-        "max_new_tokens": prompt.max_new_tokens,
-        "do_sample": sampling.sample,
-        "seed": seed,
-        "stop_strings": prompt.stop,
-    }
-    settings |= sampling.settings()
+    if prompt.max_new_tokens is not None or not {"max_new_tokens", "max_length"} & settings.keys():
+        settings["max_new_tokens"] = prompt.max_new_tokens or DEFAULT_NEW_TOKENS
+    if prompt.stop is not None:
+        settings["stop_strings"] = prompt.stop
     with status("Generating"):
         record = transcribe(
             early,
             prompt.prompt,
-            settings,
+            {"seed": seed} | settings,
             chat=prompt.chat,
             verify=exits.verify,
             compare=prompt.compare,

@@ -108,6 +108,7 @@ def _summary(record: GenerationRecord) -> list[tuple[str, str]]:
     rows = [
         *(("Exit", _exit(exit_)) for exit_ in record.exits),
         ("Propagation", propagation_words(record.propagation)),
+        *_settings(record),
         (
             "Layers",
             f"{record.layers_per_token:.2f} of {record.num_layers} computed per token, including "
@@ -134,6 +135,19 @@ def _summary(record: GenerationRecord) -> list[tuple[str, str]]:
             ("No skipping", f"every layer computed every token here: {record.fallback_reason}")
         )
     return rows
+
+
+def _settings(record: GenerationRecord) -> list[tuple[str, str]]:
+    """Return how tokens were chosen; nothing for the likeliest of the model's own logits."""
+    others = {
+        name: value
+        for name, value in record.settings.items()
+        if name not in ("do_sample", "eos_token_id")
+    }
+    if not others:
+        return []
+    start = "tokens are sampled" if record.settings.get("do_sample") else "the likeliest token"
+    return [("Choice", f"{start}; {', '.join(f'{name} {others[name]}' for name in others)}")]
 
 
 def _exit(exit_: ExitEntry) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import Run
+from support.commands import Done, Run
 
 
 def test_generate_shows_exit_layers_and_the_full_models_text(tiny: Run, here: Path) -> None:
@@ -53,6 +53,84 @@ def test_sampling_defaults_are_the_models_own(run: Run, here: Path, models: Path
     )
     assert own == greedy
     assert free != greedy
+
+
+QWEN = {
+    "repetition_penalty": 1.7,
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
+    "pad_token_id": 0,
+    "transformers_version": "4.37.0",
+}
+
+
+def first_line(done: Done) -> str:
+    assert done.status == 0, done.err
+    return done.out.splitlines()[0]
+
+
+def test_the_models_generation_config_is_followed_and_recorded(
+    run: Run, here: Path, models: Path
+) -> None:
+    shutil.copytree(models / "tiny", here / "qwen")
+    config = here / "qwen" / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | QWEN))
+    (here / "given.json").write_text(json.dumps(QWEN | {"do_sample": False, "colour": "red"}))
+    given = ("--prompt", "Number 7", "--max-new-tokens", 12)
+    own = run("generate", "--model", "qwen", *given)
+    plain = run("generate", "--model", models / "tiny", *given)
+    assert first_line(own) != first_line(plain)
+    summary = " ".join(own.out.split())
+    assert "Choice the likeliest token; repetition_penalty 1.7" in summary
+    assert "all tokens are the same as the full model's" in summary
+    assert "Choice" not in plain.out
+    options: tuple[tuple[object, ...], ...] = (
+        ("--repetition-penalty", 1.7),
+        ("--generation-config", "repetition_penalty=1.7"),
+        ("--generation-config", "given.json"),
+        ("--generation-config", "repetition_penalty=5.0", "--generation-config", "given.json"),
+        ("--generation-config", "repetition_penalty=null", "--repetition-penalty", 1.7),
+    )
+    for more in options:
+        done = run("generate", "--model", models / "tiny", *given, *more)
+        assert first_line(done) == first_line(own)
+    assert (
+        "transformers does not know these settings of given.json: colour"
+        in run(
+            "generate", "--model", models / "tiny", *given, "--generation-config", "given.json"
+        ).err
+    )
+    off = run("generate", "--model", "qwen", *given, "--generation-config", "repetition_penalty=1")
+    assert first_line(off) == first_line(plain)
+    record = json.loads(
+        run("generate", "--model", "qwen", *given, "--sample", "--min-p", 0.1, "--json").out
+    )
+    assert record["settings"].pop("eos_token_id")
+    assert record["settings"] == {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 20,
+        "seed": 0,
+        "min_p": 0.1,
+        "repetition_penalty": 1.7,
+    }
+
+
+def test_settings_that_are_refused_can_be_turned_off_as_the_error_says(
+    run: Run, here: Path, models: Path
+) -> None:
+    shutil.copytree(models / "tiny", here / "beams")
+    (here / "beams" / "generation_config.json").write_text('{"num_beams": 4, "guidance_scale": 2}')
+    given = ("generate", "--model", "beams", "--prompt", "Number 7", "--max-new-tokens", 2)
+    refused = run(*given)
+    assert (refused.status, refused.out) == (2, "")
+    off = "guidance_scale=1, num_beams=1"
+    assert f"turn them off with {off} (on the command line, each after --gen" in refused.err
+    more = [word for pair in off.split(", ") for word in ("--generation-config", pair)]
+    assert run(*given, *more).status == 0
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_a_forward_pass(
@@ -108,6 +186,23 @@ def test_a_chat_answer_is_separated_from_its_prompt(run: Run, folder: Path) -> N
         (("--prompt", "x", "--temperature", 0, "--sample"), "leave out --sample"),
         (("--prompt", "x", "--temperature", "nan", "--sample"), "expected a --temperature above 0"),
         (("--prompt", "x", "--top-p", 0.5), "--top-p need --sample; add it"),
+        (("--prompt", "x", "--min-p", 0.5), "--min-p need --sample; add it"),
+        (
+            ("--prompt", "x", "--generation-config", "min_p=big"),
+            "expected KEY=VALUE with a value in JSON (1.3, true, null, [1, 2]) after",
+        ),
+        (
+            ("--prompt", "x", "--generation-config", "none.json"),
+            "got 'none.json', which cannot be read (No such file or directory); correct it",
+        ),
+        (
+            ("--prompt", "x", "--generation-config", "beam=4"),
+            "expected settings of a GenerationConfig of transformers, or seed, got beam",
+        ),
+        (
+            ("--prompt", "x", "--repetition-penalty", 0),
+            "transformers rejects the generation settings repetition_penalty: `penalty` has to be",
+        ),
         (("--prompt", "x\udcff"), "expected a --prompt in UTF-8"),
         (("--prompt", "x" * 50, "--max-new-tokens", 20), "exceed the model's 64 positions"),
         (
