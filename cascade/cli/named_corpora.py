@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cascade.cli.console import status
 from cascade.core.errors import CorpusError, UsageError
+from cascade.corpora.files.kinds import file_of
 
 if TYPE_CHECKING:
     from cascade.corpora.blocks import TokenBlocks
     from cascade.models.stack import DecoderStack
 
 _GRAMMAR = "NAME[:CONFIG][@SPLIT][#COLUMN]"
-
-#: What ends like this is a file, whatever else its name holds.
-_FILES = (".jsonl", ".json", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ class NamedCorpus:
 
 def _is_path(text: str) -> bool:
     # These of os.path answer for any string.
-    return text.lower().endswith(_FILES) or os.path.exists(os.path.expanduser(text))
+    # What ends like a corpus file is one, whatever else its name holds.
+    return file_of(Path(text)) is not None or os.path.exists(os.path.expanduser(text))
 
 
 @dataclass(frozen=True)

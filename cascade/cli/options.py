@@ -342,13 +342,16 @@ class TextOptions:
         str,
         typer.Option(
             "--corpus",
-            help="embedded, hub dataset, or file.",
+            help="embedded, hub dataset, file, folder, or - for standard input.",
             autocompletion=completion.corpora,
         ),
     ] = "embedded"
     text_column: Annotated[
         str | None,
-        typer.Option("--text-column", help="Column to read, if records are not in Alpaca form."),
+        typer.Option(
+            "--text-column",
+            help="Column to read, such as body or meta.text (default: by the form of the records).",
+        ),
     ] = None
     seq_len: SeqLen = SEQ_LEN
     bos: Bos = "auto"

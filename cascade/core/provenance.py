@@ -71,6 +71,8 @@ class CorpusProvenance(Part, frozen=True, kw_only=True):
         split_rule: How records are assigned to the two.
         spread: How sequences were chosen, where not all of them were measured.
         empty_records: How many records were null or blank, if any were.
+        form: The form of the records, if they are not in Alpaca form or read from a text column,
+            e.g. "chat (messages), chat template".
         split: The split of a hub dataset or of the embedded corpus, if one was named.
         config: The configuration of a hub dataset, if one was named.
         text_column: The column that was read, if one was named.
@@ -92,6 +94,7 @@ class CorpusProvenance(Part, frozen=True, kw_only=True):
     split_rule: str | UnsetType = field(default=UNSET, name="parted")
     spread: str | UnsetType = UNSET
     empty_records: Count | UnsetType = UNSET
+    form: str | UnsetType = UNSET
     split: str | UnsetType = UNSET
     config: str | UnsetType = UNSET
     text_column: str | UnsetType = UNSET

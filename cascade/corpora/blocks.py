@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +16,14 @@ from cascade.core.defaults import NUM_SAMPLES, SEQ_LEN
 from cascade.core.errors import CorpusError, ModelError
 from cascade.core.provenance import SPLITS, CorpusProvenance, Split
 from cascade.core.schema import UNSET, UnsetType
-from cascade.corpora.bos import BosRule, bos_rule
-from cascade.corpora.joining import JoinedText, RecordText, cut, join
+from cascade.corpora.bos import bos_rule
+from cascade.corpora.files.kinds import name_of_file
+from cascade.corpora.files.standard_input import STANDARD_INPUT, is_pipe
+from cascade.corpora.forms import Record, RecordReader
+from cascade.corpora.joining import cut, join
 from cascade.corpora.readers import EMBEDDED, name_of_texts, read_records, read_texts
 from cascade.corpora.reading import CorpusReading
-from cascade.corpora.record_text import Record, texts_of
+from cascade.corpora.selection import HELD_OUT_EVERY, RecordTexts, drawn
 from cascade.models.stack import DecoderStack
 
 if TYPE_CHECKING:
@@ -36,10 +37,6 @@ Texts = Iterable[str] | Iterable[Record]
 _MIN_WITH_PILOT = 4
 
 
-#: In a corpus without its own splits, every 5th record is held out.
-_HELD_OUT_EVERY = 5
-
-
 @dataclass(frozen=True)
 class TokenBlocks:
     """Token ids cut into blocks. Each block is one sequence, the unit of every interval.
@@ -51,11 +48,12 @@ class TokenBlocks:
         records: The number of records read.
         record_of: `[S, T]` int32, the number of each token's record, from 1. The EOS that joins
             two records belongs to the first. None without marks.
-        response: `[S, T]`, true for tokens of response text. In a record in Alpaca form these are
-            the tokens that begin after its last heading, and its EOS; in any other record they are
-            all tokens. None without marks.
+        response: `[S, T]`, true for tokens of response text, and for the EOS that follows it: the
+            output of Alpaca form, the assistant's turns of a chat, the completion of a prompt, or
+            all of a text. None without marks.
         record_split: The split that was read, "train" or "held-out"; None for the whole corpus.
         empty_records: The number of records that are null or blank.
+        form: The form of the records, if they are not in Alpaca form or read from a text column.
         bos: As in `CorpusProvenance`: "yes" where records and sequences begin with BOS.
         spread_over: The number of sequences in the text, if these are only some of them, evenly
             spaced; else None.
@@ -78,6 +76,7 @@ class TokenBlocks:
     record_split: Split | None = None
     spread_over: int | None = None
     empty_records: int = 0
+    form: str | None = None
     reading: CorpusReading = field(default_factory=CorpusReading)
     bos: Literal["yes", "no"] | UnsetType = UNSET
 
@@ -163,7 +162,7 @@ class TokenBlocks:
 
     def provenance(self) -> CorpusProvenance:
         """Return the provenance of the text."""
-        rule = f"every {_HELD_OUT_EVERY}th is held out"
+        rule = f"every {HELD_OUT_EVERY}th is held out"
         if self.source == EMBEDDED:
             rule = "as the corpus says of each"
         over = self.spread_over
@@ -178,6 +177,7 @@ class TokenBlocks:
             record_split=UNSET if self.record_split is None else self.record_split,
             split_rule=UNSET if self.record_split is None else f"by record, {rule}",
             empty_records=self.empty_records or UNSET,
+            form=UNSET if self.form is None else self.form,
             spread=UNSET if over is None else f"evenly over {over:,} sequences",
             **self.reading.recorded(),
             bos=self.bos,
@@ -213,24 +213,26 @@ def load_blocks(
 ) -> TokenBlocks:
     """Read a corpus and cut its tokens into blocks.
 
-    Records in Alpaca form become one text with headings, of others the text column is read. Token
-    ids of all records are joined by the tokenizer's EOS. With BOS, each record and each block
+    The columns of the first record say in which form all records are (docs/how-to/corpora.md).
+    Token ids of all records are joined by the tokenizer's EOS. With BOS, each record and each block
     begins with one BOS token, which counts as a token of the block. An incomplete last block is
     dropped.
 
     Args:
-        source: "embedded", a `.jsonl`, `.json`, `.parquet` or `.txt` file (one document), a hub id
-            or a folder as for `datasets.load_dataset`, a list of texts, or a `datasets.Dataset`.
+        source: "embedded", a file (`.jsonl`, `.json`, `.ndjson`, `.csv`, `.tsv`, `.txt`, each also
+            compressed; `.parquet`, `.arrow`), a folder of such files or of a saved dataset, a hub
+            id, "-" for standard input, a list of texts, or a `datasets.Dataset`.
         tokenizer: The tokenizer of the model.
         seq_len: Tokens per block.
         num_samples: The number of records to read, before `record_split` selects some; None for
             all.
         max_tokens: The maximum number of tokens, rounded down to whole blocks (default: no
             maximum).
-        split: A split of a hub dataset (default: "train"), or of the embedded corpus, "train" or
-            "held-out" (default: both).
+        split: A split of a hub dataset or of a folder (default: "train"), or of the embedded
+            corpus, "train" or "held-out" (default: both).
         config: A configuration of a hub dataset.
-        text_column: The column to read, for records that are not in Alpaca form.
+        text_column: The column to read, as a name or a dotted path (default: by the form of the
+            records).
         seed: Shuffle the records with this seed (default: the order of the corpus).
         record_split: Keep only records for training ("train") or for evaluation ("held-out"). The
             embedded corpus assigns each record to one of them; in any other corpus every fifth
@@ -276,18 +278,18 @@ def load_blocks(
         if in_memory is None
         else read_texts(in_memory, text_column)
     )
-    if seed is not None:
-        records = _shuffled(records, seed)
-    reading = _Reading()
-    texts = reading.texts(source, itertools.islice(records, num_samples), text_column, record_split)
+    reader = RecordReader(source, text_column, tokenizer, marks=marks)
+    texts = RecordTexts(reader, source, record_split)
     wanted = None if max_tokens is None else max_tokens // seq_len * seq_len
-    joined = join(texts, tokenizer, wanted, marks=marks, bos=rule)
+    joined = join(
+        texts.of(drawn(records, seed, num_samples)), tokenizer, wanted, marks=marks, bos=rule
+    )
     ids = joined.ids
     if not joined.spans:
         raise CorpusError(
             f"{source} is empty; expected at least one record{_in_split(record_split)}"
         )
-    _check_readable(source, reading, joined, tokenizer.eos_token_id, rule)
+    texts.check_readable(joined, tokenizer.eos_token_id, rule)
     rows = cut(ids, seq_len, rule.token, None if wanted is None else wanted // seq_len)
     if not len(rows.places):
         raise CorpusError(
@@ -303,7 +305,8 @@ def load_blocks(
         source,
         f"{name}-{record_split}" if record_split else name,
         joined.records,
-        empty_records=reading.empty,
+        empty_records=texts.empty,
+        form=reader.form,
         record_of=joined.record_numbers(rows) if marks else None,
         response=joined.response_marks(rows) if marks else None,
         record_split=record_split,
@@ -320,69 +323,6 @@ def load_blocks(
         ),
         bos=rule.recorded,
     )
-
-
-@dataclass
-class _Reading:
-    """Counts what is read from a corpus.
-
-    Attributes:
-        empty: Records that are null or blank.
-        characters: Characters of all texts.
-        nuls: NUL characters among them.
-    """
-
-    empty: int = 0
-    characters: int = 0
-    nuls: int = 0
-
-    def texts(
-        self,
-        source: str,
-        records: Iterable[Record],
-        text_column: str | None,
-        record_split: Split | None,
-    ) -> Iterator[RecordText]:
-        """Yield the texts of all records of a split, counting them."""
-        for number, record in enumerate(records, start=1):
-            if record_split not in (None, _split_of(record, number, source)):
-                continue
-            found = texts_of(record, source, number, text_column)
-            self.empty += not any(text.strip() for text, _ in found)
-            for text, response in found:
-                self.characters += len(text)
-                self.nuls += text.count("\0")
-                yield RecordText(number, text, response)
-
-
-def _check_readable(
-    source: str, reading: _Reading, joined: JoinedText, eos: int | None, bos: BosRule
-) -> None:
-    """Check that most of what was tokenized is text.
-
-    Raises:
-        CorpusError: Most characters are NUL, most texts became no tokens or unknown ones, or most
-            tokens are EOS.
-    """
-    if reading.nuls > reading.characters / 2:
-        raise CorpusError(
-            f"{reading.nuls} of {reading.characters} characters of {source} are NUL; expected text,"
-            " get the file again or name its column with --text-column"
-        )
-    texts = len(joined.spans)
-    if joined.silent > texts / 2:
-        raise CorpusError(
-            f"the tokenizer turns {joined.silent} of {texts} texts of {source} into no tokens or"
-            " unknown ones; expected the model's own tokenizer: copy tokenizer.json and"
-            " tokenizer_config.json from the model that it was made from"
-        )
-    added = 0 if bos.token in (None, eos) else sum(token == bos.token for token in joined.ids)
-    ends, tokens = sum(token == eos for token in joined.ids), len(joined.ids) - added
-    if ends > tokens / 2:
-        raise CorpusError(
-            f"{ends} of {tokens} tokens of {source} are EOS, because most of its records"
-            " are empty; expected text, name its column with --text-column"
-        )
 
 
 def _check_sizes(seq_len: int, max_tokens: int | None) -> None:
@@ -413,13 +353,6 @@ def _check_record_split(record_split: str, source: str, split: str | None) -> No
         )
 
 
-def _split_of(record: Any, number: int, source: str) -> str:
-    """Return the split that a record belongs to."""
-    if source == EMBEDDED:
-        return str(record["split"])
-    return "train" if number % _HELD_OUT_EVERY else "held-out"
-
-
 def _in_split(split: str | None) -> str:
     return f" in its {split} split" if split else ""
 
@@ -433,14 +366,13 @@ def corpus_name(source: str, *, config: str | None = None, split: str | None = N
         split: A split.
     """
     path = Path(os.path.expanduser(source))
-    name = path.resolve().stem if os.path.exists(path) else source.replace("/", "--")
+    if is_pipe(source):
+        name = "stdin" if source == STANDARD_INPUT else "pipe"
+    elif os.path.exists(path):
+        name = name_of_file(path.resolve())
+    else:
+        name = source.replace("/", "--")
     return "-".join(part.lower() for part in (name, config, split) if part)
-
-
-def _shuffled(records: Iterable[Record], seed: int) -> Iterator[Record]:
-    everything = list(records)
-    random.Random(seed).shuffle(everything)
-    return iter(everything)
 
 
 def check_blocks(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> None:

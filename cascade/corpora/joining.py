@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,39 +12,70 @@ import numpy.typing as npt
 
 from cascade.core.errors import CorpusError
 from cascade.corpora.bos import BosRule
+from cascade.corpora.files.documents import LongText
+from cascade.corpora.long_texts import LONG, tokens_in_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    #: Token ids, in 4 bytes each.
+    Ids = array[int]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text, and which of it is response text.
+
+    Attributes:
+        text: The whole text.
+        responses: The characters `[begin, end)` of each response; None if all of it is one.
+        closed: The text ends with the tokenizer's EOS, so that none follows it.
+    """
+
+    text: str | LongText
+    responses: tuple[tuple[int, int], ...] | None = None
+    closed: bool = False
+
+    @property
+    def ends_in_response(self) -> bool:
+        """Whether the EOS that follows the text belongs to a response."""
+        if self.responses is None:
+            return True
+        return bool(self.responses) and self.responses[-1][1] == len(self.whole())
+
+    def whole(self) -> str:
+        """Return the whole text."""
+        return self.text if isinstance(self.text, str) else self.text.whole()
+
+    def is_blank(self) -> bool:
+        """Return whether the text has no characters but white space. A long text is not blank."""
+        return isinstance(self.text, str) and not self.text.strip()
+
 
 @dataclass(frozen=True)
 class RecordText:
-    """The text of one record.
+    """One text of a record.
 
     Attributes:
         number: The record's number, from 1.
-        text: The whole text.
-        response: The index of the character at which the response text begins.
+        passage: The text.
     """
 
     number: int
-    text: str
-    response: int
+    passage: Passage
 
 
 @dataclass(frozen=True)
 class _Span:
-    """The tokens of one record, including the EOS after it, if there is one.
+    """The tokens of one text, including BOS before it and EOS after it, if there are any.
 
     Attributes:
         number: The record's number, from 1.
         tokens: The number of tokens.
-        template: The number of tokens before the response text, BOS included.
     """
 
     number: int
     tokens: int
-    template: int
 
 
 @dataclass(frozen=True)
@@ -53,11 +85,13 @@ class JoinedText:
     Attributes:
         ids: The ids of all records, joined by EOS.
         spans: One per text.
+        responses: One per token, 1 for response text; empty without marks.
         silent: How many texts are not blank, but became no token, or unknown tokens alone.
     """
 
-    ids: list[int]
+    ids: Ids
     spans: list[_Span]
+    responses: bytearray
     silent: int = 0
 
     @property
@@ -72,8 +106,7 @@ class JoinedText:
 
     def response_marks(self, cut: Cut) -> npt.NDArray[np.bool_]:
         """Return which tokens are response text, `[S, T]`. BOS never is."""
-        runs = [run for span in self.spans for run in (span.template, span.tokens - span.template)]
-        marked = np.repeat(np.tile([False, True], len(self.spans)), runs)[cut.places]
+        marked = np.frombuffer(self.responses, dtype=np.bool_)[cut.places]
         marked[cut.begun, 0] = False
         return marked
 
@@ -91,7 +124,7 @@ class Cut:
     begun: npt.NDArray[np.bool_]
 
 
-def cut(ids: Sequence[int], seq_len: int, bos: int | None, most: int | None = None) -> Cut:
+def cut(ids: Ids, seq_len: int, bos: int | None, most: int | None = None) -> Cut:
     """Cut ids into sequences, each of which begins with BOS. An incomplete last one is dropped.
 
     Args:
@@ -104,7 +137,7 @@ def cut(ids: Sequence[int], seq_len: int, bos: int | None, most: int | None = No
     begun: list[bool] = []
     start = 0
     while most is None or len(starts) < most:
-        added = bos is not None and ids[start : start + 1] != [bos]
+        added = bos is not None and ids[start : start + 1] != array("i", [bos])
         if start + seq_len - added > len(ids):
             break
         starts.append(start)
@@ -139,50 +172,101 @@ def join(
         CorpusError: The tokenizer has no EOS, or cannot separate template and response.
     """
     eos, unknown = tokenizer.eos_token_id, {getattr(tokenizer, "unk_token_id", None), bos.token}
-    ids: list[int] = []
+    ids, responses = array("i"), bytearray()
     spans: list[_Span] = []
     silent = 0
+    before: Passage | None = None
     for text in texts:
-        if spans:
+        if before is not None and not before.closed:
             if eos is None:
                 raise CorpusError("the tokenizer has no EOS token to join records with; set one")
             ids.append(int(eos))
             spans[-1] = replace(spans[-1], tokens=spans[-1].tokens + 1)
-        own, template = _encode(text, tokenizer, marks=marks)
-        silent += bool(text.text.strip()) and not set(own) - unknown
+            responses += bytes([before.ends_in_response]) if marks else b""
+        before = text.passage
+        most = None if wanted is None else max(wanted - len(ids), 1)
+        own, marked = _encode(text, tokenizer, most, marks=marks)
+        silent += not before.is_blank() and not set(own) - unknown
         begun = bos.begin(own)
-        template = max(0, template + len(begun) - len(own))
+        marked = bytearray(max(len(begun) - len(own), 0)) + marked[max(len(own) - len(begun), 0) :]
         if bos.token is not None:
-            template = max(1, template)
-            if ids[-1:] == [bos.token]:  # EOS, which is BOS as well
-                begun, template = begun[1:], template - 1
+            marked[:1] = b"\0"  # BOS is no response
+            if len(ids) and ids[-1] == bos.token:  # EOS, which is BOS as well
+                begun, marked = begun[1:], marked[1:]
         ids.extend(begun)
-        spans.append(_Span(text.number, len(begun), template))
+        responses += marked if marks else b""
+        spans.append(_Span(text.number, len(begun)))
         if wanted is not None and len(ids) >= wanted:
             break
-    return JoinedText(ids, spans, silent)
+    return JoinedText(ids, spans, responses, silent)
 
 
 def _encode(
-    text: RecordText, tokenizer: PreTrainedTokenizerBase, *, marks: bool
-) -> tuple[list[int], int]:
-    """Return the ids of a text, and their number before the response text."""
-    placed = marks and text.response > 0
-    by_offset = placed and tokenizer.is_fast
-    offsets = {"return_offsets_mapping": True} if by_offset else {}
-    encoded = tokenizer(text.text, add_special_tokens=False, verbose=False, **offsets)
-    ids: list[int] = encoded["input_ids"]
-    if not placed:
-        return ids, 0
-    if by_offset:
-        # A token across the border belongs to the template, because it begins there.
-        return ids, sum(start < text.response for start, _ in encoded["offset_mapping"])
-    # Without offsets the border is known only if a token ends there.
-    template = tokenizer(text.text[: text.response], add_special_tokens=False, verbose=False)
-    count = len(template["input_ids"])
-    if ids[:count] != template["input_ids"]:
-        raise CorpusError(
-            f"record {text.number}: this tokenizer has no offsets, and a token crosses the border "
-            "between template and response, so they cannot be separated; use the fast tokenizer"
-        )
-    return ids, count
+    text: RecordText, tokenizer: PreTrainedTokenizerBase, most: int | None, *, marks: bool
+) -> tuple[list[int], bytearray]:
+    """Return the ids of a text, and 1 for each that is response text, 0 for each that is not.
+
+    Args:
+        text: The text.
+        tokenizer: The tokenizer of the model.
+        most: Stop a long text at this many tokens; None for all of it.
+        marks: Determine which tokens are response text.
+    """
+    passage = text.passage
+    ranges = passage.responses if marks else None
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    ids: list[int] = []
+    starts: list[int] = []
+    if fast and (isinstance(passage.text, LongText) or len(passage.text) > LONG):
+        for piece, begins in tokens_in_pieces(passage.text, tokenizer):
+            ids += piece
+            starts += begins if ranges else []
+            if most is not None and len(ids) >= most:
+                break
+        return ids, _marked(ids, starts, ranges)
+    whole = passage.whole()
+    offsets = {"return_offsets_mapping": True} if ranges and fast else {}
+    encoded = tokenizer(whole, add_special_tokens=False, verbose=False, **offsets)
+    ids = encoded["input_ids"]
+    if ranges and not fast:
+        return ids, _marked_by_border(ids, whole, ranges, tokenizer, text.number)
+    return ids, _marked(ids, [start for start, _ in encoded.get("offset_mapping", ())], ranges)
+
+
+def _marked(
+    ids: list[int], starts: list[int], ranges: tuple[tuple[int, int], ...] | None
+) -> bytearray:
+    """Mark the tokens that begin in a response: one across its border belongs to the template."""
+    if ranges is None:
+        return bytearray(b"\1") * len(ids)
+    if not ranges:
+        return bytearray(len(ids))
+    places = np.array(starts)
+    marked = np.zeros(len(ids), dtype=np.bool_)
+    for begin, end in ranges:
+        marked |= (places >= begin) & (places < end)
+    return bytearray(marked.tobytes())
+
+
+def _marked_by_border(
+    ids: list[int],
+    text: str,
+    ranges: tuple[tuple[int, int], ...],
+    tokenizer: PreTrainedTokenizerBase,
+    number: int,
+) -> bytearray:
+    """Mark the tokens of responses without offsets, where a token must end at each border."""
+    marked = bytearray(len(ids))
+    for begin, end in ranges:
+        counts = []
+        for border in (begin, end):
+            before = tokenizer(text[:border], add_special_tokens=False, verbose=False)["input_ids"]
+            if ids[: len(before)] != before:
+                raise CorpusError(
+                    f"record {number}: this tokenizer has no offsets, and a token crosses the "
+                    "border between template and response, so they cannot be separated; use the "
+                    "fast tokenizer"
+                )
+            counts.append(len(before))
+        marked[counts[0] : counts[1]] = b"\1" * (counts[1] - counts[0])
+    return marked

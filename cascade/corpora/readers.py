@@ -1,17 +1,22 @@
-"""Readers of corpus files and hub datasets."""
+"""Sources of records: files, folders, pipes, hub datasets, and texts in memory."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cascade.core.errors import CorpusError, first_line, os_reason
-from cascade.corpora.record_text import Record
+from cascade.core.errors import CorpusError, first_line
+from cascade.corpora.files.documents import read_document
+from cascade.corpora.files.folders import files_of, is_saved, read_saved
+from cascade.corpora.files.json_values import read_json
+from cascade.corpora.files.kinds import ENDINGS, CorpusFile, file_of
+from cascade.corpora.files.standard_input import PipedFile, is_pipe, piped_file
+from cascade.corpora.files.tables import read_arrow, read_csv, read_parquet
+from cascade.corpora.forms import Record
 
 #: The name of the corpus in the package, with 500 records in Alpaca form.
 EMBEDDED = "embedded"
@@ -27,18 +32,68 @@ def read_records(
                 f"--config belongs to hub datasets, got it for {source}; leave it out"
             )
         return read_embedded(split)
+    if is_pipe(source):
+        _check_no_split(source, split, config)
+        return _Records([piped_file(source)])
     # These functions of os.path accept any string; Path's raise for "~nobody" and long names.
     path = Path(os.path.expanduser(source))
-    suffix = path.suffix.lower()
-    if suffix not in _READERS:
+    if os.path.isdir(path):
+        return _read_folder(path, source, split=split, config=config, stream=stream)
+    file = file_of(path)
+    if file is None:
         if os.path.isfile(path):
-            raise CorpusError(f"expected a {', '.join(_READERS)} file, got {source}; convert it")
+            raise CorpusError(f"expected a {ENDINGS} file, got {source}; convert it")
         return _read_dataset(source, split=split, config=config, stream=stream)
     if not os.path.isfile(path):
         raise CorpusError(f"no corpus file {source}; expected a path to an existing file")
+    _check_no_split(source, split, config)
+    return _Records([file])
+
+
+def _check_no_split(source: str, split: str | None, config: str | None) -> None:
     if split or config:
-        raise CorpusError(f"--split and --config belong to hub datasets, got them for {source}")
-    return _READERS[suffix](path)
+        raise CorpusError(
+            f"--split and --config belong to hub datasets, got them for {source}; leave them out"
+        )
+
+
+def _read_folder(
+    path: Path, source: str, *, split: str | None, config: str | None, stream: bool
+) -> Iterable[Any]:
+    if is_saved(path):
+        if config is not None:
+            raise CorpusError(
+                f"--config belongs to hub datasets, got it for {source}; leave it out"
+            )
+        return read_saved(path, split)
+    # A copy of a hub dataset says in its card which files a configuration has.
+    if config is not None or _has_configs(path):
+        return _read_dataset(source, split=split, config=config, stream=stream)
+    return _Records(files_of(path, split))
+
+
+def _has_configs(folder: Path) -> bool:
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return card.startswith("---") and "\nconfigs:" in card
+
+
+class _Records:
+    """The records of files. Each iteration reads them again, as a stream."""
+
+    def __init__(self, files: Sequence[CorpusFile | PipedFile]) -> None:
+        for file in files:
+            if file.compression and file.kind in ("Parquet", "Arrow"):
+                raise CorpusError(
+                    f"expected {file.kind} without {file.compression}, got {file}; unpack it"
+                )
+        self._files = files
+
+    def __iter__(self) -> Iterator[Any]:
+        for file in self._files:
+            yield from _READERS[file.kind](file)
 
 
 def read_texts(texts: Iterable[str | Record], text_column: str | None) -> Iterator[Record]:
@@ -52,8 +107,18 @@ def read_texts(texts: Iterable[str | Record], text_column: str | None) -> Iterat
         >>> list(read_texts(["One text.", "Another."], None))
         [{'text': 'One text.'}, {'text': 'Another.'}]
     """
-    for text in texts:
+    for text in _rows(texts):
         yield {text_column or "text": text} if isinstance(text, str) else text
+
+
+def _rows(texts: Any) -> Iterable[Any]:
+    """Return the rows of a pandas DataFrame or an Arrow table, which iterate over columns."""
+    if hasattr(texts, "iterrows") and hasattr(texts, "to_dict"):
+        return (dict(row) for row in texts.to_dict("records"))
+    if hasattr(texts, "to_batches") and hasattr(texts, "schema"):
+        return (row for batch in texts.to_batches() for row in batch.to_pylist())
+    rows: Iterable[Any] = texts
+    return rows
 
 
 def name_of_texts(texts: Iterable[str | Record]) -> str:
@@ -72,7 +137,9 @@ def name_of_texts(texts: Iterable[str | Record]) -> str:
     if isinstance(texts, Mapping):
         names = ", ".join(map(repr, texts)) or "none"
         raise CorpusError(f"expected texts or one split of a dataset, got the splits {names}")
-    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+    if isinstance(texts, bytes) or not (
+        isinstance(texts, Iterable) or hasattr(texts, "to_batches")
+    ):
         kind = type(texts).__name__
         raise CorpusError(f"expected a list of texts, a dataset or a corpus's name, got {kind}")
     info = getattr(texts, "info", None)
@@ -98,67 +165,13 @@ def read_embedded(split: str | None) -> list[Record]:
     return [record for record in records if split in (None, record["split"])]
 
 
-def _read_lines(path: Path) -> Iterator[Record]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise CorpusError(f"{path}, line {number}: not JSON ({error}); fix it") from error
-
-
-def _read_json(path: Path) -> Iterator[Record]:
-    with _open(path) as file:
-        try:
-            content = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{path}: not JSON ({error}); fix it") from error
-    if not isinstance(content, list):
-        raise CorpusError(f"{path}: expected a list of records, got {type(content).__name__}")
-    return iter(content)
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except Exception as error:
-        # A damaged file raises Arrow's errors, OSError or UnicodeDecodeError.
-        raise CorpusError(
-            f"{path} is not a readable Parquet file ({first_line(error)}); get it again"
-        ) from error
-
-
-def _read_document(path: Path) -> Iterator[Record]:
-    with _open(path) as file:
-        text = file.read()
-    if text.strip():
-        yield {"text": text}
-
-
-def _open(path: Path) -> Any:
-    try:
-        # Decode the whole file at once, because later errors would not name the file. The encoding
-        # accepts files with and without a byte order mark.
-        return io.StringIO(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: expected UTF-8 text ({error})") from error
-    except OSError as error:
-        raise CorpusError(
-            f"cannot read {path}: {os_reason(error)}; choose a file you can read"
-        ) from error
-
-
-_READERS: dict[str, Callable[[Path], Iterable[Record]]] = {
-    ".jsonl": _read_lines,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".txt": _read_document,
+_READERS: dict[str, Callable[[Any], Iterator[Any]]] = {
+    "JSON": read_json,
+    "CSV": read_csv,
+    "TSV": read_csv,
+    "text": read_document,
+    "Parquet": read_parquet,
+    "Arrow": read_arrow,
 }
 
 
@@ -189,7 +202,6 @@ def _streamed(source: str, records: Iterable[Record]) -> Iterator[Record]:
 def _no_dataset(source: str, error: Exception) -> CorpusError:
     # As with hub models, many unrelated error types mean the same for the user.
     return CorpusError(
-        f"no corpus {source}: {first_line(error)}; expected embedded, a .jsonl, .json,"
-        " .parquet or .txt file, or a hub dataset (with --config and --split) where the hub"
-        " can be reached"
+        f"no corpus {source}: {first_line(error)}; expected embedded, a {ENDINGS} file, a folder"
+        " of such files, or a hub dataset (with --config and --split) where the hub can be reached"
     )

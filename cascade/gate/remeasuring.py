@@ -142,7 +142,7 @@ def group_blocks(
         group: The budgets.
         source: The corpus.
         corpus_split: The split of a hub dataset or of the embedded corpus.
-        text_column: The column to read, for records that are not in Alpaca form.
+        text_column: Column to read, a name or dotted path (default: by the form of the records).
         bos: Whether texts begin with BOS (default: as the text of the budgets).
 
     Raises:

@@ -24,7 +24,7 @@ class Settings:
         revision: The revision of a hub model.
         corpus: `embedded`, a file, or a hub dataset.
         split: The split of a hub dataset or of the embedded corpus.
-        text_column: The column to read, for records that are not in Alpaca form.
+        text_column: Column to read, a name or dotted path (default: by the form of the records).
         bos: Whether texts and sequences begin with BOS, "auto", "yes" or "no"; None for the
             baseline's.
         seq_len: Tokens per sequence; None for the baseline's.
@@ -123,10 +123,9 @@ def shown(path: Path) -> str:
 HELP = {
     "model": "smollm2-135m, a hub id, a local folder or a .gguf file (default: smollm2-135m)",
     "revision": "revision of a hub model (default: the newest)",
-    "corpus": "embedded, a .jsonl, .json, .parquet or .txt file, or a hub dataset (default: "
-    "embedded)",
+    "corpus": "embedded, a hub dataset, a file, or a folder (default: embedded)",
     "split": "split of a hub dataset or of the embedded corpus (default: all)",
-    "text_column": "column to read if records are not in Alpaca form (default: text)",
+    "text_column": "column to read, such as body or meta.text (default: by the form of records)",
     "bos": "auto, yes or no: begin texts and sequences with BOS (default: as the baseline's; for a "
     "new one, if the tokenizer does)",
     "seq_len": "tokens per sequence (default: the baseline's, 128 for a new one)",

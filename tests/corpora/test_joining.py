@@ -15,7 +15,7 @@ from support.corpora import MIXED, blocks_of, decoded, embedded_records, in_line
 
 from cascade.core.errors import CorpusError
 from cascade.corpora.blocks import load_blocks
-from cascade.corpora.record_text import alpaca_text
+from cascade.corpora.forms import alpaca_text
 
 if TYPE_CHECKING:
     from cascade import DecoderStack
@@ -65,6 +65,7 @@ class SlowTokenizer:
     """A tokenizer without offsets, with one token per `size` letters."""
 
     is_fast = False
+    bos_token_id = None
     eos_token_id = 0
 
     def __init__(self, size: int) -> None:

@@ -33,7 +33,8 @@ from support.tiny_models import tiny_tokenizer
 
 from cascade.core.errors import CorpusError
 from cascade.corpora.blocks import load_blocks
-from cascade.corpora.record_text import alpaca_text, record_text
+from cascade.corpora.files.kinds import ENDINGS
+from cascade.corpora.forms import alpaca_text, record_text
 
 if TYPE_CHECKING:
     from cascade import DecoderStack
@@ -98,7 +99,7 @@ def test_missing_file_is_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(CorpusError, match=f"no corpus file .*{name}; expected a path to an exist"):
         blocks_of(tmp_path / name)
     (tmp_path / name).mkdir()
-    with pytest.raises(CorpusError, match="no corpus file"):
+    with pytest.raises(CorpusError, match="files in a folder, got none"):
         blocks_of(tmp_path / name)
 
 
@@ -113,19 +114,25 @@ def test_missing_file_is_rejected(tmp_path: Path, name: str) -> None:
         ("x.jsonl", b'{"text": ""}\n', "gives 0 tokens, expected at least one block of 4"),
         ("x.jsonl", b'{"text": "abcd"}\n{"text"\n', "line 2: not JSON"),
         ("x.jsonl", b"[" * 100_000, "line 1: not JSON"),
-        ("x.jsonl", b"[1, 2]\n", "record 1: expected an object, got list"),
+        ("x.jsonl", b"[1, 2]\n", "record 1: expected an object, got int"),
+        ("x.jsonl", b"[1]\n\n[2]\n", "record 1: expected an object, got list"),
         ("x.jsonl", b'{"text": "\\ud800"}\n', "record 1: column 'text' is not valid Unicode"),
         ("x.jsonl", b'{"text": "abc\xff"}\n', "expected UTF-8 text"),
-        ("x.json", b"[1,", "x.json: not JSON"),
-        ("x.json", b"", "x.json: not JSON"),
-        ("x.json", b"[" * 100_000, "x.json: not JSON"),
-        ("x.json", b'{"text": "abcd"}', "expected a list of records, got dict"),
+        ("x.json", b"[1,", "record 1: expected an object, got int"),
+        ("x.json", b'[{"text": "abcd"},\n', "x.json, line 2: not JSON"),
+        ("x.json", b'[{"text": "abcd"},\n{"text": "efgh"}]\n]', "x.json, line 3: not JSON (more"),
+        ("x.json", b'[{"text": "abcd"}\n{"text": "efgh"}]', "line 2: not JSON (expected ','"),
+        ("x.json", b"", "x.json is empty"),
+        ("x.json", b"[" * 100_000, "x.json, line 1: not JSON"),
         ("x.json", b"[3]", "record 1: expected an object, got int"),
         ("x.txt", b"abc\xff", "expected UTF-8 text"),
         ("x.parquet", b"", "is not a readable Parquet file"),
         ("x.parquet", b"PAR1 and no more", "is not a readable Parquet file"),
-        ("x.csv", b"text\nabcdef\n", "expected a .jsonl, .json, .parquet, .txt file, got"),
-        ("noname", b"abcdef", "expected a .jsonl, .json, .parquet, .txt file, got"),
+        (
+            "noname",
+            b"abcdef",
+            "expected a .jsonl, .json, .ndjson, .csv, .tsv, .txt, .parquet or .arrow",
+        ),
     ],
 )
 def test_file_without_records_is_rejected(
@@ -234,7 +241,7 @@ def test_dataset_is_sampled_like_a_file(hub_dataset: Path, tmp_path: Path) -> No
         ({"config": "quiet"}, "BuilderConfig 'quiet' not found"),
         (
             {"config": "loud"},
-            "record 1: expected the column 'text' or instruction and output, got b",
+            "record 1: expected the column 'text' or instruction and output, messages",
         ),
         ({"text_column": "body"}, "record 1: expected the column 'body', got text"),
     ],
@@ -248,16 +255,15 @@ def test_missing_split_configuration_or_column_is_rejected(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("source", ["nobody/no-such-corpus", "no such corpus", "empty"])
+@pytest.mark.parametrize("source", ["nobody/no-such-corpus", "no such corpus"])
 def test_error_for_an_unknown_dataset_lists_the_valid_sources(
     tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
     with pytest.raises(CorpusError) as caught:
         blocks_of(source)
     assert str(caught.value).startswith(f"no corpus {source}: ")
-    assert "expected embedded, a .jsonl, .json, .parquet or .txt file" in str(caught.value)
+    assert f"expected embedded, a {ENDINGS} file, a folder of such" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -95,4 +95,4 @@ ALPACA = st.fixed_dictionaries(
     }
 )
 PLAIN = st.fixed_dictionaries({"text": st.text(string.ascii_lowercase, min_size=1, max_size=9)})
-MIXED = st.lists(ALPACA | PLAIN, min_size=1, max_size=12)
+MIXED = st.lists(ALPACA, min_size=1, max_size=12) | st.lists(PLAIN, min_size=1, max_size=12)

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from cascade.benchmarks import gate as gate_benchmark
 from cascade.benchmarks import memory, timing
 from cascade.corpora import blocks as corpora
-from cascade.corpora import readers, record_text
+from cascade.corpora import forms, readers
 from cascade.gate import baseline_lookup, noise, remeasuring
 from cascade.gate import quick_gate as gate
 from cascade.gate.budgets import SLACK
@@ -126,8 +126,7 @@ def _fit_heads(folder: Path) -> None:
 
     stack = load(str(folder / "reference"))
     texts = [
-        {"text": record_text.record_text(record, source="", number=1)}
-        for record in embedded_records()
+        {"text": forms.record_text(record, source="", number=1)} for record in embedded_records()
     ]
     (folder / "heads.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     blocks = corpora.load_blocks(str(folder / "heads.jsonl"), stack.tokenizer, seq_len=64)
@@ -195,10 +194,22 @@ def _run_once(variants: Mapping[str, timing.Variant], **_: Any) -> timing.Timing
 def lay_out(folder: Path, saved: Path) -> None:
     """Lay the local files that pages speak of into the folder that their lines are run in."""
     records = embedded_records(200)
-    texts = [record_text.record_text(record, source="", number=1) for record in records]
+    texts = [forms.record_text(record, source="", number=1) for record in records]
     shutil.copytree(saved / "reference", folder / "checkpoint")
     lines = "".join(json.dumps({"body": text}) + "\n" for text in texts)
     (folder / "text.jsonl").write_text(lines, encoding="utf-8")
+    chats = [
+        [
+            {"role": "user", "content": record["instruction"]},
+            {"role": "assistant", "content": record["output"]},
+        ]
+        for record in records
+    ]
+    lines = "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+    (folder / "chat.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "dataset").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(folder / "chat.jsonl", folder / f"dataset/{split}-00000.jsonl")
     _lay_out_findings(folder, saved, records, texts)
     for name in HUB_DATASETS:
         (folder / name).mkdir(parents=True)

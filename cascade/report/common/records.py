@@ -135,6 +135,7 @@ def headline(record: HasProvenance) -> list[tuple[str, str]]:
     ]
     count = known(corpus.empty_records)
     empty = f"; {counted(count, 'empty record')}" if count else ""
+    form = f"; read as {corpus.form}" if known(corpus.form) else ""
     return [
         ("Model", f"{known(model.name)} ({', '.join(trait for trait in traits if trait)})"),
         *([("Not used", "; ".join(unread))] if unread else []),
@@ -142,7 +143,7 @@ def headline(record: HasProvenance) -> list[tuple[str, str]]:
             "Corpus",
             f"{corpus.name}, {corpus.tokens:,} tokens: "
             f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}"
-            f"{bos_words(corpus.bos)}{empty}",
+            f"{bos_words(corpus.bos)}{form}{empty}",
         ),
         ("Run", f"{known(model.dtype)} on {known(model.device)}"),
     ]

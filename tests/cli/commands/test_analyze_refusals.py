@@ -164,7 +164,7 @@ def lack_a_weight(weights: dict[str, torch.Tensor]) -> None:
 
 
 CUT = ["truncated, corrupted", "get the file again"]
-SOURCES = "expected embedded, a .jsonl, .json, .parquet or .txt file, or a hub dataset"
+SOURCES = "file, a folder of such files, or a hub dataset (with --config and --split)"
 
 BAD_INPUT: dict[str, tuple[Setup, list[str]]] = {
     "unknown model": (with_options("--model", "nobody/nothing"), NO_MODEL),
@@ -243,8 +243,8 @@ BAD_INPUT: dict[str, tuple[Setup, list[str]]] = {
     ),
     "dataset missing": (with_options("--corpus", "nobody/nothing"), ["nobody/nothing", SOURCES]),
     "corpus of another form": (
-        with_corpus("x.csv", "text\n"),
-        ["expected a .jsonl, .json, .parquet, .txt file, got x.csv; convert it"],
+        with_corpus("x.pdf", "text\n"),
+        [".csv, .tsv, .txt, .parquet or .arrow file, got x.pdf; convert it"],
     ),
     "corpus empty": (with_corpus("x.jsonl", ""), ["x.jsonl is empty", "at least one record"]),
     "wrong columns": (
