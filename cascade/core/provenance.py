@@ -37,6 +37,10 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
             reads images or audio, e.g. "qwen2".
         adapter: The base model that an adapter was applied to; `source` is the adapter.
         unread_files: Other weight files in the model's folder, e.g. "consolidated.safetensors".
+        attention_in_config: The attention kernel that the config names, where this machine lacks it
+            and `attention` was used instead.
+        packages: Packages that compute the layers in addition to torch and transformers, with
+            versions, e.g. "bitsandbytes 0.50.2".
     """
 
     family: str | UnsetType = UNSET
@@ -56,6 +60,8 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
     unread_files: str | UnsetType = UNSET
     adapter: str | UnsetType = UNSET
     text_decoder: str | UnsetType = UNSET
+    attention_in_config: str | UnsetType = UNSET
+    packages: str | UnsetType = UNSET
 
 
 #: The splits of a corpus, by record. The first one trains, the second one selects and judges.

@@ -70,6 +70,8 @@ _ENVIRONMENT = (
     ("machine", "capability"),
     ("machine", "blas"),
     ("model", "device"),
+    ("model", "attention"),
+    ("model", "packages"),
     ("versions", "torch"),
 )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import ModelError, UnsupportedModelError
+from cascade.models.identity import plain_tensors
 from cascade.models.overrides.views import holders, paths_of
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def check_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:
                 f"the weight {name} is on no device (meta, or offloaded to disk); expected all"
                 " weights in memory, load the model without offloading"
             )
-        if torch.isfinite(parameter).all():
+        if all(_is_finite(tensor) for tensor in plain_tensors(parameter)):
             continue
         number = layer_of.get(id(parameter))
         where = f"decoder layer {number}" if number else "outside the decoder layers"
@@ -208,6 +209,14 @@ def check_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:
             f"the weights hold NaN or infinite values ({where}: {name}); "
             "expected finite weights, get the checkpoint again"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether no number is NaN or infinite; 8-bit floats are widened first."""
+    if not tensor.is_floating_point():
+        return True
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    return bool(torch.isfinite(wide).all())
 
 
 def check_layer_numbers(layers: nn.ModuleList) -> None:

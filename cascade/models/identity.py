@@ -65,7 +65,7 @@ def weights_digest(model: nn.Module) -> str:
     # lists them twice.
     weights = model.state_dict(keep_vars=True).values()
     for value in {id(value): value for value in weights}.values():
-        for tensor in _plain(value):
+        for tensor in plain_tensors(value):
             add_to_digest(digest, tensor)
     return f"in-memory-sha256:{digest.hexdigest()}"
 
@@ -77,11 +77,11 @@ def add_to_digest(digest: hashlib._Hash, tensor: Tensor) -> None:
     digest.update(numbers.view(torch.uint8).numpy().data)
 
 
-def _plain(value: Any) -> Iterator[Tensor]:
+def plain_tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors of one weight; quantized weights consist of several."""
     if hasattr(value, "__tensor_flatten__"):
         for name in value.__tensor_flatten__()[0]:
-            yield from _plain(getattr(value, name))
+            yield from plain_tensors(getattr(value, name))
     elif isinstance(value, Tensor):
         yield value
 

@@ -14,10 +14,18 @@ from cascade.core.errors import DeviceError, ModelError, UsageError, first_line
 from cascade.core.provenance import ModelProvenance, model_provenance
 from cascade.core.schema import UNSET
 from cascade.models.architecture import auto_class, check_config, text_config_of
+from cascade.models.attention_kernels import choose_attention
 from cascade.models.checkpoints.adapters import apply_adapter, without_wrapper
-from cascade.models.checkpoints.files import check_stored_dtypes
+from cascade.models.checkpoints.configs import read_config
+from cascade.models.checkpoints.files import check_blocks, check_stored_dtypes, check_whole
 from cascade.models.checkpoints.loading_report import check_loading_report, unused_parts
+from cascade.models.checkpoints.quantization import (
+    check_readable,
+    dequantize_when_read,
+    unify_dtype,
+)
 from cascade.models.checkpoints.reading import read_or_explain
+from cascade.models.checkpoints.tokenizers import read_tokenizer
 from cascade.models.checkpoints.weights import Weights, resolve
 from cascade.models.identity import check_tokenizer, tokenizer_hash
 from cascade.models.stack import DecoderStack
@@ -98,26 +106,27 @@ def load(
             `.gguf` file. GGUF weights are dequantized once and kept in the user's cache folder. A
             folder or hub id may hold a PEFT adapter, which is applied to the model that it names.
         revision: A hub revision: branch, tag or commit.
-        dtype: `torch.float32`, `torch.bfloat16` or `torch.float16`, or its name.
+        dtype: `torch.float32`, `torch.bfloat16` or `torch.float16`, or its name. Some quantized
+            checkpoints compute in their own dtype only.
         device: "cpu", "cuda", "mps" or "auto".
         device_map: Passed to `transformers`, e.g. "auto"; replaces `device`. Every weight must fit
             on a device; weights offloaded to disk are rejected.
         attn_implementation: The attention kernel, passed to `transformers`: "sdpa", "eager",
-            "flash_attention_2". Default: the model's own.
+            "flash_attention_2". Default: the one that config.json names, or SDPA where this machine
+            lacks it.
 
     Raises:
         ModelError: The weights are missing, truncated, corrupted or NaN.
         UnsupportedModelError: It has no decoder layers, or bidirectional ones.
         DeviceError: The device is absent or does not support the dtype.
-        UsageError: Both `device` and `device_map` are given.
+        UsageError: Both `device` and `device_map` are given, or this machine lacks the attention
+            kernel.
 
     Example:
         >>> stack = load("smollm2-135m")
         >>> stack.num_layers, stack.hidden_size, stack.dtype
         (30, 576, torch.float32)
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     source = os.fspath(source)
     wanted = resolve_dtype(dtype)
     if device_map is None:
@@ -127,36 +136,47 @@ def load(
         raise UsageError(f"expected device or device_map, got {device} and {device_map}")
     else:
         placed, place = {"device_map": device_map}, None
-    if attn_implementation is not None:
-        placed["attn_implementation"] = attn_implementation
     weights = resolve(source, revision=revision)
     folder = weights.folder
-    config = read_or_explain(
-        f"the config of {source}",
-        lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False),
-    )
+    config = read_config(folder, source)
     check_config(config)
+    if weights.scheme is not None:
+        check_readable(weights.scheme, source, place)
+        dequantize_when_read(config, weights.scheme)
+        if place is not None and place.type != "cpu":
+            placed["device_map"] = {"": str(place)}
+    replaced = choose_attention(config, attn_implementation, device=place, dtype=wanted)
+    if attn_implementation is not None:
+        placed["attn_implementation"] = attn_implementation
     own = weights.adapter
     texts = own if own is not None and (own / "tokenizer_config.json").exists() else folder
-    tokenizer = read_or_explain(
-        f"the tokenizer of {source} (expected tokenizer.json or similar in {texts})",
-        lambda: AutoTokenizer.from_pretrained(texts, trust_remote_code=False),
-    )
+    tokenizer = read_tokenizer(texts, source)
     check_tokenizer(tokenizer, config, source)
     model, unused = _read_weights(weights, config=config, dtype=wanted, **placed)
     if own is not None:
-        model = apply_adapter(model, own, source, merge=weights.quantization is None)
-    known_too = {"tokenizer_hash": tokenizer_hash(tokenizer)}
+        model = apply_adapter(model, own, source, merge=weights.scheme is None)
+    if weights.scheme is not None:
+        unify_dtype(model, wanted, weights.scheme)
+        _check_dtype(model, wanted, source)
     text = text_config_of(config)
-    if text is not config:
-        known_too |= {"family": config.model_type, "text_decoder": text.model_type}
-    if unused:
-        known_too["unused_parts"] = ", ".join(unused)
-    return DecoderStack(
-        model if place is None else model.to(place),
-        tokenizer=tokenizer,
-        provenance=model_provenance(weights.provenance(), known_too),
+    wrapped = text is not config
+    known_too = ModelProvenance(
+        family=config.model_type if wrapped else UNSET,
+        text_decoder=text.model_type if wrapped else UNSET,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        unused_parts=", ".join(unused) or UNSET,
+        attention_in_config=replaced or UNSET,
     )
+    provenance = model_provenance(weights.provenance(), known_too)
+    placed_model = model if place is None else model.to(place)
+    if weights.scheme is None:
+        return DecoderStack(placed_model, tokenizer=tokenizer, provenance=provenance)
+    stack: DecoderStack = read_or_explain(
+        f"{source}, which is quantized ({weights.quantization})",
+        lambda: DecoderStack(placed_model, tokenizer=tokenizer, provenance=provenance),
+        advice="get a dequantized checkpoint, or use another --device",
+    )
+    return stack
 
 
 @contextmanager
@@ -199,6 +219,34 @@ def _name_of(source: str) -> str:
     return (path.resolve().name if os.path.exists(path) else source.replace("/", "--")).lower()
 
 
+def _advice(weights: Weights, options: dict[str, Any]) -> str | None:
+    """Return what to do where weights cannot be read; None for the default."""
+    if weights.scheme is not None:
+        return "check its quantization_config and update the packages that read it"
+    given = [name for name in ("device_map", "attn_implementation") if name in options]
+    return f"check {' and '.join(given)}, or get the checkpoint again" if given else None
+
+
+def _check_dtype(model: Any, wanted: torch.dtype, source: str) -> None:
+    """Check that a quantized model has the dtype that was named.
+
+    Args:
+        model: The model.
+        wanted: The dtype. The default, float32, is no wish: some methods keep the dtype of the
+            files.
+        source: The model, for the error.
+
+    Raises:
+        DeviceError: It has another dtype.
+    """
+    found, expected = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, wanted))
+    if wanted != torch.float32 and found != expected:
+        raise DeviceError(
+            f"{source} is quantized, and computes in {found}: expected --dtype {found},"
+            f" got {expected}"
+        )
+
+
 def _read_weights(weights: Weights, **options: Any) -> tuple[Any, tuple[str, ...]]:
     """Return the model of a folder and the unused parts of its files, after checking both.
 
@@ -211,7 +259,11 @@ def _read_weights(weights: Weights, **options: Any) -> tuple[Any, tuple[str, ...
             device.
     """
     source = weights.source
-    given = [name for name in ("device_map", "attn_implementation") if name in options]
+    if weights.scheme is not None or weights.quantization is None:
+        for file in weights.files:
+            check_whole(file)
+    if weights.scheme is not None:
+        check_blocks(source, weights.files, weights.scheme)
     model, report = read_or_explain(
         f"the weights of {source}",
         lambda: auto_class(options["config"]).from_pretrained(
@@ -222,11 +274,11 @@ def _read_weights(weights: Weights, **options: Any) -> tuple[Any, tuple[str, ...
             trust_remote_code=False,
             **options,
         ),
-        advice=f"check {' and '.join(given)}, or get the checkpoint again" if given else None,
+        advice=_advice(weights, options),
     )
     check_loading_report(source, model, report)
-    if weights.quantization is None:
-        check_stored_dtypes(source, weights.files, {name for name, _ in model.named_parameters()})
+    parameters = {name for name, _ in model.named_parameters()}
+    check_stored_dtypes(source, weights.files, parameters, weights.scheme)
     offloaded = [name for name, weight in model.named_parameters() if weight.is_meta]
     if offloaded:
         raise ModelError(

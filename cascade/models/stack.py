@@ -25,6 +25,7 @@ from cascade.models.architecture import (
     text_config_of,
 )
 from cascade.models.checkpoints.adapters import without_wrapper
+from cascade.models.checkpoints.quantization import decompress, packages_of
 from cascade.models.identity import weights_digest
 from cascade.models.layer_states import attending
 from cascade.models.overrides.hooks import (
@@ -103,6 +104,7 @@ class DecoderStack:
         check_kind(model)
         self.model = model
         model.train(False)
+        decompress(model)
         self.tokenizer = tokenizer
         #: The model that this one continues (see `cascade.stages.stage.extended`).
         self.below: DecoderStack | None = None
@@ -144,6 +146,7 @@ class DecoderStack:
             attention=model.config._attn_implementation,
             text_decoder=text,
             unused_parts=idle,
+            packages=packages_of(self.layers) or UNSET,
         )
         self.provenance = model_provenance(found, provenance)
         if known(idle) and self.provenance.unused_parts != idle:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SCALES = re.compile(r"(scales?|scale_inv|zero_points?|qzeros|g_idx|absmax|quant_map|quant_state)")
+#: Last components of the names of packed weights (GPTQ and AWQ, bitsandbytes, HQQ, ...).
+_PACKED = {"qweight", "qzeros", "weight_packed", "W_q", "absmax", "blocks"}
+#: Where a name can have superfluous components, and how many: one anywhere, two in front.
+_SPANS = ((None, 1), (0, 2))
 _LORA = re.compile(r"(^|\.)lora_|(^|\.)adapters?\.|\.dora_|\.ia3_")
 
 
@@ -50,6 +54,7 @@ def check_loading_report(source: str, model: PreTrainedModel, report: Mapping[st
         )
     missing = sorted(report["missing_keys"])
     if missing:
+        _check_names(source, missing, unexpected)
         others = f" (and has {unexpected[0]}, which it does not use)" if unexpected else ""
         raise ModelError(
             f"{source} lacks {len(missing)} of its weights, the first is {missing[0]}{others}; "
@@ -73,6 +78,34 @@ def check_loading_report(source: str, model: PreTrainedModel, report: Mapping[st
         reason = f"the files have weights that {model.config.model_type} does not use"
         remedy = "expected a config.json of these weights; get both from the same checkpoint"
     raise ModelError(f"{source}: {reason}, such as {unused[0]}{_more(unused)}; {remedy}")
+
+
+def _check_names(source: str, missing: list[str], unexpected: list[str]) -> None:
+    """Check that missing weights are not in the files under other names.
+
+    Raises:
+        ModelError: They have a prefix, such as that of a wrapper, or they are quantized.
+    """
+    packed = [name for name in unexpected if name.rpartition(".")[2] in _PACKED]
+    if packed:
+        raise ModelError(
+            f"{source} has quantized weights, such as {packed[0]}{_more(packed)}, but its"
+            " config.json has no quantization_config for them; add it (for GPTQ and AWQ, the"
+            " content of quantize_config.json or quant_config.json with its quant_method)"
+        )
+    wanted = set(missing)
+    for name in unexpected:
+        parts = name.split(".")
+        for start, end in _SPANS:
+            for first in range(len(parts) - 1) if start is None else [start]:
+                extra = ".".join(parts[first : first + end])
+                short = ".".join([*parts[:first], *parts[first + end :]])
+                if short in wanted:
+                    raise ModelError(
+                        f"{source} has {name} where {short} is expected ({len(missing)} weights are"
+                        f' missing): a wrapper added "{extra}." to the names; save the model'
+                        " without the wrapper, or rename the tensors"
+                    )
 
 
 def unused_parts(model: PreTrainedModel, report: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cascade.core.errors import ModelError, first_line, os_reason
+from cascade.core.errors import ModelError, first_line
 from cascade.core.provenance import ModelProvenance
 from cascade.core.schema import UNSET
 from cascade.models.checkpoints.adapters import (
@@ -22,14 +20,12 @@ from cascade.models.checkpoints.adapters import (
     check_alone,
     has_adapter,
 )
-from cascade.models.checkpoints.files import weight_files
+from cascade.models.checkpoints.configs import read_json
+from cascade.models.checkpoints.files import check_is_no_pointer, weight_files
 from cascade.models.checkpoints.gguf_copies import gguf_copy
 from cascade.models.checkpoints.gguf_files import name_of, shards
-from cascade.models.checkpoints.quantization import quantization_method
+from cascade.models.checkpoints.quantization import Quantization, quantization_of
 from cascade.models.checkpoints.reading import file_hash
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -89,10 +85,12 @@ class Weights:
         name: The name of the model in baseline paths.
         hash: SHA-256 of the source's weights, `sha256:...`.
         revision: The commit of a hub model; else None.
-        quantization: E.g. "Q4_1", or None.
+        quantization: E.g. "Q4_1" or "gptq, 4 bit, groups of 128"; None without quantization.
         files: The weight files that are read.
         unread: Names of other weight files in the folder.
         adapter: The folder of an adapter to apply to the model, or None.
+        scheme: How the weights in the folder are quantized. None for the copy of a GGUF file, which
+            is dequantized.
     """
 
     folder: Path
@@ -104,6 +102,7 @@ class Weights:
     files: tuple[Path, ...] = ()
     unread: tuple[str, ...] = ()
     adapter: Path | None = None
+    scheme: Quantization | None = None
 
     def provenance(self) -> ModelProvenance:
         """Return the provenance of the weights, without details that need a loaded model."""
@@ -226,19 +225,9 @@ def from_folder(folder: Path, source: str) -> Weights:
     config_path = folder / "config.json"
     if not config_path.exists():
         raise ModelError(f"{folder} holds no config.json; expected a saved transformers model")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(
-            f"cannot read {config_path}: {os_reason(error)}; get the checkpoint again"
-        ) from error
-    except ValueError as error:
-        raise ModelError(
-            f"{config_path} is not JSON ({error}); get the checkpoint again"
-        ) from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{config_path} is not a model config; get the checkpoint again")
-    quantization = quantization_method(config, source)
+    check_is_no_pointer(config_path)
+    config = read_json(config_path)
+    scheme = quantization_of(config, source)
     files = weight_files(folder, config)
     return Weights(
         folder=folder,
@@ -246,7 +235,8 @@ def from_folder(folder: Path, source: str) -> Weights:
         name=folder.resolve().name.lower(),
         hash=f"sha256:{_files_hash(files.read)}",
         revision=None,
-        quantization=quantization,
+        quantization=None if scheme is None else scheme.text,
+        scheme=scheme,
         files=files.read,
         unread=tuple(path.name for path in files.others),
     )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from cascade.core.provenance import Provenance
+from cascade.core.provenance import ModelProvenance, Provenance
 from cascade.core.schema import StoredRecord, UnsetType, known, to_plain
 from cascade.report.common.words import counted
 
@@ -145,5 +145,17 @@ def headline(record: HasProvenance) -> list[tuple[str, str]]:
             f"{counted(corpus.sequences, 'sequence')} x {corpus.seq_len:,}"
             f"{bos_words(corpus.bos)}{form}{empty}",
         ),
-        ("Run", f"{known(model.dtype)} on {known(model.device)}"),
+        ("Run", run_line(model)),
     ]
+
+
+def run_line(model: ModelProvenance) -> str:
+    """Return how a model was run: dtype, device, and a kernel that its config does not name."""
+    run = f"{known(model.dtype)} on {known(model.device)}"
+    named = known(model.attention_in_config)
+    if not named:
+        return run
+    return (
+        f"{run}, {known(model.attention)} attention"
+        f" (config.json names {named}, which this machine lacks)"
+    )

@@ -559,7 +559,7 @@ def test_quantization_method_is_read_from_the_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert resolve(str(folder)).quantization == "gptq"
+    assert resolve(str(folder)).quantization == "gptq, 4 bit"
 
 
 def test_revision_of_a_local_folder_is_rejected(saved: Path) -> None:
