@@ -197,9 +197,9 @@ BAD_INPUT: dict[str, tuple[Setup, list[str]]] = {
         with_incomplete_cache,
         ["cached weights are incomplete", "delete the folder"],
     ),
-    "cut safetensors": (with_cut_file("model.safetensors", 0.5), ["get the checkpoint again"]),
-    "cut config": (with_cut_file("config.json", 0.5), ["not JSON", "get the checkpoint again"]),
-    "cut tokenizer": (with_cut_file("tokenizer.json", 0.5), ["the tokenizer of cut"]),
+    "cut safetensors": (with_cut_file("model.safetensors", 0.5), ["get it again"]),
+    "cut config": (with_cut_file("config.json", 0.5), ["not JSON", "get it again"]),
+    "cut tokenizer": (with_cut_file("tokenizer.json", 0.5), ["cut/tokenizer.json is not JSON"]),
     "missing weight": (
         with_weights(lack_a_weight),
         [
