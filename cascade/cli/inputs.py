@@ -15,17 +15,27 @@ if TYPE_CHECKING:
     from cascade.models.stack import DecoderStack
 
 
-def load_model(options: ModelOptions) -> DecoderStack:
-    """Return the model, loaded with a spinner."""
+def load_model(options: ModelOptions, *, exits: bool = False) -> DecoderStack:
+    """Return the model, loaded with a spinner.
+
+    Args:
+        options: Which model.
+        exits: Check that its tokens can exit early, before anything else is read.
+    """
     from cascade.models import loading
 
     with status(f"Loading {options.model} (a first time can take half a minute)"):
-        return loading.load(
+        stack = loading.load(
             options.model,
             revision=options.revision,
             dtype=options.dtype,
             device=options.device,
         )
+        if exits:
+            from cascade.decoding.exit_support import check_exits
+
+            check_exits(stack)
+        return stack
 
 
 def check_cascade_alone(others: list[str]) -> None:

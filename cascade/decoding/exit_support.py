@@ -71,7 +71,8 @@ def check_exits(stack: DecoderStack, *, exact: bool = False) -> None:
         )
     if exact and support.exact_obstacle is not None:
         raise UnsupportedModelError(
-            f"{family} has no exact propagation: {support.exact_obstacle}; use frozen propagation"
+            f"{family} has no exact propagation: {support.exact_obstacle}; use frozen propagation,"
+            " without verify"
         )
 
 
@@ -106,6 +107,8 @@ def _first_difference(
         hidden = plan.embedded
         for layer, call in enumerate(plan.calls, start=1):
             hidden = stack.step(layer, hidden, call)
+            if not torch.isfinite(hidden).all():
+                return None  # reported by what is computed, with the layer
             if not close(hidden, history[layer][:, start:stop]):
                 return layer
     return None

@@ -14,6 +14,7 @@ from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, ModelError, UsageError
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.decoding.early_exit import PROPAGATIONS, Propagation, make_exit
+from cascade.decoding.exit_support import check_exits
 from cascade.decoding.selective_layers import SkippingLayers
 from cascade.evaluation.exit_table import ExitBatch, ExitTable, kl_divergence
 from cascade.evaluation.records import OperatingPointRow
@@ -147,6 +148,7 @@ class Evaluator:
             raise UsageError(
                 f"expected a propagation among {', '.join(PROPAGATIONS)}, got {propagation!r}"
             )
+        check_exits(stack, exact=propagation == "exact")
         if propagation == "ridge" and heads is None:
             raise UsageError(
                 "ridge propagation needs fitted heads; create them with `cascade fit-heads`"

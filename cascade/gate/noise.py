@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cascade.core.arrays import Array
+from cascade.core.errors import first_line
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import similarities
 from cascade.saturation.records import NoiseFloor
@@ -87,7 +88,7 @@ def _with_attention(stack: DecoderStack, tokens: Tensor, plain: Array) -> float 
         with _restored(lambda: model.set_attn_implementation(before)):
             model.set_attn_implementation(other)
             return _moved(plain, _means(stack, tokens))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, AttributeError) as error:
         return f"the model has no {other} attention ({type(error).__name__})"
 
 
@@ -98,8 +99,16 @@ def _with_float64(stack: DecoderStack, tokens: Tensor, plain: Array) -> float | 
     if stack.device.type == "mps":
         return "not on this device"
     # A copy, because converting to float64 and back restores the weights but not the buffers.
-    wide = DecoderStack(copy.deepcopy(stack.model).double(), provenance=stack.provenance)
-    return _moved(plain, _means(wide, tokens))
+    model: Any = copy.deepcopy(stack.model).double()
+    try:
+        if getattr(model, "_can_set_experts_implementation", lambda: False)():
+            model.set_experts_implementation("eager")  # grouped products have no float64
+        wide = DecoderStack(model, provenance=stack.provenance)
+        return _moved(plain, _means(wide, tokens))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # kernels of recurrent layers and experts raise any error
+        return f"the model does not run in float64 ({first_line(error)})"
 
 
 @contextlib.contextmanager

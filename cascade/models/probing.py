@@ -146,6 +146,8 @@ def _check_causal(rows: Tensor, family: str) -> None:
 
 def close(a: Tensor, b: Tensor) -> bool:
     """Return whether two results are the same but for rounding: to half of the dtype's digits."""
-    # Kernels differ by much less; a missing operation by much more.
-    limit = torch.finfo(a.dtype).eps ** 0.5 * torch.maximum(a.abs().max(), b.abs().max())
+    # Kernels differ by much less; a missing operation by much more. Parts of float64 models compute
+    # in float32.
+    digits = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+    limit = digits * torch.maximum(a.abs().max(), b.abs().max())
     return bool((a - b).abs().max() <= limit)

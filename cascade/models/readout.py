@@ -63,8 +63,8 @@ class Readout:
 
     def decode(self, hidden: Tensor) -> Tensor:
         """Return the logits `[B, T, V]` of states before the final norm, `[B, T, D]`."""
-        if self._direct_norm is None:
-            return self._decode_by_model(hidden)
+        if self._direct_norm is None or hidden.dtype != self.model.dtype:
+            return self._decode_by_model(hidden)  # which converts a wider residual stream
         with _gradients_of(hidden):
             return product(self.lm_head, self._direct_norm(hidden))
 
@@ -86,7 +86,7 @@ class Readout:
             raise UnsupportedModelError(
                 f"this {self.model.config.model_type} has no final norm that keeps the width"
             )
-        if self._direct_norm is not None:
+        if self._direct_norm is not None and hidden.dtype == self.model.dtype:
             normed: Tensor = self._direct_norm(hidden)
             return normed
         with self.stand_ins.standing_in(self.decoder, self._stand_in_for(hidden)) as decoder:

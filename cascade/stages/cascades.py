@@ -16,6 +16,7 @@ from cascade.core.provenance import CorpusProvenance
 from cascade.core.schema import UNSET, known
 from cascade.corpora.bos import check_same_bos
 from cascade.decoding.early_exit import EarlyExit, Propagation, Score
+from cascade.decoding.exit_support import check_exits
 from cascade.decoding.forward import Exit, ForwardPass
 from cascade.decoding.generation import Generation
 from cascade.decoding.inputs import make_chunk
@@ -81,6 +82,7 @@ class Cascade:
                 f'expected a propagation of a cascade among frozen, exact, got "{propagation}"; '
                 "ridge maps predict a model's own layers, not those of a stage"
             )
+        check_exits(base, exact=propagation == "exact")
         self.base = base
         self.propagation: Propagation = propagation
         self.provenance = provenance or CascadeProvenance()

@@ -46,7 +46,7 @@ def test_the_three_laws_hold(family: str, propagation: Any) -> None:
             EarlyExit(stack, layer=2, propagation=propagation)
         assert one_line(error) == (
             f"{family} has no exact propagation: decoder layer 3 takes the keys and values of"
-            " decoder layer 1; use frozen propagation"
+            " decoder layer 1; use frozen propagation, without verify"
         )
         return
     settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}

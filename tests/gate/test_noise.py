@@ -17,8 +17,10 @@ from cascade.saturation.profile import similarities
 IDS = random_blocks(4, 16).ids
 
 
-def test_the_fp32_noise_floor_is_near_fp32_precision_and_lists_its_variants() -> None:
-    stack = DecoderStack(tiny_model("llama"))
+# The grouped products of experts have no float64.
+@pytest.mark.parametrize("family", ["llama", "mixtral", "lfm2"])
+def test_the_fp32_noise_floor_is_near_fp32_precision_and_lists_its_variants(family: str) -> None:
+    stack = DecoderStack(tiny_model(family))
     found = measure_noise(stack, IDS)
     assert set(found.variants) == {"batch_size", "threads", "attention", "float64"}
     assert found.sequences == 4

@@ -125,6 +125,14 @@ def test_the_update_of_a_layer_that_shares_keys_is_not_split() -> None:
         find_sublayers(stack, 1)
 
 
+def test_a_residual_stream_wider_than_the_weights_is_decoded() -> None:
+    model, ids = tiny_model("zaya").to(torch.bfloat16), random_ids()
+    stack = DecoderStack(model)
+    history, _ = visited(stack, ids)
+    assert (stack.dtype, history[-1].dtype) == (torch.bfloat16, torch.float32)
+    assert difference(stack.decode(history[-1]), own_run(model, ids).logits) == 0.0
+
+
 class Backwards(nn.Module):
     """A recurrent layer that reads the sequence from its end."""
 

@@ -105,7 +105,7 @@ def collect_hard(
         command=command_line(),
     )
     config.check()
-    stack = load_model(model)
+    stack = load_model(model, exits=True)
     with status(f"Reading {corpus.corpus}"):
         read = splits.load_splits(corpus_config(corpus, seed), stack.tokenizer)
     tokens = sum(blocks.tokens for blocks in read.values())

@@ -117,7 +117,7 @@ def _evaluate_exits(
         from cascade.evaluation import exit_evaluation as evaluation
         from cascade.evaluation.operating_points import OperatingPoint
 
-        stack = load_model(model)
+        stack = load_model(model, exits=True)
         fitted = read_heads(heads.heads, stack)
         config = evaluation.EvaluationConfig(
             layers=evaluated_layers(wanted.layers, stack, fitted, wanted.only_points),

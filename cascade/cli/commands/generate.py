@@ -184,7 +184,7 @@ def _early_exit_of(
 
         staged = read_cascade(exits.cascade, model.dtype, model.device)
         return staged.base, staged.early_exit(), staged.trained_on()
-    stack = load_model(model)
+    stack = load_model(model, exits=True)
     fitted = read_heads(heads.heads, stack)
     if exits.calibration is not None:
         from cascade.evaluation.calibration import early_exit_of, read_calibration

@@ -81,7 +81,7 @@ def fit_heads(
     from cascade.core.provenance import provenance_of
     from cascade.exits import distillation, head_fitting
 
-    stack = load_model(model)
+    stack = load_model(model, exits=True)
     blocks = read_blocks(stack, corpus, embedded_split="train")
     with progress_bar("Fitting", blocks.tokens) as advance:
         fitted = head_fitting.fit_heads(
@@ -213,7 +213,7 @@ def calibrate(
     with run_folder(output.output, [name], overwrite=output.overwrite) as folder:
         from cascade.evaluation import calibration
 
-        stack = load_model(model)
+        stack = load_model(model, exits=True)
         fitted = read_heads(heads.heads, stack)
         config = calibration.CalibrationConfig(
             layer=wanted.layer if wanted.layer is not None else usual_layer(stack, fitted),

@@ -152,7 +152,7 @@ def _measured(
 
     if len(source.heads) > 1:
         raise UsageError("expected one --heads, got several; evaluate each and search the records")
-    stack = load_model(source.model)
+    stack = load_model(source.model, exits=True)
     fitted = read_heads(source.heads[0] if source.heads else None, stack)
     fit, confirm = evaluation.split(source.blocks(stack, options.seq_len, options.max_tokens))
     config = dataclasses.replace(
@@ -220,7 +220,7 @@ def _completed(
         message(f"Measuring for {one.evaluation.name}: {lacks}")
     first = answers[0].evaluation
     model, confirmed_on = first.record.provenance.model, first.record.provenance.corpus
-    stack = load_model(dataclasses.replace(pass_source.model, dtype=str(model.dtype)))
+    stack = load_model(dataclasses.replace(pass_source.model, dtype=str(model.dtype)), exits=True)
     fingerprints = _fingerprints(pass_source.heads, stack)
     if pass_source.corpus.bos == "auto":
         choice = recorded_choice(confirmed_on)

@@ -200,7 +200,7 @@ def _cascade(folder: Path | None, model: ModelOptions) -> Cascade:
     from cascade.stages.cascades import Cascade
 
     if folder is None:
-        return Cascade(load_model(model))
+        return Cascade(load_model(model, exits=True))
     return read_cascade(folder, model.dtype, model.device)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cascade.core.errors import RecordError
 from cascade.core.files import AnyPath
+from cascade.decoding.exit_support import check_exits
 from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.completing import complete
 from cascade.stages.hard_tokens.dataset import (
@@ -85,6 +86,7 @@ def collect_hard(
         (29, 4)
     """
     config.check()
+    check_exits(stack)
     layer = config.layer_of(stack)
     texts = marked_splits(stack, splits, config.batch_size)
     plan, folder = CollectionPlan(stack, texts, config, layer), Path(folder)
