@@ -18,7 +18,7 @@ import cascade
 from cascade.core.files import AnyPath
 from cascade.core.records import write_record
 from cascade.exits.head_fitting import fit_heads
-from cascade.gate.remeasuring import store_profile
+from cascade.gate.accepting import store_profile
 
 
 class Named:

@@ -26,8 +26,9 @@ from cascade.benchmarks.timing import (
 )
 from cascade.core.provenance import provenance_of
 from cascade.core.schema import Count, Finite, Part
-from cascade.corpora.blocks import TokenBlocks, load_blocks
+from cascade.corpora.blocks import TokenBlocks
 from cascade.corpora.readers import EMBEDDED
+from cascade.gate.baseline_corpus import GivenCorpus, baseline_blocks
 from cascade.gate.baseline_lookup import described, find_baseline
 from cascade.gate.baselines import StoredProfile, read_profile
 from cascade.gate.comparison import environment_differences
@@ -211,10 +212,8 @@ def _baseline_path(config: GateBenchmarkConfig) -> Path:
 
 
 def _blocks(stack: DecoderStack, baseline: StoredProfile) -> TokenBlocks:
-    corpus = baseline.record().provenance.corpus
-    return load_blocks(
-        EMBEDDED, stack.tokenizer, seq_len=corpus.seq_len, num_samples=corpus.records
-    )
+    about = baseline.record().provenance.corpus
+    return baseline_blocks(about, stack.tokenizer, GivenCorpus(source=EMBEDDED))
 
 
 def _check_shared(few: TokenBlocks, path: Path, config: GateBenchmarkConfig) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascade.cli.console import status
+from cascade.cli.console import message, status
 from cascade.core.errors import UsageError
+from cascade.core.names import hidden_hub_id
 
 if TYPE_CHECKING:
     from cascade.cli.options import CorpusOptions, ModelOptions
@@ -24,6 +25,7 @@ def load_model(options: ModelOptions, *, exits: bool = False) -> DecoderStack:
     """
     from cascade.models import loading
 
+    say_which(options.model, "model")
     with status(f"Loading {options.model} (a first time can take half a minute)"):
         stack = loading.load(
             options.model,
@@ -36,6 +38,18 @@ def load_model(options: ModelOptions, *, exits: bool = False) -> DecoderStack:
 
             check_exits(stack)
         return stack
+
+
+def say_which(source: str, kind: str) -> None:
+    """Print on stderr that a path was taken, where a hub id of that name is known too.
+
+    Args:
+        source: The model or corpus.
+        kind: "model" or "dataset".
+    """
+    note = hidden_hub_id(source, kind)
+    if note is not None:
+        message(note)
 
 
 def check_cascade_alone(others: list[str]) -> None:
@@ -70,6 +84,7 @@ def read_blocks(
     """
     from cascade.corpora import blocks as corpora
 
+    say_which(options.corpus, "dataset")
     usual = embedded_split if options.corpus == "embedded" else None
     with status(f"Reading {options.corpus}"):
         return corpora.load_blocks(

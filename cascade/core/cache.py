@@ -99,3 +99,16 @@ def clear(entries: Sequence[CacheEntry]) -> None:
             raise OutputError(
                 f"cannot delete {entry.path}: {os_reason(error)}; delete it yourself"
             ) from error
+
+
+def hub_cache() -> Path:
+    """Return the folder of models and datasets of the hub."""
+    # As huggingface_hub finds it, without importing it: torch is all that `cascade env` loads.
+    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if given:
+        return Path(given).expanduser()
+    home = os.environ.get("HF_HOME")
+    if home:
+        return Path(home).expanduser() / "hub"
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(cache).expanduser() / "huggingface" / "hub"

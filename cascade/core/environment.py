@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 
-from cascade.core.cache import cache_folder
+from cascade.core.cache import cache_folder, hub_cache
 from cascade.core.provenance import library_versions, machine_of
 from cascade.core.schema import Part, known
 
@@ -61,17 +60,5 @@ def environment() -> Environment:
         blas=known(machine.blas),
         accelerators=accelerators,
         cache=str(cache_folder()),
-        model_cache=str(_model_cache()),
+        model_cache=str(hub_cache()),
     )
-
-
-def _model_cache() -> Path:
-    # As huggingface_hub finds it, without importing it: torch is all that `cascade env` loads.
-    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    if given:
-        return Path(given).expanduser()
-    home = os.environ.get("HF_HOME")
-    if home:
-        return Path(home).expanduser() / "hub"
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(cache).expanduser() / "huggingface" / "hub"

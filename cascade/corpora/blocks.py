@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from cascade.core.defaults import NUM_SAMPLES, SEQ_LEN
 from cascade.core.errors import CorpusError, ModelError
+from cascade.core.names import file_name, path_name
 from cascade.core.provenance import SPLITS, CorpusProvenance, Split
 from cascade.core.schema import UNSET, UnsetType
 from cascade.corpora.bos import bos_rule
@@ -369,10 +370,10 @@ def corpus_name(source: str, *, config: str | None = None, split: str | None = N
     if is_pipe(source):
         name = "stdin" if source == STANDARD_INPUT else "pipe"
     elif os.path.exists(path):
-        name = name_of_file(path.resolve())
+        name = path_name(path, name_of_file(path.resolve()))
     else:
-        name = source.replace("/", "--")
-    return "-".join(part.lower() for part in (name, config, split) if part)
+        name = file_name(source)
+    return file_name("-".join(part for part in (name, config, split) if part))
 
 
 def check_blocks(stack: DecoderStack, blocks: TokenBlocks, batch_size: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cascade.core.defaults import NUM_SAMPLES, SEQ_LEN
@@ -57,17 +57,27 @@ class CorpusReading:
         return cls(num_samples=None, max_tokens=about.tokens, **_settings(about))
 
     @classmethod
+    def recorded_in(cls, about: CorpusProvenance) -> CorpusReading:
+        """Return how a corpus was read, as far as its record says.
+
+        Args:
+            about: The corpus in the provenance of the record.
+        """
+        samples, tokens = known(about.num_samples), known(about.max_tokens)
+        samples = NUM_SAMPLES if samples is None else samples
+        return cls(num_samples=samples or None, max_tokens=tokens, **_settings(about))
+
+    @classmethod
     def again(cls, about: CorpusProvenance) -> CorpusReading:
         """Return how to read a corpus as for a record, including what was added to it since.
 
         Args:
             about: The corpus in the provenance of the record.
         """
-        samples = known(about.num_samples)
-        if samples is None:  # the default, or a record of an earlier release
-            samples = max(NUM_SAMPLES, about.records)
-        tokens = known(about.max_tokens)
-        return cls(num_samples=samples or None, max_tokens=tokens, **_settings(about))
+        found = cls.recorded_in(about)
+        if about.num_samples is UNSET:  # the default, or a record of an earlier release
+            return replace(found, num_samples=max(NUM_SAMPLES, about.records))
+        return found
 
 
 def _settings(about: CorpusProvenance) -> dict[str, Any]:

@@ -1,37 +1,30 @@
-"""Baselines: store sealed profiles, and read them with checks."""
+"""Baselines: their paths, their seals, and reading them with checks."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from msgspec.structs import replace
 
 from cascade.core.arrays import Array
 from cascade.core.display import Displayed
 from cascade.core.errors import RecordError, first_line
-from cascade.core.files import AnyPath, RunFolder
+from cascade.core.files import AnyPath
 from cascade.core.records import (
     Record,
     at,
     read_arrays,
     read_plain,
     record_hash,
-    to_json,
     typed,
 )
 from cascade.core.schema import UNSET, known, to_plain
 from cascade.saturation.records import ProfileRecord
 from cascade.stats.similarity_statistics import SimilarityStatistics
-
-#: Write lock. Kept in the temp directory so that it never appears in the user's repository.
-_LOCK = Path(tempfile.gettempdir()) / "cascade-baselines.lock"
 
 
 def baseline_paths(
@@ -219,56 +212,3 @@ def _record_hash_of(record: Record, path: Path) -> str:
         raise RecordError(
             f"{path} contains NaN or an infinite number, so it was edited or is torn; restore it"
         ) from error
-
-
-def accept(folder: Path, run: Path) -> tuple[Path, StoredProfile | None]:
-    """Store a run's profile as the baseline of its model and corpus.
-
-    Args:
-        folder: The folder of all baselines.
-        run: A folder that `cascade analyze --output` wrote.
-
-    Returns:
-        The path of the baseline, and the baseline that it replaces, if one existed.
-
-    Raises:
-        RecordError: The run is missing, torn or edited, or its two files come from different runs.
-        OutputError: The baseline cannot be written.
-    """
-    profile = read_profile(run / "profile.json")
-    # The content as it was read, because its hash covers every key.
-    text = to_json(read_plain(run / "profile.json", ProfileRecord)) + "\n"
-    arrays = (run / "profile.npz").read_bytes()
-    return _store(profile_path(folder, profile.content), text, arrays)
-
-
-def store(folder: Path, record: ProfileRecord, arrays: bytes) -> tuple[Path, StoredProfile | None]:
-    """Write both files of a baseline, or neither.
-
-    Args:
-        folder: The folder of all baselines.
-        record: A sealed record.
-        arrays: The content of the `.npz` next to it.
-
-    Returns:
-        The path of the baseline, and the baseline that it replaces, if a readable one existed.
-
-    Raises:
-        RecordError: The provenance names no model or corpus.
-        OutputError: The baseline cannot be written.
-    """
-    return _store(profile_path(folder, record), to_json(to_plain(record)) + "\n", arrays)
-
-
-def _store(path: Path, text: str, arrays: bytes) -> tuple[Path, StoredProfile | None]:
-    before = None
-    if path.exists():
-        with contextlib.suppress(RecordError):  # a torn baseline is replaced without a comparison
-            before = read_profile(path)
-    # Both files are on disk before either replaces the old one, so a full disk leaves the old pair.
-    names = (path.with_suffix(".npz").name, path.name)
-    # One writer at a time: two could leave one's table next to the other's arrays.
-    with FileLock(_LOCK, mode=0o666), RunFolder(path.parent, names, overwrite=True) as target:
-        target.write(names[0], arrays)
-        target.write(names[1], text)
-    return path, before

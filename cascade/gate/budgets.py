@@ -114,7 +114,9 @@ def budget_of(row: OperatingPointRow) -> PointBudget:
     )
 
 
-def accept_budgets(folder: Path, evaluation: Evaluated) -> Accepted:
+def accept_budgets(
+    folder: Path, evaluation: Evaluated, *, path: Path | None = None, replace: bool = False
+) -> Accepted:
     """Store the given operating points of an evaluation with their budgets.
 
     Stored budgets for another kind of head or another propagation stay in the file. Budgets of
@@ -123,6 +125,8 @@ def accept_budgets(folder: Path, evaluation: Evaluated) -> Accepted:
     Args:
         folder: The folder of all baselines.
         evaluation: A record of kind `evaluation`.
+        path: The budget file (default: by the names in the evaluation).
+        replace: Replace budgets of another model, tokenizer, dtype or corpus.
 
     Raises:
         RecordError: The evaluation is torn or has no given operating point, or the stored budgets
@@ -137,13 +141,13 @@ def accept_budgets(folder: Path, evaluation: Evaluated) -> Accepted:
         )
     about = source.provenance
     names = {"model": known(about.model.name), "corpus": about.corpus.name}
-    path, _ = baseline_paths(folder, BudgetsRecord.KIND, **names)
+    path = path or baseline_paths(folder, BudgetsRecord.KIND, **names)[0]
     group = BudgetGroup(
         provenance=about,
         settings=source.settings,
         points=[BudgetedPoint(**asdict(row), budget=budget_of(row)) for row in rows],
     )
-    stored = _stored_groups(path, source)
+    stored = _stored_groups(path, source, replace=replace)
     overruns = [
         overrun
         for old in stored
@@ -165,17 +169,22 @@ def accept_budgets(folder: Path, evaluation: Evaluated) -> Accepted:
     return Accepted(path, overruns, next(iter(replaced), None))
 
 
-def _stored_groups(path: Path, evaluation: BudgetSource) -> list[BudgetGroup]:
-    """Return the groups of a budget file, checked to be of the evaluation's model and corpus."""
+def _stored_groups(path: Path, evaluation: BudgetSource, *, replace: bool) -> list[BudgetGroup]:
+    """Return the groups of a budget file, checked to be of the evaluation's model and corpus.
+
+    With `replace`, return none if they are not.
+    """
     if not path.exists():
         return []
     groups = read_budgets(path).groups
     for group in groups:
         mismatch = _mismatch(group, evaluation, _FILE_IDENTITY)
+        if mismatch is not None and replace:
+            return []
         if mismatch is not None:
             raise RecordError(
-                f"cannot add the evaluation to {path}: {mismatch}; accept it into another "
-                "--baselines folder, or remove that file to start over"
+                f"cannot add the evaluation to {path}: {mismatch}; keep both with another --name, "
+                "or start over with --replace"
             )
     return groups
 

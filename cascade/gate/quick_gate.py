@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -120,6 +120,7 @@ def run_gate(
     tokens: int = QUICK_TOKENS,
     full: bool = False,
     batch_size: int = 32,
+    conflicts: Sequence[str] = (),
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Gate:
@@ -136,6 +137,8 @@ def run_gate(
         tokens: The budget, rounded down to whole sequences, at least one.
         full: Measure the whole corpus and compare its table too.
         batch_size: The maximum number of sequences per forward pass.
+        conflicts: Given corpus options that differ from the baseline's, in words, which explain
+            why the text is another one.
         command: The user's command line, for the provenance.
         progress: Called with the number of tokens done since the last call.
 
@@ -164,7 +167,7 @@ def run_gate(
     same_text = len(shared) >= LEAST_SHARED * len(blocks.ids)
     # Text with and without BOS has no sequence in common, which would say nothing more.
     if not same_text and not full and all(one.name != BOS for one in mismatches):
-        mismatches.append(_other_text(about.corpus, expected.corpus, len(shared)))
+        mismatches.append(_other_text(about.corpus, expected.corpus, len(shared), conflicts))
     if mismatches:
         comparison = Comparison(None, tuple(mismatches), provenance=about, baseline=expected)
         return Gate(comparison, (), 0, time.perf_counter() - start)
@@ -260,18 +263,21 @@ def _spread(numbers: Array, count: int) -> Array:
     return spread
 
 
-def _other_text(new: CorpusProvenance, old: CorpusProvenance, shared: int) -> Mismatch:
+def _other_text(
+    new: CorpusProvenance, old: CorpusProvenance, shared: int, conflicts: Sequence[str]
+) -> Mismatch:
     expected, obtained = (f"{side.name} in sequences of {side.seq_len}" for side in (old, new))
     if expected == obtained:  # same name, different text
         expected = f"{expected} ({old.fingerprint[:19]}...)"
         obtained = f"{obtained} ({new.fingerprint[:19]}...)"
+    usual = "use the baseline's corpus, tokenizer settings and --seq-len"
+    remedy = f"{', '.join(conflicts)}; leave it out" if conflicts else usual
     return Mismatch(
         name="corpus",
         expected=expected,
         obtained=obtained,
-        remedy=f"{shared or 'none'} of its {new.sequences:,} sequences are in the baseline; use "
-        "the baseline's corpus, tokenizer settings and --seq-len, or compare means over the whole "
-        "corpus with --full",
+        remedy=f"{shared or 'none'} of its {new.sequences:,} sequences are in the baseline; "
+        f"{remedy}, or compare means over the whole corpus with --full",
     )
 
 

@@ -14,15 +14,14 @@ from pathlib import Path
 from cascade.core.defaults import HARD_RATIOS
 from cascade.core.errors import ModelError, RecordError
 from cascade.core.files import write_text
-from cascade.core.records import packed
-from cascade.corpora.blocks import TokenBlocks, load_blocks
-from cascade.corpora.bos import recorded_choice
+from cascade.corpora.blocks import TokenBlocks
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
 from cascade.evaluation.operating_points import OperatingPoint
 from cascade.evaluation.records import EvaluationRecord
 from cascade.exits.fitted_heads import FittedHeads, load_heads
 from cascade.exits.history import exit_entries
-from cascade.gate.baselines import StoredProfile, seal, store
+from cascade.gate.baseline_corpus import GivenCorpus, baseline_blocks
+from cascade.gate.baselines import StoredProfile
 from cascade.gate.budgets import Evaluated, accept_budgets
 from cascade.gate.drift import compare
 from cascade.gate.noise import measure_noise
@@ -73,26 +72,6 @@ def with_noise(
     return replace(profile, noise=measure_noise(stack, quick_ids(blocks)))
 
 
-def store_profile(
-    folder: Path, profile: SaturationProfile | StoredProfile
-) -> tuple[Path, StoredProfile | None]:
-    """Seal a profile and store it as the baseline of its model and corpus.
-
-    Args:
-        folder: The folder of all baselines.
-        profile: The measured profile.
-
-    Returns:
-        The path of the baseline, and the baseline that it replaces, if a readable one existed.
-
-    Raises:
-        RecordError: The provenance names no model or corpus.
-        OutputError: The baseline cannot be written; the previous one is unharmed.
-    """
-    arrays = profile.arrays()
-    return store(folder, seal(profile.record(), arrays), packed(arrays))
-
-
 def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfile) -> bool:
     """Return whether a stored baseline is still valid: same schema and sequences, and no drift.
 
@@ -126,40 +105,21 @@ def replace_budgets(path: Path, evaluations: Sequence[Evaluated]) -> None:
         write_text(path, made.read_text(encoding="utf-8"))
 
 
-def group_blocks(
-    stack: DecoderStack,
-    group: BudgetGroup,
-    source: str,
-    *,
-    corpus_split: str | None = None,
-    text_column: str | None = None,
-    bos: str | None = None,
-) -> TokenBlocks:
+def group_blocks(stack: DecoderStack, group: BudgetGroup, given: GivenCorpus) -> TokenBlocks:
     """Read the part of a corpus that a group of budgets was measured on.
 
     Args:
         stack: The model.
         group: The budgets.
-        source: The corpus.
-        corpus_split: The split of a hub dataset or of the embedded corpus.
-        text_column: Column to read, a name or dotted path (default: by the form of the records).
-        bos: Whether texts begin with BOS (default: as the text of the budgets).
+        given: The corpus options that the user gave; the record of the budgets has the others.
 
     Raises:
         CorpusError: The corpus is missing, malformed or too small.
     """
-    confirmed = group.provenance.corpus
-    return load_blocks(
-        source,
-        stack.tokenizer,
-        seq_len=confirmed.seq_len,
-        num_samples=None,
-        # Budgets are measured on every second sequence.
-        max_tokens=2 * confirmed.tokens,
-        split=corpus_split,
-        text_column=text_column,
-        bos=bos or recorded_choice(confirmed),
-    )
+    about = group.provenance.corpus
+    # Budgets are measured on every second sequence.
+    most = 2 * about.tokens if given.max_tokens is None else given.max_tokens
+    return baseline_blocks(about, stack.tokenizer, replace(given, max_tokens=most))
 
 
 @dataclass(frozen=True)

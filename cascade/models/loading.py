@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ from cascade.models.checkpoints.quantization import (
 )
 from cascade.models.checkpoints.reading import read_or_explain
 from cascade.models.checkpoints.tokenizers import read_tokenizer
-from cascade.models.checkpoints.weights import Weights, resolve
+from cascade.models.checkpoints.weights import Weights, model_name, resolve
 from cascade.models.identity import check_tokenizer, tokenizer_hash
 from cascade.models.stack import DecoderStack
 
@@ -202,7 +201,7 @@ def borrowed(
         stack = DecoderStack(model, tokenizer=tokenizer)
         known_too = ModelProvenance(
             source=source,
-            name=_name_of(source) if source else model.config.model_type,
+            name=model_name(source) if source else model.config.model_type,
             weights_hash=stack.weights_in_memory(),
             tokenizer_hash=UNSET if tokenizer is None else tokenizer_hash(tokenizer),
         )
@@ -211,12 +210,6 @@ def borrowed(
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _name_of(source: str) -> str:
-    """Return the name that `resolve` would give a folder or a hub id."""
-    path = Path(source)
-    return (path.resolve().name if os.path.exists(path) else source.replace("/", "--")).lower()
 
 
 def _advice(weights: Weights, options: dict[str, Any]) -> str | None:

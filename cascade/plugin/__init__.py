@@ -22,6 +22,7 @@ from cascade.plugin.settings import (
     MARKERS,
     Settings,
     add_options,
+    add_regeneration,
     check_markers,
     read_settings,
     register_markers,
@@ -61,9 +62,10 @@ def _is_worker(config: pytest.Config) -> bool:
 # --- The start of a session ------------------------------------------------------------------
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Add the options and ini keys."""
     add_options(parser)
+    add_regeneration(parser, pluginmanager)
 
 
 def pytest_configure(config: pytest.Config) -> None:

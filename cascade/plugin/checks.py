@@ -222,9 +222,10 @@ class SaturationCheck(Check):
         path: Path,
         option: str,
     ) -> None:
+        from cascade.gate.accepting import store_profile
         from cascade.gate.baselines import read_profile
         from cascade.gate.drift import compare
-        from cascade.gate.remeasuring import still_holds, store_profile
+        from cascade.gate.remeasuring import still_holds
         from cascade.report.gate.terminal import print_comparison
 
         before = None
@@ -234,7 +235,7 @@ class SaturationCheck(Check):
         if option == "--force-regen" and before is not None and still_holds(new, before):
             self._judge(compare(new, before).record(), "none", path)
             return
-        store_profile(self.settings.baselines, new)
+        store_profile(self.settings.baselines, new, path=path)
         if isinstance(profile, MeasuredProfile):
             profile.forget()
         moved = ""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import pytest
 
-from cascade.core.defaults import EVALUATED_TOKENS, NUM_SAMPLES, SEQ_LEN
+from cascade.core.defaults import EVALUATED_TOKENS, SEQ_LEN
 from cascade.core.errors import CascadeError, RecordError
 from cascade.core.schema import known
 from cascade.evaluation.records import EvaluationRecord
@@ -83,44 +83,6 @@ def create_command(path: Path, settings: Settings, layer: int | str = "LAYER") -
     return f"`{made}` and `{settings.accept_command()}`"
 
 
-def _read_blocks(
-    stack: DecoderStack,
-    settings: Settings,
-    *,
-    seq_len: int,
-    records: int | None = None,
-    tokens: int | None = None,
-    split: str | None = None,
-    like: CorpusProvenance | None = None,
-) -> TokenBlocks:
-    """Read the corpus of the settings.
-
-    Args:
-        stack: The model.
-        settings: The settings of the session; their `seq_len` takes precedence.
-        seq_len: Tokens per sequence.
-        records: The maximum number of records; None for all.
-        tokens: The maximum number of tokens; None for all.
-        split: The split.
-        like: The text of a baseline, which says whether texts begin with BOS.
-    """
-    from cascade.corpora.blocks import load_blocks
-    from cascade.corpora.bos import recorded_choice
-
-    recorded = "auto" if like is None else recorded_choice(like)
-    seq_len = settings.seq_len or seq_len
-    return load_blocks(
-        settings.corpus,
-        stack.tokenizer,
-        seq_len=seq_len,
-        num_samples=records,
-        max_tokens=None if tokens is None else max(tokens, seq_len),
-        split=split,
-        text_column=settings.text_column,
-        bos=settings.bos or recorded,
-    )
-
-
 # --- Profiles --------------------------------------------------------------------------------
 
 
@@ -139,7 +101,9 @@ class _Reading:
         from cascade.corpora.blocks import corpus_name
 
         corpus = corpus_name(self.settings.corpus, split=self.settings.split)
-        return self.settings.find_baseline("saturation", model=self.model.name, corpus=corpus)
+        return self.settings.find_baseline(
+            "saturation", model=self.model.name, corpus=corpus, source=self.model.source
+        )
 
     @cached_property
     def baseline(self) -> StoredProfile:
@@ -151,16 +115,14 @@ class _Reading:
     @cached_property
     def blocks(self) -> TokenBlocks:
         """The part of the corpus that the baseline was measured on."""
-        about = self.baseline.record().provenance.corpus
-        return _read_blocks(
-            self.model.stack,
-            self.settings,
-            seq_len=about.seq_len,
-            records=about.records,
-            tokens=about.tokens,
-            split=self.settings.split,
-            like=about,
-        )
+        from cascade.gate.baseline_corpus import baseline_blocks
+
+        given = self.settings.given_corpus()
+        return baseline_blocks(self._about, self.model.stack.tokenizer, given)
+
+    @property
+    def _about(self) -> CorpusProvenance:
+        return self.baseline.record().provenance.corpus
 
     def gate(self, *, tokens: int, full: bool) -> Gate:
         """Compare the model with the baseline; repeated calls return the same gate."""
@@ -175,6 +137,7 @@ class _Reading:
                 baseline,
                 tokens=tokens,
                 full=full,
+                conflicts=tuple(self.settings.given_corpus().conflicts(self._about)),
                 command=self.command,
             )
         return self._gates[key]
@@ -249,21 +212,18 @@ class MeasuredProfile:
         Raises:
             CascadeError: The corpus cannot be read, or a state is not finite.
         """
+        from cascade.corpora.blocks import load_blocks
+        from cascade.corpora.reading import CorpusReading
         from cascade.gate.remeasuring import measure_whole
 
-        about = None if before is None else before.record().provenance.corpus
-        records = self.settings.num_samples
-        if records is None:
-            records = max(NUM_SAMPLES, 0 if about is None else about.records)
-        blocks = _read_blocks(
-            self.model.stack,
-            self.settings,
-            seq_len=SEQ_LEN if about is None else about.seq_len,
-            records=records or None,
-            split=self.settings.split,
-            like=about,
-        )
-        return measure_whole(self.model.stack, blocks, command=self.command)
+        given = replace(self.settings.given_corpus(), num_samples=self.settings.num_samples)
+        if before is None:
+            reading = given.over(CorpusReading())
+        else:
+            reading = given.over(CorpusReading.again(before.record().provenance.corpus))
+        stack = self.model.stack
+        blocks = load_blocks(self.settings.corpus, stack.tokenizer, **reading.options())
+        return measure_whole(stack, blocks, command=self.command)
 
     def forget(self) -> None:
         """Discard all results, because the baseline has changed."""
@@ -321,11 +281,11 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
     def path(self) -> Path:
         """The path of the budgets."""
         from cascade.corpora.blocks import corpus_name
-        from cascade.gate.baselines import baseline_paths
 
         corpus = f"{corpus_name(self.settings.corpus, split=self.split)}-confirm"
-        folder = self.settings.baselines
-        return baseline_paths(folder, "budgets", model=self.model.name, corpus=corpus)[0]
+        return self.settings.find_baseline(
+            "budgets", model=self.model.name, corpus=corpus, source=self.model.source
+        )
 
     @property
     def split(self) -> str | None:
@@ -368,14 +328,11 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
             group = self.groups[number]
             fingerprint = group.provenance.heads_fingerprint
             heads = find_heads(self.path.parent, fingerprint, self.model.stack)
-            blocks = group_blocks(
-                self.model.stack,
-                group,
-                self.settings.corpus,
-                corpus_split=self.split,
-                text_column=self.settings.text_column,
-                bos=self.settings.bos,
-            )
+            # Budgets keep their own length of sequences, whatever that of profiles is.
+            given = replace(self.settings.given_corpus(), seq_len=None)
+            if known(group.provenance.corpus.split) is None:
+                given = replace(given, split=self.split)
+            blocks = group_blocks(self.model.stack, group, given)
             self._done[number] = rerun(self.model.stack, group, blocks, heads=heads)
         return self._done[number]
 
@@ -385,20 +342,20 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
         Raises:
             CascadeError: The corpus cannot be read, or the model has no such layer.
         """
+        from cascade.corpora.blocks import load_blocks
+        from cascade.corpora.reading import CorpusReading
         from cascade.gate.remeasuring import PointsConfig, evaluate_points, first_points
 
-        blocks = _read_blocks(
-            self.model.stack,
-            self.settings,
-            seq_len=SEQ_LEN,
-            tokens=EVALUATED_TOKENS,
-            split=self.split,
-        )
-        points = first_points(self.model.stack, blocks, self.settings.exit_layer)
-        given = [f"{point.layer}:{point.rule}:{point.threshold:g}" for point in points]
-        options = ["--only-points", *(word for text in given for word in ("--point", text))]
+        stack = self.model.stack
+        seq_len = self.settings.seq_len or SEQ_LEN
+        reading = CorpusReading(num_samples=None, max_tokens=max(EVALUATED_TOKENS, seq_len))
+        given = replace(self.settings.given_corpus(), split=self.split)
+        blocks = load_blocks(self.settings.corpus, stack.tokenizer, **given.over(reading).options())
+        points = first_points(stack, blocks, self.settings.exit_layer)
+        named = [f"{point.layer}:{point.rule}:{point.threshold:g}" for point in points]
+        options = ["--only-points", *(word for text in named for word in ("--point", text))]
         config = PointsConfig(command=self.settings.command("evaluate", *options))
-        return evaluate_points(self.model.stack, points, blocks, config=config)
+        return evaluate_points(stack, points, blocks, config=config)
 
     def forget(self) -> None:
         """Discard all results, because the budgets have changed."""

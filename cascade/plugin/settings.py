@@ -9,10 +9,16 @@ import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from cascade.core.names import hidden_hub_id
+
+if TYPE_CHECKING:
+    from cascade.gate.baseline_corpus import GivenCorpus
 
 
 @dataclass(frozen=True)
@@ -60,18 +66,40 @@ class Settings:
     report: Path | None = None
     baselines_named: bool = False
 
-    def find_baseline(self, kind: str, *, model: str | None, corpus: str | None) -> Path:
+    def find_baseline(
+        self, kind: str, *, model: str | None, corpus: str | None, source: str | None = None
+    ) -> Path:
         """Return the path of a baseline, which need not exist.
 
         Args:
             kind: "saturation" or "budgets".
             model: The name of the model.
             corpus: The name of the corpus.
+            source: The source that the model was loaded from; None if the project loads its own.
         """
-        from cascade.gate.baseline_lookup import find_baseline
+        from cascade.gate.baseline_lookup import Sought, find_baseline
 
         named = self.baselines if self.baselines_named else None
-        return find_baseline(named, kind, model=model, corpus=corpus, local=self.baselines)
+        return find_baseline(
+            named,
+            kind,
+            model=model,
+            corpus=corpus,
+            local=self.baselines,
+            sought=Sought(source, self.corpus, self.dtype, self.given_corpus().options()),
+        )
+
+    def given_corpus(self) -> GivenCorpus:
+        """Return the corpus options that were given; a baseline's record has the others."""
+        from cascade.gate.baseline_corpus import GivenCorpus
+
+        return GivenCorpus(
+            source=self.corpus,
+            seq_len=self.seq_len,
+            split=self.split,
+            text_column=self.text_column,
+            bos=self.bos,
+        )
 
     def describe(self) -> str:
         """Return one line for the header of a test session."""
@@ -79,9 +107,14 @@ class Settings:
         corpus = f"{self.corpus} ({self.split})" if self.split else self.corpus
         gate = "whole corpus" if self.full else f"quick gate of {self.tokens} tokens"
         layer = f", exit layer {self.exit_layer}" if self.exit_layer else ""
+        notes = (
+            hidden_hub_id(source, kind)
+            for source, kind in ((self.model, "model"), (self.corpus, "dataset"))
+        )
+        hidden = "".join(f"; {note}" for note in notes if note is not None)
         return (
             f"cascade: {model}, {self.dtype} on {self.device}; corpus {corpus}; baselines in "
-            f"{shown(self.baselines)}; {gate}{layer}"
+            f"{shown(self.baselines)}; {gate}{layer}{hidden}"
         )
 
     def command(self, name: str, *more: str) -> str:
@@ -144,11 +177,31 @@ _FLAGS = ("full", "strict")
 _PATHS = ("baselines", "report")
 #: Settings that can be a path, possibly relative to the ini file.
 _SOURCES = ("model", "corpus")
+#: Models and corpora that no file replaces. Repeated here, because importing them takes longer.
+_SHORT_NAMES = ("smollm2-135m", "embedded")
 #: Integer settings and their smallest valid value.
 _COUNTS = {"seq_len": 2, "num_samples": 0, "exit_layer": 1, "tokens": 1}
 #: Repeated here, because importing them from `cascade.models.loading` would import torch.
 DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES = {"dtype": DTYPES, "bos": ("auto", "yes", "no")}
+
+
+#: Options of pytest-regressions that the checks follow, with their help where it is not loaded.
+REGENERATION = {
+    "--force-regen": "store baselines that no longer hold again, and fail for a review",
+    "--regen-all": "store all baselines again",
+}
+
+
+def add_regeneration(parser: pytest.Parser, manager: pytest.PytestPluginManager) -> None:
+    """Add the options of pytest-regressions where that plugin will not be loaded."""
+    names = ("pytest_regressions", "pytest_regressions.plugin", "regressions")
+    blocked = any(manager.is_blocked(name) for name in names)
+    if find_spec("pytest_regressions") is not None and not blocked:
+        return
+    group = parser.getgroup("cascade")
+    for option, text in REGENERATION.items():
+        group.addoption(option, action="store_true", default=False, help=text)
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -204,9 +257,10 @@ def _read(name: str, value: Any, option: str, base: Path) -> Any:
         raise pytest.UsageError(f"expected a value for {option}, got an empty one")
     if name in _PATHS:
         return base / os.path.expanduser(value)
-    if name in _SOURCES:
-        next_to = base / os.path.expanduser(value)
-        return str(next_to) if next_to.exists() and not os.path.exists(value) else value
+    if name in _SOURCES and value not in _SHORT_NAMES:
+        # Next to the ini file first: the current folder may have something else of that name.
+        place = os.path.join(base, os.path.expanduser(value))
+        return shown(Path(os.path.normpath(place))) if os.path.exists(place) else value
     if name in _CHOICES and value not in _CHOICES[name]:
         choices = ", ".join(_CHOICES[name])
         raise pytest.UsageError(f"expected {option} to be one of {choices}, got {value}")

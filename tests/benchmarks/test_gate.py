@@ -21,8 +21,9 @@ from cascade.core.errors import RecordError
 from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.corpora.blocks import load_blocks
 from cascade.gate import baseline_lookup
+from cascade.gate.accepting import store_profile
 from cascade.gate.baselines import read_profile, seal
-from cascade.gate.remeasuring import measure_whole, store_profile
+from cascade.gate.remeasuring import measure_whole
 from cascade.models.loading import load
 from cascade.report.benchmarks.gate import gate_benchmark_report
 from cascade.report.common.sections import print_sections

@@ -22,9 +22,9 @@ from cascade.core.records import (
     write_record,
 )
 from cascade.core.schema import to_plain
+from cascade.gate.accepting import accept
 from cascade.gate.baselines import (
     StoredProfile,
-    accept,
     baseline_paths,
     profile_path,
     read_profile,

@@ -21,6 +21,7 @@ from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
 from cascade.evaluation.operating_points import OperatingPoint
 from cascade.evaluation.records import EvaluationRecord
 from cascade.exits.fitted_heads import load_heads
+from cascade.gate.baseline_corpus import GivenCorpus
 from cascade.gate.budgets import SLACK, accept_budgets, check_budgets, read_budgets
 from cascade.gate.records import BudgetGroup, BudgetSource
 from cascade.gate.remeasuring import find_heads, group_blocks, rerun
@@ -203,8 +204,8 @@ def test_accepting_into_budgets_of_another_model_or_corpus_is_refused(
     words = one_line(error)
     assert str(path) in words
     assert f"{what} {expected}, got another" in words
-    assert "remove" in words
-    assert "--baselines" in words
+    assert "--replace" in words
+    assert "--name" in words
     assert path.read_bytes() == before
 
 
@@ -318,7 +319,7 @@ def test_only_given_operating_points_become_budgets(tmp_path: Path) -> None:
 
 def measured(stack: DecoderStack, group: BudgetGroup) -> EvaluationRecord:
     """Evaluate a group's operating points again, with the stored settings."""
-    blocks = group_blocks(stack, group, "embedded", corpus_split="held-out")
+    blocks = group_blocks(stack, group, GivenCorpus("embedded", split="held-out"))
     fingerprint = group.provenance.heads_fingerprint
     return rerun(stack, group, blocks, heads=find_heads(STORED, fingerprint, stack))
 

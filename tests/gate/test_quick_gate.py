@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 from support.build_gate import BLOCKS, LENGTH, a_stack, blocks_of, broken
-from support.commands import Run
+from support.commands import TEXTS, Run
 
 from cascade.core.errors import ModelError, UsageError
 from cascade.core.schema import from_plain, to_plain
@@ -285,6 +286,43 @@ def stored(run: Run, models: Path, here: Path) -> Path:
 def gated(run: Run, model: Path, *options: object) -> Any:
     corpus = ("--corpus", "texts.jsonl", "--seq-len", 16)
     return run("gate", "--model", model, *corpus, *options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--max-tokens", 160),
+        ("--seed", 3, "--num-samples", 20),
+        ("--text-column", "other", "--seq-len", 8),
+    ],
+)
+def test_the_command_reads_the_corpus_as_the_baseline_says(
+    run: Run, models: Path, here: Path, options: tuple[object, ...]
+) -> None:
+    rows = [{"text": text, "other": text[::-1]} for text in TEXTS]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, corpus = ("--model", models / "tiny"), ("--corpus", "rows.jsonl")
+    usual = () if "--seq-len" in options else ("--seq-len", 16)
+    assert run("analyze", *model, *corpus, *usual, *options, "--output", "run").status == 0
+    assert run("accept", "run").status == 0
+    (path,) = Path("baselines").glob("*/*.json")
+    for given in (
+        (*corpus, *options),  # as it was measured
+        ("--baseline", path),  # whose record names the corpus
+        (*corpus, "--full"),
+    ):
+        done = run("gate", *model, *given)
+        assert done.status == 0, done.err
+        assert done.out.startswith("PASS")
+        assert "the same model, corpus, machine and versions" in done.out
+    done = run("gate", *model, *corpus, "--seed", 5, "--seq-len", 32)
+    assert done.status == 2
+    words = " ".join(done.out.split())
+    assert "--seed 5 was given, the baseline has" in words
+    Path("rows.jsonl").rename("moved.jsonl")
+    done = run("gate", *model, "--baseline", path)
+    assert (done.status, done.out) == (2, "")
+    assert f"rows.jsonl, the baseline's corpus, looked for in {Path.cwd()}" in done.err
 
 
 def test_the_command_writes_its_reports_and_never_overwrites_another_run(

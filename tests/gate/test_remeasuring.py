@@ -23,6 +23,8 @@ from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.head_fitting import fit_heads
+from cascade.gate.accepting import store_profile
+from cascade.gate.baseline_corpus import GivenCorpus
 from cascade.gate.baselines import StoredProfile, read_profile, seal
 from cascade.gate.budgets import accept_budgets, check_budgets, read_budgets
 from cascade.gate.drift import compare
@@ -36,7 +38,6 @@ from cascade.gate.remeasuring import (
     replace_budgets,
     rerun,
     still_holds,
-    store_profile,
 )
 from cascade.models.stack import DecoderStack
 
@@ -76,7 +77,7 @@ def test_a_group_is_measured_again_on_the_same_tokens_and_settings(
     path = accept_budgets(tmp_path, made).path
     (group,) = read_budgets(path).groups
     # The last of 81 sequences is in no confirmation split, so 80 are read.
-    again = group_blocks(stack, group, source)
+    again = group_blocks(stack, group, GivenCorpus(source=source))
     assert len(again.ids) == 80
     record = rerun(stack, group, again)
 

@@ -13,6 +13,7 @@ from support.commands import TEXTS
 from support.plugin_project import BASELINE, BUDGETS, INI, SATURATION, STORED
 
 from cascade.corpora.blocks import load_blocks
+from cascade.gate.accepting import store_profile
 from cascade.gate.baselines import read_profile
 from cascade.gate.drift import compare
 from cascade.gate.records import NamedComparison, session_record
@@ -21,7 +22,6 @@ from cascade.gate.remeasuring import (
     first_points,
     measure_whole,
     replace_budgets,
-    store_profile,
 )
 from cascade.models.loading import load
 from cascade.report.gate.page import report_page

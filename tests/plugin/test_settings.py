@@ -16,7 +16,9 @@ from support.plugin_project import (
     ran,
 )
 
+from cascade.corpora.readers import EMBEDDED
 from cascade.decoding.early_exit import PROPAGATIONS
+from cascade.models.checkpoints.weights import WHEELS
 from cascade.models.loading import DTYPES
 from cascade.plugin import settings
 from cascade.plugin.settings import (
@@ -53,22 +55,76 @@ def test_the_command_line_overrides_the_ini_file_and_the_header_shows_the_result
     done.stdout.fnmatch_lines([line])
 
 
-def test_ini_paths_are_relative_to_the_ini_file_and_others_to_the_current_folder(
-    guarded: pytest.Pytester, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(models / "tiny", guarded.path / "tiny")
+@pytest.fixture
+def monorepo(guarded: pytest.Pytester, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project with a model of its own, and below it a package with files of the same names."""
+    shutil.copytree(models / "tiny", "tiny")
     Path("baselines").rename("kept")
     Path("pytest.ini").write_text(INI.format(model="tiny") + "cascade_baselines = kept\n")
-    below = guarded.path / "below"
-    below.mkdir()
-    monkeypatch.chdir(below)
-    root = ("--rootdir", "..", "-c", "../pytest.ini", "..")
-    ran(guarded, "-m", "saturation", *root).assert_outcomes(passed=1, deselected=1)
-    done = ran(guarded, "-m", "saturation", "--cascade-baselines", "kept", *root)
+    package = guarded.path / "package"
+    shutil.copytree(models / "other", package / "tiny")
+    shutil.copy("texts.jsonl", package / "texts.jsonl")
+    (package / "embedded").mkdir()
+    (package / "smollm2-135m").mkdir()
+    return package
+
+
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    [
+        ("package", [".."]),
+        ("package", ["-c", "../pytest.ini", ".."]),
+        ("package", ["--rootdir", ".", "-c", "../pytest.ini", ".."]),
+        ("package", ["--cascade-model=../tiny", ".."]),
+        ("/", ["{root}"]),
+        (".", ["--rootdir", "package", "."]),
+        ("package", ["-n1", "-pxdist", ".."]),
+    ],
+)
+def test_ini_paths_are_relative_to_the_ini_file_from_every_folder(
+    monorepo: Path,
+    guarded: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    options: list[str],
+) -> None:
+    monkeypatch.chdir(guarded.path / folder)
+    done = ran(guarded, "-m", "saturation", *(text.format(root=guarded.path) for text in options))
+    done.assert_outcomes(passed=1, deselected=0 if "-n1" in options else 1)
+
+
+def test_paths_on_the_command_line_are_relative_to_the_current_folder(
+    monorepo: Path, guarded: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(monorepo)
+    done = ran(guarded, "-m", "saturation", "--cascade-model=tiny", "..")
+    assert "NOT COMPARABLE: expected model.weights_hash" in failure(done)
+    done = ran(guarded, "-m", "saturation", "--cascade-baselines", "kept", "..")
     assert failure(done).startswith("no baseline kept/tiny/texts.saturation.json")
-    ran(guarded, "-m", "saturation", "--cascade-baselines", "../kept", *root).assert_outcomes(
-        passed=1, deselected=1
-    )
+    done = ran(guarded, "-m", "saturation", "--cascade-baselines", "../kept", "..")
+    done.assert_outcomes(passed=1, deselected=1)
+
+
+def test_short_names_are_no_paths(
+    monorepo: Path, guarded: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(monorepo)
+    assert set(settings._SHORT_NAMES) == {*WHEELS, EMBEDDED}
+    ini = Path("pytest.ini")
+    ini.write_text("[pytest]\ncascade_model = smollm2-135m\ncascade_corpus = embedded\n")
+    done = ran(guarded, "--collect-only")
+    done.stdout.fnmatch_lines(["cascade: smollm2-135m, float32 on cpu; corpus embedded; *"])
+
+
+def test_baselines_are_regenerated_without_pytest_regressions(guarded: pytest.Pytester) -> None:
+    without = ("-p", "no:regressions", "-m", "saturation")
+    ran(guarded, *without, "--force-regen").assert_outcomes(passed=1, deselected=1)
+    stored = next(Path("baselines").glob("*/*.saturation.json"))
+    stored.unlink()
+    assert "regenerated baselines/" in failure(ran(guarded, *without, "--force-regen"))
+    stored.unlink()
+    ran(guarded, *without, "--regen-all").assert_outcomes(passed=1, deselected=1)
+    assert stored.exists()
 
 
 @pytest.mark.parametrize(

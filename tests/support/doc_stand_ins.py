@@ -33,6 +33,7 @@ from cascade.corpora import blocks as corpora
 from cascade.corpora import forms, readers
 from cascade.gate import baseline_lookup, noise, remeasuring
 from cascade.gate import quick_gate as gate
+from cascade.gate.accepting import store_profile
 from cascade.gate.budgets import SLACK
 from cascade.models.checkpoints import weights
 from cascade.saturation.records import NoiseFloor
@@ -141,7 +142,7 @@ def _store_baseline(folder: Path) -> None:
         stand_in(folder, patch)
         stack = load("smollm2-135m")
         blocks = corpora.load_blocks("embedded", stack.tokenizer)
-        remeasuring.store_profile(folder / "baselines", remeasuring.measure_whole(stack, blocks))
+        store_profile(folder / "baselines", remeasuring.measure_whole(stack, blocks))
 
 
 def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,19 +17,25 @@ def accept(
         Path, typer.Argument(help="Folder that `cascade analyze` or `evaluate --output` wrote.")
     ],
     baselines: Annotated[Path, typer.Option(help="Folder of all baselines.")] = Path("baselines"),
+    name: Annotated[
+        str | None, typer.Option(help="MODEL/CORPUS, the baseline's name (default: of the run).")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace the baseline of another model or corpus.")
+    ] = False,
 ) -> None:
     """Store a reviewed run as a baseline: a profile, or the budgets of an evaluation.
 
     Of an evaluation, the operating points given with --point become
     budgets. Review and commit what this command writes.
     """
-    from cascade.gate.baselines import accept as store
+    from cascade.gate.accepting import accept as store
     from cascade.gate.baselines import read_profile
 
     if (run / "evaluation.json").exists():
-        _accept_budgets(run, baselines)
+        _accept_budgets(run, baselines, name=name, replace=replace)
         return
-    path, before = store(baselines, run)
+    path, before = store(baselines, run, name=name, replace=replace)
     if before is not None:
         from cascade.gate.drift import compare
         from cascade.report.gate.terminal import print_comparison
@@ -39,13 +45,16 @@ def accept(
     typer.echo(f"Wrote {path} and {path.with_suffix('.npz').name}; review and commit both")
 
 
-def _accept_budgets(run: Path, baselines: Path) -> None:
+def _accept_budgets(run: Path, baselines: Path, *, name: str | None, replace: bool) -> None:
     from cascade.core.records import read_plain
     from cascade.evaluation.records import EvaluationRecord
+    from cascade.gate.accepting import named_path
     from cascade.gate.budgets import accept_budgets
+    from cascade.gate.records import BudgetsRecord
 
+    path = named_path(baselines, BudgetsRecord.KIND, name) if name else None
     evaluation = read_plain(run / "evaluation.json", EvaluationRecord)
-    accepted = accept_budgets(baselines, evaluation)
+    accepted = accept_budgets(baselines, evaluation, path=path, replace=replace)
     for overrun in accepted.overruns:
         typer.echo(f"Compared with the budgets that it replaces: {overrun}")
     if accepted.replaced_heads is not None:

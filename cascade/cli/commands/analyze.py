@@ -11,7 +11,7 @@ import typer
 
 from cascade.cli.app import command
 from cascade.cli.console import command_line, message, progress_bar, show_record, status
-from cascade.cli.inputs import load_model
+from cascade.cli.inputs import load_model, say_which
 from cascade.cli.options import (
     BatchSize,
     ModelOptions,
@@ -118,6 +118,7 @@ def analyze(
 def _read(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
     from cascade.corpora import blocks as corpora
 
+    say_which(corpus.corpus, "dataset")
     with status(f"Reading {corpus.corpus}"):
         return corpora.load_blocks(
             corpus.corpus,

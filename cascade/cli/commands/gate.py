@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from cascade.cli import completion
 from cascade.cli.app import command
-from cascade.cli.console import command_line, message, progress_bar, show_record
-from cascade.cli.inputs import load_model, read_blocks
-from cascade.cli.options import (
-    BaselinesFolder,
-    BatchSize,
-    CorpusOptions,
-    ModelOptions,
-    NumSamples,
-    OutputOptions,
-    Split,
-    TextOptions,
-    picked,
-)
+from cascade.cli.console import command_line, message, progress_bar, show_record, status
+from cascade.cli.inputs import load_model, say_which
+from cascade.cli.options import BaselinesFolder, BatchSize, Bos, ModelOptions, OutputOptions
 from cascade.cli.output import run_folder, say_wrote
-from cascade.core.defaults import NUM_SAMPLES
 from cascade.core.errors import RecordError
 
 if TYPE_CHECKING:
     from cascade.core.files import RunFolder
-    from cascade.gate.baselines import StoredProfile
+    from cascade.gate.baseline_corpus import GivenCorpus
     from cascade.gate.records import ComparisonRecord, SessionRecord
+
+#: The corpus of a gate that names neither a corpus nor a baseline.
+EMBEDDED = "embedded"
 
 #: The files of `cascade compare --output` and `cascade gate --output`.
 REPORT_FILES = ("report.json", "report.md", "report.html")
+
+_OF_BASELINE = " (default: the baseline's)."
+#: Options of the gate under the names of `GivenCorpus`.
+_CORPUS_OPTIONS = (
+    "seq_len", "num_samples", "max_tokens", "split", "config", "text_column", "seed"
+)  # fmt: skip
 
 _STRICT = typer.Option(
     "--strict", help="Fail if the result is inconclusive.", rich_help_panel="Comparison"
@@ -112,11 +111,54 @@ def compare(
 
 
 @dataclass(frozen=True)
-class GateCorpus(TextOptions):
-    """The text of the baseline."""
+class GateCorpus:
+    """The text of the baseline. Its record gives every option that the user does not give."""
 
-    split: Split = None
-    num_samples: NumSamples = NUM_SAMPLES
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            help="embedded, hub dataset, or file (default: embedded, or of --baseline).",
+            autocompletion=completion.corpora,
+        ),
+    ] = None
+    split: Annotated[
+        str | None,
+        typer.Option(help=f"Split of the corpus{_OF_BASELINE}", autocompletion=completion.splits),
+    ] = None
+    config: Annotated[
+        str | None, typer.Option(help=f"Configuration of a hub dataset{_OF_BASELINE}")
+    ] = None
+    text_column: Annotated[str | None, typer.Option(help=f"Column to read{_OF_BASELINE}")] = None
+    num_samples: Annotated[
+        int | None,
+        typer.Option(min=0, help="Read this many records; 0 reads all (default: the baseline's)."),
+    ] = None
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"Stop after this many tokens{_OF_BASELINE}")
+    ] = None
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help=f"Tokens per sequence{_OF_BASELINE}")
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help=f"Seed that records were sampled with{_OF_BASELINE}",
+            rich_help_panel="Corpus",
+        ),
+    ] = None
+
+    bos: Bos = "auto"
+
+    def given(self) -> GivenCorpus:
+        """Return the options as the gate takes them."""
+        from cascade.gate.baseline_corpus import GivenCorpus
+
+        return GivenCorpus(
+            source=self.corpus,
+            bos=None if self.bos == "auto" else self.bos,
+            **{name: getattr(self, name) for name in _CORPUS_OPTIONS},
+        )
 
 
 @dataclass(frozen=True)
@@ -155,16 +197,19 @@ def gate(
         from cascade.gate.baselines import read_profile
 
         # Before the model is loaded, which takes longer.
-        path = against.baseline or _baseline_path(model.model, corpus, against.baselines)
+        path = against.baseline or _baseline_path(model, corpus, against.baselines)
         stored = read_profile(path)
+        about = stored.record().provenance.corpus
+        from cascade.gate.baseline_corpus import baseline_blocks
         from cascade.gate.quick_gate import run_gate
 
+        given = corpus.given()
+        if against.baseline is None:
+            given = replace(given, source=corpus.corpus or EMBEDDED)
         stack = load_model(model)
-        blocks = read_blocks(
-            stack,
-            picked(CorpusOptions, corpus, max_tokens=None, bos=_bos(corpus, stored)),
-            num_samples=corpus.num_samples or None,
-        )
+        say_which(given.source or about.source, "dataset")
+        with status(f"Reading {given.source or about.source}"):
+            blocks = baseline_blocks(about, stack.tokenizer, given, whole=against.full)
         with progress_bar(
             "Comparing", blocks.tokens if against.full else against.tokens
         ) as advance:
@@ -175,23 +220,15 @@ def gate(
                 tokens=against.tokens,
                 full=against.full,
                 batch_size=batch_size,
+                conflicts=tuple(given.conflicts(about)),
                 command=command_line(),
                 progress=advance,
             )
         report = _report(result.record(), path)
         _write(folder, report)
     _say_baseline(path)
-    status = result.comparison.exit_status(strict=strict)
-    _finish(report, result.record(), status, output.output)
-
-
-def _bos(corpus: GateCorpus, stored: StoredProfile) -> str:
-    """Return the choice of the command line, else the one that the baseline was read with."""
-    from cascade.corpora.bos import recorded_choice
-
-    if corpus.bos != "auto":
-        return corpus.bos
-    return recorded_choice(stored.record().provenance.corpus)
+    exit_status = result.comparison.exit_status(strict=strict)
+    _finish(report, result.record(), exit_status, output.output)
 
 
 def _say_baseline(path: Path) -> None:
@@ -201,16 +238,18 @@ def _say_baseline(path: Path) -> None:
     message(f"Baseline: {described(path)}")
 
 
-def _baseline_path(model: str, corpus: GateCorpus, baselines: Path | None) -> Path:
+def _baseline_path(model: ModelOptions, corpus: GateCorpus, baselines: Path | None) -> Path:
     from cascade.corpora.blocks import corpus_name
-    from cascade.gate.baseline_lookup import LOCAL, find_baseline
+    from cascade.gate.baseline_lookup import LOCAL, Sought, find_baseline
     from cascade.models.checkpoints.weights import model_name
 
+    source = corpus.corpus or EMBEDDED
     path = find_baseline(
         baselines,
         "saturation",
-        model=model_name(model),
-        corpus=corpus_name(corpus.corpus, split=corpus.split),
+        model=model_name(model.model),
+        corpus=corpus_name(source, config=corpus.config, split=corpus.split),
+        sought=Sought(model.model, source, model.dtype, corpus.given().options()),
     )
     if not path.exists():
         raise RecordError(

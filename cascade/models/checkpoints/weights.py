@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cascade.core.errors import ModelError, first_line
+from cascade.core.names import file_name, path_name
 from cascade.core.provenance import ModelProvenance
 from cascade.core.schema import UNSET
 from cascade.models.checkpoints.adapters import (
@@ -141,7 +142,7 @@ def resolve(source: str, *, revision: str | None = None) -> Weights:
     if path.suffix.lower() == ".gguf":
         files = shards(path)
         digest = file_hash(path) if files == [path] else _files_hash(files)
-        return _from_gguf(files, source, name_of(path).lower(), digest)
+        return _from_gguf(files, source, path_name(path, name_of(path)), digest)
     raise ModelError(f"expected a model folder or a .gguf file, got {source}")
 
 
@@ -159,10 +160,10 @@ def model_name(source: str) -> str:
         return WHEELS[source].name
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
-        return path.resolve().name.lower()
+        return path_name(path)
     if os.path.exists(path):
-        return name_of(path).lower()
-    return HUB_NAMES.get(source, source).replace("/", "--").lower()
+        return path_name(path, name_of(path))
+    return file_name(HUB_NAMES.get(source, source))
 
 
 def is_missing_path(source: str) -> bool:
@@ -232,7 +233,7 @@ def from_folder(folder: Path, source: str) -> Weights:
     return Weights(
         folder=folder,
         source=source,
-        name=folder.resolve().name.lower(),
+        name=path_name(folder),
         hash=f"sha256:{_files_hash(files.read)}",
         revision=None,
         quantization=None if scheme is None else scheme.text,
@@ -251,7 +252,7 @@ def _from_adapter(folder: Path, source: str) -> Weights:
     return replace(
         found,
         source=source,
-        name=folder.resolve().name.lower(),
+        name=path_name(folder),
         hash=f"sha256:{digest}",
         adapter=folder,
     )
@@ -290,8 +291,7 @@ def _from_hub(source: str, revision: str | None) -> Weights:
             f"; {HOW_TO_GET_WEIGHTS}"
         ) from error
     found = from_folder(folder, source)
-    name = source.replace("/", "--").lower()
-    return replace(found, source=source, name=name, revision=folder.name)
+    return replace(found, source=source, name=file_name(source), revision=folder.name)
 
 
 def _from_gguf(files: Sequence[Path], source: str, name: str, digest: str) -> Weights:

@@ -47,15 +47,35 @@ def test_accept_stores_a_run_and_reports_the_comparison_the_next_time(
 def test_accept_reports_differences_from_the_previous_baseline(
     analyze: Run, run: Run, models: Path
 ) -> None:
-    analyze("--output", "report")
+    shutil.copytree(models / "tiny", "mine/tiny")
+    analyze("--model", "mine/tiny", "--output", "report")
     run("accept", "report", "--baselines", "stored")
-    shutil.copytree(models / "other", "elsewhere/tiny")
-    analyze("--model", "elsewhere/tiny", "--output", "other")
+    shutil.copytree(models / "other", "mine/tiny", dirs_exist_ok=True)
+    analyze("--model", "mine/tiny", "--output", "other")
     done = run("accept", "other", "--baselines", "stored")
     assert done.status == 0
     # What differs is noted, and the numbers are compared all the same.
     assert "Compared with the baseline that it replaces:\nFAIL" in done.out
     assert "model.weights_hash differs: expected sha256:" in " ".join(done.out.split())
+
+
+def test_accept_replaces_the_baseline_of_another_model_only_on_request(
+    analyze: Run, run: Run, models: Path, here: Path
+) -> None:
+    for name in ("tiny", "other"):
+        shutil.copytree(models / name, f"{name}-runs/tiny")
+        analyze("--model", f"{name}-runs/tiny", "--output", name)
+    run("accept", "tiny")
+    done = run("accept", "other")
+    check_refusal(done, ["expected source tiny-runs/tiny, got other-runs/tiny", "--replace"])
+    suggested = "tiny-other-runs/texts"
+    assert f"`cascade accept RUN --name {suggested}`" in done.err
+    assert run("accept", "other", "--name", suggested).status == 0
+    for name in ("tiny", "other"):  # each is compared with its own
+        corpus = ("--corpus", "texts.jsonl")
+        assert run("gate", "--model", f"{name}-runs/tiny", *corpus).out.startswith("PASS")
+    assert run("accept", "other", "--name", "tiny/texts", "--replace").status == 0
+    check_refusal(run("accept", "other", "--name", "tiny"), ["--name MODEL/CORPUS", "got 'tiny'"])
 
 
 def without_the_run(folder: Path) -> None:
