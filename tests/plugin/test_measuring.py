@@ -26,8 +26,8 @@ from support.plugin_project import (
 from support.tiny_models import tiny_bos_tokenizer, tiny_model
 
 from cascade.corpora.blocks import load_blocks
+from cascade.gate.accepting import store_profile
 from cascade.gate.baselines import read_profile
-from cascade.gate.remeasuring import store_profile
 from cascade.models.loading import load
 from cascade.saturation.profile import analyze
 
