@@ -25,4 +25,4 @@ _PEAKS = {
 if __name__ == "__main__":
     _task = json.loads(sys.argv[1])
     _peak = _PEAKS[_task["kind"]](_task["config"], _task["variant"], _task["factor"])
-    print(json.dumps(to_plain(_peak)))
+    print(json.dumps(to_plain(_peak), allow_nan=False))

@@ -93,7 +93,10 @@ def peak_in_fresh_process(
     Raises:
         BenchmarkError: The process failed.
     """
-    task = json.dumps({"kind": kind, "config": dict(config), "variant": variant, "factor": factor})
+    task = json.dumps(
+        {"kind": kind, "config": dict(config), "variant": variant, "factor": factor},
+        allow_nan=False,
+    )
     done = subprocess.run(
         [sys.executable, "-m", "cascade.benchmarks", task],
         capture_output=True,

@@ -61,10 +61,19 @@ class Score:
     logits: Tensor | None = None
 
     @property
-    def perplexity(self) -> float:
-        """The exponential of the mean negative log-probability of the scored tokens."""
+    def nats_per_token(self) -> float:
+        """The mean negative log-probability of the scored tokens; NaN without any."""
         values = self.log_probabilities[self.scored].double()
-        return perplexity(-float(values.mean())) if len(values) else math.nan
+        return -float(values.mean()) if len(values) else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of `nats_per_token`; infinity above e^700, where only nats are exact."""
+        nats = self.nats_per_token
+        if math.isnan(nats):
+            return nats
+        found = perplexity(nats)
+        return math.inf if found is None else found
 
 
 class EarlyExit:

@@ -401,8 +401,10 @@ def full_record(stack: DecoderStack, table: ExitTable) -> FullModelFigures:
     """
     scored = table.full_log_probability[:, :-1]
     tokens = int(table.full_log_probability.size)
+    nats = -float(scored.mean(dtype=np.float64))
     return FullModelFigures(
-        perplexity=perplexity(-scored.mean(dtype=np.float64)),
+        perplexity=perplexity(nats),
+        nats_per_token=nats,
         tokens=tokens,
         scored_tokens=int(scored.size),
         sequences=len(scored),

@@ -23,7 +23,13 @@ from cascade.exits.rules import check_layers, find_rule
 from cascade.models.flops import Counts, flops, full_flops
 from cascade.models.stack import DecoderStack
 from cascade.stats.decision import reaches
-from cascade.stats.perplexity import perplexity, perplexity_ratio_interval
+from cascade.stats.perplexity import (
+    nats_interval,
+    perplexity,
+    ratio_interval,
+    resampled_nats,
+    stored_nats,
+)
 from cascade.stats.ratios import student_ratio_interval
 from cascade.stats.resampling import mean_interval
 
@@ -394,6 +400,8 @@ class Evaluator:
         exits = tally.sums("exits")
         hard_scored = tally.sums("hard_scored")
         more = tally.sums("nll") - full.nll
+        nats = float(tally.sums("nll").sum() / scored)
+        resampled = resampled_nats(more, scored, self.seed)
         hard_more = _ratio_of(tally.sums("hard_nll") - tally.sums("full_hard_nll"), hard_scored)
         length = full.table.full_log_probability.shape[1]
         agreed = tally.sums("agreement")
@@ -407,10 +415,14 @@ class Evaluator:
             agreement=float(agreed.sum() / tokens),
             agreement_interval=mean_interval(agreed / length, self.seed),
             exit_agreement=_ratio_of(tally.sums("exit_agreement"), exits),
-            perplexity=perplexity(tally.sums("nll").sum() / scored),
+            perplexity=perplexity(nats),
+            nats_per_token=stored_nats(nats),
             perplexity_ratio=perplexity(more.sum() / scored),
-            perplexity_ratio_interval=perplexity_ratio_interval(more, scored, self.seed),
+            perplexity_ratio_interval=ratio_interval(resampled),
+            nats_difference=stored_nats(more.sum() / scored),
+            nats_difference_interval=nats_interval(resampled),
             hard_perplexity_ratio=None if hard_more is None else perplexity(hard_more),
+            hard_nats_difference=None if hard_more is None else stored_nats(hard_more),
             kl=float(tally.sums("divergence").sum() / tokens),
             layers_per_token=tally.layer_rows / tokens,
             flops_ratio=tally.flops / full.flops,

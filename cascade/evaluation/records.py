@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from cascade.core.display import Displayed, origin_of
@@ -18,8 +19,10 @@ from cascade.core.schema import (
     StoredRecord,
     Text,
     UnsetType,
+    known,
 )
 from cascade.exits.records import HeadsProvenance
+from cascade.stats.perplexity import as_ratio
 
 
 class ExitProvenance(Provenance, frozen=True, kw_only=True):
@@ -71,9 +74,15 @@ class EvaluationSettings(Part, frozen=True, kw_only=True):
 
 
 class FullModelFigures(Part, frozen=True, kw_only=True):
-    """The figures of the full model on the measured corpus."""
+    """The figures of the full model on the measured corpus.
 
-    perplexity: Positive
+    Attributes:
+        perplexity: The perplexity; None above e^700, which no number holds.
+        nats_per_token: The mean loss; absent in records of earlier releases.
+    """
+
+    perplexity: Positive | None
+    nats_per_token: Finite | UnsetType = UNSET
     tokens: Count
     scored_tokens: Count
     sequences: Count
@@ -94,10 +103,17 @@ class OperatingPointRow(Part, frozen=True, kw_only=True):
         agreement: The share of tokens whose prediction is the full model's.
         agreement_interval: Its 95 % interval.
         exit_agreement: The agreement of the tokens that exit; None if no token exits.
-        perplexity: The perplexity of all scored tokens.
-        perplexity_ratio: The perplexity divided by the full model's.
-        perplexity_ratio_interval: Its 95 % interval.
-        hard_perplexity_ratio: The ratio for the tokens that continue; None if no token continues.
+        perplexity: The perplexity of all scored tokens; None above e^700, which no number holds.
+        nats_per_token: The mean loss; None if it is infinite. Like the next ones in nats, absent in
+            records of earlier releases.
+        perplexity_ratio: The perplexity divided by the full model's; None beyond e^700.
+        perplexity_ratio_interval: Its 95 % interval; None if an end is beyond e^700.
+        nats_difference: The mean loss minus the full model's, in nats per token: the logarithm of
+            the ratio. None if it is infinite.
+        nats_difference_interval: Its 95 % interval; None if an end is infinite.
+        hard_perplexity_ratio: The ratio for the tokens that continue; None if no token continues,
+            or beyond e^700.
+        hard_nats_difference: The difference for these tokens; None if no token continues.
         kl: Divergence from the full model's predictions, in nats per token.
         layers_per_token: Decoder layers computed per token.
         flops_ratio: Counted operations divided by the full model's.
@@ -114,15 +130,42 @@ class OperatingPointRow(Part, frozen=True, kw_only=True):
     agreement: Share
     agreement_interval: Interval
     exit_agreement: Share | None
-    perplexity: Positive
-    perplexity_ratio: Positive
-    perplexity_ratio_interval: Interval
+    perplexity: Positive | None
+    nats_per_token: Finite | UnsetType | None = UNSET
+    perplexity_ratio: Positive | None
+    perplexity_ratio_interval: Interval | None
+    nats_difference: Finite | UnsetType | None = UNSET
+    nats_difference_interval: Interval | UnsetType | None = UNSET
     hard_perplexity_ratio: Positive | None
+    hard_nats_difference: Finite | UnsetType | None = UNSET
     kl: Finite
     layers_per_token: Positive
     flops_ratio: Positive
     seconds_ratio: Positive
     seconds_ratio_interval: Interval | None
+
+    @property
+    def added_nats(self) -> float:
+        """The difference in nats per token, also of earlier records; may be infinite."""
+        nats = known(self.nats_difference)
+        if nats is not None:
+            return nats
+        return math.inf if self.perplexity_ratio is None else math.log(self.perplexity_ratio)
+
+    @property
+    def compared_ratio(self) -> float:
+        """The perplexity ratio for comparisons: 0 or infinity where no number holds it."""
+        if self.perplexity_ratio is not None:
+            return self.perplexity_ratio
+        return as_ratio(self.added_nats)
+
+    @property
+    def compared_interval(self) -> list[float]:
+        """The interval of the perplexity ratio for comparisons, with 0 and infinity as above."""
+        if self.perplexity_ratio_interval is not None:
+            return self.perplexity_ratio_interval
+        nats = known(self.nats_difference_interval) or [-math.inf, math.inf]
+        return [as_ratio(end) for end in nats]
 
 
 class AurocRow(Part, frozen=True, kw_only=True):

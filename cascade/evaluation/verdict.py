@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cascade.core.errors import RecordError
-from cascade.core.formatting import percent
+from cascade.core.formatting import percent, ratio_interval_words, ratio_words
+from cascade.core.schema import UNSET, known
 from cascade.evaluation.records import ControlPoints, OperatingPointRow, Verdict, WantedQuality
 
 Rows = Sequence[OperatingPointRow]
@@ -16,7 +17,7 @@ Rows = Sequence[OperatingPointRow]
 CONTROLS = ("fixed", "random", "oracle")
 
 #: The figures that a verdict needs.
-_FIGURES = ("agreement", "perplexity_ratio", "exit_share", "flops_ratio", "seconds_ratio")
+_FIGURES = ("agreement", "exit_share", "flops_ratio", "seconds_ratio")
 _INTERVALS = ("agreement_interval", "perplexity_ratio_interval", "seconds_ratio_interval")
 
 _QUALITY = ("agreement", "perplexity")
@@ -136,17 +137,22 @@ def _check_row(number: int, row: OperatingPointRow) -> None:
     figures = [getattr(row, name) for name in _FIGURES]
     for name in _INTERVALS:
         figures += getattr(row, name) or ()
+    if row.perplexity_ratio is not None:
+        figures.append(row.perplexity_ratio)
+    elif row.nats_difference is UNSET:
+        figures.append(math.nan)
     if not all(map(math.isfinite, figures)):
+        names = ", ".join((*_FIGURES, "perplexity_ratio", *_INTERVALS))
         raise RecordError(
-            f"expected finite numbers for {', '.join((*_FIGURES, *_INTERVALS))}, got NaN or"
-            f" infinity at point {number} ({row.rule} at layer {row.exit_layer}); evaluate again"
+            f"expected finite numbers for {names}, got NaN or infinity at point {number} "
+            f"({row.rule} at layer {row.exit_layer}); evaluate again"
         )
 
 
 def _shortfall(row: OperatingPointRow, wanted: WantedQuality) -> float:
     """Return the shortfall from the required quality: a share of tokens plus nats per token."""
     tokens = max(0.0, wanted.agreement - row.agreement)
-    return tokens + max(0.0, math.log(row.perplexity_ratio / wanted.perplexity_ratio))
+    return tokens + max(0.0, row.added_nats - math.log(wanted.perplexity_ratio))
 
 
 def _checks(number: int, rows: Rows, wanted: WantedQuality) -> list[_Check]:
@@ -160,10 +166,9 @@ def _checks(number: int, rows: Rows, wanted: WantedQuality) -> list[_Check]:
         ),
         _Check(
             "perplexity",
-            row.perplexity_ratio <= wanted.perplexity_ratio,
-            f"perplexity is {_ratio(row.perplexity_ratio)} x the full model's "
-            f"({_between(row.perplexity_ratio_interval, _ratio)}; target: at most "
-            f"{_ratio(wanted.perplexity_ratio)})",
+            row.compared_ratio <= wanted.perplexity_ratio,
+            f"perplexity is {_relative(row)} ({_ratio_interval(row)}; target: at most "
+            f"{wanted.perplexity_ratio:.3f})",
         ),
         _Check("speed", is_faster(row.seconds_ratio_interval, row.flops_ratio), _speed(row)),
     ]
@@ -204,7 +209,7 @@ def _beaten_in(row: OperatingPointRow, other: OperatingPointRow) -> list[str]:
     """
     better = {
         "agreement": row.agreement_interval[0] > other.agreement,
-        "perplexity": row.perplexity_ratio_interval[1] < other.perplexity_ratio,
+        "perplexity": row.compared_interval[1] < other.compared_ratio,
     }
     return [name for name, is_better in better.items() if is_better]
 
@@ -214,7 +219,7 @@ def _measures(names: Sequence[str]) -> str:
 
 
 def _dominates(other: OperatingPointRow, row: OperatingPointRow) -> bool:
-    return bool(other.agreement >= row.agreement and other.perplexity_ratio <= row.perplexity_ratio)
+    return bool(other.agreement >= row.agreement and other.added_nats <= row.added_nats)
 
 
 def _random(row: OperatingPointRow, rows: Rows) -> int | None:
@@ -296,7 +301,17 @@ def _point(row: OperatingPointRow) -> str:
 
 
 def _quality(row: OperatingPointRow) -> str:
-    return f"perplexity {_ratio(row.perplexity_ratio)} x, agreement {percent(row.agreement)}"
+    words = ratio_words(row.perplexity_ratio, known(row.nats_difference))
+    return f"perplexity {words}, agreement {percent(row.agreement)}"
+
+
+def _relative(row: OperatingPointRow) -> str:
+    words = ratio_words(row.perplexity_ratio, known(row.nats_difference))
+    return f"{words}{' relative to' * (row.perplexity_ratio is None)} the full model's"
+
+
+def _ratio_interval(row: OperatingPointRow) -> str:
+    return ratio_interval_words(row.perplexity_ratio_interval, known(row.nats_difference_interval))
 
 
 def _time(row: OperatingPointRow) -> str:
@@ -314,10 +329,6 @@ def _speed(row: OperatingPointRow) -> str:
 
 def _between(interval: Sequence[float], show: Callable[[float], str]) -> str:
     return f"{show(interval[0])} to {show(interval[1])}"
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
 
 
 def _hundredths(value: float) -> str:

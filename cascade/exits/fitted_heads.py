@@ -185,7 +185,7 @@ class FittedHeads:
                 for name, tensor in (("weight", weight), ("bias", bias)):
                     stored = _halved(tensor, layer) if half else tensor
                     tensors[f"{kind}.{layer}.{name}"] = stored.cpu().contiguous()
-        text = json.dumps(to_plain(self.metadata()))
+        text = json.dumps(to_plain(self.metadata()), allow_nan=False)
         with atomic_path(path) as temporary:
             try:
                 save_file(tensors, temporary, metadata={"cascade": text})

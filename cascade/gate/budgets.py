@@ -12,6 +12,7 @@ from msgspec.structs import asdict
 
 from cascade.core.errors import RecordError, first_line
 from cascade.core.files import write_text
+from cascade.core.formatting import ratio_words
 from cascade.core.records import read_plain, to_json
 from cascade.core.schema import UNSET, SchemaError, from_plain, known, to_plain
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
@@ -100,7 +101,16 @@ def budget_of(row: OperatingPointRow) -> PointBudget:
 
     Args:
         row: An operating point of an evaluation.
+
+    Raises:
+        RecordError: No number holds the perplexity ratio.
     """
+    if row.perplexity_ratio is None:
+        raise RecordError(
+            f"expected a perplexity ratio within e^700 for a budget, got "
+            f"{ratio_words(None, known(row.nats_difference))} at layer {row.exit_layer}, "
+            f"{row.rule} >= {row.threshold:g}; leave out this --point"
+        )
     seconds = row.seconds_ratio_interval or [row.seconds_ratio] * 2
     return PointBudget(
         perplexity_ratio=Limit(most=round(row.perplexity_ratio + SLACK["perplexity_ratio"], 4)),
@@ -295,7 +305,7 @@ def _overruns(group: BudgetGroup, evaluation: BudgetSource) -> list[Overrun]:
                         point=name,
                         figure=figure,
                         limit=_in_words(limit),
-                        measured=f"{getattr(row, figure):.4f}",
+                        measured=_measured(figure, row),
                         command=command,
                     )
                 )
@@ -309,13 +319,18 @@ def _in_words(limit: Limit) -> str:
 
 def _is_within(figure: str, row: OperatingPointRow, limit: Limit) -> Iterator[bool]:
     # A comparison with NaN is false, so NaN is within no budget.
-    low = high = getattr(row, figure)
+    low = high = row.compared_ratio if figure == "perplexity_ratio" else getattr(row, figure)
     if figure == "seconds_ratio" and row.seconds_ratio_interval is not None:
         low = row.seconds_ratio_interval[0]
     if limit.most is not UNSET:
         yield low <= limit.most
     if limit.least is not UNSET:
         yield high >= limit.least
+
+
+def _measured(figure: str, row: OperatingPointRow) -> str:
+    value: float | None = getattr(row, figure)
+    return ratio_words(None, known(row.nats_difference)) if value is None else f"{value:.4f}"
 
 
 def _point_key(row: OperatingPointRow) -> tuple[int, str, float]:

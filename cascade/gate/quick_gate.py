@@ -291,7 +291,9 @@ def noise_here(stack: DecoderStack, ids: Array, about: Provenance) -> NoiseRecor
     """
     origin = to_plain(about)
     key = [origin.get(name) for name in ("model", "tokenizer_hash", "machine", "versions")]
-    digest = sha256(json.dumps([key, sha256(ids.tobytes()).hexdigest()]).encode()).hexdigest()
+    digest = sha256(
+        json.dumps([key, sha256(ids.tobytes()).hexdigest()], allow_nan=False).encode()
+    ).hexdigest()
     path = cache_folder() / "noise" / f"{digest[:24]}.json"
     with contextlib.suppress(RecordError):  # not measured yet, or torn: measure now
         return read_typed(path, NoiseRecord)

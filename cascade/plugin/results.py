@@ -60,7 +60,7 @@ class Findings:
 
     def dump(self) -> str:
         """Return all findings as text, for a worker to send."""
-        return json.dumps(to_plain(self))
+        return json.dumps(to_plain(self), allow_nan=False)
 
     def absorb(self, text: str) -> None:
         """Add the findings of another process; duplicates count once."""

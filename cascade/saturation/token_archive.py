@@ -125,7 +125,9 @@ class SimilarityArchive:
                         self._files[row].seek(0, os.SEEK_SET)
                         shutil.copyfileobj(self._files[row], entry)
             with archive.open("metadata.npy", "w") as entry:
-                np.lib.format.write_array(entry, np.array(json.dumps(to_plain(provenance))))
+                np.lib.format.write_array(
+                    entry, np.array(json.dumps(to_plain(provenance), allow_nan=False))
+                )
 
 
 def _entry_names(labels: Sequence[str]) -> dict[int, list[str]]:

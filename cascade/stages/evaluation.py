@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,8 +14,9 @@ from torch import Tensor
 from cascade.core.arguments import check_seed
 from cascade.core.arrays import Array
 from cascade.core.errors import CorpusError, UsageError
+from cascade.core.formatting import ratio_interval_words, ratio_words
 from cascade.core.provenance import provenance_of
-from cascade.core.schema import UNSET, UnsetType
+from cascade.core.schema import UNSET, UnsetType, known
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.decoding.early_exit import EarlyExit
 from cascade.models.flops import Counts, flops
@@ -28,7 +30,7 @@ from cascade.stages.records import (
     ScopeFigures,
     VariantFigures,
 )
-from cascade.stats.perplexity import MAX_NATS, perplexity
+from cascade.stats.perplexity import perplexity, ratio_interval
 from cascade.stats.resampling import draws, interval
 
 #: The scopes of every figure. A token counts by the text that it predicts.
@@ -238,19 +240,33 @@ def _row(
 
 def _scope(own: SequenceSums, base: SequenceSums, scope: str, seed: int) -> ScopeFigures:
     tokens = own.tokens[scope]
-    ratio, ratio_interval = perplexity_ratio(own, base, scope, seed)
+    nats = float(own.losses[scope].sum() / tokens.sum())
+    relative = perplexity_ratio(own, base, scope, seed)
     return ScopeFigures(
         tokens=int(tokens.sum()),
-        perplexity=perplexity(own.losses[scope].sum() / tokens.sum()),
+        perplexity=perplexity(nats),
         accuracy=float(own.hits[scope].sum() / tokens.sum()),
-        ratio=ratio,
-        ratio_interval=ratio_interval,
+        ratio=relative.ratio,
+        ratio_interval=relative.interval,
+        nats_per_token=nats,
+        nats_difference=relative.nats,
+        nats_interval=relative.nats_interval,
     )
+
+
+@dataclass(frozen=True)
+class RelativePerplexity:
+    """The ratio of two perplexities and its 95 % interval; None beyond e^700; and both in nats."""
+
+    ratio: float | None
+    interval: list[float] | None
+    nats: float
+    nats_interval: list[float]
 
 
 def perplexity_ratio(
     own: SequenceSums, other: SequenceSums, scope: str, seed: int
-) -> tuple[float, list[float]]:
+) -> RelativePerplexity:
     """Return the ratio of two perplexities and its 95 % interval over resampled sequences.
 
     Args:
@@ -264,8 +280,10 @@ def perplexity_ratio(
     drawn = tokens[sequences].sum(axis=1)
     kept = drawn > 0
     resampled = difference[sequences].sum(axis=1)[kept] / drawn[kept]
-    ratio = perplexity(difference.sum() / tokens.sum())
-    return ratio, interval(np.exp(np.minimum(resampled, MAX_NATS)))
+    nats = float(difference.sum() / tokens.sum())
+    return RelativePerplexity(
+        perplexity(nats), ratio_interval(resampled), nats, interval(resampled)
+    )
 
 
 def _compared(
@@ -286,11 +304,14 @@ def _paired(
 ) -> PairedRatio | UnsetType:
     if not main.tokens[scope].any():
         return UNSET
-    ratio, (low, high) = perplexity_ratio(main, control, scope, seed)
+    relative = perplexity_ratio(main, control, scope, seed)
+    low, high = relative.nats_interval
     return PairedRatio(
-        ratio=ratio,
-        interval=[low, high],
-        wins="cascade" if high < 1 else "control" if low > 1 else "neither",
+        ratio=relative.ratio,
+        interval=relative.interval,
+        nats_difference=relative.nats,
+        nats_interval=relative.nats_interval,
+        wins="cascade" if high < 0 else "control" if low > 0 else "neither",
     )
 
 
@@ -308,12 +329,14 @@ def verdict_of(
     """
     scope: Scope = "response" if "response" in scopes else "all"
     figures = scopes[scope]
-    low, high = figures.ratio_interval
+    low, high = _log_interval(figures.ratio_interval, figures.nats_interval)
     text = "response text" if scope == "response" else "all text"
-    ratio = f"{figures.ratio:.3f} x ({low:.3f} to {high:.3f})"
-    if high < 1:
+    ratio = _ratio(
+        figures.ratio, figures.ratio_interval, figures.nats_difference, figures.nats_interval
+    )
+    if high < 0:
         stage = f"the stage helps: perplexity of {text} {ratio}"
-    elif low > 1:
+    elif low > 0:
         stage = f"the stage harms: perplexity of {text} {ratio}"
     else:
         stage = f"the stage has no significant effect: perplexity of {text} {ratio}"
@@ -321,11 +344,35 @@ def verdict_of(
     trained = _comparison(comparisons, "all", "hard", scope)
     return CascadeVerdict(
         stage=stage,
-        helps=high < 1,
+        helps=high < 0,
         routing=None if random is None else _routing(random),
         training=None if trained is None else _training(trained),
         earns_its_keep=None if random is None else random.wins == "cascade",
     )
+
+
+def _log_interval(
+    interval: Sequence[float] | None, nats: Sequence[float] | UnsetType
+) -> tuple[float, float]:
+    """Return the interval of a ratio in nats, also of earlier records."""
+    if nats is not UNSET:
+        return nats[0], nats[1]
+    low, high = interval or (0.0, math.inf)
+    return (math.log(low) if low else -math.inf), math.log(high)
+
+
+def _ratio(
+    ratio: float | None,
+    interval: Sequence[float] | None,
+    nats: float | UnsetType,
+    nats_interval: Sequence[float] | UnsetType,
+) -> str:
+    words = ratio_words(ratio, known(nats))
+    return f"{words} ({ratio_interval_words(interval, known(nats_interval))})"
+
+
+def _paired_words(paired: PairedRatio) -> str:
+    return _ratio(paired.ratio, paired.interval, paired.nats_difference, paired.nats_interval)
 
 
 def _comparison(
@@ -341,8 +388,7 @@ def _comparison(
 
 def _routing(random: PairedRatio) -> str:
     """Describe the effect of routing hard tokens, compared with the same work on random tokens."""
-    low, high = random.interval
-    ratio = f"{random.ratio:.3f} x ({low:.3f} to {high:.3f}) the perplexity of routing as many"
+    ratio = f"{_paired_words(random)} the perplexity of routing as many"
     return {
         "cascade": f"routing by hardness is better than random routing: {ratio} random tokens",
         "control": f"routing by hardness is worse than random routing: {ratio} random tokens",
@@ -353,8 +399,7 @@ def _routing(random: PairedRatio) -> str:
 
 def _training(trained: PairedRatio) -> str:
     """Describe the effect of training on hard tokens only; hard tokens enter in both cases."""
-    low, high = trained.interval
-    ratio = f"{trained.ratio:.3f} x ({low:.3f} to {high:.3f}) the perplexity of a stage trained"
+    ratio = f"{_paired_words(trained)} the perplexity of a stage trained"
     return {
         "cascade": f"training on hard tokens only is better: {ratio} on all tokens",
         "control": f"training on all tokens is better: {ratio} on all tokens",

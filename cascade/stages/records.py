@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from msgspec import field
 
 from cascade.core.display import Displayed, origin_of
+from cascade.core.formatting import ratio_words
 from cascade.core.provenance import CorpusProvenance, MachineProvenance, Provenance, Split
 from cascade.core.schema import (
     UNSET,
@@ -19,10 +22,12 @@ from cascade.core.schema import (
     StoredRecord,
     Text,
     UnsetType,
+    known,
 )
 from cascade.models.counts import CountsRecord
 from cascade.stages.hard_tokens.records import SplitCounts
 from cascade.stages.training_config import Start, TrainingConfig
+from cascade.stats.perplexity import as_ratio, perplexity
 
 # --- How a stage was trained -----------------------------------------------------------------
 
@@ -56,10 +61,13 @@ class HeldOutEvaluation(Part, frozen=True, kw_only=True):
     """One evaluation on the held-out split during training.
 
     Each figure is the perplexity of the cascade divided by the perplexity without the stage, over
-    the tokens of one scope. A scope without tokens is absent.
+    the tokens of one scope. A scope without tokens is absent. A ratio beyond e^700, which no number
+    holds, is null.
 
     Attributes:
         step: Number of training steps before this evaluation.
+        nats: The logarithms of the figures by scope: differences of losses in nats per token.
+            Absent in records of earlier releases.
         all: Ratio over all tokens.
         hard: Ratio over tokens that enter the stage.
         response: Ratio over response text.
@@ -67,13 +75,20 @@ class HeldOutEvaluation(Part, frozen=True, kw_only=True):
     """
 
     step: Index
-    all: Finite
-    hard: Finite | UnsetType = UNSET
-    response: Finite | UnsetType = UNSET
-    hard_response: Finite | UnsetType = UNSET
+    all: Finite | None
+    hard: Finite | UnsetType | None = UNSET
+    response: Finite | UnsetType | None = UNSET
+    hard_response: Finite | UnsetType | None = UNSET
+    nats: dict[str, Finite] | UnsetType = UNSET
+
+    @classmethod
+    def of(cls, step: int, nats: Mapping[str, float]) -> HeldOutEvaluation:
+        """Return the evaluation with these differences of losses by scope, in nats per token."""
+        ratios = {scope: perplexity(difference) for scope, difference in nats.items()}
+        return cls(step=step, nats=dict(nats), **ratios)
 
     @property
-    def ratios(self) -> dict[str, float]:
+    def ratios(self) -> dict[str, float | None]:
         """The figures by scope, without absent ones."""
         figures = {
             "all": self.all,
@@ -85,8 +100,20 @@ class HeldOutEvaluation(Part, frozen=True, kw_only=True):
 
     @property
     def worst(self) -> float:
-        """The figure that selects a stage: the larger ratio of all text and response text."""
-        return max(self.all, 0.0 if self.response is UNSET else self.response)
+        """The figure that selects a stage: the larger ratio of all text and response text.
+
+        It is 0 or infinite where no number holds it.
+        """
+        nats = known(self.nats) or {}
+        return max(
+            as_ratio(nats.get(scope, math.inf)) if ratio is None else ratio
+            for scope, ratio in self.ratios.items()
+            if scope in ("all", "response")
+        )
+
+    def words(self, scope: str) -> str:
+        """Return a figure with four digits, or its difference in nats per token."""
+        return ratio_words(self.ratios[scope], (known(self.nats) or {}).get(scope), 4)
 
 
 class StageProvenance(Part, frozen=True, kw_only=True):
@@ -97,7 +124,8 @@ class StageProvenance(Part, frozen=True, kw_only=True):
     config: TrainingConfig | UnsetType = field(default=UNSET, name="recipe")
     steps: Index | UnsetType = UNSET
     chosen_step: Index | UnsetType = UNSET
-    perplexities_without: dict[str, float] | UnsetType = UNSET
+    perplexities_without: dict[str, Finite | None] | UnsetType = UNSET
+    nats_without: dict[str, Finite] | UnsetType = UNSET
     evaluations: list[HeldOutEvaluation] | UnsetType = field(default=UNSET, name="looks")
     machine: MachineProvenance | UnsetType = UNSET
 
@@ -111,7 +139,8 @@ class TrainingProvenance(StageProvenance, frozen=True, kw_only=True):
         config: Training options.
         steps: Number of training steps.
         chosen_step: Step whose weights the stage has.
-        perplexities_without: Held-out perplexity without the stage, by scope.
+        perplexities_without: Held-out perplexity without the stage, by scope; null above e^700.
+        nats_without: The losses in nats per token; absent in records of earlier releases.
         evaluations: All evaluations on the held-out split, including the one before the first step.
         machine: Machine that trained the stage.
     """
@@ -121,7 +150,8 @@ class TrainingProvenance(StageProvenance, frozen=True, kw_only=True):
     config: TrainingConfig = field(name="recipe")
     steps: Index
     chosen_step: Index
-    perplexities_without: dict[str, float]
+    perplexities_without: dict[str, Finite | None]
+    nats_without: dict[str, Finite] | UnsetType = UNSET
     evaluations: list[HeldOutEvaluation] = field(name="looks")
     machine: MachineProvenance
 
@@ -221,17 +251,24 @@ class ScopeFigures(Part, frozen=True, kw_only=True):
 
     Attributes:
         tokens: Number of predicted tokens.
-        perplexity: Perplexity of the variant.
+        perplexity: Perplexity of the variant; null above e^700, which no number holds.
         accuracy: Share of tokens that the variant predicts correctly.
-        ratio: Perplexity divided by that of the base.
-        ratio_interval: 95 % interval of the ratio over resampled sequences.
+        ratio: Perplexity divided by that of the base; null beyond e^700.
+        ratio_interval: 95 % interval of the ratio over resampled sequences; null if an end is
+            beyond e^700.
+        nats_per_token: Mean loss. Like the next two, absent in records of earlier releases.
+        nats_difference: Mean loss minus that of the base, the logarithm of the ratio.
+        nats_interval: Its 95 % interval.
     """
 
     tokens: Count
-    perplexity: Finite
+    perplexity: Finite | None
     accuracy: Share
-    ratio: Finite
-    ratio_interval: Interval
+    ratio: Finite | None
+    ratio_interval: Interval | None
+    nats_per_token: Finite | UnsetType = UNSET
+    nats_difference: Finite | UnsetType = UNSET
+    nats_interval: Interval | UnsetType = UNSET
 
 
 class ExitShare(Part, frozen=True, kw_only=True):
@@ -282,10 +319,21 @@ class VariantFigures(Part, frozen=True, kw_only=True):
 
 
 class PairedRatio(Part, frozen=True, kw_only=True):
-    """The cascade's perplexity divided by a control's, with its 95 % interval."""
+    """The cascade's perplexity divided by a control's, with its 95 % interval.
 
-    ratio: Finite
-    interval: Interval
+    Attributes:
+        ratio: The ratio; null beyond e^700, which no number holds.
+        interval: Its 95 % interval; null if an end is beyond e^700.
+        nats_difference: The logarithm of the ratio, in nats per token. Like the next one, absent in
+            records of earlier releases.
+        nats_interval: Its 95 % interval.
+        wins: The side with the lower perplexity.
+    """
+
+    ratio: Finite | None
+    interval: Interval | None
+    nats_difference: Finite | UnsetType = UNSET
+    nats_interval: Interval | UnsetType = UNSET
     wins: Winner
 
 

@@ -24,6 +24,7 @@ from cascade.stages.trainer.checkpoints import TrainingRequest, begin, checkpoin
 from cascade.stages.trainer.stage_module import StageInTraining, StageModule
 from cascade.stages.trainer.stage_trainer import NoProgress, StageTrainer, TrainingProgress
 from cascade.stages.training_config import TrainingConfig
+from cascade.stats.perplexity import perplexity
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Training:
         evaluations: All evaluations on the held-out split, step 0 first.
         chosen: The best evaluation, whose weights the stage has.
         steps: Number of training steps.
-        perplexities: Held-out perplexity without the stage, by scope. Scopes without tokens are
-            absent.
+        perplexities: Held-out perplexity without the stage, by scope; None above e^700. Scopes
+            without tokens are absent.
         provenance: Training provenance, as stored in records.
     """
 
@@ -44,7 +45,7 @@ class Training:
     evaluations: tuple[HeldOutEvaluation, ...]
     chosen: HeldOutEvaluation
     steps: int
-    perplexities: dict[str, float]
+    perplexities: dict[str, float | None]
     provenance: TrainingProvenance
 
 
@@ -142,7 +143,8 @@ def train_stage(
     provenance = _provenance(stack, tokens, config, trainer, evaluations)
     stage.provenance = provenance
     steps_made = trainer.state.global_step
-    return Training(stage, evaluations, chosen, steps_made, trainer.perplexities, provenance)
+    perplexities = provenance.perplexities_without
+    return Training(stage, evaluations, chosen, steps_made, perplexities, provenance)
 
 
 def _best(evaluations: Sequence[HeldOutEvaluation]) -> HeldOutEvaluation:
@@ -162,7 +164,10 @@ def _provenance(
         config=config,
         steps=trainer.state.global_step,
         chosen_step=_best(evaluations).step,
-        perplexities_without=trainer.perplexities,
+        perplexities_without={
+            scope: perplexity(nats) for scope, nats in trainer.nats_without.items()
+        },
+        nats_without=trainer.nats_without,
         evaluations=list(evaluations),
         machine=machine_of(stack.device),
     )

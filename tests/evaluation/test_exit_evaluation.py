@@ -30,7 +30,7 @@ from support.tiny_models import tiny_model
 
 from cascade.core.errors import CascadeError, CorpusError, ModelError, UsageError
 from cascade.core.records import read_typed, to_json, write_record
-from cascade.core.schema import UNSET, to_plain
+from cascade.core.schema import UNSET, from_plain, to_plain
 from cascade.decoding.early_exit import EarlyExit, make_exit
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, search, split
 from cascade.evaluation.exit_table import ExitTable
@@ -38,6 +38,9 @@ from cascade.evaluation.operating_points import Evaluator, OperatingPoint
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow, WantedQuality
 from cascade.evaluation.verdict import CONTROLS, judge
 from cascade.models.stack import DecoderStack
+from cascade.report.common.sections import html_page
+from cascade.report.exits.evaluation import evaluation_report
+from cascade.report.exits.pareto import pareto_svg
 from cascade.stats.perplexity import MAX_NATS
 
 FIT, CONFIRM = split(blocks_of(19, seed=1))
@@ -91,11 +94,18 @@ def test_a_model_whose_perplexity_overflows_is_evaluated() -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(30_000)
     record = evaluate(DecoderStack(model), FIT, CONFIRM, EvaluationConfig(layers=(2,)))
-    assert record.full.perplexity == pytest.approx(math.exp(MAX_NATS))
+    assert record.full.perplexity is None
+    assert record.full.nats_per_token > MAX_NATS  # type: ignore[operator]
     assert "Infinity" not in to_json(to_plain(record))
+    assert from_plain(to_plain(record), EvaluationRecord) == record
+    # Reports and figures have nats in its place.
+    page = html_page(evaluation_report(record))
+    assert f"{record.full.nats_per_token:,.0f} nats per token" in page
+    assert "nats per token above the full model" in pareto_svg(record)
     early = EarlyExit(DecoderStack(model))
     ids = torch.from_numpy(CONFIRM.ids[:2].astype(np.int64))
-    assert early.score(ids).perplexity == pytest.approx(math.exp(MAX_NATS))
+    assert early.score(ids).perplexity == math.inf
+    assert early.score(ids).nats_per_token > MAX_NATS
 
 
 # --- The split -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from support.reference_early_exit import one_line
 
 from cascade.core.errors import RecordError
 from cascade.core.records import to_json
-from cascade.core.schema import SchemaError, from_plain, to_plain
+from cascade.core.schema import UNSET, SchemaError, from_plain, to_plain
 from cascade.evaluation.records import ControlPoints, OperatingPointRow, Verdict, WantedQuality
 from cascade.evaluation.verdict import CONTROLS, judge
 
@@ -277,7 +277,7 @@ def test_nearest_point_has_smallest_shortfall() -> None:
 
 def test_huge_perplexity_is_shown_in_scientific_notation() -> None:
     found = verdict(row(perplexity_ratio=1e300, perplexity_ratio_interval=[1e299, 1e300]))
-    assert "perplexity 1.0e+300 x" in found.headline
+    assert "perplexity 1.0e+300 x (+690.8 nats per token)" in found.headline
 
 
 @pytest.mark.parametrize(
@@ -311,8 +311,16 @@ def test_non_finite_figure_error_names_point(rule: str, name: str, value: Any) -
     assert f"point 1 ({rule} at layer 24)" in one_line(error)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, None, "0.9", "absent"])
-@pytest.mark.parametrize("name", FIGURES)
+#: Null stands for a perplexity ratio that no number holds.
+BROKEN = [
+    (name, value)
+    for name in FIGURES
+    for value in (math.nan, math.inf, None, "0.9", "absent")
+    if (name, value) != ("perplexity_ratio", None)
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BROKEN)
 def test_non_finite_figure_in_file_is_rejected(name: str, value: Any) -> None:
     broken = to_plain(GOOD) | {name: value}
     if value == "absent":
@@ -327,11 +335,33 @@ def test_interval_with_nan_is_rejected(name: str) -> None:
         judge([replace(GOOD, **{f"{name}_interval": [0.9, math.nan]})], WANTED)
 
 
-@pytest.mark.parametrize("name", ["agreement", "perplexity_ratio"])
-def test_only_interval_of_seconds_is_optional(name: str) -> None:
-    with pytest.raises(SchemaError, match=f"{name}_interval"):
+def test_the_interval_of_agreement_is_needed_and_others_are_optional() -> None:
+    with pytest.raises(SchemaError, match="agreement_interval"):
+        from_plain(to_plain(GOOD) | {"agreement_interval": None}, OperatingPointRow)
+    for name in ("seconds_ratio", "perplexity_ratio"):
         from_plain(to_plain(GOOD) | {f"{name}_interval": None}, OperatingPointRow)
-    from_plain(to_plain(GOOD) | {"seconds_ratio_interval": None}, OperatingPointRow)
+
+
+def overflowing(nats: float, **figures: Any) -> OperatingPointRow:
+    """Return a row whose perplexity ratio no number holds."""
+    nothing = {"perplexity_ratio": None, "perplexity_ratio_interval": None}
+    given = nothing | {"nats_difference": nats, "nats_difference_interval": [nats - 9, nats + 9]}
+    return replace(row(**figures), **given)
+
+
+def test_a_ratio_beyond_numbers_is_judged_and_named_in_nats() -> None:
+    found = verdict(overflowing(1234.4))
+    assert "perplexity +1,234 nats per token, agreement" in found.headline
+    assert "perplexity" in found.failed
+    (reason,) = [text for text in found.reasons if "nats" in text]
+    assert reason.startswith(
+        "perplexity is +1,234 nats per token relative to the full model's (+1,2"
+    )
+    # Of two such points the one with the smaller loss is nearer.
+    assert verdict(overflowing(2000.0), overflowing(900.0, layer=20)).point == 1
+    assert "perplexity" not in verdict(overflowing(-1234.4)).failed
+    with pytest.raises(RecordError, match="evaluate again"):
+        judge([replace(overflowing(1234.4), nats_difference=UNSET)], WANTED)
 
 
 # --- Laws ------------------------------------------------------------------------------------

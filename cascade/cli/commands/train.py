@@ -304,9 +304,10 @@ class _ShownTraining:
         self._advance(self._tokens)
 
     def evaluated(self, evaluation: HeldOutEvaluation) -> None:
-        response = evaluation.ratios.get("response")  # not every corpus marks response text
-        also = "" if response is None else f", response text {response:.4f} x"
-        message(f"Step {evaluation.step}: held-out perplexity {evaluation.all:.4f} x{also}")
+        # Not every corpus marks response text.
+        response = "response" in evaluation.ratios
+        also = f", response text {evaluation.words('response')}" if response else ""
+        message(f"Step {evaluation.step}: held-out perplexity {evaluation.words('all')}{also}")
 
 
 def _save(

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cascade.core.display import Displayed, origin_of
-from cascade.core.schema import Count, Finite, Index, Interval, Part, Share, StoredRecord, Text
+from cascade.core.schema import (
+    UNSET,
+    Count,
+    Finite,
+    Index,
+    Interval,
+    Part,
+    Share,
+    StoredRecord,
+    Text,
+    UnsetType,
+)
 from cascade.evaluation.records import ExitProvenance, FullModelFigures, OperatingPointRow
 
 #: How the agreement of a point was confirmed. "running": the point was run. "table": the agreement
@@ -57,7 +68,9 @@ class TriedPoint(Part, frozen=True, kw_only=True):
         exit_share: The share of the tokens to confirm on that exit.
         agreement: The share of the tokens to confirm on whose prediction is the full model's.
         agreement_interval: Its 95 % interval.
-        perplexity_ratio: The perplexity divided by the full model's.
+        perplexity_ratio: The perplexity divided by the full model's; also None beyond e^700.
+        nats_difference: The mean loss minus the full model's, in nats per token; absent in records
+            of earlier releases.
         layers_per_token: Decoder layers computed per token.
         flops_ratio: Counted operations divided by the full model's.
         seconds_ratio: Seconds divided by the full model's.
@@ -80,6 +93,7 @@ class TriedPoint(Part, frozen=True, kw_only=True):
     agreement: Share
     agreement_interval: Interval
     perplexity_ratio: Finite | None
+    nats_difference: Finite | UnsetType | None = UNSET
     layers_per_token: Finite | None
     flops_ratio: Finite | None
     seconds_ratio: Finite | None

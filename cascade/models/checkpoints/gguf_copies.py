@@ -86,7 +86,9 @@ def dequantize(files: Sequence[Path], folder: Path) -> None:
             "quantization": quantization,
             "files": {file.name: xxh3_of(file) for file in sorted(staging.iterdir())},
         }
-        (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (staging / _MANIFEST).write_text(
+            json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8"
+        )
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
+from cascade.core.formatting import perplexity_words
 from cascade.core.schema import UnsetType, known
-from cascade.evaluation.records import ExitProvenance
+from cascade.evaluation.records import ExitProvenance, FullModelFigures
 from cascade.report.common.records import bos_words, percent
 from cascade.report.common.words import counted
 
@@ -110,6 +111,30 @@ def between(interval: Sequence[float] | None, show: Callable[[float], str], to: 
 def share(value: float | None, digits: int = 1) -> str:
     """Format a share with a number of decimals; a dash for None."""
     return "-" if value is None else percent(value, digits)
+
+
+def full_model_words(full: FullModelFigures) -> str:
+    """Return the full model's perplexity; its nats per token if it is huge."""
+    words = perplexity_words(full.perplexity, known(full.nats_per_token))
+    return words if full.perplexity is None else f"perplexity {words}"
+
+
+def ratio_cell(value: float | None, nats: float | UnsetType | None) -> str:
+    """Format a perplexity ratio, or its difference in nats per token where no number holds it."""
+    difference = known(nats)
+    if value is None and difference is not None:
+        return f"{difference:+,.0f} nats"
+    return ratio(value)
+
+
+def interval_cell(
+    interval: Sequence[float] | None, nats: Sequence[float] | UnsetType | None
+) -> str:
+    """Format the interval of a perplexity ratio, or that of its difference in nats per token."""
+    ends = known(nats)
+    if interval is None and ends is not None:
+        return f"{ends[0]:+,.0f} to {ends[1]:+,.0f} nats"
+    return between(interval, ratio, "-")
 
 
 def ratio(value: float | None, digits: int = 3) -> str:

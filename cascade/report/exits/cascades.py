@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from rich.console import Console
 
-from cascade.core.schema import to_plain
-from cascade.report.common.exit_wording import corpus_words, show_threshold
+from cascade.core.schema import known, to_plain
+from cascade.report.common.exit_wording import corpus_words, ratio, ratio_cell, show_threshold
 from cascade.report.common.records import percent
 from cascade.report.common.sections import (
     Block,
@@ -23,6 +24,7 @@ from cascade.stages.records import (
     CascadeEvaluationRecord,
     CascadeRecord,
     HeldOutEvaluation,
+    ScopeFigures,
     TrainingProvenance,
     VariantFigures,
 )
@@ -99,7 +101,9 @@ def training_report(provenance: TrainingProvenance) -> Report:
 def _evaluation(evaluation: HeldOutEvaluation, chosen: int) -> list[str]:
     ratios = evaluation.ratios
     scopes = ("all", "hard", "response", "hard_response")
-    cells = [f"{ratios[scope]:.4f}" if scope in ratios else "-" for scope in scopes]
+    cells = [
+        evaluation.words(scope).removesuffix(" x") if scope in ratios else "-" for scope in scopes
+    ]
     return [f"{evaluation.step}", *cells, "chosen" if evaluation.step == chosen else ""]
 
 
@@ -173,11 +177,22 @@ def _figures(
         caption,
         (*(_SCOPES[scope] for scope in scopes), ""),
         [
-            [*(f"{getattr(row.scopes[scope], name):,.{digits}f}" for scope in scopes), _name(row)]
+            [*(_figure(row.scopes[scope], name, digits) for scope in scopes), _name(row)]
             for row in record.rows
         ],
         text_columns=1,
     )
+
+
+def _figure(
+    figures: ScopeFigures, name: Literal["ratio", "perplexity", "accuracy"], digits: int
+) -> str:
+    value: float | None = getattr(figures, name)
+    if value is not None:
+        return f"{value:,.{digits}f}" if value < 1e6 else ratio(value)
+    if name == "ratio":
+        return ratio_cell(None, figures.nats_difference)
+    return f"{known(figures.nats_per_token) or math.inf:,.0f} nats"
 
 
 def _sentence(text: str) -> str:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+from cascade.core.formatting import perplexity_words, ratio_words
 from cascade.core.provenance import CorpusProvenance
-from cascade.core.schema import UNSET, to_plain
+from cascade.core.schema import UNSET, known, to_plain
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.evaluation.verdict import CONTROLS
 from cascade.report.common.exit_wording import (
     between,
     corpus_words,
     few_pairs,
+    full_model_words,
     heads_pairs,
+    interval_cell,
     propagation_words,
     ratio,
+    ratio_cell,
     share,
     show_threshold,
 )
@@ -48,7 +52,7 @@ def _headline(record: EvaluationRecord) -> list[tuple[str, str]]:
         run,
         *_heads(record),
         ("Propagation", propagation_words(record.settings.propagation)),
-        ("Full model", f"perplexity {record.full.perplexity:.2f}"),
+        ("Full model", full_model_words(record.full)),
         *few_pairs(record.provenance.corpus),
     ]
 
@@ -103,7 +107,8 @@ def _oracle(record: EvaluationRecord) -> list[tuple[str, str]]:
             "reference",
             f"an oracle that exits at layer {row.exit_layer} exactly the tokens for which the "
             f"exit head is right ({share(row.exit_share)}) has perplexity "
-            f"{ratio(row.perplexity_ratio)} x, agreement {share(row.agreement)} and "
+            f"{ratio_words(row.perplexity_ratio, known(row.nats_difference))}, "
+            f"agreement {share(row.agreement)} and "
             f"{ratio(row.flops_ratio, 2)} x the operations; a rule that exits fewer tokens can "
             "lose less",
         )
@@ -136,7 +141,7 @@ def _point_cells(row: OperatingPointRow) -> list[str]:
     return [
         share(row.exit_share),
         share(row.agreement),
-        ratio(row.perplexity_ratio),
+        ratio_cell(row.perplexity_ratio, row.nats_difference),
         ratio(row.kl),
         f"{row.layers_per_token:.2f}",
         ratio(row.flops_ratio, 2),
@@ -229,7 +234,8 @@ def _notes(record: EvaluationRecord) -> list[tuple[str, str]]:
         ("agree", "share of all tokens with the same prediction as the full model"),
         (
             "ppl",
-            f"perplexity relative to the full model's {full.perplexity:.2f} on "
+            "perplexity relative to the full model's "
+            f"{perplexity_words(full.perplexity, known(full.nats_per_token))} on "
             f"{full.scored_tokens:,} tokens",
         ),
         ("KL", "KL divergence from the full model's predictions, in nats per token"),
@@ -292,9 +298,9 @@ def _quality_cells(row: OperatingPointRow, chosen: bool) -> list[str]:
         share(row.agreement),
         between(row.agreement_interval, share, "-"),
         share(row.exit_agreement),
-        ratio(row.perplexity_ratio),
-        between(row.perplexity_ratio_interval, ratio, "-"),
-        ratio(row.hard_perplexity_ratio),
+        ratio_cell(row.perplexity_ratio, row.nats_difference),
+        interval_cell(row.perplexity_ratio_interval, row.nats_difference_interval),
+        ratio_cell(row.hard_perplexity_ratio, row.hard_nats_difference),
         ratio(row.kl),
         _rule_cell(row) + _MARK * chosen,
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from cascade.core.formatting import HUGE_NATS
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.evaluation.verdict import CONTROLS
 from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style, title_of
@@ -49,9 +50,11 @@ class _Panel:
 #: The losses, each with the full model's value: perplexity relative to the full model, and the
 #: share of tokens with another prediction.
 _LOSSES: tuple[tuple[Callable[[OperatingPointRow], float], float], ...] = (
-    (lambda row: row.perplexity_ratio, 1.0),
+    (lambda row: row.compared_ratio, 1.0),
     (lambda row: 1 - row.agreement, 0.0),
 )
+#: The same where a perplexity is huge: losses in nats per token, relative to the full model's.
+_LOSSES_IN_NATS = ((lambda row: row.added_nats, 0.0), _LOSSES[1])
 _COSTS: tuple[Callable[[OperatingPointRow], float], ...] = (
     lambda row: row.flops_ratio,
     lambda row: row.seconds_ratio,
@@ -76,13 +79,18 @@ def pareto_svg(record: EvaluationRecord) -> str:
         title = title_of(record, "loss against cost, numbers are exit layers")
         # parse_math=False, because a "$" in a name would start a formula.
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
-        for row, (loss, full_loss) in zip(grid, _LOSSES, strict=True):
+        losses = _LOSSES_IN_NATS if _in_nats(record) else _LOSSES
+        for row, (loss, full_loss) in zip(grid, losses, strict=True):
             for axes, cost in zip(row, _COSTS, strict=True):
                 _draw_panel(_Panel(axes, cost, loss, full_loss), record)
         _name_axes(grid, record)
         handles, names = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=4)
         return as_svg(figure, "pareto", _label(record))
+
+
+def _in_nats(record: EvaluationRecord) -> bool:
+    return any(abs(row.added_nats) > HUGE_NATS for row in record.points)
 
 
 def _draw_panel(panel: _Panel, record: EvaluationRecord) -> None:
@@ -224,17 +232,21 @@ def _name_axes(grid: Sequence[Sequence[Axes]], record: EvaluationRecord) -> None
 
     settings = record.settings
     (perplexity, _), (differing, other) = grid
-    perplexity.set_ylabel("perplexity / the full model's")
+    in_nats = _in_nats(record)
+    perplexity.set_ylabel(
+        "nats per token above the full model" if in_nats else "perplexity / the full model's"
+    )
     differing.set_ylabel("tokens with another prediction")
     differing.set_xlabel("operations / the full model's")
     other.set_xlabel("time / the full model's")
-    ratios = [row.perplexity_ratio for row in record.points]
-    if max(ratios, default=1.0) > _LOGARITHMIC_FROM:
+    ratios = [row.compared_ratio for row in record.points]
+    if max(ratios, default=1.0) > _LOGARITHMIC_FROM and not in_nats:
         perplexity.set_yscale("log")
         perplexity.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         perplexity.yaxis.set_minor_formatter("")
     differing.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
-    wanted = (settings.perplexity_ratio, 1 - settings.agreement)
+    target = settings.perplexity_ratio
+    wanted = (math.log(target) if in_nats else target, 1 - settings.agreement)
     for row, most in zip(grid, wanted, strict=True):
         for axes in row:
             shade_cheaper(axes, (None, most), "target: good enough and cheaper")

@@ -12,6 +12,7 @@ from cascade.report.common.exit_wording import (
     between,
     corpus_words,
     few_pairs,
+    full_model_words,
     head_words,
     heads_pairs,
     propagation_words,
@@ -76,7 +77,7 @@ def _measured(record: SearchRecord) -> list[tuple[str, str]]:
         *([] if isinstance(fitted_on, UnsetType) else [("Fitted on", corpus_words(fitted_on))]),
         ("Confirmed on", corpus_words(provenance.corpus)),
         *heads_pairs(record.provenance),
-        ("Full model", f"perplexity {record.full.perplexity:.2f}"),
+        ("Full model", full_model_words(record.full)),
         *few_pairs(provenance.corpus),
     ]
     pairs += [("From the record", source.words) for source in record.sources]

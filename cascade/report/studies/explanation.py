@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cascade.core.formatting import ratio_words
 from cascade.core.schema import known, to_plain
 from cascade.report.common.records import bos_words
 from cascade.report.common.sections import Block, Lead, Picture, Report, Section, table_of
@@ -123,16 +124,20 @@ def _worth(record: LayerExplanation) -> tuple[str, ...]:
     common = _ablation(record, layer, "common_left_out")
     if skipped[0] and skipped[1]:
         text = (
-            f"Without layer {layer}, the perplexity is {skipped[0].perplexity_ratio:.2f} x that of "
-            f"the unchanged model, without layer {contrast} {skipped[1].perplexity_ratio:.2f} x."
+            f"Without layer {layer}, the perplexity is {_relative(skipped[0])} that of "
+            f"the unchanged model, without layer {contrast} {_relative(skipped[1])}."
         )
         if common is not None:
             text += (
                 f" Without only the common part of layer {layer}'s update it is "
-                f"{common.perplexity_ratio:.2f} x."
+                f"{_relative(common)}."
             )
         lines.append(text)
     return tuple(lines)
+
+
+def _relative(row: AblationRow) -> str:
+    return ratio_words(row.perplexity_ratio, known(row.nats_difference), 2)
 
 
 def _ablation(record: LayerExplanation, layer: str, ablation: str) -> AblationRow | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cascade.core.formatting import HUGE_NATS
 from cascade.core.schema import known
 from cascade.report.common.axes import angle, limit_angles
 from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style, title_of
@@ -13,7 +15,12 @@ from cascade.report.studies.explanation_wording import (
     cause_words,
     closing_causes,
 )
-from cascade.studies.explanations.records import GroupSimilarity, LayerExplanation, TokenGroup
+from cascade.studies.explanations.records import (
+    AblationRow,
+    GroupSimilarity,
+    LayerExplanation,
+    TokenGroup,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -199,6 +206,15 @@ def _name_groups(axes: Axes, groups: Sequence[TokenGroup]) -> None:
     axes.grid(axis="y")
 
 
+def _drawn(row: AblationRow, *, in_nats: bool) -> tuple[float, list[float]]:
+    """Return an ablation's perplexity ratio and its interval, or both as nats per token."""
+    ratio, ends = row.perplexity_ratio, row.interval
+    if ratio is not None and ends is not None and not in_nats:
+        return ratio, ends
+    nats = known(row.nats_interval) or [math.log(end) for end in ends or ()]
+    return row.added_nats, nats
+
+
 def ablations_svg(record: LayerExplanation) -> str:
     """Draw the perplexity of every ablation of both layers.
 
@@ -209,6 +225,8 @@ def ablations_svg(record: LayerExplanation) -> str:
     words = {row.ablation: ablation_words(row) for row in record.ablations}
     names = list(words)[::-1]
     by = {(row.layer, row.ablation): row for row in record.ablations}
+    most = max(row.added_nats for row in record.ablations)
+    in_nats = max(abs(row.added_nats) for row in record.ablations) > HUGE_NATS
     with plain_style():
         figure, (axes,) = _figure(
             record, "perplexity under each ablation", height=1.9 + 0.42 * len(names)
@@ -223,21 +241,25 @@ def ablations_svg(record: LayerExplanation) -> str:
                 if (row := by.get((number, name))) is not None
             ]
             for order, (place, row) in enumerate(rows):
-                axes.plot(row.interval, [place] * 2, color=colour, linewidth=1.6)
+                middle, ends = _drawn(row, in_nats=in_nats)
+                axes.plot(ends, [place] * 2, color=colour, linewidth=1.6)
                 axes.plot(
-                    row.perplexity_ratio,
+                    middle,
                     place,
                     "o",
                     color=colour,
                     markersize=5,
                     label=None if order else label,
                 )
-        axes.axvline(1, color=LIGHT["muted"], linewidth=0.8)
+        axes.axvline(0 if in_nats else 1, color=LIGHT["muted"], linewidth=0.8)
         axes.set_yticks(range(len(names)), [words[name] for name in names], parse_math=False)
-        largest = max(row.perplexity_ratio for row in record.ablations)
-        if largest > 5:
+        if most > math.log(5) and not in_nats:
             axes.set_xscale("log")
-        axes.set_xlabel("perplexity / unchanged model's")
+        axes.set_xlabel(
+            "loss minus the unchanged model's, nats per token"
+            if in_nats
+            else "perplexity / unchanged model's"
+        )
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
         figure.legend(loc="outside lower center", ncols=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from cascade.core.formatting import perplexity_words, ratio_interval_words, ratio_words
 from cascade.core.schema import known
 from cascade.report.common.sections import Block, Picture, Table, table_of
 from cascade.report.common.words import number_ranges, whole_percent
@@ -79,17 +80,18 @@ def ablation_blocks(record: LayerExplanation) -> tuple[Block, ...]:
     rows = [
         [
             row.layer,
-            f"{row.perplexity:.2f}",
-            f"{row.perplexity_ratio:.3f}",
-            f"{row.interval[0]:.3f} to {row.interval[1]:.3f}",
+            perplexity_words(row.perplexity, known(row.nats_per_token)),
+            ratio_words(row.perplexity_ratio, known(row.nats_difference)).removesuffix(" x"),
+            ratio_interval_words(row.interval, known(row.nats_interval)),
             ablation_words(row),
         ]
         for row in record.ablations
     ]
-    full = record.ablations[0].full_perplexity
+    first = record.ablations[0]
+    full = perplexity_words(first.full_perplexity, known(first.full_nats_per_token))
     return (
         table_of(
-            f"Perplexity under each ablation, and relative to the unchanged model ({full:.2f}).",
+            f"Perplexity under each ablation, and relative to the unchanged model ({full}).",
             ("layer", "perplexity", "ratio", "95 % interval", ""),
             rows,
             text_columns=1,

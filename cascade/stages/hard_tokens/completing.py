@@ -65,7 +65,7 @@ def complete(plan: CollectionPlan, folder: Path, *, own_files: tuple[str, ...]) 
         # `datasets` derives the names of its cached results from this text.
         made_of = f"{plan.request_hash} {threshold!r} {split}"
         write_split(folder / split, names, plan.features, made_of=made_of)
-    write_text(folder / SPLITS_FILE, json.dumps({"splits": list(SPLITS)}) + "\n")
+    write_text(folder / SPLITS_FILE, json.dumps({"splits": list(SPLITS)}, allow_nan=False) + "\n")
     files = _files(folder, own_files)
     write_record(folder / RECORD, _record(plan, threshold, counts, files))
 

@@ -162,7 +162,7 @@ class CollectionPlan:
     @cached_property
     def request_hash(self) -> str:
         """SHA-256 over the request."""
-        text = json.dumps(to_plain(self.request), sort_keys=True)
+        text = json.dumps(to_plain(self.request), sort_keys=True, allow_nan=False)
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
     def is_met_by(self, record: HardTokensRecord) -> bool:

@@ -160,8 +160,8 @@ def write_split(
         "_split": None,  # `datasets` does not allow a hyphen in the name here
     }
     info = asdict(DatasetInfo(features=features))
-    write_text(folder / "state.json", json.dumps(state, indent=2) + "\n")
-    write_text(folder / "dataset_info.json", json.dumps(info, indent=2) + "\n")
+    write_text(folder / "state.json", json.dumps(state, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "dataset_info.json", json.dumps(info, indent=2, allow_nan=False) + "\n")
 
 
 def mark_hard(path: Path, least: float) -> None:

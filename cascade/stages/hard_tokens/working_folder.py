@@ -94,7 +94,7 @@ def prepare(plan: CollectionPlan, folder: Path, *, overwrite: bool) -> None:
         for entry in work.iterdir():
             if entry.name != LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        write_text(path, json.dumps(to_plain(plan.request), indent=1) + "\n")
+        write_text(path, json.dumps(to_plain(plan.request), indent=1, allow_nan=False) + "\n")
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -84,7 +84,7 @@ def begin(folder: Path, request: TrainingRequest) -> None:
     for path in folder.glob("checkpoint-*"):
         if path.name.partition("-")[2].isdigit():
             shutil.rmtree(path)
-    write_text(folder / _REQUEST, json.dumps(to_plain(request), indent=1) + "\n")
+    write_text(folder / _REQUEST, json.dumps(to_plain(request), indent=1, allow_nan=False) + "\n")
 
 
 def checkpoint_of(folder: Path, request: TrainingRequest) -> Path:

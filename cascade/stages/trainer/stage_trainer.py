@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +14,12 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cascade.core.errors import TrainingError, first_line
+from cascade.core.schema import known
 from cascade.stages.hard_tokens.dataset import Batch, HardTokens
 from cascade.stages.records import HeldOutEvaluation
 from cascade.stages.trainer.checkpoints import checkpoints
 from cascade.stages.trainer.stage_module import SCOPES, StageModule, scope_masks
-from cascade.stats.perplexity import perplexity
+from cascade.stats.perplexity import as_ratio
 
 
 class TrainingProgress(Protocol):
@@ -83,7 +85,7 @@ class StageTrainer(Trainer):
         self._stage_module = module
         self._progress = progress
         self._losses_without: list[Tensor] = []
-        self.perplexities: dict[str, float] = {}
+        self.nats_without: dict[str, float] = {}
         super().__init__(
             model=module,
             args=arguments,
@@ -122,13 +124,16 @@ class StageTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on the held-out split. Raise a `TrainingError` if a ratio is not finite."""
         evaluation = self.evaluate_now()
-        if not all(map(math.isfinite, evaluation.ratios.values())):
+        nats = known(evaluation.nats) or {}
+        if not all(map(math.isfinite, nats.values())):
             raise TrainingError(
                 f"the held-out perplexity is not finite at step {evaluation.step}; "
                 f"{self._last_checkpoint()}; choose a smaller --lr"
             )
-        metrics = {f"eval_{scope}": ratio for scope, ratio in evaluation.ratios.items()}
-        metrics["eval_worst"] = evaluation.worst
+        # Transformers logs, compares and stores numbers only.
+        metrics = {f"eval_{scope}": _logged(as_ratio(each)) for scope, each in nats.items()}
+        metrics |= {f"eval_nats_{scope}": each for scope, each in nats.items()}
+        metrics["eval_worst"] = _logged(evaluation.worst)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -152,12 +157,11 @@ class StageTrainer(Trainer):
                 with_stage[scope] += after[mask].double().sum().cpu()
                 counts[scope] += mask.sum().cpu()
         if first:
-            found = zip(SCOPES, _perplexity(without / counts), strict=True)
-            self.perplexities = {scope: value for scope, value in found if not math.isnan(value)}
-        ratios = _perplexity((with_stage - without) / counts)
-        rows = zip(SCOPES, ratios, counts.tolist(), strict=True)
-        evaluation = HeldOutEvaluation(
-            step=self.state.global_step, **{name: ratio for name, ratio, count in rows if count}
+            found = zip(SCOPES, (without / counts).tolist(), strict=True)
+            self.nats_without = {scope: nats for scope, nats in found if not math.isnan(nats)}
+        rows = zip(SCOPES, ((with_stage - without) / counts).tolist(), counts.tolist(), strict=True)
+        evaluation = HeldOutEvaluation.of(
+            self.state.global_step, {name: nats for name, nats, count in rows if count}
         )
         self._progress.evaluated(evaluation)
         return evaluation
@@ -214,13 +218,9 @@ class StageTrainer(Trainer):
     def evaluations(self) -> list[HeldOutEvaluation]:
         """Return all evaluations after step 0, including those before an interruption."""
         return [
-            HeldOutEvaluation(
-                step=int(entry["step"]),
-                **{
-                    scope: float(entry[f"eval_{scope}"])
-                    for scope in SCOPES
-                    if f"eval_{scope}" in entry
-                },
+            HeldOutEvaluation.of(
+                int(entry["step"]),
+                {scope: _nats_of(entry, scope) for scope in SCOPES if f"eval_{scope}" in entry},
             )
             for entry in self.state.log_history
             if "eval_worst" in entry
@@ -271,5 +271,12 @@ def _check_whole(batch: Batch) -> None:
         )
 
 
-def _perplexity(losses: Tensor) -> list[float]:
-    return [perplexity(float(loss)) for loss in losses]
+def _nats_of(entry: Mapping[str, float], scope: str) -> float:
+    """Return a difference of losses from the Trainer's log, also of earlier checkpoints."""
+    nats = entry.get(f"eval_nats_{scope}")
+    return math.log(entry[f"eval_{scope}"]) if nats is None else float(nats)
+
+
+def _logged(ratio: float) -> float:
+    """Return a ratio, cut off at the largest number where it is infinite."""
+    return min(ratio, sys.float_info.max)

@@ -18,7 +18,8 @@ from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure
 from cascade.saturation.profile import similarities
 from cascade.saturation.records import LayerRoles
-from cascade.stats.perplexity import perplexity, perplexity_ratio_interval
+from cascade.stats.perplexity import perplexity, ratio_interval, resampled_nats
+from cascade.stats.resampling import interval
 from cascade.studies.explanations.ablations import ABLATIONS
 from cascade.studies.explanations.causes import MOST_DIMENSIONS
 from cascade.studies.explanations.gap import LEAST_GAP, SUPPORTED, CauseTests, gap_of
@@ -240,11 +241,17 @@ def _ablation_rows(
             continue
         without = np.array(side.losses[name])
         more = without - full
+        resampled = resampled_nats(more, scored, seed)
+        nats = [float(losses.sum() / scored) for losses in (without, full, more)]
         yield AblationRow(
             layer=str(side.layer),
             ablation=name,
-            perplexity=perplexity(without.sum() / scored),
-            full_perplexity=perplexity(full.sum() / scored),
-            perplexity_ratio=perplexity(more.sum() / scored),
-            interval=perplexity_ratio_interval(more, scored, seed),
+            perplexity=perplexity(nats[0]),
+            full_perplexity=perplexity(nats[1]),
+            perplexity_ratio=perplexity(nats[2]),
+            interval=ratio_interval(resampled),
+            nats_per_token=nats[0],
+            full_nats_per_token=nats[1],
+            nats_difference=nats[2],
+            nats_interval=interval(resampled),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from msgspec import field
@@ -18,6 +19,7 @@ from cascade.core.schema import (
     StoredRecord,
     Text,
     UnsetType,
+    known,
 )
 
 #: How intervals of similarities, of shares of the gap and of perplexity ratios are computed.
@@ -232,14 +234,28 @@ class TokenGroup(Part, frozen=True, kw_only=True):
 
 
 class AblationRow(Part, frozen=True, kw_only=True):
-    """The model's perplexity under one ablation of a layer. The interval is that of the ratio."""
+    """The model's perplexity under one ablation of a layer. The interval is that of the ratio.
+
+    A perplexity above e^700, which no number holds, is null. Nats per token are absent in records
+    of earlier releases.
+    """
 
     layer: str
     ablation: str
-    perplexity: Finite
-    full_perplexity: Finite
-    perplexity_ratio: Finite
-    interval: Interval
+    perplexity: Finite | None
+    full_perplexity: Finite | None
+    perplexity_ratio: Finite | None
+    interval: Interval | None
+    nats_per_token: Finite | UnsetType = UNSET
+    full_nats_per_token: Finite | UnsetType = UNSET
+    nats_difference: Finite | UnsetType = UNSET
+    nats_interval: Interval | UnsetType = UNSET
+
+    @property
+    def added_nats(self) -> float:
+        """The logarithm of the ratio, also of earlier records."""
+        nats = known(self.nats_difference)
+        return math.log(self.perplexity_ratio or math.inf) if nats is None else nats
 
 
 class ExplanationVerdict(Part, frozen=True, kw_only=True):
