@@ -313,10 +313,41 @@ def test_intervals_resample_sequences() -> None:
         SequenceSums({"all": losses}, {"all": np.zeros(20)}, {"all": np.full(20, 10)})
         for losses in (difference, np.zeros(20))
     )
-    ratio, (low, high) = perplexity_ratio(own, other, "all", 0)
-    assert ratio == pytest.approx(math.exp(-4 / 200))
+    found = perplexity_ratio(own, other, "all", 0)
+    assert found.ratio == pytest.approx(math.exp(-4 / 200))
+    assert found.nats == pytest.approx(-4 / 200)
+    low, high = found.interval or (math.nan, math.nan)
     assert high == 1.0
     assert low < math.exp(-8 / 200)
+
+
+@pytest.mark.parametrize(
+    ("nats", "words", "helps"),
+    [(1234.0, "the stage harms", False), (-1234.0, "the stage helps", True)],
+)
+def test_a_ratio_beyond_numbers_is_judged_and_named_in_nats(
+    nats: float, words: str, helps: bool
+) -> None:
+    own, other = (
+        SequenceSums({"all": losses}, {"all": np.zeros(8)}, {"all": np.full(8, 10)})
+        for losses in (np.full(8, 10 * nats), np.zeros(8))
+    )
+    found = perplexity_ratio(own, other, "all", 0)
+    assert found.ratio is found.interval is None
+    figures = ScopeFigures(
+        tokens=80,
+        perplexity=None,
+        accuracy=0.5,
+        ratio=None,
+        ratio_interval=None,
+        nats_per_token=abs(nats),
+        nats_difference=found.nats,
+        nats_interval=found.nats_interval,
+    )
+    verdict = verdict_of({"all": figures}, [])
+    assert verdict.stage.startswith(words)
+    assert f"{nats:+,.0f} nats per token ({nats:+,.0f} to {nats:+,.0f} nats" in verdict.stage
+    assert verdict.helps is helps
 
 
 # --- Invalid arguments ------------------------------------------------------------------------

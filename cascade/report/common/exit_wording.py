@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from cascade.core.formatting import perplexity_words
-from cascade.core.schema import UnsetType, known
+from cascade.core.schema import UNSET, UnsetType, known
 from cascade.evaluation.records import ExitProvenance, FullModelFigures
 from cascade.report.common.records import bos_words, percent
 from cascade.report.common.words import counted
@@ -124,7 +124,7 @@ def ratio_cell(value: float | None, nats: float | UnsetType | None) -> str:
     difference = known(nats)
     if value is None and difference is not None:
         return f"{difference:+,.0f} nats"
-    return ratio(value)
+    return f"{value:.0e}" if value is not None and value < 5e-4 else ratio(value)
 
 
 def interval_cell(
@@ -134,7 +134,7 @@ def interval_cell(
     ends = known(nats)
     if interval is None and ends is not None:
         return f"{ends[0]:+,.0f} to {ends[1]:+,.0f} nats"
-    return between(interval, ratio, "-")
+    return between(interval, lambda end: ratio_cell(end, UNSET), "-")
 
 
 def ratio(value: float | None, digits: int = 3) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from cascade.core.schema import known, to_plain
+from cascade.core.schema import UNSET, known, to_plain
 from cascade.report.common.exit_wording import corpus_words, ratio, ratio_cell, show_threshold
 from cascade.report.common.records import percent
 from cascade.report.common.sections import (
@@ -189,6 +189,8 @@ def _figure(
 ) -> str:
     value: float | None = getattr(figures, name)
     if value is not None:
+        if name == "ratio" and not 1e-3 <= value < 1e6:
+            return ratio_cell(value, UNSET)
         return f"{value:,.{digits}f}" if value < 1e6 else ratio(value)
     if name == "ratio":
         return ratio_cell(None, figures.nats_difference)
