@@ -236,7 +236,7 @@ def _is_finite(value: Any) -> bool:
 def _text_of(value: Any) -> str:
     value = value.to_dict() if hasattr(value, "to_dict") else value
     try:
-        return json.dumps(value)
+        return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
         return str(value)
 
