@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from cascade.core.errors import UsageError
+from cascade.models.checkpoints.reading import is_installed
 
 #: The packages of the FlashAttention versions.
 _FLASH = {
@@ -93,7 +93,7 @@ def _lacking(kernel: str, device: torch.device | None, dtype: torch.dtype) -> st
     if kernel == "flex_attention":  # on a CPU, compiling it took a minute for each shape
         return None if on_gpu else "a CUDA device"
     if "/" in kernel:  # on the hub
-        return None if importlib.util.find_spec("kernels") else "the package kernels"
+        return None if is_installed("kernels") else "the package kernels"
     if _is_plain(kernel) or kernel in AttentionInterface().valid_keys():
         return None
     return "an attention function that is registered under this name"

@@ -28,11 +28,19 @@ ABSENT = [
 ]
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 @pytest.mark.parametrize("kernel", ABSENT)
-def test_a_kernel_in_the_config_that_is_not_here_is_replaced(
-    kernel: str, key: str, tmp_path: Path
+def test_a_kernel_that_is_not_here_is_replaced(kernel: str) -> None:
+    config = LlamaConfig(attn_implementation=kernel)
+    place = torch.device("cpu")
+    assert choose_attention(config, None, device=place, dtype=torch.float32) == kernel
+    assert config._attn_implementation is None
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_records_name_the_kernel_of_the_config_and_the_one_in_its_place(
+    key: str, tmp_path: Path
 ) -> None:
+    kernel = "flash_attention_2"
     folder = save_checkpoint(tmp_path / "m", num_layers=2)
     expected = load(folder)
     path = folder / "config.json"

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from cascade.core.errors import ModelError, first_line, os_reason
+from cascade.core.errors import CascadeError, ModelError, UnsupportedModelError, first_line
+from cascade.models.checkpoints.configs import read_json
 from cascade.models.checkpoints.reading import quiet_transformers
 
 _CONFIG = "adapter_config.json"
+#: Methods that change what the model reads, not what its layers compute.
+_PROMPT_METHODS = {
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+}
+#: Names of the weight files of a whole model.
+_MODEL_WEIGHTS = r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -27,7 +39,8 @@ def check_alone(folder: Path) -> None:
     Raises:
         ModelError: The folder holds a model as well.
     """
-    weights = [name for name in os.listdir(folder) if name.startswith(("model", "pytorch_model"))]
+    names = os.listdir(folder)
+    weights = [name for name in names if re.fullmatch(_MODEL_WEIGHTS, name)]
     if weights:
         raise ModelError(
             f"{folder} holds an adapter ({_CONFIG}) and a model ({sorted(weights)[0]}): expected"
@@ -45,19 +58,23 @@ def base_of(folder: Path) -> str:
         ModelError: The adapter does not name its base model.
     """
     path = folder / _CONFIG
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except OSError as error:
-        raise ModelError(
-            f"cannot read {path}: {os_reason(error)}; get the adapter again"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{path} names no base_model_name_or_path ({first_line(error)}); get the adapter again"
-        ) from error
+    settings = read_json(path)
+    kind = str(settings.get("peft_type", "LORA")).upper()
+    if kind in _PROMPT_METHODS:
+        raise _changes_the_input(str(folder), kind)
+    base = settings.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ModelError(f"{path} names no base_model_name_or_path; add the path of the base model")
-    return str(folder / base) if (folder / base).exists() else base
+    found = folder / os.path.expanduser(base)
+    if not found.exists():
+        return base
+    if has_adapter(found):
+        raise ModelError(
+            f"{folder} is an adapter of {found}, which is an adapter itself; expected a model:"
+            " merge the first one into its model with merge_and_unload(), and name that model in"
+            f" {_CONFIG}"
+        )
+    return str(found)
 
 
 def adapter_files(folder: Path) -> tuple[Path, ...]:
@@ -96,7 +113,13 @@ def apply_adapter(model: Any, folder: Path, source: str, *, merge: bool) -> Any:
     try:
         with quiet_transformers():
             adapted = PeftModel.from_pretrained(model, folder)
-            return adapted.merge_and_unload() if merge else adapted.get_base_model()
+        _check_used(adapted, folder, source)
+        with quiet_transformers():
+            if merge and _can_be_merged(adapted):
+                return adapted.merge_and_unload()
+            return adapted.get_base_model()
+    except CascadeError:
+        raise
     except Exception as error:  # peft raises many types, for a torn file and for another model
         raise ModelError(
             f"cannot apply the adapter {source}: {first_line(error)}; expected an adapter of its"
@@ -104,7 +127,78 @@ def apply_adapter(model: Any, folder: Path, source: str, *, merge: bool) -> Any:
         ) from error
 
 
+def _can_be_merged(adapted: Any) -> bool:
+    """Return whether peft can add an adapter to the weights; the others stay beside them."""
+    return not any(
+        config.peft_type.value == "ADAPTION_PROMPT" or getattr(config, "lora_bias", False)
+        for config in adapted.peft_config.values()
+    )
+
+
+def _check_used(adapted: Any, folder: Path, source: str) -> None:
+    """Check that every tensor of an adapter was applied, and that it lacks none.
+
+    peft only warns.
+
+    Raises:
+        ModelError: A tensor has no place in the base model, or one is missing.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    weights = adapter_files(folder)[1]
+    if weights.suffix != ".safetensors":
+        return
+    with safe_open(weights, framework="np") as file:
+        stored = set(file.keys())
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    unused = sorted(stored - expected - set(adapted.state_dict()))
+    missing = sorted(expected - stored)
+    if unused:
+        raise ModelError(
+            f"cannot apply the adapter {source}: its base model has no place for {unused[0]}"
+            f" ({len(unused)} in all); expected an adapter of this model, check"
+            f" base_model_name_or_path in {_CONFIG}"
+        )
+    if missing:
+        raise ModelError(
+            f"cannot apply the adapter {source}: it lacks {missing[0]} ({len(missing)} in all);"
+            " get the adapter again"
+        )
+
+
+def _changes_the_input(source: str, kind: str) -> ModelError:
+    return ModelError(
+        f"{source} is an adapter of the kind {kind}, which adds virtual tokens to the input or to"
+        " the cache; expected one that changes layers, such as LoRA"
+    )
+
+
 def without_wrapper(model: Any) -> Any:
-    """Return the model inside a `PeftModel`, adapters in place; any other model itself."""
-    wrapped = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-    return model.get_base_model() if wrapped else model
+    """Return the model inside a wrapper; any other model itself.
+
+    Args:
+        model: A model, perhaps in a `PeftModel` (whose adapters stay in place), or in the wrapper
+            of data-parallel training.
+
+    Raises:
+        ModelError: The adapter adds virtual tokens, or the weights are spread over processes.
+        UnsupportedModelError: It is no model of `transformers`.
+    """
+    if type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
+        model = model.module
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise ModelError(
+            "the model is wrapped in FullyShardedDataParallel, which spreads its weights over"
+            " processes; expected a whole model, save it and load it again"
+        )
+    if not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"expected a causal language model of transformers, got {type(model).__name__}"
+        )
+    if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
+        return model
+    for config in model.peft_config.values():
+        if config.is_prompt_learning:
+            raise _changes_the_input("the model", str(config.peft_type.value))
+    return model.get_base_model()

@@ -120,6 +120,7 @@ def _read_gguf(
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **_dequantized(),
                 **from_here,
             )
             model, report = loaded
@@ -135,6 +136,17 @@ def _read_gguf(
                 f"cannot read {path} as GGUF ({first_line(error)}): it is truncated, corrupted or"
                 " of an unsupported architecture; get the file again"
             ) from error
+
+
+def _dequantized() -> dict[str, Any]:
+    """Return the option that dequantizes, also where the package kernels could run packed weights.
+
+    Older releases of `transformers` have no such option, and always dequantize.
+    """
+    import transformers
+
+    settings = getattr(transformers, "GgufConfig", None)
+    return {} if settings is None else {"quantization_config": settings(dequantize=True)}
 
 
 def _scale_positions(config: Any, reader: GGUFReader, path: Path) -> None:

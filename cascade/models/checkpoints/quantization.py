@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from cascade.core.errors import ModelError
+from cascade.models.checkpoints.reading import is_installed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -210,7 +210,7 @@ def check_readable(quantization: Quantization, source: str, device: torch.device
             f"{about}, which runs on {method.device} devices only, got {device}; use --device"
             f" {method.device} on a machine with one, or get a dequantized checkpoint"
         )
-    missing = [pip for pip, module in method.packages.items() if not _is_installed(module)]
+    missing = [pip for pip, module in method.packages.items() if not is_installed(module)]
     if missing:
         packages = " and ".join(missing)
         plural = "s" if missing[1:] else ""
@@ -218,13 +218,6 @@ def check_readable(quantization: Quantization, source: str, device: torch.device
             f"{about}, which needs the package{plural} {packages}; run"
             f" `pip install {' '.join(missing)}`, or get a dequantized checkpoint"
         )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # of the parent, or blocked
-        return False
 
 
 def dequantize_when_read(config: Any, quantization: Quantization) -> None:

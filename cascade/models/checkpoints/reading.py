@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import logging
 import re
@@ -36,6 +37,19 @@ def cannot_read(path: Path, error: OSError) -> ModelError:
     denied = isinstance(error, PermissionError)
     remedy = "change its permissions" if denied else "get the checkpoint again"
     return ModelError(f"cannot read {path}: {os_reason(error)}; {remedy}")
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a module can be imported, without importing it.
+
+    Example:
+        >>> is_installed("torch"), is_installed("no.such.module")
+        (True, False)
+    """
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # the parent is absent, or the module is blocked
+        return False
 
 
 def transformers_version() -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cascade.core.errors import ModelError
 from cascade.models.checkpoints.configs import read_json
 from cascade.models.checkpoints.files import check_is_no_pointer
-from cascade.models.checkpoints.reading import read_or_explain
+from cascade.models.checkpoints.reading import is_installed, read_or_explain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +67,7 @@ def _check_files(folder: Path, source: str) -> None:
         return
     for pattern, package in _PACKAGES.items():
         file = next(iter(sorted(folder.glob(pattern))), None)
-        if file is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
+        if file is not None and not is_installed(package.replace("-", "_")):
             raise ModelError(
                 f"the tokenizer of {source} is {file.name}, which needs the package {package}; run"
                 f" `pip install {package}`, or copy a tokenizer.json into {folder}"

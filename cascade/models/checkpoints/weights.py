@@ -225,6 +225,12 @@ def from_folder(folder: Path, source: str) -> Weights:
         return _from_adapter(folder, source)
     config_path = folder / "config.json"
     if not config_path.exists():
+        adapters = sorted(path.name for path in folder.glob("*/") if has_adapter(path))
+        if adapters:
+            raise ModelError(
+                f"{folder} holds adapters in folders of their own ({', '.join(adapters)}), but no"
+                f" model; give one of them, e.g. {folder / adapters[0]}"
+            )
         raise ModelError(f"{folder} holds no config.json; expected a saved transformers model")
     check_is_no_pointer(config_path)
     config = read_json(config_path)
@@ -286,12 +292,27 @@ def _from_hub(source: str, revision: str | None) -> Weights:
         # The hub client raises a dozen unrelated types: bad name, no such repository, gated,
         # offline, time-out. For the user they all mean that the hub does not provide the weights.
         wanted = f"{source} at revision {revision}" if revision else source
+        reason, remedy = _hub_reason(error, source)
         raise ModelError(
-            f"no model {wanted}: no such folder, and the hub says: {first_line(error)}"
-            f"; {HOW_TO_GET_WEIGHTS}"
+            f"no model {wanted}: no such folder, and the hub says: {reason}; {remedy}"
         ) from error
     found = from_folder(folder, source)
     return replace(found, source=source, name=file_name(source), revision=folder.name)
+
+
+def _hub_reason(error: Exception, source: str) -> tuple[str, str]:
+    """Return why the hub does not provide a model, and what to do."""
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated", (
+            f"accept its terms on https://huggingface.co/{source} and run `hf auth login`"
+        )
+    if isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
+        reason = "HF_HUB_OFFLINE is set, and the model is not in the hub's cache on this machine"
+        return reason, f"unset HF_HUB_OFFLINE, or {HOW_TO_GET_WEIGHTS}"
+    return first_line(error), HOW_TO_GET_WEIGHTS
 
 
 def _from_gguf(files: Sequence[Path], source: str, name: str, digest: str) -> Weights:

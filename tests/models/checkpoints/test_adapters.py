@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from support.stacks import one_line
 from support.tiny_models import random_ids, save_checkpoint, tiny_model
 from torch import Tensor
@@ -73,6 +80,93 @@ def test_merged_and_unmerged_the_similarities_are_the_same(adapter: Path) -> Non
         atol=1e-5,
         rtol=0,
     )
+
+
+KINDS = {
+    "DoRA": lambda: LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]),
+    "rank patterns": lambda: LoraConfig(
+        r=2, rank_pattern={"layers.1.self_attn.q_proj": 4}, target_modules=["q_proj", "up_proj"]
+    ),
+    "biases": lambda: LoraConfig(r=2, lora_bias=True, target_modules=["q_proj"]),
+    "whole modules": lambda: LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]
+    ),
+    "IA3": lambda: IA3Config(target_modules=["v_proj"], feedforward_modules=[]),
+    "adaption prompts": lambda: AdaptionPromptConfig(adapter_len=2, adapter_layers=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_every_kind_are_applied(kind: str, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base")
+    config = KINDS[kind]()
+    config.task_type = "CAUSAL_LM"
+    adapted = get_peft_model(tiny_model("llama"), config).eval()
+    with torch.no_grad():
+        for weight in filter(lambda weight: weight.requires_grad, adapted.parameters()):
+            weight.add_(0.1)
+    adapted.save_pretrained(tmp_path / "tuned")
+    stack = load(name_base(tmp_path / "tuned", "../base"))
+    torch.testing.assert_close(logits(stack.model), logits(adapted), atol=1e-4, rtol=1e-4)
+    assert (logits(adapted) - logits(tiny_model("llama"))).abs().max() > 0.01
+
+
+def test_adapters_that_add_virtual_tokens_are_refused(tmp_path: Path) -> None:
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    adapted = get_peft_model(tiny_model("llama"), config)
+    adapted.save_pretrained(tmp_path / "tuned")
+    for measured in (lambda: load(tmp_path / "tuned"), lambda: DecoderStack(adapted)):
+        with pytest.raises(ModelError) as error:
+            measured()
+        assert "PROMPT_TUNING, which adds virtual tokens" in one_line(error)
+
+
+def test_an_adapter_on_the_hub_is_applied_to_its_base_on_the_hub(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    expected = load(adapter)
+    name_base(adapter, "acme/base")
+    for name, commit in (("base", "a" * 40), ("tuned", "b" * 40)):
+        repository = hub / f"models--acme--{name}"
+        shutil.copytree(tmp_path / name, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+    stack = load("acme/tuned")
+    torch.testing.assert_close(logits(stack.model), logits(expected.model), atol=0, rtol=0)
+    assert stack.provenance.name == "acme--tuned"
+    assert stack.provenance.revision == "b" * 40
+    assert stack.provenance.adapter == "acme/base"
+
+
+def test_an_adapter_of_an_adapter_is_refused(adapter: Path) -> None:
+    shutil.copytree(adapter, adapter.parent / "again")
+    with pytest.raises(ModelError, match="tuned, which is an adapter itself; expected a model"):
+        load(name_base(adapter.parent / "again", "../tuned"))
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"), [(3, "its base model has no place for base_"), (6, "it lacks base_model.")]
+)
+def test_an_adapter_of_other_layers_is_refused(layers: int, text: str, adapter: Path) -> None:
+    save_checkpoint(adapter.parent / "other", num_layers=layers)
+    with pytest.raises(ModelError) as error:
+        load(name_base(adapter, "../other"))
+    assert text in one_line(error)
+
+
+def test_folders_of_adapters_are_named(adapter: Path) -> None:
+    shutil.rmtree(adapter.parent / "base")
+    with pytest.raises(ModelError) as error:
+        load(adapter.parent)
+    assert "holds adapters in folders of their own (tuned)" in one_line(error)
+
+
+def test_cards_next_to_an_adapter_are_no_model(adapter: Path) -> None:
+    (adapter / "modelcard.json").write_text("{}")
+    assert load(adapter).provenance.name == "tuned"
 
 
 def test_the_hash_covers_base_and_adapter(adapter: Path) -> None:
@@ -143,3 +237,11 @@ def test_without_peft_one_line_names_the_package(
     with pytest.raises(ModelError) as error:
         load(adapter)
     assert "`pip install cascade-exit[peft]`" in one_line(error)
+
+
+def test_wrappers_of_training_are_taken_off() -> None:
+    plain = tiny_model("llama")
+    stack = DecoderStack(torch.nn.DataParallel(plain))  # type: ignore[arg-type]
+    assert stack.model is plain
+    with pytest.raises(ModelError, match="expected a causal language model of transformers, got L"):
+        DecoderStack(torch.nn.Linear(2, 2))  # type: ignore[arg-type]

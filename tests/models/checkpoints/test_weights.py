@@ -668,7 +668,7 @@ def test_error_for_an_unknown_model_says_how_to_get_weights(source: str) -> None
         resolve(source)
     text = one_line(error)
     assert text.startswith(f"no model {source}: no such folder, and the hub says: ")
-    assert text.endswith(f"; {HOW_TO_GET_WEIGHTS}")
+    assert text.endswith(HOW_TO_GET_WEIGHTS)
 
 
 def test_weights_come_from_a_wheel_a_local_file_or_the_hub() -> None:
