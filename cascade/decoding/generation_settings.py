@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from cascade.core.arguments import as_bool, as_float, as_int
-from cascade.core.errors import UsageError
+from cascade.core.errors import UsageError, first_line
 from cascade.models.stack import DecoderStack
 
 if TYPE_CHECKING:
@@ -356,13 +356,29 @@ def _others(values: Mapping[str, Any], *, do_sample: bool) -> dict[str, Any]:
         value = values[name]
         if _is_neutral(name, value):
             continue
-        if name == "watermarking_config":  # from JSON, it is a dictionary
-            value = GenerationConfig(watermarking_config=value).watermarking_config
+        if name == "watermarking_config":
+            value = _watermark(value)
         # transformers refuses the penalty 2 and takes 2.0.
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        is_number = isinstance(defaults.get(name), float) or name in ("min_p", "top_h", "max_time")
-        found[name] = float(value) if whole and is_number else value
+        elif isinstance(defaults.get(name), float) or name in ("min_p", "top_h", "max_time"):
+            number = as_float(value)
+            if number is None:
+                raise UsageError(f"expected {name} to be a number, got {value!r}")
+            value = number
+        found[name] = value
     return found
+
+
+def _watermark(value: Any) -> Any:
+    """Return the configuration of a watermark; from JSON, it is a dictionary."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig(watermarking_config=value).watermarking_config
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"expected watermarking_config to be what WatermarkingConfig of transformers takes, "
+            f"got {value!r} ({first_line(error)}); correct it"
+        ) from error
 
 
 def _is_neutral(name: str, value: Any) -> bool:

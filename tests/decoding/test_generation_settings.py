@@ -259,6 +259,7 @@ def test_prompt_and_new_tokens_may_fill_all_positions(length: int) -> None:
         ),
         ({"num_return_sequences": 2, "do_sample": True}, {"num_return_sequences": 1}),
         ({"guidance_scale": 1.5}, {"guidance_scale": 1}),
+        ({"guidance_scale": 0.0}, {"guidance_scale": 1}),
         ({"prompt_lookup_num_tokens": 3}, {"prompt_lookup_num_tokens": 0}),
         ({"token_healing": True}, {"token_healing": 0}),
     ],

@@ -234,7 +234,10 @@ def test_single_prompts_match_transformers_as_the_batch_does(setting: str) -> No
     # Whether padding counts as history is up to the release of transformers.
     stack = a_stack("llama")
     given = settings_of(setting, stack)
-    for ids, mask in ((PROMPT, MASK), (PROMPT[:1, 3:], MASK[:1, 3:])):
+    # The padding holds tokens that the model would write next.
+    padded = PROMPT.clone()
+    padded[0, :3] = own_text(stack)[0, 9:12]
+    for ids, mask in ((padded, MASK), (PROMPT[:1, 3:], MASK[:1, 3:])):
         expected = own_generate(stack, ids, attention_mask=mask, **given)
         got = generated(EarlyExit(stack), ids, mask, pad_token_id=1, **given).sequences
         assert torch.equal(got, expected)
@@ -338,11 +341,12 @@ def test_criteria_end_rows_as_in_transformers() -> None:
         )
 
 
-def test_time_limit_ends_text_as_in_transformers() -> None:
+@pytest.mark.parametrize("seconds", [0, 1e-9])
+def test_time_limit_ends_text_as_in_transformers(seconds: float) -> None:
     stack = a_stack("llama")
-    expected = own_generate(stack, PROMPT, attention_mask=MASK, max_time=1e-9)
+    expected = own_generate(stack, PROMPT, attention_mask=MASK, max_time=seconds)
     assert expected.shape == (3, 10)
-    assert torch.equal(text(EarlyExit(stack), max_time=1e-9), expected)
+    assert torch.equal(text(EarlyExit(stack), max_time=seconds), expected)
 
 
 # --- Settings that do not fit -----------------------------------------------------------------
@@ -360,6 +364,13 @@ def test_time_limit_ends_text_as_in_transformers() -> None:
             {"suppress_tokens": list(range(VOCABULARY))},
             "the generation settings suppress_tokens leave no token to choose at column 9; relax "
             "them",
+        ),
+        ({"max_time": "soon"}, "expected max_time to be a number, got 'soon'"),
+        (
+            {"watermarking_config": {"strength": 2}},
+            "expected watermarking_config to be what WatermarkingConfig of transformers takes, got "
+            "{'strength': 2} (WatermarkingConfig.__init__() got an unexpected keyword argument "
+            "'strength'); correct it",
         ),
         (
             {"logits_processor": Momentum()},
