@@ -442,7 +442,9 @@ def early_exit_of(
         ModelError: The calibration belongs to another model; names both models.
         UsageError: The heads differ from those of the calibration, or no threshold is chosen.
     """
-    check_same_model(to_plain(record.provenance.model), stack, what="this calibration's thresholds")
+    about = record.provenance
+    made_for = structs.replace(about.model, tokenizer_hash=about.tokenizer_hash)
+    check_same_model(made_for, stack, what="this calibration's thresholds")
     _check_heads(record, heads)
     return EarlyExit(
         stack,

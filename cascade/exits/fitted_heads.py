@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from cascade.core.errors import OutputError, RecordError, UsageError, first_line
@@ -140,6 +141,8 @@ class FittedHeads:
             ModelError: The heads belong to another model; names both models and what differs.
         """
         model = known(self.provenance.model) or ModelProvenance()
+        tokenizer = known(model.tokenizer_hash) or known(self.provenance.tokenizer_hash)
+        model = replace(model, tokenizer_hash=tokenizer)
         check_same_model(model, stack, what="these exit heads")
 
     def check_bos(self, bos: object) -> None:

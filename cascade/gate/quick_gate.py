@@ -289,7 +289,9 @@ def noise_here(stack: DecoderStack, ids: Array, about: Provenance) -> NoiseRecor
         ids: `[B, T]` token ids of a few sequences.
         about: The provenance of the run.
     """
-    origin = to_plain(about)
+    # A model in memory is known by its weights alone.
+    model = msgspec.structs.replace(about.model, weights_hash=stack.weights_hash())
+    origin = to_plain(msgspec.structs.replace(about, model=model))
     key = [origin.get(name) for name in ("model", "tokenizer_hash", "machine", "versions")]
     digest = sha256(
         json.dumps([key, sha256(ids.tobytes()).hexdigest()], allow_nan=False).encode()

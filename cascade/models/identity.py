@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,28 +91,64 @@ def plain_tensors(value: Any) -> Iterator[Tensor]:
 IDENTITY = ("revision", "family", "num_layers", "hidden_size", "dtype")
 
 
+@dataclass(frozen=True)
+class ModelDifference:
+    """A detail in which a model differs from the one that something was made for.
+
+    Attributes:
+        name: The detail, a field of `ModelProvenance`.
+        expected: The recorded value.
+        found: The model's value.
+    """
+
+    name: str
+    expected: str | int | None
+    found: str | int | None
+
+
+def model_differences(expected: ModelProvenance, stack: DecoderStack) -> list[ModelDifference]:
+    """Return in what a model differs from the one in a record: details, else tokenizer and weights.
+
+    Args:
+        expected: The model in the record. A tokenizer that the record or the model lacks is not
+            compared.
+        stack: The loaded model.
+    """
+
+    def compared(own: ModelProvenance, *names: str) -> list[ModelDifference]:
+        pairs = ((name, _value(expected, name), _value(own, name)) for name in names)
+        return [ModelDifference(*each) for each in pairs if each[1] != each[2]]
+
+    own = stack.provenance
+    found = compared(own, *IDENTITY)
+    if not found and None not in (known(expected.tokenizer_hash), known(own.tokenizer_hash)):
+        found = compared(own, "tokenizer_hash")
+    if not found:  # hash the weights only if nothing else differs
+        found = compared(replace(own, weights_hash=stack.weights_hash()), "weights_hash")
+    return found
+
+
 def check_same_model(
     expected: ModelProvenance | Mapping[str, Any], stack: DecoderStack, *, what: str
 ) -> None:
-    """Check that heads or a calibration were made for this model, revision and dtype.
+    """Check that something was made for this model: its revision, dtype, tokenizer and weights.
 
     Args:
-        expected: The `model` entry in the provenance of the heads or the calibration.
+        expected: The `model` entry in the provenance of what is checked.
         stack: The loaded model.
         what: What is checked, for the error message.
 
     Raises:
-        ModelError: They were made for another model; the message names both and the difference.
+        ModelError: It was made for another model; the message names both and the difference.
     """
-    wanted, own = from_plain(to_plain(expected), ModelProvenance), stack.provenance
-    differs = [name for name in IDENTITY if _value(wanted, name) != _value(own, name)]
-    if not differs:  # hash the weights only if nothing else differs
-        own = replace(own, weights_hash=stack.weights_hash())
-        differs = ["weights_hash"] if known(wanted.weights_hash) != own.weights_hash else []
+    wanted = from_plain(to_plain(expected), ModelProvenance)
+    differs = model_differences(wanted, stack)
     if differs:
+        made = ", ".join(f"{one.name} {one.expected}" for one in differs)
+        got = ", ".join(f"{one.name} {one.found}" for one in differs)
         raise ModelError(
-            f"{what} belong to {_named(wanted, differs)}, but the model is "
-            f"{_named(own, differs)}; make them again for this model"
+            f"{what} belong to {_named(wanted)} ({made}), but the model is "
+            f"{_named(stack.provenance)} ({got}); make them again for this model"
         )
 
 
@@ -120,6 +157,5 @@ def _value(model: ModelProvenance, name: str) -> str | int | None:
     return value
 
 
-def _named(model: ModelProvenance, differs: Sequence[str]) -> str:
-    details = ", ".join(f"{name} {_value(model, name)}" for name in differs)
-    return f"{known(model.name) or known(model.family) or 'an unknown model'} ({details})"
+def _named(model: ModelProvenance) -> str:
+    return known(model.name) or known(model.family) or "an unknown model"

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from support.stacks import ALL_FAMILIES, own_run
 from support.tiny_models import random_ids, save_checkpoint, tiny_model
 from torch import Tensor, nn
 
 from cascade.core.errors import ModelError
 from cascade.core.schema import UNSET
+from cascade.models.identity import check_same_model
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 
@@ -87,3 +89,26 @@ def test_a_tokenizer_of_far_fewer_tokens_than_the_model_embeds_is_refused(tmp_pa
     )
     save_checkpoint(folder, vocab_size=190)
     assert load(folder).vocab_size == 190
+
+
+@pytest.mark.parametrize(
+    ("made_with", "here", "refused"),
+    [("t1", "t2", True), ("t1", "t1", False), (None, "t2", False), ("t1", None, False)],
+)
+def test_another_tokenizer_is_another_model(
+    made_with: str | None, here: str | None, refused: bool
+) -> None:
+    stack = DecoderStack(tiny_model("llama"))
+    made_for = replace(
+        stack.provenance, weights_hash=stack.weights_hash(), tokenizer_hash=made_with
+    )
+    stack.provenance = replace(stack.provenance, tokenizer_hash=here)
+    if not refused:
+        check_same_model(made_for, stack, what="these heads")
+        return
+    with pytest.raises(ModelError) as error:
+        check_same_model(made_for, stack, what="these heads")
+    assert str(error.value) == (
+        "these heads belong to llama (tokenizer_hash t1), but the model is llama "
+        "(tokenizer_hash t2); make them again for this model"
+    )

@@ -12,7 +12,7 @@ from msgspec import structs
 
 from cascade.core.arrays import Array
 from cascade.core.errors import RecordError, UsageError
-from cascade.core.schema import to_plain
+from cascade.core.schema import known
 from cascade.corpora.blocks import TokenBlocks
 from cascade.corpora.bos import check_same_bos
 from cascade.evaluation.exit_curves import exits_and_wrong, lowest_threshold, threshold_of_share
@@ -32,6 +32,7 @@ from cascade.evaluation.search.stored_evaluations import Answer, StoredEvaluatio
 from cascade.evaluation.verdict import CONTROLS
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.rules import check_layers, find_rule
+from cascade.models.identity import model_differences
 from cascade.models.stack import DecoderStack
 
 if TYPE_CHECKING:
@@ -296,7 +297,10 @@ def check_same_inputs(
         CorpusError: Only one of the texts begins with BOS.
     """
     provenance = evaluation.record.provenance
-    expected, own = to_plain(provenance.model), to_plain(stack.provenance)
+    made_for = structs.replace(provenance.model, tokenizer_hash=provenance.tokenizer_hash)
+    if known(made_for.weights_hash) is None:  # of a model in memory, which has no other record
+        made_for = structs.replace(made_for, weights_hash=stack.weights_hash())
+    differs = model_differences(made_for, stack)
     fingerprint = None if heads is None else heads.fingerprint()
     check_same_bos(
         provenance.corpus.bos,
@@ -305,7 +309,7 @@ def check_same_inputs(
         again="evaluate again",
     )
     for what, was, now in (
-        *((name, expected.get(name), own.get(name)) for name in _MODEL),
+        *((one.name, one.expected, one.found) for one in differs),
         ("text to fit on", evaluation.fitted_on.fingerprint, fit.fingerprint()),
         ("text to confirm on", provenance.corpus.fingerprint, confirm.fingerprint()),
         ("heads", provenance.heads_fingerprint, fingerprint),
@@ -315,10 +319,6 @@ def check_same_inputs(
                 f"expected the {what} of the evaluation, {was}, got {now}; use the same {what}, or "
                 "evaluate again"
             )
-
-
-#: Fields of a model's provenance that two runs must share.
-_MODEL = ("family", "num_layers", "hidden_size", "revision", "dtype", "weights_hash")
 
 
 # --- Fitting thresholds ----------------------------------------------------------------------
