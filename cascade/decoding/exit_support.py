@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cascade.core.errors import UnsupportedModelError, first_line
 from cascade.decoding.kv_cache import KeyValueCache
+from cascade.models.architecture import text_config_of
 from cascade.models.layer_states import other_state, shared_keys
 from cascade.models.probing import close
 from cascade.models.stack import DecoderStack
@@ -78,10 +79,16 @@ def check_exits(stack: DecoderStack, *, exact: bool = False) -> None:
 
 @torch.no_grad()
 def _find(stack: DecoderStack) -> ExitSupport:
-    obstacle = other_state(stack.model, stack.layers) or stack.step_obstacle
+    obstacle = (
+        other_state(stack.model, stack.layers) or stack.step_obstacle or stack.readout_obstacle
+    )
     if obstacle is not None:
         return ExitSupport(obstacle)
-    ids = torch.arange(12, device=stack.device).remainder(stack.vocab_size).reshape(2, 6)
+    # RoBERTa counts positions from the padding token, which is in no text.
+    padding = getattr(text_config_of(stack.model.config), "pad_token_id", None)
+    tokens = [token for token in range(min(13, stack.vocab_size)) if token != padding]
+    ids = torch.tensor([tokens[at % len(tokens)] for at in range(12)], device=stack.device)
+    ids = ids.reshape(2, 6)
     history: dict[int, Tensor] = {}
     stack.visit(ids, history.__setitem__)
     cache = KeyValueCache(stack.num_layers, *ids.shape)

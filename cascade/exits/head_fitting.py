@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from cascade.core.errors import ModelError, UsageError, not_finite
+from cascade.core.errors import ModelError, UnsupportedModelError, UsageError, not_finite
 from cascade.core.provenance import Provenance
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.exits.fitted_heads import HELD_OUT, FittedHeads
@@ -49,6 +49,7 @@ def fit_heads(
         UsageError: A layer is outside 1..N or is given twice, or no layer is given.
         CorpusError: Sequences are longer than the model's positions, or the batch size is below 1.
         ModelError: A layer's output is NaN or infinite, or a token id exceeds the vocabulary.
+        UnsupportedModelError: The LM head does not read states of the layers' width.
 
     Example:
         >>> from cascade import fit_heads, load, load_blocks
@@ -62,6 +63,12 @@ def fit_heads(
     if len(set(layers)) != len(layers) or not layers:
         raise UsageError(f"expected distinct exit layers, got {layers}")
     check_blocks(stack, blocks, batch_size)
+    read = getattr(stack.lm_head, "in_features", stack.hidden_size)
+    if read != stack.hidden_size:
+        raise UnsupportedModelError(
+            f"no heads can be fitted for {stack.model.config.model_type}: its LM head reads {read}"
+            f" numbers per token, its states have {stack.hidden_size}; use the logit lens"
+        )
     fitter = _Fitter(stack, sorted(layers))
     for ids, numbers in blocks.batches(batch_size):
         fitter.add(torch.from_numpy(ids).long().to(stack.device), numbers)
@@ -124,12 +131,12 @@ class _Fitter:
 
     def __init__(self, stack: DecoderStack, layers: list[int]) -> None:
         self.stack, self.layers = stack, layers
-        projections = [_projections(layer) for layer in stack.layers]
-        self.of_states = any(found is None for found in projections)
-        self.projections = [] if self.of_states else projections
-        self.width = stack.hidden_size
-        if not self.of_states:
-            self.width = sum(projection.out_features for projection in projections[0] or ())
+        found = [_projections(layer) for layer in stack.layers]
+        widths = {projection.out_features for pair in found for projection in pair or ()}
+        # A map predicts keys and values of one width, or else the inputs of the layers.
+        self.of_states = None in found or len(widths) > 1
+        self.projections = [] if self.of_states else found
+        self.width = stack.hidden_size if self.of_states else 2 * widths.pop()
         self.equations = {
             layer: [
                 NormalEquations(

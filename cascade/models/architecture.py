@@ -111,21 +111,28 @@ def find_decoder(model: PreTrainedModel, layers: nn.ModuleList) -> nn.Module:
     )
 
 
+#: Where configs count the decoder's layers. In BART, `num_hidden_layers` are those of the encoder;
+#: in LongCat, it counts the two attentions of each layer.
+_DEPTHS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "num_layers")
+
+
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers: the outermost list with the length that the text config counts.
 
     A vision or audio tower can have a list of the same length. The decoder's is then the one that
     runs on text.
     """
-    depth = getattr(text_config_of(model.config), "num_hidden_layers", 0)
+    config = text_config_of(model.config)
     blocks = set(model._no_split_modules or ())
-    lists = [
-        (not blocks & {type(child).__name__ for child in module}, name.count("."), module)
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
-    ]
+    lists: list[tuple[bool, int, nn.ModuleList]] = []
+    for depth in (getattr(config, name, 0) for name in _DEPTHS):
+        lists = lists or [
+            (not blocks & {type(child).__name__ for child in module}, name.count("."), module)
+            for name, module in model.base_model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == depth > 0
+        ]
     if not lists:
-        raise _no_layers(model, depth, blocks)
+        raise _no_layers(model, getattr(config, "num_hidden_layers", 0), blocks)
     ordered = [module for _, _, module in sorted(lists, key=lambda entry: entry[:2])]
     if text_config_of(model.config) is not model.config:
         inside = {id(module) for module in model.get_decoder().modules()}
@@ -157,19 +164,30 @@ def _run_on_text(model: PreTrainedModel, lists: list[nn.ModuleList]) -> nn.Modul
 
 def _no_layers(model: PreTrainedModel, depth: int, blocks: set[str]) -> UnsupportedModelError:
     """Return the error for a model without a list of `depth` layers of the classes `blocks`."""
-    counts = {
+    family = model.config.model_type
+    counts = [
         len(module)
         for module in model.base_model.modules()
         if isinstance(module, nn.ModuleList) and blocks & {type(child).__name__ for child in module}
-    }
+    ]
+    if not depth:
+        return UnsupportedModelError(
+            f"the config of {family} counts no decoder layers; expected num_hidden_layers, and a"
+            " decoder-only model whose layers are an nn.ModuleList"
+        )
     if len(counts) == 1:
         (count,) = counts
         return UnsupportedModelError(
             f"the model has {count} decoder layers, but its config counts {depth}; set"
             f" model.config.num_hidden_layers to {count} where layers were removed or added"
         )
+    if counts:
+        return UnsupportedModelError(
+            f"{family} has {len(counts)} lists of {' and '.join(map(str, sorted(set(counts))))}"
+            f" layers, and its config counts {depth}; expected one list, whose layers run once each"
+        )
     return UnsupportedModelError(
-        f"{model.config.model_type} has no list of {depth} decoder layers; "
+        f"{family} has no list of {depth} decoder layers; "
         "expected a decoder-only model whose layers are an nn.ModuleList"
     )
 
@@ -232,14 +250,24 @@ def check_layer_numbers(layers: nn.ModuleList) -> None:
         id(module) for layer in layers for module in layer.modules() if hasattr(module, "layer_idx")
     )
     for index, layer in enumerate(layers):
-        for module in layer.modules():
-            found = getattr(module, "layer_idx", index)
-            # Zamba 2 gives -1 to modules that store nothing.
-            if isinstance(found, int) and found not in (index, -1) and counts[id(module)] == 1:
-                raise ModelError(
-                    f"decoder layer {index + 1} has layer_idx {found}, expected {index}: layers"
-                    " were removed or moved; set layer_idx again, or save and load the model"
-                )
+        found: set[Any] = {
+            module.layer_idx
+            for module in layer.modules()
+            if counts[id(module)] == 1 and module is not layer
+        }
+        # Zamba 2 gives -1 to modules that store nothing.
+        inside: set[int] = {number for number in found if isinstance(number, int)} - {-1}
+        # A layer of LongCat has two attentions, each with a number of its own.
+        several = range(len(inside) * index, len(inside) * (index + 1))
+        wrong = inside - ({index} if len(inside) == 1 else set(several))
+        own = getattr(layer, "layer_idx", index)
+        if isinstance(own, int) and own not in (index, -1) and counts[id(layer)] == 1:
+            wrong.add(own)
+        if wrong:
+            raise ModelError(
+                f"decoder layer {index + 1} has layer_idx {min(wrong)}, expected {index}: layers"
+                " were removed or moved; set layer_idx again, or save and load the model"
+            )
 
 
 def check_dtypes(layers: nn.ModuleList) -> None:

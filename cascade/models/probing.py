@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from cascade.core.errors import UnsupportedModelError
 from cascade.models.architecture import run_decoder, text_config_of
-from cascade.models.overrides.hooks import as_output, call_hooks, hidden_of, layer_hooks
+from cascade.models.overrides.hooks import (
+    as_output,
+    call_hooks,
+    hidden_of,
+    layer_hooks,
+    split_output,
+)
 from cascade.models.streams import StreamLayout, layout_of
 
 if TYPE_CHECKING:
@@ -22,17 +28,20 @@ class Probe:
     """The result of `probe`.
 
     Attributes:
-        tuple_sizes: The length of the tuple that each layer returns; 0 for a plain tensor.
+        tuple_sizes: The length of the tuple or list that each layer returns; 0 for a plain tensor.
         has_final_norm: Whether a norm of the same width follows the last layer.
         layout: How the layers take and return the residual stream.
         linked_layer: The first layer that takes a value from an earlier layer next to the hidden
             states, 1..N; None if there is no such layer.
+        scaled_layer: The first layer that takes a multiple of what the layer before it returns, or
+            None.
     """
 
     tuple_sizes: tuple[int, ...]
     has_final_norm: bool
     layout: StreamLayout
     linked_layer: int | None = None
+    scaled_layer: int | None = None
 
     def output(self, index: int, hidden: Tensor) -> Any:
         """Return hidden states in the same form as a layer's output.
@@ -60,6 +69,7 @@ def probe(model: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList) -> 
     family = model.config.model_type
     config = text_config_of(model.config)
     outputs: list[Any] = []
+    inputs: list[Any] = []
     linked: list[int] = []
     ran: list[nn.Module] = []
     # The rows differ only in their last token, which must not affect the states before it.
@@ -67,8 +77,11 @@ def probe(model: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList) -> 
     ids[1, -1] = int(config.vocab_size) // 2
 
     def note_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rests = [rest for output in outputs if isinstance(output, tuple) for rest in output[1:]]
+        rests = [
+            rest for output in outputs if isinstance(output, (tuple, list)) for rest in output[1:]
+        ]
         taken = [*args[1:], *kwargs.values()]
+        inputs.append(split_output(args, kwargs)[0])
         if any(rest is value for rest in rests if rest is not None for value in taken):
             linked.append(len(outputs) + 1)
 
@@ -79,6 +92,7 @@ def probe(model: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList) -> 
     with call_hooks(layers, note_input), layer_hooks(layers, note):
         final = run_decoder(decoder, ids)
     _check_runs(family, layers, ran)
+    scaled = _check_chain(family, inputs, outputs)
     width = int(config.hidden_size)
     layouts: list[StreamLayout] = []
     for number, output in enumerate(outputs, start=1):
@@ -99,10 +113,11 @@ def probe(model: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList) -> 
     # A model without a final norm (or with one that changes the width, as OPT-350m's
     # projection does) has no "N+norm" row to compare.
     return Probe(
-        tuple(len(output) if isinstance(output, tuple) else 0 for output in outputs),
+        tuple(len(output) if isinstance(output, (tuple, list)) else 0 for output in outputs),
         final.shape == last.shape and not torch.equal(final, last),
         layout,
         linked[0] if linked else None,
+        scaled,
     )
 
 
@@ -131,6 +146,31 @@ def _check_runs(family: str, layers: nn.ModuleList, ran: list[nn.Module]) -> Non
     times = len(ran) // len(layers)
     how = f"{times} times" if ran == list(layers) * times else "in another order"
     raise UnsupportedModelError(f"{family} runs its {len(layers)} decoder layers {how}; {expected}")
+
+
+def _check_chain(family: str, inputs: list[Any], outputs: list[Any]) -> int | None:
+    """Check that each layer takes what the layer before it returns, or a multiple of it.
+
+    Returns:
+        The first layer that takes another multiple, 1..N, or None.
+    """
+    scaled = None
+    for number, (output, taken) in enumerate(zip(outputs, inputs[1:], strict=False), start=2):
+        hidden = hidden_of(output)
+        if taken is hidden or not isinstance(hidden, Tensor):
+            continue  # an output that is no tensor is refused below
+        if isinstance(taken, Tensor) and taken.shape == hidden.shape:
+            taken = taken.to(hidden.device)
+            if torch.equal(taken, hidden) or not torch.isfinite(hidden).all():
+                continue
+            if close(taken.norm() / hidden.norm() * hidden, taken):
+                scaled = scaled or number
+                continue
+        raise UnsupportedModelError(
+            f"decoder layer {number} of {family} does not take what layer {number - 1} returns;"
+            " expected layers that follow each other, with nothing computed in between"
+        )
+    return scaled
 
 
 def _check_causal(rows: Tensor, family: str) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cascade.core.errors import UnsupportedModelError
+from cascade.core.errors import UnsupportedModelError, first_line
 from cascade.models.architecture import run_decoder, text_config_of
 from cascade.models.fast_layers import product
-from cascade.models.overrides.hooks import as_output, split_output
+from cascade.models.overrides.hooks import as_output, hidden_of, layer_hooks, split_output
 from cascade.models.overrides.stand_ins import StandIns
 from cascade.models.overrides.views import paths_of, with_descendants, with_own_hooks
-from cascade.models.probing import Probe
+from cascade.models.probing import Probe, close
+from cascade.models.text_decoders import has_text_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +44,50 @@ class Readout:
         self.probe = probe
         self.lm_head: nn.Module = model.get_output_embeddings()
         self._head_paths = paths_of(self.lm_head, model)
-        self._direct_norm = self._find_direct_norm()
+        #: Why states cannot be turned into logits, in one line, or None if they can.
+        self.obstacle = self._find_obstacle()
+        self._direct_norm: nn.Module | None = None
+        # A larger model that does not run on text is refused by DecoderStack, which says why.
+        with contextlib.suppress(*([Exception] if has_text_decoder(model) else [])):
+            self._direct_norm = None if self.obstacle else self._find_direct_norm()
+
+    @torch.no_grad()
+    def _find_obstacle(self) -> str | None:
+        """Decode the last layer's states of a short text; return why they do not give the logits.
+
+        Raises:
+            UnsupportedModelError: The model does not run on token ids alone.
+        """
+        if has_text_decoder(self.model):
+            return None  # DecoderStack checks the logits of those
+        family = self.model.config.model_type
+        ids = torch.zeros((1, 3), dtype=torch.long, device=self.model.device)
+        ids[0, 1:] = int(text_config_of(self.model.config).vocab_size) // 2
+        states: list[Tensor] = []
+        model, layers = self.stand_ins.for_hooks(self.model)
+        try:
+            with layer_hooks(layers[-1:], lambda _, output: states.append(hidden_of(output))):
+                own = _logits_of(model, ids)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # families raise any error where they need other inputs
+            raise UnsupportedModelError(
+                f"{family} does not run on token ids alone ({first_line(error)}); expected a model"
+                " that continues text"
+            ) from error
+        if not torch.isfinite(own).all():
+            return None  # reported by what is measured, with the layer that does it
+        try:
+            same = close(self._decode_by_model(self.probe.layout.joined(states[0])), own)
+        except Exception as error:  # of layers that return more than states
+            return f"the states of {family} alone give no logits ({first_line(error)})"
+        return None if same else f"the logits of {family} need more than the last layer's states"
+
+    def _check(self) -> None:
+        if self.obstacle is not None:
+            raise UnsupportedModelError(
+                f"{self.obstacle}; use `cascade analyze` and `cascade gate`, which need no logits"
+            )
 
     @torch.no_grad()
     def _find_direct_norm(self) -> nn.Module | None:
@@ -63,6 +107,7 @@ class Readout:
 
     def decode(self, hidden: Tensor) -> Tensor:
         """Return the logits `[B, T, V]` of states before the final norm, `[B, T, D]`."""
+        self._check()
         if self._direct_norm is None or hidden.dtype != self.model.dtype:
             return self._decode_by_model(hidden)  # which converts a wider residual stream
         with _gradients_of(hidden):
@@ -70,6 +115,7 @@ class Readout:
 
     def decode_normed(self, normed: Tensor) -> Tensor:
         """Return the logits `[B, T, V]` of states after the final norm, `[B, T, D]`."""
+        self._check()
         if self._direct_norm is None:
             return self._decode_normed_by_model(normed)
         with _gradients_of(normed):
@@ -86,6 +132,7 @@ class Readout:
             raise UnsupportedModelError(
                 f"this {self.model.config.model_type} has no final norm that keeps the width"
             )
+        self._check()
         if self._direct_norm is not None and hidden.dtype == self.model.dtype:
             normed: Tensor = self._direct_norm(hidden)
             return normed
@@ -124,7 +171,10 @@ class Readout:
 
 
 def _logits(model: nn.Module, like: Tensor) -> Tensor:
-    ids = _ids_like(like)
+    return _logits_of(model, _ids_like(like))
+
+
+def _logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     logits: Tensor = model(
         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
     ).logits

@@ -210,6 +210,9 @@ class DecoderStack:
     @property
     def step_obstacle(self) -> str | None:
         """Why layers cannot be run one at a time (see `plan`), or None if they can."""
+        layer = self._probe.scaled_layer
+        if layer is not None:
+            return f"decoder layer {layer} takes a multiple of what layer {layer - 1} returns"
         layer = self._probe.linked_layer
         if layer is None:
             return None
@@ -217,6 +220,11 @@ class DecoderStack:
             f"decoder layer {layer} ({type(self.layers[layer - 1]).__name__}) takes a second value"
             " from an earlier layer next to the hidden states"
         )
+
+    @property
+    def readout_obstacle(self) -> str | None:
+        """Why hidden states cannot be turned into logits (see `decode`), or None if they can."""
+        return self._readout.obstacle
 
     @property
     def attends(self) -> tuple[bool, ...]:
@@ -350,6 +358,9 @@ class DecoderStack:
 
         Returns:
             Logits, `[B, T, V]`.
+
+        Raises:
+            UnsupportedModelError: The model's logits need more than the last layer's states.
         """
         return self._readout.decode(hidden)
 

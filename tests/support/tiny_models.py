@@ -133,14 +133,18 @@ def tiny_model(
         settings["attention_types"] = [[["global", "local"], num_layers // 2]]
     config = AutoConfig.for_model(family, num_hidden_layers=num_layers, **settings)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms and biases
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            else:
-                parameter.mul_(4.0)  # the default spread of 0.02 hardly moves a narrow stream
-    return model
+    return perturbed(AutoModelForCausalLM.from_config(config))
+
+
+@torch.no_grad()
+def perturbed(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a new model in evaluation mode, its weights changed so that every layer matters."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms and biases
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        else:
+            parameter.mul_(4.0)  # the default spread of 0.02 hardly moves a narrow stream
+    return model.eval()
 
 
 def random_ids(batch: int = 2, length: int = 12, *, seed: int = 0) -> torch.Tensor:

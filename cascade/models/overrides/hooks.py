@@ -59,7 +59,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def hidden_of(output: Any) -> Any:
     """Return the hidden states of a layer's output."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def as_output(hidden: Tensor, size: int) -> Any:
@@ -67,7 +67,7 @@ def as_output(hidden: Tensor, size: int) -> Any:
 
     Args:
         hidden: `[B, T, D]`.
-        size: The length of the tuple that the layer returns; 0 for a plain tensor.
+        size: The length of the tuple or list that the layer returns; 0 for a plain tensor.
     """
     return (hidden,) + (None,) * (size - 1) if size else hidden
 
