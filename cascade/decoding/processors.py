@@ -152,6 +152,8 @@ class Processing:
             processors, criteria = _prepared_by_transformers(
                 stack, prompt, config.transformers_settings(new_tokens), custom
             )
+        except Warning:  # where warnings are errors
+            raise
         except Exception as error:
             # The forward pass is not run, so only settings can be wrong.
             raise _rejected(settings, error) from error

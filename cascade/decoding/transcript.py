@@ -136,6 +136,10 @@ class GenerationRecord(StoredRecord, frozen=True, kw_only=True):
     bos: Literal["yes", "no"] | UnsetType = UNSET
 
 
+#: Settings of the run before the timed ones; a minimum length would not fit.
+_ONE_TOKEN = {"max_new_tokens": 1, "min_new_tokens": None, "min_length": None}
+
+
 def transcribe(
     early: EarlyExit,
     prompt: str,
@@ -181,7 +185,7 @@ def transcribe(
     settings = dict(settings or {})
     # Warm up before the timed runs; a few tokens are enough.
     first = ids[:, -8:]
-    early.generate(first, first.new_ones(first.shape), **settings | {"max_new_tokens": 1})
+    early.generate(first, first.new_ones(first.shape), **settings | _ONE_TOKEN)
     run = _timed(early, ids, settings, verify=verify)
     comparison = None
     if compare:
