@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.corpora import decoded, in_lines
-from support.tiny_models import tiny_tokenizer
+from support.tiny_models import save_checkpoint, tiny_bos_tokenizer, tiny_tokenizer
 
 from cascade.core.errors import CorpusError
 from cascade.core.schema import UNSET
@@ -106,6 +106,20 @@ def test_records_of_a_template_that_ends_with_eos_are_joined_without_another(
     assert responses(blocks) == ".... ab \n.... ab \n"
 
 
+def test_a_template_that_writes_bos_gives_one(tmp_path: Path) -> None:
+    path = in_lines(tmp_path / "x.jsonl", [{"messages": MESSAGES[1:3]}] * 2)
+    tokenizer = tiny_bos_tokenizer()
+    found = []
+    for template in (STRICT, "{{ bos_token }}" + STRICT):
+        tokenizer.chat_template = template
+        found.append(load_blocks(path, tokenizer, seq_len=10, marks=True))
+    assert found[0].ids[:, 0].tolist() == [tokenizer.bos_token_id] * 2
+    assert np.array_equal(found[0].ids, found[1].ids)
+    assert np.array_equal(found[0].response, found[1].response)  # type: ignore[arg-type]
+    assert found[0].response is not None
+    assert found[0].response[0].tolist() == [False] * 5 + [True] * 5
+
+
 def test_marks_change_no_token(tmp_path: Path) -> None:
     records = [{"messages": MESSAGES[1:]}, {"messages": MESSAGES[1:3]}]
     for template in (None, HEADED, STRICT):
@@ -174,6 +188,18 @@ def test_null_and_empty_chats_are_counted(tmp_path: Path) -> None:
     records = [{"messages": None}, {"messages": []}, {"messages": MESSAGES[1:3]}]
     blocks = read(records, tmp_path, STRICT)
     assert (blocks.records, blocks.empty_records) == (1, 2)
+
+
+def test_reports_name_the_form(tmp_path: Path) -> None:
+    from cascade.models.loading import load
+    from cascade.report.common.records import headline
+    from cascade.saturation.profile import analyze
+
+    stack = load(save_checkpoint(tmp_path / "model"))
+    profile = analyze(stack, [{"messages": MESSAGES}], seq_len=8)
+    assert dict(headline(profile.record()))["Corpus"].endswith(
+        "; read as chat (messages), plain roles"
+    )
 
 
 def test_old_forms_record_none(tmp_path: Path) -> None:

@@ -104,6 +104,15 @@ def test_pieces_have_the_ids_and_offsets_of_the_whole(
     assert in_pieces(long, kind)[0] == ids
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unit", ["a", "1"])
+def test_stretches_without_white_space_have_the_ids_of_the_whole(kind: str, unit: str) -> None:
+    for length in range(150, 900, 50):
+        text = "river " * 10 + "12345" + unit * length + " lamp" * 150
+        whole = tokenizer(kind)(text, add_special_tokens=False)["input_ids"]
+        assert in_pieces(text, kind)[0] == whole, length
+
+
 @pytest.mark.parametrize("unit", ["river ", "a"])
 def test_no_more_text_is_read_than_needed(unit: str) -> None:
     read = []
