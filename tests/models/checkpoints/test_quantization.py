@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from support.stacks import one_line
 from support.tiny_models import random_ids, save_checkpoint, tiny_model, tiny_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
 from cascade.core.errors import DeviceError, ModelError
-from cascade.models.checkpoints.quantization import METHODS, quantization_of
+from cascade.models.checkpoints.quantization import METHODS, dequantize_when_read, quantization_of
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import similarities
@@ -314,3 +314,12 @@ def test_compressed_tensors_are_decompressed_before_they_are_measured(tmp_path: 
     torch.testing.assert_close(logits(stack.model), expected, atol=1e-5, rtol=1e-5)
     check_steps(stack)
     assert "activations of 8 bit" in str(stack.provenance.quantization)
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "mxfp8", "gptq"])
+def test_methods_that_a_gpu_or_a_package_would_decide_are_dequantized(method: str) -> None:
+    config = LlamaConfig(quantization_config={"quant_method": method})
+    scheme = quantization_of(config.to_dict(), "model")
+    assert scheme is not None
+    dequantize_when_read(config, scheme)
+    assert config.quantization_config.get("dequantize", False) is (method != "gptq")
