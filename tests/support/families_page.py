@@ -32,7 +32,8 @@ What "works" means is checked for each family:
   less than {close_cosine:g}. RWKV halves states between layers; there they are equal up to that
   factor. Where states are read out, logits are the model's, bit for bit.
 - **Exits**: with a threshold of infinity, logits are the model's (up to the order of summation:
-  {close:g} of the largest) and the text is the model's greedy text without a cache, also after padding on the left.
+  {close:g} of the largest) and the text is the model's greedy text without a cache, also after
+  padding on the left.
   With a threshold of minus infinity, logits are the exit head's. Generating a text gives the exits
   and predictions that scoring it gives. With `verify=True`, the text is the model's.
 - **Skips work**: the layers compute exited tokens only as far as later tokens need them. Elsewhere
