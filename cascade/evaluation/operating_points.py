@@ -23,13 +23,8 @@ from cascade.exits.rules import check_layers, find_rule
 from cascade.models.flops import Counts, flops, full_flops
 from cascade.models.stack import DecoderStack
 from cascade.stats.decision import reaches
-from cascade.stats.perplexity import (
-    nats_interval,
-    perplexity,
-    ratio_interval,
-    resampled_nats,
-    stored_nats,
-)
+from cascade.stats.perplexity import perplexity, stored_nats
+from cascade.stats.perplexity_intervals import nats_interval, ratio_interval, resampled_nats
 from cascade.stats.ratios import student_ratio_interval
 from cascade.stats.resampling import mean_interval
 

@@ -30,7 +30,8 @@ from cascade.stages.records import (
     ScopeFigures,
     VariantFigures,
 )
-from cascade.stats.perplexity import perplexity, ratio_interval
+from cascade.stats.perplexity import perplexity
+from cascade.stats.perplexity_intervals import ratio_interval
 from cascade.stats.resampling import draws, interval
 
 #: The scopes of every figure. A token counts by the text that it predicts.

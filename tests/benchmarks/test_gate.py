@@ -49,8 +49,10 @@ def few_records() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             benchmark,
-            "load_blocks",
-            lambda *names, **given: load_blocks(*names, **(given | {"num_samples": 20})),
+            "_blocks",
+            lambda stack, baseline: load_blocks(
+                "embedded", stack.tokenizer, seq_len=LENGTH, num_samples=20
+            ),
         )
         yield
 

@@ -114,7 +114,8 @@ def test_help_shows_one_value_of_a_list_and_no_type_of_a_flag() -> None:
     }
     expected = {"--overwrite": "", "--seed": "<int>", "--hard-ratio": "<float>", "--rule": "<str>"}
     assert {flag: shown[flag] for flag in expected} == expected
-    assert set(shown.values()) == {"", "<int>", "<float>", "<str>", "<path>"}
+    kinds = {"", "<int>", "<float>", "<str>", "<path>", "<file|key=value>"}
+    assert set(shown.values()) == kinds
 
 
 def test_the_command_receives_its_groups(command: Any) -> None:

@@ -395,7 +395,7 @@ def test_analyze_accepts_a_transformers_model_and_texts(
 ) -> None:
     tokenizer = tiny_tokenizer()
     found = analyze(plain_model, TEXTS, tokenizer=tokenizer, seq_len=8)
-    blocks = load_blocks(TEXTS, tokenizer, seq_len=8)
+    blocks = load_blocks(TEXTS, tokenizer, seq_len=8, num_samples=None)
     expected = analyze(DecoderStack(plain_model, tokenizer=tokenizer), blocks)
     assert found.statistics.table() == expected.statistics.table()
     assert found.provenance.corpus == expected.provenance.corpus

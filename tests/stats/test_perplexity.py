@@ -7,15 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from cascade.stats.perplexity import (
-    MAX_NATS,
-    as_ratio,
-    nats_interval,
-    perplexity,
-    ratio_interval,
-    resampled_nats,
-    stored_nats,
-)
+from cascade.stats.perplexity import MAX_NATS, as_ratio, perplexity, stored_nats
+from cascade.stats.perplexity_intervals import nats_interval, ratio_interval, resampled_nats
 from cascade.stats.resampling import draws, interval
 
 

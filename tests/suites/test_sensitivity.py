@@ -95,9 +95,10 @@ def test_a_fault_planted_in_the_real_model_is_seen_and_named(
         assert fault.unseen
         assert row.verdict == "PASS"
         return
-    assert row.verdict == ("NOT COMPARABLE" if fault.cause == "corpus" else "FAIL")
+    of_the_text = fault.cause in ("corpus", "corpus.bos")
+    assert row.verdict == ("NOT COMPARABLE" if of_the_text else "FAIL")
     assert row.tokens <= 512
-    assert (row.tokens == 0) is (fault.cause == "corpus")
+    assert (row.tokens == 0) is of_the_text
     assert row.cause == fault.cause
     if fault.layer is not None:
         assert row.layer == fault.layer

@@ -197,6 +197,7 @@ def lay_out(folder: Path, saved: Path) -> None:
     records = embedded_records(200)
     texts = [forms.record_text(record, source="", number=1) for record in records]
     shutil.copytree(saved / "reference", folder / "checkpoint")
+    (folder / "pyproject.toml").touch()  # the top of a project
     lines = "".join(json.dumps({"body": text}) + "\n" for text in texts)
     (folder / "text.jsonl").write_text(lines, encoding="utf-8")
     chats = [

@@ -18,7 +18,8 @@ from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure
 from cascade.saturation.profile import similarities
 from cascade.saturation.records import LayerRoles
-from cascade.stats.perplexity import perplexity, ratio_interval, resampled_nats
+from cascade.stats.perplexity import perplexity
+from cascade.stats.perplexity_intervals import ratio_interval, resampled_nats
 from cascade.stats.resampling import interval
 from cascade.studies.explanations.ablations import ABLATIONS
 from cascade.studies.explanations.causes import MOST_DIMENSIONS

@@ -152,6 +152,7 @@ def test_the_defaults_are_those_of_the_study() -> None:
         "revision": None,
         "corpus": "embedded",
         "split": None,
+        "bos": "auto",
         "config": None,
         "text_column": None,
         "num_samples": 500,
