@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -275,6 +276,11 @@ def decompress(model: PreTrainedModel) -> None:
         model(torch.zeros((1, 1), dtype=torch.long, device=model.device))
 
 
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
 def packages_of(layers: nn.Module) -> str:
     """Return the packages besides torch and transformers that compute layers, with versions.
 
@@ -289,8 +295,9 @@ def packages_of(layers: nn.Module) -> str:
     # A Linear whose forward is replaced, as compressed-tensors does.
     replaced = [vars(module).get("forward") for module in layers.modules()]
     names |= {each.__module__.partition(".")[0] for each in replaced if each is not None}
-    distributions = importlib.metadata.packages_distributions()
-    found = {
-        distribution for name in names - _USUAL for distribution in distributions.get(name, [])
-    }
+    others = names - _USUAL
+    if not others:  # nearly always; reading all installed packages takes a third of a second
+        return ""
+    distributions = _distributions()
+    found = {distribution for name in others for distribution in distributions.get(name, [])}
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(found))
