@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cascade.core.errors import CorpusError, first_line
@@ -48,6 +48,13 @@ class Chat:
     messages: tuple[dict[str, Any], ...]
     prompt: int = 0
     tools: Any = None
+
+    def after_system(self, text: str) -> Chat:
+        """Return the chat with a system message first; itself if it begins with one."""
+        if self.messages[0]["role"] == "system":
+            return self
+        first = {"role": "system", "content": text}
+        return replace(self, messages=(first, *self.messages), prompt=self.prompt + 1)
 
 
 def is_chat(value: Any) -> bool:
@@ -137,6 +144,11 @@ def chat_text(
             be found in the text.
     """
     if tokenizer is None or not has_template(tokenizer):
+        if any(message.get("tool_calls") for message in chat.messages):
+            raise CorpusError(
+                f"{place}: expected a chat template for its tool calls, the tokenizer has none; "
+                "add the model's chat_template.jinja, or remove them"
+            )
         return _plain(chat)
     text = _rendered(chat.messages, chat, tokenizer, place)
     pieces = _template_of(chat, tokenizer, place)

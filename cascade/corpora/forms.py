@@ -245,7 +245,14 @@ def _chat_form(column: str) -> _Form:
     def parts(record: Record, place: str) -> list[Passage | Chat]:
         value = record[column]
         tools = record.get("tools") if isinstance(record.get("tools"), list) else None
-        return [] if value is None else _chat(value, column, place, tools)
+        if value is None:
+            return []
+        found = _chat(value, column, place, tools)
+        system = record.get("system")
+        # Many sets keep the system's message in a column of its own, next to the turns.
+        if isinstance(system, str) and system.strip():
+            found = [chat.after_system(system) for chat in found if isinstance(chat, Chat)]
+        return found
 
     return _Form(f"chat ({column})", lambda record: column in record, parts)
 

@@ -205,3 +205,25 @@ def test_reports_name_the_form(tmp_path: Path) -> None:
 def test_old_forms_record_none(tmp_path: Path) -> None:
     for record in ({"text": "abcd"}, {"instruction": "a", "output": "b"}):
         assert read([record], tmp_path, HEADED).provenance().form is UNSET
+
+
+@pytest.mark.parametrize("template", [None, HEADED])
+def test_a_system_column_is_the_first_message(tmp_path: Path, template: str | None) -> None:
+    expected = read([{"messages": MESSAGES}], tmp_path, template)
+    rest = [one for one in SHAREGPT if one["from"] != "system"]
+    for record in (
+        {"system": "be brief", "messages": MESSAGES[1:]},
+        {"system": "be brief", "conversations": rest},
+        {"system": "not this", "messages": MESSAGES},
+        {"system": " ", "messages": MESSAGES},
+        {"system": None, "messages": MESSAGES},
+    ):
+        found = read([record], tmp_path, template)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        assert responses(found) == responses(expected)
+
+
+def test_tool_calls_need_a_chat_template(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    with pytest.raises(CorpusError, match="expected a chat template for its tool calls"):
+        read([{"messages": [MESSAGES[1], call, *MESSAGES[3:]]}], tmp_path)
