@@ -17,9 +17,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from cascade.cli.console import printing
+from cascade.cli.console import echo, printing
 from cascade.cli.options import option_groups
 from cascade.core.errors import CascadeError, UsageError, first_line, os_reason
+from cascade.core.printable import printable
 
 try:
     from typer import TyperException
@@ -249,7 +250,7 @@ def _discard_stdout() -> None:
 
 def _fail(text: str, status: int = UsageError.exit_status) -> NoReturn:
     # A path or a column can contain a line break.
-    typer.echo(f"cascade: {' '.join(text.splitlines())}", err=True)
+    echo(f"cascade: {printable(' '.join(text.splitlines()))}", err=True)
     sys.exit(status)
 
 

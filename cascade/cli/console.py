@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
+from cascade.core.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -46,10 +48,20 @@ def _wanted() -> _Printing:
     return _PRINTING.get() or _Printing()
 
 
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Print a line, in which names from files cannot steer the terminal.
+
+    Args:
+        text: The line.
+        err: Print it on stderr.
+    """
+    typer.echo(printable(text, keep="\n\t"), err=err)
+
+
 def message(text: str) -> None:
     """Print a message on stderr, unless the command is quiet."""
     if not _wanted().quiet:
-        typer.echo(text, err=True)
+        echo(text, err=True)
 
 
 @contextlib.contextmanager
@@ -113,7 +125,7 @@ def show_record(record: R, show: Callable[[R, Console], None], *, stored: object
         from cascade.core.records import to_json
         from cascade.core.schema import to_plain
 
-        typer.echo(to_json(to_plain(record if stored is None else stored)))
+        echo(to_json(to_plain(record if stored is None else stored)))
     elif not wanted.quiet:
         from rich.console import Console
 

@@ -13,10 +13,11 @@ from cascade.core.errors import OutputError
 
 if TYPE_CHECKING:
     from cascade.cli.options import OutputOptions
-    from cascade.core.files import RunFolder
+    from cascade.core.run_folder import RunFolder
+    from cascade.core.schema import StoredRecord
     from cascade.report.common.sections import Report
 
-R = TypeVar("R")
+R = TypeVar("R", bound="StoredRecord")
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def run_folder(
     if output is None:
         yield None
         return
-    from cascade.core.files import RunFolder
+    from cascade.core.run_folder import RunFolder
 
     with RunFolder(output, tuple(names), optional=optional, overwrite=overwrite) as folder:
         yield folder
@@ -60,13 +61,12 @@ def report_folder(
     return run_folder(output.output, names, optional=pictures, overwrite=output.overwrite)
 
 
-def write_json(folder: RunFolder | None, name: str, record: object) -> None:
+def write_json(folder: RunFolder | None, name: str, record: StoredRecord) -> None:
     """Write a record to a file in a run's folder, if there is a folder."""
-    from cascade.core.records import to_json
-    from cascade.core.schema import to_plain
+    from cascade.core.records import to_file
 
     if folder is not None:
-        folder.write(name, to_json(to_plain(record)) + "\n")
+        folder.write(name, to_file(record))
 
 
 def finish(folder: RunFolder | None, stem: str, record: R, draw: Callable[[R], Report]) -> Report:

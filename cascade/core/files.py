@@ -6,13 +6,18 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from cascade.core.errors import OutputError, os_reason
+from cascade.core.locks import is_abandoned, mark_owned
+from cascade.core.signals import delayed_signals
 
 #: A path as users give it.
 AnyPath = str | os.PathLike[str]
+
+#: The characters that `tempfile` puts between prefix and suffix.
+_RANDOM = 8
 
 
 def make_folder(path: Path) -> list[Path]:
@@ -44,8 +49,9 @@ def remove_empty(folders: Iterable[Path]) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` on success.
 
-    Missing parent folders are created. On any failure, including Ctrl-C, the temporary file and
-    the created folders are removed, and `path` is unchanged.
+    Missing parent folders are created. The content is on disk before it gets its name. On any
+    failure, including Ctrl-C, the temporary file and the created folders are removed, and `path`
+    is unchanged. What a killed process left behind is removed at the next write of the same file.
 
     Raises:
         OutputError: The folder cannot be written to, or the disk is full.
@@ -55,7 +61,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
             yield temporary
             # mkstemp creates private files; results get the permissions of the user's other files.
             temporary.chmod(0o666 & ~_umask())
+            flush_to_disk(temporary)
             temporary.replace(path)
+            flush_to_disk(path.parent)
         except OSError as error:
             raise OutputError(
                 f"cannot write {path}: {os_reason(error)}; free some space or choose another folder"
@@ -77,23 +85,96 @@ def check_writable(path: Path) -> None:
 def _temporary_file(path: Path) -> Iterator[Path]:
     """Yield an empty file in the folder of `path`; remove it and empty new folders at the end."""
     made: list[Path] = []
+    # The suffix stays last: writers such as NumPy's append it where it is missing.
+    prefix = f".{path.stem}-"
     try:
         made = make_folder(path.parent)
-        # The suffix stays last: writers such as NumPy's append it where it is missing.
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
+        _remove_abandoned(path.parent, prefix, path.suffix)
+        handle, temporary = _owned(
+            lambda: tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
         )
-        os.close(handle)
     except OSError as error:
         remove_empty(made)
         raise OutputError(
             f"cannot write {path}: {os_reason(error)}; choose a folder you can write to"
         ) from error
     try:
-        yield Path(name)
+        yield temporary
     finally:
-        Path(name).unlink(missing_ok=True)
-        remove_empty(made)
+        with delayed_signals():
+            with contextlib.suppress(OSError):  # the next write of this file removes it
+                temporary.unlink(missing_ok=True)
+            os.close(handle)
+            remove_empty(made)
+
+
+@contextlib.contextmanager
+def staging_folder(parent: Path, prefix: str = ".cascade-") -> Iterator[Path]:
+    """Yield a new private folder in `parent`; remove it at the end, with everything inside.
+
+    Folders with this prefix that a killed process left behind are removed first.
+
+    Args:
+        parent: An existing folder.
+        prefix: The beginning of the folder's name.
+
+    Raises:
+        OSError: The folder cannot be created.
+    """
+    _remove_abandoned(parent, prefix, "")
+
+    def made() -> tuple[int, str]:
+        name = tempfile.mkdtemp(prefix=prefix, dir=parent)
+        return os.open(name, os.O_RDONLY), name
+
+    handle, folder = _owned(made)
+    try:
+        yield folder
+    finally:
+        with delayed_signals():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+
+def _owned(make: Callable[[], tuple[int, str]]) -> tuple[int, Path]:
+    """Return a new path that is marked as in use, and the open handle that marks it."""
+    while True:
+        handle, name = make()
+        if mark_owned(handle):
+            return handle, Path(name)
+        os.close(handle)  # taken for a leftover before it was marked
+
+
+def _remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
+    """Remove the temporary files and folders that killed processes left behind."""
+    length = len(prefix) + _RANDOM + len(suffix)
+    with os.scandir(folder) as entries:
+        found = [
+            Path(entry.path)
+            for entry in entries
+            if len(entry.name) == length
+            and entry.name.startswith(prefix)
+            and entry.name.endswith(suffix)
+        ]
+    for path in found:
+        if is_abandoned(path):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Make the system write a file or the entries of a folder to disk, and wait for it.
+
+    Raises:
+        OSError: The disk is full or broken.
+    """
+    if os.name == "nt" and path.is_dir():  # Windows has no such call for folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
@@ -110,117 +191,6 @@ def write_text(path: Path, text: str) -> None:
     """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
-
-
-class RunFolder:
-    """A folder to which all files of one run are moved together, once they are on disk.
-
-    Files are first written to a staging folder inside the target. At the end of the `with` block
-    they are renamed into place. A full disk or Ctrl-C therefore affects only the staging folder,
-    and an older run survives. Only the files named here are ever replaced.
-
-    Args:
-        path: The folder; created where it is missing.
-        names: The names of the files that this run writes.
-        optional: Names of files that it may write. Those of an older run are removed in any case.
-        overwrite: Replace the files of an earlier run.
-
-    Raises:
-        OutputError: The folder holds another run and `overwrite` is false, or it cannot be
-            written.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        names: Iterable[str],
-        *,
-        optional: Iterable[str] = (),
-        overwrite: bool = False,
-    ) -> None:
-        self.path = path
-        self.optional = tuple(optional)
-        self.names = (*names, *self.optional)
-        self._made: list[Path] = []
-        try:
-            self._check(overwrite)
-            self._made = make_folder(path)
-            self.staging = Path(tempfile.mkdtemp(prefix=".cascade-", dir=path))
-        except OSError as error:
-            remove_empty(self._made)
-            raise OutputError(
-                f"cannot write to {path}: {os_reason(error)}; choose a folder you can write to"
-            ) from error
-
-    def _check(self, overwrite: bool) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"{self.path} is a file, expected a folder; choose another --output")
-        present = [name for name in self.names if (self.path / name).exists()]
-        folder = next((name for name in present if (self.path / name).is_dir()), None)
-        if folder is not None:
-            raise OutputError(
-                f"{self.path / folder} is a folder, expected a file of an earlier run; "
-                "choose another --output"
-            )
-        if present and not overwrite:
-            raise OutputError(
-                f"{self.path} holds another run ({present[0]}): "
-                "choose another --output, or replace it with --overwrite"
-            )
-
-    def __enter__(self) -> RunFolder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Move the files into place on success; leave the folder unchanged on failure."""
-        try:
-            if kind is None:
-                self.commit()
-        except OSError as error:
-            raise OutputError(
-                f"cannot write to {self.path}: {os_reason(error)}; choose another --output "
-                "(an older run there is unharmed)"
-            ) from error
-        finally:
-            shutil.rmtree(self.staging, ignore_errors=True)
-            remove_empty(self._made)
-
-    def commit(self) -> None:
-        """Rename the staged files into place: all of them or, on failure or Ctrl-C, none."""
-        before = self.staging / "before"
-        before.mkdir()
-        with contextlib.ExitStack() as undo:
-            for name in self.names:
-                target, kept = self.path / name, before / name
-                if target.exists():
-                    undo.callback(_move_back, kept, target)
-                    target.replace(kept)
-                else:
-                    undo.callback(target.unlink, missing_ok=True)
-                if name in self.optional and not (self.staging / name).exists():
-                    continue
-                (self.staging / name).replace(target)
-            undo.pop_all()
-
-    def write(self, name: str, content: str | bytes) -> None:
-        """Stage one file of the run.
-
-        Raises:
-            OutputError: The disk is full, or the folder was removed.
-        """
-        data = content.encode("utf-8") if isinstance(content, str) else content
-        try:
-            (self.staging / name).write_bytes(data)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path / name}: {os_reason(error)}; free some space or choose "
-                "another --output (an older run there is unharmed)"
-            ) from error
-
-
-def _move_back(kept: Path, target: Path) -> None:
-    if kept.exists():
-        kept.replace(target)
 
 
 def xxh3_of(path: Path) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import operator
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,9 @@ import numpy as np
 from cascade.core.arrays import Array
 from cascade.core.errors import RecordError
 from cascade.core.files import atomic_path, write_text
+from cascade.core.printable import printable_json
+from cascade.core.reading import UnreadableError, read_json
+from cascade.core.reading import read_arrays as read_npz
 from cascade.core.schema import SchemaError, StoredRecord, from_plain, to_plain
 
 Record = dict[str, Any]
@@ -31,27 +33,54 @@ def to_json(value: Any, indent: int = 0) -> str:
     """
     pad = " " * (indent + 1)
     if isinstance(value, dict) and any(isinstance(item, dict | list) for item in value.values()):
-        items = [f"{pad}{json.dumps(k)}: {to_json(v, indent + 1)}" for k, v in value.items()]
+        items = [f"{pad}{_scalar(k)}: {to_json(v, indent + 1)}" for k, v in value.items()]
         return "{\n" + ",\n".join(items) + "\n" + " " * indent + "}"
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         items = [f"{pad}{to_json(item, indent + 1)}" for item in value]
         return "[\n" + ",\n".join(items) + "\n" + " " * indent + "]"
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> str:
     # `operator.index` converts NumPy integers.
-    return json.dumps(value, allow_nan=False, ensure_ascii=False, default=operator.index)
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, default=operator.index)
+    return printable_json(text)
+
+
+def sealed(record: Record | StoredRecord) -> Record:
+    """Return a record as plain dictionaries, with the hash of its content as the last entry.
+
+    Raises:
+        ValueError: A number is NaN or infinite.
+    """
+    plain: Record = to_plain(record)
+    unsealed = {name: value for name, value in plain.items() if name != "hash"}
+    return unsealed | {"hash": record_hash(plain)}
+
+
+def to_file(record: Record | StoredRecord) -> str:
+    """Return the content of a record's file: its JSON, sealed.
+
+    Raises:
+        ValueError: A number is NaN or infinite.
+    """
+    return to_json(sealed(record)) + "\n"
 
 
 def write_record(path: Path, record: Record | StoredRecord) -> None:
-    """Write a record as JSON, atomically.
+    """Write a record as JSON, sealed and atomically.
 
     Raises:
         OutputError: The file cannot be written.
         ValueError: A number is NaN or infinite.
     """
-    write_text(path, to_json(to_plain(record)) + "\n")
+    write_text(path, to_file(record))
 
 
 def read_plain(path: Path, kind: type[StoredRecord]) -> Record:
-    """Read a record as plain dictionaries; only its kind and schema are checked.
+    """Read a record as plain dictionaries; only its kind, schema and hash are checked.
+
+    Records of releases before the hash have none.
 
     Args:
         path: The JSON file.
@@ -62,12 +91,10 @@ def read_plain(path: Path, kind: type[StoredRecord]) -> Record:
     """
     newest = kind.SCHEMA
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except FileNotFoundError:
         raise RecordError(f"no record {path}; make one with `cascade {kind.COMMAND}`") from None
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except UnreadableError as error:
         raise RecordError(
             f"{path} is torn or edited ({error}); restore it or make it again"
         ) from error
@@ -86,7 +113,43 @@ def read_plain(path: Path, kind: type[StoredRecord]) -> Record:
             f"{path} has schema {schema}, this release reads up to {newest}; use cascade-exit "
             f"{writer or 'of the release that wrote it'} or a later one, or make the record again"
         )
+    _check_hash(record, path)
     return record
+
+
+def has_hash(record: Record) -> bool:
+    """Return whether a record has a hash, which is its last entry. Older ones have none.
+
+    Raises:
+        SchemaError: The last entry is a hash under another name, so that name was changed.
+    """
+    if "hash" in record:
+        return True
+    name, value = next(reversed(record.items()), ("", None))
+    if isinstance(value, str) and value.startswith("sha256:"):
+        raise SchemaError(f"expected the last entry to be named hash, got {name[:40]!r}")
+    return False
+
+
+def _check_hash(record: Record, path: Path) -> None:
+    try:
+        if not has_hash(record):
+            return
+    except SchemaError as error:
+        raise RecordError(
+            f"{path} is torn or edited ({error}); restore it or make it again"
+        ) from error
+    try:
+        found = record_hash(record)
+    except ValueError as error:
+        raise RecordError(
+            f"{path} contains NaN or an infinite number, so it was edited or is torn; restore it"
+        ) from error
+    if record["hash"] != found:
+        raise RecordError(
+            f"{path} was changed after it was written (expected hash "
+            f"{str(record['hash'])[:19]}..., got {found[:19]}...); restore it or make it again"
+        )
 
 
 def read_typed(path: Path, kind: type[R]) -> R:
@@ -153,11 +216,10 @@ def read_arrays(path: Path) -> dict[str, Array]:
         RecordError: The file is missing or torn.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
+        return read_npz(path)
     except FileNotFoundError:
         raise RecordError(f"no file {path}; expected it next to its .json record") from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except UnreadableError as error:
         raise RecordError(f"{path} is torn ({error}); restore it or make it again") from error
 
 

@@ -17,10 +17,12 @@ from cascade.core.schema_errors import describe
 __all__ = [
     "UNSET",
     "Count",
+    "FileName",
     "Finite",
     "Index",
     "Interval",
     "Part",
+    "PathBelow",
     "Positive",
     "SchemaError",
     "Share",
@@ -42,6 +44,26 @@ Count = Annotated[int, Meta(ge=1, description="a whole number from 1 on")]
 #: At least 0.
 Index = Annotated[int, Meta(ge=0, description="a whole number from 0 on")]
 Text = Annotated[str, Meta(min_length=1, description="some text")]
+#: A file of the same folder.
+FileName = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=255,
+        pattern=r"^(?!\.{1,2}$)[^/\\\x00-\x1f\x7f]*$",
+        description="a plain file name",
+    ),
+]
+#: A file of the same folder or of one below.
+PathBelow = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=1000,
+        pattern=r"^(?!.*(^|/)\.{1,2}(/|$))[^/\\\x00-\x1f\x7f]+(/[^/\\\x00-\x1f\x7f]+)*$",
+        description="the path of a file inside the folder",
+    ),
+]
 #: Lower and upper end.
 Interval = Annotated[
     list[Finite], Meta(min_length=2, max_length=2, description="two finite numbers")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from msgspec.structs import replace
@@ -16,6 +17,8 @@ from torch import Tensor
 from cascade.core.errors import OutputError, RecordError, UsageError, first_line
 from cascade.core.files import AnyPath, atomic_path
 from cascade.core.provenance import ModelProvenance
+from cascade.core.reading import UnreadableError, parse_json, read_tensors
+from cascade.core.records import has_hash, record_hash
 from cascade.core.schema import from_plain, known, to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.corpora.bos import check_same_bos
@@ -188,7 +191,8 @@ class FittedHeads:
                 for name, tensor in (("weight", weight), ("bias", bias)):
                     stored = _halved(tensor, layer) if half else tensor
                     tensors[f"{kind}.{layer}.{name}"] = stored.cpu().contiguous()
-        text = json.dumps(to_plain(self.metadata()), allow_nan=False)
+        about = _with_hash(tensors, to_plain(self.metadata()))
+        text = json.dumps(about, allow_nan=False)
         with atomic_path(path) as temporary:
             try:
                 save_file(tensors, temporary, metadata={"cascade": text})
@@ -232,26 +236,22 @@ def load_heads(path: AnyPath, stack: DecoderStack) -> FittedHeads:
         ...     load_heads(path, stack).layers
         [29]
     """
-    from safetensors import safe_open
-
     path = Path(path)
     if path.is_dir():
         raise RecordError(
             f"{path} is a folder, expected the .safetensors file of `cascade fit-heads`"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("cascade", "null"))
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        stored, metadata = read_tensors(path)
+        about = parse_json(metadata.get("cascade", "null"))
     except FileNotFoundError as error:
         raise RecordError(
             f"expected exit heads at {path}, found no file; create it with `cascade fit-heads`"
         ) from error
-    except Exception as error:
-        # safetensors has several error types for torn files.
+    except UnreadableError as error:
         raise RecordError(
-            f"{path} is not a readable safetensors file ({first_line(error)}); create it again "
-            "with `cascade fit-heads`"
+            f"{path} is not a readable safetensors file ({error}); create it again with `cascade "
+            "fit-heads`"
         ) from error
     kind = HeadsMetadata.KIND, HeadsMetadata.SCHEMA
     if not isinstance(about, dict) or (about.get("kind"), about.get("schema")) != kind:
@@ -259,6 +259,8 @@ def load_heads(path: AnyPath, stack: DecoderStack) -> FittedHeads:
             f"{path} does not contain exit heads; create them with `cascade fit-heads`"
         )
     try:
+        _check_hash(stored, about)
+        tensors = {name: tensor.float() for name, tensor in stored.items()}
         heads = _assembled(tensors, from_plain(about, HeadsMetadata))
     except ValueError as error:
         raise RecordError(
@@ -266,6 +268,23 @@ def load_heads(path: AnyPath, stack: DecoderStack) -> FittedHeads:
         ) from error
     heads.check(stack)
     return heads
+
+
+def _with_hash(tensors: Mapping[str, Tensor], about: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata with a hash over the stored tensors and over itself."""
+    unsealed = {name: value for name, value in about.items() if name != "hash"}
+    digest = hashlib.sha256(record_hash(unsealed).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return unsealed | {"hash": f"sha256:{digest.hexdigest()}"}
+
+
+def _check_hash(tensors: Mapping[str, Tensor], about: dict[str, Any]) -> None:
+    """Raise ValueError unless the hash is that of the content. Older files have none."""
+    if has_hash(about) and _with_hash(tensors, about)["hash"] != about["hash"]:
+        raise ValueError("it was changed after it was written, its hash differs")
 
 
 def _assembled(tensors: dict[str, Tensor], metadata: HeadsMetadata) -> FittedHeads:

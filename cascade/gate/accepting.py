@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from pathlib import Path
 
-from filelock import FileLock
-
 from cascade.core.errors import RecordError, UsageError
-from cascade.core.files import RunFolder
 from cascade.core.names import same_source
 from cascade.core.provenance import Provenance
+from cascade.core.reading import read_bytes
 from cascade.core.records import packed, read_plain, to_json
+from cascade.core.run_folder import RunFolder
 from cascade.core.schema import known, to_plain
 from cascade.gate.baseline_identity import identity_difference
 from cascade.gate.baseline_lookup import baselines_in
@@ -26,8 +24,8 @@ from cascade.gate.baselines import (
 from cascade.saturation.profile import SaturationProfile
 from cascade.saturation.records import ProfileRecord
 
-#: Write lock. Kept in the temp directory so that it never appears in the user's repository.
-_LOCK = Path(tempfile.gettempdir()) / "cascade-baselines.lock"
+#: Seconds to wait for another process that stores a baseline of the same model.
+_WAIT = 60.0
 
 
 def accept(
@@ -54,7 +52,7 @@ def accept(
     path = named_path(folder, ProfileRecord.KIND, name) if name else _path_of(folder, profile)
     # The content as it was read, because its hash covers every key.
     text = to_json(read_plain(run / "profile.json", ProfileRecord)) + "\n"
-    arrays = (run / "profile.npz").read_bytes()
+    arrays = read_bytes(run / "profile.npz")
     return path, _store(path, profile, text, arrays, replace=replace)
 
 
@@ -159,8 +157,7 @@ def _store(
         _check_identity(path, profile, before)
     # Both files are on disk before either replaces the old one, so a full disk leaves the old pair.
     names = (path.with_suffix(".npz").name, path.name)
-    # One writer at a time: two could leave one's table next to the other's arrays.
-    with FileLock(_LOCK, mode=0o666), RunFolder(path.parent, names, overwrite=True) as target:
+    with RunFolder(path.parent, names, overwrite=True, wait=_WAIT) as target:
         target.write(names[0], arrays)
         target.write(names[1], text)
     return before

@@ -13,7 +13,7 @@ from msgspec.structs import asdict
 from cascade.core.errors import RecordError, first_line
 from cascade.core.files import write_text
 from cascade.core.formatting import ratio_words
-from cascade.core.records import read_plain, to_json
+from cascade.core.records import read_plain, to_file
 from cascade.core.schema import UNSET, SchemaError, from_plain, known, to_plain
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.gate.baselines import baseline_paths
@@ -170,7 +170,7 @@ def accept_budgets(
     }
     groups = sorted([*(old for old in stored if _key(old) != _key(group)), group], key=_key)
     try:
-        text = to_json(to_plain(BudgetsRecord(groups=groups))) + "\n"
+        text = to_file(BudgetsRecord(groups=groups))
     except ValueError as error:  # a NaN in a field that is not a figure
         raise RecordError(
             f"the evaluation is torn or edited ({first_line(error)}); evaluate again"

@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from cascade.core.errors import RecordError
+from cascade.core.printable import printable
 from cascade.core.schema import known
 from cascade.evaluation.records import EvaluationRecord
 from cascade.gate.records import BudgetGroup, BudgetOutcome, BudgetSource, Overrun, Verdict
@@ -55,7 +56,7 @@ class BudgetCheck(Check):
         worst = f"{overruns[0].point}: {overruns[0].figure}" if overruns else "none"
         self._add_properties(verdict, worst, tokens)
         if overruns:
-            pytest.fail(self._message(overruns, points, path), pytrace=False)
+            pytest.fail(printable(self._message(overruns, points, path), keep="\n"), pytrace=False)
 
     def _skip_missing(self, path: Path) -> NoReturn:
         folder = shown(self.settings.baselines)

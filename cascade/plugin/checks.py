@@ -13,6 +13,7 @@ import msgspec.structs
 import pytest
 
 from cascade.core.errors import CascadeError, RecordError
+from cascade.core.printable import printable
 from cascade.core.schema import known
 from cascade.gate.records import ComparisonRecord, MissingBaseline, NamedComparison, Verdict
 from cascade.plugin.measuring import MeasuredProfile, create_command, missing_line, one_line
@@ -89,7 +90,7 @@ class Check:
         command = create_command(path, self.settings).replace("`", "").replace(" and ", " && ")
         self.findings.missing.append(MissingBaseline(path=shown(path), command=command))
         self._add_properties("FAIL", "no baseline", 0)
-        pytest.fail(line, pytrace=False)
+        pytest.fail(printable(line, keep="\n"), pytrace=False)
 
     def _regenerated(self, path: Path, option: str, moved: str) -> None:
         self.findings.regenerated.append(shown(path))
@@ -176,7 +177,7 @@ class SaturationCheck(Check):
         if verdict == "PASS" or (verdict == "INCONCLUSIVE" and not strict):
             return
         if verdict == "NOT COMPARABLE":
-            pytest.fail(self._not_comparable(record, path), pytrace=False)
+            pytest.fail(printable(self._not_comparable(record, path)), pytrace=False)
         lines = [drawn(print_comparison, record), *self._at_exit_layer(record)]
         lines += ["", *self._remedies(path)]
         pytest.fail("\n".join(lines), pytrace=False)

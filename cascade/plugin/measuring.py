@@ -13,6 +13,7 @@ import pytest
 
 from cascade.core.defaults import EVALUATED_TOKENS, SEQ_LEN
 from cascade.core.errors import CascadeError, RecordError
+from cascade.core.printable import printable
 from cascade.core.schema import known
 from cascade.evaluation.records import EvaluationRecord
 from cascade.plugin.settings import Settings, shown
@@ -38,7 +39,7 @@ def one_line() -> Iterator[None]:
     except CascadeError as error:
         line = " ".join(str(error).splitlines())
         # As `pytest.fail` does, but without the original error.
-        raise pytest.fail.Exception(line, pytrace=False) from None
+        raise pytest.fail.Exception(printable(line, keep="\n"), pytrace=False) from None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
+from cascade.core.printable import printable
 from cascade.core.schema import from_plain, to_plain
 from cascade.gate.records import (
     BudgetOutcome,
@@ -187,13 +188,13 @@ def write_reports(settings: Settings, record: SessionRecord) -> list[str]:
     """
     written = []
     if settings.report is not None:
-        from cascade.core.files import RunFolder
-        from cascade.core.records import to_json
+        from cascade.core.records import to_file
+        from cascade.core.run_folder import RunFolder
         from cascade.report.gate.markdown import report_markdown
         from cascade.report.gate.page import report_page
 
-        contents = (to_json(to_plain(record)) + "\n", report_markdown(record), report_page(record))
-        with RunFolder(settings.report, REPORT_FILES, overwrite=True) as folder:
+        contents = (to_file(record), report_markdown(record), report_page(record))
+        with RunFolder(settings.report, REPORT_FILES, overwrite=True, wait=60) as folder:
             for name, content in zip(REPORT_FILES, contents, strict=True):
                 folder.write(name, content)
         written.append(shown(settings.report / "report.html"))
@@ -229,5 +230,5 @@ def show_summary(
         from cascade.report.gate.terminal import print_report
 
         text = drawn(print_report, record, width=width, colour=terminal.hasmarkup)
-    for line in [*text.splitlines(), *lines]:
+    for line in [*text.splitlines(), *map(printable, lines)]:
         terminal.write_line(line)

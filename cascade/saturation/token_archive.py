@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cascade.core.errors import OutputError, os_reason
-from cascade.core.files import atomic_path, make_folder, remove_empty
+from cascade.core.files import atomic_path, make_folder, remove_empty, staging_folder
 from cascade.core.provenance import Provenance
 from cascade.core.schema import to_plain
 
@@ -56,13 +56,13 @@ class SimilarityArchive:
         self.names = _entry_names(labels)
         self._tokens = 0
         self._made: list[Path] = []
-        self._folder: Path | None = None
+        self._held = contextlib.ExitStack()
         self._files: list[IO[bytes]] = []
         try:
             self._made = make_folder(path.parent)
-            self._folder = Path(tempfile.mkdtemp(prefix=".cascade-", dir=path.parent))
+            folder = self._held.enter_context(staging_folder(path.parent))
             for row in range(len(labels)):
-                self._files.append((self._folder / str(row)).open("w+b"))
+                self._files.append((folder / str(row)).open("w+b"))
         except OSError as error:
             self._remove()
             raise OutputError(
@@ -88,8 +88,7 @@ class SimilarityArchive:
                 file.close()
             except OSError:
                 continue
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._held.close()
         remove_empty(self._made)
 
     def add(self, similarity: npt.NDArray[Any], sequences: npt.NDArray[Any]) -> None:

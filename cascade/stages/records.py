@@ -14,6 +14,7 @@ from cascade.core.provenance import CorpusProvenance, MachineProvenance, Provena
 from cascade.core.schema import (
     UNSET,
     Count,
+    FileName,
     Finite,
     Index,
     Interval,
@@ -182,12 +183,14 @@ class EntryRecord(Part, frozen=True, kw_only=True):
         threshold: Tokens with a confidence at or above this value exit. Infinities are strings in
             JSON.
         heads: File of fitted heads, if easy tokens exit through one.
+        heads_sha256: Hash of that file; absent in cascades of earlier releases.
     """
 
     layer: Count
     rule: Text
     threshold: Finite | Literal["inf", "-inf"]
-    heads: Text | None = None
+    heads: FileName | None = None
+    heads_sha256: Text | UnsetType = UNSET
 
 
 class StageRecord(Part, frozen=True, kw_only=True):
@@ -203,7 +206,7 @@ class StageRecord(Part, frozen=True, kw_only=True):
         sha256: Hash of the file; absent if the cascade was not saved.
     """
 
-    file: Text
+    file: FileName
     num_layers: Count
     start: Start
     own_head: bool

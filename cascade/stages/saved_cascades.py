@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from cascade.core.errors import RecordError, first_line
-from cascade.core.files import AnyPath, RunFolder
-from cascade.core.records import read_typed, to_json
-from cascade.core.schema import UNSET, to_plain
+from cascade.core.files import AnyPath
+from cascade.core.reading import UnreadableError, read_tensors
+from cascade.core.records import read_typed, to_file
+from cascade.core.run_folder import RunFolder, current
+from cascade.core.schema import UNSET, UnsetType
 from cascade.exits.fitted_heads import FittedHeads, load_heads
 from cascade.models.checkpoints.reading import file_hash
 from cascade.models.stack import DecoderStack
 from cascade.stages.records import CascadeRecord, StageProvenance, StageRecord
 from cascade.stages.stage import Stage, new_stage
+
+#: Each stage is built on a copy of the model below it, so the time grows with their square.
+MOST_STAGES = 64
 
 #: File name of the record in the folder of a saved cascade.
 CONFIG = "cascade_config.json"
@@ -53,11 +57,14 @@ def write_cascade(
             weights = {name: value.contiguous() for name, value in stage.weights().items()}
             out.write(row.file, save(weights, metadata={"format": "pt"}))
             digest = file_hash(out.staging / row.file)
-            rows.append(msgspec.structs.replace(row, sha256=digest))
-            if fitted is not None and row.entry.heads is not None:
-                fitted.save(out.staging / row.entry.heads)
+            entry = row.entry
+            if fitted is not None and entry.heads is not None:
+                fitted.save(out.staging / entry.heads)
+                sha256 = file_hash(out.staging / entry.heads)
+                entry = msgspec.structs.replace(entry, heads_sha256=sha256)
+            rows.append(msgspec.structs.replace(row, sha256=digest, entry=entry))
         whole = msgspec.structs.replace(record, stages=rows)
-        out.write(CONFIG, to_json(to_plain(whole)) + "\n")
+        out.write(CONFIG, to_file(whole))
 
 
 def upload(
@@ -119,6 +126,11 @@ def read_cascade_record(folder: Path) -> CascadeRecord:
         RecordError: The record is missing, torn, edited or from a newer release.
     """
     record = read_typed(folder / CONFIG, CascadeRecord)
+    if len(record.stages) > MOST_STAGES:
+        raise RecordError(
+            f"{folder / CONFIG} has {len(record.stages):,} stages, expected at most {MOST_STAGES}; "
+            "restore it, or train the cascade again"
+        )
     for number, row in enumerate(record.stages):
         if row.sha256 is UNSET:
             raise RecordError(
@@ -140,18 +152,11 @@ def read_stage(folder: Path, row: StageRecord, below: DecoderStack) -> Stage:
         RecordError: The stage's file is missing, incomplete or changed.
         ModelError: The weights do not match the record.
     """
-    path = folder / Path(row.file).name
-    if not path.is_file():
-        raise RecordError(f"{path} is missing; restore it, or train the cascade again")
-    if file_hash(path) != row.sha256:
-        raise RecordError(
-            f"{path} is incomplete or changed (its hash differs from the one in {CONFIG}); restore "
-            "it, or train the cascade again"
-        )
+    path = _checked(folder / row.file, row.sha256)
     stage = new_stage(below, row.num_layers, start=row.start, own_head=row.own_head)
     try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
+        weights, _ = read_tensors(path)
+    except (UnreadableError, FileNotFoundError) as error:
         raise RecordError(
             f"{path} is not a readable safetensors file ({first_line(error)}); restore it, or "
             "train the cascade again"
@@ -170,7 +175,26 @@ def read_entry_heads(folder: Path, row: StageRecord, below: DecoderStack) -> Fit
         below: Model that the stage follows.
 
     Raises:
-        RecordError: The file is missing or torn.
+        RecordError: The file is missing, torn or changed.
     """
-    heads = row.entry.heads
-    return None if heads is None else load_heads(folder / heads, below)
+    entry = row.entry
+    if entry.heads is None:
+        return None
+    return load_heads(_checked(folder / entry.heads, entry.heads_sha256), below)
+
+
+def _checked(path: Path, sha256: str | UnsetType) -> Path:
+    """Return where a file of a cascade lies, after checking its hash.
+
+    Raises:
+        RecordError: The file is missing, no regular file, incomplete or changed.
+    """
+    path = current(path)
+    if not path.is_file():
+        raise RecordError(f"{path} is missing; restore it, or train the cascade again")
+    if sha256 is not UNSET and file_hash(path) != sha256:
+        raise RecordError(
+            f"{path} is incomplete or changed (its hash differs from the one in {CONFIG}); restore "
+            "it, or train the cascade again"
+        )
+    return path

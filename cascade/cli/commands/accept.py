@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cascade.cli.app import command
-from cascade.cli.console import show_record
+from cascade.cli.console import echo, show_record
 
 
 @command("accept")
@@ -40,9 +40,9 @@ def accept(
         from cascade.gate.drift import compare
         from cascade.report.gate.terminal import print_comparison
 
-        typer.echo("Compared with the baseline that it replaces:")
+        echo("Compared with the baseline that it replaces:")
         show_record(compare(read_profile(run), before, anyway=True).record(), print_comparison)
-    typer.echo(f"Wrote {path} and {path.with_suffix('.npz').name}; review and commit both")
+    echo(f"Wrote {path} and {path.with_suffix('.npz').name}; review and commit both")
 
 
 def _accept_budgets(run: Path, baselines: Path, *, name: str | None, replace: bool) -> None:
@@ -56,7 +56,7 @@ def _accept_budgets(run: Path, baselines: Path, *, name: str | None, replace: bo
     evaluation = read_plain(run / "evaluation.json", EvaluationRecord)
     accepted = accept_budgets(baselines, evaluation, path=path, replace=replace)
     for overrun in accepted.overruns:
-        typer.echo(f"Compared with the budgets that it replaces: {overrun}")
+        echo(f"Compared with the budgets that it replaces: {overrun}")
     if accepted.replaced_heads is not None:
-        typer.echo(f"Replaces the budgets of other heads, {accepted.replaced_heads}")
-    typer.echo(f"Wrote {accepted.path}; review and commit it")
+        echo(f"Replaces the budgets of other heads, {accepted.replaced_heads}")
+    echo(f"Wrote {accepted.path}; review and commit it")

@@ -22,7 +22,7 @@ from cascade.cli.output import run_folder
 from cascade.core.errors import OutputError
 
 if TYPE_CHECKING:
-    from cascade.core.files import RunFolder
+    from cascade.core.run_folder import RunFolder
     from cascade.corpora.blocks import TokenBlocks
     from cascade.models.stack import DecoderStack
     from cascade.saturation.profile import SaturationProfile
@@ -135,8 +135,7 @@ def _read(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
 
 
 def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
-    from cascade.core.records import packed, to_json
-    from cascade.core.schema import to_plain
+    from cascade.core.records import packed, to_file
     from cascade.gate.baselines import seal
     from cascade.report.saturation.figures import density_svg, layer_profile_svg
     from cascade.report.saturation.page import profile_page
@@ -145,7 +144,7 @@ def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
     record = seal(profile.record(), arrays)
     pictures = layer_profile_svg(record), density_svg(record, arrays)
     contents: tuple[str | bytes, ...] = (
-        to_json(to_plain(record)) + "\n",
+        to_file(record),
         packed(arrays),
         *pictures,
         profile_page(record, arrays, pictures=pictures),

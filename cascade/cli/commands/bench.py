@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from cascade.benchmarks.gate import GateBenchmark
     from cascade.benchmarks.hard_tokens import HardTokenBenchmark
     from cascade.benchmarks.head_fitting import HeadFittingBenchmark
+    from cascade.core.schema import StoredRecord
     from cascade.report.common.sections import Report
 
-R = TypeVar("R")
+R = TypeVar("R", bound="StoredRecord")
 
 _FILE = "bench.json"
 

@@ -245,7 +245,7 @@ def status_of(command: list[str]) -> int:
 
 
 def _draw_findings(page: Path, folder: Path) -> None:
-    from cascade.core.files import write_text
+    from cascade.core.run_folder import RunFolder
     from cascade.report.studies.findings import (
         findings_markdown,
         findings_pictures,
@@ -254,6 +254,9 @@ def _draw_findings(page: Path, folder: Path) -> None:
 
     records = read_findings(folder)
     text = findings_markdown(records, pictures=folder.name)
-    for picture in findings_pictures(records):
-        write_text(folder / picture.file, picture.svg)
-    write_text(page, text)
+    pictures = findings_pictures(records)
+    names = [page.name, *(f"{folder.name}/{picture.file}" for picture in pictures)]
+    with RunFolder(page.parent, names, overwrite=True, wait=60) as written:
+        written.write(page.name, text)
+        for name, picture in zip(names[1:], pictures, strict=True):
+            written.write(name, picture.svg)

@@ -17,7 +17,7 @@ from cascade.cli.output import run_folder, say_wrote
 from cascade.core.errors import RecordError
 
 if TYPE_CHECKING:
-    from cascade.core.files import RunFolder
+    from cascade.core.run_folder import RunFolder
     from cascade.gate.baseline_corpus import GivenCorpus
     from cascade.gate.records import ComparisonRecord, SessionRecord
 
@@ -270,12 +270,11 @@ def _report(record: ComparisonRecord, path: Path) -> SessionRecord:
 def _write(folder: RunFolder | None, report: SessionRecord) -> None:
     if folder is None:
         return
-    from cascade.core.records import to_json
-    from cascade.core.schema import to_plain
+    from cascade.core.records import to_file
     from cascade.report.gate.markdown import report_markdown
     from cascade.report.gate.page import report_page
 
-    contents = (to_json(to_plain(report)) + "\n", report_markdown(report), report_page(report))
+    contents = (to_file(report), report_markdown(report), report_page(report))
     for file, content in zip(REPORT_FILES, contents, strict=True):
         folder.write(file, content)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cascade.cli.app import Group, app, command
-from cascade.cli.console import message
+from cascade.cli.console import echo, message
 from cascade.cli.options import Quiet
 from cascade.core.errors import UsageError
 
@@ -39,7 +39,7 @@ def env(as_json: AsJson = False) -> None:
     rows = {name: _shown(value) for name, value in (versions | found).items()}
     width = max(map(len, rows))
     for name, text in rows.items():
-        typer.echo(f"{name.replace('_', ' '):<{width}}  {text}")
+        echo(f"{name.replace('_', ' '):<{width}}  {text}")
 
 
 def _shown(value: Any) -> str:
@@ -65,12 +65,12 @@ def list_cache(context: typer.Context, as_json: AsJson = False) -> None:
         rows = [{"name": e.name, "kind": e.kind, "bytes": e.size} for e in entries]
         _print_json({"folder": str(cache_folder()), "bytes": total, "entries": rows})
         return
-    typer.echo(f"{cache_folder()}: {_megabytes(total)} in {len(entries)} entries")
+    echo(f"{cache_folder()}: {_megabytes(total)} in {len(entries)} entries")
     for kind, text in KINDS.items():
         of_kind = [entry for entry in entries if entry.kind == kind]
-        typer.echo(f"{kind}: {text}" if of_kind else f"{kind}: {text} (none)")
+        echo(f"{kind}: {text}" if of_kind else f"{kind}: {text} (none)")
         for entry in of_kind:
-            typer.echo(f"{_megabytes(entry.size):>12}  {entry.name}")
+            echo(f"{_megabytes(entry.size):>12}  {entry.name}")
 
 
 def _names(incomplete: str) -> list[str]:
@@ -106,9 +106,9 @@ def _confirm(entries: list[CacheEntry], total: str) -> None:
     if not sys.stdin.isatty():
         raise UsageError("expected --yes, because no terminal can answer a question; add it")
     for entry in entries:
-        typer.echo(f"{_megabytes(entry.size):>12}  {entry.name}", err=True)
+        echo(f"{_megabytes(entry.size):>12}  {entry.name}", err=True)
     if not typer.confirm(f"Delete {len(entries)} entries ({total})?", err=True):
-        raise typer.Exit(1)
+        raise typer.Exit(UsageError.exit_status)
 
 
 def _megabytes(size: int) -> str:
@@ -118,4 +118,4 @@ def _megabytes(size: int) -> str:
 def _print_json(value: Any) -> None:
     from cascade.core.records import to_json
 
-    typer.echo(to_json(value))
+    echo(to_json(value))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cascade.core.cache import cache_folder
 from cascade.core.errors import ModelError, OutputError, first_line
-from cascade.core.files import xxh3_of
+from cascade.core.files import flush_to_disk, staging_folder, xxh3_of
+from cascade.core.locks import locked
+from cascade.core.reading import read_json
 from cascade.models.checkpoints import gguf_files
 from cascade.models.checkpoints.loading_report import check_loading_report
 from cascade.models.checkpoints.reading import quiet_transformers
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _MANIFEST = "cascade.json"
 _MANIFEST_SCHEMA = 1
+#: Seconds to wait for another process that dequantizes the same file.
+_WAIT = 1800.0
 #: Number of the way in which copies of GGUF files are made. Since 2, with position scaling, and
 #: only if no weight is missing.
 _COPY = 2
@@ -42,7 +44,6 @@ def gguf_copy(files: Sequence[Path], digest: str) -> tuple[Path, str | None]:
         OutputError: The copy cannot be kept.
     """
     import transformers
-    from filelock import FileLock
     from safetensors import SafetensorError
 
     key = f"{digest[:32]}-transformers-{transformers.__version__}-{_COPY}"
@@ -50,7 +51,7 @@ def gguf_copy(files: Sequence[Path], digest: str) -> tuple[Path, str | None]:
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.parent / f"{key}.lock"):
+            with locked(folder, wait=_WAIT, doing="dequantizing into"):
                 if not folder.exists():  # another process may have created it meanwhile
                     dequantize(files, folder)
         except (
@@ -72,8 +73,7 @@ def dequantize(files: Sequence[Path], folder: Path) -> None:
         ModelError: A file is torn, lacks weights, or cannot be expressed in `transformers`.
         OSError: The folder cannot be written.
     """
-    staging = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
-    try:
+    with staging_folder(folder.parent, ".incoming-") as staging:
         with quiet_transformers():
             quantization, model, tokenizer = _read_gguf(files, folder.parent)
             # The weights are plain fp32 now. Attributes that mark them as quantized prevent saving.
@@ -89,9 +89,10 @@ def dequantize(files: Sequence[Path], folder: Path) -> None:
         (staging / _MANIFEST).write_text(
             json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8"
         )
+        for path in (*staging.iterdir(), staging):
+            flush_to_disk(path)
         staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        flush_to_disk(folder.parent)
 
 
 def _read_gguf(
@@ -101,9 +102,9 @@ def _read_gguf(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = files[0]
-    with tempfile.TemporaryDirectory(prefix=".reading-", dir=parent) as alone:
+    with staging_folder(parent, ".reading-") as alone:
         # transformers prefers a tokenizer.json next to the file to the tokenizer inside it.
-        copy = Path(alone) / path.name
+        copy = alone / path.name
         from_here: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
         try:
             if files[1:]:
@@ -172,7 +173,7 @@ def _scale_positions(config: Any, reader: GGUFReader, path: Path) -> None:
 def _verified_quantization(folder: Path) -> str | None:
     """Check a dequantized copy against its manifest; return the quantization it names."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / _MANIFEST)
         files, quantization = manifest["files"], manifest["quantization"]
         broken = next(
             (name for name, expected in files.items() if xxh3_of(folder / name) != expected),

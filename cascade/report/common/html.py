@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from cascade.core.printable import printable
 from cascade.report.common.svg import LIGHT, PALETTE
 
 _CSS = """
@@ -94,9 +95,14 @@ th, td { min-width: 0; border-top: 0; vertical-align: baseline; }
 """
 
 
+def escaped(text: str) -> str:
+    """Return plain text as HTML, with its control characters spelled out."""
+    return html.escape(printable(text))
+
+
 def inline(text: str) -> str:
     """Return plain text as HTML. Text between a pair of backticks becomes code."""
-    parts = html.escape(text).split("`")
+    parts = escaped(text).split("`")
     if len(parts) % 2 == 0:
         return "`".join(parts)
     parts[1::2] = [f"<code>{part}</code>" for part in parts[1::2]]
@@ -118,7 +124,7 @@ def html_document(title: str, sections: Iterable[str]) -> str:
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{html.escape(title)}</title>
+<title>{escaped(title)}</title>
 <style>{_theme()}{_CSS}</style>
 </head>
 <body>
@@ -233,22 +239,20 @@ def html_head(kicker: str, name: str, about: str, *, mark: str = "") -> str:
     """
     opening = f'<h1 class="{mark}">' if mark else "<h1>"
     return (
-        f'<header>\n<p class="kicker">{html.escape(kicker)}</p>\n{opening}{html.escape(name)}</h1>'
+        f'<header>\n<p class="kicker">{escaped(kicker)}</p>\n{opening}{escaped(name)}</h1>'
         f'\n<p class="about">{inline(about)}</p>\n</header>\n'
     )
 
 
 def html_pairs(pairs: Iterable[tuple[str, str]]) -> str:
     """Return labels and texts as a definition list; both are plain text."""
-    items = "\n".join(
-        f"<dt>{html.escape(label)}</dt><dd>{inline(text)}</dd>" for label, text in pairs
-    )
+    items = "\n".join(f"<dt>{escaped(label)}</dt><dd>{inline(text)}</dd>" for label, text in pairs)
     return f"<dl>\n{items}\n</dl>\n"
 
 
 def html_section(heading: str, body: str) -> str:
     """Return a section of a page: a plain heading and HTML."""
-    return f"<section>\n<h2>{html.escape(heading)}</h2>\n{body}</section>\n"
+    return f"<section>\n<h2>{escaped(heading)}</h2>\n{body}</section>\n"
 
 
 def html_figure(svg: str, caption: str) -> str:
@@ -328,14 +332,13 @@ def _provenance_table(sides: Sequence[Mapping[str, Any]], names: Sequence[str]) 
         for key in dict.fromkeys(key for group in found for key in group):
             values = [_shown(group.get(key)) for group in found]
             mark = "" if len(set(values)) == 1 else ' class="active"'
-            cells = "".join(f'<td class="text">{html.escape(value)}</td>' for value in values)
+            cells = "".join(f'<td class="text">{escaped(value)}</td>' for value in values)
             lines += (
-                f'<tr{mark}><th scope="row" class="text">{html.escape(_spaced(key))}</th>'
-                f"{cells}</tr>\n"
+                f'<tr{mark}><th scope="row" class="text">{escaped(_spaced(key))}</th>{cells}</tr>\n'
             )
         bodies.append(
             f'<tbody>\n<tr><th scope="rowgroup" colspan="{1 + len(sides)}" class="text">'
-            f"{html.escape(_spaced(name))}</th></tr>\n{lines}</tbody>\n"
+            f"{escaped(_spaced(name))}</th></tr>\n{lines}</tbody>\n"
         )
     caption = "Model, corpus, machine and versions of the measurement."
     head = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from cascade.core.printable import printable as spelled_out
 from cascade.report.common.html import (
+    escaped,
     html_document,
     html_figure,
     html_fragment,
@@ -327,7 +328,7 @@ def _as_html(block: PageBlock) -> str:
     if isinstance(block, Provenances):
         return html_provenances(block.new, block.old)
     if isinstance(block, Heading):
-        return f"<h3>{html.escape(block.text)}</h3>\n"
+        return f"<h3>{escaped(block.text)}</h3>\n"
     if isinstance(block, Lead):
         return f'<p class="lead {block.mark}">{inline(block.words())}</p>\n'
     return f"<p>{inline(block)}</p>\n"
@@ -409,6 +410,7 @@ def _inline(text: str, *, in_table: bool = False) -> str:
 
 
 def _escaped(text: str) -> str:
+    text = spelled_out(text, keep="\n\t")
     for character in "\\`*_[]|~":
         text = text.replace(character, f"\\{character}")
     return text.replace("<", "&lt;").replace(">", "&gt;")

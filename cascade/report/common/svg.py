@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from cascade.core.printable import printable
 from cascade.core.schema import known
 from cascade.report.common.records import HasProvenance
 
@@ -117,7 +118,7 @@ def title_of(record: HasProvenance, subject: str) -> str:
     # A name can be a path; longer ones would not fit into the figure.
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in (model, corpus)]
     # matplotlib warns about characters that the font lacks.
-    return f"{' on '.join(names)}: {subject}".encode("ascii", "replace").decode()
+    return printable(f"{' on '.join(names)}: {subject}").encode("ascii", "replace").decode()
 
 
 def as_svg(figure: Figure, name: str, label: str) -> str:
@@ -139,7 +140,8 @@ def as_svg(figure: Figure, name: str, label: str) -> str:
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", dpi=_DPI, metadata=no_metadata)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].rstrip() + "\n"
+    # Control characters would make it invalid XML.
+    svg = printable(svg[svg.index("<svg") :].rstrip(), keep="\n\t") + "\n"
     numbers: dict[str, str] = {}
     # Texts escape "<" and ">", so this matches only attributes.
     for old in re.findall(r'<[^<>]*?\sid="([^"]+)"', svg):
@@ -149,5 +151,5 @@ def as_svg(figure: Figure, name: str, label: str) -> str:
     svg = re.sub(r'(href="#)([^"]+)', lambda m: m[1] + numbers[m[2]], svg)
     # matplotlib's only CSS rule would otherwise apply to the whole page.
     svg = svg.replace("*{stroke", f"#{name} *{{stroke")
-    root = f'<svg id="{name}" role="img" aria-label="{html.escape(label)}" '
+    root = f'<svg id="{name}" role="img" aria-label="{html.escape(printable(label))}" '
     return svg.replace("<svg ", root, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from rich import box
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cascade.core.printable import printable as spelled_out
 from cascade.report.common.records import show
 
 #: The least width of tables: seven statistics and the longest role fit. Narrower consoles wrap.
@@ -144,13 +144,7 @@ def printable(text: str, console: Console, *, keep: str = "") -> str:
         console: The console; characters that its encoding lacks are escaped.
         keep: Control characters to keep.
     """
-    shown = "".join(
-        character
-        if character in keep or unicodedata.category(character) not in ("Cc", "Cs")
-        # repr shows "\x1b" instead of sending it.
-        else repr(character)[1:-1]
-        for character in text
-    )
+    shown = spelled_out(text, keep=keep)
     return shown.encode(console.encoding, "backslashreplace").decode(console.encoding)
 
 

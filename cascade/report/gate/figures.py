@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cascade.gate.records import CellRow, ComparisonRecord, MeanRow
 from cascade.report.common.axes import angle, label_layers, layer_positions, limit_angles
+from cascade.report.common.html import escaped
 from cascade.report.common.records import is_normed
 from cascade.report.common.svg import LIGHT, as_svg, new_figure, plain_style
 from cascade.report.gate.wording import cell_name, cell_numbers, distance, has_intervals, meaning
@@ -90,7 +90,7 @@ def _column_names(columns: Sequence[str], top: float) -> Iterator[str]:
         x, y = _NAMES + _WIDTH * (column + 0.5) + 2, top - 6
         yield (
             f'<text x="{x}" y="{y}" fill="{LIGHT["muted"]}" transform="rotate(-55 {x} {y})">'
-            f"{html.escape(text)}</text>\n"
+            f"{escaped(text)}</text>\n"
         )
 
 
@@ -102,7 +102,7 @@ def _layer_names(record: ComparisonRecord, layers: Sequence[str], top: float) ->
             ink, weight, mark = LIGHT["active"], 700, "▸ "
         yield (
             f'<text x="{_NAMES - 8}" y="{top + _HEIGHT * row + 12.5}" text-anchor="end" '
-            f'fill="{ink}" font-weight="{weight}">{mark}{html.escape(layer)}</text>\n'
+            f'fill="{ink}" font-weight="{weight}">{mark}{escaped(layer)}</text>\n'
         )
 
 
@@ -122,7 +122,7 @@ def _square(record: ComparisonRecord, cell: CellRow, x: float, y: float, name: s
     square = (
         f'<rect x="{x + 1}" y="{y + 1}" width="{_WIDTH - 2}" height="{_HEIGHT - 2}" fill="{fill}" '
         f'fill-opacity="{opacity:.3f}" stroke="{frame}" stroke-width="{thick}"{dashes}>'
-        f"<title>{html.escape(_tooltip(record, cell))}</title></rect>"
+        f"<title>{escaped(_tooltip(record, cell))}</title></rect>"
     )
     if found is None or cell.verdict != "FAIL":
         return f"{square}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,23 +13,22 @@ from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.completing import complete
 from cascade.stages.hard_tokens.dataset import (
     RECORD,
-    WORK,
     HardTokens,
     load_hard_tokens,
     read_hard_tokens_record,
 )
 from cascade.stages.hard_tokens.exit_states import write_shards
 from cascade.stages.hard_tokens.plan import CollectingConfig, CollectionPlan
+from cascade.stages.hard_tokens.shards import SEALS
 from cascade.stages.hard_tokens.splits import Splits, marked_splits
 from cascade.stages.hard_tokens.working_folder import (
-    LOCK,
     REQUEST,
     check_disk,
     check_free,
     check_output,
-    locked,
     prepare,
     publish,
+    working_folder,
 )
 
 
@@ -91,8 +89,7 @@ def collect_hard(
     texts = marked_splits(stack, splits, config.batch_size)
     plan, folder = CollectionPlan(stack, texts, config, layer), Path(folder)
     check_output(folder, overwrite=overwrite or reuse)
-    interrupted = os.path.isdir(folder / WORK)
-    with locked(folder) as work:
+    with working_folder(folder) as (work, interrupted):
         finished = _finished(plan, folder) if interrupted or reuse else None
         if finished is not None:
             shutil.rmtree(work)
@@ -102,7 +99,7 @@ def collect_hard(
         if not (work / RECORD).exists():
             check_disk(plan, folder)
             write_shards(plan, work, progress or (lambda _: None))
-            complete(plan, work, own_files=(LOCK, REQUEST))
+            complete(plan, work, own_files=(REQUEST, SEALS))
         publish(folder)
     return HardTokens(folder, read_hard_tokens_record(folder / RECORD))
 

@@ -12,8 +12,8 @@ from cascade.core.arrays import Array
 from cascade.core.errors import UsageError
 from cascade.core.files import write_text
 from cascade.core.provenance import SPLITS, Split, provenance_of
-from cascade.core.records import record_hash, write_record
-from cascade.core.schema import from_plain, to_plain
+from cascade.core.records import sealed, write_record
+from cascade.core.schema import from_plain
 from cascade.stages.hard_tokens.dataset import RECORD, SPLITS_FILE, hash_of
 from cascade.stages.hard_tokens.plan import CollectionPlan
 from cascade.stages.hard_tokens.records import (
@@ -40,7 +40,7 @@ def complete(plan: CollectionPlan, folder: Path, *, own_files: tuple[str, ...]) 
     Args:
         plan: Plan of the collection.
         folder: Folder that holds all shards.
-        own_files: Names of files in the folder that do not belong to the dataset.
+        own_files: Names of files and folders in it that do not belong to the dataset.
 
     Raises:
         UsageError: No token or every token of a split is hard.
@@ -111,7 +111,7 @@ def _files(folder: Path, own_files: tuple[str, ...]) -> list[DatasetFile]:
             hash=hash_of(path),
         )
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in own_files
+        if path.is_file() and path.relative_to(folder).parts[0] not in own_files
     ]
 
 
@@ -136,7 +136,7 @@ def _record(
         files=files,
         hash="",
     )
-    return from_plain(to_plain(record) | {"hash": record_hash(to_plain(record))}, HardTokensRecord)
+    return from_plain(sealed(record), HardTokensRecord)
 
 
 def _provenance(plan: CollectionPlan) -> HardTokensProvenance:

@@ -16,12 +16,18 @@ from cascade.core.errors import RecordError, UsageError, first_line, os_reason
 from cascade.core.files import AnyPath, xxh3_of
 from cascade.core.provenance import SPLITS
 from cascade.core.records import read_plain, record_hash
+from cascade.core.run_folder import recover
 from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.models.identity import check_same_model
 from cascade.models.stack import DecoderStack
-from cascade.stages.hard_tokens.records import DatasetFile, HardTokensRecord, missing_split
-from cascade.stages.hard_tokens.shards import tensors_of
-from cascade.stats.decision import least_fp32
+from cascade.stages.hard_tokens.records import (
+    DatasetFile,
+    HardTokensRecord,
+    SplitCounts,
+    inconsistency,
+)
+from cascade.stages.hard_tokens.shards import read_similarity, tensors_of
+from cascade.stats.decision import least_fp32, reaches
 
 if TYPE_CHECKING:
     import datasets
@@ -204,6 +210,7 @@ def load_hard_tokens(folder: AnyPath) -> HardTokens:
         True
     """
     folder = Path(folder)
+    recover(folder)
     if is_unfinished(folder):
         raise RecordError(
             f"{folder} is not finished; run the same `cascade collect-hard` command again to resume"
@@ -215,7 +222,47 @@ def load_hard_tokens(folder: AnyPath) -> HardTokens:
             raise RecordError(
                 f"{folder / file.name} {found}; collect the dataset again with --overwrite"
             )
-    return HardTokens(folder, record)
+    tokens = HardTokens(folder, record)
+    _check_rows(tokens)
+    return tokens
+
+
+def _check_rows(tokens: HardTokens) -> None:
+    """Raise unless the shards hold the sequences and hard tokens that the record counts."""
+    states = tokens.record.states
+    for split, counts in tokens.record.splits.items():
+        flaw = None
+        rows = tokens.split(split)
+        files = [file for file in tokens.record.files if file.name.startswith(f"{split}/data-")]
+        needed = counts.tokens * states.hidden_size * 2
+        if len(rows) != counts.sequences:
+            flaw = f"expected {counts.sequences:,} sequences, got {len(rows):,}"
+        elif sum(file.bytes for file in files) < needed:
+            flaw = f"expected states of {needed:,} bytes, got smaller files"
+        else:
+            flaw = _wrong_similarity(tokens, files, counts)
+        if flaw is not None:
+            raise _edited(tokens.folder / split, flaw)
+
+
+def _wrong_similarity(
+    tokens: HardTokens, files: Sequence[DatasetFile], counts: SplitCounts
+) -> str | None:
+    found = hard = 0
+    for file in files:
+        try:
+            similarity = read_similarity(tokens.folder / file.name)
+        except (OSError, ValueError, KeyError) as error:  # Arrow's own errors are among these
+            return first_line(error)
+        if not np.isfinite(similarity).all():
+            return f"{file.name} holds similarities that are not finite"
+        found += similarity.size
+        hard += int((~reaches(similarity, least_fp32(tokens.threshold))).sum())
+    if (found, hard) != (counts.tokens, counts.hard):
+        return (
+            f"expected {counts.hard:,} hard of {counts.tokens:,} tokens, got {hard:,} of {found:,}"
+        )
+    return None
 
 
 def read_hard_tokens_record(path: Path) -> HardTokensRecord:
@@ -230,7 +277,7 @@ def read_hard_tokens_record(path: Path) -> HardTokensRecord:
     plain = read_plain(path, HardTokensRecord)
     try:
         record = from_plain(plain, HardTokensRecord)
-        found = missing_split(record)
+        found = inconsistency(record)
     except SchemaError as error:
         raise _edited(path, str(error)) from error
     if found is None and record.hash != record_hash(plain):

@@ -19,10 +19,12 @@ from cascade.core.schema import (
     Finite,
     Index,
     Part,
+    PathBelow,
     Share,
     StoredRecord,
     Text,
     UnsetType,
+    known,
 )
 
 #: The dtypes in which states can be stored.
@@ -92,7 +94,7 @@ class DatasetFile(Part, frozen=True, kw_only=True):
         hash: Hash over the file's bytes, which detects edits.
     """
 
-    name: Text
+    name: PathBelow
     bytes: Index
     hash: Text
 
@@ -133,17 +135,50 @@ class HardTokensRecord(StoredRecord, frozen=True, kw_only=True):
     hash: Text
 
 
-def missing_split(record: HardTokensRecord) -> str | None:
-    """Describe a missing split of a record; None if no split is missing.
+def inconsistency(record: HardTokensRecord) -> str | None:
+    """Describe the first entry of a record that contradicts another one; None if none does.
 
     Args:
         record: Record to check.
     """
     for split in SPLITS:
-        if split not in record.splits:
+        counts, text = record.splits.get(split), record.provenance.corpora.get(split)
+        if counts is None:
             return f"expected parts.{split}, got nothing"
-        if split not in record.provenance.corpora:
+        if text is None:
             return f"expected provenance.corpora.{split}, got nothing"
+        found = _wrong_count(counts, text, record.states.seq_len)
+        if found is not None:
+            return f"parts.{split}: {found}"
+    names = [file.name for file in record.files]
+    if len(set(names)) < len(names):
+        return "expected every file once"
+    for split in SPLITS:
+        if not any(name.startswith(f"{split}/data-") for name in names):
+            return f"expected files of {split}, got none"
+    layers = known(record.provenance.model.num_layers)
+    if layers is not None and record.layer > layers:
+        return f"expected a layer of the model's {layers}, got {record.layer}"
+    return None
+
+
+def _wrong_count(counts: SplitCounts, text: CorpusProvenance, seq_len: int) -> str | None:
+    for name, expected, got in (
+        ("sequences", text.sequences, counts.sequences),
+        ("tokens", text.tokens, counts.tokens),
+        ("tokens", counts.sequences * seq_len, counts.tokens),
+    ):
+        if expected != got:
+            return f"expected {expected:,} {name}, got {got:,}"
+    for name, most, got in (
+        ("hard tokens", counts.tokens, counts.hard),
+        ("response tokens", counts.tokens, counts.response),
+        ("hard response tokens", min(counts.hard, counts.response), counts.hard_response),
+    ):
+        if got > most:
+            return f"expected at most {most:,} {name}, got {got:,}"
+    if abs(counts.hard / counts.tokens - counts.hard_ratio) > 1e-6:
+        return f"expected a hard ratio of {counts.hard / counts.tokens}, got {counts.hard_ratio}"
     return None
 
 

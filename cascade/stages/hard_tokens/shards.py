@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from cascade.core.arrays import Array
-from cascade.core.files import atomic_path, write_text
+from cascade.core.files import atomic_path, write_text, xxh3_of
+from cascade.core.reading import read_bytes
 from cascade.stats.decision import reaches
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
+
+#: The folder of the hashes of shards, while a collection is unfinished.
+SEALS = "seals"
 
 #: Storage dtype -> column type. Arrow has no bfloat16, so its bits are stored as int16.
 STATE_DTYPES = {"float16": "float16", "bfloat16": "int16"}
@@ -120,6 +124,16 @@ def write_shard(
                 rows["hard"] = np.zeros_like(rows["response"])
                 columns = [_column(rows[field.name], field.type) for field in schema]
                 writer.write_batch(pyarrow.RecordBatch.from_arrays(columns, schema=schema))
+    _seal(path)
+
+
+def _seal_of(path: Path) -> Path:
+    """Return the file that holds the hash of a shard while its collection is unfinished."""
+    return path.parent.parent / SEALS / f"{path.parent.name}-{path.name}.xxh3"
+
+
+def _seal(path: Path) -> None:
+    write_text(_seal_of(path), xxh3_of(path))
 
 
 def _column(values: Array, kind: Any) -> Any:
@@ -192,6 +206,7 @@ def mark_hard(path: Path, least: float) -> None:
                 columns = batch.columns
                 columns[index] = _column(~reaches(similarity, least), None)
                 writer.write_batch(pyarrow.RecordBatch.from_arrays(columns, schema=schema))
+    _seal(path)
 
 
 def read_similarity(path: Path) -> Array:
@@ -202,8 +217,15 @@ def read_similarity(path: Path) -> Array:
 
 
 def holds(path: Path, sequences: range) -> bool:
-    """Return whether a file is a shard of exactly these sequences, in order."""
+    """Return whether a file is an unchanged shard of exactly these sequences, in order.
+
+    Args:
+        path: The shard of an unfinished collection.
+        sequences: The numbers of its sequences.
+    """
     try:
+        if read_bytes(_seal_of(path), largest=100) != xxh3_of(path).encode():
+            return False
         with _mapped(path) as table:
             return bool(table.column("sequence").to_pylist() == list(sequences))
     except (OSError, ValueError, KeyError):  # Arrow's own errors are OSErrors and ValueErrors

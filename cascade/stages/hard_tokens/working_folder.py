@@ -11,27 +11,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from cascade.core.errors import ModelError, OutputError, os_reason
 from cascade.core.files import make_folder, remove_empty, write_text
+from cascade.core.locks import locked
 from cascade.core.provenance import SPLITS
+from cascade.core.reading import UnreadableError, read_json
+from cascade.core.run_folder import COMMITTED, commit, finish_commit, recover
 from cascade.core.schema import to_plain
+from cascade.core.signals import delayed_signals
 from cascade.stages.hard_tokens.dataset import RECORD, SPLITS_FILE, WORK, read_hard_tokens_record
 from cascade.stages.hard_tokens.plan import CollectionPlan
 
-#: Files in the working folder: the collection request and the lock.
-REQUEST, LOCK = "request.json", "lock"
+#: File in the working folder: the request of the collection.
+REQUEST = "request.json"
 
 #: Files that may lie next to the shards of a split. Cache files of `datasets` need not be kept.
 _OWN_FILE = re.compile(r"(data|cache)-.*\.arrow|tmp.*|state\.json|dataset_info\.json")
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[Path]:
-    """Lock the working folder of a dataset and yield it.
+def working_folder(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Lock the folder of a dataset; yield its working folder and whether that was there before.
 
-    On failure, the folder is kept only if the same command can resume from it.
+    On failure, the working folder is kept only if the same command can resume from it.
 
     Args:
         folder: Folder of the dataset.
@@ -40,21 +42,18 @@ def locked(folder: Path) -> Iterator[Path]:
         OutputError: Another process holds the lock, or the folder cannot be written.
     """
     work = folder / WORK
-    made: list[Path] = []
     try:
-        made = make_folder(work)
-        with FileLock(work / LOCK, timeout=0):
+        with locked(folder, doing="collecting into"):
+            interrupted = work.is_dir() or (folder / COMMITTED).is_dir()
+            finish_commit(folder)
+            made = make_folder(work)
             try:
-                yield work
+                yield work, interrupted
             except BaseException as error:
                 if isinstance(error, ModelError) or not any(work.rglob("data-*.arrow")):
                     shutil.rmtree(work, ignore_errors=True)
                     remove_empty(made)
                 raise
-    except Timeout:
-        raise OutputError(
-            f"another process is collecting into {folder}; wait for it or choose another --output"
-        ) from None
     except OSError as error:
         raise OutputError(
             f"cannot write to {folder}: {os_reason(error)}; free some space or choose "
@@ -80,7 +79,7 @@ def prepare(plan: CollectionPlan, folder: Path, *, overwrite: bool) -> None:
         stray.unlink()
     difference = None
     if path.exists():
-        difference = _difference(json.loads(path.read_text("utf-8")), to_plain(plan.request))
+        difference = _difference(_stored_request(path), to_plain(plan.request))
         done = (work / RECORD).exists()
         if difference is None and done:
             record = read_hard_tokens_record(work / RECORD)
@@ -92,13 +91,24 @@ def prepare(plan: CollectionPlan, folder: Path, *, overwrite: bool) -> None:
         )
     if difference is not None or not path.exists():
         for entry in work.iterdir():
-            if entry.name != LOCK:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         write_text(path, json.dumps(to_plain(plan.request), indent=1, allow_nan=False) + "\n")
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def _stored_request(path: Path) -> Mapping[str, Any] | None:
+    """Return the request of an unfinished dataset; None if it is torn."""
+    try:
+        found = read_json(path)
+    except UnreadableError:
+        return None
+    whole = isinstance(found, dict) and all(isinstance(group, dict) for group in found.values())
+    return found if whole else None
+
+
+def _difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
     """Describe the first difference of two requests; None if they are equal."""
+    if before is None:
+        return f"its {REQUEST} is torn"
     for group, wanted in now.items():
         found = before.get(group) or {}
         for name in {**wanted, **found}:
@@ -163,6 +173,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{folder} is a file, expected a folder; choose another --output")
     if not os.path.isdir(folder):
         return
+    recover(folder)
     ours = (folder / RECORD).exists() or (folder / WORK).is_dir()
     names = [folder / name for name in (*SPLITS, SPLITS_FILE)]
     foreign = [path for path in names if path.exists()]
@@ -183,16 +194,14 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
 
 
 def publish(folder: Path) -> None:
-    """Move a complete dataset to its folder, the record last. An earlier dataset is removed.
+    """Switch a folder to its complete dataset by one rename. An earlier dataset is removed.
 
     Args:
         folder: Folder of the dataset.
+
+    Raises:
+        OSError: The folder cannot be written.
+        OutputError: The dataset is complete, but cannot be moved.
     """
-    work = folder / WORK
-    (folder / RECORD).unlink(missing_ok=True)
-    for name in (*SPLITS, SPLITS_FILE, RECORD):
-        if (work / name).exists():  # otherwise, it was moved before an interruption
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-            (work / name).replace(folder / name)
-    shutil.rmtree(work)
+    with delayed_signals():
+        commit(folder / WORK, folder, (*SPLITS, SPLITS_FILE, RECORD))

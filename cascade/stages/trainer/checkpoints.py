@@ -10,7 +10,8 @@ from pathlib import Path
 from msgspec.structs import asdict
 
 from cascade.core.errors import TrainingError, first_line
-from cascade.core.files import write_text
+from cascade.core.files import flush_to_disk, write_text, xxh3_of
+from cascade.core.reading import read_json
 from cascade.core.schema import to_plain
 from cascade.stages.hard_tokens.dataset import HardTokens
 from cascade.stages.training_config import TrainingConfig
@@ -18,6 +19,9 @@ from cascade.stages.training_config import TrainingConfig
 #: File in the folder of checkpoints that holds their training request.
 _REQUEST = "training.json"
 
+
+#: File in a finished checkpoint that holds the hashes of its files. It is written last.
+_SEAL = "cascade.json"
 
 #: The files that an exact resume needs. The Trainer itself only warns if one is missing.
 _CHECKPOINT_FILES = (
@@ -33,9 +37,23 @@ def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
     """Yield the step and the folder of each finished checkpoint."""
     for path in folder.glob("checkpoint-*"):
         number = path.name.partition("-")[2]
-        # The Trainer writes its state last. Without it, the checkpoint was never finished.
-        if number.isdigit() and (path / "trainer_state.json").is_file():
+        # Without the seal, which is written last, the checkpoint was never finished.
+        if number.isdigit() and (path / _SEAL).is_file():
             yield int(number), path
+
+
+def finish(folder: Path) -> None:
+    """Mark a checkpoint as finished, by the hashes of its files.
+
+    Raises:
+        OSError: A file cannot be read or flushed to disk.
+        OutputError: The hashes cannot be written.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != _SEAL]
+    for path in files:
+        flush_to_disk(path)
+    hashes = {path.name: xxh3_of(path) for path in files}
+    write_text(folder / _SEAL, json.dumps(hashes, indent=1) + "\n")
 
 
 def can_resume(folder: Path) -> bool:
@@ -101,7 +119,7 @@ def checkpoint_of(folder: Path, request: TrainingRequest) -> Path:
     if last is None:
         raise TrainingError(f"no checkpoint in {folder} to resume from; train without --resume")
     try:
-        made = dict(json.loads((folder / _REQUEST).read_text("utf-8")))
+        made = dict(read_json(folder / _REQUEST))
     except (OSError, ValueError, TypeError) as error:
         raise TrainingError(
             f"{folder / _REQUEST} is missing, torn or edited ({first_line(error)}), so the "
@@ -116,10 +134,23 @@ def checkpoint_of(folder: Path, request: TrainingRequest) -> Path:
             f"{made.get(name)}, now {wanted[name]}); continue with that one, or train without "
             "--resume"
         )
-    missing = [name for name in _CHECKPOINT_FILES if not (last[1] / name).is_file()]
-    if missing:
+    flaw = _flaw_of(last[1])
+    if flaw is not None:
         raise TrainingError(
-            f"the checkpoint {last[1]} is incomplete ({missing[0]} is missing); remove it to "
-            "resume from the previous one, or train without --resume"
+            f"the checkpoint {last[1]} is incomplete ({flaw}); remove it to resume from the"
+            " previous one, or train without --resume"
         )
     return last[1]
+
+
+def _flaw_of(folder: Path) -> str | None:
+    """Describe what is wrong with a finished checkpoint; None if nothing is."""
+    missing = [name for name in _CHECKPOINT_FILES if not (folder / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing"
+    try:
+        hashes = dict(read_json(folder / _SEAL))
+        changed = [name for name, digest in hashes.items() if xxh3_of(folder / name) != digest]
+    except (OSError, ValueError, TypeError) as error:
+        return f"{_SEAL}: {first_line(error)}"
+    return f"{changed[0]} was changed after it was written" if changed else None

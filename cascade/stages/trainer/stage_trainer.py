@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from cascade.core.errors import TrainingError, first_line
+from cascade.core.errors import OutputError, TrainingError, first_line, os_reason
 from cascade.core.schema import known
 from cascade.stages.hard_tokens.dataset import Batch, HardTokens
 from cascade.stages.records import HeldOutEvaluation
-from cascade.stages.trainer.checkpoints import checkpoints
+from cascade.stages.trainer.checkpoints import checkpoints, finish
 from cascade.stages.trainer.stage_module import SCOPES, StageModule, scope_masks
 from cascade.stats.perplexity import as_ratio
 
@@ -120,6 +122,21 @@ class StageTrainer(Trainer):
         if last is None:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {last[1]} (step {last[0]})"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint and mark it as finished. Raise a `TrainingError` on a full disk."""
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            finish(folder)
+        # torch raises a RuntimeError where it cannot write, safetensors an error of its own.
+        except (OSError, RuntimeError, SafetensorError, OutputError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = os_reason(error) if isinstance(error, OSError) else first_line(error)
+            raise TrainingError(
+                f"cannot write the checkpoint of step {self.state.global_step} ({reason});"
+                f" {self._last_checkpoint()}; free some space and go on with --resume"
+            ) from error
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on the held-out split. Raise a `TrainingError` if a ratio is not finite."""

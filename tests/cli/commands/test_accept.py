@@ -18,7 +18,7 @@ from support.commands import (
 )
 from support.disk import contents, largest_file
 
-from cascade.core.files import RunFolder
+from cascade.core.run_folder import RunFolder
 
 if TYPE_CHECKING:
     pass
