@@ -11,6 +11,8 @@ from typing import Any
 
 import typer
 
+from cascade.core.reading import read_json
+
 #: A value, and what the shell shows next to it.
 Candidate = tuple[str, str]
 
@@ -99,7 +101,7 @@ def num_layers(model: str) -> int:
 def _config(model: str) -> Any:
     path = Path(os.path.expanduser(model)) / "config.json"
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, foreign=True)
     for name, known in _known_models().items():
         if model in (name, known["hub_id"]):
             return known["config"]

@@ -12,7 +12,8 @@ import typer
 
 from cascade.cli.console import message
 from cascade.cli.options import PrintOptions
-from cascade.core.errors import UsageError
+from cascade.core.errors import UsageError, os_reason
+from cascade.core.reading import UnreadableError, read_json
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,13 @@ def _read_value(text: str, value: str) -> Any:
 
 def _read_file(path: Path) -> Mapping[str, Any]:
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        read = read_json(path, foreign=True)
+    except (FileNotFoundError, UnreadableError) as error:
+        reason = os_reason(error) if isinstance(error, OSError) else error
         raise UsageError(
             f"expected a JSON file or KEY=VALUE after --generation-config, got {str(path)!r}, "
-            f"which cannot be read ({error.strerror}); correct it"
+            f"which cannot be read ({reason}); correct it"
         ) from error
-    except ValueError as error:
-        raise UsageError(f"expected JSON in {path}, got {error}; correct it") from error
     if not isinstance(read, dict):
         raise UsageError(
             f"expected an object in {path}, got a {type(read).__name__}; use the form of "

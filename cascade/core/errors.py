@@ -40,6 +40,10 @@ class RecordError(CascadeError):
     """A stored record is missing, torn, of another schema or not comparable."""
 
 
+class BrokenRecordError(RecordError):
+    """A stored record is torn or edited: it can be replaced, but not read."""
+
+
 class UsageError(CascadeError):
     """An option has an invalid value, or two options contradict each other."""
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 #: The largest JSON file that is read, in bytes. The largest record so far has 2 MB.
 LARGEST_JSON = 1 << 26
+LARGEST_FOREIGN_JSON = 1 << 28
 
 #: An archive may claim this much, or `_MOST_COMPRESSED` times its own size if that is more.
 _SMALL_ARCHIVE, _MOST_COMPRESSED = 1 << 26, 100
@@ -75,27 +76,37 @@ def _kind_of(mode: int) -> str:
     return "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, foreign: bool = False) -> Any:
     """Return the content of a JSON file.
+
+    Args:
+        path: The file.
+        foreign: Whether other programs write such files. Then a key may be there twice, the last
+            one counts, and a file may be larger: tokenizers have tens of megabytes.
 
     Raises:
         FileNotFoundError: There is no such file.
         UnreadableError: It is not JSON, or an object in it has a key twice.
     """
-    return parse_json(read_bytes(path, largest=LARGEST_JSON))
+    data = read_bytes(path, largest=LARGEST_FOREIGN_JSON if foreign else LARGEST_JSON)
+    return parse_json(data, foreign=foreign)
 
 
-def parse_json(data: str | bytes) -> Any:
+def parse_json(data: str | bytes, *, foreign: bool = False) -> Any:
     """Return the value of JSON text.
+
+    Args:
+        data: The text; bytes are UTF-8.
+        foreign: Whether other programs write such text, see `read_json`.
 
     Raises:
         UnreadableError: It is not JSON, or an object in it has a key twice.
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        if "\\u" in text and _HALF.search(_ESCAPED_BACKSLASHES.sub("", text)):
+        if not foreign and "\\u" in text and _HALF.search(_ESCAPED_BACKSLASHES.sub("", text)):
             raise UnreadableError("it holds half of a character (a lone surrogate)")
-        return json.loads(text, object_pairs_hook=_without_duplicates)
+        return json.loads(text, object_pairs_hook=None if foreign else _without_duplicates)
     except UnreadableError:
         raise
     except RecursionError as error:

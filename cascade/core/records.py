@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cascade.core.arrays import Array
-from cascade.core.errors import RecordError
+from cascade.core.errors import BrokenRecordError, RecordError
 from cascade.core.files import atomic_path, write_text
 from cascade.core.printable import printable_json
 from cascade.core.reading import UnreadableError, read_json
@@ -87,7 +87,8 @@ def read_plain(path: Path, kind: type[StoredRecord]) -> Record:
         kind: The expected type.
 
     Raises:
-        RecordError: The file is missing, torn, of another kind or of a newer schema.
+        BrokenRecordError: The file is torn, edited or of another kind.
+        RecordError: The file is missing or of a newer schema.
     """
     newest = kind.SCHEMA
     try:
@@ -95,15 +96,15 @@ def read_plain(path: Path, kind: type[StoredRecord]) -> Record:
     except FileNotFoundError:
         raise RecordError(f"no record {path}; make one with `cascade {kind.COMMAND}`") from None
     except UnreadableError as error:
-        raise RecordError(
+        raise BrokenRecordError(
             f"{path} is torn or edited ({error}); restore it or make it again"
         ) from error
     if not isinstance(record, dict) or record.get("kind") != kind.KIND:
         got = record.get("kind") if isinstance(record, dict) else type(record).__name__
-        raise RecordError(f"{path}: expected a record of kind {kind.KIND}, got {got}")
+        raise BrokenRecordError(f"{path}: expected a record of kind {kind.KIND}, got {got}")
     schema = record.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise RecordError(
+        raise BrokenRecordError(
             f"{path} has schema {schema!r}, expected a whole number from 1 to {newest}; restore it "
             "or make it again"
         )
@@ -136,17 +137,17 @@ def _check_hash(record: Record, path: Path) -> None:
         if not has_hash(record):
             return
     except SchemaError as error:
-        raise RecordError(
+        raise BrokenRecordError(
             f"{path} is torn or edited ({error}); restore it or make it again"
         ) from error
     try:
         found = record_hash(record)
     except ValueError as error:
-        raise RecordError(
+        raise BrokenRecordError(
             f"{path} contains NaN or an infinite number, so it was edited or is torn; restore it"
         ) from error
     if record["hash"] != found:
-        raise RecordError(
+        raise BrokenRecordError(
             f"{path} was changed after it was written (expected hash "
             f"{str(record['hash'])[:19]}..., got {found[:19]}...); restore it or make it again"
         )
@@ -160,7 +161,8 @@ def read_typed(path: Path, kind: type[R]) -> R:
         kind: A subclass of `StoredRecord`.
 
     Raises:
-        RecordError: The file is missing, torn, of another kind or of a newer schema.
+        BrokenRecordError: The file is torn, edited or of another kind.
+        RecordError: The file is missing or of a newer schema.
     """
     return typed(read_plain(path, kind), kind, path)
 
@@ -171,12 +173,12 @@ def typed(record: Record, kind: type[R], path: Path) -> R:
     Values that earlier releases wrote under another name are read as today's.
 
     Raises:
-        RecordError: A field is missing or has another type.
+        BrokenRecordError: A field is missing or has another type.
     """
     try:
         return from_plain(_renamed(record, kind), kind)
     except SchemaError as error:
-        raise RecordError(
+        raise BrokenRecordError(
             f"{path} is torn or edited ({error}); restore it, or make it again with "
             f"`cascade {kind.COMMAND}`"
         ) from error
@@ -213,14 +215,14 @@ def read_arrays(path: Path) -> dict[str, Array]:
     """Read the arrays of an `.npz` file.
 
     Raises:
-        RecordError: The file is missing or torn.
+        BrokenRecordError: The file is missing or torn.
     """
     try:
         return read_npz(path)
     except FileNotFoundError:
-        raise RecordError(f"no file {path}; expected it next to its .json record") from None
+        raise BrokenRecordError(f"no file {path}; expected it next to its .json record") from None
     except UnreadableError as error:
-        raise RecordError(f"{path} is torn ({error}); restore it or make it again") from error
+        raise BrokenRecordError(f"{path} is torn ({error}); restore it or make it again") from error
 
 
 def at(value: Any, path: tuple[str, ...]) -> Any:

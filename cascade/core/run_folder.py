@@ -242,6 +242,15 @@ def current(path: Path) -> Path:
     return kept if path.name in staged and kept.exists() else path
 
 
+def is_stored(path: Path) -> bool:
+    """Return whether something has this path, after finishing an interrupted switch.
+
+    Args:
+        path: A file that belongs to a set of files.
+    """
+    return current(path).exists()
+
+
 def recover(folder: Path) -> None:
     """Finish an interrupted switch of a folder, where it can be written to."""
     if (folder / COMMITTED).is_dir():

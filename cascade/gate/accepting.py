@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from cascade.core.errors import RecordError, UsageError
+from cascade.core.errors import BrokenRecordError, RecordError, UsageError
 from cascade.core.names import same_source
 from cascade.core.provenance import Provenance
 from cascade.core.reading import read_bytes
 from cascade.core.records import packed, read_plain, to_json
-from cascade.core.run_folder import RunFolder
+from cascade.core.run_folder import RunFolder, is_stored
 from cascade.core.schema import known, to_plain
 from cascade.gate.baseline_identity import identity_difference
 from cascade.gate.baseline_lookup import baselines_in
 from cascade.gate.baselines import (
+    ACCEPT_WAITS,
     StoredProfile,
     baseline_paths,
     profile_path,
@@ -23,9 +24,6 @@ from cascade.gate.baselines import (
 )
 from cascade.saturation.profile import SaturationProfile
 from cascade.saturation.records import ProfileRecord
-
-#: Seconds to wait for another process that stores a baseline of the same model.
-_WAIT = 60.0
 
 
 def accept(
@@ -113,7 +111,7 @@ def _path_of(folder: Path, profile: StoredProfile) -> Path:
     """
     record = profile.record()
     own = profile_path(folder, record)
-    if own.exists() and _is_version(profile, own):
+    if is_stored(own) and _is_version(profile, own):
         return own
     earlier = [
         path
@@ -149,15 +147,15 @@ def _store(
     path: Path, profile: StoredProfile, text: str, arrays: bytes, *, replace: bool
 ) -> StoredProfile | None:
     """Write both files of a baseline, or neither; return the baseline that they replace."""
-    before = None
-    if path.exists():
-        with contextlib.suppress(RecordError):  # a torn baseline is replaced without a comparison
-            before = read_profile(path)
-    if before is not None and not replace:
-        _check_identity(path, profile, before)
-    # Both files are on disk before either replaces the old one, so a full disk leaves the old pair.
     names = (path.with_suffix(".npz").name, path.name)
-    with RunFolder(path.parent, names, overwrite=True, wait=_WAIT) as target:
+    before = None
+    with RunFolder(path.parent, names, overwrite=True, wait=ACCEPT_WAITS) as target:
+        # A broken baseline, and with --replace one of a newer release, is replaced unread.
+        if path.exists():
+            with contextlib.suppress(RecordError if replace else BrokenRecordError):
+                before = read_profile(path)
+        if before is not None and not replace:
+            _check_identity(path, profile, before)
         target.write(names[0], arrays)
         target.write(names[1], text)
     return before

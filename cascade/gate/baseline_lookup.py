@@ -12,6 +12,7 @@ from cascade.core.errors import RecordError
 from cascade.core.names import recorded_name, same_source
 from cascade.core.provenance import Provenance
 from cascade.core.records import at, read_plain
+from cascade.core.run_folder import is_stored, recover
 from cascade.core.schema import SchemaError, from_plain, known
 from cascade.gate.baselines import baseline_paths
 from cascade.gate.records import BudgetsRecord
@@ -130,7 +131,7 @@ def find_baseline(
     if sought is not None:
         own = _by_record(place, kind, own, sought)
     shipped = shipped_baselines()
-    if folder is not None or own.exists() or kind != "saturation" or shipped is None:
+    if folder is not None or is_stored(own) or kind != "saturation" or shipped is None:
         return own
     found, _ = baseline_paths(shipped, kind, model=model, corpus=corpus)
     return found if found.exists() else own
@@ -138,8 +139,8 @@ def find_baseline(
 
 def _by_record(folder: Path, kind: str, own: Path, sought: Sought) -> Path:
     """Return the baseline of the sought text: that of this name, or one with another name."""
-    about = provenance_of_baseline(own) if own.exists() else None
-    if own.exists() and about is None:  # torn, as its reader says
+    about = provenance_of_baseline(own) if is_stored(own) else None
+    if is_stored(own) and about is None:  # torn, as its reader says
         return own
     fits = about is not None and sought.is_by(about) and sought.has_text(about)
     if about is not None and fits and sought.has_text(about, exactly=True):
@@ -151,7 +152,7 @@ def _by_record(folder: Path, kind: str, own: Path, sought: Sought) -> Path:
     if len(found) > 1:
         same = [one for one in found if known(one[1].model.dtype) == sought.dtype]
         found = same or found
-    if len(found) > 1 and not own.exists():
+    if len(found) > 1 and not is_stored(own):
         names = ", ".join(str(path) for path, _ in found)
         raise RecordError(
             f"expected one baseline of {sought.model} on {sought.corpus}, got {names}; name one "
@@ -167,6 +168,8 @@ def baselines_in(folder: Path, kind: str) -> Iterator[tuple[Path, Provenance]]:
         folder: The folder of all baselines.
         kind: "saturation" or "budgets".
     """
+    for model in folder.glob("*/"):
+        recover(model)
     for path in sorted(folder.glob(f"*/*.{kind}.json")):
         about = provenance_of_baseline(path)
         if about is not None:

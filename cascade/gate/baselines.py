@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from cascade.core.arrays import Array
 from cascade.core.display import Displayed
-from cascade.core.errors import RecordError, first_line
+from cascade.core.errors import BrokenRecordError, RecordError, first_line
 from cascade.core.files import AnyPath
 from cascade.core.records import (
     Record,
@@ -25,6 +25,9 @@ from cascade.core.records import (
 from cascade.core.schema import UNSET, known, to_plain
 from cascade.saturation.records import ProfileRecord
 from cascade.stats.similarity_statistics import SimilarityStatistics
+
+#: Seconds that `accept` waits for another process that stores a baseline of the same model.
+ACCEPT_WAITS = 60.0
 
 
 def baseline_paths(
@@ -133,8 +136,9 @@ def read_profile(path: AnyPath) -> StoredProfile:
         path: The `.json` file, with its `.npz` next to it, or the folder of a run.
 
     Raises:
-        RecordError: A file is missing, torn or edited, has a newer schema or contains NaN, a layer
-            appears twice, or the two files come from different runs.
+        BrokenRecordError: A file is torn or edited or contains NaN, a layer appears twice, or the
+            two files come from different runs.
+        RecordError: The record is missing or has a newer schema.
 
     Example:
         >>> from cascade.gate.baseline_lookup import shipped_baselines
@@ -153,7 +157,7 @@ def read_profile(path: AnyPath) -> StoredProfile:
         _check_seal(path, record, arrays)
     for origin in ("model", "corpus"):
         if not isinstance(at(record, ("provenance", origin)), dict):
-            raise RecordError(
+            raise BrokenRecordError(
                 f"{path} has no provenance of its {origin}; restore it, or run `cascade analyze` "
                 "again"
             )
@@ -168,24 +172,24 @@ def _check_table(path: Path, record: Record, arrays: Mapping[str, Array]) -> Non
         fingerprints = len(arrays["sequence_fingerprint"])
         whole = fingerprints == len(arrays["sequence"]) == len(arrays["sequence_mean"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise RecordError(
+        raise BrokenRecordError(
             f"{path.with_suffix('.npz')} is torn or edited ({first_line(error)}); run "
             "`cascade analyze` again"
         ) from error
     rows = record.get("layers")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RecordError(
+        raise BrokenRecordError(
             f"{path} has no table of layers; restore it, or run `cascade analyze` again"
         )
     labels = [row.get("layer") for row in rows]
     twice = sorted({str(label) for label in labels if labels.count(label) > 1})
     if twice:
-        raise RecordError(
+        raise BrokenRecordError(
             f"expected every layer once in {path}, got layer {twice[0]} twice; restore it, or run "
             "`cascade analyze` again"
         )
     if not whole or to_plain(table) != rows:
-        raise RecordError(
+        raise BrokenRecordError(
             f"{path} and {path.with_suffix('.npz').name} are from different runs or contain NaN; "
             "run `cascade analyze` again"
         )
@@ -199,7 +203,7 @@ def _check_seal(path: Path, record: Record, arrays: Mapping[str, Array]) -> None
     for name, found in (("hash", record.get("hash")), ("arrays_hash", _arrays_hash(arrays))):
         if found is None or record.get(name) != found:
             changed = path if name == "hash" else path.with_suffix(".npz")
-            raise RecordError(
+            raise BrokenRecordError(
                 f"{changed} was changed after it was written (expected {name} "
                 f"{str(record.get(name))[:19]}..., got {str(found)[:19]}...); restore it, or "
                 "create both files again with `cascade analyze --output` and `cascade accept`"

@@ -10,13 +10,14 @@ from typing import Any
 
 from msgspec.structs import asdict
 
-from cascade.core.errors import RecordError, first_line
+from cascade.core.errors import BrokenRecordError, RecordError, first_line
 from cascade.core.files import write_text
 from cascade.core.formatting import ratio_words
+from cascade.core.locks import locked
 from cascade.core.records import read_plain, to_file
 from cascade.core.schema import UNSET, SchemaError, from_plain, known, to_plain
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
-from cascade.gate.baselines import baseline_paths
+from cascade.gate.baselines import ACCEPT_WAITS, baseline_paths
 from cascade.gate.records import (
     BudgetedPoint,
     BudgetGroup,
@@ -92,7 +93,9 @@ def budget_source(evaluation: Evaluated) -> BudgetSource:
         if known(source.provenance.model.weights_hash) is None:
             raise SchemaError("expected text at provenance.model.weights_hash, got nothing")
     except SchemaError as error:
-        raise RecordError(f"the evaluation is torn or edited ({error}); evaluate again") from error
+        raise BrokenRecordError(
+            f"the evaluation is torn or edited ({error}); evaluate again"
+        ) from error
     return source
 
 
@@ -157,7 +160,11 @@ def accept_budgets(
         settings=source.settings,
         points=[BudgetedPoint(**asdict(row), budget=budget_of(row)) for row in rows],
     )
-    stored = _stored_groups(path, source, replace=replace)
+    # No other process adds its budgets between reading and writing.
+    with locked(path.parent, wait=ACCEPT_WAITS):
+        stored = _stored_groups(path, source, replace=replace)
+        kept = [old for old in stored if _key(old) != _key(group)]
+        _write_groups(path, [*kept, group])
     overruns = [
         overrun
         for old in stored
@@ -168,25 +175,30 @@ def accept_budgets(
     replaced = {old.provenance.heads_fingerprint for old in stored if _key(old) == _key(group)} - {
         heads
     }
-    groups = sorted([*(old for old in stored if _key(old) != _key(group)), group], key=_key)
+    return Accepted(path, overruns, next(iter(replaced), None))
+
+
+def _write_groups(path: Path, groups: Sequence[BudgetGroup]) -> None:
     try:
-        text = to_file(BudgetsRecord(groups=groups))
+        text = to_file(BudgetsRecord(groups=sorted(groups, key=_key)))
     except ValueError as error:  # a NaN in a field that is not a figure
-        raise RecordError(
+        raise BrokenRecordError(
             f"the evaluation is torn or edited ({first_line(error)}); evaluate again"
         ) from error
     write_text(path, text)
-    return Accepted(path, overruns, next(iter(replaced), None))
 
 
 def _stored_groups(path: Path, evaluation: BudgetSource, *, replace: bool) -> list[BudgetGroup]:
     """Return the groups of a budget file, checked to be of the evaluation's model and corpus.
 
-    With `replace`, return none if they are not.
+    Return none if the file is broken; with `replace`, also if it is of another model or corpus.
     """
     if not path.exists():
         return []
-    groups = read_budgets(path).groups
+    try:
+        groups = read_budgets(path).groups
+    except BrokenRecordError:
+        return []
     for group in groups:
         mismatch = _mismatch(group, evaluation, _FILE_IDENTITY)
         if mismatch is not None and replace:
@@ -206,14 +218,15 @@ def read_budgets(path: Path) -> BudgetsRecord:
         path: The `.budgets.json` file.
 
     Raises:
-        RecordError: The file is missing, torn or incomplete, or has a newer schema.
+        BrokenRecordError: The file is torn, edited or incomplete.
+        RecordError: It is missing or has a newer schema.
     """
     record = read_plain(path, BudgetsRecord)
     try:
         budgets = from_plain(record, BudgetsRecord)
         _check_limits(budgets)
     except SchemaError as error:
-        raise RecordError(
+        raise BrokenRecordError(
             f"{path} is torn or edited ({error}); restore it, or remove it to start over"
         ) from error
     return budgets

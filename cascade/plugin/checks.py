@@ -116,6 +116,8 @@ class SaturationCheck(Check):
             profile: `cascade_profile`, of which only as many tokens as needed are measured; or a
                 profile from `cascade.analyze`.
         """
+        from cascade.core.run_folder import is_stored
+
         __tracebackhide__ = True
         with one_line():
             path = self._path(profile)
@@ -126,7 +128,7 @@ class SaturationCheck(Check):
             if option is not None:
                 self._regenerate(profile, path, option)
                 return
-            if not path.exists():
+            if not is_stored(path):
                 self._fail_missing(path)
             record, worst = self._compare(profile, path)
         self._judge(record, worst, path)

@@ -146,11 +146,12 @@ class _Reading:
     @cached_property
     def profile(self) -> SaturationProfile:
         """The model's profile of the baseline's sequences."""
+        from cascade.core.run_folder import is_stored
         from cascade.gate.quick_gate import quick_blocks
         from cascade.saturation.profile import analyze
 
         with one_line():
-            if not self.path.exists():
+            if not is_stored(self.path):
                 raise RecordError(missing_line(self.path, self.settings))
             blocks, settings = self.blocks, self.settings
             # Reuse the gate's measurement if it neither stopped early nor was not comparable.

@@ -251,7 +251,9 @@ def _baseline_path(model: ModelOptions, corpus: GateCorpus, baselines: Path | No
         corpus=corpus_name(source, config=corpus.config, split=corpus.split),
         sought=Sought(model.model, source, model.dtype, corpus.given().options()),
     )
-    if not path.exists():
+    from cascade.core.run_folder import is_stored
+
+    if not is_stored(path):
         raise RecordError(
             f"no baseline {path}; make one with `cascade analyze --output RUN` and `cascade accept "
             f"RUN --baselines {baselines or LOCAL}`, or name one with --baseline"

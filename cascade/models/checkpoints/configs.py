@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cascade.core import reading
 from cascade.core.errors import ModelError
+from cascade.core.reading import UnreadableError
 from cascade.models.checkpoints.reading import cannot_read, read_or_explain, transformers_version
 
 if TYPE_CHECKING:
@@ -20,10 +21,10 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: It cannot be read, or is no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = reading.read_json(path, foreign=True)
     except OSError as error:
         raise cannot_read(path, error) from error
-    except ValueError as error:
+    except UnreadableError as error:
         raise ModelError(f"{path} is not JSON ({error}); correct it, or get it again") from error
     if not isinstance(content, dict):
         raise ModelError(

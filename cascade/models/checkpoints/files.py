@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.core.errors import ModelError, first_line
+from cascade.core.reading import read_json
 from cascade.models.checkpoints.quantization import Quantization
 from cascade.models.checkpoints.reading import cannot_read
 
@@ -153,7 +153,7 @@ def _shards(index: Path) -> list[Path]:
     """Return the files that an index names."""
     check_is_no_pointer(index)
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(index, foreign=True)["weight_map"].values())
         files = [index.parent / name for name in sorted(names)]
     except OSError as error:
         raise cannot_read(index, error) from error
