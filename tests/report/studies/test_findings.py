@@ -17,7 +17,7 @@ from support.commands import Done, Run
 from support.findings_texts import with_todays_texts
 from support.paths import DOCS
 
-from cascade.core.records import to_json
+from cascade.core.records import to_file
 from cascade.core.schema import from_plain, to_plain
 from cascade.report.studies.findings import (
     FINDINGS,
@@ -55,7 +55,7 @@ def test_texts_of_the_stored_records_are_those_that_the_code_writes(
     finding: Finding, records: FindingsRecords, request: pytest.FixtureRequest
 ) -> None:
     path = FOLDER / f"{finding.stem}.json"
-    written = to_json(to_plain(with_todays_texts(records)[finding.stem])) + "\n"
+    written = to_file(with_todays_texts(records)[finding.stem])
     if request.config.getoption("--force-regen", default=False):
         path.write_text(written, encoding="utf-8")
     assert path.read_text(encoding="utf-8") == written, (
