@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch
 from msgspec.structs import replace
 from support.build_evaluations import a_plain_evaluation, a_row, an_evaluation
 from support.paths import BASELINES
+from support.records import write_sealed
 from support.reference_early_exit import one_line
 
 from cascade.core.errors import RecordError
@@ -290,7 +290,7 @@ def test_torn_stored_budgets_are_refused(tmp_path: Path, case: str) -> None:
         inner = inner[name]
     inner[last] = value
     (path,) = tmp_path.rglob("*.budgets.json")
-    path.write_text(json.dumps(budgets))
+    write_sealed(path, budgets)
     before = path.read_bytes()
     with pytest.raises(RecordError) as error:
         accept_budgets(tmp_path, an_evaluation(a_row()))

@@ -16,6 +16,7 @@ from support.build_gate import BLOCKS, broken
 from support.build_gate import a_stack as a_small_stack
 from support.build_profiles import a_profile, profile_of, provenance, similarities_of
 from support.disk import contents, largest_file
+from support.records import edit_sealed
 from support.tiny_models import tiny_model, tiny_tokenizer
 
 from cascade.core.errors import ModelError, OutputError, RecordError, UsageError
@@ -152,9 +153,7 @@ def test_budgets_without_a_field_that_a_rerun_needs_are_refused(
     stack = a_stack()
     made = evaluate_points(stack, first_points(stack, blocks, 2), blocks)
     path = accept_budgets(tmp_path, made).path
-    record = json.loads(path.read_text())
-    _drop(place)(record)
-    path.write_text(json.dumps(record))
+    edit_sealed(path, _drop(place))
     with pytest.raises(RecordError, match=f"torn or edited .*{place.rpartition('.')[2]}"):
         read_budgets(path)
 

@@ -16,6 +16,7 @@ from support.plugin_project import (
     marked_test,
     ran,
 )
+from support.records import write_sealed
 
 from cascade.core.provenance import provenance_of
 from cascade.corpora.blocks import load_blocks
@@ -34,7 +35,7 @@ def test_only_operating_points_at_the_exit_layer_are_checked(guarded: pytest.Pyt
     stored = groups()
     (group,) = stored["groups"]
     group["points"][0] |= {"exit_layer": 2}  # with the budget of another layer, which is exceeded
-    STORED.write_text(json.dumps(stored))
+    write_sealed(STORED, stored)
     only = ("-m", "budgets")
     assert "layer 2" in failure(ran(guarded, *only))
     ran(guarded, *only, "--cascade-exit-layer", 3).assert_outcomes(passed=1, deselected=1)

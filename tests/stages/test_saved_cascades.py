@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.disk import contents, largest_file
+from support.records import edit_sealed
 from support.reference_early_exit import (
     ALL_FAMILIES,
     a_bf16_stack,
@@ -222,9 +223,13 @@ def test_transformers_still_saves_and_loads_the_base(tmp_path: Path) -> None:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    record = json.loads((folder / CONFIG).read_text())
-    change(record)
-    (folder / CONFIG).write_text(json.dumps(record))
+    edit_sealed(folder / CONFIG, change)
+
+
+def edited_text(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
 
 
 def cut(path: Path) -> None:
@@ -248,8 +253,8 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no base": (lambda f: edit(f, lambda r: r.pop("base")), "torn or edited"),
     "no hash": (lambda f: edit(f, lambda r: r["stages"][0].pop("sha256")), "torn or edited"),
     "NaN": (
-        lambda f: edit(f, lambda r: r["stages"][1]["entry"].update(threshold=math.nan)),
-        "torn or edited",
+        lambda f: edited_text(f / CONFIG, '"threshold": 0', '"threshold": NaN, "x": 0'),
+        "contains NaN",
     ),
     "threshold in words": (
         lambda f: edit(f, lambda r: r["stages"][1]["entry"].update(threshold="much")),
@@ -283,8 +288,15 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / "stage-1.safetensors").replace(f / "stage-2.safetensors"),
         "is missing|incomplete or changed",
     ),
-    "heads missing": (lambda f: (f / "heads-1.safetensors").unlink(), "expected exit heads at"),
-    "heads cut": (lambda f: cut(f / "heads-1.safetensors"), "not a readable safetensors file"),
+    "heads missing": (
+        lambda f: (f / "heads-1.safetensors").unlink(),
+        "heads-1.safetensors is missing",
+    ),
+    "heads cut": (lambda f: cut(f / "heads-1.safetensors"), "is incomplete or changed"),
+    "edited": (
+        lambda f: edited_text(f / CONFIG, '"threshold": 0.', '"threshold": 0.1'),
+        "was changed after it was written",
+    ),
 }
 
 

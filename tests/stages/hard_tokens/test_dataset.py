@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from support.records import edit_sealed
 from support.reference_early_exit import (
     a_stack,
     one_line,
@@ -89,9 +89,7 @@ def test_a_dataset_for_another_model_layer_or_threshold_is_refused(tmp_path: Pat
 
 
 def with_record(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    record = json.loads((folder / "hard-tokens.json").read_text())
-    change(record)
-    (folder / "hard-tokens.json").write_text(json.dumps(record))
+    edit_sealed(folder / "hard-tokens.json", change)
 
 
 SHARD = "train/data-00000-of-00001.arrow"
@@ -108,7 +106,12 @@ SHARD = "train/data-00000-of-00001.arrow"
         (lambda d: (d / "hard-tokens.json").unlink(), "make one with `cascade collect-hard --out"),
         (lambda d: shutil.rmtree(d), "make one with `cascade collect-hard --output`"),
         (lambda d: edited(d / "hard-tokens.json", lambda b: b[:-9]), "is torn or edited"),
-        (lambda d: with_record(d, lambda r: r.update(layer=2)), "its hash does not match"),
+        (
+            lambda d: edited(
+                d / "hard-tokens.json", lambda b: b.replace(b'"layer": ', b'"layer": 1')
+            ),
+            "was changed after it was written",
+        ),
         (lambda d: with_record(d, lambda r: r.pop("parts")), "an object at parts, got nothing"),
         (lambda d: with_record(d, lambda r: r.update(schema=2)), "this release reads up to 1"),
         (lambda d: with_record(d, lambda r: r.update(kind="bench")), "of kind hard-tokens, got"),
