@@ -70,11 +70,13 @@ class Accepted:
         overruns: The previous budgets that the evaluation exceeds.
         replaced_heads: The fingerprint of the heads whose budgets were replaced, if the evaluation
             used different heads; None if the heads are the same or no budgets were stored.
+        unreadable: Why the stored budgets could not be read, if they were replaced for that reason.
     """
 
     path: Path
     overruns: list[Overrun]
     replaced_heads: str | None
+    unreadable: str | None = None
 
 
 def budget_source(evaluation: Evaluated) -> BudgetSource:
@@ -143,7 +145,7 @@ def accept_budgets(
 
     Raises:
         RecordError: The evaluation is torn or has no given operating point, or the stored budgets
-            are torn or belong to another model, tokenizer, dtype or corpus.
+            are of a newer release or belong to another model, tokenizer, dtype or corpus.
     """
     source = budget_source(evaluation)
     rows = [row for row in source.points if row.threshold_from == "given"]
@@ -160,9 +162,13 @@ def accept_budgets(
         settings=source.settings,
         points=[BudgetedPoint(**asdict(row), budget=budget_of(row)) for row in rows],
     )
+    unreadable = None
     # No other process adds its budgets between reading and writing.
     with locked(path.parent, wait=ACCEPT_WAITS):
-        stored = _stored_groups(path, source, replace=replace)
+        try:
+            stored = _stored_groups(path, source, replace=replace)
+        except BrokenRecordError as error:
+            stored, unreadable = [], str(error)
         kept = [old for old in stored if _key(old) != _key(group)]
         _write_groups(path, [*kept, group])
     overruns = [
@@ -175,7 +181,7 @@ def accept_budgets(
     replaced = {old.provenance.heads_fingerprint for old in stored if _key(old) == _key(group)} - {
         heads
     }
-    return Accepted(path, overruns, next(iter(replaced), None))
+    return Accepted(path, overruns, next(iter(replaced), None), unreadable)
 
 
 def _write_groups(path: Path, groups: Sequence[BudgetGroup]) -> None:
@@ -191,14 +197,11 @@ def _write_groups(path: Path, groups: Sequence[BudgetGroup]) -> None:
 def _stored_groups(path: Path, evaluation: BudgetSource, *, replace: bool) -> list[BudgetGroup]:
     """Return the groups of a budget file, checked to be of the evaluation's model and corpus.
 
-    Return none if the file is broken; with `replace`, also if it is of another model or corpus.
+    With `replace`, return none if they are not.
     """
     if not path.exists():
         return []
-    try:
-        groups = read_budgets(path).groups
-    except BrokenRecordError:
-        return []
+    groups = read_budgets(path).groups
     for group in groups:
         mismatch = _mismatch(group, evaluation, _FILE_IDENTITY)
         if mismatch is not None and replace:

@@ -230,7 +230,7 @@ def test_an_edit_that_was_sealed_again_is_checked_against_the_arrays(
 @pytest.mark.parametrize("name", ["hash", "arrays_hash"])
 def test_a_missing_seal_is_detected(tmp_path: Path, name: str) -> None:
     record = edited(a_profile(4), lambda record: record.pop(name), sealed=False)
-    with pytest.raises(RecordError, match="was changed after it was written"):
+    with pytest.raises(RecordError, match=r"was changed after it was written|to be named hash"):
         read_profile(save_run(tmp_path / "run", a_profile(4), record))
 
 

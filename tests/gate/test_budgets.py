@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 from support.build_evaluations import a_plain_evaluation, a_row, an_evaluation
 from support.paths import BASELINES
-from support.records import write_sealed
+from support.records import edit_sealed, write_sealed
 from support.reference_early_exit import one_line
 
 from cascade.core.errors import RecordError
@@ -281,7 +281,7 @@ TORN_BUDGETS = {
 
 
 @pytest.mark.parametrize("case", TORN_BUDGETS)
-def test_torn_stored_budgets_are_refused(tmp_path: Path, case: str) -> None:
+def test_torn_stored_budgets_are_refused_and_replaced(tmp_path: Path, case: str) -> None:
     budgets: Any = {"schema": 1, "kind": "budgets", "groups": []}
     budgets["groups"] = to_plain(stored(tmp_path, an_evaluation(a_row())))
     *place, last, value = TORN_BUDGETS[case]
@@ -291,13 +291,22 @@ def test_torn_stored_budgets_are_refused(tmp_path: Path, case: str) -> None:
     inner[last] = value
     (path,) = tmp_path.rglob("*.budgets.json")
     write_sealed(path, budgets)
-    before = path.read_bytes()
-    with pytest.raises(RecordError) as error:
-        accept_budgets(tmp_path, an_evaluation(a_row()))
-    assert str(path) in one_line(error)
-    assert path.read_bytes() == before
-    with pytest.raises(RecordError, match="torn or edited"):
+    with pytest.raises(RecordError, match="torn or edited") as error:
         read_budgets(path)
+    assert str(path) in one_line(error)
+    accepted = accept_budgets(tmp_path, an_evaluation(a_row()))
+    assert accepted.unreadable == one_line(error)
+    assert read_budgets(path).groups == stored(tmp_path / "new", an_evaluation(a_row()))
+
+
+def test_budgets_of_a_newer_release_are_kept(tmp_path: Path) -> None:
+    stored(tmp_path, an_evaluation(a_row()))
+    (path,) = tmp_path.rglob("*.budgets.json")
+    edit_sealed(path, lambda record: record.update(schema=9))
+    before = path.read_bytes()
+    with pytest.raises(RecordError, match="has schema 9, this release reads up to"):
+        accept_budgets(tmp_path, an_evaluation(a_row()))
+    assert path.read_bytes() == before
 
 
 def test_accepting_the_stored_evaluation_rewrites_identical_bytes(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cascade.cli.app import command
-from cascade.cli.console import echo, show_record
+from cascade.cli.console import echo, message, show_record
 
 
 @command("accept")
@@ -55,6 +55,8 @@ def _accept_budgets(run: Path, baselines: Path, *, name: str | None, replace: bo
     path = named_path(baselines, BudgetsRecord.KIND, name) if name else None
     evaluation = read_plain(run / "evaluation.json", EvaluationRecord)
     accepted = accept_budgets(baselines, evaluation, path=path, replace=replace)
+    if accepted.unreadable is not None:
+        message(f"Replaces all budgets of a file that cannot be read: {accepted.unreadable}")
     for overrun in accepted.overruns:
         echo(f"Compared with the budgets that it replaces: {overrun}")
     if accepted.replaced_heads is not None:
