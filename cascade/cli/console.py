@@ -122,10 +122,11 @@ def show_record(record: R, show: Callable[[R, Console], None], *, stored: object
     """
     wanted = _wanted()
     if wanted.as_json:
-        from cascade.core.records import to_json
-        from cascade.core.schema import to_plain
+        from cascade.core.records import sealed, to_json
+        from cascade.core.schema import StoredRecord, to_plain
 
-        echo(to_json(to_plain(record if stored is None else stored)))
+        shown = record if stored is None else stored
+        echo(to_json(sealed(shown) if isinstance(shown, StoredRecord) else to_plain(shown)))
     elif not wanted.quiet:
         from rich.console import Console
 

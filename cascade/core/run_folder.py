@@ -157,7 +157,9 @@ def commit(staging: Path, folder: Path, names: Iterable[str]) -> None:
     """
     names = list(names)
     staged = [name for name in names if (staging / name).exists()]
-    (staging / _LIST).write_text(json.dumps({"all": names, "staged": staged}), encoding="utf-8")
+    (staging / _LIST).write_text(
+        json.dumps({"all": names, "staged": staged}, allow_nan=False), encoding="utf-8"
+    )
     for path in sorted(staging.rglob("*"), reverse=True):
         flush_to_disk(path)
     flush_to_disk(staging)

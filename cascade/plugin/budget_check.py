@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NoReturn
 import pytest
 from msgspec.structs import replace
 
-from cascade.core.errors import BrokenRecordError, RecordError
+from cascade.core.errors import RecordError
 from cascade.core.printable import printable
 from cascade.core.schema import known
 from cascade.evaluation.records import EvaluationRecord
@@ -164,20 +163,17 @@ class BudgetCheck(Check):
         from cascade.gate.budgets import budget_source, check_budgets, read_budgets
         from cascade.gate.remeasuring import replace_budgets
 
-        stored: list[BudgetGroup] | None = None
-        if path.exists():
-            with contextlib.suppress(BrokenRecordError):  # it is replaced
-                stored = read_budgets(path).groups
         if not isinstance(evaluation, MeasuredEvaluations):
             sources = _sources(evaluation)
-        elif stored is not None:
+        elif path.exists():
             numbers = range(len(evaluation.groups))
             sources = [budget_source(evaluation.of(number)) for number in numbers]
         else:
             sources = [budget_source(evaluation.first())]
         lines: list[str] = []
-        moved = stored is None
-        if stored is not None:
+        moved = not path.exists()
+        if path.exists():
+            stored = read_budgets(path).groups
             for source in sources:
                 try:
                     lines += map(str, check_budgets(source, stored))

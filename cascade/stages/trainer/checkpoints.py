@@ -53,7 +53,7 @@ def finish(folder: Path) -> None:
     for path in files:
         flush_to_disk(path)
     hashes = {path.name: xxh3_of(path) for path in files}
-    write_text(folder / _SEAL, json.dumps(hashes, indent=1) + "\n")
+    write_text(folder / _SEAL, json.dumps(hashes, indent=1, allow_nan=False) + "\n")
 
 
 def can_resume(folder: Path) -> bool:
