@@ -191,7 +191,7 @@ class FittedHeads:
                 for name, tensor in (("weight", weight), ("bias", bias)):
                     stored = _halved(tensor, layer) if half else tensor
                     tensors[f"{kind}.{layer}.{name}"] = stored.cpu().contiguous()
-        about = _with_hash(tensors, to_plain(self.metadata()))
+        about = with_hash(tensors, to_plain(self.metadata()))
         text = json.dumps(about, allow_nan=False)
         with atomic_path(path) as temporary:
             try:
@@ -270,7 +270,7 @@ def load_heads(path: AnyPath, stack: DecoderStack) -> FittedHeads:
     return heads
 
 
-def _with_hash(tensors: Mapping[str, Tensor], about: dict[str, Any]) -> dict[str, Any]:
+def with_hash(tensors: Mapping[str, Tensor], about: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata with a hash over the stored tensors and over itself."""
     unsealed = {name: value for name, value in about.items() if name != "hash"}
     digest = hashlib.sha256(record_hash(unsealed).encode())
@@ -283,7 +283,7 @@ def _with_hash(tensors: Mapping[str, Tensor], about: dict[str, Any]) -> dict[str
 
 def _check_hash(tensors: Mapping[str, Tensor], about: dict[str, Any]) -> None:
     """Raise ValueError unless the hash is that of the content. Older files have none."""
-    if has_hash(about) and _with_hash(tensors, about)["hash"] != about["hash"]:
+    if has_hash(about) and with_hash(tensors, about)["hash"] != about["hash"]:
         raise ValueError("it was changed after it was written, its hash differs")
 
 

@@ -34,7 +34,7 @@ from support.reference_points import (
 from support.tiny_models import tiny_model
 
 from cascade.core.errors import CascadeError, CorpusError, ModelError, RecordError, UsageError
-from cascade.core.records import read_plain, to_json, write_record
+from cascade.core.records import read_plain, sealed, to_json, write_record
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import EarlyExit
@@ -224,7 +224,7 @@ def test_record_survives_round_trip(family: str, tmp_path: Path) -> None:
     record, path = calibrated(family), tmp_path / "calibration.json"
     write_record(path, record)
     plain = json.loads(to_json(to_plain(record)))
-    assert read_plain(path, CalibrationRecord) == plain
+    assert read_plain(path, CalibrationRecord) == sealed(plain)
     assert json.loads(to_json(to_plain(read_calibration(path)))) == plain
     assert plain["certificate"]["threshold"] is not None
     assert len(plain["transfer"]["rows"]) == 3

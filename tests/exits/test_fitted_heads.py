@@ -34,7 +34,7 @@ from cascade.decoding.early_exit import EarlyExit, make_exit
 from cascade.evaluation.calibration import confidences
 from cascade.evaluation.exit_evaluation import exit_provenance
 from cascade.evaluation.operating_points import Evaluator
-from cascade.exits.fitted_heads import FittedHeads, load_heads
+from cascade.exits.fitted_heads import FittedHeads, load_heads, with_hash
 from cascade.exits.head_fitting import fit_heads
 from cascade.exits.records import HeadsProvenance
 from cascade.models.stack import DecoderStack
@@ -198,12 +198,13 @@ def test_missing_file_error_names_command(tmp_path: Path) -> None:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], Any]) -> None:
-    """Change the tensors and metadata of a file and save it as safetensors again."""
+    """Change the tensors and metadata of a file, seal it and save it as safetensors again."""
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {})["cascade"])
     tensors = load_file(path)
     change(tensors, about)
-    save_file(tensors, path, metadata={"cascade": json.dumps(about)})
+    sealed = with_hash(tensors, about)
+    save_file(tensors, path, metadata={"cascade": json.dumps(sealed)})
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from support.reference_early_exit import a_settled_stack
 from support.reference_points import blocks_of, settled_heads
 
 from cascade.core.errors import RecordError
-from cascade.core.records import to_json, write_record
+from cascade.core.records import sealed, to_json, write_record
 from cascade.core.schema import UNSET, UnsetType, to_plain
 from cascade.decoding.early_exit import Propagation
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
@@ -209,7 +209,7 @@ def test_files_and_folders_are_read(tmp_path: Path) -> None:
     assert from_folder.name == str(tmp_path)
     text = to_json(to_plain(record))
     assert to_json(to_plain(from_folder.record)) == text
-    assert json.loads(text) == json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
+    assert sealed(json.loads(text)) == json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
 
 
 def _without(*path: str) -> Callable[[Plain], None]:
