@@ -16,7 +16,7 @@ from cascade.core.files import make_folder, remove_empty, write_text
 from cascade.core.locks import locked
 from cascade.core.provenance import SPLITS
 from cascade.core.reading import UnreadableError, read_json
-from cascade.core.run_folder import COMMITTED, commit, finish_commit, recover
+from cascade.core.run_folder import COMMITTED, commit, finish_commit
 from cascade.core.schema import to_plain
 from cascade.core.signals import delayed_signals
 from cascade.stages.hard_tokens.dataset import RECORD, SPLITS_FILE, WORK, read_hard_tokens_record
@@ -171,9 +171,9 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     # os.path accepts any string, while Path raises for an overlong name.
     if os.path.isfile(folder):
         raise OutputError(f"{folder} is a file, expected a folder; choose another --output")
-    if not os.path.isdir(folder):
+    # An interrupted switch is finished by `working_folder`, which then returns the dataset.
+    if not os.path.isdir(folder) or (folder / COMMITTED).is_dir():
         return
-    recover(folder)
     ours = (folder / RECORD).exists() or (folder / WORK).is_dir()
     names = [folder / name for name in (*SPLITS, SPLITS_FILE)]
     foreign = [path for path in names if path.exists()]

@@ -108,13 +108,14 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from cascade.core.errors import RecordError
+from cascade.core.run_folder import COMMITTED
 from cascade.stages.hard_tokens import plan
 from cascade.stages.hard_tokens.dataset import load_hard_tokens
 from support import tiny_hard_tokens as tiny
 from support.disk import contents
 
 torch.set_num_threads(1)
-plan.SHARD_BYTES, plan.MOST_SHARDS = 1, 1000
+plan.SHARD_BYTES, plan.MOST_SHARDS = 1, 4
 folder = Path(sys.argv[2])
 tiny.a_stack("llama"), tiny.some_splits()
 earlier = len(sys.argv) > 3
@@ -139,7 +140,8 @@ def dies_at(number):
 collect("whole")
 expected = contents(folder / "whole")
 killed = 0
-for number in range(1000):
+# Every third change; tests/suites/test_file_faults.py tries all of them under -m slow.
+for number in range(earlier, 1000, 3):
     name = str(number)
     if earlier:
         tiny.collect(folder / name, hard_ratio=0.3)
@@ -153,13 +155,15 @@ for number in range(1000):
         break
     assert os.WTERMSIG(status) == signal.SIGKILL, (number, status)
     killed += 1
-    if not (folder / name / "hard-tokens.json").exists():
+    # Reading a dataset whose switch was made finishes it.
+    switched = (folder / name / COMMITTED).exists()
+    if not switched and not (folder / name / "hard-tokens.json").exists():
         try:
             load_hard_tokens(folder / name)
         except RecordError:
             pass
-        else:  # the switch was made, and reading finished it
-            assert contents(folder / name) == expected, number
+        else:
+            raise AssertionError(number)
     found = collect(name)
     assert contents(folder / name) == expected, number
     assert load_hard_tokens(folder / name).record == found.record
@@ -171,7 +175,7 @@ print(killed)
 def test_a_collection_killed_at_any_point_resumes_to_the_same_bytes(
     tmp_path: Path, earlier: bool
 ) -> None:
-    """Kill a process at every change of the disk, with and without an earlier dataset."""
+    """Kill a process at changes of the disk, with and without an earlier dataset."""
     arguments = [str(Path(__file__).parents[2]), str(tmp_path), *(["earlier"] if earlier else [])]
     done = subprocess.run(
         [sys.executable, "-c", _KILLED, *arguments],
@@ -182,7 +186,7 @@ def test_a_collection_killed_at_any_point_resumes_to_the_same_bytes(
     )
     assert done.returncode == 0, done.stderr
     # 8 shards are written and then marked, 6 more files are written, and all are moved.
-    assert int(done.stdout) > 25
+    assert int(done.stdout) > 12
 
 
 _PEAK = """
