@@ -71,7 +71,7 @@ _OF_TWO_PATHS = ("os.rename", "os.link", "os.symlink")
 _HANGS_AFTER = 120.0
 
 #: What `tempfile` puts into names.
-_RANDOM_PART = re.compile(r"(?<=[-/])[a-z0-9_]{8}(?=[./]|$)")
+_RANDOM_PART = re.compile(r"((?:^|/)\.[^/]*-)[a-z0-9_]{8}(?=[./]|$)")
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class _Watch:
         writes = event == "os.mkdir" or (
             event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
         )
-        name = _RANDOM_PART.sub("*", found[-1].removeprefix(self.watched))
+        name = _RANDOM_PART.sub(r"\1*", found[-1].removeprefix(self.watched))
         self.operations.append((event, name, writes))
         if self.fault is not None and len(self.operations) == self.fault.operation:
             self._happen(self.fault.kind, event, arguments)
@@ -280,7 +280,7 @@ def _path_of(argument: Any) -> str:
 def contents(folders: Sequence[Path]) -> dict[str, bytes | None]:
     """Return everything below some folders, by path; what is random in names is "*"."""
     return {
-        _RANDOM_PART.sub("*", f"{folder.name}/{path.relative_to(folder)}"): (
+        _RANDOM_PART.sub(r"\1*", f"{folder.name}/{path.relative_to(folder)}"): (
             os.readlink(path).encode()
             if path.is_symlink()
             else path.read_bytes()
