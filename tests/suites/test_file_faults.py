@@ -231,7 +231,9 @@ CASES: Mapping[str, Case] = {
         ),
     ),
     "gate": Case(
-        (*_GATE, "--full", "--overwrite"), session("out/report.json"), (*_ACCEPTED, _GATE),
+        (*_GATE, "--full", "--overwrite"),
+        session("out/report.json"),
+        (*_ACCEPTED, _GATE),
         between=without_noise,
         files="here/out/.*",
     ),
@@ -315,6 +317,9 @@ CASES: Mapping[str, Case] = {
         files=r"here/staged/(cascade_config|stage).*",
     ),
     "generate (a GGUF file)": Case((*_GGUF, "--max-new-tokens", "2"), dequantized),
+    "cache clear": Case(
+        _words("cache clear --yes"), dequantized, ((*_GGUF, "--max-new-tokens", "2"),)
+    ),
     "pytest --force-regen": Case(
         _words("pytest --force-regen"),
         profile(str(BASELINE)),
@@ -373,9 +378,10 @@ _REPEATED = (
 def watched(here: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder that holds the working folder and the cache; drawings take no time."""
     for name, size in DRAWN.items():
-        text = name.ljust(size)
-        monkeypatch.setattr(f"cascade.report.saturation.{name}", lambda *a, text=text, **b: text)
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **rest: file.write("<svg></svg>"))
+        monkeypatch.setattr(f"cascade.report.saturation.{name}", _stand_in(name, size))
+    # Of another command is another picture, or it could not be told which one is there.
+    draw = lambda self, file, **rest: file.write(f"<svg>{sys.argv[1:]}</svg>")  # noqa: E731
+    monkeypatch.setattr(Figure, "savefig", draw)
     # A pool of threads does not outlive a fork.
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     monkeypatch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
@@ -399,6 +405,10 @@ def watched(here: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "cache").mkdir()
     monkeypatch.setenv("CASCADE_CACHE", str(folder / "cache"))
     return folder
+
+
+def _stand_in(name: str, size: int) -> Callable[..., str]:
+    return lambda record, *rest, **more: f"{name} {record.provenance.corpus}".ljust(size)
 
 
 class _Repeated:
@@ -624,9 +634,7 @@ def _chosen(tried: Tried) -> list[Fault]:
         if one.event == "os.rename" and (one.path.endswith(COMMITTED) or number == _last(tried))
     ]
     near = sorted({n + d for n in switches for d in (0, 1, 2)} & {n for n, _ in operations})
-    chosen = [
-        Fault(number, ("kill", "power cut")[place % 2]) for place, number in enumerate(near)
-    ]
+    chosen = [Fault(number, ("kill", "power cut")[place % 2]) for place, number in enumerate(near)]
     every = [Fault(number, kind) for number, one in operations for kind in kinds_of(one)]
     rest = [fault for fault in every if fault not in chosen]
     return chosen + random.Random(0).sample(rest, min(_TRIED, len(rest)))

@@ -66,6 +66,8 @@ _EVENTS = frozenset(
     )
 )
 _OF_TWO_PATHS = ("os.rename", "os.link", "os.symlink")
+#: Their last argument is a handle of the folder that the path is in, or -1.
+_IN_FOLDERS = ("os.remove", "os.rmdir", "os.mkdir")
 
 #: A command that has not ended by then hangs.
 _HANGS_AFTER = 120.0
@@ -225,6 +227,8 @@ class _Watch:
         if not self.armed or event not in _EVENTS:
             return
         paths = [_path_of(each) for each in arguments[: 1 + (event in _OF_TWO_PATHS)]]
+        if event in _IN_FOLDERS and arguments[-1] >= 0:
+            paths = [os.path.join(_path_of(arguments[-1]), arguments[0])]
         found = [path for path in paths if path.startswith(self.watched)]
         if not found:
             return
