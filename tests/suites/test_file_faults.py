@@ -54,8 +54,8 @@ from cascade.saturation.records import NoiseFloor
 from cascade.stages.hard_tokens import plan
 from cascade.stages.hard_tokens.dataset import WORK
 
-#: Faults that are tried for each command by default, besides the deaths around the switch.
-_TRIED = 3
+#: Faults that are tried for each command by default, besides those of every command.
+_TRIED = 2
 
 #: Hidden folders that a refused command may leave for the next one: a complete result, and work
 #: to continue.
@@ -626,7 +626,7 @@ def _interrupt(case: Case, watched: Path, models: Path) -> None:
 
 
 def _chosen(tried: Tried) -> list[Fault]:
-    """Return some faults with a fixed seed, and the deaths around every switch."""
+    """Return the deaths around every switch, two faults of a write, and some with a fixed seed."""
     operations = list(enumerate(tried.operations, start=1))
     switches = [
         number
@@ -635,6 +635,10 @@ def _chosen(tried: Tried) -> list[Fault]:
     ]
     near = sorted({n + d for n in switches for d in (0, 1, 2)} & {n for n, _ in operations})
     chosen = [Fault(number, ("kill", "power cut")[place % 2]) for place, number in enumerate(near)]
+    writes = [number for number, one in operations if one.event == "open" and one.writes]
+    if writes:
+        middle = writes[len(writes) // 2]
+        chosen += [Fault(middle, "torn"), Fault(middle, "full")]
     every = [Fault(number, kind) for number, one in operations for kind in kinds_of(one)]
     rest = [fault for fault in every if fault not in chosen]
     return chosen + random.Random(0).sample(rest, min(_TRIED, len(rest)))
