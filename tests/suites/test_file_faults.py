@@ -693,3 +693,25 @@ def test_every_fault_at_every_file_operation_leaves_the_old_result_or_the_new(
         rows = ",\n".join(f" {json.dumps(key)}: {json.dumps(stored[key])}" for key in stored)
         COUNTS.write_text(f"{{\n{rows}\n}}\n")
     assert counts == stored_counts()[name]
+
+
+def table(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Return the counts as the table of docs/reliability.md."""
+    columns = ("operations", "faults", "killed", "refused", "unharmed", "old", "new", "states")
+    names = [name for name in CASES if name in counts]
+    total = {column: sum(counts[name][column] for name in names) for column in columns}
+    head = "| command | operations | faults | killed | refused | not needed | old result | new result |"
+    lines = [f"{head} survived | sets of files |", f"|---|{'---:|' * (len(columns) + 1)}"]
+    for title, row in [*((f"`{name}`", counts[name]) for name in names), ("all", total)]:
+        figures = [f"{row[column]:,}" for column in columns]
+        figures.insert(-1, f"{row['old'] + row['new']:,}")
+        lines.append(f"| {title} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def test_the_page_on_reliability_has_the_counts_of_the_last_full_run() -> None:
+    counts = stored_counts()
+    page = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    assert set(counts) <= set(CASES)
+    assert table(counts) in page, f"put this into docs/reliability.md:\n{table(counts)}"
+    assert all(row["old"] + row["new"] == row["faults"] for row in counts.values())
