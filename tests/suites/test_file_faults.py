@@ -700,8 +700,9 @@ def table(counts: Mapping[str, Mapping[str, int]]) -> str:
     columns = ("operations", "faults", "killed", "refused", "unharmed", "old", "new", "states")
     names = [name for name in CASES if name in counts]
     total = {column: sum(counts[name][column] for name in names) for column in columns}
-    head = "| command | operations | faults | killed | refused | not needed | old result | new result |"
-    lines = [f"{head} survived | sets of files |", f"|---|{'---:|' * (len(columns) + 1)}"]
+    titles = ("operations", "faults", "killed", "refused", "not needed", "old result", "new result")
+    titles = ("command", *titles, "survived", "sets of files")
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for title, row in [*((f"`{name}`", counts[name]) for name in names), ("all", total)]:
         figures = [f"{row[column]:,}" for column in columns]
         figures.insert(-1, f"{row['old'] + row['new']:,}")
