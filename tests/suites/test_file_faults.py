@@ -511,6 +511,7 @@ class Tried:
             lines = [line for line in done.err.splitlines() if line.startswith("cascade: ")]
             assert len(lines) == 1, where
             assert len(lines[0]) > 40, where
+            assert "cannot print" not in lines[0], where  # it was a file, and not stdout
         if not self.operations[fault.operation - 1].removes:
             assert _leftovers(self.watched, but=_KEPT) == [], where
 
