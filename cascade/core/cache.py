@@ -92,13 +92,25 @@ def clear(entries: Sequence[CacheEntry]) -> None:
     for entry in entries:
         try:
             if entry.path.is_dir():
-                shutil.rmtree(entry.path)
+                _remove_folder(entry.path)
             else:
                 entry.path.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(
                 f"cannot delete {entry.path}: {os_reason(error)}; delete it yourself"
             ) from error
+
+
+def _remove_folder(path: Path) -> None:
+    """Delete a folder, all of it or nothing: what an interrupted deletion leaves is hidden."""
+    from cascade.core.files import INCOMING, staging_folder
+
+    if path.name.startswith(INCOMING):  # such a leftover
+        shutil.rmtree(path)
+        return
+    with staging_folder(path.parent, INCOMING) as aside:
+        path.rename(aside / path.name)
+        shutil.rmtree(aside / path.name)
 
 
 def hub_cache() -> Path:

@@ -16,6 +16,10 @@ from cascade.core.signals import delayed_signals
 #: A path as users give it.
 AnyPath = str | os.PathLike[str]
 
+#: The beginning of the names of folders in the cache that are being made or deleted. Those that a
+#: killed process left behind are removed when the next one is made there.
+INCOMING = ".incoming-"
+
 #: The characters that `tempfile` puts between prefix and suffix.
 _RANDOM = 8
 

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,13 +16,14 @@ from cascade.core.arrays import Array
 from cascade.core.errors import BrokenRecordError, RecordError
 from cascade.core.files import atomic_path, write_text
 from cascade.core.printable import printable_json
-from cascade.core.reading import UnreadableError, read_json
+from cascade.core.reading import UnreadableError, read_bytes, read_json
 from cascade.core.reading import read_arrays as read_npz
 from cascade.core.schema import SchemaError, StoredRecord, from_plain, to_plain
 
 Record = dict[str, Any]
 
 R = TypeVar("R", bound=StoredRecord)
+T = TypeVar("T")
 
 
 def to_json(value: Any, indent: int = 0) -> str:
@@ -217,8 +218,21 @@ def read_arrays(path: Path) -> dict[str, Array]:
     Raises:
         BrokenRecordError: The file is missing or torn.
     """
+    return _read(path, read_npz)
+
+
+def read_arrays_file(path: Path) -> bytes:
+    """Read an `.npz` file as it is, to copy it.
+
+    Raises:
+        BrokenRecordError: The file is missing or cannot be read.
+    """
+    return _read(path, read_bytes)
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
     try:
-        return read_npz(path)
+        return read(path)
     except FileNotFoundError:
         raise BrokenRecordError(f"no file {path}; expected it next to its .json record") from None
     except UnreadableError as error:

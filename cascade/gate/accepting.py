@@ -8,8 +8,7 @@ from pathlib import Path
 from cascade.core.errors import BrokenRecordError, RecordError, UsageError
 from cascade.core.names import same_source
 from cascade.core.provenance import Provenance
-from cascade.core.reading import read_bytes
-from cascade.core.records import packed, read_plain, to_json
+from cascade.core.records import packed, read_arrays_file, read_plain, to_json
 from cascade.core.run_folder import RunFolder, is_stored
 from cascade.core.schema import known, to_plain
 from cascade.gate.baseline_identity import identity_difference
@@ -50,7 +49,7 @@ def accept(
     path = named_path(folder, ProfileRecord.KIND, name) if name else _path_of(folder, profile)
     # The content as it was read, because its hash covers every key.
     text = to_json(read_plain(run / "profile.json", ProfileRecord)) + "\n"
-    arrays = read_bytes(run / "profile.npz")
+    arrays = read_arrays_file(run / "profile.npz")
     return path, _store(path, profile, text, arrays, replace=replace)
 
 

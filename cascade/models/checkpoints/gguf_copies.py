@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cascade.core.cache import cache_folder
 from cascade.core.errors import ModelError, OutputError, first_line
-from cascade.core.files import flush_to_disk, staging_folder, xxh3_of
+from cascade.core.files import INCOMING, flush_to_disk, staging_folder, xxh3_of
 from cascade.core.locks import locked
 from cascade.core.reading import read_json
 from cascade.models.checkpoints import gguf_files
@@ -73,7 +73,7 @@ def dequantize(files: Sequence[Path], folder: Path) -> None:
         ModelError: A file is torn, lacks weights, or cannot be expressed in `transformers`.
         OSError: The folder cannot be written.
     """
-    with staging_folder(folder.parent, ".incoming-") as staging:
+    with staging_folder(folder.parent, INCOMING) as staging:
         with quiet_transformers():
             quantization, model, tokenizer = _read_gguf(files, folder.parent)
             # The weights are plain fp32 now. Attributes that mark them as quantized prevent saving.
