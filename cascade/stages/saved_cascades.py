@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from cascade.core.errors import RecordError, first_line
 from cascade.core.files import AnyPath
-from cascade.core.reading import UnreadableError, read_tensors
+from cascade.core.reading import UnreadableError, check_tensors, read_tensors
 from cascade.core.records import read_typed, to_file
 from cascade.core.run_folder import RunFolder, current
 from cascade.core.schema import UNSET, UnsetType
@@ -192,9 +192,15 @@ def _checked(path: Path, sha256: str | UnsetType) -> Path:
     path = current(path)
     if not path.is_file():
         raise RecordError(f"{path} is missing; restore it, or train the cascade again")
-    if sha256 is not UNSET and file_hash(path) != sha256:
+    try:
+        # The header says whether the file is whole before all of it is read for its hash.
+        check_tensors(path)
+        same = sha256 is UNSET or file_hash(path) == sha256
+        flaw = None if same else f"its hash differs from the one in {CONFIG}"
+    except UnreadableError as error:
+        flaw = str(error)
+    if flaw is not None:
         raise RecordError(
-            f"{path} is incomplete or changed (its hash differs from the one in {CONFIG}); restore "
-            "it, or train the cascade again"
+            f"{path} is incomplete or changed ({flaw}); restore it, or train the cascade again"
         )
     return path
