@@ -151,6 +151,6 @@ def hidden_hub_id(source: str, kind: str) -> str | None:
         True
     """
     cached = hub_cache() / f"{kind}s--{source.replace('/', '--')}"
-    if not cached.is_dir() or not os.path.exists(source):
+    if not os.path.isdir(cached) or not os.path.exists(source):
         return None
     return f"{source} is the path {Path(source).resolve()}, not the {kind} of that id on the hub"
