@@ -73,7 +73,7 @@ def path_name(path: str | os.PathLike[str], name: str | None = None) -> str:
         >>> path_name("/runs/a/checkpoint-500"), path_name("/runs/a/tiny-llama")
         ('a--checkpoint-500', 'tiny-llama')
     """
-    place = Path(path).resolve()
+    place = Path(os.path.realpath(path))
     return file_name(_with_parents(place, place.name if name is None else name, on_disk=True))
 
 

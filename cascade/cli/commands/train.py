@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,7 @@ def _check_train(stage: StageOptions, run: RunOptions) -> None:
         )
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file, expected a folder; choose another --output")
-    if run.after is not None and run.after.resolve() == output.resolve():
+    if run.after is not None and os.path.realpath(run.after) == os.path.realpath(output):
         raise OutputError(f"--after and --output are both {output}; choose another --output")
     if run.dataset is None:
         CollectingConfig(threshold=stage.threshold, hard_ratio=stage.hard_ratio).check()
