@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from cascade.core.arrays import Array
 from cascade.core.display import Displayed
 from cascade.core.errors import BrokenRecordError, RecordError, first_line
 from cascade.core.files import AnyPath
+from cascade.core.names import file_name
 from cascade.core.records import (
     Record,
     at,
@@ -49,7 +51,8 @@ def baseline_paths(
         'baselines/tiny/texts.budgets.json'
     """
     for name in (model, corpus):
-        if not name or name[0] == "." or set(name) & set("/\\"):
+        # Names of `file_name` are valid on every system, and stay in their folder.
+        if not name or file_name(name) != unicodedata.normalize("NFC", name).lower():
             raise RecordError(
                 f"expected the provenance to name model and corpus, got {name!r}; measure again"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -146,6 +147,13 @@ def as_svg(figure: Figure, name: str, label: str) -> str:
     """
     for text in _texts_with_names(figure):
         text.set_parse_math(False)  # a "$" in a name would start a formula
+    with warnings.catch_warnings():
+        # Control characters of a name, which are spelled out below.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        return _drawn(figure, name, label)
+
+
+def _drawn(figure: Figure, name: str, label: str) -> str:
     if _SHOWN.get() is not None:
         # Ticks are made when they are first drawn, in the style of that moment.
         figure.draw_without_rendering()
