@@ -10,8 +10,8 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from cascade.core.errors import OutputError, os_reason
 from cascade.core.locks import is_abandoned, mark_owned
@@ -197,7 +197,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file to read its bytes, without waiting for anything else of that name.
 
     Raises:

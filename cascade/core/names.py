@@ -30,6 +30,12 @@ _PROJECT = (".git", "pyproject.toml", "setup.py", "setup.cfg", "pytest.ini", "to
 #: The most parent folders that a name takes along.
 _MOST_PARENTS = 3
 
+#: Characters that Windows does not allow, that no file name can hold (half of a character), or that
+#: steer a terminal which lists the names. Bytes that are no UTF-8 are kept (U+DC80 to U+DCFF).
+_UNSAFE = re.compile(
+    r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]'
+)
+
 #: Names that Windows reserves, whatever their suffix.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
@@ -48,7 +54,7 @@ def file_name(text: str) -> str:
         ('org--name', 'hidden', '_aux')
     """
     name = unicodedata.normalize("NFC", text).lower().replace("/", "--")
-    name = re.sub(r'[\x00-\x1f\x7f<>:"|?*\\]', "-", name).lstrip(".").rstrip(". ") or "unnamed"
+    name = _UNSAFE.sub("-", name).lstrip(".").rstrip(". ") or "unnamed"
     if _RESERVED.fullmatch(name):
         name = f"_{name}"
     data = name.encode("utf-8", "surrogateescape")

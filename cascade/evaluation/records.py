@@ -220,9 +220,6 @@ class ExitCurves(Part, frozen=True, kw_only=True):
     rows: list[ExitCurve]
 
 
-_NO_CURVES = ExitCurves(fit_tokens=1, tokens=1, rows=[])
-
-
 def _wrong_layer(layers: Iterable[int], most: int) -> str | None:
     for layer in layers:
         if layer > most:
@@ -353,11 +350,16 @@ class EvaluationRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
             "search.points": max(search.points, default=None),
             "search.confirmed": max(search.confirmed, default=None),
         }
-        rows = [*self.points, *self.auroc, *(known(self.curves) or _NO_CURVES).rows]
+        curves = known(self.curves)
+        layers = [
+            *(point.exit_layer for point in self.points),
+            *(row.exit_layer for row in self.auroc),
+            *(row.exit_layer for row in (curves.rows if curves is not None else ())),
+        ]
         return (
             beyond(numbers, len(self.points), "points")
-            or _wrong_layer([row.exit_layer for row in rows], self.full.layers)
-            or _wrong_curve(known(self.curves))
+            or _wrong_layer(layers, self.full.layers)
+            or _wrong_curve(curves)
         )
 
     def _in_one_line(self) -> str:

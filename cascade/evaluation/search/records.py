@@ -341,7 +341,7 @@ class SearchRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
         for number, pair in enumerate(self.pairs):
             for name in ("fitted", "kept", "beyond_doubt"):
                 numbers[f"pairs[{number}].{name}"] = getattr(pair, name)
-        rows = (*self.points, *self.nothing, *self.pairs)
+        rows: list[TriedPoint | ExitVariant] = [*self.points, *self.nothing, *self.pairs]
         sources = {"source": max((row.source for row in rows), default=None)}
         deepest = max((row.exit_layer for row in rows), default=1)
         if deepest > self.full.layers:
