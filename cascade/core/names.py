@@ -43,6 +43,10 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _MOST_BYTES = 160
 
 
+#: What file systems allow, in bytes.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000
+
+
 def file_name(text: str) -> str:
     """Return a name of a model or corpus as a name of a file or folder on every system.
 
@@ -62,6 +66,21 @@ def file_name(text: str) -> str:
         digest = hashlib.sha256(data).hexdigest()[:8]
         name = f"{data[: _MOST_BYTES - 9].decode('utf-8', 'ignore')}-{digest}"
     return name
+
+
+def path_flaw(text: str) -> str | None:
+    """Return what is wrong with a path that no file can have, in words; None if nothing is.
+
+    Example:
+        >>> path_flaw("runs/a") is None, path_flaw("x" * 300)
+        (True, 'expected names of at most 255 bytes in a path, got one of 300')
+    """
+    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in text.split("/"))
+    if longest > _LONGEST_NAME:
+        return f"expected names of at most {_LONGEST_NAME} bytes in a path, got one of {longest:,}"
+    if len(text.encode("utf-8", "surrogatepass")) > _LONGEST_PATH:
+        return f"expected a path of at most {_LONGEST_PATH:,} bytes, got {len(text):,} characters"
+    return "expected a path without NUL" if "\0" in text else None
 
 
 def path_name(path: str | os.PathLike[str], name: str | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def read_profile(path: AnyPath) -> StoredProfile:
         '29'
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "profile.json"
     record = read_plain(path, ProfileRecord)
     arrays = read_arrays(path.with_suffix(".npz"))

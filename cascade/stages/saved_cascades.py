@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def local_folder(source: AnyPath, revision: str | None) -> Path:
         RecordError: The Hub cannot be reached or has no such repository.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir() or not isinstance(source, str) or source.count("/") != 1:
+    if os.path.isdir(folder) or not isinstance(source, str) or source.count("/") != 1:
         return folder
     from huggingface_hub import snapshot_download
 

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
+from support.commands import Run, check_refusal
 from support.paths import BASELINES, DOCS
 
 import cascade
@@ -136,6 +137,26 @@ def test_a_name_of_a_baseline_is_valid_on_every_system(name: str) -> None:
         baseline_paths(Path("baselines"), "saturation", model=name, corpus="texts")
     with pytest.raises(RecordError):
         baseline_paths(Path("baselines"), "saturation", model="tiny", corpus=name)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("accept", "x" * 300),
+        ("accept", "run", "--baselines", "x" * 300),
+        ("compare", "y/" * 3000, "run"),
+        ("generate", "--model", "tiny", "--prompt", "x", "--heads", "x" * 100_000),
+        ("generate", "--model", "tiny", "--prompt", "x", "--stop", "\udcff"),
+        ("analyze", "--model", "x" * 300),
+        ("train", "--model", "tiny", "--output", "\udcff"),
+        ("collect-hard", "--model", "tiny", "--output", "\udcff", "--hard-ratio", "0.5"),
+        ("accept", "run", "--name", "a/b\x1b"),
+    ],
+)
+def test_a_path_that_no_file_can_have_is_refused_in_one_line(
+    run: Run, arguments: tuple[str, ...]
+) -> None:
+    check_refusal(run(*arguments), [])
 
 
 # --- Records whose entries contradict each other, under a valid hash --------------------------

@@ -22,6 +22,7 @@ from cascade.cli.options import (
     ModelOptions,
     PrintOptions,
 )
+from cascade.cli.output import check_utf8
 from cascade.core.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -182,6 +183,8 @@ def _check_train(stage: StageOptions, run: RunOptions) -> None:
     from cascade.stages.saved_cascades import CONFIG
 
     output = stage.output
+    for folder in filter(None, (output, run.tensorboard)):
+        check_utf8(folder)
     if (output / CONFIG).exists() and not (run.overwrite or run.resume):
         raise OutputError(
             f"{output} holds a cascade: choose another --output, or replace it with --overwrite"
