@@ -206,7 +206,7 @@ def main() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         with _unwinding():
-            sys.exit(app(prog_name="cascade", standalone_mode=False))
+            sys.exit(_run())
     except CascadeError as error:
         _fail(str(error), error.exit_status)
     except TyperException as error:
@@ -226,6 +226,14 @@ def main() -> None:
         _fail(f"cannot print: {os_reason(error)}; send stdout elsewhere")
     except Exception as error:
         _report_bug(error)
+
+
+def _run() -> Any:
+    """Run the command that the command line names, and return its exit status."""
+    status = app(prog_name="cascade", standalone_mode=False)
+    # typer ends with 1, the status of drift, where it knows no completion for the shell.
+    completion = any(text.endswith("-completion") for text in sys.argv[1:2])
+    return UsageError.exit_status if completion and status else status
 
 
 #: The exit status of a command whose reader has ended, as a shell reports it (128 + SIGPIPE).

@@ -159,6 +159,12 @@ def test_a_path_that_no_file_can_have_is_refused_in_one_line(
     check_refusal(run(*arguments), [])
 
 
+def test_a_shell_without_completion_is_no_drift(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer._completion_shared._get_shell_name", lambda: None, raising=False)
+    monkeypatch.setattr("typer.completion._get_shell_name", lambda: None, raising=False)
+    assert run("--show-completion").status == 2
+
+
 # --- Records whose entries contradict each other, under a valid hash --------------------------
 
 FINDINGS = {"corpora": "corpus-comparison", "models": "model-comparison"} | {
