@@ -12,7 +12,8 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -20,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from cascade.cli.console import echo, printing
 from cascade.cli.options import option_groups
 from cascade.core.errors import CascadeError, UsageError, first_line, os_reason
+from cascade.core.names import path_flaw
 from cascade.core.printable import printable
 
 try:
@@ -42,7 +44,7 @@ class Command(TyperCommand):
         """Parse the command's arguments.
 
         Raises:
-            UsageError: The value of an option or argument is empty.
+            UsageError: The value of an option or argument is empty, or no file can have the path.
         """
         if ctx.resilient_parsing:  # a shell completes an unfinished line
             return super().parse_args(ctx, args)
@@ -52,6 +54,11 @@ class Command(TyperCommand):
             if "" in given.get(str(param.name), ()):
                 flag = param.opts[0] if param.param_type_name == "option" else ctx.info_name
                 raise UsageError(f"expected a value for {flag}, got an empty one")
+            flaws = map(path_flaw, given.get(str(param.name), ()))
+            flaw = next(filter(None, flaws), None) if _is_path(param) else None
+            if flaw is not None:
+                flag = param.opts[0] if param.param_type_name == "option" else ctx.info_name
+                raise UsageError(f"{flaw} for {flag}; name another file or folder")
         ctx.meta[_GIVEN] = given
         return super().parse_args(ctx, args)
 
@@ -98,6 +105,13 @@ def _described(option: Any, panel: str | None = None) -> Any:
         option.metavar = ""
         option.rich_help_panel = panel
     return option
+
+
+def _is_path(param: Any) -> bool:
+    """Return whether a parameter takes paths. Releases of typer differ in how they say so."""
+    kind = getattr(getattr(param, "type_descriptor", None), "annotation", None)
+    older = getattr(getattr(param, "type", None), "name", "")
+    return kind is Path or Path in get_args(kind) or older == "path"
 
 
 def _as_texts(value: Any) -> tuple[str, ...]:
@@ -192,7 +206,7 @@ def main() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         with _unwinding():
-            sys.exit(app(prog_name="cascade", standalone_mode=False))
+            sys.exit(_run())
     except CascadeError as error:
         _fail(str(error), error.exit_status)
     except TyperException as error:
@@ -212,6 +226,14 @@ def main() -> None:
         _fail(f"cannot print: {os_reason(error)}; send stdout elsewhere")
     except Exception as error:
         _report_bug(error)
+
+
+def _run() -> Any:
+    """Run the command that the command line names, and return its exit status."""
+    status = app(prog_name="cascade", standalone_mode=False)
+    # typer ends with 1, the status of drift, where it knows no completion for the shell.
+    completion = any(text.endswith("-completion") for text in sys.argv[1:2])
+    return UsageError.exit_status if completion and status else status
 
 
 #: The exit status of a command whose reader has ended, as a shell reports it (128 + SIGPIPE).

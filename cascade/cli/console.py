@@ -68,12 +68,14 @@ def message(text: str) -> None:
 def status(text: str) -> Iterator[None]:
     """Show a spinner on stderr while something takes long; nothing where it is no terminal."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(stderr=True)
     if _wanted().quiet or not console.is_terminal:
         yield
         return
-    with console.status(text):
+    # Text, not str: a path can hold what rich would take for markup.
+    with console.status(Text(printable(text))):
         yield
 
 

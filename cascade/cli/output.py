@@ -103,6 +103,16 @@ def say_wrote(output: Path | None, name: str) -> None:
         message(f"Wrote {output / name}")
 
 
+def check_utf8(path: Path) -> None:
+    """Check that libraries which know paths as text alone can write to a folder.
+
+    Raises:
+        OutputError: Its name is no UTF-8.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise OutputError(f"expected a folder with a name in UTF-8, got {path}; choose another")
+
+
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Check that an output file can be written.
 

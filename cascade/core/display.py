@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cascade.core.printable import printable
 from cascade.core.provenance import Provenance
 from cascade.core.schema import known
 
@@ -63,7 +64,7 @@ class Displayed:
         return html
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._in_one_line()}>"
+        return f"<{type(self).__name__}: {printable(self._in_one_line())}>"
 
     def _to_show(self) -> tuple[Any, Mapping[str, Array]]:
         """Return the record to show, and the arrays next to it, if there are any."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cascade.core.printable import printable
+
 
 class CascadeError(Exception):
     """Base class of all errors that a user can fix.
@@ -18,6 +20,10 @@ class CascadeError(Exception):
     """
 
     exit_status = 2
+
+    def __init__(self, message: str = "") -> None:
+        # Messages quote names and values from files: they stay one line, wherever they are shown.
+        super().__init__(printable(" ".join(message.splitlines())))
 
 
 class ModelError(CascadeError):

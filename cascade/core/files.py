@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
 
 from cascade.core.errors import OutputError, os_reason
@@ -197,18 +201,54 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file to read its bytes, without waiting for anything else of that name.
+
+    Raises:
+        OSError: There is no such file, it cannot be read, or it is a folder, a pipe, a socket or a
+            device. Reading a pipe would wait for a writer, and reading a device may never end.
+    """
+    # A pipe is opened at once, and regular files ignore the flag.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, f"expected a regular file, got {kind_of_file(mode)}")
+        return os.fdopen(handle, "rb")
+    except OSError:
+        os.close(handle)
+        raise
+
+
+def kind_of_file(mode: int) -> str:
+    """Return what is no regular file in words, by its mode."""
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+
+
 def xxh3_of(path: Path) -> str:
     """Return the XXH3-128 of a file, in hexadecimal.
 
     The hash detects edits but not forgery. 540 MB take 0.1 s, against 1.7 s with SHA-256.
 
     Raises:
-        OSError: The file cannot be read.
+        OSError: The file cannot be read, or is no regular file.
     """
     import xxhash
 
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        OSError: The file cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,11 +30,21 @@ _PROJECT = (".git", "pyproject.toml", "setup.py", "setup.cfg", "pytest.ini", "to
 #: The most parent folders that a name takes along.
 _MOST_PARENTS = 3
 
+#: Characters that Windows does not allow, that no file name can hold (half of a character), or that
+#: steer a terminal which lists the names. Bytes that are no UTF-8 are kept (U+DC80 to U+DCFF).
+_UNSAFE = re.compile(
+    r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]'
+)
+
 #: Names that Windows reserves, whatever their suffix.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
 #: The most bytes of a name. File systems allow 255, including suffixes and temporary prefixes.
 _MOST_BYTES = 160
+
+
+#: What file systems allow, in bytes.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000
 
 
 def file_name(text: str) -> str:
@@ -48,7 +58,7 @@ def file_name(text: str) -> str:
         ('org--name', 'hidden', '_aux')
     """
     name = unicodedata.normalize("NFC", text).lower().replace("/", "--")
-    name = re.sub(r'[\x00-\x1f\x7f<>:"|?*\\]', "-", name).lstrip(".").rstrip(". ") or "unnamed"
+    name = _UNSAFE.sub("-", name).lstrip(".").rstrip(". ") or "unnamed"
     if _RESERVED.fullmatch(name):
         name = f"_{name}"
     data = name.encode("utf-8", "surrogateescape")
@@ -56,6 +66,21 @@ def file_name(text: str) -> str:
         digest = hashlib.sha256(data).hexdigest()[:8]
         name = f"{data[: _MOST_BYTES - 9].decode('utf-8', 'ignore')}-{digest}"
     return name
+
+
+def path_flaw(text: str) -> str | None:
+    """Return what is wrong with a path that no file can have, in words; None if nothing is.
+
+    Example:
+        >>> path_flaw("runs/a") is None, path_flaw("x" * 300)
+        (True, 'expected names of at most 255 bytes in a path, got one of 300')
+    """
+    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in text.split("/"))
+    if longest > _LONGEST_NAME:
+        return f"expected names of at most {_LONGEST_NAME} bytes in a path, got one of {longest:,}"
+    if len(text.encode("utf-8", "surrogatepass")) > _LONGEST_PATH:
+        return f"expected a path of at most {_LONGEST_PATH:,} bytes, got {len(text):,} characters"
+    return "expected a path without NUL" if "\0" in text else None
 
 
 def path_name(path: str | os.PathLike[str], name: str | None = None) -> str:
@@ -73,7 +98,7 @@ def path_name(path: str | os.PathLike[str], name: str | None = None) -> str:
         >>> path_name("/runs/a/checkpoint-500"), path_name("/runs/a/tiny-llama")
         ('a--checkpoint-500', 'tiny-llama')
     """
-    place = Path(path).resolve()
+    place = Path(os.path.realpath(path))
     return file_name(_with_parents(place, place.name if name is None else name, on_disk=True))
 
 
@@ -151,6 +176,6 @@ def hidden_hub_id(source: str, kind: str) -> str | None:
         True
     """
     cached = hub_cache() / f"{kind}s--{source.replace('/', '--')}"
-    if not cached.is_dir() or not os.path.exists(source):
+    if not os.path.isdir(cached) or not os.path.exists(source):
         return None
     return f"{source} is the path {Path(source).resolve()}, not the {kind} of that id on the hub"

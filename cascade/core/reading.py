@@ -7,16 +7,18 @@ hang or by taking all memory.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import re
-import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cascade.core.errors import first_line, os_reason
+from cascade.core.files import open_regular
 from cascade.core.run_folder import current
 
 if TYPE_CHECKING:
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
 LARGEST_JSON = 1 << 26
 LARGEST_FOREIGN_JSON = 1 << 28
 
-#: An archive may claim this much, or `_MOST_COMPRESSED` times its own size if that is more.
-_SMALL_ARCHIVE, _MOST_COMPRESSED = 1 << 26, 100
+#: An archive may claim this much, or `_MOST_COMPRESSED` times its own size if that is more, but
+#: never more than `_LARGEST_ARRAYS`: a profile of a million sequences and 100 layers has 0.8 GB.
+_SMALL_ARCHIVE, _MOST_COMPRESSED, _LARGEST_ARRAYS = 1 << 26, 100, 1 << 30
 
 #: Half of a pair of escapes that stand for one character together. No file can hold it.
 _HALF = re.compile(
@@ -55,25 +58,17 @@ def read_bytes(path: Path, *, largest: int | None = None) -> bytes:
         UnreadableError: It is no regular file, too large, or cannot be read.
     """
     try:
-        found = current(path)
-        about = found.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise UnreadableError(f"expected a regular file, got {_kind_of(about.st_mode)}")
-        if largest is not None and about.st_size > largest:
-            raise UnreadableError(f"expected at most {largest:,} bytes, got {about.st_size:,}")
-        return found.read_bytes()
+        with open_regular(current(path)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if largest is not None and size > largest:
+                raise UnreadableError(f"expected at most {largest:,} bytes, got {size:,}")
+            return file.read()
     except (FileNotFoundError, UnreadableError):
         raise
     except OSError as error:
         raise UnreadableError(os_reason(error)) from error
     except (MemoryError, ValueError) as error:  # a NUL in the path is a ValueError
         raise UnreadableError(first_line(error)) from error
-
-
-def _kind_of(mode: int) -> str:
-    if stat.S_ISDIR(mode):
-        return "a folder"
-    return "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
 
 
 def read_json(path: Path, *, foreign: bool = False) -> Any:
@@ -131,25 +126,31 @@ def read_arrays(path: Path) -> dict[str, Array]:
         FileNotFoundError: There is no such file.
         UnreadableError: It is torn, or an entry does not have the size that it declares.
     """
-    data = read_bytes(path)
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with open_regular(current(path)) as file, zipfile.ZipFile(file) as archive:
+            length = os.fstat(file.fileno()).st_size
             entries = archive.infolist()
             declared = sum(entry.file_size for entry in entries)
-            most = max(_SMALL_ARCHIVE, _MOST_COMPRESSED * len(data))
+            most = min(max(_SMALL_ARCHIVE, _MOST_COMPRESSED * length), _LARGEST_ARRAYS)
             if declared > most:
                 raise UnreadableError(
                     f"its entries declare {declared:,} bytes, expected at most {most:,} in a file"
-                    f" of {len(data):,}"
+                    f" of {length:,}"
                 )
+            # The other methods of zipfile take memory before they compare sizes.
+            methods = {entry.compress_type for entry in entries}
+            if not methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+                raise UnreadableError("expected entries that are stored or deflated")
             names = [entry.filename for entry in entries]
             if len(set(names)) < len(names):
                 raise UnreadableError("an entry is there twice")
             return {
                 entry.filename.removesuffix(".npy"): _array(archive, entry) for entry in entries
             }
-    except UnreadableError:
+    except (FileNotFoundError, UnreadableError):
         raise
+    except OSError as error:
+        raise UnreadableError(os_reason(error)) from error
     # zipfile, zlib, lzma and NumPy have more than ten types of errors for torn files.
     except Exception as error:
         raise UnreadableError(first_line(error)) from error
@@ -188,18 +189,37 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         FileNotFoundError: There is no such file.
         UnreadableError: It is torn, or no regular file.
     """
+    with _opened_tensors(path) as file:
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+
+
+def check_tensors(path: Path) -> None:
+    """Check the header and the size of a safetensors file, without reading its tensors.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UnreadableError: It is torn, or no regular file.
+    """
+    with _opened_tensors(path):
+        pass
+
+
+@contextlib.contextmanager
+def _opened_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file inside a `with` block, whose errors are those of the file."""
     from safetensors import safe_open
 
     try:
         found = current(path)
-        about = found.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise UnreadableError(f"expected a regular file, got {_kind_of(about.st_mode)}")
+        with open_regular(found):  # safetensors would wait for a pipe
+            pass
         with safe_open(found, framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            yield file
     except (FileNotFoundError, UnreadableError):
         raise
+    except OSError as error:
+        raise UnreadableError(os_reason(error)) from error
     # safetensors has several types of errors for torn files.
     except Exception as error:
         raise UnreadableError(first_line(error)) from error

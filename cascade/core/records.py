@@ -174,10 +174,14 @@ def typed(record: Record, kind: type[R], path: Path) -> R:
     Values that earlier releases wrote under another name are read as today's.
 
     Raises:
-        BrokenRecordError: A field is missing or has another type.
+        BrokenRecordError: A field is missing, has another type or contradicts another one.
     """
     try:
-        return from_plain(_renamed(record, kind), kind)
+        found = from_plain(_renamed(record, kind), kind)
+        flaw = found.inconsistency()
+        if flaw is None:
+            return found
+        raise SchemaError(flaw)
     except SchemaError as error:
         raise BrokenRecordError(
             f"{path} is torn or edited ({error}); restore it, or make it again with "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -184,7 +185,7 @@ def finish_commit(folder: Path) -> None:
         OSError: The folder cannot be written.
     """
     committed = folder / COMMITTED
-    if not committed.is_dir():
+    if not os.path.isdir(committed):
         return
     every, staged_names = _listed(committed)
     for name in every:
@@ -233,7 +234,7 @@ def current(path: Path) -> Path:
         path: The file.
     """
     committed = path.parent / COMMITTED
-    if not committed.is_dir():
+    if not os.path.isdir(committed):
         return path
     recover(path.parent)
     try:
@@ -250,12 +251,12 @@ def is_stored(path: Path) -> bool:
     Args:
         path: A file that belongs to a set of files.
     """
-    return current(path).exists()
+    return os.path.exists(current(path))
 
 
 def recover(folder: Path) -> None:
     """Finish an interrupted switch of a folder, where it can be written to."""
-    if (folder / COMMITTED).is_dir():
+    if os.path.isdir(folder / COMMITTED):
         with (
             contextlib.suppress(CascadeError, OSError),
             locked(folder, wait=_READER_WAITS),

@@ -7,6 +7,7 @@ A record is a frozen `msgspec.Struct`. Its fields are the keys of the JSON, in t
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
@@ -29,8 +30,10 @@ __all__ = [
     "StoredRecord",
     "Text",
     "UnsetType",
+    "beyond",
     "from_plain",
     "known",
+    "strangers",
     "to_plain",
 ]
 
@@ -100,8 +103,48 @@ class StoredRecord(Part, frozen=True, kw_only=True):
     COMMAND: ClassVar[str]
     RENAMED: ClassVar[dict[tuple[str, str], dict[str, str]]] = {}
 
+    def inconsistency(self) -> str | None:
+        """Describe the first entry that contradicts another one; None if none does.
+
+        Types say what an entry can be alone. A subclass says here what its entries can be
+        together, such as the number of a point that the record has. Checked when it is read.
+        """
+        return None
+
 
 T = TypeVar("T")
+
+
+def beyond(numbers: Mapping[str, int | None], length: int, what: str) -> str | None:
+    """Describe the first number that is too large for a list; None if none is.
+
+    Args:
+        numbers: Where each number is, and the number, from 0; None for no number.
+        length: The length of the list.
+        what: What the list holds, e.g. "points".
+    """
+    for place, number in numbers.items():
+        if number is not None and number >= length:
+            return f"expected one of {length} {what} at {place}, got number {number}"
+    return None
+
+
+def strangers(
+    names: Mapping[str, Iterable[str]], known_names: Iterable[str], what: str
+) -> str | None:
+    """Describe the first name that a record does not have; None if it has all.
+
+    Args:
+        names: Where the names are, and the names.
+        known_names: Those that the record has.
+        what: What they name, e.g. "a layer".
+    """
+    have = set(known_names)
+    for place, given in names.items():
+        for name in given:
+            if name not in have:
+                return f"expected {what} of this record at {place}, got {name[:40]!r}"
+    return None
 
 
 def known(value: T | UnsetType) -> T | None:

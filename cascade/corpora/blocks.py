@@ -370,7 +370,7 @@ def corpus_name(source: str, *, config: str | None = None, split: str | None = N
     if is_pipe(source):
         name = "stdin" if source == STANDARD_INPUT else "pipe"
     elif os.path.exists(path):
-        name = path_name(path, name_of_file(path.resolve()))
+        name = path_name(path, name_of_file(Path(os.path.realpath(path))))
     else:
         name = file_name(source)
     return file_name("-".join(part for part in (name, config, split) if part))

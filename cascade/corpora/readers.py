@@ -14,7 +14,12 @@ from cascade.corpora.files.documents import read_document
 from cascade.corpora.files.folders import files_of, is_saved, read_saved
 from cascade.corpora.files.json_values import read_json
 from cascade.corpora.files.kinds import ENDINGS, CorpusFile, file_of
-from cascade.corpora.files.standard_input import PipedFile, is_pipe, piped_file
+from cascade.corpora.files.standard_input import (
+    PipedFile,
+    check_no_device,
+    is_pipe,
+    piped_file,
+)
 from cascade.corpora.files.tables import read_arrow, read_csv, read_parquet
 from cascade.corpora.forms import Record
 
@@ -32,6 +37,7 @@ def read_records(
                 f"--config belongs to hub datasets, got it for {source}; leave it out"
             )
         return read_embedded(split)
+    check_no_device(source)
     if is_pipe(source):
         _check_no_split(source, split, config)
         return _Records([piped_file(source)])

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import msgspec
 
 from cascade.core.provenance import CorpusProvenance
-from cascade.core.schema import Count, Finite, Index, Part, Share, StoredRecord, Text
+from cascade.core.schema import Count, Finite, Index, Part, Share, StoredRecord, Text, known
 from cascade.evaluation.records import ExitProvenance
 
 #: Lower and upper end of an interval. `to_json` writes rows with pairs (unlike lists) on one line.
@@ -123,3 +123,10 @@ class CalibrationRecord(StoredRecord, frozen=True, kw_only=True):
     by_hard_ratio: list[HardRatioThreshold]
     certificate: CertifiedThreshold | None
     transfer: CalibrationTransfer | None
+
+    def inconsistency(self) -> str | None:
+        """Describe an exit layer that the model does not have."""
+        layers = known(self.provenance.model.num_layers)
+        if layers is not None and self.exit_layer > layers:
+            return f"expected a layer of the model's {layers} at exit_layer, got {self.exit_layer}"
+        return None

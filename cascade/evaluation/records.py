@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from cascade.core.display import Displayed, origin_of
@@ -19,6 +20,7 @@ from cascade.core.schema import (
     StoredRecord,
     Text,
     UnsetType,
+    beyond,
     known,
 )
 from cascade.exits.records import HeadsProvenance
@@ -218,6 +220,33 @@ class ExitCurves(Part, frozen=True, kw_only=True):
     rows: list[ExitCurve]
 
 
+def _wrong_layer(layers: Iterable[int], most: int) -> str | None:
+    for layer in layers:
+        if layer > most:
+            return f"expected exit layers of the model's {most}, got {layer}"
+    return None
+
+
+def _wrong_curve(curves: ExitCurves | None) -> str | None:
+    """Describe the first exit curve whose columns contradict each other; None if none does."""
+    if curves is None:
+        return None
+    for row in curves.rows:
+        columns = (row.fit_exits, row.fit_wrong, row.exits, row.wrong, row.low, row.high)
+        where = f"the curve of layer {row.exit_layer} and {row.rule[:40]}"
+        if any(len(column) != len(row.thresholds) for column in columns):
+            return f"expected columns of {len(row.thresholds)} rows in {where}"
+        for exits, wrong, tokens in (
+            (row.fit_exits, row.fit_wrong, curves.fit_tokens),
+            (row.exits, row.wrong, curves.tokens),
+        ):
+            if any(bad > of for bad, of in zip(wrong, exits, strict=True)):
+                return f"expected no more wrong tokens than exits in {where}"
+            if max(exits, default=0) > tokens:
+                return f"expected at most {tokens:,} exits in {where}, got {max(exits):,}"
+    return None
+
+
 class SearchResult(Part, frozen=True, kw_only=True):
     """The exit-layer search of an evaluation; numbers are indices of operating points.
 
@@ -306,6 +335,32 @@ class EvaluationRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     curves: ExitCurves | UnsetType | None = UNSET
     search: SearchResult
     verdict: Verdict
+
+    def inconsistency(self) -> str | None:
+        """Describe the first number of a point, layer or token that contradicts the others."""
+        verdict, search = self.verdict, self.search
+        numbers = {
+            "search.best": search.best,
+            "verdict.point": verdict.point,
+            "verdict.good_enough": verdict.good_enough,
+            "verdict.faster": verdict.faster,
+            "verdict.against.random": verdict.against.random,
+            "verdict.against.static": verdict.against.static,
+            "verdict.against.oracle": verdict.against.oracle,
+            "search.points": max(search.points, default=None),
+            "search.confirmed": max(search.confirmed, default=None),
+        }
+        curves = known(self.curves)
+        layers = [
+            *(point.exit_layer for point in self.points),
+            *(row.exit_layer for row in self.auroc),
+            *(row.exit_layer for row in (curves.rows if curves is not None else ())),
+        ]
+        return (
+            beyond(numbers, len(self.points), "points")
+            or _wrong_layer(layers, self.full.layers)
+            or _wrong_curve(curves)
+        )
 
     def _in_one_line(self) -> str:
         points = f"{len(self.points)} operating points"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -237,7 +238,7 @@ def load_heads(path: AnyPath, stack: DecoderStack) -> FittedHeads:
         [29]
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise RecordError(
             f"{path} is a folder, expected the .safetensors file of `cascade fit-heads`"
         )

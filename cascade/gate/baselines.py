@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from cascade.core.arrays import Array
 from cascade.core.display import Displayed
 from cascade.core.errors import BrokenRecordError, RecordError, first_line
 from cascade.core.files import AnyPath
+from cascade.core.names import file_name
 from cascade.core.records import (
     Record,
     at,
@@ -49,7 +52,8 @@ def baseline_paths(
         'baselines/tiny/texts.budgets.json'
     """
     for name in (model, corpus):
-        if not name or name[0] == "." or set(name) & set("/\\"):
+        # Names of `file_name` are valid on every system, and stay in their folder.
+        if not name or file_name(name) != unicodedata.normalize("NFC", name).lower():
             raise RecordError(
                 f"expected the provenance to name model and corpus, got {name!r}; measure again"
             )
@@ -148,7 +152,7 @@ def read_profile(path: AnyPath) -> StoredProfile:
         '29'
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "profile.json"
     record = read_plain(path, ProfileRecord)
     arrays = read_arrays(path.with_suffix(".npz"))

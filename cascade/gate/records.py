@@ -22,7 +22,7 @@ from cascade.core.schema import (
     UnsetType,
 )
 from cascade.evaluation.records import EvaluationSettings, ExitProvenance, OperatingPointRow
-from cascade.saturation.records import NoiseFloor
+from cascade.saturation.records import Change, NoiseFloor
 
 Verdict = Literal["FAIL", "NOT COMPARABLE", "INCONCLUSIVE", "PASS"]
 CellVerdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -49,8 +49,8 @@ class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
 
     schema: int = 1
     kind: Literal["noise"] = "noise"
-    repeat: Finite
-    exact: Finite | None
+    repeat: Change
+    exact: Change | None
     variants: dict[str, float | str] = field(name="ways")
     sequences: Count
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cascade.core.names import hidden_hub_id
+from cascade.core.names import hidden_hub_id, path_flaw
 
 if TYPE_CHECKING:
     from cascade.gate.baseline_corpus import GivenCorpus
@@ -256,6 +256,9 @@ def _read(name: str, value: Any, option: str, base: Path) -> Any:
     if not str(value).strip():
         raise pytest.UsageError(f"expected a value for {option}, got an empty one")
     if name in _PATHS:
+        flaw = path_flaw(value)
+        if flaw is not None:
+            raise pytest.UsageError(f"{flaw} for {option}; name another folder")
         return base / os.path.expanduser(value)
     if name in _SOURCES and value not in _SHORT_NAMES:
         # Next to the ini file first: the current folder may have something else of that name.

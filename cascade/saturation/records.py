@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from msgspec import field
+from msgspec import Meta, field
 
 from cascade.core.display import Displayed, origin_of
 from cascade.core.provenance import Provenance
-from cascade.core.schema import UNSET, Count, Finite, Index, Part, Share, StoredRecord, UnsetType
+from cascade.core.schema import (
+    UNSET,
+    Count,
+    Finite,
+    Index,
+    Part,
+    Share,
+    StoredRecord,
+    UnsetType,
+    strangers,
+)
+
+#: By how much the similarity of two vectors can change.
+Change = Annotated[float, Meta(ge=0, le=2, description="a change of a similarity, in 0..2")]
 
 
 class NoiseFloor(Part, frozen=True, kw_only=True):
@@ -21,8 +34,8 @@ class NoiseFloor(Part, frozen=True, kw_only=True):
         sequences: The number of sequences that were run.
     """
 
-    repeat: Finite
-    exact: Finite | None
+    repeat: Change
+    exact: Change | None
     variants: dict[str, float | str] = field(name="ways")
     sequences: Count
 
@@ -113,6 +126,21 @@ class ProfileRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     thresholds: SuggestedThresholds
     arrays_hash: str | UnsetType = UNSET
     hash: str | UnsetType = UNSET
+
+    def inconsistency(self) -> str | None:
+        """Describe the first layer or threshold that the table of layers does not have."""
+        for row in self.thresholds.by_hard_ratio:
+            if not -1 <= row.threshold <= 1:
+                return f"expected thresholds in -1..1, got {row.threshold}"
+        structure = self.structure
+        named = {
+            "structure.input_transform": structure.input_transform,
+            "structure.dips": structure.dips,
+            "structure.output_transform": structure.output_transform,
+            "structure.stable_bands": [layer for band in structure.stable_bands for layer in band],
+            "thresholds.exit_layer": [self.thresholds.exit_layer],
+        }
+        return strangers(named, [row.layer for row in self.layers], "a layer")
 
     def _in_one_line(self) -> str:
         exit_layer = self.thresholds.exit_layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save
 
 from cascade.core.errors import RecordError, first_line
 from cascade.core.files import AnyPath
-from cascade.core.reading import UnreadableError, read_tensors
+from cascade.core.reading import UnreadableError, check_tensors, read_tensors
 from cascade.core.records import read_typed, to_file
 from cascade.core.run_folder import RunFolder, current
 from cascade.core.schema import UNSET, UnsetType
@@ -101,7 +102,7 @@ def local_folder(source: AnyPath, revision: str | None) -> Path:
         RecordError: The Hub cannot be reached or has no such repository.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir() or not isinstance(source, str) or source.count("/") != 1:
+    if os.path.isdir(folder) or not isinstance(source, str) or source.count("/") != 1:
         return folder
     from huggingface_hub import snapshot_download
 
@@ -192,9 +193,15 @@ def _checked(path: Path, sha256: str | UnsetType) -> Path:
     path = current(path)
     if not path.is_file():
         raise RecordError(f"{path} is missing; restore it, or train the cascade again")
-    if sha256 is not UNSET and file_hash(path) != sha256:
+    try:
+        # The header says whether the file is whole before all of it is read for its hash.
+        check_tensors(path)
+        same = sha256 is UNSET or file_hash(path) == sha256
+        flaw = None if same else f"its hash differs from the one in {CONFIG}"
+    except UnreadableError as error:
+        flaw = str(error)
+    if flaw is not None:
         raise RecordError(
-            f"{path} is incomplete or changed (its hash differs from the one in {CONFIG}); restore "
-            "it, or train the cascade again"
+            f"{path} is incomplete or changed ({flaw}); restore it, or train the cascade again"
         )
     return path

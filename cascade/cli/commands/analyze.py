@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,7 +80,9 @@ def analyze(
         folder = cleanup.enter_context(run_folder(output, RUN_FILES, overwrite=files.overwrite))
         if npz is not None:
             check_free(npz, overwrite=files.overwrite)
-            if output is not None and npz.resolve() in [(output / f).resolve() for f in RUN_FILES]:
+            if output is not None and os.path.realpath(npz) in [
+                os.path.realpath(output / name) for name in RUN_FILES
+            ]:
                 raise OutputError(f"--output already writes {npz}; choose another --npz")
         from cascade.saturation import profile as saturation
 

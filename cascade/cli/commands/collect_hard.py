@@ -23,6 +23,7 @@ from cascade.cli.options import (
     PrintOptions,
     TextOptions,
 )
+from cascade.cli.output import check_utf8
 
 if TYPE_CHECKING:
     from cascade.stages.hard_tokens.records import StatesDtype
@@ -95,6 +96,7 @@ def collect_hard(
     from cascade.stages.hard_tokens.working_folder import check_output
 
     output = options.output
+    check_utf8(output)
     check_output(output, overwrite=options.overwrite)
     config = CollectingConfig(
         layer=options.layer,

@@ -59,6 +59,8 @@ class PromptOptions:
             raise UsageError("expected text in --prompt, got an empty one; add some")
         if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):
             raise UsageError("expected a --prompt in UTF-8, got other bytes; convert it first")
+        if any("\ud800" <= letter <= "\udfff" for text in self.stop or () for letter in text):
+            raise UsageError("expected --stop in UTF-8, got other bytes; convert it first")
 
 
 @dataclass(frozen=True)

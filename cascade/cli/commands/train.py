@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from cascade.cli.options import (
     ModelOptions,
     PrintOptions,
 )
+from cascade.cli.output import check_utf8
 from cascade.core.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -181,13 +183,15 @@ def _check_train(stage: StageOptions, run: RunOptions) -> None:
     from cascade.stages.saved_cascades import CONFIG
 
     output = stage.output
+    for folder in filter(None, (output, run.tensorboard)):
+        check_utf8(folder)
     if (output / CONFIG).exists() and not (run.overwrite or run.resume):
         raise OutputError(
             f"{output} holds a cascade: choose another --output, or replace it with --overwrite"
         )
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file, expected a folder; choose another --output")
-    if run.after is not None and run.after.resolve() == output.resolve():
+    if run.after is not None and os.path.realpath(run.after) == os.path.realpath(output):
         raise OutputError(f"--after and --output are both {output}; choose another --output")
     if run.dataset is None:
         CollectingConfig(threshold=stage.threshold, hard_ratio=stage.hard_ratio).check()

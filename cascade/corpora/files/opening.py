@@ -89,6 +89,8 @@ def _encoding(file: CorpusFile, head: bytes) -> str:
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return encoding
+    if not head.strip(b"\0") and head:
+        raise CorpusError(f"{file}: expected UTF-8 text, got bytes of zero; get it again")
     # In UTF-16 every other byte of English text is NUL.
     half = len(head) // 2
     nuls = [head[parity::2].count(0) for parity in (0, 1)]

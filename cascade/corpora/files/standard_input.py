@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import stat
 import sys
 import tempfile
 import weakref
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from cascade.core.errors import CorpusError
+from cascade.core.files import kind_of_file
 
 #: The name of standard input as a corpus.
 STANDARD_INPUT = "-"
@@ -25,7 +27,31 @@ def is_pipe(source: str) -> bool:
     """Return whether a source is standard input or a named pipe, such as `<(zcat text.gz)`."""
     if source == STANDARD_INPUT:
         return True
-    return os.path.exists(source) and not (os.path.isfile(source) or os.path.isdir(source))
+    found = _mode_of(source)
+    return found is not None and stat.S_ISFIFO(found)
+
+
+def check_no_device(source: str) -> None:
+    """Check that a source is no device and no socket, which may have no end.
+
+    Raises:
+        CorpusError: It is one.
+    """
+    found = _mode_of(source)
+    if found is not None and not (
+        stat.S_ISREG(found) or stat.S_ISDIR(found) or stat.S_ISFIFO(found)
+    ):
+        raise CorpusError(
+            f"expected a corpus in a file, a folder or a pipe, got {kind_of_file(found)} "
+            f"{source}; name a file, or give - for standard input"
+        )
+
+
+def _mode_of(source: str) -> int | None:
+    try:
+        return os.stat(source).st_mode
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from cascade.core.schema import (
     StoredRecord,
     Text,
     UnsetType,
+    beyond,
 )
 from cascade.evaluation.records import ExitProvenance, FullModelFigures, OperatingPointRow
 
@@ -326,6 +327,28 @@ class SearchRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     nearest: Index | None
     certificate: SearchCertificate
     verdict: SearchVerdict
+
+    def inconsistency(self) -> str | None:
+        """Describe the first number of a point, source or layer that the record does not have."""
+        numbers = {
+            "best": self.best,
+            "best_beyond_doubt": self.best_beyond_doubt,
+            "best_on_table": self.best_on_table,
+            "nearest": self.nearest,
+            "certificate.best": self.certificate.best,
+            "certificate.certified": max(self.certificate.certified, default=None),
+        }
+        for number, pair in enumerate(self.pairs):
+            for name in ("fitted", "kept", "beyond_doubt"):
+                numbers[f"pairs[{number}].{name}"] = getattr(pair, name)
+        rows: list[TriedPoint | ExitVariant] = [*self.points, *self.nothing, *self.pairs]
+        sources = {"source": max((row.source for row in rows), default=None)}
+        deepest = max((row.exit_layer for row in rows), default=1)
+        if deepest > self.full.layers:
+            return f"expected exit layers of the model's {self.full.layers}, got {deepest}"
+        return beyond(numbers, len(self.points), "points") or beyond(
+            sources, max(1, len(self.sources)), "sources"
+        )
 
     def _in_one_line(self) -> str:
         points = f"{len(self.points)} operating points"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cascade.core.errors import ModelError, first_line
-from cascade.core.reading import read_json
+from cascade.core.files import kind_of_file, open_regular
+from cascade.core.reading import LARGEST_FOREIGN_JSON, read_json
 from cascade.models.checkpoints.quantization import Quantization
 from cascade.models.checkpoints.reading import cannot_read
 
@@ -30,6 +32,9 @@ _OTHER_FILES = {"training_args.bin", "optimizer.bin", "scheduler.bin"}
 
 #: Weights of other frameworks, and of repositories that transformers does not read.
 _FOREIGN_FORMATS = ("tf_model*.h5", "flax_model*.msgpack", "*.onnx", "*.pth", "*.pt", "*.npz")
+
+#: Endings of the files of a model that are no weights. Vocabularies have tens of megabytes.
+_SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm")
 
 #: How the text begins that Git stores for a file of Git LFS.
 _POINTER = b"version https://git-lfs"
@@ -106,6 +111,38 @@ def _no_weights(folder: Path, names: Sequence[str]) -> ModelError:
     )
 
 
+def check_regular(folder: Path) -> None:
+    """Check that a library can read the files in a folder without waiting or taking all memory.
+
+    Args:
+        folder: The folder of a model or an adapter.
+
+    Raises:
+        ModelError: A file of the model is a pipe, a socket or a device, or is too large for what
+            its name says.
+    """
+    with os.scandir(folder) as entries:
+        paths = sorted(Path(entry.path) for entry in entries)
+    for path in paths:
+        settings = path.suffix.lower() in _SETTINGS
+        if not settings and not any(fnmatch(path.name, kind) for kind in _WEIGHT_PATTERNS):
+            continue
+        try:
+            found = path.stat()
+        except OSError:
+            continue  # explained where it is read
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise ModelError(
+                f"expected {path} to be a regular file, got {kind_of_file(found.st_mode)}; get the"
+                " checkpoint again"
+            )
+        if settings and found.st_size > LARGEST_FOREIGN_JSON:
+            raise ModelError(
+                f"expected at most {LARGEST_FOREIGN_JSON:,} bytes in {path}, got"
+                f" {found.st_size:,}; get the checkpoint again"
+            )
+
+
 def check_is_no_pointer(path: Path) -> None:
     """Check that a file is not what Git stores in place of a large file.
 
@@ -113,7 +150,7 @@ def check_is_no_pointer(path: Path) -> None:
         ModelError: It is a Git LFS pointer.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(len(_POINTER))
     except OSError:
         return  # explained where it is read
@@ -132,12 +169,12 @@ def check_whole(path: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    size = path.stat().st_size
-    if size == 0:
-        raise ModelError(f"{path} is empty (0 bytes); get it again")
-    if path.suffix != ".safetensors":
-        return
     try:
+        size = path.stat().st_size
+        if size == 0:
+            raise ModelError(f"{path} is empty (0 bytes); get it again")
+        if path.suffix != ".safetensors":
+            return
         with safe_open(path, framework="np"):
             pass
     except SafetensorError as error:
@@ -153,8 +190,14 @@ def _shards(index: Path) -> list[Path]:
     """Return the files that an index names."""
     check_is_no_pointer(index)
     try:
-        names = set(read_json(index, foreign=True)["weight_map"].values())
-        files = [index.parent / name for name in sorted(names)]
+        names = sorted(set(read_json(index, foreign=True)["weight_map"].values()))
+        outside = [name for name in names if os.path.isabs(name) or ".." in Path(name).parts]
+        if outside:
+            raise ModelError(
+                f"expected {index} to name files in its folder, got {outside[0][:80]!r}; get the"
+                " checkpoint again"
+            )
+        files = [index.parent / name for name in names]
     except OSError as error:
         raise cannot_read(index, error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

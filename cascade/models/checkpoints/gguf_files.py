@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cascade.core.errors import ModelError
+from cascade.core.files import open_regular
+from cascade.models.checkpoints.reading import cannot_read
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
+
+#: How every GGUF file begins.
+_MAGIC = b"GGUF"
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 
@@ -60,6 +65,24 @@ def shards(path: Path) -> list[Path]:
             f" {', '.join(missing[:8])}{', ...' if missing[8:] else ''}; get all of them"
         )
     return [path.parent / name for name in names]
+
+
+def check_magic(path: Path) -> None:
+    """Check how a file begins, before all of it is read for its hash.
+
+    Raises:
+        ModelError: It is no GGUF file, or cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            start = file.read(len(_MAGIC))
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    if start != _MAGIC:
+        raise ModelError(
+            f"cannot read {path} as GGUF (expected {_MAGIC!r} at its beginning, got {start!r}); get"
+            " the file again"
+        )
 
 
 def merge(files: Sequence[Path], target: Path) -> None:

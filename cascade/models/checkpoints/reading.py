@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.core.errors import CascadeError, ModelError, first_line, os_reason
+from cascade.core.files import sha256_of
 
 _CORRECT = "correct config.json"
 
@@ -23,11 +23,10 @@ def file_hash(path: Path) -> str:
     """Return the hex SHA-256 of a file.
 
     Raises:
-        ModelError: The file cannot be read.
+        ModelError: The file cannot be read, or is no regular file.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise cannot_read(path, error) from error
 

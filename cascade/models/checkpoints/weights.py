@@ -22,9 +22,14 @@ from cascade.models.checkpoints.adapters import (
     has_adapter,
 )
 from cascade.models.checkpoints.configs import read_json
-from cascade.models.checkpoints.files import check_is_no_pointer, weight_files
+from cascade.models.checkpoints.files import (
+    check_is_no_pointer,
+    check_regular,
+    check_whole,
+    weight_files,
+)
 from cascade.models.checkpoints.gguf_copies import gguf_copy
-from cascade.models.checkpoints.gguf_files import name_of, shards
+from cascade.models.checkpoints.gguf_files import check_magic, name_of, shards
 from cascade.models.checkpoints.quantization import Quantization, quantization_of
 from cascade.models.checkpoints.reading import file_hash
 
@@ -141,6 +146,8 @@ def resolve(source: str, *, revision: str | None = None) -> Weights:
         return from_folder(path, source)
     if path.suffix.lower() == ".gguf":
         files = shards(path)
+        for file in files:
+            check_magic(file)
         digest = file_hash(path) if files == [path] else _files_hash(files)
         return _from_gguf(files, source, path_name(path, name_of(path)), digest)
     raise ModelError(f"expected a model folder or a .gguf file, got {source}")
@@ -221,6 +228,7 @@ def from_folder(folder: Path, source: str) -> Weights:
     Raises:
         ModelError: The folder has no config or no weights, or a file cannot be read.
     """
+    check_regular(folder)
     if has_adapter(folder):
         return _from_adapter(folder, source)
     config_path = folder / "config.json"
@@ -236,6 +244,8 @@ def from_folder(folder: Path, source: str) -> Weights:
     config = read_json(config_path)
     scheme = quantization_of(config, source)
     files = weight_files(folder, config)
+    for file in files.read:  # before all of it is read for its hash
+        check_whole(file)
     return Weights(
         folder=folder,
         source=source,
@@ -268,7 +278,7 @@ def _files_hash(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         # The hub's cache names large files by their SHA-256, so they need not be read again.
-        blob = file.resolve().name
+        blob = os.path.basename(os.path.realpath(file))
         known = file.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob)
         digest.update(f"{file.name}:{blob if known else file_hash(file)}\n".encode())
     return digest.hexdigest()

@@ -216,7 +216,7 @@ def print_sections(report: Report, console: Console) -> None:
         if not blocks:
             continue
         if section.heading:
-            print_heading(printable(section.heading, console), console)
+            print_heading(section.heading, console)
         else:
             console.print()
         for number, block in enumerate(blocks):
@@ -398,8 +398,9 @@ def plain(text: str) -> str:
 
 
 def _inline(text: str, *, in_table: bool = False) -> str:
-    # Pairs of backticks mark commands, in which nothing is escaped except, in a table, the bar that
-    # would end the cell.
+    # Pairs of backticks mark commands. In them only control characters are escaped and, in a table,
+    # the bar that would end the cell.
+    text = spelled_out(text, keep="\n\t")
     parts = text.split("`")
     if len(parts) % 2:
         parts[::2] = map(_escaped, parts[::2])
@@ -410,7 +411,6 @@ def _inline(text: str, *, in_table: bool = False) -> str:
 
 
 def _escaped(text: str) -> str:
-    text = spelled_out(text, keep="\n\t")
     for character in "\\`*_[]|~":
         text = text.replace(character, f"\\{character}")
     return text.replace("<", "&lt;").replace(">", "&gt;")

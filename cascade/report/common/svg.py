@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from cascade.report.common.records import HasProvenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 #: Name -> light and dark colour. A plot is drawn with the light colours, and the page replaces each
 #: by a CSS variable, so one drawing serves both themes.
@@ -121,6 +123,17 @@ def title_of(record: HasProvenance, subject: str) -> str:
     return printable(f"{' on '.join(names)}: {subject}").encode("ascii", "replace").decode()
 
 
+def _texts_with_names(figure: Figure) -> Iterator[Text]:
+    """Yield the texts of a figure that can hold names: all but the numbers at its axes."""
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+    yield from figure.texts
+    for legend in filter(None, legends):
+        yield from legend.get_texts()
+    for axes in figure.axes:
+        yield from axes.texts
+        yield from (axes.title, axes.xaxis.label, axes.yaxis.label)
+
+
 def as_svg(figure: Figure, name: str, label: str) -> str:
     """Write a figure as one `<svg>` element that can share a page with others.
 
@@ -132,6 +145,15 @@ def as_svg(figure: Figure, name: str, label: str) -> str:
         name: The id of the element.
         label: What the figure shows, for screen readers.
     """
+    for text in _texts_with_names(figure):
+        text.set_parse_math(False)  # a "$" in a name would start a formula
+    with warnings.catch_warnings():
+        # Control characters of a name, which are spelled out below.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        return _drawn(figure, name, label)
+
+
+def _drawn(figure: Figure, name: str, label: str) -> str:
     if _SHOWN.get() is not None:
         # Ticks are made when they are first drawn, in the style of that moment.
         figure.draw_without_rendering()

@@ -36,7 +36,7 @@ _ASCII_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=T
 def print_heading(text: str, console: Console) -> None:
     """Print a heading with an empty line above it."""
     console.print()
-    console.print(Text(text, style="bold"))
+    console.print(Text(printable(text, console), style="bold"))
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]], console: Console) -> None:
@@ -88,7 +88,7 @@ def print_table(
         pad_edge=False,
         header_style="bold",
     )
-    for index, name in enumerate(header):
+    for index, name in enumerate(lines[0]):
         is_text = index >= len(header) - text_columns
         table.add_column(Text(name), justify="left" if is_text else "right", no_wrap=True)
     for number, row in enumerate(lines[1:]):
@@ -105,6 +105,9 @@ def print_bars(bars: Sequence[tuple[str, float, str]], console: Console) -> None
         bars: Name, similarity and note of each bar; bars with a note are highlighted.
         console: Where to print; its width and encoding are respected.
     """
+    bars = [
+        (printable(name, console), value, printable(note, console)) for name, value, note in bars
+    ]
     values = [value for _, value, _ in bars]
     name_width = max(5, *(len(name) for name, _, _ in bars))
     note_width = max((len(note) + 3 for _, _, note in bars if note), default=0)

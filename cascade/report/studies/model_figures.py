@@ -92,8 +92,8 @@ def shown_name(entry: ComparedModel | ModelMeasurement) -> str:
     """Return "A name" in ASCII, which every font has."""
     name = entry.name
     short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
-    # A "$" would start a formula, and matplotlib warns about characters that the font lacks.
-    return f"{entry.label}  {short}".encode("ascii", "replace").decode().replace("$", r"\$")
+    # matplotlib warns about characters that the font lacks.
+    return f"{entry.label}  {short}".encode("ascii", "replace").decode()
 
 
 def _draw_profiles(

@@ -134,6 +134,10 @@ class HardTokensRecord(StoredRecord, frozen=True, kw_only=True):
     files: list[DatasetFile]
     hash: Text
 
+    def inconsistency(self) -> str | None:
+        """Describe the first entry that contradicts another one; None if none does."""
+        return inconsistency(self)
+
 
 def inconsistency(record: HardTokensRecord) -> str | None:
     """Describe the first entry of a record that contradicts another one; None if none does.

@@ -150,7 +150,11 @@ def _flaw_of(folder: Path) -> str | None:
         return f"{missing[0]} is missing"
     try:
         hashes = dict(read_json(folder / _SEAL))
-        changed = [name for name, digest in hashes.items() if xxh3_of(folder / name) != digest]
+        # Only names in the folder are opened, whatever the file says.
+        names = [name for name in _CHECKPOINT_FILES if name not in hashes] or [
+            path.name for path in folder.iterdir() if path.name in hashes
+        ]
+        changed = [name for name in names if xxh3_of(folder / name) != hashes.get(name)]
     except (OSError, ValueError, TypeError) as error:
         return f"{_SEAL}: {first_line(error)}"
     return f"{changed[0]} was changed after it was written" if changed else None

@@ -24,6 +24,8 @@ from cascade.models.architecture import (
     find_layers,
     text_config_of,
 )
+from cascade.models.checkpoints.files import check_regular
+from cascade.models.checkpoints.gguf_files import check_magic
 from cascade.models.checkpoints.reading import quiet_transformers, read_or_explain
 from cascade.models.checkpoints.weights import HUB_NAMES, WHEELS
 from cascade.models.flops import full_flops, layer_flops
@@ -220,13 +222,17 @@ def _from_disk(path: Path, source: str) -> Configuration:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ModelError(f"{source} holds no config.json; expected a saved transformers model")
+        check_regular(path)
         config = read_or_explain(
             f"the config of {source}",
             lambda: AutoConfig.from_pretrained(path, trust_remote_code=False),
         )
-        return Configuration(path.resolve().name.lower(), str(path / "config.json"), config)
+        return Configuration(
+            os.path.basename(os.path.realpath(path)).lower(), str(path / "config.json"), config
+        )
     if path.suffix.lower() != ".gguf":
         raise ModelError(f"expected a model folder or a .gguf file, got {source}")
+    check_magic(path)
     config = read_or_explain(
         f"the config of {source}",
         lambda: AutoConfig.from_pretrained(

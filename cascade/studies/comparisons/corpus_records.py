@@ -18,6 +18,7 @@ from cascade.core.schema import (
     Share,
     StoredRecord,
     UnsetType,
+    strangers,
 )
 from cascade.saturation.records import LayerRoles
 
@@ -249,6 +250,37 @@ class CorpusComparison(Displayed, StoredRecord, frozen=True, kw_only=True):
     differences: list[CorpusDifferences]
     special: SpecialLayers
     thresholds: ThresholdTransfers
+
+    def inconsistency(self) -> str | None:
+        """Describe the first corpus or layer that the record does not have."""
+        labels = [corpus.label for corpus in self.corpora]
+        if len(set(labels)) < len(labels):
+            return "expected every label of a corpus once"
+        layers = [row.layer for row in self.layers]
+        if any(len(row.means) != len(labels) for row in self.layers):
+            return f"expected {len(labels)} means for every layer, one for each corpus"
+        corpora: dict[str, list[str]] = {
+            "shared": [label for row in self.shared for label in row.corpora],
+            "differences": [
+                label for row in self.differences for label in (row.corpus, row.against)
+            ],
+            "special.differ": [label for row in self.special.differ for label in row.special_in],
+            "thresholds.fitted": [row.corpus for row in self.thresholds.fitted],
+            "thresholds.rows": [
+                label for row in self.thresholds.rows for label in (row.fitted_on, row.applied_to)
+            ],
+        }
+        named: dict[str, list[str]] = {
+            "corpora": [row.layer for corpus in self.corpora for row in corpus.special],
+            "special.differ": [row.layer for row in self.special.differ],
+        }
+        for number, pair in enumerate(self.differences):
+            place = f"differences[{number}]"
+            rows = [row.layer for row in pair.rows]
+            if sorted(rows) != sorted(layers):
+                return f"expected a row for every layer at {place}.rows, each once"
+            named[f"{place}.layers"] = [layer for each in pair.layers.values() for layer in each]
+        return strangers(corpora, labels, "a corpus") or strangers(named, layers, "a layer")
 
     def _in_one_line(self) -> str:
         names = ", ".join(f"{corpus.label} {corpus.name}" for corpus in self.corpora)

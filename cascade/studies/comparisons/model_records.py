@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,6 +19,7 @@ from cascade.core.schema import (
     Share,
     StoredRecord,
     UnsetType,
+    strangers,
 )
 from cascade.saturation.records import HardRatioThreshold, LayerRoles, LayerRow
 
@@ -246,6 +248,21 @@ class ModelPair(Part, frozen=True, kw_only=True):
     thresholds: list[ReachedHardRatio] | None
 
 
+def _wrong_pair(pair: ModelPair, layers: Mapping[str, list[str]]) -> str | None:
+    """Describe a layer that neither of two models has; None if they have all."""
+    sides = (layers[pair.model], layers[pair.against])
+    for match in pair.dips.matched:
+        if len(match.layers) != len(sides) or any(
+            layer not in side for layer, side in zip(match.layers, sides, strict=True)
+        ):
+            return f"expected a layer of each model at pairs.dips.matched, got {match.layers}"
+    changes = [] if pair.paired is None else [row.layer for row in pair.paired.layers]
+    mover = [] if pair.paired is None else [pair.paired.largest_mover]
+    return strangers({"pairs.paired.layers": changes}, sides[0], "a layer") or strangers(
+        {"pairs.paired.largest_mover": mover}, changes, "a layer"
+    )
+
+
 class UnmeasuredLayer(Part, frozen=True, kw_only=True):
     """A layer of an unmeasured model, with the share of operations in the layers above it."""
 
@@ -289,6 +306,30 @@ class ModelComparison(Displayed, StoredRecord, frozen=True, kw_only=True):
     models: list[ComparedModel]
     pairs: list[ModelPair]
     by_depth: list[LayersByDepth]
+
+    def inconsistency(self) -> str | None:
+        """Describe the first model or layer that the record does not have."""
+        layers = {model.label: [row.layer for row in model.layers or ()] for model in self.models}
+        if len(layers) < len(self.models) or not all(len(label) == 1 for label in layers):
+            return "expected every model's label once, one letter each"
+        for model in self.models:
+            named = {
+                "exit.layer": [] if model.exit is None else [model.exit.layer],
+                "structure.dips": [] if model.structure is None else model.structure.dips,
+            }
+            flaw = strangers(named, layers[model.label], "a layer")
+            if flaw is not None and model.measured:
+                return f"model {model.label}: {flaw}"
+        labels = {
+            "pairs": [label for pair in self.pairs for label in (pair.model, pair.against)],
+            "by_depth": [
+                label
+                for row in self.by_depth
+                for label in (*row.suggested_by, *(each.model for each in row.layers))
+            ],
+        }
+        flaw = strangers(labels, layers, "a model")
+        return flaw or next(filter(None, (_wrong_pair(pair, layers) for pair in self.pairs)), None)
 
     def measured(self) -> list[ModelMeasurement]:
         """Return the measured models, in order."""
