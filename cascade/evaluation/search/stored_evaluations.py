@@ -121,9 +121,6 @@ def read_evaluations(paths: Sequence[Path]) -> list[StoredEvaluation]:
 
 def _read(file: Path, name: str, source: int) -> StoredEvaluation:
     record = read_typed(file, EvaluationRecord)
-    wrong = _inconsistency(record)
-    if wrong is not None:
-        raise RecordError(f"{file} is torn or edited ({wrong}); evaluate again")
     fitted_on = record.provenance.fitted_on
     if isinstance(fitted_on, UnsetType):
         raise RecordError(
@@ -131,20 +128,6 @@ def _read(file: Path, name: str, source: int) -> StoredEvaluation:
             "record with `cascade evaluate --output`, without --only-points"
         )
     return StoredEvaluation(name, source, record, fitted_on)
-
-
-def _inconsistency(record: EvaluationRecord) -> str | None:
-    """Return what is wrong with the indices of points or the columns of curves, or None."""
-    count = len(record.points)
-    if any(number >= count for number in record.search.points):
-        return f"a searched point beyond the {count} points"
-    curves = record.curves
-    for curve in [] if isinstance(curves, UnsetType) or curves is None else curves.rows:
-        fit, confirm = (curve.fit_exits, curve.fit_wrong), (curve.exits, curve.wrong)
-        columns = (*fit, *confirm, curve.low, curve.high)
-        if any(len(column) != len(curve.thresholds) for column in columns):
-            return "a curve whose columns differ in length"
-    return None
 
 
 def _check_alike(files: Sequence[Path], evaluations: Sequence[StoredEvaluation]) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cascade.core import reading
 from cascade.core.errors import ModelError
-from cascade.core.reading import UnreadableError
+from cascade.core.reading import LARGEST_FOREIGN_JSON, UnreadableError, parse_json, read_bytes
 from cascade.models.checkpoints.reading import cannot_read, read_or_explain, transformers_version
 
 if TYPE_CHECKING:
@@ -21,9 +20,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: It cannot be read, or is no JSON object.
     """
     try:
-        content = reading.read_json(path, foreign=True)
+        data = read_bytes(path, largest=LARGEST_FOREIGN_JSON)
     except OSError as error:
         raise cannot_read(path, error) from error
+    except UnreadableError as error:
+        raise ModelError(f"cannot read {path}: {error}; get the checkpoint again") from error
+    try:
+        content = parse_json(data, foreign=True)
     except UnreadableError as error:
         raise ModelError(f"{path} is not JSON ({error}); correct it, or get it again") from error
     if not isinstance(content, dict):

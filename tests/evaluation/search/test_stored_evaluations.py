@@ -239,8 +239,14 @@ def _set(*places: Any) -> Callable[[Plain], None]:
     [
         (_set("points", 0, "agreement", "most"), "expected a share in 0..1 at points[0].agreement"),
         (_set("points", 0, "threshold", None), "expected a finite number at points[0].threshold"),
-        (_set("search", "points", [99]), "a searched point beyond the"),
-        (_set("curves", "rows", 0, "wrong", [1]), "a curve whose columns differ in length"),
+        (
+            _set("search", "points", [99]),
+            "expected one of 31 points at search.points, got number 99",
+        ),
+        (
+            _set("curves", "rows", 0, "wrong", [1]),
+            "expected columns of 48 rows in the curve of layer 1 and cosine",
+        ),
         (_without("provenance", "fitted_on"), "contains only given operating points"),
         (_set("provenance", "fitted_on", {}), "expected text at provenance.fitted_on.source"),
     ],

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from cascade.core.cache import cache_folder
 from cascade.core.errors import CascadeError, ModelError, OutputError
+from cascade.core.printable import printable
 from cascade.core.schema import to_plain
 from cascade.models.checkpoints import gguf_copies, weights
 from cascade.models.checkpoints.reading import file_hash, read_or_explain
@@ -79,7 +80,7 @@ def one_line(error: pytest.ExceptionInfo[CascadeError]) -> str:
 
 def copies(cache: Path) -> list[Path]:
     """Return everything in the cache except locks, including partial copies."""
-    return [path for path in cache.iterdir() if path.suffix != ".lock"] if cache.exists() else []
+    return [path for path in cache.iterdir() if path.name != "locks"] if cache.exists() else []
 
 
 # --- Wheels ----------------------------------------------------------------------------------
@@ -667,7 +668,7 @@ def test_error_for_an_unknown_model_says_how_to_get_weights(source: str) -> None
     with pytest.raises(ModelError) as error:
         resolve(source)
     text = one_line(error)
-    assert text.startswith(f"no model {source}: no such folder, and the hub says: ")
+    assert text.startswith(f"no model {printable(source)}: no such folder, and the hub says: ")
     assert text.endswith(HOW_TO_GET_WEIGHTS)
 
 
@@ -734,7 +735,7 @@ def test_read_or_explain_keeps_errors_of_the_package() -> None:
 def test_config_that_is_a_folder_gives_a_one_line_error(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    with pytest.raises(ModelError, match=r"cannot read .*config.json: Is a directory"):
+    with pytest.raises(ModelError, match=r"cannot read .*config.json: .* got a folder"):
         resolve(str(folder))
 
 
