@@ -14,7 +14,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from cascade.core.errors import OutputError, RecordError, UsageError, first_line
+from cascade.core.errors import RecordError, UsageError
 from cascade.core.files import AnyPath, atomic_path
 from cascade.core.provenance import ModelProvenance
 from cascade.core.reading import UnreadableError, parse_json, read_tensors
