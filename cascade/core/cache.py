@@ -43,16 +43,26 @@ def cache_folder() -> Path:
 
 
 def cache_entries() -> list[CacheEntry]:
-    """Return what the package stored in its cache folder, by kind and name."""
+    """Return what the package stored in its cache folder, by kind and name.
+
+    Raises:
+        OutputError: The folder cannot be read.
+    """
     folder = cache_folder()
     found = []
     for kind in KINDS:
-        paths = sorted((folder / kind).iterdir()) if (folder / kind).is_dir() else []
-        found += [
-            CacheEntry(f"{kind}/{path.name}", kind, path, size_of(path))
-            for path in paths
-            if path.suffix != ".lock"
-        ]
+        try:
+            paths = sorted((folder / kind).iterdir()) if (folder / kind).is_dir() else []
+            found += [
+                CacheEntry(f"{kind}/{path.name}", kind, path, size_of(path))
+                for path in paths
+                if path.suffix != ".lock"
+            ]
+        except OSError as error:
+            raise OutputError(
+                f"cannot read {folder / kind}: {os_reason(error)}; make it readable, or set "
+                "CASCADE_CACHE to another folder"
+            ) from error
     return found
 
 

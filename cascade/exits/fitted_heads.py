@@ -15,7 +15,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from cascade.core.errors import OutputError, RecordError, UsageError, first_line
+from cascade.core.errors import RecordError, UsageError
 from cascade.core.files import AnyPath, atomic_path
 from cascade.core.provenance import ModelProvenance
 from cascade.core.reading import UnreadableError, parse_json, read_tensors
@@ -182,8 +182,7 @@ class FittedHeads:
             OutputError: The file cannot be written.
             UsageError: With `half`, a weight exceeds the range of float16.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = Path(path)
         tensors = {}
@@ -194,14 +193,10 @@ class FittedHeads:
                     tensors[f"{kind}.{layer}.{name}"] = stored.cpu().contiguous()
         about = with_hash(tensors, to_plain(self.metadata()))
         text = json.dumps(about, allow_nan=False)
+        # `save_file` would write to another temporary file, which nobody removes after a kill.
+        content = save(tensors, metadata={"cascade": text})
         with atomic_path(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={"cascade": text})
-            except SafetensorError as error:  # safetensors raises it when the disk is full
-                raise OutputError(
-                    f"cannot write {path}: {first_line(error)}; free some space or choose another"
-                    " folder (the existing file is unharmed)"
-                ) from error
+            temporary.write_bytes(content)
 
 
 def _halved(tensor: Tensor, layer: int) -> Tensor:

@@ -250,7 +250,7 @@ class _Watch:
         self.armed = False
         if kind == "power cut":
             for path in _files(Path(self.watched)):
-                if _state(path) not in self._on_disk:
+                if not path.is_symlink() and _state(path) not in self._on_disk:
                     os.truncate(path, 0)
         if kind in DEATHS:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import asdict
 
-from cascade.core.errors import TrainingError, first_line
+from cascade.core.errors import TrainingError, first_line, os_reason
 from cascade.core.files import flush_to_disk, write_text, xxh3_of
 from cascade.core.reading import read_json
 from cascade.core.schema import to_plain
@@ -34,12 +34,25 @@ _CHECKPOINT_FILES = (
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield the step and the folder of each finished checkpoint."""
-    for path in folder.glob("checkpoint-*"):
-        number = path.name.partition("-")[2]
+    """Yield the step and the folder of each finished checkpoint.
+
+    Raises:
+        TrainingError: The folder cannot be read.
+    """
+    for path in _folders(folder):
         # Without the seal, which is written last, the checkpoint was never finished.
-        if number.isdigit() and (path / _SEAL).is_file():
-            yield int(number), path
+        if (path / _SEAL).is_file():
+            yield int(path.name.partition("-")[2]), path
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        found = list(folder.glob("checkpoint-*"))
+    except OSError as error:
+        raise TrainingError(
+            f"cannot read {folder}: {os_reason(error)}; make it readable or choose another --output"
+        ) from error
+    return [path for path in found if path.name.partition("-")[2].isdigit()]
 
 
 def finish(folder: Path) -> None:
@@ -98,10 +111,20 @@ class TrainingRequest(TrainingConfig, frozen=True, kw_only=True):
 
 
 def begin(folder: Path, request: TrainingRequest) -> None:
-    """Remove the checkpoints of an earlier training run and store the new request."""
-    for path in folder.glob("checkpoint-*"):
-        if path.name.partition("-")[2].isdigit():
+    """Remove the checkpoints of an earlier training run and store the new request.
+
+    Raises:
+        TrainingError: The checkpoints cannot be read or removed.
+        OutputError: The request cannot be written.
+    """
+    for path in _folders(folder):
+        try:
             shutil.rmtree(path)
+        except OSError as error:
+            raise TrainingError(
+                f"cannot remove the earlier checkpoint {path}: {os_reason(error)}; make its folder "
+                "writable or choose another --output"
+            ) from error
     write_text(folder / _REQUEST, json.dumps(to_plain(request), indent=1, allow_nan=False) + "\n")
 
 
