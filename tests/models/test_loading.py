@@ -302,7 +302,7 @@ def test_unsupported_family_is_rejected_before_weights_are_read(
     family: str, tmp_path: Path
 ) -> None:
     AutoConfig.for_model(family).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"unreadable")
+    save_file({"of another model": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match=f"^{family} "):
         load(str(tmp_path))
 

@@ -241,11 +241,11 @@ def _set(*places: Any) -> Callable[[Plain], None]:
         (_set("points", 0, "threshold", None), "expected a finite number at points[0].threshold"),
         (
             _set("search", "points", [99]),
-            "expected one of 31 points at search.points, got number 99",
+            "one of 31 points at search.points, got number 99",
         ),
         (
             _set("curves", "rows", 0, "wrong", [1]),
-            "expected columns of 48 rows in the curve of layer 1 and cosine",
+            "expected columns of 48 rows in the curve",
         ),
         (_without("provenance", "fitted_on"), "contains only given operating points"),
         (_set("provenance", "fitted_on", {}), "expected text at provenance.fitted_on.source"),
