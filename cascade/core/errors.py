@@ -5,6 +5,10 @@ from __future__ import annotations
 from cascade.core.printable import printable
 
 
+#: A message with more characters repeats a value of absurd length. Its end says what to do.
+_LONGEST, _BEGINNING, _END = 10_000, 1500, 500
+
+
 class CascadeError(Exception):
     """Base class of all errors that a user can fix.
 
@@ -23,7 +27,7 @@ class CascadeError(Exception):
 
     def __init__(self, message: str = "") -> None:
         # Messages quote names and values from files: they stay one line, wherever they are shown.
-        super().__init__(printable(" ".join(message.splitlines())))
+        super().__init__(_shortened(printable(" ".join(message.splitlines()))))
 
 
 class ModelError(CascadeError):
@@ -60,6 +64,12 @@ class TrainingError(CascadeError):
 
 class OutputError(CascadeError):
     """Results cannot be written to their destination; existing files are unharmed."""
+
+
+def _shortened(message: str) -> str:
+    if len(message) <= _LONGEST:
+        return message
+    return f"{message[:_BEGINNING]} [{len(message):,} characters] {message[-_END:]}"
 
 
 def first_line(error: Exception) -> str:
