@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from cascade.core.printable import printable
 
-
 #: A message with more characters repeats a value of absurd length. Its end says what to do.
 _LONGEST, _BEGINNING, _END = 10_000, 1500, 500
 
