@@ -79,9 +79,10 @@ def check_magic(path: Path) -> None:
     except OSError as error:
         raise cannot_read(path, error) from error
     if start != _MAGIC:
+        begins = f"it begins with {start.decode('latin-1')!r}" if start else "it is empty"
         raise ModelError(
-            f"cannot read {path} as GGUF (expected {_MAGIC!r} at its beginning, got {start!r}); get"
-            " the file again"
+            f"{path} is truncated, corrupted or no GGUF file ({begins}, expected"
+            f" {_MAGIC.decode()!r}); get the file again"
         )
 
 

@@ -55,7 +55,7 @@ def test_fit_heads_rejects_invalid_options_in_one_line_and_writes_nothing(
     ("output", "message"),
     [
         ("texts.jsonl/h.safetensors", "cannot write texts.jsonl/h.safetensors: "),
-        ("x" * 300 + ".safetensors", "File name too long; choose a folder you can write to"),
+        ("x" * 300 + ".safetensors", "expected names of at most 255 bytes in a path"),
         ("folder.safetensors", "folder.safetensors is a folder, expected a file"),
     ],
 )
