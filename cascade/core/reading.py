@@ -32,7 +32,7 @@ LARGEST_FOREIGN_JSON = 1 << 28
 
 #: An archive may claim this much, or `_MOST_COMPRESSED` times its own size if that is more, but
 #: never more than `_LARGEST_ARRAYS`: a profile of a million sequences and 100 layers has 0.8 GB.
-_SMALL_ARCHIVE, _MOST_COMPRESSED, _LARGEST_ARRAYS = 1 << 26, 100, 1 << 30
+_SMALL_ARCHIVE, _MOST_COMPRESSED, _LARGEST_ARRAYS = 1 << 26, 20, 1 << 30
 
 #: Half of a pair of escapes that stand for one character together. No file can hold it.
 _HALF = re.compile(
