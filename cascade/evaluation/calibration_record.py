@@ -128,5 +128,5 @@ class CalibrationRecord(StoredRecord, frozen=True, kw_only=True):
         """Describe an exit layer that the model does not have."""
         layers = known(self.provenance.model.num_layers)
         if layers is not None and self.exit_layer > layers:
-            return f"expected a layer of the model's {layers} at exit_layer, got {self.exit_layer}"
+            return f"expected a layer in 1..{layers} at exit_layer, got {self.exit_layer}"
         return None

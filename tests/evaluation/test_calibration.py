@@ -559,7 +559,10 @@ BROKEN: dict[str, tuple[Callable[[Plain], str], str]] = {
     "a layer in words": (broken(lambda r: r.update(exit_layer="2")), 'at exit_layer, got "2"'),
     "a layer that is a flag": (broken(lambda r: r.update(exit_layer=True)), "got true"),
     "a layer between two": (broken(lambda r: r.update(exit_layer=2.5)), "at exit_layer, got 2.5"),
-    "a layer beyond the last": (broken(lambda r: r.update(exit_layer=9)), "in 1..4, got 9"),
+    "a layer beyond the last": (
+        broken(lambda r: r.update(exit_layer=9)),
+        "in 1..4 at exit_layer, got 9",
+    ),
     "a list of rules": (broken(lambda r: r.update(rule=["cosine"])), 'at rule, got ["cosine"]'),
     "a rule there is not": (broken(lambda r: r.update(rule="cosin")), "expected a rule among"),
     "another propagation": (broken(lambda r: r.update(propagation="melted")), "at propagation"),

@@ -162,7 +162,7 @@ def inconsistency(record: HardTokensRecord) -> str | None:
             return f"expected files of {split}, got none"
     layers = known(record.provenance.model.num_layers)
     if layers is not None and record.layer > layers:
-        return f"expected a layer of the model's {layers}, got {record.layer}"
+        return f"expected a layer in 1..{layers}, got {record.layer}"
     return None
 
 
