@@ -223,7 +223,7 @@ class ExitCurves(Part, frozen=True, kw_only=True):
 def _wrong_layer(layers: Iterable[int], most: int) -> str | None:
     for layer in layers:
         if layer > most:
-            return f"expected exit layers of the model's {most}, got {layer}"
+            return f"expected exit layers in 1..{most}, got {layer}"
     return None
 
 
