@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.tiny_models import FAMILIES, VOCABULARY, save_checkpoint, save_gguf, tiny_model
 
 from cascade.core.errors import ModelError, UnsupportedModelError
+from cascade.core.printable import printable
 from cascade.models.checkpoints.weights import HUB_NAMES, WHEELS
 from cascade.models.flops import full_flops
 from cascade.models.stack import DecoderStack
@@ -160,11 +161,11 @@ def test_invalid_configurations_give_a_one_line_error(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("source", ["some-org/unknown", "~nobody/x", "a" * 5000, "a\0b"])
+@pytest.mark.parametrize("source", ["some-org/unknown", "~nobody/x", "a" * 2000, "a\0b"])
 def test_the_error_for_an_unknown_model_lists_the_known_names(here: Path, source: str) -> None:
     with pytest.raises(ModelError) as caught:
         read_configuration(source)
-    assert str(caught.value).startswith(f"no configuration of {source}: ")
+    assert str(caught.value).startswith(f"no configuration of {printable(source)}: ")
     assert "smollm2-135m, smollm2-360m, smollm2-1.7b" in str(caught.value)
 
 
