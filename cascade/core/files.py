@@ -201,6 +201,21 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return all files below a folder, sorted by path.
+
+    Raises:
+        OSError: A folder cannot be listed; `Path.rglob` would leave out what is in it.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    return sorted(
+        Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names
+    )
+
+
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file to read its bytes, without waiting for anything else of that name.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cascade.core.errors import CascadeError, OutputError, os_reason
-from cascade.core.files import flush_to_disk, make_folder, remove_empty, staging_folder
+from cascade.core.files import files_below, flush_to_disk, make_folder, remove_empty, staging_folder
 from cascade.core.locks import locked
 from cascade.core.signals import delayed_signals
 
@@ -161,9 +161,10 @@ def commit(staging: Path, folder: Path, names: Iterable[str]) -> None:
     (staging / _LIST).write_text(
         json.dumps({"all": names, "staged": staged}, allow_nan=False), encoding="utf-8"
     )
-    for path in sorted(staging.rglob("*"), reverse=True):
+    files = files_below(staging)
+    folders = {parent for path in files for parent in path.relative_to(staging).parents}
+    for path in (*files, *(staging / folder for folder in folders)):
         flush_to_disk(path)
-    flush_to_disk(staging)
     staging.replace(folder / COMMITTED)
     try:
         flush_to_disk(folder)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.disk import contents, largest_file
+from support.disk import contents, hide, largest_file
 
 from cascade.core.errors import OutputError
-from cascade.core.files import atomic_path, check_writable, make_folder, write_text
+from cascade.core.files import atomic_path, check_writable, files_below, make_folder, write_text
 
 NAMES = ("profile.json", "profile.npz", "report.html")
 
@@ -150,3 +150,15 @@ def test_make_folder_removes_created_parents_on_failure(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"[Nn]ame too long"):
         make_folder(tmp_path / "a" / ("b" * 300))
     assert contents(tmp_path) == {}
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b/c/two", "a", "b/one"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert files_below(tmp_path) == [tmp_path / name for name in ("a", "b/c/two", "b/one")]
+    hide(tmp_path / "b/c", monkeypatch)
+    with pytest.raises(PermissionError):
+        files_below(tmp_path)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -25,3 +29,15 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def hide(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody list a folder, root included."""
+    scandir = os.scandir
+
+    def refused(path: Any = ".") -> Any:
+        if Path(os.fsdecode(path)) == folder:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)

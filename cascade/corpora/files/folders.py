@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cascade.core.errors import CorpusError, first_line
+from cascade.core.errors import CorpusError, first_line, os_reason
+from cascade.core.files import files_below
 from cascade.corpora.files.kinds import ENDINGS, CorpusFile, file_of
 
 #: Files that describe a corpus, and are no part of it.
@@ -75,7 +76,13 @@ def files_of(folder: Path, split: str | None) -> list[CorpusFile]:
     Raises:
         CorpusError: There are none, they are of several kinds, or there is no such split.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and _is_data(folder, path))
+    try:
+        paths = [path for path in files_below(folder) if path.is_file() and _is_data(folder, path)]
+    except OSError as error:
+        raise CorpusError(
+            f"cannot list {error.filename}: {os_reason(error)}; change its permissions, or name "
+            "one file"
+        ) from error
     found = [(path, file_of(path)) for path in paths]
     files = [file for _, file in found if file is not None]
     others = [path.name for path, file in found if file is None]

@@ -10,7 +10,7 @@ import numpy as np
 
 from cascade.core.arrays import Array
 from cascade.core.errors import UsageError
-from cascade.core.files import write_text
+from cascade.core.files import files_below, write_text
 from cascade.core.provenance import SPLITS, Split, provenance_of
 from cascade.core.records import sealed, write_record
 from cascade.core.schema import from_plain
@@ -110,8 +110,8 @@ def _files(folder: Path, own_files: tuple[str, ...]) -> list[DatasetFile]:
             bytes=path.stat().st_size,
             hash=hash_of(path),
         )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).parts[0] not in own_files
+        for path in files_below(folder)
+        if path.relative_to(folder).parts[0] not in own_files
     ]
 
 

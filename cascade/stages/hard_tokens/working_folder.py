@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.core.errors import ModelError, OutputError, os_reason
-from cascade.core.files import make_folder, remove_empty, write_text
+from cascade.core.files import files_below, make_folder, remove_empty, write_text
 from cascade.core.locks import locked
 from cascade.core.provenance import SPLITS
 from cascade.core.reading import UnreadableError, read_json
@@ -50,7 +50,7 @@ def working_folder(folder: Path) -> Iterator[tuple[Path, bool]]:
             try:
                 yield work, interrupted
             except BaseException as error:
-                if isinstance(error, ModelError) or not any(work.rglob("data-*.arrow")):
+                if isinstance(error, ModelError) or not _can_resume(work):
                     shutil.rmtree(work, ignore_errors=True)
                     remove_empty(made)
                 raise
@@ -59,6 +59,14 @@ def working_folder(folder: Path) -> Iterator[tuple[Path, bool]]:
             f"cannot write to {folder}: {os_reason(error)}; free some space or choose "
             "another --output"
         ) from error
+
+
+def _can_resume(work: Path) -> bool:
+    """Return whether a working folder holds shards. One that cannot be listed is kept."""
+    try:
+        return any(path.suffix == ".arrow" for path in files_below(work))
+    except OSError:
+        return True
 
 
 def prepare(plan: CollectionPlan, folder: Path, *, overwrite: bool) -> None:
@@ -75,8 +83,9 @@ def prepare(plan: CollectionPlan, folder: Path, *, overwrite: bool) -> None:
     """
     work = folder / WORK
     path = work / REQUEST
-    for stray in work.rglob(".*"):  # incomplete files of a killed process
-        stray.unlink()
+    for stray in files_below(work):
+        if stray.name.startswith("."):  # incomplete files of a killed process
+            stray.unlink()
     difference = None
     if path.exists():
         difference = _difference(_stored_request(path), to_plain(plan.request))
@@ -129,7 +138,7 @@ def check_disk(plan: CollectionPlan, folder: Path) -> None:
         OutputError: The disk is too small. The message names the needed and the free space.
     """
     work = folder / WORK
-    here = sum(path.stat().st_size for path in work.rglob("data-*.arrow"))
+    here = sum(path.stat().st_size for path in files_below(work) if path.suffix == ".arrow")
     expected = plan.expected_bytes
     # Setting the hard mask writes each shard a second time.
     needed = expected - here + expected // len(plan.shards)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.corpora import RECORDS, SPLITS, blocks_of, decoded, in_lines, joined, the_tokenizer
+from support.disk import hide
 
 from cascade.core.errors import CorpusError
 from cascade.corpora.blocks import load_blocks
@@ -116,3 +117,14 @@ def test_data_in_memory_gives_the_same_text(kind: str, tmp_path: Path) -> None:
     for settings in ({"seed": None}, {"seed": 3, "num_samples": 4}):
         blocks = load_blocks(in_memory()[kind], the_tokenizer(), seq_len=25, **settings)
         assert np.array_equal(blocks.ids, blocks_of(path, seq_len=25, **settings).ids)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "more/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("Some text.\n")
+    hide(tmp_path / "more", monkeypatch)
+    with pytest.raises(CorpusError, match=r"cannot list .*more: Permission denied; change its"):
+        load_blocks(str(tmp_path), the_tokenizer(), seq_len=8)
