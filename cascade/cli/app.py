@@ -197,6 +197,13 @@ def _root(
 #: Errors of writing to stdout or stderr. Writing a file raises an `OutputError` instead.
 _STREAM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
+#: Errors of a file or folder that are the system's. Where one is expected, a `CascadeError` says
+#: more; any other one may be a bug of the package.
+_FILE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM),
+    *(errno.EROFS, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ESTALE),
+}
+
 
 def main() -> None:
     """Run the command line; an error that the user can fix is one line on stderr, status 2."""
@@ -220,6 +227,11 @@ def main() -> None:
         _discard_stdout()
         sys.exit(CLOSED_PIPE_STATUS)
     except OSError as error:
+        if error.filename is not None and error.errno in _FILE_ERRORS:
+            _fail(
+                f"cannot use {error.filename}: {os_reason(error)}; mend that, then run the command"
+                " again"
+            )
         if error.filename is not None or error.errno not in _STREAM_ERRORS:
             _report_bug(error)
         _discard_stdout()
