@@ -181,6 +181,22 @@ def test_an_unexpected_error_shows_its_traceback_where_it_cannot_be_saved(
     assert "the traceback is above" in done.err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENOSPC])
+def test_a_file_that_the_system_refuses_is_no_bug(
+    number: int, analyze: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "some/folder")
+
+    monkeypatch.setattr("cascade.report.saturation.terminal.print_profile", fail)
+    done = analyze("--max-tokens", 320)
+    assert (done.status, done.err.splitlines()[-1]) == (
+        2,
+        f"cascade: cannot use some/folder: {os.strerror(number)}; mend that, then run the command"
+        " again",
+    )
+
+
 def test_a_full_disk_behind_stdout_is_one_line(
     analyze: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
