@@ -653,7 +653,8 @@ def _last(tried: Tried) -> int:
 
 
 #: Those of pytest write by the same functions as `accept` and `gate`, and each child loads pytest.
-BY_DEFAULT = [name for name in CASES if not name.startswith("pytest ")]
+#: What `train` writes is written by the continued training as well.
+BY_DEFAULT = [name for name in CASES if not name.startswith("pytest ") and name != "train"]
 
 
 @pytest.mark.parametrize("name", BY_DEFAULT)
