@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from msgspec.structs import asdict
@@ -47,12 +48,14 @@ def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        found = list(folder.glob("checkpoint-*"))
+        found = list(folder.iterdir())  # glob would leave out what cannot be listed
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise TrainingError(
             f"cannot read {folder}: {os_reason(error)}; make it readable or choose another --output"
         ) from error
-    return [path for path in found if path.name.partition("-")[2].isdigit()]
+    return [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
 
 
 def finish(folder: Path) -> None:
@@ -117,7 +120,12 @@ def begin(folder: Path, request: TrainingRequest) -> None:
         TrainingError: The checkpoints cannot be read or removed.
         OutputError: The request cannot be written.
     """
-    for path in _folders(folder):
+    _remove(_folders(folder))
+    write_text(folder / _REQUEST, json.dumps(to_plain(request), indent=1, allow_nan=False) + "\n")
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for path in folders:
         try:
             shutil.rmtree(path)
         except OSError as error:
@@ -125,11 +133,10 @@ def begin(folder: Path, request: TrainingRequest) -> None:
                 f"cannot remove the earlier checkpoint {path}: {os_reason(error)}; make its folder "
                 "writable or choose another --output"
             ) from error
-    write_text(folder / _REQUEST, json.dumps(to_plain(request), indent=1, allow_nan=False) + "\n")
 
 
 def checkpoint_of(folder: Path, request: TrainingRequest) -> Path:
-    """Return the last checkpoint of a training run.
+    """Return the last checkpoint of a training run, and remove those that were never finished.
 
     Args:
         folder: Folder of the checkpoints.
@@ -163,6 +170,8 @@ def checkpoint_of(folder: Path, request: TrainingRequest) -> Path:
             f"the checkpoint {last[1]} is incomplete ({flaw}); remove it to resume from the"
             " previous one, or train without --resume"
         )
+    # The Trainer would write into them, next to what a killed process left there.
+    _remove(path for path in _folders(folder) if not (path / _SEAL).is_file())
     return last[1]
 
 

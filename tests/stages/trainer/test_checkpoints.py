@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec import structs
+from support.disk import largest_file
 from support.reference_early_exit import (
     one_line,
 )
@@ -94,6 +96,35 @@ def test_a_checkpoint_with_a_missing_file_gives_a_one_line_error(
     with pytest.raises(TrainingError) as caught:
         train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
     assert str(last) in one_line(caught)
+
+
+def test_resuming_removes_checkpoints_that_were_never_finished(
+    trained: Training, tokens: HardTokens, tmp_path: Path
+) -> None:
+    stopped(tokens, tmp_path, trained)
+    torn = tmp_path / f"checkpoint-{trained.steps}"
+    torn.mkdir()
+    (torn / ".tmpuhZ88y").write_text("of a killed process")
+    done = train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
+    assert done.stage.fingerprint() == trained.stage.fingerprint()
+    assert not any(path.name.startswith(".") for path in tmp_path.rglob("*"))
+
+
+def test_training_on_a_full_disk_names_the_last_good_checkpoint_and_goes_on_from_it(
+    trained: Training, tokens: HardTokens, tmp_path: Path
+) -> None:
+    last = stopped(tokens, tmp_path, trained)
+    step = int(last.name.partition("-")[2])
+    with largest_file(2000), pytest.raises(TrainingError) as caught:
+        train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
+    assert re.fullmatch(
+        rf"cannot write the checkpoint of step \d+ \(.+\); the last good checkpoint is {last} "
+        rf"\(step {step}\); free some space and go on with --resume",
+        one_line(caught),
+    )
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))][-1] == last.name
+    done = train_stage(a_reader(), tokens, SHORT, tmp_path, resume=True)
+    assert done.stage.fingerprint() == trained.stage.fingerprint()
 
 
 def test_checkpoints_of_another_configuration_are_refused(
