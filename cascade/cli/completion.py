@@ -11,8 +11,6 @@ from typing import Any
 
 import typer
 
-from cascade.core.reading import read_json
-
 #: A value, and what the shell shows next to it.
 Candidate = tuple[str, str]
 
@@ -101,6 +99,8 @@ def num_layers(model: str) -> int:
 def _config(model: str) -> Any:
     path = Path(os.path.expanduser(model)) / "config.json"
     if path.exists():
+        from cascade.core.reading import read_json
+
         return read_json(path, foreign=True)
     for name, known in _known_models().items():
         if model in (name, known["hub_id"]):

@@ -10,11 +10,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from cascade.core.cache import cache_folder
 from cascade.core.errors import OutputError, os_reason
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 try:
     import fcntl
@@ -43,6 +45,8 @@ def locked(path: Path, *, wait: float = 0.0, doing: str = "writing to") -> Itera
     Raises:
         OutputError: Another process still holds the lock, or no lock can be created.
     """
+    from filelock import FileLock
+
     name = hashlib.sha256(os.path.realpath(path).encode("utf-8", "surrogateescape")).hexdigest()
     try:
         lock = FileLock(_lock_folder() / f"{name[:32]}.lock", mode=0o600)
@@ -59,6 +63,8 @@ def locked(path: Path, *, wait: float = 0.0, doing: str = "writing to") -> Itera
 
 
 def _acquire(lock: FileLock, path: Path, wait: float, doing: str) -> None:
+    from filelock import Timeout
+
     first = min(wait, _ANNOUNCED_AFTER)
     with contextlib.suppress(Timeout):
         lock.acquire(timeout=first)
