@@ -709,11 +709,10 @@ def table(counts: Mapping[str, Mapping[str, int]]) -> str:
     names = [name for name in CASES if name in counts]
     total = {column: sum(counts[name][column] for name in names) for column in columns}
     titles = ("operations", "faults", "killed", "refused", "not needed", "old result", "new result")
-    titles = ("command", *titles, "survived", "sets of files")
+    titles = ("command", *titles, "sets of files")
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for title, row in [*((f"`{name}`", counts[name]) for name in names), ("all", total)]:
         figures = [f"{row[column]:,}" for column in columns]
-        figures.insert(-1, f"{row['old'] + row['new']:,}")
         lines.append(f"| {title} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
