@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
+from cascade.core.errors import os_reason
 from cascade.core.printable import printable
 from cascade.core.schema import from_plain, to_plain
 from cascade.gate.records import (
@@ -124,7 +125,12 @@ class Findings:
             selected = set(self.selected.get(marker, ()))
             if marker in self.deselected or not selected <= set(self.ran.get(marker, ())):
                 continue
-            present = sorted(folder.glob(f"*/*.{marker}.json"))
+            try:
+                present = sorted(folder.glob(f"*/*.{marker}.json"))
+            except OSError as error:
+                note = f"Cannot list {error.filename}: {os_reason(error)}"
+                self.notes += [note] if note not in self.notes else []
+                continue
             found += [shown(path) for path in present if shown(path) not in used]
         return found
 

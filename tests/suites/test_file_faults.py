@@ -683,6 +683,8 @@ def test_every_fault_at_every_file_operation_leaves_the_old_result_or_the_new(
     tried = prepared(CASES[name], watched, models)
     wrong = []
     for number, operation in enumerate(tried.operations, start=1):
+        if name.startswith("pytest ") and operation.path in ("here", "here/pytest.ini"):
+            continue  # read by pytest itself, before the plugin runs
         for kind in kinds_of(operation):
             try:
                 tried.fault(Fault(number, kind))
