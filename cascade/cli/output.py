@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cascade.cli.console import message, show_record
 from cascade.core.errors import OutputError
+from cascade.core.printable import is_utf8
 
 if TYPE_CHECKING:
     from cascade.cli.options import OutputOptions
@@ -109,7 +110,7 @@ def check_utf8(path: Path) -> None:
     Raises:
         OutputError: Its name is no UTF-8.
     """
-    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+    if not is_utf8(str(path)):
         raise OutputError(f"expected a folder with a name in UTF-8, got {path}; choose another")
 
 

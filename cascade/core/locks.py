@@ -74,10 +74,9 @@ def _acquire(lock: FileLock, path: Path, wait: float, doing: str) -> None:
         with contextlib.suppress(Timeout):
             lock.acquire(timeout=wait - first)
             return
-    waited = f" after {wait:.0f} seconds" if wait else ""
+    still = f" still after {wait:.0f} seconds" if wait else ""
     raise OutputError(
-        f"another process is {doing} {path}{waited and ' still'}{waited}; wait for it to end, or"
-        " choose another place"
+        f"another process is {doing} {path}{still}; wait for it to end, or choose another place"
     )
 
 

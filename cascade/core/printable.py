@@ -39,6 +39,11 @@ def _steers(character: str) -> bool:
     return unicodedata.category(character) in _CATEGORIES or character in _DIRECTIONS
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be written as UTF-8: other bytes of a command line cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def printable_json(text: str) -> str:
     """Return JSON with the same content, in which no character steers a terminal."""
     return _IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -57,18 +57,11 @@ def read_bytes(path: Path, *, largest: int | None = None) -> bytes:
         FileNotFoundError: There is no such file.
         UnreadableError: It is no regular file, too large, or cannot be read.
     """
-    try:
-        with open_regular(current(path)) as file:
-            size = os.fstat(file.fileno()).st_size
-            if largest is not None and size > largest:
-                raise UnreadableError(f"expected at most {largest:,} bytes, got {size:,}")
-            return file.read()
-    except (FileNotFoundError, UnreadableError):
-        raise
-    except OSError as error:
-        raise UnreadableError(os_reason(error)) from error
-    except (MemoryError, ValueError) as error:  # a NUL in the path is a ValueError
-        raise UnreadableError(first_line(error)) from error
+    with _one_error(), open_regular(current(path)) as file:
+        size = os.fstat(file.fileno()).st_size
+        if largest is not None and size > largest:
+            raise UnreadableError(f"expected at most {largest:,} bytes, got {size:,}")
+        return file.read()
 
 
 def read_json(path: Path, *, foreign: bool = False) -> Any:
@@ -126,32 +119,39 @@ def read_arrays(path: Path) -> dict[str, Array]:
         FileNotFoundError: There is no such file.
         UnreadableError: It is torn, or an entry does not have the size that it declares.
     """
+    with (
+        _one_error(),
+        open_regular(current(path)) as file,
+        zipfile.ZipFile(file) as archive,
+    ):
+        length = os.fstat(file.fileno()).st_size
+        entries = archive.infolist()
+        declared = sum(entry.file_size for entry in entries)
+        most = min(max(_SMALL_ARCHIVE, _MOST_COMPRESSED * length), _LARGEST_ARRAYS)
+        if declared > most:
+            raise UnreadableError(
+                f"its entries declare {declared:,} bytes, expected at most {most:,} in a file"
+                f" of {length:,}"
+            )
+        # The other methods of zipfile take memory before they compare sizes.
+        methods = {entry.compress_type for entry in entries}
+        if not methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            raise UnreadableError("expected entries that are stored or deflated")
+        names = [entry.filename for entry in entries]
+        if len(set(names)) < len(names):
+            raise UnreadableError("an entry is there twice")
+        return {entry.filename.removesuffix(".npy"): _array(archive, entry) for entry in entries}
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Turn what libraries raise for torn files, more than ten types, into an `UnreadableError`."""
     try:
-        with open_regular(current(path)) as file, zipfile.ZipFile(file) as archive:
-            length = os.fstat(file.fileno()).st_size
-            entries = archive.infolist()
-            declared = sum(entry.file_size for entry in entries)
-            most = min(max(_SMALL_ARCHIVE, _MOST_COMPRESSED * length), _LARGEST_ARRAYS)
-            if declared > most:
-                raise UnreadableError(
-                    f"its entries declare {declared:,} bytes, expected at most {most:,} in a file"
-                    f" of {length:,}"
-                )
-            # The other methods of zipfile take memory before they compare sizes.
-            methods = {entry.compress_type for entry in entries}
-            if not methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-                raise UnreadableError("expected entries that are stored or deflated")
-            names = [entry.filename for entry in entries]
-            if len(set(names)) < len(names):
-                raise UnreadableError("an entry is there twice")
-            return {
-                entry.filename.removesuffix(".npy"): _array(archive, entry) for entry in entries
-            }
+        yield
     except (FileNotFoundError, UnreadableError):
         raise
     except OSError as error:
         raise UnreadableError(os_reason(error)) from error
-    # zipfile, zlib, lzma and NumPy have more than ten types of errors for torn files.
     except Exception as error:
         raise UnreadableError(first_line(error)) from error
 
@@ -210,16 +210,9 @@ def _opened_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file inside a `with` block, whose errors are those of the file."""
     from safetensors import safe_open
 
-    try:
+    with _one_error():
         found = current(path)
         with open_regular(found):  # safetensors would wait for a pipe
             pass
         with safe_open(found, framework="pt") as file:
             yield file
-    except (FileNotFoundError, UnreadableError):
-        raise
-    except OSError as error:
-        raise UnreadableError(os_reason(error)) from error
-    # safetensors has several types of errors for torn files.
-    except Exception as error:
-        raise UnreadableError(first_line(error)) from error

@@ -21,6 +21,7 @@ from cascade.cli.options import (
     Seed,
 )
 from cascade.core.errors import UsageError
+from cascade.core.printable import is_utf8
 from cascade.core.schema import known
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ class PromptOptions:
         """
         if not self.prompt.strip():
             raise UsageError("expected text in --prompt, got an empty one; add some")
-        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):
+        if not is_utf8(self.prompt):
             raise UsageError("expected a --prompt in UTF-8, got other bytes; convert it first")
-        if any("\ud800" <= letter <= "\udfff" for text in self.stop or () for letter in text):
+        if not all(map(is_utf8, self.stop or ())):
             raise UsageError("expected --stop in UTF-8, got other bytes; convert it first")
 
 

@@ -24,7 +24,6 @@ from cascade.stages.hard_tokens.records import (
     DatasetFile,
     HardTokensRecord,
     SplitCounts,
-    inconsistency,
 )
 from cascade.stages.hard_tokens.shards import read_similarity, tensors_of
 from cascade.stats.decision import least_fp32, reaches
@@ -277,7 +276,7 @@ def read_hard_tokens_record(path: Path) -> HardTokensRecord:
     plain = read_plain(path, HardTokensRecord)
     try:
         record = from_plain(plain, HardTokensRecord)
-        found = inconsistency(record)
+        found = record.inconsistency()
     except SchemaError as error:
         raise _edited(path, str(error)) from error
     if found is None and record.hash != record_hash(plain):

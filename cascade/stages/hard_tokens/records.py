@@ -136,34 +136,25 @@ class HardTokensRecord(StoredRecord, frozen=True, kw_only=True):
 
     def inconsistency(self) -> str | None:
         """Describe the first entry that contradicts another one; None if none does."""
-        return inconsistency(self)
-
-
-def inconsistency(record: HardTokensRecord) -> str | None:
-    """Describe the first entry of a record that contradicts another one; None if none does.
-
-    Args:
-        record: Record to check.
-    """
-    for split in SPLITS:
-        counts, text = record.splits.get(split), record.provenance.corpora.get(split)
-        if counts is None:
-            return f"expected parts.{split}, got nothing"
-        if text is None:
-            return f"expected provenance.corpora.{split}, got nothing"
-        found = _wrong_count(counts, text, record.states.seq_len)
-        if found is not None:
-            return f"parts.{split}: {found}"
-    names = [file.name for file in record.files]
-    if len(set(names)) < len(names):
-        return "expected every file once"
-    for split in SPLITS:
-        if not any(name.startswith(f"{split}/data-") for name in names):
-            return f"expected files of {split}, got none"
-    layers = known(record.provenance.model.num_layers)
-    if layers is not None and record.layer > layers:
-        return f"expected a layer in 1..{layers}, got {record.layer}"
-    return None
+        for split in SPLITS:
+            counts, text = self.splits.get(split), self.provenance.corpora.get(split)
+            if counts is None:
+                return f"expected parts.{split}, got nothing"
+            if text is None:
+                return f"expected provenance.corpora.{split}, got nothing"
+            found = _wrong_count(counts, text, self.states.seq_len)
+            if found is not None:
+                return f"parts.{split}: {found}"
+        names = [file.name for file in self.files]
+        if len(set(names)) < len(names):
+            return "expected every file once"
+        for split in SPLITS:
+            if not any(name.startswith(f"{split}/data-") for name in names):
+                return f"expected files of {split}, got none"
+        layers = known(self.provenance.model.num_layers)
+        if layers is not None and self.layer > layers:
+            return f"expected a layer in 1..{layers}, got {self.layer}"
+        return None
 
 
 def _wrong_count(counts: SplitCounts, text: CorpusProvenance, seq_len: int) -> str | None:
