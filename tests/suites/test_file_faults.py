@@ -329,7 +329,7 @@ CASES: Mapping[str, Case] = {
         files="here/baselines/.*",
         ends=(0, 1),
     ),
-    "pytest --cascade-report": Case(
+    "pytest --cascade-report report": Case(
         _words("pytest --cascade-report report"),
         session("report/report.json"),
         (_words("pytest --force-regen"), _words("pytest --cascade-report report")),
@@ -677,7 +677,7 @@ def stored_counts() -> dict[str, dict[str, int]]:
 
 def _is_tried(name: str, operation: Operation) -> bool:
     """Return whether all faults of an operation are tried, which pytest itself may do as well."""
-    if name == "pytest --cascade-report":
+    if name == "pytest --cascade-report report":
         # Where a baseline cannot be read, the report says so: it is neither the old nor the new.
         return operation.path.startswith("here/report")
     # pytest reads its settings before the plugin runs.

@@ -232,7 +232,7 @@ def test_files_next_to_a_gguf_file_are_ignored(gguf_file: Path, tmp_path: Path) 
         assert torch.equal(other.model(ids).logits, alone.model(ids).logits)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
 def test_truncated_gguf_file_is_rejected_and_leaves_nothing_behind(
     gguf_file: Path, cache: Path, share: float
 ) -> None:
@@ -245,12 +245,21 @@ def test_truncated_gguf_file_is_rejected_and_leaves_nothing_behind(
     assert copies(cache) == []
 
 
-def test_text_file_with_gguf_suffix_is_rejected(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "begins"),
+    [("", "it is empty"), ("Not weights at all.\n" * 1000, "it begins with 'Not '")],
+)
+def test_file_with_gguf_suffix_that_is_none_is_rejected(
+    tmp_path: Path, cache: Path, content: str, begins: str
+) -> None:
     file = tmp_path / "x.GGUF"
-    file.write_text("Not weights at all.\n" * 1000)
+    file.write_text(content)
     with pytest.raises(ModelError) as error:
         resolve(str(file))
-    assert one_line(error).startswith(f"cannot read {file} as GGUF (")
+    assert one_line(error) == (
+        f"{file} is truncated, corrupted or no GGUF file ({begins}, expected 'GGUF');"
+        " get the file again"
+    )
     assert copies(cache) == []
 
 
