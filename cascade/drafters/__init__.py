@@ -1,0 +1,1 @@
+"""Trained drafters: a small network that proposes tokens, which the full model then verifies."""

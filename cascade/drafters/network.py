@@ -1,0 +1,228 @@
+"""The network of a drafter: one decoder layer of the model's own kind, and its inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cascade.core.errors import UsageError
+from cascade.drafters.layers import Tables, attend, heads_of, output_of
+from cascade.models.stack import DecoderStack
+from cascade.stats.ridge import rms_normalized
+
+
+def usual_start_layer(num_layers: int) -> int:
+    """Return the layer whose copy a drafter is by default: nine tenths up, 28 of 30."""
+    return min(num_layers, round(0.9 * num_layers) + 1)
+
+
+def feature_layers_of(num_layers: int, start: int) -> tuple[int, ...]:
+    """Return the layers whose inputs a drafter reads: a low one, a middle one, and its own.
+
+    Args:
+        num_layers: The number of layers of the model.
+        start: The layer whose copy the drafter is, 1..N.
+
+    Example:
+        >>> feature_layers_of(30, 28)
+        (3, 16, 28)
+    """
+    if not 1 <= start <= num_layers:
+        raise UsageError(
+            f"expected --layer in 1..{num_layers}, the layers of the model, got {start}"
+        )
+    wanted = {round(num_layers / 15) + 1, round(num_layers / 2) + 1}
+    return (*sorted(layer for layer in wanted if layer < start), start)
+
+
+class DrafterNetwork(nn.Module):
+    """One decoder layer that continues a text from the model's states.
+
+    After the model has confirmed token t+1, the first step computes a state from its embedding and
+    from the model's states at position t. Later steps compute a state from the embedding of the
+    token that was drafted, and from the state before. The final norm and rows of the LM head turn
+    a state into the logits of the token after it.
+
+    Args:
+        stack: The model; its layer and its final norm are copied.
+        feature_layers: The layers whose inputs are read, 1..N, ascending. The last one is copied.
+            The last layer's normed output is read as well.
+
+    Attributes:
+        feature_layers: As above.
+        hidden_size: The width of a state, D.
+    """
+
+    def __init__(self, stack: DecoderStack, feature_layers: Sequence[int]) -> None:
+        super().__init__()
+        width = stack.hidden_size
+        self.feature_layers = tuple(feature_layers)
+        self.hidden_size = width
+        options: dict[str, Any] = {"device": stack.device, "dtype": torch.float32}
+        self.embedding_in = nn.Linear(width, width, **options)
+        self.features_in = nn.Linear(
+            (len(feature_layers) + 1) * width, width, bias=False, **options
+        )
+        self.embedding_next = nn.Linear(width, width, **options)
+        self.state_next = nn.Linear(width, width, bias=False, **options)
+        for linear in (self.embedding_in, self.features_in, self.embedding_next, self.state_next):
+            for weight in linear.parameters():
+                nn.init.zeros_(weight)
+        self.layer: Any = _copied(stack.layers[self.feature_layers[-1] - 1])
+        norm: Any = stack.decoder.norm
+        self.norm: Any = _copied(norm)
+
+    def first_input(self, embedded: Tensor, features: Tensor) -> Tensor:
+        """Return the layer's input at a first step, `[..., D]`.
+
+        Args:
+            embedded: Embeddings of the tokens that follow the features, `[..., D]`.
+            features: The model's states, `[..., F + 1, D]`: the inputs of `feature_layers`, then
+                the last layer's normed output.
+        """
+        dtype = self.features_in.weight.dtype
+        own, read = rms_normalized(embedded), rms_normalized(features).flatten(-2)
+        found: Tensor = self.embedding_in(own.to(dtype)) + self.features_in(read.to(dtype))
+        return found
+
+    def next_input(self, embedded: Tensor, states: Tensor) -> Tensor:
+        """Return the layer's input at a later step, `[..., D]`.
+
+        Args:
+            embedded: Embeddings of the drafted tokens, `[..., D]`.
+            states: The states that predicted them, `[..., D]`.
+        """
+        dtype = self.state_next.weight.dtype
+        own, last = rms_normalized(embedded), rms_normalized(states)
+        found: Tensor = self.embedding_next(own.to(dtype)) + self.state_next(last.to(dtype))
+        return found
+
+    def unroll(
+        self, embedded: Tensor, features: Tensor, tables: Tables, steps: int
+    ) -> list[Tensor]:
+        """Return the states of each step, `[B, T, D]`, as they are when every draft is accepted.
+
+        Row t of step s belongs to a chain that began with the model's states at position t - s. So
+        the first s rows of a step belong to no chain. A chain attends to the first steps of the
+        positions up to its beginning, and to its own later steps, as it does when it decodes.
+
+        Args:
+            embedded: Embeddings of the tokens at positions 1 to T, `[B, T, D]`.
+            features: The model's states at positions 0 to T - 1, `[B, T, F + 1, D]`.
+            tables: Cosines and sines of positions 0 to T - 1.
+            steps: The number of steps.
+        """
+        states: list[Tensor] = []
+        past: list[tuple[Tensor, Tensor]] = []
+        for step in range(steps):
+            if step == 0:
+                hidden = self.first_input(embedded, features)
+            else:
+                hidden = self.next_input(embedded, states[-1].roll(1, dims=1))
+            queries, keys, values = heads_of(self.layer, hidden, tables)
+            past.append((keys, values))
+            if step == 0:
+                attended = attend(self.layer, queries, keys, values, None)
+            else:
+                attended = _attend_as_chains(queries, past, self.layer.self_attn.scaling)
+            states.append(output_of(self.layer, hidden, attended))
+        return states
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Return a copy in fp32 whose weights can be trained."""
+    made = copy.deepcopy(module).float()
+    for weight in made.parameters():
+        weight.requires_grad_(True)
+    return made
+
+
+def _attend_as_chains(
+    queries: Tensor, past: Sequence[tuple[Tensor, Tensor]], scale: float
+) -> Tensor:
+    """Return the attention of a later step, whose chains began that many positions before.
+
+    Args:
+        queries: `[B, heads, T, head_dim]`.
+        past: Keys and values `[B, key heads, T, head_dim]` of all steps, including this one.
+        scale: Factor of the scores.
+    """
+    step, length = len(past) - 1, queries.shape[2]
+    repeats = queries.shape[1] // past[0][0].shape[1]
+    (keys, values), *later = [
+        (keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1))
+        for keys, values in past
+    ]
+    places = torch.arange(length, device=queries.device)
+    hidden = places[None, :] > places[:, None] - step
+    scores = (queries @ keys.transpose(-1, -2)).float().masked_fill(hidden, float("-inf"))
+    # A chain's own keys lie on diagonals: step e of it is step - e rows before this one.
+    own = [
+        ((queries * key.roll(step - at, dims=2)).sum(-1, keepdim=True).float())
+        for at, (key, _) in enumerate(later, start=1)
+    ]
+    shares = functional.softmax(torch.cat([scores, *own], -1) * scale, dim=-1).to(values.dtype)
+    attended: Tensor = shares[..., :length] @ values
+    for at, (_, value) in enumerate(later, start=1):
+        share = shares[..., length + at - 1 : length + at]
+        attended = attended + share * value.roll(step - at, dims=2)
+    return attended
+
+
+def embeddings_of(stack: DecoderStack) -> Tensor:
+    """Return the embeddings of all tokens, `[V, D]`.
+
+    Args:
+        stack: The model.
+    """
+    module: Any = stack.model.get_input_embeddings()
+    weight: Tensor = module.weight.detach()
+    return weight
+
+
+class DraftHead:
+    """Some rows of a model's LM head, for the tokens that a drafter can propose.
+
+    Args:
+        stack: The model.
+        tokens: The tokens, in the order of the rows, `[V']`.
+        dtype: The dtype of the rows.
+
+    Attributes:
+        tokens: As above.
+    """
+
+    def __init__(self, stack: DecoderStack, tokens: Tensor, dtype: torch.dtype) -> None:
+        head: Any = stack.lm_head
+        self.tokens = tokens.to(stack.device, torch.long)
+        self._weight = head.weight.detach()
+        self._bias = None if head.bias is None else head.bias.detach()
+        self._dtype = dtype
+        self.weight, self.bias = self._rows(self.tokens)
+
+    def _rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        bias = None if self._bias is None else self._bias[tokens].to(self._dtype)
+        return self._weight[tokens].to(self._dtype), bias
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Return the logits of the tokens, `[..., V']`, of normed states `[..., D]`."""
+        return functional.linear(normed, self.weight, self.bias)
+
+    def with_tokens(self, others: Sequence[int]) -> DraftHead:
+        """Return a head that also has the rows of other tokens, each once, behind its own."""
+        known = set(self.tokens.tolist())
+        new = [token for token in dict.fromkeys(others) if token not in known]
+        if not new:
+            return self
+        made = copy.copy(self)
+        added = torch.tensor(new, device=self.tokens.device)
+        weight, bias = self._rows(added)
+        made.tokens = torch.cat([self.tokens, added])
+        made.weight = torch.cat([self.weight, weight])
+        made.bias = None if bias is None or self.bias is None else torch.cat([self.bias, bias])
+        return made

@@ -1,0 +1,111 @@
+"""Tiny models that can have a drafter, texts of theirs, and drafters that do something."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cascade.drafters.config import DrafterConfig
+from cascade.drafters.network import DrafterNetwork
+from cascade.drafters.texts.batches import BatchedGenerator, GeneratedText, Job
+from cascade.models.stack import DecoderStack
+from support.tiny_models import random_ids, tiny_model, tiny_tokenizer
+
+#: Families whose layers have Llama's modules: plain, with biases, with norms of heads, and with a
+#: sliding window; and one in which some layers do not rotate.
+DRAFTED = ("llama", "qwen2", "qwen3", "mistral", "smollm3")
+
+#: The layers whose inputs the tiny drafters read: of four.
+LAYERS = (1, 3, 4)
+
+#: A training that takes a second or two.
+BRIEF = DrafterConfig(
+    tokens=400,
+    max_new_tokens=16,
+    longest_prompt=40,
+    batch_size=8,
+    held_out_texts=8,
+    vocabulary=60,
+    steps=8,
+    step_tokens=128,
+    evaluations=2,
+)
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@functools.cache
+def a_drafted_stack(family: str = "llama", *, chat: bool = False) -> DecoderStack:
+    """Return a tiny model with its tokenizer, made once; for tests that leave it as it is."""
+    tokenizer = tiny_tokenizer()
+    if chat:
+        tokenizer.chat_template = TEMPLATE
+    return DecoderStack(tiny_model(family), tokenizer=tokenizer)
+
+
+def a_moved_network(
+    stack: DecoderStack, layers: Sequence[int] = LAYERS, seed: int = 0
+) -> DrafterNetwork:
+    """Return a network with random input matrices: none of them is zero."""
+    network = DrafterNetwork(stack, layers)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if not name.startswith(("layer.", "norm.")):
+                weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+    return network
+
+
+def jobs(
+    count: int = 5, *, longest: int = 12, temperature: float = 0.0, seed: int = 0
+) -> list[Job]:
+    """Return jobs with random prompts of different lengths."""
+    return [
+        Job(
+            tuple(random_ids(1, 3 + 2 * number % 7, seed=seed + number)[0].tolist()),
+            temperature,
+            f"{seed} {number}",
+            longest - number % 3,
+        )
+        for number in range(count)
+    ]
+
+
+def generated(
+    stack: DecoderStack,
+    wanted: Sequence[Job],
+    *,
+    batch_size: int = 2,
+    layers: Sequence[int] = LAYERS,
+) -> list[GeneratedText]:
+    """Generate texts, in the order of their jobs."""
+    waiting, found = list(wanted), dict[str, GeneratedText]()
+    generator = BatchedGenerator(
+        stack, layers, batch_size=batch_size, longest_prompt=10, longest=24, ends=(1,)
+    )
+    generator.run(
+        lambda: waiting.pop(0) if waiting else None,
+        lambda job, text: found.__setitem__(job.seed, text),
+        lambda tokens: None,
+    )
+    return [found[job.seed] for job in wanted]
+
+
+@functools.cache
+def some_texts(family: str = "llama", count: int = 6) -> tuple[GeneratedText, ...]:
+    """Return greedy texts of a tiny model, made once."""
+    return tuple(generated(a_drafted_stack(family), jobs(count)))
+
+
+def states_of(stack: DecoderStack, ids: Tensor, layers: Sequence[int] = LAYERS) -> Tensor:
+    """Return the states that a drafter reads, `[T, F + 1, D]`, by the model itself."""
+    history: dict[int, Tensor] = {}
+    last = stack.visit(ids[None].long(), history.__setitem__)
+    assert last is not None
+    return torch.stack([*(history[layer - 1][0] for layer in layers), last[0]], dim=1)
