@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "evaluation": ("evaluation.records", "EvaluationRecord"),
     "exit-search": ("evaluation.search.records", "SearchRecord"),
     "generation": ("decoding.transcript", "GenerationRecord"),
+    "drafter": ("drafters.records", "DrafterRecord"),
     "hard-tokens": ("stages.hard_tokens.records", "HardTokensRecord"),
     "cascade": ("stages.records", "CascadeRecord"),
     "cascade-evaluation": ("stages.records", "CascadeEvaluationRecord"),

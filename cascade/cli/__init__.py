@@ -14,6 +14,7 @@ _MODULES = (
     "generate",
     "collect_hard",
     "train",
+    "train_drafter",
     "comparisons",
     "explain",
     "bench",

@@ -17,6 +17,9 @@ from cascade.drafters.texts.batches import GeneratedText
 #: Most drafts of a chain. The figures of longer chains say little: few of them are accepted.
 CHAIN = 4
 
+#: A chain ends where the probability that all of it is accepted falls below this.
+LEAST = 0.3
+
 #: Suffixes that are looked up, longest first, and most tokens that are proposed.
 _SUFFIXES, _PROPOSED = range(8, 3, -1), 7
 
@@ -42,6 +45,22 @@ class Chains:
     def accepted(self) -> Tensor:
         """Number of drafts that are accepted at each place, `[places]`."""
         return self.hits.long().cumprod(dim=1).sum(dim=1)
+
+    def lengths(self, calibration: Sequence[Sequence[float]] | None) -> Tensor:
+        """Return the number of drafts of each chain, `[places]`.
+
+        Args:
+            calibration: As for `walk`.
+        """
+        if calibration is None:
+            return torch.full((len(self.hits),), CHAIN)
+        shares = torch.tensor(
+            [
+                [calibrated(bins)(share) for bins, share in zip(calibration, row, strict=True)]
+                for row in self.probabilities.tolist()
+            ]
+        ).reshape(-1, CHAIN)
+        return (shares.cumprod(dim=1) >= LEAST).long().cumprod(dim=1).sum(dim=1)
 
 
 @torch.no_grad()
@@ -113,7 +132,10 @@ class _Walk:
 
 
 def walk(
-    texts: Sequence[GeneratedText], chains: Sequence[Chains], method: Method
+    texts: Sequence[GeneratedText],
+    chains: Sequence[Chains],
+    method: Method,
+    calibration: Sequence[Sequence[float]] | None = None,
 ) -> tuple[float, float]:
     """Return tokens per pass and drafter steps per pass, if texts are decoded with drafts.
 
@@ -121,17 +143,22 @@ def walk(
         texts: The texts.
         chains: Their chains.
         method: The way to draft.
+        calibration: As from `calibration_of`; it ends chains (see `LEAST`). None: no chain ends
+            before it has all drafts.
     """
     counts = _Walk()
     for text, own in zip(texts, chains, strict=True):
         ids, accepted = text.ids.tolist(), own.accepted.tolist()
+        lengths = own.lengths(calibration).tolist()
         lookup, place = _Lookup(ids), text.prompt
         while place < len(ids) - 1:
             left = len(ids) - 1 - place  # tokens that the text still has
             found = lookup.accepted(place) if method.startswith("n-gram") else None
             if found is None and method.endswith("drafter"):
-                counts.steps += min(CHAIN, left)
-                found = accepted[place - text.prompt]
+                length = lengths[place - text.prompt]
+                # The step whose draft has too low a probability is computed as well.
+                counts.steps += min(length + 1, CHAIN)
+                found = min(length, accepted[place - text.prompt])
             new = min(left, 1 + (found or 0))
             counts.passes, counts.tokens, place = (
                 counts.passes + 1,
@@ -181,7 +208,10 @@ def evaluation_of(
 
 
 def compare_methods(
-    texts: Sequence[GeneratedText], chains: Sequence[Chains], step_products: float
+    texts: Sequence[GeneratedText],
+    chains: Sequence[Chains],
+    step_products: float,
+    calibration: Sequence[Sequence[float]],
 ) -> tuple[list[MethodFigures], Method]:
     """Compare all ways to draft; return their figures, and the way with the largest gain.
 
@@ -189,10 +219,11 @@ def compare_methods(
         texts: The texts.
         chains: Their chains.
         step_products: Multiplications of a drafter's step, in passes of the model over one token.
+        calibration: As for `walk`, from other texts.
     """
     rows = []
     for method in METHODS:
-        tokens, steps = walk(texts, chains, method)
+        tokens, steps = walk(texts, chains, method, calibration)
         products = 1 + steps * step_products
         rows.append(
             MethodFigures(

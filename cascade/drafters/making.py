@@ -182,8 +182,9 @@ def _record(
 ) -> DrafterRecord:
     """Return the record of a trained drafter, whose figures are from the texts that judge it."""
     stack, tokens = plan.stack, training.data.head.tokens
-    chains = training.chains(judging)
-    methods, use = compare_methods(judging, chains, step_products(stack, trained.network, tokens))
+    chains, others = training.chains(judging), training.chains(training.data.selection)
+    products = step_products(stack, trained.network, tokens)
+    methods, use = compare_methods(judging, chains, products, calibration_of(others))
     precision: Precision = training.precision
     request = plan.request()
     return DrafterRecord(
@@ -205,7 +206,7 @@ def _record(
         evaluations=list(trained.evaluations),
         chosen_step=trained.chosen.step,
         accepted=accepted_by_position(chains),
-        calibration=calibration_of(chains),
+        calibration=calibration_of([*others, *chains]),
         methods=methods,
         use=use,
         file=WEIGHTS,

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cascade.drafters.acceptance import calibrated
+from cascade.drafters.acceptance import LEAST, calibrated
 from cascade.drafters.layers import Tables, attend, heads_of, output_of, rotary_tables
 from cascade.drafters.network import DraftHead, embeddings_of
 from cascade.drafters.stored import Drafter
@@ -112,7 +112,7 @@ class TrainedDrafter:
     """
 
     def __init__(
-        self, stack: DecoderStack, drafter: Drafter, *, least: float = 0.0, runner_ups: int = 4
+        self, stack: DecoderStack, drafter: Drafter, *, least: float = LEAST, runner_ups: int = 4
     ) -> None:
         self.stack, self.record, self.least = stack, drafter.record, least
         self.feature_layers = drafter.network.feature_layers

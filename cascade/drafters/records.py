@@ -143,7 +143,8 @@ class DrafterRecord(StoredRecord, frozen=True, kw_only=True):
         chosen_step: The step whose weights were kept.
         accepted: Acceptance by position on the other half, as in `DraftEvaluation`.
         calibration: Share of accepted drafts by the drafter's own probability in bins of equal
-            width, at each position of a chain; it never decreases with the probability.
+            width, at each position of a chain; it never decreases with the probability. From all
+            held-out texts.
         methods: Ways to draft, compared on the other half.
         use: The way with the largest gain.
         file: File of the weights, in the same folder.

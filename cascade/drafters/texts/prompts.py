@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,19 @@ class Prompts:
     around: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
+@dataclass(frozen=True)
+class _Words:
+    """A prompt as text.
+
+    Attributes:
+        text: The text.
+        can_be_cut: Whether its beginning is a prompt as well.
+    """
+
+    text: str
+    can_be_cut: bool = False
+
+
 @dataclass
 class _Found:
     """The prompts of one corpus, and how many were left out."""
@@ -110,7 +124,7 @@ def load_prompts(
     Args:
         sources: The corpora.
         tokenizer: The tokenizer of the model.
-        longest: The most tokens of a prompt. Longer ones are left out.
+        longest: The most tokens of a prompt. Longer texts are cut, other prompts are left out.
         bos: Whether prompts begin with BOS: "auto", "yes" or "no".
 
     Raises:
@@ -173,12 +187,12 @@ def _read(
         if not passages or all(passage.is_blank() for passage in passages):
             continue
         place = f"{source.source}, record {number}"
-        for text in _texts(record, passages, source.text_column, tokenizer, place, number):
-            ids = tuple(prompt_ids(tokenizer, text, rule))
-            if len(ids) > longest:
+        for words in _texts(record, passages, source.text_column, tokenizer, place):
+            ids = tuple(prompt_ids(tokenizer, words.text, rule))
+            if len(ids) > longest and not words.can_be_cut:
                 found.too_long += 1
             elif ids:
-                found.splits[split].append(ids)
+                found.splits[split].append(ids[:longest])
     return found
 
 
@@ -188,24 +202,27 @@ def _texts(
     column: str | None,
     tokenizer: PreTrainedTokenizerBase,
     place: str,
-    number: int,
-) -> Iterator[str]:
+) -> Iterator[_Words]:
     """Yield the prompts of a record as texts."""
     chats = has_template(tokenizer)
     if chats and column is None and isinstance(record, dict):
         for turns in _turns(record, place):
-            yield _rendered(turns, tokenizer, place)
+            yield _Words(_rendered(turns, tokenizer, place))
         if any(name in record for name in (*_CHATS, *_QUESTIONS)):
             return
     for passage in passages:
         whole = passage.whole()
         if passage.responses:
-            yield whole[: passage.responses[0][0]]
+            yield _Words(whole[: passage.responses[0][0]])
         elif passage.responses is None:
-            for at, part in enumerate(_paragraphs(whole)):
-                task = TASKS[(number + at) % len(TASKS)]
+            for part in _paragraphs(whole):
+                if not chats:
+                    yield _Words(part, can_be_cut=True)
+                    continue
+                # The same text gets the same task, so that prompts that are equal are found.
+                task = TASKS[zlib.crc32(part.encode()) % len(TASKS)]
                 turns = [{"role": "user", "content": f"{task}\n\n{part}"}]
-                yield _rendered(turns, tokenizer, place) if chats else part
+                yield _Words(_rendered(turns, tokenizer, place))
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -1,0 +1,147 @@
+"""Reports of drafters: what was trained, and what its drafts are worth on held-out text."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from cascade.core.schema import to_plain
+from cascade.drafters.records import DrafterRecord, MethodFigures, PromptCorpus
+from cascade.report.common.exit_wording import share
+from cascade.report.common.sections import (
+    Lead,
+    Pairs,
+    Report,
+    Section,
+    print_sections,
+    table_of,
+)
+from cascade.report.common.words import counted, listed
+
+#: What to do, by the way to draft that gains most.
+_ADVICE = {
+    "none": "Draft nothing",
+    "n-gram": "Draft with n-grams alone",
+    "drafter": "Draft with this drafter alone",
+    "n-gram and drafter": "Draft with n-grams, and with this drafter where there is none",
+}
+
+
+def print_drafter(record: DrafterRecord, console: Console) -> None:
+    """Print the report of a drafter.
+
+    Args:
+        record: The drafter's record.
+        console: Where to print; its width and encoding are respected.
+    """
+    print_sections(drafter_report(record), console)
+
+
+def drafter_report(record: DrafterRecord) -> Report:
+    """Return the report of a drafter.
+
+    Args:
+        record: The drafter's record.
+    """
+    model = record.provenance.model
+    name = str(model.name or model.family)
+    return Report(
+        kicker="CASCADE drafter",
+        title=f"Drafter of {name}: {record.vocabulary:,} tokens, a copy of layer "
+        f"{record.feature_layers[-1]}",
+        about=f"Model: {name}, {model.dtype} on {model.device}",
+        sections=(
+            Section("", (Pairs(_pairs(record)),)),
+            Section(
+                "Training",
+                (
+                    table_of(
+                        "Shares of drafts that the model accepts, if it accepts all before them",
+                        ("step", *_positions(record), "tokens/pass", "weights"),
+                        [
+                            [
+                                f"{each.step:,}",
+                                *(share(accepted) for accepted in each.accepted),
+                                f"{each.tokens_per_pass:.2f}",
+                                "kept" if each.step == record.chosen_step else "",
+                            ]
+                            for each in record.evaluations
+                        ],
+                        text_columns=1,
+                    ),
+                ),
+            ),
+            Section(
+                "Worth",
+                (
+                    table_of(
+                        "Ways to draft on other held-out text; a product is one multiplication of "
+                        "a pass over one token",
+                        ("draft", "tokens/pass", "drafter steps/pass", "products", "gain"),
+                        [_row(each) for each in record.methods],
+                    ),
+                    Lead(advice(record)),
+                ),
+            ),
+        ),
+        provenance=to_plain(record.provenance),
+    )
+
+
+def advice(record: DrafterRecord) -> str:
+    """Return which way to draft gains most, and by how much, as a sentence.
+
+    Args:
+        record: The drafter's record.
+    """
+    rows = {each.method: each for each in record.methods}
+    best, plain = rows[record.use], rows["n-gram"]
+    return (
+        f"{_ADVICE[record.use]}: {best.tokens_per_pass:.2f} tokens per pass and a gain of "
+        f"{best.gain:.2f} x by multiplications, against {plain.tokens_per_pass:.2f} and "
+        f"{plain.gain:.2f} x with n-grams alone. Time depends on the machine as well."
+    )
+
+
+def _pairs(record: DrafterRecord) -> tuple[tuple[str, str], ...]:
+    texts, held_out, config = record.texts, record.held_out, record.config
+    return (
+        *(("Corpus", _corpus_words(corpus)) for corpus in record.provenance.corpora),
+        (
+            "Text",
+            f"{counted(texts.tokens, 'token')} in {counted(texts.texts, 'text')}, "
+            f"{share(texts.greedy)} of them greedy; held out "
+            f"{counted(held_out.tokens, 'token')} in {counted(held_out.texts, 'text')}",
+        ),
+        (
+            "Drafter",
+            f"reads the inputs of layers {listed([str(each) for each in record.feature_layers])} "
+            f"and the normed output; its tokens cover {share(record.coverage)} of held-out text",
+        ),
+        (
+            "Training",
+            f"{counted(config.steps, 'step')} of {config.step_tokens:,} tokens in "
+            f"{record.precision}, seed {config.seed}",
+        ),
+    )
+
+
+def _corpus_words(corpus: PromptCorpus) -> str:
+    left_out = f", {corpus.too_long:,} too long" if corpus.too_long else ""
+    return (
+        f"{corpus.source}: {counted(corpus.train, 'prompt')} to train, "
+        f"{corpus.held_out:,} held out{left_out}"
+    )
+
+
+def _positions(record: DrafterRecord) -> list[str]:
+    return [f"draft {number}" for number in range(1, len(record.accepted) + 1)]
+
+
+def _row(figures: MethodFigures) -> list[str]:
+    return [
+        figures.method,
+        f"{figures.tokens_per_pass:.2f}",
+        f"{figures.drafter_steps:.2f}",
+        f"{figures.products:.2f}",
+        f"{figures.gain:.2f} x",
+    ]

@@ -1,0 +1,247 @@
+"""Acceptance on held-out texts is that of chains which are decoded one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny_drafters import DRAFTED, LAYERS, a_drafted_stack, a_moved_network, some_texts
+
+from cascade.drafters.acceptance import (
+    CHAIN,
+    LEAST,
+    Chains,
+    accepted_by_position,
+    calibrated,
+    calibration_of,
+    chains_of,
+    compare_methods,
+    evaluation_of,
+    walk,
+)
+from cascade.drafters.layers import attend, heads_of, output_of, rotary_tables
+from cascade.drafters.network import DrafterNetwork, DraftHead, embeddings_of
+from cascade.drafters.records import BINS
+from cascade.drafters.texts.batches import GeneratedText
+from cascade.models.stack import DecoderStack
+
+#: Half of the vocabulary, so that the tokens of the prompt matter.
+TOKENS = torch.arange(1, 97, 2)
+
+
+def drafted_alone(
+    network: DrafterNetwork, stack: DecoderStack, text: GeneratedText, place: int
+) -> tuple[list[int], list[float]]:
+    """Draft behind one place, token by token, each step over everything before it."""
+    embedding, tables = embeddings_of(stack), rotary_tables(stack, 64)
+    prompt = text.ids[: text.prompt].tolist()
+    candidates = [*TOKENS.tolist()]
+    candidates += [token for token in dict.fromkeys(prompt) if token not in candidates]
+    known = text.ids[1 : place + 2].long()
+    inputs = network.first_input(embedding[known], text.features[: place + 1])
+    tokens, probabilities = [], []
+    for _ in range(CHAIN):
+        cut = (tables[0][:, : len(inputs)], tables[1][:, : len(inputs)])
+        heads = heads_of(network.layer, inputs[None], cut)
+        attended = attend(network.layer, *heads, None)
+        state = output_of(network.layer, inputs[None], attended)[0, -1:]
+        logits = stack.decode_normed(network.norm(state)[None])[0, 0, candidates]
+        shares = logits.softmax(dim=-1)
+        tokens.append(candidates[int(shares.argmax())])
+        probabilities.append(float(shares.max()))
+        new = network.next_input(embedding[tokens[-1]][None], state)
+        inputs = torch.cat([inputs, new])
+    return tokens, probabilities
+
+
+@pytest.mark.parametrize("family", DRAFTED)
+def test_chains_are_those_that_are_drafted_alone_from_each_place(family: str) -> None:
+    stack = a_drafted_stack(family)
+    network, head = a_moved_network(stack), DraftHead(stack, TOKENS, torch.float32)
+    checked = 0
+    for text in some_texts(family):
+        ids = text.ids.tolist()
+        with torch.no_grad():
+            found = chains_of(network, head, embeddings_of(stack), text, rotary_tables(stack, 64))
+            assert len(found.hits) == max(0, len(ids) - 1 - text.prompt)
+            for row, place in enumerate(range(text.prompt - 1, len(ids) - 2)):
+                tokens, probabilities = drafted_alone(network, stack, text, place)
+                rest = ids[place + 2 :]
+                right = [one == two for one, two in zip(tokens, rest, strict=False)]
+                accepted = right.index(False) if False in right else len(right)
+                assert int(found.accepted[row]) == accepted
+                # Behind the first wrong draft, the text and the chain are different.
+                for step in range(min(accepted + 1, len(right))):
+                    assert bool(found.hits[row, step]) == right[step]
+                    probability = float(found.probabilities[row, step])
+                    assert probability == pytest.approx(probabilities[step], rel=1e-4)
+                assert found.within[row].tolist() == [step < len(rest) for step in range(CHAIN)]
+                checked += 1
+    assert checked > 20
+
+
+def test_a_token_of_the_prompt_can_be_proposed() -> None:
+    stack = a_drafted_stack()
+    network = a_moved_network(stack)
+    head = DraftHead(stack, torch.tensor([1, 3]), torch.float32)
+    text = max(some_texts(), key=lambda text: text.new_tokens)
+    chains = chains_of(network, head, embeddings_of(stack), text, rotary_tables(stack, 64))
+    alone = torch.tensor([1, 3])
+    whole = DraftHead(stack, alone, torch.float32).with_tokens(text.ids[: text.prompt].tolist())
+    assert len(whole.tokens) > 2
+    # With two tokens to choose from, no probability could be below a half.
+    assert float(chains.probabilities[chains.within].min()) < 0.5
+
+
+def some_chains(seed: int, places: int = 40) -> Chains:
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = torch.rand((places, CHAIN), generator=generator)
+    hits = torch.rand((places, CHAIN), generator=generator) < probabilities
+    within = torch.ones((places, CHAIN), dtype=torch.bool)
+    for step in range(CHAIN):
+        within[places - step :, step] = False
+    return Chains(hits & within, probabilities, within)
+
+
+def a_text(ids: Sequence[int], prompt: int) -> GeneratedText:
+    return GeneratedText(torch.tensor(ids, dtype=torch.int32), prompt, True, torch.zeros(0))
+
+
+def test_acceptance_by_position_counts_drafts_whose_predecessors_were_accepted() -> None:
+    hits = torch.tensor([[1, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    within = torch.ones_like(hits)
+    within[3, 3] = False
+    found = accepted_by_position([Chains(hits, torch.zeros(4, 4), within)])
+    assert found == [3 / 4, 2 / 3, 1 / 2, 0.0]
+
+
+def naive_walk(
+    ids: list[int], prompt: int, chains: Chains, method: str, bins: list[list[float]] | None
+) -> tuple[int, int, int]:
+    """Decode a text with drafts; return passes, tokens and drafter steps."""
+    place, passes, tokens, steps = prompt, 0, 0, 0
+    while place < len(ids) - 1:
+        accepted: int | None = None
+        if method.startswith("n-gram"):
+            accepted = looked_up(ids, place)
+        if accepted is None and method.endswith("drafter"):
+            accepted, path = 0, 1.0
+            for step in range(CHAIN):
+                steps += 1
+                if bins is not None:
+                    path *= calibrated(bins[step])(
+                        float(chains.probabilities[place - prompt, step])
+                    )
+                    if path < LEAST:
+                        break
+                if accepted == step and chains.hits[place - prompt, step]:
+                    accepted += 1
+        place += (accepted or 0) + 1
+        tokens += (accepted or 0) + 1
+        passes += 1
+    return passes, tokens - max(0, place - (len(ids) - 1)), steps
+
+
+def looked_up(ids: list[int], place: int) -> int | None:
+    for size in range(8, 3, -1):
+        suffix = ids[max(0, place + 1 - size) : place + 1]
+        if len(suffix) < size:
+            continue
+        ends = [end for end in range(size - 1, place) if ids[end + 1 - size : end + 1] == suffix]
+        if ends:
+            proposed = ids[ends[-1] + 1 : place + 1][:7]
+            accepted = 0
+            for one, two in zip(proposed, ids[place + 1 :], strict=False):
+                if one != two:
+                    break
+                accepted += 1
+            return accepted
+    return None
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=12, max_size=45),
+    st.integers(1, 6),
+    st.integers(0, 2**20),
+    st.sampled_from(["none", "n-gram", "drafter", "n-gram and drafter"]),
+    st.booleans(),
+)
+def test_tokens_per_pass_are_those_of_decoding_step_by_step(
+    ids: list[int], prompt: int, seed: int, method: str, adaptive: bool
+) -> None:
+    chains = some_chains(seed, len(ids) - 1 - prompt)
+    bins = calibration_of([some_chains(seed + 1)]) if adaptive else None
+    passes, tokens, steps = naive_walk(ids, prompt, chains, method, bins)
+    found = walk([a_text(ids, prompt)], [chains], method, bins)  # type: ignore[arg-type]
+    assert found == pytest.approx((tokens / passes, steps / passes))
+    assert tokens == len(ids) - 1 - prompt
+
+
+def test_without_drafts_a_pass_gives_one_token() -> None:
+    assert walk([a_text([1, 2] * 20, 3)], [some_chains(0, 36)], "none") == (1.0, 0.0)
+
+
+def test_a_text_that_repeats_is_found_by_its_suffix() -> None:
+    tokens, steps = walk([a_text([*range(10)] * 4, 10)], [some_chains(0, 29)], "n-gram")
+    assert (tokens > 3, steps) == (True, 0.0)
+
+
+def test_the_best_method_is_the_one_with_the_largest_gain() -> None:
+    text, sure = a_text(list(range(60)), 5), some_chains(0, 54)
+    right = Chains(sure.within.clone(), torch.ones(54, CHAIN), sure.within)
+    bins = calibration_of([right])
+    rows, use = compare_methods([text], [right], 0.1, bins)
+    figures = {row.method: row for row in rows}
+    assert use == "drafter"
+    assert figures["drafter"].tokens_per_pass == pytest.approx(54 / 11)
+    assert figures["drafter"].products == pytest.approx(1.4)
+    assert figures["drafter"].gain == pytest.approx(54 / 11 / 1.4)
+    assert figures["none"].gain == 1.0
+    wrong = Chains(torch.zeros_like(sure.hits), torch.ones(54, CHAIN), sure.within)
+    assert compare_methods([text], [wrong], 0.1, bins)[1] == "none"
+
+
+def test_an_evaluation_has_acceptance_and_tokens_per_pass_of_the_drafter_alone() -> None:
+    text, chains = a_text(list(range(45)), 4), some_chains(3)
+    found = evaluation_of(7, [text], [chains])
+    assert found.step == 7
+    assert found.accepted == accepted_by_position([chains])
+    assert found.tokens_per_pass == walk([text], [chains], "drafter")[0]
+
+
+# --- Calibration ---
+
+
+def test_calibration_is_the_share_that_is_accepted_by_probability() -> None:
+    chains = [some_chains(seed, 500) for seed in range(40)]
+    centres = (np.arange(BINS) + 0.5) / BINS
+    # Drafts of the first position were accepted with just their probability; a bin has about 1,250.
+    np.testing.assert_allclose(calibration_of(chains)[0], centres, atol=0.05)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 60))
+def test_calibration_never_decreases_and_stays_in_0_to_1(seed: int, places: int) -> None:
+    for bins in calibration_of([some_chains(seed, places)]):
+        assert len(bins) == BINS
+        assert bins == sorted(bins)
+        assert 0 <= bins[0] <= bins[-1] <= 1
+        shares = [calibrated(bins)(probability) for probability in np.linspace(0, 1, 33)]
+        assert shares == sorted(shares)
+
+
+def test_calibration_is_the_closest_that_never_decreases() -> None:
+    # Many drafts of which the likely ones are rejected, and the unlikely ones accepted.
+    hits = torch.tensor([[True] * CHAIN] * 300 + [[False] * CHAIN] * 300)
+    probabilities = torch.tensor([[0.1] * CHAIN] * 300 + [[0.9] * CHAIN] * 300)
+    found = calibration_of([Chains(hits, probabilities, torch.ones_like(hits))])
+    assert found[0] == pytest.approx([found[0][0]] * 2 + [found[0][3]] * 13 + [found[0][15]], abs=1)
+    assert found[0][2] == pytest.approx(0.5, abs=0.05)
+    assert found[0][12] == pytest.approx(0.5, abs=0.05)
+
+
+def test_network_of_the_tests_reads_the_layers_of_their_texts() -> None:
+    assert some_texts()[0].features.shape[1] == len(LAYERS) + 1
