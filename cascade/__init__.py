@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from cascade.corpora.blocks import TokenBlocks as TokenBlocks
     from cascade.corpora.blocks import load_blocks as load_blocks
     from cascade.decoding.early_exit import EarlyExit as EarlyExit
+    from cascade.drafters.config import DrafterConfig as DrafterConfig
+    from cascade.drafters.making import train_drafter as train_drafter
+    from cascade.drafters.stored import load_drafter as load_drafter
     from cascade.evaluation.calibration import calibrate as calibrate
     from cascade.evaluation.exit_evaluation import evaluate as evaluate
     from cascade.evaluation.search.exit_search import search_exits as search_exits
@@ -59,6 +62,7 @@ _MODULES = {
     "CollectingConfig": "stages.hard_tokens.plan",
     "Comparison": "gate.comparison",
     "DecoderStack": "models.stack",
+    "DrafterConfig": "drafters.config",
     "EarlyExit": "decoding.early_exit",
     "Entry": "stages.entries",
     "FittedHeads": "exits.fitted_heads",
@@ -85,6 +89,7 @@ _MODULES = {
     "fit_heads": "exits.head_fitting",
     "load": "models.loading",
     "load_blocks": "corpora.blocks",
+    "load_drafter": "drafters.stored",
     "load_hard_tokens": "stages.hard_tokens.dataset",
     "load_heads": "exits.fitted_heads",
     "measure_model": "studies.comparisons.compared_models",
@@ -92,6 +97,7 @@ _MODULES = {
     "read_record": "record_kinds",
     "run_gate": "gate.quick_gate",
     "search_exits": "evaluation.search.exit_search",
+    "train_drafter": "drafters.making",
     "train_stage": "stages.training",
 }
 

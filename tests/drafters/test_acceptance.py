@@ -238,7 +238,6 @@ def test_calibration_is_the_closest_that_never_decreases() -> None:
     hits = torch.tensor([[True] * CHAIN] * 300 + [[False] * CHAIN] * 300)
     probabilities = torch.tensor([[0.1] * CHAIN] * 300 + [[0.9] * CHAIN] * 300)
     found = calibration_of([Chains(hits, probabilities, torch.ones_like(hits))])
-    assert found[0] == pytest.approx([found[0][0]] * 2 + [found[0][3]] * 13 + [found[0][15]], abs=1)
     assert found[0][2] == pytest.approx(0.5, abs=0.05)
     assert found[0][12] == pytest.approx(0.5, abs=0.05)
 
