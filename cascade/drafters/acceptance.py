@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade.drafters.layers import Tables
-from cascade.drafters.network import DrafterNetwork, DraftHead
+from cascade.drafters.network.drafter_network import DrafterNetwork, DraftHead
+from cascade.drafters.network.layers import Tables
 from cascade.drafters.records import BINS, METHODS, DraftEvaluation, Method, MethodFigures
 from cascade.drafters.texts.batches import GeneratedText
 

@@ -11,13 +11,20 @@ from torch import Tensor, nn
 
 from cascade.core.errors import CorpusError, OutputError
 from cascade.core.files import AnyPath
+from cascade.core.locks import locked
 from cascade.core.provenance import library_versions, machine_of
 from cascade.core.run_folder import RunFolder
 from cascade.core.schema import to_plain
 from cascade.drafters.acceptance import accepted_by_position, calibration_of, compare_methods
 from cascade.drafters.config import DrafterConfig, Precision
-from cascade.drafters.layers import check_can_draft
-from cascade.drafters.network import DrafterNetwork, DraftHead, feature_layers_of, usual_start_layer
+from cascade.drafters.network.drafter_network import (
+    DrafterNetwork,
+    DraftHead,
+    feature_layers_of,
+    usual_start_layer,
+)
+from cascade.drafters.network.layers import check_can_draft
+from cascade.drafters.network.vocabulary import choose_tokens, ends_of
 from cascade.drafters.records import DrafterProvenance, DrafterRecord, DraftEvaluation, TextCounts
 from cascade.drafters.stored import RECORD, WEIGHTS, Drafter, load_drafter, write_drafter
 from cascade.drafters.texts.batches import GeneratedText
@@ -30,7 +37,6 @@ from cascade.drafters.training import (
     TrainingData,
     usual_precision,
 )
-from cascade.drafters.vocabulary import choose_tokens, ends_of
 from cascade.models.overrides.hooks import frozen
 from cascade.models.stack import DecoderStack
 
@@ -66,7 +72,7 @@ class NoProgress:
 
 def train_drafter(
     stack: DecoderStack,
-    corpora: Sequence[CorpusSource],
+    corpora: Sequence[CorpusSource | str],
     folder: AnyPath,
     config: DrafterConfig,
     *,
@@ -83,7 +89,8 @@ def train_drafter(
 
     Args:
         stack: The model. Its weights are not changed.
-        corpora: Where prompts are taken from.
+        corpora: Where prompts are taken from: as for `load_blocks`, or with a column and a number
+            of records.
         folder: Output folder. Texts and checkpoints are kept in folders below.
         config: Options.
         resume: Continue the training from its last checkpoint.
@@ -100,6 +107,16 @@ def train_drafter(
         CorpusError: A corpus cannot be read, or gives too few texts.
         OutputError: The folder holds other files or cannot be written, or the disk is too small.
         TrainingError: A loss is not finite, or there is no checkpoint to resume from.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from cascade import DrafterConfig, load, train_drafter
+        >>> config = DrafterConfig(
+        ...     tokens=40, max_new_tokens=8, batch_size=4, held_out_texts=2, steps=1, step_tokens=64
+        ... )
+        >>> drafter = train_drafter(load("smollm2-135m"), ["embedded"], mkdtemp(), config)
+        >>> len(drafter.tokens)
+        8192
     """
     config.check()
     check_can_draft(stack)
@@ -108,33 +125,47 @@ def train_drafter(
     layer = usual_start_layer(stack.num_layers) if config.layer is None else config.layer
     layers = feature_layers_of(stack.num_layers, layer)
     config = _within_positions(config, stack)
-    prompts = load_prompts(corpora, stack.tokenizer, longest=config.longest_prompt, bos=config.bos)
+    sources = [CorpusSource(each) if isinstance(each, str) else each for each in corpora]
+    prompts = load_prompts(sources, stack.tokenizer, longest=config.longest_prompt, bos=config.bos)
     plan = TextPlan(stack, prompts, config, layers, ends_of(stack))
-    texts, held_out = generate_texts(plan, folder / TEXTS, overwrite=overwrite, progress=shown)
-    texts, held_out = _usable(texts), _usable(held_out)
-    if not texts or len(held_out) < 2:
-        raise CorpusError(
-            f"expected texts with at least {_SHORTEST} generated tokens, two of them held out, got "
-            f"{len(texts)} and {len(held_out)}; take other prompts with --corpus"
-        )
+    with locked(folder / TEXTS, doing="training a drafter in"):
+        texts, held_out = generate_texts(plan, folder / TEXTS, overwrite=overwrite, progress=shown)
+        texts, held_out = _usable(texts), _usable(held_out)
+        if not texts or len(held_out) < 2:
+            raise CorpusError(
+                f"expected texts with at least {_SHORTEST} generated tokens, two of them held out, "
+                f"got {len(texts)} and {len(held_out)}; take other prompts with --corpus"
+            )
+        training, trained = _train(plan, texts, held_out[::2], folder, shown, resume=resume)
+        record = _record(plan, training, trained, texts, held_out[1::2], command)
+        with RunFolder(folder, (RECORD, WEIGHTS), overwrite=overwrite or resume) as out:
+            write_drafter(out, trained.network, training.data.head.tokens, record)
+    return load_drafter(folder, stack)
+
+
+def _train(
+    plan: TextPlan,
+    texts: Sequence[GeneratedText],
+    selection: Sequence[GeneratedText],
+    folder: Path,
+    progress: DrafterProgress,
+    *,
+    resume: bool,
+) -> tuple[NetworkTraining, TrainedNetwork]:
+    """Train a drafter on some texts; others select the best evaluation."""
+    stack, config = plan.stack, plan.config
     tokens = choose_tokens(
         ((text.ids, text.prompt) for text in texts), config.vocabulary, stack.vocab_size, plan.ends
     )
-    head = DraftHead(stack, tokens, torch.float32)
-    selection, judging = held_out[::2], held_out[1::2]
     training = NetworkTraining(
-        TrainingData(stack, texts, selection, head),
-        layers,
+        TrainingData(stack, texts, selection, DraftHead(stack, tokens, torch.float32)),
+        plan.feature_layers,
         config,
         usual_precision(),
         {"texts": to_plain(plan.request()), "counts": list(counts_of(texts))},
     )
     with frozen(stack.model):
-        trained = training.run(folder / CHECKPOINTS, resume=resume, progress=shown)
-    record = _record(plan, training, trained, texts, judging, command)
-    with RunFolder(folder, (RECORD, WEIGHTS), overwrite=overwrite or resume) as out:
-        write_drafter(out, trained.network, tokens, record)
-    return load_drafter(folder, stack)
+        return training, training.run(folder / CHECKPOINTS, resume=resume, progress=progress)
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cascade.drafters.acceptance import LEAST, calibrated
-from cascade.drafters.layers import Tables, attend, heads_of, output_of, rotary_tables
-from cascade.drafters.network import DraftHead, embeddings_of
+from cascade.drafters.network.drafter_network import DraftHead, embeddings_of
+from cascade.drafters.network.layers import Tables, attend, heads_of, output_of, rotary_tables
 from cascade.drafters.stored import Drafter
 from cascade.models.stack import DecoderStack
 

@@ -16,10 +16,10 @@ from cascade.core.files import AnyPath
 from cascade.core.reading import UnreadableError, check_tensors, read_tensors
 from cascade.core.records import read_typed, to_file
 from cascade.core.run_folder import RunFolder, current
-from cascade.drafters.layers import check_can_draft
-from cascade.drafters.network import DrafterNetwork
+from cascade.drafters.network.drafter_network import DrafterNetwork
+from cascade.drafters.network.layers import check_can_draft
+from cascade.drafters.network.vocabulary import ends_of
 from cascade.drafters.records import DrafterRecord
-from cascade.drafters.vocabulary import ends_of
 from cascade.models.checkpoints.reading import file_hash
 from cascade.models.identity import check_same_model
 from cascade.models.stack import DecoderStack

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
 from cascade.core.errors import OutputError, TrainingError, os_reason
-from cascade.core.files import atomic_path, make_folder
-from cascade.core.reading import UnreadableError, parse_json, read_tensors
+from cascade.core.files import make_folder
+from cascade.core.reading import UnreadableError
 from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.drafters.acceptance import Chains, chains_of, evaluation_of
 from cascade.drafters.config import DrafterConfig, Precision
-from cascade.drafters.layers import rotary_tables
-from cascade.drafters.network import DrafterNetwork, DraftHead, embeddings_of
+from cascade.drafters.network.drafter_network import DrafterNetwork, DraftHead, embeddings_of
+from cascade.drafters.network.layers import rotary_tables
 from cascade.drafters.records import DraftEvaluation
+from cascade.drafters.sealed import read_sealed, write_sealed
 from cascade.drafters.texts.batches import GeneratedText
 from cascade.models.stack import DecoderStack
 from cascade.stats.ridge import NormalEquations, rms_normalized
@@ -265,9 +265,7 @@ class NetworkTraining:
             "request": self._request,
             "evaluations": [to_plain(each) for each in self.evaluations],
         }
-        content = save(self._tensors(), metadata={"cascade": json.dumps(about, allow_nan=False)})
-        with atomic_path(folder / f"step-{self.step:06d}.safetensors") as temporary:
-            temporary.write_bytes(content)
+        write_sealed(folder / f"step-{self.step:06d}.safetensors", self._tensors(), about)
         _remove(folder, keep=2)
 
     def _load(self, folder: Path) -> None:
@@ -276,8 +274,7 @@ class NetworkTraining:
             raise TrainingError(f"no checkpoint in {folder} to resume from; train without --resume")
         path = paths[-1]
         try:
-            tensors, metadata = read_tensors(path)
-            about: Any = parse_json(metadata.get("cascade", "null"))
+            tensors, about = read_sealed(path)
             request, self.step = about["request"], int(about["step"])
             self.evaluations = from_plain(about["evaluations"], list[DraftEvaluation])
             self._check(folder, request)

@@ -23,8 +23,8 @@ from cascade.drafters.acceptance import (
     evaluation_of,
     walk,
 )
-from cascade.drafters.layers import attend, heads_of, output_of, rotary_tables
-from cascade.drafters.network import DrafterNetwork, DraftHead, embeddings_of
+from cascade.drafters.network.drafter_network import DrafterNetwork, DraftHead, embeddings_of
+from cascade.drafters.network.layers import attend, heads_of, output_of, rotary_tables
 from cascade.drafters.records import BINS
 from cascade.drafters.texts.batches import GeneratedText
 from cascade.models.stack import DecoderStack

@@ -24,8 +24,8 @@ from support.tiny_drafters import (
 from support.tiny_models import tiny_model
 
 from cascade.drafters.acceptance import CHAIN, LEAST, calibrated, chains_of
-from cascade.drafters.layers import rotary_tables
-from cascade.drafters.network import DraftHead, embeddings_of
+from cascade.drafters.network.drafter_network import DraftHead, embeddings_of
+from cascade.drafters.network.layers import rotary_tables
 from cascade.drafters.proposer import Proposal, TrainedDrafter
 from cascade.drafters.records import BINS
 from cascade.drafters.stored import Drafter

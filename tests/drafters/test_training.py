@@ -23,9 +23,9 @@ from torch.nn import functional
 
 from cascade.core.errors import OutputError, TrainingError
 from cascade.drafters.acceptance import evaluation_of
-from cascade.drafters.layers import rotary_tables
 from cascade.drafters.making import NoProgress
-from cascade.drafters.network import DrafterNetwork, DraftHead, embeddings_of
+from cascade.drafters.network.drafter_network import DrafterNetwork, DraftHead, embeddings_of
+from cascade.drafters.network.layers import rotary_tables
 from cascade.drafters.records import DraftEvaluation
 from cascade.drafters.texts.batches import GeneratedText
 from cascade.drafters.training import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cascade.drafters.config import DrafterConfig
-from cascade.drafters.network import DrafterNetwork
+from cascade.drafters.network.drafter_network import DrafterNetwork
 from cascade.drafters.texts.batches import BatchedGenerator, GeneratedText, Job
 from cascade.models.stack import DecoderStack
 from support.tiny_models import random_ids, tiny_model, tiny_tokenizer

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cascade.core.errors import not_finite
 from cascade.decoding.kv_cache import KeyValueCache
-from cascade.drafters.layers import attend, heads_of, output_of
+from cascade.drafters.network.layers import attend, heads_of, output_of
 from cascade.models.stack import DecoderStack
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from cascade.core.errors import OutputError, os_reason
-from cascade.core.files import atomic_path, make_folder, write_text
-from cascade.core.reading import UnreadableError, check_tensors, read_json, read_tensors
+from cascade.core.files import make_folder, write_text
+from cascade.core.reading import UnreadableError, read_json
 from cascade.core.schema import to_plain
 from cascade.drafters.config import DrafterConfig
 from cascade.drafters.records import TextsRequest
+from cascade.drafters.sealed import read_sealed, write_sealed
 from cascade.drafters.texts.batches import BatchedGenerator, GeneratedText, Job
 from cascade.drafters.texts.prompts import Prompts
 from cascade.models.stack import DecoderStack
@@ -299,16 +299,13 @@ def _write(path: Path, texts: Sequence[GeneratedText]) -> None:
         "greedy": numbers(int(text.greedy) for text in texts),
         "features": torch.cat([text.features for text in texts]),
     }
-    content = save(tensors)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+    write_sealed(path, tensors, {"texts": len(texts)})
 
 
 def _stored(path: Path) -> list[GeneratedText] | None:
-    """Return the texts of a shard; None if it is missing or incomplete."""
+    """Return the texts of a shard; None if it is missing, incomplete or edited."""
     try:
-        check_tensors(path)
-        tensors, _ = read_tensors(path)
+        tensors, _ = read_sealed(path)
         lengths = tensors["lengths"].tolist()
         rows = zip(
             tensors["ids"].split(lengths),

@@ -9,7 +9,7 @@ from support.tiny_models import tiny_model
 from torch import nn
 
 from cascade.core.errors import UnsupportedModelError
-from cascade.drafters.layers import check_can_draft, rotary_tables
+from cascade.drafters.network.layers import check_can_draft, rotary_tables
 from cascade.models.stack import DecoderStack
 
 

@@ -8,7 +8,7 @@ from support.tiny_drafters import a_drafted_stack
 from support.tiny_models import tiny_model, tiny_tokenizer
 
 from cascade.core.errors import UsageError
-from cascade.drafters.vocabulary import choose_tokens, ends_of
+from cascade.drafters.network.vocabulary import choose_tokens, ends_of
 from cascade.models.stack import DecoderStack
 
 

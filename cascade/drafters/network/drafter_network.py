@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cascade.core.errors import UsageError
-from cascade.drafters.layers import Tables, attend, heads_of, output_of
+from cascade.drafters.network.layers import Tables, attend, heads_of, output_of
 from cascade.models.stack import DecoderStack
 from cascade.stats.ridge import rms_normalized
 

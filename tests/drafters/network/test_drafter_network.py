@@ -8,14 +8,14 @@ from support.tiny_drafters import DRAFTED, LAYERS, a_drafted_stack, a_moved_netw
 from torch import Tensor
 
 from cascade.core.errors import UsageError
-from cascade.drafters.layers import attend, heads_of, output_of, rotary_tables
-from cascade.drafters.network import (
+from cascade.drafters.network.drafter_network import (
     DrafterNetwork,
     DraftHead,
     embeddings_of,
     feature_layers_of,
     usual_start_layer,
 )
+from cascade.drafters.network.layers import attend, heads_of, output_of, rotary_tables
 from cascade.models.stack import DecoderStack
 
 
