@@ -23,6 +23,8 @@ class PromptCorpus(Part, frozen=True, kw_only=True):
     Attributes:
         source: The corpus, as the user named it.
         text_column: The column that was read, if one was named.
+        split: The split that was read, if one was named.
+        config: The configuration that was read, if one was named.
         records: Records that were read.
         train: Prompts of the training split.
         held_out: Prompts of the held-out split.
@@ -32,6 +34,8 @@ class PromptCorpus(Part, frozen=True, kw_only=True):
 
     source: str
     text_column: str | None = None
+    split: str | None = None
+    config: str | None = None
     records: Index
     train: Index
     held_out: Index

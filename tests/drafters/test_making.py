@@ -17,7 +17,9 @@ from support.tiny_drafters import BRIEF, LAYERS, a_drafted_stack
 from support.tiny_models import tiny_model, tiny_tokenizer
 
 from cascade.core.errors import CorpusError, OutputError, UnsupportedModelError, UsageError
+from cascade.core.locks import locked
 from cascade.drafters.config import DrafterConfig
+from cascade.drafters.making import TEXTS as TEXTS_FOLDER
 from cascade.drafters.making import NoProgress, step_products, train_drafter
 from cascade.drafters.stored import Drafter, load_drafter
 from cascade.drafters.texts.prompts import CorpusSource
@@ -89,6 +91,21 @@ def test_an_earlier_drafter_is_refused_before_anything_is_done(
     assert contents(tmp_path / "out") == before
     with pytest.raises(OutputError, match="is a file, expected a folder"):
         made(tmp_path / "texts.jsonl", corpus)
+
+
+def test_another_process_that_trains_in_the_folder_is_not_disturbed(
+    tmp_path: Path, corpus: CorpusSource
+) -> None:
+    folder = tmp_path / "out"
+    message = r"another process is training a drafter in .*texts; wait for it to end"
+    with locked(folder / TEXTS_FOLDER), pytest.raises(OutputError, match=message):
+        made(folder, corpus)
+
+
+def test_corpora_can_be_named_by_text(tmp_path: Path, corpus: CorpusSource) -> None:
+    one = train_drafter(a_drafted_stack(), [corpus], tmp_path / "one", BRIEF)
+    other = train_drafter(a_drafted_stack(), [corpus.source], tmp_path / "other", BRIEF)
+    assert one.record == other.record
 
 
 def test_texts_of_a_model_with_few_positions_fit_into_them(

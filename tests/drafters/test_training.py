@@ -230,9 +230,17 @@ def test_checkpoints_of_another_training_are_refused(
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-5], lambda data: b"", lambda data: b"{}" * 9]
+    "damage",
+    [
+        lambda data: data[:-5],
+        lambda data: b"",
+        lambda data: b"{}" * 9,
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    ],
 )
-def test_a_torn_checkpoint_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_torn_or_edited_checkpoint_is_refused(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
     run(tmp_path)
     path = tmp_path / "step-000008.safetensors"
     path.write_bytes(damage(path.read_bytes()))

@@ -7,6 +7,7 @@ Every option is used as the page writes it. What differs from a reader's machine
 - the embedded corpus is the first records of its two splits, a hub dataset a folder of its name;
 - the local files that pages speak of are those of `lay_out`;
 - benchmarks run each variant once, whatever `--rounds` says, and start no processes of their own;
+- drafters are trained on a few tokens in a few steps, whatever `--tokens` and `--steps` say;
 - budgets of time are wide, what a tiny model takes being nobody's subject;
 - the noise of arithmetic is what `NOISE` says, not measured.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -31,6 +33,7 @@ from cascade.benchmarks import gate as gate_benchmark
 from cascade.benchmarks import memory, timing
 from cascade.corpora import blocks as corpora
 from cascade.corpora import forms, readers
+from cascade.drafters import making as drafters
 from cascade.gate import baseline_lookup, noise, remeasuring
 from cascade.gate import quick_gate as gate
 from cascade.gate.accepting import store_profile
@@ -169,6 +172,7 @@ def stand_in(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", saved / "datasets")
     monkeypatch.setenv("CASCADE_CACHE", str(saved / "cache"))
     _shorten_benchmarks(monkeypatch)
+    _shorten_drafters(monkeypatch)
 
 
 def _shorten_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +184,17 @@ def _shorten_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(gate_benchmark, "run_python", lambda *_: "0.01")
     monkeypatch.setattr(gate_benchmark, "measure_noise", lambda *_: NOISE)
+
+
+def _shorten_drafters(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = drafters.train_drafter
+
+    def train_drafter(stack: Any, corpora: Any, folder: Any, config: Any, **options: Any) -> Any:
+        few = {"tokens": 60, "steps": 2, "batch_size": 4, "held_out_texts": 2, "vocabulary": 99}
+        few |= {"max_new_tokens": 8, "step_tokens": 64}
+        return whole(stack, corpora, folder, replace(config, **few), **options)
+
+    monkeypatch.setattr(drafters, "train_drafter", train_drafter)
 
 
 def _run_once(variants: Mapping[str, timing.Variant], **_: Any) -> timing.Timings:

@@ -15,6 +15,7 @@ from cascade.cli import completion
 from cascade.cli.app import command
 from cascade.cli.console import command_line, message, progress_bar, show_record
 from cascade.cli.inputs import load_model
+from cascade.cli.named_corpora import NamedCorpus
 from cascade.cli.options import Bos, ModelOptions, NumSamples, Overwrite, PrintOptions, Seed
 from cascade.cli.output import check_utf8
 
@@ -35,24 +36,31 @@ class PromptOptions:
     corpus: Annotated[
         list[str] | None,
         typer.Option(
-            help="Corpus of prompts, as for other commands; repeatable (default: embedded).",
+            help="Corpus NAME[:CONFIG][@SPLIT][#COLUMN]; repeatable (default: embedded).",
             autocompletion=completion.corpora,
         ),
-    ] = None
-    text_column: Annotated[
-        str | None,
-        typer.Option(help="Column to read (default: by the form of the records)."),
     ] = None
     num_samples: NumSamples = 0
     bos: Bos = "auto"
 
     def sources(self) -> list[CorpusSource]:
-        """Return the corpora."""
+        """Return the corpora.
+
+        Raises:
+            UsageError: A part of a name is empty.
+        """
         from cascade.drafters.texts.prompts import CorpusSource
 
+        named = map(NamedCorpus.read, self.corpus or ["embedded"])
         return [
-            CorpusSource(source, self.text_column, self.num_samples or None)
-            for source in self.corpus or ["embedded"]
+            CorpusSource(
+                each.source,
+                text_column=each.text_column,
+                num_samples=self.num_samples or None,
+                split=each.split,
+                config=each.config,
+            )
+            for each in named
         ]
 
 
@@ -143,13 +151,13 @@ def train_drafter(
 
     output = options.output
     check_utf8(output)
-    config = options.config(corpus.bos, seed)
+    config, sources = options.config(corpus.bos, seed), corpus.sources()
     check_output(output, overwrite=options.overwrite or options.resume)
     stack = load_model(model)
     with _shown(output, config.step_tokens) as progress:
         drafter = made(
             stack,
-            corpus.sources(),
+            sources,
             output,
             config,
             resume=options.resume,

@@ -58,11 +58,15 @@ class CorpusSource:
         source: As for `load_blocks`: "embedded", a file, a folder, a hub dataset or "-".
         text_column: The column to read (default: by the form of the records).
         num_samples: The number of records to read; None for all.
+        split: A split of a hub dataset or of the embedded corpus.
+        config: A configuration of a hub dataset.
     """
 
     source: str = "embedded"
     text_column: str | None = None
     num_samples: int | None = None
+    split: str | None = None
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,8 @@ def _provenance(source: CorpusSource, found: _Found) -> PromptCorpus:
     return PromptCorpus(
         source=source.source,
         text_column=source.text_column,
+        split=source.split,
+        config=source.config,
         records=found.records,
         train=len(found.splits["train"]),
         held_out=len(found.splits["held-out"]),
@@ -179,7 +185,7 @@ def _read(
 ) -> _Found:
     found = _Found()
     reader = RecordReader(source.source, source.text_column)
-    records = read_records(source.source, split=None, config=None, stream=False)
+    records = read_records(source.source, split=source.split, config=source.config, stream=False)
     for number, record in enumerate(itertools.islice(records, source.num_samples), start=1):
         found.records += 1
         split: Split = "train" if split_of(record, number, source.source) == "train" else "held-out"

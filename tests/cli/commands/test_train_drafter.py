@@ -50,8 +50,8 @@ def test_json_is_the_stored_record(train: Run, here: Path) -> None:
 
 
 def test_several_corpora_give_prompts(train: Run, here: Path) -> None:
-    Path("more.jsonl").write_text("".join(f'{{"text": "More {n}"}}\n' for n in range(10)))
-    done = train("--corpus", "more.jsonl", "--output", "out", "--json")
+    Path("more.jsonl").write_text("".join(f'{{"body": "More {n}"}}\n' for n in range(10)))
+    done = train("--corpus", "more.jsonl#body", "--output", "out", "--json")
     assert done.status == 0, done.err
     corpora = json.loads(done.out)["provenance"]["corpora"]
     assert [(one["source"], one["train"]) for one in corpora] == [
@@ -95,6 +95,7 @@ def test_a_drafter_that_is_there_is_replaced_only_on_request(train: Run, here: P
     ("arguments", "fragments"),
     [
         (("--layer", 5), ["expected --layer in 1..4", "got 5"]),
+        (("--corpus", "texts.jsonl#"), ["expected a corpus NAME", "fill in all parts"]),
         (("--corpus", "nowhere.jsonl"), ["no corpus file nowhere.jsonl"]),
         (("--vocabulary", 1), ["--vocabulary", "got '1'"]),
         (("--lr", 0), ["expected learning_rate above 0, got 0"]),

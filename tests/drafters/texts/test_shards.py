@@ -158,9 +158,17 @@ def test_more_tokens_are_added_to_those_that_are_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"x" * 99]
+    "damage",
+    [
+        lambda data: data[:-9],
+        lambda data: b"",
+        lambda data: b"x" * 99,
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    ],
 )
-def test_a_torn_shard_is_generated_again(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_torn_or_edited_shard_is_generated_again(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
     made(a_plan(), tmp_path)
     before = contents(tmp_path)
     path = tmp_path / "00000.safetensors"
