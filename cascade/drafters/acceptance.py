@@ -193,7 +193,9 @@ class _Lookup:
             start = self._after.get(tuple(ids[max(0, place + 1 - size) : place + 1]))
             if start is None or place + 1 < size:
                 continue
-            proposed = ids[start : min(start + _PROPOSED, place + 1)]
+            # Where the continuation reaches the end of what is known, it repeats itself.
+            period = place + 1 - start
+            proposed = [ids[start + at % period] for at in range(_PROPOSED)]
             pairs = zip(proposed, ids[place + 1 :], strict=False)
             return next((at for at, (one, two) in enumerate(pairs) if one != two), len(proposed))
         return None

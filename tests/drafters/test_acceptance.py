@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_drafters import DRAFTED, LAYERS, a_drafted_stack, a_moved_network, some_texts
+from support.tiny_drafters import (
+    DRAFTED,
+    LAYERS,
+    a_drafted_stack,
+    a_moved_network,
+    drafted_alone,
+    some_texts,
+)
 
 from cascade.drafters.acceptance import (
     CHAIN,
@@ -23,39 +31,13 @@ from cascade.drafters.acceptance import (
     evaluation_of,
     walk,
 )
-from cascade.drafters.network.drafter_network import DrafterNetwork, DraftHead, embeddings_of
-from cascade.drafters.network.layers import attend, heads_of, output_of, rotary_tables
+from cascade.drafters.network.drafter_network import DraftHead, embeddings_of
+from cascade.drafters.network.layers import rotary_tables
 from cascade.drafters.records import BINS
 from cascade.drafters.texts.batches import GeneratedText
-from cascade.models.stack import DecoderStack
 
 #: Half of the vocabulary, so that the tokens of the prompt matter.
 TOKENS = torch.arange(1, 97, 2)
-
-
-def drafted_alone(
-    network: DrafterNetwork, stack: DecoderStack, text: GeneratedText, place: int
-) -> tuple[list[int], list[float]]:
-    """Draft behind one place, token by token, each step over everything before it."""
-    embedding, tables = embeddings_of(stack), rotary_tables(stack, 64)
-    prompt = text.ids[: text.prompt].tolist()
-    candidates = [*TOKENS.tolist()]
-    candidates += [token for token in dict.fromkeys(prompt) if token not in candidates]
-    known = text.ids[1 : place + 2].long()
-    inputs = network.first_input(embedding[known], text.features[: place + 1])
-    tokens, probabilities = [], []
-    for _ in range(CHAIN):
-        cut = (tables[0][:, : len(inputs)], tables[1][:, : len(inputs)])
-        heads = heads_of(network.layer, inputs[None], cut)
-        attended = attend(network.layer, *heads, None)
-        state = output_of(network.layer, inputs[None], attended)[0, -1:]
-        logits = stack.decode_normed(network.norm(state)[None])[0, 0, candidates]
-        shares = logits.softmax(dim=-1)
-        tokens.append(candidates[int(shares.argmax())])
-        probabilities.append(float(shares.max()))
-        new = network.next_input(embedding[tokens[-1]][None], state)
-        inputs = torch.cat([inputs, new])
-    return tokens, probabilities
 
 
 @pytest.mark.parametrize("family", DRAFTED)
@@ -69,7 +51,7 @@ def test_chains_are_those_that_are_drafted_alone_from_each_place(family: str) ->
             found = chains_of(network, head, embeddings_of(stack), text, rotary_tables(stack, 64))
             assert len(found.hits) == max(0, len(ids) - 1 - text.prompt)
             for row, place in enumerate(range(text.prompt - 1, len(ids) - 2)):
-                tokens, probabilities = drafted_alone(network, stack, text, place)
+                tokens, probabilities = drafted_alone(network, stack, text, place, TOKENS.tolist())
                 rest = ids[place + 2 :]
                 right = [one == two for one, two in zip(tokens, rest, strict=False)]
                 accepted = right.index(False) if False in right else len(right)
@@ -153,7 +135,8 @@ def looked_up(ids: list[int], place: int) -> int | None:
             continue
         ends = [end for end in range(size - 1, place) if ids[end + 1 - size : end + 1] == suffix]
         if ends:
-            proposed = ids[ends[-1] + 1 : place + 1][:7]
+            known = ids[ends[-1] + 1 : place + 1]
+            proposed = (known * 7)[:7]
             accepted = 0
             for one, two in zip(proposed, ids[place + 1 :], strict=False):
                 if one != two:
@@ -185,9 +168,14 @@ def test_without_drafts_a_pass_gives_one_token() -> None:
     assert walk([a_text([1, 2] * 20, 3)], [some_chains(0, 36)], "none") == (1.0, 0.0)
 
 
-def test_a_text_that_repeats_is_found_by_its_suffix() -> None:
-    tokens, steps = walk([a_text([*range(10)] * 4, 10)], [some_chains(0, 29)], "n-gram")
-    assert (tokens > 3, steps) == (True, 0.0)
+@pytest.mark.parametrize("period", [1, 3, 10])
+def test_a_text_that_repeats_is_found_by_its_suffix(period: int) -> None:
+    # After a whole period and four tokens, seven tokens are proposed each time, all right.
+    text = a_text([*range(period)] * 60, period + 4)
+    places = len(text.ids) - 1 - text.prompt
+    tokens, steps = walk([text], [some_chains(0, places)], "n-gram")
+    assert tokens == pytest.approx(places / math.ceil(places / 8))
+    assert steps == 0
 
 
 def test_the_best_method_is_the_one_with_the_largest_gain() -> None:
@@ -231,6 +219,14 @@ def test_calibration_never_decreases_and_stays_in_0_to_1(seed: int, places: int)
         assert 0 <= bins[0] <= bins[-1] <= 1
         shares = [calibrated(bins)(probability) for probability in np.linspace(0, 1, 33)]
         assert shares == sorted(shares)
+
+
+def test_calibration_of_a_later_draft_counts_those_whose_predecessors_were_accepted() -> None:
+    hits = torch.tensor([[True, True, True, True]] * 300 + [[False, False, True, True]] * 300)
+    chains = [Chains(hits, torch.full((600, CHAIN), 0.6), torch.ones_like(hits))]
+    first, second, *_ = calibration_of(chains)
+    assert first[9] == pytest.approx(0.5, abs=0.02)
+    assert second[9] > 0.98
 
 
 def test_calibration_is_the_closest_that_never_decreases() -> None:

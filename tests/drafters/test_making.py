@@ -23,6 +23,7 @@ from cascade.drafters.making import TEXTS as TEXTS_FOLDER
 from cascade.drafters.making import NoProgress, step_products, train_drafter
 from cascade.drafters.stored import Drafter, load_drafter
 from cascade.drafters.texts.prompts import CorpusSource
+from cascade.drafters.training import NetworkTraining
 from cascade.models.stack import DecoderStack
 
 
@@ -61,6 +62,24 @@ def test_a_drafter_is_trained_judged_and_stored(tmp_path: Path, corpus: CorpusSo
     assert 0 < record.coverage <= 1
     again = load_drafter(tmp_path / "out", a_drafted_stack())
     assert torch.equal(again.tokens, drafter.tokens)
+
+
+def test_one_half_of_the_held_out_texts_selects_and_the_other_one_judges(
+    tmp_path: Path, corpus: CorpusSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[list[list[int]]] = []
+
+    def noted(training: NetworkTraining, texts: Any) -> Any:
+        used.append([text.ids.tolist() for text in texts])
+        return real(training, texts)
+
+    real = NetworkTraining.chains
+    monkeypatch.setattr(NetworkTraining, "chains", noted)
+    made(tmp_path / "out", corpus)
+    found = load_file(tmp_path / "out/texts/held-out.safetensors")
+    texts = [ids.tolist() for ids in found["ids"].split(found["lengths"].tolist())]
+    # Three evaluations, then the judgement, and the calibration that it uses.
+    assert used == [texts[::2]] * 3 + [texts[1::2], texts[::2]]
 
 
 def test_the_same_arguments_give_the_same_drafter(tmp_path: Path, corpus: CorpusSource) -> None:

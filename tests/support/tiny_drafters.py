@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cascade.drafters.acceptance import CHAIN
 from cascade.drafters.config import DrafterConfig
-from cascade.drafters.network.drafter_network import DrafterNetwork
+from cascade.drafters.network.drafter_network import DrafterNetwork, embeddings_of
+from cascade.drafters.network.layers import attend, heads_of, output_of, rotary_tables
 from cascade.drafters.texts.batches import BatchedGenerator, GeneratedText, Job
 from cascade.models.stack import DecoderStack
 from support.tiny_models import random_ids, tiny_model, tiny_tokenizer
@@ -109,3 +111,32 @@ def states_of(stack: DecoderStack, ids: Tensor, layers: Sequence[int] = LAYERS) 
     last = stack.visit(ids[None].long(), history.__setitem__)
     assert last is not None
     return torch.stack([*(history[layer - 1][0] for layer in layers), last[0]], dim=1)
+
+
+@torch.no_grad()
+def drafted_alone(
+    network: DrafterNetwork,
+    stack: DecoderStack,
+    text: GeneratedText,
+    place: int,
+    tokens_of_head: Sequence[int],
+) -> tuple[list[int], list[float]]:
+    """Draft behind one place, token by token, each step over everything before it."""
+    embedding, tables = embeddings_of(stack), rotary_tables(stack, 64)
+    prompt = text.ids[: text.prompt].tolist()
+    candidates = list(dict.fromkeys([*tokens_of_head, *prompt]))
+    known = text.ids[1 : place + 2].long()
+    inputs = network.first_input(embedding[known], text.features[: place + 1])
+    tokens, probabilities = [], []
+    for _ in range(CHAIN):
+        cut = (tables[0][:, : len(inputs)], tables[1][:, : len(inputs)])
+        heads = heads_of(network.layer, inputs[None], cut)
+        attended = attend(network.layer, *heads, None)
+        state = output_of(network.layer, inputs[None], attended)[0, -1:]
+        logits = stack.decode_normed(network.norm(state)[None])[0, 0, candidates]
+        shares = logits.softmax(dim=-1)
+        tokens.append(candidates[int(shares.argmax())])
+        probabilities.append(float(shares.max()))
+        new = network.next_input(embedding[tokens[-1]][None], state)
+        inputs = torch.cat([inputs, new])
+    return tokens, probabilities

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from support.tiny_models import random_ids
 from cascade.core.errors import OutputError
 from cascade.drafters.records import PromptCorpus
 from cascade.drafters.texts import shards
-from cascade.drafters.texts.batches import GeneratedText
+from cascade.drafters.texts.batches import GeneratedText, Job
 from cascade.drafters.texts.prompts import Prompts
 from cascade.drafters.texts.shards import TextPlan, generate_texts
 
@@ -98,6 +99,28 @@ def test_no_held_out_prompt_is_trained_on(tmp_path: Path) -> None:
     prompts = some_prompts(around=True)
     train, _ = made(a_plan(prompts, tokens=900), tmp_path)
     assert not {tuple(text.ids[: text.prompt].tolist()) for text in train} & set(prompts.held_out)
+
+
+def test_an_instruction_that_is_held_out_or_too_short_is_not_answered() -> None:
+    words = list(range(20, 30))
+    held_out = (5, 6, *words, 7, 8)
+    plan = a_plan(replace_prompts(some_prompts(around=True), held_out))
+
+    def answered(*new: int) -> tuple[int, ...] | None:
+        ids = torch.tensor([5, 6, *new], dtype=torch.int32)
+        job = Job((5, 6), 1.0, "0", 40, instruction=True)
+        answer = plan.answer(job, GeneratedText(ids, 2, False, torch.zeros(0)))
+        return None if answer is None else answer.ids
+
+    assert answered(*words, 31, 1) == (5, 6, *words, 31, 7, 8)
+    assert answered(*words, 1) is None  # held out
+    assert answered(*words, 31) is None  # has no end
+    assert answered(20, 21, 22, 23, 24, 1) is None  # five words
+    assert answered(*words * 4, 1) is None  # longer than a prompt
+
+
+def replace_prompts(prompts: Prompts, held_out: tuple[int, ...]) -> Prompts:
+    return dataclasses.replace(prompts, held_out=(*prompts.held_out, held_out))
 
 
 def test_own_instructions_are_answered_behind_the_turn_of_the_template(tmp_path: Path) -> None:
