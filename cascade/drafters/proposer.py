@@ -155,11 +155,10 @@ class TrainedDrafter:
         if text.tokens:
             ids = torch.tensor(text.tokens, device=self._embedding.device)
             features = torch.cat(text.features).to(self._embedding.device)
-            states = self._run(
-                text, self.network.first_input(self._embedding[ids], features), text.length
-            )
+            hidden = self.network.first_input(self._embedding[ids], features)
+            text.state = self._run(text, hidden, text.length)
             text.length += len(ids)
-            text.state, text.tokens, text.features = states[-1:], [], []
+            text.tokens, text.features = [], []
         return [] if text.state is None else self._chain(text, text.state, limit)
 
     def _chain(self, text: _Text, state: Tensor, limit: int) -> list[Proposal]:
@@ -183,21 +182,16 @@ class TrainedDrafter:
         return drafts
 
     def _run(self, text: _Text, hidden: Tensor, start: int) -> Tensor:
-        """Return the layer's output of some columns, `[n, D]`, and keep their keys and values."""
+        """Keep the keys and values of some columns, and return the state of the last, `[1, D]`.
+
+        The drafter is one layer, so nothing needs the states of the other columns.
+        """
         self.steps += 1
-        layer = self.network.layer
-        stop = start + len(hidden)
-        tables = self._tables_at(start, stop)
-        queries, keys, values = heads_of(layer, hidden[None], tables)
+        layer, stop = self.network.layer, start + len(hidden)
+        queries, keys, values = heads_of(layer, hidden[None], self._tables_at(start, stop))
         known, seen = _room(text, keys, values, start, stop)
-        mask = None
-        if start or len(hidden) == 1:
-            columns = torch.arange(stop, device=hidden.device)
-            later = columns > columns[start:, None]
-            mask = torch.zeros_like(later, dtype=hidden.dtype).masked_fill_(later, float("-inf"))
-            mask = mask[None, None]
-        found = attend(layer, queries, known[:, :, :stop], seen[:, :, :stop], mask)
-        return output_of(layer, hidden[None], found)[0]
+        last = queries[:, :, -1:], known[:, :, :stop], seen[:, :, :stop]
+        return output_of(layer, hidden[None, -1:], attend(layer, *last, None))[0]
 
     def _tables_at(self, start: int, stop: int) -> Tables:
         if stop > self._tables[0].shape[1]:

@@ -70,14 +70,15 @@ def attend(
         queries: `[B, heads, T, head_dim]`.
         keys: `[B, key heads, L, head_dim]`.
         values: `[B, key heads, L, head_dim]`.
-        mask: `[B or 1, 1, T, L]`; None for causal attention of whole sequences.
+        mask: `[B or 1, 1, T, L]`; None for causal attention of whole sequences, and for a last
+            token, which sees everything.
     """
     scale = layer.self_attn.scaling
-    batch, heads, length, width = queries.shape
-    if length == 1 and mask is not None and heads > keys.shape[1]:
+    batch, _, length, width = queries.shape
+    if length == 1:
         # The queries of a group as tokens of one head: its keys are read once.
         grouped = queries.reshape(batch, keys.shape[1], -1, width)
-        mask = mask.expand(batch, *grouped.shape[1:3], -1)
+        mask = None if mask is None else mask.expand(batch, *grouped.shape[1:3], -1)
         found = functional.scaled_dot_product_attention(grouped, keys, values, mask, scale=scale)
         return found.reshape(queries.shape)
     return functional.scaled_dot_product_attention(
