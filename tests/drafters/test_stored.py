@@ -12,29 +12,17 @@ import torch
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from support.build_drafters import a_record
-from support.tiny_drafters import LAYERS, a_drafted_stack, a_moved_network
+from support.tiny_drafters import LAYERS, a_drafted_stack, a_moved_network, stored
 from support.tiny_models import tiny_model, tiny_tokenizer
 
 from cascade.core.errors import CascadeError, ModelError, OutputError, RecordError
 from cascade.core.records import read_typed, write_record
-from cascade.core.run_folder import RunFolder
 from cascade.drafters.records import DrafterRecord
-from cascade.drafters.stored import RECORD, WEIGHTS, load_drafter, write_drafter
+from cascade.drafters.stored import RECORD, WEIGHTS, load_drafter
 from cascade.models.checkpoints.reading import file_hash
 from cascade.models.stack import DecoderStack
 
 TOKENS = torch.arange(1, 97, 2)
-
-
-def stored(folder: Path, stack: DecoderStack | None = None, **changes: Any) -> Path:
-    """Store a drafter of a tiny model; return its folder."""
-    stack = stack or a_drafted_stack()
-    record = a_record()
-    model = replace(stack.provenance, weights_hash=stack.weights_hash())
-    record = replace(record, provenance=replace(record.provenance, model=model), **changes)
-    with RunFolder(folder, (RECORD, WEIGHTS)) as out:
-        write_drafter(out, a_moved_network(stack), TOKENS, record)
-    return folder
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -38,7 +38,7 @@ from support.file_faults import (
 from support.paths import DOCS
 from support.plugin_project import BASELINE, INI, PLUGIN, SATURATION
 
-from cascade import Cascade, cli, load, load_hard_tokens
+from cascade import Cascade, cli, load, load_drafter, load_hard_tokens
 from cascade.core.errors import CascadeError
 from cascade.core.files import xxh3_of
 from cascade.core.reading import read_arrays, read_json
@@ -148,6 +148,10 @@ def stage(models: Path) -> Any:
     return loaded.stages[0].provenance.config.learning_rate
 
 
+def drafter(models: Path) -> Any:
+    return load_drafter("drafted", load(str(models / "tiny"))).record.config.steps
+
+
 # --- What is run ------------------------------------------------------------------------------
 
 ON_TEXTS = ("--corpus", "texts.jsonl", "--seq-len", "16")
@@ -172,6 +176,10 @@ _MODELS = ("compare-models", "{models}/tiny", *ON_TEXTS, "--max-tokens", "160", 
 _FEW = (*ON_TEXTS, "--num-samples", "10")
 _HARD = ("collect-hard", *_FEW, "--batch-size", "4", "--output", "hard")
 _TRAIN = ("train", *_FEW, "--hard-ratio", "0.5", "--epochs", "1", "--output", "staged")
+_DRAFT = (
+    *("train-drafter", "--corpus", "texts.jsonl", "--tokens", "60", "--max-new-tokens", "6"),
+    *("--batch-size", "4", "--vocabulary", "50", "--output", "drafted"),
+)
 _BENCH = ("bench", "collect-hard", "--tokens", "160", "--seq-len", "16", *OVER)
 _GGUF = _words("generate --model {models}/tiny.gguf --prompt Number --no-compare")
 _GATE = ("gate", *ON_TEXTS, "--output", "out")
@@ -316,6 +324,19 @@ CASES: Mapping[str, Case] = {
         interrupted=("os.rename", "/cascade.json"),
         files=r"here/staged/(cascade_config|stage).*",
     ),
+    "train-drafter": Case(
+        (*_DRAFT, "--steps", "2", "--overwrite"),
+        drafter,
+        ((*_DRAFT, "--steps", "1"),),
+        files=r"here/drafted/[^/]*",
+    ),
+    "train-drafter (continued)": Case(
+        (*_DRAFT, "--steps", "2", "--resume"),
+        or_none(drafter),
+        ((*_DRAFT, "--steps", "2"),),
+        interrupted=("os.rename", "step-000002"),
+        files=r"here/drafted/[^/]*",
+    ),
     "generate (a GGUF file)": Case((*_GGUF, "--max-new-tokens", "2"), dequantized),
     "cache clear": Case(
         _words("cache clear --yes"), dequantized, ((*_GGUF, "--max-new-tokens", "2"),)
@@ -457,7 +478,7 @@ def command(words: Words, models: Path) -> Command:
 
 _WITH_MODEL = (
     *("analyze", "gate", "fit-heads", "calibrate", "evaluate", "search-exit", "explain"),
-    *("compare-corpora", "bench", "collect-hard", "train"),
+    *("compare-corpora", "bench", "collect-hard", "train", "train-drafter"),
 )
 
 

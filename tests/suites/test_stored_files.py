@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 from support.paths import BASELINES, DOCS
 from support.reference_early_exit import a_stack
+from support.tiny_drafters import a_drafted_stack
+from support.tiny_drafters import stored as stored_drafter
 from support.tiny_hard_tokens import collect
 from support.tiny_stages import a_cascade
 
-from cascade import Cascade, CascadeError, TokenBlocks, fit_heads, load_hard_tokens
+from cascade import Cascade, CascadeError, TokenBlocks, fit_heads, load_drafter, load_hard_tokens
 from cascade.core.records import sealed, to_json
 from cascade.core.schema import to_plain
 from cascade.exits.fitted_heads import load_heads
@@ -108,6 +110,11 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
             {name: value.tolist() for name, value in each.items()} for each in weights
         ]
 
+    def drafter(at: Path) -> Any:
+        found = load_drafter(at, a_drafted_stack())
+        weights = {name: each.tolist() for name, each in found.network.state_dict().items()}
+        return to_plain(found.record), found.tokens.tolist(), weights
+
     return {
         "profile": Stored(
             top / "profile", ("embedded.saturation.json", "embedded.saturation.npz"), profile
@@ -130,6 +137,9 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
             else ("hard-tokens.json", "train/state.json"),
             hard,
         ),
+        "drafter": Stored(
+            stored_drafter(top / "drafter"), ("record.json", "drafter.safetensors"), drafter
+        ),
         **_findings(top / "findings"),
     }
 
@@ -140,6 +150,7 @@ THINGS = (
     "heads",
     "cascade",
     "hard tokens",
+    "drafter",
     "explanation",
     "final-norm",
     "corpora",

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
+from cascade.core.run_folder import RunFolder
 from cascade.drafters.acceptance import CHAIN
 from cascade.drafters.config import DrafterConfig
 from cascade.drafters.network.drafter_network import DrafterNetwork, embeddings_of
 from cascade.drafters.network.layers import attend, heads_of, output_of, rotary_tables
+from cascade.drafters.stored import RECORD, WEIGHTS, write_drafter
 from cascade.drafters.texts.batches import BatchedGenerator, GeneratedText, Job
 from cascade.models.stack import DecoderStack
+from support.build_drafters import a_record
 from support.tiny_models import random_ids, tiny_model, tiny_tokenizer
 
 #: Families whose layers have Llama's modules: plain, with biases, with norms of heads, and with a
@@ -140,3 +146,14 @@ def drafted_alone(
         new = network.next_input(embedding[tokens[-1]][None], state)
         inputs = torch.cat([inputs, new])
     return tokens, probabilities
+
+
+def stored(folder: Path, stack: DecoderStack | None = None, **changes: Any) -> Path:
+    """Store a drafter of a tiny model; return its folder."""
+    stack = stack or a_drafted_stack()
+    record = a_record()
+    model = replace(stack.provenance, weights_hash=stack.weights_hash())
+    record = replace(record, provenance=replace(record.provenance, model=model), **changes)
+    with RunFolder(folder, (RECORD, WEIGHTS)) as out:
+        write_drafter(out, a_moved_network(stack), torch.arange(1, 97, 2), record)
+    return folder
