@@ -39,15 +39,6 @@ class Drafter:
         network: Its network, in bfloat16 as stored.
         tokens: The tokens that it can propose, ascending, `[V']`.
         record: Its record.
-
-    Example:
-        >>> from cascade import load, load_drafter
-        >>> stack = load("smollm2-135m")
-        >>> try:
-        ...     load_drafter("no-such-folder", stack)
-        ... except cascade.CascadeError as error:
-        ...     print(error)
-        no record no-such-folder/record.json; make one with `cascade train-drafter`
     """
 
     network: DrafterNetwork
@@ -98,11 +89,11 @@ def load_drafter(path: AnyPath, stack: DecoderStack) -> Drafter:
         UnsupportedModelError: The model cannot have a drafter.
 
     Example:
-        >>> from cascade import load, load_drafter
+        >>> from cascade import CascadeError, load, load_drafter
         >>> stack = load("smollm2-135m")
         >>> try:
         ...     load_drafter("no-such-folder", stack)
-        ... except cascade.CascadeError as error:
+        ... except CascadeError as error:
         ...     print(error)
         no record no-such-folder/record.json; make one with `cascade train-drafter`
     """

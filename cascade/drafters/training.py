@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cascade.core.errors import OutputError, TrainingError, os_reason
 from cascade.core.files import make_folder
@@ -238,17 +237,32 @@ class NetworkTraining:
                 tables,
                 self.config.draft_steps,
             )
+            # What a row is to predict does not depend on the draft step.
+            wanted, place = self._targets(padded)
             for step, state in enumerate(states):
                 weights = padded.weights(step)
                 rows = weights > 0
-                with torch.no_grad():
-                    own = self.data.head.logits(padded.features[:, 1:, -1][rows].float()).float()
                 logits = self.data.head.logits(self.network.norm(state[rows])).float()
-                loss = _cross_entropy(logits, own)
-                total = total + _DECAY**step * (
-                    loss * weights[rows]
-                ).sum() / weights.sum().clamp_min(1e-6)
+                targets = wanted if step == 0 else wanted[place[rows]]
+                loss = logits.logsumexp(dim=-1) - (targets * logits).sum(dim=-1)
+                share = (loss * weights[rows]).sum() / weights.sum().clamp_min(1e-6)
+                total = total + _DECAY**step * share
         return total
+
+    @torch.no_grad()
+    def _targets(self, padded: _Padded) -> tuple[Tensor, Tensor]:
+        """Return the distributions that the rows are to predict, and the place of each row's.
+
+        Returns:
+            `[n, V']`, half the model's own distribution and half its likeliest token; and
+            `[B, L - 2]`, where a row with a weight has its distribution.
+        """
+        rows = padded.weights(0) > 0
+        own = self.data.head.logits(padded.features[:, 1:, -1][rows].float()).float()
+        best = own.argmax(dim=-1, keepdim=True)
+        wanted = own.softmax(dim=-1).div_(2)
+        wanted.scatter_add_(1, best, torch.full_like(best, 0.5, dtype=wanted.dtype))
+        return wanted, (rows.flatten().cumsum(0) - 1).view(rows.shape)
 
     # --- Checkpoints ---
 
@@ -356,14 +370,6 @@ def fit_inputs(network: DrafterNetwork, embedding: Tensor, texts: Sequence[Gener
         of_token.weight.copy_(weight[:width].T)
         of_token.bias.copy_(bias)
         of_states.weight.copy_(weight[width:].T)
-
-
-def _cross_entropy(logits: Tensor, own: Tensor) -> Tensor:
-    """Return half soft, half hard cross entropy of each row, `[n]`."""
-    logs = functional.log_softmax(logits, dim=-1)
-    soft = -(functional.softmax(own, dim=-1) * logs).sum(dim=-1)
-    hard = functional.nll_loss(logs, own.argmax(dim=-1), reduction="none")
-    return (soft + hard) / 2
 
 
 def _rate(step: int, steps: int) -> float:
