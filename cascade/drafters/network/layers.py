@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cascade.core.errors import UnsupportedModelError, first_line
+from cascade.decoding.packed_attention import PACKABLE
 from cascade.models.fast_layers import is_untouched
 from cascade.models.probing import close
 from cascade.models.stack import DecoderStack
@@ -135,6 +136,9 @@ def _missing(stack: DecoderStack) -> str | None:
             return f"the weights of decoder layer {number} are quantized or wrapped"
         if not all(isinstance(getattr(layer, name, None), nn.Module) for name in _NORMS):
             return f"decoder layer {number} lacks {' or '.join(_NORMS)}"
+        attending = attention.config._attn_implementation
+        if attending not in PACKABLE:
+            return f"its attention is {attending}, expected {' or '.join(PACKABLE)}"
         if not all(map(is_untouched, (layer, attention, mlp, *linear))):
             return f"decoder layer {number} is hooked or wrapped"
     if not isinstance(getattr(stack.decoder, "norm", None), nn.Module):

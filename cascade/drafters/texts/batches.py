@@ -65,12 +65,14 @@ class _Row:
     Attributes:
         job: What it generates; None for a row that is done.
         start: The column of its first token.
+        ids: Its token ids so far.
+        draws: Random numbers of the sampling.
     """
 
     job: Job | None = None
     start: int = 0
     ids: list[int] = field(default_factory=list)
-    random: random.Random = field(default_factory=random.Random)
+    draws: random.Random = field(default_factory=random.Random)
 
 
 class BatchedGenerator:
@@ -125,16 +127,17 @@ class BatchedGenerator:
             next_job: Returns the next text to generate; None if there is none now. It is asked
                 again after a text is done.
             done: Called with each text.
-            progress: Called with the number of tokens generated since the last call.
+            progress: Called with the number of tokens generated since the last call, without those
+                of instructions.
 
         Raises:
             ModelError: Logits are not finite.
         """
         self._fill(next_job, done)
         while any(row.job is not None for row in self._rows):
-            active = sum(row.job is not None for row in self._rows)
+            answers = sum(row.job is not None and not row.job.instruction for row in self._rows)
             self._step()
-            progress(active)
+            progress(answers)
             self._finish(done)
             self._fill(next_job, done)
 
@@ -161,7 +164,7 @@ class BatchedGenerator:
         """Compute a prompt, put it into a row, and choose its first token."""
         length, row = len(job.ids), self._rows[number]
         row.job, row.start = job, self._column - length
-        row.ids, row.random = list(job.ids), random.Random(job.seed)
+        row.ids, row.draws = list(job.ids), random.Random(job.seed)
         plan = self.stack.plan(torch.tensor([job.ids], device=self.stack.device))
         hidden = plan.embedded
         for layer, call in enumerate(plan.calls, start=1):
@@ -252,7 +255,7 @@ class BatchedGenerator:
             if row.job.temperature > 0:
                 shares = (logits[number].float() / row.job.temperature).softmax(dim=-1)
                 sums = shares.cumsum(dim=0)
-                place = torch.searchsorted(sums, row.random.random() * sums[-1])
+                place = torch.searchsorted(sums, row.draws.random() * sums[-1])
                 token = min(int(place), len(sums) - 1)
             row.ids.append(token)
 

@@ -39,6 +39,9 @@ TASKS = (
 #: Words of a passage, and words from which on a paragraph is one.
 _PASSAGE_WORDS, _PARAGRAPH_WORDS = 90, 40
 
+#: Most paragraphs of a record, evenly spaced: a long document must not outweigh all other prompts.
+_MOST_PARAGRAPHS = 32
+
 #: Columns that hold a chat, and columns of a question and of its context.
 _CHATS = ("messages", "conversations", "conversation")
 _QUESTIONS = ("instruction", "prompt", "question")
@@ -122,8 +125,8 @@ def load_prompts(
 
     The embedded corpus says of each record whether it is held out. Of other corpora, every fifth
     record is. A question becomes the user's turn of the model's chat template, and of a chat, all
-    turns up to its first answer are taken. Of a text, each long paragraph is a prompt: a chat model
-    gets a task with it, any other model continues it.
+    turns up to its first answer are taken. Of a text, long paragraphs are prompts, 32 at most: a
+    chat model gets a task with each, any other model continues it.
 
     Args:
         sources: The corpora.
@@ -235,7 +238,9 @@ def _paragraphs(text: str) -> list[str]:
     """Return the beginnings of long paragraphs; of a text without one, its own beginning."""
     split = [line.split() for line in text.split("\n")]
     words = [found for found in split if len(found) >= _PARAGRAPH_WORDS] or [text.split()]
-    return [" ".join(found[:_PASSAGE_WORDS]) for found in words if found]
+    wanted = min(_MOST_PARAGRAPHS, len(words))
+    chosen = [words[(2 * at + 1) * len(words) // (2 * wanted)] for at in range(wanted)]
+    return [" ".join(found[:_PASSAGE_WORDS]) for found in chosen if found]
 
 
 def _turns(record: dict[str, Any], place: str) -> Iterator[list[Message]]:

@@ -42,6 +42,15 @@ def test_a_hooked_layer_is_refused() -> None:
         check_can_draft(stack)
 
 
+def test_another_attention_than_sdpa_or_eager_is_refused() -> None:
+    stack = DecoderStack(tiny_model("llama"))
+    stack.model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedModelError, match="flex_attention, expected eager or sdpa"):
+        check_can_draft(stack)
+    stack.model.config._attn_implementation = "eager"
+    check_can_draft(stack)
+
+
 def test_a_projection_of_another_class_is_refused() -> None:
     class Quantized(nn.Linear):
         pass

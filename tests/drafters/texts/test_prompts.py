@@ -164,6 +164,13 @@ def test_long_paragraphs_are_prompts_and_short_lines_are_not(load: Load) -> None
     assert set(tasks) <= {f"<user>{task}" for task in TASKS}
 
 
+def test_a_long_document_gives_evenly_spaced_paragraphs(load: Load) -> None:
+    text = "\n".join(f"{number} " + "word " * 45 for number in range(320))
+    found = load([{"text": text}] * 4 + [{"text": "b"}], tiny_tokenizer(), longest=10)
+    numbers = [int(words(ids).split(" ")[0]) for ids in found.train]
+    assert numbers == list(range(5, 320, 10))
+
+
 def test_texts_that_are_too_long_are_cut_and_questions_are_left_out(load: Load) -> None:
     texts = load(
         ({"text": f"{n} and more of it"} for n in range(1, 11)), tiny_tokenizer(), longest=6

@@ -125,7 +125,10 @@ def replace_prompts(prompts: Prompts, held_out: tuple[int, ...]) -> Prompts:
 
 def test_own_instructions_are_answered_behind_the_turn_of_the_template(tmp_path: Path) -> None:
     plan = a_plan(some_prompts(around=True), tokens=1500, longest_prompt=40, own_instructions=0.8)
-    train, _ = made(plan, tmp_path)
+    shown = Counted()
+    train, _ = made(plan, tmp_path, shown)
+    # Tokens of instructions are not counted.
+    assert shown.tokens == sum(text.new_tokens - 1 for text in train)
     prompts = set(plan.prompts.train)
     own = [text for text in train if tuple(text.ids[: text.prompt].tolist()) not in prompts]
     assert len(own) > 3
