@@ -41,7 +41,7 @@ class DrafterConfig(msgspec.Struct, frozen=True, kw_only=True):
         8192
     """
 
-    tokens: int = 200_000
+    tokens: int = 100_000
     max_new_tokens: int = 256
     longest_prompt: int = 256
     temperature: float = 0.7
@@ -50,7 +50,7 @@ class DrafterConfig(msgspec.Struct, frozen=True, kw_only=True):
     held_out_texts: int = 64
     layer: int | None = None
     vocabulary: int = 8192
-    steps: int = 600
+    steps: int = 300
     step_tokens: int = 2048
     learning_rate: float = 1e-3
     draft_steps: int = 3

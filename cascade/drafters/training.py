@@ -128,8 +128,7 @@ class NetworkTraining:
         self.network = DrafterNetwork(data.stack, feature_layers)
         self._best: dict[str, Tensor] = {}
         self._embedding = embeddings_of(data.stack)
-        longest = max(len(text.ids) for text in (*data.train, *data.selection))
-        self._tables = rotary_tables(data.stack, longest)
+        self._tables = rotary_tables(data.stack, max(len(text.ids) for text in data.train))
         self._optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=config.learning_rate,
@@ -184,7 +183,8 @@ class NetworkTraining:
     def chains(self, texts: Sequence[GeneratedText]) -> list[Chains]:
         """Return the chains of the network, as it is now, on some texts."""
         network, head = self.network, self.data.head
-        return [chains_of(network, head, self._embedding, text, self._tables) for text in texts]
+        tables = rotary_tables(self.data.stack, max((len(text.ids) for text in texts), default=1))
+        return [chains_of(network, head, self._embedding, text, tables) for text in texts]
 
     # --- Batches and loss ---
 

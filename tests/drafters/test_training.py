@@ -145,6 +145,19 @@ def test_weights_are_those_of_the_best_evaluation(tmp_path: Path) -> None:
     assert again == trained.chosen
 
 
+def test_texts_that_judge_may_be_longer_than_those_of_the_training() -> None:
+    training, short = a_training(), train_texts()[0]
+    longer = GeneratedText(
+        torch.cat([short.ids] * 5),
+        short.prompt,
+        True,
+        torch.cat([short.features, short.features[-1:]]).repeat(5, 1, 1)[:-1],
+    )
+    assert len(longer.ids) > max(len(text.ids) for text in training.data.train)
+    (found,) = training.chains([longer])
+    assert len(found.hits) == len(longer.ids) - 1 - longer.prompt
+
+
 def test_loss_is_the_cross_entropy_of_each_draft_step() -> None:
     training = a_training(draft_steps=3)
     training.network = a_moved_network(training.data.stack)

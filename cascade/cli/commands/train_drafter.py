@@ -86,7 +86,7 @@ class DrafterOptions(PrintOptions):
     tokens: Annotated[
         int,
         typer.Option(min=1, help="Tokens to generate for training.", rich_help_panel=_TEXTS),
-    ] = 200_000
+    ] = 100_000
     max_new_tokens: Annotated[
         int, typer.Option(min=2, help="Most tokens of a text.", rich_help_panel=_TEXTS)
     ] = 256
@@ -95,7 +95,7 @@ class DrafterOptions(PrintOptions):
     ] = 64
     steps: Annotated[
         int, typer.Option(min=1, help="Training steps.", rich_help_panel=_TRAINING)
-    ] = 600
+    ] = 300
     lr: Annotated[
         float, typer.Option(help="Highest learning rate of AdamW.", rich_help_panel=_TRAINING)
     ] = 1e-3

@@ -25,7 +25,7 @@ def test_report_shows_origin_evaluations_and_worth() -> None:
     assert "200,123 tokens in 1,500 texts, 40.0% of them greedy; held out 8,123 tokens" in text
     assert "reads the inputs of layers 1, 3 and 4 and the normed output" in text
     assert "its tokens cover 91.0% of held-out text" in text
-    assert "600 steps of 2,048 tokens in float32, seed 0" in text
+    assert "300 steps of 2,048 tokens in float32, seed 0" in text
     assert "600 40.0% 35.0% 30.0% 30.0% 1.72 kept" in text
     assert "n-gram and drafter 1.80 2.00 1.12 1.61 x" in text
 
