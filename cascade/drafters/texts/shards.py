@@ -27,7 +27,7 @@ from cascade.models.stack import DecoderStack
 
 #: Texts of a shard, in batches. An interruption loses one shard at most: about two minutes of work
 #: for SmolLM2-135M on two cores.
-_BATCHES = 4
+_BATCHES = 3
 
 #: The file with the request, and the name of the held-out shard.
 _REQUEST, _HELD_OUT = "request.json", "held-out"

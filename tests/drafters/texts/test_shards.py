@@ -68,7 +68,7 @@ def test_texts_are_generated_until_there_are_enough_tokens(tmp_path: Path) -> No
     shown = Counted()
     train, held_out = made(a_plan(), tmp_path, shown)
     total = sum(text.new_tokens for text in train)
-    last = train[-32:]  # a shard
+    last = train[-24:]  # a shard
     assert total - sum(text.new_tokens for text in last) < 400 <= total
     assert shown.starts == [(400, 0)]
     # The first token of a text is chosen with its prompt.
