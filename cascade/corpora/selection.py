@@ -74,7 +74,7 @@ class RecordTexts:
     def of(self, records: Iterable[Any]) -> Iterator[RecordText]:
         """Yield the texts of records, counting them."""
         for number, record in enumerate(records, start=1):
-            if self.record_split not in (None, _split_of(record, number, self.source)):
+            if self.record_split not in (None, split_of(record, number, self.source)):
                 continue
             passages = self.reader.passages(record, number)
             self.empty += all(passage.is_blank() for passage in passages)
@@ -127,7 +127,7 @@ class RecordTexts:
             )
 
 
-def _split_of(record: Any, number: int, source: str) -> str:
+def split_of(record: Any, number: int, source: str) -> str:
     """Return the split that a record belongs to."""
     if source == EMBEDDED:
         return str(record["split"])

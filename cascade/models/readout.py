@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from cascade.core.errors import UnsupportedModelError, first_line
 from cascade.models.architecture import run_decoder, text_config_of
-from cascade.models.fast_layers import product
 from cascade.models.overrides.hooks import as_output, hidden_of, layer_hooks, split_output
 from cascade.models.overrides.stand_ins import StandIns
 from cascade.models.overrides.views import paths_of, with_descendants, with_own_hooks
@@ -105,13 +104,22 @@ class Readout:
         ) and torch.equal(self.lm_head(normed), self._decode_by_model(hidden[None, None]))
         return norm if same else None
 
+    @property
+    def direct_norm(self) -> nn.Module | None:
+        """The final norm, if norm and LM head alone give the logits; otherwise None."""
+        return self._direct_norm
+
+    def _head(self, normed: Tensor) -> Tensor:
+        made: Tensor = self.lm_head(normed)
+        return made
+
     def decode(self, hidden: Tensor) -> Tensor:
         """Return the logits `[B, T, V]` of states before the final norm, `[B, T, D]`."""
         self._check()
         if self._direct_norm is None or hidden.dtype != self.model.dtype:
             return self._decode_by_model(hidden)  # which converts a wider residual stream
         with _gradients_of(hidden):
-            return product(self.lm_head, self._direct_norm(hidden))
+            return self._head(self._direct_norm(hidden))
 
     def decode_normed(self, normed: Tensor) -> Tensor:
         """Return the logits `[B, T, V]` of states after the final norm, `[B, T, D]`."""
@@ -119,7 +127,7 @@ class Readout:
         if self._direct_norm is None:
             return self._decode_normed_by_model(normed)
         with _gradients_of(normed):
-            return product(self.lm_head, normed)
+            return self._head(normed)
 
     @torch.no_grad()
     def norm(self, hidden: Tensor) -> Tensor:
