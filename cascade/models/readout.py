@@ -45,10 +45,11 @@ class Readout:
         self._head_paths = paths_of(self.lm_head, model)
         #: Why states cannot be turned into logits, in one line, or None if they can.
         self.obstacle = self._find_obstacle()
-        self._direct_norm: nn.Module | None = None
+        #: The final norm, if norm and LM head alone give the logits; otherwise None.
+        self.direct_norm: nn.Module | None = None
         # A larger model that does not run on text is refused by DecoderStack, which says why.
         with contextlib.suppress(*([Exception] if has_text_decoder(model) else [])):
-            self._direct_norm = None if self.obstacle else self._find_direct_norm()
+            self.direct_norm = None if self.obstacle else self._find_direct_norm()
 
     @torch.no_grad()
     def _find_obstacle(self) -> str | None:
@@ -104,30 +105,23 @@ class Readout:
         ) and torch.equal(self.lm_head(normed), self._decode_by_model(hidden[None, None]))
         return norm if same else None
 
-    @property
-    def direct_norm(self) -> nn.Module | None:
-        """The final norm, if norm and LM head alone give the logits; otherwise None."""
-        return self._direct_norm
-
-    def _head(self, normed: Tensor) -> Tensor:
-        made: Tensor = self.lm_head(normed)
-        return made
-
     def decode(self, hidden: Tensor) -> Tensor:
         """Return the logits `[B, T, V]` of states before the final norm, `[B, T, D]`."""
         self._check()
-        if self._direct_norm is None or hidden.dtype != self.model.dtype:
+        if self.direct_norm is None or hidden.dtype != self.model.dtype:
             return self._decode_by_model(hidden)  # which converts a wider residual stream
         with _gradients_of(hidden):
-            return self._head(self._direct_norm(hidden))
+            logits: Tensor = self.lm_head(self.direct_norm(hidden))
+            return logits
 
     def decode_normed(self, normed: Tensor) -> Tensor:
         """Return the logits `[B, T, V]` of states after the final norm, `[B, T, D]`."""
         self._check()
-        if self._direct_norm is None:
+        if self.direct_norm is None:
             return self._decode_normed_by_model(normed)
         with _gradients_of(normed):
-            return self._head(normed)
+            logits: Tensor = self.lm_head(normed)
+            return logits
 
     @torch.no_grad()
     def norm(self, hidden: Tensor) -> Tensor:
@@ -141,8 +135,8 @@ class Readout:
                 f"this {self.model.config.model_type} has no final norm that keeps the width"
             )
         self._check()
-        if self._direct_norm is not None and hidden.dtype == self.model.dtype:
-            normed: Tensor = self._direct_norm(hidden)
+        if self.direct_norm is not None and hidden.dtype == self.model.dtype:
+            normed: Tensor = self.direct_norm(hidden)
             return normed
         with self.stand_ins.standing_in(self.decoder, self._stand_in_for(hidden)) as decoder:
             return run_decoder(decoder, _ids_like(hidden))

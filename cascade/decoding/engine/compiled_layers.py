@@ -14,7 +14,7 @@ from cascade.decoding.engine.modules import LayerModules
 from cascade.decoding.engine.rows import MAX_ROWS, Rows
 from cascade.decoding.kv_cache import KeyValueCache
 
-#: Names of activations in configs -> their numbers in `layers.c`.
+#: Names of activations in configs -> their numbers in `layers_fp32.c`.
 _ACTIVATIONS = {
     "silu": 0,
     "swish": 0,
@@ -25,23 +25,32 @@ _ACTIVATIONS = {
 }
 
 
-def _structure(name: str, **kinds: str) -> type[ctypes.Structure]:
-    """Return a structure of `layers.c`, from the names of its fields by their C types."""
-    types = {"number": ctypes.c_int64, "real": ctypes.c_double, "pointer": ctypes.c_void_p}
-    fields = [(field, types[kind]) for kind, names in kinds.items() for field in names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-_Sizes = _structure(
-    "Sizes",
-    number="width inner heads key_heads head_dim activation capacity threads",
-    pointer="activations",
-)
-
 #: The names of the sources by dtype.
 _SOURCES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
 _NORMS = ("attention_norm", "mlp_norm", "query_norm", "key_norm")
+
+
+# The structures of `layers.h`.
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [
+        *[
+            (name, ctypes.c_int64)
+            for name in (
+                "width",
+                "inner",
+                "heads",
+                "key_heads",
+                "head_dim",
+                "activation",
+                "capacity",
+                "threads",
+            )
+        ],
+        ("activations", ctypes.c_void_p),
+    ]
 
 
 class _Layer(ctypes.Structure):
@@ -79,7 +88,7 @@ class CompiledLayers:
 
     Raises:
         CompilerError: They cannot be compiled on this machine, or use a norm or an activation that
-            `layers.c` lacks.
+            the C code lacks.
     """
 
     def __init__(self, layers: Sequence[LayerModules]) -> None:

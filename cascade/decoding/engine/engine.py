@@ -105,14 +105,11 @@ class DecodingEngine:
             return
         text = stack.model.config
         self._modules = tuple(LayerModules.of(layer, text) for layer in stack.layers)
-        reasons: list[str] = []
         for name in ("compiled", "fused") if kind == "auto" else (kind,):
-            reason = self._try(name)
-            if reason is None:
+            self.obstacle = self._try(name)
+            if self.obstacle is None:
                 return
-            reasons.append(reason)
         self.layers = None
-        self.obstacle = reasons[-1]
 
     def _find_obstacle(self, kind: EngineKind) -> str | None:
         stack = self.stack
@@ -326,11 +323,11 @@ class DecodingEngine:
         ids = torch.ones((1, 2), dtype=torch.long, device=stack.device)
         plan = stack.plan(ids, cache=cache)
         rows = Rows.block(1, start, start + 2)
+        own = self.tables(rows)
         for layer, call in zip(self._modules, plan.calls, strict=True):
             tables = call.kwargs.get("position_embeddings")
             if tables is None or call.args:
                 return "its layers are called without rotary position_embeddings"
-            own = self.tables(rows)
             if not all(torch.equal(one[0], other) for one, other in zip(tables, own, strict=True)):
                 return f"its rotary tables at position {start} are others"
             mask = call.kwargs.get("attention_mask")
