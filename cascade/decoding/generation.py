@@ -145,11 +145,7 @@ def _full_passes(
     proposers = verification.proposers if verification is not None else ()
     features = sorted({layer for at in proposers for layer in at.feature_layers})
     make: Callable[[int, int, Sequence[float]], Passes]
-    if (
-        engine is not None
-        and engine.is_ready()
-        and text.capacity <= (engine.longest or text.capacity)
-    ):
+    if engine is not None and engine.is_ready():
         what = engine.description
         make = functools.partial(EnginePasses, engine, feature_layers=features)
     elif batch == 1 and proposers and not features and _can_check_chunks(stack):

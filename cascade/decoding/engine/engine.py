@@ -156,10 +156,11 @@ class DecodingEngine:
 
     @property
     def longest(self) -> int | None:
-        """The columns of the longest text that is computed; None for any number."""
+        """The columns up to which the model's own step is compared; None for any number."""
         if not self.exact:
             return None
-        # In half precision, PyTorch's attention also rounds with the columns that a window hides.
+        # Behind a window, `generate` keeps only the columns of the window, as the engine does. A
+        # step of the model over all columns rounds with the hidden ones, too.
         return min((layer.window for layer in self._modules if layer.window), default=None)
 
     @property
@@ -262,8 +263,6 @@ class DecodingEngine:
             return None
         if self.exact and not cache.start:
             return None  # the model computes a prompt with other roundings than single tokens
-        if self.longest is not None and cache.stop > self.longest:
-            return None
         first = _first_columns(chunk, cache)
         if first is None:
             return None
