@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from cascade.core.errors import CascadeError as CascadeError
     from cascade.corpora.blocks import TokenBlocks as TokenBlocks
     from cascade.corpora.blocks import load_blocks as load_blocks
+    from cascade.decoding.custom_generation import decode as decode
+    from cascade.decoding.drafting.proposers import Candidate as Candidate
+    from cascade.decoding.drafting.proposers import Proposer as Proposer
     from cascade.decoding.early_exit import EarlyExit as EarlyExit
     from cascade.drafters.config import DrafterConfig as DrafterConfig
     from cascade.drafters.making import train_drafter as train_drafter
@@ -57,6 +60,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 #: The module of each public name; imported on first use, so that importing cascade is fast.
 _MODULES = {
+    "Candidate": "decoding.drafting.proposers",
     "Cascade": "stages.cascades",
     "CascadeError": "core.errors",
     "CollectingConfig": "stages.hard_tokens.plan",
@@ -68,6 +72,7 @@ _MODULES = {
     "FittedHeads": "exits.fitted_heads",
     "Gate": "gate.quick_gate",
     "HardTokens": "stages.hard_tokens.dataset",
+    "Proposer": "decoding.drafting.proposers",
     "Recipe": "stages.training_config",
     "SaturationProfile": "saturation.profile",
     "SimilarityStatistics": "stats.similarity_statistics",
@@ -81,6 +86,7 @@ _MODULES = {
     "compare_corpora": "studies.comparisons.corpus_comparison",
     "compare_models": "studies.comparisons.model_comparison",
     "copy_of": "studies.comparisons.altered_models",
+    "decode": "decoding.custom_generation",
     "distill": "exits.distillation",
     "evaluate": "evaluation.exit_evaluation",
     "evaluate_cascade": "stages.evaluation",

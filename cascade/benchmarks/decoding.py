@@ -1,4 +1,4 @@
-"""Benchmark of decoding: time several variants, and scoring with skipped tokens."""
+"""Benchmark of early exit: time several variants of decoding, and scoring with skipped tokens."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ SCORED_SEQUENCES, SCORED_LENGTH = 32, 128
 
 @dataclass(frozen=True)
 class DecodingBenchmarkConfig(BenchmarkConfig):
-    """Options of the benchmark of decoding.
+    """Options of the benchmark of early exit.
 
     Attributes:
         dtype: "float32" or "bfloat16".
@@ -120,10 +120,10 @@ class DecodingBenchmarkConfig(BenchmarkConfig):
 
 
 class DecodingBenchmark(BenchmarkRecord, frozen=True, kw_only=True):
-    """Record of the benchmark of decoding."""
+    """Record of the benchmark of early exit."""
 
     KIND = "bench.decode"
-    COMMAND = "bench decode --output"
+    COMMAND = "bench early-exit --output"
 
     kind: Literal["bench.decode"] = "bench.decode"
     settings: DecodingBenchmarkConfig

@@ -1,4 +1,4 @@
-"""Results of the benchmark of decoding: generated tokens, skipped work and targets."""
+"""Results of the benchmark of early exit: generated tokens, skipped work and targets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cascade.benchmarks.records import Ratio, Target, VariantTimes
 from cascade.benchmarks.timing import ratio_target, target
 from cascade.core.schema import UNSET, Count, Finite, Index, Part, UnsetType
 from cascade.decoding.early_exit import Score
-from cascade.decoding.generation import Generation
+from cascade.decoding.growing_text import Generation
 from cascade.models.counts import CountsRecord
 from cascade.models.flops import flops
 from cascade.models.stack import DecoderStack

@@ -313,14 +313,20 @@ def ratio_rows(
             Ratio(
                 name=f"{variant}/{reference}",
                 median=float(np.median(values)),
-                interval=_bootstrap(values, seed),
+                interval=median_interval(values, seed),
                 rounds=[float(value) for value in values],
             )
         )
     return rows
 
 
-def _bootstrap(values: Array, seed: int) -> list[float]:
+def median_interval(values: Array, seed: int) -> list[float]:
+    """Return the 95 % interval of the median over rounds.
+
+    Args:
+        values: One value per round.
+        seed: Seed of the resamples.
+    """
     return interval(np.median(values[draws(len(values), seed)], axis=1))
 
 

@@ -14,6 +14,7 @@ from cascade.core.errors import OutputError, UsageError, os_reason
 KINDS = {
     "weights": "dequantized copies of .gguf files",
     "noise": "noise floors of models on this machine",
+    "kernels": "compiled layers, and the times of kernels and passes on this machine",
 }
 
 

@@ -205,7 +205,7 @@ def machine_of(device: torch.device) -> MachineProvenance:
     blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
     cuda = device.type == "cuda"
     return MachineProvenance(
-        processor=_processor(),
+        processor=processor_name(),
         threads=torch.get_num_threads(),
         capability=torch.backends.cpu.get_cpu_capability(),
         blas=blas.group(1) if blas else None,
@@ -228,7 +228,8 @@ def library_versions(others: Iterable[str] = ()) -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Return the name of the processor."""
     if sys.platform == "linux":
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from cascade.core.arguments import as_int, read_threshold
 from cascade.core.errors import UsageError
+from cascade.decoding.drafting.ngrams import NgramLookup
+from cascade.decoding.drafting.proposers import Proposer
+from cascade.decoding.drafting.runner_ups import RunnerUps
+from cascade.decoding.engine.engine import EngineKind
 from cascade.decoding.exit_support import check_exits
 from cascade.decoding.forward import Chunk, Exit, ForwardPass, PassConfig
-from cascade.decoding.generation import ExitConfig, Generation, generate
+from cascade.decoding.generation import ExitConfig, Verification, generate
 from cascade.decoding.generation_settings import DecodingConfig, padding_token
+from cascade.decoding.growing_text import Generation
 from cascade.decoding.inputs import make_chunk, read_seed
 from cascade.decoding.processors import CustomProcessing
 from cascade.decoding.selective_layers import SkippingLayers
@@ -100,9 +105,12 @@ class EarlyExit:
             `heads`) or "exact" (computed once they are needed).
         skip: False computes every token and discards the results that exited tokens do not need.
         seed: Seed for rules that draw random numbers.
+        engine: What computes passes over a few tokens: "compiled" (C, compiled for this machine),
+            "fused" (PyTorch with joined weights), "model" (the model's own modules), or "auto", the
+            first of these that supports the model and passes a comparison with it.
 
     Raises:
-        UsageError: A layer, rule, threshold, heads, propagation or seed is invalid.
+        UsageError: A layer, rule, threshold, heads, propagation, seed or engine is invalid.
         ModelError: The heads, or those of `exits`, belong to another model.
         UnsupportedModelError: A layer keeps other things than keys and values per token, or, with
             exact propagation, takes those of another layer.
@@ -130,6 +138,7 @@ class EarlyExit:
         propagation: Propagation = "frozen",
         skip: bool = True,
         seed: int = 0,
+        engine: EngineKind = "auto",
     ) -> None:
         if propagation not in PROPAGATIONS:
             raise UsageError(
@@ -158,7 +167,7 @@ class EarlyExit:
                 ]
             )
         self.exits = _checked(exits, stack, propagation)
-        self.layers = SkippingLayers(stack, skip=skip)
+        self.layers = SkippingLayers(stack, skip=skip, engine=engine)
         self.seed = read_seed(seed)
 
     @property
@@ -247,7 +256,9 @@ class EarlyExit:
         streamer: BaseStreamer | None = None,
         return_dict_in_generate: bool = False,
         verify: bool = False,
+        drafter: Proposer | Sequence[Proposer] | None = None,
         draft_length: int = 8,
+        pass_costs: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> Tensor | Generation:
         """Return prompts with their continuations, generated with tokens that exit early.
@@ -270,11 +281,15 @@ class EarlyExit:
                 its tokens.
             streamer: Receives each token as soon as it is final.
             return_dict_in_generate: Return a `Generation` instead of the ids alone.
-            verify: Let the full model confirm every token (needs propagation="exact"). The result
-                is then the full model's, token for token, and exits only draft
-                (self-speculative decoding).
+            verify: Draft several tokens and let the full model check them in one pass. The result
+                is the full model's, token for token. Without exits, tokens are drafted by n-gram
+                lookup in the text so far and from the model's own runner-ups, and by a `drafter`.
+                With exits, they draft (self-speculative decoding; needs propagation="exact").
+            drafter: What drafts tokens in addition, with `verify` and without exits.
             draft_length: With `verify`, the maximum number of tokens drafted before the full model
                 checks them.
+            pass_costs: With `verify`, the milliseconds of a pass over 1, 2, ... tokens. They decide
+                how much is drafted (default: measured on this machine, once).
             kwargs: Single settings of a generation config (max_new_tokens, do_sample,
                 repetition_penalty, ...) and `seed`.
 
@@ -298,14 +313,16 @@ class EarlyExit:
                 f"the rule {names} needs the full model's prediction, so it can score but not "
                 "generate; use another rule"
             )
-        if verify and self.propagation != "exact":
+        if verify and self.exits and self.propagation != "exact":
             raise UsageError(
-                f'verify=True needs propagation="exact", got "{self.propagation}"; the full model '
-                "can only confirm tokens with exact keys and values"
+                f'verify=True with exits needs propagation="exact", got "{self.propagation}"; the '
+                "full model can only confirm tokens with exact keys and values"
             )
-        drafts = as_int(draft_length)
-        if drafts is None or drafts < 1:
-            raise UsageError(f"expected a draft_length of at least 1, got {draft_length!r}")
+        verification = verification_of(drafter, draft_length, pass_costs)
+        if drafter is not None and (self.exits or not verify):
+            raise UsageError(
+                "a drafter needs verify=True and no exits; leave the exits or the drafter out"
+            )
         prompt = make_chunk(self.stack, input_ids, attention_mask, padding=config.padding)
         result = generate(
             self.layers,
@@ -313,10 +330,47 @@ class EarlyExit:
             prompt,
             config,
             custom=custom,
-            draft_length=drafts if verify else None,
+            verification=verification if verify else None,
             streamer=streamer,
         )
         return result if return_dict_in_generate else result.sequences
+
+
+def verification_of(
+    drafter: Proposer | Sequence[Proposer] | None,
+    draft_length: int,
+    pass_costs: Sequence[float] | None,
+) -> Verification:
+    """Return how drafts are made and checked, from the arguments of `EarlyExit.generate`.
+
+    Raises:
+        UsageError: One of them is invalid.
+    """
+    drafts = as_int(draft_length)
+    if drafts is None or drafts < 1:
+        raise UsageError(f"expected a draft_length of at least 1, got {draft_length!r}")
+    proposers = [NgramLookup(), *_proposers(drafter), RunnerUps()]
+    return Verification(proposers, drafts, _costs(pass_costs))
+
+
+def _proposers(drafter: Any) -> list[Proposer]:
+    given = list(drafter) if isinstance(drafter, list | tuple) else [drafter]
+    found = [entry for entry in given if entry is not None]
+    for entry in found:
+        if not isinstance(entry, Proposer):
+            raise UsageError(
+                f"expected a drafter with the methods of Proposer, got {type(entry).__name__}"
+            )
+    return found
+
+
+def _costs(given: Sequence[float] | None) -> Sequence[float] | None:
+    if given is None:
+        return None
+    costs = list(given)
+    if not costs or not all(isinstance(cost, int | float) and cost > 0 for cost in costs):
+        raise UsageError(f"expected pass_costs above 0, got {costs[:8]}")
+    return costs
 
 
 def make_exit(

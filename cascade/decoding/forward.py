@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from cascade.core.errors import not_finite
+from cascade.decoding.engine.engine import EngineCall
 from cascade.decoding.kv_cache import KeyValueCache, Selection
 from cascade.decoding.selective_layers import LayerTask, SkippingLayers
 from cascade.exits.heads import ExitHead, PropagationMap
 from cascade.exits.history import HiddenHistory
 from cascade.exits.rules import ExitPoint, ExitRule
 from cascade.models.flops import Counts
-from cascade.models.stack import DecoderStack, Plan
+from cascade.models.stack import Plan
 from cascade.stats.decision import reaches
 
 #: Rows that go through the LM head at once: 512 rows of 49,152 logits in fp32 are 100 MB.
@@ -63,6 +64,10 @@ class Chunk:
 
     def plan(self, layers: SkippingLayers, cache: KeyValueCache) -> Plan:
         """Return the model's plan of the chunk; the cache's window gives the chunk's columns."""
+        if layers.engine is not None:
+            made = layers.engine.plan(self, cache)
+            if made is not None:
+                return made
         return layers.stack.plan(
             self.ids,
             attention_mask=self.attention_mask,
@@ -300,7 +305,14 @@ class ForwardPass:
         """
         self.run_layers_to(self.layers.stack.num_layers)
         needed = self.undecided & outputs
-        decode_tokens(self.layers.stack, self.hidden, needed, self.counts, on_logits)
+        decode_tokens(
+            self.layers,
+            self.hidden,
+            needed,
+            self.counts,
+            on_logits,
+            by_engine=is_by_engine(self.plan),
+        )
 
     def run(self, outputs: Tensor, on_logits: OnLogits) -> None:
         """Compute all layers and decide at every exit.
@@ -315,26 +327,39 @@ class ForwardPass:
         self.finish(outputs, on_logits)
 
 
+def is_by_engine(plan: Plan) -> bool:
+    """Return whether the engine computes a plan."""
+    return bool(plan.calls) and isinstance(plan.calls[0], EngineCall)
+
+
 def decode_tokens(
-    stack: DecoderStack, hidden: Tensor, outputs: Tensor, counts: Counts, on_logits: OnLogits
+    layers: SkippingLayers,
+    hidden: Tensor,
+    outputs: Tensor,
+    counts: Counts,
+    on_logits: OnLogits,
+    *,
+    by_engine: bool = False,
 ) -> None:
     """Compute the full model's logits of some tokens.
 
     Args:
-        stack: The model.
+        layers: The layers of the model.
         hidden: The output of the last layer, `[B, T, D]`.
         outputs: `[B, T]`, true for tokens whose logits are needed.
         counts: Receives the work that is computed.
         on_logits: Called with the logits.
+        by_engine: Whether the engine computed the states.
 
     Raises:
         ModelError: The logits are not finite.
     """
+    stack = layers.stack
     rows, columns = torch.nonzero(outputs, as_tuple=True)
     for some in slices(len(rows), stack.max_positions):
         states = hidden[rows[some], columns[some]]
         counts.lm_head_rows += len(states)
-        logits = stack.decode(states[None])[0].float()
+        logits = layers.logits(states, by_engine=by_engine)
         on_logits(stack.num_layers, rows[some], columns[some], _finite(logits, stack.num_layers))
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cascade.core.errors import UsageError
+from cascade.decoding.drafting.proposers import Drafting, Proposer
+from cascade.decoding.engine.costs import pass_costs
+from cascade.decoding.engine.passes import EnginePasses, OwnPasses
+from cascade.decoding.exit_support import exit_support
 from cascade.decoding.forward import (
     Chunk,
     Exit,
@@ -17,9 +22,12 @@ from cascade.decoding.forward import (
     OnLogits,
     PassConfig,
     decode_tokens,
+    is_by_engine,
 )
 from cascade.decoding.generation_settings import DecodingConfig
+from cascade.decoding.growing_text import Generation, GrowingText, Token
 from cascade.decoding.kv_cache import Selection
+from cascade.decoding.lossless import Passes, generate_lossless
 from cascade.decoding.processors import BatchProcessors, CustomProcessing, Processing
 from cascade.decoding.sampling import TokenChooser
 from cascade.decoding.selective_layers import LayerTask, SkippingLayers
@@ -27,35 +35,7 @@ from cascade.models.flops import Counts
 from cascade.models.stack import DecoderStack, Plan
 
 if TYPE_CHECKING:
-    from transformers.generation.stopping_criteria import StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The result of a generation.
-
-    Attributes:
-        sequences: Token ids, `[B, T + new]`; rows that ended earlier are padded.
-        exit_layers: The layer whose logits each new token was chosen from, `[B, new]`: an exit
-            layer or N; 0 after the end of a row.
-        counts: The work that was actually computed, including the prompt.
-        passed: Tokens of open rows that the first layer computed, including the prompt.
-        drafted: Tokens that an exit proposed, with verification.
-        accepted: Drafted tokens that the full model confirmed.
-    """
-
-    sequences: Tensor
-    exit_layers: Tensor
-    counts: Counts
-    passed: int
-    drafted: int = 0
-    accepted: int = 0
-
-    @property
-    def layers_per_token(self) -> float:
-        """Layers actually computed per token, including the prompt."""
-        return sum(self.counts.layer_rows) / self.passed
 
 
 @dataclass(frozen=True)
@@ -73,116 +53,19 @@ class ExitConfig:
     seed: int
 
 
-class _Token(NamedTuple):
-    """A chosen token and the layer whose logits it was chosen from."""
-
-    token: int
-    layer: int
-
-
-class _Text:
-    """The growing rows: their tokens, how many are confirmed, and which rows have ended.
+@dataclass(frozen=True)
+class Verification:
+    """How drafts are made and checked.
 
     Attributes:
-        ids: Token ids including drafts, `[B, capacity]`.
-        confirmed: The number of final columns of each row.
+        proposers: Guess tokens.
+        draft_length: The maximum number of tokens drafted before the full model checks them.
+        milliseconds: What a pass over 1, 2, ... tokens takes (default: measured on this machine).
     """
 
-    def __init__(
-        self,
-        stack: DecoderStack,
-        prompt: Chunk,
-        config: DecodingConfig,
-        capacity: int,
-        criteria: StoppingCriteriaList,
-        streamer: BaseStreamer | None,
-    ) -> None:
-        self.stack, self.config, self.streamer = stack, config, streamer
-        self.capacity, self.criteria = capacity, criteria
-        batch, self.prompt = prompt.ids.shape
-        self.ids = torch.full((batch, self.capacity), config.filling, device=prompt.ids.device)
-        self.ids[:, : self.prompt] = prompt.ids
-        self.layers = torch.zeros_like(self.ids)
-        self.confirmed = [self.prompt] * batch
-        self.ended = [False] * batch
-        self.mask = prompt.attention_mask
-        self.first = self.prompt - prompt.valid.sum(dim=1)
-        if streamer is not None:
-            streamer.put(prompt.ids.cpu())
-
-    @property
-    def open_rows(self) -> list[int]:
-        """The rows that have not ended."""
-        return [row for row, ended in enumerate(self.ended) if not ended]
-
-    def add(self, column: int, chosen: Mapping[int, _Token]) -> None:
-        """Append confirmed tokens to rows that have not ended, and end rows.
-
-        Args:
-            column: The next column of these rows.
-            chosen: The token of each row.
-        """
-        for row, (token, layer) in sorted(chosen.items()):
-            self.ids[row, column] = token
-            self.layers[row, column] = layer
-            self.confirmed[row] = column + 1
-            is_full = column + 1 == self.capacity
-            is_end = token in self.config.eos_token_id
-            self.ended[row] = is_full or is_end or self._has_stop_string(row)
-            if self.streamer is not None and len(self.ended) == 1:
-                self.streamer.put(torch.tensor([token]))
-        if self.criteria and chosen:
-            stopped = self.criteria(self.ids[:, : column + 1], None)
-            for row in chosen:
-                self.ended[row] = self.ended[row] or bool(stopped[row])
-
-    def _has_stop_string(self, row: int) -> bool:
-        """Return whether the newest token of a row completes a stop string."""
-        if not self.config.stop_strings or self.stack.tokenizer is None:
-            return False
-        # As in transformers, a stop string may begin in the prompt. A token has at least one byte.
-        stops, end = self.config.stop_strings, self.confirmed[row]
-        longest = max(len(stop.encode()) for stop in stops)
-        start = max(int(self.first[row]), self.prompt - longest)
-        decode = self.stack.tokenizer.decode
-        before = str(decode(self.ids[row, start : self.prompt].tolist())).rstrip("\ufffd")
-        text = str(decode(self.ids[row, start:end].tolist()))
-        return any(stop in text[max(0, len(before) - len(stop) + 1) :] for stop in stops)
-
-    def row_mask(self, rows: Sequence[int]) -> Tensor:
-        """Return a mask of some rows, `[B, 1]`."""
-        mask = torch.zeros((len(self.ended), 1), dtype=torch.bool, device=self.ids.device)
-        mask[list(rows)] = True
-        return mask
-
-    def chunk(self, start: int, stop: int) -> Chunk:
-        """Return columns start to stop - 1."""
-        columns = torch.arange(start, stop, device=self.ids.device)
-        positions = (columns - self.first[:, None]).clamp_min(0)
-        ended = torch.tensor(self.ended, device=self.ids.device)[:, None]
-        mask = self.mask
-        if mask is not None:
-            new = mask.new_ones((len(mask), max(0, stop - mask.shape[1])))
-            mask = torch.cat([mask, new], dim=1)[:, :stop]
-        return Chunk(
-            self.ids[:, start:stop], (columns >= self.first[:, None]) & ~ended, positions, mask
-        )
-
-    def result(self, counts: Counts, passed: int, drafted: int, accepted: int) -> Generation:
-        """Return the generation without the columns that no row reached."""
-        stop = max(self.confirmed)
-        for row, confirmed in enumerate(self.confirmed):
-            self.ids[row, confirmed:] = self.config.filling
-        if self.streamer is not None:
-            self.streamer.end()
-        return Generation(
-            self.ids[:, :stop].clone(),
-            self.layers[:, self.prompt : stop].clone(),
-            counts,
-            passed,
-            drafted,
-            accepted,
-        )
+    proposers: Sequence[Proposer]
+    draft_length: int
+    milliseconds: Sequence[float] | None = None
 
 
 def generate(
@@ -191,9 +74,10 @@ def generate(
     prompt: Chunk,
     config: DecodingConfig,
     *,
-    custom: CustomProcessing,
-    draft_length: int | None,
+    verification: Verification | None,
     streamer: BaseStreamer | None,
+    custom: CustomProcessing | None = None,
+    processing: Processing | None = None,
 ) -> Generation:
     """Generate from checked arguments; see `EarlyExit.generate`.
 
@@ -202,10 +86,10 @@ def generate(
         exits: How tokens exit.
         prompt: The prompts, padded on the left.
         config: How to generate.
-        custom: Logits processors and stopping criteria that the caller adds.
-        draft_length: The maximum number of tokens drafted before the full model checks them. None:
-            without verification.
+        verification: How drafts are made and checked; None without verification.
         streamer: Receives each confirmed token; needs a single row.
+        custom: Logits processors and stopping criteria that the caller adds.
+        processing: All of them, if they exist already.
 
     Raises:
         UsageError: A prompt has padding after a token or is too long, there are several rows to
@@ -223,21 +107,78 @@ def generate(
         )
     stack = layers.stack
     new = config.new_tokens(prompt.ids.shape[1], stack.max_positions)
-    processing = Processing.of(stack, prompt, config, new, custom)
-    processors = BatchProcessors(processing, repeats=draft_length is not None)
+    if processing is None:
+        processing = Processing.of(stack, prompt, config, new, custom or CustomProcessing())
+    processors = BatchProcessors(processing, repeats=verification is not None)
     capacity = prompt.ids.shape[1] + new
-    text = _Text(stack, prompt, config, capacity, processing.criteria, streamer)
+    text = GrowingText(stack, prompt, config, capacity, processing.criteria, streamer)
     choose = TokenChooser(config, processors)
+    if not exits.exits:
+        passes = _full_passes(layers, verification, text, choose)
+        if passes is not None:
+            # Processors read the tokens of a draft in their columns, so it has to be a chain.
+            drafting = Drafting(
+                verification.proposers if verification is not None else (),
+                passes.milliseconds,
+                trees=passes.trees and not choose.processors,
+            )
+            return generate_lossless(passes, drafting, text, choose)
     if not exits.exact:
         return _generate_skipping(layers, exits, text, choose)
     segments = _DeferredSegments(layers, exits, text)
-    if draft_length is None:
+    if verification is None or not exits.exits:
         return _generate_exact(segments, text, choose)
-    return _generate_verified(segments, text, choose, draft_length)
+    return _generate_verified(segments, text, choose, verification.draft_length)
+
+
+def _full_passes(
+    layers: SkippingLayers,
+    verification: Verification | None,
+    text: GrowingText,
+    choose: TokenChooser,
+) -> Passes | None:
+    """Return passes over rows of different lengths, or None where rows must stay together."""
+    stack, batch, engine = layers.stack, len(text.ids), layers.engine
+    # Callers' criteria and processors with a state expect all rows to have the same length.
+    if batch > 1 and (text.criteria or choose.processors.has_state):
+        return None
+    proposers = verification.proposers if verification is not None else ()
+    features = sorted({layer for at in proposers for layer in at.feature_layers})
+    make: Callable[[int, int, Sequence[float]], Passes]
+    if engine is not None and engine.is_ready():
+        what = engine.description
+        make = functools.partial(EnginePasses, engine, feature_layers=features)
+    elif batch == 1 and proposers and not features and _can_check_chunks(stack):
+        what = "model"
+        make = functools.partial(OwnPasses, stack, reason=_why_no_engine(layers))
+    else:
+        return None
+    milliseconds: Sequence[float] = [1.0]
+    if verification is not None and proposers:
+        milliseconds = verification.milliseconds or pass_costs(
+            stack, what, lambda capacity: make(1, capacity, [1.0])
+        )
+        milliseconds = milliseconds[: batch + verification.draft_length]
+    return make(batch, text.capacity, milliseconds)
+
+
+def _can_check_chunks(stack: DecoderStack) -> bool:
+    """Return whether the model's own modules compute a chunk as they compute single tokens."""
+    support = exit_support(stack)
+    # In half precision, a chunk is rounded in another way.
+    return stack.dtype == torch.float32 and support.exact_obstacle is None
+
+
+def _why_no_engine(layers: SkippingLayers) -> str:
+    if layers.engine is None:
+        return layers.reason or "it keeps other things than keys and values"
+    if not layers.engine.has_same_weights():
+        return "its weights were replaced"
+    return layers.engine.obstacle or "its layers have hooks"
 
 
 def _generate_skipping(
-    layers: SkippingLayers, exits: ExitConfig, text: _Text, choose: TokenChooser
+    layers: SkippingLayers, exits: ExitConfig, text: GrowingText, choose: TokenChooser
 ) -> Generation:
     """Generate with frozen or ridge propagation: upper layers never compute exited tokens."""
     counts = Counts.of(layers.stack.num_layers)
@@ -291,11 +232,11 @@ class _FoundLogits:
         logits = self._logits[0] if len(self._logits) == 1 else torch.cat(self._logits)
         return choose(ids, logits, self.rows, columns).tolist()
 
-    def choose_column(self, choose: TokenChooser, ids: Tensor, column: int) -> dict[int, _Token]:
+    def choose_column(self, choose: TokenChooser, ids: Tensor, column: int) -> dict[int, Token]:
         """Return the token of each row, if all of them will have the same column."""
         tokens = self.choose(choose, ids, [column] * len(self.rows))
         found = zip(self.rows, tokens, self.layers, strict=True)
-        return {row: _Token(token, layer) for row, token, layer in found}
+        return {row: Token(token, layer) for row, token, layer in found}
 
 
 class _DeferredSegments:
@@ -306,7 +247,7 @@ class _DeferredSegments:
     values are therefore the full model's.
     """
 
-    def __init__(self, layers: SkippingLayers, exits: ExitConfig, text: _Text) -> None:
+    def __init__(self, layers: SkippingLayers, exits: ExitConfig, text: GrowingText) -> None:
         self.layers, self.exits, self.text = layers, exits.exits, text
         self.config = PassConfig(stop_exited=False, seed=exits.seed)
         self.counts = Counts.of(layers.stack.num_layers)
@@ -320,6 +261,8 @@ class _DeferredSegments:
         #: The states `[B, n, D]` waiting below each segment; always empty for the first one.
         self.waiting: list[list[Tensor]] = [[] for _ in ends]
         self.passed = 0
+        #: Whether the engine computed the last segment.
+        self.by_engine = False
 
     def probe(self, stop: int) -> ForwardPass:
         """Return a pass over the last column that decides exits but computes no layers."""
@@ -341,6 +284,7 @@ class _DeferredSegments:
         chunk = self.text.chunk(start, stop)
         self.cache.window(start, stop)
         plan = chunk.plan(self.layers, self.cache)
+        self.by_engine = is_by_engine(plan)
         if index == 0:
             hidden = plan.embedded
             self.passed += int(chunk.valid.sum())
@@ -365,7 +309,9 @@ class _DeferredSegments:
         self.done = [min(done, stop) for done in self.done]
 
 
-def _generate_exact(segments: _DeferredSegments, text: _Text, choose: TokenChooser) -> Generation:
+def _generate_exact(
+    segments: _DeferredSegments, text: GrowingText, choose: TokenChooser
+) -> Generation:
     """Generate with exact propagation: upper layers compute exited tokens once needed."""
     stop = text.prompt
     while text.open_rows:
@@ -388,11 +334,18 @@ def _run_until_exited(
         if not bool(probe.undecided.any()):
             return
     last = hidden[:, -1:]
-    decode_tokens(segments.layers.stack, last, probe.undecided, segments.counts, on_logits)
+    decode_tokens(
+        segments.layers,
+        last,
+        probe.undecided,
+        segments.counts,
+        on_logits,
+        by_engine=segments.by_engine,
+    )
 
 
 def _generate_verified(
-    segments: _DeferredSegments, text: _Text, choose: TokenChooser, draft_length: int
+    segments: _DeferredSegments, text: GrowingText, choose: TokenChooser, draft_length: int
 ) -> Generation:
     """Generate the full model's text: exits draft tokens, and the full model confirms them.
 
@@ -400,7 +353,7 @@ def _generate_verified(
     back to its column. Confirmed tokens of the other rows are then computed again, but do not
     change.
     """
-    drafts: list[dict[int, _Token]] = [{} for _ in text.ended]  # by row, then by column
+    drafts: list[dict[int, Token]] = [{} for _ in text.ended]  # by row, then by column
     drafted = accepted = 0
     stop = text.prompt
     while text.open_rows:
@@ -446,7 +399,7 @@ def _confirm(
     segments: _DeferredSegments,
     probe: ForwardPass,
     choose: TokenChooser,
-    drafts: list[dict[int, _Token]],
+    drafts: list[dict[int, Token]],
     stop: int,
 ) -> int:
     """Let the full model choose all tokens since its last check; return the number it confirms."""
@@ -455,7 +408,7 @@ def _confirm(
     accepted = 0
     matching = text.open_rows
     for column in range(min(text.confirmed[row] for row in matching), stop + 1):
-        confirmed: dict[int, _Token] = {}
+        confirmed: dict[int, Token] = {}
         right = []
         for row in matching:
             if text.confirmed[row] > column:
@@ -467,7 +420,7 @@ def _confirm(
             # Later tokens of the row were computed after the token that is there now.
             if column == stop or int(text.ids[row, column]) == token:
                 right.append(row)
-            confirmed[row] = draft if draft is not None and is_accepted else _Token(token, last)
+            confirmed[row] = draft if draft is not None and is_accepted else Token(token, last)
         text.add(column, confirmed)
         matching = [row for row in right if not text.ended[row]]
     return accepted
@@ -488,7 +441,14 @@ def _full_choices(
     wanted = columns >= (first if choose.processors.keeps_state else confirmed)
     outputs = wanted & text.row_mask(text.open_rows)
     found = _FoundLogits()
-    decode_tokens(segments.layers.stack, hidden, outputs, segments.counts, found.add)
+    decode_tokens(
+        segments.layers,
+        hidden,
+        outputs,
+        segments.counts,
+        found.add,
+        by_engine=segments.by_engine,
+    )
     absolute = [column + start + 1 for column in found.columns]
     tokens = found.choose(choose, text.ids, absolute)
     return dict(zip(zip(found.rows, absolute, strict=True), tokens, strict=True))

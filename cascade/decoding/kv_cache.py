@@ -166,6 +166,38 @@ class KeyValueCache(Cache):
         buffer = self._buffers[index if self.keep else 0]
         return buffer.keys[:, :, : self.stop], buffer.values[:, :, : self.stop]
 
+    def allocate(self, heads: int, head_dim: int, like: Tensor) -> None:
+        """Allocate all buffers, for code that writes to them directly.
+
+        Args:
+            heads: The heads of keys and values.
+            head_dim: The width of a head.
+            like: A tensor with their dtype and device.
+        """
+        shape = (self.batch, heads, self.capacity, head_dim)
+        for index in range(len(self._buffers) if self.keep else 1):
+            if self._buffers[index].keys is None:
+                states = like.new_zeros(()).expand(shape)
+                self._buffer(index, states, states)
+            self.stored.add(index)
+
+    def buffers(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values with all columns, `[B, heads, capacity, head_dim]`."""
+        buffer = self._buffers[index if self.keep else 0]
+        return buffer.keys, buffer.values
+
+    def of_sequence(self, number: int) -> KeyValueCache:
+        """Return a cache of one sequence that shares its buffers with this one.
+
+        The buffers have to be allocated, and the sequence's columns are counted as here.
+        """
+        part = KeyValueCache(len(self._buffers), 1, self.capacity)
+        for own, buffer in zip(part._buffers, self._buffers, strict=True):
+            own.keys = buffer.keys[number : number + 1]
+            own.values = buffer.values[number : number + 1]
+            own.is_initialized = True
+        return part
+
     def _buffer(self, index: int, keys: Tensor, values: Tensor) -> _Buffer:
         # Without `keep`, all layers share one buffer, since each writes every column that it reads.
         buffer = self._buffers[index if self.keep else 0]

@@ -119,6 +119,11 @@ class Processing:
     custom: bool = False
 
     @classmethod
+    def given(cls, processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> Processing:
+        """Return processors and criteria that `generate` of `transformers` has prepared."""
+        return cls(processors, _checked_elsewhere(criteria, ()), custom=True)
+
+    @classmethod
     def of(
         cls,
         stack: DecoderStack,
@@ -229,10 +234,12 @@ class BatchProcessors:
         self.processing = processing
         names = [type(processor).__name__ for processor in processing.processors]
         #: Whether calls need all open rows, in the order of columns.
-        self.keeps_state = repeats and any(
+        self.has_state = any(
             name not in _STATELESS or not type(processor).__module__.startswith("transformers.")
             for name, processor in zip(names, processing.processors, strict=True)
         )
+        #: Whether states are kept for columns that are computed again.
+        self.keeps_state = repeats and self.has_state
         self._before: dict[int, LogitsProcessorList] = {}
         if self.keeps_state:
             self._first = _copied(processing.processors)

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade.core.errors import first_line
+from cascade.core.errors import UsageError, first_line
+from cascade.decoding.engine.engine import DecodingEngine, EngineCall, EngineKind, engine_of
+from cascade.decoding.engine.rows import MAX_ROWS
 from cascade.decoding.exit_support import check_exits
 from cascade.decoding.kv_cache import KeyValueCache, Selection
 from cascade.decoding.packed_attention import PACKABLE, packed_layer
-from cascade.models.fast_layers import FastLayers
 from cascade.models.flops import Counts
 from cascade.models.overrides.hooks import hidden_of
 from cascade.models.overrides.views import (
@@ -81,6 +82,7 @@ class SkippingLayers:
     Args:
         stack: The model.
         skip: False always computes every token (a reference for the packed path).
+        engine: What computes chunks of few tokens (see `engine_of`).
 
     Raises:
         UnsupportedModelError: A layer keeps other things than keys and values per token, so that no
@@ -88,10 +90,12 @@ class SkippingLayers:
 
     Attributes:
         reason: Why layers do not skip exited tokens, or None if they do.
-        fast: Fast layers for few tokens, or None if they do not compute the same.
+        engine: Computes chunks of few tokens, or None without `skip`.
     """
 
-    def __init__(self, stack: DecoderStack, *, skip: bool = True) -> None:
+    def __init__(
+        self, stack: DecoderStack, *, skip: bool = True, engine: EngineKind = "auto"
+    ) -> None:
         check_exits(stack)
         self.stack = stack
         self.reason: str | None = None
@@ -104,7 +108,14 @@ class SkippingLayers:
             )
         else:
             self.reason = self._find_reason()
-        self.fast = self._find_fast() if skip else None
+        if self.reason is not None and skip and engine in ("compiled", "fused"):
+            raise UsageError(
+                f"the {engine} engine does not support this model: {self.reason}; use the engine"
+                " auto"
+            )
+        self.engine: DecodingEngine | None = (
+            engine_of(stack, engine) if skip and self.skips else None
+        )
 
     @property
     def skips(self) -> bool:
@@ -124,10 +135,8 @@ class SkippingLayers:
         """
         if task.selection.dense:
             task.count_all()
-            if self.fast is not None and self.fast.can_compute(
-                task.layer, task.hidden, task.call.kwargs
-            ):
-                return self.fast.compute(task.layer, task.hidden, task.call.kwargs)
+            if isinstance(task.call, EngineCall):
+                return self._run_rows(task, task.call)
             return self.stack.step(task.layer, task.hidden, task.call)
         if not self.skips:
             return self._run_all(task)
@@ -135,7 +144,52 @@ class SkippingLayers:
             self._write_exited(task)
         if not len(task.selection.rows):
             return task.hidden
+        if isinstance(task.call, EngineCall):
+            return self._run_rows(task, task.call)
         return self._run_packed(task)
+
+    def logits(self, hidden: Tensor, *, by_engine: bool) -> Tensor:
+        """Return the logits `[n, V]` of states before the final norm, `[n, D]`, in fp32.
+
+        Args:
+            hidden: The states.
+            by_engine: Whether the engine computed them. The model's own states get its own logits.
+        """
+        engine = self.engine if by_engine else None
+        # In half precision, the model rounds several rows in another way than one.
+        if (
+            engine is not None
+            and not engine.exact
+            and len(hidden) <= MAX_ROWS
+            and engine.is_ready()
+        ):
+            return engine.logits(hidden)
+        return self.stack.decode(hidden[None])[0].float()
+
+    def _run_rows(self, task: LayerTask, call: EngineCall) -> Tensor:
+        """Compute the active tokens by the engine."""
+        engine, hidden, selection = self.engine, task.hidden, task.selection
+        assert engine is not None  # it made the call
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        rows, tables = call.rows, call.tables
+        place = None
+        if not selection.dense:
+            place = selection.rows * hidden.shape[1] + selection.columns
+            rows = rows.picked(place)
+            tables = tables[0][place], tables[1][place]
+            task.counts.layer_rows[task.layer - 1] += len(rows)
+            task.counts.pairs[task.layer - 1] += len(rows) * task.cache.stop
+        made = engine.run(
+            flat if place is None else flat[place],
+            rows,
+            task.cache,
+            below=task.layer - 1,
+            last=task.layer,
+            tables=tables,
+        )
+        if place is not None:
+            made = flat.index_put((place,), made)
+        return made.view_as(hidden)
 
     def _run_packed(self, task: LayerTask) -> Tensor:
         """Compute the active tokens alone, packed into one row."""
@@ -264,41 +318,6 @@ class SkippingLayers:
                 return f"layer {layer} computed for some tokens differs from the full computation"
             hidden = dense
         return None
-
-    def _find_fast(self) -> FastLayers | None:
-        """Return fast layers if they compute the same as the model's layers, else None."""
-        fast = FastLayers(self.stack.layers)
-        if not self.skips or not fast.are_supported():
-            return None
-        try:
-            return fast if self._agrees(fast) else None
-        except Exception:
-            # As in `_find_reason`: the layers of this family need other arguments than Llama's.
-            return None
-
-    def _agrees(self, fast: FastLayers) -> bool:
-        """Return whether both kinds of layers agree on two columns after a short padded prompt."""
-        ids = torch.arange(10, device=self.stack.device).remainder(self.stack.vocab_size)
-        ids = ids.reshape(2, 5)
-        mask = torch.ones_like(ids)
-        mask[0, 0] = 0
-        cache = self.new_cache(2, 5)
-        for start, stop in ((0, 3), (3, 5)):
-            cache.window(start, stop)
-            plan = self.stack.plan(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache)
-            hidden = plan.embedded
-            for layer, call in enumerate(plan.calls, start=1):
-                real = self.stack.step(layer, hidden, call)
-                if start:
-                    found = [state.clone() for state in (real, *cache.read(layer - 1))]
-                    if not fast.can_compute(layer, hidden, call.kwargs):
-                        return False
-                    output = fast.compute(layer, hidden, call.kwargs)
-                    made = (output, *cache.read(layer - 1))
-                    if not all(close(*pair) for pair in zip(found, made, strict=True)):
-                        return False
-                hidden = real
-        return True
 
 
 @contextlib.contextmanager

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cascade.decoding.early_exit import EarlyExit
-    from cascade.decoding.generation import Generation
+    from cascade.decoding.engine.engine import EngineKind
+    from cascade.decoding.growing_text import Generation
     from cascade.models.stack import DecoderStack
 
 
@@ -99,7 +100,7 @@ class GenerationRecord(StoredRecord, frozen=True, kw_only=True):
         tokens_per_second: New tokens per second.
         counts: The work that was computed.
         verified: Whether the full model confirmed every token.
-        drafted: The number of tokens that an exit proposed.
+        drafted: The number of tokens that exits or proposers drafted.
         accepted: The number of drafted tokens that the full model confirmed.
         fallback_reason: Why layers computed every token; None if they skipped exited tokens.
         full: The full model's generation from the same prompt; None without a comparison.
@@ -109,6 +110,12 @@ class GenerationRecord(StoredRecord, frozen=True, kw_only=True):
             caller that have an effect, by name; lists and objects as JSON text.
         bos: "yes" if the prompt begins with the tokenizer's BOS token; "no" if the tokenizer would
             have added it.
+        passes: With drafts and without exits, the passes of the full model behind the prompt.
+        tokens_per_pass: The new tokens per pass, without the one that the prompt's pass gives.
+        proposers: What drafted tokens.
+        sources: For each new token the number of its proposer, counted from 1; 0 if it was not
+            drafted.
+        engine: What computed the layers, e.g. "compiled" or "model".
     """
 
     KIND: ClassVar[str] = "generation"
@@ -134,6 +141,11 @@ class GenerationRecord(StoredRecord, frozen=True, kw_only=True):
     chat: bool
     settings: dict[str, bool | int | float | str] = field(default_factory=dict)
     bos: Literal["yes", "no"] | UnsetType = UNSET
+    passes: Index | UnsetType = UNSET
+    tokens_per_pass: Finite | UnsetType = UNSET
+    proposers: list[str] | UnsetType = UNSET
+    sources: list[Index] | UnsetType = UNSET
+    engine: str | UnsetType = UNSET
 
 
 #: Settings of the run before the timed ones; a minimum length would not fit.
@@ -158,8 +170,9 @@ def transcribe(
         prompt: The text to continue.
         settings: Settings of `EarlyExit.generate` by name, e.g. `max_new_tokens`.
         chat: Apply the model's chat template to the prompt.
-        verify: Let the full model confirm every token.
-        compare: Also generate with the full model, and compare texts and speed.
+        verify: Draft tokens, and let the full model confirm them.
+        compare: Also generate with the full model, and compare texts and speed. Without exits, the
+            full model is computed by its own modules.
         full: The full model (default: the model of `early`).
         bos: Whether the prompt begins with BOS: "auto" (if the tokenizer puts it before a text),
             "yes" or "no". A chat template that writes BOS itself adds no second one.
@@ -185,11 +198,14 @@ def transcribe(
     settings = dict(settings or {})
     # Warm up before the timed runs; a few tokens are enough.
     first = ids[:, -8:]
-    early.generate(first, first.new_ones(first.shape), **settings | _ONE_TOKEN)
+    warm_up = settings | _ONE_TOKEN | {"max_new_tokens": 4 if verify and not early.exits else 1}
+    early.generate(first, first.new_ones(first.shape), verify=verify, **warm_up)
     run = _timed(early, ids, settings, verify=verify)
     comparison = None
     if compare:
-        plain = _timed(EarlyExit(stack), ids, settings)
+        # Exits save layers of the same engine. Without exits, drafts and the engine save time.
+        engine: EngineKind = "auto" if early.exits else "model"
+        plain = _timed(EarlyExit(stack, engine=engine), ids, settings)
         comparison = FullGeneration(
             text="".join(_pieces(tokenizer, ids, plain.tokens)),
             tokens=len(plain.tokens),
@@ -217,7 +233,21 @@ def transcribe(
         chat=chat,
         settings=_recorded(early.stack, settings),
         bos=rule.recorded,
+        **_drafts_of(run.made),
     )
+
+
+def _drafts_of(made: Generation) -> dict[str, Any]:
+    """Return the fields of a record that say how a text was drafted without exits."""
+    if made.sources is None:
+        return {}
+    return {
+        "passes": made.passes,
+        "tokens_per_pass": made.tokens_per_pass,
+        "proposers": list(made.proposers),
+        "sources": made.sources[0].tolist(),
+        "engine": made.engine,
+    }
 
 
 def _recorded(

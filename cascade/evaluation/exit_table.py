@@ -180,7 +180,7 @@ class ExitBatch:
 
         _, self.seconds.full_head = self.clock.time(
             lambda: decode_tokens(
-                self.stack,
+                self.layers,
                 self.final,
                 everything,
                 Counts.of(self.stack.num_layers),

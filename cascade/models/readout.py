@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from cascade.core.errors import UnsupportedModelError, first_line
 from cascade.models.architecture import run_decoder, text_config_of
-from cascade.models.fast_layers import product
 from cascade.models.overrides.hooks import as_output, hidden_of, layer_hooks, split_output
 from cascade.models.overrides.stand_ins import StandIns
 from cascade.models.overrides.views import paths_of, with_descendants, with_own_hooks
@@ -46,10 +45,11 @@ class Readout:
         self._head_paths = paths_of(self.lm_head, model)
         #: Why states cannot be turned into logits, in one line, or None if they can.
         self.obstacle = self._find_obstacle()
-        self._direct_norm: nn.Module | None = None
+        #: The final norm, if norm and LM head alone give the logits; otherwise None.
+        self.direct_norm: nn.Module | None = None
         # A larger model that does not run on text is refused by DecoderStack, which says why.
         with contextlib.suppress(*([Exception] if has_text_decoder(model) else [])):
-            self._direct_norm = None if self.obstacle else self._find_direct_norm()
+            self.direct_norm = None if self.obstacle else self._find_direct_norm()
 
     @torch.no_grad()
     def _find_obstacle(self) -> str | None:
@@ -108,18 +108,20 @@ class Readout:
     def decode(self, hidden: Tensor) -> Tensor:
         """Return the logits `[B, T, V]` of states before the final norm, `[B, T, D]`."""
         self._check()
-        if self._direct_norm is None or hidden.dtype != self.model.dtype:
+        if self.direct_norm is None or hidden.dtype != self.model.dtype:
             return self._decode_by_model(hidden)  # which converts a wider residual stream
         with _gradients_of(hidden):
-            return product(self.lm_head, self._direct_norm(hidden))
+            logits: Tensor = self.lm_head(self.direct_norm(hidden))
+            return logits
 
     def decode_normed(self, normed: Tensor) -> Tensor:
         """Return the logits `[B, T, V]` of states after the final norm, `[B, T, D]`."""
         self._check()
-        if self._direct_norm is None:
+        if self.direct_norm is None:
             return self._decode_normed_by_model(normed)
         with _gradients_of(normed):
-            return product(self.lm_head, normed)
+            logits: Tensor = self.lm_head(normed)
+            return logits
 
     @torch.no_grad()
     def norm(self, hidden: Tensor) -> Tensor:
@@ -133,8 +135,8 @@ class Readout:
                 f"this {self.model.config.model_type} has no final norm that keeps the width"
             )
         self._check()
-        if self._direct_norm is not None and hidden.dtype == self.model.dtype:
-            normed: Tensor = self._direct_norm(hidden)
+        if self.direct_norm is not None and hidden.dtype == self.model.dtype:
+            normed: Tensor = self.direct_norm(hidden)
             return normed
         with self.stand_ins.standing_in(self.decoder, self._stand_in_for(hidden)) as decoder:
             return run_decoder(decoder, _ids_like(hidden))

@@ -64,6 +64,16 @@ class Plan:
     calls: tuple[LayerCall, ...]
 
 
+class _Engines(dict[str, Any]):
+    """The engines of a model. Its copies make their own: engines hold addresses of its weights."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Engines:
+        return _Engines()
+
+    def __reduce__(self) -> tuple[type[_Engines], tuple[()]]:
+        return _Engines, ()
+
+
 class DecoderStack:
     """A causal language model as embeddings, decoder layers 1..N, final norm and LM head.
 
@@ -106,6 +116,8 @@ class DecoderStack:
         model.train(False)
         decompress(model)
         self.tokenizer = tokenizer
+        #: What decodes few tokens in less time, by its kind (see `engine_of`).
+        self.engines: dict[str, Any] = _Engines()
         #: The model that this one continues (see `cascade.stages.stage.extended`).
         self.below: DecoderStack | None = None
         self.layers = find_layers(model)
@@ -220,6 +232,11 @@ class DecoderStack:
             f"decoder layer {layer} ({type(self.layers[layer - 1]).__name__}) takes a second value"
             " from an earlier layer next to the hidden states"
         )
+
+    @property
+    def direct_norm(self) -> nn.Module | None:
+        """The final norm, if norm and LM head alone give the logits; otherwise None."""
+        return self._readout.direct_norm
 
     @property
     def readout_obstacle(self) -> str | None:

@@ -18,7 +18,7 @@ from cascade.corpora.bos import check_same_bos
 from cascade.decoding.early_exit import EarlyExit, Propagation, Score
 from cascade.decoding.exit_support import check_exits
 from cascade.decoding.forward import Exit, ForwardPass
-from cascade.decoding.generation import Generation
+from cascade.decoding.growing_text import Generation
 from cascade.decoding.inputs import make_chunk
 from cascade.models.flops import Counts
 from cascade.models.loading import load

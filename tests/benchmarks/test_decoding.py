@@ -1,4 +1,4 @@
-"""Test the benchmark of decoding: all variants use the same prompts. No test asserts a speed."""
+"""Test the benchmark of early exit: all variants use the same prompts. No test asserts a speed."""
 
 from __future__ import annotations
 
@@ -296,19 +296,19 @@ def test_the_report_refuses_a_record_of_another_kind(record: DecodingBenchmark) 
 
 def test_the_command_prints_and_writes_the_record(saved: Path, run: Run, here: Path) -> None:
     done = run(
-        *("bench", "decode", "--model", saved, "--prompt-tokens", 12, "--new-tokens", 6),
+        *("bench", "early-exit", "--model", saved, "--prompt-tokens", 12, "--new-tokens", 6),
         *("--rounds", 2, "--no-scoring", "--output", "out"),
     )
     assert done.status == 0, done.err
     record = json.loads((here / "out" / "bench.json").read_text())
     assert record["kind"] == "bench.decode"
-    assert record["provenance"]["command"].startswith("cascade bench decode --model")
+    assert record["provenance"]["command"].startswith("cascade bench early-exit --model")
     assert "full/generate" in done.out
     assert "Round 2 of 2" in done.err
 
 
 def test_the_command_gives_a_one_line_error(saved: Path, run: Run, here: Path) -> None:
-    done = run("bench", "decode", "--model", saved, "--rounds", 1, "--output", "out")
+    done = run("bench", "early-exit", "--model", saved, "--rounds", 1, "--output", "out")
     assert done.status == 2
     assert done.err.count("\n") == 1
     assert "expected --rounds of at least 2" in done.err
@@ -321,7 +321,7 @@ def test_prompts_beyond_the_positions_are_refused_before_any_pass(
     monkeypatch.setattr(benchmark, "fit_heads", lambda *_, **__: pytest.fail("heads were fitted"))
     for prompt, new in ((600, 24), (60, 5)):
         done = run(
-            *("bench", "decode", "--model", saved, "--output", "out"),
+            *("bench", "early-exit", "--model", saved, "--output", "out"),
             *("--prompt-tokens", prompt, "--new-tokens", new),
         )
         assert done.status == 2

@@ -54,7 +54,7 @@ for arguments in (["--help"], ["analyze", "--help"], ["accept", "--help"], ["--v
         (("analyze", "--no-such-option"), ["--no-such-option"]),
         (("fit-heads", "--layers", "2"), ["--output", "`cascade fit-heads --help`"]),
         (("calibrate", "--hard-ratio", 0.5, "--hard-ratio", "x"), ["number", "got '0.5', 'x'"]),
-        (("bench", "decode", "--rounds", "many"), ["--rounds", "`cascade bench decode --help`"]),
+        (("bench", "fit", "--rounds", "many"), ["--rounds", "`cascade bench fit --help`"]),
         (("no-such-command",), ["no-such-command", "see `cascade --help`"]),
         (("accept",), ["run", "see `cascade accept --help`"]),
     ],

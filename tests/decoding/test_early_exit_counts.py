@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from support.reference_early_exit import (
     ALL_PROPAGATIONS,
     LAYERS,
@@ -93,8 +94,12 @@ def test_pairs_are_queries_times_visible_columns() -> None:
     early = scorer("llama", layers=(2,))
     score = early.score(ids)
     hard = (score.exit_layers == LAYERS).sum(dim=1)
+    # The engine computes exactly the active rows.
+    assert score.counts.pairs == [200, 200, int(hard.sum()) * 10, int(hard.sum()) * 10]
+    own = EarlyExit(stack, exits=early.exits, engine="model").score(ids)
+    assert torch.equal(own.exit_layers, score.exit_layers)
     most = int(hard.max()) * int((hard > 0).sum())
-    assert score.counts.pairs == [200, 200, most * 10, most * 10]
+    assert own.counts.pairs == [200, 200, most * 10, most * 10]
     assert most < 20
 
 

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from cascade.decoding.early_exit import EarlyExit, Propagation, make_exit
 from cascade.decoding.forward import Exit
-from cascade.decoding.generation import Generation
+from cascade.decoding.growing_text import Generation
 
 
 @functools.cache
@@ -289,6 +289,12 @@ def test_sequences_share_no_memory_with_prompt() -> None:
         "passed",
         "drafted",
         "accepted",
+        "passes",
+        "sources",
+        "proposed",
+        "positions",
+        "proposers",
+        "engine",
     }
 
 

@@ -197,8 +197,8 @@ UNKNOWN = "expected settings of a GenerationConfig of transformers, or seed, got
         ),
         (
             {"verify": True},
-            'verify=True needs propagation="exact", got "frozen"; the full model can only '
-            "confirm tokens with exact keys and values",
+            'verify=True with exits needs propagation="exact", got "frozen"; the full model can '
+            "only confirm tokens with exact keys and values",
         ),
         ({"draft_length": 0}, "expected a draft_length of at least 1, got 0"),
         ({"draft_length": None}, "expected a draft_length of at least 1, got None"),

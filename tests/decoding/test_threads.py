@@ -22,7 +22,7 @@ from support.tiny_models import random_ids, tiny_model
 from torch import Tensor
 
 from cascade.decoding.early_exit import EarlyExit, Propagation
-from cascade.decoding.generation import Generation
+from cascade.decoding.growing_text import Generation
 from cascade.models.stack import DecoderStack
 
 #: How often each thread repeats its work.
@@ -177,8 +177,9 @@ def test_model_with_replaced_forward_is_restored_after_each_call(
         module = layer.get_submodule(path)
         module.forward = functools.partial(type(module).forward, module)  # as accelerate does
     before = state_of(stack)
+    # A replaced forward turns the engine off, which sums in another order.
     for one, other in zip((*work(), *generic()), (*expected, *all_computed), strict=True):
-        assert torch.equal(one, other)
+        assert torch.allclose(one.float(), other.float(), rtol=0, atol=1e-6)
     assert state_of(stack) == before
     attention: Any = stack.layers[0].self_attn
     assert attention.config is stack.model.config

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+from support.engines import BEST
 from support.tiny_models import made_tokenizer, tiny_model, tiny_tokenizer
 
 from cascade.core.errors import UsageError
@@ -111,3 +112,19 @@ def test_prompts_and_chats_begin_like_corpora(
     assert record.bos == bos_rule(reading, choice).recorded
     if template is None:
         assert seen[-1] == prompt_ids(reading, "ab", bos_rule(reading, choice))
+
+
+def test_text_without_exits_is_drafted() -> None:
+    early = EarlyExit(early_exit().stack)
+    record = transcribe(early, "Number 7", SETTINGS | {"max_new_tokens": 20}, verify=True)
+    assert record.verified
+    assert record.exits == []
+    assert record.engine.startswith(BEST)
+    assert record.proposers == ["n-gram", "runner-ups"]
+    assert isinstance(record.sources, list)
+    assert len(record.sources) == 20
+    assert sum(source > 0 for source in record.sources) == record.accepted
+    assert record.passes == 19 - record.accepted
+    assert record.full is not None
+    assert record.full.same_tokens == 20
+    assert from_plain(to_plain(record), GenerationRecord) == record

@@ -39,6 +39,7 @@ from cascade.core.records import to_json
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import EarlyExit, Propagation, make_exit
+from cascade.decoding.engine.engine import DecodingEngine
 from cascade.evaluation import exit_table, operating_points
 from cascade.evaluation.exit_table import ExitTable
 from cascade.evaluation.operating_points import Evaluator, OperatingPoint
@@ -435,6 +436,7 @@ class FakeClock:
 def timed(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeClock, DecoderStack]:
     """Return a clock and a model whose modules advance it."""
     clock, stack = FakeClock(), DecoderStack(tiny_model("llama"))
+    monkeypatch.setattr(DecodingEngine, "is_ready", lambda self: False)
     monkeypatch.setattr(exit_table, "time", types.SimpleNamespace(perf_counter=clock.perf_counter))
     layers_run = operating_points.SkippingLayers.run
     monkeypatch.setattr(operating_points.SkippingLayers, "run", clock.ticking(layers_run, LAYER))

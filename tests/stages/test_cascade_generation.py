@@ -21,7 +21,7 @@ from support.tiny_stages import (
 from torch import Tensor
 
 from cascade.decoding.early_exit import Propagation
-from cascade.decoding.generation import Generation
+from cascade.decoding.growing_text import Generation
 from cascade.models.stack import DecoderStack
 from cascade.stages.cascades import Cascade
 

@@ -22,7 +22,7 @@ from cascade.core.arrays import Array
 from cascade.core.provenance import SPLITS, Split
 from cascade.corpora.blocks import TokenBlocks
 from cascade.decoding.early_exit import EarlyExit, make_exit
-from cascade.decoding.generation import Generation
+from cascade.decoding.growing_text import Generation
 from cascade.evaluation.calibration import confidences
 from cascade.evaluation.exit_curves import curve, exits_and_wrong
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate

@@ -8,6 +8,7 @@ Every option is used as the page writes it. What differs from a reader's machine
 - the local files that pages speak of are those of `lay_out`;
 - benchmarks run each variant once, whatever `--rounds` says, and start no processes of their own;
 - drafters are trained on a few tokens in a few steps, whatever `--tokens` and `--steps` say;
+- lossless decoding is timed on two prompts of each kind and a few new tokens;
 - budgets of time are wide, what a tiny model takes being nobody's subject;
 - the noise of arithmetic is what `NOISE` says, not measured.
 """
@@ -20,6 +21,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ from transformers import PreTrainedTokenizerFast
 
 from cascade.benchmarks import gate as gate_benchmark
 from cascade.benchmarks import memory, timing
+from cascade.benchmarks.lossless import benchmark as lossless_benchmark
+from cascade.benchmarks.lossless import prompts as lossless_prompts
+from cascade.benchmarks.lossless import rounds as lossless_rounds
 from cascade.corpora import blocks as corpora
 from cascade.corpora import forms, readers
 from cascade.drafters import making as drafters
@@ -182,6 +187,8 @@ def _shorten_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
         "peak_in_fresh_process",
         lambda *_: memory.PassPeak(tokens=1, loaded_mb=1.0, peak_mb=1.0),
     )
+    monkeypatch.setattr(lossless_benchmark, "read_prompts", _few_prompts)
+    monkeypatch.setattr(lossless_benchmark, "time_rounds", _time_few_tokens)
     monkeypatch.setattr(gate_benchmark, "run_python", lambda *_: "0.01")
     monkeypatch.setattr(gate_benchmark, "measure_noise", lambda *_: NOISE)
 
@@ -205,6 +212,22 @@ def _run_once(variants: Mapping[str, timing.Variant], **_: Any) -> timing.Timing
         results[name] = variant()
         seconds[name] = [time.perf_counter() - start] * 2
     return timing.Timings(results, [list(variants)] * 2, seconds)
+
+
+def _few_prompts(config: Any, *_: Any) -> lossless_prompts.PromptSets:
+    """Return two batches of short prompts of each kind."""
+    count = 2 * max(config.batch_sizes)
+    kinds = {kind: [(5 + number, 6, 7) for number in range(count)] for kind in config.kinds}
+    return lossless_prompts.PromptSets(kinds, config, records=1)
+
+
+def _time_few_tokens(
+    variants: Any, batches: Any, **options: Any
+) -> tuple[list[lossless_rounds.Round], dict[str, str]]:
+    few = [replace(batch, new_tokens=3) for batch in batches]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lossless_rounds, "disturbance", lambda *_: None)
+        return lossless_rounds.time_rounds(variants, few, **options)
 
 
 def lay_out(folder: Path, saved: Path) -> None:

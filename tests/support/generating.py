@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from cascade.core.errors import UsageError
 from cascade.decoding.early_exit import EarlyExit, Propagation
-from cascade.decoding.generation import Generation
+from cascade.decoding.growing_text import Generation
 from cascade.models.stack import DecoderStack
 from support.reference_early_exit import (
     a_settled_stack,

@@ -16,6 +16,7 @@ from cascade.cli.console import command_line, message
 from cascade.cli.inputs import read_layers
 from cascade.cli.options import BaselinesFolder, Device, ExitLayer, Model, PrintOptions
 from cascade.cli.output import run_folder, show, write_json
+from cascade.core.errors import UsageError
 
 if TYPE_CHECKING:
     from cascade.benchmarks.collection import CollectionBenchmark
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cascade.benchmarks.gate import GateBenchmark
     from cascade.benchmarks.hard_tokens import HardTokenBenchmark
     from cascade.benchmarks.head_fitting import HeadFittingBenchmark
+    from cascade.benchmarks.lossless.records import LosslessBenchmark
     from cascade.core.schema import StoredRecord
     from cascade.report.common.sections import Report
 
@@ -128,7 +130,7 @@ def bench_collect(
 
 @dataclass(frozen=True)
 class DecodingOptions(BenchmarkOptions):
-    """The variants of decoding that are timed."""
+    """The variants of early exit that are timed."""
 
     dtype: Annotated[
         str, typer.Option(help="float32 or bfloat16.", autocompletion=completion.dtypes)
@@ -178,9 +180,9 @@ class DecodingOptions(BenchmarkOptions):
     scoring: Annotated[bool, typer.Option(help="Time scoring with skipped layers as well.")] = True
 
 
-@command("decode", group=bench)
-def bench_decode(options: DecodingOptions, output: BenchmarkOutput) -> None:
-    """Time decoding: transformers' generate, this package's, and early exit.
+@command("early-exit", group=bench)
+def bench_early_exit(options: DecodingOptions, output: BenchmarkOutput) -> None:
+    """Time early exit: transformers' generate, full depth, and tokens that exit.
 
     Runs the variants on held-out text, in one process, interleaved in
     random order. A missed target is printed and recorded; the exit
@@ -196,6 +198,101 @@ def bench_decode(options: DecodingOptions, output: BenchmarkOutput) -> None:
         return benchmark_decoding(config, command=line, progress=progress)
 
     _run(measure, decoding_benchmark_report, output)
+
+
+@dataclass(frozen=True)
+class LosslessOptions:
+    """The prompts and variants of lossless decoding that are timed."""
+
+    panel: ClassVar[str] = _WORK
+
+    model: Model = "smollm2-135m"
+    dtypes: Annotated[
+        str, typer.Option(help="Dtypes, e.g. float32,bfloat16.", autocompletion=completion.dtypes)
+    ] = "float32,bfloat16"
+    kinds: Annotated[str, typer.Option(help="Kinds of prompts.")] = (
+        "instructions,rewriting,long-context"
+    )
+    prompts: Annotated[int, typer.Option(help="Prompts of each kind.")] = 20
+    new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per prompt.")] = 128
+    batch: Annotated[str, typer.Option("--batch", help="Prompts continued together, e.g. 1,4.")] = (
+        "1"
+    )
+    long_tokens: Annotated[int, typer.Option(help="Tokens of a prompt with a long context.")] = 1024
+    corpus: Annotated[
+        str,
+        typer.Option(
+            help="Corpus of the prompts; its held-out records are used.",
+            autocompletion=completion.corpora,
+        ),
+    ] = "embedded"
+    text_column: Annotated[
+        str | None,
+        typer.Option(help="Column to read (default: by the form of the records)."),
+    ] = None
+    drafter: Annotated[
+        Path | None, typer.Option(help="Folder of a trained drafter (default: none).")
+    ] = None
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Time `generate` with torch.compile as well; compiling takes minutes.",
+        ),
+    ] = False
+    peers: Annotated[
+        bool, typer.Option(help="Time llama-cpp-python and openvino-genai, if installed.")
+    ] = True
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Number of threads (default: torch's).")
+    ] = None
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed of the first order and of the intervals.")
+    ] = 0
+    device: Device = "cpu"
+
+
+@command("decode", group=bench)
+def bench_decode(options: LosslessOptions, output: BenchmarkOutput) -> None:
+    """Time lossless decoding against transformers' generate and other libraries.
+
+    Every variant continues the same held-out prompts, greedily, in one
+    process and in rotating order. Texts are compared with those of
+    generate. A slower or unequal variant is printed and recorded; the
+    exit status remains 0. The default run takes over an hour on two
+    cores; --prompts, --kinds and --dtypes shorten it.
+    """
+    from cascade.report.benchmarks.lossless import lossless_benchmark_report
+
+    def measure(line: str, progress: Callable[[str], None]) -> LosslessBenchmark:
+        from cascade.benchmarks.lossless.benchmark import benchmark_lossless
+        from cascade.benchmarks.lossless.config import LosslessBenchmarkConfig
+
+        given = dataclasses.asdict(options)
+        sizes = given.pop("batch")
+        config = LosslessBenchmarkConfig(
+            **given
+            | {
+                "dtypes": _names(options.dtypes),
+                "kinds": _names(options.kinds),
+                "batch_sizes": _batch_sizes(sizes),
+                "drafter": None if options.drafter is None else str(options.drafter),
+            }
+        )
+        return benchmark_lossless(config, command=line, progress=progress)
+
+    _run(measure, lossless_benchmark_report, output)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise UsageError(f"expected --batch with whole numbers such as 1,4, got {text}") from None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`cascade generate`: generate text with early exit."""
+"""`cascade generate`: generate the full model's own text, or text with early exit."""
 
 from __future__ import annotations
 
@@ -93,8 +93,16 @@ class ExitOptions:
         typer.Option(help="Folder of `cascade train` to take the model and its stages from."),
     ] = None
     verify: Annotated[
-        bool, typer.Option("--verify", help="Let the full model confirm every token.")
+        bool,
+        typer.Option(
+            "--verify", help="Let the full model confirm every token (default: if nothing exits)."
+        ),
     ] = False
+
+    def has_exits(self, heads: GenerationHeads) -> bool:
+        """Return whether an option asks for exits."""
+        own = (self.layer, self.rule, self.threshold, self.calibration, self.cascade)
+        return any(value is not None for value in (*own, heads.heads, heads.propagation))
 
     def check(self, heads: GenerationHeads) -> None:
         """Check that no two options set the same thing.
@@ -152,7 +160,11 @@ def generate(
     heads: GenerationHeads,
     seed: Seed = 0,
 ) -> None:
-    """Generate text, and show at which layer each token exited."""
+    """Generate text, and show at which layer each token exited.
+
+    Without options for exits, the text is the full model's own: several tokens are drafted from the
+    text so far, and the full model checks them in one pass.
+    """
     from cascade.decoding.transcript import transcribe
     from cascade.report.exits.generation import print_generation
 
@@ -170,7 +182,7 @@ def generate(
             prompt.prompt,
             {"seed": seed} | settings,
             chat=prompt.chat,
-            verify=exits.verify,
+            verify=exits.verify or not exits.has_exits(heads),
             compare=prompt.compare,
             full=stack,
             bos=_bos(prompt.bos, stack, made_on),
@@ -187,7 +199,11 @@ def _early_exit_of(
 
         staged = read_cascade(exits.cascade, model.dtype, model.device)
         return staged.base, staged.early_exit(), staged.trained_on()
-    stack = load_model(model, exits=True)
+    stack = load_model(model, exits=exits.has_exits(heads))
+    if not exits.has_exits(heads):
+        from cascade.decoding.early_exit import EarlyExit
+
+        return stack, EarlyExit(stack, seed=seed), []
     fitted = read_heads(heads.heads, stack)
     if exits.calibration is not None:
         from cascade.evaluation.calibration import early_exit_of, read_calibration

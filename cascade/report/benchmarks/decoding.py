@@ -1,4 +1,4 @@
-"""The report of the benchmark of decoding."""
+"""The report of the benchmark of early exit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def decoding_benchmark_report(record: DecodingBenchmark) -> Report:
-    """Return the report of the benchmark of decoding.
+    """Return the report of the benchmark of early exit.
 
     Args:
         record: The record of the benchmark.
@@ -36,7 +36,7 @@ def decoding_benchmark_report(record: DecodingBenchmark) -> Report:
         text_columns=1,
     )
     return benchmark_report(
-        "Decoding",
+        "Early exit",
         record.provenance,
         (
             Section("", (Pairs(_headline(record)),)),

@@ -1,7 +1,11 @@
-"""Generated text for the terminal: each token with the layer at which it exited, and a summary."""
+"""Generated text for the terminal: where each token comes from, and a summary.
+
+With exits, that is the layer at which a token exited; with drafts, what drafted it.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 
 from rich.console import Console
@@ -24,10 +28,10 @@ _FULL_COLOUR = "red"
 
 
 def print_generation(record: GenerationRecord, console: Console) -> None:
-    """Print a generated text, each token with the layer at which it exited, and a summary.
+    """Print a generated text, each token with where it comes from, and a summary.
 
-    On a terminal with colours, each token has the colour of its exit layer. Otherwise (a pipe, a
-    file, `NO_COLOR`), the layer is printed in brackets before the tokens that exited there.
+    On a terminal with colours, each token has the colour of its exit layer or of what drafted it.
+    Otherwise (a pipe, a file, `NO_COLOR`), that is printed in brackets before the tokens.
 
     Args:
         record: The record.
@@ -39,7 +43,7 @@ def print_generation(record: GenerationRecord, console: Console) -> None:
     _check(record)
     coloured = console.color_system is not None and not console.no_color
     print_lines(_text(record, console, coloured=coloured), console, console.width)
-    print_heading("Exit layers", console)
+    print_heading("Drafts" if known(record.sources) is not None else "Exit layers", console)
     _print_legend(record, console, coloured=coloured)
     print_heading("Summary", console)
     print_pairs(_summary(record), console)
@@ -58,45 +62,96 @@ def _check(record: GenerationRecord) -> None:
         raise ValueError(f"expected exit layers among those of by_layer, got {min(unknown)}")
 
 
-def _colours(record: GenerationRecord) -> dict[int, str]:
-    layers = [row.layer for row in record.by_layer if row.layer != record.num_layers]
-    colours = {layer: _COLOURS[index % len(_COLOURS)] for index, layer in enumerate(layers)}
-    return colours | {record.num_layers: _FULL_COLOUR}
+@dataclass(frozen=True)
+class _Origin:
+    """Where tokens come from: an exit layer, or a proposer of drafts.
+
+    Attributes:
+        name: For the table.
+        mark: For text without colours.
+        colour: The colour of its tokens.
+        tokens: The number of its tokens.
+        share: The share of all new tokens.
+        about: A few words.
+    """
+
+    name: str
+    mark: str
+    colour: str
+    tokens: int
+    share: float
+    about: str
+
+
+def _origins(record: GenerationRecord) -> dict[int, _Origin]:
+    """Return all origins of tokens, by the number that a token has in the record."""
+    sources = known(record.sources)
+    if sources is None:
+        lower = [row for row in record.by_layer if row.layer != record.num_layers]
+        colours = {row.layer: _COLOURS[n % len(_COLOURS)] for n, row in enumerate(lower)}
+        return {
+            row.layer: _Origin(
+                str(row.layer),
+                f"[{row.layer}]",
+                colours.get(row.layer, _FULL_COLOUR),
+                row.tokens,
+                row.share,
+                "all layers" if row.layer == record.num_layers else "exited",
+            )
+            for row in record.by_layer
+        }
+    found = {}
+    for number, name in enumerate(["full model", *(known(record.proposers) or ())]):
+        count = sources.count(number)
+        found[number] = _Origin(
+            name,
+            f"[{name}]",
+            _COLOURS[(number - 1) % len(_COLOURS)] if number else _FULL_COLOUR,
+            count,
+            count / max(1, len(sources)),
+            "drafted" if number else "not drafted",
+        )
+    return {number: origin for number, origin in found.items() if origin.tokens or not number}
+
+
+def _numbers(record: GenerationRecord) -> list[int]:
+    """Return the origin of each token, as in `_origins`."""
+    return known(record.sources) or list(record.exit_layers)
 
 
 def _text(record: GenerationRecord, console: Console, *, coloured: bool) -> Text:
-    """Return prompt and tokens, coloured or with each run of tokens marked by its exit layer."""
+    """Return prompt and tokens, coloured or with each run of tokens marked by its origin."""
 
     def shown(text: str) -> str:
         return printable(text, console, keep="\n\t")
 
-    colours = _colours(record)
+    origins = _origins(record)
     text = Text(shown(record.prompt) + "\n\n" * record.chat)
-    pairs = zip(record.exit_layers, record.tokens, strict=True)
-    for layer, run in groupby(pairs, key=lambda pair: pair[0]):
+    pairs = zip(_numbers(record), record.tokens, strict=True)
+    for number, run in groupby(pairs, key=lambda pair: pair[0]):
         joined = "".join(token for _, token in run)
         if coloured:
-            text.append(shown(joined), style=colours[layer])
+            text.append(shown(joined), style=origins[number].colour)
         else:
             # After leading blanks, so that the mark is directly before the word.
             word = joined.lstrip()
-            text.append(f"{shown(joined[: len(joined) - len(word)])}[{layer}]{shown(word)}")
+            mark = origins[number].mark
+            text.append(f"{shown(joined[: len(joined) - len(word)])}{mark}{shown(word)}")
     return text
 
 
 def _print_legend(record: GenerationRecord, console: Console, *, coloured: bool) -> None:
-    rows, styles, colours = [], {}, _colours(record)
-    for number, row in enumerate(record.by_layer):
-        layer = row.layer
+    rows, styles = [], {}
+    for place, origin in enumerate(_origins(record).values()):
         if coloured:
-            styles[number] = colours[layer]
-        went = "exited" if layer != record.num_layers else "all layers"
-        mark = colours[layer].removeprefix("bright_") if coloured else f"[{layer}]"
-        rows.append([str(layer), f"{row.tokens:,}", share(row.share), mark, went])
+            styles[place] = origin.colour
+        mark = origin.colour.removeprefix("bright_") if coloured else origin.mark
+        rows.append([origin.name, f"{origin.tokens:,}", share(origin.share), mark, origin.about])
     if not rows:
         console.print(Text("none"))
         return
-    header = ("layer", "tokens", "share", "colour" if coloured else "mark", "")
+    first = "layer" if known(record.sources) is None else "by"
+    header = (first, "tokens", "share", "colour" if coloured else "mark", "")
     print_table(header, rows, console, gap=2, text_columns=2, styles=styles)
     if not coloured:
         console.print()
@@ -107,13 +162,9 @@ def _print_legend(record: GenerationRecord, console: Console, *, coloured: bool)
 def _summary(record: GenerationRecord) -> list[tuple[str, str]]:
     rows = [
         *(("Exit", _exit(exit_)) for exit_ in record.exits),
-        ("Propagation", propagation_words(record.propagation)),
+        *([("Propagation", propagation_words(record.propagation))] if record.exits else []),
         *_settings(record),
-        (
-            "Layers",
-            f"{record.layers_per_token:.2f} of {record.num_layers} computed per token, including "
-            "the prompt's tokens, which the table above does not count",
-        ),
+        _computed(record),
         ("Speed", _speed(record)),
         ("LM head", f"{record.counts.lm_head_rows:,} rows for {_count(record)}"),
     ]
@@ -121,13 +172,10 @@ def _summary(record: GenerationRecord) -> list[tuple[str, str]]:
     if bos is not None:
         rows.insert(0, ("Prompt", "begins with BOS" if bos == "yes" else "without BOS"))
     if record.verified:
-        rows.append(
-            (
-                "Verified",
-                f"early exit drafted {record.drafted:,} tokens, of which the full model confirmed "
-                f"{record.accepted:,}; the full model chose the others",
-            )
-        )
+        rows.append(("Verified", _verified(record)))
+    engine = known(record.engine)
+    if engine is not None:
+        rows.append(("Engine", engine))
     if record.full is not None:
         rows += _compared(record, record.full)
     if record.fallback_reason is not None:
@@ -135,6 +183,34 @@ def _summary(record: GenerationRecord) -> list[tuple[str, str]]:
             ("No skipping", f"every layer computed every token here: {record.fallback_reason}")
         )
     return rows
+
+
+def _computed(record: GenerationRecord) -> tuple[str, str]:
+    if known(record.sources) is not None:
+        rows = record.counts.layer_rows[0]
+        return ("Computed", f"{rows:,} tokens with prompt and drafts, for {_count(record)}")
+    return (
+        "Layers",
+        f"{record.layers_per_token:.2f} of {record.num_layers} computed per token, including "
+        "the prompt's tokens, which the table above does not count",
+    )
+
+
+def _verified(record: GenerationRecord) -> str:
+    passes = known(record.passes)
+    if passes is None and not record.exits:
+        return "the full model chose every token; this model and dtype are decoded without drafts"
+    what = "early exit" if passes is None else "lookup"
+    if passes is not None and {*(known(record.proposers) or ())} - {"n-gram", "runner-ups"}:
+        what = "lookup and drafter"
+    said = (
+        f"{what} drafted {record.drafted:,} tokens, of which the full model confirmed"
+        f" {record.accepted:,}; the full model chose the others"
+    )
+    if passes is None:
+        return said
+    number = f"{passes:,} pass{'' if passes == 1 else 'es'}"
+    return f"{said}; {number}, {known(record.tokens_per_pass):.2f} tokens per pass"
 
 
 def _settings(record: GenerationRecord) -> list[tuple[str, str]]:

@@ -152,6 +152,13 @@ def test_verified_drafts_are_counted() -> None:
     assert "early exit drafted 1,024 tokens, of which the full model confirmed 1,003" in text
 
 
+def test_text_without_drafts_and_exits_says_so() -> None:
+    record = a_record() | {"verified": True, "exits": []}
+    text = flat(printed(record))
+    assert "Verified the full model chose every token" in text
+    assert "drafted" not in text
+
+
 def test_text_equal_to_the_full_models_is_reported() -> None:
     record = a_record()
     record["full"]["same_tokens"] = 5

@@ -1,4 +1,4 @@
-"""Fast layers are used for few tokens, and only if they compute the same."""
+"""The engine is used for few tokens, and only if it computes the same."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from support.reference_early_exit import (
 from support.tiny_models import random_ids, tiny_model
 from torch import Tensor, nn
 
+from cascade.decoding.engine.compiled_layers import CompiledLayers
+from cascade.decoding.engine.engine import DecodingEngine
+from cascade.decoding.engine.fused_layers import FusedLayers
+from cascade.decoding.forward import Chunk
 from cascade.decoding.kv_cache import Selection
 from cascade.decoding.selective_layers import LayerTask, SkippingLayers
-from cascade.models.fast_layers import FastLayers
 from cascade.models.flops import Counts
 from cascade.models.stack import DecoderStack
 
@@ -34,11 +37,11 @@ def hooked() -> Iterator[Callable[[nn.Module, Any], None]]:
 
 
 def own_stack(family: str) -> DecoderStack:
-    """Return a new stack, since fast layers do not replace modules with hooks of other tests."""
+    """Return a new stack, since the engine does not replace modules with hooks of other tests."""
     return DecoderStack(tiny_model(family))
 
 
-#: Families with exactly Llama's layers, whose attention supports fast layers.
+#: Families with exactly Llama's layers, which the engine computes.
 LEAN = ("llama", "qwen2", "qwen3", "mistral", "smollm3")
 
 
@@ -48,9 +51,11 @@ def own_difference(layers: SkippingLayers, ids: Tensor) -> float:
     outputs = []
     for start in range(ids.shape[1]):
         cache.window(start, start + 1)
-        plan = stack.plan(ids[:, start : start + 1], cache=cache)
-        hidden = plan.embedded
         everything = torch.ones(len(ids), 1).bool()
+        positions = torch.full((len(ids), 1), start)
+        chunk = Chunk(ids[:, start : start + 1], everything, positions, None)
+        plan = chunk.plan(layers, cache)
+        hidden = plan.embedded
         for layer, call in enumerate(plan.calls, start=1):
             selection = Selection(everything, ~everything)
             task = LayerTask(layer, hidden, selection, call, cache, Counts.of(LAYERS))
@@ -60,34 +65,34 @@ def own_difference(layers: SkippingLayers, ids: Tensor) -> float:
 
 
 @SKIPPING_FAMILIES
-def test_fast_layers_are_used_only_for_llama_layers(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[int] = []
-    step = FastLayers.compute
+def test_engine_is_used_only_for_llama_layers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    run = DecodingEngine.run
 
-    def counting(self: FastLayers, layer: int, *args: Any) -> Tensor:
-        steps.append(layer)
-        return step(self, layer, *args)
+    def counting(self: DecodingEngine, *args: Any, **kwargs: Any) -> Tensor:
+        runs.append(kwargs["last"])
+        return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(FastLayers, "compute", counting)
     layers = SkippingLayers(own_stack(family))
-    steps.clear()
+    monkeypatch.setattr(DecodingEngine, "run", counting)
     assert own_difference(layers, random_ids(2, 6)) <= CLOSE
-    assert steps == (6 * [1, 2, 3, 4] if family in LEAN else [])
+    assert runs == (6 * [1, 2, 3, 4] if family in LEAN else [])
 
 
 @pytest.mark.parametrize("family", LEAN)
-def test_planted_bug_disables_fast_layers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = FastLayers.compute
+def test_planted_bug_disables_the_engine(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (CompiledLayers, FusedLayers):
+        run: Any = kind.run
 
-    def wrong(self: FastLayers, layer: int, *args: Any) -> Tensor:
-        assert layer <= 3
-        return step(self, layer, *args) * (1.01 if layer == 3 else 1)
+        def wrong(self: Any, *args: Any, run: Any = run) -> Tensor:
+            made: Tensor = run(self, *args) * 1.01
+            return made
 
-    monkeypatch.setattr(FastLayers, "compute", wrong)
+        monkeypatch.setattr(kind, "run", wrong)
     layers = SkippingLayers(own_stack(family))
     assert layers.skips
+    assert layers.engine is not None
+    assert not layers.engine.is_ready()
     assert own_difference(layers, random_ids(2, 6)) <= CLOSE
 
 
@@ -102,7 +107,7 @@ def louder(output: Any) -> Any:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=[path or "layer" for path in MODULES])
-def test_fast_layers_call_hooks_registered_later(
+def test_engine_calls_hooks_registered_later(
     path: str, hooked: Callable[[nn.Module, Any], None]
 ) -> None:
     layers, ids = SkippingLayers(own_stack("qwen3")), random_ids(2, 6)
@@ -113,9 +118,7 @@ def test_fast_layers_call_hooks_registered_later(
 
 
 @pytest.mark.parametrize("path", MODULES, ids=[path or "layer" for path in MODULES])
-def test_fast_layers_call_forwards_replaced_later(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_calls_forwards_replaced_later(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, ids = SkippingLayers(own_stack("qwen3")), random_ids(2, 6)
     before = own_logits(layers.stack, ids)
     module = layers.stack.layers[1].get_submodule(path)

@@ -1,0 +1,1 @@
+"""Benchmark of lossless decoding: the same text by `generate`, by this package, and by peers."""

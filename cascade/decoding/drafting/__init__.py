@@ -1,0 +1,1 @@
+"""Drafting: what may come next, guessed without the full model, which then checks it."""

@@ -1,0 +1,1 @@
+"""The decoding engine: passes over a few tokens with fused weights and few operations."""

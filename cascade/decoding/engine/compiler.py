@@ -1,0 +1,123 @@
+"""Compiles the layers for this machine, once; the libraries are stored in the cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from cascade.core.cache import cache_folder
+from cascade.core.errors import OutputError, first_line, os_reason
+from cascade.core.files import atomic_path
+from cascade.core.provenance import processor_name
+
+_FOLDER = Path(__file__).parent
+
+#: NaN and infinity keep their meaning, and the process keeps its floating-point mode, so no
+#: -ffast-math.
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
+
+#: In fp32, sums may be reordered and fused, as in any library of matrix products. In bfloat16, the
+#: source says how everything is rounded.
+_ROUNDING = {
+    "fp32": ("-ffp-contract=fast", "-fassociative-math", "-fno-signed-zeros"),
+    "bf16": ("-ffp-contract=off",),
+}
+
+#: Seconds; compiling takes about two.
+_TIMEOUT = 120
+
+
+class CompilerError(Exception):
+    """The layers cannot be compiled on this machine; the message says why, in one line."""
+
+
+def library_path(name: str) -> Path:
+    """Return where the compiled layers are stored.
+
+    Args:
+        name: "fp32" or "bf16".
+
+    Raises:
+        CompilerError: There is no C compiler, or it does not run.
+    """
+    version = _run([_compiler(), "--version"])
+    texts = [path.read_text(encoding="utf-8") for path in (_source(name), *_headers())]
+    about = (texts, _FLAGS, _ROUNDING[name], version, processor_name())
+    digest = hashlib.sha256(repr(about).encode()).hexdigest()
+    return cache_folder() / "kernels" / f"layers-{name}-{digest[:16]}.so"
+
+
+def _source(name: str) -> Path:
+    return _FOLDER / f"layers_{name}.c"
+
+
+def _headers() -> list[Path]:
+    return [_FOLDER / "layers.h", _FOLDER / "pass.h"]
+
+
+@functools.cache
+def compiled_library(name: str) -> ctypes.CDLL:
+    """Return the compiled layers.
+
+    The compiler is the one that the environment variable `CC` names, or `cc`.
+
+    Args:
+        name: "fp32" or "bf16".
+
+    Raises:
+        CompilerError: There is no C compiler, or it cannot compile the layers.
+    """
+    path = library_path(name)
+    if path.is_file():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged: compile again
+            pass
+    try:
+        with atomic_path(path) as temporary:
+            flags = (*_FLAGS, *_ROUNDING[name])
+            _run([_compiler(), *flags, str(_source(name)), "-o", str(temporary), "-lm"])
+        return ctypes.CDLL(str(path))
+    except OutputError as error:
+        raise CompilerError(first_line(error)) from error
+    except OSError as error:
+        raise CompilerError(f"the compiled layers cannot be loaded ({os_reason(error)})") from error
+
+
+def _compiler() -> str:
+    name = os.environ.get("CC") or "cc"
+    path = shutil.which(name)
+    if path is None:
+        raise CompilerError(f"there is no C compiler ({name} is not on the PATH)")
+    return path
+
+
+def _run(command: list[str]) -> str:
+    """Run a compiler and return what it printed.
+
+    Raises:
+        CompilerError: It failed.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompilerError(f"{command[0]} does not run ({first_line(error)})") from error
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise CompilerError(f"{command[0]} fails ({said[0]})")
+    return done.stdout

@@ -1,0 +1,165 @@
+"""Passes of the full model for lossless decoding: by the engine, or by the model's own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cascade.decoding.engine.engine import DecodingEngine
+from cascade.decoding.engine.rows import MAX_ROWS, Rows
+from cascade.decoding.kv_cache import KeyValueCache
+from cascade.decoding.lossless import Branch
+from cascade.models.flops import Counts
+from cascade.models.stack import DecoderStack
+
+
+class EnginePasses:
+    """Passes by the engine; prompts are computed by the model's own modules.
+
+    Args:
+        engine: The engine, which must be ready.
+        batch: The number of rows.
+        capacity: The maximum number of tokens of a row.
+        milliseconds: What a pass over 1, 2, ... tokens takes.
+        feature_layers: The layers whose inputs are returned as features, 1..N in ascending order.
+    """
+
+    most = MAX_ROWS
+
+    def __init__(
+        self,
+        engine: DecodingEngine,
+        batch: int,
+        capacity: int,
+        milliseconds: Sequence[float],
+        feature_layers: Sequence[int] = (),
+    ) -> None:
+        self.engine, self.feature_layers = engine, tuple(feature_layers)
+        self.milliseconds = milliseconds
+        self.trees = engine.supports_trees
+        self.description = engine.description
+        stack = engine.stack
+        self.counts = Counts.of(stack.num_layers)
+        # A tree needs a column for each guess, also beside the longest text.
+        self.cache = KeyValueCache(stack.num_layers, batch, capacity + MAX_ROWS)
+        first = torch.zeros(1, dtype=torch.long, device=stack.device)
+        self.cache.allocate(*engine.cache_shape, engine.embed(first))
+
+    def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Compute a prompt; see `Passes`."""
+        stack = self.engine.stack
+        cache = self.cache.of_sequence(row)
+        cache.window(0, len(tokens))
+        plan = stack.plan(torch.tensor([tokens], device=stack.device), cache=cache)
+        hidden, kept = plan.embedded, []
+        for layer, call in enumerate(plan.calls, start=1):
+            if layer in self.feature_layers:
+                kept.append(hidden[0])
+            hidden = stack.step(layer, hidden, call)
+        self._count(len(tokens), len(tokens) ** 2)
+        return hidden[0, -1:], self._features(kept, hidden[0])
+
+    def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
+        """Compute branches; see `Passes`."""
+        engine = self.engine
+        ids = torch.tensor(
+            [token for branch in branches for token in branch.tokens], device=engine.stack.device
+        )
+        numbers = [branch.row for branch in branches]
+        starts = [branch.column for branch in branches]
+        if all(list(at.parents) == list(range(-1, len(at.parents) - 1)) for at in branches):
+            rows = Rows.chains(numbers, starts, [len(branch.tokens) for branch in branches])
+        else:
+            rows = Rows.trees(numbers, starts, [branch.parents for branch in branches])
+        hidden, tables = engine.embed(ids), engine.tables(rows)
+        kept, below = [], 0
+        for layer in self.feature_layers:
+            if layer - 1 > below:
+                hidden = engine.run(
+                    hidden, rows, self.cache, below=below, last=layer - 1, tables=tables
+                )
+                below = layer - 1
+            kept.append(hidden)
+        hidden = engine.run(hidden, rows, self.cache, below=below, tables=tables)
+        self._count(len(ids), sum(at.column + len(at.tokens) for at in branches for _ in at.tokens))
+        return hidden, self._features(kept, hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits; see `Passes`."""
+        return self.engine.logits(hidden).float()
+
+    def move(self, row: int, columns: Mapping[int, int]) -> None:
+        """Move keys and values; see `Passes`."""
+        for layer in range(self.engine.stack.num_layers):
+            for buffer in self.cache.buffers(layer):
+                for column, target in columns.items():
+                    buffer[row, :, target] = buffer[row, :, column]
+
+    def _features(self, kept: Sequence[Tensor], last: Tensor) -> Tensor | None:
+        if not self.feature_layers:
+            return None
+        norm = self.engine.stack.direct_norm
+        assert norm is not None  # otherwise the engine has an obstacle
+        return torch.stack([*kept, norm(last)], dim=1)
+
+    def _count(self, rows: int, pairs: int) -> None:
+        for layer in range(self.engine.stack.num_layers):
+            self.counts.layer_rows[layer] += rows
+            self.counts.pairs[layer] += pairs
+
+
+class OwnPasses:
+    """Passes of one row by the model's own modules, for families without an engine.
+
+    Args:
+        stack: The model, in fp32: half precision rounds a chunk in another way than single tokens.
+        batch: 1.
+        capacity: The maximum number of tokens of the row.
+        milliseconds: What a pass over 1, 2, ... tokens takes.
+        reason: Why there is no engine.
+    """
+
+    trees = False
+    most = MAX_ROWS
+
+    def __init__(
+        self,
+        stack: DecoderStack,
+        batch: int,
+        capacity: int,
+        milliseconds: Sequence[float],
+        reason: str,
+    ) -> None:
+        self.stack, self.milliseconds = stack, milliseconds
+        self.description = f"model ({reason})"
+        self.counts = Counts.of(stack.num_layers)
+        self.cache = KeyValueCache(stack.num_layers, batch, capacity)
+
+    def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Compute a prompt; see `Passes`."""
+        return self._run(tokens, 0)[-1:], None
+
+    def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
+        """Compute branches; see `Passes`."""
+        (branch,) = branches
+        return self._run(branch.tokens, branch.column), None
+
+    def _run(self, tokens: Sequence[int], start: int) -> Tensor:
+        self.cache.window(start, start + len(tokens))
+        ids = torch.tensor([tokens], device=self.stack.device)
+        plan = self.stack.plan(ids, cache=self.cache)
+        hidden = plan.embedded
+        for layer, call in enumerate(plan.calls, start=1):
+            hidden = self.stack.step(layer, hidden, call)
+            self.counts.layer_rows[layer - 1] += len(tokens)
+            self.counts.pairs[layer - 1] += len(tokens) * self.cache.stop
+        return hidden[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits; see `Passes`."""
+        return self.stack.decode(hidden[None])[0].float()
+
+    def move(self, row: int, columns: Mapping[int, int]) -> None:
+        """Do nothing: the columns of a chain are where they belong."""

@@ -1,0 +1,188 @@
+"""Passes give the model's states, features and logits for branches of several rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from support.engines import BEST, KINDS
+from support.tiny_models import random_ids, tiny_model
+from torch import Tensor
+
+from cascade.decoding.engine.engine import DecodingEngine, EngineKind
+from cascade.decoding.engine.passes import EnginePasses, OwnPasses
+from cascade.decoding.lossless import Branch
+from cascade.models.stack import DecoderStack
+
+#: fp32 rounding of sums in another order, for states below 100.
+CLOSE = 1e-4
+
+FEATURES = (1, 3, 4)
+
+
+def stack_of(family: str = "llama", dtype: torch.dtype = torch.float32) -> DecoderStack:
+    return DecoderStack(copy.deepcopy(tiny_model(family)).to(dtype))
+
+
+def passes_of(
+    stack: DecoderStack, features: Sequence[int] = (), kind: EngineKind = BEST, rows: int = 2
+) -> EnginePasses:
+    engine = DecodingEngine(stack, "auto" if stack.dtype == torch.bfloat16 else kind)
+    assert engine.obstacle is None
+    return EnginePasses(engine, rows, 40, [1.0], features)
+
+
+def hidden_states(stack: DecoderStack, tokens: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return what `transformers` calls hidden states: each layer's input, and the normed state."""
+    model: Any = stack.model
+    with torch.no_grad():
+        made = model(torch.tensor([tokens]), output_hidden_states=True)
+    return tuple(states[0] for states in made.hidden_states)
+
+
+def own_features(stack: DecoderStack, tokens: Sequence[int]) -> Tensor:
+    states = hidden_states(stack, tokens)
+    return torch.stack([*(states[layer - 1] for layer in FEATURES), states[-1]], dim=1)
+
+
+def own_logits(stack: DecoderStack, tokens: Sequence[int]) -> Tensor:
+    model: Any = stack.model
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def tokens_of(length: int, seed: int = 0) -> list[int]:
+    return random_ids(1, length, seed=seed)[0].tolist()
+
+
+def chain(row: int, column: int, tokens: Sequence[int]) -> Branch:
+    return Branch(row, column, tokens, list(range(-1, len(tokens) - 1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_layer_inputs_and_the_normed_last_state(kind: EngineKind) -> None:
+    stack, text = stack_of(), tokens_of(15)
+    passes = passes_of(stack, FEATURES, kind)
+    last, features = passes.prefill(1, text[:9])
+    assert features is not None
+    expected = own_features(stack, text)
+    assert features.shape == (9, len(FEATURES) + 1, stack.hidden_size)
+    assert (features - expected[:9]).abs().max() <= CLOSE
+    assert (passes.logits(last) - own_logits(stack, text)[8:9]).abs().max() <= CLOSE
+    hidden, features = passes.run([chain(1, 9, text[9:])])
+    assert features is not None
+    assert (features - expected[9:]).abs().max() <= CLOSE
+    assert (passes.logits(hidden) - own_logits(stack, text)[9:]).abs().max() <= CLOSE
+
+
+def test_features_in_half_precision() -> None:
+    stack, text = stack_of(dtype=torch.bfloat16), tokens_of(12)
+    passes, one = passes_of(stack, FEATURES), passes_of(stack)
+    passes.prefill(0, text[:9])
+    one.prefill(0, text[:9])
+    hidden, features = passes.run([chain(0, 9, text[9:])])
+    assert features is not None
+    # Layers run in parts give the same, bit for bit.
+    assert torch.equal(hidden, one.run([chain(0, 9, text[9:])])[0])
+    assert stack.direct_norm is not None
+    assert torch.equal(features[:, -1], stack.direct_norm(hidden))
+    assert passes.logits(hidden).dtype == torch.float32
+
+
+def test_without_feature_layers_there_are_no_features() -> None:
+    passes = passes_of(stack_of())
+    assert passes.prefill(0, tokens_of(5))[1] is None
+    assert passes.run([chain(0, 5, [3, 4])])[1] is None
+
+
+def test_features_of_a_tree_are_those_of_its_paths() -> None:
+    stack, text = stack_of("qwen3"), tokens_of(7)
+    passes = passes_of(stack, FEATURES)
+    passes.prefill(0, text)
+    # 20 with the children 21 and 22, and 23 behind 22.
+    hidden, features = passes.run([Branch(0, 7, [20, 21, 22, 23], [-1, 0, 0, 2])])
+    assert features is not None
+    paths = ([20], [20, 21], [20, 22], [20, 22, 23])
+    for place, path in enumerate(paths):
+        expected = own_features(stack, [*text, *path])[-1]
+        assert (features[place] - expected).abs().max() <= CLOSE
+    logits = torch.stack([own_logits(stack, [*text, *path])[-1] for path in paths])
+    assert (passes.logits(hidden) - logits).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_accepted_path_of_a_tree_is_moved_to_its_columns(family: str, kind: EngineKind) -> None:
+    stack = stack_of(family)
+    passes = passes_of(stack, kind=kind)
+    texts = {0: tokens_of(11), 1: tokens_of(6, seed=1)}
+    for row, text in texts.items():
+        passes.prefill(row, text)
+    tree = [-1, 0, 0, 2, 1, 3]
+    passes.run(
+        [
+            Branch(0, 11, [20, 21, 22, 23, 24, 25], tree),
+            Branch(1, 6, [30, 31, 32, 33, 34, 35], tree),
+        ]
+    )
+    before = [buffer.clone() for buffer in passes.cache.buffers(0)]
+    # In row 0, the path over the places 0, 2, 3 and 5 is right.
+    passes.move(0, {13: 12, 14: 13, 16: 14})
+    for buffer, old in zip(passes.cache.buffers(0), before, strict=True):
+        assert torch.equal(buffer[0, :, 11:15], old[0, :, [11, 13, 14, 16]])
+        assert torch.equal(buffer[1], old[1])
+    hidden, _ = passes.run([chain(0, 15, [40, 41])])
+    expected = own_logits(stack, [*texts[0], 20, 22, 23, 25, 40, 41])[-2:]
+    assert (passes.logits(hidden) - expected).abs().max() <= CLOSE
+
+
+def test_branches_of_several_rows_follow_each_other() -> None:
+    stack = stack_of()
+    passes = passes_of(stack, rows=3)
+    texts = {row: tokens_of(5 + 3 * row, seed=row) for row in range(3)}
+    for row, text in texts.items():
+        passes.prefill(row, text)
+    branches = [chain(2, 11, [7, 8]), chain(0, 5, [9])]
+    hidden, _ = passes.run(branches)
+    expected = torch.cat(
+        [own_logits(stack, [*texts[2], 7, 8])[-2:], own_logits(stack, [*texts[0], 9])[-1:]]
+    )
+    assert (passes.logits(hidden) - expected).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_trees_need_fp32(kind: EngineKind) -> None:
+    assert DecodingEngine(stack_of(), kind).supports_trees
+    engine = DecodingEngine(stack_of(dtype=torch.bfloat16), kind)
+    assert engine.supports_trees is (kind == "compiled" and engine.obstacle is None)
+
+
+def test_work_is_counted() -> None:
+    stack = stack_of()
+    for passes in (passes_of(stack), OwnPasses(stack, 1, 40, [1.0], "a test")):
+        passes.prefill(0, tokens_of(6))
+        assert passes.counts.layer_rows == [6] * 4
+        passes.run([chain(0, 6, [3, 4, 5])])
+        assert passes.counts.layer_rows == [9] * 4
+        assert passes.counts.pairs == [6 * 6 + 3 * 9] * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom"])
+def test_models_own_modules_give_its_logits(family: str) -> None:
+    stack, text = stack_of(family), tokens_of(14)
+    passes = OwnPasses(stack, 1, 14, [1.0], "a test")
+    assert not passes.trees
+    assert passes.description == "model (a test)"
+    last, features = passes.prefill(0, text[:8])
+    assert features is None
+    expected = own_logits(stack, text)
+    assert (passes.logits(last) - expected[7:8]).abs().max() <= CLOSE
+    # A wrong draft is overwritten by the next branch.
+    passes.run([chain(0, 8, [text[8], 90, 91])])
+    passes.move(0, {})
+    hidden, _ = passes.run([chain(0, 9, text[9:])])
+    assert (passes.logits(hidden) - expected[9:]).abs().max() <= CLOSE
