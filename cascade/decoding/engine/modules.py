@@ -163,7 +163,6 @@ def obstacle_of(layer: Any) -> str | None:
             f"its layers lack {', '.join(_PROJECTIONS)} in self_attn and {', '.join(_MLP)} in mlp"
         )
     # Quantized weights are subclasses of modules or of tensors; adapters are other modules.
-    # Quantized weights are subclasses of modules or of tensors; adapters are other modules.
     if not all(
         type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in linear
     ):

@@ -10,17 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cascade.core.errors import UnsupportedModelError, first_line
+from cascade.decoding.engine.modules import obstacle_of
 from cascade.decoding.packed_attention import PACKABLE
-from cascade.models.fast_layers import is_untouched
 from cascade.models.probing import close
 from cascade.models.stack import DecoderStack
 
 #: Cosines and sines of positions, each `[B or 1, T, head_dim]`.
 Tables = tuple[Tensor, Tensor]
-
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def heads_of(layer: Any, hidden: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,23 +120,13 @@ def check_can_draft(stack: DecoderStack) -> None:
 
 def _missing(stack: DecoderStack) -> str | None:
     """Return which of Llama's modules a model lacks, or None."""
-    for number, layer in enumerate(stack.layers, start=1):
-        attention: Any = getattr(layer, "self_attn", None)
-        mlp: Any = getattr(layer, "mlp", None)
-        linear: list[Any] = [getattr(attention, name, None) for name in _ATTENTION]
-        linear += [getattr(mlp, name, None) for name in _MLP]
-        if not all(type(module) is nn.Linear for module in linear):
-            return f"decoder layer {number} lacks plain {', '.join((*_ATTENTION, *_MLP))}"
-        # Quantized weights are tensors of other classes.
-        if not all(type(module.weight) is nn.Parameter for module in linear):
-            return f"the weights of decoder layer {number} are quantized or wrapped"
-        if not all(isinstance(getattr(layer, name, None), nn.Module) for name in _NORMS):
-            return f"decoder layer {number} lacks {' or '.join(_NORMS)}"
-        attending = attention.config._attn_implementation
+    for layer in stack.layers:
+        obstacle = obstacle_of(layer)
+        if obstacle is not None:
+            return obstacle
+        attending = layer.self_attn.config._attn_implementation
         if attending not in PACKABLE:
             return f"its attention is {attending}, expected {' or '.join(PACKABLE)}"
-        if not all(map(is_untouched, (layer, attention, mlp, *linear))):
-            return f"decoder layer {number} is hooked or wrapped"
     if not isinstance(getattr(stack.decoder, "norm", None), nn.Module):
         return "its decoder has no final norm"
     if type(stack.lm_head) is not nn.Linear:
