@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cascade.decoding.early_exit import EarlyExit as EarlyExit
     from cascade.drafters.config import DrafterConfig as DrafterConfig
     from cascade.drafters.making import train_drafter as train_drafter
-    from cascade.drafters.stored import load_drafter as load_drafter
+    from cascade.drafters.proposer import load_drafter as load_drafter
     from cascade.evaluation.calibration import calibrate as calibrate
     from cascade.evaluation.exit_evaluation import evaluate as evaluate
     from cascade.evaluation.search.exit_search import search_exits as search_exits
@@ -95,7 +95,7 @@ _MODULES = {
     "fit_heads": "exits.head_fitting",
     "load": "models.loading",
     "load_blocks": "corpora.blocks",
-    "load_drafter": "drafters.stored",
+    "load_drafter": "drafters.proposer",
     "load_hard_tokens": "stages.hard_tokens.dataset",
     "load_heads": "exits.fitted_heads",
     "measure_model": "studies.comparisons.compared_models",

@@ -81,7 +81,7 @@ def decode(
     early = EarlyExit(stack, engine=engine)
 
     def verification() -> Verification:
-        return verification_of(drafter, draft_length, pass_costs)
+        return verification_of(stack, drafter, draft_length, pass_costs)
 
     verification()  # checks the arguments
     return Decoder(early, verification, streamer)

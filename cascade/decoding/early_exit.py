@@ -318,7 +318,7 @@ class EarlyExit:
                 f'verify=True with exits needs propagation="exact", got "{self.propagation}"; the '
                 "full model can only confirm tokens with exact keys and values"
             )
-        verification = verification_of(drafter, draft_length, pass_costs)
+        verification = verification_of(self.stack, drafter, draft_length, pass_costs)
         if drafter is not None and (self.exits or not verify):
             raise UsageError(
                 "a drafter needs verify=True and no exits; leave the exits or the drafter out"
@@ -337,6 +337,7 @@ class EarlyExit:
 
 
 def verification_of(
+    stack: DecoderStack,
     drafter: Proposer | Sequence[Proposer] | None,
     draft_length: int,
     pass_costs: Sequence[float] | None,
@@ -345,11 +346,14 @@ def verification_of(
 
     Raises:
         UsageError: One of them is invalid.
+        ModelError: A drafter belongs to another model.
     """
     drafts = as_int(draft_length)
     if drafts is None or drafts < 1:
         raise UsageError(f"expected a draft_length of at least 1, got {draft_length!r}")
     proposers = [NgramLookup(), *_proposers(drafter), RunnerUps()]
+    for proposer in proposers:
+        proposer.check(stack)
     return Verification(proposers, drafts, _costs(pass_costs))
 
 

@@ -148,9 +148,9 @@ def _full_passes(
     if engine is not None and engine.is_ready():
         what = engine.description
         make = functools.partial(EnginePasses, engine, feature_layers=features)
-    elif batch == 1 and proposers and not features and _can_check_chunks(stack):
-        what = "model"
-        make = functools.partial(OwnPasses, stack, reason=_why_no_engine(layers))
+    elif batch == 1 and proposers and _can_check_chunks(stack):
+        what, reason = "model", _why_no_engine(layers)
+        make = functools.partial(OwnPasses, stack, feature_layers=features, reason=reason)
     else:
         return None
     milliseconds: Sequence[float] = [1.0]

@@ -25,8 +25,9 @@ from cascade.drafters.network.drafter_network import (
 )
 from cascade.drafters.network.layers import check_can_draft
 from cascade.drafters.network.vocabulary import choose_tokens, ends_of
+from cascade.drafters.proposer import TrainedDrafter, load_drafter
 from cascade.drafters.records import DrafterProvenance, DrafterRecord, DraftEvaluation, TextCounts
-from cascade.drafters.stored import RECORD, WEIGHTS, Drafter, load_drafter, write_drafter
+from cascade.drafters.stored import RECORD, WEIGHTS, write_drafter
 from cascade.drafters.texts.batches import GeneratedText
 from cascade.drafters.texts.prompts import CorpusSource, load_prompts
 from cascade.drafters.texts.shards import TextPlan, TextProgress, counts_of, generate_texts
@@ -80,7 +81,7 @@ def train_drafter(
     overwrite: bool = False,
     command: str | None = None,
     progress: MakingProgress | None = None,
-) -> Drafter:
+) -> TrainedDrafter:
     """Train a drafter for a model on texts that the model generates itself.
 
     Prompts are split by record. Texts of training prompts train the drafter, those of held-out
@@ -99,7 +100,7 @@ def train_drafter(
         progress: Called meanwhile.
 
     Returns:
-        The stored drafter.
+        The drafter.
 
     Raises:
         UnsupportedModelError: The layers of the model are not Llama's.

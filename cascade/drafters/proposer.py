@@ -1,76 +1,52 @@
-"""Proposing tokens with a trained drafter while a text is decoded."""
+"""Proposing tokens with a trained drafter while texts are decoded."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
+from cascade.core.files import AnyPath
+from cascade.decoding.drafting.proposers import Candidate, Proposer
 from cascade.drafters.acceptance import LEAST, calibrated
+from cascade.drafters.drafting_layer import Columns, DraftingLayer
 from cascade.drafters.network.drafter_network import DraftHead, embeddings_of
-from cascade.drafters.network.layers import Tables, attend, heads_of, output_of, rotary_tables
-from cascade.drafters.stored import Drafter
+from cascade.drafters.stored import Drafter, read_drafter
+from cascade.models.identity import check_same_model
 from cascade.models.stack import DecoderStack
 
-#: Columns that a row's keys and values have room for at first.
-_COLUMNS = 256
+#: Probabilities that are told apart when acceptance is counted while decoding.
+_BINS = 8
 
 
-class Proposal(NamedTuple):
-    """A drafted token.
+def load_drafter(path: AnyPath, stack: DecoderStack) -> TrainedDrafter:
+    """Return the drafter in a folder, after checking that it belongs to the model.
 
-    Attributes:
-        token: The token.
-        probability: How likely the model accepts it, if it accepts all drafts before it.
-        runner_ups: The next likely tokens in its place, the likeliest first.
+    A drafter can be used with any dtype of the model that it was trained for.
+
+    Args:
+        path: The folder that `cascade train-drafter` wrote.
+        stack: The model.
+
+    Raises:
+        RecordError: A file is missing, torn, edited or from a newer release.
+        ModelError: The drafter belongs to another model, tokenizer or vocabulary.
+        UnsupportedModelError: The model cannot have a drafter.
+
+    Example:
+        >>> from cascade import CascadeError, load, load_drafter
+        >>> stack = load("smollm2-135m")
+        >>> try:
+        ...     load_drafter("no-such-folder", stack)
+        ... except CascadeError as error:
+        ...     print(error)
+        no record no-such-folder/record.json; make one with `cascade train-drafter`
     """
-
-    token: int
-    probability: float
-    runner_ups: tuple[int, ...]
-
-
-class Proposer(Protocol):
-    """Proposes tokens that a model then verifies.
-
-    Attributes:
-        feature_layers: Layers whose inputs `observe` wants, 1..N, ascending. The last layer's
-            normed output always follows them.
-    """
-
-    feature_layers: tuple[int, ...]
-
-    def begin(self, row: int, prompt: Sequence[int]) -> None:
-        """Begin a text.
-
-        Args:
-            row: The row of the batch. An earlier text of it is forgotten.
-            prompt: Its token ids.
-        """
-
-    def observe(self, row: int, tokens: Sequence[int], features: Tensor) -> None:
-        """Take confirmed tokens, and the states from which the model predicted them.
-
-        The first call covers the whole prompt: its tokens from the second one on, and the first
-        token that the model chose. Every token is given once.
-
-        Args:
-            row: The row of the batch.
-            tokens: The tokens at positions t + 1 to t + n.
-            features: The model's states at positions t to t + n - 1, `[n, F + 1, D]`.
-        """
-
-    def propose(self, row: int, limit: int) -> list[Proposal]:
-        """Return a chain of drafts that follows the last confirmed token; it may be empty.
-
-        Args:
-            row: The row of the batch.
-            limit: The most tokens.
-        """
+    return TrainedDrafter(stack, read_drafter(path, stack))
 
 
 @dataclass
@@ -78,140 +54,220 @@ class _Text:
     """What a drafter knows of a row.
 
     Attributes:
-        head: The rows of the LM head, with those of the prompt's tokens.
-        keys: `[1, key heads, columns, head_dim]`; None before the first step.
-        values: As `keys`.
+        number: The number of its keys and values.
+        first: Its first token.
+        has_prompt: Whether its prompt is known.
+        head: The rows of the LM head for tokens that only its prompt has; None if there are none.
         length: Columns of confirmed positions. Those behind it are of drafts and are overwritten.
         tokens: Confirmed tokens that no column has yet.
         features: The states that belong to them.
         state: The drafter's state of the last column, `[1, D]`, from which a chain begins.
     """
 
-    head: DraftHead
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    number: int
+    first: int
+    has_prompt: bool = False
+    head: DraftHead | None = None
     length: int = 0
     tokens: list[int] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
     state: Tensor | None = None
 
 
-class TrainedDrafter:
-    """Proposes chains of tokens with a trained drafter.
+@dataclass
+class _Chain:
+    """A chain of drafts while it is made.
+
+    Attributes:
+        text: Its text.
+        limit: The maximum number of tokens.
+        state: The state that the next token is drafted from, `[1, D]`.
+        path: The probability that everything so far is right.
+        depth: The number of tokens.
+        last: The place of the last token in the candidates.
+        token: The last token; None after the end.
+        candidates: The candidates.
+    """
+
+    text: _Text
+    limit: int
+    state: Tensor
+    path: float = 1.0
+    depth: int = 0
+    last: int = -1
+    token: int | None = None
+    candidates: list[Candidate] = field(default_factory=list)
+
+
+class TrainedDrafter(Proposer):
+    """Proposes chains of tokens, and other tokens beside each of them, with a trained drafter.
 
     Args:
         stack: The model.
-        drafter: The drafter, from `load_drafter`.
-        least: A chain ends where the probability that all of it is accepted falls below this.
-        runner_ups: The number of runner-ups of each draft.
+        drafter: The drafter, as it is stored.
+        least: A chain is not continued where the probability that all of it is right falls below
+            this.
+        runner_ups: The number of other tokens beside each one.
 
     Attributes:
-        feature_layers: As in `Proposer`.
-        network: The network in the model's dtype.
+        record: The drafter's record.
+        tokens: The tokens that it can propose, besides those of the prompt, `[V']`.
         steps: The number of the drafter's steps so far, for statistics.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from cascade import DrafterConfig, EarlyExit, load, train_drafter
+        >>> config = DrafterConfig(
+        ...     tokens=40, max_new_tokens=8, batch_size=4, held_out_texts=2, steps=1, step_tokens=64
+        ... )
+        >>> stack = load("smollm2-135m")
+        >>> drafter = train_drafter(stack, ["embedded"], mkdtemp(), config)
+        >>> ids = stack.tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> early = EarlyExit(stack)
+        >>> text = early.generate(ids, max_new_tokens=4, verify=True, drafter=drafter)
+        >>> text.equal(early.generate(ids, max_new_tokens=4))
+        True
     """
+
+    name = "drafter"
+    needed_below = 0.6
 
     def __init__(
         self, stack: DecoderStack, drafter: Drafter, *, least: float = LEAST, runner_ups: int = 4
     ) -> None:
         self.stack, self.record, self.least = stack, drafter.record, least
+        self.tokens = drafter.tokens
         self.feature_layers = drafter.network.feature_layers
-        self.network = copy.deepcopy(drafter.network).to(stack.device, stack.dtype)
+        self.network = copy.deepcopy(drafter.network).to(stack.device, torch.float32)
         self.network.requires_grad_(False)
+        self.layer = DraftingLayer(stack, self.network)
         self.steps = 0
         self._runner_ups = runner_ups
-        self._head = DraftHead(stack, drafter.tokens, stack.dtype)
+        self._head = DraftHead(stack, drafter.tokens, self.layer.dtype)
         self._ends = frozenset(drafter.record.ends)
         self._embedding = embeddings_of(stack)
         self._calibrations = [calibrated(bins) for bins in drafter.record.calibration]
         self._texts: dict[int, _Text] = {}
-        self._tables: Tables = self._tables_for(_COLUMNS)
 
-    def _tables_for(self, length: int) -> Tables:
-        cos, sin = rotary_tables(self.stack, length)
-        return cos.to(self.stack.dtype), sin.to(self.stack.dtype)
+    def check(self, stack: DecoderStack) -> None:
+        """Check that the drafter belongs to a model; see `Proposer`."""
+        own = self.stack
+        if stack.model is not own.model:
+            model = replace(
+                own.provenance,
+                weights_hash=own.weights_hash(),
+                dtype=stack.provenance.dtype,
+                device=stack.provenance.device,
+            )
+            check_same_model(model, stack, what="the weights of this drafter")
 
-    def begin(self, row: int, prompt: Sequence[int]) -> None:
+    def begin(self, row: int, token: int) -> None:
         """Begin a text; see `Proposer`."""
-        self._texts[row] = _Text(self._head.with_tokens(prompt))
+        known = self._texts.get(row)
+        number = len(self._texts) if known is None else known.number
+        self._texts[row] = _Text(number, token)
 
-    def observe(self, row: int, tokens: Sequence[int], features: Tensor) -> None:
+    def observe(self, row: int, tokens: Sequence[int], features: Tensor | None) -> None:
         """Take confirmed tokens and their states; see `Proposer`.
 
         Nothing is computed before the next call of `propose`.
         """
-        if len(tokens) != len(features):
-            raise ValueError(
-                f"expected as many states as tokens, got {len(features)} and {len(tokens)}"
-            )
+        if features is None or len(tokens) != len(features):
+            count = 0 if features is None else len(features)
+            raise ValueError(f"expected as many states as tokens, got {count} and {len(tokens)}")
         text = self._texts[row]
+        if not text.has_prompt:  # the first tokens are those of the prompt, and the one behind it
+            text.has_prompt = True
+            text.head = self._head.of_others([text.first, *tokens[:-1]])
         text.tokens += tokens
         text.features.append(features)
 
+    def propose(self, row: int, limit: int) -> list[Candidate]:
+        """Return a chain of drafts and their runner-ups; see `Proposer`."""
+        return self.propose_all({row: limit})[row]
+
     @torch.no_grad()
-    def propose(self, row: int, limit: int) -> list[Proposal]:
-        """Return a chain of drafts; see `Proposer`."""
-        text = self._texts[row]
-        if text.tokens:
-            ids = torch.tensor(text.tokens, device=self._embedding.device)
-            features = torch.cat(text.features).to(self._embedding.device)
-            hidden = self.network.first_input(self._embedding[ids], features)
-            text.state = self._run(text, hidden, text.length)
-            text.length += len(ids)
+    def propose_all(self, limits: Mapping[int, int]) -> dict[int, list[Candidate]]:
+        """Return the candidates of some rows, which are computed together; see `Proposer`."""
+        self._read([self._texts[row] for row in limits])
+        chains: dict[int, _Chain] = {}
+        for row, limit in limits.items():
+            text = self._texts[row]
+            if text.state is not None and limit > 0:
+                chains[row] = _Chain(text, limit, text.state)
+        going = list(chains.values())
+        while going:
+            self._draft(going)
+            going = [chain for chain in going if chain.token is not None]
+            if going:
+                self._step(going)
+        return {row: chains[row].candidates if row in chains else [] for row in limits}
+
+    def _read(self, texts: Sequence[_Text]) -> None:
+        """Compute the columns of what was confirmed since the last call."""
+        new = [text for text in texts if text.tokens]
+        if not new:
+            return
+        device = self._embedding.device
+        ids = torch.tensor([token for text in new for token in text.tokens], device=device)
+        features = torch.cat([each for text in new for each in text.features]).to(device)
+        hidden = self._first_input(self._embedding[ids], features)
+        chunks, done = [], 0
+        for text in new:
+            stop = done + len(text.tokens)
+            chunks.append(Columns(text.number, text.length, hidden[done:stop]))
+            done = stop
+        states = self._run(chunks)
+        for text, state in zip(new, states.split(1), strict=True):
+            text.state, text.length = state, text.length + len(text.tokens)
             text.tokens, text.features = [], []
-        return [] if text.state is None else self._chain(text, text.state, limit)
 
-    def _chain(self, text: _Text, state: Tensor, limit: int) -> list[Proposal]:
-        drafts: list[Proposal] = []
-        path, columns = 1.0, text.length
-        while len(drafts) < limit:
-            shares = text.head.logits(self.network.norm(state))[0].float().softmax(dim=-1)
-            best, places = shares.topk(min(1 + self._runner_ups, len(shares)))
-            calibration = self._calibrations[min(len(drafts), len(self._calibrations) - 1)]
-            probability = calibration(float(best[0]))
-            path *= probability
-            if path < self.least:
-                break
-            token, *others = text.head.tokens[places].tolist()
-            drafts.append(Proposal(token, probability, tuple(others)))
-            if len(drafts) == limit or token in self._ends:
-                break
-            hidden = self.network.next_input(self._embedding[token][None], state)
-            state = self._run(text, hidden, columns)
-            columns += 1
-        return drafts
+    def _draft(self, chains: Sequence[_Chain]) -> None:
+        """Draft the next token of some chains, and decide which of them go on."""
+        normed = self.network.norm(torch.cat([chain.state for chain in chains]))
+        common = self._head.logits(normed, self.layer.linear)
+        for chain, state, logits in zip(chains, normed.split(1), common, strict=True):
+            head, tokens = chain.text.head, self._head.tokens
+            if head is not None:
+                logits = torch.cat([logits, head.logits(state)[0]])
+                tokens = torch.cat([tokens, head.tokens])
+            shares, places = (
+                logits.float().softmax(dim=-1).topk(min(1 + self._runner_ups, len(logits)))
+            )
+            calibration = self._calibrations[min(chain.depth, len(self._calibrations) - 1)]
+            first, *others = shares.tolist()
+            bin_ = min(_BINS - 1, int(first * _BINS))
+            likely = [calibration(first), *others]
+            parent, chain.last = chain.last, len(chain.candidates)
+            found = tokens[places].tolist()
+            chain.candidates += [
+                Candidate(token, parent, (self.name, chain.depth, place, bin_), share)
+                for place, (token, share) in enumerate(zip(found, likely, strict=True))
+            ]
+            chain.depth += 1
+            chain.path *= likely[0]
+            ended = found[0] in self._ends or chain.depth == chain.limit
+            chain.token = None if ended or chain.path < self.least else found[0]
 
-    def _run(self, text: _Text, hidden: Tensor, start: int) -> Tensor:
-        """Keep the keys and values of some columns, and return the state of the last, `[1, D]`.
+    def _step(self, chains: Sequence[_Chain]) -> None:
+        """Compute the states behind the last tokens of some chains."""
+        device = self._embedding.device
+        ids = torch.tensor([chain.token for chain in chains], device=device)
+        states = torch.cat([chain.state for chain in chains])
+        hidden = self._next_input(self._embedding[ids], states)
+        chunks = [
+            Columns(chain.text.number, chain.text.length + chain.depth - 1, state)
+            for chain, state in zip(chains, hidden.split(1), strict=True)
+        ]
+        for chain, state in zip(chains, self._run(chunks).split(1), strict=True):
+            chain.state = state
 
-        The drafter is one layer, so nothing needs the states of the other columns.
-        """
+    def _run(self, chunks: Sequence[Columns]) -> Tensor:
         self.steps += 1
-        layer, stop = self.network.layer, start + len(hidden)
-        queries, keys, values = heads_of(layer, hidden[None], self._tables_at(start, stop))
-        known, seen = _room(text, keys, values, start, stop)
-        last = queries[:, :, -1:], known[:, :, :stop], seen[:, :, :stop]
-        return output_of(layer, hidden[None, -1:], attend(layer, *last, None))[0]
+        return self.layer.run(chunks)
 
-    def _tables_at(self, start: int, stop: int) -> Tables:
-        if stop > self._tables[0].shape[1]:
-            self._tables = self._tables_for(2 * stop)
-        return self._tables[0][:, start:stop], self._tables[1][:, start:stop]
+    def _first_input(self, embedded: Tensor, features: Tensor) -> Tensor:
+        return self.network.first_input(embedded, features, self.layer.linear)
 
-
-def _room(
-    text: _Text, keys: Tensor, values: Tensor, start: int, stop: int
-) -> tuple[Tensor, Tensor]:
-    """Write new keys and values into a row's buffers, and return the buffers."""
-    if text.keys is None or text.values is None or text.keys.shape[2] < stop:
-        shape = (*keys.shape[:2], max(_COLUMNS, 2 * stop))
-        larger = (
-            keys.new_zeros((*shape, keys.shape[-1])),
-            values.new_zeros((*shape, values.shape[-1])),
-        )
-        if text.keys is not None and text.values is not None:
-            larger[0][:, :, :start] = text.keys[:, :, :start]
-            larger[1][:, :, :start] = text.values[:, :, :start]
-        text.keys, text.values = larger
-    text.keys[:, :, start:stop], text.values[:, :, start:stop] = keys, values
-    return text.keys, text.values
+    def _next_input(self, embedded: Tensor, states: Tensor) -> Tensor:
+        return self.network.next_input(embedded, states, self.layer.linear)

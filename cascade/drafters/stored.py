@@ -74,7 +74,7 @@ def write_drafter(
     return whole
 
 
-def load_drafter(path: AnyPath, stack: DecoderStack) -> Drafter:
+def read_drafter(path: AnyPath, stack: DecoderStack) -> Drafter:
     """Return the drafter in a folder, after checking that it belongs to the model.
 
     A drafter can be used with any dtype of the model that it was trained for.
@@ -87,22 +87,13 @@ def load_drafter(path: AnyPath, stack: DecoderStack) -> Drafter:
         RecordError: A file is missing, torn, edited or from a newer release.
         ModelError: The drafter belongs to another model, tokenizer or vocabulary.
         UnsupportedModelError: The model cannot have a drafter.
-
-    Example:
-        >>> from cascade import CascadeError, load, load_drafter
-        >>> stack = load("smollm2-135m")
-        >>> try:
-        ...     load_drafter("no-such-folder", stack)
-        ... except CascadeError as error:
-        ...     print(error)
-        no record no-such-folder/record.json; make one with `cascade train-drafter`
     """
     folder = Path(path)
     record = read_typed(folder / RECORD, DrafterRecord)
     own = replace(
         record.provenance.model, dtype=stack.provenance.dtype, device=stack.provenance.device
     )
-    check_same_model(own, stack, what="this drafter")
+    check_same_model(own, stack, what="the weights of this drafter")
     weights = _checked(folder / record.file, record)
     check_can_draft(stack)
     tokens = weights.pop(_TOKENS, None)

@@ -21,7 +21,7 @@ from cascade.core.locks import locked
 from cascade.drafters.config import DrafterConfig
 from cascade.drafters.making import TEXTS as TEXTS_FOLDER
 from cascade.drafters.making import NoProgress, step_products, train_drafter
-from cascade.drafters.stored import Drafter, load_drafter
+from cascade.drafters.proposer import TrainedDrafter, load_drafter
 from cascade.drafters.texts.prompts import CorpusSource
 from cascade.drafters.training import NetworkTraining
 from cascade.models.stack import DecoderStack
@@ -36,7 +36,7 @@ def corpus(tmp_path: Path) -> CorpusSource:
 
 def made(
     folder: Path, corpus: CorpusSource, stack: DecoderStack | None = None, **settings: Any
-) -> Drafter:
+) -> TrainedDrafter:
     config = replace(BRIEF, **settings.pop("config", {}))
     return train_drafter(stack or a_drafted_stack(), [corpus], folder, config, **settings)
 

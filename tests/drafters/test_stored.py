@@ -18,7 +18,7 @@ from support.tiny_models import tiny_model, tiny_tokenizer
 from cascade.core.errors import CascadeError, ModelError, OutputError, RecordError
 from cascade.core.records import read_typed, write_record
 from cascade.drafters.records import DrafterRecord
-from cascade.drafters.stored import RECORD, WEIGHTS, load_drafter
+from cascade.drafters.stored import RECORD, WEIGHTS, read_drafter
 from cascade.models.checkpoints.reading import file_hash
 from cascade.models.stack import DecoderStack
 
@@ -36,7 +36,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
 
 def test_a_stored_drafter_is_read_back_in_bfloat16(tmp_path: Path) -> None:
     stack = a_drafted_stack()
-    found = load_drafter(stored(tmp_path), stack)
+    found = read_drafter(stored(tmp_path), stack)
     assert torch.equal(found.tokens, TOKENS)
     assert found.network.feature_layers == LAYERS
     for name, weight in a_moved_network(stack).state_dict().items():
@@ -56,7 +56,7 @@ def test_weights_have_the_names_of_llama(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_biases_and_norms_of_heads_are_stored(family: str, tmp_path: Path) -> None:
     stack = a_drafted_stack(family)
-    found = load_drafter(stored(tmp_path, stack), stack)
+    found = read_drafter(stored(tmp_path, stack), stack)
     own = "layer.self_attn.q_proj.bias" if family == "qwen2" else "layer.self_attn.q_norm.weight"
     assert own in found.network.state_dict()
 
@@ -67,18 +67,18 @@ def test_a_model_in_another_dtype_has_the_same_drafter(tmp_path: Path) -> None:
     stack = DecoderStack(model, tokenizer=tiny_tokenizer(), provenance=hashes)
     folder = stored(tmp_path, stack)
     half = DecoderStack(model.bfloat16(), tokenizer=tiny_tokenizer(), provenance=hashes)
-    assert load_drafter(folder, half).network.feature_layers == LAYERS
+    assert read_drafter(folder, half).network.feature_layers == LAYERS
 
 
 def test_a_drafter_of_other_weights_is_refused(tmp_path: Path) -> None:
     other = DecoderStack(tiny_model("llama", seed=1), tokenizer=tiny_tokenizer())
     with pytest.raises(ModelError, match=r"this drafter belong to .* \(weights_hash .*\)"):
-        load_drafter(stored(tmp_path), other)
+        read_drafter(stored(tmp_path), other)
 
 
 def test_a_drafter_of_another_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"\(family llama\), but the model is .*\(family qwen2\)"):
-        load_drafter(stored(tmp_path), a_drafted_stack("qwen2"))
+        read_drafter(stored(tmp_path), a_drafted_stack("qwen2"))
 
 
 def test_a_drafter_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_drafter_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
         stack.model, tokenizer=tiny_tokenizer(), provenance={"tokenizer_hash": "sha256:one"}
     )
     with pytest.raises(ModelError, match="tokenizer_hash sha256:one"):
-        load_drafter(stored(tmp_path, before), other)
+        read_drafter(stored(tmp_path, before), other)
 
 
 def put(**tensors: Any) -> Callable[[dict[str, torch.Tensor]], object]:
@@ -143,7 +143,7 @@ def test_a_drafter_that_does_not_fit_is_refused_in_one_line(case: str, tmp_path:
     folder = stored(tmp_path)
     edit(folder, change)
     with pytest.raises(ModelError, match=message) as caught:
-        load_drafter(folder, a_drafted_stack())
+        read_drafter(folder, a_drafted_stack())
     assert "\n" not in str(caught.value)
 
 
@@ -152,7 +152,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, length: int) -> None:
     path = stored(tmp_path) / WEIGHTS
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(RecordError, match=r"drafter.safetensors is incomplete or changed \("):
-        load_drafter(tmp_path, a_drafted_stack())
+        read_drafter(tmp_path, a_drafted_stack())
 
 
 def test_an_edited_file_is_refused(tmp_path: Path) -> None:
@@ -161,25 +161,25 @@ def test_an_edited_file_is_refused(tmp_path: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(RecordError, match=r"its hash differs from the one in record.json"):
-        load_drafter(tmp_path, a_drafted_stack())
+        read_drafter(tmp_path, a_drafted_stack())
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     (stored(tmp_path) / WEIGHTS).unlink()
     with pytest.raises(RecordError, match=r"drafter.safetensors is missing"):
-        load_drafter(tmp_path, a_drafted_stack())
+        read_drafter(tmp_path, a_drafted_stack())
 
 
 def test_an_edited_record_is_refused(tmp_path: Path) -> None:
     path = stored(tmp_path) / RECORD
     path.write_text(path.read_text().replace('"vocabulary": 48', '"vocabulary": 47'))
     with pytest.raises(RecordError, match="was changed after it was written"):
-        load_drafter(tmp_path, a_drafted_stack())
+        read_drafter(tmp_path, a_drafted_stack())
 
 
 def test_a_folder_without_a_drafter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"no record .* make one with `cascade train-drafter`"):
-        load_drafter(tmp_path / "none", a_drafted_stack())
+        read_drafter(tmp_path / "none", a_drafted_stack())
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_record_whose_entries_contradict_each_other_is_refused(
 
 def test_a_record_of_more_layers_than_the_model_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="reads layer 9, but the model has 4"):
-        load_drafter(stored(tmp_path, feature_layers=[1, 3, 9]), a_drafted_stack())
+        read_drafter(stored(tmp_path, feature_layers=[1, 3, 9]), a_drafted_stack())
 
 
 def test_an_earlier_drafter_is_replaced_only_on_request(tmp_path: Path) -> None:

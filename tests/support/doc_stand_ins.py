@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 import torch
-from msgspec.structs import replace
+from msgspec.structs import replace as changed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -199,7 +199,7 @@ def _shorten_drafters(monkeypatch: pytest.MonkeyPatch) -> None:
     def train_drafter(stack: Any, corpora: Any, folder: Any, config: Any, **options: Any) -> Any:
         few = {"tokens": 60, "steps": 2, "batch_size": 4, "held_out_texts": 2, "vocabulary": 99}
         few |= {"max_new_tokens": 8, "step_tokens": 64}
-        return whole(stack, corpora, folder, replace(config, **few), **options)
+        return whole(stack, corpora, folder, changed(config, **few), **options)
 
     monkeypatch.setattr(drafters, "train_drafter", train_drafter)
 

@@ -32,7 +32,6 @@ from cascade.benchmarks.lossless.variants import (
     end_tokens,
     find_reasons,
     greedy_settings,
-    load_drafter,
     quiet_transformers,
     variants_of,
 )
@@ -47,6 +46,7 @@ from cascade.benchmarks.timing import (
 from cascade.core.provenance import Provenance, provenance_of
 from cascade.core.schema import UNSET
 from cascade.decoding.engine.engine import engine_of
+from cascade.drafters.proposer import load_drafter
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 

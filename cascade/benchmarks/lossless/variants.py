@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.benchmarks.timing import BenchmarkError
 from cascade.core.errors import first_line
 from cascade.decoding.drafting.proposers import Proposer
 from cascade.decoding.early_exit import EarlyExit
@@ -77,26 +75,6 @@ class DecodingVariant:
     what: str
     run: Callable[[PromptBatch], Made]
     most: int | None = None
-
-
-def load_drafter(path: str, stack: DecoderStack) -> Proposer:
-    """Return the trained drafter in a folder. This is the only place that knows how it is loaded.
-
-    Args:
-        path: Folder of the drafter.
-        stack: The model that it drafts for.
-
-    Raises:
-        BenchmarkError: This release has no trained drafters.
-    """
-    try:
-        drafters: Any = importlib.import_module("cascade.drafters")
-        drafter: Proposer = drafters.load_drafter(path, stack)
-    except (ImportError, AttributeError) as error:
-        raise BenchmarkError(
-            "this release cannot load trained drafters; leave --drafter out"
-        ) from error
-    return drafter
 
 
 def variants_of(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from cascade.models.stack import DecoderStack
 
 #: What an estimate is kept for, e.g. ("n-gram", 4, 1).
 Key = tuple[str | int, ...]
@@ -45,6 +50,8 @@ class Proposer:
         feature_layers: The layers whose inputs it reads (1..N), followed by the last normed state.
             Empty: it reads no states.
         runner_ups: How many of the model's most likely tokens `learn` receives.
+        needed_below: A row is left out where the proposers before have a guess for the next token
+            that is at least this probable. For proposers whose guesses take time.
 
     Example:
         >>> from cascade import Candidate, EarlyExit, Proposer, load
@@ -68,6 +75,17 @@ class Proposer:
     name: str = "drafter"
     feature_layers: tuple[int, ...] = ()
     runner_ups: int = 0
+    needed_below: float = math.inf
+
+    def check(self, stack: DecoderStack) -> None:
+        """Check that tokens can be proposed for a model. Called before each generation.
+
+        Args:
+            stack: The model.
+
+        Raises:
+            CascadeError: They cannot; the message says why.
+        """
 
     def begin(self, row: int, token: int) -> None:
         """Begin a new text in a row with its first token."""
@@ -98,6 +116,14 @@ class Proposer:
             limit: The maximum number of tokens that can follow.
         """
         raise NotImplementedError
+
+    def propose_all(self, limits: Mapping[int, int]) -> dict[int, list[Candidate]]:
+        """Return the candidates of several rows.
+
+        Args:
+            limits: The maximum number of tokens that can follow in each row.
+        """
+        return {row: self.propose(row, limit) for row, limit in limits.items()}
 
 
 class Estimates:
@@ -148,7 +174,7 @@ class Drafting:
     """Merges what proposers propose and keeps what pays.
 
     Args:
-        proposers: The proposers. Where two of them propose the same token, the first one counts.
+        proposers: The proposers. Where several propose the same token, the likeliest guess counts.
         milliseconds: What a pass over 1, 2, ... rows takes.
         trees: Whether several tokens may be guessed for one place; otherwise, drafts are chains.
     """
@@ -166,10 +192,8 @@ class Drafting:
             limits: The maximum number of tokens that can follow in each row.
         """
         found: list[tuple[float, int, _Node]] = []
-        for row, limit in limits.items():
-            if limit > 0:
-                nodes = self._nodes(row, limit)
-                found += [(-node.path, row, node) for node in nodes]
+        for row, nodes in self._nodes(limits).items():
+            found += [(-node.path, row, node) for node in nodes]
         found.sort(key=lambda entry: entry[0])  # stable: parents come before their children
         kept = self._worth(len(limits), [-path for path, _, _ in found])
         chosen: dict[int, list[_Node]] = {row: [] for row in limits}
@@ -190,25 +214,59 @@ class Drafting:
                 best, kept = speed, count
         return kept
 
-    def _nodes(self, row: int, limit: int) -> list[_Node]:
-        """Return the merged candidates of a row, each behind its parent, none behind the limit."""
-        nodes: list[_Node] = []
-        by_place: dict[tuple[int, int], int] = {}
+    def _nodes(self, limits: Mapping[int, int]) -> dict[int, list[_Node]]:
+        """Return the merged candidates of each row, each behind its parent."""
+        merged = {row: _Merged(limit, self.estimates) for row, limit in limits.items() if limit > 0}
         for proposer in self.proposers:
-            places: dict[int, int] = {-1: -1}
-            for number, candidate in enumerate(proposer.propose(row, limit)):
-                parent = places.get(candidate.parent)
-                depth = 0 if parent is None or parent < 0 else nodes[parent].depth
-                if parent is None or depth == limit:
-                    continue
-                place = by_place.get((parent, candidate.token))
-                if place is None:
-                    before = nodes[parent].path if parent >= 0 else 1.0
-                    place = by_place[parent, candidate.token] = len(nodes)
-                    path = before * self.estimates.of(candidate)
-                    nodes.append(_Node(place, candidate, parent, depth + 1, path, proposer.name))
-                places[number] = place
-        return nodes if self.trees else _best_chain(nodes)
+            wanted = {
+                row: nodes.limit
+                for row, nodes in merged.items()
+                if nodes.likeliest < proposer.needed_below
+            }
+            if wanted:
+                for row, candidates in proposer.propose_all(wanted).items():
+                    merged[row].add(candidates, proposer.name)
+        found = {row: nodes.paths() for row, nodes in merged.items()}
+        if self.trees:
+            return found
+        return {row: _best_chain(nodes) for row, nodes in found.items()}
+
+
+class _Merged:
+    """The candidates of a row from several proposers, merged; none of them is behind a limit."""
+
+    def __init__(self, limit: int, estimates: Estimates) -> None:
+        self.limit, self.likeliest = limit, 0.0
+        self.nodes: list[_Node] = []
+        self._estimates = estimates
+        self._by_place: dict[tuple[int, int], int] = {}
+
+    def add(self, candidates: Sequence[Candidate], source: str) -> None:
+        """Add the candidates of a proposer."""
+        places: dict[int, int] = {-1: -1}
+        for number, candidate in enumerate(candidates):
+            parent = places.get(candidate.parent)
+            depth = 0 if parent is None or parent < 0 else self.nodes[parent].depth
+            if parent is None or depth == self.limit:
+                continue
+            place = self._by_place.setdefault((parent, candidate.token), len(self.nodes))
+            probability = self._estimates.of(candidate)
+            node = _Node(place, candidate, parent, depth + 1, probability, source)
+            if place == len(self.nodes):
+                self.nodes.append(node)
+            elif probability > self.nodes[place].probability:
+                self.nodes[place] = node
+            if parent < 0:
+                self.likeliest = max(self.likeliest, probability)
+            places[number] = place
+
+    def paths(self) -> list[_Node]:
+        """Return the candidates, with the probability that all on the way to each is right."""
+        made: list[_Node] = []
+        for node in self.nodes:
+            before = made[node.parent].path if node.parent >= 0 else 1.0
+            made.append(replace(node, path=before * node.probability))
+        return made
 
 
 @dataclass(frozen=True)
@@ -219,8 +277,9 @@ class _Node:
     candidate: Candidate
     parent: int
     depth: int
-    path: float
+    probability: float
     source: str
+    path: float = 0.0
 
 
 def _best_chain(nodes: Sequence[_Node]) -> list[_Node]:

@@ -49,17 +49,10 @@ class EnginePasses:
 
     def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Compute a prompt; see `Passes`."""
-        stack = self.engine.stack
-        cache = self.cache.of_sequence(row)
-        cache.window(0, len(tokens))
-        plan = stack.plan(torch.tensor([tokens], device=stack.device), cache=cache)
-        hidden, kept = plan.embedded, []
-        for layer, call in enumerate(plan.calls, start=1):
-            if layer in self.feature_layers:
-                kept.append(hidden[0])
-            hidden = stack.step(layer, hidden, call)
+        stack, cache = self.engine.stack, self.cache.of_sequence(row)
+        hidden, features = _by_modules(stack, tokens, 0, cache, self.feature_layers)
         self._count(len(tokens), len(tokens) ** 2)
-        return hidden[0, -1:], self._features(kept, hidden[0])
+        return hidden[-1:], features
 
     def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
         """Compute branches; see `Passes`."""
@@ -84,7 +77,7 @@ class EnginePasses:
             kept.append(hidden)
         hidden = engine.run(hidden, rows, self.cache, below=below, tables=tables)
         self._count(len(ids), sum(at.column + len(at.tokens) for at in branches for _ in at.tokens))
-        return hidden, self._features(kept, hidden)
+        return hidden, _features(engine.stack, self.feature_layers, kept, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits; see `Passes`."""
@@ -96,13 +89,6 @@ class EnginePasses:
             for buffer in self.cache.buffers(layer):
                 for column, target in columns.items():
                     buffer[row, :, target] = buffer[row, :, column]
-
-    def _features(self, kept: Sequence[Tensor], last: Tensor) -> Tensor | None:
-        if not self.feature_layers:
-            return None
-        norm = self.engine.stack.direct_norm
-        assert norm is not None  # otherwise the engine has an obstacle
-        return torch.stack([*kept, norm(last)], dim=1)
 
     def _count(self, rows: int, pairs: int) -> None:
         for layer in range(self.engine.stack.num_layers):
@@ -118,6 +104,7 @@ class OwnPasses:
         batch: 1.
         capacity: The maximum number of tokens of the row.
         milliseconds: What a pass over 1, 2, ... tokens takes.
+        feature_layers: As for `EnginePasses`.
         reason: Why there is no engine.
     """
 
@@ -130,32 +117,31 @@ class OwnPasses:
         batch: int,
         capacity: int,
         milliseconds: Sequence[float],
+        feature_layers: Sequence[int] = (),
+        *,
         reason: str,
     ) -> None:
         self.stack, self.milliseconds = stack, milliseconds
+        self.feature_layers = tuple(feature_layers)
         self.description = f"model ({reason})"
         self.counts = Counts.of(stack.num_layers)
         self.cache = KeyValueCache(stack.num_layers, batch, capacity)
 
     def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Compute a prompt; see `Passes`."""
-        return self._run(tokens, 0)[-1:], None
+        hidden, features = self._run(tokens, 0)
+        return hidden[-1:], features
 
     def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
         """Compute branches; see `Passes`."""
         (branch,) = branches
-        return self._run(branch.tokens, branch.column), None
+        return self._run(branch.tokens, branch.column)
 
-    def _run(self, tokens: Sequence[int], start: int) -> Tensor:
-        self.cache.window(start, start + len(tokens))
-        ids = torch.tensor([tokens], device=self.stack.device)
-        plan = self.stack.plan(ids, cache=self.cache)
-        hidden = plan.embedded
-        for layer, call in enumerate(plan.calls, start=1):
-            hidden = self.stack.step(layer, hidden, call)
-            self.counts.layer_rows[layer - 1] += len(tokens)
-            self.counts.pairs[layer - 1] += len(tokens) * self.cache.stop
-        return hidden[0]
+    def _run(self, tokens: Sequence[int], start: int) -> tuple[Tensor, Tensor | None]:
+        for layer in range(self.stack.num_layers):
+            self.counts.layer_rows[layer] += len(tokens)
+            self.counts.pairs[layer] += len(tokens) * (start + len(tokens))
+        return _by_modules(self.stack, tokens, start, self.cache, self.feature_layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits; see `Passes`."""
@@ -163,3 +149,41 @@ class OwnPasses:
 
     def move(self, row: int, columns: Mapping[int, int]) -> None:
         """Do nothing: the columns of a chain are where they belong."""
+
+
+def _by_modules(
+    stack: DecoderStack,
+    tokens: Sequence[int],
+    start: int,
+    cache: KeyValueCache,
+    feature_layers: Sequence[int],
+) -> tuple[Tensor, Tensor | None]:
+    """Compute tokens of one text by the model's own modules.
+
+    Args:
+        stack: The model.
+        tokens: The tokens.
+        start: The column of the first one.
+        cache: The text's KV cache.
+        feature_layers: As for `EnginePasses`.
+
+    Returns:
+        The states of all tokens, `[T, D]`, and their features.
+    """
+    cache.window(start, start + len(tokens))
+    plan = stack.plan(torch.tensor([tokens], device=stack.device), cache=cache)
+    hidden, kept = plan.embedded, []
+    for layer, call in enumerate(plan.calls, start=1):
+        if layer in feature_layers:
+            kept.append(hidden[0])
+        hidden = stack.step(layer, hidden, call)
+    return hidden[0], _features(stack, feature_layers, kept, hidden[0])
+
+
+def _features(
+    stack: DecoderStack, feature_layers: Sequence[int], kept: Sequence[Tensor], last: Tensor
+) -> Tensor | None:
+    """Return the inputs of some layers and the last normed state, `[T, F + 1, D]`."""
+    if not feature_layers:
+        return None
+    return torch.stack([*kept, stack.norm(last[None])[0]], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,14 @@ def feature_layers_of(num_layers: int, start: int) -> tuple[int, ...]:
         )
     wanted = {round(num_layers / 15) + 1, round(num_layers / 2) + 1}
     return (*sorted(layer for layer in wanted if layer < start), start)
+
+
+#: Computes a projection of rows `[R, inputs]`.
+Linear = Callable[[nn.Linear, Tensor], Tensor]
+
+
+def _linear(module: nn.Linear, rows: Tensor) -> Tensor:
+    return functional.linear(rows, module.weight, module.bias)
 
 
 class DrafterNetwork(nn.Module):
@@ -77,30 +85,30 @@ class DrafterNetwork(nn.Module):
         norm: Any = stack.decoder.norm
         self.norm: Any = _copied(norm)
 
-    def first_input(self, embedded: Tensor, features: Tensor) -> Tensor:
+    def first_input(self, embedded: Tensor, features: Tensor, linear: Linear = _linear) -> Tensor:
         """Return the layer's input at a first step, `[..., D]`.
 
         Args:
             embedded: Embeddings of the tokens that follow the features, `[..., D]`.
             features: The model's states, `[..., F + 1, D]`: the inputs of `feature_layers`, then
                 the last layer's normed output.
+            linear: Computes projections, for rows `[R, D]`.
         """
         dtype = self.features_in.weight.dtype
         own, read = rms_normalized(embedded), rms_normalized(features).flatten(-2)
-        found: Tensor = self.embedding_in(own.to(dtype)) + self.features_in(read.to(dtype))
-        return found
+        return linear(self.embedding_in, own.to(dtype)) + linear(self.features_in, read.to(dtype))
 
-    def next_input(self, embedded: Tensor, states: Tensor) -> Tensor:
+    def next_input(self, embedded: Tensor, states: Tensor, linear: Linear = _linear) -> Tensor:
         """Return the layer's input at a later step, `[..., D]`.
 
         Args:
             embedded: Embeddings of the drafted tokens, `[..., D]`.
             states: The states that predicted them, `[..., D]`.
+            linear: Computes projections, for rows `[R, D]`.
         """
         dtype = self.state_next.weight.dtype
         own, last = rms_normalized(embedded), rms_normalized(states)
-        found: Tensor = self.embedding_next(own.to(dtype)) + self.state_next(last.to(dtype))
-        return found
+        return linear(self.embedding_next, own.to(dtype)) + linear(self.state_next, last.to(dtype))
 
     def unroll(
         self, embedded: Tensor, features: Tensor, tables: Tables, steps: int
@@ -198,31 +206,40 @@ class DraftHead:
     """
 
     def __init__(self, stack: DecoderStack, tokens: Tensor, dtype: torch.dtype) -> None:
-        head: Any = stack.lm_head
+        self._stack, self._dtype = stack, dtype
         self.tokens = tokens.to(stack.device, torch.long)
-        self._weight = head.weight.detach()
-        self._bias = None if head.bias is None else head.bias.detach()
-        self._dtype = dtype
-        self.weight, self.bias = self._rows(self.tokens)
+        self.rows = self._rows(self.tokens)
 
-    def _rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        bias = None if self._bias is None else self._bias[tokens].to(self._dtype)
-        return self._weight[tokens].to(self._dtype), bias
+    def _rows(self, tokens: Tensor) -> nn.Linear:
+        head: Any = self._stack.lm_head
+        made = nn.Linear(head.in_features, len(tokens), head.bias is not None, device="meta")
+        for name, own in head.named_parameters():
+            rows = own.detach()[tokens].to(self._dtype)
+            setattr(made, name, nn.Parameter(rows, requires_grad=False))
+        return made
 
-    def logits(self, normed: Tensor) -> Tensor:
-        """Return the logits of the tokens, `[..., V']`, of normed states `[..., D]`."""
-        return functional.linear(normed, self.weight, self.bias)
+    def logits(self, normed: Tensor, linear: Linear = _linear) -> Tensor:
+        """Return the logits of the tokens, `[..., V']`.
+
+        Args:
+            normed: Normed states, `[..., D]`.
+            linear: Computes the projection, for rows `[R, D]`.
+        """
+        return linear(self.rows, normed)
+
+    def of_others(self, others: Sequence[int]) -> DraftHead | None:
+        """Return a head with the rows of those tokens that this one lacks, each once, if any.
+
+        Args:
+            others: The tokens.
+        """
+        known = set(self.tokens.tolist())
+        new = [token for token in dict.fromkeys(others) if token not in known]
+        return DraftHead(self._stack, torch.tensor(new), self._dtype) if new else None
 
     def with_tokens(self, others: Sequence[int]) -> DraftHead:
         """Return a head that also has the rows of other tokens, each once, behind its own."""
-        known = set(self.tokens.tolist())
-        new = [token for token in dict.fromkeys(others) if token not in known]
-        if not new:
+        new = self.of_others(others)
+        if new is None:
             return self
-        made = copy.copy(self)
-        added = torch.tensor(new, device=self.tokens.device)
-        weight, bias = self._rows(added)
-        made.tokens = torch.cat([self.tokens, added])
-        made.weight = torch.cat([self.weight, weight])
-        made.bias = None if bias is None or self.bias is None else torch.cat([self.bias, bias])
-        return made
+        return DraftHead(self._stack, torch.cat([self.tokens, new.tokens]), self._dtype)

@@ -120,6 +120,7 @@ def check_can_draft(stack: DecoderStack) -> None:
 
 def _missing(stack: DecoderStack) -> str | None:
     """Return which of Llama's modules a model lacks, or None."""
+    layer: Any
     for layer in stack.layers:
         obstacle = obstacle_of(layer)
         if obstacle is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import given
@@ -53,9 +53,44 @@ def test_common_beginnings_are_merged() -> None:
     assert source == {(1,): "0", (1, 2): "0", (1, 2, 3): "0", (1, 2, 4): "1"}
 
 
-def test_first_proposer_of_a_token_counts() -> None:
+def test_the_likeliest_guess_of_a_token_counts() -> None:
     draft = draft_of(chain([7], 0.2, "first"), chain([7], 0.9, "second"))
+    assert draft.keys == (("second", 0),)
+    draft = draft_of(chain([7], 0.9, "first"), chain([7], 0.2, "second"))
     assert draft.keys == (("first", 0),)
+
+
+def test_what_follows_a_token_is_as_likely_as_the_likeliest_guess_of_it() -> None:
+    first = [Candidate(7, -1, ("a",), 0.3), Candidate(8, 0, ("a",), 0.9)]
+    merged = Drafting([Fixed(first), Fixed(chain([7], 0.8))], [1.0] * 16, trees=True)
+    (nodes,) = merged._nodes({0: 4}).values()
+    assert [node.path for node in nodes] == pytest.approx([0.8, 0.72])
+
+
+class Asked(Proposer):
+    """Counts the rows that it is asked for."""
+
+    needed_below = 0.6
+
+    def __init__(self) -> None:
+        self.rows: list[set[int]] = []
+
+    def propose_all(self, limits: Mapping[int, int]) -> dict[int, list[Candidate]]:
+        self.rows.append(set(limits))
+        return {row: [] for row in limits}
+
+
+def test_a_proposer_that_takes_time_is_asked_only_where_no_other_guess_is_likely() -> None:
+    class ByRow(Proposer):
+        def propose(self, row: int, limit: int) -> list[Candidate]:
+            return [Candidate(5, -1, ("a", row), [0.2, 0.59, 0.6, 0.9][row])]
+
+    asked = Asked()
+    drafting = Drafting([ByRow(), asked], [1.0] * 16, trees=True)
+    drafting.propose(dict.fromkeys(range(4), 3))
+    drafting.propose({2: 3, 3: 3})
+    drafting.propose({1: 0})
+    assert asked.rows == [{0, 1}]
 
 
 def test_same_token_behind_other_parents_is_another_guess() -> None:
