@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from cascade.decoding.drafting.proposers import Proposer
     from cascade.decoding.early_exit import EarlyExit
     from cascade.decoding.engine.engine import EngineKind
     from cascade.decoding.growing_text import Generation
@@ -159,6 +160,7 @@ def transcribe(
     *,
     chat: bool = False,
     verify: bool = False,
+    drafter: Proposer | None = None,
     compare: bool = True,
     full: DecoderStack | None = None,
     bos: str = "auto",
@@ -171,6 +173,7 @@ def transcribe(
         settings: Settings of `EarlyExit.generate` by name, e.g. `max_new_tokens`.
         chat: Apply the model's chat template to the prompt.
         verify: Draft tokens, and let the full model confirm them.
+        drafter: What drafts tokens in addition, with `verify` and without exits.
         compare: Also generate with the full model, and compare texts and speed. Without exits, the
             full model is computed by its own modules.
         full: The full model (default: the model of `early`).
@@ -199,8 +202,9 @@ def transcribe(
     # Warm up before the timed runs; a few tokens are enough.
     first = ids[:, -8:]
     warm_up = settings | _ONE_TOKEN | {"max_new_tokens": 4 if verify and not early.exits else 1}
-    early.generate(first, first.new_ones(first.shape), verify=verify, **warm_up)
-    run = _timed(early, ids, settings, verify=verify)
+    drafting: dict[str, Any] = {"verify": verify, "drafter": drafter}
+    early.generate(first, first.new_ones(first.shape), **drafting, **warm_up)
+    run = _timed(early, ids, settings | drafting)
     comparison = None
     if compare:
         # Exits save layers of the same engine. Without exits, drafts and the engine save time.
@@ -289,12 +293,10 @@ class _TimedRun:
         return len(self.tokens) / self.seconds
 
 
-def _timed(
-    early: EarlyExit, ids: Tensor, settings: Mapping[str, Any], *, verify: bool = False
-) -> _TimedRun:
+def _timed(early: EarlyExit, ids: Tensor, settings: Mapping[str, Any]) -> _TimedRun:
     mask = ids.new_ones(ids.shape)  # all of a prompt is text, even if it has the padding token
     start = time.perf_counter()
-    made: Any = early.generate(ids, mask, return_dict_in_generate=True, verify=verify, **settings)
+    made: Any = early.generate(ids, mask, return_dict_in_generate=True, **settings)
     seconds = time.perf_counter() - start
     return _TimedRun(made, made.sequences[0, ids.shape[1] :].tolist(), seconds)
 

@@ -11,17 +11,11 @@ from torch import Tensor
 
 from cascade.drafters.network.drafter_network import DrafterNetwork, DraftHead
 from cascade.drafters.network.layers import Tables
-from cascade.drafters.records import BINS, METHODS, DraftEvaluation, Method, MethodFigures
+from cascade.drafters.records import BINS, DraftEvaluation
 from cascade.drafters.texts.batches import GeneratedText
 
 #: Most drafts of a chain. The figures of longer chains say little: few of them are accepted.
 CHAIN = 4
-
-#: A chain ends where the probability that all of it is accepted falls below this.
-LEAST = 0.3
-
-#: Suffixes that are looked up, longest first, and most tokens that are proposed.
-_SUFFIXES, _PROPOSED = range(8, 3, -1), 7
 
 
 @dataclass(frozen=True)
@@ -45,22 +39,6 @@ class Chains:
     def accepted(self) -> Tensor:
         """Number of drafts that are accepted at each place, `[places]`."""
         return self.hits.long().cumprod(dim=1).sum(dim=1)
-
-    def lengths(self, calibration: Sequence[Sequence[float]] | None) -> Tensor:
-        """Return the number of drafts of each chain, `[places]`.
-
-        Args:
-            calibration: As for `walk`.
-        """
-        if calibration is None:
-            return torch.full((len(self.hits),), CHAIN)
-        shares = torch.tensor(
-            [
-                [calibrated(bins)(share) for bins, share in zip(calibration, row, strict=True)]
-                for row in self.probabilities.tolist()
-            ]
-        ).reshape(-1, CHAIN)
-        return (shares.cumprod(dim=1) >= LEAST).long().cumprod(dim=1).sum(dim=1)
 
 
 @torch.no_grad()
@@ -119,124 +97,31 @@ def accepted_by_position(chains: Sequence[Chains]) -> list[float]:
     return shares
 
 
-# --- Tokens per pass -------------------------------------------------------------------------
-
-
-@dataclass
-class _Walk:
-    """Counts of a text that is decoded with drafts."""
-
-    passes: int = 0
-    tokens: int = 0
-    steps: int = 0
-
-
-def walk(
-    texts: Sequence[GeneratedText],
-    chains: Sequence[Chains],
-    method: Method,
-    calibration: Sequence[Sequence[float]] | None = None,
-) -> tuple[float, float]:
-    """Return tokens per pass and drafter steps per pass, if texts are decoded with drafts.
+def tokens_per_pass(texts: Sequence[GeneratedText], chains: Sequence[Chains]) -> float:
+    """Return the tokens per pass of the model if the drafter alone drafts, `CHAIN` tokens each.
 
     Args:
         texts: The texts.
         chains: Their chains.
-        method: The way to draft.
-        calibration: As from `calibration_of`; it ends chains (see `LEAST`). None: no chain ends
-            before it has all drafts.
     """
-    counts = _Walk()
+    passes = tokens = 0
     for text, own in zip(texts, chains, strict=True):
-        ids, accepted = text.ids.tolist(), own.accepted.tolist()
-        lengths = own.lengths(calibration).tolist()
-        lookup, place = _Lookup(ids), text.prompt
-        while place < len(ids) - 1:
-            left = len(ids) - 1 - place  # tokens that the text still has
-            found = lookup.accepted(place) if method.startswith("n-gram") else None
-            if found is None and method.endswith("drafter"):
-                length = lengths[place - text.prompt]
-                # The step whose draft has too low a probability is computed as well.
-                counts.steps += min(length + 1, CHAIN)
-                found = min(length, accepted[place - text.prompt])
-            new = min(left, 1 + (found or 0))
-            counts.passes, counts.tokens, place = (
-                counts.passes + 1,
-                counts.tokens + new,
-                place + new,
-            )
-    passes = max(1, counts.passes)
-    return max(1, counts.tokens) / passes, counts.steps / passes
-
-
-class _Lookup:
-    """Looks up the longest suffix of a text in what precedes it."""
-
-    def __init__(self, ids: list[int]) -> None:
-        self._ids = ids
-        self._after: dict[tuple[int, ...], int] = {}
-        self._known = 0
-
-    def accepted(self, place: int) -> int | None:
-        """Return how many tokens of the continuation are right; None if there is none.
-
-        Args:
-            place: The last token that is known.
-        """
-        ids = self._ids
-        for end in range(self._known, place):
-            for size in _SUFFIXES:
-                if end + 1 >= size:
-                    self._after[tuple(ids[end + 1 - size : end + 1])] = end + 1
-        self._known = max(self._known, place)
-        for size in _SUFFIXES:
-            start = self._after.get(tuple(ids[max(0, place + 1 - size) : place + 1]))
-            if start is None or place + 1 < size:
-                continue
-            # Where the continuation reaches the end of what is known, it repeats itself.
-            period = place + 1 - start
-            proposed = [ids[start + at % period] for at in range(_PROPOSED)]
-            pairs = zip(proposed, ids[place + 1 :], strict=False)
-            return next((at for at, (one, two) in enumerate(pairs) if one != two), len(proposed))
-        return None
+        accepted, place, last = own.accepted.tolist(), 0, len(text.ids) - 1 - text.prompt
+        while place < last:
+            new = min(last - place, 1 + accepted[place])
+            passes, tokens, place = passes + 1, tokens + new, place + new
+    return max(1, tokens) / max(1, passes)
 
 
 def evaluation_of(
     step: int, texts: Sequence[GeneratedText], chains: Sequence[Chains]
 ) -> DraftEvaluation:
     """Return the acceptance of a drafter at a training step."""
-    tokens, _ = walk(texts, chains, "drafter")
-    return DraftEvaluation(step=step, accepted=accepted_by_position(chains), tokens_per_pass=tokens)
-
-
-def compare_methods(
-    texts: Sequence[GeneratedText],
-    chains: Sequence[Chains],
-    step_products: float,
-    calibration: Sequence[Sequence[float]],
-) -> tuple[list[MethodFigures], Method]:
-    """Compare all ways to draft; return their figures, and the way with the largest gain.
-
-    Args:
-        texts: The texts.
-        chains: Their chains.
-        step_products: Multiplications of a drafter's step, in passes of the model over one token.
-        calibration: As for `walk`, from other texts.
-    """
-    rows = []
-    for method in METHODS:
-        tokens, steps = walk(texts, chains, method, calibration)
-        products = 1 + steps * step_products
-        rows.append(
-            MethodFigures(
-                method=method,
-                tokens_per_pass=tokens,
-                drafter_steps=steps,
-                products=products,
-                gain=tokens / products,
-            )
-        )
-    return rows, max(rows, key=lambda row: row.gain).method
+    return DraftEvaluation(
+        step=step,
+        accepted=accepted_by_position(chains),
+        tokens_per_pass=tokens_per_pass(texts, chains),
+    )
 
 
 # --- Calibration -----------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from msgspec.structs import replace
+from torch import Tensor
 
 from cascade.core.errors import CorpusError, OutputError
 from cascade.core.files import AnyPath
@@ -15,10 +16,10 @@ from cascade.core.locks import locked
 from cascade.core.provenance import library_versions, machine_of
 from cascade.core.run_folder import RunFolder
 from cascade.core.schema import to_plain
-from cascade.drafters.acceptance import accepted_by_position, calibration_of, compare_methods
+from cascade.drafters.acceptance import accepted_by_position, calibration_of
+from cascade.drafters.comparison import compare_methods
 from cascade.drafters.config import DrafterConfig, Precision
 from cascade.drafters.network.drafter_network import (
-    DrafterNetwork,
     DraftHead,
     feature_layers_of,
     usual_start_layer,
@@ -27,7 +28,7 @@ from cascade.drafters.network.layers import check_can_draft
 from cascade.drafters.network.vocabulary import choose_tokens, ends_of
 from cascade.drafters.proposer import TrainedDrafter, load_drafter
 from cascade.drafters.records import DrafterProvenance, DrafterRecord, DraftEvaluation, TextCounts
-from cascade.drafters.stored import RECORD, WEIGHTS, write_drafter
+from cascade.drafters.stored import RECORD, WEIGHTS, Drafter, write_drafter
 from cascade.drafters.texts.batches import GeneratedText
 from cascade.drafters.texts.prompts import CorpusSource, load_prompts
 from cascade.drafters.texts.shards import TextPlan, TextProgress, counts_of, generate_texts
@@ -138,9 +139,15 @@ def train_drafter(
                 f"got {len(texts)} and {len(held_out)}; take other prompts with --corpus"
             )
         training, trained = _train(plan, texts, held_out[::2], folder, shown, resume=resume)
-        record = _record(plan, training, trained, texts, held_out[1::2], command)
+        judging = held_out[1::2]
+        record = _record(plan, training, trained, texts, judging, command)
+        tokens = training.data.head.tokens
+        # As it is stored.
+        made = Drafter(trained.network.to(torch.bfloat16), tokens, record)
+        methods, use = compare_methods(stack, TrainedDrafter(stack, made), judging)
+        record = replace(record, methods=methods, use=use)
         with RunFolder(folder, (RECORD, WEIGHTS), overwrite=overwrite or resume) as out:
-            write_drafter(out, trained.network, training.data.head.tokens, record)
+            write_drafter(out, made.network, tokens, record)
     return load_drafter(folder, stack)
 
 
@@ -189,8 +196,6 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
 
 def _within_positions(config: DrafterConfig, stack: DecoderStack) -> DrafterConfig:
     """Return the options with prompts and texts that fit into the model's positions."""
-    from msgspec.structs import replace
-
     limit = stack.max_positions
     if limit is None or config.longest_prompt + config.max_new_tokens <= limit:
         return config
@@ -212,11 +217,12 @@ def _record(
     judging: Sequence[GeneratedText],
     command: str | None,
 ) -> DrafterRecord:
-    """Return the record of a trained drafter, whose figures are from the texts that judge it."""
+    """Return the record of a trained drafter, before ways to draft are compared.
+
+    Its figures are from the texts that judge it.
+    """
     stack, tokens = plan.stack, training.data.head.tokens
     chains, others = training.chains(judging), training.chains(training.data.selection)
-    products = step_products(stack, trained.network, tokens)
-    methods, use = compare_methods(judging, chains, products, calibration_of(others))
     precision: Precision = training.precision
     request = plan.request()
     return DrafterRecord(
@@ -239,8 +245,8 @@ def _record(
         chosen_step=trained.chosen.step,
         accepted=accepted_by_position(chains),
         calibration=calibration_of([*others, *chains]),
-        methods=methods,
-        use=use,
+        methods=[],
+        use="none",
         file=WEIGHTS,
         sha256="",
     )
@@ -256,23 +262,3 @@ def _coverage(texts: Sequence[GeneratedText], tokens: Tensor) -> float:
     known = tokens.cpu()
     new = torch.cat([text.ids[text.prompt :] for text in texts])
     return float(torch.isin(new.long(), known).float().mean())
-
-
-def step_products(stack: DecoderStack, network: DrafterNetwork, tokens: Tensor) -> float:
-    """Return the multiplications of a drafter's step, in passes of the model over one token.
-
-    Attention is not counted: it is one layer against all of them.
-
-    Args:
-        stack: The model.
-        network: The drafter.
-        tokens: The tokens that it can propose.
-    """
-
-    def matrices(module: nn.Module) -> int:
-        return sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)
-
-    width = network.hidden_size
-    own = matrices(network.layer) + 2 * width * width + len(tokens) * width
-    whole = sum(matrices(layer) for layer in stack.layers) + stack.vocab_size * width
-    return own / whole

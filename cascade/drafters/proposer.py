@@ -12,12 +12,15 @@ from torch import Tensor
 
 from cascade.core.files import AnyPath
 from cascade.decoding.drafting.proposers import Candidate, Proposer
-from cascade.drafters.acceptance import LEAST, calibrated
+from cascade.drafters.acceptance import calibrated
 from cascade.drafters.drafting_layer import Columns, DraftingLayer
 from cascade.drafters.network.drafter_network import DraftHead, embeddings_of
 from cascade.drafters.stored import Drafter, read_drafter
 from cascade.models.identity import check_same_model
 from cascade.models.stack import DecoderStack
+
+#: A chain is not continued where the probability that all of it is right falls below this.
+LEAST = 0.3
 
 #: Probabilities that are told apart when acceptance is counted while decoding.
 _BINS = 8

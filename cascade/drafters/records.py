@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from cascade.core.provenance import MachineProvenance, ModelProvenance
-from cascade.core.schema import Count, FileName, Finite, Index, Part, Positive, Share, StoredRecord
+from cascade.core.schema import Count, FileName, Index, Part, Positive, Share, StoredRecord
 from cascade.drafters.config import DrafterConfig, Precision
 
-#: Ways to draft: none, the continuation of an earlier occurrence in the text, the drafter, and the
-#: drafter where no n-gram occurred before.
-Method = Literal["none", "n-gram", "drafter", "n-gram and drafter"]
-METHODS: tuple[Method, ...] = ("none", "n-gram", "drafter", "n-gram and drafter")
+#: Ways to draft: not at all; by n-gram lookup and runner-ups; and by the drafter in addition.
+Method = Literal["none", "n-gram", "n-gram and drafter"]
+METHODS: tuple[Method, ...] = ("none", "n-gram", "n-gram and drafter")
 
 #: Bins of a calibration, of equal width in 0..1.
 BINS = 16
@@ -95,21 +94,19 @@ class DraftEvaluation(Part, frozen=True, kw_only=True):
 
 
 class MethodFigures(Part, frozen=True, kw_only=True):
-    """What a way to draft gives on held-out texts.
+    """What a way to draft gives on held-out prompts, decoded on the machine of the training.
 
     Attributes:
         method: The way to draft.
         tokens_per_pass: Tokens per pass of the model.
-        drafter_steps: Steps of the drafter per pass.
-        products: Multiplications of a pass and its draft steps, in passes over one token.
-        gain: Tokens per pass, divided by the products.
+        milliseconds: Median milliseconds per new token, prompt included.
+        speed: Median speed over the prompts, as a multiple of the speed without drafts.
     """
 
     method: Method
     tokens_per_pass: Positive
-    drafter_steps: Finite
-    products: Positive
-    gain: Positive
+    milliseconds: Positive
+    speed: Positive
 
 
 class DrafterProvenance(Part, frozen=True, kw_only=True):
@@ -149,8 +146,8 @@ class DrafterRecord(StoredRecord, frozen=True, kw_only=True):
         calibration: Share of accepted drafts by the drafter's own probability in bins of equal
             width, at each position of a chain; it never decreases with the probability. From all
             held-out texts.
-        methods: Ways to draft, compared on the other half.
-        use: The way with the largest gain.
+        methods: Ways to draft, compared on prompts of the other half.
+        use: The fastest way.
         file: File of the weights, in the same folder.
         sha256: SHA-256 of that file.
     """

@@ -20,8 +20,9 @@ from cascade.core.errors import CorpusError, OutputError, UnsupportedModelError,
 from cascade.core.locks import locked
 from cascade.drafters.config import DrafterConfig
 from cascade.drafters.making import TEXTS as TEXTS_FOLDER
-from cascade.drafters.making import NoProgress, step_products, train_drafter
+from cascade.drafters.making import NoProgress, train_drafter
 from cascade.drafters.proposer import TrainedDrafter, load_drafter
+from cascade.drafters.records import METHODS, DrafterRecord
 from cascade.drafters.texts.prompts import CorpusSource
 from cascade.drafters.training import NetworkTraining
 from cascade.models.stack import DecoderStack
@@ -41,6 +42,12 @@ def made(
     return train_drafter(stack or a_drafted_stack(), [corpus], folder, config, **settings)
 
 
+def untimed(record: DrafterRecord) -> DrafterRecord:
+    """Return a record without what differs between runs on the same machine."""
+    assert [row.method for row in record.methods] == list(METHODS)
+    return replace(record, methods=[], use="none")
+
+
 def test_a_drafter_is_trained_judged_and_stored(tmp_path: Path, corpus: CorpusSource) -> None:
     drafter = made(tmp_path / "out", corpus, command="cascade train-drafter")
     record = drafter.record
@@ -50,13 +57,8 @@ def test_a_drafter_is_trained_judged_and_stored(tmp_path: Path, corpus: CorpusSo
     assert record.texts.tokens >= 400
     assert record.held_out.texts == 8
     assert [each.step for each in record.evaluations] == [0, 4, 8]
-    assert {each.method for each in record.methods} == {
-        "none",
-        "n-gram",
-        "drafter",
-        "n-gram and drafter",
-    }
-    assert record.use == max(record.methods, key=lambda row: row.gain).method
+    assert [each.method for each in record.methods] == ["none", "n-gram", "n-gram and drafter"]
+    assert record.use == max(record.methods, key=lambda row: row.speed).method
     assert record.provenance.command == "cascade train-drafter"
     assert record.provenance.corpora[0].train == 32
     assert 0 < record.coverage <= 1
@@ -85,7 +87,12 @@ def test_one_half_of_the_held_out_texts_selects_and_the_other_one_judges(
 def test_the_same_arguments_give_the_same_drafter(tmp_path: Path, corpus: CorpusSource) -> None:
     for name in ("a", "b"):
         made(tmp_path / name, corpus)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    found = [contents(tmp_path / name) for name in ("a", "b")]
+    records = [load_drafter(tmp_path / name, a_drafted_stack()).record for name in ("a", "b")]
+    assert untimed(records[0]) == untimed(records[1])
+    for each in found:
+        del each["record.json"]
+    assert found[0] == found[1]
 
 
 def test_texts_that_are_there_are_not_generated_again(tmp_path: Path, corpus: CorpusSource) -> None:
@@ -97,7 +104,7 @@ def test_texts_that_are_there_are_not_generated_again(tmp_path: Path, corpus: Co
     config = {"steps": 4}
     made(tmp_path / "out", corpus, overwrite=True, config=config, progress=NoText())
     resumed = made(tmp_path / "out", corpus, overwrite=True, progress=NoText())
-    assert resumed.record == first.record
+    assert untimed(resumed.record) == untimed(first.record)
 
 
 def test_an_earlier_drafter_is_refused_before_anything_is_done(
@@ -124,7 +131,7 @@ def test_another_process_that_trains_in_the_folder_is_not_disturbed(
 def test_corpora_can_be_named_by_text(tmp_path: Path, corpus: CorpusSource) -> None:
     one = train_drafter(a_drafted_stack(), [corpus], tmp_path / "one", BRIEF)
     other = train_drafter(a_drafted_stack(), [corpus.source], tmp_path / "other", BRIEF)
-    assert one.record == other.record
+    assert untimed(one.record) == untimed(other.record)
 
 
 def test_texts_of_a_model_with_few_positions_fit_into_them(
@@ -182,14 +189,3 @@ def test_texts_without_tokens_to_draft_are_refused(tmp_path: Path, corpus: Corpu
 def test_options_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=rf"expected (a )?{name}"):
         DrafterConfig(**{name: value}).check()
-
-
-def test_products_of_a_step_are_those_of_its_matrices() -> None:
-    from support.tiny_drafters import a_moved_network
-
-    stack = a_drafted_stack()
-    # Queries, keys, values, output; gate, up, down; both inputs; rows of the LM head.
-    layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 48 * 32
-    step = layer + 2 * 32 * 32 + 50 * 32
-    found = step_products(stack, a_moved_network(stack), torch.arange(50))
-    assert found == pytest.approx(step / (4 * layer + 97 * 32))

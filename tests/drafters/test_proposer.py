@@ -31,8 +31,8 @@ from cascade.core.errors import ModelError
 from cascade.decoding.drafting.proposers import Candidate
 from cascade.decoding.engine.compiler import CompilerError
 from cascade.drafters import drafting_layer
-from cascade.drafters.acceptance import CHAIN, LEAST, calibrated
-from cascade.drafters.proposer import TrainedDrafter
+from cascade.drafters.acceptance import CHAIN, calibrated
+from cascade.drafters.proposer import LEAST, TrainedDrafter
 from cascade.drafters.records import BINS
 from cascade.drafters.stored import Drafter
 from cascade.drafters.texts.batches import GeneratedText

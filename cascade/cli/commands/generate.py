@@ -27,6 +27,7 @@ from cascade.core.schema import known
 if TYPE_CHECKING:
     from cascade.core.provenance import CorpusProvenance
     from cascade.decoding.early_exit import EarlyExit
+    from cascade.drafters.proposer import TrainedDrafter
     from cascade.exits.fitted_heads import FittedHeads
     from cascade.models.stack import DecoderStack
 
@@ -98,6 +99,10 @@ class ExitOptions:
             "--verify", help="Let the full model confirm every token (default: if nothing exits)."
         ),
     ] = False
+    drafter: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `cascade train-drafter`; it drafts tokens without exits."),
+    ] = None
 
     def has_exits(self, heads: GenerationHeads) -> bool:
         """Return whether an option asks for exits."""
@@ -127,6 +132,11 @@ class ExitOptions:
         if self.verify and heads.propagation not in (None, "exact"):
             raise UsageError(
                 f"--verify needs --propagation exact, got {heads.propagation}; leave one out"
+            )
+        if self.drafter is not None and self.has_exits(heads):
+            raise UsageError(
+                "--drafter drafts for the full model, and exits were asked for as well; leave out "
+                "--drafter, or all options for exits"
             )
         if self.hard_ratio is not None and self.calibration is None:
             raise UsageError("--hard-ratio needs --calibration; add it, or leave --hard-ratio out")
@@ -183,6 +193,7 @@ def generate(
             {"seed": seed} | settings,
             chat=prompt.chat,
             verify=exits.verify or not exits.has_exits(heads),
+            drafter=_drafter_of(exits, stack),
             compare=prompt.compare,
             full=stack,
             bos=_bos(prompt.bos, stack, made_on),
@@ -217,6 +228,15 @@ def _early_exit_of(
     )
     corpus = None if fitted is None else known(fitted.provenance.corpus)
     return stack, early, [] if corpus is None else [corpus]
+
+
+def _drafter_of(exits: ExitOptions, stack: DecoderStack) -> TrainedDrafter | None:
+    """Return the drafter that the command line names, if any."""
+    if exits.drafter is None:
+        return None
+    from cascade.drafters.proposer import load_drafter
+
+    return load_drafter(exits.drafter, stack)
 
 
 def _bos(choice: str, stack: DecoderStack, made_on: list[CorpusProvenance]) -> str:
