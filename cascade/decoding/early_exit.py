@@ -365,7 +365,7 @@ def _proposers(drafter: Any) -> list[Proposer]:
             raise UsageError(
                 f"expected a drafter with the methods of Proposer, got {type(entry).__name__}"
             )
-    return found
+    return [proposer for entry in found for proposer in (*entry.companions, entry)]
 
 
 def _costs(given: Sequence[float] | None) -> Sequence[float] | None:

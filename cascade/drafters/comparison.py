@@ -13,6 +13,7 @@ from cascade.decoding.early_exit import EarlyExit
 from cascade.decoding.growing_text import Generation
 from cascade.drafters.proposer import TrainedDrafter
 from cascade.drafters.records import METHODS, Method, MethodFigures
+from cascade.drafters.stored import Drafter
 from cascade.drafters.texts.batches import GeneratedText
 from cascade.models.stack import DecoderStack
 
@@ -21,7 +22,7 @@ TEXTS, _NEW_TOKENS = 16, 64
 
 
 def compare_methods(
-    stack: DecoderStack, drafter: TrainedDrafter, texts: Sequence[GeneratedText]
+    stack: DecoderStack, drafter: Drafter, texts: Sequence[GeneratedText]
 ) -> tuple[list[MethodFigures], Method]:
     """Continue prompts in all ways, one after the other for each prompt.
 
@@ -36,8 +37,12 @@ def compare_methods(
     early = EarlyExit(stack)
     ways: dict[Method, dict[str, Any]] = {
         "none": {},
-        "n-gram": {"verify": True},
-        "n-gram and drafter": {"verify": True, "drafter": drafter},
+        "lookup": {"verify": True},
+        "table": {"verify": True, "drafter": drafter.table},
+        "table and network": {
+            "verify": True,
+            "drafter": TrainedDrafter(stack, drafter, network=True),
+        },
     }
     seconds: dict[Method, list[float]] = {method: [] for method in METHODS}
     tokens: dict[Method, list[tuple[int, int]]] = {method: [] for method in METHODS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,7 @@ from cascade.core.locks import locked
 from cascade.core.provenance import library_versions, machine_of
 from cascade.core.run_folder import RunFolder
 from cascade.core.schema import to_plain
+from cascade.decoding.drafting.tables import NgramTable
 from cascade.drafters.acceptance import accepted_by_position, calibration_of
 from cascade.drafters.comparison import compare_methods
 from cascade.drafters.config import DrafterConfig, Precision
@@ -140,15 +142,16 @@ def train_drafter(
             )
         training, trained = _train(plan, texts, held_out[::2], folder, shown, resume=resume)
         judging = held_out[1::2]
-        record = _record(plan, training, trained, texts, judging, command)
+        table = _table_of(texts)
+        record = _record(plan, training, trained, texts, judging, len(table), command)
         tokens = training.data.head.tokens
         # As it is stored.
-        made = Drafter(trained.network.to(torch.bfloat16), tokens, record)
-        methods, use = compare_methods(stack, TrainedDrafter(stack, made), judging)
-        record = replace(record, methods=methods, use=use)
+        made = Drafter(trained.network.to(torch.bfloat16), tokens, table, record)
+        methods, use = compare_methods(stack, made, judging)
+        made = dataclasses.replace(made, record=replace(record, methods=methods, use=use))
         with RunFolder(folder, (RECORD, WEIGHTS), overwrite=overwrite or resume) as out:
-            write_drafter(out, made.network, tokens, record)
-    return load_drafter(folder, stack)
+            write_drafter(out, made)
+    return load_drafter(folder, stack, network=True)
 
 
 def _train(
@@ -215,6 +218,7 @@ def _record(
     trained: TrainedNetwork,
     texts: Sequence[GeneratedText],
     judging: Sequence[GeneratedText],
+    contexts: int,
     command: str | None,
 ) -> DrafterRecord:
     """Return the record of a trained drafter, before ways to draft are compared.
@@ -245,11 +249,17 @@ def _record(
         chosen_step=trained.chosen.step,
         accepted=accepted_by_position(chains),
         calibration=calibration_of([*others, *chains]),
+        contexts=contexts,
         methods=[],
         use="none",
         file=WEIGHTS,
         sha256="",
     )
+
+
+def _table_of(texts: Sequence[GeneratedText]) -> NgramTable:
+    """Return the table of what the model generated, also directly behind the prompts."""
+    return NgramTable.of(text.ids[max(0, text.prompt - 3) :].tolist() for text in texts)
 
 
 def _counts(texts: Sequence[GeneratedText]) -> TextCounts:

@@ -26,7 +26,9 @@ LEAST = 0.3
 _BINS = 8
 
 
-def load_drafter(path: AnyPath, stack: DecoderStack) -> TrainedDrafter:
+def load_drafter(
+    path: AnyPath, stack: DecoderStack, *, network: bool | None = None
+) -> TrainedDrafter:
     """Return the drafter in a folder, after checking that it belongs to the model.
 
     A drafter can be used with any dtype of the model that it was trained for.
@@ -34,6 +36,7 @@ def load_drafter(path: AnyPath, stack: DecoderStack) -> TrainedDrafter:
     Args:
         path: The folder that `cascade train-drafter` wrote.
         stack: The model.
+        network: As for `TrainedDrafter`.
 
     Raises:
         RecordError: A file is missing, torn, edited or from a newer release.
@@ -49,7 +52,7 @@ def load_drafter(path: AnyPath, stack: DecoderStack) -> TrainedDrafter:
         ...     print(error)
         no record no-such-folder/record.json; make one with `cascade train-drafter`
     """
-    return TrainedDrafter(stack, read_drafter(path, stack))
+    return TrainedDrafter(stack, read_drafter(path, stack), network=network)
 
 
 @dataclass
@@ -103,11 +106,15 @@ class _Chain:
 
 
 class TrainedDrafter(Proposer):
-    """Proposes chains of tokens, and other tokens beside each of them, with a trained drafter.
+    """Proposes chains of tokens, and other tokens beside each of them, with a trained network.
+
+    Its table of n-grams is asked before. Where that has a likely guess, the network is not asked.
 
     Args:
         stack: The model.
         drafter: The drafter, as it is stored.
+        network: Whether the network proposes tokens in addition to the table (default: unless the
+            table alone was faster on the machine of the training).
         least: A chain is not continued where the probability that all of it is right falls below
             this.
         runner_ups: The number of other tokens beside each one.
@@ -115,7 +122,8 @@ class TrainedDrafter(Proposer):
     Attributes:
         record: The drafter's record.
         tokens: The tokens that it can propose, besides those of the prompt, `[V']`.
-        steps: The number of the drafter's steps so far, for statistics.
+        has_network: Whether the network proposes tokens.
+        steps: The number of the network's steps so far, for statistics.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -136,15 +144,25 @@ class TrainedDrafter(Proposer):
     needed_below = 0.6
 
     def __init__(
-        self, stack: DecoderStack, drafter: Drafter, *, least: float = LEAST, runner_ups: int = 4
+        self,
+        stack: DecoderStack,
+        drafter: Drafter,
+        *,
+        network: bool | None = None,
+        least: float = LEAST,
+        runner_ups: int = 4,
     ) -> None:
         self.stack, self.record, self.least = stack, drafter.record, least
         self.tokens = drafter.tokens
+        self.companions = (drafter.table,)
+        self.steps = 0
+        self.has_network = drafter.record.use != "table" if network is None else network
+        if not self.has_network:
+            return
         self.feature_layers = drafter.network.feature_layers
         self.network = copy.deepcopy(drafter.network).to(stack.device, torch.float32)
         self.network.requires_grad_(False)
         self.layer = DraftingLayer(stack, self.network)
-        self.steps = 0
         self._runner_ups = runner_ups
         self._head = DraftHead(stack, drafter.tokens, self.layer.dtype)
         self._ends = frozenset(drafter.record.ends)
@@ -166,6 +184,8 @@ class TrainedDrafter(Proposer):
 
     def begin(self, row: int, token: int) -> None:
         """Begin a text; see `Proposer`."""
+        if not self.has_network:
+            return
         known = self._texts.get(row)
         number = len(self._texts) if known is None else known.number
         self._texts[row] = _Text(number, token)
@@ -175,6 +195,8 @@ class TrainedDrafter(Proposer):
 
         Nothing is computed before the next call of `propose`.
         """
+        if not self.has_network:
+            return
         if features is None or len(tokens) != len(features):
             count = 0 if features is None else len(features)
             raise ValueError(f"expected as many states as tokens, got {count} and {len(tokens)}")
@@ -187,11 +209,13 @@ class TrainedDrafter(Proposer):
 
     def propose(self, row: int, limit: int) -> list[Candidate]:
         """Return a chain of drafts and their runner-ups; see `Proposer`."""
-        return self.propose_all({row: limit})[row]
+        return self.propose_all({row: limit}).get(row, [])
 
     @torch.no_grad()
     def propose_all(self, limits: Mapping[int, int]) -> dict[int, list[Candidate]]:
         """Return the candidates of some rows, which are computed together; see `Proposer`."""
+        if not self.has_network:
+            return {}
         self._read([self._texts[row] for row in limits])
         chains: dict[int, _Chain] = {}
         for row, limit in limits.items():

@@ -8,9 +8,10 @@ from cascade.core.provenance import MachineProvenance, ModelProvenance
 from cascade.core.schema import Count, FileName, Index, Part, Positive, Share, StoredRecord
 from cascade.drafters.config import DrafterConfig, Precision
 
-#: Ways to draft: not at all; by n-gram lookup and runner-ups; and by the drafter in addition.
-Method = Literal["none", "n-gram", "n-gram and drafter"]
-METHODS: tuple[Method, ...] = ("none", "n-gram", "n-gram and drafter")
+#: Ways to draft: not at all; by lookup in the text and runner-ups; with the drafter's table in
+#: addition; and with table and network.
+Method = Literal["none", "lookup", "table", "table and network"]
+METHODS: tuple[Method, ...] = ("none", "lookup", "table", "table and network")
 
 #: Bins of a calibration, of equal width in 0..1.
 BINS = 16
@@ -143,6 +144,7 @@ class DrafterRecord(StoredRecord, frozen=True, kw_only=True):
         evaluations: Evaluations during training, on half of the held-out texts.
         chosen_step: The step whose weights were kept.
         accepted: Acceptance by position on the other half, as in `DraftEvaluation`.
+        contexts: Contexts of the table of n-grams.
         calibration: Share of accepted drafts by the drafter's own probability in bins of equal
             width, at each position of a chain; it never decreases with the probability. From all
             held-out texts.
@@ -169,6 +171,7 @@ class DrafterRecord(StoredRecord, frozen=True, kw_only=True):
     evaluations: list[DraftEvaluation]
     chosen_step: Index
     accepted: list[Share]
+    contexts: Index
     calibration: list[list[Share]]
     methods: list[MethodFigures]
     use: Method

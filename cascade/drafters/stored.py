@@ -11,11 +11,12 @@ from msgspec.structs import replace
 from safetensors.torch import save
 from torch import Tensor
 
-from cascade.core.errors import ModelError, RecordError
+from cascade.core.errors import ModelError, RecordError, first_line
 from cascade.core.files import AnyPath
 from cascade.core.reading import UnreadableError, check_tensors, read_tensors
 from cascade.core.records import read_typed, to_file
 from cascade.core.run_folder import RunFolder, current
+from cascade.decoding.drafting.tables import NgramTable
 from cascade.drafters.network.drafter_network import DrafterNetwork
 from cascade.drafters.network.layers import check_can_draft
 from cascade.drafters.network.vocabulary import ends_of
@@ -27,8 +28,9 @@ from cascade.models.stack import DecoderStack
 #: Files of a drafter: its record, and its weights.
 RECORD, WEIGHTS = "record.json", "drafter.safetensors"
 
-#: The tensor with the tokens that the drafter can propose; all others are weights of the network.
-_TOKENS = "d2t"
+#: The tensor with the tokens that the network can propose, and the prefix of those of the table.
+#: All others are weights of the network.
+_TOKENS, _TABLE = "d2t", "table."
 
 
 @dataclass(frozen=True)
@@ -38,24 +40,22 @@ class Drafter:
     Attributes:
         network: Its network, in bfloat16 as stored.
         tokens: The tokens that it can propose, ascending, `[V']`.
+        table: What followed each n-gram of the texts that it was trained on.
         record: Its record.
     """
 
     network: DrafterNetwork
     tokens: Tensor
+    table: NgramTable
     record: DrafterRecord
 
 
-def write_drafter(
-    out: RunFolder, network: DrafterNetwork, tokens: Tensor, record: DrafterRecord
-) -> DrafterRecord:
+def write_drafter(out: RunFolder, drafter: Drafter) -> DrafterRecord:
     """Stage the files of a drafter.
 
     Args:
         out: The folder.
-        network: The network. Its weights are stored in bfloat16.
-        tokens: The tokens that it can propose, `[V']`.
-        record: The record, without the hash of the weights.
+        drafter: The drafter; its record has no hash of the weights yet.
 
     Returns:
         The record with the hash.
@@ -65,11 +65,12 @@ def write_drafter(
     """
     tensors = {
         name: weight.detach().to(torch.bfloat16).cpu().contiguous()
-        for name, weight in network.state_dict().items()
+        for name, weight in drafter.network.state_dict().items()
     }
-    tensors[_TOKENS] = tokens.to(torch.int32).cpu().contiguous()
+    tensors[_TOKENS] = drafter.tokens.to(torch.int32).cpu().contiguous()
+    tensors |= {f"{_TABLE}{name}": each for name, each in drafter.table.tensors().items()}
     out.write(WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    whole = replace(record, sha256=file_hash(out.staging / WEIGHTS))
+    whole = replace(drafter.record, sha256=file_hash(out.staging / WEIGHTS))
     out.write(RECORD, to_file(whole))
     return whole
 
@@ -97,6 +98,8 @@ def read_drafter(path: AnyPath, stack: DecoderStack) -> Drafter:
     weights = _checked(folder / record.file, record)
     check_can_draft(stack)
     tokens = weights.pop(_TOKENS, None)
+    names = [name for name in weights if name.startswith(_TABLE)]
+    table = _table_of({name.removeprefix(_TABLE): weights.pop(name) for name in names}, stack)
     _check_tokens(tokens, record, stack)
     assert tokens is not None
     if record.feature_layers[-1] > stack.num_layers:
@@ -108,7 +111,7 @@ def read_drafter(path: AnyPath, stack: DecoderStack) -> Drafter:
     _check_weights(weights, network.state_dict(), folder / record.file)
     network.load_state_dict(weights)
     network.requires_grad_(False)
-    return Drafter(network, tokens.long(), record)
+    return Drafter(network, tokens.long(), table, record)
 
 
 def _checked(path: Path, record: DrafterRecord) -> dict[str, Tensor]:
@@ -158,6 +161,26 @@ def _check_tokens(tokens: Tensor | None, record: DrafterRecord, stack: DecoderSt
             f"expected a drafter that proposes the tokens that end a text, got one without token "
             f"{missing[0]}; train it again for this model"
         )
+
+
+def _table_of(tensors: Mapping[str, Tensor], stack: DecoderStack) -> NgramTable:
+    """Return the table of n-grams of a drafter.
+
+    Raises:
+        ModelError: It has other tensors, or tokens that the model lacks.
+    """
+    try:
+        table = NgramTable.from_tensors(tensors)
+    except (KeyError, ValueError) as error:
+        raise ModelError(
+            f"the drafter's table of n-grams is incomplete ({first_line(error)}); train it again"
+        ) from error
+    if not all(0 <= token < stack.vocab_size for token in table.tokens()):
+        raise ModelError(
+            f"the drafter's table has tokens outside of 0..{stack.vocab_size - 1}; train it again "
+            "for this model"
+        )
+    return table
 
 
 def _check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:

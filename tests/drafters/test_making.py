@@ -57,11 +57,12 @@ def test_a_drafter_is_trained_judged_and_stored(tmp_path: Path, corpus: CorpusSo
     assert record.texts.tokens >= 400
     assert record.held_out.texts == 8
     assert [each.step for each in record.evaluations] == [0, 4, 8]
-    assert [each.method for each in record.methods] == ["none", "n-gram", "n-gram and drafter"]
+    assert [each.method for each in record.methods] == list(METHODS)
     assert record.use == max(record.methods, key=lambda row: row.speed).method
     assert record.provenance.command == "cascade train-drafter"
     assert record.provenance.corpora[0].train == 32
     assert 0 < record.coverage <= 1
+    assert record.contexts == len(drafter.companions[0])
     again = load_drafter(tmp_path / "out", a_drafted_stack())
     assert torch.equal(again.tokens, drafter.tokens)
 

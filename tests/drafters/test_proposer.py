@@ -16,6 +16,7 @@ from support.engines import needs_compiler
 from support.tiny_drafters import (
     DRAFTED,
     LAYERS,
+    TABLE,
     a_drafted_stack,
     a_moved_network,
     drafted_alone,
@@ -47,7 +48,7 @@ BENT = [[(at / BINS) ** (2 + step) for at in range(BINS)] for step in range(CHAI
 def a_drafter(family: str = "llama", **settings: Any) -> TrainedDrafter:
     stack = a_drafted_stack(family)
     record = replace(a_record(), calibration=BENT, ends=[1])
-    drafter = Drafter(a_moved_network(stack), TOKENS, record)
+    drafter = Drafter(a_moved_network(stack), TOKENS, TABLE, record)
     return TrainedDrafter(stack, drafter, **({"least": 0.0} | settings))
 
 
@@ -233,7 +234,9 @@ def test_a_text_longer_than_the_first_buffers_is_continued(kind: str) -> None:
     record = replace(a_record(), calibration=BENT)
     made = []
     for step in (7, 10_000):
-        drafter = TrainedDrafter(stack, Drafter(a_moved_network(stack), TOKENS, record), least=0.0)
+        drafter = TrainedDrafter(
+            stack, Drafter(a_moved_network(stack), TOKENS, TABLE, record), least=0.0
+        )
         drafter.begin(0, int(ids[0]))
         for start in range(0, len(ids) - 1, step):
             stop = min(len(ids) - 1, start + step)
@@ -250,7 +253,7 @@ def test_a_model_in_bfloat16_gets_drafts(kind: str) -> None:
     stack = DecoderStack(tiny_model("llama").bfloat16())
     record = replace(a_record(), calibration=BENT)
     network = a_moved_network(a_drafted_stack())
-    drafter = TrainedDrafter(stack, Drafter(network, TOKENS, record), least=0.0)
+    drafter = TrainedDrafter(stack, Drafter(network, TOKENS, TABLE, record), least=0.0)
     text = some_texts()[0]
     drafter.begin(0, int(text.ids[0]))
     drafter.observe(0, text.ids[1 : text.prompt + 1].tolist(), text.features[: text.prompt])
@@ -306,6 +309,28 @@ def test_a_batch_is_drafted_and_keeps_its_texts() -> None:
     settings = {"max_new_tokens": 16}
     made = early.generate(ids, mask, verify=True, drafter=drafter, pass_costs=FREE, **settings)
     assert made.equal(early.generate(ids, mask, **settings))
+
+
+def test_without_its_network_only_the_table_proposes() -> None:
+    stack, drafter = a_drafted_stack(), a_drafter(network=False)
+    assert (drafter.feature_layers, drafter.companions) == ((), (TABLE,))
+    text = some_texts()[0]
+    begin(drafter, text)
+    assert drafter.propose(0, 4) == []
+    prompt = text.ids[None, : text.prompt].long()
+    made = EarlyExit(stack).generate(
+        prompt, max_new_tokens=8, verify=True, drafter=drafter, pass_costs=FREE
+    )
+    assert made.equal(EarlyExit(stack).generate(prompt, max_new_tokens=8))
+
+
+@pytest.mark.parametrize(("use", "network"), [("table", False), ("table and network", True)])
+def test_the_network_is_used_unless_the_table_alone_was_faster(use: Any, network: bool) -> None:
+    stack = a_drafted_stack()
+    record = replace(a_record(), use=use)
+    made = Drafter(a_moved_network(stack), TOKENS, TABLE, record)
+    assert TrainedDrafter(stack, made).has_network == network
+    assert TrainedDrafter(stack, made, network=not network).has_network != network
 
 
 def test_another_model_is_refused() -> None:

@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from support.build_drafters import a_record
-from support.tiny_drafters import LAYERS, a_drafted_stack, a_moved_network, stored
+from support.tiny_drafters import LAYERS, TABLE, a_drafted_stack, a_moved_network, stored
 from support.tiny_models import tiny_model, tiny_tokenizer
 
 from cascade.core.errors import CascadeError, ModelError, OutputError, RecordError
@@ -38,6 +38,9 @@ def test_a_stored_drafter_is_read_back_in_bfloat16(tmp_path: Path) -> None:
     stack = a_drafted_stack()
     found = read_drafter(stored(tmp_path), stack)
     assert torch.equal(found.tokens, TOKENS)
+    assert found.table.tensors().keys() == TABLE.tensors().keys()
+    for name, tensor in TABLE.tensors().items():
+        assert torch.equal(found.table.tensors()[name], tensor)
     assert found.network.feature_layers == LAYERS
     for name, weight in a_moved_network(stack).state_dict().items():
         assert torch.equal(found.network.state_dict()[name], weight.to(torch.bfloat16))
@@ -130,6 +133,18 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         lambda found: found.update(d2t=found["d2t"] + 60),
         "the drafter proposes token 155, but the model has 97 tokens",
     ),
+    "no table": (
+        lambda found: found.pop("table.counts"),
+        "the drafter's table of n-grams is incomplete .*; train it again",
+    ),
+    "a torn table": (
+        lambda found: found.update({"table.totals": found["table.totals"][1:].clone()}),
+        "the drafter's table of n-grams is incomplete .*expected tensors of one length",
+    ),
+    "a table of another vocabulary": (
+        lambda found: found["table.following"][:, 0].add_(97),
+        "the drafter's table has tokens outside of 0..96; train it again for this model",
+    ),
     "a vocabulary without EOS": (
         lambda found: found["d2t"][0].fill_(0),
         "a drafter that proposes the tokens that end a text, got one without token 1",
@@ -190,7 +205,7 @@ def test_a_folder_without_a_drafter_is_refused(tmp_path: Path) -> None:
         ({"chosen_step": 7}, "an evaluation of chosen_step 7"),
         ({"calibration": [[0.5]]}, "16 bins in each calibration"),
         ({"calibration": []}, "16 bins in each calibration"),
-        ({"methods": []}, "the figures of n-gram and drafter in methods"),
+        ({"methods": []}, "the figures of table and network in methods"),
     ],
 )
 def test_a_record_whose_entries_contradict_each_other_is_refused(

@@ -21,7 +21,13 @@ def a_record() -> DrafterRecord:
     corpus = PromptCorpus(
         source="embedded", records=500, train=400, held_out=99, too_long=1, fingerprint="sha256:1"
     )
-    figures = zip(METHODS, (1.0, 1.2, 1.8), (25.0, 22.0, 18.0), (1.0, 1.13, 1.37), strict=True)
+    figures = zip(
+        METHODS,
+        (1.0, 1.2, 1.5, 1.8),
+        (25.0, 22.0, 20.0, 18.0),
+        (1.0, 1.13, 1.25, 1.37),
+        strict=True,
+    )
     return DrafterRecord(
         provenance=DrafterProvenance(
             model=ModelProvenance(family="llama", name="tiny", num_layers=4, hidden_size=32),
@@ -43,6 +49,7 @@ def a_record() -> DrafterRecord:
         ],
         chosen_step=600,
         accepted=[0.41, 0.34, 0.31, 0.3],
+        contexts=12_345,
         calibration=[[(at + 0.5) / BINS for at in range(BINS)]] * 4,
         methods=[
             MethodFigures(
@@ -53,7 +60,7 @@ def a_record() -> DrafterRecord:
             )
             for method, tokens, milliseconds, speed in figures
         ],
-        use="n-gram and drafter",
+        use="table and network",
         file="drafter.safetensors",
         sha256="sha256:2",
     )

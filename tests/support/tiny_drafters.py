@@ -12,11 +12,12 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from cascade.core.run_folder import RunFolder
+from cascade.decoding.drafting.tables import NgramTable
 from cascade.drafters.acceptance import CHAIN
 from cascade.drafters.config import DrafterConfig
 from cascade.drafters.network.drafter_network import DrafterNetwork, embeddings_of
 from cascade.drafters.network.layers import attend, heads_of, output_of, rotary_tables
-from cascade.drafters.stored import RECORD, WEIGHTS, write_drafter
+from cascade.drafters.stored import RECORD, WEIGHTS, Drafter, write_drafter
 from cascade.drafters.texts.batches import BatchedGenerator, GeneratedText, Job
 from cascade.models.stack import DecoderStack
 from support.build_drafters import a_record
@@ -46,6 +47,9 @@ TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+#: The table of their drafters.
+TABLE = NgramTable.of([[5, 6, 7, 8, 5, 6, 7, 9], [4, 5, 6, 7]])
 
 
 @functools.cache
@@ -155,5 +159,5 @@ def stored(folder: Path, stack: DecoderStack | None = None, **changes: Any) -> P
     model = replace(stack.provenance, weights_hash=stack.weights_hash())
     record = replace(record, provenance=replace(record.provenance, model=model), **changes)
     with RunFolder(folder, (RECORD, WEIGHTS)) as out:
-        write_drafter(out, a_moved_network(stack), torch.arange(1, 97, 2), record)
+        write_drafter(out, Drafter(a_moved_network(stack), torch.arange(1, 97, 2), TABLE, record))
     return folder

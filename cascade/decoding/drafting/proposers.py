@@ -50,6 +50,7 @@ class Proposer:
         feature_layers: The layers whose inputs it reads (1..N), followed by the last normed state.
             Empty: it reads no states.
         runner_ups: How many of the model's most likely tokens `learn` receives.
+        companions: Proposers that come with it, and are asked before it.
         needed_below: A row is left out where the proposers before have a guess for the next token
             that is at least this probable. For proposers whose guesses take time.
 
@@ -75,6 +76,7 @@ class Proposer:
     name: str = "drafter"
     feature_layers: tuple[int, ...] = ()
     runner_ups: int = 0
+    companions: Sequence[Proposer] = ()
     needed_below: float = math.inf
 
     def check(self, stack: DecoderStack) -> None:

@@ -20,8 +20,9 @@ from cascade.report.common.words import counted, listed
 #: What to do, by the fastest way to draft.
 _ADVICE = {
     "none": "Draft nothing",
-    "n-gram": "Draft without this drafter",
-    "n-gram and drafter": "Draft with this drafter",
+    "lookup": "Draft without this drafter",
+    "table": "Draft with the table of this drafter, without its network",
+    "table and network": "Draft with this drafter",
 }
 
 
@@ -92,10 +93,11 @@ def advice(record: DrafterRecord) -> str:
         record: The drafter's record.
     """
     rows = {each.method: each for each in record.methods}
-    drafter, plain = rows["n-gram and drafter"], rows["n-gram"]
+    network, table, plain = (rows[name] for name in ("table and network", "table", "lookup"))
     return (
-        f"{_ADVICE[record.use]}: decoding is {drafter.speed:.2f} times as fast with it as without "
-        f"drafts, and {plain.speed:.2f} times with n-gram lookup and runner-ups alone."
+        f"{_ADVICE[record.use]}: decoding is {network.speed:.2f} times as fast with its table and "
+        f"network as without drafts, {table.speed:.2f} times with its table alone, and "
+        f"{plain.speed:.2f} times with lookup and runner-ups alone."
     )
 
 
@@ -113,6 +115,10 @@ def _pairs(record: DrafterRecord) -> tuple[tuple[str, str], ...]:
             "Drafter",
             f"reads the inputs of layers {listed([str(each) for each in record.feature_layers])} "
             f"and the normed output; its tokens cover {share(record.coverage)} of held-out text",
+        ),
+        (
+            "Table",
+            f"{counted(record.contexts, 'n-gram')} of up to 3 tokens, and what followed them",
         ),
         (
             "Training",
