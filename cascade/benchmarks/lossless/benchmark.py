@@ -37,6 +37,7 @@ from cascade.benchmarks.lossless.variants import (
 )
 from cascade.benchmarks.memory import peak_memory, reset_peak_memory
 from cascade.benchmarks.timing import (
+    BenchmarkError,
     benchmark_provenance,
     load_average,
     no_progress,
@@ -120,8 +121,9 @@ class _Benchmark:
             if number and self.config.drafter is None and self.config.device == "cpu":
                 break
             stack = self._load(dtype)
-            if self.config.drafter is not None:
-                load_drafter(self.config.drafter, stack)
+            path = self.config.drafter
+            drafter = None if path is None else load_drafter(path, stack)
+            self._chosen(variants_of(stack, drafter, compiled=self.config.compile))
             if not number:
                 self.prompts = read_prompts(self.config, stack.tokenizer, stack.max_positions)
                 self.provenance = self._provenance(stack)
@@ -192,8 +194,8 @@ class _Benchmark:
         isolated = reset_peak_memory()
         stack = self._load(dtype)
         path = self.config.drafter
-        drafter = None if path is None else load_drafter(path, stack)
-        variants = variants_of(stack, drafter, compiled=self.config.compile)
+        drafter = None if path is None else load_drafter(path, stack, network=True)
+        variants = self._chosen(variants_of(stack, drafter, compiled=self.config.compile))
         for kind in self.prompts.kinds:
             for size in self.config.batch_sizes:
                 self.cells.append(self._cell(stack, variants, kind, size))
@@ -201,6 +203,24 @@ class _Benchmark:
         self.memory.append(_memory(stack, dtype, isolated=isolated))
         del variants, drafter, stack
         gc.collect()
+
+    def _chosen(self, variants: Mapping[str, DecodingVariant]) -> dict[str, DecodingVariant]:
+        """Return the variants that the configuration names.
+
+        Raises:
+            BenchmarkError: There is no variant of a name.
+        """
+        names = self.config.variants
+        unknown = sorted(set(names or ()) - set(variants))
+        if unknown:
+            raise BenchmarkError(
+                f"expected --variants among {', '.join(variants)}, got {', '.join(unknown)}"
+            )
+        return {
+            name: variant
+            for name, variant in variants.items()
+            if names is None or name in (REFERENCE, *names)
+        }
 
     def _cell(
         self,

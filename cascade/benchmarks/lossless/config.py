@@ -30,6 +30,7 @@ class LosslessBenchmarkConfig:
         corpus: Corpus whose held-out records the prompts are made from.
         text_column: Column to read; null to choose it by the form of the records.
         drafter: Folder of a trained drafter; null without one.
+        variants: Variants that are timed next to "generate"; null for all.
         compile: Whether `generate` with `torch.compile` is timed as well.
         peers: Whether other libraries are timed, if they are installed.
         threads: Number of torch threads; null to keep the current number.
@@ -50,6 +51,7 @@ class LosslessBenchmarkConfig:
     corpus: str = "embedded"
     text_column: str | None = None
     drafter: str | None = None
+    variants: tuple[str, ...] | None = None
     compile: bool = False
     peers: bool = True
     threads: int | None = None

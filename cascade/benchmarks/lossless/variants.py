@@ -114,12 +114,16 @@ def variants_of(
         ),
     }
     if drafter is not None:
-        found["drafter"] = DecodingVariant(
-            "cascade, drafts by the trained drafter alone",
+        found["table"] = DecodingVariant(
+            "cascade, drafts by lookup, runner-ups and the drafter's table",
+            lambda batch: early.run(batch, verify=True, drafter=drafter.companions),
+        )
+        found["network"] = DecodingVariant(
+            "cascade, drafts by the drafter's network alone",
             lambda batch: early.with_only([drafter], batch),
         )
-        found["both"] = DecodingVariant(
-            "cascade, drafts by n-gram lookup, the trained drafter and runner-ups",
+        found["drafter"] = DecodingVariant(
+            "cascade, drafts by lookup, runner-ups, and the drafter's table and network",
             lambda batch: early.run(batch, verify=True, drafter=drafter),
         )
     return found

@@ -233,6 +233,10 @@ class LosslessOptions:
     drafter: Annotated[
         Path | None, typer.Option(help="Folder of a trained drafter (default: none).")
     ] = None
+    variants: Annotated[
+        str | None,
+        typer.Option(help="Variants next to generate, e.g. full,lookup (default: all)."),
+    ] = None
     compile: Annotated[
         bool,
         typer.Option(
@@ -260,7 +264,7 @@ def bench_decode(options: LosslessOptions, output: BenchmarkOutput) -> None:
     process and in rotating order. Texts are compared with those of
     generate. A slower or unequal variant is printed and recorded; the
     exit status remains 0. The default run takes over an hour on two
-    cores; --prompts, --kinds and --dtypes shorten it.
+    cores; --prompts, --kinds, --dtypes and --variants shorten it.
     """
     from cascade.report.benchmarks.lossless import lossless_benchmark_report
 
@@ -277,6 +281,7 @@ def bench_decode(options: LosslessOptions, output: BenchmarkOutput) -> None:
                 "kinds": _names(options.kinds),
                 "batch_sizes": _batch_sizes(sizes),
                 "drafter": None if options.drafter is None else str(options.drafter),
+                "variants": None if options.variants is None else _names(options.variants),
             }
         )
         return benchmark_lossless(config, command=line, progress=progress)

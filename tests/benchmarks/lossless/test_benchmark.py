@@ -261,7 +261,7 @@ def test_a_drafter_is_timed_alone_and_with_the_others(
 ) -> None:
     loaded: list[str] = []
 
-    def load_drafter(path: str, stack: DecoderStack) -> Stubborn:
+    def load_drafter(path: str, stack: DecoderStack, **_: Any) -> Stubborn:
         loaded.append(f"{path} {stack.dtype}")
         return Stubborn([40, 41])
 
@@ -271,21 +271,35 @@ def test_a_drafter_is_timed_alone_and_with_the_others(
     # Both dtypes are checked before anything is timed.
     assert [entry.rpartition(".")[2] for entry in loaded] == ["float32", "bfloat16"] * 2
     for cell in record.cells:
-        alone, both = row_of(cell, "drafter").drafts, row_of(cell, "both").drafts
+        alone, both = row_of(cell, "network").drafts, row_of(cell, "drafter").drafts
         assert alone is not None
         assert both is not None
         assert [at.name for at in alone.proposers] == ["stubborn"]
         assert [at.name for at in both.proposers] == ["n-gram", "stubborn", "runner-ups"]
         assert alone.drafted > 0
-    assert row_of(record.cells[0], "drafter").equal == 2
+    assert row_of(record.cells[0], "network").equal == 2
     assert [cell.dtype for cell in record.cells] == ["float32", "bfloat16"]
     assert [memory.dtype for memory in record.memory] == ["float32", "bfloat16"]
+
+
+def test_variants_can_be_chosen(roomy: Path, one_thread: None) -> None:
+    record = benchmark_lossless(settings(roomy, variants=("full", "lookup")))
+    for cell in record.cells:
+        assert {row.name for row in cell.variants} == {"generate", "full", "lookup"}
+
+
+def test_unknown_variants_are_refused_before_anything_is_timed(
+    roomy: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "time_rounds", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(BenchmarkError, match="expected --variants among generate, .*, got slow"):
+        benchmark_lossless(settings(roomy, variants=("full", "slow")))
 
 
 def test_a_drafter_of_another_model_is_refused_before_anything_is_timed(
     roomy: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_drafter(path: str, stack: DecoderStack) -> Stubborn:
+    def load_drafter(path: str, stack: DecoderStack, **_: Any) -> Stubborn:
         if stack.dtype == torch.bfloat16:
             raise ModelError("the drafter is for float32")
         return Stubborn([1])
