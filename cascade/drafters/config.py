@@ -41,7 +41,7 @@ class DrafterConfig(msgspec.Struct, frozen=True, kw_only=True):
         8192
     """
 
-    tokens: int = 100_000
+    tokens: int = 80_000
     max_new_tokens: int = 256
     longest_prompt: int = 256
     temperature: float = 0.7

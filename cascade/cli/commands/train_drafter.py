@@ -86,7 +86,7 @@ class DrafterOptions(PrintOptions):
     tokens: Annotated[
         int,
         typer.Option(min=1, help="Tokens to generate for training.", rich_help_panel=_TEXTS),
-    ] = 100_000
+    ] = 80_000
     max_new_tokens: Annotated[
         int, typer.Option(min=2, help="Most tokens of a text.", rich_help_panel=_TEXTS)
     ] = 256
