@@ -1,8 +1,8 @@
 """Lossless decoding of tiny models with random drafts, for thousands of passes (`-m slow`).
 
-Families, engines, dtypes, batches, lengths of prompts (also around the blocks of 512 keys of attention
-kernels), chains and trees, drafts that are right, half right and wrong. Every text must be that of
-`generate` of transformers for the row alone.
+Families, engines, dtypes, batches, lengths of prompts (also around the blocks of 512 keys of
+attention kernels), chains and trees, drafts that are right, half right and wrong. Every text must
+be that of `generate` of transformers for the row alone.
 """
 
 from __future__ import annotations

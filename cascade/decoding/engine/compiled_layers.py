@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cascade.decoding.engine.codes import Codes, codes_of
 from cascade.decoding.engine.compiler import CompilerError, compiled_library
 from cascade.decoding.engine.modules import LayerModules
 from cascade.decoding.engine.rows import MAX_ROWS, Rows
@@ -53,10 +54,16 @@ class _Sizes(ctypes.Structure):
     ]
 
 
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("weight", "bias", "codes", "coded")],
+        ("bits", ctypes.c_int64),
+    ]
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in _PROJECTIONS],
-        *[(f"{name}_bias", ctypes.c_void_p) for name in _PROJECTIONS],
+        *[(name, _Matrix) for name in _PROJECTIONS],
         *[(name, ctypes.c_void_p) for name in (*_NORMS, "keys", "values")],
         *[
             (name, ctypes.c_double)
@@ -78,20 +85,24 @@ class _Rows(ctypes.Structure):
 
 
 class CompiledLayers:
-    """Decoder layers that read the model's own weights; there is no second copy.
+    """Decoder layers that read the model's own weights, or exact codes of them.
+
+    Codes are made where they give the same weights to the bit; see `Codes`. Otherwise there is no
+    second copy.
 
     In bfloat16, they compute bit for bit what PyTorch computes on processors with AVX2 and without
     instructions for bfloat16. On other processors, the self-test finds a difference.
 
     Args:
         layers: The layers.
+        others: Further projections that `linear` computes, of which codes are made.
 
     Raises:
         CompilerError: They cannot be compiled on this machine, or use a norm or an activation that
             the C code lacks.
     """
 
-    def __init__(self, layers: Sequence[LayerModules]) -> None:
+    def __init__(self, layers: Sequence[LayerModules], others: Sequence[nn.Linear] = ()) -> None:
         first = layers[0]
         self._dtype = first.query.weight.dtype
         if self._dtype not in _SOURCES:
@@ -105,10 +116,15 @@ class CompiledLayers:
             raise CompilerError(f"the activation {first.act_name} is not compiled")
         self._library = compiled_library(_SOURCES[self._dtype])
         self._library.cascade_scratch.restype = ctypes.c_int64
+        self._library.cascade_encode.restype = ctypes.c_int64
         self._layers = tuple(layers)
+        modules = [module for layer in layers for module in layer.projections]
+        self._codes = self._codes_of([*modules, *others])
         self._table = (_Layer * len(layers))()
         for entry, layer in zip(self._table, layers, strict=True):
             _fill(entry, layer)
+            for name in _PROJECTIONS:
+                setattr(entry, name, self._matrix(getattr(layer, name)))
         self._sizes = {
             "width": first.query.in_features,
             "inner": first.gate.out_features,
@@ -124,13 +140,37 @@ class CompiledLayers:
 
     @property
     def copied_bytes(self) -> int:
-        """The memory of copies of weights, in bytes: none."""
-        return 0
+        """The memory of exact codes of weights, in bytes."""
+        return sum(codes.nbytes for codes in self._codes.values())
 
     @property
     def description(self) -> str:
         """What computes the layers, for records."""
-        return "compiled"
+        bits = sorted({codes.bits for codes in self._codes.values()})
+        return f"compiled, {'- and '.join(map(str, bits))}-bit codes" if bits else "compiled"
+
+    def _codes_of(self, modules: Sequence[nn.Linear]) -> dict[int, Codes]:
+        """Return the codes of those projections that have some, by the address of the weight."""
+        found: dict[int, Codes] = {}
+        for module in modules:
+            weight = module.weight.detach()
+            if weight.dtype == self._dtype and weight.device.type == "cpu":
+                codes = codes_of(self._library, weight)
+                if codes is not None:
+                    found[weight.data_ptr()] = codes
+        return found
+
+    def _matrix(self, module: nn.Linear) -> _Matrix:
+        """Return the structure of a projection."""
+        address, bias = module.weight.data_ptr(), module.bias
+        codes = self._codes.get(address)
+        return _Matrix(
+            weight=address,
+            bias=None if bias is None else bias.data_ptr(),
+            codes=None if codes is None else codes.codes.data_ptr(),
+            coded=None if codes is None else codes.coded.data_ptr(),
+            bits=0 if codes is None else codes.bits,
+        )
 
     def run(
         self,
@@ -222,10 +262,8 @@ class CompiledLayers:
         threads = torch.get_num_threads()
         floats = threads * (len(rows) + 1) * module.in_features
         scratch = torch.empty(floats, dtype=torch.float32, device="cpu")
-        bias = module.bias
         self._library.cascade_linear(
-            ctypes.c_void_p(module.weight.data_ptr()),
-            ctypes.c_void_p(None if bias is None else bias.data_ptr()),
+            ctypes.byref(self._matrix(module)),
             ctypes.c_void_p(rows.data_ptr()),
             ctypes.c_int64(module.in_features),
             ctypes.c_int64(module.out_features),
@@ -262,10 +300,6 @@ def _fit_together(layer: LayerModules) -> bool:
 
 def _fill(entry: Any, layer: LayerModules) -> None:
     """Fill a structure with the addresses and settings of a layer."""
-    for name in _PROJECTIONS:
-        module = getattr(layer, name)
-        setattr(entry, name, module.weight.data_ptr())
-        setattr(entry, f"{name}_bias", None if module.bias is None else module.bias.data_ptr())
     for name in _NORMS:
         norm = getattr(layer, name)
         setattr(entry, name, None if norm is None else norm.weight.data_ptr())

@@ -65,7 +65,7 @@ def _source(name: str) -> Path:
 
 
 def _headers() -> list[Path]:
-    return [_FOLDER / "layers.h", _FOLDER / "pass.h"]
+    return [_FOLDER / name for name in ("layers.h", "codes.h", "pass.h")]
 
 
 @functools.cache

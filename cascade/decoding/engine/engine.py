@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.core.errors import UsageError, first_line
 from cascade.decoding.engine.choices import choose_kernels
@@ -139,15 +139,23 @@ class DecodingEngine:
             elif device != "cpu":
                 return f"layers are compiled for CPUs, and the model is on {device}"
             else:
-                self.layers = CompiledLayers(self._modules)
+                self.layers = CompiledLayers(self._modules, self._heads)
             # In-place changes of weights are missed only by copies.
-            self._watched = _Watched(self._modules, versions=name == "fused")
+            self._watched = _Watched(
+                self._modules, self._heads, versions=self.layers.copied_bytes > 0
+            )
             return self._find_difference()
         except CompilerError as error:
             return first_line(error)
         except Exception as error:
             # Layers of an unknown family may need any arguments and raise any error.
             return f"its layers cannot be computed by the engine ({first_line(error)})"
+
+    @property
+    def _heads(self) -> list[nn.Linear]:
+        """The LM head, if its weights can be read in their place."""
+        head = self.stack.lm_head
+        return [head] if is_plain(head) else []
 
     @property
     def description(self) -> str:
@@ -419,10 +427,13 @@ class _Watched:
 
     Args:
         layers: The layers.
+        others: Further modules whose weights are watched.
         versions: Whether changes of weights in place count.
     """
 
-    def __init__(self, layers: Sequence[LayerModules], *, versions: bool) -> None:
+    def __init__(
+        self, layers: Sequence[LayerModules], others: Sequence[nn.Module], *, versions: bool
+    ) -> None:
         self.versions = versions
         self._modules = [module for layer in layers for module in layer.modules]
         #: The dictionary that holds a module, its name there, and the module.
@@ -435,7 +446,7 @@ class _Watched:
         ]
         self._weights = [
             (module._parameters, name, weight, weight.data_ptr(), weight._version)
-            for _, _, module in self._places
+            for module in (*(place[2] for place in self._places), *others)
             for name, weight in module._parameters.items()
             if weight is not None
         ]

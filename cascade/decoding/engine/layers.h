@@ -4,11 +4,10 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Rows whose products are accumulated together; more rows do not fit in the registers. */
-#define TOGETHER 8
-
 /* The most rows of a call. */
 #define MOST 32
+
+#include "codes.h"
 
 typedef struct {
     int64_t width;      /* of the hidden state */
@@ -23,8 +22,7 @@ typedef struct {
 } Sizes;
 
 typedef struct {
-    const element *query, *key, *value, *out, *gate, *up, *down;
-    const element *query_bias, *key_bias, *value_bias, *out_bias, *gate_bias, *up_bias, *down_bias;
+    Matrix query, key, value, out, gate, up, down;
     const element *attention_norm, *mlp_norm, *query_norm, *key_norm;
     element *keys, *values; /* [sequences, key_heads, capacity, head_dim] */
     double attention_epsilon, mlp_epsilon, head_epsilon, scaling;

@@ -12,15 +12,18 @@
 
 #include <math.h>
 
-#ifdef __FMA__
+#if defined(__FMA__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 #include <stdint.h>
+#include <string.h>
 typedef uint16_t element;
-#include "layers.h"
 
 #define LANES 8
+
+/* Inputs whose products are summed together; more do not fit in the registers. */
+#define TOGETHER 8
 
 /* Keys that one block of attention holds. */
 #define BLOCK 512
@@ -51,6 +54,44 @@ static inline element rounded(float value)
     uint32_t whole;
     memcpy(&whole, &value, sizeof whole);
     return value != value ? 0x7fc0 : (element)((whole + 0x7fff + (whole >> 16 & 1)) >> 16);
+}
+
+/* Eight numbers, rounded to bfloat16. */
+static inline lanes rounded_all(lanes values)
+{
+    bits whole = (bits)values;
+    return (lanes)((whole + 0x7fff + (whole >> 16 & 1)) & 0xffff0000);
+}
+
+/* The largest distance from which numbers are rounded to a value. */
+static inline float half_step(float value)
+{
+    uint32_t whole;
+    memcpy(&whole, &value, sizeof whole);
+    whole &= 0x7f800000;
+    memcpy(&value, &whole, sizeof value);
+    return value / 256;
+}
+
+#define number_of number
+#define stored(x) ((eight)rounded_all((lanes)(x)))
+#include "layers.h"
+
+static inline __attribute__((always_inline)) void decode_all(const void *row, int64_t size,
+                                                             int64_t bits, float *to)
+{
+    for (int64_t b = 0; b < size / CODED; b++)
+        decode(row, b, bits, (eight *)(to + CODED * b));
+}
+
+/* The weights of an output from its codes. */
+static inline void decode_row(const Matrix *matrix, int64_t output, int64_t size, float *to)
+{
+    const void *row = row_of(matrix, output, size);
+    if (matrix->bits == 4)
+        decode_all(row, size, 4, to);
+    else
+        decode_all(row, size, 8, to);
 }
 
 static inline float total(lanes sums)
@@ -123,6 +164,86 @@ static float dot(const element *weight, const float *input, int64_t size)
     return with_tail(sum, rest, input + at, size - at);
 }
 
+/* The dot product of the weights of a row of codes with one input. */
+static inline __attribute__((always_inline)) float
+coded_dot(const void *row, const float *input, int64_t size, int64_t bits)
+{
+    lanes sums[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        sums[i] = (lanes){0};
+    int64_t at = 0;
+    for (; at + 64 <= size; at += 64)
+        /* One block after the other, so that all weights and sums stay in registers. */
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            eight weights[4];
+            decode(row, at / CODED + half, bits, weights);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                sums[4 * half + i]
+                    = fused((lanes)weights[i], *(const lanes *)(input + at + 32 * half + 8 * i),
+                            sums[4 * half + i]);
+        }
+    float sum = joined(sums);
+    if (at == size)
+        return sum;
+    float rest[CODED];
+    decode(row, at / CODED, bits, (eight *)rest);
+    return with_tail(sum, rest, input + at, size - at);
+}
+
+/* The dot products of the weights of a row of codes with two inputs. Blocks take turns between the
+ * first and the last four sums of an input, so that all sums of two inputs stay in registers. */
+static inline __attribute__((always_inline)) void
+coded_pair(const void *row, const float *inputs, int64_t size, int64_t bits, float *results)
+{
+    lanes parts[2][8];
+    const int64_t blocks = size / 64 * 2;
+    for (int turn = 0; turn < 2; turn++) {
+        lanes sums[2][4] = {{{0}}};
+        for (int64_t b = turn; b < blocks; b += 2) {
+            eight weights[4];
+            decode(row, b, bits, weights);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+                for (int r = 0; r < 2; r++)
+                    sums[r][i] = fused((lanes)weights[i],
+                                       *(const lanes *)(inputs + r * size + CODED * b + 8 * i),
+                                       sums[r][i]);
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                parts[r][4 * turn + i] = sums[r][i];
+    }
+    float rest[CODED];
+    const int64_t whole = CODED * blocks;
+    if (whole < size)
+        decode(row, blocks, bits, (eight *)rest);
+    for (int r = 0; r < 2; r++) {
+        float sum = joined(parts[r]);
+        const float *input = inputs + r * size + whole;
+        results[r] = whole == size ? sum : with_tail(sum, rest, input, size - whole);
+    }
+}
+
+static inline void coded_products(const Matrix *matrix, int64_t output, const float *inputs,
+                                  int64_t size, int count, float *results)
+{
+    const void *row = row_of(matrix, output, size);
+    if (matrix->bits == 4 && count == 1)
+        results[0] = coded_dot(row, inputs, size, 4);
+    else if (matrix->bits == 4)
+        coded_pair(row, inputs, size, 4, results);
+    else if (count == 1)
+        results[0] = coded_dot(row, inputs, size, 8);
+    else
+        coded_pair(row, inputs, size, 8, results);
+}
+
 /* The dot products of a weight vector, already wide, with `count` inputs. */
 static inline __attribute__((always_inline)) void
 dots(const float *weight, const float *inputs, int64_t size, int count, float *results)
@@ -174,20 +295,29 @@ static void widen(const element *from, int64_t size, float *to)
 }
 
 /* results[r, o] (+)= weight[o] . inputs[r] + bias[o], for outputs begin..end-1. */
-static void linear(const element *weight, const element *bias, const element *inputs, int64_t size,
-                   int64_t count, int64_t begin, int64_t end, element *results, int64_t width,
-                   int adds, float *wide)
+static void linear(const Matrix *matrix, const element *inputs, int64_t size, int64_t count,
+                   int64_t begin, int64_t end, element *results, int64_t width, int adds,
+                   float *wide)
 {
     float found[MOST], *row = wide + count * size;
+    const element *bias = matrix->bias;
+    /* Fewer inputs at a time where more do not fit in the first cache. */
+    const int most = size > 1024 ? TOGETHER / 2 : TOGETHER;
     widen(inputs, count * size, wide);
     for (int64_t o = begin; o < end; o++) {
-        if (count == 1) {
-            found[0] = dot(weight + o * size, wide, size);
+        const int coded = matrix->codes && matrix->coded[o];
+        if (coded && count <= 2) {
+            coded_products(matrix, o, wide, size, (int)count, found);
+        } else if (count == 1) {
+            found[0] = dot(matrix->weight + o * size, wide, size);
         } else {
-            widen(weight + o * size, size, row);
-            for (int64_t r = 0; r < count; r += TOGETHER)
-                products(row, wide + r * size, size,
-                         count - r < TOGETHER ? (int)(count - r) : TOGETHER, found + r);
+            if (coded)
+                decode_row(matrix, o, size, row);
+            else
+                widen(matrix->weight + o * size, size, row);
+            for (int64_t r = 0; r < count; r += most)
+                products(row, wide + r * size, size, count - r < most ? (int)(count - r) : most,
+                         found + r);
         }
         for (int64_t r = 0; r < count; r++) {
             element *result = results + r * width + o;

@@ -6,7 +6,16 @@
 
 #include <math.h>
 
+#if defined(__FMA__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include <stdint.h>
+#include <string.h>
 typedef float element;
+#define number_of(x) (x)
+#define stored(x) (x)
+#define half_step(x) (0.0f * (x))
 #include "layers.h"
 
 #ifdef __AVX512F__
@@ -15,20 +24,34 @@ typedef float element;
 #define LANES 8
 #endif
 
+/* Inputs whose products are summed together; more do not fit in the registers. */
+#define TOGETHER 8
+
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 enum { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
 
+static inline float total_eight(eight sums)
+{
+#ifdef __AVX2__
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)sums),
+                             _mm256_extractf128_ps((__m256)sums, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+    return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+#endif
+}
+
 static inline float total(lanes sums)
 {
-    float part[LANES];
-    memcpy(part, &sums, sizeof part);
-#pragma GCC unroll 4
-    for (int width = LANES / 2; width; width /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < width; i++)
-            part[i] += part[i + width];
-    return part[0];
+#if LANES == 8
+    return total_eight((eight)sums);
+#else
+    eight halves[2];
+    memcpy(halves, &sums, sizeof halves);
+    return total_eight(halves[0] + halves[1]);
+#endif
 }
 
 /* expf within an ulp or two, in a form that compilers vectorize. */
@@ -50,61 +73,149 @@ static inline float exponential(float x)
     return p * power;
 }
 
-/* Dot products of one weight vector with `count` inputs. */
-static inline __attribute__((always_inline)) void
-dots(const float *weight, const float *inputs, int64_t size, int64_t stride, int count,
-     float *results)
+/* The dot product of two vectors, in several sums, because one addition waits for the one before. */
+static inline float dot(const float *one, const float *other, int64_t size)
 {
-    lanes sums[TOGETHER];
+    lanes sums[4] = {0};
+    int64_t at = 0;
+    for (; at + 4 * LANES <= size; at += 4 * LANES)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++)
+            sums[k] += *(const lanes *)(one + at + k * LANES)
+                       * *(const lanes *)(other + at + k * LANES);
+    for (; at + LANES <= size; at += LANES)
+        sums[0] += *(const lanes *)(one + at) * *(const lanes *)(other + at);
+    float sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; at < size; at++)
+        sum += one[at] * other[at];
+    return sum;
+}
+
+/* The dot products of the weights of a row of codes with `count` inputs. */
+static inline __attribute__((always_inline)) void
+coded_dots(const void *row, const float *inputs, int64_t size, int64_t bits, int count,
+           float *results)
+{
+    /* Several sums for each input, because one addition waits for the one before. */
+    const int several = count <= 2 ? 4 : count <= 4 ? 2 : 1;
+    eight sums[TOGETHER][4];
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++)
-        sums[r] = (lanes){0};
-    int64_t at = 0;
-    for (; at + LANES <= size; at += LANES) {
-        lanes w = *(const lanes *)(weight + at);
+#pragma GCC unroll 4
+        for (int k = 0; k < several; k++)
+            sums[r][k] = (eight){0};
+    for (int64_t b = 0; b < size / CODED; b++) {
+        eight weights[4];
+        decode(row, b, bits, weights);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++)
 #pragma GCC unroll 8
-        for (int r = 0; r < count; r++)
-            sums[r] += w * *(const lanes *)(inputs + r * stride + at);
+            for (int r = 0; r < count; r++) {
+                const float *input = inputs + r * size + CODED * b + 8 * k;
+                sums[r][k % several]
+                    = fused_eight(weights[k], *(const eight *)input, sums[r][k % several]);
+            }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++) {
-        float sum = total(sums[r]);
+        eight joined = sums[r][0];
+#pragma GCC unroll 3
+        for (int k = 1; k < several; k++)
+            joined += sums[r][k];
+        results[r] = total_eight(joined);
+    }
+}
+
+#define CODED_DOTS(count)                                                                       \
+    case count:                                                                                 \
+        coded_dots(row, inputs, size, bits, count, results);                                   \
+        break;
+
+static inline __attribute__((always_inline)) void
+coded_products(const void *row, const float *inputs, int64_t size, int64_t bits, int count,
+               float *results)
+{
+    switch (count) {
+        CODED_DOTS(1) CODED_DOTS(2) CODED_DOTS(3) CODED_DOTS(4)
+        CODED_DOTS(5) CODED_DOTS(6) CODED_DOTS(7) CODED_DOTS(8)
+    }
+}
+
+/* The dot products of a weight vector with `count` inputs. */
+static inline __attribute__((always_inline)) void
+dots(const float *weight, const float *inputs, int64_t size, int count, float *results)
+{
+    const int several = count <= 2 ? 4 : count <= 4 ? 2 : 1;
+    lanes sums[TOGETHER][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+        for (int k = 0; k < several; k++)
+            sums[r][k] = (lanes){0};
+    int64_t at = 0;
+    for (; at + several * LANES <= size; at += several * LANES)
+#pragma GCC unroll 4
+        for (int k = 0; k < several; k++) {
+            lanes w = *(const lanes *)(weight + at + k * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < count; r++)
+                sums[r][k] += w * *(const lanes *)(inputs + r * size + at + k * LANES);
+        }
+#pragma GCC unroll 8
+    for (int r = 0; r < count; r++) {
+        lanes joined = sums[r][0];
+#pragma GCC unroll 3
+        for (int k = 1; k < several; k++)
+            joined += sums[r][k];
+        float sum = total(joined);
         for (int64_t i = at; i < size; i++)
-            sum += weight[i] * inputs[r * stride + i];
+            sum += weight[i] * inputs[r * size + i];
         results[r] = sum;
     }
 }
 
 #define DOTS(count)                                                                             \
     case count:                                                                                 \
-        dots(weight, inputs, size, stride, count, results);                                    \
+        dots(weight, inputs, size, count, results);                                            \
         break;
 
-static inline void products(const float *weight, const float *inputs, int64_t size, int64_t stride,
-                            int count, float *results)
+static inline void products(const float *weight, const float *inputs, int64_t size, int count,
+                            float *results)
 {
     switch (count) {
         DOTS(1) DOTS(2) DOTS(3) DOTS(4) DOTS(5) DOTS(6) DOTS(7) DOTS(8)
     }
 }
 
+/* results[r, o] (+)= found + bias[o]. */
+static inline void add_result(const Matrix *matrix, float found, int64_t o, float *result, int adds)
+{
+    float made = found + (matrix->bias ? matrix->bias[o] : 0);
+    *result = adds ? *result + made : made;
+}
+
 /* results[r, o] (+)= weight[o] . inputs[r] + bias[o], for outputs begin..end-1. */
-static void linear(const float *weight, const float *bias, const float *inputs, int64_t size,
-                   int64_t count, int64_t begin, int64_t end, float *results, int64_t width,
-                   int adds, float *unused)
+static void linear(const Matrix *matrix, const float *inputs, int64_t size, int64_t count,
+                   int64_t begin, int64_t end, float *results, int64_t width, int adds,
+                   float *unused)
 {
     (void)unused;
     float found[TOGETHER];
-    for (int64_t o = begin; o < end; o++)
+    for (int64_t o = begin; o < end; o++) {
+        const int coded = matrix->codes && matrix->coded[o];
         for (int64_t r = 0; r < count; r += TOGETHER) {
-            int some = count - r < TOGETHER ? (int)(count - r) : TOGETHER;
-            products(weight + o * size, inputs + r * size, size, size, some, found);
-            for (int j = 0; j < some; j++) {
-                float *result = results + (r + j) * width + o;
-                float made = found[j] + (bias ? bias[o] : 0);
-                *result = adds ? *result + made : made;
-            }
+            const int some = count - r < TOGETHER ? (int)(count - r) : TOGETHER;
+            const float *from = inputs + r * size;
+            if (!coded)
+                products(matrix->weight + o * size, from, size, some, found);
+            else if (matrix->bits == 4)
+                coded_products(row_of(matrix, o, size), from, size, 4, some, found);
+            else
+                coded_products(row_of(matrix, o, size), from, size, 8, some, found);
+            for (int j = 0; j < some; j++)
+                add_result(matrix, found[j], o, results + (r + j) * width + o, adds);
         }
+    }
 }
 
 static void norm(const float *weight, const float *input, int64_t size, double epsilon,
@@ -165,9 +276,9 @@ static void attend(const float *query, const float *keys, const float *values, i
 {
     int64_t past = base > first ? base - first : 0, count = past + more;
     for (int64_t i = 0; i < past; i++)
-        products(keys + (first + i) * size, query, size, size, 1, scores + i);
+        scores[i] = dot(keys + (first + i) * size, query, size);
     for (int64_t i = 0; i < more; i++)
-        products(keys + others[i] * size, query, size, size, 1, scores + past + i);
+        scores[past + i] = dot(keys + others[i] * size, query, size);
     float most = scores[0], sum = 0;
 #pragma omp simd reduction(max : most)
     for (int64_t i = 0; i < count; i++)

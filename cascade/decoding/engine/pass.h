@@ -51,13 +51,13 @@ void cascade_layers(const Sizes *sizes, const Layer *layers, int64_t number, con
                 norm(layer->attention_norm, hidden + r * width, width, layer->attention_epsilon,
                      normed + r * width);
             share(queries, team, thread, &begin, &end);
-            linear(layer->query, layer->query_bias, normed, width, count, begin, end, mixed, all, 0,
+            linear(&layer->query, normed, width, count, begin, end, mixed, all, 0,
                    wide);
             share(known, team, team - 1 - thread, &begin, &end);
-            linear(layer->key, layer->key_bias, normed, width, count, begin, end, mixed + queries,
+            linear(&layer->key, normed, width, count, begin, end, mixed + queries,
                    all, 0, wide);
             share(known, team, thread, &begin, &end);
-            linear(layer->value, layer->value_bias, normed, width, count, begin, end,
+            linear(&layer->value, normed, width, count, begin, end,
                    mixed + queries + known, all, 0, wide);
 #pragma omp barrier
             /* Every head of every row: rotate; keys and values go to the cache. */
@@ -104,23 +104,23 @@ void cascade_layers(const Sizes *sizes, const Layer *layers, int64_t number, con
             }
 #pragma omp barrier
             share(width, team, thread, &begin, &end);
-            linear(layer->out, layer->out_bias, attended, queries, count, begin, end, hidden, width,
+            linear(&layer->out, attended, queries, count, begin, end, hidden, width,
                    1, wide);
 #pragma omp barrier
             for (int64_t r = 0; r < count; r++)
                 norm(layer->mlp_norm, hidden + r * width, width, layer->mlp_epsilon,
                      normed + r * width);
             share(inner, team, thread, &begin, &end);
-            linear(layer->gate, layer->gate_bias, normed, width, count, begin, end, activated,
+            linear(&layer->gate, normed, width, count, begin, end, activated,
                    inner, 0, wide);
-            linear(layer->up, layer->up_bias, normed, width, count, begin, end, ups, inner, 0,
+            linear(&layer->up, normed, width, count, begin, end, ups, inner, 0,
                    wide);
             for (int64_t r = 0; r < count; r++)
                 activate(sizes, activated + r * inner + begin, ups + r * inner + begin,
                          end - begin);
 #pragma omp barrier
             share(width, team, thread, &begin, &end);
-            linear(layer->down, layer->down_bias, activated, inner, count, begin, end, hidden,
+            linear(&layer->down, activated, inner, count, begin, end, hidden,
                    width, 1, wide);
 #pragma omp barrier
         }
@@ -128,16 +128,15 @@ void cascade_layers(const Sizes *sizes, const Layer *layers, int64_t number, con
 }
 
 /* results[r, o] = weight[o] . inputs[r] + bias[o]. */
-void cascade_linear(const element *weight, const element *bias, const element *inputs, int64_t size,
-                    int64_t outputs, int64_t count, element *results, int64_t threads,
-                    float *scratch)
+void cascade_linear(const Matrix *matrix, const element *inputs, int64_t size, int64_t outputs,
+                    int64_t count, element *results, int64_t threads, float *scratch)
 {
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         int64_t begin, end;
         share(outputs, team, thread, &begin, &end);
-        linear(weight, bias, inputs, size, count, begin, end, results, outputs, 0,
+        linear(matrix, inputs, size, count, begin, end, results, outputs, 0,
                scratch + thread * (count + 1) * size);
     }
 }
