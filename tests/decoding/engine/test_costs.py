@@ -199,7 +199,7 @@ def test_real_passes_are_timed(kind: str, stack: DecoderStack, made: list[Counte
     def make(capacity: int) -> Passes:
         if kind == "engine":
             return EnginePasses(engine, 1, capacity, [1.0])
-        return OwnPasses(stack, 1, capacity, [1.0], "a test")
+        return OwnPasses(stack, 1, capacity, [1.0], reason="a test")
 
     costs = pass_costs(stack, kind, make)
     assert len(costs) == MOST

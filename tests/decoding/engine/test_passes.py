@@ -163,7 +163,7 @@ def test_fused_trees_need_fp32(kind: EngineKind) -> None:
 
 def test_work_is_counted() -> None:
     stack = stack_of()
-    for passes in (passes_of(stack), OwnPasses(stack, 1, 40, [1.0], "a test")):
+    for passes in (passes_of(stack), OwnPasses(stack, 1, 40, [1.0], reason="a test")):
         passes.prefill(0, tokens_of(6))
         assert passes.counts.layer_rows == [6] * 4
         passes.run([chain(0, 6, [3, 4, 5])])
@@ -174,7 +174,7 @@ def test_work_is_counted() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom"])
 def test_models_own_modules_give_its_logits(family: str) -> None:
     stack, text = stack_of(family), tokens_of(14)
-    passes = OwnPasses(stack, 1, 14, [1.0], "a test")
+    passes = OwnPasses(stack, 1, 14, [1.0], reason="a test")
     assert not passes.trees
     assert passes.description == "model (a test)"
     last, features = passes.prefill(0, text[:8])
