@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cascade.decoding.drafting.proposers import Proposer as Proposer
     from cascade.decoding.early_exit import EarlyExit as EarlyExit
     from cascade.drafters.config import DrafterConfig as DrafterConfig
+    from cascade.drafters.export.exporting import export_drafter as export_drafter
     from cascade.drafters.making import train_drafter as train_drafter
     from cascade.drafters.proposer import load_drafter as load_drafter
     from cascade.evaluation.calibration import calibrate as calibrate
@@ -92,6 +93,7 @@ _MODULES = {
     "evaluate_cascade": "stages.evaluation",
     "explain": "studies.explanations.layer_explanation",
     "explain_norm": "studies.explanations.final_norm",
+    "export_drafter": "drafters.export.exporting",
     "fit_heads": "exits.head_fitting",
     "load": "models.loading",
     "load_blocks": "corpora.blocks",

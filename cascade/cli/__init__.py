@@ -15,6 +15,7 @@ _MODULES = (
     "collect_hard",
     "train",
     "train_drafter",
+    "export_drafter",
     "comparisons",
     "explain",
     "bench",

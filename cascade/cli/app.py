@@ -126,7 +126,7 @@ COMMAND_PANELS = {
     "Gate": ("gate", "compare", "accept"),
     "Early exit": ("fit-heads", "calibrate", "evaluate", "search-exit", "generate"),
     "Stages": ("collect-hard", "train"),
-    "Drafters": ("train-drafter",),
+    "Drafters": ("train-drafter", "export-drafter"),
     "Studies": ("explain", "compare-corpora", "compare-models", "findings"),
     "Benchmarks": ("bench",),
     "Setup": ("env", "cache"),

@@ -49,6 +49,9 @@ propagations = _among(
     }
 )
 bos = _among({"auto": "as the tokenizer does", "yes": "", "no": ""})
+architectures = _among(
+    {"cascade": "the drafter of this package", "eagle3": "for `cascade export-drafter`"}
+)
 starts = _among({"copies": "copies of the last layers", "fresh": "random weights"})
 copies = _among({"bf16": "", "int8": "", "int4": "", "noise:0.01": "with random noise"})
 

@@ -13,6 +13,26 @@ from cascade.core.errors import UsageError
 #: How products are computed in training: in bfloat16 with fp32 weights, or in fp32.
 Precision = Literal["bfloat16", "float32"]
 
+#: What a drafter's layer reads: a projected state, as the model's own layers do; or an embedding
+#: and a state side by side, as in EAGLE-3, for which other programs have loaders.
+Architecture = Literal["cascade", "eagle3"]
+ARCHITECTURES: tuple[Architecture, ...] = ("cascade", "eagle3")
+
+
+def checked_architecture(name: str) -> Architecture:
+    """Return the architecture with a name.
+
+    Args:
+        name: The name.
+
+    Raises:
+        UsageError: There is none.
+    """
+    for known in ARCHITECTURES:
+        if name == known:
+            return known
+    raise UsageError(f"expected --architecture {' or '.join(ARCHITECTURES)}, got {name}")
+
 
 class DrafterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Options for training a drafter.
@@ -27,6 +47,7 @@ class DrafterConfig(msgspec.Struct, frozen=True, kw_only=True):
         batch_size: Texts that are generated at a time.
         held_out_texts: Most held-out prompts that are continued, to select and to judge.
         layer: Layer whose copy the drafter is, 1..N (default: nine tenths up).
+        architecture: "cascade", or "eagle3" for a drafter that `export_drafter` can write.
         vocabulary: Number of tokens that the drafter can propose.
         steps: Training steps.
         step_tokens: Tokens of the texts of a step, with padding.
@@ -49,6 +70,7 @@ class DrafterConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int = 64
     held_out_texts: int = 64
     layer: int | None = None
+    architecture: Architecture = "cascade"
     vocabulary: int = 8192
     steps: int = 300
     step_tokens: int = 2048
@@ -65,6 +87,7 @@ class DrafterConfig(msgspec.Struct, frozen=True, kw_only=True):
             UsageError: An option is invalid. The message names it and the expected values.
         """
         check_seed(self.seed)
+        checked_architecture(self.architecture)
         for name in (
             *("tokens", "max_new_tokens", "longest_prompt", "batch_size", "vocabulary", "steps"),
             *("step_tokens", "draft_steps", "evaluations"),

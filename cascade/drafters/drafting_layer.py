@@ -15,7 +15,7 @@ from cascade.decoding.engine.modules import LayerModules
 from cascade.decoding.engine.rows import MAX_ROWS, Rows
 from cascade.decoding.kv_cache import KeyValueCache
 from cascade.drafters.network.drafter_network import DrafterNetwork
-from cascade.drafters.network.layers import Tables, attend, heads_of, output_of, rotary_tables
+from cascade.drafters.network.layers import Tables, attend, rotary_tables
 from cascade.models.probing import close
 from cascade.models.stack import DecoderStack
 
@@ -30,7 +30,7 @@ class Columns:
     Attributes:
         text: The text.
         start: The first column.
-        hidden: The layer's inputs, `[n, D]`.
+        hidden: The layer's inputs, `[n, inputs]`.
     """
 
     text: int
@@ -101,15 +101,14 @@ class DraftingLayer:
 
     def _run_alone(self, chunk: Columns) -> Tensor:
         """Compute a chunk by the modules: the states of all columns but the last are not needed."""
-        layer, hidden, stop = self._network.layer, chunk.hidden, chunk.start + len(chunk.hidden)
+        network, hidden, stop = self._network, chunk.hidden, chunk.start + len(chunk.hidden)
         cos, sin = (table[:, chunk.start : stop] for table in self._tables)
-        queries, new_keys, new_values = heads_of(layer, hidden[None], (cos, sin))
+        queries, new_keys, new_values = network.heads(hidden[None], (cos, sin))
         keys, values = (buffer[chunk.text] for buffer in self._cache.buffers(0))
         keys[:, chunk.start : stop], values[:, chunk.start : stop] = new_keys[0], new_values[0]
         seen = keys[None, :, :stop], values[None, :, :stop]
-        return output_of(layer, hidden[None, -1:], attend(layer, queries[:, :, -1:], *seen, None))[
-            0
-        ]
+        attended = attend(network.layer, queries[:, :, -1:], *seen, None)
+        return network.output(hidden[None, -1:], attended)[0]
 
     def _make_room(self, texts: int, columns: int) -> None:
         old = self._cache
@@ -135,7 +134,7 @@ class DraftingLayer:
 @torch.no_grad()
 def _compiled_layer(stack: DecoderStack, network: DrafterNetwork) -> CompiledLayers | None:
     """Return the compiled layer, or None if it cannot be compiled or computes something else."""
-    if stack.device.type != "cpu":
+    if stack.device.type != "cpu" or not network.is_plain:
         return None
     # A drafter attends to all columns, also where the layer that it is a copy of does not.
     modules = replace(LayerModules.of(network.layer, stack.model.config), window=None)
@@ -149,6 +148,6 @@ def _compiled_layer(stack: DecoderStack, network: DrafterNetwork) -> CompiledLay
     cache = KeyValueCache(1, 1, 3)
     cache.allocate(*heads, hidden)
     found = made.run(0, 1, hidden, Rows.chains([0], [0], [3]), (cos[0], sin[0]), cache)
-    own = heads_of(network.layer, hidden[None], (cos, sin))
-    wanted = output_of(network.layer, hidden[None], attend(network.layer, *own, None))[0]
+    own = network.heads(hidden[None], (cos, sin))
+    wanted = network.output(hidden[None], attend(network.layer, *own, None))[0]
     return made if close(found, wanted) else None

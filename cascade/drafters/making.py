@@ -21,12 +21,12 @@ from cascade.decoding.drafting.tables import NgramTable
 from cascade.drafters.acceptance import accepted_by_position, calibration_of
 from cascade.drafters.comparison import compare_methods
 from cascade.drafters.config import DrafterConfig, Precision
+from cascade.drafters.network.architectures import check_architecture
 from cascade.drafters.network.drafter_network import (
     DraftHead,
     feature_layers_of,
     usual_start_layer,
 )
-from cascade.drafters.network.layers import check_can_draft
 from cascade.drafters.network.vocabulary import choose_tokens, ends_of
 from cascade.drafters.proposer import TrainedDrafter, load_drafter
 from cascade.drafters.records import DrafterProvenance, DrafterRecord, DraftEvaluation, TextCounts
@@ -123,11 +123,11 @@ def train_drafter(
         8192
     """
     config.check()
-    check_can_draft(stack)
     folder, shown = Path(folder), progress or NoProgress()
     check_output(folder, overwrite=overwrite or resume)
     layer = usual_start_layer(stack.num_layers) if config.layer is None else config.layer
     layers = feature_layers_of(stack.num_layers, layer)
+    check_architecture(config.architecture, stack, layers)
     config = _within_positions(config, stack)
     sources = [CorpusSource(each) if isinstance(each, str) else each for each in corpora]
     prompts = load_prompts(sources, stack.tokenizer, longest=config.longest_prompt, bos=config.bos)

@@ -17,6 +17,7 @@ from cascade.core.reading import UnreadableError, check_tensors, read_tensors
 from cascade.core.records import read_typed, to_file
 from cascade.core.run_folder import RunFolder, current
 from cascade.decoding.drafting.tables import NgramTable
+from cascade.drafters.network.architectures import new_network
 from cascade.drafters.network.drafter_network import DrafterNetwork
 from cascade.drafters.network.layers import check_can_draft
 from cascade.drafters.network.vocabulary import ends_of
@@ -107,7 +108,8 @@ def read_drafter(path: AnyPath, stack: DecoderStack) -> Drafter:
             f"this drafter reads layer {record.feature_layers[-1]}, but the model has "
             f"{stack.num_layers}; train it again for this model"
         )
-    network = DrafterNetwork(stack, record.feature_layers).to(torch.bfloat16)
+    network = new_network(record.config.architecture, stack, record.feature_layers)
+    network.to(torch.bfloat16)
     _check_weights(weights, network.state_dict(), folder / record.file)
     network.load_state_dict(weights)
     network.requires_grad_(False)

@@ -20,16 +20,21 @@ from cascade.core.reading import UnreadableError
 from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.drafters.acceptance import Chains, chains_of, evaluation_of
 from cascade.drafters.config import DrafterConfig, Precision
-from cascade.drafters.network.drafter_network import DrafterNetwork, DraftHead, embeddings_of
+from cascade.drafters.network.architectures import new_network
+from cascade.drafters.network.drafter_network import (
+    DrafterNetwork,
+    DraftHead,
+    FitRows,
+    embeddings_of,
+)
 from cascade.drafters.network.layers import rotary_tables
 from cascade.drafters.records import DraftEvaluation
 from cascade.drafters.sealed import read_sealed, write_sealed
 from cascade.drafters.texts.batches import GeneratedText
 from cascade.models.stack import DecoderStack
-from cascade.stats.ridge import NormalEquations, rms_normalized
 
-#: Tokens that the closed form is fitted on, and its penalty.
-_FITTED_TOKENS, _STRENGTH = 50_000, 1e-3
+#: Tokens that the closed form is fitted on.
+_FITTED_TOKENS = 50_000
 
 #: Each further draft step counts this much less; a prompt's own tokens count this much.
 _DECAY, _PROMPT_WEIGHT = 0.8, 0.4
@@ -125,7 +130,7 @@ class NetworkTraining:
         }
         self.step = 0
         self.evaluations: list[DraftEvaluation] = []
-        self.network = DrafterNetwork(data.stack, feature_layers)
+        self.network = new_network(config.architecture, data.stack, feature_layers)
         self._best: dict[str, Tensor] = {}
         self._embedding = embeddings_of(data.stack)
         self._tables = rotary_tables(data.stack, max(len(text.ids) for text in data.train))
@@ -346,30 +351,23 @@ def fit_inputs(network: DrafterNetwork, embedding: Tensor, texts: Sequence[Gener
         embedding: Embeddings of all tokens, `[V, D]`.
         texts: Training texts.
     """
-    width = network.hidden_size
-    device = embedding.device
-    layers = len(network.feature_layers)
-    first = NormalEquations((layers + 2) * width, width, device=device)
-    later = NormalEquations(2 * width, width, device=device)
+    network.fit(_fitted_rows(len(network.feature_layers), embedding, texts))
+
+
+def _fitted_rows(
+    layers: int, embedding: Tensor, texts: Sequence[GeneratedText]
+) -> Iterator[FitRows]:
+    """Yield the rows of texts, from the last token of each prompt on, until there are enough."""
+    device, count = embedding.device, 0
     for text in texts:
         states = text.features.to(device).float()
         start = min(max(0, text.prompt - 1), len(states) - 2)
-        embedded = rms_normalized(embedding[text.ids[1:-1].long().to(device)])
-        read = rms_normalized(states[:-1])
+        embedded = embedding[text.ids[1:-1].long().to(device)]
         # The input of the network's layer is the last of those that are read.
-        wanted = states[1:, layers - 1][start:]
-        first.update(torch.cat([embedded, read.flatten(1)], dim=1)[start:], wanted)
-        later.update(torch.cat([embedded, read[:, layers - 1]], dim=1)[start:], wanted)
-        if first.count >= _FITTED_TOKENS:
-            break
-    for sums, of_token, of_states in (
-        (first, network.embedding_in, network.features_in),
-        (later, network.embedding_next, network.state_next),
-    ):
-        weight, bias = sums.solve(_STRENGTH)
-        of_token.weight.copy_(weight[:width].T)
-        of_token.bias.copy_(bias)
-        of_states.weight.copy_(weight[width:].T)
+        yield FitRows(embedded[start:], states[start:-1], states[start + 1 :, layers - 1])
+        count += len(states) - 1 - start
+        if count >= _FITTED_TOKENS:
+            return
 
 
 def _rate(step: int, steps: int) -> float:

@@ -78,7 +78,9 @@ class NormalEquations:
         both.xx, both.xy, both.yy = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy
         return both
 
-    def solve(self, strength: float, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, strength: float, columns: Tensor | None = None, *, intercept: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Return the ridge solution `(W [inputs, outputs], b [outputs])` in fp32.
 
         If rounding leaves the system without a solution, which happens when few inputs differ, the
@@ -87,6 +89,7 @@ class NormalEquations:
         Args:
             strength: The penalty on W, in units of the inputs' mean square; b has no penalty.
             columns: `[outputs]`, true for the outputs to solve for (default: all).
+            intercept: Whether there is a b; otherwise it is zero.
 
         Raises:
             ValueError: There are no tokens, or the strength is not positive.
@@ -95,17 +98,19 @@ class NormalEquations:
             raise ValueError("expected at least one token to fit on, got none")
         if not strength > 0:
             raise ValueError(f"expected a positive strength, got {strength}")
-        penalty = self.xx.diagonal()[:-1].mean().clamp_min(1e-30) * strength
-        system = self.xx.clone()
-        system.diagonal()[:-1] += penalty
+        inputs = len(self.xx) - 1
+        kept = inputs + intercept
+        penalty = self.xx.diagonal()[:inputs].mean().clamp_min(1e-30) * strength
+        system = self.xx[:kept, :kept].clone()
+        system.diagonal()[:inputs] += penalty
         factor, failed = torch.linalg.cholesky_ex(system)
         while failed:
             penalty *= 10
-            system.diagonal()[:-1] += penalty
+            system.diagonal()[:inputs] += penalty
             factor, failed = torch.linalg.cholesky_ex(system)
         wanted = self.xy if columns is None else self.xy[:, columns]
-        solution = torch.cholesky_solve(wanted, factor).float()
-        return solution[:-1], solution[-1]
+        solution = torch.cholesky_solve(wanted[:kept], factor).float()
+        return solution[:inputs], solution[-1] if intercept else torch.zeros_like(solution[0])
 
     def error(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Return the mean square error of a solution on this data, `[outputs]`."""

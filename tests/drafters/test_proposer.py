@@ -33,6 +33,7 @@ from cascade.decoding.drafting.proposers import Candidate
 from cascade.decoding.engine.compiler import CompilerError
 from cascade.drafters import drafting_layer
 from cascade.drafters.acceptance import CHAIN, calibrated
+from cascade.drafters.config import ARCHITECTURES, Architecture
 from cascade.drafters.proposer import LEAST, TrainedDrafter
 from cascade.drafters.records import BINS
 from cascade.drafters.stored import Drafter
@@ -45,11 +46,18 @@ TOKENS = torch.arange(1, 97, 2)
 BENT = [[(at / BINS) ** (2 + step) for at in range(BINS)] for step in range(CHAIN)]
 
 
-def a_drafter(family: str = "llama", **settings: Any) -> TrainedDrafter:
+def a_drafter(
+    family: str = "llama", architecture: Architecture = "cascade", **settings: Any
+) -> TrainedDrafter:
     stack = a_drafted_stack(family)
     record = replace(a_record(), calibration=BENT, ends=[1])
-    drafter = Drafter(a_moved_network(stack), TOKENS, TABLE, record)
+    network = a_moved_network(stack, architecture=architecture)
+    drafter = Drafter(network, TOKENS, TABLE, record)
     return TrainedDrafter(stack, drafter, **({"least": 0.0} | settings))
+
+
+def architecture_of(kind: str) -> Architecture:
+    return "eagle3" if kind == "eagle3" else "cascade"
 
 
 def feed(drafter: TrainedDrafter, text: GeneratedText, row: int, start: int, stop: int) -> None:
@@ -71,9 +79,9 @@ def likeliest(candidates: list[Candidate]) -> list[Candidate]:
     return chain
 
 
-@pytest.fixture(params=["compiled", "modules"])
+@pytest.fixture(params=["compiled", "modules", "eagle3"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Compute the drafter's layer in each way."""
+    """Compute the drafter's layer in each way; that of EAGLE-3 is never compiled."""
     if request.param == "modules":
 
         def refuse(*_: Any) -> None:
@@ -86,7 +94,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @needs_compiler
 @pytest.mark.parametrize("family", DRAFTED)
 def test_proposals_are_those_of_the_whole_text_computed_again(family: str, kind: str) -> None:
-    stack, drafter = a_drafted_stack(family), a_drafter(family)
+    stack, drafter = a_drafted_stack(family), a_drafter(family, architecture_of(kind))
     assert drafter.layer.is_compiled == (kind == "compiled")
     for text in some_texts(family)[:4]:
         ids = text.ids.tolist()
@@ -143,10 +151,10 @@ def test_rows_are_proposed_together_as_alone(kind: str) -> None:
     one, other = some_texts()[:2]
     alone = []
     for text in (one, other):
-        drafter = a_drafter()
+        drafter = a_drafter(architecture=architecture_of(kind))
         begin(drafter, text)
         alone.append(drafter.propose(0, 3))
-    together = a_drafter()
+    together = a_drafter(architecture=architecture_of(kind))
     begin(together, one, 5)
     begin(together, other, 2)
     found = together.propose_all({5: 3, 2: 3})
@@ -234,9 +242,8 @@ def test_a_text_longer_than_the_first_buffers_is_continued(kind: str) -> None:
     record = replace(a_record(), calibration=BENT)
     made = []
     for step in (7, 10_000):
-        drafter = TrainedDrafter(
-            stack, Drafter(a_moved_network(stack), TOKENS, TABLE, record), least=0.0
-        )
+        network = a_moved_network(stack, architecture=architecture_of(kind))
+        drafter = TrainedDrafter(stack, Drafter(network, TOKENS, TABLE, record), least=0.0)
         drafter.begin(0, int(ids[0]))
         for start in range(0, len(ids) - 1, step):
             stop = min(len(ids) - 1, start + step)
@@ -252,7 +259,7 @@ def test_a_text_longer_than_the_first_buffers_is_continued(kind: str) -> None:
 def test_a_model_in_bfloat16_gets_drafts(kind: str) -> None:
     stack = DecoderStack(tiny_model("llama").bfloat16())
     record = replace(a_record(), calibration=BENT)
-    network = a_moved_network(a_drafted_stack())
+    network = a_moved_network(a_drafted_stack(), architecture=architecture_of(kind))
     drafter = TrainedDrafter(stack, Drafter(network, TOKENS, TABLE, record), least=0.0)
     text = some_texts()[0]
     drafter.begin(0, int(text.ids[0]))
@@ -279,9 +286,10 @@ def test_states_and_tokens_must_be_as_many() -> None:
         drafter.observe(0, [5], None)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("engine", ["auto", "model"])
-def test_drafts_do_not_change_the_text(engine: Any) -> None:
-    stack, drafter = a_drafted_stack(), a_drafter()
+def test_drafts_do_not_change_the_text(engine: Any, architecture: Architecture) -> None:
+    stack, drafter = a_drafted_stack(), a_drafter(architecture=architecture)
     early = EarlyExit(stack, engine=engine)
     drafted = 0
     for text in some_texts():

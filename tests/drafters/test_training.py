@@ -23,8 +23,9 @@ from torch.nn import functional
 
 from cascade.core.errors import OutputError, TrainingError
 from cascade.drafters.acceptance import evaluation_of
+from cascade.drafters.config import ARCHITECTURES, Architecture
 from cascade.drafters.making import NoProgress
-from cascade.drafters.network.drafter_network import DrafterNetwork, DraftHead, embeddings_of
+from cascade.drafters.network.drafter_network import CascadeNetwork, DraftHead, embeddings_of
 from cascade.drafters.network.layers import rotary_tables
 from cascade.drafters.records import DraftEvaluation
 from cascade.drafters.texts.batches import GeneratedText
@@ -103,7 +104,7 @@ def loss_of(training: NetworkTraining) -> float:
 
 def test_closed_form_predicts_the_next_input_of_the_layer() -> None:
     stack = a_drafted_stack()
-    network, embedding = DrafterNetwork(stack, LAYERS), embeddings_of(stack)
+    network, embedding = CascadeNetwork(stack, LAYERS), embeddings_of(stack)
     fit_inputs(network, embedding, train_texts())
     errors = {"first": 0.0, "later": 0.0, "mean": 0.0}
     wanted = torch.cat([text.features[1:, 2].float() for text in train_texts()])
@@ -120,9 +121,10 @@ def test_closed_form_predicts_the_next_input_of_the_layer() -> None:
     assert errors["first"] < errors["later"] < 0.8 * errors["mean"]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_training_lowers_the_loss(family: str, tmp_path: Path) -> None:
-    training = a_training(family, steps=60, learning_rate=5e-3)
+def test_training_lowers_the_loss(family: str, architecture: Architecture, tmp_path: Path) -> None:
+    training = a_training(family, steps=60, learning_rate=5e-3, architecture=architecture)
     losses = {}
 
     class Measured(NoProgress):

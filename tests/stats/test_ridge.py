@@ -188,6 +188,16 @@ def test_solution_matches_scikit_learn() -> None:
     assert largest(bias, torch.from_numpy(theirs.intercept_.astype(np.float32))) < 1e-4
 
 
+def test_without_an_intercept_the_map_goes_through_the_origin() -> None:
+    x, y = some_data(200)
+    weight, bias = sums(x, y).solve(1e-3, intercept=False)
+    penalty = 1e-3 * x.double().square().sum(dim=0).mean()
+    system = x.double().T @ x.double() + penalty * torch.eye(INPUTS, dtype=torch.float64)
+    wanted = torch.linalg.solve(system, x.double().T @ y.double())
+    assert largest(weight, wanted.float()) < 1e-4
+    assert torch.equal(bias, torch.zeros(OUTPUTS))
+
+
 def test_shifting_the_outputs_changes_only_the_intercept() -> None:
     x, y = some_data(100)
     weight, bias = sums(x, y).solve(10.0)

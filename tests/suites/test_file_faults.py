@@ -25,6 +25,7 @@ import pytest
 import torch
 import typer.main
 from matplotlib.figure import Figure
+from safetensors import safe_open
 from support.commands import DRAWN
 from support.file_faults import (
     DEATHS,
@@ -152,6 +153,13 @@ def drafter(models: Path) -> Any:
     return load_drafter("drafted", load(str(models / "tiny"))).record.config.steps
 
 
+def exported(models: Path) -> Any:
+    recover(Path("exported"))
+    with safe_open("exported/model.safetensors", "pt") as file:
+        assert "fc.weight" in set(file.keys())
+    return read_json(Path("exported/config.json"))["speculators_config"]["verifier"]
+
+
 # --- What is run ------------------------------------------------------------------------------
 
 ON_TEXTS = ("--corpus", "texts.jsonl", "--seq-len", "16")
@@ -180,6 +188,8 @@ _DRAFT = (
     *("train-drafter", "--corpus", "texts.jsonl", "--tokens", "60", "--max-new-tokens", "6"),
     *("--batch-size", "4", "--vocabulary", "50", "--output", "drafted"),
 )
+_EAGLE = (*_DRAFT, "--steps", "1", "--architecture", "eagle3")
+_EXPORT = ("export-drafter", "drafted", "--output", "exported", "--overwrite", "--verifier")
 _BENCH = ("bench", "collect-hard", "--tokens", "160", "--seq-len", "16", *OVER)
 _GGUF = _words("generate --model {models}/tiny.gguf --prompt Number --no-compare")
 _GATE = ("gate", *ON_TEXTS, "--output", "out")
@@ -337,6 +347,9 @@ CASES: Mapping[str, Case] = {
         interrupted=("os.rename", "step-000002"),
         files=r"here/drafted/[^/]*",
     ),
+    "export-drafter": Case(
+        (*_EXPORT, "other"), exported, (_EAGLE, (*_EXPORT, "one")), files=r"here/exported/[^/]*"
+    ),
     "generate (a GGUF file)": Case((*_GGUF, "--max-new-tokens", "2"), dequantized),
     "cache clear": Case(
         _words("cache clear --yes"), dequantized, ((*_GGUF, "--max-new-tokens", "2"),)
@@ -478,7 +491,7 @@ def command(words: Words, models: Path) -> Command:
 
 _WITH_MODEL = (
     *("analyze", "gate", "fit-heads", "calibrate", "evaluate", "search-exit", "explain"),
-    *("compare-corpora", "bench", "collect-hard", "train", "train-drafter"),
+    *("compare-corpora", "bench", "collect-hard", "train", "train-drafter", "export-drafter"),
 )
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 from cascade.core.run_folder import RunFolder
 from cascade.decoding.drafting.tables import NgramTable
 from cascade.drafters.acceptance import CHAIN
-from cascade.drafters.config import DrafterConfig
+from cascade.drafters.config import Architecture, DrafterConfig
+from cascade.drafters.network.architectures import new_network
 from cascade.drafters.network.drafter_network import DrafterNetwork, embeddings_of
-from cascade.drafters.network.layers import attend, heads_of, output_of, rotary_tables
+from cascade.drafters.network.eagle3_network import Eagle3Network
+from cascade.drafters.network.layers import attend, rotary_tables
 from cascade.drafters.stored import RECORD, WEIGHTS, Drafter, write_drafter
 from cascade.drafters.texts.batches import BatchedGenerator, GeneratedText, Job
 from cascade.models.stack import DecoderStack
@@ -62,15 +64,20 @@ def a_drafted_stack(family: str = "llama", *, chat: bool = False) -> DecoderStac
 
 
 def a_moved_network(
-    stack: DecoderStack, layers: Sequence[int] = LAYERS, seed: int = 0
+    stack: DecoderStack,
+    layers: Sequence[int] = LAYERS,
+    seed: int = 0,
+    architecture: Architecture = "cascade",
 ) -> DrafterNetwork:
     """Return a network with random input matrices: none of them is zero."""
-    network = DrafterNetwork(stack, layers)
+    network = new_network(architecture, stack, layers)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in network.named_parameters():
-            if not name.startswith(("layer.", "norm.")):
+            if architecture == "eagle3" or not name.startswith(("layer.", "norm.")):
                 weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+        if isinstance(network, Eagle3Network):
+            network.scales.copy_(torch.tensor([4.0, 1.0, 0.5]))
     return network
 
 
@@ -140,9 +147,8 @@ def drafted_alone(
     tokens, probabilities = [], []
     for _ in range(CHAIN):
         cut = (tables[0][:, : len(inputs)], tables[1][:, : len(inputs)])
-        heads = heads_of(network.layer, inputs[None], cut)
-        attended = attend(network.layer, *heads, None)
-        state = output_of(network.layer, inputs[None], attended)[0, -1:]
+        attended = attend(network.layer, *network.heads(inputs[None], cut), None)
+        state = network.output(inputs[None], attended)[0, -1:]
         logits = stack.decode_normed(network.norm(state)[None])[0, 0, candidates]
         shares = logits.softmax(dim=-1)
         tokens.append(candidates[int(shares.argmax())])
@@ -152,12 +158,21 @@ def drafted_alone(
     return tokens, probabilities
 
 
-def stored(folder: Path, stack: DecoderStack | None = None, **changes: Any) -> Path:
+def stored(
+    folder: Path,
+    stack: DecoderStack | None = None,
+    architecture: Architecture = "cascade",
+    tokens: Tensor | None = None,
+    **changes: Any,
+) -> Path:
     """Store a drafter of a tiny model; return its folder."""
     stack = stack or a_drafted_stack()
     record = a_record()
+    record = replace(record, config=replace(record.config, architecture=architecture))
     model = replace(stack.provenance, weights_hash=stack.weights_hash())
     record = replace(record, provenance=replace(record.provenance, model=model), **changes)
     with RunFolder(folder, (RECORD, WEIGHTS)) as out:
-        write_drafter(out, Drafter(a_moved_network(stack), torch.arange(1, 97, 2), TABLE, record))
+        network = a_moved_network(stack, architecture=architecture)
+        tokens = torch.arange(1, 97, 2) if tokens is None else tokens
+        write_drafter(out, Drafter(network, tokens, TABLE, record))
     return folder

@@ -80,6 +80,13 @@ class DrafterOptions(PrintOptions):
             autocompletion=completion.layer,
         ),
     ] = None
+    architecture: Annotated[
+        str,
+        typer.Option(
+            help="cascade, or eagle3 for `cascade export-drafter`.",
+            autocompletion=completion.architectures,
+        ),
+    ] = "cascade"
     vocabulary: Annotated[
         int, typer.Option(min=2, help="Number of tokens that the drafter can propose.")
     ] = 8192
@@ -115,13 +122,14 @@ class DrafterOptions(PrintOptions):
         Raises:
             UsageError: An option is invalid.
         """
-        from cascade.drafters.config import DrafterConfig
+        from cascade.drafters.config import DrafterConfig, checked_architecture
 
         config = DrafterConfig(
             tokens=self.tokens,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             layer=self.layer,
+            architecture=checked_architecture(self.architecture),
             vocabulary=self.vocabulary,
             steps=self.steps,
             learning_rate=self.lr,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,10 @@ from torch.nn import functional
 from cascade.core.errors import UsageError
 from cascade.drafters.network.layers import Tables, attend, heads_of, output_of
 from cascade.models.stack import DecoderStack
-from cascade.stats.ridge import rms_normalized
+from cascade.stats.ridge import NormalEquations, rms_normalized
+
+#: The penalty of the closed form, in units of the inputs' mean square.
+FIT_STRENGTH = 1e-3
 
 
 def usual_start_layer(num_layers: int) -> int:
@@ -44,11 +49,27 @@ def feature_layers_of(num_layers: int, start: int) -> tuple[int, ...]:
 Linear = Callable[[nn.Linear, Tensor], Tensor]
 
 
-def _linear(module: nn.Linear, rows: Tensor) -> Tensor:
+def plain_linear(module: nn.Linear, rows: Tensor) -> Tensor:
+    """Return the projection of rows `[..., inputs]`."""
     return functional.linear(rows, module.weight, module.bias)
 
 
-class DrafterNetwork(nn.Module):
+@dataclass(frozen=True)
+class FitRows:
+    """Rows of a text that a network's input matrices are fitted on.
+
+    Attributes:
+        embedded: Embeddings of the tokens that follow the features, `[n, D]`.
+        features: The model's states, `[n, F + 1, D]`, as for `first_input`.
+        wanted: The input of the copied layer at the next position, `[n, D]`.
+    """
+
+    embedded: Tensor
+    features: Tensor
+    wanted: Tensor
+
+
+class DrafterNetwork(nn.Module, abc.ABC):
     """One decoder layer that continues a text from the model's states.
 
     After the model has confirmed token t+1, the first step computes a state from its embedding and
@@ -59,56 +80,73 @@ class DrafterNetwork(nn.Module):
     Args:
         stack: The model; its layer and its final norm are copied.
         feature_layers: The layers whose inputs are read, 1..N, ascending. The last one is copied.
-            The last layer's normed output is read as well.
 
     Attributes:
         feature_layers: As above.
         hidden_size: The width of a state, D.
+        layer: The layer.
+        norm: The norm before the LM head.
+        is_plain: Whether the layer is computed as one of the model's, so that it can be compiled.
     """
+
+    is_plain: ClassVar[bool]
+
+    layer: Any
+    norm: Any
 
     def __init__(self, stack: DecoderStack, feature_layers: Sequence[int]) -> None:
         super().__init__()
-        width = stack.hidden_size
         self.feature_layers = tuple(feature_layers)
-        self.hidden_size = width
-        options: dict[str, Any] = {"device": stack.device, "dtype": torch.float32}
-        self.embedding_in = nn.Linear(width, width, **options)
-        self.features_in = nn.Linear(
-            (len(feature_layers) + 1) * width, width, bias=False, **options
-        )
-        self.embedding_next = nn.Linear(width, width, **options)
-        self.state_next = nn.Linear(width, width, bias=False, **options)
-        for linear in (self.embedding_in, self.features_in, self.embedding_next, self.state_next):
-            for weight in linear.parameters():
-                nn.init.zeros_(weight)
-        self.layer: Any = _copied(stack.layers[self.feature_layers[-1] - 1])
-        norm: Any = stack.decoder.norm
-        self.norm: Any = _copied(norm)
+        self.hidden_size = stack.hidden_size
 
-    def first_input(self, embedded: Tensor, features: Tensor, linear: Linear = _linear) -> Tensor:
-        """Return the layer's input at a first step, `[..., D]`.
+    @abc.abstractmethod
+    def first_input(
+        self, embedded: Tensor, features: Tensor, linear: Linear = plain_linear
+    ) -> Tensor:
+        """Return the layer's input at a first step, `[..., inputs]`.
 
         Args:
             embedded: Embeddings of the tokens that follow the features, `[..., D]`.
             features: The model's states, `[..., F + 1, D]`: the inputs of `feature_layers`, then
                 the last layer's normed output.
-            linear: Computes projections, for rows `[R, D]`.
+            linear: Computes projections, for rows `[R, inputs]`.
         """
-        dtype = self.features_in.weight.dtype
-        own, read = rms_normalized(embedded), rms_normalized(features).flatten(-2)
-        return linear(self.embedding_in, own.to(dtype)) + linear(self.features_in, read.to(dtype))
 
-    def next_input(self, embedded: Tensor, states: Tensor, linear: Linear = _linear) -> Tensor:
-        """Return the layer's input at a later step, `[..., D]`.
+    @abc.abstractmethod
+    def next_input(self, embedded: Tensor, states: Tensor, linear: Linear = plain_linear) -> Tensor:
+        """Return the layer's input at a later step, `[..., inputs]`.
 
         Args:
             embedded: Embeddings of the drafted tokens, `[..., D]`.
             states: The states that predicted them, `[..., D]`.
-            linear: Computes projections, for rows `[R, D]`.
+            linear: Computes projections, for rows `[R, inputs]`.
         """
-        dtype = self.state_next.weight.dtype
-        own, last = rms_normalized(embedded), rms_normalized(states)
-        return linear(self.embedding_next, own.to(dtype)) + linear(self.state_next, last.to(dtype))
+
+    @abc.abstractmethod
+    def heads(self, hidden: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the layer's rotated queries and keys, and its values, as `heads_of` does.
+
+        Args:
+            hidden: The layer's input, `[B, T, inputs]`.
+            tables: Cosines and sines of the tokens' positions.
+        """
+
+    @abc.abstractmethod
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Return the layer's output, `[B, T, D]`.
+
+        Args:
+            hidden: The layer's input, `[B, T, inputs]`.
+            attended: What its attention heads return, `[B, heads, T, head_dim]`.
+        """
+
+    @abc.abstractmethod
+    def fit(self, rows: Iterable[FitRows]) -> None:
+        """Set the input matrices to the closed form that predicts the copied layer's next input.
+
+        Args:
+            rows: Rows of training texts.
+        """
 
     def unroll(
         self, embedded: Tensor, features: Tensor, tables: Tables, steps: int
@@ -132,18 +170,95 @@ class DrafterNetwork(nn.Module):
                 hidden = self.first_input(embedded, features)
             else:
                 hidden = self.next_input(embedded, states[-1].roll(1, dims=1))
-            queries, keys, values = heads_of(self.layer, hidden, tables)
+            queries, keys, values = self.heads(hidden, tables)
             past.append((keys, values))
             if step == 0:
                 attended = attend(self.layer, queries, keys, values, None)
             else:
                 attended = _attend_as_chains(queries, past, self.layer.self_attn.scaling)
-            states.append(output_of(self.layer, hidden, attended))
+            states.append(self.output(hidden, attended))
         return states
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """Return a copy in fp32 whose weights can be trained."""
+class CascadeNetwork(DrafterNetwork):
+    """A copy of a layer as it is. Embeddings and states are projected to its input, `[..., D]`.
+
+    The last layer's normed output is read as well.
+
+    Args:
+        stack: As for `DrafterNetwork`.
+        feature_layers: As for `DrafterNetwork`.
+    """
+
+    is_plain = True
+
+    def __init__(self, stack: DecoderStack, feature_layers: Sequence[int]) -> None:
+        super().__init__(stack, feature_layers)
+        width = self.hidden_size
+        options: dict[str, Any] = {"device": stack.device, "dtype": torch.float32}
+        self.embedding_in = nn.Linear(width, width, **options)
+        self.features_in = nn.Linear(
+            (len(feature_layers) + 1) * width, width, bias=False, **options
+        )
+        self.embedding_next = nn.Linear(width, width, **options)
+        self.state_next = nn.Linear(width, width, bias=False, **options)
+        for linear in (self.embedding_in, self.features_in, self.embedding_next, self.state_next):
+            for weight in linear.parameters():
+                nn.init.zeros_(weight)
+        self.layer = trainable_copy(stack.layers[self.feature_layers[-1] - 1])
+        decoder: Any = stack.decoder
+        self.norm = trainable_copy(decoder.norm)
+
+    def first_input(
+        self, embedded: Tensor, features: Tensor, linear: Linear = plain_linear
+    ) -> Tensor:
+        """Return the layer's input at a first step; see `DrafterNetwork`."""
+        dtype = self.features_in.weight.dtype
+        own, read = rms_normalized(embedded), rms_normalized(features).flatten(-2)
+        return linear(self.embedding_in, own.to(dtype)) + linear(self.features_in, read.to(dtype))
+
+    def next_input(self, embedded: Tensor, states: Tensor, linear: Linear = plain_linear) -> Tensor:
+        """Return the layer's input at a later step; see `DrafterNetwork`."""
+        dtype = self.state_next.weight.dtype
+        own, last = rms_normalized(embedded), rms_normalized(states)
+        return linear(self.embedding_next, own.to(dtype)) + linear(self.state_next, last.to(dtype))
+
+    def heads(self, hidden: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values; see `DrafterNetwork`."""
+        return heads_of(self.layer, hidden, tables)
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Return the layer's output; see `DrafterNetwork`."""
+        return output_of(self.layer, hidden, attended)
+
+    @torch.no_grad()
+    def fit(self, rows: Iterable[FitRows]) -> None:
+        """Fit the matrices of first and of later steps; see `DrafterNetwork`."""
+        width, layers = self.hidden_size, len(self.feature_layers)
+        device = self.features_in.weight.device
+        first = NormalEquations((layers + 2) * width, width, device=device)
+        later = NormalEquations(2 * width, width, device=device)
+        for each in rows:
+            embedded, read = rms_normalized(each.embedded), rms_normalized(each.features)
+            first.update(torch.cat([embedded, read.flatten(1)], dim=1), each.wanted)
+            # The input of the layer is the last of those that are read.
+            later.update(torch.cat([embedded, read[:, layers - 1]], dim=1), each.wanted)
+        for sums, of_token, of_states in (
+            (first, self.embedding_in, self.features_in),
+            (later, self.embedding_next, self.state_next),
+        ):
+            weight, bias = sums.solve(FIT_STRENGTH)
+            of_token.weight.copy_(weight[:width].T)
+            of_token.bias.copy_(bias)
+            of_states.weight.copy_(weight[width:].T)
+
+
+def trainable_copy(module: nn.Module) -> nn.Module:
+    """Return a copy in fp32 whose weights can be trained.
+
+    Args:
+        module: The module.
+    """
     made = copy.deepcopy(module).float()
     for weight in made.parameters():
         weight.requires_grad_(True)
@@ -218,7 +333,7 @@ class DraftHead:
             setattr(made, name, nn.Parameter(rows, requires_grad=False))
         return made
 
-    def logits(self, normed: Tensor, linear: Linear = _linear) -> Tensor:
+    def logits(self, normed: Tensor, linear: Linear = plain_linear) -> Tensor:
         """Return the logits of the tokens, `[..., V']`.
 
         Args:

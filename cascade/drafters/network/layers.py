@@ -28,19 +28,31 @@ def heads_of(layer: Any, hidden: Tensor, tables: Tables) -> tuple[Tensor, Tensor
         tables: Cosines and sines of the tokens' positions.
     """
     attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
+    queries, keys, values = projected(attention, layer.input_layernorm(hidden))
+    if getattr(attention, "use_rope", True):
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        queries, keys = rotate(queries, keys, *tables)
+    return queries, keys, values
+
+
+def projected(attention: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an attention's queries, keys and values before rotation, `[B, heads, T, head_dim]`.
+
+    Args:
+        attention: The attention.
+        normed: What its projections read, `[B, T, inputs]`.
+    """
 
     def heads(projection: nn.Module, norm: str = "") -> Tensor:
         found: Tensor = projection(normed).unflatten(-1, (-1, attention.head_dim))
         own_norm = getattr(attention, norm, None)
         return (found if own_norm is None else own_norm(found)).transpose(1, 2)
 
-    queries = heads(attention.q_proj, "q_norm")
-    keys, values = heads(attention.k_proj, "k_norm"), heads(attention.v_proj)
-    if getattr(attention, "use_rope", True):
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        queries, keys = rotate(queries, keys, *tables)
-    return queries, keys, values
+    return (
+        heads(attention.q_proj, "q_norm"),
+        heads(attention.k_proj, "k_norm"),
+        heads(attention.v_proj),
+    )
 
 
 def output_of(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Export of drafters as checkpoints that other programs load."""
