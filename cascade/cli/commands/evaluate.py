@@ -10,13 +10,14 @@ import typer
 
 from cascade.cli.app import command
 from cascade.cli.cascades import CascadeEvaluationOptions, evaluate_stages
-from cascade.cli.console import command_line, progress_bar, show_record
+from cascade.cli.console import command_line, progress_bar, show_record, status
 from cascade.cli.inputs import (
     check_cascade_alone,
     evaluated_layers,
     load_model,
     parse_point,
     read_blocks,
+    read_drafter,
     read_heads,
 )
 from cascade.cli.options import (
@@ -73,10 +74,44 @@ class EvaluationOptions:
     ] = None
 
 
+@dataclass(frozen=True)
+class LosslessOptions:
+    """Whether lossless decoding is timed next to the operating points."""
+
+    panel: ClassVar[str] = "Lossless decoding"
+
+    lossless: Annotated[
+        bool,
+        typer.Option(
+            help="Also time lossless decoding, and exits in generation: "
+            "4 prompts x 32 tokens, under a minute for SmolLM2-135M."
+        ),
+    ] = True
+    drafter: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `cascade train-drafter`: also time drafts by this drafter."),
+    ] = None
+
+    def check(self) -> None:
+        """Check that a drafter has something to draft for.
+
+        Raises:
+            UsageError: A drafter was given, and lossless decoding is not timed.
+        """
+        from cascade.core.errors import UsageError
+
+        if self.drafter is not None and not self.lossless:
+            raise UsageError(
+                "--drafter drafts for lossless decoding, which --no-lossless does not time; leave "
+                "out one of them"
+            )
+
+
 @command("evaluate")
 def evaluate(
     context: typer.Context,
     evaluation: EvaluationOptions,
+    lossless: LosslessOptions,
     model: ModelOptions,
     heads: HeadOptions,
     corpus: EvaluationCorpusOptions,
@@ -86,12 +121,13 @@ def evaluate(
     """Measure early exit against the full model: does it pay?
 
     Half of the sequences fit the thresholds; every figure comes from the
-    other half. The embedded corpus is read from its held-out split.
+    other half. The embedded corpus is read from its held-out split. A few
+    prompts are also continued by lossless decoding, which loses nothing.
     With --cascade, measures a trained cascade stage by stage, against
     the controls trained with it.
     """
     if evaluation.cascade is None:
-        _evaluate_exits(evaluation, model, heads, corpus, passes, output)
+        _evaluate_exits(evaluation, lossless, model, heads, corpus, passes, output)
         return
     check_cascade_alone(given_besides(context, field_names(CascadeEvaluationOptions)))
     _evaluate_cascade(
@@ -102,6 +138,7 @@ def evaluate(
 
 def _evaluate_exits(
     wanted: EvaluationOptions,
+    lossless: LosslessOptions,
     model: ModelOptions,
     heads: HeadOptions,
     corpus: EvaluationCorpusOptions,
@@ -117,8 +154,10 @@ def _evaluate_exits(
         from cascade.evaluation import exit_evaluation as evaluation
         from cascade.evaluation.operating_points import OperatingPoint
 
+        lossless.check()
         stack = load_model(model, exits=True)
         fitted = read_heads(heads.heads, stack)
+        drafter = read_drafter(lossless.drafter, stack)
         config = evaluation.EvaluationConfig(
             layers=evaluated_layers(wanted.layers, stack, fitted, wanted.only_points),
             rules=() if wanted.only_points else tuple(wanted.rule or ("cosine", "top2_gap")),
@@ -145,6 +184,14 @@ def _evaluate_exits(
                 command=command_line(),
                 progress=advance,
             )
+        if lossless.lossless:
+            from cascade.evaluation.lossless.comparison import compare_with_lossless
+            from cascade.evaluation.lossless.decoding import LosslessConfig
+
+            with status("Continuing a few prompts"):
+                record = compare_with_lossless(
+                    record, stack, confirm, heads=fitted, config=LosslessConfig(drafter=drafter)
+                )
         report = evaluation_report(record)
         write_json(folder, "evaluation.json", record)
         if folder is not None:
