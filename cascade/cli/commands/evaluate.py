@@ -72,24 +72,20 @@ class EvaluationOptions:
             rich_help_panel="Cascade",
         ),
     ] = None
-
-
-@dataclass(frozen=True)
-class LosslessOptions:
-    """Whether lossless decoding is timed next to the operating points."""
-
-    panel: ClassVar[str] = "Lossless decoding"
-
     lossless: Annotated[
         bool,
         typer.Option(
             help="Also time lossless decoding, and exits in generation: "
-            "4 prompts x 32 tokens, under a minute for SmolLM2-135M."
+            "4 prompts x 32 tokens, under a minute for SmolLM2-135M.",
+            rich_help_panel="Lossless decoding",
         ),
     ] = True
     drafter: Annotated[
         Path | None,
-        typer.Option(help="Folder of `cascade train-drafter`: also time drafts by this drafter."),
+        typer.Option(
+            help="Folder of `cascade train-drafter`: also time drafts by this drafter.",
+            rich_help_panel="Lossless decoding",
+        ),
     ] = None
 
     def check(self) -> None:
@@ -111,7 +107,6 @@ class LosslessOptions:
 def evaluate(
     context: typer.Context,
     evaluation: EvaluationOptions,
-    lossless: LosslessOptions,
     model: ModelOptions,
     heads: HeadOptions,
     corpus: EvaluationCorpusOptions,
@@ -127,7 +122,7 @@ def evaluate(
     the controls trained with it.
     """
     if evaluation.cascade is None:
-        _evaluate_exits(evaluation, lossless, model, heads, corpus, passes, output)
+        _evaluate_exits(evaluation, model, heads, corpus, passes, output)
         return
     check_cascade_alone(given_besides(context, field_names(CascadeEvaluationOptions)))
     _evaluate_cascade(
@@ -138,7 +133,6 @@ def evaluate(
 
 def _evaluate_exits(
     wanted: EvaluationOptions,
-    lossless: LosslessOptions,
     model: ModelOptions,
     heads: HeadOptions,
     corpus: EvaluationCorpusOptions,
@@ -154,10 +148,10 @@ def _evaluate_exits(
         from cascade.evaluation import exit_evaluation as evaluation
         from cascade.evaluation.operating_points import OperatingPoint
 
-        lossless.check()
+        wanted.check()
         stack = load_model(model, exits=True)
         fitted = read_heads(heads.heads, stack)
-        drafter = read_drafter(lossless.drafter, stack)
+        drafter = read_drafter(wanted.drafter, stack)
         config = evaluation.EvaluationConfig(
             layers=evaluated_layers(wanted.layers, stack, fitted, wanted.only_points),
             rules=() if wanted.only_points else tuple(wanted.rule or ("cosine", "top2_gap")),
@@ -184,7 +178,7 @@ def _evaluate_exits(
                 command=command_line(),
                 progress=advance,
             )
-        if lossless.lossless:
+        if wanted.lossless:
             from cascade.evaluation.lossless.comparison import compare_with_lossless
             from cascade.evaluation.lossless.decoding import LosslessConfig
 
