@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from cascade.drafters.proposer import load_drafter as load_drafter
     from cascade.evaluation.calibration import calibrate as calibrate
     from cascade.evaluation.exit_evaluation import evaluate as evaluate
+    from cascade.evaluation.lossless.comparison import (
+        compare_with_lossless as compare_with_lossless,
+    )
     from cascade.evaluation.search.exit_search import search_exits as search_exits
     from cascade.exits.distillation import distill as distill
     from cascade.exits.fitted_heads import FittedHeads as FittedHeads
@@ -86,6 +89,7 @@ _MODULES = {
     "compare": "gate.drift",
     "compare_corpora": "studies.comparisons.corpus_comparison",
     "compare_models": "studies.comparisons.model_comparison",
+    "compare_with_lossless": "evaluation.lossless.comparison",
     "copy_of": "studies.comparisons.altered_models",
     "decode": "decoding.custom_generation",
     "distill": "exits.distillation",

@@ -12,6 +12,7 @@ from cascade.core.names import hidden_hub_id
 if TYPE_CHECKING:
     from cascade.cli.options import CorpusOptions, ModelOptions
     from cascade.corpora.blocks import TokenBlocks
+    from cascade.drafters.proposer import TrainedDrafter
     from cascade.exits.fitted_heads import FittedHeads
     from cascade.models.stack import DecoderStack
 
@@ -104,6 +105,13 @@ def read_heads(path: Path | None, stack: DecoderStack) -> FittedHeads | None:
     from cascade.exits.fitted_heads import load_heads
 
     return None if path is None else load_heads(path, stack)
+
+
+def read_drafter(path: Path | None, stack: DecoderStack) -> TrainedDrafter | None:
+    """Return a trained drafter; None without a folder."""
+    from cascade.drafters.proposer import load_drafter
+
+    return None if path is None else load_drafter(path, stack)
 
 
 def usual_layer(stack: DecoderStack, heads: FittedHeads | None) -> int:

@@ -39,6 +39,9 @@ class Generation:
         positions: For the first, second, ... place of a draft: the number of drafts with a token
             there, and of those whose token there was confirmed; with verification.
         engine: What computed the layers, e.g. "compiled" or "model"; with verification.
+        pass_costs: The milliseconds of a pass over 1, 2, ... tokens that decided how much was
+            drafted, as `EarlyExit.generate` takes them; with verification.
+        trees: Whether drafts could be trees; otherwise they were chains.
     """
 
     sequences: Tensor
@@ -53,6 +56,8 @@ class Generation:
     proposed: tuple[int, ...] = ()
     positions: tuple[tuple[int, int], ...] = ()
     engine: str | None = None
+    pass_costs: tuple[float, ...] = ()
+    trees: bool = False
 
     def with_drafts(
         self,

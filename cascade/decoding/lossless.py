@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -284,6 +284,10 @@ class _Loop:
         for row, column, name in done.sources:
             sources[row, column - text.prompt] = names.index(name) + 1
         proposed = {name: done.proposed[name] for name in names}
-        return result.with_drafts(
+        result = result.with_drafts(
             done.passes, sources, proposed, done.positions, self.passes.description
         )
+        if not names:  # nothing could be drafted
+            return result
+        costs = tuple(self.passes.milliseconds)
+        return replace(result, pass_costs=costs, trees=self.drafting.trees)

@@ -23,6 +23,7 @@ from cascade.core.schema import (
     beyond,
     known,
 )
+from cascade.evaluation.lossless.records import LosslessFigures, LosslessVerdict, wrong_lossless
 from cascade.exits.records import HeadsProvenance
 from cascade.stats.perplexity import as_ratio
 
@@ -293,6 +294,7 @@ class Verdict(Part, frozen=True, kw_only=True):
         faster: The faster operating point of the best quality.
         against: The controls that the point was compared with.
         wanted: The required quality.
+        lossless: Whether lossless decoding saves more than exits; absent where it was not measured.
     """
 
     use: bool
@@ -304,6 +306,7 @@ class Verdict(Part, frozen=True, kw_only=True):
     faster: Index | None
     against: ControlPoints
     wanted: WantedQuality
+    lossless: LosslessVerdict | UnsetType = UNSET
 
 
 class EvaluationRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
@@ -320,6 +323,8 @@ class EvaluationRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
         curves: Exit curves; None without fitted thresholds, absent from the first records.
         search: The exit-layer search.
         verdict: Whether early exit pays.
+        lossless: Prompts that are continued without loss and with exits; absent where that was not
+            measured.
     """
 
     KIND: ClassVar[str] = "evaluation"
@@ -335,6 +340,7 @@ class EvaluationRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     curves: ExitCurves | UnsetType | None = UNSET
     search: SearchResult
     verdict: Verdict
+    lossless: LosslessFigures | UnsetType = UNSET
 
     def inconsistency(self) -> str | None:
         """Describe the first number of a point, layer or token that contradicts the others."""
@@ -360,6 +366,7 @@ class EvaluationRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
             beyond(numbers, len(self.points), "points")
             or _wrong_layer(layers, self.full.layers)
             or _wrong_curve(curves)
+            or wrong_lossless(known(self.lossless), known(verdict.lossless), self.points)
         )
 
     def _in_one_line(self) -> str:

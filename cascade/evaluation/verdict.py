@@ -56,9 +56,7 @@ def judge(rows: Rows, wanted: WantedQuality) -> Verdict:
     """
     for number, row in enumerate(rows):
         _check_row(number, row)
-    candidates = [
-        number for number, row in enumerate(rows) if row.rule not in CONTROLS and row.exit_share > 0
-    ]
+    candidates = [number for number, row in enumerate(rows) if _is_candidate(row)]
     checks = {number: _checks(number, rows, wanted) for number in candidates}
     failed = {number: _failed(checks[number]) for number in candidates}
 
@@ -94,6 +92,30 @@ def judge(rows: Rows, wanted: WantedQuality) -> Verdict:
         ),
         wanted=wanted,
     )
+
+
+def of_quality(rows: Rows, wanted: WantedQuality) -> list[int]:
+    """Return the operating points of sufficient quality, the fastest first.
+
+    Controls and points at which no token exits do not count. Unlike a verdict, this needs no
+    controls, so it also judges given operating points.
+
+    Args:
+        rows: The operating points of an evaluation.
+        wanted: The required quality.
+    """
+    good = [
+        number
+        for number, row in enumerate(rows)
+        if _is_candidate(row)
+        and row.agreement >= wanted.agreement
+        and row.compared_ratio <= wanted.perplexity_ratio
+    ]
+    return sorted(good, key=lambda number: rows[number].seconds_ratio)
+
+
+def _is_candidate(row: OperatingPointRow) -> bool:
+    return row.rule not in CONTROLS and row.exit_share > 0
 
 
 def no_verdict(wanted: WantedQuality) -> Verdict:

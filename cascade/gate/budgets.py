@@ -18,12 +18,14 @@ from cascade.core.records import read_plain, to_file
 from cascade.core.schema import UNSET, SchemaError, from_plain, known, to_plain
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.gate.baselines import ACCEPT_WAITS, baseline_paths
+from cascade.gate.lossless_budgets import lossless_budget_of
 from cascade.gate.records import (
     BudgetedPoint,
     BudgetGroup,
     BudgetSource,
     BudgetsRecord,
     Limit,
+    LosslessBudget,
     Overrun,
     PointBudget,
 )
@@ -71,12 +73,14 @@ class Accepted:
         replaced_heads: The fingerprint of the heads whose budgets were replaced, if the evaluation
             used different heads; None if the heads are the same or no budgets were stored.
         unreadable: Why the stored budgets could not be read, if they were replaced for that reason.
+        lossless: The budget of lossless decoding, if the evaluation measured it.
     """
 
     path: Path
     overruns: list[Overrun]
     replaced_heads: str | None
     unreadable: str | None = None
+    lossless: LosslessBudget | None = None
 
 
 def budget_source(evaluation: Evaluated) -> BudgetSource:
@@ -135,7 +139,8 @@ def accept_budgets(
     """Store the given operating points of an evaluation with their budgets.
 
     Stored budgets for another kind of head or another propagation stay in the file. Budgets of
-    refitted heads replace those of the previous heads.
+    refitted heads replace those of the previous heads. The budget of lossless decoding is one for
+    the whole file. It is replaced if the evaluation measured lossless decoding.
 
     Args:
         folder: The folder of all baselines.
@@ -144,8 +149,9 @@ def accept_budgets(
         replace: Replace budgets of another model, tokenizer, dtype or corpus.
 
     Raises:
-        RecordError: The evaluation is torn or has no given operating point, or the stored budgets
-            are of a newer release or belong to another model, tokenizer, dtype or corpus.
+        RecordError: The evaluation is torn or has no given operating point, lossless decoding gave
+            other texts than the full model, or the stored budgets are of a newer release or belong
+            to another model, tokenizer, dtype or corpus.
     """
     source = budget_source(evaluation)
     rows = [row for row in source.points if row.threshold_from == "given"]
@@ -162,15 +168,20 @@ def accept_budgets(
         settings=source.settings,
         points=[BudgetedPoint(**asdict(row), budget=budget_of(row)) for row in rows],
     )
-    unreadable = None
+    unreadable, lossless = None, lossless_budget_of(source)
     # No other process adds its budgets between reading and writing.
     with locked(path.parent, wait=ACCEPT_WAITS):
         try:
-            stored = _stored_groups(path, source, replace=replace)
+            before = _stored_budgets(path, source, replace=replace)
         except BrokenRecordError as error:
-            stored, unreadable = [], str(error)
+            before, unreadable = BudgetsRecord(groups=[]), str(error)
+        stored = before.groups
         kept = [old for old in stored if _key(old) != _key(group)]
-        _write_groups(path, [*kept, group])
+        budgets = BudgetsRecord(
+            groups=sorted([*kept, group], key=_key),
+            lossless=before.lossless if lossless is None else lossless,
+        )
+        _write_budgets(path, budgets)
     overruns = [
         overrun
         for old in stored
@@ -181,12 +192,12 @@ def accept_budgets(
     replaced = {old.provenance.heads_fingerprint for old in stored if _key(old) == _key(group)} - {
         heads
     }
-    return Accepted(path, overruns, next(iter(replaced), None), unreadable)
+    return Accepted(path, overruns, next(iter(replaced), None), unreadable, lossless)
 
 
-def _write_groups(path: Path, groups: Sequence[BudgetGroup]) -> None:
+def _write_budgets(path: Path, budgets: BudgetsRecord) -> None:
     try:
-        text = to_file(BudgetsRecord(groups=sorted(groups, key=_key)))
+        text = to_file(budgets)
     except ValueError as error:  # a NaN in a field that is not a figure
         raise BrokenRecordError(
             f"the evaluation is torn or edited ({first_line(error)}); evaluate again"
@@ -194,24 +205,24 @@ def _write_groups(path: Path, groups: Sequence[BudgetGroup]) -> None:
     write_text(path, text)
 
 
-def _stored_groups(path: Path, evaluation: BudgetSource, *, replace: bool) -> list[BudgetGroup]:
-    """Return the groups of a budget file, checked to be of the evaluation's model and corpus.
+def _stored_budgets(path: Path, evaluation: BudgetSource, *, replace: bool) -> BudgetsRecord:
+    """Return the budgets of a file, checked to be of the evaluation's model and corpus.
 
     With `replace`, return none if they are not.
     """
     if not path.exists():
-        return []
-    groups = read_budgets(path).groups
-    for group in groups:
+        return BudgetsRecord(groups=[])
+    budgets = read_budgets(path)
+    for group in budgets.groups:
         mismatch = _mismatch(group, evaluation, _FILE_IDENTITY)
         if mismatch is not None and replace:
-            return []
+            return BudgetsRecord(groups=[])
         if mismatch is not None:
             raise RecordError(
                 f"cannot add the evaluation to {path}: {mismatch}; keep both with another --name, "
                 "or start over with --replace"
             )
-    return groups
+    return budgets
 
 
 def read_budgets(path: Path) -> BudgetsRecord:
@@ -243,6 +254,11 @@ def _check_limits(budgets: BudgetsRecord) -> None:
                     raise SchemaError(
                         f"expected numbers for least, most or both in the budget of {figure}"
                     )
+    lossless = known(budgets.lossless)
+    if lossless is not None and lossless.budget.least is UNSET:
+        raise SchemaError("expected a number for least in the budget of lossless decoding")
+    if lossless is not None and not lossless.pass_costs:
+        raise SchemaError("expected costs of passes in the budget of lossless decoding")
 
 
 def _key(group: BudgetGroup) -> tuple[str, str]:

@@ -17,10 +17,12 @@ from cascade.core.schema import (
     Index,
     Interval,
     Part,
+    Positive,
     StoredRecord,
     Text,
     UnsetType,
 )
+from cascade.evaluation.lossless.records import LosslessFigures
 from cascade.evaluation.records import EvaluationSettings, ExitProvenance, OperatingPointRow
 from cascade.saturation.records import Change, NoiseFloor
 
@@ -227,11 +229,13 @@ class BudgetSource(Part, frozen=True, kw_only=True):
         provenance: The provenance of the evaluation.
         settings: The settings of the evaluation.
         points: The operating points.
+        lossless: Prompts that were continued without loss; absent where that was not measured.
     """
 
     provenance: ExitProvenance
     settings: EvaluationSettings
     points: list[OperatingPointRow]
+    lossless: LosslessFigures | UnsetType = UNSET
 
 
 class Limit(Part, frozen=True, kw_only=True):
@@ -271,8 +275,42 @@ class BudgetGroup(Part, frozen=True, kw_only=True):
     points: list[BudgetedPoint]
 
 
+class LosslessBudget(Part, frozen=True, kw_only=True):
+    """What lossless decoding has to reach on a few prompts: equal texts and tokens per pass.
+
+    Attributes:
+        prompts: The number of prompts. The text of each must be the full model's.
+        prompt_tokens: The number of tokens of a prompt.
+        new_tokens: The largest number of new tokens of a prompt.
+        fingerprint: SHA-256 of the prompts.
+        pass_costs: The milliseconds of a pass over 1, 2, ... tokens that decide how much is
+            drafted. They are fixed, so that tokens per pass do not depend on times.
+        trees: Whether drafts could be trees; otherwise they were chains.
+        engine: What computed the passes in the accepted run.
+        tokens_per_pass: New tokens per pass in the accepted run.
+        budget: The limit of the tokens per pass.
+        command: The command that made the accepted run; None from Python.
+    """
+
+    prompts: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    fingerprint: Text
+    pass_costs: list[Positive]
+    trees: bool
+    engine: Text
+    tokens_per_pass: Positive
+    budget: Limit
+    command: str | None
+
+
 class BudgetsRecord(StoredRecord, frozen=True, kw_only=True):
-    """The early-exit budgets of one model and corpus: kind `budgets`."""
+    """The early-exit budgets of one model and corpus: kind `budgets`.
+
+    Attributes:
+        groups: The budgets of operating points.
+        lossless: The budget of lossless decoding; absent where no evaluation measured it.
+    """
 
     KIND: ClassVar[str] = "budgets"
     COMMAND: ClassVar[str] = "accept"
@@ -280,6 +318,7 @@ class BudgetsRecord(StoredRecord, frozen=True, kw_only=True):
     schema: int = 1
     kind: Literal["budgets"] = "budgets"
     groups: list[BudgetGroup]
+    lossless: LosslessBudget | UnsetType = UNSET
 
 
 class Overrun(Part, frozen=True, kw_only=True):

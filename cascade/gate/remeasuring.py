@@ -6,14 +6,19 @@ the stored operating points, on the corpus and with the exit heads that the budg
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec.structs
+
 from cascade.core.defaults import HARD_RATIOS
 from cascade.core.errors import ModelError, RecordError
 from cascade.core.files import write_text
+from cascade.core.records import to_file
+from cascade.core.schema import UNSET, UnsetType
 from cascade.corpora.blocks import TokenBlocks
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
 from cascade.evaluation.operating_points import OperatingPoint
@@ -22,11 +27,11 @@ from cascade.exits.fitted_heads import FittedHeads, load_heads
 from cascade.exits.history import exit_entries
 from cascade.gate.baseline_corpus import GivenCorpus, baseline_blocks
 from cascade.gate.baselines import StoredProfile
-from cascade.gate.budgets import Evaluated, accept_budgets
+from cascade.gate.budgets import Evaluated, accept_budgets, read_budgets
 from cascade.gate.drift import compare
 from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import quick_ids
-from cascade.gate.records import BudgetGroup
+from cascade.gate.records import BudgetGroup, LosslessBudget
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import SaturationProfile, analyze
 from cascade.saturation.records import ProfileRecord
@@ -90,6 +95,8 @@ def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfil
 def replace_budgets(path: Path, evaluations: Sequence[Evaluated]) -> None:
     """Replace all budgets of a file by the given operating points of some evaluations.
 
+    The budget of lossless decoding stays as it is if no evaluation measured lossless decoding.
+
     Args:
         path: The budget file.
         evaluations: Evaluations of one model and corpus.
@@ -99,10 +106,16 @@ def replace_budgets(path: Path, evaluations: Sequence[Evaluated]) -> None:
             the first one.
         OutputError: The file cannot be written; the previous one is unharmed.
     """
+    lossless: LosslessBudget | UnsetType = UNSET
+    with contextlib.suppress(RecordError):  # there are none yet, or they are damaged
+        lossless = read_budgets(path).lossless
     with tempfile.TemporaryDirectory() as folder:
         for evaluation in evaluations:
             made = accept_budgets(Path(folder), evaluation).path
-        write_text(path, made.read_text(encoding="utf-8"))
+        budgets = read_budgets(made)
+    if budgets.lossless is UNSET:
+        budgets = msgspec.structs.replace(budgets, lossless=lossless)
+    write_text(path, to_file(budgets))
 
 
 def group_blocks(stack: DecoderStack, group: BudgetGroup, given: GivenCorpus) -> TokenBlocks:

@@ -51,6 +51,7 @@ class BudgetCheck(Check):
                     self._skip_missing(path)
                 self._fail_missing(path)
             overruns, points, tokens = self._overruns(evaluation, path)
+            overruns += self._lossless(evaluation, path)
         verdict: Verdict = "FAIL" if overruns else "PASS"
         self._add(path, verdict, points, overruns)
         worst = f"{overruns[0].point}: {overruns[0].figure}" if overruns else "none"
@@ -118,6 +119,34 @@ class BudgetCheck(Check):
             tokens += source.provenance.corpus.tokens
         return overruns, sum(len(group.points) for _, group in groups), tokens
 
+    def _lossless(self, evaluation: Evaluation | Sequence[Evaluation], path: Path) -> list[Overrun]:
+        """Return how lossless decoding falls short of its budget, if there is one.
+
+        A given record is checked as far as it measured lossless decoding.
+        """
+        from cascade.gate.budgets import read_budgets
+        from cascade.gate.lossless_budgets import incomparable_because, lossless_overruns
+
+        budget = known(read_budgets(path).lossless)
+        if budget is None:
+            return []
+        if isinstance(evaluation, MeasuredEvaluations):
+            measured = [evaluation.lossless()]
+        else:
+            measured = [known(source.lossless) for source in _sources(evaluation)]
+        overruns: list[Overrun] = []
+        for figures in measured:
+            if figures is None:
+                continue
+            because = incomparable_because(budget, figures)
+            if because is not None:
+                self.findings.notes.append(
+                    f"Tokens per pass of lossless decoding not compared with {shown(path)}: "
+                    f"{because}"
+                )
+            overruns += lossless_overruns(budget, figures)
+        return overruns
+
     def _add(
         self,
         path: Path,
@@ -141,11 +170,14 @@ class BudgetCheck(Check):
         self._add(path, "NOT COMPARABLE", 0, reason=reason)
 
     def _message(self, overruns: Sequence[Overrun], points: int, path: Path) -> str:
+        from cascade.gate.lossless_budgets import NAME
+
         commands = dict.fromkeys(_without_output(overrun.command) for overrun in overruns)
+        lossless = any(overrun.point == NAME for overrun in overruns)
         return "\n".join(
             [
                 f"FAIL: {shown(path)}: {len(overruns)} budgets of {points} operating points "
-                "exceeded",
+                f"{'and lossless decoding ' * lossless}exceeded",
                 *(f"{overrun.point}: {overrun.found}" for overrun in overruns),
                 "",
                 *(f"To inspect: {command}" for command in commands),
@@ -168,6 +200,9 @@ class BudgetCheck(Check):
         elif path.exists():
             numbers = range(len(evaluation.groups))
             sources = [budget_source(evaluation.of(number)) for number in numbers]
+            figures = evaluation.lossless()
+            if figures is not None:
+                sources = [replace(source, lossless=figures) for source in sources]
         else:
             sources = [budget_source(evaluation.first())]
         lines: list[str] = []
@@ -179,6 +214,7 @@ class BudgetCheck(Check):
                     lines += map(str, check_budgets(source, stored))
                 except RecordError as error:
                     lines.append(str(error))
+            lines += map(str, dict.fromkeys(self._lossless(evaluation, path)))
             moved = bool(lines)
         if option == "--force-regen" and not moved:
             self._add(path, "PASS", sum(len(source.points) for source in sources))

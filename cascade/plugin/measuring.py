@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from cascade.core.arrays import Array
     from cascade.core.provenance import CorpusProvenance, Provenance
     from cascade.corpora.blocks import TokenBlocks
+    from cascade.evaluation.lossless.records import LosslessFigures
     from cascade.gate.baselines import StoredProfile
     from cascade.gate.quick_gate import Gate
-    from cascade.gate.records import BudgetGroup
+    from cascade.gate.records import BudgetGroup, BudgetsRecord
     from cascade.models.stack import DecoderStack
     from cascade.saturation.profile import SaturationProfile
     from cascade.saturation.records import NoiseFloor, ProfileRecord
@@ -276,8 +277,9 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
     def __init__(self, model: ModelUnderTest, settings: Settings) -> None:
         self.model = model
         self.settings = settings
-        self._groups: list[BudgetGroup] | None = None
+        self._budgets: BudgetsRecord | None = None
         self._done: dict[int, EvaluationRecord] = {}
+        self._lossless: LosslessFigures | None = None
 
     @cached_property
     def path(self) -> Path:
@@ -295,13 +297,18 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
         return self.settings.split or ("held-out" if self.settings.corpus == "embedded" else None)
 
     @property
-    def groups(self) -> list[BudgetGroup]:
-        """The stored groups of operating points."""
+    def budgets(self) -> BudgetsRecord:
+        """The stored budgets."""
         from cascade.gate.budgets import read_budgets
 
-        if self._groups is None:
-            self._groups = read_budgets(self.path).groups
-        return self._groups
+        if self._budgets is None:
+            self._budgets = read_budgets(self.path)
+        return self._budgets
+
+    @property
+    def groups(self) -> list[BudgetGroup]:
+        """The stored groups of operating points."""
+        return self.budgets.groups
 
     def __len__(self) -> int:
         with one_line():
@@ -324,28 +331,53 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
         Raises:
             CascadeError: The corpus or the heads cannot be read.
         """
-        from cascade.gate.remeasuring import find_heads, group_blocks, rerun
+        from cascade.gate.remeasuring import find_heads, rerun
 
         if number not in self._done:
             group = self.groups[number]
             fingerprint = group.provenance.heads_fingerprint
             heads = find_heads(self.path.parent, fingerprint, self.model.stack)
-            # Budgets keep their own length of sequences, whatever that of profiles is.
-            given = replace(self.settings.given_corpus(), seq_len=None)
-            if known(group.provenance.corpus.split) is None:
-                given = replace(given, split=self.split)
-            blocks = group_blocks(self.model.stack, group, given)
+            blocks = self._blocks(group)
             self._done[number] = rerun(self.model.stack, group, blocks, heads=heads)
         return self._done[number]
 
+    def lossless(self) -> LosslessFigures | None:
+        """Decode the prompts of the budget of lossless decoding; None if none is stored.
+
+        Repeated calls return the same figures.
+
+        Raises:
+            CascadeError: The corpus cannot be read, or has changed.
+        """
+        from cascade.gate.lossless_budgets import decode_again
+
+        budget = known(self.budgets.lossless)
+        if self._lossless is None and budget is not None and self.groups:
+            blocks = self._blocks(self.groups[0])  # all groups have the same corpus
+            self._lossless = decode_again(self.model.stack, budget, blocks)
+        return self._lossless
+
+    def _blocks(self, group: BudgetGroup) -> TokenBlocks:
+        from cascade.gate.remeasuring import group_blocks
+
+        # Budgets keep their own length of sequences, whatever that of profiles is.
+        given = replace(self.settings.given_corpus(), seq_len=None)
+        if known(group.provenance.corpus.split) is None:
+            given = replace(given, split=self.split)
+        return group_blocks(self.model.stack, group, given)
+
     def first(self) -> EvaluationRecord:
         """Evaluate the default operating points (see `first_points`), if no budgets are stored.
+
+        As `cascade evaluate` does, this also measures lossless decoding.
 
         Raises:
             CascadeError: The corpus cannot be read, or the model has no such layer.
         """
         from cascade.corpora.blocks import load_blocks
         from cascade.corpora.reading import CorpusReading
+        from cascade.evaluation.exit_evaluation import split
+        from cascade.evaluation.lossless.comparison import compare_with_lossless
         from cascade.gate.remeasuring import PointsConfig, evaluate_points, first_points
 
         stack = self.model.stack
@@ -357,9 +389,10 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
         named = [f"{point.layer}:{point.rule}:{point.threshold:g}" for point in points]
         options = ["--only-points", *(word for text in named for word in ("--point", text))]
         config = PointsConfig(command=self.settings.command("evaluate", *options))
-        return evaluate_points(stack, points, blocks, config=config)
+        record = evaluate_points(stack, points, blocks, config=config)
+        return compare_with_lossless(record, stack, split(blocks)[1])
 
     def forget(self) -> None:
         """Discard all results, because the budgets have changed."""
         self._done.clear()
-        self._groups = None
+        self._budgets = self._lossless = None

@@ -15,7 +15,7 @@ from cascade.core.errors import RecordError
 from cascade.core.records import to_json
 from cascade.core.schema import UNSET, SchemaError, from_plain, to_plain
 from cascade.evaluation.records import ControlPoints, OperatingPointRow, Verdict, WantedQuality
-from cascade.evaluation.verdict import CONTROLS, judge
+from cascade.evaluation.verdict import CONTROLS, judge, of_quality
 
 WANTED = WantedQuality(agreement=0.95, perplexity_ratio=1.05)
 
@@ -63,6 +63,20 @@ def verdict(*rows: Row) -> Verdict:
     assert found.use == found.headline.startswith("Use early exit here: ")
     assert found.use != found.headline.startswith("Do not use early exit here: ")
     return found
+
+
+def test_points_of_quality_are_those_of_the_verdict_the_fastest_first() -> None:
+    rows = [
+        row(seconds_ratio=0.95),
+        row(layer=20, seconds_ratio=0.7),
+        row(seconds_ratio=0.5, agreement=0.6),
+        row(seconds_ratio=0.5, perplexity_ratio=1.5),
+        row(seconds_ratio=0.5, exit_share=0.0),
+        *CONTROL_ROWS,
+    ]
+    assert of_quality(rows, WANTED) == [1, 0]
+    assert verdict(*rows).good_enough == 1
+    assert of_quality(CONTROL_ROWS, WANTED) == []
 
 
 # --- Points worth using ----------------------------------------------------------------------

@@ -16,10 +16,13 @@ from support.plugin_project import (
     marked_test,
     ran,
 )
-from support.records import write_sealed
+from support.records import edit_sealed, write_sealed
 
 from cascade.core.provenance import provenance_of
 from cascade.corpora.blocks import load_blocks
+from cascade.evaluation.exit_evaluation import split
+from cascade.evaluation.lossless.comparison import compare_with_lossless
+from cascade.evaluation.lossless.decoding import LosslessConfig
 from cascade.evaluation.operating_points import OperatingPoint
 from cascade.exits.head_fitting import fit_heads
 from cascade.gate.budgets import accept_budgets
@@ -125,3 +128,98 @@ def test_damaged_budgets_give_a_one_line_error(
     (budget,) = json.loads(Path("out/report.json").read_text())["budgets"]
     assert (budget["verdict"], budget["points"]) == ("NOT COMPARABLE", 0)
     assert words in budget["reason"]
+
+
+# --- Lossless decoding -----------------------------------------------------------------------
+
+
+def accept_lossless(models: Path) -> None:
+    """Add lossless decoding to the stored budgets, at costs at which drafts pay."""
+    stack = load(str(models / "tiny"))
+    blocks = load_blocks("texts.jsonl", stack.tokenizer, seq_len=16)
+    points = [OperatingPoint(3, "cosine", 0.8, "given")]
+    record = evaluate_points(stack, points, blocks)
+    config = LosslessConfig(new_tokens=8, pass_costs=tuple(1 + n / 50 for n in range(9)))
+    record = compare_with_lossless(record, stack, split(blocks)[1], config=config)
+    row = replace(record.points[0], seconds_ratio=50.0, seconds_ratio_interval=None)
+    accept_budgets(Path("baselines"), replace(record, points=[row]))
+
+
+#: A conftest.py whose proposers get worse, or whose texts differ from the full model's.
+WORSE = """
+from cascade.decoding.drafting.ngrams import NgramLookup
+from cascade.decoding.drafting.runner_ups import RunnerUps
+
+NgramLookup.propose = RunnerUps.propose = lambda *_: []
+"""
+DIFFERENT = """
+from cascade import EarlyExit
+
+original = EarlyExit.generate
+
+def generate(self, *args, **kwargs):
+    made = original(self, *args, **kwargs)
+    if kwargs.get("verify"):
+        made.sequences[0, -1] += 1
+    return made
+
+EarlyExit.generate = generate
+"""
+
+
+def test_lossless_decoding_is_decoded_again(
+    guarded: pytest.Pytester, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cascade import EarlyExit
+    from cascade.decoding.drafting.ngrams import NgramLookup
+    from cascade.decoding.drafting.runner_ups import RunnerUps
+
+    # An inner session changes them in this process; monkeypatch restores them.
+    for owner, name in ((NgramLookup, "propose"), (RunnerUps, "propose"), (EarlyExit, "generate")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    kept = (NgramLookup.propose, RunnerUps.propose, EarlyExit.generate)
+    accept_lossless(models)
+    only = ("-m", "budgets")
+    ran(guarded, *only).assert_outcomes(passed=1, deselected=1)
+    guarded.makeconftest(WORSE)
+    done = failure(ran(guarded, *only, "--cascade-report", "out"))
+    assert "1 budgets of 1 operating points and lossless decoding exceeded" in done
+    assert "lossless decoding: tokens_per_pass budget at least" in done
+    assert "measured 1.0000" in done
+    (budget,) = json.loads(Path("out/report.json").read_text())["budgets"]
+    assert [overrun["point"] for overrun in budget["overruns"]] == ["lossless decoding"]
+    NgramLookup.propose, RunnerUps.propose, _ = kept  # type: ignore[method-assign]
+    guarded.makeconftest(DIFFERENT)
+    done = failure(ran(guarded, *only))
+    assert "texts budget all 4 equal to the full model's, measured 4 of 4 different" in done
+    # A text that differs cannot be accepted either.
+    assert "expected texts of lossless decoding that equal" in failure(
+        ran(guarded, *only, "--force-regen")
+    )
+
+
+def test_tokens_per_pass_below_their_budget_are_regenerated(
+    guarded: pytest.Pytester, models: Path
+) -> None:
+    accept_lossless(models)
+    measured = groups()["lossless"]
+
+    def better(record: Any) -> None:
+        record["lossless"] |= {"tokens_per_pass": 9.0, "budget": {"least": 8.5}}
+
+    edit_sealed(STORED, better)
+    only = ("-m", "budgets")
+    assert "tokens_per_pass budget at least 8.5" in failure(ran(guarded, *only))
+    ran(guarded, *only, "--force-regen").assert_outcomes(failed=1, deselected=1)
+    assert groups()["lossless"]["budget"] == measured["budget"]
+    ran(guarded, *only, "--force-regen").assert_outcomes(passed=1, deselected=1)
+
+
+def test_drafts_of_another_form_are_noted_and_not_compared(
+    guarded: pytest.Pytester, models: Path
+) -> None:
+    accept_lossless(models)
+    edit_sealed(STORED, lambda record: record["lossless"].update(trees=False))
+    done = ran(guarded, "-m", "budgets")
+    done.assert_outcomes(passed=1, deselected=1)
+    assert "drafts were trees here and chains there" in " ".join(str(done.stdout).split())

@@ -175,7 +175,10 @@ def _words(text: str) -> Words:
 
 
 _FIT = ("fit-heads", *ON_TEXTS, "--output", "h.safetensors", "--overwrite")
-_EVALUATE = ("evaluate", *ON_TEXTS, "--max-tokens", "160", "--only-points", *OVER)
+_EVALUATE = (
+    *("evaluate", *ON_TEXTS, "--max-tokens", "160", "--only-points", "--no-lossless"),
+    *OVER,
+)
 _SEARCH = ("search-exit", *ON_TEXTS, "--max-tokens", "160", "--layers", "2,3", *OVER)
 _CALIBRATE = ("calibrate", *ON_TEXTS, "--layer", "3", *OVER)
 _EXPLAIN = ("explain", *ON_TEXTS, "--max-tokens", "160", *OVER)

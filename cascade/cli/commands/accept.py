@@ -27,7 +27,8 @@ def accept(
     """Store a reviewed run as a baseline: a profile, or the budgets of an evaluation.
 
     Of an evaluation, the operating points given with --point become
-    budgets. Review and commit what this command writes.
+    budgets, and so does lossless decoding. Review and commit what this
+    command writes.
     """
     from cascade.gate.accepting import accept as store
     from cascade.gate.baselines import read_profile
@@ -61,4 +62,10 @@ def _accept_budgets(run: Path, baselines: Path, *, name: str | None, replace: bo
         echo(f"Compared with the budgets that it replaces: {overrun}")
     if accepted.replaced_heads is not None:
         echo(f"Replaces the budgets of other heads, {accepted.replaced_heads}")
+    if accepted.lossless is not None:
+        lossless = accepted.lossless
+        echo(
+            f"Lossless decoding: at least {lossless.budget.least:g} tokens per pass on "
+            f"{lossless.prompts} prompts, and the full model's texts"
+        )
     echo(f"Wrote {accepted.path}; review and commit it")

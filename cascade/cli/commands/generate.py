@@ -12,7 +12,13 @@ from cascade.cli import completion
 from cascade.cli.app import command
 from cascade.cli.console import show_record, status
 from cascade.cli.generation_settings import SamplingOptions
-from cascade.cli.inputs import check_cascade_alone, load_model, read_heads, usual_layer
+from cascade.cli.inputs import (
+    check_cascade_alone,
+    load_model,
+    read_drafter,
+    read_heads,
+    usual_layer,
+)
 from cascade.cli.options import (
     Bos,
     ExitLayerOfHeads,
@@ -27,7 +33,6 @@ from cascade.core.schema import known
 if TYPE_CHECKING:
     from cascade.core.provenance import CorpusProvenance
     from cascade.decoding.early_exit import EarlyExit
-    from cascade.drafters.proposer import TrainedDrafter
     from cascade.exits.fitted_heads import FittedHeads
     from cascade.models.stack import DecoderStack
 
@@ -193,7 +198,7 @@ def generate(
             {"seed": seed} | settings,
             chat=prompt.chat,
             verify=exits.verify or not exits.has_exits(heads),
-            drafter=_drafter_of(exits, stack),
+            drafter=read_drafter(exits.drafter, stack),
             compare=prompt.compare,
             full=stack,
             bos=_bos(prompt.bos, stack, made_on),
@@ -228,15 +233,6 @@ def _early_exit_of(
     )
     corpus = None if fitted is None else known(fitted.provenance.corpus)
     return stack, early, [] if corpus is None else [corpus]
-
-
-def _drafter_of(exits: ExitOptions, stack: DecoderStack) -> TrainedDrafter | None:
-    """Return the drafter that the command line names, if any."""
-    if exits.drafter is None:
-        return None
-    from cascade.drafters.proposer import load_drafter
-
-    return load_drafter(exits.drafter, stack)
 
 
 def _bos(choice: str, stack: DecoderStack, made_on: list[CorpusProvenance]) -> str:

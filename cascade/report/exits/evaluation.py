@@ -34,6 +34,7 @@ from cascade.report.common.sections import (
     Table,
     table_of,
 )
+from cascade.report.exits.lossless import lossless_pairs, lossless_sections, missing_notes
 from cascade.report.exits.pareto import pareto_svg
 
 #: The file of the figure.
@@ -257,7 +258,7 @@ def _notes(record: EvaluationRecord) -> list[tuple[str, str]]:
     because = settings.computes_every_token_because
     if because is not None:
         notes.append(("no skipping", f"every layer computed every token here: {because}"))
-    return notes
+    return [*notes, *missing_notes(record)]
 
 
 _QUALITY = (
@@ -416,7 +417,7 @@ def evaluation_report(record: EvaluationRecord) -> Report:
     if record.provenance.heads is None:
         provenance = {key: value for key, value in provenance.items() if "heads" not in key}
     verdict = record.verdict
-    reasons = _reasons(record)
+    reasons = [*_reasons(record), *lossless_pairs(record)]
     return Report(
         kicker="CASCADE evaluation of early exit",
         title=model[1],
@@ -431,6 +432,7 @@ def evaluation_report(record: EvaluationRecord) -> Report:
             ),
             Section("What was measured", (Pairs(tuple(_headline(record))),)),
             Section("Quality and cost", tuple(_points(record))),
+            *lossless_sections(record),
             Section(
                 "Does the confidence predict when the exit head is right? (AUROC)",
                 (_auroc(record),),

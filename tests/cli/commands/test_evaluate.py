@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from support.commands import Run, read_record
 from support.disk import contents
+from support.tiny_drafters import stored
+
+from cascade import load
 
 
 def test_an_evaluation_says_whether_early_exit_pays_and_becomes_budgets(
@@ -45,9 +48,47 @@ def test_only_points_gives_the_same_results_as_a_full_evaluation(tiny: Run, here
     }
 
 
+def test_lossless_decoding_is_compared_and_becomes_a_budget(
+    tiny: Run, run: Run, here: Path
+) -> None:
+    point = ("--only-points", "--point", "3:cosine:0.5", "--agreement", 0)
+    assert tiny("evaluate", *point, "--no-lossless", "--output", "without").status == 0
+    without = read_record("without/evaluation.json")
+    assert "lossless" not in without
+    assert "lossless" not in without["verdict"]
+    done = tiny("evaluate", *point, "--perplexity-ratio", 1000, "--output", "with")
+    assert done.status == 0, done.err
+    record = read_record("with/evaluation.json")
+    methods = [row["method"] for row in record["lossless"]["rows"]]
+    assert methods == ["modules", "engine", "drafts", "exits"]
+    headline = record["verdict"]["lossless"]["headline"]
+    assert " ".join(headline.split()) in " ".join(done.out.split())
+    accepted = run("accept", "with")
+    assert accepted.status == 0, accepted.err
+    (path,) = Path("baselines").rglob("*.budgets.json")
+    budget = read_record(str(path))["lossless"]
+    least = f"{budget['budget']['least']:g}"
+    assert f"Lossless decoding: at least {least} tokens per pass on 4 prompts" in accepted.out
+    # An evaluation without it keeps the stored one.
+    accepted = run("accept", "without")
+    assert "Lossless decoding" not in accepted.out
+    assert read_record(str(path))["lossless"] == budget
+
+
+def test_drafts_of_a_trained_drafter_are_timed(tiny: Run, models: Path, here: Path) -> None:
+    stored(here / "drafter", load(str(models / "tiny")))
+    point = ("--only-points", "--point", "3:cosine:0.5")
+    done = tiny("evaluate", *point, "--drafter", "drafter", "--output", "e")
+    assert done.status == 0, done.err
+    record = read_record("e/evaluation.json")
+    assert "drafter" in [row["method"] for row in record["lossless"]["rows"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--drafter", "d", "--no-lossless"), "--drafter drafts for lossless decoding"),
+        (("--drafter", "none-there"), "no record none-there/record.json"),
         (("--layers", "7"), "expected an exit layer in 1..4, got 7"),
         (("--point", "3:cosine"), "expected an operating point LAYER:RULE:THRESHOLD"),
         (("--point", "3:cosine:1.5"), "expected a threshold in this range, got 1.5"),

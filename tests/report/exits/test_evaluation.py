@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from support.html import Page
+from support.lossless import a_decoding_row, drafts, plain_figures
 
 from cascade.core.schema import SchemaError, from_plain
 from cascade.evaluation.records import EvaluationRecord
@@ -659,6 +660,77 @@ def test_colours_follow_the_light_or_dark_theme() -> None:
     assert len(roots) == 2
     for variables in roots:
         assert used <= set(re.findall(r"(--[a-z0-9]+):", variables))
+
+
+# --- Lossless decoding -----------------------------------------------------------------------
+
+LOSSLESS = {
+    "saves_more": "lossless",
+    "method": "drafts",
+    "point": 0,
+    "seconds_ratio": 0.88,
+    "seconds_ratio_interval": [0.85, 0.91],
+    "headline": "Lossless decoding saves more: generation takes 0.37 x the full model's time.",
+}
+
+
+def a_compared_record(*rows: dict[str, Any], **verdict: Any) -> dict[str, Any]:
+    """Return a record with prompts that were continued in several ways."""
+    record = a_record()
+    rows = rows or (drafts(1.61, 0.37), a_decoding_row("exits", 0.42, equal=1))
+    record["lossless"] = plain_figures(*rows, point=0)
+    record["verdict"]["lossless"] = LOSSLESS | verdict
+    return record
+
+
+def test_the_verdict_says_which_saves_more_and_a_table_shows_every_way() -> None:
+    text = printed(a_compared_record())
+    verdict = flat(text.split("\nWhat was measured\n")[0])
+    assert verdict.endswith(f"lossless {LOSSLESS['headline']}")
+    lines = section(text, "Generation: lossless decoding and exits").splitlines()
+    assert [flat(line) for line in lines[2:3] + lines[4:7]] == [
+        "way tokens/pass equal ms/token time interval computed by",
+        "own modules 1.00 4/4 31.2 1.00 0.98-1.02 own modules",
+        "drafts 1.61 4/4 11.6 0.37 0.36-0.38 compiled",
+        "exits 1.00 1/4 13.1 0.42 0.41-0.43 compiled",
+    ]
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_page_has_the_ways_too() -> None:
+    page = page_of(a_compared_record())
+    assert LOSSLESS["headline"].replace("'", "&#x27;") in page
+    assert "Generation: lossless decoding and exits" in page
+
+
+def test_the_notes_say_what_is_compared() -> None:
+    text = flat(printed(a_compared_record()))
+    assert "prompts the first 64 tokens of 4 sequences, each continued alone and greedily" in text
+    assert "The times of the operating points above are of scoring" in text
+    assert "compared drafts: 0.88 x the time of exits (0.85 to 0.91)" in text
+    assert "exits layer 24, cosine >= 0.9405: the fastest operating point" in text
+    assert "no engine" not in text
+    assert "the drafter's in addition" not in text
+    assert "lossless not compared" not in text
+
+
+def test_a_missing_engine_and_a_drafter_are_named() -> None:
+    rows = (
+        drafts(engine="model (its logits need more)"),
+        a_decoding_row("drafter", 0.9, engine="model (its logits need more)"),
+    )
+    text = flat(printed(a_compared_record(*rows, seconds_ratio=None, seconds_ratio_interval=None)))
+    assert "no engine passes are computed by the model (its logits need more)" in text
+    assert "runner-ups; the drafter's in addition" in text
+    assert "compared drafts" not in text
+    nothing = printed(a_compared_record(drafts(1.0, 1.0, engine=None)))
+    assert "no engine nothing was drafted" in flat(nothing)
+
+
+def test_a_record_without_lossless_decoding_says_how_to_measure_it() -> None:
+    text = flat(full_text())
+    assert "lossless not compared; `cascade evaluate` with --lossless, the default, does" in text
+    assert "Generation: lossless decoding" not in text
 
 
 # --- What is no evaluation -------------------------------------------------------------------
