@@ -38,7 +38,7 @@ class Generation:
         proposed: How many tokens of drafts each proposer guessed, in the order of `proposers`.
         positions: For the first, second, ... place of a draft: the number of drafts with a token
             there, and of those whose token there was confirmed; with verification.
-        engine: What computed the layers, e.g. "compiled" or "model"; with verification.
+        engine: What computed the layers, e.g. "compiled" or "model (REASON)"; with verification.
         pass_costs: The milliseconds of a pass over 1, 2, ... tokens that decided how much was
             drafted, as `EarlyExit.generate` takes them; with verification.
         trees: Whether drafts could be trees; otherwise they were chains.
