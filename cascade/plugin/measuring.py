@@ -138,6 +138,7 @@ class _Reading:
                 baseline,
                 tokens=tokens,
                 full=full,
+                decoding=not self.settings.prefill_only,
                 conflicts=tuple(self.settings.given_corpus().conflicts(self._about)),
                 command=self.command,
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 from cascade.core.provenance import Provenance
 from cascade.core.schema import UNSET, known, to_plain
+from cascade.gate.attribution import pass_in_words
 from cascade.gate.records import (
     VERDICTS,
     BudgetOutcome,
@@ -26,6 +27,7 @@ _CAUSES = {
     "layer": "one layer",
     "numerics": "rounding",
     "model": "the whole model or its input",
+    "decoding": "decoding",
 }
 
 #: Statistics compared per sequence, in addition to the table, on the same sequences.
@@ -153,8 +155,54 @@ def sentences(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
     if record.verdict == "INCONCLUSIVE":
         yield "To decide", _needed_sequences(record)
     yield from _last_step(record)
+    yield from _decoding(record)
     for note in record.notes:
         yield "Note", note
+
+
+def _decoding(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
+    """Yield what was decoded, and why not more; nothing if the prefill has drifted."""
+    found = known(record.decoding)
+    if found is None or found.verdict == "FAIL":
+        return
+    if found.verdict == "PASS":
+        cached = found.tokens - found.passes[0].tokens
+        largest = max(made.difference or 0.0 for made in found.passes)
+        texts = f"{found.sequences:,} sequence{'s' * (found.sequences != 1)}"
+        yield (
+            "Decoding",
+            f"{cached:,} tokens of {texts} in {len(found.passes) - 1:,} cached steps agree with "
+            f"the prefill (largest difference {largest:.0e})",
+        )
+    if found.reason is not None:
+        yield (
+            ("Not checked" if found.verdict == "NOT CHECKED" else "Note"),
+            (f"decoding: {found.reason}"),
+        )
+
+
+#: The columns of `decoding_rows`.
+DECODING_HEADER = ("pass", "largest difference", "first layer", "tolerance")
+
+
+def decoding_rows(record: ComparisonRecord) -> list[list[str]]:
+    """Return one row of text per pass through the KV cache, if decoding failed."""
+    found = known(record.decoding)
+    if found is None or found.verdict != "FAIL":
+        return []
+    tolerances = {row.layer: row.tolerance for row in found.tolerances}
+    rows = [
+        [
+            pass_in_words(found, number),
+            "NaN" if made.difference is None else f"{made.difference:.1e}",
+            made.layer or "none",
+            f"{tolerances[made.layer]:.1e}" if made.layer else "",
+        ]
+        for number, made in enumerate(found.passes)
+    ]
+    if found.error is not None:
+        rows.append([f"cached step {len(found.passes):,}", "error", "", ""])
+    return rows
 
 
 def _last_step(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
