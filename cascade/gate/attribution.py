@@ -185,11 +185,10 @@ def decoding_attribution(record: DecodingRecord) -> Attribution | None:
         return Attribution(cause="decoding", layer=record.error_layer, text=text)
     made = record.passes[first]
     layer = str(made.layer)
-    tolerance = next(row.tolerance for row in record.tolerances if row.layer == layer)
     size = "NaN" if made.difference is None else f"up to {made.difference:.0e}"
     text = (
         f"{pass_in_words(record, first)} is the first that differs from the prefill of the same "
-        f"tokens, from layer {layer} on, by {size} (tolerance {tolerance:.0e}); check "
+        f"tokens, from layer {layer} on, by {size}; check "
         f"{_CHECKS[made.kind].format(layer=layer)}"
     )
     return Attribution(cause="decoding", layer=layer, text=text)

@@ -159,7 +159,8 @@ class DecodingPass(Part, frozen=True, kw_only=True):
         rejected: The number of tokens that were rejected afterwards.
         difference: The largest difference of a similarity from the prefill's; None if it is not
             finite.
-        layer: The first row whose similarities differ by more than its tolerance, if any does.
+        layer: The first row that differs by more than its tolerance: in one token, or in all cached
+            steps together; None if none does.
     """
 
     kind: DecodingKind
@@ -177,12 +178,17 @@ class DecodingTolerance(Part, frozen=True, kw_only=True):
         layer: The row.
         noise: The largest change of a token's similarity if all hidden states are rounded
             differently.
-        tolerance: The largest difference that counts as rounding.
+        tolerance: The largest difference of a token that counts as rounding.
+        mean_noise: The root mean square of these changes, over the tokens of the cached steps.
+        mean_tolerance: The largest root mean square of the differences in all cached steps that
+            counts as rounding.
     """
 
     layer: str
     noise: Finite
     tolerance: Finite
+    mean_noise: Finite
+    mean_tolerance: Finite
 
 
 class DecodingRecord(Part, frozen=True, kw_only=True):

@@ -182,7 +182,7 @@ def _decoding(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
 
 
 #: The columns of `decoding_rows`.
-DECODING_HEADER = ("pass", "largest difference", "first layer", "tolerance")
+DECODING_HEADER = ("pass", "largest difference", "first layer")
 
 
 def decoding_rows(record: ComparisonRecord) -> list[list[str]]:
@@ -190,18 +190,16 @@ def decoding_rows(record: ComparisonRecord) -> list[list[str]]:
     found = known(record.decoding)
     if found is None or found.verdict != "FAIL":
         return []
-    tolerances = {row.layer: row.tolerance for row in found.tolerances}
     rows = [
         [
             pass_in_words(found, number),
             "NaN" if made.difference is None else f"{made.difference:.1e}",
             made.layer or "none",
-            f"{tolerances[made.layer]:.1e}" if made.layer else "",
         ]
         for number, made in enumerate(found.passes)
     ]
     if found.error is not None:
-        rows.append([f"cached step {len(found.passes):,}", "error", "", ""])
+        rows.append([f"cached step {len(found.passes):,}", "error", found.error_layer or ""])
     return rows
 
 
