@@ -24,6 +24,7 @@ from cascade.gate.records import (
     DecodingRecord,
     DecodingTolerance,
 )
+from cascade.gate.rounding import other_rounding
 from cascade.models.architecture import run_decoder
 from cascade.models.own_cache import OwnCache
 from cascade.models.stack import DecoderStack
@@ -195,18 +196,8 @@ def _noise(stack: DecoderStack, tokens: Tensor, prefill: Tensor) -> Tensor:
     The prefill runs again, and every component of every hidden state is moved by up to one unit in
     its last place. Other kernels, which cached steps use, cannot be measured without a cache.
     """
-    generator = torch.Generator(device=stack.device).manual_seed(0)
-
-    def rounded(hidden: Tensor) -> Tensor:
-        # Models in half precision can have their residual stream in fp32.
-        unit = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, stack.dtype))
-        shape, wide = hidden.shape, torch.promote_types(hidden.dtype, torch.float32)
-        draw = torch.rand(shape, generator=generator, device=stack.device, dtype=wide)
-        moved = hidden.to(wide) * (1 + unit * (2 * draw - 1).to(hidden.device))
-        return moved.to(hidden.dtype)
-
     visitor = SimilarityVisitor()
-    with stack.visiting(visitor, change=rounded) as decoder:
+    with stack.visiting(visitor, change=other_rounding(stack)) as decoder:
         final = run_decoder(decoder, tokens)
     return (visitor.finish(final if stack.has_final_norm else None) - prefill).abs().cpu()
 

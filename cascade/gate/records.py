@@ -370,8 +370,9 @@ class Overrun(Part, frozen=True, kw_only=True):
 
     Attributes:
         point: The operating point, in words.
-        figure: E.g. "perplexity_ratio"; "point" where the operating point was not measured.
-        limit: The budget, in words; empty if the operating point was not measured.
+        figure: E.g. "perplexity_ratio"; "point" where the operating point was not measured,
+            "generation" where generating differs from scoring.
+        limit: The budget, in words; empty for "point" and "generation".
         measured: The measured value, in words.
         command: The command that measures the operating point again.
     """

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from cascade.core.arrays import Array
     from cascade.core.provenance import CorpusProvenance, Provenance
     from cascade.corpora.blocks import TokenBlocks
+    from cascade.exits.fitted_heads import FittedHeads
     from cascade.gate.baselines import StoredProfile
     from cascade.gate.quick_gate import Gate
-    from cascade.gate.records import BudgetGroup
+    from cascade.gate.records import BudgetGroup, Overrun
     from cascade.models.stack import DecoderStack
     from cascade.saturation.profile import SaturationProfile
     from cascade.saturation.records import NoiseFloor, ProfileRecord
@@ -325,19 +326,44 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
         Raises:
             CascadeError: The corpus or the heads cannot be read.
         """
-        from cascade.gate.remeasuring import find_heads, group_blocks, rerun
+        from cascade.gate.remeasuring import rerun
 
         if number not in self._done:
-            group = self.groups[number]
-            fingerprint = group.provenance.heads_fingerprint
-            heads = find_heads(self.path.parent, fingerprint, self.model.stack)
-            # Budgets keep their own length of sequences, whatever that of profiles is.
-            given = replace(self.settings.given_corpus(), seq_len=None)
-            if known(group.provenance.corpus.split) is None:
-                given = replace(given, split=self.split)
-            blocks = group_blocks(self.model.stack, group, given)
+            group, blocks, heads = self._inputs(number)
             self._done[number] = rerun(self.model.stack, group, blocks, heads=heads)
         return self._done[number]
+
+    def generating_differs(self, number: int, group: BudgetGroup) -> list[Overrun]:
+        """Return the operating points of one group at which generating differs from scoring.
+
+        Nothing is checked if the session checks no decoding.
+
+        Args:
+            number: The number of the stored group.
+            group: The same group, with the points to check.
+
+        Raises:
+            CascadeError: The corpus or the heads cannot be read.
+        """
+        from cascade.gate.remeasuring import generating_differs
+
+        if self.settings.prefill_only:
+            return []
+        _, blocks, heads = self._inputs(number)
+        return generating_differs(self.model.stack, group, blocks, heads=heads)
+
+    def _inputs(self, number: int) -> tuple[BudgetGroup, TokenBlocks, FittedHeads | None]:
+        """Return a group of budgets, its corpus and its heads."""
+        from cascade.gate.remeasuring import find_heads, group_blocks
+
+        group = self.groups[number]
+        fingerprint = group.provenance.heads_fingerprint
+        heads = find_heads(self.path.parent, fingerprint, self.model.stack)
+        # Budgets keep their own length of sequences, whatever that of profiles is.
+        given = replace(self.settings.given_corpus(), seq_len=None)
+        if known(group.provenance.corpus.split) is None:
+            given = replace(given, split=self.split)
+        return group, group_blocks(self.model.stack, group, given), heads
 
     def first(self) -> EvaluationRecord:
         """Evaluate the default operating points (see `first_points`), if no budgets are stored.

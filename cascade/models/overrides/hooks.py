@@ -107,9 +107,10 @@ def changed_outputs(
 
     def call(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = change(hidden_of(output))
-        if isinstance(output, (tuple, list)):
-            return type(output)((hidden, *output[1:]))
-        return hidden
+        if not isinstance(output, (tuple, list)):
+            return hidden
+        made = getattr(output, "_make", type(output))  # named tuples take their entries apart
+        return made((hidden, *output[1:]))
 
     handles = [layer.register_forward_hook(call) for layer in layers]
     try:
