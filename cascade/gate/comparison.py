@@ -233,7 +233,7 @@ class Comparison(Displayed):
             verb = "differs" if len(self.mismatches) == 1 else "differ"
             return f"{names} {verb} from the baseline"
         if self._of_cells != self.verdict and self.decoding is not None:
-            return f"{_decoding_headline(self.decoding)}; in the prefill {self._cells_headline()}"
+            return f"{_decoding_headline(self.decoding)}; prefill: {self._cells_headline()}"
         return self._cells_headline()
 
     def _cells_headline(self) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 
 from cascade.core.provenance import Provenance
 from cascade.core.schema import UNSET, known, to_plain
-from cascade.gate.attribution import pass_in_words
 from cascade.gate.records import (
     VERDICTS,
     BudgetOutcome,
     CellRow,
     ComparisonRecord,
+    DecodingKind,
     NamedComparison,
     SessionRecord,
 )
@@ -181,8 +181,15 @@ def _decoding(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
         )
 
 
-#: The columns of `decoding_rows`.
-DECODING_HEADER = ("pass", "largest difference", "first layer")
+#: The columns of `decoding_rows`; the last one holds text.
+DECODING_HEADER = ("step", "tokens", "largest difference", "first layer", "what ran")
+
+_KINDS: dict[DecodingKind, str] = {
+    "prefix": "the tokens that fill the KV cache",
+    "token": "one token",
+    "draft": "a draft at once",
+    "after draft": "one token after the draft",
+}
 
 
 def decoding_rows(record: ComparisonRecord) -> list[list[str]]:
@@ -190,16 +197,20 @@ def decoding_rows(record: ComparisonRecord) -> list[list[str]]:
     found = known(record.decoding)
     if found is None or found.verdict != "FAIL":
         return []
-    rows = [
-        [
-            pass_in_words(found, number),
-            "NaN" if made.difference is None else f"{made.difference:.1e}",
-            made.layer or "none",
-        ]
-        for number, made in enumerate(found.passes)
-    ]
+    rows = []
+    for number, made in enumerate(found.passes):
+        first, last = made.start + 1, made.start + made.tokens
+        rows.append(
+            [
+                str(number),
+                f"{first:,}" if first == last else f"{first:,} to {last:,}",
+                "NaN" if made.difference is None else f"{made.difference:.1e}",
+                made.layer or "none",
+                _KINDS[made.kind] + (f", {made.rejected} more rejected" if made.rejected else ""),
+            ]
+        )
     if found.error is not None:
-        rows.append([f"cached step {len(found.passes):,}", "error", found.error_layer or ""])
+        rows.append([str(len(found.passes)), "", "error", found.error_layer or "", ""])
     return rows
 
 
