@@ -280,6 +280,12 @@ def test_nan_in_a_cached_step_is_red() -> None:
     assert "by NaN" in decoding_attribution(record).text  # type: ignore[union-attr]
 
 
+def test_nan_in_the_pass_that_fills_the_cache_is_red() -> None:
+    first = LENGTH - CACHED_TOKENS
+    record = planted(wrong_kernel(LAYER, lambda tokens: tokens == first, by=float("nan")))
+    assert found(record) == ("FAIL", str(LAYER), 0)
+
+
 def test_a_wrong_norm_after_the_last_layer_is_red_in_its_own_row() -> None:
     stack = a_stack("llama")
     norm: Any = stack.decoder.norm
