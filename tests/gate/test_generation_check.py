@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.reference_early_exit import (
     a_bf16_stack,
     a_stack,
     bf16_heads,
+    confidence,
     some_exits,
     some_heads,
 )
@@ -170,16 +172,20 @@ def test_exits_that_only_generating_takes_are_named() -> None:
 
 
 def test_an_exit_that_rounding_decides_is_no_difference() -> None:
-    early = an_early_exit()
-    right = early.generate
+    text, stack = random_ids(2, LENGTH), a_stack("llama")
+    (usual,) = an_early_exit().exits
+    found = float(confidence(stack, text, usual)[0, -2])
 
-    def nudged(*args: Any, **kwargs: Any) -> Any:
-        made = [type(at)(at.layer, at.rule, at.threshold + 2e-6, at.head) for at in early.exits]
-        return EarlyExit(early.stack, exits=made, engine="model").generate(*args, **kwargs)
+    def with_threshold(by: float) -> EarlyExit:
+        exits = [dataclasses.replace(usual, threshold=found + by)]
+        return EarlyExit(stack, exits=exits, engine="model")
 
-    with attribute_of(early, "generate", nudged):
-        assert checked(early) is None
-    assert early.generate == right
+    # The second to last token exits when scored, and does not when generated.
+    for least, difference in ((-1e-6, None), (-1e-3, "exits at layer 4 when generated, 2 when")):
+        early = with_threshold(least)
+        assert early.score(text).exit_layers[0, -2] == 2
+        with attribute_of(early, "generate", with_threshold(2e-6).generate):
+            assert (difference or "None") in str(checked(early))
 
 
 def test_ids_need_no_certain_integer_type() -> None:
