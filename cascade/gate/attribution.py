@@ -3,6 +3,8 @@
 A layer's row depends on that layer and the layers below it, never on those above. The first row
 that moves is therefore the broken layer. Faults that move every row are distinguished by the size
 of the movement. Faults in capturing the states put correct values in the wrong rows.
+
+Decoding is attributed by itself: its passes are compared with the prefill of the same run.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cascade.core.arrays import Array
-from cascade.gate.records import Attribution
+from cascade.gate.records import Attribution, DecodingKind, DecodingRecord
 
 #: The most by which rounding moves a sequence's mean similarity on the residual stream. Measured
 #: on SmolLM2-135M: all weights rounded to bf16, 1e-4; to int8, 7e-4; an epsilon of 1e-6 instead of
@@ -154,3 +156,57 @@ def _order(obtained: Array, expected: Array, limits: Array) -> list[int] | None:
         order.append(int(fits[0]))
     wanted = list(range(len(expected)))
     return order if sorted(order) == wanted and order != wanted else None
+
+
+# --- Decoding --------------------------------------------------------------------------------
+
+#: What to check if a pass of this kind is the first that differs.
+_CHECKS: dict[DecodingKind, str] = {
+    "prefix": "what layer {layer} computes only with use_cache",
+    "token": "the cached keys and values of layer {layer}, and its positions, mask and kernel for "
+    "a single token",
+    "draft": "positions, mask and kernel of layer {layer} for several tokens behind a cache",
+    "after draft": "how the cache of layer {layer} removes rejected tokens (crop)",
+}
+
+
+def decoding_attribution(record: DecodingRecord) -> Attribution | None:
+    """Return decoding as the likely cause, with the first step and layer; None if it passed.
+
+    Args:
+        record: The result of `cascade.gate.decoding_check.check_decoding`.
+    """
+    first = record.first
+    if first is None:
+        return None
+    if record.error is not None and first == len(record.passes):
+        where = "" if record.error_layer is None else f" in layer {record.error_layer}"
+        text = f"cached step {first} raises an error{where}, the prefill does not: {record.error}"
+        return Attribution(cause="decoding", layer=record.error_layer, text=text)
+    made = record.passes[first]
+    layer = str(made.layer)
+    size = "NaN" if made.difference is None else f"up to {made.difference:.0e}"
+    text = (
+        f"{pass_in_words(record, first)} is the first that differs from the prefill of the same "
+        f"tokens, from layer {layer} on, by {size}; check "
+        f"{_CHECKS[made.kind].format(layer=layer)}"
+    )
+    return Attribution(cause="decoding", layer=layer, text=text)
+
+
+def pass_in_words(record: DecodingRecord, number: int) -> str:
+    """Return what a pass through the KV cache computed, in words.
+
+    Args:
+        record: The result of `cascade.gate.decoding_check.check_decoding`.
+        number: The number of the pass, from 0.
+    """
+    made = record.passes[number]
+    first, last = made.start + 1, made.start + made.tokens + made.rejected
+    if made.kind == "prefix":
+        return f"the pass over tokens 1 to {last:,} that fills the KV cache"
+    if made.kind == "token":
+        return f"cached step {number} (token {first:,} alone)"
+    if made.kind == "draft":
+        return f"cached step {number} (tokens {first:,} to {last:,} at once)"
+    return f"cached step {number} (token {first:,} alone, after rejected tokens were removed)"

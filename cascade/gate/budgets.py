@@ -325,10 +325,7 @@ def _overruns(group: BudgetGroup, evaluation: BudgetSource) -> list[Overrun]:
         name, command = _named(point), _command(group)
         row = rows.get(_point_key(point))
         if row is None:
-            words = "not measured"
-            found.append(
-                Overrun(point=name, figure="point", limit="", measured=words, command=command)
-            )
+            found.append(point_overrun(group, point, "point", "not measured"))
             continue
         for figure, limit in asdict(point.budget).items():
             if not all(_is_within(figure, row, limit)):
@@ -342,6 +339,22 @@ def _overruns(group: BudgetGroup, evaluation: BudgetSource) -> list[Overrun]:
                     )
                 )
     return found
+
+
+def point_overrun(
+    group: BudgetGroup, point: OperatingPointRow, figure: str, measured: str
+) -> Overrun:
+    """Return what is wrong with an operating point and has no budget.
+
+    Args:
+        group: The budgets.
+        point: The operating point.
+        figure: What is wrong, in one word.
+        measured: What was found, in words.
+    """
+    return Overrun(
+        point=_named(point), figure=figure, limit="", measured=measured, command=_command(group)
+    )
 
 
 def _in_words(limit: Limit) -> str:

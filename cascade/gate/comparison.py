@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cascade.core.arrays import Array
 from cascade.core.display import Displayed
 from cascade.core.provenance import Provenance
 from cascade.core.schema import UNSET, known
+from cascade.gate.attribution import decoding_attribution
 from cascade.gate.records import (
     Attribution,
     CellRow,
     CellVerdict,
     ComparisonRecord,
+    DecodingRecord,
     MeanRow,
     Method,
     Mismatch,
@@ -154,6 +156,7 @@ class Comparison(Displayed):
         notes: Further notes for the reader.
         provenance: The provenance of the new profile.
         baseline: The provenance of the baseline.
+        decoding: Whether decoding computes what the prefill computes; None if not checked.
 
     Example:
         >>> from cascade import analyze, compare, load
@@ -174,16 +177,28 @@ class Comparison(Displayed):
     notes: tuple[str, ...] = ()
     provenance: Provenance | None = None
     baseline: Provenance | None = None
+    decoding: DecodingRecord | None = None
 
     @property
     def verdict(self) -> Verdict:
-        """The worst verdict of the cells (FAIL, INCONCLUSIVE, PASS); FAIL if there are no cells."""
+        """The worst verdict of the cells and of decoding; FAIL if there are no cells."""
+        if self.method is not None and self.decoding and self.decoding.verdict == "FAIL":
+            return "FAIL"
+        return self._of_cells
+
+    @property
+    def _of_cells(self) -> Verdict:
         if self.method is None:
             return "NOT COMPARABLE"
         found = {cell.verdict for cell in self.cells}
         if not found or "FAIL" in found:
             return "FAIL"
         return "INCONCLUSIVE" if "INCONCLUSIVE" in found else "PASS"
+
+    def with_decoding(self, decoding: DecodingRecord) -> Comparison:
+        """Return the comparison with the result of `check_decoding`."""
+        cause = self.attribution or decoding_attribution(decoding)
+        return replace(self, decoding=decoding, attribution=cause)
 
     def exit_status(self, *, strict: bool = False) -> int:
         """Return 0 for a pass, 1 for drift, 2 if the two are not comparable.
@@ -217,6 +232,11 @@ class Comparison(Displayed):
             names = " and ".join(mismatch.name for mismatch in self.mismatches)
             verb = "differs" if len(self.mismatches) == 1 else "differ"
             return f"{names} {verb} from the baseline"
+        if self._of_cells != self.verdict and self.decoding is not None:
+            return f"{_decoding_headline(self.decoding)}; prefill: {self._cells_headline()}"
+        return self._cells_headline()
+
+    def _cells_headline(self) -> str:
         counts = dict.fromkeys(("FAIL", "INCONCLUSIVE", "PASS"), 0)
         for cell in self.cells:
             counts[cell.verdict] += 1
@@ -225,10 +245,10 @@ class Comparison(Displayed):
         if self.method == "other sequences":
             which = f"sequence{'s' * (count != 1)} that the baseline does not have"
         seen = f"{self.tokens:,} tokens, {count:,} {which}"
-        if self.verdict == "PASS":
+        if self._of_cells == "PASS":
             limit = "tolerance" if self.method == "same sequences" else "margin"
             return f"no drift: all {counts['PASS']:,} cells are within {limit} ({seen})"
-        if self.verdict == "INCONCLUSIVE":
+        if self._of_cells == "INCONCLUSIVE":
             undecided = f"{counts['INCONCLUSIVE']:,} of {len(self.cells):,} cells"
             return f"{undecided} are undecided ({seen})"
         return f"drift in {counts['FAIL']:,} of {len(self.cells):,} cells ({seen})"
@@ -251,6 +271,7 @@ class Comparison(Displayed):
             cells=[cell.row() for cell in self.cells],
             provenance=self.provenance,
             baseline=self.baseline,
+            decoding=self.decoding or UNSET,
         )
 
     def _to_show(self) -> tuple[ComparisonRecord, dict[str, Array]]:
@@ -258,6 +279,13 @@ class Comparison(Displayed):
 
     def _in_one_line(self) -> str:
         return f"{self.verdict}, {self.headline()}"
+
+
+def _decoding_headline(decoding: DecodingRecord) -> str:
+    first = decoding.first
+    if first is None or first == len(decoding.passes):
+        return "decoding raises an error"
+    return f"decoding differs from the prefill from layer {decoding.passes[first].layer} on"
 
 
 def _finite(value: float) -> float | None:

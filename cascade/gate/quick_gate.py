@@ -22,6 +22,7 @@ from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.gate.baselines import StoredProfile
 from cascade.gate.comparison import BOS, Comparison, environment_differences, mismatches_of
+from cascade.gate.decoding_check import DECODED_SEQUENCES, check_decoding
 from cascade.gate.drift import LEAST_SHARED, compare
 from cascade.gate.noise import measure_noise
 from cascade.gate.records import ComparisonRecord, GateRun, GateStep, Mismatch, NoiseRecord
@@ -88,6 +89,7 @@ class _Task:
         about: The provenance of the run.
         batch_size: The maximum number of sequences per forward pass.
         progress: Called with the number of tokens done since the last call.
+        decoded: The numbers of the sequences that are decoded; None for none.
     """
 
     stack: DecoderStack
@@ -98,6 +100,7 @@ class _Task:
     about: Provenance
     batch_size: int
     progress: Callable[[int], None] | None
+    decoded: Array | None
 
     def compare(self, profile: SaturationProfile) -> Comparison:
         """Compare a profile with the baseline."""
@@ -107,7 +110,10 @@ class _Task:
     def outcome(
         self, profile: SaturationProfile, comparison: Comparison, steps: list[GateStep], budget: int
     ) -> Gate:
-        """Return the outcome of the gate."""
+        """Check decoding, unless the prefill has drifted, and return the outcome of the gate."""
+        if self.decoded is not None and comparison.verdict != "FAIL":
+            found = check_decoding(self.stack, self.blocks.ids[self.decoded])
+            comparison = comparison.with_decoding(found)
         seconds = time.perf_counter() - self.start
         return Gate(comparison, tuple(steps), budget, seconds, self.noise, profile)
 
@@ -119,6 +125,7 @@ def run_gate(
     *,
     tokens: int = QUICK_TOKENS,
     full: bool = False,
+    decoding: bool = True,
     batch_size: int = 32,
     conflicts: Sequence[str] = (),
     command: str | None = None,
@@ -127,8 +134,9 @@ def run_gate(
     """Measure a model on some of its baseline's sequences and compare after each batch.
 
     The gate stops at the first batch that shows drift. It passes if no batch does within the
-    budget. Two runs over the same sequence involve no randomness, so each sequence is a separate
-    test.
+    budget, and if passes through the model's KV cache compute what its prefill computes (see
+    `cascade.gate.decoding_check`). Two runs over the same sequence involve no randomness, so each
+    sequence is a separate test.
 
     Args:
         stack: The model.
@@ -136,6 +144,7 @@ def run_gate(
         baseline: The stored profile.
         tokens: The budget, rounded down to whole sequences, at least one.
         full: Measure the whole corpus and compare its table too.
+        decoding: Check decoding too, on at most two sequences, unless the prefill has drifted.
         batch_size: The maximum number of sequences per forward pass.
         conflicts: Given corpus options that differ from the baseline's, in words, which explain
             why the text is another one.
@@ -176,8 +185,12 @@ def run_gate(
     if environment_differences(about, expected):
         few = _spread(shared if same_text else np.arange(len(blocks.ids)), NOISE_SEQUENCES)
         noise = noise_here(stack, blocks.ids[few], about)
-    task = _Task(stack, blocks, baseline, start, noise, about, batch_size, progress)
-    return _full(task) if full else _step_by_step(task, _chosen(blocks, shared, tokens))
+    chosen = np.arange(len(blocks.ids)) if full else _chosen(blocks, shared, tokens)
+    # Half of the quick gate's sequences at most, because they run about three times.
+    count = min(DECODED_SEQUENCES, max(1, len(chosen) // 2))
+    decoded = _spread(chosen, count) if decoding else None
+    task = _Task(stack, blocks, baseline, start, noise, about, batch_size, progress, decoded)
+    return _full(task) if full else _step_by_step(task, chosen)
 
 
 def _full(task: _Task) -> Gate:

@@ -32,6 +32,9 @@ CellVerdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 #: How two profiles are compared: each sequence with itself, or means over different sequences.
 Method = Literal["same sequences", "other sequences"]
 
+#: How the tokens of a pass with a KV cache are given to the model.
+DecodingKind = Literal["prefix", "token", "draft", "after draft"]
+
 #: Verdicts, the worst first.
 VERDICTS: tuple[Verdict, ...] = ("FAIL", "NOT COMPARABLE", "INCONCLUSIVE", "PASS")
 
@@ -96,12 +99,14 @@ class Attribution(Part, frozen=True, kw_only=True):
     Attributes:
         cause: "rows" (one side lacks some rows), "capture" (correct values in the wrong rows),
             "counting" (means agree, shares or quantiles do not), "layer" (one layer's weights or
-            code), "numerics" (rounding in every layer) or "model" (the whole model, or its input).
+            code), "numerics" (rounding in every layer), "model" (the whole model, or its input) or
+            "decoding" (the prefill agrees with the baseline, passes with a KV cache do not agree
+            with the prefill).
         layer: The first row that moved, where this identifies a layer.
         text: The evidence, in one sentence.
     """
 
-    cause: Literal["rows", "capture", "counting", "layer", "numerics", "model"]
+    cause: Literal["rows", "capture", "counting", "layer", "numerics", "model", "decoding"]
     layer: str | None
     text: str
 
@@ -144,6 +149,82 @@ class GateStep(Part, frozen=True, kw_only=True):
     verdict: Verdict
 
 
+class DecodingPass(Part, frozen=True, kw_only=True):
+    """One pass through the model's own KV cache, compared with the prefill.
+
+    Attributes:
+        kind: "prefix" (the tokens before the cached steps, at once), "token" (one token), "draft"
+            (several tokens at once, some of them rejected afterwards) or "after draft" (one token,
+            after the rejected ones were removed from the cache).
+        start: The number of tokens in the cache before the pass.
+        tokens: The number of compared tokens of each sequence.
+        rejected: The number of tokens that were rejected afterwards.
+        difference: The largest difference of a similarity from the prefill's; None if it is not
+            finite.
+        layer: The first row that differs by more than its tolerance: in one token, or in all cached
+            steps together; None if none does.
+    """
+
+    kind: DecodingKind
+    start: Index
+    tokens: Count
+    rejected: Index
+    difference: Finite | None
+    layer: str | None
+
+
+class DecodingTolerance(Part, frozen=True, kw_only=True):
+    """How much the similarities of one layer may differ between prefill and cached steps.
+
+    Attributes:
+        layer: The row.
+        noise: The largest change of a token's similarity if all hidden states are rounded
+            differently.
+        tolerance: The largest difference of a token that counts as rounding.
+        mean_noise: The root mean square of these changes, over the tokens of the cached steps.
+        mean_tolerance: The largest root mean square of the differences in all cached steps that
+            counts as rounding.
+    """
+
+    layer: str
+    noise: Finite
+    tolerance: Finite
+    mean_noise: Finite
+    mean_tolerance: Finite
+
+
+class DecodingRecord(Part, frozen=True, kw_only=True):
+    """Whether passes through the model's own KV cache compute what the prefill computes.
+
+    Attributes:
+        verdict: "PASS", "FAIL", or "NOT CHECKED" if the model does not run with a KV cache.
+        reason: Why it was not checked, or why only single tokens were.
+        error: The error that a cached step raised, if one did.
+        error_layer: The decoder layer that raised it.
+        sequences: The number of sequences.
+        tokens: The number of tokens of each sequence.
+        passes: The passes, in order, up to the one that raised an error.
+        tolerances: The tolerance of each row.
+        seconds: The duration.
+    """
+
+    verdict: Literal["PASS", "FAIL", "NOT CHECKED"]
+    reason: str | None
+    error: str | None
+    error_layer: str | None
+    sequences: Index
+    tokens: Index
+    passes: list[DecodingPass]
+    tolerances: list[DecodingTolerance]
+    seconds: Finite
+
+    @property
+    def first(self) -> int | None:
+        """The number of the first pass that differs or raised an error, from 0; None if none."""
+        found = next((at for at, made in enumerate(self.passes) if made.layer is not None), None)
+        return len(self.passes) if found is None and self.error is not None else found
+
+
 class GateRun(Part, frozen=True, kw_only=True):
     """How a gate reached its verdict.
 
@@ -177,6 +258,7 @@ class ComparisonRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
         provenance: The provenance of the new profile.
         baseline: The provenance of the baseline.
         gate: How the gate reached its verdict, if a gate made the comparison.
+        decoding: Whether decoding computes what the prefill computes, if a gate checked it.
     """
 
     KIND: ClassVar[str] = "comparison"
@@ -197,6 +279,7 @@ class ComparisonRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     provenance: Provenance | None
     baseline: Provenance | None
     gate: GateRun | UnsetType = UNSET
+    decoding: DecodingRecord | UnsetType = UNSET
 
     def _in_one_line(self) -> str:
         return f"{self.verdict}, {self.headline}"
@@ -326,8 +409,9 @@ class Overrun(Part, frozen=True, kw_only=True):
 
     Attributes:
         point: The operating point, in words.
-        figure: E.g. "perplexity_ratio"; "point" where the operating point was not measured.
-        limit: The budget, in words; empty if the operating point was not measured.
+        figure: E.g. "perplexity_ratio"; "point" where the operating point was not measured,
+            "generation" where generating differs from scoring.
+        limit: The budget, in words; empty for "point" and "generation".
         measured: The measured value, in words.
         command: The command that measures the operating point again.
     """

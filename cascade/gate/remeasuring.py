@@ -20,6 +20,7 @@ from cascade.core.files import write_text
 from cascade.core.records import to_file
 from cascade.core.schema import UNSET, UnsetType
 from cascade.corpora.blocks import TokenBlocks
+from cascade.decoding.early_exit import EarlyExit
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
 from cascade.evaluation.operating_points import OperatingPoint
 from cascade.evaluation.records import EvaluationRecord
@@ -27,11 +28,13 @@ from cascade.exits.fitted_heads import FittedHeads, load_heads
 from cascade.exits.history import exit_entries
 from cascade.gate.baseline_corpus import GivenCorpus, baseline_blocks
 from cascade.gate.baselines import StoredProfile
-from cascade.gate.budgets import Evaluated, accept_budgets, read_budgets
+from cascade.gate.budgets import Evaluated, accept_budgets, point_overrun, read_budgets
+from cascade.gate.decoding_check import DECODED_SEQUENCES
 from cascade.gate.drift import compare
+from cascade.gate.generation_check import check_generation
 from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import quick_ids
-from cascade.gate.records import BudgetGroup, LosslessBudget
+from cascade.gate.records import BudgetGroup, LosslessBudget, Overrun
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import SaturationProfile, analyze
 from cascade.saturation.records import ProfileRecord
@@ -183,6 +186,43 @@ def rerun(
         command=group.provenance.command,
     )
     return evaluate_points(stack, points, blocks, heads=heads, config=config)
+
+
+def generating_differs(
+    stack: DecoderStack,
+    group: BudgetGroup,
+    blocks: TokenBlocks,
+    *,
+    heads: FittedHeads | None = None,
+) -> list[Overrun]:
+    """Return the operating points of a group of budgets at which generating differs from scoring.
+
+    Args:
+        stack: The model.
+        group: The budgets.
+        blocks: The corpus; two of its sequences are generated.
+        heads: The exit heads that the group names; None for the logit lens.
+
+    Raises:
+        ModelError: The heads belong to another model, or a hidden state is not finite.
+    """
+    ids = quick_ids(blocks, DECODED_SEQUENCES)
+    found = []
+    for point in group.points:
+        early = EarlyExit(
+            stack,
+            layer=point.exit_layer,
+            rule=point.rule,
+            threshold=point.threshold,
+            heads=heads,
+            propagation=group.settings.propagation,  # type: ignore[arg-type]  # as it was evaluated
+        )
+        if any(at.rule.needs_full for at in early.exits):
+            continue  # such a rule can score, but not generate
+        difference = check_generation(early, ids)
+        if difference is not None:
+            found.append(point_overrun(group, point, "generation", difference))
+    return found
 
 
 def evaluate_points(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from cascade.models.checkpoints.quantization import decompress, packages_of
 from cascade.models.identity import weights_digest
 from cascade.models.layer_states import attending
 from cascade.models.overrides.hooks import (
+    changed_outputs,
     hidden_of,
     layer_hooks,
     layer_pre_hook,
@@ -281,17 +283,37 @@ class DecoderStack:
         Returns:
             The state after the final norm, `[B, T, D]`; None if the model has no final norm.
         """
+        with self.visiting(visitor) as decoder:
+            final = run_decoder(decoder, input_ids)
+        return final if self.has_final_norm else None
+
+    @contextlib.contextmanager
+    def visiting(
+        self,
+        visitor: Callable[[int, Tensor], None],
+        *,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[nn.Module]:
+        """Yield the decoder, a pass of which gives each entry of the hidden history to a visitor.
+
+        Inside the context, run the decoder once, with any of its own arguments.
+
+        Args:
+            visitor: Called as in `visit`.
+            change: Changes the hidden states that each layer returns, before the visitor and the
+                next layer get them.
+        """
         entries = iter(range(1, self.num_layers + 1))
         decoder, layers = self._stand_ins.for_hooks(self.decoder)
         joined = self._probe.layout.joined
         with (
+            contextlib.nullcontext() if change is None else changed_outputs(layers, change),
             layer_pre_hook(layers[0], lambda hidden: visitor(0, joined(hidden))),
             layer_hooks(
                 layers, lambda _, output: visitor(next(entries), joined(hidden_of(output)))
             ),
         ):
-            final = run_decoder(decoder, input_ids)
-        return final if self.has_final_norm else None
+            yield decoder
 
     @torch.no_grad()
     def plan(

@@ -117,6 +117,9 @@ class BudgetCheck(Check):
         for source, stored in pairs:
             overruns += check_budgets(source, stored)
             tokens += source.provenance.corpus.tokens
+        if isinstance(evaluation, MeasuredEvaluations):
+            for number, group in groups:
+                overruns += evaluation.generating_differs(number, group)
         return overruns, sum(len(group.points) for _, group in groups), tokens
 
     def _lossless(self, evaluation: Evaluation | Sequence[Evaluation], path: Path) -> list[Overrun]:

@@ -155,6 +155,9 @@ class SaturationCheck(Check):
             comparison = compare(profile, read_profile(path))
             record = comparison.record()
         worst = "none"
+        if comparison.decoding is not None and comparison.decoding.verdict == "FAIL":
+            where = record.attribution and record.attribution.layer
+            return record, f"decoding{f' layer {where}' if where else ''}"
         for cell in comparison.worst()[:1]:
             worst = (
                 f"layer {cell.layer} {cell.statistic} {cell.difference:+.1e} "

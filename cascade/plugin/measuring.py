@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from cascade.core.provenance import CorpusProvenance, Provenance
     from cascade.corpora.blocks import TokenBlocks
     from cascade.evaluation.lossless.records import LosslessFigures
+    from cascade.exits.fitted_heads import FittedHeads
     from cascade.gate.baselines import StoredProfile
     from cascade.gate.quick_gate import Gate
-    from cascade.gate.records import BudgetGroup, BudgetsRecord
+    from cascade.gate.records import BudgetGroup, BudgetsRecord, Overrun
     from cascade.models.stack import DecoderStack
     from cascade.saturation.profile import SaturationProfile
     from cascade.saturation.records import NoiseFloor, ProfileRecord
@@ -139,6 +140,7 @@ class _Reading:
                 baseline,
                 tokens=tokens,
                 full=full,
+                decoding=not self.settings.prefill_only,
                 conflicts=tuple(self.settings.given_corpus().conflicts(self._about)),
                 command=self.command,
             )
@@ -331,13 +333,11 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
         Raises:
             CascadeError: The corpus or the heads cannot be read.
         """
-        from cascade.gate.remeasuring import find_heads, rerun
+        from cascade.gate.remeasuring import rerun
 
         if number not in self._done:
             group = self.groups[number]
-            fingerprint = group.provenance.heads_fingerprint
-            heads = find_heads(self.path.parent, fingerprint, self.model.stack)
-            blocks = self._blocks(group)
+            blocks, heads = self._blocks(group), self._heads(group)
             self._done[number] = rerun(self.model.stack, group, blocks, heads=heads)
         return self._done[number]
 
@@ -357,7 +357,35 @@ class MeasuredEvaluations(Sequence[EvaluationRecord]):
             self._lossless = decode_again(self.model.stack, budget, blocks)
         return self._lossless
 
+    def generating_differs(self, number: int, group: BudgetGroup) -> list[Overrun]:
+        """Return the operating points of one group at which generating differs from scoring.
+
+        Nothing is checked if the session checks no decoding.
+
+        Args:
+            number: The number of the stored group.
+            group: The same group, with the points to check.
+
+        Raises:
+            CascadeError: The corpus or the heads cannot be read.
+        """
+        from cascade.gate.remeasuring import generating_differs
+
+        if self.settings.prefill_only:
+            return []
+        stored = self.groups[number]
+        blocks, heads = self._blocks(stored), self._heads(stored)
+        return generating_differs(self.model.stack, group, blocks, heads=heads)
+
+    def _heads(self, group: BudgetGroup) -> FittedHeads | None:
+        """Return the heads of a group of budgets."""
+        from cascade.gate.remeasuring import find_heads
+
+        fingerprint = group.provenance.heads_fingerprint
+        return find_heads(self.path.parent, fingerprint, self.model.stack)
+
     def _blocks(self, group: BudgetGroup) -> TokenBlocks:
+        """Return the corpus of a group of budgets."""
         from cascade.gate.remeasuring import group_blocks
 
         # Budgets keep their own length of sequences, whatever that of profiles is.

@@ -42,6 +42,7 @@ class Settings:
         device: "cpu", "cuda", "mps" or "auto".
         tokens: The budget of the quick gate.
         full: Whether to measure the whole corpus.
+        prefill_only: Whether decoding with the KV cache is not checked.
         strict: Whether an inconclusive verdict fails.
         report: The folder for the reports.
         baselines_named: Whether the user named the folder of all baselines. If not, a baseline that
@@ -62,6 +63,7 @@ class Settings:
     device: str = "cpu"
     tokens: int = 512
     full: bool = False
+    prefill_only: bool = False
     strict: bool = False
     report: Path | None = None
     baselines_named: bool = False
@@ -170,10 +172,11 @@ HELP = {
     "device": "cpu, cuda, mps or auto (default: cpu)",
     "tokens": "maximum number of tokens for the quick gate (default: 512)",
     "full": "measure the whole corpus instead of the quick gate",
+    "prefill_only": "do not check decoding with the KV cache",
     "strict": "fail inconclusive checks too",
     "report": "folder for report.json, report.md and report.html",
 }
-_FLAGS = ("full", "strict")
+_FLAGS = ("full", "prefill_only", "strict")
 _PATHS = ("baselines", "report")
 #: Settings that can be a path, possibly relative to the ini file.
 _SOURCES = ("model", "corpus")

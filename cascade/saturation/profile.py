@@ -109,7 +109,7 @@ class SaturationProfile(Displayed):
         return self.record()._in_one_line()
 
 
-class _Similarity:
+class SimilarityVisitor:
     """A visitor of the hidden history that keeps only the similarity of each layer."""
 
     def __init__(self) -> None:
@@ -119,6 +119,7 @@ class _Similarity:
         self._before: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, entry: int, hidden: Tensor) -> None:
+        """Take an entry of the hidden history, `[B, T, D]`."""
         # Each entry's norm is used twice: for the output of a layer and the input of the next.
         current = widened(hidden)
         size = norm(current)
@@ -146,7 +147,7 @@ def similarities(stack: DecoderStack, ids: Tensor) -> Tensor:
         stack: The model.
         ids: Token ids, `[B, T]`, on the model's device.
     """
-    similarity = _Similarity()
+    similarity = SimilarityVisitor()
     return similarity.finish(stack.visit(ids, similarity))
 
 

@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 from support.build_gate import BLOCKS, LENGTH, a_stack, blocks_of, broken
 from support.commands import TEXTS, Run
+from support.decoding_faults import CHANGES, wrong_cache
 
 from cascade.core.errors import ModelError, UsageError
 from cascade.core.schema import from_plain, to_plain
@@ -68,6 +69,48 @@ def test_a_fault_in_one_sequence_is_found_when_that_sequence_is_measured(
     stack.model.get_input_embeddings().weight.data[token] *= 1.1  # type: ignore[operator]
     result = run_gate(stack, BLOCKS, baseline, tokens=2 * LENGTH)
     assert [step.verdict for step in result.steps] == ["PASS", "FAIL"]
+
+
+def test_a_model_that_decodes_wrongly_fails_although_its_prefill_has_not_drifted(
+    baseline: StoredProfile,
+) -> None:
+    stack = a_stack()
+    with wrong_cache(3, CHANGES["zeroed value"])(stack):
+        result = run_gate(stack, BLOCKS, baseline, tokens=4 * LENGTH)
+        unchecked = run_gate(stack, BLOCKS, baseline, tokens=4 * LENGTH, decoding=False)
+    assert {step.verdict for step in result.steps} == {"PASS"}
+    comparison = result.comparison
+    assert (comparison.verdict, comparison.exit_status()) == ("FAIL", 1)
+    assert comparison.attribution is not None
+    assert (comparison.attribution.cause, comparison.attribution.layer) == ("decoding", "3")
+    assert comparison.headline().startswith("decoding differs from the prefill from layer 3 on; ")
+    assert unchecked.comparison.verdict == "PASS"
+    assert unchecked.comparison.decoding is None
+    record = result.record()
+    assert from_plain(to_plain(record), type(record)) == record
+
+
+def test_decoding_is_not_checked_once_the_prefill_has_drifted(baseline: StoredProfile) -> None:
+    assert run_gate(broken(), BLOCKS, baseline, tokens=2 * LENGTH).comparison.decoding is None
+
+
+@pytest.mark.parametrize(("sequences", "decoded"), [(1, 1), (3, 1), (4, 2), (40, 2)])
+def test_at_most_half_of_the_sequences_and_two_are_decoded(
+    baseline: StoredProfile, sequences: int, decoded: int
+) -> None:
+    result = run_gate(a_stack(), BLOCKS, baseline, tokens=sequences * LENGTH)
+    assert result.comparison.decoding is not None
+    assert result.comparison.decoding.sequences == decoded
+    assert result.comparison.decoding.tokens == LENGTH
+
+
+def test_the_full_gate_checks_decoding_too(baseline: StoredProfile) -> None:
+    stack = a_stack()
+    with wrong_cache(3, CHANGES["stale value"])(stack):
+        result = run_gate(stack, BLOCKS, baseline, full=True)
+    assert result.comparison.verdict == "FAIL"
+    assert result.comparison.attribution is not None
+    assert result.comparison.attribution.cause == "decoding"
 
 
 def test_the_measured_sequences_are_spread_over_the_whole_corpus(
@@ -339,6 +382,18 @@ def test_the_command_writes_its_reports_and_never_overwrites_another_run(
     again = gated(run, models / "tiny", "--output", "out")
     assert again.status == 2
     assert "holds another run" in again.err
+
+
+def test_the_command_fails_if_decoding_is_broken_unless_only_the_prefill_is_checked(
+    run: Run, models: Path, stored: Path
+) -> None:
+    with wrong_cache(3, CHANGES["zeroed value"])(a_stack()):
+        done = gated(run, models / "tiny")
+        unchecked = gated(run, models / "tiny", "--prefill-only")
+    assert done.status == 1
+    assert done.out.startswith("FAIL: decoding differs from the prefill from layer 3 on; ")
+    assert (unchecked.status, unchecked.out[:4]) == (0, "PASS")
+    assert "Decoding" not in unchecked.out
 
 
 def test_another_checkpoint_exits_with_2_unless_compared_anyway(

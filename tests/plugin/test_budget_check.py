@@ -59,6 +59,35 @@ def test_only_operating_points_at_the_exit_layer_are_checked(guarded: pytest.Pyt
     assert "operating point at any exit layer with propagation ridge in" in failure(done)
 
 
+#: Exits that the generation of another release takes at other tokens than scoring.
+_OTHER_EXITS = """
+import pytest
+from cascade.decoding.early_exit import EarlyExit
+
+@pytest.fixture(scope="session", autouse=True)
+def other_exits():
+    right = EarlyExit.generate
+    def generate(self, *args, **kwargs):
+        return right(EarlyExit(self.stack), *args, **kwargs)
+    EarlyExit.generate = generate
+    yield
+    EarlyExit.generate = right
+"""
+
+
+def test_generating_that_differs_from_scoring_fails_within_every_budget(
+    guarded: pytest.Pytester,
+) -> None:
+    guarded.makeconftest(_OTHER_EXITS)
+    done = ran(guarded, "-m", "budgets", "--cascade-report", "out")
+    done.assert_outcomes(failed=1, deselected=1)
+    assert "when generated, 3 when scored" in failure(done)
+    (budget,) = json.loads(Path("out/report.json").read_text())["budgets"]
+    assert budget["verdict"] == "FAIL"
+    assert {overrun["figure"] for overrun in budget["overruns"]} == {"generation"}
+    ran(guarded, "-m", "budgets", "--cascade-prefill-only").assert_outcomes(passed=1, deselected=1)
+
+
 def test_budgets_of_fitted_heads_are_measured_with_those_heads(
     guarded: pytest.Pytester, models: Path
 ) -> None:

@@ -16,10 +16,12 @@ from support.commands import TEXTS
 from support.disk import contents
 from support.plugin_project import (
     BASELINE,
+    BROKEN_CACHE,
     STORED,
     broken,
     failure,
     mended,
+    properties,
     ran,
     typed,
 )
@@ -74,6 +76,22 @@ def test_life_cycle_of_a_baseline(project: pytest.Pytester) -> None:
     ran(project, *only).assert_outcomes(passed=1, deselected=1)
     mended(project)
     ran(project, *only).assert_outcomes(failed=1, deselected=1)
+
+
+def test_a_broken_kv_cache_fails_unless_only_the_prefill_is_checked(
+    guarded: pytest.Pytester,
+) -> None:
+    guarded.makeconftest(BROKEN_CACHE)
+    only = ("-m", "saturation")
+    done = ran(guarded, *only, "--junitxml", "junit.xml", "--cascade-report", "out")
+    done.assert_outcomes(failed=1, deselected=1)
+    assert failure(done).startswith("FAIL: decoding differs from the prefill from layer 3 on; ")
+    (found,) = properties("junit.xml")
+    assert (found["cascade_verdict"], found["cascade_worst_cell"]) == ("FAIL", "decoding layer 3")
+    (entry,) = json.loads(Path("out/report.json").read_text())["comparisons"]
+    assert entry["attribution"]["cause"] == "decoding"
+    assert "Decoding compared with the prefill" in Path("out/report.md").read_text()
+    ran(guarded, *only, "--cascade-prefill-only").assert_outcomes(passed=1, deselected=1)
 
 
 def test_the_shipped_baseline_is_used_and_never_written_to(

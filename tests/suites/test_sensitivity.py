@@ -19,6 +19,7 @@ from support.clean_runs import (
     padded_similarities,
     repeat,
 )
+from support.decoding_faults import DECODING_FAULTS
 from support.faults import FAULTS, Fault, blocks_for, scaled_mlp, weights
 from support.paths import ROOT
 
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
 BASELINE = ROOT / "baselines/smollm2-135m-instruct-q4_1/embedded.saturation.json"
 DOCS = ROOT / "docs"
+
+
+#: Faults of the prefill, then those of decoding.
+ALL_FAULTS = FAULTS | DECODING_FAULTS
 
 
 @dataclass(frozen=True)
@@ -81,16 +86,16 @@ def rows(reference_model: DecoderStack, baseline: StoredProfile) -> dict[str, Ro
     """Every fault planted in the real model, gated with the default budget."""
     return {
         name: row_of(fault, planted(reference_model, baseline, fault))
-        for name, fault in FAULTS.items()
+        for name, fault in ALL_FAULTS.items()
     }
 
 
 @pytest.mark.saturation
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", ALL_FAULTS)
 def test_a_fault_planted_in_the_real_model_is_seen_and_named(
     rows: dict[str, Row], name: str
 ) -> None:
-    fault, row = FAULTS[name], rows[name]
+    fault, row = ALL_FAULTS[name], rows[name]
     if fault.cause is None:
         assert fault.unseen
         assert row.verdict == "PASS"
@@ -110,7 +115,7 @@ def test_the_real_model_itself_passes_before_and_after_all_faults(
 ) -> None:
     gate = run_gate(reference_model, blocks_for(reference_model), baseline)
     assert gate.comparison.verdict == "PASS"
-    assert len(rows) == len(FAULTS)
+    assert len(rows) == len(ALL_FAULTS)
 
 
 @pytest.mark.saturation
@@ -128,7 +133,9 @@ def test_the_table_of_the_docs_is_what_was_measured(
         " the gate stopped.",
         "The last column says where the evidence points: `capture` (the states are read wrongly),"
         " one `layer`,",
-        "`numerics` (rounding), the whole `model`, `counting` of tokens, or another `corpus`.",
+        "`numerics` (rounding), the whole `model`, `counting` of tokens, another `corpus`, or"
+        " `decoding`: the prefill",
+        "agrees with the baseline, and passes through the KV cache do not agree with the prefill.",
         "",
         "| fault | verdict | tokens | points to |",
         "|---|---|---|---|",
@@ -137,7 +144,7 @@ def test_the_table_of_the_docs_is_what_was_measured(
         points = row.cause or "-"
         if row.layer is not None:
             points += f", layer {row.layer}"
-        unseen = FAULTS[name].unseen
+        unseen = ALL_FAULTS[name].unseen
         points = f"not seen: {unseen}" if unseen else points
         lines.append(f"| {row.fault} | {row.verdict} | {row.tokens} | {points} |")
     lines += ["", *how_often_it_errs()]

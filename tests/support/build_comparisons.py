@@ -33,6 +33,7 @@ from cascade.gate.records import (
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import analyze
 from support.build_profiles import EDGES, LAYERS, a_profile, profile_of, provenance, similarities_of
+from support.decoding_faults import CHANGES, wrong_cache
 from support.tiny_models import tiny_model
 
 Record = ComparisonRecord
@@ -115,9 +116,22 @@ def _gated(*, full: bool = False, broken: bool = False) -> Record:
     return run_gate(stack, _BLOCKS, _baseline(), tokens=128, full=full).record()
 
 
+def _refused(keys: torch.Tensor, values: torch.Tensor) -> Any:
+    raise RuntimeError("no page is left")
+
+
 @functools.cache
 def of_a_model(kind: str) -> Record:
-    """Return what a gate found: "clean", "broken", "broken, whole" or "other words"."""
+    """Return what a gate found.
+
+    Args:
+        kind: "clean", "broken", "broken, whole", "decoding" (its KV cache is broken), "decoding
+            raises" (an error in a cached step) or "other words".
+    """
+    if "decoding" in kind:
+        change = _refused if "raises" in kind else CHANGES["zeroed value"]
+        with wrong_cache(3, change)(_stack()):
+            return _gated()
     if kind == "other words":
         ids = np.random.default_rng(1).integers(2, 97, (8, 16)).astype(np.int32)
         return run_gate(_stack(), replace(_BLOCKS, ids=ids), _baseline(), full=True).record()
@@ -135,7 +149,14 @@ KINDS: dict[str, Callable[[], Record]] = {
     "elsewhere": elsewhere,
     **{
         f"model: {kind}": functools.partial(of_a_model, kind)
-        for kind in ("clean", "broken", "broken, whole", "other words")
+        for kind in (
+            "clean",
+            "broken",
+            "broken, whole",
+            "decoding",
+            "decoding raises",
+            "other words",
+        )
     },
 }
 

@@ -50,6 +50,17 @@ def cascade_model(cascade_model):
     return cascade_model
 """
 
+#: A KV cache of another release that loses a value in every cached step.
+BROKEN_CACHE = """
+import pytest
+from support.decoding_faults import CHANGES, wrong_cache
+
+@pytest.fixture(scope="session", autouse=True)
+def broken_cache():
+    with wrong_cache(3, CHANGES["zeroed value"])(None):
+        yield
+"""
+
 BASELINE = Path("baselines/tiny/texts.saturation.json")
 STORED = Path("baselines/tiny/texts-confirm.budgets.json")
 

@@ -177,6 +177,9 @@ class BaselineOptions:
         bool,
         typer.Option("--full", help="Compare the whole corpus and its table of statistics."),
     ] = False
+    prefill_only: Annotated[
+        bool, typer.Option("--prefill-only", help="Do not check decoding with the KV cache.")
+    ] = False
 
 
 @command("gate")
@@ -190,8 +193,9 @@ def gate(
 ) -> None:
     """Check a model against its baseline, on a few of the baseline's sequences.
 
-    Stops as soon as the result is certain. Exit status: 0 no drift,
-    1 drift, 2 not comparable.
+    Stops as soon as the result is certain. Then checks on two sequences
+    that decoding with the KV cache computes what the prefill computes.
+    Exit status: 0 no drift, 1 drift, 2 not comparable.
     """
     with run_folder(output.output, REPORT_FILES, overwrite=output.overwrite) as folder:
         from cascade.gate.baselines import read_profile
@@ -219,6 +223,7 @@ def gate(
                 stored,
                 tokens=against.tokens,
                 full=against.full,
+                decoding=not against.prefill_only,
                 batch_size=batch_size,
                 conflicts=tuple(given.conflicts(about)),
                 command=command_line(),

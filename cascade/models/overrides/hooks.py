@@ -100,6 +100,27 @@ def layer_hooks(
 
 
 @contextlib.contextmanager
+def changed_outputs(
+    layers: Iterable[nn.Module], change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Replace the hidden states that each layer returns by `change(hidden)` inside the context."""
+
+    def call(_: nn.Module, __: Any, output: Any) -> Any:
+        hidden = change(hidden_of(output))
+        if not isinstance(output, (tuple, list)):
+            return hidden
+        made = getattr(output, "_make", type(output))  # named tuples take their entries apart
+        return made((hidden, *output[1:]))
+
+    handles = [layer.register_forward_hook(call) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def call_hooks(
     layers: Iterable[nn.Module], hook: Callable[[tuple[Any, ...], dict[str, Any]], None]
 ) -> Iterator[None]:

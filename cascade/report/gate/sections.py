@@ -24,9 +24,11 @@ from cascade.report.common.sections import (
     table_of,
 )
 from cascade.report.gate.wording import (
+    DECODING_HEADER,
     OVERRUN_HEADER,
     cell_header,
     cell_row,
+    decoding_rows,
     glossary,
     has_intervals,
     leftovers,
@@ -58,7 +60,8 @@ def comparison_report(record: ComparisonRecord) -> Report:
     """
     cells = worst_cells(record)
     about = [*sentences(record), *provenance_pairs(record)]
-    blocks = [*_pairs(mismatch_pairs(record)), *_pairs(about), *_worst(record, cells, _WORST)]
+    blocks = [*_pairs(mismatch_pairs(record)), *_pairs(about), *_passes(record)]
+    blocks += _worst(record, cells, _WORST)
     return Report(
         kicker="CASCADE comparison",
         title=record.verdict,
@@ -161,6 +164,7 @@ def _comparison(record: NamedComparison, worst: int, number: int | None) -> Iter
             ("Baseline file", record.path),
         ]
     )
+    yield from _passes(record)
     cells = worst_cells(record)
     if number is None:
         yield from _worst(record, cells, worst)
@@ -212,6 +216,14 @@ def _commands(budget: BudgetOutcome) -> list[tuple[str, str]]:
 def _pairs(pairs: Sequence[tuple[str, str]]) -> Iterator[Block]:
     if pairs:
         yield Pairs(tuple(pairs))
+
+
+def _passes(record: ComparisonRecord) -> Iterator[Block]:
+    """Yield the table of passes through the KV cache, if decoding failed."""
+    rows = decoding_rows(record)
+    if rows:
+        title = "Decoding compared with the prefill."
+        yield table_of(title, DECODING_HEADER, rows, text_columns=1)
 
 
 def _worst(record: ComparisonRecord, cells: Sequence[CellRow], most: int) -> Iterator[Block]:

@@ -14,6 +14,7 @@ from cascade.gate.records import (
     BudgetOutcome,
     CellRow,
     ComparisonRecord,
+    DecodingKind,
     NamedComparison,
     SessionRecord,
 )
@@ -26,6 +27,7 @@ _CAUSES = {
     "layer": "one layer",
     "numerics": "rounding",
     "model": "the whole model or its input",
+    "decoding": "decoding",
 }
 
 #: Statistics compared per sequence, in addition to the table, on the same sequences.
@@ -153,8 +155,63 @@ def sentences(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
     if record.verdict == "INCONCLUSIVE":
         yield "To decide", _needed_sequences(record)
     yield from _last_step(record)
+    yield from _decoding(record)
     for note in record.notes:
         yield "Note", note
+
+
+def _decoding(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
+    """Yield what was decoded, and why not more; nothing if the prefill has drifted."""
+    found = known(record.decoding)
+    if found is None or found.verdict == "FAIL":
+        return
+    if found.verdict == "PASS":
+        cached = found.tokens - found.passes[0].tokens
+        largest = max(made.difference or 0.0 for made in found.passes)
+        texts = f"{found.sequences:,} sequence{'s' * (found.sequences != 1)}"
+        yield (
+            "Decoding",
+            f"{cached:,} tokens of {texts} in {len(found.passes) - 1:,} cached steps agree with "
+            f"the prefill (largest difference {largest:.0e})",
+        )
+    if found.reason is not None:
+        yield (
+            ("Not checked" if found.verdict == "NOT CHECKED" else "Note"),
+            (f"decoding: {found.reason}"),
+        )
+
+
+#: The columns of `decoding_rows`; the last one holds text.
+DECODING_HEADER = ("step", "tokens", "largest difference", "first layer", "what ran")
+
+_KINDS: dict[DecodingKind, str] = {
+    "prefix": "the tokens that fill the KV cache",
+    "token": "one token",
+    "draft": "a draft at once",
+    "after draft": "one token after the draft",
+}
+
+
+def decoding_rows(record: ComparisonRecord) -> list[list[str]]:
+    """Return one row of text per pass through the KV cache, if decoding failed."""
+    found = known(record.decoding)
+    if found is None or found.verdict != "FAIL":
+        return []
+    rows = []
+    for number, made in enumerate(found.passes):
+        first, last = made.start + 1, made.start + made.tokens
+        rows.append(
+            [
+                str(number),
+                f"{first:,}" if first == last else f"{first:,} to {last:,}",
+                "NaN" if made.difference is None else f"{made.difference:.1e}",
+                made.layer or "none",
+                _KINDS[made.kind] + (f", {made.rejected} more rejected" if made.rejected else ""),
+            ]
+        )
+    if found.error is not None:
+        rows.append([str(len(found.passes)), "", "error", found.error_layer or "", ""])
+    return rows
 
 
 def _last_step(record: ComparisonRecord) -> Iterator[tuple[str, str]]:

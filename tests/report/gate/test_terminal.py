@@ -43,7 +43,7 @@ from cascade.core.records import read_typed, write_record
 from cascade.core.schema import SchemaError, from_plain, to_plain
 from cascade.gate.comparison import Comparison
 from cascade.gate.drift import compare
-from cascade.gate.records import SessionRecord, session_record
+from cascade.gate.records import DecodingRecord, SessionRecord, session_record
 from cascade.report.gate.markdown import report_markdown
 from cascade.report.gate.page import report_page
 from cascade.report.gate.terminal import print_comparison, print_report
@@ -241,6 +241,52 @@ def test_a_gate_shows_after_how_many_tokens_it_decided() -> None:
     text = flat(printed(of_a_model("other words")))
     assert "Undecided after 128 of at most 128 tokens" in text
     assert "after" not in printed(clean())
+
+
+def test_a_gate_shows_what_was_decoded_and_that_it_agrees() -> None:
+    words = flat(printed(of_a_model("clean")))
+    assert "Decoding 8 tokens of 2 sequences in 6 cached steps agree with the prefill" in words
+    assert "largest difference" in words
+    assert "Decoding" not in printed(of_a_model("broken"))
+
+
+def test_a_failure_of_decoding_names_layer_and_step_and_lists_the_passes() -> None:
+    words = flat(printed(of_a_model("decoding")))
+    assert words.startswith(
+        "FAIL: decoding differs from the prefill from layer 3 on; prefill: no drift: all "
+    )
+    assert "Likely cause decoding: cached step 1 (token 9 alone) is the first that differs" in words
+    assert "Decoding compared with the prefill" in words
+    for row in (
+        "step tokens largest difference first layer what ran",
+        "e-07 none the tokens that fill the KV cache 1 9 ",
+        " a draft at once, 2 more rejected 5 15 ",
+        "3 one token after the draft",
+    ):
+        assert row in words
+
+
+def test_an_error_in_decoding_is_shown_with_step_and_layer() -> None:
+    words = flat(printed(of_a_model("decoding raises")))
+    assert words.startswith("FAIL: decoding raises an error; prefill: no drift: ")
+    assert (
+        "cached step 1 raises an error in layer 3, the prefill does not: RuntimeError: no page is "
+        "left"
+    ) in words
+    assert " none the tokens that fill the KV cache 1 error 3" in words
+
+
+def test_what_of_decoding_was_not_checked_is_said_with_the_reason() -> None:
+    record = of_a_model("clean")
+    decoding = record.decoding
+    assert isinstance(decoding, DecodingRecord)
+    singly = changed(record, decoding=changed(decoding, reason="only single tokens ran: layer 1"))
+    words = flat(printed(singly))
+    assert "Note decoding: only single tokens ran: layer 1" in words
+    unchecked = changed(decoding, verdict="NOT CHECKED", passes=[], reason="no KV cache")
+    words = flat(printed(changed(record, decoding=unchecked)))
+    assert "Not checked decoding: no KV cache" in words
+    assert "agree with the prefill" not in words
 
 
 def test_a_widened_tolerance_is_noted_even_on_a_pass() -> None:
