@@ -38,7 +38,7 @@ def test_a_drafter_is_trained_and_its_worth_is_shown(train: Run, here: Path, mod
     assert "Drafter of tiny: 50 tokens, a copy of layer 4" in words
     assert "texts.jsonl: 32 prompts to train, 8 held out" in words
     assert "kept" in words
-    assert "Draft " in words.partition("n-gram and drafter")[2]
+    assert "Draft " in words.partition("table and network")[2]
     drafter = load_drafter("out", load(str(models / "tiny")))
     assert drafter.record.provenance.command.startswith("cascade train-drafter --model")
 
