@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 from support.commands import Done, Run
+from support.drafting import FREE
+from support.tiny_drafters import stored
+
+from cascade import load
+from cascade.decoding import generation
 
 
 def test_generate_shows_exit_layers_and_the_full_models_text(tiny: Run, here: Path) -> None:
@@ -29,6 +34,28 @@ def test_verified_text_equals_the_full_models(tiny: Run, here: Path) -> None:
     )
     assert done.status == 0, done.err
     assert "all tokens are the same as the full model's" in done.out
+
+
+def test_a_drafter_drafts_without_changing_the_text(
+    tiny: Run, here: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = load(str(models / "tiny"))
+    stored(here / "drafter", stack, use="table and network")
+    monkeypatch.setattr(generation, "pass_costs", lambda *_: FREE)
+    prompt = ("generate", "--prompt", "Number 7", "--max-new-tokens", 12, "--json")
+    plain, done = tiny(*prompt), tiny(*prompt, "--drafter", "drafter")
+    assert done.status == plain.status == 0, done.err
+    made, own = json.loads(done.out), json.loads(plain.out)
+    assert made["tokens"] == own["tokens"]
+    assert made["proposers"] == ["n-gram", "table", "drafter", "runner-ups"]
+    assert made["drafted"] > 0
+
+
+def test_a_drafter_of_another_model_is_refused(tiny: Run, here: Path) -> None:
+    stored(here / "drafter")
+    done = tiny("generate", "--prompt", "x", "--drafter", "drafter")
+    assert (done.status, done.out) == (2, "")
+    assert "the weights of this drafter belong to" in done.err
 
 
 def test_a_pad_token_within_the_prompt_is_text(run: Run, folder: Path, models: Path) -> None:
@@ -214,6 +241,14 @@ def test_a_chat_answer_is_separated_from_its_prompt(run: Run, folder: Path) -> N
         ),
         (("--prompt", "x", "--hard-ratio", 0.5), "--hard-ratio needs --calibration"),
         (("--prompt", "x", "--chat"), "no chat template"),
+        (
+            ("--prompt", "x", "--drafter", "none"),
+            "no record none/record.json; make one with `cascade train-drafter`",
+        ),
+        (
+            ("--prompt", "x", "--drafter", "none", "--layer", 2),
+            "--drafter drafts for the full model, and exits were asked for as well; leave out",
+        ),
         (("--prompt", "x", "--calibration", "none.json"), "cascade calibrate"),
         *(
             (
