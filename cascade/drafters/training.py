@@ -314,7 +314,7 @@ class NetworkTraining:
             ) from error
 
     def _check(self, folder: Path, made: Mapping[str, Any]) -> None:
-        wanted = json.loads(json.dumps(self._request))
+        wanted = json.loads(json.dumps(self._request, allow_nan=False))
         for name in wanted:
             if made.get(name) != wanted[name]:
                 raise TrainingError(

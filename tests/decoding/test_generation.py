@@ -295,6 +295,8 @@ def test_sequences_share_no_memory_with_prompt() -> None:
         "positions",
         "proposers",
         "engine",
+        "pass_costs",
+        "trees",
     }
 
 
