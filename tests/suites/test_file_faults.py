@@ -428,6 +428,7 @@ def watched(here: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("cascade.gate.quick_gate.environment_differences", lambda *a: ["a"])
     clock = SimpleNamespace(perf_counter=lambda: 0.0)
     monkeypatch.setattr("cascade.gate.quick_gate.time", clock)
+    monkeypatch.setattr("cascade.gate.decoding_check.time", clock)
     monkeypatch.setattr(plan, "SHARD_BYTES", 1 << 14)
     monkeypatch.setattr("cascade.report.common.axes._similarity_ticks", lambda low, high: [])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
