@@ -106,11 +106,7 @@ static inline float total(lanes sums)
 
 static inline lanes fused(lanes one, lanes other, lanes sum)
 {
-#ifdef __FMA__
-    return (lanes)_mm256_fmadd_ps((__m256)one, (__m256)other, (__m256)sum);
-#else
-    return sum + one * other;
-#endif
+    return (lanes)fused_eight((eight)one, (eight)other, (eight)sum);
 }
 
 /* The sum of eight registers, as a tree. */
