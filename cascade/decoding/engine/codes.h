@@ -16,7 +16,7 @@ typedef int32_t eight_ints __attribute__((vector_size(32), aligned(4), may_alias
 typedef uint8_t eight_bytes __attribute__((vector_size(8), aligned(1), may_alias));
 typedef int8_t eight_signed __attribute__((vector_size(8), aligned(1), may_alias));
 
-/* Weight = least + scale * code. Byte i of each half has the codes of weights i and i + 8. */
+/* Weight = least + scale * code. Byte i has the codes of weights i and i + 16. */
 typedef struct {
     float scale, least;
     uint8_t codes[CODED / 2];
@@ -82,8 +82,8 @@ static inline __attribute__((always_inline)) void decode_four(const FourBits *bl
         eight_ints both = wide_bytes(block->codes + 8 * half);
         eight low = __builtin_convertvector(both & 15, eight);
         eight high = __builtin_convertvector(both >> 4, eight);
-        to[2 * half] = stored(fused_eight(scale, low, least));
-        to[2 * half + 1] = stored(fused_eight(scale, high, least));
+        to[half] = stored(fused_eight(scale, low, least));
+        to[half + 2] = stored(fused_eight(scale, high, least));
     }
 }
 
@@ -148,7 +148,7 @@ static inline int steps_within(float value, float error)
 /* Put a code of 4 bits into a block whose codes are 0. */
 static inline void put_four(FourBits *block, int place, float code)
 {
-    block->codes[place / 16 * 8 + place % 8] |= (uint8_t)code << (place % 16 / 8 * 4);
+    block->codes[place % 16] |= (uint8_t)code << (place / 16 * 4);
 }
 
 /* Find codes of a block around 0, as Q4_0 has them: the largest weight is -8 times the scale. */

@@ -25,7 +25,8 @@ typedef float element;
 #endif
 
 /* Inputs whose products are summed together; more do not fit in the registers. */
-#define TOGETHER 8
+#define TOGETHER LANES
+
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -52,6 +53,45 @@ static inline float total(lanes sums)
     memcpy(halves, &sums, sizeof halves);
     return total_eight(halves[0] + halves[1]);
 #endif
+}
+
+/* The totals of four vectors at once, which takes a third of the instructions. */
+static inline void four_totals(const lanes *sums, float *results)
+{
+#if LANES == 16
+    const __m512 *four = (const __m512 *)sums;
+    __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(four[0], four[1]),
+                                 _mm512_unpackhi_ps(four[0], four[1]));
+    __m512 second = _mm512_add_ps(_mm512_unpacklo_ps(four[2], four[3]),
+                                  _mm512_unpackhi_ps(four[2], four[3]));
+    __m512d one = _mm512_castps_pd(first), other = _mm512_castps_pd(second);
+    __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(one, other)),
+                               _mm512_castpd_ps(_mm512_unpackhi_pd(one, other)));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(results,
+                  _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(__AVX2__)
+    const __m256 *four = (const __m256 *)sums;
+    __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(four[0], four[1]), _mm256_hadd_ps(four[2], four[3]));
+    _mm_storeu_ps(results,
+                  _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+    for (int i = 0; i < 4; i++)
+        results[i] = total(sums[i]);
+#endif
+}
+
+/* The totals of `count` vectors. */
+static inline __attribute__((always_inline)) void totals(const lanes *sums, int count,
+                                                         float *results)
+{
+    int at = 0;
+#pragma GCC unroll 4
+    for (; at + 4 <= count; at += 4)
+        four_totals(sums + at, results + at);
+#pragma GCC unroll 4
+    for (; at < count; at++)
+        results[at] = total(sums[at]);
 }
 
 /* expf within an ulp or two, in a form that compilers vectorize. */
@@ -91,39 +131,94 @@ static inline float dot(const float *one, const float *other, int64_t size)
     return sum;
 }
 
+/* Bytes from codes that are read now to codes that are fetched from memory. Measured on a Xeon with
+ * AVX-512: a pass over one row takes 9 ms without, 5.5 ms with 3,000 to 8,000. */
+#define AHEAD 4096
+
+/* The weights of a block of codes. */
+#if LANES == 16
+#define PARTS 2
+static inline __attribute__((always_inline)) void decode_lanes(const void *row, int64_t number,
+                                                               int64_t bits, lanes *to)
+{
+    if (bits == 4) {
+        /* A block has sixteen different weights at most: compute these, then look them up. */
+        const FourBits *block = (const FourBits *)row + number;
+        const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512 values = _mm512_fmadd_ps(_mm512_set1_ps(block->scale), codes,
+                                              _mm512_set1_ps(block->least));
+        const __m512i both
+            = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)block->codes));
+        /* Only the last four bits of an index count. */
+        to[0] = (lanes)_mm512_permutexvar_ps(both, values);
+        to[1] = (lanes)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), values);
+    } else {
+        const EightBits *block = (const EightBits *)row + number;
+        const __m512 scale = _mm512_set1_ps(block->scale);
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; part++) {
+            const __m128i *codes = (const __m128i *)(block->codes + 16 * part);
+            const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(codes));
+            to[part] = (lanes)_mm512_mul_ps(scale, _mm512_cvtepi32_ps(wide));
+        }
+    }
+}
+#else
+#define PARTS 4
+static inline __attribute__((always_inline)) void decode_lanes(const void *row, int64_t number,
+                                                               int64_t bits, lanes *to)
+{
+    decode(row, number, bits, (eight *)to);
+}
+#endif
+
 /* The dot products of the weights of a row of codes with `count` inputs. */
 static inline __attribute__((always_inline)) void
 coded_dots(const void *row, const float *inputs, int64_t size, int64_t bits, int count,
            float *results)
 {
     /* Several sums for each input, because one addition waits for the one before. */
-    const int several = count <= 2 ? 4 : count <= 4 ? 2 : 1;
-    eight sums[TOGETHER][4];
-#pragma GCC unroll 8
+    const int several = count <= 2 ? 4 : count <= 4 ? 2 : PARTS / 2;
+    lanes sums[TOGETHER][4];
+#pragma GCC unroll 16
     for (int r = 0; r < count; r++)
 #pragma GCC unroll 4
         for (int k = 0; k < several; k++)
-            sums[r][k] = (eight){0};
-    for (int64_t b = 0; b < size / CODED; b++) {
-        eight weights[4];
-        decode(row, b, bits, weights);
+            sums[r][k] = (lanes){0};
+    const int64_t blocks = size / CODED;
+    int64_t b = 0;
+    for (; b + 4 / PARTS <= blocks; b += 4 / PARTS) {
+        lanes weights[4];
+        __builtin_prefetch((const char *)row + b * block_size(bits) + AHEAD);
+#pragma GCC unroll 2
+        for (int next = 0; next < 4 / PARTS; next++)
+            decode_lanes(row, b + next, bits, weights + next * PARTS);
 #pragma GCC unroll 4
         for (int k = 0; k < 4; k++)
-#pragma GCC unroll 8
-            for (int r = 0; r < count; r++) {
-                const float *input = inputs + r * size + CODED * b + 8 * k;
-                sums[r][k % several]
-                    = fused_eight(weights[k], *(const eight *)input, sums[r][k % several]);
-            }
+#pragma GCC unroll 16
+            for (int r = 0; r < count; r++)
+                sums[r][k % several] += weights[k]
+                    * *(const lanes *)(inputs + r * size + CODED * b + LANES * k);
     }
-#pragma GCC unroll 8
+    for (; b < blocks; b++) {
+        lanes weights[4];
+        decode_lanes(row, b, bits, weights);
+#pragma GCC unroll 4
+        for (int k = 0; k < PARTS; k++)
+#pragma GCC unroll 16
+            for (int r = 0; r < count; r++)
+                sums[r][k % several] += weights[k]
+                    * *(const lanes *)(inputs + r * size + CODED * b + LANES * k);
+    }
+    lanes joined[TOGETHER];
+#pragma GCC unroll 16
     for (int r = 0; r < count; r++) {
-        eight joined = sums[r][0];
+        joined[r] = sums[r][0];
 #pragma GCC unroll 3
         for (int k = 1; k < several; k++)
-            joined += sums[r][k];
-        results[r] = total_eight(joined);
+            joined[r] += sums[r][k];
     }
+    totals(joined, count, results);
 }
 
 #define CODED_DOTS(count)                                                                       \
@@ -138,6 +233,10 @@ coded_products(const void *row, const float *inputs, int64_t size, int64_t bits,
     switch (count) {
         CODED_DOTS(1) CODED_DOTS(2) CODED_DOTS(3) CODED_DOTS(4)
         CODED_DOTS(5) CODED_DOTS(6) CODED_DOTS(7) CODED_DOTS(8)
+#if TOGETHER == 16
+        CODED_DOTS(9) CODED_DOTS(10) CODED_DOTS(11) CODED_DOTS(12)
+        CODED_DOTS(13) CODED_DOTS(14) CODED_DOTS(15) CODED_DOTS(16)
+#endif
     }
 }
 
@@ -147,7 +246,7 @@ dots(const float *weight, const float *inputs, int64_t size, int count, float *r
 {
     const int several = count <= 2 ? 4 : count <= 4 ? 2 : 1;
     lanes sums[TOGETHER][4];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < count; r++)
 #pragma GCC unroll 4
         for (int k = 0; k < several; k++)
@@ -157,21 +256,22 @@ dots(const float *weight, const float *inputs, int64_t size, int count, float *r
 #pragma GCC unroll 4
         for (int k = 0; k < several; k++) {
             lanes w = *(const lanes *)(weight + at + k * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int r = 0; r < count; r++)
                 sums[r][k] += w * *(const lanes *)(inputs + r * size + at + k * LANES);
         }
-#pragma GCC unroll 8
+    lanes joined[TOGETHER];
+#pragma GCC unroll 16
     for (int r = 0; r < count; r++) {
-        lanes joined = sums[r][0];
+        joined[r] = sums[r][0];
 #pragma GCC unroll 3
         for (int k = 1; k < several; k++)
-            joined += sums[r][k];
-        float sum = total(joined);
-        for (int64_t i = at; i < size; i++)
-            sum += weight[i] * inputs[r * size + i];
-        results[r] = sum;
+            joined[r] += sums[r][k];
     }
+    totals(joined, count, results);
+    for (int r = 0; r < count; r++)
+        for (int64_t i = at; i < size; i++)
+            results[r] += weight[i] * inputs[r * size + i];
 }
 
 #define DOTS(count)                                                                             \
@@ -184,6 +284,9 @@ static inline void products(const float *weight, const float *inputs, int64_t si
 {
     switch (count) {
         DOTS(1) DOTS(2) DOTS(3) DOTS(4) DOTS(5) DOTS(6) DOTS(7) DOTS(8)
+#if TOGETHER == 16
+        DOTS(9) DOTS(10) DOTS(11) DOTS(12) DOTS(13) DOTS(14) DOTS(15) DOTS(16)
+#endif
     }
 }
 

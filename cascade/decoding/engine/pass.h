@@ -1,6 +1,23 @@
 /* A pass over several layers in one parallel region, for functions of a dtype defined before:
  * linear, norm, turn, attend and activate. */
 
+/* Vectors are read fastest from addresses that are multiples of this. */
+#define ALIGNED 64
+
+/* Bytes, rounded up so that what follows is aligned. */
+static inline int64_t aligned(int64_t bytes)
+{
+    return (bytes + ALIGNED - 1) / ALIGNED * ALIGNED;
+}
+
+/* Take bytes from scratch memory. */
+static inline void *take(char **scratch, int64_t bytes)
+{
+    void *taken = *scratch;
+    *scratch += aligned(bytes);
+    return taken;
+}
+
 /* The floats that a product needs: all inputs and one weight vector. */
 static int64_t wide_scratch(const Sizes *sizes, int64_t count)
 {
@@ -12,18 +29,21 @@ static int64_t wide_scratch(const Sizes *sizes, int64_t count)
 /* The bytes of scratch memory of one thread. */
 static int64_t own_scratch(const Sizes *sizes, int64_t count)
 {
-    int64_t elements = count * (sizes->width + sizes->inner) + 2 * sizes->head_dim;
-    int64_t floats = sizes->capacity + MOST + wide_scratch(sizes, count);
-    return sizeof(float) * floats + (sizeof(element) * elements + 3) / 4 * 4;
+    return aligned(sizeof(float) * (sizes->capacity + MOST))
+           + aligned(sizeof(float) * wide_scratch(sizes, count))
+           + aligned(sizeof(element) * count * sizes->width)
+           + aligned(sizeof(element) * count * sizes->inner)
+           + aligned(sizeof(element) * 2 * sizes->head_dim);
 }
 
 /* The bytes of scratch memory that `cascade_layers` needs. */
 int64_t cascade_scratch(const Sizes *sizes, int64_t count)
 {
-    int64_t heads = sizes->heads + 2 * sizes->key_heads;
-    int64_t shared = heads * sizes->head_dim + sizes->heads * sizes->head_dim + sizes->inner;
-    /* Floats behind the elements are aligned. */
-    return (sizeof(element) * count * shared + 3) / 4 * 4 + sizes->threads * own_scratch(sizes, count);
+    const int64_t heads = sizes->heads + 2 * sizes->key_heads;
+    return aligned(sizeof(element) * count * heads * sizes->head_dim)
+           + aligned(sizeof(element) * count * sizes->heads * sizes->head_dim)
+           + aligned(sizeof(element) * count * sizes->inner)
+           + sizes->threads * own_scratch(sizes, count);
 }
 
 void cascade_layers(const Sizes *sizes, const Layer *layers, int64_t number, const Rows *rows,
@@ -33,17 +53,20 @@ void cascade_layers(const Sizes *sizes, const Layer *layers, int64_t number, con
     const int64_t heads = sizes->heads, key_heads = sizes->key_heads, count = rows->count;
     const int64_t all = (heads + 2 * key_heads) * size, threads = sizes->threads;
     const int64_t queries = heads * size, known = key_heads * size;
-    element *mixed = (element *)scratch, *attended = mixed + count * all;
-    element *activated = attended + count * queries;
-    char *own = scratch + (sizeof(element) * (count * (all + queries + inner)) + 3) / 4 * 4;
+    element *mixed = take(&scratch, sizeof(element) * count * all);
+    element *attended = take(&scratch, sizeof(element) * count * queries);
+    element *activated = take(&scratch, sizeof(element) * count * inner);
     const int64_t owned = own_scratch(sizes, count);
 
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-        float *scores = (float *)(own + thread * owned), *wide = scores + sizes->capacity + MOST;
-        element *normed = (element *)(wide + wide_scratch(sizes, count));
-        element *ups = normed + count * width, *small = ups + count * inner;
+        char *own = scratch + thread * owned;
+        float *scores = take(&own, sizeof(float) * (sizes->capacity + MOST));
+        float *wide = take(&own, sizeof(float) * wide_scratch(sizes, count));
+        element *normed = take(&own, sizeof(element) * count * width);
+        element *ups = take(&own, sizeof(element) * count * inner);
+        element *small = take(&own, sizeof(element) * 2 * size);
         int64_t begin, end;
         for (int64_t n = 0; n < number; n++) {
             const Layer *layer = layers + n;
