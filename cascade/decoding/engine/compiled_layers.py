@@ -115,8 +115,8 @@ class CompiledLayers:
         elif first.act_name not in _ACTIVATIONS:
             raise CompilerError(f"the activation {first.act_name} is not compiled")
         self._library = compiled_library(_SOURCES[self._dtype])
-        self._library.cascade_scratch.restype = ctypes.c_int64
-        self._library.cascade_encode.restype = ctypes.c_int64
+        for name in ("cascade_scratch", "cascade_linear_scratch", "cascade_encode"):
+            getattr(self._library, name).restype = ctypes.c_int64
         self._layers = tuple(layers)
         modules = [module for layer in layers for module in layer.projections]
         self._codes = self._codes_of([*modules, *others])
@@ -260,7 +260,9 @@ class CompiledLayers:
         rows = rows.contiguous()
         made = rows.new_empty((len(rows), module.out_features))
         threads = torch.get_num_threads()
-        floats = threads * (len(rows) + 1) * module.in_features
+        floats = self._library.cascade_linear_scratch(
+            *(ctypes.c_int64(value) for value in (module.in_features, len(rows), threads))
+        )
         scratch = torch.empty(floats, dtype=torch.float32, device="cpu")
         self._library.cascade_linear(
             ctypes.byref(self._matrix(module)),

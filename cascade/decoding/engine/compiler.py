@@ -65,7 +65,7 @@ def _source(name: str) -> Path:
 
 
 def _headers() -> list[Path]:
-    return [_FOLDER / name for name in ("layers.h", "codes.h", "pass.h")]
+    return sorted(_FOLDER.glob("*.h"))
 
 
 @functools.cache

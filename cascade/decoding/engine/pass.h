@@ -1,5 +1,5 @@
 /* A pass over several layers in one parallel region, for functions of a dtype defined before:
- * linear, norm, turn, attend and activate. */
+ * linear, norm, turn, attend and activate. A thread calls `enter` before them and `leave` behind. */
 
 /* Vectors are read fastest from addresses that are multiples of this. */
 #define ALIGNED 64
@@ -18,12 +18,18 @@ static inline void *take(char **scratch, int64_t bytes)
     return taken;
 }
 
-/* The floats that a product needs: all inputs and one weight vector. */
+/* The floats that a product needs: all inputs and one weight vector, and what rounds them up. */
+static inline int64_t product_scratch(int64_t count, int64_t size)
+{
+    return (count + 17) * (size + 32);
+}
+
+/* The same for the largest product of a layer. */
 static int64_t wide_scratch(const Sizes *sizes, int64_t count)
 {
     int64_t most = sizes->width > sizes->inner ? sizes->width : sizes->inner;
     int64_t queries = sizes->heads * sizes->head_dim;
-    return (count + 1) * (most > queries ? most : queries);
+    return product_scratch(count, most > queries ? most : queries);
 }
 
 /* The bytes of scratch memory of one thread. */
@@ -68,6 +74,7 @@ void cascade_layers(const Sizes *sizes, const Layer *layers, int64_t number, con
         element *ups = take(&own, sizeof(element) * count * inner);
         element *small = take(&own, sizeof(element) * 2 * size);
         int64_t begin, end;
+        enter();
         for (int64_t n = 0; n < number; n++) {
             const Layer *layer = layers + n;
             for (int64_t r = 0; r < count; r++)
@@ -147,7 +154,14 @@ void cascade_layers(const Sizes *sizes, const Layer *layers, int64_t number, con
                    width, 1, wide);
 #pragma omp barrier
         }
+        leave();
     }
+}
+
+/* The floats of scratch memory that `cascade_linear` needs. */
+int64_t cascade_linear_scratch(int64_t size, int64_t count, int64_t threads)
+{
+    return threads * product_scratch(count, size);
 }
 
 /* results[r, o] = weight[o] . inputs[r] + bias[o]. */
@@ -159,7 +173,9 @@ void cascade_linear(const Matrix *matrix, const element *inputs, int64_t size, i
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         int64_t begin, end;
         share(outputs, team, thread, &begin, &end);
+        enter();
         linear(matrix, inputs, size, count, begin, end, results, outputs, 0,
-               scratch + thread * (count + 1) * size);
+               scratch + thread * product_scratch(count, size));
+        leave();
     }
 }
