@@ -29,7 +29,13 @@ int64_t cascade_permission(void)
     return syscall(SYS_arch_prctl, request, tile_data);
 }
 
-static inline void enter(void)
+/* The columns of the tiles of inputs and sums, for a number of inputs. */
+static inline int64_t columns_of(int64_t count)
+{
+    return count < TILE ? count : TILE;
+}
+
+static inline void enter(int64_t count)
 {
     struct {
         uint8_t palette, start, reserved[14];
@@ -38,7 +44,7 @@ static inline void enter(void)
     } config = {.palette = 1};
     for (int tile = 0; tile < TILES; tile++) {
         config.rows[tile] = TILE;
-        config.bytes[tile] = 2 * DEEP;
+        config.bytes[tile] = tile == WEIGHTS ? sizeof(element) * DEEP : 4 * columns_of(count);
     }
     _tile_loadconfig(&config);
 }
@@ -48,7 +54,8 @@ static inline void leave(void)
     _tile_release();
 }
 
-/* The weights of a block of codes, as bfloat16. */
+/* The weights of a block of codes, as bfloat16. The instruction that rounds takes denormal numbers for
+ * 0; weights that are such numbers have no codes. */
 static inline __attribute__((always_inline)) __m512i halves_of(const void *row, int64_t number,
                                                                int64_t bits)
 {
@@ -58,24 +65,23 @@ static inline __attribute__((always_inline)) __m512i halves_of(const void *row, 
         const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         const __m512 values = _mm512_fmadd_ps(_mm512_set1_ps(block->scale), codes,
                                               _mm512_set1_ps(block->least));
-        const __m256i table = rounded_sixteen(values);
         const __m256i both
             = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)block->codes));
         const __m512i places = _mm512_inserti64x4(_mm512_castsi256_si512(both),
                                                   _mm256_srli_epi16(both, 4), 1);
         /* Only the last five bits of an index count, and the table is there twice. */
-        return _mm512_permutexvar_epi16(places, _mm512_broadcast_i64x4(table));
+        return _mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh(values, values));
     }
     const EightBits *block = (const EightBits *)row + number;
     const __m512 scale = _mm512_set1_ps(block->scale);
-    __m256i part[2];
+    __m512 part[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
         const __m128i *codes = (const __m128i *)(block->codes + 16 * i);
         const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(codes));
-        part[i] = rounded_sixteen(_mm512_mul_ps(scale, _mm512_cvtepi32_ps(wide)));
+        part[i] = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(wide));
     }
-    return _mm512_inserti64x4(_mm512_castsi256_si512(part[0]), part[1], 1);
+    return (__m512i)_mm512_cvtne2ps_pbh(part[1], part[0]);
 }
 
 /* Weights `at` to `at + some` of the outputs `o` to `o + count`, in rows of CHUNK numbers. */
@@ -87,9 +93,10 @@ static inline void prepare(const Matrix *matrix, int64_t o, int64_t count, int64
             memset(to, 0, sizeof(element) * CHUNK);
         } else if (matrix->codes && matrix->coded[o + i]) {
             const char *row = row_of(matrix, o + i, size);
-            const int64_t bytes = block_size(matrix->bits);
-            __builtin_prefetch(row + at / CODED * bytes + AHEAD);
-            __builtin_prefetch(row + at / CODED * bytes + AHEAD + 64);
+            /* The next TILE outputs are read next. */
+            const int64_t bytes = block_size(matrix->bits), next = TILE * (size / CODED) * bytes;
+            for (int64_t ahead = 0; ahead < CHUNK / CODED * bytes; ahead += 64)
+                __builtin_prefetch(row + at / CODED * bytes + next + ahead);
             for (int64_t b = 0; b < some; b += CODED) {
                 const __m512i found = matrix->bits == 4 ? halves_of(row, (at + b) / CODED, 4)
                                                         : halves_of(row, (at + b) / CODED, 8);
@@ -111,14 +118,56 @@ static inline int plain(const Matrix *matrix, int64_t o, int64_t count, int64_t 
     return !coded && count == TILE && size % DEEP == 0;
 }
 
-/* Inputs as the tiles need them: pairs of neighbouring numbers, `[size / 2, TILE, 2]`. */
-static void in_pairs(const element *inputs, int64_t size, int64_t count, element *to)
+/* `count` inputs as the tiles need them: pairs of neighbouring numbers, `[whole / 2, columns, 2]`. */
+static void in_pairs(const element *inputs, int64_t size, int64_t count, int64_t whole,
+                     int64_t columns, element *to)
 {
-    const int64_t whole = (size + DEEP - 1) / DEEP * DEEP;
-    memset(to, 0, sizeof(element) * whole * TILE);
-    for (int64_t r = 0; r < count; r++)
-        for (int64_t i = 0; i < size; i++)
-            to[(i / 2 * TILE + r) * 2 + i % 2] = inputs[r * size + i];
+    if (whole > size || columns > count)
+        memset(to, 0, sizeof(element) * whole * columns);
+    for (int64_t r = 0; r < count; r++, inputs += size) {
+        for (int64_t i = 0; i + 2 <= size; i += 2)
+            memcpy(to + i * columns + 2 * r, inputs + i, 2 * sizeof(element));
+        if (size % 2)
+            to[(size - 1) * columns + 2 * r] = inputs[size - 1];
+    }
+}
+
+/* Up to 16 numbers. */
+static inline __m512 wide_part(const element *from, __mmask16 mask)
+{
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+/* Sixteen numbers, rounded to bfloat16. Denormal numbers stay what they are. */
+static inline __m256i rounded_sixteen(__m512 values)
+{
+    const __m512i whole = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(whole, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(whole, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 unknown = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(
+        _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), unknown, _mm512_set1_epi32(0x7fc0)));
+}
+
+/* The sums of `count` outputs, `columns` numbers apart, go to one row of results. */
+static inline void put(const float *sums, int64_t columns, const element *bias, int64_t count,
+                       int adds, element *result)
+{
+    const __mmask16 mask = 0xffff >> (TILE - count);
+    const __m512i places = _mm512_mullo_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+        _mm512_set1_epi32((int)columns));
+    __m512 found = _mm512_i32gather_ps(places, sums, sizeof(float));
+    if (bias)
+        found = _mm512_add_ps(found, wide_part(bias, mask));
+    __m256i made = (__m256i)_mm512_cvtneps_pbh(found);
+    if (adds) {
+        const __m512 wide
+            = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(made), 16));
+        made = rounded_sixteen(_mm512_add_ps(wide_part(result, mask), wide));
+    }
+    _mm256_mask_storeu_epi16(result, mask, made);
 }
 
 /* results[r, o] (+)= weight[o] . inputs[r] + bias[o], for outputs begin..end-1. */
@@ -127,13 +176,14 @@ static void linear(const Matrix *matrix, const element *inputs, int64_t size, in
                    float *wide)
 {
     const int64_t whole = (size + DEEP - 1) / DEEP * DEEP;
+    const int64_t columns = columns_of(count), stride = 4 * columns;
     const int more = count > TILE;
-    element *pairs = (element *)wide, *others = pairs + whole * TILE;
+    element *pairs = (element *)wide, *others = pairs + whole * columns;
     element weights[TILE * CHUNK];
     float found[2][TILE * TILE];
-    in_pairs(inputs, size, more ? TILE : count, pairs);
+    in_pairs(inputs, size, columns, whole, columns, pairs);
     if (more)
-        in_pairs(inputs + TILE * size, size, count - TILE, others);
+        in_pairs(inputs + TILE * size, size, count - TILE, whole, columns, others);
     for (int64_t o = begin; o < end; o += TILE) {
         const int64_t some = end - o < TILE ? end - o : TILE;
         const int as_they_are = plain(matrix, o, some, size);
@@ -150,24 +200,19 @@ static void linear(const Matrix *matrix, const element *inputs, int64_t size, in
                     _tile_loadd(WEIGHTS, matrix->weight + o * size + at + i, sizeof(element) * size);
                 else
                     _tile_loadd(WEIGHTS, weights + i, sizeof(element) * CHUNK);
-                _tile_loadd(INPUTS, pairs + (at + i) * TILE, 4 * TILE);
+                _tile_loadd(INPUTS, pairs + (at + i) * columns, stride);
                 _tile_dpbf16ps(SUMS, WEIGHTS, INPUTS);
                 if (more) {
-                    _tile_loadd(INPUTS, others + (at + i) * TILE, 4 * TILE);
+                    _tile_loadd(INPUTS, others + (at + i) * columns, stride);
                     _tile_dpbf16ps(MORE_SUMS, WEIGHTS, INPUTS);
                 }
             }
         }
-        _tile_stored(SUMS, found[0], 4 * TILE);
-        _tile_stored(MORE_SUMS, found[1], 4 * TILE);
-        for (int64_t i = 0; i < some; i++)
-            for (int64_t r = 0; r < count; r++) {
-                element *result = results + r * width + o + i;
-                const float sum = found[r / TILE][i * TILE + r % TILE];
-                element made
-                    = rounded(matrix->bias ? sum + number(matrix->bias[o + i]) : sum);
-                *result = adds ? rounded(number(*result) + number(made)) : made;
-            }
+        _tile_stored(SUMS, found[0], stride);
+        _tile_stored(MORE_SUMS, found[1], stride);
+        for (int64_t r = 0; r < count; r++)
+            put(found[r / TILE] + r % TILE, columns, matrix->bias ? matrix->bias + o : 0, some,
+                adds, results + r * width + o);
     }
 }
 

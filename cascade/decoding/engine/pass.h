@@ -74,7 +74,7 @@ void cascade_layers(const Sizes *sizes, const Layer *layers, int64_t number, con
         element *ups = take(&own, sizeof(element) * count * inner);
         element *small = take(&own, sizeof(element) * 2 * size);
         int64_t begin, end;
-        enter();
+        enter(count);
         for (int64_t n = 0; n < number; n++) {
             const Layer *layer = layers + n;
             for (int64_t r = 0; r < count; r++)
@@ -173,7 +173,7 @@ void cascade_linear(const Matrix *matrix, const element *inputs, int64_t size, i
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         int64_t begin, end;
         share(outputs, team, thread, &begin, &end);
-        enter();
+        enter(count);
         linear(matrix, inputs, size, count, begin, end, results, outputs, 0,
                scratch + thread * product_scratch(count, size));
         leave();

@@ -228,7 +228,7 @@ def test_engine_without_a_compiler_is_fused(monkeypatch: pytest.MonkeyPatch) -> 
     ("script", "reason"),
     [
         ("echo 'error: no OpenMP' >&2; exit 1", "fails (error: no OpenMP)"),
-        ('case "$1" in --version) echo 1;; *) echo junk > "${@: -2:1}";; esac', "cannot be loaded"),
+        ('case "$2" in -dM) echo 1;; *) echo junk > "${@: -2:1}";; esac', "cannot be loaded"),
     ],
 )
 def test_compiler_that_fails_is_reported(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -95,6 +95,21 @@ def test_chosen_kernels_are_linear_in_fp32() -> None:
     for count in range(1, 41):
         rows = rows_of(count)
         assert (matrix(rows) - joined(modules, rows)).abs().max() <= CLOSE
+
+
+def test_rows_by_themselves_are_never_ruled_out_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They round right where no other kernel does, however fast a joint product is."""
+    limits: list[float] = []
+
+    def times(function: Any, shape: Any, given: Sequence[float]) -> tuple[float, ...]:
+        limits.append(given[0])
+        return (1.0,) * len(TIMED)
+
+    monkeypatch.setattr(matrices, "_times", times)
+    measure(Shape.of(modules_of(torch.bfloat16, "no")))
+    by_name = dict(zip(KERNELS, limits, strict=False))
+    assert by_name["linear"] == by_name["single"] == float("inf")
+    assert by_name["packed"] < float("inf")
 
 
 def packed_is_fastest() -> Callable[..., tuple[float, ...]]:
