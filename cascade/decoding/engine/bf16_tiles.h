@@ -12,8 +12,9 @@
 /* Weights of an output that are prepared for the tiles at a time. */
 #define CHUNK 128
 
-/* Numbers of a vector of attention. */
+/* Numbers of a vector of attention, and the vectors that weights are added up in. */
 #define ATTENTION_LANES 16
+#define ATTENTION_SUMS 2
 
 /* Tiles. Their numbers become names of registers, so they are no constants of C. */
 #define SUMS 0

@@ -4,8 +4,9 @@
 /* Inputs whose products are summed together; more do not fit in the registers. */
 #define TOGETHER 8
 
-/* Numbers of a vector of attention. */
+/* Numbers of a vector of attention, and the vectors that weights are added up in. */
 #define ATTENTION_LANES 8
+#define ATTENTION_SUMS 2
 
 typedef float quarters __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t quarter_bits __attribute__((vector_size(16), aligned(4), may_alias));

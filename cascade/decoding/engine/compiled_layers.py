@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cascade.decoding.engine.codes import Codes, codes_of
 from cascade.decoding.engine.compiler import CompilerError, compiled_library
 from cascade.decoding.engine.modules import LayerModules
+from cascade.decoding.engine.rounding import differs_from_attention, differs_from_norm
 from cascade.decoding.engine.rows import MAX_ROWS, Rows
 from cascade.decoding.kv_cache import KeyValueCache
 
@@ -137,6 +138,16 @@ class CompiledLayers:
             raise CompilerError("layers differ in their shapes")
         if not _fit_together(first):
             raise CompilerError("its projections have other shapes than Llama's")
+        if self._dtype != torch.float32:
+            self._check_rounding(first)
+
+    @torch.no_grad()
+    def _check_rounding(self, layer: LayerModules) -> None:
+        if differs_from_attention(self._library, layer.head_dim):
+            raise CompilerError("PyTorch rounds attention in another way on this machine")
+        norm = layer.attention_norm
+        if differs_from_norm(self._library, norm, _epsilon(norm)):
+            raise CompilerError("PyTorch rounds norms in another way on this machine")
 
     @property
     def copied_bytes(self) -> int:

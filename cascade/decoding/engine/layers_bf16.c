@@ -212,16 +212,17 @@ static void attend(const element *query, const element *keys, const element *val
             largest = scores[i] > largest || scores[i] != scores[i] ? scores[i] : largest;
         }
         largest = most > largest ? most : largest;
-        attention_lanes sums[2] = {{0}, {0}};
+        attention_lanes sums[2] = {{0}};
         int64_t i = 0;
         for (; i + ATTENTION_LANES <= some; i += ATTENTION_LANES) {
             for (int k = 0; k < ATTENTION_LANES; k++)
                 scores[i + k] = power(scores[i + k] - largest);
-            sums[i / ATTENTION_LANES % 2] += *(attention_lanes *)(scores + i);
+            sums[i / ATTENTION_LANES % ATTENTION_SUMS] += *(attention_lanes *)(scores + i);
         }
         float found = attention_total(sums[0] + sums[1]);
         for (; i < some; i++) {
-            scores[i] = expf(scores[i] - largest);
+            /* In double precision: expf is off by an ulp in one of some hundred cases. */
+            scores[i] = (float)exp((double)(scores[i] - largest));
             found += scores[i];
         }
         const float factor = expf(most - largest);
@@ -242,3 +243,23 @@ static void attend(const element *query, const element *keys, const element *val
 }
 
 #include "pass.h"
+
+/* --- For tests of rounding -------------------------------------------------------------------- */
+
+/* Attention of one query for each of `heads` heads over `count` keys. */
+void cascade_attention(const element *queries, const element *keys, const element *values,
+                       int64_t heads, int64_t count, int64_t size, double scaling, float *scores,
+                       element *results)
+{
+    for (int64_t h = 0; h < heads; h++)
+        attend(queries + h * size, keys + h * count * size, values + h * count * size, 0, count, 0,
+               0, size, (float)scaling, scores, results + h * size);
+}
+
+/* The norm of each of `count` rows. */
+void cascade_norm(const element *weight, const element *inputs, int64_t count, int64_t size,
+                  double epsilon, element *results)
+{
+    for (int64_t r = 0; r < count; r++)
+        norm(weight, inputs + r * size, size, epsilon, results + r * size);
+}

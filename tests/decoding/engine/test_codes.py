@@ -133,6 +133,17 @@ def test_a_row_with_another_weight_is_read_as_it_is(dtype: torch.dtype, change: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_denormal_weights_have_no_codes(dtype: torch.dtype) -> None:
+    """Some instructions take them for 0."""
+    weight = torch.full((8, 64), 1.0)
+    weight[3, 7] = 1e-39
+    codes = found_codes(weight.to(dtype))
+    assert codes is None or codes.coded.tolist() == [row != 3 for row in range(8)]
+    weight[3, 7] = 0.0
+    assert found_codes(weight.to(dtype)) is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.0, 1.5, -0.0123])
 def test_constant_weights_have_codes(dtype: torch.dtype, value: float) -> None:
     assert found_codes(torch.full((8, 64), value, dtype=dtype)) is not None

@@ -6,6 +6,8 @@ import copy
 import ctypes
 import pickle
 import random
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,17 +126,20 @@ def test_sequences_of_different_lengths_match_the_model(kind: EngineKind) -> Non
     assert (made - expected).abs().max() <= CLOSE
 
 
+@pytest.mark.parametrize("count", [11, 23])  # a tile of AMX has 16 rows
 @pytest.mark.parametrize("kind", ["auto", "fused"])
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_rows_in_half_precision_are_those_of_single_tokens(family: str, kind: EngineKind) -> None:
+def test_rows_in_half_precision_are_those_of_single_tokens(
+    family: str, kind: EngineKind, count: int
+) -> None:
     # Compiled layers are exact on some processors only, so "auto" takes what passes the test.
     engine = DecodingEngine(stack_of(family, torch.bfloat16), kind)
-    ids = random_ids(1, 20)[0]
-    one, other = filled(engine, ids[:9], 24), filled(engine, ids[:9], 24)
-    joint = states_of(engine, Rows.chains([0], [9], [11]), ids[9:], one)
+    ids = random_ids(1, 9 + count)[0]
+    one, other = filled(engine, ids[:9], 9 + count), filled(engine, ids[:9], 9 + count)
+    joint = states_of(engine, Rows.chains([0], [9], [count]), ids[9:], one)
     single = [
         states_of(engine, Rows.chains([0], [column], [1]), ids[column : column + 1], other)
-        for column in range(9, 20)
+        for column in range(9, 9 + count)
     ]
     assert torch.equal(joint, torch.cat(single))
     assert torch.equal(engine.logits(joint), torch.cat([engine.logits(row) for row in single]))
@@ -246,6 +251,37 @@ def test_compiler_that_fails_is_reported(
         assert reason in str(error.value)
     finally:
         compiler.compiled_library.cache_clear()
+
+
+@needs_compiler
+def test_library_that_the_kernel_does_not_permit_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tiles of AMX need the kernel's permission; without it, their instructions end the process."""
+    compiler.compiled_library("fp32")
+    compiler.compiled_library.cache_clear()
+    refused = SimpleNamespace(cascade_permission=lambda: -1)
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: refused)
+    try:
+        with pytest.raises(compiler.CompilerError, match=r"does not permit .* tiles"):
+            compiler.compiled_library("fp32")
+    finally:
+        compiler.compiled_library.cache_clear()
+
+
+@needs_compiler
+def test_libraries_belong_to_the_instructions_of_a_processor(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Virtual machines share names of processors that have different instructions."""
+    names = set()
+    for flags in ("", "-mno-avx2"):
+        fake = tmp_path / f"cc{flags}"
+        fake.write_text(f'#!/bin/bash\nexec cc "$@" {flags}\n')
+        fake.chmod(0o755)
+        monkeypatch.setenv("CC", str(fake))
+        names.add(compiler.library_path("fp32").name)
+    assert len(names) == 2 or "avx2" not in Path("/proc/cpuinfo").read_text()
 
 
 @needs_compiler
