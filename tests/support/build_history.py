@@ -7,11 +7,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from support.build_profiles import a_profile, profile_of, provenance, similarities_of
+import numpy as np
 
 from cascade.core.records import packed, to_json
 from cascade.core.schema import to_plain
 from cascade.gate.baselines import StoredProfile
+from support.build_profiles import profile_of, provenance, similarities_of
 
 #: Where a baseline lies in the repositories of these tests.
 BASELINE = "baselines/tiny/words.saturation.json"
@@ -46,9 +47,8 @@ def drifted(steps: float, *, layer: int = 1, **about: Any) -> StoredProfile:
 
 def other_text(seed: int, shift: float = 0.0) -> StoredProfile:
     """Return a profile of other sequences of the same corpus, some of which moved."""
-    values = similarities_of(40, seed=seed, shift=shift)
-    prints = a_profile(40).arrays()["sequence_fingerprint"] + 1000 * (seed + 1)
-    return profile_of(values, fingerprints=prints)
+    values = similarities_of(200, seed=seed, shift=shift)
+    return profile_of(values, fingerprints=np.arange(200) + 1000 * seed)
 
 
 def write_profile(path: Path, profile: StoredProfile) -> None:

@@ -244,6 +244,7 @@ def _layer_change(row: MeanRow, cells: Sequence[CellRow]) -> LayerChange:
         change=change,
         limit=None if mean is None else mean.limit,
         standardized=None if mean is None else mean.standardized,
+        mean_verdict=None if mean is None else mean.verdict,
         verdict=worst.verdict,
         statistic=worst.statistic,
     )

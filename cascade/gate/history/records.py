@@ -31,6 +31,7 @@ class LayerChange(Part, frozen=True, kw_only=True):
         limit: The tolerance or margin of the mean.
         standardized: The largest change of a sequence's mean in tolerances, or the change of the
             mean over different sequences in margins; None if a side has no value.
+        mean_verdict: The verdict of the mean; None if it was not compared.
         verdict: The worst verdict of the layer's statistics.
         statistic: The statistic that is farthest beyond its limit, or nearest to it.
     """
@@ -39,6 +40,7 @@ class LayerChange(Part, frozen=True, kw_only=True):
     change: Finite | None
     limit: Finite | None
     standardized: Finite | None
+    mean_verdict: CellVerdict | None
     verdict: CellVerdict
     statistic: str
 
@@ -122,7 +124,8 @@ class LayerDrift(Part, frozen=True, kw_only=True):
         up: The number of steps in which the mean rose.
         down: The number of steps in which the mean fell.
         largest_step: The largest change of a single step, in tolerances or margins.
-        slow: Whether the cumulative change fails although no single step did.
+        slow: Whether the cumulative change fails although no single step did, of the mean or of all
+            statistics together.
     """
 
     layer: Text

@@ -152,7 +152,6 @@ def _drift(
         start = end - total.change
     sizes = [step.standardized for step in steps if step.standardized is not None]
     changes = [step.change for step in steps if step.change is not None]
-    sudden = any(step.verdict == "FAIL" for step in steps)
     return LayerDrift(
         layer=total.layer,
         start=start,
@@ -164,5 +163,12 @@ def _drift(
         up=sum(change > 0 for change in changes),
         down=sum(change < 0 for change in changes),
         largest_step=max(sizes, key=abs, default=None),
-        slow=total.verdict == "FAIL" and whole and not sudden,
+        slow=whole and _is_slow(total, steps),
     )
+
+
+def _is_slow(total: LayerChange, steps: Sequence[LayerChange]) -> bool:
+    """Return whether a cumulative change fails although no step did."""
+    means = total.mean_verdict, [step.mean_verdict for step in steps]
+    layers = total.verdict, [step.verdict for step in steps]
+    return any(whole == "FAIL" and "FAIL" not in parts for whole, parts in (means, layers))

@@ -153,9 +153,11 @@ class WorkTree:
             return []
         # `--follow` shows no merges. They count where the two sides were merged into a third.
         log = ("log", "--topo-order", "--full-history", f"--format={_FORMAT}", "--encoding=UTF-8")
-        commits = [commit for commit, _ in _commits(self._git(*log, "-z", "--", *names))]
+        pairs = [(name, str(PurePosixPath(name).with_suffix(companion_suffix))) for name in names]
+        paths = [path for pair in pairs for path in pair]
+        commits = [commit for commit, _ in _commits(self._git(*log, "-z", "--", *paths))]
         found: list[CommittedFile] = []
-        for version in self._contents(commits[::-1], names, companion_suffix):
+        for version in self._contents(commits[::-1], pairs):
             before = found[-1] if found else None
             if before is None or (before.blob, before.companion) != (
                 version.blob,
@@ -178,10 +180,9 @@ class WorkTree:
         return list(dict.fromkeys(names))
 
     def _contents(
-        self, commits: Sequence[Commit], names: Sequence[str], companion_suffix: str
+        self, commits: Sequence[Commit], pairs: Sequence[tuple[str, str]]
     ) -> Iterator[CommittedFile]:
-        """Yield the file of each commit that has it, under its newest name there."""
-        pairs = [(name, str(PurePosixPath(name).with_suffix(companion_suffix))) for name in names]
+        """Yield file and companion of each commit that has the file, under its newest name."""
         asked = [
             f"{commit.number}:{name}\n" for commit in commits for pair in pairs for name in pair
         ]

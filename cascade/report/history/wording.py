@@ -60,21 +60,22 @@ def outcome_words(series: VersionSeries) -> str:
     far = farthest(series.drifts)
     if far is None:
         return f"{headline}, {since}"
-    moved = f"layer {far.layer} moved most, by {_distance(far)} {unit}"
+    moved = f"layer {far.layer} moved most, by {number(far.standardized)} {unit}"
     return f"{headline}, {since}; {moved}"
 
 
 def _slow_words(series: VersionSeries, unit: str, since: str) -> str:
     slow = [drift for drift in series.drifts if drift.slow]
     far = farthest(slow) or slow[0]
-    steps = far.up + far.down
     layers = [drift.layer for drift in slow]
-    names = listed(layers) if len(layers) <= _NAMED else f"{counted(len(layers), 'layer')}"
-    where = f"layer{'s' * (len(layers) > 1)} {names}" if len(layers) <= _NAMED else names
+    many = "" if len(layers) == 1 else f"s {listed(layers)}"
+    if len(layers) > _NAMED:
+        many = f"s {', '.join(layers[:_NAMED])} and {len(layers) - _NAMED:,} more"
+    which = f" {far.layer}" if len(layers) == 1 else f"{many}, most in layer {far.layer}"
     return (
-        f"no step failed in {where}, but together they did: {counted(steps, 'step')} moved layer "
-        f"{far.layer} by {_distance(far)} {unit} {since}, {far.up:,} up and {far.down:,} down, "
-        f"the largest by {number(far.largest_step)}"
+        f"small steps add up in layer{which}: {counted(far.up + far.down, 'step')} moved its mean "
+        f"by {number(far.standardized)} {unit} {since}, {far.up:,} up and {far.down:,} down, the "
+        f"largest by {number(far.largest_step)}"
     )
 
 
@@ -82,10 +83,6 @@ def farthest(drifts: Sequence[LayerDrift]) -> LayerDrift | None:
     """Return the layer whose mean moved most; None if no layer has a value."""
     measured = [drift for drift in drifts if drift.standardized is not None]
     return max(measured, key=lambda drift: abs(drift.standardized or 0.0), default=None)
-
-
-def _distance(drift: LayerDrift) -> str:
-    return number(drift.standardized)
 
 
 def start_name(series: VersionSeries) -> str:
