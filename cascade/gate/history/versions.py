@@ -107,7 +107,7 @@ def _is_same(tree: WorkTree, here: Path, file: CommittedFile) -> bool:
     arrays = here.with_suffix(_ARRAYS)
     blobs = [(here, file.blob), (arrays, file.companion)]
     if all(
-        path.is_file() and blob is not None and path.read_bytes() == tree.content(blob)
+        (path.read_bytes() if path.is_file() else None) == (blob and tree.content(blob))
         for path, blob in blobs
     ):
         return True

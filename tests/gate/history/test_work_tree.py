@@ -1,4 +1,4 @@
-"""The versions of a file in git: order, renames, copies, merges, and repositories that lack some."""
+"""The versions of a file in git: order, renames, copies, merges, incomplete repositories."""
 
 from __future__ import annotations
 
