@@ -128,6 +128,7 @@ def _pictures(series: VersionSeries, place: int) -> Iterator[Block]:
             f"Change of the mean similarity since {start_name(series)}. The band is what the gate "
             "accepts in one comparison.",
         )
+    slow = " An arrow marks slow drift." if any(drift.slow for drift in series.drifts) else ""
     for against, heading, caption in _MAPS:
         drawing = history_map_svg(series, against, f"map-{place}-{against}")
         if drawing is not None:
@@ -137,7 +138,7 @@ def _pictures(series: VersionSeries, place: int) -> Iterator[Block]:
                 drawing,
                 f"Rows are layers, columns are versions, the oldest first. Colours show the "
                 f"change of the mean from {caption}. A cell beyond its limit has a frame and a "
-                "sign. Hatched versions are not compared.",
+                f"sign. Hatched versions are not compared.{slow}",
             )
 
 

@@ -304,10 +304,10 @@ def number(value: float | None) -> str:
 
 
 def worst_first(drifts: Sequence[LayerDrift]) -> list[LayerDrift]:
-    """Return the layers that did not pass, the slow ones first, each group the farthest first."""
-    order = {"FAIL": 1, "INCONCLUSIVE": 2}
+    """Return the layers that did not pass, failures first, each group the farthest first."""
+    order = {"FAIL": 0, "INCONCLUSIVE": 1}
 
     def badness(drift: LayerDrift) -> tuple[int, float]:
-        return 0 if drift.slow else order[drift.verdict], -abs(drift.standardized or 0.0)
+        return order[drift.verdict], -abs(drift.standardized or 0.0)
 
     return sorted((drift for drift in drifts if drift.verdict in order), key=badness)

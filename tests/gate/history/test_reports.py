@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace as changed
 from support.build_comparisons import a_session
-from support.build_history import drifted, write_profile
+from support.build_history import SMALL, drifted, write_profile
 from support.build_profiles import a_profile, profile_of, provenance, similarities_of
 
 from cascade.core.records import write_record
@@ -147,6 +147,15 @@ def test_reports_over_different_sequences_are_not_compared_with_each_other(
         "NOT COMPARABLE",
         "the two gates compared different sequences",
     )
+
+
+def test_drift_is_not_called_slow_where_a_step_was_not_compared(tmp_path: Path) -> None:
+    """A gate stops early where it fails, so that the step before is over other sequences."""
+    write_gate(tmp_path / "1/report.json", drifted(1), drifted(0))
+    values = similarities_of(12)[:, :4]
+    values[1] += 9 * SMALL
+    write_gate(tmp_path / "2/report.json", profile_of(values), drifted(0))
+    assert reports_of(tmp_path).outcome == "drift"
 
 
 def test_reports_of_another_dtype_are_not_comparable(tmp_path: Path) -> None:
