@@ -295,6 +295,17 @@ def test_a_baseline_that_was_removed_from_the_work_tree_has_a_history(
     assert found.notes == ["the file is not in the work tree"]
 
 
+def test_a_shallow_clone_says_that_versions_are_missing(
+    repository: Repository, tmp_path: Path
+) -> None:
+    for k in range(3):
+        repository.accept(drifted(k), f"Step {k}")
+    repository.git("clone", "--quiet", "--depth=1", repository.folder.as_uri(), f"{tmp_path}/c")
+    (found,) = read_history(tmp_path / "c/baselines").series
+    assert len(found.versions) == 1
+    assert [note for note in found.notes if "git fetch --unshallow" in note]
+
+
 def test_last_reads_the_newest_versions_only(repository: Repository) -> None:
     numbers = [repository.accept(drifted(k), f"Step {k}") for k in range(4)]
     found = history_of(repository, last=2)
