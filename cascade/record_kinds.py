@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "cascade-evaluation": ("stages.records", "CascadeEvaluationRecord"),
     "comparison": ("gate.records", "ComparisonRecord"),
     "report": ("gate.records", "SessionRecord"),
+    "history": ("gate.history.records", "HistoryRecord"),
     "budgets": ("gate.records", "BudgetsRecord"),
     "noise": ("gate.records", "NoiseRecord"),
     "explanation": ("studies.explanations.records", "LayerExplanation"),

@@ -7,6 +7,7 @@ from cascade.cli.app import app, main
 _MODULES = (
     "analyze",
     "gate",
+    "history",
     "accept",
     "heads",
     "evaluate",

@@ -50,6 +50,7 @@ from cascade.evaluation.search.records import SearchRecord
 from cascade.exits.fitted_heads import load_heads
 from cascade.gate.baselines import read_profile
 from cascade.gate.budgets import read_budgets
+from cascade.gate.history.records import HistoryRecord
 from cascade.gate.records import NoiseRecord, SessionRecord
 from cascade.saturation.records import NoiseFloor
 from cascade.stages.hard_tokens import plan
@@ -266,6 +267,12 @@ CASES: Mapping[str, Case] = {
             _analyze(160, "--output", "other"),
             _words("compare run other --output out"),
         ),
+    ),
+    "history": Case(
+        _words("history run --output out --overwrite --seed 1"),
+        lambda models: read_typed(Path("out/history.json"), HistoryRecord).command,
+        (_analyze(160, *OVER), _words("history run --output out")),
+        files="here/out/.*",
     ),
     "fit-heads": Case(
         (*_FIT, "--layers", "2,3"),

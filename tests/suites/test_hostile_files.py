@@ -145,6 +145,8 @@ def test_a_name_of_a_baseline_is_valid_on_every_system(name: str) -> None:
         ("accept", "x" * 300),
         ("accept", "run", "--baselines", "x" * 300),
         ("compare", "y/" * 3000, "run"),
+        ("history", "x" * 300),
+        ("history", "y/" * 3000),
         ("generate", "--model", "tiny", "--prompt", "x", "--heads", "x" * 100_000),
         ("generate", "--model", "tiny", "--prompt", "x", "--stop", "\udcff"),
         ("analyze", "--model", "x" * 300),

@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -236,6 +237,7 @@ def lay_out(folder: Path, saved: Path) -> None:
     texts = [forms.record_text(record, source="", number=1) for record in records]
     shutil.copytree(saved / "reference", folder / "checkpoint")
     (folder / "pyproject.toml").touch()  # the top of a project
+    subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
     lines = "".join(json.dumps({"body": text}) + "\n" for text in texts)
     (folder / "text.jsonl").write_text(lines, encoding="utf-8")
     chats = [

@@ -38,7 +38,8 @@ from support.html import Page, ids, svgs
 from cascade.core.schema import from_plain, to_plain
 from cascade.gate.drift import compare
 from cascade.gate.records import CellRow, ComparisonRecord, Overrun, session_record
-from cascade.report.gate.figures import drift_map_svg, profiles_svg, shade
+from cascade.report.common.heat_map import shade
+from cascade.report.gate.figures import drift_map_svg, profiles_svg
 from cascade.report.gate.page import report_page
 from cascade.report.gate.wording import cell_name, cell_row, distance, worst_cells
 

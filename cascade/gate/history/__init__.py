@@ -1,0 +1,1 @@
+"""How a baseline moved: its versions in git, or the reports in a folder, compared in order."""
