@@ -91,8 +91,8 @@ class CompiledLayers:
     Codes are made where they give the same weights to the bit; see `Codes`. Otherwise there is no
     second copy.
 
-    In bfloat16, they compute bit for bit what PyTorch computes on processors with AVX2 and without
-    instructions for bfloat16. On other processors, the self-test finds a difference.
+    In bfloat16, they compute bit for bit what PyTorch computes on processors with AMX, and on those
+    with AVX2 and without instructions for bfloat16. On other processors, tests find a difference.
 
     Args:
         layers: The layers.

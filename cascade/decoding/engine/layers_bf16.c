@@ -1,10 +1,11 @@
 /* Decoder layers with Llama's modules in bfloat16, bit for bit as PyTorch computes them.
  *
- * The order of every sum and the place of every rounding are those of PyTorch's own kernels for
- * processors with AVX2 and without instructions for bfloat16 (release 2.13: `F.linear`, sums over a
- * row, `scaled_dot_product_attention` of one query in blocks of 512 keys, with its approximation of
- * the exponential). Where PyTorch computes otherwise, the self-test of the engine finds a
- * difference, and these layers are not used.
+ * The order of every sum and the place of every rounding are those of PyTorch's own kernels (release
+ * 2.13: `F.linear`, sums over a row, `scaled_dot_product_attention` of one query in blocks of 512
+ * keys, with its approximation of the exponential). They depend on the processor: `bf16_tiles.h` has
+ * the products of processors with AMX, `bf16_vectors.h` those of processors with AVX2 and without
+ * instructions for bfloat16. Where PyTorch computes otherwise, tests find a difference, and these
+ * layers are not used.
  *
  * All weights are read once per call, whatever the number of rows. Products of two bfloat16 numbers
  * are exact in fp32, so fusing them with an addition changes nothing.
