@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "history": ("gate.history.records", "HistoryRecord"),
     "budgets": ("gate.records", "BudgetsRecord"),
     "noise": ("gate.records", "NoiseRecord"),
+    "baselines-copy": ("gate.remote.records", "BaselinesCopyRecord"),
     "explanation": ("studies.explanations.records", "LayerExplanation"),
     "final-norm": ("studies.explanations.records", "FinalNormExplanation"),
     "corpus-comparison": ("studies.comparisons.corpus_records", "CorpusComparison"),

@@ -26,6 +26,7 @@ from cascade.benchmarks.timing import (
 )
 from cascade.core.provenance import provenance_of
 from cascade.core.schema import Count, Finite, Part
+from cascade.core.urls import is_url, redacted
 from cascade.corpora.blocks import TokenBlocks
 from cascade.corpora.readers import EMBEDDED
 from cascade.gate.baseline_corpus import GivenCorpus, baseline_blocks
@@ -34,6 +35,7 @@ from cascade.gate.baselines import StoredProfile, read_profile
 from cascade.gate.comparison import environment_differences
 from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import QUICK_TOKENS, quick_blocks, quick_ids, run_gate
+from cascade.gate.remote.baselines import RemoteBaselines
 from cascade.models.checkpoints.weights import model_name
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
@@ -66,8 +68,9 @@ class GateBenchmarkConfig(BenchmarkConfig):
     """Options of the benchmark of the quick gate.
 
     Attributes:
-        baselines: Folder of all baselines (default: `baselines` in the current folder, then those
-            shipped with the package). The model's baseline on the embedded corpus is used.
+        baselines: Folder of all baselines, or its address (default: `baselines` in the current
+            folder, then those shipped with the package). The model's baseline on the embedded
+            corpus is used.
         tokens: Token budget of the gate. A model without drift uses all of it.
 
     Raises:
@@ -149,8 +152,7 @@ def benchmark_gate(
         DeviceError: The device is missing.
     """
     with session(config, progress) as (config, run):
-        path = _baseline_path(config)
-        run.progress(f"Baseline: {described(path)}")
+        path = _baseline_path(config, run.progress)
         baseline = read_profile(path)
         run.progress(f"Loading {config.model}")
         stack = load(config.model, device=config.device)
@@ -171,6 +173,7 @@ def benchmark_gate(
     provenance = provenance_of(stack, few, command)
     ratios = run.ratios(timings, [("gate", "bare"), ("noise", "bare")])
     settings = asdict(config) | {
+        "baselines": None if config.baselines is None else redacted(config.baselines),
         "tokens": few.tokens,
         "seq_len": few.ids.shape[1],
         "batch_size": len(few.ids),
@@ -206,10 +209,22 @@ def gate_targets(ratio: Ratio, alone: dict[str, TimedAlone]) -> list[Target]:
     ]
 
 
-def _baseline_path(config: GateBenchmarkConfig) -> Path:
-    folder = None if config.baselines is None else Path(config.baselines)
-    model = model_name(config.model)
-    return find_baseline(folder, "saturation", model=model, corpus=EMBEDDED)
+def _baseline_path(config: GateBenchmarkConfig, progress: Callable[[str], None]) -> Path:
+    """Return the path of the baseline, after saying which one it is."""
+    place, model = config.baselines, model_name(config.model)
+    if place is None or not is_url(place):
+        folder = None if place is None else Path(place)
+        path = find_baseline(folder, "saturation", model=model, corpus=EMBEDDED)
+        progress(f"Baseline: {described(path)}")
+        return path
+    remote = RemoteBaselines(place)
+    remote.read()
+    found = find_baseline(remote.folder, "saturation", model=model, corpus=EMBEDDED)
+    path = remote.checked(found)
+    for note in remote.notes():
+        progress(note)
+    progress(f"Baseline: {remote.name_of(path)} of {remote.copy.origin.in_words()}")
+    return path
 
 
 def _blocks(stack: DecoderStack, baseline: StoredProfile) -> TokenBlocks:

@@ -23,6 +23,7 @@ from cascade.cli.options import option_groups
 from cascade.core.errors import CascadeError, UsageError, first_line, os_reason
 from cascade.core.names import path_flaw
 from cascade.core.printable import printable
+from cascade.core.urls import is_url, redacted
 
 try:
     from typer import TyperException
@@ -54,7 +55,7 @@ class Command(TyperCommand):
             if "" in given.get(str(param.name), ()):
                 flag = param.opts[0] if param.param_type_name == "option" else ctx.info_name
                 raise UsageError(f"expected a value for {flag}, got an empty one")
-            flaws = map(path_flaw, given.get(str(param.name), ()))
+            flaws = map(_flaw, given.get(str(param.name), ()))
             flaw = next(filter(None, flaws), None) if _is_path(param) else None
             if flaw is not None:
                 flag = param.opts[0] if param.param_type_name == "option" else ctx.info_name
@@ -112,6 +113,13 @@ def _is_path(param: Any) -> bool:
     kind = getattr(getattr(param, "type_descriptor", None), "annotation", None)
     older = getattr(getattr(param, "type", None), "name", "")
     return kind is Path or Path in get_args(kind) or older == "path"
+
+
+def _flaw(text: str) -> str | None:
+    """Return what is wrong with a path, in words; None if nothing is."""
+    if is_url(text):
+        return f"expected a local path, got {redacted(text)}"
+    return path_flaw(text)
 
 
 def _as_texts(value: Any) -> tuple[str, ...]:
@@ -263,10 +271,10 @@ def _report_bug(error: Exception) -> NoReturn:
     try:
         handle, path = tempfile.mkstemp(prefix="cascade-error-", suffix=".txt")
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{shlex.join(sys.argv)}\n\n{trace}")
+            file.write(redacted(f"{shlex.join(sys.argv)}\n\n{trace}"))
         where = f"the traceback is in {path}"
     except OSError:
-        sys.stderr.write(trace)
+        sys.stderr.write(redacted(trace))
         where = "the traceback is above"
     _fail(
         f"unexpected {type(error).__name__}: {first_line(error)}; {where}, please report it with"
@@ -285,7 +293,7 @@ def _discard_stdout() -> None:
 
 def _fail(text: str, status: int = UsageError.exit_status) -> NoReturn:
     # A path or a column can contain a line break.
-    echo(f"cascade: {printable(' '.join(text.splitlines()))}", err=True)
+    echo(f"cascade: {printable(' '.join(redacted(text).splitlines()))}", err=True)
     sys.exit(status)
 
 

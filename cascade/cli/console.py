@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import typer
 
 from cascade.core.printable import printable
+from cascade.core.urls import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,8 +109,11 @@ def progress_bar(what: str, tokens: int) -> Iterator[Callable[[int], None]]:
 
 
 def command_line() -> str:
-    """Return the command line of this process, quoted so that a shell can run it again."""
-    return shlex.join(["cascade", *sys.argv[1:]])
+    """Return the command line of this process, quoted so that a shell can run it again.
+
+    Credentials in addresses are left out, because records and reports have this line.
+    """
+    return shlex.join(["cascade", *map(redacted, sys.argv[1:])])
 
 
 def show_record(record: R, show: Callable[[R, Console], None], *, stored: object = None) -> None:

@@ -19,6 +19,9 @@ import typer
 
 from cascade.cli import completion
 from cascade.core.defaults import EVALUATED_TOKENS, NUM_SAMPLES, SEQ_LEN
+from cascade.core.errors import UsageError
+from cascade.core.names import path_flaw
+from cascade.core.urls import is_url
 
 # --- Groups of options as parameters ---------------------------------------------------------
 
@@ -211,6 +214,18 @@ def _check_bos(value: str) -> str:
     return value
 
 
+def check_folder(value: str | None) -> str | None:
+    """Return the name of a folder of baselines, or its address.
+
+    Raises:
+        UsageError: No folder can have this path.
+    """
+    flaw = None if value is None or is_url(value) else path_flaw(value)
+    if flaw is not None:
+        raise UsageError(f"{flaw} for --baselines; name another file or folder")
+    return value
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -305,10 +320,15 @@ Propagation = Annotated[
         autocompletion=completion.propagations,
     ),
 ]
+#: An address keeps its form as text; as a path it would lose a slash.
 BaselinesFolder = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        "--baselines", help="Folder of baselines (default: ./baselines, then those of cascade)."
+        "--baselines",
+        metavar="<path or url>",
+        callback=check_folder,
+        help="Folder of baselines, or its address, such as hf://datasets/ORG/NAME (default: "
+        "./baselines, then those of cascade).",
     ),
 ]
 Overwrite = Annotated[

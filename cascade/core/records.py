@@ -115,7 +115,7 @@ def read_plain(path: Path, kind: type[StoredRecord]) -> Record:
             f"{path} has schema {schema}, this release reads up to {newest}; use cascade-exit "
             f"{writer or 'of the release that wrote it'} or a later one, or make the record again"
         )
-    _check_hash(record, path)
+    check_hash(record, path)
     return record
 
 
@@ -133,7 +133,16 @@ def has_hash(record: Record) -> bool:
     return False
 
 
-def _check_hash(record: Record, path: Path) -> None:
+def check_hash(record: Record, path: Path) -> None:
+    """Raise if a record was changed after it was sealed. Older records have no hash.
+
+    Args:
+        record: The record, as it was read.
+        path: Its file, for the message.
+
+    Raises:
+        BrokenRecordError: The hash is another one, or cannot be computed.
+    """
     try:
         if not has_hash(record):
             return

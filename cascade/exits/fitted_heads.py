@@ -237,6 +237,20 @@ def load_heads(path: AnyPath, stack: DecoderStack) -> FittedHeads:
         raise RecordError(
             f"{path} is a folder, expected the .safetensors file of `cascade fit-heads`"
         )
+    heads = read_heads(path)
+    heads.check(stack)
+    return heads
+
+
+def read_heads(path: Path) -> FittedHeads:
+    """Return the fitted heads stored in a file, whatever model they belong to.
+
+    Args:
+        path: The safetensors file.
+
+    Raises:
+        RecordError: The file is missing, torn or edited, or it does not contain exit heads.
+    """
     try:
         stored, metadata = read_tensors(path)
         about = parse_json(metadata.get("cascade", "null"))
@@ -257,13 +271,11 @@ def load_heads(path: AnyPath, stack: DecoderStack) -> FittedHeads:
     try:
         _check_hash(stored, about)
         tensors = {name: tensor.float() for name, tensor in stored.items()}
-        heads = _assembled(tensors, from_plain(about, HeadsMetadata))
+        return _assembled(tensors, from_plain(about, HeadsMetadata))
     except ValueError as error:
         raise RecordError(
             f"{path} is torn or edited ({error}); create it again with `cascade fit-heads`"
         ) from error
-    heads.check(stack)
-    return heads
 
 
 def with_hash(tensors: Mapping[str, Tensor], about: dict[str, Any]) -> dict[str, Any]:

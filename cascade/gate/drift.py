@@ -20,6 +20,7 @@ from cascade.core.errors import RecordError, UsageError
 from cascade.core.schema import to_plain
 from cascade.gate.attribution import attribute
 from cascade.gate.comparison import Cell, Comparison, mismatches_of, table_cells, tolerance_of
+from cascade.gate.older_baselines import profile_note
 from cascade.saturation.records import LayerRow, NoiseFloor, ProfileRecord
 from cascade.stats.resampling import resampled_means, simultaneous_half_widths
 from cascade.stats.similarity_statistics import QUANTILES
@@ -116,6 +117,8 @@ def compare(
         f"{differs.name} differs: expected {differs.expected}, got {differs.obtained}"
         for differs in mismatches
     ]
+    older = profile_note(old)
+    notes += [] if older is None else [older]
     if mismatches and not anyway:
         found = Comparison(None, tuple(mismatches))
     else:

@@ -24,6 +24,7 @@ from cascade.core.schema import (
 )
 from cascade.evaluation.lossless.records import LosslessFigures
 from cascade.evaluation.records import EvaluationSettings, ExitProvenance, OperatingPointRow
+from cascade.gate.remote.records import RemoteOrigin
 from cascade.saturation.records import Change, NoiseFloor
 
 Verdict = Literal["FAIL", "NOT COMPARABLE", "INCONCLUSIVE", "PASS"]
@@ -290,16 +291,25 @@ class NamedComparison(ComparisonRecord, frozen=True, kw_only=True):
 
     Attributes:
         name: "<model>/<corpus>".
-        path: The path of the baseline.
+        path: The path of the baseline, or its address.
+        remote: Where the baseline was read from, and which version; absent for a local one.
     """
 
     name: str
     path: str
+    remote: RemoteOrigin | UnsetType = UNSET
 
     @classmethod
-    def of(cls, record: ComparisonRecord, *, name: str, path: str) -> NamedComparison:
-        """Return a comparison with its name and the path of its baseline."""
-        return cls(**{**asdict(record), "name": name, "path": path})
+    def of(
+        cls,
+        record: ComparisonRecord,
+        *,
+        name: str,
+        path: str,
+        remote: RemoteOrigin | UnsetType = UNSET,
+    ) -> NamedComparison:
+        """Return a comparison with its name, and the path and origin of its baseline."""
+        return cls(**{**asdict(record), "name": name, "path": path, "remote": remote})
 
 
 # --- Budgets ---------------------------------------------------------------------------------
@@ -441,11 +451,12 @@ class BudgetOutcome(Part, frozen=True, kw_only=True):
 
     Attributes:
         name: "<model>/<corpus>".
-        path: The path of the file.
+        path: The path of the file, or its address.
         verdict: The verdict.
         points: The number of checked operating points.
         overruns: The budgets that were exceeded.
         reason: Why nothing could be compared; None if it could.
+        remote: Where the file was read from, and which version; absent for a local one.
     """
 
     name: str
@@ -454,6 +465,7 @@ class BudgetOutcome(Part, frozen=True, kw_only=True):
     points: Index
     overruns: list[Overrun]
     reason: str | None
+    remote: RemoteOrigin | UnsetType = UNSET
 
 
 class MissingBaseline(Part, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ nothing in a project that has CASCADE installed but does not use it.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +16,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cascade.core.errors import CascadeError, OutputError
+from cascade.core.schema import to_plain
+from cascade.core.urls import redacted
 from cascade.gate.records import NamedComparison, SessionRecord
 from cascade.plugin.results import REPORT_FILES, Findings, show_summary, write_reports
 from cascade.plugin.settings import (
     MARKED_BY,
     MARKERS,
+    WORKER_COPY,
     Settings,
     add_options,
     add_regeneration,
     check_markers,
     read_settings,
     register_markers,
-    shown,
     uses,
 )
 
@@ -90,10 +93,28 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return config.stash[_SETTINGS].describe() if config.stash[_GIVEN] else None
 
 
-def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[Any]) -> str | None:
-    """Return a line about the settings, if none was given but a test needs them."""
-    needed = any(uses(item, name) for item in items for name in MARKED_BY.values())
-    return config.stash[_SETTINGS].describe() if needed and not config.stash[_GIVEN] else None
+def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[Any]) -> list[str]:
+    """Return lines about the settings, if none was given, and about remote baselines.
+
+    Nothing is said of them where no test needs them.
+    """
+    settings = config.stash[_SETTINGS]
+    if not _are_needed(items):
+        return []
+    lines = [] if config.stash[_GIVEN] else [settings.describe()]
+    return lines + ([] if config.getoption("collectonly") else _remote_lines(settings))
+
+
+def _are_needed(items: Sequence[Any]) -> bool:
+    return any(uses(item, name) for item in items for name in MARKED_BY.values())
+
+
+def _remote_lines(settings: Settings) -> list[str]:
+    """Return which version of remote baselines the session compares with, and what is amiss."""
+    remote = settings.remote
+    if remote is None or not remote.is_read:
+        return []
+    return [f"Baselines of {remote.copy.origin.in_words()}", *remote.notes()]
 
 
 # --- Collection ------------------------------------------------------------------------------
@@ -123,11 +144,32 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
             item.config.stash[_FINDINGS].note_deselected(name)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Record which tests were selected."""
+    """Record which tests were selected, and read remote baselines if any test needs them."""
+    config = session.config
     for item in session.items:
         for name in _markers(item):
-            session.config.stash[_FINDINGS].note_selected(name, item.nodeid)
+            config.stash[_FINDINGS].note_selected(name, item.nodeid)
+    if _is_worker(config) or config.getoption("collectonly") or not _are_needed(session.items):
+        return
+    try:
+        config.stash[_SETTINGS].folder()
+    except CascadeError as error:
+        raise pytest.UsageError(f"--cascade-baselines: {error}") from error
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Read remote baselines once for all workers of pytest-xdist.
+
+    A worker that has no copy tries again and says why not: here it would end sessions that compare
+    nothing.
+    """
+    remote = node.config.stash[_SETTINGS].remote
+    if remote is not None:
+        with contextlib.suppress(CascadeError):
+            node.workerinput[WORKER_COPY] = to_plain(remote.copy)
 
 
 @pytest.hookimpl(trylast=True)
@@ -165,7 +207,7 @@ def cascade_model(pytestconfig: pytest.Config) -> DecoderStack:
             record = NamedComparison.of(
                 nothing_compared(str(error)),
                 name=settings.model,
-                path=shown(settings.baselines),
+                path=settings.place,
             )
             pytestconfig.stash[_FINDINGS].comparisons.append(record)
             raise
@@ -189,7 +231,8 @@ def cascade_profile(request: pytest.FixtureRequest, pytestconfig: pytest.Config)
     """The model's profile of its baseline's sequences; loaded and measured on first use."""
     from cascade.plugin.measuring import MeasuredProfile
 
-    command = shlex.join(["pytest", *map(str, pytestconfig.invocation_params.args)])
+    given = [redacted(str(part)) for part in pytestconfig.invocation_params.args]
+    command = shlex.join(["pytest", *given])
     return MeasuredProfile(_model_under_test(request), pytestconfig.stash[_SETTINGS], command)
 
 
@@ -240,12 +283,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         config.workeroutput["cascade"] = findings.dump()  # type: ignore[attr-defined]
         return
     settings = config.stash[_SETTINGS]
-    unused = findings.unused(settings.baselines) if _is_whole(config) else []
+    # Baselines at an address can be those of other projects too.
+    is_own = settings.remote is None
+    unused = findings.unused(settings.baselines) if is_own and _is_whole(config) else []
     record = findings.record(unused)
     lines = list(findings.notes)
     if record is not None:
         try:
-            lines += _shipped_used(record)
+            lines += _remote_lines(settings) if settings.remote else _shipped_used(record)
             lines += [f"Wrote {path}" for path in write_reports(settings, record)]
         except CascadeError as error:
             lines += [f"No report: {error}"]

@@ -17,7 +17,7 @@ from cascade.evaluation.records import EvaluationRecord
 from cascade.gate.records import BudgetGroup, BudgetOutcome, BudgetSource, Overrun, Verdict
 from cascade.plugin.checks import Check
 from cascade.plugin.measuring import MeasuredEvaluations, create_command, one_line
-from cascade.plugin.settings import budget_options, shown
+from cascade.plugin.settings import budget_options
 
 #: An evaluation, typed or as dictionaries and lists.
 Evaluation = EvaluationRecord | Mapping[str, Any]
@@ -47,9 +47,10 @@ class BudgetCheck(Check):
                 self._regenerate(evaluation, path, option)
                 return
             if not path.exists():
-                if not required and not any(self.settings.baselines.glob("*/*.budgets.json")):
+                if not required and not any(self.settings.folder().glob("*/*.budgets.json")):
                     self._skip_missing(path)
                 self._fail_missing(path)
+            self._note_older(path)
             overruns, points, tokens = self._overruns(evaluation, path)
             overruns += self._lossless(evaluation, path)
         verdict: Verdict = "FAIL" if overruns else "PASS"
@@ -59,10 +60,17 @@ class BudgetCheck(Check):
         if overruns:
             pytest.fail(printable(self._message(overruns, points, path), keep="\n"), pytrace=False)
 
+    def _note_older(self, path: Path) -> None:
+        from cascade.gate.older_baselines import budgets_note
+
+        note = budgets_note(path)
+        if note is not None:
+            line = f"{self.settings.name_of(path)}: {note}"
+            self.findings.notes += [line] if line not in self.findings.notes else []
+
     def _skip_missing(self, path: Path) -> NoReturn:
-        folder = shown(self.settings.baselines)
         line = (
-            f"no budgets of early exit in {folder}; record them with "
+            f"no budgets of early exit in {self.settings.place}; record them with "
             f"{create_command(path, self.settings)}"
         )
         self.findings.notes.append(f"Not checked: {line}")
@@ -75,7 +83,7 @@ class BudgetCheck(Check):
             return evaluation.path
         about = _sources(evaluation)[0].provenance
         names = {"model": known(about.model.name), "corpus": about.corpus.name}
-        return baseline_paths(self.settings.baselines, self.kind, **names)[0]
+        return self.settings.checked(baseline_paths(self.settings.folder(), self.kind, **names)[0])
 
     def _groups(self, path: Path) -> list[tuple[int, BudgetGroup]]:
         """Return the groups that this test checks, with their numbers."""
@@ -96,8 +104,9 @@ class BudgetCheck(Check):
             propagations = sorted({group.settings.propagation for group in everything})
             raise RecordError(
                 f"expected an operating point at {_described(layer, propagation)} in "
-                f"{shown(path)}, got layers {', '.join(map(str, layers)) or 'none'} and "
-                f"propagation {', '.join(propagations) or 'none'}"
+                f"{self.settings.name_of(path)}, got layers "
+                f"{', '.join(map(str, layers)) or 'none'} and propagation "
+                f"{', '.join(propagations) or 'none'}"
             )
         return kept
 
@@ -144,7 +153,8 @@ class BudgetCheck(Check):
             because = incomparable_because(budget, figures)
             if because is not None:
                 self.findings.notes.append(
-                    f"Tokens per pass of lossless decoding not compared with {shown(path)}: "
+                    f"Tokens per pass of lossless decoding not compared with "
+                    f"{self.settings.name_of(path)}: "
                     f"{because}"
                 )
             overruns += lossless_overruns(budget, figures)
@@ -161,11 +171,12 @@ class BudgetCheck(Check):
         self.findings.budgets.append(
             BudgetOutcome(
                 name=f"{path.parent.name}/{path.name.removesuffix('.budgets.json')}",
-                path=shown(path),
+                path=self.settings.name_of(path),
                 verdict=verdict,
                 points=points,
                 overruns=list(overruns),
                 reason=reason,
+                remote=self.settings.origin(),
             )
         )
 
@@ -175,11 +186,12 @@ class BudgetCheck(Check):
     def _message(self, overruns: Sequence[Overrun], points: int, path: Path) -> str:
         from cascade.gate.lossless_budgets import NAME
 
+        where = self.settings.name_of(path)
         commands = dict.fromkeys(_without_output(overrun.command) for overrun in overruns)
         lossless = any(overrun.point == NAME for overrun in overruns)
         return "\n".join(
             [
-                f"FAIL: {shown(path)}: {len(overruns)} budgets of {points} operating points "
+                f"FAIL: {where}: {len(overruns)} budgets of {points} operating points "
                 f"{'and lossless decoding ' * lossless}exceeded",
                 *(f"{overrun.point}: {overrun.found}" for overrun in overruns),
                 "",

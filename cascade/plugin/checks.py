@@ -56,11 +56,12 @@ class Check:
 
         Yields the option that regenerates the baseline; None if not given.
         """
-        self.findings.note_used(self.kind, shown(path))
+        self.findings.note_used(self.kind, self.settings.name_of(path))
         option = self._regeneration
         with one_line():
             try:
                 if option is not None:
+                    self._refuse_remote(option)
                     self._refuse_in_ci(path, option)
                 yield option
             except CascadeError as error:
@@ -71,6 +72,14 @@ class Check:
     def _add_nothing(self, path: Path, reason: str) -> None:
         """Add a NOT COMPARABLE outcome with its reason to the findings."""
         raise NotImplementedError
+
+    def _refuse_remote(self, option: str) -> None:
+        remote = self.settings.remote
+        if remote is not None:
+            raise RecordError(
+                f"{option} does not write to {remote.url}; run it with a local folder "
+                f"(--cascade-baselines=baselines), review that, then {remote.push_words}"
+            )
 
     def _refuse_in_ci(self, path: Path, option: str) -> None:
         if os.environ.get("CI", "").lower() not in ("", "0", "false"):
@@ -85,10 +94,12 @@ class Check:
 
     def _fail_missing(self, path: Path) -> NoReturn:
         line = missing_line(path, self.settings)
-        if self.item.config.getoption("force_regen", default=None) is not None:
+        is_local = self.settings.remote is None
+        if is_local and self.item.config.getoption("force_regen", default=None) is not None:
             line += f", or with `pytest --force-regen -m {self.kind}`"
         command = create_command(path, self.settings).replace("`", "").replace(" and ", " && ")
-        self.findings.missing.append(MissingBaseline(path=shown(path), command=command))
+        name = self.settings.name_of(path)
+        self.findings.missing.append(MissingBaseline(path=name, command=command))
         self._add_properties("FAIL", "no baseline", 0)
         pytest.fail(printable(line, keep="\n"), pytrace=False)
 
@@ -167,7 +178,10 @@ class SaturationCheck(Check):
 
     def _add(self, record: ComparisonRecord, path: Path) -> None:
         name = f"{path.parent.name}/{path.name.removesuffix('.saturation.json')}"
-        self.findings.comparisons.append(NamedComparison.of(record, name=name, path=shown(path)))
+        where, origin = self.settings.name_of(path), self.settings.origin()
+        self.findings.comparisons.append(
+            NamedComparison.of(record, name=name, path=where, remote=origin)
+        )
 
     def _add_nothing(self, path: Path, reason: str) -> None:
         self._add(nothing_compared(reason), path)
@@ -216,7 +230,7 @@ class SaturationCheck(Check):
     def _remedies(self, path: Path) -> Iterator[str]:
         folder = self.settings.baselines
         # A baseline that ships with the package is found without the option.
-        baselines = ("--baselines", shown(folder)) if folder in path.parents else ()
+        baselines = ("--baselines", self.settings.place) if folder in path.parents else ()
         closer = self.settings.command("gate", *baselines, "--full", "--output", "report")
         yield f"To inspect: {closer}"
         made = self.settings.command("analyze", "--output", "RUN")

@@ -16,7 +16,7 @@ from cascade.core.errors import CascadeError, RecordError
 from cascade.core.printable import printable
 from cascade.core.schema import known
 from cascade.evaluation.records import EvaluationRecord
-from cascade.plugin.settings import Settings, shown
+from cascade.plugin.settings import Settings
 
 if TYPE_CHECKING:
     from cascade.core.arrays import Array
@@ -73,7 +73,8 @@ class ModelUnderTest:
 
 def missing_line(path: Path, settings: Settings, layer: int | str = "LAYER") -> str:
     """Return an error line for a missing baseline, with the commands that create it."""
-    return f"no baseline {shown(path)}; create it with {create_command(path, settings, layer)}"
+    create = create_command(path, settings, layer)
+    return f"no baseline {settings.name_of(path)}; create it with {create}"
 
 
 def create_command(path: Path, settings: Settings, layer: int | str = "LAYER") -> str:

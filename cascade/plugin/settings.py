@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cascade.core.names import hidden_hub_id, path_flaw
+from cascade.core.urls import is_url, redacted
 
 if TYPE_CHECKING:
+    from cascade.core.schema import UnsetType
     from cascade.gate.baseline_corpus import GivenCorpus
+    from cascade.gate.remote.baselines import RemoteBaselines
+    from cascade.gate.remote.records import RemoteOrigin
+
+#: Where a session of pytest-xdist gives its workers what it read of remote baselines.
+WORKER_COPY = "cascade_baselines_copy"
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Settings:
         num_samples: Records of a new baseline, 0 for all; None for the default of
             `cascade analyze`, but never fewer than the previous baseline had.
         exit_layer: The exit layer of the product; budgets of other layers are ignored.
-        baselines: The folder of all baselines.
+        baselines: The folder of all baselines; of those at an address, the copy in the cache.
         dtype: "float32", "bfloat16" or "float16".
         device: "cpu", "cuda", "mps" or "auto".
         tokens: The budget of the quick gate.
@@ -47,6 +54,7 @@ class Settings:
         report: The folder for the reports.
         baselines_named: Whether the user named the folder of all baselines. If not, a baseline that
             the project lacks is looked up among those that ship with the package.
+        remote: The baselines at an address, if the user named one.
     """
 
     model: str = "smollm2-135m"
@@ -67,6 +75,37 @@ class Settings:
     strict: bool = False
     report: Path | None = None
     baselines_named: bool = False
+    remote: RemoteBaselines | None = None
+
+    def folder(self) -> Path:
+        """Return the folder of all baselines; of those at an address, the copy is read first.
+
+        Raises:
+            CascadeError: The address cannot be read.
+        """
+        if self.remote is not None:
+            self.remote.read()
+        return self.baselines
+
+    def name_of(self, path: Path) -> str:
+        """Return the name of a baseline for people and records: its path, or its address."""
+        return shown(path) if self.remote is None else self.remote.name_of(path)
+
+    def origin(self) -> RemoteOrigin | UnsetType:
+        """Return the address and revision of remote baselines; absent for local ones."""
+        if self.remote is None:
+            from cascade.core.schema import UNSET
+
+            return UNSET
+        return self.remote.copy.origin
+
+    def checked(self, path: Path) -> Path:
+        """Return the path of a baseline, unless the newest version at an address was refused.
+
+        Raises:
+            CascadeError: It was refused, or the address cannot be read.
+        """
+        return path if self.remote is None else self.remote.checked(path)
 
     def find_baseline(
         self, kind: str, *, model: str | None, corpus: str | None, source: str | None = None
@@ -78,18 +117,23 @@ class Settings:
             model: The name of the model.
             corpus: The name of the corpus.
             source: The source that the model was loaded from; None if the project loads its own.
+
+        Raises:
+            CascadeError: A name is missing, several baselines fit, or the address of remote ones
+                cannot be read.
         """
         from cascade.gate.baseline_lookup import Sought, find_baseline
 
-        named = self.baselines if self.baselines_named else None
-        return find_baseline(
-            named,
+        folder = self.folder()
+        found = find_baseline(
+            folder if self.baselines_named else None,
             kind,
             model=model,
             corpus=corpus,
-            local=self.baselines,
+            local=folder,
             sought=Sought(source, self.corpus, self.dtype, self.given_corpus().options()),
         )
+        return self.checked(found)
 
     def given_corpus(self) -> GivenCorpus:
         """Return the corpus options that were given; a baseline's record has the others."""
@@ -116,7 +160,7 @@ class Settings:
         hidden = "".join(f"; {note}" for note in notes if note is not None)
         return (
             f"cascade: {model}, {self.dtype} on {self.device}; corpus {corpus}; baselines in "
-            f"{shown(self.baselines)}; {gate}{layer}{hidden}"
+            f"{self.place}; {gate}{layer}{hidden}"
         )
 
     def command(self, name: str, *more: str) -> str:
@@ -141,9 +185,17 @@ class Settings:
         parts = [str(part) for pair in given if pair[1] is not None for part in pair]
         return shlex.join(["cascade", name, *parts, *more])
 
+    @property
+    def place(self) -> str:
+        """The folder of all baselines, or its address."""
+        return shown(self.baselines) if self.remote is None else self.remote.url
+
     def accept_command(self) -> str:
-        """Return the command line that stores a reviewed run."""
-        return shlex.join(["cascade", "accept", "RUN", "--baselines", shown(self.baselines)])
+        """Return the command line that stores a reviewed run, and pushes it to an address."""
+        local = "baselines" if self.remote is not None else shown(self.baselines)
+        accept = shlex.join(["cascade", "accept", "RUN", "--baselines", local])
+        push = None if self.remote is None else self.remote.push_command
+        return accept if push is None else f"{accept} && {push}"
 
 
 def shown(path: Path) -> str:
@@ -166,8 +218,8 @@ HELP = {
     "seq_len": "tokens per sequence (default: the baseline's, 128 for a new one)",
     "num_samples": "records of a new baseline, 0 for all (default: 500)",
     "exit_layer": "exit layer of the product; ignore budgets of other layers (default: all layers)",
-    "baselines": "folder of all baselines (default: baselines in the rootdir, then those shipped "
-    "with cascade)",
+    "baselines": "folder of all baselines, or its address, such as hf://datasets/ORG/NAME "
+    "(default: baselines in the rootdir, then those shipped with cascade)",
     "dtype": "float32, bfloat16 or float16 (default: float32)",
     "device": "cpu, cuda, mps or auto (default: cpu)",
     "tokens": "maximum number of tokens for the quick gate (default: 512)",
@@ -239,8 +291,21 @@ def read_settings(config: pytest.Config) -> tuple[Settings, bool]:
         found[name] = _read(name, value, option, base)
     given = bool(found)
     found["baselines_named"] = "baselines" in found
+    if isinstance(found.get("baselines"), str):
+        found["remote"] = _remote(found["baselines"], config)
+        found["baselines"] = found["remote"].folder
     found.setdefault("baselines", _root(config) / "baselines")
     return Settings(**found), given
+
+
+def _remote(url: str, config: pytest.Config) -> RemoteBaselines:
+    """Return the baselines at an address. A worker of pytest-xdist uses what its session read."""
+    from cascade.core.schema import from_plain
+    from cascade.gate.remote.baselines import RemoteBaselines
+    from cascade.gate.remote.records import BaselinesCopy
+
+    told = getattr(config, "workerinput", {}).get(WORKER_COPY)
+    return RemoteBaselines(url, None if told is None else from_plain(told, BaselinesCopy))
 
 
 def _root(config: pytest.Config) -> Path:
@@ -258,8 +323,11 @@ def _read(name: str, value: Any, option: str, base: Path) -> Any:
         return bool(value)
     if not str(value).strip():
         raise pytest.UsageError(f"expected a value for {option}, got an empty one")
+    if name == "baselines" and is_url(value):
+        return value
     if name in _PATHS:
-        flaw = path_flaw(value)
+        flaw = f"expected a local path, got {redacted(value)}" if is_url(value) else None
+        flaw = flaw or path_flaw(value)
         if flaw is not None:
             raise pytest.UsageError(f"{flaw} for {option}; name another folder")
         return base / os.path.expanduser(value)

@@ -189,7 +189,7 @@ def test_items_of_other_plugins_are_ignored(pytester: pytest.Pytester) -> None:
 
 def test_settings_and_options_match() -> None:
     names = [field.name for field in dataclasses.fields(Settings)]
-    assert names == [*settings.HELP, "baselines_named"]
+    assert names == [*settings.HELP, "baselines_named", "remote"]
     # Repeated in `settings`, because these modules import torch.
     assert tuple(DTYPES) == settings.DTYPES
     assert PROPAGATIONS == settings.PROPAGATIONS

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from cascade.cli.app import command
+from cascade.cli.baselines import local_baselines
 from cascade.cli.console import echo, message, show_record
+from cascade.cli.options import check_folder
 
 
 @command("accept")
@@ -16,7 +18,12 @@ def accept(
     run: Annotated[
         Path, typer.Argument(help="Folder that `cascade analyze` or `evaluate --output` wrote.")
     ],
-    baselines: Annotated[Path, typer.Option(help="Folder of all baselines.")] = Path("baselines"),
+    baselines: Annotated[
+        str,
+        typer.Option(
+            metavar="<path>", callback=check_folder, help="Local folder of all baselines."
+        ),
+    ] = "baselines",
     name: Annotated[
         str | None, typer.Option(help="MODEL/CORPUS, the baseline's name (default: of the run).")
     ] = None,
@@ -33,10 +40,11 @@ def accept(
     from cascade.gate.accepting import accept as store
     from cascade.gate.baselines import read_profile
 
+    folder = local_baselines(baselines)
     if (run / "evaluation.json").exists():
-        _accept_budgets(run, baselines, name=name, replace=replace)
+        _accept_budgets(run, folder, name=name, replace=replace)
         return
-    path, before = store(baselines, run, name=name, replace=replace)
+    path, before = store(folder, run, name=name, replace=replace)
     if before is not None:
         from cascade.gate.drift import compare
         from cascade.report.gate.terminal import print_comparison

@@ -382,8 +382,7 @@ def bench_gate(options: GateOptions, output: BenchmarkOutput) -> None:
     def measure(line: str, progress: Callable[[str], None]) -> GateBenchmark:
         from cascade.benchmarks.gate import GateBenchmarkConfig, benchmark_gate
 
-        baselines = None if options.baselines is None else str(options.baselines)
-        config = GateBenchmarkConfig(**dataclasses.asdict(options) | {"baselines": baselines})
+        config = GateBenchmarkConfig(**dataclasses.asdict(options))
         return benchmark_gate(config, command=line, progress=progress)
 
     _run(measure, gate_benchmark_report, output)

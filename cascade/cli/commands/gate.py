@@ -10,11 +10,11 @@ import typer
 
 from cascade.cli import completion
 from cascade.cli.app import command
+from cascade.cli.baselines import BaselinesPlace, baselines_place
 from cascade.cli.console import command_line, message, progress_bar, show_record, status
 from cascade.cli.inputs import load_model, say_which
 from cascade.cli.options import BaselinesFolder, BatchSize, Bos, ModelOptions, OutputOptions
 from cascade.cli.output import run_folder, say_wrote
-from cascade.core.errors import RecordError
 
 if TYPE_CHECKING:
     from cascade.core.run_folder import RunFolder
@@ -201,7 +201,8 @@ def gate(
         from cascade.gate.baselines import read_profile
 
         # Before the model is loaded, which takes longer.
-        path = against.baseline or _baseline_path(model, corpus, against.baselines)
+        place = baselines_place(against.baselines if against.baseline is None else None)
+        path = against.baseline or place.checked(_baseline_path(model, corpus, place.folder))
         stored = read_profile(path)
         about = stored.record().provenance.corpus
         from cascade.gate.baseline_corpus import baseline_blocks
@@ -229,49 +230,38 @@ def gate(
                 command=command_line(),
                 progress=advance,
             )
-        report = _report(result.record(), path)
+        report = _report(result.record(), path, place)
         _write(folder, report)
-    _say_baseline(path)
+    message(f"Baseline: {place.described(path)}")
     exit_status = result.comparison.exit_status(strict=strict)
     _finish(report, result.record(), exit_status, output.output)
 
 
-def _say_baseline(path: Path) -> None:
-    """Print on stderr which baseline was used."""
-    from cascade.gate.baseline_lookup import described
-
-    message(f"Baseline: {described(path)}")
-
-
 def _baseline_path(model: ModelOptions, corpus: GateCorpus, baselines: Path | None) -> Path:
     from cascade.corpora.blocks import corpus_name
-    from cascade.gate.baseline_lookup import LOCAL, Sought, find_baseline
+    from cascade.gate.baseline_lookup import Sought, find_baseline
     from cascade.models.checkpoints.weights import model_name
 
     source = corpus.corpus or EMBEDDED
-    path = find_baseline(
+    return find_baseline(
         baselines,
         "saturation",
         model=model_name(model.model),
         corpus=corpus_name(source, config=corpus.config, split=corpus.split),
         sought=Sought(model.model, source, model.dtype, corpus.given().options()),
     )
-    from cascade.core.run_folder import is_stored
-
-    if not is_stored(path):
-        raise RecordError(
-            f"no baseline {path}; make one with `cascade analyze --output RUN` and `cascade accept "
-            f"RUN --baselines {baselines or LOCAL}`, or name one with --baseline"
-        )
-    return path
 
 
-def _report(record: ComparisonRecord, path: Path) -> SessionRecord:
+def _report(
+    record: ComparisonRecord, path: Path, place: BaselinesPlace | None = None
+) -> SessionRecord:
     from cascade.gate.records import NamedComparison, session_record
 
-    about = record.baseline
-    name = f"{about.model.name}/{about.corpus.name}" if about else str(path)
-    return session_record([NamedComparison.of(record, name=name, path=str(path))])
+    place = place or BaselinesPlace(None)
+    about, where = record.baseline, place.name_of(path)
+    name = f"{about.model.name}/{about.corpus.name}" if about else where
+    named = NamedComparison.of(record, name=name, path=where, remote=place.origin)
+    return session_record([named])
 
 
 def _write(folder: RunFolder | None, report: SessionRecord) -> None:

@@ -39,6 +39,7 @@ from cascade.report.gate.wording import (
     overrun_rows,
     overview,
     provenance_pairs,
+    remote_pairs,
     sentences,
     worst_cells,
     worst_first,
@@ -162,6 +163,7 @@ def _comparison(record: NamedComparison, worst: int, number: int | None) -> Iter
             *sentences(record),
             *provenance_pairs(record),
             ("Baseline file", record.path),
+            *remote_pairs(record),
         ]
     )
     yield from _passes(record)
@@ -200,7 +202,7 @@ def comparison_pictures(record: ComparisonRecord, number: str) -> Iterator[Block
 def _budget(budget: BudgetOutcome) -> Iterator[Block]:
     yield Lead(outcome(budget), MARKS[budget.verdict])
     yield from _overruns(budget)
-    yield from _pairs([*_commands(budget), ("Budget file", budget.path)])
+    yield from _pairs([*_commands(budget), ("Budget file", budget.path), *remote_pairs(budget)])
 
 
 def _overruns(budget: BudgetOutcome) -> Iterator[Block]:

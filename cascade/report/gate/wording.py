@@ -113,6 +113,15 @@ def outcome(part: NamedComparison | BudgetOutcome) -> str:
     return f"{part.points:,} operating point{'s' * (part.points != 1)} within budget"
 
 
+def remote_pairs(part: NamedComparison | BudgetOutcome) -> list[tuple[str, str]]:
+    """Return where the baseline was read from and which version of it, as (label, text)."""
+    origin = known(part.remote)
+    if origin is None:
+        return []
+    pairs = [("Baselines", origin.in_words())]
+    return pairs if origin.reason is None else [*pairs, ("Not checked", origin.reason)]
+
+
 #: The columns of `overrun_rows`.
 OVERRUN_HEADER = ("figure", "budget", "measured", "operating point")
 
