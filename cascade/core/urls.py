@@ -11,10 +11,14 @@ HIDDEN = "***"
 #: Shorter values would hide parts of other words.
 _SHORTEST_SECRET = 4
 
+#: Where the next address of a chain such as "zip://a.zip::s3://b/c" begins: no password goes on.
+_NEXT = r"(?!:?:\w[\w+.-]*://)"
+
 #: User and password before the host. A password may hold slashes, as keys of S3 do. Digits after
 #: the colon are a port: "http://127.0.0.1:8000/a@b" has no password.
 _USER = re.compile(
-    r"://(?:(?![^/?#@\s]*:\d+(?:[/?#\s]|$))([^/?#@:\s'\"]*:[^\s'\"]*)|([^/?#\s'\"]*))@"
+    rf"://(?:(?![^/?#@\s]*:\d+(?:[/?#\s]|$))([^/?#@:\s'\"]*{_NEXT}:(?:{_NEXT}[^\s'\"])*)"
+    r"|([^/?#\s'\"]*))@"
 )
 
 #: Slashes at the end, but not those of the protocol.
