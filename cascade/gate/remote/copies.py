@@ -18,7 +18,7 @@ from cascade.core.errors import OutputError, RecordError, os_reason
 from cascade.core.files import make_folder, remove_empty, sha256_of, staging_folder, write_text
 from cascade.core.locks import locked
 from cascade.core.records import read_typed, to_file
-from cascade.core.run_folder import commit, finish_commit, recover
+from cascade.core.run_folder import commit, finish_commit
 from cascade.core.signals import delayed_signals
 from cascade.core.urls import redacted, without_last_slash, without_user
 from cascade.gate.remote.filesystem import (
@@ -81,7 +81,6 @@ def up_to_date(url: str) -> BaselinesCopy:
         OutputError: The copy cannot be written; the earlier one is unharmed.
     """
     folder = copy_folder(url)
-    recover(folder)
     if is_offline(url):
         return _as_it_is(url, folder, OFFLINE)
     try:
@@ -254,7 +253,10 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _stored(folder: Path) -> BaselinesCopyRecord | None:
-    """Return the record of a copy; None if there is none, or if it is torn: all is read again."""
+    """Return the record of a copy; None if there is none, or if it is torn: all is read again.
+
+    Reading it finishes a switch that was interrupted.
+    """
     try:
         return read_typed(folder / RECORD, BaselinesCopyRecord)
     except RecordError:

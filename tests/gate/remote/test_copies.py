@@ -95,13 +95,17 @@ def test_a_place_that_names_no_versions_is_read_every_time(place: Place) -> None
 
 def test_other_files_and_names_that_lead_out_of_the_folder_are_left_out(place: Place) -> None:
     expected = pushed(place)
-    for name in ("README.md", "tiny/notes.txt", ".git/a.budgets.json", "tiny/.a.budgets.json"):
+    for name in ("README.md", "tiny/notes.txt"):
         push(name, b"{}")
-    for name in ("..", "a\\b", "c\x1b", "con"):
-        push(f"{name}/texts.budgets.json", b"{}")
-        push(f"tiny/{name}.budgets.json/deeper", b"{}")
-    up_to_date(URL)
+    for name in ("..", ".git", "a\\b", "c\x1b", "con"):
+        push_profile(f"{name}/texts.saturation.json", a_profile())
+        push_profile(f"tiny/{name}.saturation.json", a_profile())
+    push_profile("tiny/texts.saturation.json/deeper.saturation.json", a_profile())
+    found = up_to_date(URL)
+    assert found.refused == {}
     assert contents() == expected
+    files = [path for path in copy_folder(URL).parent.rglob("*") if path.is_file()]
+    assert len(files) == len(expected) + 1  # and the record
 
 
 def test_all_kinds_of_baselines_are_read_and_checked(place: Place) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
+import os
 import re
 import sys
 import threading
@@ -175,6 +176,21 @@ def test_a_web_server_that_is_gone(cache: Path, served: tuple[str, Path, list[st
         up_to_date(f"{served[0]}/nowhere")
     with pytest.raises(RecordError, match="it cannot be reached: Cannot connect to host"):
         up_to_date("http://127.0.0.1:9/baselines")
+
+
+def test_a_link_has_the_version_of_its_target(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "shared/tiny/a.budgets.json"
+    link.parent.mkdir(parents=True)
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    folder = RemoteFolder(f"file://{tmp_path}/shared")
+    (before,) = folder.files()
+    assert folder.files() == [before]
+    target.write_bytes(b"new")
+    os.utime(target, (1, 1))
+    (after,) = folder.files()
+    assert (before.size, after.size) == (3, 3)
+    assert before.stamp != after.stamp
 
 
 def test_listing_an_unreadable_folder_is_no_empty_folder(cache: Path) -> None:
