@@ -325,7 +325,7 @@ BaselinesFolder = Annotated[
     str | None,
     typer.Option(
         "--baselines",
-        metavar="<path or url>",
+        metavar="<path|url>",
         callback=check_folder,
         help="Folder of baselines, or its address, such as hf://datasets/ORG/NAME (default: "
         "./baselines, then those of cascade).",

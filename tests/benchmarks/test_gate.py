@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,25 @@ def test_the_forward_pass_covers_the_sequences_of_the_gate(
         assert gate.comparison.tokens == blocks.tokens == 5 * LENGTH
         assert size == 5
         assert (gate.profile.sequence_fingerprints == blocks.sequence_fingerprints()).all()
+
+
+def test_the_baseline_can_be_at_an_address(
+    saved: Path, baselines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CASCADE_CACHE", str(tmp_path))
+    monkeypatch.setattr(benchmark, "time_alone", lambda *_: dict.fromkeys(benchmark.ALONE, ALONE))
+    url, said = f"file://{baselines}", list[str]()
+    config = dataclasses.replace(settings(saved, baselines), baselines=f"{url}/")
+    found = benchmark.benchmark_gate(config, progress=said.append)
+    assert found.settings.baselines == f"{url}/"
+    (line,) = [line for line in said if line.startswith("Baseline: ")]
+    assert re.fullmatch(
+        rf"Baseline: {url}/\S+\.saturation\.json of {url}, revision sha256:\w+ \(checked now\)",
+        line,
+    )
+    missing = dataclasses.replace(config, baselines="file:///nowhere")
+    with pytest.raises(RecordError, match="cannot read baselines from file:///nowhere"):
+        benchmark.benchmark_gate(missing)
 
 
 def test_the_record_has_all_times_and_targets(record: GateBenchmark) -> None:

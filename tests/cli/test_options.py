@@ -114,7 +114,7 @@ def test_help_shows_one_value_of_a_list_and_no_type_of_a_flag() -> None:
     }
     expected = {"--overwrite": "", "--seed": "<int>", "--hard-ratio": "<float>", "--rule": "<str>"}
     assert {flag: shown[flag] for flag in expected} == expected
-    kinds = {"", "<int>", "<float>", "<str>", "<path>", "<file|key=value>"}
+    kinds = {"", "<int>", "<float>", "<str>", "<path>", "<path|url>", "<file|key=value>"}
     assert set(shown.values()) == kinds
 
 
