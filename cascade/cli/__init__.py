@@ -9,6 +9,7 @@ _MODULES = (
     "gate",
     "history",
     "accept",
+    "check",
     "heads",
     "evaluate",
     "search",
