@@ -10,6 +10,7 @@ _MODULES = (
     "history",
     "accept",
     "check",
+    "comment",
     "heads",
     "evaluate",
     "search",

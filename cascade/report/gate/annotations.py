@@ -89,8 +89,9 @@ def annotation_commands(
 
 def session_paths(record: SessionRecord) -> list[str]:
     """Return the paths of all baselines that can have an annotation, each once."""
-    parts = [*record.comparisons, *record.budgets, *record.missing]
-    return list(dict.fromkeys(part.path for part in parts))
+    parts: list[NamedComparison | BudgetOutcome] = [*record.comparisons, *record.budgets]
+    found = [*(part.path for part in parts), *(missing.path for missing in record.missing)]
+    return list(dict.fromkeys(found))
 
 
 def escaped_data(text: str) -> str:
