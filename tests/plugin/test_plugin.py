@@ -127,16 +127,18 @@ def test_the_docs_list_every_option_marker_argument_and_fixture() -> None:
         assert callable(getattr(plugin, fixture))
 
 
-def test_the_repositorys_workflow_runs_tox_and_uploads_the_report() -> None:
+def test_the_repositorys_workflow_runs_tox_and_the_action() -> None:
     text = (ROOT / ".github/workflows/cascade.yml").read_text(encoding="utf-8")
     workflow = yaml.safe_load(text)
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    assert {"tox", "tox -e gate"} <= {step.get("run") for step in steps}
-    (upload,) = [s for s in steps if s.get("uses", "").startswith("actions/upload-artifact")]
-    assert upload["with"]["path"] == "report/"
+    assert "tox" in {step.get("run") for step in steps}
+    (action,) = [step for step in steps if step.get("uses") == "./"]
+    known = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"]
+    assert set(action["with"]) <= set(known)
+    assert workflow["jobs"]["gate"]["permissions"]["pull-requests"] == "write"
     tox = (ROOT / "tox.ini").read_text(encoding="utf-8")
     assert "--pyargs cascade.suite --cascade-report=report" in tox
-    assert "GITHUB_STEP_SUMMARY" in tox
+    assert {"GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_WORKSPACE"} <= set(tox.split())
 
 
 HEAVY = {"torch", "transformers", "datasets", "numpy", "matplotlib", "scipy", "rich"}
