@@ -88,20 +88,16 @@ def test_the_suite_skips_budgets_in_a_project_that_stores_none(
     ran(guarded, *given).assert_outcomes(passed=1, failed=1)
 
 
-def twelve_lines(page: str) -> str:
-    return (ROOT / page).read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
-
-
-def test_the_workflow_in_the_docs_has_twelve_lines_and_runs(
+def test_the_workflow_in_the_docs_has_ten_lines_and_its_command_runs(
     project: pytest.Pytester,
 ) -> None:
-    text = twelve_lines("docs/gate.md")
-    assert len(text.splitlines()) == 12
-    workflow = yaml.safe_load(text)
-    runs = [step["run"] for step in workflow["jobs"]["gate"]["steps"] if "run" in step]
-    (command,) = [run for run in runs if run.startswith("pytest ")]
-    # The same line with a missing model: the session fails and still writes a report.
+    text = (ROOT / "docs/gate.md").read_text(encoding="utf-8")
+    workflow, after = text.split("```yaml\n")[1].split("```", 1)
+    assert len(workflow.splitlines()) == 10
+    assert "uses: OWNER/cascade@" in workflow
+    command = after.split("```bash\n")[1].splitlines()[0]
     arguments = shlex.split(command)[1:]
+    # The same line with a missing model: the session fails and still writes a report.
     Path("pytest.ini").unlink()
     given = (f"--cascade-model={project.path / 'nowhere'}", "--cascade-corpus=texts.jsonl")
     done = ran(project, *arguments, *given)

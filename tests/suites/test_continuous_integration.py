@@ -230,6 +230,16 @@ def test_inputs_become_options_and_the_status_an_output(runner: Runner, tmp_path
     assert lines[5:] == [f"--cascade-{name}" for name in names]
 
 
+@pytest.mark.parametrize("status", [0, 1, 5])
+def test_the_job_ends_with_the_status_of_the_gate_whatever_becomes_of_the_comment(
+    runner: Runner, tmp_path: Path, status: int
+) -> None:
+    stand_in(runner, tmp_path, "pytest", f"exit {status}")
+    stand_in(runner, tmp_path, "cascade", "exit 70")
+    assert runner.run() == status
+    assert runner.ran["Comment"].status == 70
+
+
 def test_an_installation_that_fails_makes_the_job_red(runner: Runner, tmp_path: Path) -> None:
     stand_in(runner, tmp_path, "python", "exit 3")
     runner.skip = ()
