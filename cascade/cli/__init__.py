@@ -9,6 +9,8 @@ _MODULES = (
     "gate",
     "history",
     "accept",
+    "check",
+    "comment",
     "heads",
     "evaluate",
     "search",

@@ -18,7 +18,6 @@ from cascade.core.records import read_plain, to_file
 from cascade.core.schema import UNSET, SchemaError, from_plain, known, to_plain
 from cascade.evaluation.records import EvaluationRecord, OperatingPointRow
 from cascade.gate.baselines import ACCEPT_WAITS, baseline_paths
-from cascade.gate.lossless_budgets import lossless_budget_of
 from cascade.gate.records import (
     BudgetedPoint,
     BudgetGroup,
@@ -153,6 +152,9 @@ def accept_budgets(
             other texts than the full model, or the stored budgets are of a newer release or belong
             to another model, tokenizer, dtype or corpus.
     """
+    # Imports torch. `cascade check` reads budgets in a fraction of the time that this takes.
+    from cascade.gate.lossless_budgets import lossless_budget_of
+
     source = budget_source(evaluation)
     rows = [row for row in source.points if row.threshold_from == "given"]
     if not rows:

@@ -19,6 +19,7 @@ from cascade.core.errors import CascadeError, OutputError
 from cascade.core.schema import to_plain
 from cascade.core.urls import redacted
 from cascade.gate.records import NamedComparison, SessionRecord
+from cascade.plugin.github import annotation_lines
 from cascade.plugin.results import REPORT_FILES, Findings, show_summary, write_reports
 from cascade.plugin.settings import (
     MARKED_BY,
@@ -276,7 +277,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the reports, or send the findings of a worker to the main process."""
+    """Write the reports and annotations, or send the findings of a worker to the main process."""
     config = session.config
     findings = config.stash[_FINDINGS]
     if _is_worker(config):
@@ -295,6 +296,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         except CascadeError as error:
             lines += [f"No report: {error}"]
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+        lines += annotation_lines(record, strict=settings.strict)
     elif settings.report is not None and not config.getoption("collectonly"):
         lines += ["No report: no test compared anything with a baseline"]
     config.stash[_RESULT] = _Result(record, lines)

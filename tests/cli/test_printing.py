@@ -14,7 +14,7 @@ from cascade.cli import app
 from cascade.cli.app import bench
 
 #: Commands that measure nothing, and those with JSON of another form.
-_NO_RECORD = {"accept", "env", "export-drafter", "findings"}
+_NO_RECORD = {"accept", "check", "comment", "env", "export-drafter", "findings"}
 
 MEASURE: dict[str, tuple[object, ...]] = {
     "analyze": (),

@@ -35,7 +35,7 @@ def project(
     # `made` comes first: an inner session drops every module that it was the first to import, and
     # the next one would import it again.
     assert made.is_dir()
-    for name in ("CI", "GITHUB_STEP_SUMMARY"):
+    for name in ("CI", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CASCADE_CACHE", str(models / "cache"))
     monkeypatch.setenv("COLUMNS", "120")

@@ -88,20 +88,16 @@ def test_the_suite_skips_budgets_in_a_project_that_stores_none(
     ran(guarded, *given).assert_outcomes(passed=1, failed=1)
 
 
-def twelve_lines(page: str) -> str:
-    return (ROOT / page).read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
-
-
-def test_the_workflow_in_the_docs_has_twelve_lines_and_runs(
+def test_the_workflow_in_the_docs_has_ten_lines_and_its_command_runs(
     project: pytest.Pytester,
 ) -> None:
-    text = twelve_lines("docs/gate.md")
-    assert len(text.splitlines()) == 12
-    workflow = yaml.safe_load(text)
-    runs = [step["run"] for step in workflow["jobs"]["gate"]["steps"] if "run" in step]
-    (command,) = [run for run in runs if run.startswith("pytest ")]
-    # The same line with a missing model: the session fails and still writes a report.
+    text = (ROOT / "docs/gate.md").read_text(encoding="utf-8")
+    workflow, after = text.split("```yaml\n")[1].split("```", 1)
+    assert len(workflow.splitlines()) == 10
+    assert "uses: OWNER/cascade@" in workflow
+    command = after.split("```bash\n")[1].splitlines()[0]
     arguments = shlex.split(command)[1:]
+    # The same line with a missing model: the session fails and still writes a report.
     Path("pytest.ini").unlink()
     given = (f"--cascade-model={project.path / 'nowhere'}", "--cascade-corpus=texts.jsonl")
     done = ran(project, *arguments, *given)
@@ -128,16 +124,18 @@ def test_the_docs_list_every_option_marker_argument_and_fixture() -> None:
         assert callable(getattr(plugin, fixture))
 
 
-def test_the_repositorys_workflow_runs_tox_and_uploads_the_report() -> None:
+def test_the_repositorys_workflow_runs_tox_and_the_action() -> None:
     text = (ROOT / ".github/workflows/cascade.yml").read_text(encoding="utf-8")
     workflow = yaml.safe_load(text)
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    assert {"tox", "tox -e gate"} <= {step.get("run") for step in steps}
-    (upload,) = [s for s in steps if s.get("uses", "").startswith("actions/upload-artifact")]
-    assert upload["with"]["path"] == "report/"
+    assert "tox" in {step.get("run") for step in steps}
+    (action,) = [step for step in steps if step.get("uses") == "./"]
+    known = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"]
+    assert set(action["with"]) <= set(known)
+    assert workflow["jobs"]["gate"]["permissions"]["pull-requests"] == "write"
     tox = (ROOT / "tox.ini").read_text(encoding="utf-8")
     assert "--pyargs cascade.suite --cascade-report=report" in tox
-    assert "GITHUB_STEP_SUMMARY" in tox
+    assert {"GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_WORKSPACE"} <= set(tox.split())
 
 
 HEAVY = {"torch", "transformers", "datasets", "numpy", "matplotlib", "scipy", "rich"}

@@ -175,7 +175,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> Page:
-    for name in ("CI", "GITHUB_STEP_SUMMARY"):
+    for name in ("CI", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -439,7 +439,7 @@ def watched(here: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(plan, "SHARD_BYTES", 1 << 14)
     monkeypatch.setattr("cascade.report.common.axes._similarity_ticks", lambda low, high: [])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for name in ("CI", "GITHUB_STEP_SUMMARY"):
+    for name in ("CI", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
         monkeypatch.delenv(name, raising=False)
     for name in _REPEATED:
         monkeypatch.setattr(name, _Repeated(name, pkgutil.resolve_name(name)))

@@ -26,16 +26,26 @@ def report_markdown(record: SessionRecord) -> str:
     """
     report = session_report(record, worst=_WORST, drawn=False)
     head = f"# CASCADE: {report.title}\n\n{plain(report.about)}\n"
-    return _within(head, map(_shortened, report.sections))
+    return within(_MOST_BYTES, head, map(shortened, report.sections))
 
 
-def _within(head: str, sections: Iterable[Section]) -> str:
-    """Join the sections that fit, and count the omitted ones."""
-    kept, omitted, size = [head], 0, len(head.encode())
+def within(
+    most: int, head: str, sections: Iterable[Section], tail: str = "", *, level: int = 2
+) -> str:
+    """Return Markdown with the sections that fit, and the number of omitted ones.
+
+    Args:
+        most: The largest size in bytes, without the last line.
+        head: What comes before the sections.
+        sections: The sections, the most important first.
+        tail: What comes after them.
+        level: The level of the sections' headings.
+    """
+    kept, omitted, size = [head], 0, len((head + tail).encode())
     for section in sections:
-        text = "\n".join(markdown_lines(section, level=2))
+        text = "\n".join(markdown_lines(section, level=level))
         more = len(text.encode()) + 1
-        if size + more > _MOST_BYTES:
+        if size + more > most:
             omitted += 1
         elif text:
             kept.append(text)
@@ -43,13 +53,15 @@ def _within(head: str, sections: Iterable[Section]) -> str:
     if omitted:
         plural = "s" * (omitted > 1)
         kept.append(f"... and {omitted:,} more section{plural} in the HTML report.\n")
+    kept += [tail] if tail else []
     return "\n".join(kept)
 
 
 # --- Shortening ------------------------------------------------------------------------------
 
 
-def _shortened(section: Section) -> Section:
+def shortened(section: Section) -> Section:
+    """Return a section with its texts cut, its tables and lists shortened, and what is left out."""
     blocks = (part for block in section.blocks for part in _within_limits(block))
     return Section(_cut(section.heading, _MOST_TEXT), tuple(blocks))
 
