@@ -47,6 +47,8 @@ class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
         exact: The largest change from float64; None where it could not be measured.
         variants: The largest change of each variant, or the reason why it could not be measured.
         sequences: The number of sequences measured.
+        long: The largest change of a range of positions of a long sequence; absent where it was not
+            measured.
     """
 
     KIND: ClassVar[str] = "noise"
@@ -58,6 +60,7 @@ class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
     exact: Change | None
     variants: dict[str, float | str] = field(name="ways")
     sequences: Count
+    long: Change | UnsetType = UNSET
 
     @classmethod
     def of(cls, floor: NoiseFloor) -> NoiseRecord:
@@ -71,6 +74,7 @@ class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
             exact=self.exact,
             variants=self.variants,
             sequences=self.sequences,
+            long=self.long,
         )
 
 
