@@ -18,7 +18,7 @@ from cascade.core.defaults import HARD_RATIOS
 from cascade.core.errors import ModelError, RecordError
 from cascade.core.files import write_text
 from cascade.core.records import to_file
-from cascade.core.schema import UNSET, UnsetType
+from cascade.core.schema import UNSET, UnsetType, known
 from cascade.corpora.blocks import TokenBlocks
 from cascade.corpora.long_sequences import LongSequences
 from cascade.decoding.early_exit import EarlyExit
@@ -114,12 +114,16 @@ def with_noise(
 def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfile) -> bool:
     """Return whether a stored baseline is still valid: same schema and sequences, and no drift.
 
+    A baseline without the long sequences that the new profile has is not.
+
     Args:
         profile: The new profile of the whole corpus.
         before: The stored baseline.
     """
     seen = [sorted(side.arrays()["sequence_fingerprint"]) for side in (profile, before)]
     current = before.record().schema == ProfileRecord.SCHEMA
+    new, old = (known(side.record().long_context) for side in (profile, before))
+    current = current and (new is None or not new.sequences or new == old)
     return current and seen[0] == seen[1] and compare(profile, before).verdict == "PASS"
 
 

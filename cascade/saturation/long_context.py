@@ -17,6 +17,7 @@ from cascade.core.defaults import LONG_CONTEXT
 from cascade.core.errors import CascadeError, CorpusError, ModelError, first_line, not_finite
 from cascade.corpora.blocks import TokenBlocks
 from cascade.corpora.long_sequences import LongSequences, long_sequences
+from cascade.models.architecture import text_config_of
 from cascade.models.stack import DecoderStack
 from cascade.saturation import profile as saturation
 from cascade.saturation.long_statistics import LongStatistics
@@ -54,9 +55,17 @@ def default_length(stack: DecoderStack, seq_len: int) -> int | None:
         stack: The model.
         seq_len: The length of the corpus's sequences.
     """
-    positions = stack.max_positions
+    positions = _positions(stack)
     length = LONG_CONTEXT if positions is None else min(positions, LONG_CONTEXT)
     return length if length >= LEAST_POSITIONS and length > seq_len else None
+
+
+def _positions(stack: DecoderStack) -> int | None:
+    """Return the model's positions; with dynamic RoPE scaling, its config has those before it."""
+    rope = getattr(text_config_of(stack.model.config), "rope_parameters", None) or {}
+    if stack.max_positions is None or rope.get("rope_type") != "dynamic":
+        return stack.max_positions
+    return int(stack.max_positions * rope["factor"])
 
 
 def choose_long(stack: DecoderStack, blocks: TokenBlocks, wanted: int | None) -> LongChoice:
@@ -91,14 +100,15 @@ def choose_long(stack: DecoderStack, blocks: TokenBlocks, wanted: int | None) ->
 def _too_few_positions(stack: DecoderStack, seq_len: int) -> str:
     if seq_len >= LEAST_POSITIONS:
         return f"sequences of {seq_len:,} tokens are long already"
-    return f"the model has {stack.max_positions} positions, fewer than {LEAST_POSITIONS}"
+    return f"the model has {_positions(stack)} positions, fewer than {LEAST_POSITIONS}"
 
 
 def _check_length(stack: DecoderStack, seq_len: int, wanted: int) -> None:
-    if stack.max_positions is not None and wanted > stack.max_positions:
+    positions = _positions(stack)
+    if positions is not None and wanted > positions:
         raise CorpusError(
-            f"--long-context {wanted} exceeds the model's {stack.max_positions} positions; use "
-            f"{stack.max_positions} or less, or 0 for none"
+            f"--long-context {wanted} exceeds the model's {positions} positions; use {positions} "
+            "or less, or 0 for none"
         )
     if wanted <= seq_len:
         raise CorpusError(
