@@ -36,7 +36,7 @@ _VERDICTS: dict[Place, CellVerdict] = {
 
 
 #: The smallest tolerance. Batch size, threads, attention kernel and float64 move a sequence's mean
-#: by up to 1.1e-7 (SmolLM2-135M, fp32), and so does another processor (Xeon with AMX, EPYC).
+#: by up to 1.1e-7 (SmolLM2-135M, fp32), another processor by 2.3e-7 (Xeon with AMX, EPYC).
 LEAST_TOLERANCE = 2e-6
 
 
