@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,11 +28,13 @@ from cascade.core.provenance import provenance_of
 from cascade.core.schema import Count, Finite, Part
 from cascade.core.urls import is_url, redacted
 from cascade.corpora.blocks import TokenBlocks
+from cascade.corpora.long_sequences import LongSequences
 from cascade.corpora.readers import EMBEDDED
 from cascade.gate.baseline_corpus import GivenCorpus, baseline_blocks
 from cascade.gate.baseline_lookup import described, find_baseline
 from cascade.gate.baselines import StoredProfile, read_profile
 from cascade.gate.comparison import environment_differences
+from cascade.gate.long_context_check import LongCheck
 from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import QUICK_TOKENS, quick_blocks, quick_ids, run_gate
 from cascade.gate.remote.baselines import RemoteBaselines
@@ -44,8 +46,10 @@ from cascade.models.stack import DecoderStack
 VARIANTS = {
     "bare": "one decoder forward pass over the same sequences in one batch, without LM head and "
     "cache",
-    "gate": "cascade gate, including its comparison after each step and its check of decoding; "
-    "noise floor from the cache",
+    "gate": "cascade gate --no-long-context, including its comparison after each step and its "
+    "check of decoding; noise floor from the cache",
+    "bare_long": "the bare forward pass, and another one over the long sequence",
+    "gate_long": "cascade gate, including decoding and one long sequence",
     "noise": "measuring the noise floor of arithmetic; needed once per machine, if the baseline "
     "was made on another one",
 }
@@ -92,10 +96,12 @@ class GateBenchmarkSettings(GateBenchmarkConfig):
     Attributes:
         seq_len: Tokens per sequence.
         batch_size: Sequences per forward pass.
+        long_tokens: Tokens of the long sequence, 0 if the baseline has none.
     """
 
     seq_len: int = 0
     batch_size: int = 0
+    long_tokens: int = 0
 
 
 class TimedAlone(Part, frozen=True, kw_only=True):
@@ -159,49 +165,83 @@ def benchmark_gate(
         blocks = _blocks(stack, baseline)
         few = quick_blocks(blocks, baseline, config.tokens)
         _check_shared(few, path, config)
+        long = LongCheck.of(stack, blocks, baseline, full=False).sequences
         timings = run.time(
             {
                 "bare": lambda: bare_forward(stack, few, len(few.ids)),
-                "gate": lambda: run_gate(stack, blocks, baseline, tokens=config.tokens),
+                "gate": lambda: run_gate(
+                    stack, blocks, baseline, tokens=config.tokens, long_context=False
+                ),
                 "noise": lambda: measure_noise(stack, quick_ids(few)),
+                **_long_variants(stack, blocks, baseline, few, long, config.tokens),
             },
             stack.device,
         )
         gate = timings.results["gate"]
+        if long is not None:
+            _check_passed(timings.results["gate_long"].comparison.verdict, config)
         _check_passed(gate.comparison.verdict, config)
         alone = time_alone(config, path, run.progress)
     provenance = provenance_of(stack, few, command)
-    ratios = run.ratios(timings, [("gate", "bare"), ("noise", "bare")])
+    pairs = [("gate", "bare"), ("noise", "bare")]
+    pairs += [] if long is None else [("gate_long", "bare_long")]
+    ratios = run.ratios(timings, pairs)
+    long_tokens = 0 if long is None else long.ids.size
     settings = asdict(config) | {
         "baselines": None if config.baselines is None else redacted(config.baselines),
         "tokens": few.tokens,
         "seq_len": few.ids.shape[1],
         "batch_size": len(few.ids),
+        "long_tokens": long_tokens,
     }
+    both = dict.fromkeys(("bare_long", "gate_long"), few.tokens + long_tokens)
     return GateBenchmark(
         provenance=run.provenance(provenance),
         settings=GateBenchmarkSettings(**settings),
-        variants=timings.rows(VARIANTS, tokens=few.tokens),
+        variants=timings.rows(VARIANTS, tokens=few.tokens, others=both),
         order=timings.order,
         ratios=ratios,
         interval=INTERVAL,
         steps=[step.tokens for step in gate.steps],
         elsewhere=environment_differences(provenance, baseline.record().provenance),
         alone=alone,
-        targets=gate_targets(ratios[0], alone),
+        targets=gate_targets([ratios[0], *ratios[2:]], alone),
     )
 
 
-def gate_targets(ratio: Ratio, alone: dict[str, TimedAlone]) -> list[Target]:
+def _long_variants(
+    stack: DecoderStack,
+    blocks: TokenBlocks,
+    baseline: StoredProfile,
+    few: TokenBlocks,
+    long: LongSequences | None,
+    tokens: int,
+) -> dict[str, Callable[[], object]]:
+    """Return the variants that include the long sequence; none if the baseline has none."""
+    if long is None:
+        return {}
+    whole = replace(few, ids=long.ids)
+
+    def bare() -> None:
+        bare_forward(stack, few, len(few.ids))
+        bare_forward(stack, whole, 1)
+
+    return {
+        "bare_long": bare,
+        "gate_long": lambda: run_gate(stack, blocks, baseline, tokens=tokens),
+    }
+
+
+def gate_targets(ratios: Sequence[Ratio], alone: dict[str, TimedAlone]) -> list[Target]:
     """Compare the results with the targets.
 
     Args:
-        ratio: Ratio of the gate's seconds to those of the bare forward pass.
+        ratios: Ratios of a gate's seconds to those of a bare forward pass over the same tokens.
         alone: Times of tasks that are timed alone.
     """
     limits = {"compare": 1.0, "load": 2.0, "plugin": 0.05}
     return [
-        ratio_target(ratio, "at most", 4.0),
+        *(ratio_target(ratio, "at most", 4.0) for ratio in ratios),
         *(
             target(f"{name}, seconds", "below", limit, float(np.median(alone[name].seconds)))
             for name, limit in limits.items()

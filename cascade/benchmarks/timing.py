@@ -234,17 +234,21 @@ class Timings:
     order: list[list[str]]
     seconds: dict[str, list[float]]
 
-    def rows(self, what: Mapping[str, str], *, tokens: int) -> dict[str, VariantTimes]:
+    def rows(
+        self, what: Mapping[str, str], *, tokens: int, others: Mapping[str, int] | None = None
+    ) -> dict[str, VariantTimes]:
         """Return description, speed and seconds of each variant, by name.
 
         Args:
             what: Description of each variant.
             tokens: Tokens that every variant processes or generates in one round.
+            others: The tokens of variants that process another number.
         """
+        count = others or {}
         return {
             name: VariantTimes(
                 what=what[name],
-                tokens_per_second=tokens / float(np.median(values)),
+                tokens_per_second=count.get(name, tokens) / float(np.median(values)),
                 seconds=list(values),
             )
             for name, values in self.seconds.items()

@@ -13,3 +13,5 @@ EVALUATED_TOKENS = 8192
 
 #: Hard ratios to which thresholds are fitted.
 HARD_RATIOS = (0.3, 0.5, 0.7)
+#: Tokens of a long sequence, if the model has so many positions.
+LONG_CONTEXT = 2048

@@ -4,7 +4,8 @@ A layer's row depends on that layer and the layers below it, never on those abov
 that moves is therefore the broken layer. Faults that move every row are distinguished by the size
 of the movement. Faults in capturing the states put correct values in the wrong rows.
 
-Decoding is attributed by itself: its passes are compared with the prefill of the same run.
+Long contexts and decoding are attributed by themselves. Long sequences are compared with the
+baseline's once its other sequences agree, and passes through the KV cache with the prefill.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from cascade.core.arrays import Array
-from cascade.gate.records import Attribution, DecodingKind, DecodingRecord
+from cascade.gate.records import (
+    Attribution,
+    DecodingKind,
+    DecodingRecord,
+    LongContextRecord,
+    PositionRange,
+)
 
 #: The most by which rounding moves a sequence's mean similarity on the residual stream. Measured
 #: on SmolLM2-135M: all weights rounded to bf16, 1e-4; to int8, 7e-4; an epsilon of 1e-6 instead of
@@ -156,6 +163,54 @@ def _order(obtained: Array, expected: Array, limits: Array) -> list[int] | None:
         order.append(int(fits[0]))
     wanted = list(range(len(expected)))
     return order if sorted(order) == wanted and order != wanted else None
+
+
+# --- Long contexts ---------------------------------------------------------------------------
+
+
+def long_attribution(record: LongContextRecord) -> Attribution | None:
+    """Return long contexts as the likely cause, with the first positions and layer; None if passed.
+
+    Args:
+        record: The result of `cascade.gate.long_context_check.compare_long`.
+    """
+    if not record.moved:
+        return None
+    first = record.moved[0]
+    most = max(each.difference for each in record.moved)
+    text = (
+        f"{moved_positions(record)} are computed differently, from layer {first.layer} on, by up "
+        f"to {most:.0e}, and short sequences are not; {_what_to_check(first)}"
+    )
+    return Attribution(cause="long context", layer=first.layer, text=text)
+
+
+def moved_positions(record: LongContextRecord) -> str:
+    """Return which positions of the long sequences have moved, in words.
+
+    Args:
+        record: A result with at least one range that moved.
+    """
+    first, last = record.moved[0].first, record.moved[-1].last
+    whole = last == record.length
+    if first == 1:
+        some = "all positions" if whole else f"positions up to {last:,}"
+        return f"{some} of sequences of {record.length:,} tokens"
+    return f"positions beyond {first - 1:,}" if whole else f"positions {first:,} to {last:,}"
+
+
+def _what_to_check(first: PositionRange) -> str:
+    """Return what can compute long sequences differently, by the first positions that moved."""
+    if first.first == 1:
+        return (
+            "check what depends on the length of the whole sequence (dynamic or long RoPE scaling) "
+            "and the sliding window, attention sinks and positions of layer "
+            f"{first.layer}"
+        )
+    return (
+        f"check the sliding window, attention sinks and positions of layer {first.layer} (RoPE, "
+        "its scaling and original length, ALiBi, learned positions)"
+    )
 
 
 # --- Decoding --------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from cascade.core.records import (
     typed,
 )
 from cascade.core.schema import UNSET, known, to_plain
+from cascade.saturation.long_statistics import LongStatistics
 from cascade.saturation.records import ProfileRecord
 from cascade.stats.similarity_statistics import SimilarityStatistics
 
@@ -173,6 +174,7 @@ def _check_table(path: Path, record: Record, arrays: Mapping[str, Array]) -> Non
     """Raise unless the table of layers is the table of the arrays next to it."""
     try:
         table = SimilarityStatistics.from_arrays(arrays).table()
+        long = LongStatistics.from_arrays(arrays)
         fingerprints = len(arrays["sequence_fingerprint"])
         whole = fingerprints == len(arrays["sequence"]) == len(arrays["sequence_mean"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -180,6 +182,7 @@ def _check_table(path: Path, record: Record, arrays: Mapping[str, Array]) -> Non
             f"{path.with_suffix('.npz')} is torn or edited ({first_line(error)}); run "
             "`cascade analyze` again"
         ) from error
+    _check_long(path, record, long)
     rows = record.get("layers")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise BrokenRecordError(
@@ -196,6 +199,19 @@ def _check_table(path: Path, record: Record, arrays: Mapping[str, Array]) -> Non
         raise BrokenRecordError(
             f"{path} and {path.with_suffix('.npz').name} are from different runs or contain NaN; "
             "run `cascade analyze` again"
+        )
+
+
+def _check_long(path: Path, record: Record, long: LongStatistics | None) -> None:
+    """Raise unless the long sequences in the record are those of the arrays next to it."""
+    of_arrays = {} if long is None else to_plain(long.record())
+    of_record = record.get("long_context")
+    if isinstance(of_record, dict) and of_record.get("sequences") == 0:
+        of_record = None
+    if (of_record or {}) != of_arrays:
+        raise BrokenRecordError(
+            f"{path} and {path.with_suffix('.npz').name} have other long sequences; run "
+            "`cascade analyze` again"
         )
 
 

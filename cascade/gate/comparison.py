@@ -10,13 +10,14 @@ from cascade.core.arrays import Array
 from cascade.core.display import Displayed
 from cascade.core.provenance import Provenance
 from cascade.core.schema import UNSET, known
-from cascade.gate.attribution import decoding_attribution
+from cascade.gate.attribution import decoding_attribution, long_attribution, moved_positions
 from cascade.gate.records import (
     Attribution,
     CellRow,
     CellVerdict,
     ComparisonRecord,
     DecodingRecord,
+    LongContextRecord,
     MeanRow,
     Method,
     Mismatch,
@@ -35,7 +36,7 @@ _VERDICTS: dict[Place, CellVerdict] = {
 
 
 #: The smallest tolerance. Batch size, threads, attention kernel and float64 move a sequence's mean
-#: by up to 1.1e-7 (SmolLM2-135M, fp32), and so does another processor (Xeon with AMX, EPYC).
+#: by up to 1.1e-7 (SmolLM2-135M, fp32), another processor by 2.3e-7 (Xeon with AMX, EPYC).
 LEAST_TOLERANCE = 2e-6
 
 
@@ -157,6 +158,7 @@ class Comparison(Displayed):
         provenance: The provenance of the new profile.
         baseline: The provenance of the baseline.
         decoding: Whether decoding computes what the prefill computes; None if not checked.
+        long_context: Whether long sequences have the baseline's similarities; None if not checked.
 
     Example:
         >>> from cascade import analyze, compare, load
@@ -178,11 +180,13 @@ class Comparison(Displayed):
     provenance: Provenance | None = None
     baseline: Provenance | None = None
     decoding: DecodingRecord | None = None
+    long_context: LongContextRecord | None = None
 
     @property
     def verdict(self) -> Verdict:
-        """The worst verdict of the cells and of decoding; FAIL if there are no cells."""
-        if self.method is not None and self.decoding and self.decoding.verdict == "FAIL":
+        """The worst verdict of cells, long contexts and decoding; FAIL if there are no cells."""
+        others = (self.long_context, self.decoding)
+        if self.method is not None and any(one and one.verdict == "FAIL" for one in others):
             return "FAIL"
         return self._of_cells
 
@@ -199,6 +203,11 @@ class Comparison(Displayed):
         """Return the comparison with the result of `check_decoding`."""
         cause = self.attribution or decoding_attribution(decoding)
         return replace(self, decoding=decoding, attribution=cause)
+
+    def with_long_context(self, long: LongContextRecord) -> Comparison:
+        """Return the comparison with the result of `compare_long`."""
+        cause = self.attribution or long_attribution(long)
+        return replace(self, long_context=long, attribution=cause)
 
     def exit_status(self, *, strict: bool = False) -> int:
         """Return 0 for a pass, 1 for drift, 2 if the two are not comparable.
@@ -232,7 +241,12 @@ class Comparison(Displayed):
             names = " and ".join(mismatch.name for mismatch in self.mismatches)
             verb = "differs" if len(self.mismatches) == 1 else "differ"
             return f"{names} {verb} from the baseline"
-        if self._of_cells != self.verdict and self.decoding is not None:
+        if self._of_cells == self.verdict:
+            return self._cells_headline()
+        if self.long_context is not None and self.long_context.moved:
+            where = moved_positions(self.long_context)
+            return f"{where} differ from the baseline; short sequences: {self._cells_headline()}"
+        if self.decoding is not None:
             return f"{_decoding_headline(self.decoding)}; prefill: {self._cells_headline()}"
         return self._cells_headline()
 
@@ -272,6 +286,7 @@ class Comparison(Displayed):
             provenance=self.provenance,
             baseline=self.baseline,
             decoding=self.decoding or UNSET,
+            long_context=self.long_context or UNSET,
         )
 
     def _to_show(self) -> tuple[ComparisonRecord, dict[str, Array]]:
@@ -343,7 +358,11 @@ def _value(provenance: Provenance, path: tuple[str, ...]) -> str | None:
 
 
 def tolerance_of(
-    record: ProfileRecord, baseline: ProfileRecord, noise: NoiseFloor | None
+    record: ProfileRecord,
+    baseline: ProfileRecord,
+    noise: NoiseFloor | None,
+    *,
+    long: bool = False,
 ) -> tuple[float, list[str]]:
     """Return how far rounding alone may move a sequence's mean, and notes for the reader.
 
@@ -351,6 +370,7 @@ def tolerance_of(
         record: The new profile's record.
         baseline: The baseline's record.
         noise: The noise floor of the new profile's environment; None takes the one of its record.
+        long: Whether the tolerance is for ranges of positions of long sequences.
     """
     here = noise or known(record.noise)
     there = known(baseline.noise)
@@ -359,10 +379,14 @@ def tolerance_of(
         measured = there or here
         if measured is None:
             return LEAST_TOLERANCE, ["no noise floor was measured; the smallest tolerance is used"]
-        return max(LEAST_TOLERANCE, NOISE_FACTOR * measured.repeat), []
+        return max(LEAST_TOLERANCE, NOISE_FACTOR * _floor(measured.repeat, measured, long)), []
     # Each side lies within its own distance of the exact result, so the two differ by at most the
     # sum of both distances.
-    floors = [max(floor.repeat, floor.exact or 0.0) for floor in (here, there) if floor]
+    floors = [
+        _floor(max(floor.repeat, floor.exact or 0.0), floor, long)
+        for floor in (here, there)
+        if floor
+    ]
     # A side without a measurement is assumed to be as noisy as the other.
     floor = sum(floors) * (2 if len(floors) == 1 else 1)
     tolerance = max(LEAST_TOLERANCE, NOISE_FACTOR * floor)
@@ -371,6 +395,10 @@ def tolerance_of(
         f"the baseline was made in another environment ({'; '.join(differences)}); tolerance "
         f"{tolerance:.1e}, {how}"
     ]
+
+
+def _floor(short: float, measured: NoiseFloor, long: bool) -> float:
+    return max(short, known(measured.long) or 0.0) if long else short
 
 
 def table_cells(

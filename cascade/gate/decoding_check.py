@@ -24,8 +24,7 @@ from cascade.gate.records import (
     DecodingRecord,
     DecodingTolerance,
 )
-from cascade.gate.rounding import other_rounding
-from cascade.models.architecture import run_decoder
+from cascade.gate.rounding import similarities_rounded_differently
 from cascade.models.own_cache import OwnCache
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import SimilarityVisitor, similarities
@@ -196,10 +195,7 @@ def _noise(stack: DecoderStack, tokens: Tensor, prefill: Tensor) -> Tensor:
     The prefill runs again, and every component of every hidden state is moved by up to one unit in
     its last place. Other kernels, which cached steps use, cannot be measured without a cache.
     """
-    visitor = SimilarityVisitor()
-    with stack.visiting(visitor, change=other_rounding(stack)) as decoder:
-        final = run_decoder(decoder, tokens)
-    return (visitor.finish(final if stack.has_final_norm else None) - prefill).abs().cpu()
+    return (similarities_rounded_differently(stack, tokens) - prefill).abs().cpu()
 
 
 class _Tolerances:

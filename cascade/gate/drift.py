@@ -20,7 +20,9 @@ from cascade.core.errors import RecordError, UsageError
 from cascade.core.schema import to_plain
 from cascade.gate.attribution import attribute
 from cascade.gate.comparison import Cell, Comparison, mismatches_of, table_cells, tolerance_of
+from cascade.gate.long_context_check import compare_long
 from cascade.gate.older_baselines import profile_note
+from cascade.saturation.long_statistics import LongStatistics
 from cascade.saturation.records import LayerRow, NoiseFloor, ProfileRecord
 from cascade.stats.resampling import resampled_means, simultaneous_half_widths
 from cascade.stats.similarity_statistics import QUANTILES
@@ -74,6 +76,7 @@ def compare(
     margin: float = MARGIN,
     confidence: float = CONFIDENCE,
     anyway: bool = False,
+    long_context: bool = True,
     seed: int = 0,
 ) -> Comparison:
     """Decide whether a profile has drifted from its baseline.
@@ -93,6 +96,8 @@ def compare(
             sequences.
         confidence: The probability that all intervals hold simultaneously, on different sequences.
         anyway: Compare profiles of different models too, and note the differences.
+        long_context: Compare the long sequences of both sides too, if their other sequences are the
+            same and have not drifted.
         seed: The seed of the resampling.
 
     Raises:
@@ -133,7 +138,20 @@ def compare(
                     "the text counts as different"
                 )
             found = _resampled(*sides, margin, confidence, seed, notes)
+        if long_context and found.method == "same sequences" and found.verdict == "PASS":
+            found = _with_long(found, profile, baseline, noise)
     return replace(found, provenance=new.provenance, baseline=old.provenance)
+
+
+def _with_long(
+    comparison: Comparison, profile: Profile, baseline: Profile, noise: NoiseFloor | None
+) -> Comparison:
+    """Add the comparison of long sequences, if a side has any."""
+    new, old = (LongStatistics.from_arrays(side.arrays()) for side in (profile, baseline))
+    if new is None and old is None:
+        return comparison
+    tolerance, _ = tolerance_of(profile.record(), baseline.record(), noise, long=True)
+    return comparison.with_long_context(compare_long(new, old, tolerance))
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,12 @@ from cascade.core.provenance import CorpusProvenance, Provenance, provenance_of
 from cascade.core.records import read_typed, write_record
 from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
+from cascade.corpora.long_sequences import LongSequences
 from cascade.gate.baselines import StoredProfile
 from cascade.gate.comparison import BOS, Comparison, environment_differences, mismatches_of
 from cascade.gate.decoding_check import DECODED_SEQUENCES, check_decoding
 from cascade.gate.drift import LEAST_SHARED, compare
+from cascade.gate.long_context_check import LongCheck
 from cascade.gate.noise import measure_noise
 from cascade.gate.records import ComparisonRecord, GateRun, GateStep, Mismatch, NoiseRecord
 from cascade.models.stack import DecoderStack
@@ -90,6 +92,7 @@ class _Task:
         batch_size: The maximum number of sequences per forward pass.
         progress: Called with the number of tokens done since the last call.
         decoded: The numbers of the sequences that are decoded; None for none.
+        long: The long sequences; None if they are not checked.
     """
 
     stack: DecoderStack
@@ -101,16 +104,25 @@ class _Task:
     batch_size: int
     progress: Callable[[int], None] | None
     decoded: Array | None
+    long: LongCheck | None
 
     def compare(self, profile: SaturationProfile) -> Comparison:
         """Compare a profile with the baseline."""
         noise = None if self.noise is None else self.noise.floor()
-        return compare(profile, self.baseline, noise=noise)
+        return compare(profile, self.baseline, noise=noise, long_context=False)
 
     def outcome(
         self, profile: SaturationProfile, comparison: Comparison, steps: list[GateStep], budget: int
     ) -> Gate:
-        """Check decoding, unless the prefill has drifted, and return the outcome of the gate."""
+        """Check long contexts and decoding, unless something has drifted, and return the outcome.
+
+        A cause that shows in the prefill would show in the next checks too.
+        """
+        agrees = comparison.method == "same sequences" and comparison.verdict == "PASS"
+        if self.long is not None and agrees:
+            noise = None if self.noise is None else self.noise.floor()
+            long, profile = self.long.compare(self.stack, profile, self.baseline, noise)
+            comparison = comparison if long is None else comparison.with_long_context(long)
         if self.decoded is not None and comparison.verdict != "FAIL":
             found = check_decoding(self.stack, self.blocks.ids[self.decoded])
             comparison = comparison.with_decoding(found)
@@ -126,6 +138,7 @@ def run_gate(
     tokens: int = QUICK_TOKENS,
     full: bool = False,
     decoding: bool = True,
+    long_context: bool = True,
     batch_size: int = 32,
     conflicts: Sequence[str] = (),
     command: str | None = None,
@@ -134,9 +147,10 @@ def run_gate(
     """Measure a model on some of its baseline's sequences and compare after each batch.
 
     The gate stops at the first batch that shows drift. It passes if no batch does within the
-    budget, and if passes through the model's KV cache compute what its prefill computes (see
-    `cascade.gate.decoding_check`). Two runs over the same sequence involve no randomness, so each
-    sequence is a separate test.
+    budget, if the first long sequence of the baseline agrees with it too (see
+    `cascade.gate.long_context_check`), and if passes through the model's KV cache compute what its
+    prefill computes (see `cascade.gate.decoding_check`). Two runs over the same sequence involve no
+    randomness, so each sequence is a separate test.
 
     Args:
         stack: The model.
@@ -145,6 +159,8 @@ def run_gate(
         tokens: The budget, rounded down to whole sequences, at least one.
         full: Measure the whole corpus and compare its table too.
         decoding: Check decoding too, on at most two sequences, unless the prefill has drifted.
+        long_context: Compare a long sequence too, with `full` all of them, unless the others have
+            drifted. Its tokens are not part of the budget.
         batch_size: The maximum number of sequences per forward pass.
         conflicts: Given corpus options that differ from the baseline's, in words, which explain
             why the text is another one.
@@ -181,15 +197,27 @@ def run_gate(
         comparison = Comparison(None, tuple(mismatches), provenance=about, baseline=expected)
         return Gate(comparison, (), 0, time.perf_counter() - start)
     check_blocks(stack, blocks, batch_size)
+    long = LongCheck.of(stack, blocks, baseline, full=full) if long_context else None
     noise = None
     if environment_differences(about, expected):
         few = _spread(shared if same_text else np.arange(len(blocks.ids)), NOISE_SEQUENCES)
-        noise = noise_here(stack, blocks.ids[few], about)
+        noise = noise_here(stack, blocks.ids[few], about, None if long is None else long.sequences)
     chosen = np.arange(len(blocks.ids)) if full else _chosen(blocks, shared, tokens)
     # Half of the quick gate's sequences at most, because they run about three times.
     count = min(DECODED_SEQUENCES, max(1, len(chosen) // 2))
     decoded = _spread(chosen, count) if decoding else None
-    task = _Task(stack, blocks, baseline, start, noise, about, batch_size, progress, decoded)
+    task = _Task(
+        stack,
+        blocks,
+        baseline,
+        start,
+        noise,
+        about,
+        batch_size,
+        progress,
+        decoded,
+        long,
+    )
     return _full(task) if full else _step_by_step(task, chosen)
 
 
@@ -294,25 +322,30 @@ def _other_text(
     )
 
 
-def noise_here(stack: DecoderStack, ids: Array, about: Provenance) -> NoiseRecord:
+def noise_here(
+    stack: DecoderStack, ids: Array, about: Provenance, long: LongSequences | None = None
+) -> NoiseRecord:
     """Return the noise floor of this model on this machine, measured once and cached.
 
     Args:
         stack: The model.
         ids: `[B, T]` token ids of a few sequences.
         about: The provenance of the run.
+        long: Long sequences, of which the first is measured too; None for none.
     """
     # A model in memory is known by its weights alone.
     model = msgspec.structs.replace(about.model, weights_hash=stack.weights_hash())
     origin = to_plain(msgspec.structs.replace(about, model=model))
     key = [origin.get(name) for name in ("model", "tokenizer_hash", "machine", "versions")]
+    if long is not None:
+        key.append(sha256(long.ids[:1].tobytes()).hexdigest())
     digest = sha256(
         json.dumps([key, sha256(ids.tobytes()).hexdigest()], allow_nan=False).encode()
     ).hexdigest()
     path = cache_folder() / "noise" / f"{digest[:24]}.json"
     with contextlib.suppress(RecordError):  # not measured yet, or torn: measure now
         return read_typed(path, NoiseRecord)
-    found = NoiseRecord.of(measure_noise(stack, ids))
+    found = NoiseRecord.of(measure_noise(stack, ids, long))
     with contextlib.suppress(OutputError):  # without a cache, the next run measures again
         write_record(path, found)
     return found

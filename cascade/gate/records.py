@@ -48,6 +48,8 @@ class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
         exact: The largest change from float64; None where it could not be measured.
         variants: The largest change of each variant, or the reason why it could not be measured.
         sequences: The number of sequences measured.
+        long: The largest change of a range of positions of a long sequence; absent where it was not
+            measured.
     """
 
     KIND: ClassVar[str] = "noise"
@@ -59,6 +61,7 @@ class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
     exact: Change | None
     variants: dict[str, float | str] = field(name="ways")
     sequences: Count
+    long: Change | UnsetType = UNSET
 
     @classmethod
     def of(cls, floor: NoiseFloor) -> NoiseRecord:
@@ -72,6 +75,7 @@ class NoiseRecord(StoredRecord, frozen=True, kw_only=True):
             exact=self.exact,
             variants=self.variants,
             sequences=self.sequences,
+            long=self.long,
         )
 
 
@@ -100,14 +104,17 @@ class Attribution(Part, frozen=True, kw_only=True):
     Attributes:
         cause: "rows" (one side lacks some rows), "capture" (correct values in the wrong rows),
             "counting" (means agree, shares or quantiles do not), "layer" (one layer's weights or
-            code), "numerics" (rounding in every layer), "model" (the whole model, or its input) or
+            code), "numerics" (rounding in every layer), "model" (the whole model, or its input),
+            "long context" (the sequences agree with the baseline, the long ones do not) or
             "decoding" (the prefill agrees with the baseline, passes with a KV cache do not agree
             with the prefill).
         layer: The first row that moved, where this identifies a layer.
         text: The evidence, in one sentence.
     """
 
-    cause: Literal["rows", "capture", "counting", "layer", "numerics", "model", "decoding"]
+    cause: Literal[
+        "rows", "capture", "counting", "layer", "numerics", "model", "long context", "decoding"
+    ]
     layer: str | None
     text: str
 
@@ -226,6 +233,49 @@ class DecodingRecord(Part, frozen=True, kw_only=True):
         return len(self.passes) if found is None and self.error is not None else found
 
 
+class PositionRange(Part, frozen=True, kw_only=True):
+    """One range of positions of the long sequences, compared with the baseline.
+
+    Attributes:
+        first: The first position, from 1.
+        last: The last position.
+        difference: The largest difference of a mean similarity, of any layer and sequence.
+        layer: The first row that differs by more than the tolerance; None if none does.
+    """
+
+    first: Count
+    last: Count
+    difference: Finite
+    layer: str | None
+
+
+class LongContextRecord(Part, frozen=True, kw_only=True):
+    """Whether long sequences have the baseline's similarities.
+
+    Attributes:
+        verdict: "PASS", "FAIL", or "NOT CHECKED" if there is nothing to compare.
+        reason: Why they were not checked.
+        length: The number of tokens of each long sequence.
+        sequences: The number of long sequences.
+        tolerance: The largest difference of a mean that counts as rounding.
+        ranges: The ranges of positions, in order.
+        seconds: How long the long sequences took to measure.
+    """
+
+    verdict: Literal["PASS", "FAIL", "NOT CHECKED"]
+    reason: str | None
+    length: Index
+    sequences: Index
+    tolerance: Finite
+    ranges: list[PositionRange]
+    seconds: Finite
+
+    @property
+    def moved(self) -> list[PositionRange]:
+        """The ranges that differ by more than the tolerance."""
+        return [each for each in self.ranges if each.layer is not None]
+
+
 class GateRun(Part, frozen=True, kw_only=True):
     """How a gate reached its verdict.
 
@@ -260,6 +310,7 @@ class ComparisonRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
         baseline: The provenance of the baseline.
         gate: How the gate reached its verdict, if a gate made the comparison.
         decoding: Whether decoding computes what the prefill computes, if a gate checked it.
+        long_context: Whether long sequences have the baseline's similarities, if it was checked.
     """
 
     KIND: ClassVar[str] = "comparison"
@@ -281,6 +332,7 @@ class ComparisonRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     baseline: Provenance | None
     gate: GateRun | UnsetType = UNSET
     decoding: DecodingRecord | UnsetType = UNSET
+    long_context: LongContextRecord | UnsetType = UNSET
 
     def _in_one_line(self) -> str:
         return f"{self.verdict}, {self.headline}"

@@ -18,8 +18,9 @@ from cascade.core.defaults import HARD_RATIOS
 from cascade.core.errors import ModelError, RecordError
 from cascade.core.files import write_text
 from cascade.core.records import to_file
-from cascade.core.schema import UNSET, UnsetType
+from cascade.core.schema import UNSET, UnsetType, known
 from cascade.corpora.blocks import TokenBlocks
+from cascade.corpora.long_sequences import LongSequences
 from cascade.decoding.early_exit import EarlyExit
 from cascade.evaluation.exit_evaluation import EvaluationConfig, evaluate, split
 from cascade.evaluation.operating_points import OperatingPoint
@@ -36,6 +37,7 @@ from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import quick_ids
 from cascade.gate.records import BudgetGroup, LosslessBudget, Overrun
 from cascade.models.stack import DecoderStack
+from cascade.saturation.long_context import LongChoice, choose_long, measure_long
 from cascade.saturation.profile import SaturationProfile, analyze
 from cascade.saturation.records import ProfileRecord
 
@@ -46,29 +48,57 @@ def measure_whole(
     stack: DecoderStack,
     blocks: TokenBlocks,
     *,
+    long_context: int | None = None,
     batch_size: int = 32,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SaturationProfile:
-    """Return the profile of a whole corpus together with its noise floor, as a baseline needs it.
+    """Return the profile of a whole corpus as a baseline needs it.
+
+    It includes a few long sequences and the noise floor.
 
     Args:
         stack: The model.
         blocks: The whole corpus.
+        long_context: The number of tokens of a long sequence, 0 for none; None for the default.
         batch_size: Sequences per forward pass.
         command: The user's command line, for the provenance.
         progress: Called with the number of tokens done since the last call.
 
     Raises:
-        CorpusError: A sequence is longer than the model's context.
+        CorpusError: A sequence is longer than the model's context, or the corpus is too short for
+            the long sequences that were asked for.
         ModelError: A layer's output is NaN (names the layer).
     """
+    chosen = choose_long(stack, blocks, long_context)
     profile = analyze(stack, blocks, batch_size=batch_size, command=command, progress=progress)
-    return with_noise(profile, stack, blocks)
+    return with_noise(with_long(profile, stack, chosen), stack, blocks, chosen.sequences)
+
+
+def with_long(
+    profile: SaturationProfile, stack: DecoderStack, chosen: LongChoice
+) -> SaturationProfile:
+    """Return a profile together with the statistics of long sequences.
+
+    Args:
+        profile: The profile of the whole corpus.
+        stack: The model.
+        chosen: The long sequences, or why there are none.
+
+    Raises:
+        ModelError: A hidden state is NaN or infinite, or the model raises an error for so many
+            tokens.
+    """
+    if chosen.sequences is None:
+        return replace(profile, long=None, no_long=chosen.reason)
+    return replace(profile, long=measure_long(stack, chosen.sequences), no_long=None)
 
 
 def with_noise(
-    profile: SaturationProfile, stack: DecoderStack, blocks: TokenBlocks
+    profile: SaturationProfile,
+    stack: DecoderStack,
+    blocks: TokenBlocks,
+    long: LongSequences | None = None,
 ) -> SaturationProfile:
     """Return a profile together with the noise floor of its model and corpus on this machine.
 
@@ -76,12 +106,15 @@ def with_noise(
         profile: The profile of the whole corpus.
         stack: The model.
         blocks: The corpus; the noise floor is measured on a few of its sequences.
+        long: The long sequences; None for none.
     """
-    return replace(profile, noise=measure_noise(stack, quick_ids(blocks)))
+    return replace(profile, noise=measure_noise(stack, quick_ids(blocks), long))
 
 
 def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfile) -> bool:
     """Return whether a stored baseline is still valid: same schema and sequences, and no drift.
+
+    A baseline without the long sequences that the new profile has is not.
 
     Args:
         profile: The new profile of the whole corpus.
@@ -89,6 +122,8 @@ def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfil
     """
     seen = [sorted(side.arrays()["sequence_fingerprint"]) for side in (profile, before)]
     current = before.record().schema == ProfileRecord.SCHEMA
+    new, old = (known(side.record().long_context) for side in (profile, before))
+    current = current and (new is None or not new.sequences or new == old)
     return current and seen[0] == seen[1] and compare(profile, before).verdict == "PASS"
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cascade.models.architecture import run_decoder
 from cascade.models.stack import DecoderStack
+from cascade.saturation.profile import SimilarityVisitor
 
 
 def other_rounding(stack: DecoderStack, *, seed: int = 0) -> Callable[[Tensor], Tensor]:
@@ -38,3 +40,20 @@ def other_rounding(stack: DecoderStack, *, seed: int = 0) -> Callable[[Tensor], 
         return moved.to(hidden.dtype)
 
     return change
+
+
+@torch.no_grad()
+def similarities_rounded_differently(stack: DecoderStack, ids: Tensor) -> Tensor:
+    """Return every layer's similarity for every token, with every hidden state rounded differently.
+
+    Args:
+        stack: The model.
+        ids: Token ids, `[B, T]`, on the model's device.
+
+    Returns:
+        `[L, B, T]`, as `cascade.saturation.profile.similarities` returns them.
+    """
+    visitor = SimilarityVisitor()
+    with stack.visiting(visitor, change=other_rounding(stack)) as decoder:
+        final = run_decoder(decoder, ids)
+    return visitor.finish(final if stack.has_final_norm else None)

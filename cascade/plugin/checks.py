@@ -169,6 +169,10 @@ class SaturationCheck(Check):
         if comparison.decoding is not None and comparison.decoding.verdict == "FAIL":
             where = record.attribution and record.attribution.layer
             return record, f"decoding{f' layer {where}' if where else ''}"
+        long = comparison.long_context
+        if long is not None and long.moved:
+            first = long.moved[0]
+            return record, f"positions {first.first} to {first.last} layer {first.layer}"
         for cell in comparison.worst()[:1]:
             worst = (
                 f"layer {cell.layer} {cell.statistic} {cell.difference:+.1e} "

@@ -142,6 +142,7 @@ class _Reading:
                 tokens=tokens,
                 full=full,
                 decoding=not self.settings.prefill_only,
+                long_context=not self.settings.no_long_context,
                 conflicts=tuple(self.settings.given_corpus().conflicts(self._about)),
                 command=self.command,
             )
@@ -223,13 +224,18 @@ class MeasuredProfile:
         from cascade.gate.remeasuring import measure_whole
 
         given = replace(self.settings.given_corpus(), num_samples=self.settings.num_samples)
+        long = None if before is None else known(before.record().long_context)
         if before is None:
             reading = given.over(CorpusReading())
         else:
             reading = given.over(CorpusReading.again(before.record().provenance.corpus))
         stack = self.model.stack
         blocks = load_blocks(self.settings.corpus, stack.tokenizer, **reading.options())
-        return measure_whole(stack, blocks, command=self.command)
+        # As long as before; else by default, unless they are not checked anyway.
+        length = 0 if self.settings.no_long_context else None
+        if long is not None and long.sequences:
+            length = long.length
+        return measure_whole(stack, blocks, long_context=length, command=self.command)
 
     def forget(self) -> None:
         """Discard all results, because the baseline has changed."""

@@ -50,6 +50,7 @@ class Settings:
         tokens: The budget of the quick gate.
         full: Whether to measure the whole corpus.
         prefill_only: Whether decoding with the KV cache is not checked.
+        no_long_context: Whether long sequences are not checked.
         strict: Whether an inconclusive verdict fails.
         report: The folder for the reports.
         baselines_named: Whether the user named the folder of all baselines. If not, a baseline that
@@ -72,6 +73,7 @@ class Settings:
     tokens: int = 512
     full: bool = False
     prefill_only: bool = False
+    no_long_context: bool = False
     strict: bool = False
     report: Path | None = None
     baselines_named: bool = False
@@ -225,10 +227,11 @@ HELP = {
     "tokens": "maximum number of tokens for the quick gate (default: 512)",
     "full": "measure the whole corpus instead of the quick gate",
     "prefill_only": "do not check decoding with the KV cache",
+    "no_long_context": "do not check a long sequence",
     "strict": "fail inconclusive checks too",
     "report": "folder for report.json, report.md and report.html",
 }
-_FLAGS = ("full", "prefill_only", "strict")
+_FLAGS = ("full", "prefill_only", "no_long_context", "strict")
 _PATHS = ("baselines", "report")
 #: Settings that can be a path, possibly relative to the ini file.
 _SOURCES = ("model", "corpus")

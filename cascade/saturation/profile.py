@@ -17,15 +17,17 @@ from cascade.core.defaults import HARD_RATIOS
 from cascade.core.display import Displayed
 from cascade.core.errors import UsageError, not_finite
 from cascade.core.provenance import Provenance, provenance_of
-from cascade.core.schema import from_plain
+from cascade.core.schema import UNSET, UnsetType, from_plain
 from cascade.corpora.blocks import ReadingOptions, Texts, TokenBlocks, check_blocks, load_blocks
 from cascade.models.loading import borrowed
 from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
+from cascade.saturation.long_statistics import LongStatistics
 from cascade.saturation.records import (
     HardRatioThreshold,
     LayerRoles,
     LayerRow,
+    LongContext,
     NoiseFloor,
     ProfileRecord,
     SuggestedThresholds,
@@ -51,6 +53,9 @@ class SaturationProfile(Displayed):
         provenance: Model, corpus, machine, versions and command.
         noise: How far arithmetic alone moves a sequence's mean similarity (see
             `cascade.gate.noise`); None if not measured.
+        long: The statistics of a few long sequences (see `cascade.saturation.long_context`); None
+            if not measured.
+        no_long: Why there are no long sequences; None if they were measured or not asked for.
 
     Example:
         >>> import cascade
@@ -64,6 +69,8 @@ class SaturationProfile(Displayed):
     sequence_fingerprints: Array
     provenance: Provenance
     noise: NoiseFloor | None = None
+    long: LongStatistics | None = None
+    no_long: str | None = None
 
     def record(self) -> ProfileRecord:
         """Return the record of `profile.json`: provenance, table, layer roles and thresholds.
@@ -80,7 +87,15 @@ class SaturationProfile(Displayed):
             layers=from_plain(self.statistics.table(), list[LayerRow]),
             structure=structure,
             thresholds=self._thresholds(structure),
+            long_context=self._long_context(),
         )
+
+    def _long_context(self) -> LongContext | UnsetType:
+        if self.long is not None:
+            return self.long.record()
+        if self.no_long is None:
+            return UNSET
+        return LongContext(length=0, sequences=0, ranges=0, reason=self.no_long)
 
     def _thresholds(self, structure: LayerRoles) -> SuggestedThresholds:
         labels = self.statistics.layers
@@ -100,7 +115,8 @@ class SaturationProfile(Displayed):
 
     def arrays(self) -> dict[str, Array]:
         """Return the arrays of `profile.npz`: the whole state of the statistics."""
-        return self.statistics.arrays() | {"sequence_fingerprint": self.sequence_fingerprints}
+        short = self.statistics.arrays() | {"sequence_fingerprint": self.sequence_fingerprints}
+        return short if self.long is None else short | self.long.arrays()
 
     def _to_show(self) -> tuple[ProfileRecord, dict[str, Array]]:
         return self.record(), self.arrays()

@@ -17,6 +17,7 @@ from cascade.core.schema import (
     Share,
     StoredRecord,
     UnsetType,
+    known,
     strangers,
 )
 
@@ -32,12 +33,31 @@ class NoiseFloor(Part, frozen=True, kw_only=True):
         exact: The largest change with float64; None if it could not be measured.
         variants: The largest change of each variant, or the reason why it could not be measured.
         sequences: The number of sequences that were run.
+        long: The largest change of a range of positions of a long sequence, if every hidden state
+            is rounded differently; absent where it was not measured.
     """
 
     repeat: Change
     exact: Change | None
     variants: dict[str, float | str] = field(name="ways")
     sequences: Count
+    long: Change | UnsetType = UNSET
+
+
+class LongContext(Part, frozen=True, kw_only=True):
+    """Which long sequences were measured next to those of the corpus.
+
+    Attributes:
+        length: The number of tokens of each, 0 if none were measured.
+        sequences: The number of long sequences.
+        ranges: The number of ranges of positions, as equal as they can be.
+        reason: Why none were measured; absent if some were.
+    """
+
+    length: Index
+    sequences: Index
+    ranges: Index
+    reason: str | UnsetType = UNSET
 
 
 class LayerRow(Part, frozen=True, kw_only=True):
@@ -109,6 +129,8 @@ class ProfileRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
         layers: One row per layer.
         structure: Active and stable layers.
         thresholds: Thresholds for early exit.
+        long_context: The long sequences; absent where nobody asked for them, as in records of
+            earlier releases.
         arrays_hash: The hash of the arrays next to the record, once it is sealed.
         hash: The hash of the record itself, once it is sealed.
     """
@@ -124,11 +146,15 @@ class ProfileRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     layers: list[LayerRow]
     structure: LayerRoles
     thresholds: SuggestedThresholds
+    long_context: LongContext | UnsetType = UNSET
     arrays_hash: str | UnsetType = UNSET
     hash: str | UnsetType = UNSET
 
     def inconsistency(self) -> str | None:
         """Describe the first layer or threshold that the table of layers does not have."""
+        long = known(self.long_context)
+        if long is not None and (long.sequences > 0) is not (long.reason is UNSET):
+            return f"expected long sequences or a reason for none, got {long.sequences} of them"
         for row in self.thresholds.by_hard_ratio:
             if not -1 <= row.threshold <= 1:
                 return f"expected thresholds in -1..1, got {row.threshold}"

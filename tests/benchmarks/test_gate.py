@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from support.commands import Run
+from support.tiny_models import save_checkpoint
 
 from cascade.benchmarks import gate as benchmark
 from cascade.benchmarks.gate import GateBenchmark, GateBenchmarkConfig, TimedAlone
@@ -250,3 +252,32 @@ def test_the_command_writes_its_record(
     assert stored["kind"] == "bench.gate"
     assert stored["provenance"]["command"].startswith("cascade bench gate --model")
     assert "gate/bare" in done.out
+
+
+def test_the_long_sequence_has_its_own_ratio_and_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_checkpoint(tmp_path / "long", max_position_embeddings=512)
+    stack = load(str(model))
+    blocks = load_blocks("embedded", stack.tokenizer, seq_len=LENGTH, num_samples=20)
+    store_profile(tmp_path, measure_whole(stack, blocks))
+    passes: list[tuple[int, ...]] = []
+    forward = benchmark.bare_forward
+
+    def watched(stack: Any, blocks: Any, size: int) -> None:
+        passes.append(blocks.ids.shape)
+        forward(stack, blocks, size)
+
+    monkeypatch.setattr(benchmark, "bare_forward", watched)
+    monkeypatch.setattr(benchmark, "time_alone", lambda *_: dict.fromkeys(benchmark.ALONE, ALONE))
+    found = benchmark.benchmark_gate(settings(model, tmp_path))
+    assert found.settings.long_tokens == 512
+    # Each of three rounds: the short sequences twice, and the long one.
+    assert sorted(passes) == [(1, 512)] * 3 + [(5, LENGTH)] * 6
+    assert [ratio.name for ratio in found.ratios][-1] == "gate_long/bare_long"
+    targets = {target.name: target.limit for target in found.targets}
+    assert targets["gate/bare"] == targets["gate_long/bare_long"] == 4.0
+    times = found.variants["gate_long"]
+    tokens = 5 * LENGTH + 512
+    assert times.tokens_per_second == pytest.approx(tokens / np.median(times.seconds))
+    assert "512 tokens" in printed(found)

@@ -268,9 +268,9 @@ def test_noise_is_measured_once_in_another_environment_and_cached(
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path))
     calls: list[int] = []
 
-    def counted(stack: DecoderStack, ids: Any) -> NoiseFloor:
+    def counted(stack: DecoderStack, ids: Any, long: Any) -> NoiseFloor:
         calls.append(len(ids))
-        return replace(measure_noise(stack, ids), repeat=4e-6, exact=1e-6)
+        return replace(measure_noise(stack, ids, long), repeat=4e-6, exact=1e-6)
 
     monkeypatch.setattr(quick_gate, "measure_noise", counted)
     elsewhere = moved(baseline, processor="Another")

@@ -21,6 +21,7 @@ from support.clean_runs import (
 )
 from support.decoding_faults import DECODING_FAULTS
 from support.faults import FAULTS, Fault, blocks_for, scaled_mlp, weights
+from support.long_faults import REAL_LONG_FAULTS
 from support.paths import ROOT
 
 from cascade.corpora.blocks import TokenBlocks
@@ -40,8 +41,8 @@ BASELINE = ROOT / "baselines/smollm2-135m-instruct-q4_1/embedded.saturation.json
 DOCS = ROOT / "docs"
 
 
-#: Faults of the prefill, then those of decoding.
-ALL_FAULTS = FAULTS | DECODING_FAULTS
+#: Faults of the prefill, then those of long contexts and of decoding.
+ALL_FAULTS = FAULTS | REAL_LONG_FAULTS | DECODING_FAULTS
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,19 @@ def test_the_table_of_the_docs_is_what_was_measured(
         " accepts it).",
         "It plants each fault in SmolLM2-135M, on its real weights, or in the path from its states"
         " to the numbers.",
-        "Then it runs the quick gate with its budget of 512 tokens. The column `tokens` says when"
-        " the gate stopped.",
+        "Then it runs the quick gate with its budget of 512 tokens and one sequence of 2,048. The"
+        " column `tokens` says when",
+        "the gate stopped, without the long sequence.",
         "The last column says where the evidence points: `capture` (the states are read wrongly),"
         " one `layer`,",
-        "`numerics` (rounding), the whole `model`, `counting` of tokens, another `corpus`, or"
-        " `decoding`: the prefill",
-        "agrees with the baseline, and passes through the KV cache do not agree with the prefill.",
+        "`numerics` (rounding), the whole `model`, `counting` of tokens, another `corpus`,"
+        " `long context` (only the long",
+        "sequence differs) or `decoding`: the prefill agrees with the baseline, and passes through"
+        " the KV cache do not",
+        "agree with the prefill. [More faults of long contexts](long-contexts.csv), in tiny models"
+        " of the families concerned:",
+        "sliding windows, RoPE scaling, attention sinks and ALiBi"
+        " (`pytest tests/suites/test_long_sensitivity.py`).",
         "",
         "| fault | verdict | tokens | points to |",
         "|---|---|---|---|",

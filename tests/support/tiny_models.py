@@ -112,6 +112,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "deepseek_v32": _LATENT | _INDEXER | {"first_k_dense_replace": 1},
     "deepseek_v4": _LATENT | _INDEXER | {"head_dim": 8},
     "hy_v4": _LATENT | _INDEXER | {"head_dim": 8},
+    "gpt_oss": _GEMMA | {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mpt": {"d_model": WIDTH, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64},
     "gemma4_text": _GEMMA
     | _PER_LAYER
     | {"global_head_dim": 8, "num_kv_shared_layers": 2, "layer_types": _ALTERNATING},

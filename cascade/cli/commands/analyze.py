@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from cascade.core.run_folder import RunFolder
     from cascade.corpora.blocks import TokenBlocks
     from cascade.models.stack import DecoderStack
+    from cascade.saturation.long_context import LongChoice
     from cascade.saturation.profile import SaturationProfile
 
 #: The files of one run of `cascade analyze --output`.
@@ -41,6 +43,14 @@ class AnalyzedCorpus(SampledCorpusOptions):
         int | None,
         typer.Option(
             help="Sample records at random with this seed (default: take the first).",
+            rich_help_panel="Corpus",
+        ),
+    ] = None
+    long_context: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens of a long sequence, 0 for none (default: positions, at most 2048).",
             rich_help_panel="Corpus",
         ),
     ] = None
@@ -68,8 +78,8 @@ def analyze(
     """Measure the saturation of every decoder layer over a corpus.
 
     Prints statistics, outliers, special layers and suggested exit
-    thresholds. With --output, also writes an HTML page, SVG figures
-    and the record as JSON.
+    thresholds. With --output, also measures a few long sequences for
+    the gate, and writes an HTML page, SVG figures and the record as JSON.
     """
     from cascade.report.saturation.terminal import print_profile
     from cascade.saturation.token_archive import SimilarityArchive, check_free
@@ -85,9 +95,12 @@ def analyze(
             ]:
                 raise OutputError(f"--output already writes {npz}; choose another --npz")
         from cascade.saturation import profile as saturation
+        from cascade.saturation.long_context import choose_long
 
         stack = load_model(model)
         blocks = _read(stack, corpus)
+        # Before the pass, because it can find that the corpus is too short.
+        chosen = choose_long(stack, blocks, corpus.long_context)
         archive = None
         if npz is not None:
             archive = cleanup.enter_context(
@@ -105,8 +118,9 @@ def analyze(
         if folder is not None:
             from cascade.gate.remeasuring import with_noise
 
+            profile = _with_long(profile, stack, chosen)
             with status("Measuring the noise of the arithmetic"):
-                profile = with_noise(profile, stack, blocks)
+                profile = with_noise(profile, stack, blocks, chosen.sequences)
             _write_run(folder, profile)
         record = profile.record()
         if archive is not None:
@@ -116,6 +130,26 @@ def analyze(
     written += [str(npz)] if npz else []
     if written:
         message(f"Wrote {', '.join(written)}")
+
+
+def _with_long(
+    profile: SaturationProfile, stack: DecoderStack, chosen: LongChoice
+) -> SaturationProfile:
+    """Return a profile with its long sequences, and say how long they took."""
+    from cascade.gate.remeasuring import with_long
+
+    if chosen.sequences is None:
+        if chosen.is_short:
+            message(f"No long sequences: {chosen.reason}")
+        return with_long(profile, stack, chosen)
+    count, length = chosen.sequences.ids.shape
+    start = time.perf_counter()
+    with status(f"Measuring {count} sequences of {length:,} tokens"):
+        profile = with_long(profile, stack, chosen)
+    seconds = time.perf_counter() - start
+    texts = f"{count} long sequence{'s' * (count != 1)}"
+    message(f"Measured {texts} of {length:,} tokens in {seconds:.1f} s")
+    return profile
 
 
 def _read(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:

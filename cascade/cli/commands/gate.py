@@ -180,6 +180,9 @@ class BaselineOptions:
     prefill_only: Annotated[
         bool, typer.Option("--prefill-only", help="Do not check decoding with the KV cache.")
     ] = False
+    no_long_context: Annotated[
+        bool, typer.Option("--no-long-context", help="Do not check a long sequence.")
+    ] = False
 
 
 @command("gate")
@@ -193,8 +196,9 @@ def gate(
 ) -> None:
     """Check a model against its baseline, on a few of the baseline's sequences.
 
-    Stops as soon as the result is certain. Then checks on two sequences
-    that decoding with the KV cache computes what the prefill computes.
+    Stops as soon as the result is certain. Then compares one long
+    sequence, and checks on two sequences that decoding with the KV cache
+    computes what the prefill computes.
     Exit status: 0 no drift, 1 drift, 2 not comparable.
     """
     with run_folder(output.output, REPORT_FILES, overwrite=output.overwrite) as folder:
@@ -225,6 +229,7 @@ def gate(
                 tokens=against.tokens,
                 full=against.full,
                 decoding=not against.prefill_only,
+                long_context=not against.no_long_context,
                 batch_size=batch_size,
                 conflicts=tuple(given.conflicts(about)),
                 command=command_line(),

@@ -52,8 +52,11 @@ def _notes(record: GateBenchmark) -> list[tuple[str, str]]:
             f"the baseline was made in another environment ({'; '.join(record.elsewhere)}); the "
             "first gate also measures the noise, later ones read it from the cache"
         )
+    tokens = record.settings.long_tokens
+    long = f"{tokens:,} tokens" if tokens else "none, because the baseline has none"
     return [
         ("Steps", f"after {', '.join(f'{tokens:,}' for tokens in record.steps)} tokens"),
+        ("Long sequence", long),
         ("Noise", noise),
         ("Interval", record.interval),
         *((name.capitalize(), row.what) for name, row in record.alone.items()),

@@ -25,6 +25,7 @@ from cascade.report.common.sections import (
 )
 from cascade.report.gate.wording import (
     DECODING_HEADER,
+    LONG_CONTEXT_HEADER,
     OVERRUN_HEADER,
     cell_header,
     cell_row,
@@ -32,6 +33,7 @@ from cascade.report.gate.wording import (
     glossary,
     has_intervals,
     leftovers,
+    long_context_rows,
     mismatch_pairs,
     missing_values,
     outcome,
@@ -221,7 +223,11 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> Iterator[Block]:
 
 
 def _passes(record: ComparisonRecord) -> Iterator[Block]:
-    """Yield the table of passes through the KV cache, if decoding failed."""
+    """Yield the table of position ranges or of passes through the KV cache that failed."""
+    ranges = long_context_rows(record)
+    if ranges:
+        title = "Long sequences compared with the baseline, by ranges of positions."
+        yield table_of(title, LONG_CONTEXT_HEADER, ranges, text_columns=1)
     rows = decoding_rows(record)
     if rows:
         title = "Decoding compared with the prefill."

@@ -27,6 +27,7 @@ _CAUSES = {
     "layer": "one layer",
     "numerics": "rounding",
     "model": "the whole model or its input",
+    "long context": "long contexts",
     "decoding": "decoding",
 }
 
@@ -164,9 +165,43 @@ def sentences(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
     if record.verdict == "INCONCLUSIVE":
         yield "To decide", _needed_sequences(record)
     yield from _last_step(record)
+    yield from _long_context(record)
     yield from _decoding(record)
     for note in record.notes:
         yield "Note", note
+
+
+def _long_context(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
+    """Yield which long sequences agree, or why none were compared; nothing if they differ."""
+    found = known(record.long_context)
+    if found is None or found.verdict == "FAIL":
+        return
+    if found.verdict == "NOT CHECKED":
+        yield "Not checked", f"long contexts: {found.reason}"
+        return
+    largest = max(each.difference for each in found.ranges)
+    texts = f"{found.sequences:,} sequence{'s' * (found.sequences != 1)}"
+    yield (
+        "Long contexts",
+        f"{texts} of {found.length:,} tokens in {len(found.ranges)} ranges of positions agree "
+        f"(largest difference {largest:.0e}, tolerance {found.tolerance:.0e}; {found.seconds:.1f} "
+        "s)",
+    )
+
+
+#: The columns of `long_context_rows`; the last one holds text.
+LONG_CONTEXT_HEADER = ("positions", "largest difference", "first layer")
+
+
+def long_context_rows(record: ComparisonRecord) -> list[list[str]]:
+    """Return one row of text per range of positions, if long sequences differ."""
+    found = known(record.long_context)
+    if found is None or found.verdict != "FAIL":
+        return []
+    return [
+        [f"{each.first:,} to {each.last:,}", f"{each.difference:.1e}", each.layer or "none"]
+        for each in found.ranges
+    ]
 
 
 def _decoding(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
