@@ -35,7 +35,7 @@ _ROUNDING = {
     "bf16": ("-ffp-contract=off",),
 }
 
-#: Seconds; compiling takes about two.
+#: Seconds; compiling takes one to six.
 _TIMEOUT = 120
 
 

@@ -157,6 +157,7 @@ def test_the_defaults_are_those_of_the_study() -> None:
         "text_column": None,
         "num_samples": 500,
         "seq_len": 128,
+        "long_context": None,
         "max_tokens": None,
         "dtype": "float32",
         "device": "cpu",
