@@ -177,7 +177,7 @@ def _call(
     try:
         request = Request(
             pull.api + place,
-            data=None if body is None else json.dumps(body).encode(),
+            data=None if body is None else json.dumps(body, allow_nan=False).encode(),
             headers={
                 "Accept": "application/vnd.github+json",
                 "Content-Type": "application/json",

@@ -69,7 +69,11 @@ def test_exits_in_a_text_decoder_keep_the_laws(kind: str) -> None:
     own = model.generate(ids, attention_mask=mask, **settings)
     assert torch.equal(EarlyExit(stack).generate(ids, mask, **settings), own)
     history, _ = visited(stack, own)
-    half = float(torch.cosine_similarity(history[1], history[2], dim=-1).median())
+    found = torch.cosine_similarity(history[1], history[2], dim=-1).flatten().sort().values
+    middle = found[len(found) // 4 : -len(found) // 4]
+    # Between two similarities: rounding differs between batches, and must not decide.
+    below = int(middle.diff().argmax())
+    half = float(middle[below] + middle[below + 1]) / 2
     early = EarlyExit(stack, layer=2, threshold=half)
     text = early.generate(ids, mask, **settings)
     new = ids.shape[1]

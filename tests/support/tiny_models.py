@@ -112,8 +112,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "deepseek_v32": _LATENT | _INDEXER | {"first_k_dense_replace": 1},
     "deepseek_v4": _LATENT | _INDEXER | {"head_dim": 8},
     "hy_v4": _LATENT | _INDEXER | {"head_dim": 8},
-    "gpt_oss": _GEMMA | {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "mpt": {"d_model": WIDTH, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64},
     "gemma4_text": _GEMMA
     | _PER_LAYER
     | {"global_head_dim": 8, "num_kv_shared_layers": 2, "layer_types": _ALTERNATING},
@@ -124,13 +122,21 @@ KINDS: dict[str, dict[str, Any]] = {
     | {"layer_types": _ALTERNATING},
 }
 
+#: Families whose positions are special: attention sinks, and ALiBi without a family of its own.
+POSITIONS: dict[str, dict[str, Any]] = {
+    "gpt_oss": _GEMMA | {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mpt": {"d_model": WIDTH, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64},
+}
+
 
 def tiny_model(
     family: str, *, num_layers: int = 4, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
     """Return a random model of `family` in fp32 evaluation mode, every norm weight perturbed."""
     special = {"pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 1}
-    settings = (FAMILIES | KINDS)[family] | {"vocab_size": VOCABULARY} | special | changes
+    settings = (
+        (FAMILIES | KINDS | POSITIONS)[family] | {"vocab_size": VOCABULARY} | special | changes
+    )
     if family == "gpt_neo":
         settings["attention_types"] = [[["global", "local"], num_layers // 2]]
     config = AutoConfig.for_model(family, num_hidden_layers=num_layers, **settings)

@@ -14,7 +14,7 @@ from cascade.cli.options import OutputOptions
 from cascade.cli.output import run_folder, say_wrote
 
 #: The files of `cascade history --output`.
-HISTORY_FILES = ("history.json", "history.html")
+FILES = ("history.json", "history.html")
 
 
 @command("history")
@@ -47,7 +47,7 @@ def history(
     version that cannot be read is marked, with its commit. With --output,
     writes history.json and history.html.
     """
-    with run_folder(output.output, HISTORY_FILES, overwrite=output.overwrite) as folder:
+    with run_folder(output.output, FILES, overwrite=output.overwrite) as folder:
         from cascade.gate.history.comparing import HistoryConfig
         from cascade.gate.history.history import read_history
         from cascade.report.history.sections import history_page, print_history
@@ -65,9 +65,7 @@ def history(
         if folder is not None:
             from cascade.core.records import to_file
 
-            for name, content in zip(
-                HISTORY_FILES, (to_file(record), history_page(record)), strict=True
-            ):
+            for name, content in zip(FILES, (to_file(record), history_page(record)), strict=True):
                 folder.write(name, content)
     show_record(record, print_history)
-    say_wrote(output.output, HISTORY_FILES[1])
+    say_wrote(output.output, FILES[1])

@@ -193,6 +193,8 @@ class Drafting:
         Args:
             limits: The maximum number of tokens that can follow in each row.
         """
+        if not self._can_pay(len(limits)):
+            return {row: Draft() for row in limits}
         found: list[tuple[float, int, _Node]] = []
         for row, nodes in self._nodes(limits).items():
             found += [(-node.path, row, node) for node in nodes]
@@ -202,6 +204,14 @@ class Drafting:
         for _, row, node in found[:kept]:
             chosen[row].append(node)
         return {row: _draft(nodes) for row, nodes in chosen.items()}
+
+    def _can_pay(self, rows: int) -> bool:
+        """Return whether drafts that are all right would give more tokens per millisecond."""
+        times = self.milliseconds
+        return any(
+            count * times[rows - 1] > rows * times[count - 1]
+            for count in range(rows + 1, len(times) + 1)
+        )
 
     def _worth(self, rows: int, paths: Sequence[float]) -> int:
         """Return how many of the most probable guesses give the most tokens per millisecond."""

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ _PATIENCE = 4.0
 _CONTEXT = 4
 
 
+#: Times of this process that are not stored, by the path of their record, and whether the machine
+#: was quiet.
+_unstored: dict[Path, tuple[list[float], bool]] = {}
+
+
 def pass_costs(stack: DecoderStack, what: str, make: Callable[[int], Passes]) -> list[float]:
     """Return the milliseconds of a pass over 1, 2, ... tokens, LM head included.
 
@@ -55,13 +61,18 @@ def pass_costs(stack: DecoderStack, what: str, make: Callable[[int], Passes]) ->
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, allow_nan=False).encode()).hexdigest()
     path = cache_folder() / "kernels" / f"passes-{digest[:16]}.json"
-    with contextlib.suppress(RecordError):  # not measured yet, or torn: measure now
+    with contextlib.suppress(RecordError):  # not measured yet, or torn
         return _interpolated(read_typed(path, PassRecord).milliseconds)
+    times, quiet = _unstored.get(path, ([], False))
+    if times and (quiet or _is_busy()):
+        return _interpolated(times)
     capacity = min(stack.max_positions or _CONTEXT + MOST, _CONTEXT + MOST)
-    times = _measured(make(capacity), capacity)
-    if not _is_busy():
-        with contextlib.suppress(OutputError):  # without a cache, the next run measures again
+    times, quiet = _measured(make(capacity), capacity), not _is_busy()
+    _unstored[path] = times, quiet
+    if quiet:
+        with contextlib.suppress(OutputError):  # without a cache, the next process measures again
             write_record(path, PassRecord(**about, milliseconds=times))
+            del _unstored[path]
     return _interpolated(times)
 
 

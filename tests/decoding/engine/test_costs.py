@@ -155,8 +155,22 @@ def test_cache_that_cannot_be_written_is_no_error(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "file" / "cache"))
-    costs_of(stack, made)
-    costs_of(stack, made)
+    costs = costs_of(stack, made)
+    assert costs_of(stack, made) == costs
+    assert len(made) == 1
+
+
+def test_a_busy_machine_is_timed_once_in_a_process(
+    stack: DecoderStack, made: list[Counted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timing takes dozens of passes, as many as a short generation."""
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
+    costs = costs_of(stack, made)
+    assert costs_of(stack, made) == costs
+    assert len(made) == 1
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    for _ in range(2):
+        costs_of(stack, made)
     assert len(made) == 2
 
 
