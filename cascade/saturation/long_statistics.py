@@ -21,6 +21,9 @@ _MOST_RANGES = 16
 #: moves farther by rounding.
 _LEAST_POSITIONS = 64
 
+#: The most tokens of a long sequence: sums of more do not fit their integers.
+_MOST_TOKENS = 1 << 22
+
 
 def range_edges(length: int) -> npt.NDArray[np.int64]:
     """Return where the ranges of positions of a long sequence begin, and the end of the last one.
@@ -127,7 +130,7 @@ class LongStatistics:
 
         Raises:
             KeyError: An array is missing.
-            ValueError: The shapes of the arrays do not match, or a sum is too large.
+            ValueError: The types or shapes of the arrays do not match, or a number is out of range.
         """
         if "long_length" not in arrays:
             return None
@@ -135,11 +138,15 @@ class LongStatistics:
         length = int(arrays["long_length"])
         starts, prints = arrays["long_start"], arrays["long_fingerprint"]
         totals = arrays["long_total"], arrays["long_square_total"]
-        if length < 2:
-            raise ValueError(f"expected long sequences of at least 2 tokens, got {length}")
+        if not 2 <= length <= _MOST_TOKENS:
+            raise ValueError(f"expected long sequences of 2 to {_MOST_TOKENS} tokens, got {length}")
+        if any(values.dtype.kind not in "iu" for values in (starts, prints, *totals)):
+            raise ValueError("expected whole numbers for long sequences")
         shape = (len(prints), len(range_edges(length)) - 1, len(layers))
         if starts.shape != prints.shape or any(values.shape != shape for values in totals):
             raise ValueError(f"expected sums of long sequences of shape {shape}")
+        if not ((starts >= 0) & (starts < len(arrays["sequence_fingerprint"]))).all():
+            raise ValueError("expected long sequences to begin with sequences of the corpus")
         found = cls(layers, length, starts, prints, *totals)
         if not (np.abs(found.means()) <= 1).all() or not (found.mean_squares() <= 1).all():
             raise ValueError("expected similarities of long sequences in [-1, 1]")

@@ -22,7 +22,8 @@ def statistics(length: int = 300, layers: int = 3, sequences: int = 2) -> LongSt
 
 
 def stored(found: LongStatistics) -> dict[str, Any]:
-    return {"layers": np.array(found.layers), **found.arrays()}
+    corpus = {"layers": np.array(found.layers), "sequence_fingerprint": np.arange(9)}
+    return {**corpus, **found.arrays()}
 
 
 @given(st.integers(2, 10_000))
@@ -63,6 +64,10 @@ def test_they_are_read_back_as_they_were() -> None:
         ("long_fingerprint", lambda value: value[:1]),
         ("long_length", lambda value: value * 0),
         ("long_length", lambda value: value * 2),
+        ("long_length", lambda value: value + (1 << 40)),
+        ("long_start", lambda value: value + 8),
+        ("long_start", lambda value: value - 1),
+        ("long_start", lambda value: value + 0.5),
         ("layers", lambda value: value[:1]),
     ],
 )
