@@ -20,7 +20,7 @@ from cascade.core.errors import RecordError, UsageError
 from cascade.core.schema import to_plain
 from cascade.gate.attribution import attribute
 from cascade.gate.comparison import Cell, Comparison, mismatches_of, table_cells, tolerance_of
-from cascade.gate.long_context_check import compare_long
+from cascade.gate.long_context_comparison import compare_long
 from cascade.gate.older_baselines import profile_note
 from cascade.saturation.long_statistics import LongStatistics
 from cascade.saturation.records import LayerRow, NoiseFloor, ProfileRecord

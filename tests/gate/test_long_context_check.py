@@ -17,7 +17,7 @@ from cascade.gate import long_context_check
 from cascade.gate.baselines import StoredProfile, seal
 from cascade.gate.comparison import LEAST_TOLERANCE, NOISE_FACTOR, tolerance_of
 from cascade.gate.drift import compare
-from cascade.gate.long_context_check import compare_long
+from cascade.gate.long_context_comparison import compare_long
 from cascade.gate.quick_gate import run_gate
 from cascade.gate.records import ComparisonRecord
 from cascade.gate.remeasuring import measure_whole, still_holds
