@@ -45,7 +45,7 @@ try:
     with contextlib.redirect_stdout(io.StringIO()):
         main()
 except SystemExit as end:
-    print(end.code, sorted({{"torch", "transformers", "datasets"}} & {{*sys.modules}}))
+    print(end.code or 0, sorted({{"torch", "transformers", "datasets"}} & {{*sys.modules}}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0 []"
