@@ -22,6 +22,8 @@ from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.corpora.long_sequences import LongSequences
 from cascade.gate.baselines import StoredProfile
+from cascade.gate.causes.explaining import explain
+from cascade.gate.causes.part_differences import differences_in_words
 from cascade.gate.comparison import BOS, Comparison, environment_differences, mismatches_of
 from cascade.gate.decoding_check import DECODED_SEQUENCES, check_decoding
 from cascade.gate.drift import LEAST_SHARED, compare
@@ -114,10 +116,11 @@ class _Task:
     def outcome(
         self, profile: SaturationProfile, comparison: Comparison, steps: list[GateStep], budget: int
     ) -> Gate:
-        """Check long contexts and decoding, unless something has drifted, and return the outcome.
+        """Explain a drift, or check long contexts and decoding; return the outcome of the gate.
 
         A cause that shows in the prefill would show in the next checks too.
         """
+        comparison = self.explained(comparison)
         agrees = comparison.method == "same sequences" and comparison.verdict == "PASS"
         if self.long is not None and agrees:
             noise = None if self.noise is None else self.noise.floor()
@@ -128,6 +131,17 @@ class _Task:
             comparison = comparison.with_decoding(found)
         seconds = time.perf_counter() - self.start
         return Gate(comparison, tuple(steps), budget, seconds, self.noise, profile)
+
+    def explained(self, comparison: Comparison) -> Comparison:
+        """Run the model again to find the cause, if means of the same sequences have moved."""
+        known, evidence = comparison.attribution, comparison.evidence
+        if known is None or evidence is None or known.cause in ("rows", "counting"):
+            return comparison
+        places = {int(found): at for at, found in enumerate(self.blocks.sequence_fingerprints())}
+        ids = self.blocks.ids[[places[found] for found in comparison.fingerprints]]
+        parts = self.baseline.record().parts
+        found = explain(self.stack, ids, evidence, known, parts or None)
+        return replace(comparison, attribution=found)
 
 
 def run_gate(
@@ -194,7 +208,13 @@ def run_gate(
     if not same_text and not full and all(one.name != BOS for one in mismatches):
         mismatches.append(_other_text(about.corpus, expected.corpus, len(shared), conflicts))
     if mismatches:
-        comparison = Comparison(None, tuple(mismatches), provenance=about, baseline=expected)
+        comparison = Comparison(
+            None,
+            tuple(mismatches),
+            notes=_changed_parts(stack, baseline, mismatches),
+            provenance=about,
+            baseline=expected,
+        )
         return Gate(comparison, (), 0, time.perf_counter() - start)
     check_blocks(stack, blocks, batch_size)
     long = LongCheck.of(stack, blocks, baseline, full=full) if long_context else None
@@ -219,6 +239,21 @@ def run_gate(
         long,
     )
     return _full(task) if full else _step_by_step(task, chosen)
+
+
+def _changed_parts(
+    stack: DecoderStack, baseline: StoredProfile, mismatches: Sequence[Mismatch]
+) -> tuple[str, ...]:
+    """Return which weights and settings differ, if the model is another one of the same shape."""
+    old = baseline.record()
+    names = {mismatch.name for mismatch in mismatches}
+    shapes = [
+        (about.family, about.num_layers, about.hidden_size, about.dtype)
+        for about in (stack.provenance, old.provenance.model)
+    ]
+    if "model.weights_hash" not in names or shapes[0] != shapes[1]:
+        return ()
+    return tuple(differences_in_words(stack, old.parts or None))
 
 
 def _full(task: _Task) -> Gate:
