@@ -171,11 +171,18 @@ def _values_of(stack: DecoderStack) -> Iterator[tuple[str, Any, str, Any]]:
     config = text_config_of(stack.model.config)
     for key, value in sorted(vars(config).items()):
         if isinstance(value, Mapping) and not _IRRELEVANT.match(key):
-            for inner, scalar in sorted(value.items()):
-                if _is_setting(str(inner), scalar):
-                    yield f"config.{key}.{inner}", value, str(inner), scalar
+            yield from _values_within(value, f"config.{key}")
         elif _is_setting(key, value):
             yield f"config.{key}", config, key, value
+
+
+def _values_within(values: Mapping[Any, Any], path: str) -> Iterator[tuple[str, Any, str, Any]]:
+    """Yield each scalar of a mapping in the config; RoPE has one mapping per kind of layer."""
+    for key, value in sorted(values.items(), key=lambda item: str(item[0])):
+        if isinstance(value, Mapping):
+            yield from _values_within(value, f"{path}.{key}")
+        elif _is_setting(str(key), value):
+            yield f"{path}.{key}", values, str(key), value
 
 
 def _is_setting(key: str, value: object) -> bool:

@@ -42,7 +42,8 @@ class FamilyFault:
         cause: The kind of the cause; None where the fault cannot be seen.
         layer: The layer that has to be named.
         named: The named cause; None where none may be named.
-        reason: Why it is not seen, or why no cause is named.
+        without_parts: The named cause if the baseline has no parts of its model.
+        reason: Why it is not seen.
     """
 
     family: str
@@ -51,6 +52,7 @@ class FamilyFault:
     cause: str | None
     layer: str | None = None
     named: str | None = None
+    without_parts: str | None = None
     reason: str = ""
 
 
@@ -136,8 +138,8 @@ def router_setting(name: str, value: object) -> Plant:
     return plant
 
 
-def routed(*, experts: int = 4, is_normalized: bool = True) -> Plant:
-    """Route as Mixtral and Qwen do, among fewer experts or with weights that do not add up to 1."""
+def routed(*, experts: int = 4, is_normalized: bool = True, top_k: int | None = None) -> Plant:
+    """Route as Mixtral and Qwen do, but for one of the arguments."""
 
     @contextlib.contextmanager
     def plant(stack: DecoderStack) -> Iterator[None]:
@@ -147,7 +149,7 @@ def routed(*, experts: int = 4, is_normalized: bool = True) -> Plant:
                 def forward(hidden: Tensor, router: Any = router) -> Any:
                     logits = functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
                     logits[:, experts:] = -torch.inf
-                    top = torch.topk(logits.softmax(dim=-1), router.top_k, dim=-1)
+                    top = torch.topk(logits.softmax(dim=-1), top_k or router.top_k, dim=-1)
                     scores, chosen = top.values, top.indices
                     if is_normalized:
                         scores = scores / scores.sum(dim=-1, keepdim=True)
@@ -185,6 +187,12 @@ def tied_embedding(stack: DecoderStack) -> Iterator[None]:
         yield
     finally:
         head.weight = before
+
+
+def embedding_of_the_head(stack: DecoderStack) -> Any:
+    """Give the embedding the LM head's weights."""
+    embedding, head = stack.model.get_input_embeddings(), stack.lm_head
+    return weights(embedding, lambda: embedding.weight.data.copy_(head.weight.data))
 
 
 no_softcap = _settings("final_logit_softcapping", None)
@@ -229,8 +237,6 @@ def merged(family: str, folder: Path, *, times: int = 1, scale: float = 1.0) -> 
 
 # --- The list --------------------------------------------------------------------------------
 
-_NO_VALUE = "the numbers fit no cause that is tried, and all weights are the baseline's"
-
 FAMILY_FAULTS = {
     "left padding": FamilyFault(
         "gpt2",
@@ -239,6 +245,7 @@ FAMILY_FAULTS = {
         "model",
         "1",
         "positions shifted",
+        without_parts="positions shifted",
     ),
     "rotary left padding": FamilyFault(
         "llama",
@@ -254,6 +261,7 @@ FAMILY_FAULTS = {
         "model",
         "1",
         "positions shifted",
+        without_parts="positions shifted",
     ),
     "rolled positions": FamilyFault(
         "gpt2",
@@ -262,6 +270,7 @@ FAMILY_FAULTS = {
         "model",
         "1",
         "weights changed",
+        without_parts="positions shifted",
     ),
     "top k": FamilyFault(
         "qwen3_moe",
@@ -270,6 +279,7 @@ FAMILY_FAULTS = {
         "model",
         "1",
         "setting top_k",
+        without_parts="experts per token",
     ),
     "unnormalized": FamilyFault(
         "qwen3_moe",
@@ -278,6 +288,7 @@ FAMILY_FAULTS = {
         "model",
         "1",
         "setting norm_topk_prob",
+        without_parts="weights of experts",
     ),
     "unnormalized in code": FamilyFault(
         "mixtral",
@@ -285,7 +296,8 @@ FAMILY_FAULTS = {
         routed(is_normalized=False),
         "model",
         "1",
-        reason=_NO_VALUE,
+        named="weights of experts",
+        without_parts="weights of experts",
     ),
     "fewer experts": FamilyFault(
         "mixtral",
@@ -293,7 +305,8 @@ FAMILY_FAULTS = {
         routed(experts=3),
         "model",
         "1",
-        reason=_NO_VALUE,
+        named="choice of experts",
+        without_parts="choice of experts",
     ),
     "mixtral top k": FamilyFault(
         "mixtral",
@@ -302,6 +315,16 @@ FAMILY_FAULTS = {
         "model",
         "1",
         "setting top_k",
+        without_parts="experts per token",
+    ),
+    "top k in code": FamilyFault(
+        "mixtral",
+        "Mixtral: each token goes to 1 expert instead of 2, in code",
+        routed(top_k=1),
+        "model",
+        "1",
+        named="experts per token",
+        without_parts="experts per token",
     ),
     "attention soft-cap": FamilyFault(
         "gemma2",
@@ -317,6 +340,14 @@ FAMILY_FAULTS = {
         tied_embedding,
         None,
         reason="no row depends on the LM head; budgets of early exit see it",
+    ),
+    "tied to the head": FamilyFault(
+        "llama",
+        "Llama: the LM head's weights in the embedding, as tying the other way leaves them",
+        embedding_of_the_head,
+        "model",
+        "1",
+        named="weights changed",
     ),
     "soft-cap": FamilyFault(
         "gemma2",

@@ -152,19 +152,19 @@ def values_set(*changes: tuple[Any, str, object]) -> Change:
     """Return a change that gives attributes other values.
 
     Args:
-        changes: Owner, attribute and value.
+        changes: Owner, attribute and value; attributes of the owner or of its class, no weights.
     """
 
     @contextlib.contextmanager
     def change() -> Iterator[None]:
-        before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-        try:
+        with contextlib.ExitStack() as restore:
             for owner, name, value in changes:
+                if name in vars(owner):
+                    restore.callback(setattr, owner, name, getattr(owner, name))
+                else:  # of its class, such as `forward`
+                    restore.callback(delattr, owner, name)
                 setattr(owner, name, value)
             yield
-        finally:
-            for owner, name, value in before:
-                setattr(owner, name, value)
 
     return change
 

@@ -34,8 +34,9 @@ from cascade.gate.causes.part_differences import (
     part_differences,
     settings_in_words,
 )
+from cascade.gate.causes.positions import may_shift
 from cascade.gate.causes.rows import NO_FINAL_NORM, row_hypotheses
-from cascade.gate.causes.trials import Trials, may_shift
+from cascade.gate.causes.trials import Trials
 from cascade.gate.records import Attribution
 from cascade.models.stack import DecoderStack
 from cascade.saturation.records import ModelParts
