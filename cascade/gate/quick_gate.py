@@ -22,8 +22,7 @@ from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.corpora.long_sequences import LongSequences
 from cascade.gate.baselines import StoredProfile
-from cascade.gate.causes.explaining import explain
-from cascade.gate.causes.part_differences import differences_in_words
+from cascade.gate.causes.of_a_gate import changed_parts, explained, explained_long
 from cascade.gate.comparison import BOS, Comparison, environment_differences, mismatches_of
 from cascade.gate.decoding_check import DECODED_SEQUENCES, check_decoding
 from cascade.gate.drift import LEAST_SHARED, compare
@@ -120,28 +119,21 @@ class _Task:
 
         A cause that shows in the prefill would show in the next checks too.
         """
-        comparison = self.explained(comparison)
+        comparison = explained(comparison, self.stack, self.blocks, self.baseline)
         agrees = comparison.method == "same sequences" and comparison.verdict == "PASS"
         if self.long is not None and agrees:
             noise = None if self.noise is None else self.noise.floor()
             long, profile = self.long.compare(self.stack, profile, self.baseline, noise)
-            comparison = comparison if long is None else comparison.with_long_context(long)
+            if long is not None:
+                comparison = comparison.with_long_context(long)
+                comparison = explained_long(
+                    comparison, self.stack, self.long.sequences, profile, self.baseline
+                )
         if self.decoded is not None and comparison.verdict != "FAIL":
             found = check_decoding(self.stack, self.blocks.ids[self.decoded])
             comparison = comparison.with_decoding(found)
         seconds = time.perf_counter() - self.start
         return Gate(comparison, tuple(steps), budget, seconds, self.noise, profile)
-
-    def explained(self, comparison: Comparison) -> Comparison:
-        """Run the model again to find the cause, if means of the same sequences have moved."""
-        known, evidence = comparison.attribution, comparison.evidence
-        if known is None or evidence is None or known.cause in ("rows", "counting"):
-            return comparison
-        places = {int(found): at for at, found in enumerate(self.blocks.sequence_fingerprints())}
-        ids = self.blocks.ids[[places[found] for found in comparison.fingerprints]]
-        parts = self.baseline.record().parts
-        found = explain(self.stack, ids, evidence, known, parts or None)
-        return replace(comparison, attribution=found)
 
 
 def run_gate(
@@ -211,7 +203,7 @@ def run_gate(
         comparison = Comparison(
             None,
             tuple(mismatches),
-            notes=_changed_parts(stack, baseline, mismatches),
+            notes=changed_parts(stack, baseline, mismatches),
             provenance=about,
             baseline=expected,
         )
@@ -239,21 +231,6 @@ def run_gate(
         long,
     )
     return _full(task) if full else _step_by_step(task, chosen)
-
-
-def _changed_parts(
-    stack: DecoderStack, baseline: StoredProfile, mismatches: Sequence[Mismatch]
-) -> tuple[str, ...]:
-    """Return which weights and settings differ, if the model is another one of the same shape."""
-    old = baseline.record()
-    names = {mismatch.name for mismatch in mismatches}
-    shapes = [
-        (about.family, about.num_layers, about.hidden_size, about.dtype)
-        for about in (stack.provenance, old.provenance.model)
-    ]
-    if "model.weights_hash" not in names or shapes[0] != shapes[1]:
-        return ()
-    return tuple(differences_in_words(stack, old.parts or None))
 
 
 def _full(task: _Task) -> Gate:

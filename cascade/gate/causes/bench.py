@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -41,10 +41,13 @@ class Bench:
     Args:
         stack: The model. Every change is undone to the last bit.
         ids: `[S, T]` token ids.
+        edges: Where ranges of positions begin, and the end of the last one. Each range of a
+            sequence then has rows of its own (default: one range).
     """
 
-    def __init__(self, stack: DecoderStack, ids: Array) -> None:
+    def __init__(self, stack: DecoderStack, ids: Array, edges: Sequence[int] = ()) -> None:
         self.stack = stack
+        self.edges = list(edges) or [0, ids.shape[1]]
         self.ids = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(stack.device)
         self.passes = 0
 
@@ -56,7 +59,7 @@ class Bench:
     def rows(
         self, change: Change = nullcontext, *, shift: int = 0, ids: Tensor | None = None
     ) -> Array | None:
-        """Return means and mean squares of each sequence, `[S, L, 2]`.
+        """Return means and mean squares of each range of each sequence, `[S x R, L, 2]`.
 
         Args:
             change: Changes the model during the pass.
@@ -67,7 +70,14 @@ class Bench:
             None if the model does not run with the change, or the passes are spent.
         """
         states = self.states(change, shift=shift, ids=ids)
-        return None if states is None else rows_of(*states)
+        if states is None:
+            return None
+        similarity = similarities_of(*states)
+        ranges = [
+            statistics_of(similarity[..., start:end])
+            for start, end in itertools.pairwise(self.edges)
+        ]
+        return np.stack(ranges, axis=1).reshape(-1, similarity.shape[1], 2)
 
     @torch.no_grad()
     def states(

@@ -1,4 +1,4 @@
-"""Trials of positions: the rotary frequencies of the config, and positions that are shifted."""
+"""Trials of positions: rotary frequencies, sliding windows, and positions that are shifted."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _SHIFTS = (-1, 1, -2, 2)
 
 _NAME = "rotary frequencies"
 _CONFIG = "config."
+_WINDOW, _WINDOW_NAME = "sliding_window", "sliding window"
 
 
 # --- Rotary embeddings -----------------------------------------------------------------------
@@ -32,9 +33,14 @@ _CONFIG = "config."
 def rotary_trials(trials: TrialRuns) -> Iterator[Hypothesis]:
     """Yield the rotary frequencies that the config gives, and those of the baseline's config.
 
+    They move the first layer, or the first of its kind.
+
     Args:
         trials: The bench and the evidence.
     """
+    kinds = getattr(text_config_of(trials.bench.stack.model.config), "layer_types", None) or ()
+    if trials.evidence.first > 0 and len(set(kinds)) < 2:
+        return
     found = [
         module
         for module in trials.bench.stack.model.modules()
@@ -100,6 +106,82 @@ def _made_again(module: nn.Module, config: Any, stack: DecoderStack) -> nn.Modul
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         made = make(config).to(stack.device)
     return made
+
+
+# --- Sliding windows -------------------------------------------------------------------------
+
+
+def window_trials(trials: TrialRuns) -> Iterator[Hypothesis]:
+    """Yield another length of the sliding window, and the windows that the config says.
+
+    Args:
+        trials: The bench and the evidence.
+    """
+    changed = [] if trials.differences is None else trials.differences.settings
+    config = text_config_of(trials.bench.stack.model.config)
+    window = getattr(config, _WINDOW, None)
+    if not isinstance(window, int) or any(setting.attribute == _WINDOW for setting in changed):
+        return
+    owners = [
+        owner
+        for owner in (config, *trials.bench.stack.model.modules())
+        if vars(owner).get(_WINDOW) == window
+    ]
+    for by, wrong in ((-1, "longer"), (1, "shorter")):
+        text = (
+            f"the sliding window is one token {wrong} than the {window} of the config; with "
+            f"{window + by} in the config, {FOUND}"
+        )
+        change = values_set(*((owner, _WINDOW, window + by) for owner in owners))
+        for found in trials.undone(_WINDOW_NAME, "model", trials.first, text, change):
+            yield found
+            if found.left <= MOST_LEFT:
+                return
+    layers = _layers_with_window(config, trials.bench.stack)
+    if layers:
+        text = (
+            f"the sliding window is not the {window} tokens of the config in the layers "
+            f"{', '.join(str(number + 1) for number in layers)} and no others; with masks that "
+            f"are, {FOUND}"
+        )
+        change = _masked(trials.bench, window, layers)
+        yield from trials.undone(_WINDOW_NAME, "model", trials.first, text, change)
+
+
+def _layers_with_window(config: Any, stack: DecoderStack) -> list[int]:
+    """Return the numbers of the layers, from 0, that have a sliding window by the config."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return list(range(stack.num_layers))
+    return [number for number, kind in enumerate(kinds) if kind == "sliding_attention"]
+
+
+def _masked(bench: Bench, window: int, layers: Sequence[int]) -> Change:
+    """Return a change that gives each layer its causal mask, with a window in some layers."""
+    places = torch.arange(bench.ids.shape[1], device=bench.ids.device)
+    distance = places[:, None] - places
+
+    def mask_of(number: int) -> Tensor:
+        seen = (distance >= 0) & ((distance < window) | (number not in layers))
+        closed = torch.finfo(bench.stack.dtype).min
+        mask = torch.zeros(seen.shape, dtype=bench.stack.dtype, device=seen.device)
+        return mask.masked_fill(~seen, closed)[None, None]
+
+    @contextlib.contextmanager
+    def change() -> Iterator[None]:
+        with contextlib.ExitStack() as restore:
+            for number, layer in enumerate(bench.stack.layers):
+
+                def hook(
+                    _: Any, args: Any, given: dict[str, Any], number: int = number
+                ) -> tuple[Any, dict[str, Any]]:
+                    return args, given | {"attention_mask": mask_of(number)}
+
+                handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+                restore.callback(handle.remove)
+            yield
+
+    return change
 
 
 # --- Shifted positions -----------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Trials(TrialRuns):
         """Yield every cause that was tried, the cheapest first."""
         evidence = self.evidence
         from_the_start = evidence.first == 0
-        yield from self._settings()
+        yield from self.settings()
         yield from self._permuted_layers()
         yield from self._scaled_weight()
         if self.differences is not None and self.differences.weights:
@@ -49,20 +49,20 @@ class Trials(TrialRuns):
             return
         if from_the_start:
             yield from self._epsilons()
-            yield from rotary_trials(self)
             yield from shifted_positions(self)
         elif evidence.first == evidence.normed:
             yield from self._epsilons()
         else:
             yield from self._swapped_layers()
         if evidence.first != evidence.normed:
+            yield from rotary_trials(self)
             yield from expert_trials(self)
-            yield from self._kernels()
+            yield from self.kernels()
             yield from self._scaled_outputs()
 
     # --- Settings ----------------------------------------------------------------------------
 
-    def _settings(self) -> Iterator[Hypothesis]:
+    def settings(self) -> Iterator[Hypothesis]:
         """Yield each setting that differs from the baseline's, set to the baseline's value."""
         if self.differences is None:
             return
@@ -197,9 +197,11 @@ class Trials(TrialRuns):
         change = tensors_set((weight, lambda: weight * scale))
         yield from self.undone(f"scaled {name}", "layer", label, text, change)
 
-    def _kernels(self) -> Iterator[Hypothesis]:
+    def kernels(self) -> Iterator[Hypothesis]:
         """Yield the other attention kernel, and the other implementation of experts."""
         model: Any = self.bench.stack.model
+        if not model._can_set_attn_implementation():
+            return
         now = model.config._attn_implementation
         other = "eager" if now == "sdpa" else "sdpa"
         text = f"attention differs between the kernels {now} and {other}; with {other}, {FOUND}"
