@@ -1,8 +1,8 @@
-"""Attribution: the likely cause of a drift, from layer means alone.
+"""Attribution: the likely cause of a drift, from the rows alone.
 
 A layer's row depends on that layer and the layers below it, never on those above. The first row
-that moves is therefore the broken layer. Faults that move every row are distinguished by the size
-of the movement. Faults in capturing the states put correct values in the wrong rows.
+that moves is therefore the broken layer. Faults in capturing the states put correct values in the
+wrong rows. What else can be computed needs the model (see `cascade.gate.causes.explaining`).
 
 Long contexts and decoding are attributed by themselves. Long sequences are compared with the
 baseline's once its other sequences agree, and passes through the KV cache with the prefill.
@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec.structs
 import numpy as np
 
 from cascade.core.arrays import Array
+from cascade.gate.causes.hypotheses import Evidence, best_of, growth, named, tried
+from cascade.gate.causes.rows import row_hypotheses
 from cascade.gate.records import (
     Attribution,
     DecodingKind,
@@ -29,140 +32,87 @@ from cascade.gate.records import (
 ROUNDING = 1e-3
 
 
-#: The share of rows that must have moved, or be found in another place, to count as all rows. It
-#: is below 1 because the ends of a shifted table have no neighbour.
+#: The share of rows that must have moved to count as all rows.
 _MOST = 0.8
-
-
-_NORMED = "+norm"
 
 
 def attribute(
     layers: Sequence[str], obtained: Array, expected: Array, tolerance: float | Array
 ) -> Attribution:
-    """Return the likely cause of a drift.
+    """Return the likely cause of a drift, as far as the rows alone show it.
 
     Args:
         layers: Labels of the rows, in order of depth.
-        obtained: `[S, L]`, means of the compared sequences, NaN where a row is missing.
-        expected: `[S, L]`, the same means of the baseline.
-        tolerance: The largest difference that does not count as movement, per row `[L]` or for all
-            rows.
+        obtained: `[S, L]`, means of the compared sequences, or `[S, L, 2]` with their mean squares.
+            NaN where a row is missing.
+        expected: The same of the baseline.
+        tolerance: The largest difference of a mean that does not count as movement, per row `[L]`
+            or for all rows. Mean squares may differ by twice as much.
     """
-    limits = np.broadcast_to(np.asarray(tolerance, dtype=np.float64), (len(layers),))
-    lacking = [
-        label
-        for label, row in zip(layers, (obtained + expected).T, strict=True)
-        if np.isnan(row).all()
-    ]
+    evidence = evidence_of(layers, obtained, expected, tolerance)
+    both = (evidence.obtained + evidence.expected)[..., 0]
+    lacking = [label for label, row in zip(layers, both.T, strict=True) if np.isnan(row).all()]
     if lacking:
         return Attribution(
             cause="rows", layer=lacking[0], text=f"{_rows(lacking)} missing or NaN on one side"
         )
-    difference = np.abs(obtained - expected)
-    moved = ~(difference <= limits).all(axis=0)  # NaN has moved
-    found = _capture(layers, obtained, expected, limits, moved)
-    if found is not None:
-        return found
+    moved = evidence.moved
     if not moved.any():
         text = (
             "every mean is unchanged, but tokens fall on other sides of the quantiles; the bins, "
             "edges or comparisons have changed"
         )
         return Attribution(cause="counting", layer=None, text=text)
-    first = int(np.argmax(moved))
+    hypotheses = list(row_hypotheses(evidence))
+    best = best_of(hypotheses, evidence.moved_by)
+    if best is not None:
+        return named(best, hypotheses)
+    found = _without_a_name(evidence)
+    return msgspec.structs.replace(found, tried=tried(hypotheses))
+
+
+def evidence_of(
+    layers: Sequence[str], obtained: Array, expected: Array, tolerance: float | Array
+) -> Evidence:
+    """Return what was measured in the form that hypotheses need; arguments as for `attribute`."""
+    sides = [side if side.ndim == 3 else side[..., None] for side in (obtained, expected)]
+    limits = np.broadcast_to(np.asarray(tolerance, dtype=np.float64), (len(layers),))
+    # A square moves twice as far as a similarity near 1.
+    scales = np.arange(1, sides[0].shape[2] + 1)
+    return Evidence(layers, sides[0], sides[1], limits[:, None] * scales)
+
+
+def _without_a_name(evidence: Evidence) -> Attribution:
+    """Return what is known if no cause is named: the first layer, size and growth."""
+    label, first = evidence.layers[evidence.first], evidence.first
+    if first == evidence.normed:
+        text = "only the row after the final norm has moved; check the norm's weights and epsilon"
+        return Attribution(cause="layer", layer=label, text=text)
     if first > 0:
-        return Attribution(
-            cause="layer", layer=layers[first], text=_one_layer(layers, first, obtained, limits)
-        )
-    residual = [not label.endswith(_NORMED) for label in layers]
-    largest = float(np.nanmax(difference[:, residual]))
-    if largest <= ROUNDING and moved.mean() >= _MOST:
         text = (
-            f"every layer has moved, by at most {largest:.0e}; this looks like rounding, from "
-            "another dtype, quantization, kernel or epsilon"
+            f"{growth(evidence)}; the layers below it are unchanged, so check its weights and the "
+            "code that runs only there"
+        )
+        return Attribution(cause="layer", layer=label, text=text)
+    difference = np.abs(evidence.obtained - evidence.expected)[..., 0]
+    largest = float(np.nanmax(difference[:, evidence.residual]))
+    if largest <= ROUNDING and evidence.moved.mean() >= _MOST:
+        text = (
+            f"every layer has moved, by at most {largest:.0e}; rounding moves layers that little "
+            "(another dtype, quantization, kernel or epsilon)"
         )
         return Attribution(cause="numerics", layer=None, text=text)
     text = (
-        f"layers have moved from layer {layers[0]} on, by up to {largest:.0e}; check the "
-        "embeddings, positions, mask, attention and the text itself, or layer "
-        f"{layers[0]} alone"
+        f"{growth(evidence)}; check the embeddings, positions, mask, attention and the text "
+        f"itself, or layer {label} alone"
     )
-    return Attribution(cause="model", layer=layers[0], text=text)
+    return Attribution(cause="model", layer=label, text=text)
 
 
 def _rows(labels: Sequence[str]) -> str:
     if len(labels) == 1:
         return f"row {labels[0]} is"
     return f"rows {', '.join(labels[:5])}{' ...' * (len(labels) > 5)} are"
-
-
-def _one_layer(layers: Sequence[str], first: int, obtained: Array, limits: Array) -> str:
-    label = layers[first]
-    if label.endswith(_NORMED):
-        return "only the row after the final norm has moved; check the norm's weights and epsilon"
-    if (np.abs(obtained[:, first] - 1) <= limits[first]).all():
-        return f"layer {label} returns its input unchanged; it is skipped, or its output is zero"
-    return (
-        f"layer {label} is the first that moved, the layers below it are unchanged; check its "
-        "weights and the code that runs only there"
-    )
-
-
-def _capture(
-    layers: Sequence[str], obtained: Array, expected: Array, limits: Array, moved: Array
-) -> Attribution | None:
-    """Return the attribution if rows are found in another place; otherwise None."""
-    if not moved.any():
-        return None
-    residual = [place for place, label in enumerate(layers) if not label.endswith(_NORMED)]
-    for shift in (1, -1):
-        pairs = [(a, a + shift) for a in residual if a + shift in residual]
-        here = [
-            a for a, b in pairs if _same(obtained[:, a], expected[:, b], limits[a]) and moved[a]
-        ]
-        if len(pairs) > 1 and len(here) >= _MOST * len(pairs):
-            side = "above" if shift > 0 else "below"
-            text = (
-                f"row {layers[here[0]]} holds the baseline's values of layer "
-                f"{layers[here[0] + shift]}, and so on; the layer index is off by one (each row "
-                f"uses the pair {side})"
-            )
-            return Attribution(cause="capture", layer=layers[here[0]], text=text)
-    last = residual[-1] if residual else None
-    normed = next((p for p, label in enumerate(layers) if label.endswith(_NORMED)), None)
-    if last is not None and normed is not None:
-        for a, b in ((last, normed), (normed, last)):
-            if moved[a] and _same(obtained[:, a], expected[:, b], limits[a]):
-                text = (
-                    f"row {layers[a]} holds the baseline's values of row {layers[b]}; the states "
-                    "before and after the final norm are swapped"
-                )
-                return Attribution(cause="capture", layer=layers[a], text=text)
-    order = _order(obtained, expected, limits)
-    if order is not None:
-        text = (
-            "every sequence has the values of another one; the rows of the batch are in another "
-            "order than their texts"
-        )
-        return Attribution(cause="capture", layer=None, text=text)
-    return None
-
-
-def _same(one: Array, other: Array, limit: float) -> bool:
-    return bool((np.abs(one - other) <= limit).all())
-
-
-def _order(obtained: Array, expected: Array, limits: Array) -> list[int] | None:
-    """Return the sequence that each row really is, if rows are permuted; otherwise None."""
-    order = []
-    for row in obtained:
-        fits = np.flatnonzero((np.abs(expected - row) <= limits).all(axis=1))
-        if not len(fits):
-            return None
-        order.append(int(fits[0]))
-    wanted = list(range(len(expected)))
-    return order if sorted(order) == wanted and order != wanted else None
 
 
 # --- Long contexts ---------------------------------------------------------------------------

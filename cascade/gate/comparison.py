@@ -11,6 +11,7 @@ from cascade.core.display import Displayed
 from cascade.core.provenance import Provenance
 from cascade.core.schema import UNSET, known
 from cascade.gate.attribution import decoding_attribution, long_attribution, moved_positions
+from cascade.gate.causes.hypotheses import Evidence
 from cascade.gate.records import (
     Attribution,
     CellRow,
@@ -159,6 +160,8 @@ class Comparison(Displayed):
         baseline: The provenance of the baseline.
         decoding: Whether decoding computes what the prefill computes; None if not checked.
         long_context: Whether long sequences have the baseline's similarities; None if not checked.
+        evidence: The rows of the compared sequences, if the same ones have drifted.
+        fingerprints: The fingerprints of these sequences.
 
     Example:
         >>> from cascade import analyze, compare, load
@@ -181,6 +184,8 @@ class Comparison(Displayed):
     baseline: Provenance | None = None
     decoding: DecodingRecord | None = None
     long_context: LongContextRecord | None = None
+    evidence: Evidence | None = None
+    fingerprints: tuple[int, ...] = ()
 
     @property
     def verdict(self) -> Verdict:

@@ -18,7 +18,7 @@ import numpy as np
 from cascade.core.arrays import Array
 from cascade.core.errors import RecordError, UsageError
 from cascade.core.schema import to_plain
-from cascade.gate.attribution import attribute
+from cascade.gate.attribution import attribute, evidence_of
 from cascade.gate.comparison import Cell, Comparison, mismatches_of, table_cells, tolerance_of
 from cascade.gate.long_context_comparison import compare_long
 from cascade.gate.older_baselines import profile_note
@@ -267,8 +267,13 @@ def _paired(
     )
     if comparison.verdict == "PASS":
         return comparison
-    where = attribute(layers, obtained[..., 0], expected[..., 0], tolerance)
-    return replace(comparison, attribution=where)
+    found = attribute(layers, obtained[..., :2], expected[..., :2], tolerance)
+    return replace(
+        comparison,
+        attribution=found,
+        evidence=evidence_of(layers, obtained[..., :2], expected[..., :2], tolerance),
+        fingerprints=tuple(new.fingerprints[mine].tolist()),
+    )
 
 
 def _sequence_cells(

@@ -16,14 +16,22 @@ def profile_note(baseline: ProfileRecord) -> str | None:
     Args:
         baseline: The stored profile.
     """
-    if baseline.schema >= ProfileRecord.SCHEMA:
+    if baseline.schema >= ProfileRecord.SCHEMA and not _lacks_parts(baseline):
         return None
     missing = []
     if baseline.hash is UNSET:
         missing.append("whether it was edited (it has no hash)")
     if known(baseline.noise) is None:
         missing.append("how much its machine rounds (it has no noise floor)")
-    return _note(f"the baseline has schema {baseline.schema}, of an earlier release", missing)
+    if baseline.parts is UNSET:
+        missing.append("which weights and settings differ (it has no summary of them)")
+    of = f" (schema {baseline.schema})" if baseline.schema < ProfileRecord.SCHEMA else ""
+    return _note(f"the baseline is of an earlier release{of}", missing)
+
+
+def _lacks_parts(baseline: ProfileRecord) -> bool:
+    """Return whether a baseline has a noise floor, and not the parts that are stored with it."""
+    return baseline.parts is UNSET and known(baseline.noise) is not None
 
 
 def budgets_note(path: Path) -> str | None:
@@ -47,4 +55,5 @@ def budgets_note(path: Path) -> str | None:
 def _note(what: str, missing: list[str]) -> str | None:
     if not missing:
         return None
-    return f"{what}; not checked: {', and '.join(missing)}; accept a new run to check this too"
+    listed = ", and ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
+    return f"{what}; not checked: {listed}; accept a new run to check this too"

@@ -22,6 +22,7 @@ from cascade.core.schema import to_plain
 from cascade.corpora.blocks import TokenBlocks, check_blocks
 from cascade.corpora.long_sequences import LongSequences
 from cascade.gate.baselines import StoredProfile
+from cascade.gate.causes.of_a_gate import changed_parts, explained, explained_long
 from cascade.gate.comparison import BOS, Comparison, environment_differences, mismatches_of
 from cascade.gate.decoding_check import DECODED_SEQUENCES, check_decoding
 from cascade.gate.drift import LEAST_SHARED, compare
@@ -114,15 +115,20 @@ class _Task:
     def outcome(
         self, profile: SaturationProfile, comparison: Comparison, steps: list[GateStep], budget: int
     ) -> Gate:
-        """Check long contexts and decoding, unless something has drifted, and return the outcome.
+        """Explain a drift, or check long contexts and decoding; return the outcome of the gate.
 
         A cause that shows in the prefill would show in the next checks too.
         """
+        comparison = explained(comparison, self.stack, self.blocks, self.baseline)
         agrees = comparison.method == "same sequences" and comparison.verdict == "PASS"
         if self.long is not None and agrees:
             noise = None if self.noise is None else self.noise.floor()
             long, profile = self.long.compare(self.stack, profile, self.baseline, noise)
-            comparison = comparison if long is None else comparison.with_long_context(long)
+            if long is not None:
+                comparison = comparison.with_long_context(long)
+                comparison = explained_long(
+                    comparison, self.stack, self.long.sequences, profile, self.baseline
+                )
         if self.decoded is not None and comparison.verdict != "FAIL":
             found = check_decoding(self.stack, self.blocks.ids[self.decoded])
             comparison = comparison.with_decoding(found)
@@ -194,7 +200,13 @@ def run_gate(
     if not same_text and not full and all(one.name != BOS for one in mismatches):
         mismatches.append(_other_text(about.corpus, expected.corpus, len(shared), conflicts))
     if mismatches:
-        comparison = Comparison(None, tuple(mismatches), provenance=about, baseline=expected)
+        comparison = Comparison(
+            None,
+            tuple(mismatches),
+            notes=changed_parts(stack, baseline, mismatches),
+            provenance=about,
+            baseline=expected,
+        )
         return Gate(comparison, (), 0, time.perf_counter() - start)
     check_blocks(stack, blocks, batch_size)
     long = LongCheck.of(stack, blocks, baseline, full=full) if long_context else None

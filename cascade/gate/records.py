@@ -98,25 +98,46 @@ class Mismatch(Part, frozen=True, kw_only=True):
     remedy: str
 
 
+#: Kinds of causes, see `Attribution`.
+CauseKind = Literal[
+    "rows", "capture", "counting", "layer", "numerics", "model", "long context", "decoding"
+]
+
+
+class TriedCause(Part, frozen=True, kw_only=True):
+    """A cause that was tried, and how much of the movement it leaves unexplained.
+
+    Attributes:
+        name: The cause.
+        left: The largest distance of a row from what the cause predicts, in tolerances; None if a
+            row has no value.
+    """
+
+    name: str
+    left: Finite | None
+
+
 class Attribution(Part, frozen=True, kw_only=True):
     """The likely cause of a drift.
 
     Attributes:
-        cause: "rows" (one side lacks some rows), "capture" (correct values in the wrong rows),
-            "counting" (means agree, shares or quantiles do not), "layer" (one layer's weights or
-            code), "numerics" (rounding in every layer), "model" (the whole model, or its input),
-            "long context" (the sequences agree with the baseline, the long ones do not) or
+        cause: "rows" (one side lacks some rows), "capture" (the model is right, and its states are
+            read wrongly), "counting" (means agree, shares or quantiles do not), "layer" (one
+            layer's weights or code), "numerics" (rounding), "model" (the whole model, or its
+            input), "long context" (the sequences agree with the baseline, the long ones do not) or
             "decoding" (the prefill agrees with the baseline, passes with a KV cache do not agree
             with the prefill).
         layer: The first row that moved, where this identifies a layer.
         text: The evidence, in one sentence.
+        named: The name of the cause, if one explains the numbers clearly better than all others.
+        tried: The causes that were tried, the best first.
     """
 
-    cause: Literal[
-        "rows", "capture", "counting", "layer", "numerics", "model", "long context", "decoding"
-    ]
+    cause: CauseKind
     layer: str | None
     text: str
+    named: str | UnsetType = UNSET
+    tried: list[TriedCause] | UnsetType = UNSET
 
 
 class SequenceCounts(Part, frozen=True, kw_only=True):

@@ -38,6 +38,7 @@ from cascade.gate.quick_gate import quick_ids
 from cascade.gate.records import BudgetGroup, LosslessBudget, Overrun
 from cascade.models.stack import DecoderStack
 from cascade.saturation.long_context import LongChoice, choose_long, measure_long
+from cascade.saturation.model_parts import parts_of
 from cascade.saturation.profile import SaturationProfile, analyze
 from cascade.saturation.records import ProfileRecord
 
@@ -100,7 +101,7 @@ def with_noise(
     blocks: TokenBlocks,
     long: LongSequences | None = None,
 ) -> SaturationProfile:
-    """Return a profile together with the noise floor of its model and corpus on this machine.
+    """Return a profile together with the noise floor on this machine and the model's parts.
 
     Args:
         profile: The profile of the whole corpus.
@@ -108,7 +109,9 @@ def with_noise(
         blocks: The corpus; the noise floor is measured on a few of its sequences.
         long: The long sequences; None for none.
     """
-    return replace(profile, noise=measure_noise(stack, quick_ids(blocks), long))
+    return replace(
+        profile, noise=measure_noise(stack, quick_ids(blocks), long), parts=parts_of(stack)
+    )
 
 
 def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfile) -> bool:

@@ -28,6 +28,7 @@ from cascade.saturation.records import (
     LayerRoles,
     LayerRow,
     LongContext,
+    ModelParts,
     NoiseFloor,
     ProfileRecord,
     SuggestedThresholds,
@@ -56,6 +57,7 @@ class SaturationProfile(Displayed):
         long: The statistics of a few long sequences (see `cascade.saturation.long_context`); None
             if not measured.
         no_long: Why there are no long sequences; None if they were measured or not asked for.
+        parts: The parts of the model (see `cascade.saturation.model_parts`); None if not read.
 
     Example:
         >>> import cascade
@@ -71,6 +73,7 @@ class SaturationProfile(Displayed):
     noise: NoiseFloor | None = None
     long: LongStatistics | None = None
     no_long: str | None = None
+    parts: ModelParts | None = None
 
     def record(self) -> ProfileRecord:
         """Return the record of `profile.json`: provenance, table, layer roles and thresholds.
@@ -88,6 +91,7 @@ class SaturationProfile(Displayed):
             structure=structure,
             thresholds=self._thresholds(structure),
             long_context=self._long_context(),
+            parts=self.parts or UNSET,
         )
 
     def _long_context(self) -> LongContext | UnsetType:

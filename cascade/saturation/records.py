@@ -60,6 +60,38 @@ class LongContext(Part, frozen=True, kw_only=True):
     reason: str | UnsetType = UNSET
 
 
+#: The coarsest format that holds the values of a tensor exactly, as far as a few rows show.
+Format = Literal["int8", "bfloat16", "float16", "float32"]
+
+
+class TensorSummary(Part, frozen=True, kw_only=True):
+    """What identifies the values of one tensor of a model.
+
+    Attributes:
+        digest: The hash of dtype, shape and values; empty for a buffer, which is computed when the
+            model is loaded, so that its last digits depend on the machine.
+        rms: The root mean square of the values.
+        format: The coarsest format that holds the values exactly, as far as a few rows show.
+    """
+
+    digest: str
+    rms: Finite
+    format: Format
+
+
+class ModelParts(Part, frozen=True, kw_only=True):
+    """The parts of a model, so that a later gate can tell which of them differ.
+
+    Attributes:
+        tensors: Weights and buffers, by name.
+        settings: The scalar settings of modules and config, by name; one value for all layers, or
+            one per layer. `*` stands for the layer's number.
+    """
+
+    tensors: dict[str, TensorSummary]
+    settings: dict[str, list[str]]
+
+
 class LayerRow(Part, frozen=True, kw_only=True):
     """The similarities of one layer's input and output, over all tokens.
 
@@ -126,6 +158,7 @@ class ProfileRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     Attributes:
         provenance: Model, corpus, machine, versions and command.
         noise: The noise floor; None if it was not measured, absent in schema 1.
+        parts: The parts of the model, if noise was measured; absent in earlier releases.
         layers: One row per layer.
         structure: Active and stable layers.
         thresholds: Thresholds for early exit.
@@ -147,6 +180,7 @@ class ProfileRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     structure: LayerRoles
     thresholds: SuggestedThresholds
     long_context: LongContext | UnsetType = UNSET
+    parts: ModelParts | UnsetType = UNSET
     arrays_hash: str | UnsetType = UNSET
     hash: str | UnsetType = UNSET
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cascade.core.schema import UNSET
 from cascade.gate.attribution import attribute
 
 Array = npt.NDArray[np.float64]
@@ -79,13 +80,36 @@ def test_values_of_the_neighbouring_layer_mean_an_index_off_by_one(shift: int) -
     assert ("above" in found.text) is (shift > 0)
 
 
-@pytest.mark.parametrize(("row", "other"), [(9, 10), (10, 9)])
-def test_swapped_states_around_the_final_norm_are_recognized(row: int, other: int) -> None:
+def test_a_last_layer_read_after_the_final_norm_is_recognized() -> None:
     wrong = means()
-    wrong[:, row] = means()[:, other]
+    wrong[:, 9] = means()[:, 10]
     found = attribute(LAYERS, wrong, means(), TOLERANCE)
-    assert (found.cause, found.layer) == ("capture", LAYERS[row])
-    assert "final norm" in found.text
+    assert (found.cause, found.layer) == ("capture", "10")
+    assert found.named == "last layer read after the final norm"
+
+
+def test_rows_alone_do_not_tell_why_a_final_norm_changes_nothing() -> None:
+    wrong = means()
+    wrong[:, 10] = means()[:, 9]
+    found = attribute(LAYERS, wrong, means(), TOLERANCE)
+    assert (found.cause, found.layer) == ("layer", "10+norm")
+    assert found.named == "no final norm"
+    for reason in ("weights are all equal", "it is skipped", "read before it"):
+        assert reason in found.text
+    # Another row has moved too, so that the norm does not explain it all.
+    wrong[:, 3] += 1e-3
+    assert attribute(LAYERS, wrong, means(), TOLERANCE).named is UNSET
+
+
+@pytest.mark.parametrize("squares", [False, True])
+def test_mean_squares_decide_between_rows_of_equal_means(squares: bool) -> None:
+    expected = np.stack([means(), means() ** 2 + 0.01], axis=2)
+    wrong = expected.copy()
+    wrong[:, 9, 0] = expected[:, 10, 0]
+    if squares:
+        wrong[:, 9, 1] = expected[:, 10, 1]
+    found = attribute(LAYERS, wrong, expected, TOLERANCE)
+    assert (found.named == "last layer read after the final norm") is squares
 
 
 def test_reordered_sequences_are_distinguished_from_moved_ones() -> None:

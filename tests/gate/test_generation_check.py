@@ -21,6 +21,7 @@ from support.reference_early_exit import (
     some_heads,
 )
 from support.tiny_models import random_ids
+from support.tiny_stages import a_cascade
 from torch import Tensor
 
 from cascade.core.errors import UsageError
@@ -28,9 +29,6 @@ from cascade.decoding import kv_cache
 from cascade.decoding.early_exit import EarlyExit, Propagation
 from cascade.gate.generation_check import GENERATED_TOKENS, check_generation
 from cascade.models.stack import DecoderStack
-from cascade.stages.cascades import Cascade
-from cascade.stages.entries import Entry
-from cascade.stages.stage import new_stage
 
 LENGTH = 20
 
@@ -45,6 +43,23 @@ def an_early_exit(
     exits = some_exits(stack, "cosine", (2,), heads=heads, propagation=propagation, text=text)
     # The compiled engine writes keys and values past the Python code that faults are planted in.
     return EarlyExit(stack, exits=exits, propagation=propagation, engine="model")
+
+
+def an_early_exit_of_a_cascade(
+    family: str = "llama", propagation: Propagation = "frozen", rule: str = "random"
+) -> EarlyExit:
+    """Return the early exit of a base of 4 layers with stages of 2 and 1 layers.
+
+    By chance, half of the tokens enter each stage.
+    """
+    early = a_cascade(family, propagation, rule=rule).early_exit()
+    return EarlyExit(
+        early.stack, exits=early.exits, propagation=propagation, engine="model", seed=early.seed
+    )
+
+
+#: Ridge maps are fitted for layers of one model, so a cascade has none.
+CASCADE_PROPAGATIONS = pytest.mark.parametrize("propagation", ["frozen", "exact"])
 
 
 def checked(early: EarlyExit, *, seed: int = 0, length: int = LENGTH) -> str | None:
@@ -82,11 +97,23 @@ def test_thresholds_at_the_ends_of_the_range_are_checked(threshold: float) -> No
     assert checked(EarlyExit(a_stack("llama"), layer=3, threshold=threshold)) is None
 
 
-def test_a_cascade_generates_what_it_scores() -> None:
-    base = a_stack("llama")
-    cascade = Cascade(base)
-    cascade.add_stage(new_stage(base, num_layers=2), Entry(layer=3, threshold=0.9))
-    assert checked(cascade.early_exit()) is None
+@ALL_FAMILIES
+@CASCADE_PROPAGATIONS
+def test_a_cascade_generates_what_it_scores(family: str, propagation: Propagation) -> None:
+    early = an_early_exit_of_a_cascade(family, propagation)
+    assert checked(early) is None
+
+
+@CASCADE_PROPAGATIONS
+def test_tokens_enter_the_stages_of_the_cascade_that_is_checked(propagation: Propagation) -> None:
+    early = an_early_exit_of_a_cascade(propagation=propagation)
+    layers = early.score(random_ids(2, LENGTH)).exit_layers[:, -GENERATED_TOKENS - 1 : -1]
+    assert len(set(layers.flatten().tolist())) == 3  # the base alone, and each of two stages
+
+
+@pytest.mark.parametrize("stages", [0, 1, 2])
+def test_a_cascade_with_fewer_stages_generates_what_it_scores(stages: int) -> None:
+    assert checked(a_cascade("llama").early_exit(stages)) is None
 
 
 @pytest.mark.parametrize("length", [2, 5, GENERATED_TOKENS, 64])
@@ -109,8 +136,8 @@ def test_a_rule_that_cannot_generate_is_refused() -> None:
 # --- Faults ----------------------------------------------------------------------------------
 
 
-def read(change: Any) -> Plant:
-    """Change the keys and values of layer 3 that a step reads."""
+def read(change: Any, layer: int = 3) -> Plant:
+    """Change the keys and values of a layer that a step reads."""
 
     def plant(_: DecoderStack) -> Any:
         right = kv_cache.KeyValueCache.read
@@ -119,7 +146,9 @@ def read(change: Any) -> Plant:
             keys, values = right(self, index)
             # Scoring keeps no cache.
             return (
-                change(keys, values) if self.keep and index == 2 and self.start else (keys, values)
+                change(keys, values)
+                if self.keep and index == layer - 1 and self.start
+                else (keys, values)
             )
 
         return attribute_of(kv_cache.KeyValueCache, "read", wrong)
@@ -147,6 +176,20 @@ def test_a_wrong_cache_is_named_with_sequence_and_token(
 ) -> None:
     early = an_early_exit(propagation=propagation)
     with read(FAULTS[name])(early.stack):
+        found = checked(early)
+    assert found
+    assert "of sequence " in found
+    assert checked(early) is None
+
+
+@CASCADE_PROPAGATIONS
+@pytest.mark.parametrize("layer", [3, 5, 7])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_wrong_cache_of_the_base_or_of_a_stage_is_named(
+    name: str, layer: int, propagation: Propagation
+) -> None:
+    early = an_early_exit_of_a_cascade(propagation=propagation)
+    with read(FAULTS[name], layer)(early.stack):
         found = checked(early)
     assert found
     assert "of sequence " in found

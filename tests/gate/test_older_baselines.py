@@ -6,19 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from support.build_profiles import a_profile, plain_record, save_run
 from support.paths import BASELINES
 
 from cascade.core.records import to_file
+from cascade.core.schema import UNSET
 from cascade.gate.baselines import StoredProfile, read_profile
 from cascade.gate.drift import compare
 from cascade.gate.older_baselines import budgets_note, profile_note
 from cascade.report.gate.sections import comparison_report
 
 NOTE = (
-    "the baseline has schema 1, of an earlier release; not checked: whether it was edited (it has "
-    "no hash), and how much its machine rounds (it has no noise floor); accept a new run to check "
-    "this too"
+    "the baseline is of an earlier release (schema 1); not checked: whether it was edited (it has "
+    "no hash), how much its machine rounds (it has no noise floor), and which weights and settings "
+    "differ (it has no summary of them); accept a new run to check this too"
 )
 
 
@@ -26,7 +28,7 @@ NOTE = (
 def old(tmp_path: Path) -> StoredProfile:
     """A profile as the first releases wrote them."""
     profile = a_profile()
-    lacking = ("hash", "arrays_hash", "noise")
+    lacking = ("hash", "arrays_hash", "noise", "parts")
     content = {k: v for k, v in plain_record(profile).items() if k not in lacking} | {"schema": 1}
     return read_profile(save_run(tmp_path / "old", profile, content))
 
@@ -37,6 +39,18 @@ def test_a_profile_of_schema_1_is_compared_with_a_note(old: StoredProfile) -> No
     assert [note for note in found.notes if "earlier release" in note] == [NOTE]
     assert NOTE in str(comparison_report(found.record()))
     assert compare(a_profile(seed=1), old).verdict == "FAIL"
+
+
+def test_a_profile_without_the_parts_of_its_model_is_compared_with_a_note() -> None:
+    profile = a_profile()
+    older = StoredProfile(replace(profile.content, parts=UNSET), profile.state)
+    note = (
+        "the baseline is of an earlier release; not checked: which weights and settings differ "
+        "(it has no summary of them); accept a new run to check this too"
+    )
+    assert profile_note(older.record()) == note
+    found = compare(profile, older)
+    assert (found.verdict, note in found.notes) == ("PASS", True)
 
 
 def test_a_profile_of_this_release_has_no_note() -> None:

@@ -13,6 +13,7 @@ import torch
 from support.long_faults import LONG_FAULTS, LongFault, long_blocks, long_stack
 from support.paths import ROOT
 
+from cascade.core.schema import known
 from cascade.gate.baselines import StoredProfile, seal
 from cascade.gate.comparison import Comparison
 from cascade.gate.quick_gate import run_gate
@@ -66,7 +67,8 @@ def test_a_fault_of_long_contexts_is_seen_and_named(name: str) -> None:
     assert comparison.verdict == "FAIL"
     found = comparison.attribution
     assert found is not None
-    assert (found.cause, found.layer) == (fault.fault.cause, fault.fault.layer)
+    expected = (fault.fault.cause, fault.fault.layer, fault.fault.named)
+    assert (found.cause, found.layer, known(found.named)) == expected
     long = comparison.long_context
     if fault.begins is None:
         assert long is None  # the other sequences have drifted already
@@ -134,7 +136,7 @@ def test_another_attention_kernel_passes(name: str) -> None:
 def test_the_table_of_the_docs_is_what_was_measured(
     file_regression: FileRegressionFixture,
 ) -> None:
-    lines = ["family,fault,verdict,points to,layer,first positions"]
+    lines = ["family,fault,verdict,points to,layer,first positions,named cause"]
     for name, fault in LONG_FAULTS.items():
         comparison = planted(name)
         found = comparison.attribution
@@ -142,7 +144,7 @@ def test_the_table_of_the_docs_is_what_was_measured(
         long = comparison.long_context
         first = "all" if long is None else f"{long.moved[0].first} to {long.moved[0].last}"
         row = (fault.family, fault.fault.what, comparison.verdict, found.cause)
-        lines.append(",".join([*row, found.layer or "-", first]))
+        lines.append(",".join([*row, found.layer or "-", first, known(found.named) or "-"]))
     file_regression.check(
         "\n".join(lines) + "\n", fullpath=ROOT / "docs" / "long-contexts.csv", extension=".csv"
     )

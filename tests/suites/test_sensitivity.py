@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace as replace_struct
 from support.clean_runs import (
     a_tiny_stack,
     broken_in_another_process,
@@ -20,12 +22,15 @@ from support.clean_runs import (
     repeat,
 )
 from support.decoding_faults import DECODING_FAULTS
-from support.faults import FAULTS, Fault, blocks_for, scaled_mlp, weights
+from support.fault_list import FAULTS
+from support.faults import Fault, blocks_for, scaled_mlp, weights
 from support.long_faults import REAL_LONG_FAULTS
 from support.paths import ROOT
 
+from cascade.core.schema import UNSET, known
 from cascade.corpora.blocks import TokenBlocks
 from cascade.gate.baselines import StoredProfile, read_profile, seal
+from cascade.gate.causes.hypotheses import CLEARLY, MOST_LEFT
 from cascade.gate.comparison import LEAST_TOLERANCE
 from cascade.gate.drift import compare
 from cascade.gate.quick_gate import Gate, run_gate
@@ -54,6 +59,7 @@ class Row:
     tokens: int
     cause: str | None
     layer: str | None
+    named: str | None
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +85,37 @@ def row_of(fault: Fault, gate: Gate) -> Row:
         tokens=gate.steps[-1].tokens if gate.steps else 0,
         cause=cause,
         layer=None if found is None else found.layer,
+        named=None if found is None else known(found.named),
     )
 
 
 @pytest.fixture(scope="module")
-def rows(reference_model: DecoderStack, baseline: StoredProfile) -> dict[str, Row]:
+def gates(reference_model: DecoderStack, baseline: StoredProfile) -> dict[str, Gate]:
     """Every fault planted in the real model, gated with the default budget."""
-    return {
-        name: row_of(fault, planted(reference_model, baseline, fault))
-        for name, fault in ALL_FAULTS.items()
-    }
+    return {name: planted(reference_model, baseline, each) for name, each in ALL_FAULTS.items()}
+
+
+@pytest.fixture(scope="module")
+def rows(gates: dict[str, Gate]) -> dict[str, Row]:
+    return {name: row_of(ALL_FAULTS[name], gate) for name, gate in gates.items()}
+
+
+@pytest.fixture(scope="module")
+def left(gates: dict[str, Gate]) -> dict[str, tuple[float, float]]:
+    """Return what the named cause of each fault leaves, and the next one or none at all.
+
+    Causes that need no trial, such as weights that differ, are left out.
+    """
+    found = {}
+    for name, gate in gates.items():
+        attribution, evidence = gate.comparison.attribution, gate.comparison.evidence
+        tried = [] if attribution is None else known(attribution.tried) or []
+        if attribution is None or evidence is None or not tried:
+            continue
+        if attribution.named == tried[0].name:
+            others = [one.left for one in tried[1:] if one.left is not None]
+            found[name] = (tried[0].left or 0.0, min([*others, evidence.moved_by]))
+    return found
 
 
 @pytest.mark.saturation
@@ -106,8 +133,41 @@ def test_a_fault_planted_in_the_real_model_is_seen_and_named(
     assert row.tokens <= 512
     assert (row.tokens == 0) is of_the_text
     assert row.cause == fault.cause
+    assert row.named == fault.named
     if fault.layer is not None:
         assert row.layer == fault.layer
+
+
+#: Faults that leave the same numbers: without the parts of the baseline's model, no trial tells
+#: which weights differ, so these are not named. No fault may be named as another one.
+_NEED_PARTS = ("head", "int8 one", "int8 all", "bf16", "fp16", "scale")
+
+
+@pytest.mark.slow
+def test_no_fault_is_named_as_another_one_without_the_parts_of_the_baselines_model(
+    reference_model: DecoderStack, baseline: StoredProfile
+) -> None:
+    old = StoredProfile(replace_struct(baseline.content, parts=UNSET), baseline.state)
+    found = {
+        name: row_of(fault, planted(reference_model, old, fault))
+        for name, fault in FAULTS.items()
+        if fault.cause is not None
+    }
+    expected = {
+        name: None if name in _NEED_PARTS else fault.named
+        for name, fault in FAULTS.items()
+        if fault.cause is not None
+    }
+    assert {name: row.named for name, row in found.items()} == expected
+
+
+@pytest.mark.saturation
+def test_named_causes_leave_little_and_all_others_clearly_more(
+    left: dict[str, tuple[float, float]],
+) -> None:
+    assert len(left) >= 15
+    assert max(best for best, _ in left.values()) <= MOST_LEFT / 5
+    assert min(other for _, other in left.values()) >= 3 * CLEARLY
 
 
 @pytest.mark.saturation
@@ -143,6 +203,8 @@ def test_the_table_of_the_docs_is_what_was_measured(
         " of the families concerned:",
         "sliding windows, RoPE scaling, attention sinks and ALiBi"
         " (`pytest tests/suites/test_long_sensitivity.py`).",
+        "Behind it is the name of the cause, if one explains the numbers clearly better than all"
+        " others.",
         "",
         "| fault | verdict | tokens | points to |",
         "|---|---|---|---|",
@@ -151,13 +213,34 @@ def test_the_table_of_the_docs_is_what_was_measured(
         points = row.cause or "-"
         if row.layer is not None:
             points += f", layer {row.layer}"
+        if row.named is not None:
+            points += f": {row.named}"
         unseen = ALL_FAULTS[name].unseen
         points = f"not seen: {unseen}" if unseen else points
         lines.append(f"| {row.fault} | {row.verdict} | {row.tokens} | {points} |")
-    lines += ["", *how_often_it_errs()]
+    lines += ["", *other_families(), "", *how_often_it_errs()]
     file_regression.check(
         "\n".join(lines) + "\n", fullpath=DOCS / "sensitivity.md", extension=".md"
     )
+
+
+def other_families() -> list[str]:
+    """Return a section of the docs, drawn from the stored record of `test_family_faults.py`."""
+    lines = [
+        "## Parts that SmolLM2 does not have",
+        "",
+        "These faults are planted in tiny random models"
+        " (`pytest tests/suites/test_family_faults.py`, [record](family_faults.csv)).",
+        "",
+        "| fault | verdict | points to |",
+        "|---|---|---|",
+    ]
+    return lines + [f"| {what} | {verdict} | {points} |" for what, verdict, points in family_rows()]
+
+
+def family_rows() -> list[list[str]]:
+    text = (DOCS / "family_faults.csv").read_text(encoding="utf-8")
+    return list(csv.reader(text.splitlines()))[1:]
 
 
 def how_often_it_errs() -> list[str]:
@@ -222,6 +305,8 @@ def test_shifted_positions_are_seen_where_positions_are_learned() -> None:
     with weights(positions, lambda: positions.weight.data.copy_(shifted)):
         gate = run_gate(stack, blocks, baseline)
     assert gate.comparison.verdict == "FAIL"
+    assert gate.comparison.attribution is not None
+    assert gate.comparison.attribution.named == "positions shifted"
     assert run_gate(stack, blocks, baseline).comparison.verdict == "PASS"
 
 

@@ -16,6 +16,7 @@ from cascade.core.schema import from_plain, to_plain
 from cascade.gate.baselines import StoredProfile, seal
 from cascade.saturation.records import (
     LayerRoles,
+    ModelParts,
     NoiseFloor,
     ProfileRecord,
     SuggestedThresholds,
@@ -115,6 +116,7 @@ def profile_of(
             )
         ),
         "thresholds": to_plain(SuggestedThresholds(exit_layer="2", by_hard_ratio=[])),
+        "parts": to_plain(ModelParts(tensors={}, settings={})),
     }
     return StoredProfile(seal(from_plain(plain, ProfileRecord), arrays), arrays)
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cascade.corpora import blocks as corpora
 from cascade.corpora.blocks import TokenBlocks
@@ -37,6 +38,7 @@ class Fault:
         cause: What it has to be attributed to; None where it cannot be seen.
         layer: The layer that has to be named.
         unseen: Why it cannot be seen, and what sees it.
+        named: The cause that has to be named; None where none may be named.
     """
 
     what: str
@@ -44,6 +46,7 @@ class Fault:
     cause: str | None
     layer: str | None = None
     unseen: str = ""
+    named: str | None = None
 
 
 # --- In the model ----------------------------------------------------------------------------
@@ -112,12 +115,15 @@ def _all(stack: DecoderStack) -> range:
     return range(1, stack.num_layers + 1)
 
 
-def through_bf16(stack: DecoderStack) -> Any:
-    def change() -> None:
-        for parameter in stack.model.parameters():
-            parameter.data.copy_(parameter.data.bfloat16().float())
+def through(dtype: torch.dtype) -> Plant:
+    def plant(stack: DecoderStack) -> Any:
+        def change() -> None:
+            for parameter in stack.model.parameters():
+                parameter.data.copy_(parameter.data.to(dtype).float())
 
-    return weights(stack.model, change)
+        return weights(stack.model, change)
+
+    return plant
 
 
 def swapped(layer: int) -> Plant:
@@ -195,13 +201,54 @@ def shifted_positions(stack: DecoderStack) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def norm_epsilon(stack: DecoderStack) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in stack.model.modules():
-            if hasattr(module, "variance_epsilon"):
-                patch.setattr(module, "variance_epsilon", 1e-2)
-        yield
+def norm_epsilon(value: float) -> Plant:
+    @contextlib.contextmanager
+    def plant(stack: DecoderStack) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in stack.model.modules():
+                if hasattr(module, "variance_epsilon"):
+                    patch.setattr(module, "variance_epsilon", value)
+            yield
+
+    return plant
+
+
+def final_norm_of_ones(stack: DecoderStack) -> Any:
+    norm: Any = stack.decoder.norm
+    return weights(norm, lambda: norm.weight.data.fill_(1.0))
+
+
+def final_norm_skipped(stack: DecoderStack) -> Any:
+    return attribute_of(stack.decoder.norm, "forward", lambda hidden_states: hidden_states)
+
+
+def wrong_sdpa(_: DecoderStack) -> Any:
+    """Let one attention kernel scale its scores by 2 % too much."""
+    right = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def wrong(module: nn.Module, *args: Any, scaling: float, **kwargs: Any) -> Any:
+        return right(module, *args, scaling=scaling * 1.02, **kwargs)
+
+    @contextlib.contextmanager
+    def plant() -> Iterator[None]:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = wrong
+        try:
+            yield
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = right
+
+    return plant()
+
+
+def scaled_in_code(layer: int, by: float = 1.01) -> Plant:
+    """Scale what a layer's attention writes, and leave its weights as they are."""
+
+    def plant(stack: DecoderStack) -> Any:
+        output: Any = stack.layers[layer - 1].self_attn.o_proj  # type: ignore[union-attr]
+        forward = output.forward
+        return attribute_of(output, "forward", lambda x: forward(x) * by)
+
+    return plant
 
 
 # --- In the path from states to numbers ------------------------------------------------------
@@ -229,27 +276,31 @@ def wrong_pairs(pairs: Callable[[list[Tensor], Tensor], list[tuple[Tensor, Tenso
     return plant
 
 
-def _pair_above(states: list[Tensor], normed: Tensor) -> list[tuple[Tensor, Tensor]]:
+def pair_above(states: list[Tensor], normed: Tensor) -> list[tuple[Tensor, Tensor]]:
     shifted = [*states[1:], normed]
     return [*itertools.pairwise(shifted), (states[-2], normed)]
 
 
-def _pair_below(states: list[Tensor], normed: Tensor) -> list[tuple[Tensor, Tensor]]:
+def pair_below(states: list[Tensor], normed: Tensor) -> list[tuple[Tensor, Tensor]]:
     last = len(states) - 1
     # As Python has it: entry -1 is the last one.
     return [*((states[k - 2], states[k - 1]) for k in range(1, last + 1)), (states[-2], normed)]
 
 
-def _swapped_pair(states: list[Tensor], normed: Tensor) -> list[tuple[Tensor, Tensor]]:
+def swapped_pair(states: list[Tensor], normed: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [*zip(states[1:], states, strict=False), (normed, states[-2])]
 
 
-def _norm_mixed_up(states: list[Tensor], normed: Tensor) -> list[tuple[Tensor, Tensor]]:
+def norm_mixed_up(states: list[Tensor], normed: Tensor) -> list[tuple[Tensor, Tensor]]:
     right = list(itertools.pairwise(states))
     return [*right[:-1], (states[-2], normed), (states[-2], normed)]
 
 
-def _changed(change: Callable[[Tensor], Tensor]) -> Plant:
+def never_normed(states: list[Tensor], _: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [*itertools.pairwise(states), (states[-2], states[-1])]
+
+
+def changed(change: Callable[[Tensor], Tensor]) -> Plant:
     right = saturation.similarities
 
     def plant(_: DecoderStack) -> Any:
@@ -260,7 +311,7 @@ def _changed(change: Callable[[Tensor], Tensor]) -> Plant:
     return plant
 
 
-def _in_bf16(_: DecoderStack) -> Any:
+def in_bf16(_: DecoderStack) -> Any:
     def similarities(stack: DecoderStack, ids: Tensor) -> Tensor:
         states, normed = _states(stack, ids)
         pairs = [*itertools.pairwise(states), (states[-2], normed)]
@@ -269,7 +320,7 @@ def _in_bf16(_: DecoderStack) -> Any:
     return attribute_of(saturation, "similarities", similarities)
 
 
-def _wrong_axis(_: DecoderStack) -> Any:
+def wrong_axis(_: DecoderStack) -> Any:
     right = statistics.SimilarityStatistics._add_sequences
 
     def wrong(self: Any, numbers: list[int], values: Any, bins: Any) -> None:
@@ -280,7 +331,7 @@ def _wrong_axis(_: DecoderStack) -> Any:
     return attribute_of(statistics.SimilarityStatistics, "_add_sequences", wrong)
 
 
-def _next_bin(_: DecoderStack) -> Any:
+def next_bin(_: DecoderStack) -> Any:
     right = statistics.bin_index
     return attribute_of(
         statistics,
@@ -343,64 +394,3 @@ def shifted_labels(_: DecoderStack) -> Iterator[None]:
 def blocks_for(stack: DecoderStack) -> TokenBlocks:
     """Read the reference corpus with whatever tokenizer the stack has."""
     return corpora.load_blocks("embedded", stack.tokenizer)
-
-
-#: Faults of a Llama-shaped model of 30 layers.
-FAULTS = {
-    "index above": Fault(
-        "exit index off by one: the pair above", wrong_pairs(_pair_above), "capture"
-    ),
-    "index below": Fault(
-        "exit index off by one: the pair below", wrong_pairs(_pair_below), "capture"
-    ),
-    "norm": Fault(
-        "last layer read after the final norm", wrong_pairs(_norm_mixed_up), "capture", "30"
-    ),
-    "shuffled": Fault(
-        "sequences shuffled between rows", _changed(lambda v: v.flip(dims=(1,))), "capture"
-    ),
-    "mlp": Fault("layer 13's MLP output x 1.01", scaled_mlp(13), "layer", "13"),
-    "mlp 30": Fault("layer 30's MLP output x 1.01", scaled_mlp(30), "layer", "30"),
-    "head": Fault("one attention head of layer 13 zeroed", dead_head(13), "layer", "13"),
-    "swap": Fault("layers 13 and 14 swapped", swapped(13), "layer", "13"),
-    "skip": Fault("layer 13 skipped", skipped(13), "layer", "13"),
-    "int8 one": Fault("layer 13's weights in int8, round to nearest", int8(13), "layer", "13"),
-    "int8 all": Fault("all layers' weights in int8, round to nearest", int8(), "numerics"),
-    "bf16": Fault("all weights through bf16 and back", through_bf16, "numerics"),
-    "cosine bf16": Fault("similarity computed in bf16", _in_bf16, "numerics"),
-    "rope": Fault("RoPE base 10,000 instead of 100,000", rope_base, "model", "1"),
-    "mask 1": Fault("causal mask off by one: the next token is seen", mask(1), "model", "1"),
-    "mask all": Fault("bidirectional attention", mask(None), "model", "1"),
-    "scale": Fault("attention scale x 1.05", attention_scale, "model", "1"),
-    "epsilon": Fault("RMS-norm epsilon 1e-2 instead of 1e-5", norm_epsilon, "model", "1"),
-    "axis": Fault("mean over the wrong axis", _wrong_axis, "model", "1"),
-    "bin": Fault("quantiles off by one bin", _next_bin, "counting"),
-    "bos": Fault("a tokenizer that adds BOS", begins_with_bos, "corpus.bos"),
-    "pair": Fault(
-        "pair swapped: output against input",
-        wrong_pairs(_swapped_pair),
-        None,
-        unseen="the cosine is symmetric, so the numbers are right",
-    ),
-    "positions": Fault(
-        "position ids shifted by one",
-        shifted_positions,
-        None,
-        unseen=(
-            "rotary attention depends on distances only, so the numbers are right; with learned "
-            "positions (GPT-2) it is seen"
-        ),
-    ),
-    "tie": Fault(
-        "threshold compared with > instead of >=",
-        above_only,
-        None,
-        unseen="the gate compares no similarity with a threshold; the tests of exit rules see it",
-    ),
-    "labels": Fault(
-        "labels shifted by one",
-        shifted_labels,
-        None,
-        unseen="no label is read here; budgets of early exit see it in their agreement",
-    ),
-}

@@ -254,8 +254,18 @@ def _partly_without_sinks(attention: Any, positions: int) -> Callable[..., Any]:
 # --- The faults ------------------------------------------------------------------------------
 
 
-def _of(what: str, plant: Plant, layer: str | None, cause: str = "long context") -> Fault:
-    return Fault(what, plant, cause, layer)
+def _of(
+    what: str,
+    plant: Plant,
+    layer: str | None,
+    cause: str = "long context",
+    named: str | None = None,
+) -> Fault:
+    return Fault(what, plant, cause, layer, named=named)
+
+
+#: Names of causes.
+_FREQUENCIES, _SLIDING_WINDOW = "rotary frequencies", "sliding window"
 
 
 def _rope(kind: str, what: str, cause: str, plant: Plant) -> LongFault:
@@ -263,18 +273,23 @@ def _rope(kind: str, what: str, cause: str, plant: Plant) -> LongFault:
     changes: dict[str, Any] = {"num_attention_heads": 2, "rope_parameters": parameters}
     if kind == "dynamic":  # the config has the positions before the scaling
         changes["max_position_embeddings"] = QUARTER
-    layer = None if cause == "numerics" else "1"
-    fault = _of(f"RoPE scaling ({kind}): {what}", plant, layer, cause)
+    fault = _of(f"RoPE scaling ({kind}): {what}", plant, "1", cause, _FREQUENCIES)
     return LongFault("llama", fault, 1 if cause == "long context" else None, changes)
 
 
 def _window(family: str, layers: tuple[str, str], **changes: Any) -> dict[str, LongFault]:
     """Return the faults of a window; `layers` are the first with one and the first without."""
     window = changes | {"sliding_window": WINDOW}
-    longer = _of("sliding window one token longer", window_longer_by(1), layers[0])
-    shorter = _of("sliding window one token shorter", window_longer_by(-1), layers[0])
-    ignored = _of("sliding window ignored", WINDOW_IGNORED, layers[0])
-    everywhere = _of("sliding window in all layers", WINDOW_EVERYWHERE, layers[1])
+    longer = _of(
+        "sliding window one token longer", window_longer_by(1), layers[0], named=_SLIDING_WINDOW
+    )
+    shorter = _of(
+        "sliding window one token shorter", window_longer_by(-1), layers[0], named=_SLIDING_WINDOW
+    )
+    ignored = _of("sliding window ignored", WINDOW_IGNORED, layers[0], named=_SLIDING_WINDOW)
+    everywhere = _of(
+        "sliding window in all layers", WINDOW_EVERYWHERE, layers[1], named=_SLIDING_WINDOW
+    )
     found = {
         f"{family} longer": LongFault(family, longer, WINDOW + 1, window),
         f"{family} shorter": LongFault(family, shorter, 1, window),
@@ -287,7 +302,9 @@ def _window(family: str, layers: tuple[str, str], **changes: Any) -> dict[str, L
 
 LONG_FAULTS = {
     "llama frozen": LongFault(
-        "llama", _of("positions frozen beyond 128", frozen_beyond(QUARTER), "1"), QUARTER + 1
+        "llama",
+        _of("positions frozen beyond 128", frozen_beyond(QUARTER), "1", named=_FREQUENCIES),
+        QUARTER + 1,
     ),
     "gpt2 frozen": LongFault(
         "gpt2",
@@ -295,7 +312,9 @@ LONG_FAULTS = {
         QUARTER + 1,
     ),
     "llama bf16": LongFault(
-        "llama", _of("positions rounded to bf16", changed_positions(in_bf16), "1"), 257
+        "llama",
+        _of("positions rounded to bf16", changed_positions(in_bf16), "1", named=_FREQUENCIES),
+        257,
     ),
     **_window("mistral", ("1", "")),
     **_window("gemma2", ("1", "2"), layer_types=_ALTERNATING),
@@ -316,16 +335,19 @@ LONG_FAULTS = {
     ),
     "linear ignored": _rope("linear", "factor ignored", "model", other_rope(factor=1.0)),
     "yarn ignored": _rope("yarn", "factor ignored", "model", other_rope(factor=1.0)),
-    # Slow frequencies hardly turn within 16 tokens, so these look like rounding.
+    # Slow frequencies hardly turn within 16 tokens, so the rows alone look like rounding.
     "yarn original": _rope(
-        "yarn", "original length 512 instead of 128", "numerics", original_length(512)
+        "yarn", "original length 512 instead of 128", "model", original_length(512)
     ),
-    "llama3 ignored": _rope("llama3", "factor ignored", "numerics", other_rope(factor=1.0)),
+    "llama3 ignored": _rope("llama3", "factor ignored", "model", other_rope(factor=1.0)),
     "llama3 original": _rope(
-        "llama3", "original length 512 instead of 128", "numerics", original_length(512)
+        "llama3", "original length 512 instead of 128", "model", original_length(512)
     ),
     "sinks": LongFault(
-        "gpt_oss", _of("attention sinks dropped", without_sinks, "1", "model"), None, _SINKS
+        "gpt_oss",
+        _of("attention sinks dropped", without_sinks, "1", "model", "weights changed"),
+        None,
+        _SINKS,
     ),
     "sinks beyond": LongFault(
         "gpt_oss",
@@ -347,9 +369,11 @@ LONG_FAULTS = {
 
 #: Faults of SmolLM2-135M, whose positions go to 8,192, for `tests/suites/test_sensitivity.py`.
 REAL_LONG_FAULTS = {
-    "long 512": _of("positions frozen beyond 512", frozen_beyond(512), "1"),
-    "long 1920": _of("positions frozen beyond 1,920", frozen_beyond(1920), "1"),
-    "long bf16": _of("positions rounded to bf16", changed_positions(in_bf16), "1"),
+    "long 512": _of("positions frozen beyond 512", frozen_beyond(512), "1", named=_FREQUENCIES),
+    "long 1920": _of("positions frozen beyond 1,920", frozen_beyond(1920), "1", named=_FREQUENCIES),
+    "long bf16": _of(
+        "positions rounded to bf16", changed_positions(in_bf16), "1", named=_FREQUENCIES
+    ),
     "long window": _of("layer 13 sees only 1,024 tokens", window_in_layer(13, 1024), "13"),
     "long window short": _of(
         "layer 13 sees all but the farthest of 2,048 tokens", window_in_layer(13, 2047), "13"

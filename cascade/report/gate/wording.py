@@ -11,6 +11,7 @@ from cascade.core.provenance import Provenance
 from cascade.core.schema import UNSET, known, to_plain
 from cascade.gate.records import (
     VERDICTS,
+    Attribution,
     BudgetOutcome,
     CellRow,
     ComparisonRecord,
@@ -22,7 +23,7 @@ from cascade.gate.records import (
 #: The causes of an attribution, in words.
 _CAUSES = {
     "rows": "missing rows",
-    "capture": "correct values in the wrong rows",
+    "capture": "how the states are read",
     "counting": "how tokens are counted",
     "layer": "one layer",
     "numerics": "rounding",
@@ -160,6 +161,7 @@ def sentences(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
     found = record.attribution
     if found is not None:
         yield "Likely cause", f"{_CAUSES.get(found.cause, found.cause)}: {found.text}"
+        yield from _tried(found)
     if missing_values(record):
         yield "No value", f"on one side: {missing_values(record)}"
     if record.verdict == "INCONCLUSIVE":
@@ -202,6 +204,22 @@ def long_context_rows(record: ComparisonRecord) -> list[list[str]]:
         [f"{each.first:,} to {each.last:,}", f"{each.difference:.1e}", each.layer or "none"]
         for each in found.ranges
     ]
+
+
+def _tried(found: Attribution) -> Iterator[tuple[str, str]]:
+    """Yield what the causes that were tried leave unexplained; nothing if evidence is direct."""
+    tried = known(found.tried) or []
+    left = [f"{one.name!r} leaves {_tolerances(one.left)}" for one in tried[:2] if one.left]
+    is_direct = known(found.named) is not None and found.named != (tried and tried[0].name)
+    if not left or is_direct:
+        return
+    count = f"{len(tried)} cause{'s' * (len(tried) > 1)}"
+    none = "" if known(found.named) else "; none explains the numbers"
+    yield "Tried", f"{count}: {', '.join(left)}{none}"
+
+
+def _tolerances(left: float) -> str:
+    return f"{left:,.0f} tolerances" if left >= 10 else f"{left:.2g} tolerances"
 
 
 def _decoding(record: ComparisonRecord) -> Iterator[tuple[str, str]]:
