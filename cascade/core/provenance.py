@@ -125,8 +125,42 @@ class MachineProvenance(Part, frozen=True, kw_only=True):
     accelerator: str | UnsetType = UNSET
 
 
+class MeasuringMachine(Part, frozen=True, kw_only=True):
+    """A machine that measured some of the shards of a profile.
+
+    Attributes:
+        device: The device of the model.
+        machine: Processor and threads.
+        shards: How many shards it measured.
+    """
+
+    device: str
+    machine: MachineProvenance
+    shards: Count
+
+
+class EngineProvenance(Part, frozen=True, kw_only=True):
+    """How the tasks of a profile in shards were run. None of it is compared.
+
+    Attributes:
+        shards: The number of shards.
+        engines: What started the tasks, such as "ray 2.60.0"; empty for `cascade measure-shard`.
+        machines: The machines that measured, sorted by their details.
+        planned: The machine that made the plan: it measured bin edges, noise and long sequences.
+    """
+
+    shards: Count
+    engines: list[str]
+    machines: list[MeasuringMachine]
+    planned: MachineProvenance
+
+
 class Provenance(Part, frozen=True, kw_only=True):
-    """Where a record comes from: model, corpus, machine, versions and command."""
+    """Where a record comes from: model, corpus, machine, versions and command.
+
+    Attributes:
+        engine: How the profile was measured in shards; absent for a profile of one pass.
+    """
 
     tokenizer_hash: str | None = None
     model: ModelProvenance
@@ -134,6 +168,7 @@ class Provenance(Part, frozen=True, kw_only=True):
     machine: MachineProvenance | UnsetType = UNSET
     versions: dict[str, str] | UnsetType = UNSET
     command: str | None = None
+    engine: EngineProvenance | UnsetType = UNSET
 
 
 class HasModelProvenance(Protocol):

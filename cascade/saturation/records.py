@@ -136,10 +136,10 @@ class ProfileRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     """
 
     KIND: ClassVar[str] = "saturation"
-    SCHEMA: ClassVar[int] = 2
+    SCHEMA: ClassVar[int] = 3
     COMMAND: ClassVar[str] = "analyze --output"
 
-    schema: int = 2
+    schema: int = 3
     kind: Literal["saturation"] = "saturation"
     provenance: Provenance
     noise: NoiseFloor | UnsetType | None = UNSET
