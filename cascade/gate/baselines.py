@@ -32,7 +32,7 @@ from cascade.core.schema import UNSET, known, to_plain
 from cascade.saturation.long_statistics import LongStatistics
 from cascade.saturation.profile import SaturationProfile
 from cascade.saturation.records import ProfileRecord
-from cascade.saturation.row_files import RowWriter, StoredRows
+from cascade.saturation.row_files import ROWS_HASH, RowWriter, StoredRows
 from cascade.stats.sequence_rows import ARRAYS as OLD_ROWS
 from cascade.stats.sequence_rows import Rows, SequenceRows
 from cascade.stats.token_statistics import TokenStatistics
@@ -42,9 +42,6 @@ ARRAYS, ROWS = ".npz", ".parquet"
 
 #: The files of a profile in the folder of a run.
 PROFILE_FILES = ("profile.json", f"profile{ARRAYS}", f"profile{ROWS}")
-
-#: The array with the hash of each group of rows.
-ROWS_HASH = "rows_hash"
 
 #: The first schema with rows in a file of their own.
 ROWS_SINCE = 3
@@ -221,7 +218,7 @@ def read_profile(path: AnyPath) -> StoredProfile:
                 "again"
             )
     rows = _read_rows(path, record["schema"], arrays)
-    state = {name: values for name, values in arrays.items() if name not in (ROWS_HASH, *OLD_ROWS)}
+    state = {name: values for name, values in arrays.items() if name not in OLD_ROWS}
     _check_table(path, record, state, rows)
     return StoredProfile(typed(record, ProfileRecord, path), state, rows)
 

@@ -33,6 +33,7 @@ from cascade.saturation.records import (
     ProfileRecord,
     SuggestedThresholds,
 )
+from cascade.saturation.row_files import ROWS_HASH, hashes_of
 from cascade.stats.cosine import cosine_of, norm, widened
 from cascade.stats.sequence_rows import Rows
 from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
@@ -121,9 +122,13 @@ class SaturationProfile(Displayed):
         return self.statistics.rows
 
     def arrays(self) -> dict[str, Array]:
-        """Return the arrays of `profile.npz`: the state of the statistics of all tokens."""
-        prints = {"sequence_fingerprint": self.sequence_fingerprints}
-        short = self.statistics.token_arrays() | prints
+        """Return the arrays of `profile.npz`: the state of the statistics of all tokens.
+
+        They include the hashes of the rows, which are in a file of their own.
+        """
+        prints = self.sequence_fingerprints
+        own = {"sequence_fingerprint": prints, ROWS_HASH: hashes_of(self.rows, prints)}
+        short = self.statistics.token_arrays() | own
         return short if self.long is None else short | self.long.arrays()
 
     def _to_show(self) -> tuple[ProfileRecord, dict[str, Array]]:

@@ -20,7 +20,7 @@ from cascade.core.arrays import Array
 from cascade.core.errors import BrokenRecordError, OutputError, RecordError, first_line, os_reason
 from cascade.core.files import open_regular
 from cascade.core.run_folder import current
-from cascade.stats.sequence_rows import QUANTILES, SequenceRows
+from cascade.stats.sequence_rows import QUANTILES, Rows, SequenceRows
 
 if TYPE_CHECKING:
     import pyarrow
@@ -36,6 +36,9 @@ _SHARES = tuple(f"share_p{round(100 * q)}" for q in QUANTILES)
 
 #: Columns with few different values in a group.
 _REPEATED = ("sequence", "layer", "fingerprint", *_SHARES)
+
+#: The array of an `.npz` file that has the hash of each group of the rows next to it.
+ROWS_HASH = "rows_hash"
 
 #: Bytes of a group's hash, which is a SHA-256.
 _HASH = 32
@@ -53,6 +56,24 @@ def rows_hash(rows: SequenceRows, fingerprints: Array) -> bytes:
     for column, kind in zip(columns, ("<i8", "<u8", "<f8", "<f8", "<f8"), strict=True):
         digest.update(np.ascontiguousarray(column, dtype=kind).data)
     return digest.digest()
+
+
+def hashes_of(rows: Rows, fingerprints: Array) -> npt.NDArray[np.uint8]:
+    """Return the hash of each group that a file of these rows has, `[G, 32]`.
+
+    Args:
+        rows: The rows, in memory or in a file, which knows them.
+        fingerprints: The fingerprint of each sequence of the corpus, by its number.
+    """
+    if isinstance(rows, StoredRows):
+        return rows.hashes
+    found = rows.all()
+    prints = np.asarray(fingerprints)[found.numbers]
+    hashes = []
+    for start in range(0, len(found), GROUP):
+        places = np.arange(start, min(start + GROUP, len(found)))
+        hashes.append(rows_hash(found.read(places), prints[places]))
+    return np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, _HASH)
 
 
 # --- Writing ---------------------------------------------------------------------------------

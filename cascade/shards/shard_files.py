@@ -15,8 +15,7 @@ from cascade.core.files import files_below, flush_to_disk, staging_folder
 from cascade.core.names import file_name
 from cascade.core.records import arrays_hash, packed, read_arrays, read_typed, to_file
 from cascade.core.schema import known
-from cascade.gate.baselines import ROWS_HASH
-from cascade.saturation.row_files import RowWriter, StoredRows
+from cascade.saturation.row_files import ROWS_HASH, RowWriter, StoredRows
 from cascade.shards.plan import Plan
 from cascade.shards.records import ShardRecord
 from cascade.stats.sequence_rows import SequenceRows

@@ -28,6 +28,11 @@ ARRAYS = ("sequence", *(f"sequence_{name}" for name in COLUMNS))
 class Rows(Protocol):
     """Rows of sequences in memory or in a file, in ascending order of their numbers."""
 
+    @property
+    def numbers(self) -> npt.NDArray[np.int64] | range:
+        """The number of each sequence in the corpus."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of sequences."""
         ...

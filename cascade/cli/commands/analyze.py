@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     from cascade.saturation.profile import SaturationProfile
 
 #: The files of one run of `cascade analyze --output`.
-RUN_FILES = ("profile.json", "profile.npz", "layer-profile.svg", "density.svg", "report.html")
+RUN_FILES = (
+    "profile.json",
+    "profile.npz",
+    "profile.parquet",
+    "layer-profile.svg",
+    "density.svg",
+    "report.html",
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ def analyze(
             profile = _with_long(profile, stack, chosen)
             with status("Measuring the noise of the arithmetic"):
                 profile = with_noise(profile, stack, blocks, chosen.sequences)
-            _write_run(folder, profile)
+            write_run(folder, profile)
         record = profile.record()
         if archive is not None:
             archive.save(record.provenance)
@@ -171,20 +178,19 @@ def _read(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
         )
 
 
-def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
-    from cascade.core.records import packed, to_file
-    from cascade.gate.baselines import seal
+def write_run(folder: RunFolder, profile: SaturationProfile) -> None:
+    """Stage the files of a run: the profile, its page and its figures.
+
+    Args:
+        folder: The folder of the run, with the files of `RUN_FILES`.
+        profile: The profile.
+    """
+    from cascade.gate.baselines import stage_profile
     from cascade.report.saturation.figures import density_svg, layer_profile_svg
     from cascade.report.saturation.page import profile_page
 
-    arrays = profile.arrays()
-    record = seal(profile.record(), arrays)
-    pictures = layer_profile_svg(record), density_svg(record, arrays)
-    contents: tuple[str | bytes, ...] = (
-        to_file(record),
-        packed(arrays),
-        *pictures,
-        profile_page(record, arrays, pictures=pictures),
-    )
-    for name, content in zip(RUN_FILES, contents, strict=True):
-        folder.write(name, content)
+    record, arrays = stage_profile(folder, profile), profile.arrays()
+    layers, density = layer_profile_svg(record), density_svg(record, arrays)
+    folder.write("layer-profile.svg", layers)
+    folder.write("density.svg", density)
+    folder.write("report.html", profile_page(record, arrays, pictures=(layers, density)))

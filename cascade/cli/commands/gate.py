@@ -76,7 +76,7 @@ class ComparisonOptions:
 @command("compare")
 def compare(
     new: Annotated[
-        Path, typer.Argument(help="Folder of a run, or a profile's .json next to its .npz.")
+        Path, typer.Argument(help="Folder of a run, or a profile's .json with its other files.")
     ],
     baseline: Annotated[
         Path, typer.Argument(help="Profile to compare with, given in the same form.")
