@@ -39,6 +39,8 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
         unread_files: Other weight files in the model's folder, e.g. "consolidated.safetensors".
         attention_in_config: The attention kernel that the config names, where this machine lacks it
             and `attention` was used instead.
+        placed: Where the layers are, of a model that a device map spreads over several devices,
+            e.g. "cuda:0, cuda:1, cpu".
         packages: Packages that compute the layers in addition to torch and transformers, with
             versions, e.g. "bitsandbytes 0.50.2".
     """
@@ -61,6 +63,7 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
     adapter: str | UnsetType = UNSET
     text_decoder: str | UnsetType = UNSET
     attention_in_config: str | UnsetType = UNSET
+    placed: str | UnsetType = UNSET
     packages: str | UnsetType = UNSET
 
 

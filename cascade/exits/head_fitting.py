@@ -198,7 +198,10 @@ class _Fitter:
         """Return the targets of the upper layers, `width` outputs each, the lowest layer first."""
         if self.of_states:
             size = root_mean_square(history[layer])
-            return [history[entry].float() / size for entry in range(layer, self.stack.num_layers)]
+            return [
+                history[entry].float() / size.to(history[entry].device)
+                for entry in range(layer, self.stack.num_layers)
+            ]
         return [values.flatten(0, 1) for values in raw[2 * (layer - min(self.layers)) :]]
 
     def fit(self) -> FittedHeads:

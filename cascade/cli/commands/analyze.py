@@ -16,8 +16,8 @@ from cascade.cli.console import command_line, message, progress_bar, show_record
 from cascade.cli.inputs import load_model, say_which
 from cascade.cli.options import (
     BatchSize,
-    ModelOptions,
     OutputOptions,
+    PlacedModelOptions,
     SampledCorpusOptions,
 )
 from cascade.cli.output import run_folder
@@ -77,7 +77,7 @@ class AnalysisOutput(OutputOptions):
 
 @command("analyze")
 def analyze(
-    model: ModelOptions,
+    model: PlacedModelOptions,
     corpus: AnalyzedCorpus,
     files: AnalysisOutput,
     batch_size: BatchSize = 32,

@@ -18,8 +18,8 @@ from cascade.cli.inputs import load_model
 from cascade.cli.options import (
     BatchSize,
     ExitLayer,
-    ModelOptions,
     NumSamples,
+    PlacedModelOptions,
     PrintOptions,
     TextOptions,
 )
@@ -73,7 +73,7 @@ class CollectionOptions(PrintOptions):
 @command("collect-hard")
 def collect_hard(
     options: CollectionOptions,
-    model: ModelOptions,
+    model: PlacedModelOptions,
     corpus: StageCorpus,
     batch_size: BatchSize = 32,
     seed: Annotated[

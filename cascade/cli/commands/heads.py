@@ -18,9 +18,9 @@ from cascade.cli.options import (
     CorpusOptions,
     ExitLayerOfHeads,
     HeadOptions,
-    ModelOptions,
     OutputOptions,
     Overwrite,
+    PlacedModelOptions,
     PrintOptions,
     Seed,
     picked,
@@ -64,7 +64,7 @@ class FittingOptions(PrintOptions):
 @command("fit-heads")
 def fit_heads(
     fitting: FittingOptions,
-    model: ModelOptions,
+    model: PlacedModelOptions,
     corpus: CorpusOptions,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
@@ -194,7 +194,7 @@ class TransferOptions:
 def calibrate(
     wanted: CalibrationOptions,
     transfer: TransferOptions,
-    model: ModelOptions,
+    model: PlacedModelOptions,
     heads: HeadOptions,
     corpus: CorpusOptions,
     output: OutputOptions,
