@@ -27,7 +27,7 @@ def load_model(options: ModelOptions, *, exits: bool = False) -> DecoderStack:
     """
     from cascade.models import loading
 
-    device_map = _device_map(options)
+    device_map = cast("DeviceMap | None", device_map_of_options(options))
     say_which(options.model, "model")
     with status(f"Loading {options.model} (a first time can take half a minute)"):
         stack = loading.load(
@@ -44,7 +44,7 @@ def load_model(options: ModelOptions, *, exits: bool = False) -> DecoderStack:
         return stack
 
 
-def _device_map(options: ModelOptions) -> DeviceMap | None:
+def device_map_of_options(options: ModelOptions) -> str | dict[str, str | int] | None:
     """Return the device map of the options, checked before anything is read; None without one.
 
     Raises:
@@ -61,7 +61,7 @@ def _device_map(options: ModelOptions) -> DeviceMap | None:
             f"expected --device or --device-map, got {options.device} and {options.device_map};"
             " leave one out"
         )
-    return cast("DeviceMap", found)
+    return found
 
 
 def say_which(source: str, kind: str) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from cascade.cli.app import command
 from cascade.cli.console import command_line, message, progress_bar, show_record, status
+from cascade.cli.engines import EngineOptions
 from cascade.cli.inputs import load_model, say_which
 from cascade.cli.options import (
     BatchSize,
@@ -80,6 +81,7 @@ def analyze(
     model: PlacedModelOptions,
     corpus: AnalyzedCorpus,
     files: AnalysisOutput,
+    engine: EngineOptions,
     batch_size: BatchSize = 32,
 ) -> None:
     """Measure the saturation of every decoder layer over a corpus.
@@ -87,7 +89,15 @@ def analyze(
     Prints statistics, outliers, special layers and suggested exit
     thresholds. With --output, also measures a few long sequences for
     the gate, and writes an HTML page, SVG figures and the record as JSON.
+    With --engine ray, many processes measure, on this machine or on a
+    cluster, and the profile is the same, bit for bit.
     """
+    config = engine.config()
+    if config is not None:
+        from cascade.cli.engine_runs import analyze_on_ray
+
+        analyze_on_ray(model, corpus, files, engine, batch_size)
+        return
     from cascade.report.saturation.terminal import print_profile
     from cascade.saturation.token_archive import SimilarityArchive, check_free
 
@@ -105,7 +115,7 @@ def analyze(
         from cascade.saturation.long_context import choose_long
 
         stack = load_model(model)
-        blocks = _read(stack, corpus)
+        blocks = read_corpus(stack, corpus)
         # Before the pass, because it can find that the corpus is too short.
         chosen = choose_long(stack, blocks, corpus.long_context)
         archive = None
@@ -159,7 +169,13 @@ def _with_long(
     return profile
 
 
-def _read(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
+def read_corpus(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
+    """Return the corpus cut into sequences, read with a spinner.
+
+    Args:
+        stack: The model whose tokenizer is used.
+        corpus: Which text to read.
+    """
     from cascade.corpora import blocks as corpora
 
     say_which(corpus.corpus, "dataset")
