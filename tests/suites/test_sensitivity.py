@@ -203,7 +203,7 @@ def test_the_table_of_the_docs_is_what_was_measured(
         " of the families concerned:",
         "sliding windows, RoPE scaling, attention sinks and ALiBi"
         " (`pytest tests/suites/test_long_sensitivity.py`).",
-        "Behind it is the name of the cause, if one explains the numbers clearly better than all"
+        "The name of the cause follows, if one explains the numbers clearly better than all"
         " others.",
         "",
         "| fault | verdict | tokens | points to |",
