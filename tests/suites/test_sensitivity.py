@@ -147,7 +147,9 @@ _NEED_PARTS = ("head", "int8 one", "int8 all", "bf16", "fp16", "scale")
 def test_no_fault_is_named_as_another_one_without_the_parts_of_the_baselines_model(
     reference_model: DecoderStack, baseline: StoredProfile
 ) -> None:
-    old = StoredProfile(replace_struct(baseline.content, parts=UNSET), baseline.state)
+    old = StoredProfile(
+        replace_struct(baseline.content, parts=UNSET), baseline.state, baseline.rows
+    )
     found = {
         name: row_of(fault, planted(reference_model, old, fault))
         for name, fault in FAULTS.items()

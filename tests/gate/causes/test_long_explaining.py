@@ -32,13 +32,16 @@ BLOCKS = long_blocks()
 def mistral() -> tuple[DecoderStack, StoredProfile]:
     stack = long_stack("mistral", sliding_window=WINDOW)
     profile = measure_whole(stack, BLOCKS)
-    return stack, StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays())
+    arrays = profile.arrays()
+    return stack, StoredProfile(seal(profile.record(), arrays), arrays, profile.rows)
 
 
 def explained(plant: Plant, *, with_parts: bool = True, **options: Any) -> Attribution:
     stack, baseline = mistral()
     if not with_parts:
-        baseline = StoredProfile(replace(baseline.content, parts=UNSET), baseline.state)
+        baseline = StoredProfile(
+            replace(baseline.content, parts=UNSET), baseline.state, baseline.rows
+        )
     before = stack.weights_in_memory()
     with plant(stack):
         comparison = run_gate(stack, BLOCKS, baseline, **options).comparison
