@@ -170,7 +170,9 @@ class RowWriter:
                 with self._writing():
                     self._writer.close()
         finally:
-            with contextlib.suppress(OSError):
+            # Else Arrow would write the end of the file when the writer is collected.
+            self._writer.is_open = False
+            with contextlib.suppress(OSError):  # on a full disk, after its own error
                 self._file.close()
 
 
