@@ -189,8 +189,10 @@ def merge(
 
     planned = Plan.read(plan)
     with RunFolder(output, RUN_FILES, overwrite=overwrite) as folder:
-        with progress_bar("Merging", planned.record.provenance.corpus.tokens) as advance:
-            path = folder.staging / "profile.parquet"
+        with (
+            progress_bar("Merging", planned.record.provenance.corpus.tokens) as advance,
+            folder.staged("profile.parquet") as path,
+        ):
             profile = merged(planned, path, command=command_line(), progress=advance)
         with status("Drawing the report"):
             write_run(folder, profile)
