@@ -43,6 +43,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "bench.lossless": ("benchmarks.lossless.records", "LosslessBenchmark"),
     "bench.fit": ("benchmarks.head_fitting", "HeadFittingBenchmark"),
     "bench.collect-hard": ("benchmarks.hard_tokens", "HardTokenBenchmark"),
+    "bench.scale": ("benchmarks.scale", "ScaleBenchmark"),
     "bench.gate": ("benchmarks.gate", "GateBenchmark"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import tracemalloc
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from support.tiny_models import tiny_tokenizer
 
 from cascade.core.errors import CorpusError, OutputError
 from cascade.corpora.blocks import TokenBlocks, load_blocks
-from cascade.corpora.joining import Ids, cut
+from cascade.corpora.joining import cut
 from cascade.corpora.streaming import sequences, stream_blocks, write_ids
 
 TOKENIZER = tiny_tokenizer()
@@ -70,9 +71,7 @@ def test_a_stream_has_the_sequences_of_load_blocks(
 def test_sequences_are_cut_from_pieces_as_from_the_whole(
     pieces: list[list[int]], seq_len: int, bos: int | None, most: int | None
 ) -> None:
-    from array import array
-
-    ids: Ids = array("i", [one for piece in pieces for one in piece])
+    ids = array("i", [one for piece in pieces for one in piece])
     whole = cut(ids, seq_len, bos, most)
     expected = np.array(ids, dtype=np.int32)[whole.places]
     if bos is not None and len(expected):
