@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cascade.core.schema import known, to_plain
+from cascade.core.schema import to_plain
 from cascade.report.benchmarks.blocks import targets_section
 from cascade.report.common.sections import Pairs, Report, Section, table_of
 
@@ -29,7 +29,7 @@ def scale_benchmark_report(record: ScaleBenchmark) -> Report:
             ("Rows", f"one for each sequence and layer, {settings.layers} layers"),
             ("Shards", f"{settings.shards:,}"),
             ("Machine", f"{machine.processor}, {machine.threads} threads"),
-            ("pyarrow", known(record.versions.get("pyarrow")) or "not installed"),
+            ("pyarrow", record.versions.get("pyarrow", "unknown")),
         )
     )
     merging = table_of(
