@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec.structs import replace
@@ -30,12 +31,14 @@ from cascade.core.records import (
 from cascade.core.run_folder import RunFolder
 from cascade.core.schema import UNSET, known, to_plain
 from cascade.saturation.long_statistics import LongStatistics
-from cascade.saturation.profile import SaturationProfile
 from cascade.saturation.records import ProfileRecord
 from cascade.saturation.row_files import ROWS_HASH, RowWriter, StoredRows
 from cascade.stats.sequence_rows import ARRAYS as OLD_ROWS
 from cascade.stats.sequence_rows import Rows, SequenceRows
 from cascade.stats.token_statistics import TokenStatistics
+
+if TYPE_CHECKING:
+    from cascade.saturation.profile import SaturationProfile
 
 #: The endings of the files next to a profile's or baseline's `.json`.
 ARRAYS, ROWS = ".npz", ".parquet"
