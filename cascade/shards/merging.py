@@ -120,6 +120,7 @@ def merged(
         noise=plan.record.noise,
         long=plan.long,
         no_long=_no_long(plan),
+        parts=known(plan.record.parts),
     )
 
 

@@ -111,6 +111,7 @@ def test_long_sequences_and_noise_are_those_of_a_whole_measurement(
     arrays = whole.arrays()
     assert all(np.array_equal(found.arrays()[name], arrays[name]) for name in arrays)
     assert found.record().noise is not None
+    assert found.record().parts == whole.record().parts
 
 
 # --- Refusals --------------------------------------------------------------------------------

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from cascade.cli.app import command
 from cascade.cli.commands.analyze import RUN_FILES, write_run
 from cascade.cli.console import command_line, message, progress_bar, show_record, status
-from cascade.cli.inputs import load_model, say_which
+from cascade.cli.inputs import device_map_named, load_model, say_which
 from cascade.cli.options import (
     BatchSize,
     Device,
-    ModelOptions,
+    DeviceMapName,
     Overwrite,
+    PlacedModelOptions,
     PrintOptions,
     SampledCorpusOptions,
 )
@@ -24,6 +25,7 @@ from cascade.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cascade.models.loading import DeviceMap
     from cascade.shards.records import PlanRecord, ShardRecord
 
 PlanFolder = Annotated[Path, typer.Argument(help="Folder that `cascade plan` wrote.")]
@@ -78,7 +80,7 @@ class PlanOutput(PrintOptions):
 
 @command("plan")
 def plan(
-    model: ModelOptions,
+    model: PlacedModelOptions,
     corpus: PlannedCorpus,
     shards: Shards,
     files: PlanOutput,
@@ -141,6 +143,7 @@ def measure_shard(
     shard: Annotated[int, typer.Option("--shard", min=0, help="Number of the shard, from 0.")],
     output: PrintOptions,
     device: Device = "cpu",
+    device_map: DeviceMapName = None,
 ) -> None:
     """Measure one shard of a plan, unless it is complete.
 
@@ -151,11 +154,12 @@ def measure_shard(
     from cascade.shards.measuring import measure_shard as measure
     from cascade.shards.plan import Plan
 
+    placed = cast("DeviceMap | None", device_map_named(device_map, device))
     planned = Plan.read(plan)
     text, count = planned.record.provenance.corpus, len(planned.record.shards)
     tokens = len(planned.shard(shard).sequences) * text.seq_len
     with progress_bar(f"Shard {shard}", tokens) as advance:
-        done = measure(planned, shard, device=device, progress=advance)
+        done = measure(planned, shard, device=device, device_map=placed, progress=advance)
 
     def show(record: ShardRecord, console: Console) -> None:
         where = f"shard {shard} of 0 to {count - 1}"
