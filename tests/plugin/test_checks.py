@@ -67,12 +67,12 @@ def test_life_cycle_of_a_baseline(project: pytest.Pytester) -> None:
     changed = ran(project, *only)
     changed.assert_outcomes(failed=1, deselected=1)
     assert failure(changed).startswith("FAIL: drift in ")
-    assert "layer 3 is the first that moved" in failure(changed)
+    assert "one layer: layer 3: the weights of" in failure(changed)
 
     again = ran(project, *only, "--force-regen")
     again.assert_outcomes(failed=1, deselected=1)
     assert "Compared with the previous baseline:\nFAIL: drift" in failure(again)
-    assert "layer 3 is the first that moved" in failure(again)
+    assert "one layer: layer 3: the weights of" in failure(again)
     ran(project, *only).assert_outcomes(passed=1, deselected=1)
     mended(project)
     ran(project, *only).assert_outcomes(failed=1, deselected=1)
@@ -327,7 +327,7 @@ def another_runs_npz(path: Path) -> None:
     [
         (torn, "texts.saturation.json is torn or edited"),
         (edited_by_hand, "texts.saturation.json was changed after it was written (expected hash"),
-        (newer, "has schema 9, this release reads up to 2; use cascade-exit 7.1 or a later one"),
+        (newer, "has schema 9, this release reads up to 3; use cascade-exit 7.1 or a later one"),
         (without_npz, "no file "),
         (another_runs_npz, "texts.saturation.npz was changed after it was written"),
     ],
