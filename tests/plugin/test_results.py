@@ -67,7 +67,7 @@ def test_a_session_writes_json_markdown_html_and_a_job_summary(
     written = summary.read_text()
     assert written.startswith("From the previous step.\n")
     assert written.count(markdown.splitlines()[0]) == 2
-    assert "layer 3 is the first that moved" in Path("out/report.html").read_text()
+    assert "layer 3: the weights of" in Path("out/report.html").read_text()
     done.stdout.fnmatch_lines(
         [
             "*= cascade =*",

@@ -145,8 +145,8 @@ def test_a_model_that_has_drifted_makes_the_job_red_after_comment_and_summary(
     assert f"\n::error file={BASELINE},title=CASCADE%3A FAIL%3A " in runner.ran["Gate"].text
     (body,) = github.bodies()
     assert body.splitlines()[:2] == ["<!-- cascade-gate other -->", "## CASCADE: FAIL"]
-    assert "layer 3 is the first that moved" in body
-    assert "layer 3 is the first that moved" in (tmp_path / "summary.md").read_text()
+    assert "layer 3: the weights of" in body
+    assert "layer 3: the weights of" in (tmp_path / "summary.md").read_text()
 
 
 def test_a_token_that_can_only_read_changes_nothing_but_the_comment(
