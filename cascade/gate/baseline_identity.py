@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-import numpy as np
-
 from cascade.core.names import file_name, same_source
 from cascade.core.provenance import Provenance
 from cascade.core.schema import known
 from cascade.gate.baselines import StoredProfile
 from cascade.gate.drift import LEAST_SHARED
+from cascade.stats.matching import places_in
 
 #: Fields of the provenance that differ only between different models and texts. A column, split or
 #: configuration that a record of an earlier release does not name can be any.
@@ -116,4 +115,4 @@ def _shared(run: StoredProfile, baseline: StoredProfile) -> float:
     """Return which share of the shorter text is in the other one too."""
     own, theirs = (side.arrays()["sequence_fingerprint"] for side in (run, baseline))
     fewer, more = sorted((own, theirs), key=len)
-    return float(np.isin(fewer, more).mean()) if len(fewer) else 0.0
+    return len(places_in(fewer, more)[0]) / len(fewer) if len(fewer) else 0.0

@@ -24,8 +24,9 @@ from cascade.gate.long_context_comparison import compare_long
 from cascade.gate.older_baselines import profile_note
 from cascade.saturation.long_statistics import LongStatistics
 from cascade.saturation.records import LayerRow, NoiseFloor, ProfileRecord
+from cascade.stats.matching import places_in
 from cascade.stats.resampling import resampled_means, simultaneous_half_widths
-from cascade.stats.sequence_rows import QUANTILES, Rows
+from cascade.stats.sequence_rows import QUANTILES, Rows, numbers_of
 
 #: The statistics that are compared per sequence: the mean and mean square of a layer's
 #: similarities, and the shares of tokens at or below the baseline's p10, p50 and p90.
@@ -138,13 +139,14 @@ def compare(
         found = Comparison(None, tuple(mismatches))
     else:
         sides = _Side.of(profile), _Side.of(baseline)
-        shared = np.isin(sides[0].fingerprints, sides[1].fingerprints)
-        if not independent and shared.mean() >= LEAST_SHARED:
+        shared = len(places_in(sides[0].fingerprints, sides[1].fingerprints)[0])
+        count = len(sides[0].fingerprints)
+        if not independent and shared >= LEAST_SHARED * count:
             found = _paired(*sides, new, old, noise, notes)
         else:
-            if shared.any() and not independent:
+            if shared and not independent:
                 notes.append(
-                    f"only {int(shared.sum()):,} of {len(shared):,} sequences are in the baseline; "
+                    f"only {shared:,} of {count:,} sequences are in the baseline; "
                     "the text counts as different"
                 )
             found = _resampled(*sides, margin, confidence, seed, notes)
@@ -178,7 +180,7 @@ class _Side:
     @classmethod
     def of(cls, profile: Profile) -> _Side:
         arrays, rows = profile.arrays(), profile.rows
-        numbers = np.asarray(rows.numbers)
+        numbers = numbers_of(rows)
         try:
             # There is one fingerprint per sequence of the corpus, but rows can be of a few of them.
             prints = np.asarray(arrays["sequence_fingerprint"])[numbers]
@@ -237,7 +239,7 @@ def _paired(
     tolerance, words = tolerance_of(record, baseline, noise)
     notes = [*notes, *words]
     layers = _union(new, old)
-    mine, theirs = _pairs(new.fingerprints, old.fingerprints)
+    mine, theirs = places_in(new.fingerprints, old.fingerprints)
     left_out = len(new.rows) - len(mine)
     if left_out:
         notes.append(
@@ -272,14 +274,6 @@ def _paired(
         evidence=evidence_of(layers, obtained[..., :2], expected[..., :2], tolerance),
         fingerprints=tuple(new.fingerprints[mine].tolist()),
     )
-
-
-def _pairs(new: Array, old: Array) -> tuple[Array, Array]:
-    """Return the places of the new sequences that the old ones include, and their places there."""
-    values, first = np.unique(old, return_index=True)
-    found = np.searchsorted(values, new)
-    mine = np.flatnonzero(values[np.minimum(found, len(values) - 1)] == new)
-    return mine, first[found[mine]]
 
 
 def _sequence_cells(

@@ -31,6 +31,7 @@ from cascade.gate.noise import measure_noise
 from cascade.gate.records import ComparisonRecord, GateRun, GateStep, Mismatch, NoiseRecord
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import SaturationProfile, analyze
+from cascade.stats.matching import places_in
 
 #: The default budget of the quick gate, in tokens. A fault moves every sequence, and 512 tokens
 #: separated every fault that was tried from noise (see `tests/suites/test_sensitivity.py`).
@@ -306,7 +307,7 @@ def _chosen(blocks: TokenBlocks, shared: Array, tokens: int) -> Array:
 
 def _shared(blocks: TokenBlocks, baseline: StoredProfile) -> Array:
     known = baseline.arrays()["sequence_fingerprint"]
-    return np.flatnonzero(np.isin(blocks.sequence_fingerprints(), known))
+    return places_in(blocks.sequence_fingerprints(), known)[0]
 
 
 def _spread(numbers: Array, count: int) -> Array:

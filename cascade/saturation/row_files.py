@@ -354,6 +354,10 @@ class StoredRows:
         """Return the rows of all sequences, as `Rows.all` does."""
         return SequenceRows.joined([SequenceRows.none(len(self.layers)), *self.batches()])
 
+    def close(self) -> None:
+        """Give back the file or its memory. Without this, Arrow keeps both for a while."""
+        self._file.close(force=True)
+
     def check(self) -> None:
         """Check the hash of every group.
 

@@ -112,6 +112,7 @@ def merged(
                 prints.append(fingerprints)
                 if progress is not None:
                     progress(len(rows) * length)
+            stored.rows.close()
     every = StoredRows(path, layers, writer.hashes, range(sum(map(len, prints))))
     return SaturationProfile(
         SimilarityStatistics.of(tokens, every),

@@ -135,9 +135,9 @@ def planned_shards(blocks: TokenBlocks, shards: int, batch_size: int) -> list[Pl
     batches = -(-sequences // batch_size)
     if shards > batches:
         raise UsageError(
-            f"expected at most {batches:,} shards, because {sequences:,} sequences make as "
-            f"many batches of {batch_size}, got {shards:,}; use fewer shards, a smaller "
-            "--batch-size or more text"
+            f"expected at most {batches:,} shards, one for each batch of {batch_size} of the "
+            f"{sequences:,} sequences, got {shards:,}; use fewer shards, a smaller --batch-size or "
+            "more text"
         )
     borders = [min(number * batches // shards * batch_size, sequences) for number in range(shards)]
     return [

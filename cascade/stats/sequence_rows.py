@@ -54,6 +54,14 @@ class Rows(Protocol):
         ...
 
 
+def numbers_of(rows: Rows) -> npt.NDArray[np.int64]:
+    """Return the number of each sequence in the corpus, `[S]`."""
+    numbers = rows.numbers
+    if isinstance(numbers, range):  # NumPy would visit each of its numbers
+        return np.arange(numbers.start, numbers.stop)
+    return numbers
+
+
 @dataclass(frozen=True)
 class SequenceRows:
     """Rows of sequences in memory.

@@ -121,7 +121,11 @@ def test_long_sequences_and_noise_are_those_of_a_whole_measurement(
     ("options", "error", "words"),
     [
         ({"shards": 0}, UsageError, "expected at least 1 shard, got 0"),
-        ({"shards": 9}, UsageError, "9 sequences make as many batches of 2|expected at most 5"),
+        (
+            {"shards": 9},
+            UsageError,
+            "expected at most 2 shards, one for each batch of 2 of the 4 seq",
+        ),
         ({"batch_size": 0}, CorpusError, "expected --batch-size of at least 1"),
         ({"seq_len": 4}, UsageError, "seq_len: the corpus is already cut into blocks"),
         ({"long_context": 50}, CorpusError, "a smaller --long-context"),
