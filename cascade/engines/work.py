@@ -191,4 +191,8 @@ def run_task(work: Work, number: int) -> CascadeError | None:
         work.function(loaded(work.model), work, number)
     except CascadeError as error:
         return error
+    except KeyboardInterrupt:
+        # Ray cancels so. An interrupted import must not meet the next task of this process; what
+        # was half written is removed by now.
+        os._exit(1)
     return None
