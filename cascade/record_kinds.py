@@ -44,6 +44,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "bench.fit": ("benchmarks.head_fitting", "HeadFittingBenchmark"),
     "bench.collect-hard": ("benchmarks.hard_tokens", "HardTokenBenchmark"),
     "bench.scale": ("benchmarks.scale", "ScaleBenchmark"),
+    "bench.workers": ("benchmarks.workers", "WorkersBenchmark"),
     "bench.gate": ("benchmarks.gate", "GateBenchmark"),
 }
 

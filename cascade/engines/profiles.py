@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cascade.core.files import AnyPath
-from cascade.core.schema import known
 from cascade.engines.cluster import cluster
 from cascade.engines.config import EngineConfig
 from cascade.engines.running import run_tasks
-from cascade.engines.work import ModelSource, Task, Work, model_source
+from cascade.engines.work import ModelSource, Task, Work, model_source, planned_source
 from cascade.models.stack import DecoderStack
 from cascade.shards.measuring import measure_shard
 from cascade.shards.merging import missing_shards
@@ -77,19 +76,8 @@ def measure_on_ray(
 def _source(plan: Plan, config: EngineConfig, model: DecoderStack | None) -> ModelSource:
     if model is not None:
         return model_source(model, gpus=config.gpus_per_worker)
-    about = plan.record.provenance.model
-    source = known(about.source) or ""
-    path = os.path.expanduser(source)
     gpus = config.gpus_per_worker
-    return ModelSource(
-        source=os.path.abspath(path) if os.path.exists(path) else source,
-        revision=known(about.revision),
-        dtype=known(about.dtype) or "float32",
-        attention=known(about.attention),
-        weights_hash=plan.record.weights_hash,
-        device="cuda" if gpus else "cpu",
-        device_map="auto" if gpus > 1 else None,
-    )
+    return planned_source(plan, "cuda" if gpus else "cpu", "auto" if gpus > 1 else None)
 
 
 def measure_planned(stack: DecoderStack, work: Work, number: int) -> None:

@@ -16,6 +16,9 @@ from cascade.engines.work import Task, Work, run_task
 #: that raises an error is not run again.
 RETRIES = 3
 
+#: Seconds that a task has to remove what it has half written.
+_STOPPING = 20.0
+
 #: Seconds between two looks at what is running, so that Ctrl-C is noticed.
 _WAIT = 1.0
 
@@ -63,10 +66,20 @@ def run_tasks(
                 _check(ray, ref, f"{work.name} {task.number}")
                 del running[ref]
                 done(task)
-    finally:
-        for ref in running:
-            with contextlib.suppress(Exception):  # the cluster may be gone
-                ray.cancel(ref, force=True)
+    except BaseException:
+        _stop(ray, list(running))
+        raise
+
+
+def _stop(ray: Any, running: list[Any]) -> None:
+    """Stop tasks. They remove what they have half written, if they can do so in time."""
+    for force in (False, True):
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            for ref in running:
+                ray.cancel(ref, force=force)
+            running = ray.wait(running, num_returns=len(running), timeout=_STOPPING)[1]
+        if not running:
+            return
 
 
 def _check(ray: Any, ref: Any, what: str) -> None:

@@ -14,6 +14,7 @@ from cascade.core.schema import known
 if TYPE_CHECKING:
     from cascade.models.loading import DeviceMap
     from cascade.models.stack import DecoderStack
+    from cascade.shards.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,10 @@ def model_source(
     source = known(about.source)
     if source is None or known(about.weights_hash) is None:
         raise ModelError("the model was made in memory, so workers cannot load it; save it first")
-    path = os.path.expanduser(source)
     if device_map is None and gpus > 1:
         device_map = "auto"
     return ModelSource(
-        source=os.path.abspath(path) if os.path.exists(path) else source,
+        source=_absolute(source),
         revision=known(about.revision),
         dtype=str(stack.dtype).removeprefix("torch."),
         attention=known(about.attention),
@@ -97,6 +97,39 @@ def model_source(
         device="cuda" if gpus else str(stack.device),
         device_map=tuple(device_map.items()) if isinstance(device_map, dict) else device_map,
     )
+
+
+def planned_source(plan: Plan, device: str = "cpu", device_map: str | None = None) -> ModelSource:
+    """Return where the model of a plan is loaded from.
+
+    Args:
+        plan: The plan.
+        device: The device to load it on.
+        device_map: A device map instead of the device.
+
+    Raises:
+        ModelError: The plan was made for a model in memory.
+    """
+    about = plan.record.provenance.model
+    source = known(about.source)
+    if source is None or plan.record.weights_hash.startswith("in-memory"):
+        raise ModelError(
+            f"the model of {plan.folder} was in memory, so workers cannot load it; save it first"
+        )
+    return ModelSource(
+        source=_absolute(source),
+        revision=known(about.revision),
+        dtype=known(about.dtype) or "float32",
+        attention=known(about.attention),
+        weights_hash=plan.record.weights_hash,
+        device=device,
+        device_map=device_map,
+    )
+
+
+def _absolute(source: str) -> str:
+    path = os.path.expanduser(source)
+    return os.path.abspath(path) if os.path.exists(path) else source
 
 
 @dataclass(frozen=True)
@@ -133,6 +166,14 @@ class Task:
 _LOADED: dict[ModelSource, DecoderStack] = {}
 
 
+def loaded(model: ModelSource) -> DecoderStack:
+    """Return the model of this process, loaded once."""
+    if model not in _LOADED:
+        _LOADED.clear()
+        _LOADED[model] = model.load()
+    return _LOADED[model]
+
+
 def run_task(work: Work, number: int) -> CascadeError | None:
     """Run a task in a worker process.
 
@@ -147,10 +188,11 @@ def run_task(work: Work, number: int) -> CascadeError | None:
 
     torch.set_num_threads(work.threads)
     try:
-        if work.model not in _LOADED:
-            _LOADED.clear()
-            _LOADED[work.model] = work.model.load()
-        work.function(_LOADED[work.model], work, number)
+        work.function(loaded(work.model), work, number)
     except CascadeError as error:
         return error
+    except KeyboardInterrupt:
+        # Ray cancels so. An interrupted import must not meet the next task of this process; what
+        # was half written is removed by now.
+        os._exit(1)
     return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cascade.engines.cluster import Cluster, cluster, import_ray
 from cascade.engines.config import EngineConfig
@@ -42,3 +43,12 @@ def two_workers(ray: Any, environment: Path) -> Iterator[Cluster]:
         warnings.simplefilter("ignore")  # of Ray's own
         with cluster(EngineConfig(workers=2)) as found:
             yield found
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread, as the workers do; the marker `slow` would allow more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

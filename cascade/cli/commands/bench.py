@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cascade.benchmarks.head_fitting import HeadFittingBenchmark
     from cascade.benchmarks.lossless.records import LosslessBenchmark
     from cascade.benchmarks.scale import ScaleBenchmark
+    from cascade.benchmarks.workers import WorkersBenchmark
     from cascade.core.schema import StoredRecord
     from cascade.report.common.sections import Report
 
@@ -428,3 +429,30 @@ def _row_counts(text: str) -> tuple[int, ...]:
         raise UsageError(
             f"expected --rows with whole numbers such as 1000000,10000000, got {text}"
         ) from None
+
+
+@dataclass(frozen=True)
+class WorkersOptions(CorpusBenchmarkOptions):
+    """The work that is divided."""
+
+    tokens: RepeatedTokens = 32768
+    rounds: Rounds = 3
+    shards: Annotated[int, typer.Option(help="Number of shards.")] = 8
+
+
+@command("workers", group=bench)
+def bench_workers(options: WorkersOptions, output: BenchmarkOutput) -> None:
+    """Time one and two workers of Ray against one process with as many threads.
+
+    Also measures what planning, scheduling and merging cost. A missed
+    target is printed and recorded; the exit status remains 0.
+    """
+    from cascade.report.benchmarks.workers import workers_benchmark_report
+
+    def measure(line: str, progress: Callable[[str], None]) -> WorkersBenchmark:
+        from cascade.benchmarks.workers import WorkersBenchmarkConfig, benchmark_workers
+
+        config = WorkersBenchmarkConfig(**dataclasses.asdict(options))
+        return benchmark_workers(config, command=line, progress=progress)
+
+    _run(measure, workers_benchmark_report, output)
