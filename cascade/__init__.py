@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from cascade.record_kinds import read_record as read_record
     from cascade.saturation.profile import SaturationProfile as SaturationProfile
     from cascade.saturation.profile import analyze as analyze
+    from cascade.shards.measuring import measure_shard as measure_shard
+    from cascade.shards.merging import merge as merge
+    from cascade.shards.plan import Plan as Plan
+    from cascade.shards.planning import plan as plan
     from cascade.stages.cascades import Cascade as Cascade
     from cascade.stages.entries import Entry as Entry
     from cascade.stages.evaluation import evaluate_cascade as evaluate_cascade
@@ -76,6 +80,7 @@ _MODULES = {
     "FittedHeads": "exits.fitted_heads",
     "Gate": "gate.quick_gate",
     "HardTokens": "stages.hard_tokens.dataset",
+    "Plan": "shards.plan",
     "Proposer": "decoding.drafting.proposers",
     "Recipe": "stages.training_config",
     "SaturationProfile": "saturation.profile",
@@ -105,6 +110,9 @@ _MODULES = {
     "load_hard_tokens": "stages.hard_tokens.dataset",
     "load_heads": "exits.fitted_heads",
     "measure_model": "studies.comparisons.compared_models",
+    "measure_shard": "shards.measuring",
+    "merge": "shards.merging",
+    "plan": "shards.planning",
     "read_profile": "gate.baselines",
     "read_record": "record_kinds",
     "run_gate": "gate.quick_gate",

@@ -9,6 +9,9 @@ import pytest
 
 import cascade
 
+#: The baseline of the reference model.
+BASELINE = "baselines/smollm2-135m-instruct-q4_1/embedded.saturation.json"
+
 
 @pytest.mark.parametrize("module", ["cascade", "cascade.cli", "cascade.plugin"])
 def test_importing_the_surface_loads_no_heavy_library(module: str) -> None:
@@ -28,6 +31,24 @@ print(sorted({"torch", "transformers", "datasets", "matplotlib"} & {*sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["compare", BASELINE, BASELINE], ["check", "baselines"], ["history", "baselines"]]
+)
+def test_commands_that_read_records_alone_load_no_model_library(arguments: list[str]) -> None:
+    code = f"""
+import contextlib, io, sys
+from cascade.cli import main
+sys.argv[1:] = {arguments}
+try:
+    with contextlib.redirect_stdout(io.StringIO()):
+        main()
+except SystemExit as end:
+    print(end.code or 0, sorted({{"torch", "transformers", "datasets"}} & {{*sys.modules}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0 []"
 
 
 def test_every_public_name_can_be_had() -> None:

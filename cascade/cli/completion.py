@@ -39,6 +39,10 @@ rules = _among(RULES)
 dtypes = _among({"float32": "", "bfloat16": "", "float16": ""})
 states_dtypes = _among({"float16": "", "bfloat16": "for large states"})
 devices = _among({"cpu": "", "cuda": "", "mps": "", "auto": "the fastest one"})
+device_maps = _among(
+    {"auto": "as much on GPUs as fits", "balanced": "equally on all GPUs", "sequential": ""}
+)
+engines = _among({"ray": "on this machine or a cluster"})
 corpora = _among({"embedded": "500 records that come with the package"})
 splits = _among({"train": "", "held-out": "split of the embedded corpus", "test": ""})
 propagations = _among(

@@ -81,8 +81,16 @@ def status(text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, tokens: int) -> Iterator[Callable[[int], None]]:
-    """Show tokens done, tokens/s and the time left on stderr, where it is a terminal."""
+def progress_bar(
+    what: str, tokens: int, *, parts: int | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Show tokens done, tokens/s and the time left on stderr, where it is a terminal.
+
+    Args:
+        what: What is done, e.g. "Analyzing".
+        tokens: All tokens.
+        parts: The number of shards, if each call is one; their number is shown too.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
@@ -94,9 +102,13 @@ def progress_bar(what: str, tokens: int) -> Iterator[Callable[[int], None]]:
             return Text(f"{speed:,.0f} tokens/s" if speed else "- tokens/s")
 
     console = Console(stderr=True)
+    shards = (
+        () if parts is None else (TextColumn("{task.fields[done]}/{task.fields[parts]} shards"),)
+    )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
+        *shards,
         TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
         Speed(),
         TimeLeft(),
@@ -104,8 +116,12 @@ def progress_bar(what: str, tokens: int) -> Iterator[Callable[[int], None]]:
     )
     disabled = _wanted().quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=disabled) as bar:
-        task = bar.add_task(what, total=tokens)
-        yield lambda done: bar.advance(task, done)
+        task = bar.add_task(what, total=tokens, done=0, parts=parts)
+
+        def advance(done: int) -> None:
+            bar.update(task, advance=done, done=bar.tasks[0].fields["done"] + 1)
+
+        yield advance
 
 
 def command_line() -> str:

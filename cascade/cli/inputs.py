@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cascade.cli.console import message, status
 from cascade.core.errors import UsageError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cascade.corpora.blocks import TokenBlocks
     from cascade.drafters.proposer import TrainedDrafter
     from cascade.exits.fitted_heads import FittedHeads
+    from cascade.models.loading import DeviceMap
     from cascade.models.stack import DecoderStack
 
 
@@ -26,6 +27,7 @@ def load_model(options: ModelOptions, *, exits: bool = False) -> DecoderStack:
     """
     from cascade.models import loading
 
+    device_map = cast("DeviceMap | None", device_map_of_options(options))
     say_which(options.model, "model")
     with status(f"Loading {options.model} (a first time can take half a minute)"):
         stack = loading.load(
@@ -33,12 +35,33 @@ def load_model(options: ModelOptions, *, exits: bool = False) -> DecoderStack:
             revision=options.revision,
             dtype=options.dtype,
             device=options.device,
+            device_map=device_map,
         )
         if exits:
             from cascade.decoding.exit_support import check_exits
 
             check_exits(stack)
         return stack
+
+
+def device_map_of_options(options: ModelOptions) -> str | dict[str, str | int] | None:
+    """Return the device map of the options, checked before anything is read; None without one.
+
+    Raises:
+        UsageError: There is no such strategy or file, or --device is given too.
+    """
+    from cascade.cli.options import PlacedModelOptions
+    from cascade.models.dispatch import device_map_of
+
+    if not isinstance(options, PlacedModelOptions) or options.device_map is None:
+        return None
+    found = device_map_of(options.device_map)
+    if options.device != "cpu":
+        raise UsageError(
+            f"expected --device or --device-map, got {options.device} and {options.device_map};"
+            " leave one out"
+        )
+    return found
 
 
 def say_which(source: str, kind: str) -> None:

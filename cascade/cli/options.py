@@ -28,7 +28,7 @@ from cascade.core.urls import is_url
 #: The panels of help that several commands have, in the order in which help shows them, with their
 #: options in order. A command's other options are in panels above these.
 PANELS = {
-    "Model": ("model", "revision", "dtype", "device"),
+    "Model": ("model", "revision", "dtype", "device", "device_map"),
     "Exit heads": ("heads", "propagation"),
     "Corpus": (
         "corpus",
@@ -351,6 +351,20 @@ class ModelOptions(DeviceOptions):
     model: Model = "smollm2-135m"
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class PlacedModelOptions(ModelOptions):
+    """Which model runs, perhaps over several devices."""
+
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            "--device-map",
+            help="Spread the layers over devices: auto, balanced, sequential, or a .json file.",
+            autocompletion=completion.device_maps,
+        ),
     ] = None
 
 

@@ -13,6 +13,7 @@ from cascade.core.errors import OutputError, UsageError, os_reason
 #: Folder in the cache -> what it stores.
 KINDS = {
     "baselines": "copies of baselines that live elsewhere",
+    "offload": "weights that a device map keeps on disk, of processes that were killed",
     "weights": "dequantized copies of .gguf files",
     "noise": "noise floors of models on this machine",
     "kernels": "compiled layers, and the times of kernels and passes on this machine",

@@ -39,6 +39,8 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
         unread_files: Other weight files in the model's folder, e.g. "consolidated.safetensors".
         attention_in_config: The attention kernel that the config names, where this machine lacks it
             and `attention` was used instead.
+        placed: Where the layers are, of a model that a device map spreads over several devices,
+            e.g. "cuda:0, cuda:1, cpu".
         packages: Packages that compute the layers in addition to torch and transformers, with
             versions, e.g. "bitsandbytes 0.50.2".
     """
@@ -61,6 +63,7 @@ class ModelProvenance(Part, frozen=True, kw_only=True):
     adapter: str | UnsetType = UNSET
     text_decoder: str | UnsetType = UNSET
     attention_in_config: str | UnsetType = UNSET
+    placed: str | UnsetType = UNSET
     packages: str | UnsetType = UNSET
 
 
@@ -125,8 +128,42 @@ class MachineProvenance(Part, frozen=True, kw_only=True):
     accelerator: str | UnsetType = UNSET
 
 
+class MeasuringMachine(Part, frozen=True, kw_only=True):
+    """A machine that measured some of the shards of a profile.
+
+    Attributes:
+        device: The device of the model.
+        machine: Processor and threads.
+        shards: How many shards it measured.
+    """
+
+    device: str
+    machine: MachineProvenance
+    shards: Count
+
+
+class EngineProvenance(Part, frozen=True, kw_only=True):
+    """How the tasks of a profile in shards were run. None of it is compared.
+
+    Attributes:
+        shards: The number of shards.
+        engines: What started the tasks, such as "ray 2.60.0"; empty for `cascade measure-shard`.
+        machines: The machines that measured, sorted by their details.
+        planned: The machine that made the plan: it measured bin edges, noise and long sequences.
+    """
+
+    shards: Count
+    engines: list[str]
+    machines: list[MeasuringMachine]
+    planned: MachineProvenance
+
+
 class Provenance(Part, frozen=True, kw_only=True):
-    """Where a record comes from: model, corpus, machine, versions and command."""
+    """Where a record comes from: model, corpus, machine, versions and command.
+
+    Attributes:
+        engine: How the profile was measured in shards; absent for a profile of one pass.
+    """
 
     tokenizer_hash: str | None = None
     model: ModelProvenance
@@ -134,6 +171,7 @@ class Provenance(Part, frozen=True, kw_only=True):
     machine: MachineProvenance | UnsetType = UNSET
     versions: dict[str, str] | UnsetType = UNSET
     command: str | None = None
+    engine: EngineProvenance | UnsetType = UNSET
 
 
 class HasModelProvenance(Protocol):

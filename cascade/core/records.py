@@ -275,3 +275,13 @@ def packed(arrays: Mapping[str, Array]) -> bytes:
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return file.getvalue()
+
+
+def arrays_hash(arrays: Mapping[str, Array]) -> str:
+    """Return a SHA-256 over the names, types, shapes and values of arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        values = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
+        digest.update(values.tobytes())
+    return f"sha256:{digest.hexdigest()}"

@@ -17,11 +17,11 @@ from cascade.core.errors import CorpusError, ModelError
 from cascade.core.names import file_name, path_name
 from cascade.core.provenance import SPLITS, CorpusProvenance, Split
 from cascade.core.schema import UNSET, UnsetType
-from cascade.corpora.bos import bos_rule
+from cascade.corpora.bos import BosRule, bos_rule
 from cascade.corpora.files.kinds import name_of_file
 from cascade.corpora.files.standard_input import STANDARD_INPUT, is_pipe
 from cascade.corpora.forms import Record, RecordReader
-from cascade.corpora.joining import cut, join
+from cascade.corpora.joining import JoinedCounts, RecordText, cut, join
 from cascade.corpora.readers import EMBEDDED, name_of_texts, read_records, read_texts
 from cascade.corpora.reading import CorpusReading
 from cascade.corpora.selection import HELD_OUT_EVERY, RecordTexts, drawn
@@ -36,6 +36,23 @@ Texts = Iterable[str] | Iterable[Record]
 
 #: The fewest sequences that can be divided into a pilot and a rest.
 _MIN_WITH_PILOT = 4
+
+
+#: Sequences whose token ids are hashed at a time.
+_HASHED = 1 << 14
+
+
+def ids_hash(ids: npt.NDArray[np.int32]) -> str:
+    """Return a SHA-256 over the shape and the token ids of sequences, in memory or in a file.
+
+    Args:
+        ids: `[S, T]`.
+    """
+    digest = hashlib.sha256(f"{ids.shape}".encode())
+    for start in range(0, len(ids), _HASHED):
+        some = np.ascontiguousarray(ids[start : start + _HASHED], dtype="<i4")
+        digest.update(some.tobytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -92,19 +109,15 @@ class TokenBlocks:
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over shape and ids."""
-        digest = hashlib.sha256(f"{self.ids.shape}".encode())
-        digest.update(np.ascontiguousarray(self.ids, dtype="<i4").tobytes())
-        return f"sha256:{digest.hexdigest()}"
+        return ids_hash(self.ids)
 
     def sequence_fingerprints(self) -> npt.NDArray[np.uint64]:
         """Return 64 bits of SHA-256 per sequence, `[S]`, to find sequences that two runs share."""
-        return np.array(
-            [
-                int.from_bytes(hashlib.sha256(row.astype("<i4").tobytes()).digest()[:8], "little")
-                for row in self.ids
-            ],
-            dtype=np.uint64,
-        )
+        found = np.empty(len(self.ids), dtype="<u8")
+        for number, row in enumerate(self.ids):
+            digest = hashlib.sha256(row.astype("<i4").tobytes()).digest()
+            found[number] = int.from_bytes(digest[:8], "little")
+        return found.astype(np.uint64)
 
     def batches(
         self, batch_size: int
@@ -255,75 +268,176 @@ def load_blocks(
         >>> load_blocks(["A first text.", "And a second one."], tokenizer, seq_len=4).ids.shape
         (2, 4)
     """
-    if tokenizer is None:
-        raise CorpusError(
-            "the model has no tokenizer to read text with; load it with its tokenizer"
-        )
-    _check_sizes(seq_len, max_tokens)
-    rule = bos_rule(tokenizer, bos)
-    in_memory: Texts | None = None
-    if isinstance(source, str | os.PathLike):
-        source = os.fspath(source)
-    else:
-        in_memory, source = source, name_of_texts(source)
-        _check_in_memory(split=split, config=config, stream=stream or None)
-    if record_split is not None:
-        _check_record_split(record_split, source, split)
-    if stream and seed is not None:
-        raise CorpusError(
-            "expected no seed for a stream, which keeps the order of its records; leave out "
-            "the seed or the stream"
-        )
-    records = (
-        read_records(source, split=split, config=config, stream=stream)
-        if in_memory is None
-        else read_texts(in_memory, text_column)
+    reading = CorpusReading(
+        seq_len=seq_len,
+        num_samples=num_samples,
+        max_tokens=max_tokens,
+        split=split,
+        config=config,
+        text_column=text_column,
+        seed=seed,
+        record_split=record_split,
+        bos=bos,
     )
-    reader = RecordReader(source, text_column, tokenizer, marks=marks)
-    texts = RecordTexts(reader, source, record_split)
-    wanted = None if max_tokens is None else max_tokens // seq_len * seq_len
-    joined = join(
-        texts.of(drawn(records, seed, num_samples)), tokenizer, wanted, marks=marks, bos=rule
-    )
+    corpus = OpenCorpus.of(source, tokenizer, reading, marks=marks, stream=stream)
+    rule, source = corpus.rule, corpus.source
+    joined = join(corpus.records(), corpus.tokenizer, corpus.wanted, marks=marks, bos=rule)
+    corpus.check_read(joined.counts(rule.token, corpus.tokenizer.eos_token_id))
     ids = joined.ids
-    if not joined.spans:
-        raise CorpusError(
-            f"{source} is empty; expected at least one record{_in_split(record_split)}"
-        )
-    texts.check_readable(joined, tokenizer.eos_token_id, rule)
-    rows = cut(ids, seq_len, rule.token, None if wanted is None else wanted // seq_len)
-    if not len(rows.places):
-        raise CorpusError(
-            f"{source} gives {len(ids)} tokens{_in_split(record_split)}, expected at least one "
-            f"block of {seq_len}; take more records or a smaller --seq-len"
-        )
+    rows = cut(ids, seq_len, rule.token, corpus.most_sequences)
+    corpus.check_cut(len(rows.places), len(ids))
     tokens = np.array(ids, dtype=np.int32)[rows.places]
     if rule.token is not None:
         tokens[rows.begun, 0] = rule.token
-    name = corpus_name(source, config=config, split=split)
-    return TokenBlocks(
+    return corpus.blocks(
         tokens,
-        source,
-        f"{name}-{record_split}" if record_split else name,
         joined.records,
-        empty_records=texts.empty,
-        form=reader.form,
         record_of=joined.record_numbers(rows) if marks else None,
         response=joined.response_marks(rows) if marks else None,
-        record_split=record_split,
-        reading=CorpusReading(
-            seq_len=seq_len,
-            num_samples=num_samples,
-            max_tokens=max_tokens,
-            split=split,
-            config=config,
-            text_column=text_column,
-            seed=seed,
-            record_split=record_split,
-            bos=bos,
-        ),
-        bos=rule.recorded,
     )
+
+
+@dataclass(frozen=True)
+class OpenCorpus:
+    """A corpus whose records can be read, with the rules by which they are joined.
+
+    Attributes:
+        source: The source that the user named, or the name of texts in memory.
+        tokenizer: The tokenizer of the model.
+        reading: How the corpus is read.
+        rule: How the ids of each text begin.
+        texts: The texts of its records, and counts of what was read.
+        drawn: The records that are read.
+    """
+
+    source: str
+    tokenizer: PreTrainedTokenizerBase
+    reading: CorpusReading
+    rule: BosRule
+    texts: RecordTexts
+    drawn: Iterator[Any]
+
+    @classmethod
+    def of(
+        cls,
+        source: str | os.PathLike[str] | Texts,
+        tokenizer: PreTrainedTokenizerBase | None,
+        reading: CorpusReading,
+        *,
+        marks: bool,
+        stream: bool,
+    ) -> OpenCorpus:
+        """Open a corpus. `load_blocks` describes the arguments and the errors."""
+        if tokenizer is None:
+            raise CorpusError(
+                "the model has no tokenizer to read text with; load it with its tokenizer"
+            )
+        _check_sizes(reading.seq_len, reading.max_tokens)
+        rule = bos_rule(tokenizer, reading.bos)
+        split, config, seed = reading.split, reading.config, reading.seed
+        in_memory: Texts | None = None
+        if isinstance(source, str | os.PathLike):
+            source = os.fspath(source)
+        else:
+            in_memory, source = source, name_of_texts(source)
+            _check_in_memory(split=split, config=config, stream=stream or None)
+        if reading.record_split is not None:
+            _check_record_split(reading.record_split, source, split)
+        if stream and seed is not None:
+            raise CorpusError(
+                "expected no seed for a stream, which keeps the order of its records; leave out "
+                "the seed or the stream"
+            )
+        records = (
+            read_records(source, split=split, config=config, stream=stream)
+            if in_memory is None
+            else read_texts(in_memory, reading.text_column)
+        )
+        reader = RecordReader(source, reading.text_column, tokenizer, marks=marks)
+        texts = RecordTexts(reader, source, reading.record_split)
+        return cls(
+            source, tokenizer, reading, rule, texts, drawn(records, seed, reading.num_samples)
+        )
+
+    def records(self) -> Iterator[RecordText]:
+        """Yield the texts of the records, once."""
+        return self.texts.of(self.drawn)
+
+    @property
+    def most_sequences(self) -> int | None:
+        """The maximum number of sequences; None for no maximum."""
+        most = self.reading.max_tokens
+        return None if most is None else most // self.reading.seq_len
+
+    @property
+    def wanted(self) -> int | None:
+        """The number of tokens to read; None for all."""
+        most = self.most_sequences
+        return None if most is None else most * self.reading.seq_len
+
+    def check_read(self, counts: JoinedCounts) -> None:
+        """Check that text was read.
+
+        Args:
+            counts: Counts of what was read.
+
+        Raises:
+            CorpusError: There is none, or most of it is no text.
+        """
+        if not counts.texts:
+            split = _in_split(self.reading.record_split)
+            raise CorpusError(f"{self.source} is empty; expected at least one record{split}")
+        self.texts.check_readable(counts, self.tokenizer.eos_token_id, self.rule)
+
+    def check_cut(self, sequences: int, tokens: int) -> None:
+        """Check that there is a sequence.
+
+        Args:
+            sequences: The number of sequences.
+            tokens: The number of tokens that they were cut from.
+
+        Raises:
+            CorpusError: There is none.
+        """
+        if not sequences:
+            split = _in_split(self.reading.record_split)
+            raise CorpusError(
+                f"{self.source} gives {tokens} tokens{split}, expected at least one "
+                f"block of {self.reading.seq_len}; take more records or a smaller --seq-len"
+            )
+
+    def blocks(
+        self,
+        ids: npt.NDArray[np.int32],
+        records: int,
+        *,
+        record_of: npt.NDArray[np.int32] | None = None,
+        response: npt.NDArray[np.bool_] | None = None,
+    ) -> TokenBlocks:
+        """Return the sequences of the corpus, after everything was read.
+
+        Args:
+            ids: `[S, T]`.
+            records: The number of records that were read.
+            record_of: As in `TokenBlocks`.
+            response: As in `TokenBlocks`.
+        """
+        reading = self.reading
+        name = corpus_name(self.source, config=reading.config, split=reading.split)
+        split = reading.record_split
+        return TokenBlocks(
+            ids,
+            self.source,
+            f"{name}-{split}" if split else name,
+            records,
+            empty_records=self.texts.empty,
+            form=self.texts.reader.form,
+            record_split=split,
+            reading=reading,
+            bos=self.rule.recorded,
+            record_of=record_of,
+            response=response,
+        )
 
 
 def _check_sizes(seq_len: int, max_tokens: int | None) -> None:

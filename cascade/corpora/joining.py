@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,27 @@ class _Span:
     tokens: int
 
 
+@dataclass
+class JoinedCounts:
+    """Counts of joined texts.
+
+    Attributes:
+        records: The number of records.
+        texts: The number of texts.
+        silent: How many of them are not blank, but became no token, or unknown tokens alone.
+        tokens: The number of tokens.
+        bos: How many of them are BOS.
+        eos: How many of them are EOS.
+    """
+
+    records: int = 0
+    texts: int = 0
+    silent: int = 0
+    tokens: int = 0
+    bos: int = 0
+    eos: int = 0
+
+
 @dataclass(frozen=True)
 class JoinedText:
     """Token ids of several records.
@@ -98,6 +119,22 @@ class JoinedText:
     def records(self) -> int:
         """The number of records."""
         return len({span.number for span in self.spans})
+
+    def counts(self, bos: int | None, eos: int | None) -> JoinedCounts:
+        """Return counts of what was joined.
+
+        Args:
+            bos: The id of BOS; None if the tokenizer has none.
+            eos: The id of EOS; None if the tokenizer has none.
+        """
+        return JoinedCounts(
+            records=self.records,
+            texts=len(self.spans),
+            silent=self.silent,
+            tokens=len(self.ids),
+            bos=0 if bos is None else self.ids.count(bos),
+            eos=0 if eos is None else self.ids.count(eos),
+        )
 
     def record_numbers(self, cut: Cut) -> npt.NDArray[np.int32]:
         """Return the number of each token's record, `[S, T]`."""
@@ -149,6 +186,66 @@ def cut(ids: Ids, seq_len: int, bos: int | None, most: int | None = None) -> Cut
     return Cut(np.array(starts, dtype=np.int64)[:, None] + columns, marks)
 
 
+@dataclass(frozen=True)
+class JoinedPiece:
+    """What one text adds to the joined ids.
+
+    Attributes:
+        number: The record's number, from 1.
+        ended: The EOS that ends the text before it; None if there is none.
+        ended_in_response: Whether this EOS belongs to a response.
+        ids: The ids of the text, BOS included.
+        responses: One per id, 1 for response text; empty without marks.
+        silent: Whether the text is not blank, but became no token, or unknown tokens alone.
+    """
+
+    number: int
+    ended: int | None
+    ended_in_response: bool
+    ids: list[int]
+    responses: bytearray
+    silent: bool
+
+
+def pieces(
+    texts: Iterable[RecordText],
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: int | None,
+    *,
+    marks: bool,
+    bos: BosRule,
+) -> Iterator[JoinedPiece]:
+    """Yield what each text adds to the token ids of all texts, as `join` joins them."""
+    eos, unknown = tokenizer.eos_token_id, {getattr(tokenizer, "unk_token_id", None), bos.token}
+    count, last = 0, None
+    before: Passage | None = None
+    for text in texts:
+        ended = None
+        if before is not None and not before.closed:
+            if eos is None:
+                raise CorpusError("the tokenizer has no EOS token to join records with; set one")
+            ended = last = int(eos)
+            count += 1
+        ended_in_response = marks and before is not None and before.ends_in_response
+        before = text.passage
+        most = None if wanted is None else max(wanted - count, 1)
+        own, marked = _encode(text, tokenizer, most, marks=marks)
+        silent = not before.is_blank() and not set(own) - unknown
+        begun = bos.begin(own)
+        marked = bytearray(max(len(begun) - len(own), 0)) + marked[max(len(own) - len(begun), 0) :]
+        if bos.token is not None:
+            marked[:1] = b"\0"  # BOS is no response
+            if last == bos.token:  # EOS, which is BOS as well
+                begun, marked = begun[1:], marked[1:]
+        yield JoinedPiece(
+            text.number, ended, ended_in_response, begun, marked if marks else bytearray(), silent
+        )
+        count += len(begun)
+        last = begun[-1] if begun else last
+        if wanted is not None and count >= wanted:
+            return
+
+
 def join(
     texts: Iterable[RecordText],
     tokenizer: PreTrainedTokenizerBase,
@@ -171,33 +268,18 @@ def join(
     Raises:
         CorpusError: The tokenizer has no EOS, or cannot separate template and response.
     """
-    eos, unknown = tokenizer.eos_token_id, {getattr(tokenizer, "unk_token_id", None), bos.token}
     ids, responses = array("i"), bytearray()
     spans: list[_Span] = []
     silent = 0
-    before: Passage | None = None
-    for text in texts:
-        if before is not None and not before.closed:
-            if eos is None:
-                raise CorpusError("the tokenizer has no EOS token to join records with; set one")
-            ids.append(int(eos))
+    for piece in pieces(texts, tokenizer, wanted, marks=marks, bos=bos):
+        if piece.ended is not None:
+            ids.append(piece.ended)
             spans[-1] = replace(spans[-1], tokens=spans[-1].tokens + 1)
-            responses += bytes([before.ends_in_response]) if marks else b""
-        before = text.passage
-        most = None if wanted is None else max(wanted - len(ids), 1)
-        own, marked = _encode(text, tokenizer, most, marks=marks)
-        silent += not before.is_blank() and not set(own) - unknown
-        begun = bos.begin(own)
-        marked = bytearray(max(len(begun) - len(own), 0)) + marked[max(len(own) - len(begun), 0) :]
-        if bos.token is not None:
-            marked[:1] = b"\0"  # BOS is no response
-            if len(ids) and ids[-1] == bos.token:  # EOS, which is BOS as well
-                begun, marked = begun[1:], marked[1:]
-        ids.extend(begun)
-        responses += marked if marks else b""
-        spans.append(_Span(text.number, len(begun)))
-        if wanted is not None and len(ids) >= wanted:
-            break
+            responses += bytes([piece.ended_in_response]) if marks else b""
+        ids.extend(piece.ids)
+        responses += piece.responses
+        spans.append(_Span(piece.number, len(piece.ids)))
+        silent += piece.silent
     return JoinedText(ids, spans, responses, silent)
 
 

@@ -13,7 +13,7 @@ from cascade.core.provenance import Split
 from cascade.corpora.bos import BosRule
 from cascade.corpora.files.documents import LongText
 from cascade.corpora.forms import RecordReader
-from cascade.corpora.joining import JoinedText, Passage, RecordText
+from cascade.corpora.joining import JoinedCounts, Passage, RecordText
 from cascade.corpora.readers import EMBEDDED
 
 #: In a corpus without its own splits, every 5th record is held out.
@@ -35,7 +35,7 @@ def drawn(records: Iterable[Any], seed: int | None, num_samples: int | None) -> 
         yield from itertools.islice(records, num_samples)
         return
     indexed = isinstance(records, Sequence) or hasattr(records, "__getitem__")
-    if num_samples is None or (not indexed and iter(records) is records):
+    if not indexed and (num_samples is None or iter(records) is records):
         records = list(records)
         indexed = True
     count = len(records) if indexed else sum(1 for _ in records)  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ class RecordTexts:
         self.characters += len(text)
         self.nuls += text.count("\0")
 
-    def check_readable(self, joined: JoinedText, eos: int | None, bos: BosRule) -> None:
+    def check_readable(self, joined: JoinedCounts, eos: int | None, bos: BosRule) -> None:
         """Check that most of what was tokenized is text.
 
         Raises:
@@ -110,20 +110,18 @@ class RecordTexts:
                 f"{self.nuls} of {self.characters} characters of {self.source} are NUL; expected "
                 "text, get the file again or name its column with --text-column"
             )
-        texts = len(joined.spans)
+        texts = joined.texts
         if joined.silent > texts / 2:
             raise CorpusError(
                 f"the tokenizer turns {joined.silent} of {texts} texts of {self.source} into no "
                 "tokens or unknown ones; expected the model's own tokenizer: copy tokenizer.json "
                 "and tokenizer_config.json from the model that it was made from"
             )
-        added = 0 if bos.token in (None, eos) else joined.ids.count(bos.token)
-        ends = 0 if eos is None else joined.ids.count(eos)
-        tokens = len(joined.ids) - added
-        if ends > tokens / 2:
+        tokens = joined.tokens - (0 if bos.token in (None, eos) else joined.bos)
+        if joined.eos > tokens / 2:
             raise CorpusError(
-                f"{ends} of {tokens} tokens of {self.source} are EOS, because most of its records"
-                " are empty; expected text, name its column with --text-column"
+                f"{joined.eos} of {tokens} tokens of {self.source} are EOS, because most of its "
+                "records are empty; expected text, name its column with --text-column"
             )
 
 

@@ -257,7 +257,7 @@ class ForwardPass:
         else:
             states = point.history.entries[self.layer]
             logits = self._head_logits(at, states[needed]).float()
-        return _finite(logits, at.layer)
+        return finite_logits(logits, at.layer)
 
     def exit_tokens(self, at: Exit, exits: Tensor) -> None:
         """Let tokens exit at the layer reached.
@@ -360,10 +360,21 @@ def decode_tokens(
         states = hidden[rows[some], columns[some]]
         counts.lm_head_rows += len(states)
         logits = layers.logits(states, by_engine=by_engine)
-        on_logits(stack.num_layers, rows[some], columns[some], _finite(logits, stack.num_layers))
+        on_logits(
+            stack.num_layers, rows[some], columns[some], finite_logits(logits, stack.num_layers)
+        )
 
 
-def _finite(logits: Tensor, layer: int) -> Tensor:
+def finite_logits(logits: Tensor, layer: int) -> Tensor:
+    """Return logits that are finite or, for excluded tokens, minus infinity.
+
+    Args:
+        logits: `[..., V]`.
+        layer: The layer they belong to.
+
+    Raises:
+        ModelError: They are not.
+    """
     # Checking the maximum is enough: amax propagates NaN, and -inf only excludes a token.
     if not torch.isfinite(logits.amax(dim=-1)).all():
         raise not_finite(f"the logits of layer {layer} are not finite")

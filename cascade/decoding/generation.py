@@ -28,6 +28,7 @@ from cascade.decoding.generation_settings import DecodingConfig
 from cascade.decoding.growing_text import Generation, GrowingText, Token
 from cascade.decoding.kv_cache import Selection
 from cascade.decoding.lossless import Passes, generate_lossless
+from cascade.decoding.own_forward import OwnForward, generate_by_model
 from cascade.decoding.processors import BatchProcessors, CustomProcessing, Processing
 from cascade.decoding.sampling import TokenChooser
 from cascade.decoding.selective_layers import LayerTask, SkippingLayers
@@ -123,6 +124,8 @@ def generate(
                 trees=passes.trees and not choose.processors,
             )
             return generate_lossless(passes, drafting, text, choose)
+        if OwnForward.supports(stack):
+            return generate_by_model(OwnForward(stack), text, choose)
     if not exits.exact:
         return _generate_skipping(layers, exits, text, choose)
     segments = _DeferredSegments(layers, exits, text)

@@ -148,16 +148,20 @@ class GrowingText:
             column: The next column of these rows.
             chosen: The token of each row.
         """
-        for row, (token, layer) in sorted(chosen.items()):
-            self.ids[row, column] = token
-            self.layers[row, column] = layer
+        if not chosen:
+            return
+        rows = sorted(chosen)
+        tokens = torch.tensor([chosen[row] for row in rows], device=self.ids.device)
+        self.ids[rows, column], self.layers[rows, column] = tokens.unbind(dim=1)
+        is_full = column + 1 == self.capacity
+        for row in rows:
+            token = chosen[row].token
             self.confirmed[row] = column + 1
-            is_full = column + 1 == self.capacity
             is_end = token in self.config.eos_token_id
             self.ended[row] = is_full or is_end or self._has_stop_string(row)
             if self.streamer is not None and len(self.ended) == 1:
                 self.streamer.put(torch.tensor([token]))
-        if self.criteria and chosen:
+        if self.criteria:
             stopped = self.criteria(self.ids[:, : column + 1], None)
             for row in chosen:
                 self.ended[row] = self.ended[row] or bool(stopped[row])

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cascade.core.errors import UsageError, not_finite
+from cascade.core.errors import UsageError
 from cascade.decoding.drafting.proposers import Draft, Drafting
 from cascade.decoding.growing_text import Generation, GrowingText, Token
 from cascade.decoding.sampling import TokenChooser
@@ -58,20 +58,32 @@ class Passes(Protocol):
     description: str
 
     def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Compute a prompt; return the last token's state `[1, D]`, and features `[T, F+1, D]`.
+        """Compute a prompt.
 
         Args:
             row: The row.
-            tokens: The prompt.
+            tokens: The prompt, T tokens.
+
+        Returns:
+            The logits behind the last token, `[1, V]` in fp32, and features, `[T, F+1, D]`.
+
+        Raises:
+            ModelError: Logits are not finite.
         """
         ...
 
     def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
-        """Compute branches; return the states of all tokens `[R, D]`, and their features."""
-        ...
+        """Compute branches.
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of states before the final norm, `[R, V]`, in fp32."""
+        Args:
+            branches: Their R tokens are computed together.
+
+        Returns:
+            The logits behind each token, `[R, V]` in fp32, and features, `[R, F+1, D]`.
+
+        Raises:
+            ModelError: Logits are not finite.
+        """
         ...
 
     def move(self, row: int, columns: Mapping[int, int]) -> None:
@@ -163,9 +175,8 @@ class _Loop:
     def _prefill(self, row: int) -> None:
         text = self.text
         tokens = text.ids[row, self.first[row] : text.prompt].tolist()
-        hidden, features = self.passes.prefill(row, tokens)
+        logits, features = self.passes.prefill(row, tokens)
         self.done.computed += len(tokens)
-        logits = self._logits(hidden)
         token = int(self.choose(text.ids, logits, [row], [text.prompt])[0])
         for proposer in self.drafting.proposers:
             proposer.begin(row, tokens[0])
@@ -182,10 +193,9 @@ class _Loop:
             tokens = [int(text.ids[row, column]), *draft.tokens]
             parents = [-1, *(parent + 1 for parent in draft.parents)]
             branches.append(Branch(row, column - self.first[row], tokens, parents))
-        hidden, features = self.passes.run(branches)
-        logits = self._logits(hidden)
+        logits, features = self.passes.run(branches)
         self.done.passes += 1
-        self.done.computed += len(hidden)
+        self.done.computed += len(logits)
         self._learn(branches, logits)
         chosen = self._choices(branches, logits)
         offset = 0
@@ -263,13 +273,6 @@ class _Loop:
             for proposer in self.drafting.proposers:
                 if proposer.runner_ups:
                     proposer.learn(tokens, [row[: proposer.runner_ups] for row in following])
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        self.passes.counts.lm_head_rows += len(hidden)
-        logits = self.passes.logits(hidden)
-        if not torch.isfinite(logits.amax(dim=-1)).all():
-            raise not_finite(f"the logits of layer {self.last} are not finite")
-        return logits
 
     def _observe(self, row: int, tokens: Sequence[int], features: Tensor | None) -> None:
         """Tell all proposers what was confirmed, with features for those that read them."""

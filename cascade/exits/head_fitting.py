@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from msgspec.structs import replace
-from torch import Tensor, nn
+from torch import Tensor
 
-from cascade.core.errors import ModelError, UnsupportedModelError, UsageError, not_finite
+from cascade.core.errors import UnsupportedModelError, UsageError
 from cascade.core.provenance import Provenance
 from cascade.corpora.blocks import TokenBlocks, check_blocks
-from cascade.exits.fitted_heads import HELD_OUT, FittedHeads
-from cascade.exits.heads import root_mean_square
+from cascade.exits.fitted_heads import FittedHeads
+from cascade.exits.head_sums import HeadSums
 from cascade.exits.history import exit_entries
 from cascade.exits.records import HeadsProvenance
 from cascade.models.stack import DecoderStack
-from cascade.stats.ridge import NormalEquations, fit, rms_normalized
 
 
 def fit_heads(
@@ -58,6 +55,31 @@ def fit_heads(
         >>> fit_heads(stack, blocks, [24, 29]).layers
         [24, 29]
     """
+    sums = HeadSums(stack, fitted_layers(stack, blocks, layers, batch_size))
+    for ids, numbers in blocks.batches(batch_size):
+        sums.add(ids, numbers)
+        if progress is not None:
+            progress(ids.size)
+    return heads_of(sums, stack, blocks, provenance)
+
+
+def fitted_layers(
+    stack: DecoderStack, blocks: TokenBlocks, layers: Sequence[int], batch_size: int
+) -> list[int]:
+    """Return exit layers, sorted, after checking that heads can be fitted for them.
+
+    Args:
+        stack: The model.
+        blocks: The corpus.
+        layers: Exit layers, 1..N.
+        batch_size: Sequences per forward pass.
+
+    Raises:
+        UsageError: A layer is outside 1..N or is given twice, or no layer is given.
+        CorpusError: Sequences are longer than the model's positions, or the batch size is below 1.
+        ModelError: A token id exceeds the vocabulary.
+        UnsupportedModelError: The LM head does not read states of the layers' width.
+    """
     # Converts NumPy integers to int.
     layers = [exit_entries(layer, stack.num_layers)[1] for layer in layers]
     if len(set(layers)) != len(layers) or not layers:
@@ -69,12 +91,24 @@ def fit_heads(
             f"no heads can be fitted for {stack.model.config.model_type}: its LM head reads {read}"
             f" numbers per token, its states have {stack.hidden_size}; use the logit lens"
         )
-    fitter = _Fitter(stack, sorted(layers))
-    for ids, numbers in blocks.batches(batch_size):
-        fitter.add(torch.from_numpy(ids).long().to(stack.device), numbers)
-        if progress is not None:
-            progress(ids.size)
-    heads = fitter.fit()
+    return sorted(layers)
+
+
+def heads_of(
+    sums: HeadSums,
+    stack: DecoderStack,
+    blocks: TokenBlocks,
+    provenance: Provenance | None = None,
+) -> FittedHeads:
+    """Return the heads that follow from the sums over a whole corpus.
+
+    Args:
+        sums: The sums.
+        stack: The model.
+        blocks: The corpus.
+        provenance: Provenance of the fit (default: model and corpus only).
+    """
+    heads = sums.fit()
     heads.provenance = _with_origin(heads.provenance, stack, blocks, provenance)
     return heads
 
@@ -124,117 +158,3 @@ def rows_of(
     normed = stack.visit(torch.from_numpy(ids).long().to(stack.device), keep)
     final = states[stack.num_layers] if normed is None else normed.flatten(0, 1)
     return states, final
-
-
-class _Fitter:
-    """Accumulates the normal equations of several exit layers over batches."""
-
-    def __init__(self, stack: DecoderStack, layers: list[int]) -> None:
-        self.stack, self.layers = stack, layers
-        found = [_projections(layer) for layer in stack.layers]
-        widths = {projection.out_features for pair in found for projection in pair or ()}
-        # A map predicts keys and values of one width, or else the inputs of the layers.
-        self.of_states = None in found or len(widths) > 1
-        self.projections = [] if self.of_states else found
-        self.width = stack.hidden_size if self.of_states else 2 * widths.pop()
-        self.equations = {
-            layer: [
-                NormalEquations(
-                    stack.hidden_size,
-                    stack.hidden_size + (stack.num_layers - layer) * self.width,
-                    device=stack.device if stack.device.type != "mps" else torch.device("cpu"),
-                )
-                for _ in ("train", "held out")
-            ]
-            for layer in layers
-        }
-
-    def add(self, ids: Tensor, numbers: Any) -> None:
-        history: dict[int, Tensor] = {}
-        kept = set(self.layers) | {self.stack.num_layers}
-        if self.of_states:
-            kept |= set(range(min(self.layers), self.stack.num_layers))
-
-        def keep(entry: int, hidden: Tensor) -> None:
-            if entry in kept:
-                history[entry] = hidden.flatten(0, 1)
-
-        # Held-out sequences are moved to the end, so that both groups are slices without a copy.
-        held_out = numbers % 10 == HELD_OUT
-        ids = ids[torch.from_numpy(np.argsort(held_out, kind="stable")).to(ids.device)]
-        with _captured(self.projections[min(self.layers) :]) as raw:
-            normed = self.stack.visit(ids, keep)
-        final = history[self.stack.num_layers] if normed is None else normed.flatten(0, 1)
-        trained = int((~held_out).sum()) * ids.shape[1]
-        for layer in self.layers:
-            targets = [final, *self._upper(layer, history, raw)]
-            x = rms_normalized(history[layer])
-            for equations, rows in zip(
-                self.equations[layer], (slice(trained), slice(trained, None)), strict=True
-            ):
-                if len(x[rows]):
-                    self._update(equations, x[rows], [y[rows] for y in targets], layer, history)
-
-    def _update(
-        self,
-        equations: NormalEquations,
-        x: Tensor,
-        targets: list[Tensor],
-        layer: int,
-        history: dict[int, Tensor],
-    ) -> None:
-        device = equations.xx.device
-        try:
-            equations.update(x.to(device), *(y.to(device) for y in targets))
-        except ValueError as error:
-            for entry, states in sorted(history.items()):
-                if not torch.isfinite(states).all():
-                    raise not_finite(
-                        f"layer {entry} gives NaN or infinite hidden states"
-                    ) from error
-            raise ModelError(f"exit layer {layer}: {error}; use a wider --dtype") from error
-
-    def _upper(self, layer: int, history: dict[int, Tensor], raw: list[Tensor]) -> list[Tensor]:
-        """Return the targets of the upper layers, `width` outputs each, the lowest layer first."""
-        if self.of_states:
-            size = root_mean_square(history[layer])
-            return [history[entry].float() / size for entry in range(layer, self.stack.num_layers)]
-        return [values.flatten(0, 1) for values in raw[2 * (layer - min(self.layers)) :]]
-
-    def fit(self) -> FittedHeads:
-        weights, maps, strengths = {}, {}, {}
-        hidden = self.stack.hidden_size
-        for layer, (train, held_out) in self.equations.items():
-            groups = [hidden] + [self.width] * (self.stack.num_layers - layer)
-            weight, bias, chosen = fit(train, held_out, groups)
-            weights[layer] = (weight[:, :hidden].clone(), bias[:hidden].clone())
-            if layer < self.stack.num_layers:
-                maps[layer] = (weight[:, hidden:].clone(), bias[hidden:].clone())
-            strengths[str(layer)] = chosen
-        return FittedHeads(
-            weights, maps, self.width, self.of_states, HeadsProvenance(strengths=strengths)
-        )
-
-
-def _projections(layer: nn.Module) -> list[Any] | None:
-    """Return a layer's key and value projections, or None if they are not separate modules."""
-    attention = getattr(layer, "self_attn", None)
-    found = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
-    if all(isinstance(projection, nn.Linear) for projection in found):
-        return found
-    return None
-
-
-@contextlib.contextmanager
-def _captured(projections: Sequence[Sequence[nn.Module] | None]) -> Iterator[list[Tensor]]:
-    """Collect the outputs of the layers' key and value projections, `[B, T, width]` each."""
-    kept: list[Tensor] = []
-
-    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-        kept.append(output)
-
-    with contextlib.ExitStack() as hooks:
-        for pair in projections:
-            for projection in pair or ():
-                hooks.callback(projection.register_forward_hook(keep).remove)
-        yield kept

@@ -90,7 +90,8 @@ class HiddenHistory:
                     else ""
                 )
             )
-        return first, second
+        # Neighbouring layers can be on different devices (`device_map`).
+        return first.to(second.device), second
 
 
 def _number(name: str, num_layers: int) -> int:

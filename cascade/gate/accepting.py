@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 from cascade.core.errors import BrokenRecordError, RecordError, UsageError
 from cascade.core.names import same_source
 from cascade.core.provenance import Provenance
-from cascade.core.records import packed, read_arrays_file, read_plain, to_json
+from cascade.core.records import read_arrays_file, read_plain, to_json
 from cascade.core.run_folder import RunFolder, is_stored
-from cascade.core.schema import known, to_plain
+from cascade.core.schema import known
 from cascade.gate.baseline_identity import identity_difference
 from cascade.gate.baseline_lookup import baselines_in
 from cascade.gate.baselines import (
     ACCEPT_WAITS,
+    ARRAYS,
+    ROWS,
     StoredProfile,
     baseline_paths,
     profile_path,
     read_profile,
-    seal,
+    stage_profile,
 )
 from cascade.saturation.profile import SaturationProfile
 from cascade.saturation.records import ProfileRecord
+from cascade.saturation.row_files import StoredRows
 
 
 def accept(
@@ -40,17 +44,16 @@ def accept(
         The path of the baseline, and the baseline that it replaces, if one existed.
 
     Raises:
-        RecordError: The run is missing, torn or edited, or its two files come from different runs;
+        RecordError: The run is missing, torn or edited, or its files come from different runs;
             or the baseline of this name is of another model or corpus.
         UsageError: The name has another form.
         OutputError: The baseline cannot be written.
     """
     profile = read_profile(run / "profile.json")
+    if isinstance(profile.rows, StoredRows):
+        profile.rows.check()
     path = named_path(folder, ProfileRecord.KIND, name) if name else _path_of(folder, profile)
-    # The content as it was read, because its hash covers every key.
-    text = to_json(read_plain(run / "profile.json", ProfileRecord)) + "\n"
-    arrays = read_arrays_file(run / "profile.npz")
-    return path, _store(path, profile, text, arrays, replace=replace)
+    return path, _store(path, profile, lambda to: _stage_run(to, run, path, profile), replace)
 
 
 def store_profile(
@@ -76,11 +79,9 @@ def store_profile(
             model or corpus.
         OutputError: The baseline cannot be written; the previous one is unharmed.
     """
-    arrays = profile.arrays()
-    sealed = StoredProfile(seal(profile.record(), arrays), dict(arrays))
-    path = path or _path_of(folder, sealed)
-    text = to_json(to_plain(sealed.content)) + "\n"
-    return path, _store(path, sealed, text, packed(arrays), replace=replace)
+    plain = StoredProfile(profile.record(), dict(profile.arrays()), profile.rows)
+    path = path or _path_of(folder, plain)
+    return path, _store(path, plain, lambda to: stage_profile(to, profile, path.stem), replace)
 
 
 def named_path(folder: Path, kind: str, name: str) -> Path:
@@ -142,21 +143,33 @@ def _can_be(new: Provenance, old: Provenance) -> bool:
     ) and all(own == theirs or f"{own}".endswith(f"--{theirs}") for own, theirs in names)
 
 
+def _stage_run(target: RunFolder, run: Path, path: Path, profile: StoredProfile) -> None:
+    """Stage the files of a run as they are, because their hashes cover every key."""
+    text = to_json(read_plain(run / "profile.json", ProfileRecord)) + "\n"
+    arrays = read_arrays_file(run / f"profile{ARRAYS}")
+    if isinstance(profile.rows, StoredRows):
+        profile.rows.copy_to(target.staging / path.with_suffix(ROWS).name)
+    target.write(path.with_suffix(ARRAYS).name, arrays)
+    target.write(path.name, text)
+
+
 def _store(
-    path: Path, profile: StoredProfile, text: str, arrays: bytes, *, replace: bool
+    path: Path, profile: StoredProfile, stage: Callable[[RunFolder], object], replace: bool
 ) -> StoredProfile | None:
-    """Write both files of a baseline, or neither; return the baseline that they replace."""
-    names = (path.with_suffix(".npz").name, path.name)
+    """Write all files of a baseline, or none; return the baseline that they replace."""
+    names = (path.with_suffix(ARRAYS).name, path.name)
     before = None
-    with RunFolder(path.parent, names, overwrite=True, wait=ACCEPT_WAITS) as target:
+    rows = path.with_suffix(ROWS).name  # runs of earlier releases have none
+    with RunFolder(
+        path.parent, names, optional=[rows], overwrite=True, wait=ACCEPT_WAITS
+    ) as target:
         # A broken baseline, and with --replace one of a newer release, is replaced unread.
         if path.exists():
             with contextlib.suppress(RecordError if replace else BrokenRecordError):
                 before = read_profile(path)
         if before is not None and not replace:
             _check_identity(path, profile, before)
-        target.write(names[0], arrays)
-        target.write(names[1], text)
+        stage(target)
     return before
 
 

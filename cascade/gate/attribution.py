@@ -122,7 +122,7 @@ def long_attribution(record: LongContextRecord) -> Attribution | None:
     """Return long contexts as the likely cause, with the first positions and layer; None if passed.
 
     Args:
-        record: The result of `cascade.gate.long_context_check.compare_long`.
+        record: The result of `cascade.gate.long_context_comparison.compare_long`.
     """
     if not record.moved:
         return None

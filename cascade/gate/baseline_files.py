@@ -15,7 +15,7 @@ from cascade.core.provenance import Provenance
 from cascade.core.records import has_hash, read_plain
 from cascade.core.schema import known
 from cascade.gate.baseline_lookup import LOCAL, Sought, find_baseline
-from cascade.gate.baselines import read_profile
+from cascade.gate.baselines import ARRAYS, ROWS, read_profile
 from cascade.gate.budgets import read_budgets
 from cascade.gate.records import BudgetsRecord
 from cascade.saturation.records import ProfileRecord
@@ -47,8 +47,9 @@ def check_files(paths: Iterable[Path]) -> CheckedFiles:
     """Check the files of baselines and budgets, without a model.
 
     Each must be sealed with a hash, readable by this release, and at most `MOST_BYTES` long. A
-    profile's `.json` and `.npz` must be of the same run. And the gate must find each: it is looked
-    up by the model and the corpus in its own record, as `cascade gate` and the plugin do.
+    profile's `.json`, `.npz` and `.parquet` must be of the same run. And the gate must find each:
+    it is looked up by the model and the corpus in its own record, as `cascade gate` and the plugin
+    do.
 
     Args:
         paths: Files of baselines, or folders with such files. Other files are ignored.
@@ -104,7 +105,8 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 def _record_of(path: Path) -> Path | None:
     """Return the `.json` of the baseline that a file belongs to; None for any other file."""
-    endings = [f".{kind}.json" for kind in KINDS] + [f".{ProfileRecord.KIND}.npz"]
+    beside = [f".{ProfileRecord.KIND}{ending}" for ending in (ARRAYS, ROWS)]
+    endings = [f".{kind}.json" for kind in KINDS] + beside
     return path.with_suffix(".json") if path.name.endswith(tuple(endings)) else None
 
 
@@ -120,15 +122,16 @@ def _problems(path: Path, folder: Path) -> Iterator[str]:
     """Yield what is wrong with the files of a baseline.
 
     Args:
-        path: Its `.json`, which can be missing where there is an `.npz`.
+        path: Its `.json`, which can be missing where there is an `.npz` or a `.parquet`.
         folder: The folder of all baselines.
     """
-    arrays = path.with_suffix(".npz")
+    beside = [path.with_suffix(ending) for ending in (ARRAYS, ROWS)]
     is_profile = path.name.endswith(f".{ProfileRecord.KIND}.json")
     if not os.path.lexists(path):
-        yield f"{arrays} has no {path.name} next to it; restore that, or remove this file"
+        alone = next(file for file in beside if os.path.lexists(file))
+        yield f"{alone} has no {path.name} next to it; restore that, or remove this file"
         return
-    for file in (path, arrays) if is_profile else (path,):
+    for file in (path, *beside) if is_profile else (path,):
         size = file.stat().st_size if file.is_file() else 0
         if size > MOST_BYTES:
             yield (
@@ -136,7 +139,7 @@ def _problems(path: Path, folder: Path) -> Iterator[str]:
                 "sequences (--num-samples or --max-tokens), and accept that run"
             )
     try:
-        about = read_profile(path).record().provenance if is_profile else _budgeted(path)
+        about = _profiled(path) if is_profile else _budgeted(path)
         is_sealed = has_hash(read_plain(path, ProfileRecord if is_profile else BudgetsRecord))
     except RecordError as error:
         yield str(error)
@@ -146,6 +149,14 @@ def _problems(path: Path, folder: Path) -> Iterator[str]:
     unused = _unused(path, folder, about)
     if unused is not None:
         yield unused
+
+
+def _profiled(path: Path) -> Provenance:
+    """Read a profile with all of its rows, and return its provenance."""
+    profile = read_profile(path)
+    for _ in profile.rows.batches():  # checked while they are read
+        pass
+    return profile.record().provenance
 
 
 def _budgeted(path: Path) -> Provenance:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec.structs import replace
@@ -19,16 +19,35 @@ from cascade.core.files import AnyPath
 from cascade.core.names import file_name
 from cascade.core.records import (
     Record,
+    arrays_hash,
     at,
+    packed,
     read_arrays,
     read_plain,
     record_hash,
+    to_json,
     typed,
 )
+from cascade.core.run_folder import RunFolder
 from cascade.core.schema import UNSET, known, to_plain
 from cascade.saturation.long_statistics import LongStatistics
 from cascade.saturation.records import ProfileRecord
-from cascade.stats.similarity_statistics import SimilarityStatistics
+from cascade.saturation.row_files import ROWS_HASH, RowWriter, StoredRows
+from cascade.stats.sequence_rows import ARRAYS as OLD_ROWS
+from cascade.stats.sequence_rows import Rows, SequenceRows
+from cascade.stats.token_statistics import TokenStatistics
+
+if TYPE_CHECKING:  # it needs torch, which comparing records does without
+    from cascade.saturation.profile import SaturationProfile
+
+#: The endings of the files next to a profile's or baseline's `.json`.
+ARRAYS, ROWS = ".npz", ".parquet"
+
+#: The files of a profile in the folder of a run.
+PROFILE_FILES = ("profile.json", f"profile{ARRAYS}", f"profile{ROWS}")
+
+#: The first schema with rows in a file of their own.
+ROWS_SINCE = 3
 
 #: Seconds that `accept` waits for another process that stores a baseline of the same model.
 ACCEPT_WAITS = 60.0
@@ -82,29 +101,32 @@ def profile_path(folder: Path, record: ProfileRecord) -> Path:
 
 @dataclass(frozen=True, repr=False)
 class StoredProfile(Displayed):
-    """A profile as stored in its two files.
+    """A profile as stored in its three files.
 
     Attributes:
         content: The content of `profile.json`.
-        state: The content of `profile.npz`: histograms, and one row per sequence.
+        state: The content of `profile.npz`: histograms and fingerprints.
+        rows: The content of `profile.parquet`: one row per sequence and layer, of which only those
+            are read that are asked for. Profiles of earlier releases have them in `profile.npz`.
 
     Example:
         >>> from cascade import analyze, load
         >>> profile = analyze(load("smollm2-135m"), ["One text."] * 20, seq_len=8)
-        >>> stored = StoredProfile(profile.record(), profile.arrays())
+        >>> stored = StoredProfile(profile.record(), profile.arrays(), profile.rows)
         >>> stored.record() == profile.record()
         True
     """
 
     content: ProfileRecord
     state: dict[str, Array]
+    rows: Rows
 
     def record(self) -> ProfileRecord:
         """Return the record: provenance and tables."""
         return self.content
 
     def arrays(self) -> dict[str, Array]:
-        """Return the statistics' whole state."""
+        """Return the state of the statistics of all tokens."""
         return self.state
 
     def _to_show(self) -> tuple[ProfileRecord, dict[str, Array]]:
@@ -121,28 +143,60 @@ def seal(record: ProfileRecord, arrays: Mapping[str, Array]) -> ProfileRecord:
         record: The profile, sealed or not.
         arrays: The arrays stored next to it.
     """
-    bound = replace(record, arrays_hash=_arrays_hash(arrays), hash=UNSET)
+    bound = replace(
+        record, schema=ProfileRecord.SCHEMA, arrays_hash=arrays_hash(arrays), hash=UNSET
+    )
     return replace(bound, hash=record_hash(to_plain(bound)))
 
 
-def _arrays_hash(arrays: Mapping[str, Array]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        values = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
-        digest.update(values.tobytes())
-    return f"sha256:{digest.hexdigest()}"
+def stage_profile(
+    folder: RunFolder, profile: SaturationProfile | StoredProfile, stem: str = "profile"
+) -> ProfileRecord:
+    """Stage the three files of a profile, and return its sealed record.
+
+    Args:
+        folder: The folder of the run or baseline.
+        profile: The profile. Rows that it has in the staged file already stay there.
+        stem: The name of the files, without their endings.
+
+    Raises:
+        OutputError: The disk is full, or the folder was removed.
+    """
+    rows = folder.staging / f"{stem}{ROWS}"
+    arrays = dict(profile.arrays())
+    arrays[ROWS_HASH] = _stage_rows(rows, profile)
+    record = seal(profile.record(), arrays)
+    folder.write(f"{stem}{ARRAYS}", packed(arrays))
+    folder.write(f"{stem}.json", to_json(to_plain(record)) + "\n")
+    return record
+
+
+def _stage_rows(path: Path, profile: SaturationProfile | StoredProfile) -> Array:
+    """Write the rows of a profile to a file, and return the hashes of its groups."""
+    rows = profile.rows
+    if isinstance(rows, StoredRows):
+        if rows.path != path:
+            rows.copy_to(path)
+        return rows.hashes
+    arrays = profile.arrays()
+    prints = np.asarray(arrays["sequence_fingerprint"])
+    with RowWriter(path, [str(label) for label in arrays["layers"]]) as writer:
+        for batch in rows.batches():
+            writer.add(batch, prints[batch.numbers])
+    return writer.hashes
 
 
 def read_profile(path: AnyPath) -> StoredProfile:
     """Read a profile or a baseline, and check that it has not changed since it was written.
 
+    Its rows are checked where they are read, so that a few of many take no time.
+
     Args:
-        path: The `.json` file, with its `.npz` next to it, or the folder of a run.
+        path: The `.json` file, with its `.npz` and `.parquet` next to it, or the folder of a run.
 
     Raises:
         BrokenRecordError: A file is torn or edited or contains NaN, a layer appears twice, or the
-            two files come from different runs.
+            files come from different runs.
         RecordError: The record is missing or has a newer schema.
 
     Example:
@@ -156,7 +210,7 @@ def read_profile(path: AnyPath) -> StoredProfile:
     if os.path.isdir(path):
         path = path / "profile.json"
     record = read_plain(path, ProfileRecord)
-    arrays = read_arrays(path.with_suffix(".npz"))
+    arrays = read_arrays(path.with_suffix(ARRAYS))
     # Schema 1 had no seal. A sealed record with schema 1 was edited.
     if record["schema"] >= 2 or {"hash", "arrays_hash"} & record.keys():
         _check_seal(path, record, arrays)
@@ -166,38 +220,55 @@ def read_profile(path: AnyPath) -> StoredProfile:
                 f"{path} has no provenance of its {origin}; restore it, or run `cascade analyze` "
                 "again"
             )
-    _check_table(path, record, arrays)
-    return StoredProfile(typed(record, ProfileRecord, path), arrays)
+    rows = _read_rows(path, record["schema"], arrays)
+    state = {name: values for name, values in arrays.items() if name not in OLD_ROWS}
+    _check_table(path, record, state, rows)
+    return StoredProfile(typed(record, ProfileRecord, path), state, rows)
 
 
-def _check_table(path: Path, record: Record, arrays: Mapping[str, Array]) -> None:
+def _read_rows(path: Path, schema: int, arrays: Mapping[str, Array]) -> Rows:
+    """Return the rows of a profile, which records of schemas 1 and 2 have among their arrays."""
+    try:
+        layers = [str(label) for label in arrays["layers"]]
+        if schema < ROWS_SINCE:
+            return SequenceRows.joined([SequenceRows.from_arrays(arrays, len(layers))])
+        hashes, sequences = arrays[ROWS_HASH], len(arrays["sequence_fingerprint"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise _torn(path, error) from error
+    return StoredRows(path.with_suffix(ROWS), layers, hashes, range(sequences))
+
+
+def _torn(path: Path, error: Exception) -> BrokenRecordError:
+    return BrokenRecordError(
+        f"{path.with_suffix(ARRAYS)} is torn or edited ({first_line(error)}); run "
+        "`cascade analyze` again"
+    )
+
+
+def _check_table(path: Path, record: Record, arrays: Mapping[str, Array], rows: Rows) -> None:
     """Raise unless the table of layers is the table of the arrays next to it."""
     try:
-        table = SimilarityStatistics.from_arrays(arrays).table()
+        table = TokenStatistics.of_arrays(arrays).table()
         long = LongStatistics.from_arrays(arrays)
-        fingerprints = len(arrays["sequence_fingerprint"])
-        whole = fingerprints == len(arrays["sequence"]) == len(arrays["sequence_mean"])
+        whole = len(arrays["sequence_fingerprint"]) == len(rows)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise BrokenRecordError(
-            f"{path.with_suffix('.npz')} is torn or edited ({first_line(error)}); run "
-            "`cascade analyze` again"
-        ) from error
+        raise _torn(path, error) from error
     _check_long(path, record, long)
-    rows = record.get("layers")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    layers = record.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(row, dict) for row in layers):
         raise BrokenRecordError(
             f"{path} has no table of layers; restore it, or run `cascade analyze` again"
         )
-    labels = [row.get("layer") for row in rows]
+    labels = [row.get("layer") for row in layers]
     twice = sorted({str(label) for label in labels if labels.count(label) > 1})
     if twice:
         raise BrokenRecordError(
             f"expected every layer once in {path}, got layer {twice[0]} twice; restore it, or run "
             "`cascade analyze` again"
         )
-    if not whole or to_plain(table) != rows:
+    if not whole or to_plain(table) != layers:
         raise BrokenRecordError(
-            f"{path} and {path.with_suffix('.npz').name} are from different runs or contain NaN; "
+            f"{path} and {path.with_suffix(ARRAYS).name} are from different runs or contain NaN; "
             "run `cascade analyze` again"
         )
 
@@ -210,7 +281,7 @@ def _check_long(path: Path, record: Record, long: LongStatistics | None) -> None
         of_record = None
     if (of_record or {}) != of_arrays:
         raise BrokenRecordError(
-            f"{path} and {path.with_suffix('.npz').name} have other long sequences; run "
+            f"{path} and {path.with_suffix(ARRAYS).name} have other long sequences; run "
             "`cascade analyze` again"
         )
 
@@ -220,9 +291,9 @@ def _check_seal(path: Path, record: Record, arrays: Mapping[str, Array]) -> None
 
     The record's own hash is checked where the record is read.
     """
-    for name, found in (("hash", record.get("hash")), ("arrays_hash", _arrays_hash(arrays))):
+    for name, found in (("hash", record.get("hash")), ("arrays_hash", arrays_hash(arrays))):
         if found is None or record.get(name) != found:
-            changed = path if name == "hash" else path.with_suffix(".npz")
+            changed = path if name == "hash" else path.with_suffix(ARRAYS)
             raise BrokenRecordError(
                 f"{changed} was changed after it was written (expected {name} "
                 f"{str(record.get(name))[:19]}..., got {str(found)[:19]}...); restore it, or "

@@ -20,12 +20,12 @@ from cascade.core.errors import RecordError, UsageError
 from cascade.core.schema import to_plain
 from cascade.gate.attribution import attribute, evidence_of
 from cascade.gate.comparison import Cell, Comparison, mismatches_of, table_cells, tolerance_of
-from cascade.gate.long_context_check import compare_long
+from cascade.gate.long_context_comparison import compare_long
 from cascade.gate.older_baselines import profile_note
 from cascade.saturation.long_statistics import LongStatistics
 from cascade.saturation.records import LayerRow, NoiseFloor, ProfileRecord
 from cascade.stats.resampling import resampled_means, simultaneous_half_widths
-from cascade.stats.similarity_statistics import QUANTILES
+from cascade.stats.sequence_rows import QUANTILES, Rows
 
 #: The statistics that are compared per sequence: the mean and mean square of a layer's
 #: similarities, and the shares of tokens at or below the baseline's p10, p50 and p90.
@@ -48,6 +48,11 @@ MARGIN = 1.0
 MARGIN_FLOOR = {"mean": 0.002, "mean_square": 0.004} | dict.fromkeys(SHARES, 0.02)
 
 
+#: The most sequences of a side that are resampled. Their means are known 250 times better than one
+#: sequence, which is far below every margin, and their rows take a third of a GB.
+MOST_RESAMPLED = 1 << 16
+
+
 #: The probability that all intervals of a comparison hold simultaneously.
 CONFIDENCE = 0.99
 
@@ -60,7 +65,12 @@ class Profile(Protocol):
         ...
 
     def arrays(self) -> Mapping[str, Array]:
-        """Return the statistics' whole state."""
+        """Return the state of the statistics of all tokens."""
+        ...
+
+    @property
+    def rows(self) -> Rows:
+        """One row per sequence and layer."""
         ...
 
 
@@ -156,56 +166,50 @@ def _with_long(
 
 @dataclass(frozen=True)
 class _Side:
-    """One side of a comparison: its rows per sequence."""
+    """One side of a comparison. Its rows are read where they are needed."""
 
     layers: tuple[str, ...]
     edges: Array
     histogram: Array
     fingerprints: Array
     numbers: Array
-    rows: Array  # [S, L, statistics]
+    rows: Rows
 
     @classmethod
     def of(cls, profile: Profile) -> _Side:
-        arrays = profile.arrays()
+        arrays, rows = profile.arrays(), profile.rows
+        numbers = np.asarray(rows.numbers)
         try:
-            numbers = np.asarray(arrays["sequence"])
             # There is one fingerprint per sequence of the corpus, but rows can be of a few of them.
             prints = np.asarray(arrays["sequence_fingerprint"])[numbers]
-            rows = np.concatenate(
-                [
-                    np.asarray(arrays["sequence_mean"], dtype=np.float64)[..., None],
-                    np.asarray(arrays["sequence_mean_square"], dtype=np.float64)[..., None],
-                    np.asarray(arrays["sequence_share"], dtype=np.float64),
-                ],
-                axis=2,
-            )
             layers = tuple(str(label) for label in arrays["layers"])
-            return cls(
-                layers,
-                np.asarray(arrays["edges"]),
-                np.asarray(arrays["histogram"]),
-                prints,
-                numbers,
-                rows,
-            )
+            edges, histogram = np.asarray(arrays["edges"]), np.asarray(arrays["histogram"])
         except (KeyError, IndexError, ValueError) as error:
             raise RecordError(
-                "a profile has no rows per sequence (they are in the .npz next to its .json); run "
-                "`cascade analyze --output` again"
+                "a profile has no rows per sequence (they are in the .parquet next to its .json); "
+                "run `cascade analyze --output` again"
             ) from error
+        return cls(layers, edges, histogram, prints, numbers, rows)
 
     def same_edges(self, other: _Side) -> bool:
         """Return whether the shares of both sides refer to the same quantiles."""
         return self.edges.shape == other.edges.shape and np.array_equal(self.edges, other.edges)
 
-    def columns(self, layers: Sequence[str]) -> Array:
-        """Return the rows of some layers, `[S, L, statistics]`, NaN for missing layers."""
-        rows = np.full((len(self.rows), len(layers), len(STATISTICS)), np.nan)
+    def columns(self, layers: Sequence[str], places: Array) -> Array:
+        """Return some rows of some layers, `[S, L, statistics]`, NaN for missing layers."""
+        own = self.rows.read(places).statistics()
+        rows = np.full((len(own), len(layers), len(STATISTICS)), np.nan)
         for place, label in enumerate(layers):
             if label in self.layers:
-                rows[:, place] = self.rows[:, self.layers.index(label)]
+                rows[:, place] = own[:, self.layers.index(label)]
         return rows
+
+    def spread(self) -> Array:
+        """Return the places of all rows; of very many rows, of some that are evenly spread."""
+        count = len(self.rows)
+        if count <= MOST_RESAMPLED:
+            return np.arange(count)
+        return (np.arange(MOST_RESAMPLED) * 2 + 1) * count // (2 * MOST_RESAMPLED)
 
 
 def _union(new: _Side, old: _Side) -> list[str]:
@@ -233,19 +237,13 @@ def _paired(
     tolerance, words = tolerance_of(record, baseline, noise)
     notes = [*notes, *words]
     layers = _union(new, old)
-    places = {int(number): place for place, number in reversed(list(enumerate(old.fingerprints)))}
-    pairs = [
-        (place, places[int(number)])
-        for place, number in enumerate(new.fingerprints)
-        if int(number) in places
-    ]
-    left_out = len(new.rows) - len(pairs)
+    mine, theirs = _pairs(new.fingerprints, old.fingerprints)
+    left_out = len(new.rows) - len(mine)
     if left_out:
         notes.append(
             f"skipped {left_out:,} of {len(new.rows):,} sequences that are not in the baseline"
         )
-    mine, theirs = (list(side) for side in zip(*pairs, strict=True))
-    obtained, expected = new.columns(layers)[mine], old.columns(layers)[theirs]
+    obtained, expected = new.columns(layers, mine), old.columns(layers, theirs)
     length = int(new.histogram[0].sum()) // max(1, len(new.rows))
     cells = list(_sequence_cells(layers, obtained, expected, old.numbers[theirs], tolerance))
     if new.same_edges(old):
@@ -255,13 +253,13 @@ def _paired(
             "shares were not compared, because they refer to other quantiles than the baseline's "
             "(measure with `cascade gate`, or analyze with the baseline's edges)"
         )
-    if len(pairs) == len(new.rows) == len(old.rows):
+    if len(mine) == len(new.rows) == len(old.rows):
         cells += table_cells(_table(record.layers), _table(baseline.layers), tolerance)
     comparison = Comparison(
         "same sequences",
         cells=tuple(cells),
-        sequences=(len(pairs), len(pairs)),
-        tokens=length * len(pairs),
+        sequences=(len(mine), len(mine)),
+        tokens=length * len(mine),
         profile=_overlay(layers, obtained, expected),
         notes=tuple(notes),
     )
@@ -274,6 +272,14 @@ def _paired(
         evidence=evidence_of(layers, obtained[..., :2], expected[..., :2], tolerance),
         fingerprints=tuple(new.fingerprints[mine].tolist()),
     )
+
+
+def _pairs(new: Array, old: Array) -> tuple[Array, Array]:
+    """Return the places of the new sequences that the old ones include, and their places there."""
+    values, first = np.unique(old, return_index=True)
+    found = np.searchsorted(values, new)
+    mine = np.flatnonzero(values[np.minimum(found, len(values) - 1)] == new)
+    return mine, first[found[mine]]
 
 
 def _sequence_cells(
@@ -363,7 +369,14 @@ def _resampled(
             "shares were not compared, because they refer to other quantiles than the baseline's "
             "(`cascade gate --full` analyzes with the baseline's edges)",
         ]
-    sides = [side.columns(layers)[..., : len(statistics)] for side in (new, old)]
+    for name, side in (("profile", new), ("baseline", old)):
+        if len(side.rows) > MOST_RESAMPLED:
+            notes = [
+                *notes,
+                f"the means of the {name} are those of {MOST_RESAMPLED:,} of its "
+                f"{len(side.rows):,} sequences, evenly spread",
+            ]
+    sides = [side.columns(layers, side.spread())[..., : len(statistics)] for side in (new, old)]
     flat = [side.reshape(len(side), -1) for side in sides]
     means = [side.mean(axis=0) for side in flat]
     generator = np.random.default_rng(seed)

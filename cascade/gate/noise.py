@@ -17,6 +17,7 @@ from cascade.core.errors import first_line
 from cascade.core.schema import UNSET
 from cascade.corpora.long_sequences import LongSequences
 from cascade.gate.rounding import similarities_rounded_differently
+from cascade.models.dispatch import is_dispatched
 from cascade.models.stack import DecoderStack
 from cascade.saturation.long_context import measure_long
 from cascade.saturation.profile import similarities
@@ -119,6 +120,8 @@ def _with_float64(stack: DecoderStack, tokens: Tensor, plain: Array) -> float | 
     size = sum(parameter.numel() for parameter in stack.model.parameters()) * 8
     if size > MOST_BYTES:
         return f"a copy in float64 would take {size / 1e9:.1f} GB"
+    if is_dispatched(stack.model):
+        return "a model over several devices is not copied"
     if stack.device.type == "mps":
         return "not on this device"
     # A copy, because converting to float64 and back restores the weights but not the buffers.

@@ -40,7 +40,7 @@ from cascade.models.stack import DecoderStack
 from cascade.saturation.long_context import LongChoice, choose_long, measure_long
 from cascade.saturation.model_parts import parts_of
 from cascade.saturation.profile import SaturationProfile, analyze
-from cascade.saturation.records import ProfileRecord
+from cascade.saturation.records import SAME_CONTENT
 
 # --- Baselines -------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ def still_holds(profile: SaturationProfile | StoredProfile, before: StoredProfil
         before: The stored baseline.
     """
     seen = [sorted(side.arrays()["sequence_fingerprint"]) for side in (profile, before)]
-    current = before.record().schema == ProfileRecord.SCHEMA
+    current = before.record().schema >= SAME_CONTENT
     new, old = (known(side.record().long_context) for side in (profile, before))
     current = current and (new is None or not new.sequences or new == old)
     return current and seen[0] == seen[1] and compare(profile, before).verdict == "PASS"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import ModelError, UnsupportedModelError
+from cascade.models.dispatch import device_of, is_dispatched, weights_of
 from cascade.models.identity import plain_tensors
 from cascade.models.overrides.views import holders, paths_of
 
@@ -98,7 +99,7 @@ def find_decoder(model: PreTrainedModel, layers: nn.ModuleList) -> nn.Module:
         # Qwen-VL's outer module keeps positions of its last call; its text decoder does not.
         return model.get_decoder() if hasattr(base, "rope_deltas") else base
     # Llama 4's text model is not at the path that its class names.
-    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    ids = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
     around = {id(held): held for path in paths_of(layers, model) for held in holders(model, path)}
     around.pop(id(model), None)
     for held in around.values():
@@ -145,7 +146,7 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
 @torch.no_grad()
 def _run_on_text(model: PreTrainedModel, lists: list[nn.ModuleList]) -> nn.ModuleList:
     """Return the first list whose modules run on text; the first of all if none does."""
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(each.is_meta for each in model.parameters()) and not is_dispatched(model):
         return lists[0]
     ran: set[int] = set()
     handles = [
@@ -154,7 +155,7 @@ def _run_on_text(model: PreTrainedModel, lists: list[nn.ModuleList]) -> nn.Modul
         for module in found
     ]
     try:
-        ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+        ids = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
         for handle in handles:
@@ -207,17 +208,17 @@ def check_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:
         for number, layer in enumerate(layers, start=1)
         for parameter in layer.parameters()
     }
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    for name, parameter, values in weights_of(model):
+        if values.is_meta:
             raise ModelError(
-                f"the weight {name} is on no device (meta, or offloaded to disk); expected all"
-                " weights in memory, load the model without offloading"
+                f"the weight {name} is on no device, and nothing holds it; expected all weights in"
+                " memory or on disk, load the model again"
             )
-        if all(_is_finite(tensor) for tensor in plain_tensors(parameter)):
+        if all(_is_finite(tensor) for tensor in plain_tensors(values)):
             continue
         number = layer_of.get(id(parameter))
         where = f"decoder layer {number}" if number else "outside the decoder layers"
-        if model.dtype == torch.float16 and not torch.isnan(parameter).any():
+        if model.dtype == torch.float16 and not torch.isnan(values).any():
             most = torch.finfo(torch.float16).max
             raise ModelError(
                 f"the weights are infinite in float16 ({where}: {name}), which holds "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cascade.core.errors import ModelError
 from cascade.core.provenance import ModelProvenance
 from cascade.core.schema import from_plain, known, to_plain
+from cascade.models.dispatch import held_elsewhere
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,9 +65,13 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     # Hash each weight once and without its name, because wrapping a module renames weights or
     # lists them twice.
-    weights = model.state_dict(keep_vars=True).values()
-    for value in {id(value): value for value in weights}.values():
-        for tensor in plain_tensors(value):
+    weights = model.state_dict(keep_vars=True)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, value in {id(value): (name, value) for name, value in weights.items()}.values():
+        if value.is_meta and name in tied:
+            continue
+        held = held_elsewhere(model, name) if value.is_meta else None
+        for tensor in plain_tensors(value if held is None else held):
             add_to_digest(digest, tensor)
     return f"in-memory-sha256:{digest.hexdigest()}"
 

@@ -26,6 +26,7 @@ from cascade.models.checkpoints.quantization import (
 from cascade.models.checkpoints.reading import read_or_explain
 from cascade.models.checkpoints.tokenizers import read_tokenizer
 from cascade.models.checkpoints.weights import Weights, model_name, resolve
+from cascade.models.dispatch import OffloadFolder, places_of
 from cascade.models.identity import check_tokenizer, tokenizer_hash
 from cascade.models.stack import DecoderStack
 
@@ -108,8 +109,8 @@ def load(
         dtype: `torch.float32`, `torch.bfloat16` or `torch.float16`, or its name. Some quantized
             checkpoints compute in their own dtype only.
         device: "cpu", "cuda", "mps" or "auto".
-        device_map: Passed to `transformers`, e.g. "auto"; replaces `device`. Every weight must fit
-            on a device; weights offloaded to disk are rejected.
+        device_map: Passed to `transformers`, e.g. "auto"; replaces `device`. Layers may be on
+            several devices, in the CPU's memory or on disk; the model is never moved.
         attn_implementation: The attention kernel, passed to `transformers`: "sdpa", "eager",
             "flash_attention_2". Default: the one that config.json names, or SDPA where this machine
             lacks it.
@@ -153,6 +154,7 @@ def load(
     check_tokenizer(tokenizer, config, source)
     model, unused = _read_weights(weights, config=config, dtype=wanted, **placed)
     if own is not None:
+        _check_in_memory(model, source)
         model = apply_adapter(model, own, source, merge=weights.scheme is None)
     if weights.scheme is not None:
         unify_dtype(model, wanted, weights.scheme)
@@ -164,6 +166,7 @@ def load(
         text_decoder=text.model_type if wrapped else UNSET,
         tokenizer_hash=tokenizer_hash(tokenizer),
         unused_parts=", ".join(unused) or UNSET,
+        placed=places_of(model) or UNSET,
         attention_in_config=replaced or UNSET,
     )
     provenance = model_provenance(weights.provenance(), known_too)
@@ -248,8 +251,7 @@ def _read_weights(weights: Weights, **options: Any) -> tuple[Any, tuple[str, ...
         options: Passed to `from_pretrained`.
 
     Raises:
-        ModelError: See `check_loading_report` and `check_stored_dtypes`, or a weight is on no
-            device.
+        ModelError: See `check_loading_report` and `check_stored_dtypes`.
     """
     source = weights.source
     if weights.scheme is not None or weights.quantization is None:
@@ -257,6 +259,9 @@ def _read_weights(weights: Weights, **options: Any) -> tuple[Any, tuple[str, ...
             check_whole(file)
     if weights.scheme is not None:
         check_blocks(source, weights.files, weights.scheme)
+    offload = OffloadFolder() if "device_map" in options else None
+    if offload is not None:
+        options["offload_folder"] = str(offload.path)
     model, report = read_or_explain(
         f"the weights of {source}",
         lambda: auto_class(options["config"]).from_pretrained(
@@ -272,10 +277,19 @@ def _read_weights(weights: Weights, **options: Any) -> tuple[Any, tuple[str, ...
     check_loading_report(source, model, report)
     parameters = {name for name, _ in model.named_parameters()}
     check_stored_dtypes(source, weights.files, parameters, weights.scheme)
-    offloaded = [name for name, weight in model.named_parameters() if weight.is_meta]
-    if offloaded:
-        raise ModelError(
-            f"device_map leaves {len(offloaded)} weights of {source} on no device, the first is "
-            f"{offloaded[0]}; expected memory for all of them, use more devices or a narrower dtype"
-        )
+    if offload is not None:
+        offload.belongs_to(model)
     return model, unused_parts(model, report)
+
+
+def _check_in_memory(model: Any, source: str) -> None:
+    """Check that an adapter can be added to the weights: none is kept on disk.
+
+    Raises:
+        ModelError: One is.
+    """
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ModelError(
+            f"{source} is an adapter, but the device map keeps weights of its base model elsewhere"
+            f" ({places_of(model)}); merge the adapter first, or use more devices"
+        )

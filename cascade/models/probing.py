@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cascade.core.errors import UnsupportedModelError
 from cascade.models.architecture import run_decoder, text_config_of
+from cascade.models.dispatch import device_of
 from cascade.models.overrides.hooks import (
     as_output,
     call_hooks,
@@ -73,7 +74,7 @@ def probe(model: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList) -> 
     linked: list[int] = []
     ran: list[nn.Module] = []
     # The rows differ only in their last token, which must not affect the states before it.
-    ids = torch.zeros((2, 3), dtype=torch.long, device=model.device)
+    ids = torch.zeros((2, 3), dtype=torch.long, device=device_of(model))
     ids[1, -1] = int(config.vocab_size) // 2
 
     def note_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -188,6 +189,7 @@ def close(a: Tensor, b: Tensor) -> bool:
     """Return whether two results are the same but for rounding: to half of the dtype's digits."""
     # Kernels differ by much less; a missing operation by much more. Parts of float64 models compute
     # in float32.
+    b = b.to(a.device)
     digits = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
     limit = digits * torch.maximum(a.abs().max(), b.abs().max())
     return bool((a - b).abs().max() <= limit)

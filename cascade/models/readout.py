@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cascade.core.errors import UnsupportedModelError, first_line
 from cascade.models.architecture import run_decoder, text_config_of
+from cascade.models.dispatch import device_of
 from cascade.models.overrides.hooks import as_output, hidden_of, layer_hooks, split_output
 from cascade.models.overrides.stand_ins import StandIns
 from cascade.models.overrides.views import paths_of, with_descendants, with_own_hooks
@@ -61,7 +62,7 @@ class Readout:
         if has_text_decoder(self.model):
             return None  # DecoderStack checks the logits of those
         family = self.model.config.model_type
-        ids = torch.zeros((1, 3), dtype=torch.long, device=self.model.device)
+        ids = torch.zeros((1, 3), dtype=torch.long, device=device_of(self.model))
         ids[0, 1:] = int(text_config_of(self.model.config).vocab_size) // 2
         states: list[Tensor] = []
         model, layers = self.stand_ins.for_hooks(self.model)
@@ -96,13 +97,13 @@ class Readout:
         if not isinstance(norm, nn.Module) or not self.probe.has_final_norm:
             return None
         width = int(text_config_of(self.model.config).hidden_size)
-        hidden = torch.linspace(-1, 1, width, dtype=self.model.dtype, device=self.model.device)
+        hidden = torch.linspace(-1, 1, width, dtype=self.model.dtype, device=device_of(self.model))
         normed = norm(hidden[None, None])
         # Soft-capping changes only large logits, so scale a normed state by a hundred.
         large = 100 * normed
-        same = torch.equal(
-            self.lm_head(large), self._decode_normed_by_model(large)
-        ) and torch.equal(self.lm_head(normed), self._decode_by_model(hidden[None, None]))
+        same = _equal(self.lm_head(large), self._decode_normed_by_model(large)) and _equal(
+            self.lm_head(normed), self._decode_by_model(hidden[None, None])
+        )
         return norm if same else None
 
     def decode(self, hidden: Tensor) -> Tensor:
@@ -170,6 +171,11 @@ class Readout:
 
     def _stand_in_for(self, hidden: Tensor) -> Any:
         return lambda number, args, kwargs: self.probe.output(number, hidden)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    # The modules of a dispatched model return results on devices of their own.
+    return torch.equal(a, b.to(a.device))
 
 
 def _logits(model: nn.Module, like: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from cascade.models.architecture import (
 )
 from cascade.models.checkpoints.adapters import without_wrapper
 from cascade.models.checkpoints.quantization import decompress, packages_of
+from cascade.models.dispatch import device_of
 from cascade.models.identity import weights_digest
 from cascade.models.layer_states import attending
 from cascade.models.overrides.hooks import (
@@ -205,9 +206,8 @@ class DecoderStack:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
-        device: torch.device = self.model.device
-        return device
+        """The device of the weights; of a dispatched model, that of its first ones."""
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

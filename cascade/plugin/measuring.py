@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cascade.models.stack import DecoderStack
     from cascade.saturation.profile import SaturationProfile
     from cascade.saturation.records import NoiseFloor, ProfileRecord
+    from cascade.stats.sequence_rows import Rows
     from cascade.stats.similarity_statistics import SimilarityStatistics
 
 
@@ -268,8 +269,13 @@ class MeasuredProfile:
         return self._reading.profile.record()
 
     def arrays(self) -> dict[str, Array]:
-        """Return the statistics' whole state."""
+        """Return the state of the statistics of all tokens."""
         return self._reading.profile.arrays()
+
+    @property
+    def rows(self) -> Rows:
+        """One row per sequence and layer."""
+        return self._reading.profile.rows
 
 
 # --- Evaluations -----------------------------------------------------------------------------

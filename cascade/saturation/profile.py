@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack
@@ -33,7 +34,9 @@ from cascade.saturation.records import (
     ProfileRecord,
     SuggestedThresholds,
 )
+from cascade.saturation.row_files import ROWS_HASH, hashes_of
 from cascade.stats.cosine import cosine_of, norm, widened
+from cascade.stats.sequence_rows import Rows
 from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 
 #: The number of first sequences whose quantiles give the bin edges. Edges are fixed after them, for
 #: any batch size, so that one pass is enough.
-_PILOT_SEQUENCES = 16
+PILOT_SEQUENCES = 16
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,9 +120,19 @@ class SaturationProfile(Displayed):
             ],
         )
 
+    @property
+    def rows(self) -> Rows:
+        """One row per sequence and layer, as in `profile.parquet`."""
+        return self.statistics.rows
+
     def arrays(self) -> dict[str, Array]:
-        """Return the arrays of `profile.npz`: the whole state of the statistics."""
-        short = self.statistics.arrays() | {"sequence_fingerprint": self.sequence_fingerprints}
+        """Return the arrays of `profile.npz`: the state of the statistics of all tokens.
+
+        They include the hashes of the rows, which are in a file of their own.
+        """
+        prints = self.sequence_fingerprints
+        own = {"sequence_fingerprint": prints, ROWS_HASH: hashes_of(self.rows, prints)}
+        short = self.statistics.token_arrays() | own
         return short if self.long is None else short | self.long.arrays()
 
     def _to_show(self) -> tuple[ProfileRecord, dict[str, Array]]:
@@ -221,27 +234,29 @@ def analyze(
         >>> profile.statistics.layers[-1]
         '30+norm'
     """
-    with _as_stack(model, tokenizer) as stack:
+    with as_stack(model, tokenizer) as stack:
         blocks = _blocks_of(stack, corpus, reading)
         check_blocks(stack, blocks, batch_size)
-        labels = stack.layer_labels
-        collected = _Collected(labels, edges)
-        for ids, numbers in blocks.batches(batch_size):
-            tensor = torch.from_numpy(ids.astype(np.int64)).to(stack.device)
-            values = similarities(stack, tensor).cpu().numpy()
-            _check_finite(values, labels)
-            if sink is not None:
-                sink(values, numbers)
-            collected.add(values, numbers)
-            if progress is not None:
-                progress(ids.size)
+        batches = measured_batches(stack, blocks.batches(batch_size), progress=progress, sink=sink)
+        if edges is None:
+            edges, batches = piloted(batches)
+        statistics = statistics_of(stack.layer_labels, edges, batches)
         origin = provenance_of(stack, blocks, command)
-    return SaturationProfile(collected.finish(), blocks.sequence_fingerprints(), origin)
+    return SaturationProfile(statistics, blocks.sequence_fingerprints(), origin)
 
 
-def _as_stack(
+def as_stack(
     model: DecoderStack | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> AbstractContextManager[DecoderStack]:
+    """Return a context with the model as a stack.
+
+    Args:
+        model: The result of `load`, or a causal language model of `transformers`.
+        tokenizer: The tokenizer of a `transformers` model, needed to read texts.
+
+    Raises:
+        UsageError: The model has another type, or a tokenizer is given for the result of `load`.
+    """
     if isinstance(model, DecoderStack):
         if tokenizer is not None:
             raise UsageError("expected no tokenizer, as the model has its own; leave it out")
@@ -276,40 +291,76 @@ def _blocks_of(
     return load_blocks(corpus, stack.tokenizer, **(everything | reading))
 
 
-class _Collected:
-    """Statistics of all batches.
+# --- Passes over a corpus --------------------------------------------------------------------
+
+
+#: Similarities `[L, B, T]` and sequence numbers `[B]` of one batch.
+MeasuredBatch = tuple[Array, Array]
+
+
+def measured_batches(
+    stack: DecoderStack,
+    batches: Iterable[tuple[Array, Array]],
+    *,
+    progress: Callable[[int], None] | None = None,
+    sink: Callable[[Array, Array], None] | None = None,
+) -> Iterator[MeasuredBatch]:
+    """Yield every batch's similarities `[L, B, T]` and sequence numbers `[B]`.
 
     Args:
-        labels: Row labels.
-        edges: Bin edges, `[L, 3]`; None to take them from the first sequences.
+        stack: The model.
+        batches: Token ids `[B, T]` and sequence numbers `[B]`, as `TokenBlocks.batches` yields.
+        progress: Called with the number of tokens processed since the last call.
+        sink: Called with every batch's similarities and sequence numbers.
+
+    Raises:
+        ModelError: A layer's output is NaN or infinite (the message names the layer).
     """
+    for ids, numbers in batches:
+        tensor = torch.from_numpy(ids.astype(np.int64)).to(stack.device)
+        values = similarities(stack, tensor).cpu().numpy()
+        _check_finite(values, stack.layer_labels)
+        if sink is not None:
+            sink(values, numbers)
+        yield values, numbers
+        if progress is not None:
+            progress(ids.size)
 
-    def __init__(self, labels: Sequence[str], edges: Array | None) -> None:
-        self._labels = list(labels)
-        self._statistics = None if edges is None else SimilarityStatistics(labels, edges)
-        self._waiting: list[tuple[Array, Array]] = []
 
-    def add(self, values: Array, numbers: Array) -> None:
-        """Add a batch, similarities `[L, B, T]` and sequence numbers `[B]`."""
-        self._waiting.append((values, numbers))
-        waiting = sum(len(seen) for _, seen in self._waiting)
-        if self._statistics is not None or waiting >= _PILOT_SEQUENCES:
-            self._update()
+def piloted(batches: Iterator[MeasuredBatch]) -> tuple[Array, Iterator[MeasuredBatch]]:
+    """Return the bin edges that the first sequences give, and all batches.
 
-    def finish(self) -> SimilarityStatistics:
-        """Return the statistics of all batches; there must be at least one."""
-        return self._update()
+    The edges depend on the first 16 sequences alone, for any batch size.
 
-    def _update(self) -> SimilarityStatistics:
-        if self._statistics is None:
-            batches = [values for values, _ in self._waiting]
-            first = np.concatenate(batches, axis=1)[:, :_PILOT_SEQUENCES]
-            edges = quantile_edges(first.reshape(len(self._labels), -1))
-            self._statistics = SimilarityStatistics(self._labels, edges)
-        for values, numbers in self._waiting:
-            self._statistics.update(values, numbers)
-        self._waiting.clear()
-        return self._statistics
+    Args:
+        batches: At least one measured batch.
+
+    Returns:
+        `[L, 3]` bin edges; and the batches, those that were measured for the edges included.
+    """
+    pilot: list[MeasuredBatch] = []
+    for batch in batches:
+        pilot.append(batch)
+        if sum(len(numbers) for _, numbers in pilot) >= PILOT_SEQUENCES:
+            break
+    first = np.concatenate([values for values, _ in pilot], axis=1)[:, :PILOT_SEQUENCES]
+    return quantile_edges(first.reshape(len(first), -1)), itertools.chain(pilot, batches)
+
+
+def statistics_of(
+    layers: Sequence[str], edges: Array, batches: Iterable[MeasuredBatch]
+) -> SimilarityStatistics:
+    """Return the statistics of measured batches.
+
+    Args:
+        layers: Row labels.
+        edges: `[L, 3]` bin edges for the shares of each sequence.
+        batches: Measured batches of distinct sequences.
+    """
+    statistics = SimilarityStatistics(layers, edges)
+    for values, numbers in batches:
+        statistics.update(values, numbers)
+    return statistics
 
 
 def _check_finite(values: Array, labels: Sequence[str]) -> None:

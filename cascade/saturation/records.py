@@ -25,6 +25,10 @@ from cascade.core.schema import (
 Change = Annotated[float, Meta(ge=0, le=2, description="a change of a similarity, in 0..2")]
 
 
+#: Profiles of this schema have the content of today's in other files.
+SAME_CONTENT = 2
+
+
 class NoiseFloor(Part, frozen=True, kw_only=True):
     """How far arithmetic alone moves a sequence's mean similarity, in any layer.
 
@@ -169,10 +173,10 @@ class ProfileRecord(Displayed, StoredRecord, frozen=True, kw_only=True):
     """
 
     KIND: ClassVar[str] = "saturation"
-    SCHEMA: ClassVar[int] = 2
+    SCHEMA: ClassVar[int] = 3
     COMMAND: ClassVar[str] = "analyze --output"
 
-    schema: int = 2
+    schema: int = 3
     kind: Literal["saturation"] = "saturation"
     provenance: Provenance
     noise: NoiseFloor | UnsetType | None = UNSET

@@ -1,95 +1,30 @@
 """Mergeable similarity statistics: any split of the data gives the same bits as one pass.
 
-Each layer has count, sums, minimum, maximum, exact counters and a histogram uniform in angle. Each
-sequence has one small row per layer, because tokens of one sequence are correlated: sequences, not
-tokens, are the unit of every interval. Memory does not grow with the length of the sequences.
+They are the statistics of all tokens, and one small row per sequence and layer. Tokens of one
+sequence are correlated: sequences, not tokens, are the unit of every interval.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from cascade.core.arrays import Array
-
-#: Histogram bins, uniform in angle over [0, pi]. Similarities 0 and 0.5 are bin edges. Above 0.981,
-#: where saturated layers have nearly all tokens, bins are narrower than 1e-4.
-BINS = 6144
-
-
-#: Each sequence's row holds the shares of tokens at or below these quantiles of the layer.
-QUANTILES = (0.1, 0.5, 0.9)
-
-
-#: Sums are integers in units of 2**-40, so that addition is exact in any order.
-_UNIT = 1 << 40
+from cascade.stats.sequence_rows import QUANTILES as QUANTILES
+from cascade.stats.sequence_rows import Rows, SequenceRows
+from cascade.stats.token_statistics import BINS as BINS
+from cascade.stats.token_statistics import EmptyStatisticsError as EmptyStatisticsError
+from cascade.stats.token_statistics import TokenStatistics, bin_index
+from cascade.stats.token_statistics import bin_edge as bin_edge
+from cascade.stats.token_statistics import exact_sums as exact_sums
+from cascade.stats.token_statistics import mean_of_sums as mean_of_sums
+from cascade.stats.token_statistics import quantile_edges as quantile_edges
 
 
-class EmptyStatisticsError(ValueError):
-    """A statistic was requested without any tokens."""
-
-
-def bin_index(similarity: Array) -> npt.NDArray[np.int64]:
-    """Return the angle bin of each similarity; bin k holds angles [k, k+1) * pi / BINS.
-
-    Args:
-        similarity: Values in [-1, 1], any shape.
-    """
-    angle = np.arccos(similarity.astype(np.float64))
-    # The offset of 1e-9 bins makes arccos(0.5) * BINS / pi reach 2048 despite rounding.
-    index = np.floor(angle * (BINS / np.pi) + 1e-9).astype(np.int64)
-    return np.minimum(index, BINS - 1)
-
-
-def bin_edge(index: Array | float) -> Array:
-    """Return the similarity at the upper edge of bin `index`: cos(index * pi / BINS)."""
-    edge: Array = np.cos(np.asarray(index, dtype=np.float64) * (np.pi / BINS))
-    return edge
-
-
-def quantile_edges(similarity: Array) -> npt.NDArray[np.int64]:
-    """Return the bin edges nearest to each layer's QUANTILES.
-
-    Args:
-        similarity: A sample, `[L, tokens]`.
-
-    Returns:
-        Bin edges, `[L, len(QUANTILES)]`.
-    """
-    exact = np.quantile(similarity.astype(np.float64), QUANTILES, axis=1).T
-    return np.rint(np.arccos(np.clip(exact, -1, 1)) * (BINS / np.pi)).astype(np.int64)
-
-
-def exact_sums(values: Array) -> npt.NDArray[np.int64]:
-    """Return the sums over the last axis, as integers in units of 2**-40.
-
-    Args:
-        values: Values in [-1, 1], `[..., tokens]`, at most some 8 million tokens.
-
-    Example:
-        >>> exact_sums(np.array([[0.5, 0.25]])).tolist() == [3 << 38]
-        True
-    """
-    whole: npt.NDArray[np.int64] = np.rint(values * _UNIT).astype(np.int64).sum(axis=-1)
-    return whole
-
-
-def mean_of_sums(sums: Array, count: Array | int) -> Array:
-    """Return the means that belong to the result of `exact_sums`.
-
-    Args:
-        sums: Integers in units of 2**-40.
-        count: How many values each is the sum of.
-    """
-    mean: Array = np.asarray(sums, dtype=np.float64) / (float(_UNIT) * np.asarray(count))
-    return mean
-
-
-class SimilarityStatistics:
+class SimilarityStatistics(TokenStatistics):
     """Statistics of the similarities of several layers.
 
     Args:
@@ -110,24 +45,31 @@ class SimilarityStatistics:
     """
 
     def __init__(self, layers: Sequence[str], edges: Array) -> None:
-        self.layers = tuple(layers)
-        if not self.layers or len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"expected distinct layer labels, got {list(layers)}")
-        self.edges = np.asarray(edges, dtype=np.int64)
-        rows = len(self.layers)
-        if self.edges.shape != (rows, len(QUANTILES)):
-            raise ValueError(
-                f"expected edges of shape {(rows, len(QUANTILES))}, got {self.edges.shape}"
-            )
-        self.count = 0
-        self.total = [0] * rows
-        self.square_total = [0] * rows
-        self.minimum = np.full(rows, np.inf)
-        self.maximum = np.full(rows, -np.inf)
-        self.negative = np.zeros(rows, np.int64)
-        self.below_half = np.zeros(rows, np.int64)
-        self.histogram = np.zeros((rows, BINS), np.int64)
-        self._sequences: dict[int, dict[str, Array]] = {}
+        super().__init__(layers, edges)
+        self._parts: list[SequenceRows] = []
+        self._numbers: set[int] = set()
+        self._stored: Rows | None = None
+
+    @classmethod
+    def of(cls, tokens: TokenStatistics, rows: Rows) -> Self:
+        """Return statistics of given tokens and rows.
+
+        Args:
+            tokens: The statistics of all tokens.
+            rows: The rows of all sequences, in memory or in a file.
+        """
+        self = cls(tokens.layers, tokens.edges)
+        self._take_tokens(tokens)
+        self._stored = rows
+        return self
+
+    @property
+    def rows(self) -> Rows:
+        """One row per sequence and layer, in ascending order of the sequences' numbers."""
+        if self._stored is None:
+            self._stored = SequenceRows.joined([SequenceRows.none(len(self.layers)), *self._parts])
+            self._parts = [self._stored]
+        return self._stored
 
     def update(self, similarity: Array, sequences: Array) -> None:
         """Add a batch of whole sequences.
@@ -146,14 +88,22 @@ class SimilarityStatistics:
         if sequences.shape != similarity.shape[1:2]:
             raise ValueError(f"expected {similarity.shape[1]} sequences, got {sequences.shape}")
         numbers = [int(number) for number in sequences]
-        repeated = len(set(numbers)) != len(numbers) or self._sequences.keys() & set(numbers)
-        if repeated:
+        self._own_rows()
+        if len(set(numbers)) != len(numbers) or self._numbers & set(numbers):
             raise ValueError("expected every sequence once, got one twice")
         values = similarity.astype(np.float64)
         self._check_range(values)
         bins = bin_index(values)
-        self._add_tokens(values.reshape(rows, -1), bins.reshape(rows, -1))
-        self._add_sequences(numbers, values, bins)
+        self.add(values.reshape(rows, -1), bins.reshape(rows, -1))
+        self._parts.append(self._rows_of(sequences, values, bins))
+        self._numbers.update(numbers)
+        self._stored = None
+
+    def _own_rows(self) -> None:
+        """Hold all rows in memory, with their numbers, so that more can be added."""
+        if self._stored is not None:
+            self._parts = [self._stored.all()]
+            self._numbers = set(self._parts[0].numbers.tolist())
 
     def _check_range(self, values: Array) -> None:
         wrong = ~(np.abs(values) <= 1)  # true for NaN as well
@@ -164,32 +114,15 @@ class SimilarityStatistics:
                 f"layer {self.layers[row]}: expected similarities in [-1, 1], got {got}"
             )
 
-    def _add_tokens(self, values: Array, bins: Array) -> None:
-        rows, tokens = values.shape
-        self.count += tokens
-        for row, (value, square) in enumerate(
-            zip(exact_sums(values), exact_sums(values**2), strict=True)
-        ):
-            self.total[row] += int(value)
-            self.square_total[row] += int(square)
-        self.minimum = np.minimum(self.minimum, values.min(axis=1))
-        self.maximum = np.maximum(self.maximum, values.max(axis=1))
-        self.negative += (values < 0).sum(axis=1)
-        self.below_half += (values < 0.5).sum(axis=1)
-        flat = (bins + BINS * np.arange(rows)[:, None]).ravel()
-        self.histogram += np.bincount(flat, minlength=rows * BINS).reshape(rows, BINS)
-
-    def _add_sequences(self, numbers: list[int], values: Array, bins: Array) -> None:
-        mean = values.mean(axis=2)
-        square = (values**2).mean(axis=2)
+    def _rows_of(self, numbers: Array, values: Array, bins: Array) -> SequenceRows:
         # A bin index at or above the edge is a similarity at or below it.
         share = (bins[..., None] >= self.edges[:, None, None, :]).mean(axis=2)
-        for column, number in enumerate(numbers):
-            self._sequences[number] = {
-                "mean": mean[:, column],
-                "mean_square": square[:, column],
-                "share": share[:, column],
-            }
+        return SequenceRows(
+            np.asarray(numbers, dtype=np.int64),
+            np.ascontiguousarray(values.mean(axis=2).T),
+            np.ascontiguousarray((values**2).mean(axis=2).T),
+            np.ascontiguousarray(share.transpose(1, 0, 2)),
+        )
 
     def renumbered(self, shift: int) -> SimilarityStatistics:
         """Return the same statistics with other sequence numbers.
@@ -198,7 +131,7 @@ class SimilarityStatistics:
             shift: The number that is added to each sequence number.
         """
         moved = copy.copy(self)
-        moved._sequences = {number + shift: row for number, row in self._sequences.items()}
+        moved._stored = self.rows.all().renumbered(shift)
         return moved
 
     def merge(self, other: SimilarityStatistics) -> SimilarityStatistics:
@@ -207,152 +140,14 @@ class SimilarityStatistics:
         Raises:
             ValueError: The two differ in layers or edges, or share a sequence.
         """
-        if self.layers != other.layers or not np.array_equal(self.edges, other.edges):
-            raise ValueError("expected statistics with the same layers and edges")
-        if self._sequences.keys() & other._sequences.keys():
-            raise ValueError("expected every sequence once, got one in both statistics")
-        merged = SimilarityStatistics(self.layers, self.edges)
-        merged.count = self.count + other.count
-        merged.total = [a + b for a, b in zip(self.total, other.total, strict=True)]
-        merged.square_total = [
-            a + b for a, b in zip(self.square_total, other.square_total, strict=True)
-        ]
-        merged.minimum = np.minimum(self.minimum, other.minimum)
-        merged.maximum = np.maximum(self.maximum, other.maximum)
-        merged.negative = self.negative + other.negative
-        merged.below_half = self.below_half + other.below_half
-        merged.histogram = self.histogram + other.histogram
-        merged._sequences = self._sequences | other._sequences
-        return merged
-
-    def _require_tokens(self) -> None:
-        if self.count == 0:
-            raise EmptyStatisticsError("expected at least one token, got none")
-
-    def mean(self) -> Array:
-        """Return each layer's mean similarity, `[L]`.
-
-        Raises:
-            EmptyStatisticsError: There are no tokens.
-        """
-        self._require_tokens()
-        return np.array([total / (_UNIT * self.count) for total in self.total])
-
-    def std(self) -> Array:
-        """Return each layer's population standard deviation, `[L]`.
-
-        Raises:
-            EmptyStatisticsError: There are no tokens.
-        """
-        self._require_tokens()
-        # n * sum(v^2) - sum(v)^2 in integers loses no digits, even for a tiny variance.
-        variance = [
-            max(0, self.count * square * _UNIT - total * total) / (_UNIT * self.count) ** 2
-            for total, square in zip(self.total, self.square_total, strict=True)
-        ]
-        std: Array = np.sqrt(np.array(variance))
-        return std
-
-    def quantile(self, q: float) -> Array:
-        """Return each layer's quantile `q`, `[L]`, interpolated as `numpy.quantile` does.
-
-        The error is at most the width of a bin, below 1e-4 for similarities above 0.981.
-
-        Raises:
-            EmptyStatisticsError: There are no tokens.
-            ValueError: `q` is outside [0, 1].
-        """
-        self._require_tokens()
-        if not 0 <= q <= 1:
-            raise ValueError(f"expected a quantile in [0, 1], got {q}")
-        rank = q * (self.count - 1)
-        low = int(np.floor(rank))
-        high = min(low + 1, self.count - 1)
-        values = self._order_statistic(low)
-        quantile: Array = values + (rank - low) * (self._order_statistic(high) - values)
-        return quantile
-
-    def _order_statistic(self, rank: int) -> Array:
-        """Return each layer's value at an ascending rank; tokens fill their bin evenly."""
-        ascending = self.histogram[:, ::-1]  # the largest angle is the smallest similarity
-        upto = ascending.cumsum(axis=1)
-        position = (upto <= rank).sum(axis=1)
-        rows = np.arange(len(self.layers))
-        inside = ascending[rows, position]
-        before = upto[rows, position] - inside
-        fraction = (rank - before + 0.5) / inside
-        value: Array = np.clip(bin_edge(BINS - position - fraction), self.minimum, self.maximum)
-        return value
-
-    def share_below(self, similarity: float) -> Array:
-        """Return each layer's share of tokens below a similarity, `[L]`, the inverse of `quantile`.
-
-        The tokens of a bin are taken as evenly spread, so the error is at most one bin's tokens.
-
-        Raises:
-            EmptyStatisticsError: There are no tokens.
-            ValueError: `similarity` is outside [-1, 1].
-        """
-        self._require_tokens()
-        if not -1 <= similarity <= 1:
-            raise ValueError(f"expected a similarity in [-1, 1], got {similarity}")
-        position = float(np.arccos(similarity)) * (BINS / np.pi)
-        inside = min(int(position), BINS - 1)
-        # Larger angles are smaller similarities.
-        below = self.histogram[:, inside + 1 :].sum(axis=1)
-        below = below + self.histogram[:, inside] * (inside + 1 - position)
-        share: Array = below / self.count
-        # Below the minimum and above the maximum there are no tokens.
-        share = np.where(similarity <= self.minimum, 0.0, share)
-        return np.where(similarity > self.maximum, 1.0, share)
-
-    def table(self) -> list[dict[str, Any]]:
-        """Return one row per layer with the statistics of a profile, rounded to 6 decimals.
-
-        Raises:
-            EmptyStatisticsError: There are no tokens.
-        """
-        columns = {
-            "mean": self.mean(),
-            "std": self.std(),
-            "min": self.minimum,
-            "p10": self.quantile(0.1),
-            "p50": self.quantile(0.5),
-            "p90": self.quantile(0.9),
-            "max": self.maximum,
-            "frac_negative": self.negative / self.count,
-            "frac_below_half": self.below_half / self.count,
-        }
-        return [
-            {"layer": label, "count": self.count}
-            | {name: round(float(values[row]), 6) for name, values in columns.items()}
-            for row, label in enumerate(self.layers)
-        ]
+        tokens = self.merged_tokens(other)
+        return SimilarityStatistics.of(
+            tokens, SequenceRows.joined([self.rows.all(), other.rows.all()])
+        )
 
     def arrays(self) -> dict[str, Array]:
         """Return the whole state as arrays for an `.npz` file, sequences in ascending order."""
-        numbers = sorted(self._sequences)
-        rows = [self._sequences[number] for number in numbers]
-        shape = (0, len(self.layers))
-        return {
-            "layers": np.array(self.layers),
-            "edges": self.edges,
-            "count": np.array(self.count),
-            # Decimal text, because exact sums exceed 64 bits after some 8 million tokens.
-            "total": np.array([str(value) for value in self.total]),
-            "square_total": np.array([str(value) for value in self.square_total]),
-            "minimum": self.minimum,
-            "maximum": self.maximum,
-            "negative": self.negative,
-            "below_half": self.below_half,
-            "histogram": self.histogram,
-            "sequence": np.array(numbers, dtype=np.int64),
-        } | {
-            f"sequence_{name}": np.stack([row[name] for row in rows])
-            if rows
-            else np.zeros(shape + ((len(QUANTILES),) if name == "share" else ()))
-            for name in ("mean", "mean_square", "share")
-        }
+        return self.token_arrays() | self.rows.all().arrays()
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> SimilarityStatistics:
@@ -362,20 +157,6 @@ class SimilarityStatistics:
             KeyError: An array is missing.
             ValueError: The shapes of the arrays do not match.
         """
-        self = cls([str(label) for label in arrays["layers"]], arrays["edges"])
-        self.count = int(arrays["count"])
-        self.total = [int(value) for value in arrays["total"]]
-        self.square_total = [int(value) for value in arrays["square_total"]]
-        for name in ("minimum", "maximum", "negative", "below_half", "histogram"):
-            value = np.array(arrays[name])
-            if value.shape != getattr(self, name).shape:
-                raise ValueError(
-                    f"{name}: expected shape {getattr(self, name).shape}, got {value.shape}"
-                )
-            setattr(self, name, value)
-        for row, number in enumerate(arrays["sequence"]):
-            self._sequences[int(number)] = {
-                name: np.array(arrays[f"sequence_{name}"][row])
-                for name in ("mean", "mean_square", "share")
-            }
-        return self
+        tokens = TokenStatistics.of_arrays(arrays)
+        rows = SequenceRows.joined([SequenceRows.from_arrays(arrays, len(tokens.layers))])
+        return cls.of(tokens, rows)

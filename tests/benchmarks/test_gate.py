@@ -183,8 +183,8 @@ def test_a_baseline_without_sequences_of_the_corpus_is_an_error(
     texts = ["Other text that the corpus does not have."] * 9
     blocks = load_blocks(texts, stack.tokenizer, seq_len=LENGTH)
     path, _ = store_profile(folder, measure_whole(stack, blocks))
-    path.rename(path.with_name("embedded.saturation.json"))
-    path.with_suffix(".npz").rename(path.with_name("embedded.saturation.npz"))
+    for end in ("json", "npz", "parquet"):
+        path.with_suffix(f".{end}").rename(path.with_name(f"embedded.saturation.{end}"))
     with pytest.raises(BenchmarkError, match=r"expected sequences of .* found none"):
         benchmark.benchmark_gate(settings(saved, folder))
 

@@ -88,7 +88,7 @@ def test_one_sequence_in_ten_is_held_out(family: str, monkeypatch: pytest.Monkey
         seen.append((train, held_out))
         return fit(train, held_out, groups)
 
-    monkeypatch.setattr("cascade.exits.head_fitting.fit", recording_fit)
+    monkeypatch.setattr("cascade.exits.head_sums.fit", recording_fit)
     stack, blocks = a_stack(family), random_blocks(25)
     fit_heads(stack, blocks, [2], batch_size=7)
     x, y, held_out = reference_rows(stack, blocks, 2)

@@ -10,13 +10,20 @@ from pathlib import Path
 
 import pytest
 from support.build_evaluations import a_row, an_evaluation
-from support.build_profiles import a_profile, edited, provenance, write_profile
+from support.build_profiles import (
+    a_profile,
+    edited,
+    old_arrays,
+    provenance,
+    write_profile,
+    write_rows,
+)
 from support.commands import python
 from support.paths import BASELINES
 from support.records import edit_sealed
 
 from cascade.core.errors import UsageError
-from cascade.core.records import to_json
+from cascade.core.records import packed, to_json
 from cascade.gate.accepting import store_profile
 from cascade.gate.baseline_files import MOST_BYTES, check_files
 from cascade.gate.budgets import accept_budgets
@@ -24,6 +31,7 @@ from cascade.gate.budgets import accept_budgets
 FOLDER = Path("baselines")
 PROFILE = FOLDER / "tiny/words.saturation.json"
 ARRAYS = PROFILE.with_suffix(".npz")
+ROWS = PROFILE.with_suffix(".parquet")
 BUDGETS = FOLDER / "tiny/words.budgets.json"
 
 #: A profile of a model that was loaded from a file.
@@ -58,8 +66,8 @@ def test_the_baselines_of_this_repository_have_no_problem() -> None:
     assert len(checked.baselines) == 2
 
 
-@pytest.mark.parametrize("file", [PROFILE, ARRAYS])
-def test_either_file_of_a_profile_stands_for_both(file: Path) -> None:
+@pytest.mark.parametrize("file", [PROFILE, ARRAYS, ROWS])
+def test_any_file_of_a_profile_stands_for_all(file: Path) -> None:
     assert check_files([file]).baselines == [PROFILE]
     write_profile(PROFILE, a_profile(seed=1))
     ARRAYS.unlink()
@@ -81,6 +89,10 @@ def of_another_run() -> None:
     PROFILE.write_bytes(kept)
 
 
+def rows_of_another_run() -> None:
+    write_rows(ROWS, a_profile(seed=1))
+
+
 def without_hash(path: Path) -> None:
     record = json.loads(path.read_text())
     del record["hash"]
@@ -95,6 +107,7 @@ def of_the_first_schema() -> None:
         del record["hash"], record["arrays_hash"]
 
     PROFILE.write_text(to_json(edited(profile, age, sealed=False)))
+    ARRAYS.write_bytes(packed(old_arrays(profile)))
 
 
 def large(path: Path) -> None:
@@ -133,6 +146,16 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "arrays are of another run": (of_another_run, "words.saturation.npz was changed after"),
     "arrays are missing": (ARRAYS.unlink, "no file baselines/tiny/words.saturation.npz"),
+    "rows are a pointer of Git LFS": (
+        lambda: ROWS.write_text(POINTER),
+        "words.saturation.parquet is torn",
+    ),
+    "rows are torn": (
+        lambda: ROWS.write_bytes(ROWS.read_bytes()[:-9]),
+        "words.saturation.parquet is torn",
+    ),
+    "rows are of another run": (rows_of_another_run, "words.saturation.parquet is torn, edited or"),
+    "rows are missing": (ROWS.unlink, "no rows baselines/tiny/words.saturation.parquet"),
     "a record is missing": (
         PROFILE.unlink,
         "words.saturation.npz has no words.saturation.json next to it",
@@ -151,7 +174,7 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a profile is of a newer release": (
         lambda: edit_sealed(PROFILE, lambda record: record.update(schema=99)),
-        "has schema 99, this release reads up to 2",
+        "has schema 99, this release reads up to 3",
     ),
     "budgets are of a newer release": (
         lambda: edit_sealed(BUDGETS, lambda record: record.update(schema=99)),
@@ -167,6 +190,10 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "arrays are too large": (
         lambda: large(ARRAYS),
         r"words.saturation.npz has 2,0\d\d,\d{3} bytes, expected at most 2,000,000",
+    ),
+    "rows are too large": (
+        lambda: large(ROWS),
+        r"words.saturation.parquet has 2,0\d\d,\d{3} bytes, expected at most 2,000,000",
     ),
 }
 

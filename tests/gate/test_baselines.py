@@ -239,7 +239,7 @@ def test_a_missing_seal_is_detected(tmp_path: Path, name: str) -> None:
     [
         ("layers", None),
         ("total", np.array(["x"] * 4)),
-        ("sequence_mean", None),
+        ("rows_hash", None),
         ("sequence_fingerprint", None),
     ],
 )
@@ -247,7 +247,9 @@ def test_arrays_that_are_not_statistics_are_refused(tmp_path: Path, name: str, v
     profile = a_profile(4)
     arrays = {key: part for key, part in profile.state.items() if key != name}
     arrays |= {} if value is None else {name: value}
-    run = save_run(tmp_path / "run", StoredProfile(seal(profile.content, arrays), arrays))
+    run = save_run(
+        tmp_path / "run", StoredProfile(seal(profile.content, arrays), arrays, profile.rows)
+    )
     with pytest.raises(RecordError, match="torn or edited"):
         read_profile(run)
 
@@ -255,7 +257,9 @@ def test_arrays_that_are_not_statistics_are_refused(tmp_path: Path, name: str, v
 def test_a_missing_fingerprint_is_refused(tmp_path: Path) -> None:
     profile = a_profile(4)
     arrays = profile.state | {"sequence_fingerprint": profile.state["sequence_fingerprint"][:-1]}
-    run = save_run(tmp_path / "run", StoredProfile(seal(profile.content, arrays), arrays))
+    run = save_run(
+        tmp_path / "run", StoredProfile(seal(profile.content, arrays), arrays, profile.rows)
+    )
     with pytest.raises(RecordError, match="from different runs"):
         read_profile(run)
 
@@ -263,7 +267,7 @@ def test_a_missing_fingerprint_is_refused(tmp_path: Path) -> None:
 def test_nan_in_a_record_is_refused(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     text = (run / "profile.json").read_text(encoding="utf-8")
-    (run / "profile.json").write_text(text.replace('"schema": 2', '"schema": 2, "x": NaN'))
+    (run / "profile.json").write_text(text.replace('"schema": 3', '"schema": 3, "x": NaN'))
     with pytest.raises(RecordError, match="contains NaN"):
         accept(tmp_path / "baselines", run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_a_few_tokens_across_a_quantile_fail_its_share() -> None:
     edges[1, 1] += 12
     counted = profile_of(similarities_of(64), edges=edges)
     # The shares refer to other edges than the stored ones.
-    wrong = StoredProfile(counted.content, counted.state | {"edges": EDGES})
+    wrong = StoredProfile(counted.content, counted.state | {"edges": EDGES}, counted.rows)
     comparison = compare(wrong, baseline)
     assert failed(comparison) == {("2", "share_p50")}
     assert comparison.attribution is not None
@@ -123,14 +124,14 @@ def test_shares_at_other_quantiles_are_not_compared_and_are_noted() -> None:
     assert "shares were not compared" in comparison.notes[0]
 
 
-@pytest.mark.parametrize("place", ["sequence_mean", "sequence_mean_square", "sequence_share"])
+@pytest.mark.parametrize("place", ["mean", "mean_square", "share"])
 @pytest.mark.parametrize("on_both", [False, True])
 def test_nan_fails_on_either_side_and_on_both(place: str, on_both: bool) -> None:
     profile = a_profile()
-    broken = StoredProfile(
-        profile.content, profile.state | {place: profile.state[place].astype(float).copy()}
-    )
-    broken.state[place][3, 1] = np.nan
+    rows = profile.rows.all()
+    values = getattr(rows, place).copy()
+    values[3, 1] = np.nan
+    broken = replace(profile, rows=replace(rows, **{place: values}))
     assert compare(broken, profile).verdict == "FAIL"
     assert compare(profile, broken).verdict == "FAIL"
     if on_both:  # an ordinary table comparison treats NaN as equal to NaN
@@ -245,7 +246,7 @@ def test_too_few_sequences_are_inconclusive_and_name_the_number_needed() -> None
 
 def test_the_margin_is_the_baselines_spread_with_a_floor() -> None:
     baseline = other_text(50, seed=1)
-    spread = baseline.arrays()["sequence_mean"].std(axis=0, ddof=1)
+    spread = baseline.rows.all().mean.std(axis=0, ddof=1)
     comparison = compare(other_text(50, seed=2), baseline, margin=0.7)
     limits = {c.layer: c.limit for c in comparison.cells if c.statistic == "mean"}
     assert list(limits.values()) == pytest.approx(0.7 * spread)
@@ -311,6 +312,6 @@ def test_one_sequence_of_other_text_is_too_few() -> None:
 
 def test_a_profile_without_rows_per_sequence_is_refused() -> None:
     profile = a_profile()
-    bare = StoredProfile(profile.content, {"layers": profile.state["layers"]})
+    bare = StoredProfile(profile.content, {"layers": profile.state["layers"]}, profile.rows)
     with pytest.raises(RecordError, match="no rows per sequence"):
         compare(bare, profile)

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec.structs
 import numpy as np
 import pytest
+from support.build_profiles import write_rows
 from support.long_faults import LONG_FAULTS, long_blocks, long_stack
 
 from cascade.core.errors import BrokenRecordError
@@ -17,7 +18,7 @@ from cascade.gate import long_context_check
 from cascade.gate.baselines import StoredProfile, seal
 from cascade.gate.comparison import LEAST_TOLERANCE, NOISE_FACTOR, tolerance_of
 from cascade.gate.drift import compare
-from cascade.gate.long_context_check import compare_long
+from cascade.gate.long_context_comparison import compare_long
 from cascade.gate.quick_gate import run_gate
 from cascade.gate.records import ComparisonRecord
 from cascade.gate.remeasuring import measure_whole, still_holds
@@ -41,7 +42,7 @@ def baseline(profile: SaturationProfile) -> StoredProfile:
 
 
 def stored(profile: SaturationProfile) -> StoredProfile:
-    return StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays())
+    return StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays(), profile.rows)
 
 
 def said(record: ComparisonRecord) -> list[tuple[str, str]]:
@@ -116,7 +117,7 @@ def older(baseline: StoredProfile) -> StoredProfile:
     """Return a baseline as an earlier release wrote it."""
     arrays = {name: v for name, v in baseline.state.items() if not name.startswith("long_")}
     content = msgspec.structs.replace(baseline.content, long_context=UNSET)
-    return StoredProfile(seal(content, arrays), arrays)
+    return StoredProfile(seal(content, arrays), arrays, baseline.rows)
 
 
 def unchecked(stack: DecoderStack, blocks: TokenBlocks, baseline: StoredProfile) -> list[str]:
@@ -258,6 +259,7 @@ def test_a_record_with_other_long_sequences_than_its_arrays_is_refused(
     content = seal(msgspec.structs.replace(baseline.content, long_context=about), baseline.arrays())
     path.write_text(to_file(content), encoding="utf-8")
     path.with_suffix(".npz").write_bytes(packed(baseline.arrays()))
+    write_rows(path.with_suffix(".parquet"), baseline)
     with pytest.raises(BrokenRecordError, match="have other long sequences"):
         read_profile(path)
     path.write_text(to_file(baseline.content), encoding="utf-8")

@@ -26,7 +26,7 @@ from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.head_fitting import fit_heads
 from cascade.gate.accepting import store_profile
 from cascade.gate.baseline_corpus import GivenCorpus
-from cascade.gate.baselines import StoredProfile, read_profile, seal
+from cascade.gate.baselines import StoredProfile, read_profile
 from cascade.gate.budgets import accept_budgets, check_budgets, read_budgets
 from cascade.gate.drift import compare
 from cascade.gate.remeasuring import (
@@ -170,7 +170,7 @@ def test_a_baseline_covers_the_whole_corpus_and_stores_its_noise_floor(tmp_path:
     assert record.noise
     assert record.noise.repeat < 1e-6
     assert record.provenance.command == "pytest --force-regen"
-    assert len(stored.arrays()["sequence"]) == len(BLOCKS.ids)
+    assert len(stored.rows) == len(BLOCKS.ids)
     again = measure_whole(broken(), BLOCKS)
     _, before = store_profile(tmp_path, again)
     assert before is not None
@@ -195,7 +195,7 @@ def test_a_baseline_with_fewer_or_more_sequences_does_not_hold() -> None:
 def test_another_model_or_an_older_schema_never_holds() -> None:
     old = a_profile(12)
     assert not still_holds(a_profile(12, about=provenance(model__weights_hash="w2")), old)
-    first = StoredProfile(seal(replace(old.content, schema=1), old.state), old.state)
+    first = StoredProfile(replace(old.content, schema=1), old.state, old.rows)
     assert compare(old, first).verdict == "PASS"
     assert not still_holds(old, first)
 

@@ -167,20 +167,6 @@ def test_error_for_an_unknown_device_map_says_what_to_check(saved: Path) -> None
     assert str(error.value).endswith("; check device_map, or get the checkpoint again")
 
 
-def test_weights_offloaded_to_disk_are_rejected(saved: Path) -> None:
-    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
-    layers = [f"model.layers.{number}" for number in range(LAYERS)]
-    device_map: dict[str, str | int | torch.device] = dict.fromkeys([*parts, *layers], "cpu")
-    load(saved, device_map=device_map)
-    with pytest.raises(ModelError) as error:
-        load(saved, device_map=device_map | {"model.layers.2": "disk"})
-    assert one_line(error) == (
-        f"device_map leaves 9 weights of {saved} on no device, "
-        "the first is model.layers.2.self_attn.q_proj.weight; expected memory for all of them, "
-        "use more devices or a narrower dtype"
-    )
-
-
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_attention_kernel_is_used_and_recorded(name: str, saved: Path) -> None:
     stack = load(saved, attn_implementation=name)

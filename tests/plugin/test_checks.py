@@ -256,11 +256,11 @@ def test_regenerating_measures_all_of_a_corpus_that_grew(guarded: pytest.Pyteste
         file.write('{"text": "One more text, longer than a sequence of sixteen characters."}\n')
     only = ("-m", "saturation")
     ran(guarded, *only).assert_outcomes(passed=1, deselected=1)
-    before = len(read_profile(guarded.path / BASELINE).arrays()["sequence"])
+    before = len(read_profile(guarded.path / BASELINE).rows)
     ran(guarded, *only, "--force-regen").assert_outcomes(failed=1, deselected=1)
     stored = read_profile(guarded.path / BASELINE)
     assert stored.record().provenance.corpus.records == len(TEXTS) + 1
-    assert len(stored.arrays()["sequence"]) > before
+    assert len(stored.rows) > before
     ran(guarded, *only).assert_outcomes(passed=1, deselected=1)
 
 

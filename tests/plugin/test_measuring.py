@@ -49,7 +49,7 @@ def test_the_profile_covers_the_quick_gate_or_the_whole_corpus(
             assert cascade_profile.statistics.layers == ("1", "2", "3", "4", "4+norm")
             count = len(blocks.ids) if full else 32
             assert record.layers[0].count == 16 * count
-            assert len(arrays["sequence"]) == len(cascade_profile.sequence_fingerprints) == count
+            assert len(cascade_profile.rows) == len(cascade_profile.sequence_fingerprints) == count
             assert cascade_profile.provenance.model.name == "tiny"
             assert cascade_profile.noise is None
             if full:
@@ -96,7 +96,7 @@ def test_the_gate_stops_as_soon_as_it_can_decide(guarded: pytest.Pytester) -> No
         ran(guarded, "test_my_saturation.py", "--junitxml", "junit.xml", *options)
         return [values["cascade_tokens"] for values in properties("junit.xml")]
 
-    whole = str(16 * len(read_profile(guarded.path / BASELINE).arrays()["sequence"]))
+    whole = str(16 * len(read_profile(guarded.path / BASELINE).rows))
     assert tokens() == ["512", "32", whole]
     assert tokens("--cascade-tokens", 100) == ["96", "32", whole]
     assert tokens("--cascade-full") == [whole, whole, whole]
@@ -108,13 +108,13 @@ def test_a_given_profile_is_compared_with_its_baseline(project: pytest.Pytester)
     # Read from files, as from another test or another machine.
     for name, seed in (("tiny", 0), ("moved", 0)):
         run = save_run(project.path / name, a_profile(12, seed=seed))
-        shutil.copy(run / "profile.json", project.path / f"{name}.json")
-        shutil.copy(run / "profile.npz", project.path / f"{name}.npz")
+        for end in ("json", "npz", "parquet"):
+            shutil.copy(run / f"profile.{end}", project.path / f"{name}.{end}")
     write_profile(Path("moved.json"), profile_of(similarities_of(12, shift=0.01)))
     stored = Path("baselines/tiny/words.saturation.json")
     stored.parent.mkdir(parents=True)
-    shutil.copy("tiny.json", stored)
-    shutil.copy("tiny.npz", stored.with_suffix(".npz"))
+    for end in ("json", "npz", "parquet"):
+        shutil.copy(f"tiny.{end}", stored.with_suffix(f".{end}"))
     project.makepyfile(
         test_my_saturation="""
         from pathlib import Path

@@ -238,7 +238,9 @@ def test_two_workers_regenerating_one_baseline_leave_a_complete_one(
     stored = Path("baselines/tiny/words.saturation.json")
     kept = read_profile(stored).record()
     assert kept in [read_profile(Path(f"{number}.json")).record() for number in range(12)]
-    assert sorted(p.name for p in stored.parent.iterdir()) == [stored.name, f"{stored.stem}.npz"]
+    assert sorted(p.name for p in stored.parent.iterdir()) == [
+        f"{stored.stem}.{end}" for end in ("json", "npz", "parquet")
+    ]
     record = json.loads(Path("out/report.json").read_text())
     assert record["regenerated"] == [str(stored)]
 

@@ -113,14 +113,14 @@ def test_profile_counts_every_token_once() -> None:
     arrays = profile.arrays()
     assert np.array_equal(arrays["sequence_fingerprint"], blocks.sequence_fingerprints())
     np.testing.assert_allclose(
-        arrays["sequence_mean"], values.mean(axis=2, dtype=np.float64).T, atol=1e-12
+        profile.rows.all().mean, values.mean(axis=2, dtype=np.float64).T, atol=1e-12
     )
 
 
 def test_edges_are_given_or_come_from_the_first_sequences() -> None:
     stack, blocks = DecoderStack(tiny_model("llama")), random_blocks(sequences=40, length=32)
     first = TokenBlocks(blocks.ids[:16], "random", "random", 16)
-    shares = analyze(stack, first).arrays()["sequence_share"].mean(axis=0)
+    shares = analyze(stack, first).rows.all().share.mean(axis=0)
     np.testing.assert_allclose(shares, np.tile(QUANTILES, (5, 1)), atol=0.01)
     profile = analyze(stack, blocks)
     values = similarities(stack, torch.from_numpy(first.ids.astype(np.int64))).numpy()

@@ -131,15 +131,25 @@ def test_many_batches_are_as_exact_as_one() -> None:
 
 def test_memory_does_not_grow_with_tokens() -> None:
     equations = sums(*some_data(10))
-    before = {name: getattr(value, "shape", None) for name, value in vars(equations).items()}
-    equations.update(*some_data(5000))
-    assert {n: getattr(v, "shape", None) for n, v in vars(equations).items()} == before
-    assert before == {
-        "count": None,
-        "xx": (INPUTS + 1, INPUTS + 1),
-        "xy": (INPUTS + 1, OUTPUTS),
-        "yy": (OUTPUTS,),
-    }
+    shapes = {"xx": (INPUTS + 1, INPUTS + 1), "xy": (INPUTS + 1, OUTPUTS), "yy": (OUTPUTS,)}
+    for _ in range(2):
+        assert vars(equations).keys() == {"count", "sums"}
+        assert {name: part.fine.shape for name, part in equations.sums.items()} == shapes
+        assert {name: part.coarse.shape for name, part in equations.sums.items()} == shapes
+        equations.update(*some_data(5000))
+
+
+def test_batches_in_any_order_and_grouping_give_the_same_bits() -> None:
+    batches = [sums(*some_data(count, seed=count)) for count in (3, 50, 7, 20)]
+    one = batches[0] + batches[1] + batches[2] + batches[3]
+    other = (batches[3] + batches[1]) + (batches[2] + batches[0])
+    check_same(one, other, close=0.0)
+    in_turn = NormalEquations(INPUTS, OUTPUTS)
+    for count in (20, 3, 7, 50):
+        in_turn.update(*some_data(count, seed=count))
+    check_same(in_turn, one, close=0.0)
+    for a, b in zip(one.solve(1e-3), other.solve(1e-3), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_update_does_not_modify_its_arguments() -> None:

@@ -39,7 +39,7 @@ def text(stack: DecoderStack, bos: str = "auto") -> TokenBlocks:
 
 def baseline(stack: DecoderStack, bos: str) -> StoredProfile:
     profile = analyze(stack, text(stack, bos))
-    return StoredProfile(profile.record(), profile.arrays())
+    return StoredProfile(profile.record(), profile.arrays(), profile.rows)
 
 
 def of_an_earlier_release(stored: StoredProfile) -> StoredProfile:

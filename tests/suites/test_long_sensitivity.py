@@ -45,7 +45,7 @@ def _measured(name: str) -> Measured:
     stack = long_stack(fault.family, **fault.changes)
     profile = measure_whole(stack, long_blocks())
     arrays = profile.arrays()
-    return Measured(stack, StoredProfile(seal(profile.record(), arrays), arrays))
+    return Measured(stack, StoredProfile(seal(profile.record(), arrays), arrays, profile.rows))
 
 
 def measured(fault: LongFault) -> Measured:

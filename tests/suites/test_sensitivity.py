@@ -147,7 +147,9 @@ _NEED_PARTS = ("head", "int8 one", "int8 all", "bf16", "fp16", "scale")
 def test_no_fault_is_named_as_another_one_without_the_parts_of_the_baselines_model(
     reference_model: DecoderStack, baseline: StoredProfile
 ) -> None:
-    old = StoredProfile(replace_struct(baseline.content, parts=UNSET), baseline.state)
+    old = StoredProfile(
+        replace_struct(baseline.content, parts=UNSET), baseline.state, baseline.rows
+    )
     found = {
         name: row_of(fault, planted(reference_model, old, fault))
         for name, fault in FAULTS.items()
@@ -203,7 +205,7 @@ def test_the_table_of_the_docs_is_what_was_measured(
         " of the families concerned:",
         "sliding windows, RoPE scaling, attention sinks and ALiBi"
         " (`pytest tests/suites/test_long_sensitivity.py`).",
-        "Behind it is the name of the cause, if one explains the numbers clearly better than all"
+        "The name of the cause follows, if one explains the numbers clearly better than all"
         " others.",
         "",
         "| fault | verdict | tokens | points to |",
@@ -294,7 +296,7 @@ def tiny_blocks(sequences: int = 40, length: int = 16, *, seed: int = 0) -> Toke
 
 def stored(stack: DecoderStack, blocks: TokenBlocks) -> StoredProfile:
     profile = analyze(stack, blocks)
-    return StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays())
+    return StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays(), profile.rows)
 
 
 def test_shifted_positions_are_seen_where_positions_are_learned() -> None:
@@ -442,22 +444,20 @@ def odds(
         shift: Moves layer 15 of the new text, in standard deviations between sequences.
     """
     counts = dict.fromkeys(("PASS", "INCONCLUSIVE", "FAIL"), 0)
-    arrays = baseline.arrays()
-    spread = arrays["sequence_mean"].std(axis=0, ddof=1)
+    arrays, rows = baseline.arrays(), baseline.rows.all()
+    spread = rows.mean.std(axis=0, ddof=1)
     for seed in range(repetitions):
-        order = np.random.default_rng(seed).permutation(len(arrays["sequence"]))
+        order = np.random.default_rng(seed).permutation(len(rows))
         sides = []
         for part in (order[:new], order[new:]):
-            state = dict(arrays)
-            for name in ("sequence_mean", "sequence_mean_square", "sequence_share"):
-                state[name] = arrays[name][part]
-            state["sequence"] = np.arange(len(part))
-            state["sequence_fingerprint"] = arrays["sequence_fingerprint"][part]
-            sides.append(StoredProfile(baseline.content, state))
+            prints = {"sequence_fingerprint": arrays["sequence_fingerprint"][part]}
+            own = replace(rows.read(part), numbers=np.arange(len(part)))
+            sides.append(StoredProfile(baseline.content, arrays | prints, own))
         if shift:
-            moved = sides[0].state["sequence_mean"].copy()
+            own = sides[0].rows.all()
+            moved = own.mean.copy()
             moved[:, 14] += shift * spread[14]
-            sides[0].state["sequence_mean"] = moved
+            sides[0] = replace(sides[0], rows=replace(own, mean=moved))
         counts[compare(*sides, seed=seed).verdict] += 1
     return counts
 

@@ -105,7 +105,7 @@ def _stack() -> DecoderStack:
 @functools.cache
 def _baseline() -> StoredProfile:
     profile = analyze(_stack(), _BLOCKS)
-    return StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays())
+    return StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays(), profile.rows)
 
 
 def _gated(*, full: bool = False, broken: bool = False) -> Record:

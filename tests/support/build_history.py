@@ -12,7 +12,7 @@ import numpy as np
 from cascade.core.records import packed, to_json
 from cascade.core.schema import to_plain
 from cascade.gate.baselines import StoredProfile
-from support.build_profiles import profile_of, provenance, similarities_of
+from support.build_profiles import profile_of, provenance, similarities_of, write_rows
 
 #: Where a baseline lies in the repositories of these tests.
 BASELINE = "baselines/tiny/words.saturation.json"
@@ -56,6 +56,7 @@ def write_profile(path: Path, profile: StoredProfile) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(to_plain(profile.content)) + "\n", encoding="utf-8")
     path.with_suffix(".npz").write_bytes(packed(profile.state))
+    write_rows(path.with_suffix(".parquet"), profile)
 
 
 class Repository:

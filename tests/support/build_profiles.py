@@ -21,6 +21,7 @@ from cascade.saturation.records import (
     ProfileRecord,
     SuggestedThresholds,
 )
+from cascade.saturation.row_files import ROWS_HASH, RowWriter, hashes_of
 from cascade.stats.similarity_statistics import SimilarityStatistics
 
 LAYERS = ["1", "2", "3", "3+norm"]
@@ -97,9 +98,11 @@ def profile_of(
     statistics = SimilarityStatistics(layers, edges)
     statistics.update(values, np.arange(values.shape[1]))
     prints = np.arange(values.shape[1]) if fingerprints is None else fingerprints
-    arrays = statistics.arrays() | {"sequence_fingerprint": prints.astype(np.uint64)}
+    prints = prints.astype(np.uint64)
+    own = {"sequence_fingerprint": prints, ROWS_HASH: hashes_of(statistics.rows, prints)}
+    arrays = statistics.token_arrays() | own
     plain = {
-        "schema": 2,
+        "schema": 3,
         "kind": "saturation",
         "provenance": to_plain(about or provenance()),
         "noise": to_plain(noise),
@@ -118,7 +121,7 @@ def profile_of(
         "thresholds": to_plain(SuggestedThresholds(exit_layer="2", by_hard_ratio=[])),
         "parts": to_plain(ModelParts(tensors={}, settings={})),
     }
-    return StoredProfile(seal(from_plain(plain, ProfileRecord), arrays), arrays)
+    return StoredProfile(seal(from_plain(plain, ProfileRecord), arrays), arrays, statistics.rows)
 
 
 def a_profile(sequences: int = 12, *, seed: int = 0, **options: Any) -> StoredProfile:
@@ -131,12 +134,26 @@ def plain_record(profile: StoredProfile) -> Record:
     return record
 
 
+def write_rows(path: Path, profile: StoredProfile) -> None:
+    """Write a profile's rows, as they lie next to its `.json`."""
+    rows = profile.rows.all()
+    with RowWriter(path, [str(label) for label in profile.state["layers"]]) as writer:
+        writer.add(rows, profile.state["sequence_fingerprint"][rows.numbers])
+
+
+def old_arrays(profile: StoredProfile) -> dict[str, Array]:
+    """Return the arrays of a profile as releases before schema 3 stored them, rows included."""
+    state = {name: values for name, values in profile.state.items() if name != ROWS_HASH}
+    return state | profile.rows.all().arrays()
+
+
 def save_run(folder: Path, profile: StoredProfile, record: Record | None = None) -> Path:
     """Write a profile as a run's folder holds it; its record as given, where one is."""
     folder.mkdir(parents=True)
     text = to_json(plain_record(profile) if record is None else record) + "\n"
     (folder / "profile.json").write_text(text, encoding="utf-8")
     (folder / "profile.npz").write_bytes(packed(profile.state))
+    write_rows(folder / "profile.parquet", profile)
     return folder
 
 
@@ -148,7 +165,8 @@ def edited(profile: StoredProfile, edit: Callable[[Record], Any], *, sealed: boo
 
 
 def write_profile(path: Path, profile: StoredProfile) -> None:
-    """Write a profile's `.json` and, next to it, its `.npz`."""
+    """Write a profile's `.json` and, next to it, its `.npz` and its `.parquet`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(plain_record(profile)), encoding="utf-8")
     path.with_suffix(".npz").write_bytes(packed(profile.state))
+    write_rows(path.with_suffix(".parquet"), profile)

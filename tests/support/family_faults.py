@@ -80,7 +80,7 @@ def baseline_of(
     profile = analyze(stack, blocks)
     if with_parts:
         profile = replace(profile, parts=parts_of(stack))
-    return StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays())
+    return StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays(), profile.rows)
 
 
 # --- Positions -------------------------------------------------------------------------------

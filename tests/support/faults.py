@@ -321,14 +321,14 @@ def in_bf16(_: DecoderStack) -> Any:
 
 
 def wrong_axis(_: DecoderStack) -> Any:
-    right = statistics.SimilarityStatistics._add_sequences
+    right = statistics.SimilarityStatistics._rows_of
 
-    def wrong(self: Any, numbers: list[int], values: Any, bins: Any) -> None:
+    def wrong(self: Any, numbers: Any, values: Any, bins: Any) -> Any:
         # Over sequences in place of tokens: the first of them stands for each token.
         across = np.broadcast_to(values.mean(axis=1, keepdims=True), values.shape)
-        right(self, numbers, across[:, :, : len(numbers)], bins[:, :, : len(numbers)])
+        return right(self, numbers, across[:, :, : len(numbers)], bins[:, :, : len(numbers)])
 
-    return attribute_of(statistics.SimilarityStatistics, "_add_sequences", wrong)
+    return attribute_of(statistics.SimilarityStatistics, "_rows_of", wrong)
 
 
 def next_bin(_: DecoderStack) -> Any:

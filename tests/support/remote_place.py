@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from fsspec import AbstractFileSystem
 
 from cascade.core.records import to_file
 from cascade.gate.baselines import StoredProfile
-from support.build_profiles import a_profile, plain_record, write_profile
+from support.build_profiles import a_profile, plain_record, write_profile, write_rows
 
 URL = "remote://store/baselines"
 PROFILE, ARRAYS = "tiny/texts.saturation.json", "tiny/texts.saturation.npz"
@@ -88,11 +89,14 @@ def push(name: str, content: bytes) -> None:
 
 
 def push_profile(name: str, profile: StoredProfile) -> None:
-    """Put both files of a profile at the address."""
+    """Put the files of a profile at the address."""
     push(name, to_file(plain_record(profile)).encode())
     from cascade.core.records import packed
 
     push(name.replace(".json", ".npz"), packed(profile.state))
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder) / "rows", profile)
+        push(name.replace(".json", ".parquet"), (Path(folder) / "rows").read_bytes())
 
 
 def push_folder(folder: Path) -> None:

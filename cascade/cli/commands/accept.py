@@ -38,7 +38,7 @@ def accept(
     command writes.
     """
     from cascade.gate.accepting import accept as store
-    from cascade.gate.baselines import read_profile
+    from cascade.gate.baselines import ARRAYS, ROWS, read_profile
 
     folder = local_baselines(baselines)
     if (run / "evaluation.json").exists():
@@ -51,7 +51,9 @@ def accept(
 
         echo("Compared with the baseline that it replaces:")
         show_record(compare(read_profile(run), before, anyway=True).record(), print_comparison)
-    echo(f"Wrote {path} and {path.with_suffix('.npz').name}; review and commit both")
+    beside = [path.with_suffix(ending) for ending in (ARRAYS, ROWS)]
+    names = " and ".join(file.name for file in beside if file.exists())
+    echo(f"Wrote {path}, {names}; review and commit all of them")
 
 
 def _accept_budgets(run: Path, baselines: Path, *, name: str | None, replace: bool) -> None:

@@ -13,11 +13,12 @@ import typer
 
 from cascade.cli.app import command
 from cascade.cli.console import command_line, message, progress_bar, show_record, status
+from cascade.cli.engines import EngineOptions
 from cascade.cli.inputs import load_model, say_which
 from cascade.cli.options import (
     BatchSize,
-    ModelOptions,
     OutputOptions,
+    PlacedModelOptions,
     SampledCorpusOptions,
 )
 from cascade.cli.output import run_folder
@@ -31,7 +32,14 @@ if TYPE_CHECKING:
     from cascade.saturation.profile import SaturationProfile
 
 #: The files of one run of `cascade analyze --output`.
-RUN_FILES = ("profile.json", "profile.npz", "layer-profile.svg", "density.svg", "report.html")
+RUN_FILES = (
+    "profile.json",
+    "profile.npz",
+    "profile.parquet",
+    "layer-profile.svg",
+    "density.svg",
+    "report.html",
+)
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,10 @@ class AnalysisOutput(OutputOptions):
 
 @command("analyze")
 def analyze(
-    model: ModelOptions,
+    model: PlacedModelOptions,
     corpus: AnalyzedCorpus,
     files: AnalysisOutput,
+    engine: EngineOptions,
     batch_size: BatchSize = 32,
 ) -> None:
     """Measure the saturation of every decoder layer over a corpus.
@@ -80,7 +89,15 @@ def analyze(
     Prints statistics, outliers, special layers and suggested exit
     thresholds. With --output, also measures a few long sequences for
     the gate, and writes an HTML page, SVG figures and the record as JSON.
+    With --engine ray, many processes measure, on this machine or on a
+    cluster, and the profile is the same, bit for bit.
     """
+    config = engine.config()
+    if config is not None:
+        from cascade.cli.engine_runs import analyze_on_ray
+
+        analyze_on_ray(model, corpus, files, engine, batch_size)
+        return
     from cascade.report.saturation.terminal import print_profile
     from cascade.saturation.token_archive import SimilarityArchive, check_free
 
@@ -98,7 +115,7 @@ def analyze(
         from cascade.saturation.long_context import choose_long
 
         stack = load_model(model)
-        blocks = _read(stack, corpus)
+        blocks = read_corpus(stack, corpus)
         # Before the pass, because it can find that the corpus is too short.
         chosen = choose_long(stack, blocks, corpus.long_context)
         archive = None
@@ -121,7 +138,7 @@ def analyze(
             profile = _with_long(profile, stack, chosen)
             with status("Measuring the noise of the arithmetic"):
                 profile = with_noise(profile, stack, blocks, chosen.sequences)
-            _write_run(folder, profile)
+            write_run(folder, profile)
         record = profile.record()
         if archive is not None:
             archive.save(record.provenance)
@@ -152,7 +169,13 @@ def _with_long(
     return profile
 
 
-def _read(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
+def read_corpus(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
+    """Return the corpus cut into sequences, read with a spinner.
+
+    Args:
+        stack: The model whose tokenizer is used.
+        corpus: Which text to read.
+    """
     from cascade.corpora import blocks as corpora
 
     say_which(corpus.corpus, "dataset")
@@ -171,20 +194,19 @@ def _read(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
         )
 
 
-def _write_run(folder: RunFolder, profile: SaturationProfile) -> None:
-    from cascade.core.records import packed, to_file
-    from cascade.gate.baselines import seal
+def write_run(folder: RunFolder, profile: SaturationProfile) -> None:
+    """Stage the files of a run: the profile, its page and its figures.
+
+    Args:
+        folder: The folder of the run, with the files of `RUN_FILES`.
+        profile: The profile.
+    """
+    from cascade.gate.baselines import stage_profile
     from cascade.report.saturation.figures import density_svg, layer_profile_svg
     from cascade.report.saturation.page import profile_page
 
-    arrays = profile.arrays()
-    record = seal(profile.record(), arrays)
-    pictures = layer_profile_svg(record), density_svg(record, arrays)
-    contents: tuple[str | bytes, ...] = (
-        to_file(record),
-        packed(arrays),
-        *pictures,
-        profile_page(record, arrays, pictures=pictures),
-    )
-    for name, content in zip(RUN_FILES, contents, strict=True):
-        folder.write(name, content)
+    record, arrays = stage_profile(folder, profile), profile.arrays()
+    layers, density = layer_profile_svg(record), density_svg(record, arrays)
+    folder.write("layer-profile.svg", layers)
+    folder.write("density.svg", density)
+    folder.write("report.html", profile_page(record, arrays, pictures=(layers, density)))

@@ -14,16 +14,18 @@ import typer
 from cascade.cli import completion
 from cascade.cli.app import command
 from cascade.cli.console import command_line, message, progress_bar, show_record, status
+from cascade.cli.engines import EngineOptions
 from cascade.cli.inputs import load_model
 from cascade.cli.options import (
     BatchSize,
     ExitLayer,
-    ModelOptions,
     NumSamples,
+    PlacedModelOptions,
     PrintOptions,
     TextOptions,
 )
 from cascade.cli.output import check_utf8
+from cascade.core.errors import UsageError
 
 if TYPE_CHECKING:
     from cascade.stages.hard_tokens.records import StatesDtype
@@ -73,8 +75,9 @@ class CollectionOptions(PrintOptions):
 @command("collect-hard")
 def collect_hard(
     options: CollectionOptions,
-    model: ModelOptions,
+    model: PlacedModelOptions,
     corpus: StageCorpus,
+    engine: EngineOptions,
     batch_size: BatchSize = 32,
     seed: Annotated[
         int | None,
@@ -89,13 +92,16 @@ def collect_hard(
     Runs the model once. Every fifth record is held out (of the embedded
     corpus, its held-out split). Run the same command again to resume
     after an interruption. datasets.load_from_disk reads the result.
+    With --engine ray, many processes collect, and the result is the same.
     """
     from cascade.report.exits.hard_tokens import print_hard_tokens
     from cascade.stages.hard_tokens import collecting, splits
     from cascade.stages.hard_tokens.plan import CollectingConfig
     from cascade.stages.hard_tokens.working_folder import check_output
 
-    output = options.output
+    output, on_ray = options.output, engine.config() is not None
+    if engine.shards is not None:
+        raise UsageError("--shards is for other commands: a dataset has shards of 16 MB")
     check_utf8(output)
     check_output(output, overwrite=options.overwrite)
     config = CollectingConfig(
@@ -116,10 +122,17 @@ def collect_hard(
         f"Collecting {tokens:,} tokens into {output}: about {_bytes(size)}, states of "
         f"{stack.hidden_size:,} numbers in {options.states_dtype}"
     )
-    with says_how_to_resume(output), progress_bar("Collecting", tokens) as advance:
-        found = collecting.collect_hard(
-            stack, read, output, config, progress=advance, overwrite=options.overwrite
-        )
+    with says_how_to_resume(output):
+        if on_ray:
+            from cascade.cli.engine_runs import collect_on_ray
+
+            plan = collecting.collection_plan(stack, read, config)
+            found = collect_on_ray(plan, model, engine, output, overwrite=options.overwrite)
+        else:
+            with progress_bar("Collecting", tokens) as advance:
+                found = collecting.collect_hard(
+                    stack, read, output, config, progress=advance, overwrite=options.overwrite
+                )
     show_record(found.record, print_hard_tokens)
     written = sum(file.bytes for file in found.record.files)
     message(

@@ -13,7 +13,7 @@ from cascade.cli.app import command
 from cascade.cli.baselines import BaselinesPlace, baselines_place
 from cascade.cli.console import command_line, message, progress_bar, show_record, status
 from cascade.cli.inputs import load_model, say_which
-from cascade.cli.options import BaselinesFolder, BatchSize, Bos, ModelOptions, OutputOptions
+from cascade.cli.options import BaselinesFolder, BatchSize, Bos, OutputOptions, PlacedModelOptions
 from cascade.cli.output import run_folder, say_wrote
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class ComparisonOptions:
 @command("compare")
 def compare(
     new: Annotated[
-        Path, typer.Argument(help="Folder of a run, or a profile's .json next to its .npz.")
+        Path, typer.Argument(help="Folder of a run, or a profile's .json with its other files.")
     ],
     baseline: Annotated[
         Path, typer.Argument(help="Profile to compare with, given in the same form.")
@@ -187,7 +187,7 @@ class BaselineOptions:
 
 @command("gate")
 def gate(
-    model: ModelOptions,
+    model: PlacedModelOptions,
     corpus: GateCorpus,
     against: BaselineOptions,
     output: ReportOutput,
@@ -242,7 +242,7 @@ def gate(
     _finish(report, result.record(), exit_status, output.output)
 
 
-def _baseline_path(model: ModelOptions, corpus: GateCorpus, baselines: Path | None) -> Path:
+def _baseline_path(model: PlacedModelOptions, corpus: GateCorpus, baselines: Path | None) -> Path:
     from cascade.corpora.blocks import corpus_name
     from cascade.gate.baseline_lookup import Sought, find_baseline
     from cascade.models.checkpoints.weights import model_name

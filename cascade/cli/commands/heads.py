@@ -12,15 +12,16 @@ import typer
 from cascade.cli import completion
 from cascade.cli.app import command
 from cascade.cli.console import command_line, message, progress_bar, show_record
+from cascade.cli.engines import EngineOptions
 from cascade.cli.inputs import load_model, read_blocks, read_heads, read_layers, usual_layer
 from cascade.cli.options import (
     BatchSize,
     CorpusOptions,
     ExitLayerOfHeads,
     HeadOptions,
-    ModelOptions,
     OutputOptions,
     Overwrite,
+    PlacedModelOptions,
     PrintOptions,
     Seed,
     picked,
@@ -64,8 +65,9 @@ class FittingOptions(PrintOptions):
 @command("fit-heads")
 def fit_heads(
     fitting: FittingOptions,
-    model: ModelOptions,
+    model: PlacedModelOptions,
     corpus: CorpusOptions,
+    engine: EngineOptions,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
 ) -> None:
@@ -73,9 +75,10 @@ def fit_heads(
 
     Runs one pass over the corpus (of the embedded corpus, its training
     split). --distill trains the heads further, and keeps a head only if
-    it is better on sequences kept aside.
+    it is better on sequences kept aside. With --engine ray, many processes
+    make the pass, and the heads are the same, bit for bit.
     """
-    output = fitting.output
+    output, on_ray = fitting.output, engine.config() is not None
     wanted = read_layers(fitting.layers)
     check_free(output, overwrite=fitting.overwrite)
     from cascade.core.provenance import provenance_of
@@ -83,15 +86,22 @@ def fit_heads(
 
     stack = load_model(model, exits=True)
     blocks = read_blocks(stack, corpus, embedded_split="train")
-    with progress_bar("Fitting", blocks.tokens) as advance:
-        fitted = head_fitting.fit_heads(
-            stack,
-            blocks,
-            wanted,
-            batch_size=batch_size,
-            provenance=provenance_of(stack, blocks, command_line()),
-            progress=advance,
-        )
+    sums: Path | None = None
+    if on_ray:
+        from cascade.cli.engine_runs import FittedCorpus, fit_heads_on_ray
+
+        of = FittedCorpus(stack, blocks, wanted, batch_size)
+        fitted, sums = fit_heads_on_ray(of, model, engine, output, overwrite=fitting.overwrite)
+    else:
+        with progress_bar("Fitting", blocks.tokens) as advance:
+            fitted = head_fitting.fit_heads(
+                stack,
+                blocks,
+                wanted,
+                batch_size=batch_size,
+                provenance=provenance_of(stack, blocks, command_line()),
+                progress=advance,
+            )
     if fitting.distill:
         tokens = fitting.distill * distillation.trained_tokens(blocks)
         with progress_bar("Distilling", tokens) as advance:
@@ -105,6 +115,10 @@ def fit_heads(
                 progress=advance,
             )
     fitted.save(output, half=fitting.half)
+    if sums is not None:
+        from cascade.engines.working_folder import discard
+
+        discard(sums)
     size = output.stat().st_size / 1e6
     message(f"Wrote {output} ({size:.1f} MB): heads for layers {fitting.layers}")
     show_record(fitted.metadata(), _print_losses)
@@ -194,7 +208,7 @@ class TransferOptions:
 def calibrate(
     wanted: CalibrationOptions,
     transfer: TransferOptions,
-    model: ModelOptions,
+    model: PlacedModelOptions,
     heads: HeadOptions,
     corpus: CorpusOptions,
     output: OutputOptions,

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from cascade.decoding.engine.engine import DecodingEngine
 from cascade.decoding.engine.rows import MAX_ROWS, Rows
+from cascade.decoding.forward import finite_logits
 from cascade.decoding.kv_cache import KeyValueCache
 from cascade.decoding.lossless import Branch
+from cascade.decoding.own_forward import OwnForward
 from cascade.models.flops import Counts
 from cascade.models.stack import DecoderStack
 
@@ -52,7 +54,7 @@ class EnginePasses:
         stack, cache = self.engine.stack, self.cache.of_sequence(row)
         hidden, features = _by_modules(stack, tokens, 0, cache, self.feature_layers)
         self._count(len(tokens), len(tokens) ** 2)
-        return hidden[-1:], features
+        return self._logits(hidden[-1:]), features
 
     def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
         """Compute branches; see `Passes`."""
@@ -77,11 +79,13 @@ class EnginePasses:
             kept.append(hidden)
         hidden = engine.run(hidden, rows, self.cache, below=below, tables=tables)
         self._count(len(ids), sum(at.column + len(at.tokens) for at in branches for _ in at.tokens))
-        return hidden, _features(engine.stack, self.feature_layers, kept, hidden)
+        features = _features(engine.stack, self.feature_layers, kept, hidden)
+        return self._logits(hidden), features
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits; see `Passes`."""
-        return self.engine.logits(hidden).float()
+    def _logits(self, hidden: Tensor) -> Tensor:
+        self.counts.lm_head_rows += len(hidden)
+        logits = self.engine.logits(hidden).float()
+        return finite_logits(logits, self.engine.stack.num_layers)
 
     def move(self, row: int, columns: Mapping[int, int]) -> None:
         """Move keys and values; see `Passes`."""
@@ -124,28 +128,35 @@ class OwnPasses:
         self.stack, self.milliseconds = stack, milliseconds
         self.feature_layers = tuple(feature_layers)
         self.description = f"model ({reason})"
-        self.counts = Counts.of(stack.num_layers)
         self.cache = KeyValueCache(stack.num_layers, batch, capacity)
+        self.forward: OwnForward | None = None
+        if not feature_layers and OwnForward.supports(stack):
+            self.forward = OwnForward(stack, self.cache)
+        self.counts = Counts.of(stack.num_layers) if self.forward is None else self.forward.counts
 
     def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Compute a prompt; see `Passes`."""
-        hidden, features = self._run(tokens, 0)
-        return hidden[-1:], features
+        return self._run(tokens, 0, last=True)
 
     def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
         """Compute branches; see `Passes`."""
         (branch,) = branches
-        return self._run(branch.tokens, branch.column)
+        return self._run(branch.tokens, branch.column, last=False)
 
-    def _run(self, tokens: Sequence[int], start: int) -> tuple[Tensor, Tensor | None]:
+    def _run(
+        self, tokens: Sequence[int], start: int, *, last: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.forward is not None:
+            ids = torch.tensor([tokens], device=self.stack.device)
+            return self.forward.run(ids, start, last=last)[0], None
         for layer in range(self.stack.num_layers):
             self.counts.layer_rows[layer] += len(tokens)
             self.counts.pairs[layer] += len(tokens) * (start + len(tokens))
-        return _by_modules(self.stack, tokens, start, self.cache, self.feature_layers)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits; see `Passes`."""
-        return self.stack.decode(hidden[None])[0].float()
+        hidden, features = _by_modules(self.stack, tokens, start, self.cache, self.feature_layers)
+        hidden = hidden[-1:] if last else hidden
+        self.counts.lm_head_rows += len(hidden)
+        logits = self.stack.decode(hidden[None])[0].float()
+        return finite_logits(logits, self.stack.num_layers), features
 
     def move(self, row: int, columns: Mapping[int, int]) -> None:
         """Do nothing: the columns of a chain are where they belong."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cascade.core.errors import RecordError
 from cascade.core.printable import printable
-from cascade.gate.baselines import StoredProfile, read_profile
+from cascade.gate.baselines import ARRAYS, ROWS, StoredProfile, read_profile
 from cascade.gate.history.work_tree import CommittedFile, WorkTree
 from cascade.saturation.records import ProfileRecord
 
 #: How the names of baselines of profiles end.
 SUFFIX = f".{ProfileRecord.KIND}.json"
-_ARRAYS = ".npz"
+
+#: The endings of the files next to it. Those of earlier releases have no rows.
+_BESIDE = (ARRAYS, ROWS)
 
 #: The name of a version that is in the work tree alone.
 UNCOMMITTED = "uncommitted"
@@ -55,7 +57,7 @@ def baseline_versions(tree: WorkTree, path: str) -> list[Version]:
     Raises:
         RecordError: Git cannot read the repository.
     """
-    committed = tree.versions(path, _ARRAYS)
+    committed = tree.versions(path, _BESIDE)
     versions = [_committed(tree, file) for file in committed]
     here = tree.top / path
     if here.is_file() and not (committed and _is_same(tree, here, committed[-1])):
@@ -84,7 +86,9 @@ def _read(tree: WorkTree, file: CommittedFile) -> StoredProfile:
     name = Path(file.path).name
     with tempfile.TemporaryDirectory(prefix="cascade-history-") as folder:
         copy = Path(folder) / name
-        for path, blob in ((copy, file.blob), (copy.with_suffix(_ARRAYS), file.companion)):
+        beside = [copy.with_suffix(ending) for ending in _BESIDE]
+        blobs = (file.blob, *file.companions)
+        for path, blob in zip((copy, *beside), blobs, strict=True):
             if blob is None:
                 continue
             content = tree.content(blob)
@@ -95,7 +99,9 @@ def _read(tree: WorkTree, file: CommittedFile) -> StoredProfile:
                 )
             path.write_bytes(content)
         try:
-            return read_profile(copy)
+            found = read_profile(copy)
+            # The copies are removed, so nothing can be read later.
+            return replace(found, rows=found.rows.all())
         except RecordError as error:
             # The copy is gone when the reader looks for it.
             where = f"{file.commit.short}:{file.path[: -len(name)]}"
@@ -104,8 +110,8 @@ def _read(tree: WorkTree, file: CommittedFile) -> StoredProfile:
 
 def _is_same(tree: WorkTree, here: Path, file: CommittedFile) -> bool:
     """Return whether the files in the work tree are those of a commit."""
-    arrays = here.with_suffix(_ARRAYS)
-    blobs = [(here, file.blob), (arrays, file.companion)]
+    beside = [here.with_suffix(ending) for ending in _BESIDE]
+    blobs = zip((here, *beside), (file.blob, *file.companions), strict=True)
     if all(
         (path.read_bytes() if path.is_file() else None) == (blob and tree.content(blob))
         for path, blob in blobs

@@ -42,19 +42,20 @@ class Commit:
 
 @dataclass(frozen=True)
 class CommittedFile:
-    """A file and its companion as they are in one commit.
+    """A file and its companions as they are in one commit.
 
     Attributes:
         commit: The commit.
         path: The path of the file at that time, relative to the work tree.
         blob: The object that holds its content.
-        companion: The object that holds the companion's content; None if it is not in the commit.
+        companions: The objects that hold the companions' content; None for one that is not in the
+            commit.
     """
 
     commit: Commit
     path: str
     blob: str
-    companion: str | None
+    companions: tuple[str | None, ...]
 
 
 class WorkTree:
@@ -133,7 +134,7 @@ class WorkTree:
         """Return a path relative to the top, as git writes it."""
         return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(self.top))).as_posix()
 
-    def versions(self, path: str, companion_suffix: str) -> list[CommittedFile]:
+    def versions(self, path: str, companion_suffixes: Sequence[str]) -> list[CommittedFile]:
         """Return every version of a file in the commits below HEAD, the oldest first.
 
         A renamed file is followed. A merge counts if its version is not the one before. Equal
@@ -141,7 +142,7 @@ class WorkTree:
 
         Args:
             path: The file, relative to the top.
-            companion_suffix: What replaces the suffix of the file in its companion's name.
+            companion_suffixes: What replaces the suffix of the file in its companions' names.
 
         Raises:
             RecordError: Git cannot read the repository.
@@ -153,15 +154,18 @@ class WorkTree:
             return []
         # `--follow` shows no merges. They count where the two sides were merged into a third.
         log = ("log", "--topo-order", "--full-history", f"--format={_FORMAT}", "--encoding=UTF-8")
-        pairs = [(name, str(PurePosixPath(name).with_suffix(companion_suffix))) for name in names]
-        paths = [path for pair in pairs for path in pair]
+        groups = [
+            (name, *(str(PurePosixPath(name).with_suffix(end)) for end in companion_suffixes))
+            for name in names
+        ]
+        paths = [path for group in groups for path in group]
         commits = [commit for commit, _ in _commits(self._git(*log, "-z", "--", *paths))]
         found: list[CommittedFile] = []
-        for version in self._contents(commits[::-1], pairs):
+        for version in self._contents(commits[::-1], groups):
             before = found[-1] if found else None
-            if before is None or (before.blob, before.companion) != (
+            if before is None or (before.blob, before.companions) != (
                 version.blob,
-                version.companion,
+                version.companions,
             ):
                 found.append(version)
         return found
@@ -180,21 +184,22 @@ class WorkTree:
         return list(dict.fromkeys(names))
 
     def _contents(
-        self, commits: Sequence[Commit], pairs: Sequence[tuple[str, str]]
+        self, commits: Sequence[Commit], groups: Sequence[tuple[str, ...]]
     ) -> Iterator[CommittedFile]:
-        """Yield file and companion of each commit that has the file, under its newest name."""
+        """Yield file and companions of each commit that has the file, under its newest name."""
         asked = [
-            f"{commit.number}:{name}\n" for commit in commits for pair in pairs for name in pair
+            f"{commit.number}:{name}\n" for commit in commits for group in groups for name in group
         ]
         answers = _text(self._git("cat-file", "--batch-check", stdin="".join(asked))).splitlines()
         blobs = [None if answer.endswith(" missing") else answer.split()[0] for answer in answers]
-        each = 2 * len(pairs)
+        size = len(groups[0])
+        each = size * len(groups)
         for place, commit in enumerate(commits):
             own = blobs[place * each : (place + 1) * each]
-            for number, (name, _) in enumerate(pairs):
-                blob = own[2 * number]
+            for number, (name, *_) in enumerate(groups):
+                blob, *companions = own[size * number : size * (number + 1)]
                 if blob is not None:
-                    yield CommittedFile(commit, name, blob, own[2 * number + 1])
+                    yield CommittedFile(commit, name, blob, tuple(companions))
                     break
 
     def content(self, blob: str) -> bytes:

@@ -20,6 +20,7 @@ from cascade.core.urls import redacted, without_secrets
 ENDINGS = (
     ".saturation.json",
     ".saturation.npz",
+    ".saturation.parquet",
     ".budgets.json",
     ".cascade.json",
     ".heads.safetensors",

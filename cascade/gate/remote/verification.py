@@ -9,30 +9,33 @@ from cascade.core.errors import BrokenRecordError, RecordError
 from cascade.core.reading import UnreadableError, read_json
 from cascade.core.records import check_hash
 
-_PROFILE, _ARRAYS = ".saturation.json", ".saturation.npz"
+_PROFILE = ".saturation.json"
+
+#: The files next to a profile, if it has them: profiles of earlier releases have no rows.
+_BESIDE = (".saturation.npz", ".saturation.parquet")
 
 
 def belonging(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return the files that make up each baseline: a profile has its arrays next to it.
+    """Return the files that make up each baseline: a profile has its arrays and rows next to it.
 
     Args:
-        names: The names of all files. Arrays without a profile are left out.
+        names: The names of all files. Those next to no profile are left out.
 
     Returns:
         For each baseline its `.json` or its exit heads, and all of its files.
 
     Example:
-        >>> belonging(["m/a.saturation.npz", "m/a.saturation.json"])
+        >>> belonging(["m/a.saturation.npz", "m/a.saturation.json", "m/b.saturation.parquet"])
         {'m/a.saturation.json': ('m/a.saturation.json', 'm/a.saturation.npz')}
     """
     known = set(names)
     found: dict[str, tuple[str, ...]] = {}
     for name in sorted(known):
-        if name.endswith(_ARRAYS):
+        if name.endswith(_BESIDE):
             continue
-        arrays = f"{name.removesuffix(_PROFILE)}{_ARRAYS}"
-        has_arrays = name.endswith(_PROFILE) and arrays in known
-        found[name] = (name, arrays) if has_arrays else (name,)
+        beside = [f"{name.removesuffix(_PROFILE)}{ending}" for ending in _BESIDE]
+        is_profile = name.endswith(_PROFILE)
+        found[name] = (name, *(one for one in beside if is_profile and one in known))
     return found
 
 
@@ -42,7 +45,8 @@ def check_baseline(path: Path) -> None:
     A record of a newer release passes if its hash is right: its reader refuses it by name.
 
     Args:
-        path: The `.json`, with its `.npz` next to it, or the `.heads.safetensors`.
+        path: The `.json`, with the other files of a profile next to it, or the
+            `.heads.safetensors`.
 
     Raises:
         RecordError: A file is torn, was changed after it was written, or belongs to another run.
@@ -57,7 +61,8 @@ def check_baseline(path: Path) -> None:
         if path.name.endswith(_PROFILE):
             from cascade.gate.baselines import read_profile
 
-            read_profile(path)
+            for _ in read_profile(path).rows.batches():  # checked while they are read
+                pass
         elif path.name.endswith(".budgets.json"):
             from cascade.gate.budgets import read_budgets
 

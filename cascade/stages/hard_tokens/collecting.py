@@ -22,6 +22,7 @@ from cascade.stages.hard_tokens.plan import CollectingConfig, CollectionPlan
 from cascade.stages.hard_tokens.shards import SEALS
 from cascade.stages.hard_tokens.splits import Splits, marked_splits
 from cascade.stages.hard_tokens.working_folder import (
+    INPUTS,
     REQUEST,
     check_disk,
     check_free,
@@ -83,11 +84,58 @@ def collect_hard(
         >>> tokens.layer, len(tokens)
         (29, 4)
     """
+    plan = collection_plan(stack, splits, config)
+
+    def write(plan: CollectionPlan, work: Path) -> None:
+        write_shards(plan, work, progress or (lambda _: None))
+
+    return collect(plan, Path(folder), write, overwrite=overwrite, reuse=reuse)
+
+
+def collection_plan(
+    stack: DecoderStack, splits: Splits, config: CollectingConfig
+) -> CollectionPlan:
+    """Return the plan of a collection, after checking model, corpus and options.
+
+    Args:
+        stack: The model.
+        splits: The corpus: splits "train" and "held-out", read with `marks=True`.
+        config: Options of the collection.
+
+    Raises:
+        UsageError: The layer or dtype does not exist, or the threshold or ratio is invalid.
+        CorpusError: A split is missing, has no marks, is too long, or the lengths differ.
+        UnsupportedModelError: Tokens of the model cannot exit.
+    """
     config.check()
     check_exits(stack)
     layer = config.layer_of(stack)
     texts = marked_splits(stack, splits, config.batch_size)
-    plan, folder = CollectionPlan(stack, texts, config, layer), Path(folder)
+    return CollectionPlan(stack, texts, config, layer)
+
+
+def collect(
+    plan: CollectionPlan,
+    folder: Path,
+    write: Callable[[CollectionPlan, Path], None],
+    *,
+    overwrite: bool = False,
+    reuse: bool = False,
+) -> HardTokens:
+    """Collect hard tokens as `collect_hard` does, with another function that writes the shards.
+
+    Args:
+        plan: Plan of the collection.
+        folder: Output folder of the dataset.
+        write: Writes the missing shards of the plan to a folder.
+        overwrite: Replace an existing dataset, or an unfinished one with other arguments.
+        reuse: Return an existing finished dataset if it has the same arguments.
+
+    Raises:
+        UsageError: The threshold makes no token or every token hard.
+        ModelError: A state is not finite, or too large for float16.
+        OutputError: The folder holds other files or cannot be written, or the disk is too small.
+    """
     check_output(folder, overwrite=overwrite or reuse)
     with working_folder(folder) as (work, interrupted):
         finished = _finished(plan, folder) if interrupted or reuse else None
@@ -98,8 +146,8 @@ def collect_hard(
         prepare(plan, folder, overwrite=overwrite)
         if not (work / RECORD).exists():
             check_disk(plan, folder)
-            write_shards(plan, work, progress or (lambda _: None))
-            complete(plan, work, own_files=(REQUEST, SEALS))
+            write(plan, work)
+            complete(plan, work, own_files=(REQUEST, SEALS, INPUTS))
         publish(folder)
     return HardTokens(folder, read_hard_tokens_record(folder / RECORD))
 

@@ -34,11 +34,33 @@ def write_shards(plan: CollectionPlan, folder: Path, progress: Callable[[int], N
         OutputError: A shard cannot be written.
     """
     for shard in plan.shards:
-        path = folder / shard.name
-        if holds(path, shard.sequences):
+        if is_written(shard, folder):
             progress(len(shard.sequences) * plan.seq_len)
         else:
-            write_shard(path, plan.features, _batches(plan, shard, progress))
+            write_one(plan, shard, folder, progress)
+
+
+def is_written(shard: Shard, folder: Path) -> bool:
+    """Return whether a folder holds a shard, complete and unchanged."""
+    return holds(folder / shard.name, shard.sequences)
+
+
+def write_one(
+    plan: CollectionPlan, shard: Shard, folder: Path, progress: Callable[[int], None]
+) -> None:
+    """Write one shard, all of it or nothing. Its hard mask is not set yet.
+
+    Args:
+        plan: Plan of the collection.
+        shard: The shard.
+        folder: Output folder of the shards.
+        progress: Called with the number of tokens processed since the last call.
+
+    Raises:
+        ModelError: A state is not finite, or too large for float16.
+        OutputError: The shard cannot be written.
+    """
+    write_shard(folder / shard.name, plan.features, _batches(plan, shard, progress))
 
 
 def _batches(

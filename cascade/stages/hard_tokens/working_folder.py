@@ -25,6 +25,9 @@ from cascade.stages.hard_tokens.plan import CollectionPlan
 #: File in the working folder: the request of the collection.
 REQUEST = "request.json"
 
+#: Folder in the working folder: what tasks in other processes read.
+INPUTS = "inputs"
+
 #: Files that may lie next to the shards of a split. Cache files of `datasets` need not be kept.
 _OWN_FILE = re.compile(r"(data|cache)-.*\.arrow|tmp.*|state\.json|dataset_info\.json")
 

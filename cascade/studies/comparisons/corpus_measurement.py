@@ -42,7 +42,7 @@ class MeasuredCorpus:
     @cached_property
     def sequence_means(self) -> Array:
         """Mean similarity of each sequence in every layer, `[S, L]`."""
-        return np.asarray(self.profile.arrays()["sequence_mean"])
+        return self.profile.rows.all().mean
 
     @cached_property
     def means(self) -> Array:

@@ -181,8 +181,8 @@ def _unpaired(first: MeasuredModel, other: MeasuredModel) -> str | None:
 
 def _paired(first: MeasuredModel, other: MeasuredModel) -> PairedChanges:
     """Return the changes between two models over the same tokens, layer by layer."""
-    arrays = [model.profile.statistics.arrays() for model in (first, other)]
-    moved = arrays[1]["sequence_mean"] - arrays[0]["sequence_mean"]
+    means = [model.profile.rows.all().mean for model in (first, other)]
+    moved = means[1] - means[0]
     rows = [
         _layer_change(layer, moved[:, row])
         for row, layer in enumerate(first.profile.statistics.layers)

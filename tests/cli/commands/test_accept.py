@@ -31,14 +31,18 @@ def test_accept_stores_a_run_and_reports_the_comparison_the_next_time(
     done = run("accept", "report")
     assert done.status == 0
     assert done.out.splitlines() == [
-        "Wrote baselines/tiny/texts.saturation.json and texts.saturation.npz;"
-        " review and commit both"
+        "Wrote baselines/tiny/texts.saturation.json, texts.saturation.npz and "
+        "texts.saturation.parquet; review and commit all of them"
     ]
     stored = here / "baselines/tiny"
     assert (stored / "texts.saturation.json").read_text() == (
         here / "report/profile.json"
     ).read_text()
-    assert sorted(os.listdir(stored)) == ["texts.saturation.json", "texts.saturation.npz"]
+    assert sorted(os.listdir(stored)) == [
+        "texts.saturation.json",
+        "texts.saturation.npz",
+        "texts.saturation.parquet",
+    ]
     again = run("accept", "report")
     assert again.status == 0
     assert "Compared with the baseline that it replaces:\nPASS" in again.out

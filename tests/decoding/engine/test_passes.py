@@ -72,11 +72,11 @@ def test_features_are_layer_inputs_and_the_normed_last_state(kind: EngineKind) -
     expected = own_features(stack, text)
     assert features.shape == (9, len(FEATURES) + 1, stack.hidden_size)
     assert (features - expected[:9]).abs().max() <= CLOSE
-    assert (passes.logits(last) - own_logits(stack, text)[8:9]).abs().max() <= CLOSE
-    hidden, features = passes.run([chain(1, 9, text[9:])])
+    assert (last - own_logits(stack, text)[8:9]).abs().max() <= CLOSE
+    logits, features = passes.run([chain(1, 9, text[9:])])
     assert features is not None
     assert (features - expected[9:]).abs().max() <= CLOSE
-    assert (passes.logits(hidden) - own_logits(stack, text)[9:]).abs().max() <= CLOSE
+    assert (logits - own_logits(stack, text)[9:]).abs().max() <= CLOSE
 
 
 def test_features_in_half_precision() -> None:
@@ -84,13 +84,13 @@ def test_features_in_half_precision() -> None:
     passes, one = passes_of(stack, FEATURES), passes_of(stack)
     passes.prefill(0, text[:9])
     one.prefill(0, text[:9])
-    hidden, features = passes.run([chain(0, 9, text[9:])])
+    logits, features = passes.run([chain(0, 9, text[9:])])
     assert features is not None
     # Layers run in parts give the same, bit for bit.
-    assert torch.equal(hidden, one.run([chain(0, 9, text[9:])])[0])
-    assert stack.direct_norm is not None
-    assert torch.equal(features[:, -1], stack.direct_norm(hidden))
-    assert passes.logits(hidden).dtype == torch.float32
+    assert torch.equal(logits, one.run([chain(0, 9, text[9:])])[0])
+    # The last feature is what the LM head reads.
+    assert torch.equal(stack.decode_normed(features[None, :, -1])[0].float(), logits)
+    assert logits.dtype == torch.float32
 
 
 def test_without_feature_layers_there_are_no_features() -> None:
@@ -104,14 +104,14 @@ def test_features_of_a_tree_are_those_of_its_paths() -> None:
     passes = passes_of(stack, FEATURES)
     passes.prefill(0, text)
     # 20 with the children 21 and 22, and 23 behind 22.
-    hidden, features = passes.run([Branch(0, 7, [20, 21, 22, 23], [-1, 0, 0, 2])])
+    logits, features = passes.run([Branch(0, 7, [20, 21, 22, 23], [-1, 0, 0, 2])])
     assert features is not None
     paths = ([20], [20, 21], [20, 22], [20, 22, 23])
     for place, path in enumerate(paths):
         expected = own_features(stack, [*text, *path])[-1]
         assert (features[place] - expected).abs().max() <= CLOSE
-    logits = torch.stack([own_logits(stack, [*text, *path])[-1] for path in paths])
-    assert (passes.logits(hidden) - logits).abs().max() <= CLOSE
+    own = torch.stack([own_logits(stack, [*text, *path])[-1] for path in paths])
+    assert (logits - own).abs().max() <= CLOSE
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,9 +135,9 @@ def test_accepted_path_of_a_tree_is_moved_to_its_columns(family: str, kind: Engi
     for buffer, old in zip(passes.cache.buffers(0), before, strict=True):
         assert torch.equal(buffer[0, :, 11:15], old[0, :, [11, 13, 14, 16]])
         assert torch.equal(buffer[1], old[1])
-    hidden, _ = passes.run([chain(0, 15, [40, 41])])
+    logits, _ = passes.run([chain(0, 15, [40, 41])])
     expected = own_logits(stack, [*texts[0], 20, 22, 23, 25, 40, 41])[-2:]
-    assert (passes.logits(hidden) - expected).abs().max() <= CLOSE
+    assert (logits - expected).abs().max() <= CLOSE
 
 
 def test_branches_of_several_rows_follow_each_other() -> None:
@@ -147,11 +147,11 @@ def test_branches_of_several_rows_follow_each_other() -> None:
     for row, text in texts.items():
         passes.prefill(row, text)
     branches = [chain(2, 11, [7, 8]), chain(0, 5, [9])]
-    hidden, _ = passes.run(branches)
+    logits, _ = passes.run(branches)
     expected = torch.cat(
         [own_logits(stack, [*texts[2], 7, 8])[-2:], own_logits(stack, [*texts[0], 9])[-1:]]
     )
-    assert (passes.logits(hidden) - expected).abs().max() <= CLOSE
+    assert (logits - expected).abs().max() <= CLOSE
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,9 +180,9 @@ def test_models_own_modules_give_its_logits(family: str) -> None:
     last, features = passes.prefill(0, text[:8])
     assert features is None
     expected = own_logits(stack, text)
-    assert (passes.logits(last) - expected[7:8]).abs().max() <= CLOSE
+    assert (last - expected[7:8]).abs().max() <= CLOSE
     # A wrong draft is overwritten by the next branch.
     passes.run([chain(0, 8, [text[8], 90, 91])])
     passes.move(0, {})
-    hidden, _ = passes.run([chain(0, 9, text[9:])])
-    assert (passes.logits(hidden) - expected[9:]).abs().max() <= CLOSE
+    logits, _ = passes.run([chain(0, 9, text[9:])])
+    assert (logits - expected[9:]).abs().max() <= CLOSE

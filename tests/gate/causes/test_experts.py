@@ -18,6 +18,7 @@ from support.family_faults import (
 from support.faults import Plant
 
 from cascade.core.schema import UNSET, known
+from cascade.gate.baselines import StoredProfile
 from cascade.gate.causes.bench import Bench
 from cascade.gate.causes.experts import expert_trials, routers
 from cascade.gate.causes.hypotheses import CLEARLY, MOST_LEFT, Evidence, Hypothesis
@@ -110,7 +111,8 @@ def gated(name: str, *, with_parts: bool) -> Attribution:
     stack = family_stack(fault.family)
     baseline = baseline_of(stack, BLOCKS)
     if not with_parts:
-        baseline = type(baseline)(replace(baseline.content, parts=UNSET), baseline.state)
+        content = replace(baseline.content, parts=UNSET)
+        baseline = StoredProfile(content, baseline.state, baseline.rows)
     with fault.plant(stack):
         found = run_gate(stack, BLOCKS, baseline).comparison.attribution
     assert found is not None

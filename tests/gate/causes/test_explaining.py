@@ -343,7 +343,7 @@ def test_passing_models_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_baseline_of_an_earlier_release_has_no_parts_and_is_read() -> None:
     stack = family_stack("llama")
     baseline = baseline_of(stack, BLOCKS)
-    old = StoredProfile(replace(baseline.content, parts=UNSET), baseline.state)
+    old = StoredProfile(replace(baseline.content, parts=UNSET), baseline.state, baseline.rows)
     with faults.scaled_mlp(2)(stack):
         found = run_gate(stack, BLOCKS, old).comparison.attribution
     assert found is not None

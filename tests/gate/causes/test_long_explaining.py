@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from msgspec.structs import replace
@@ -16,10 +18,12 @@ from support.long_faults import LONG_FAULTS, WINDOW, long_blocks, long_stack
 from cascade.core.schema import UNSET, known
 from cascade.gate.baselines import StoredProfile, seal
 from cascade.gate.causes.bench import MOST_PASSES, Bench
+from cascade.gate.causes.long_explaining import LongSides
 from cascade.gate.quick_gate import run_gate
 from cascade.gate.records import Attribution
 from cascade.gate.remeasuring import measure_whole
 from cascade.models.stack import DecoderStack
+from cascade.saturation.long_statistics import LongStatistics
 
 BLOCKS = long_blocks()
 
@@ -28,13 +32,16 @@ BLOCKS = long_blocks()
 def mistral() -> tuple[DecoderStack, StoredProfile]:
     stack = long_stack("mistral", sliding_window=WINDOW)
     profile = measure_whole(stack, BLOCKS)
-    return stack, StoredProfile(seal(profile.record(), profile.arrays()), profile.arrays())
+    arrays = profile.arrays()
+    return stack, StoredProfile(seal(profile.record(), arrays), arrays, profile.rows)
 
 
 def explained(plant: Plant, *, with_parts: bool = True, **options: Any) -> Attribution:
     stack, baseline = mistral()
     if not with_parts:
-        baseline = StoredProfile(replace(baseline.content, parts=UNSET), baseline.state)
+        baseline = StoredProfile(
+            replace(baseline.content, parts=UNSET), baseline.state, baseline.rows
+        )
     before = stack.weights_in_memory()
     with plant(stack):
         comparison = run_gate(stack, BLOCKS, baseline, **options).comparison
@@ -88,8 +95,28 @@ def test_a_window_in_code_is_named_without_the_parts_of_the_baseline(name: str) 
     assert known(found.named) == "sliding window"
 
 
-def test_with_the_whole_corpus_the_sequence_that_moved_most_is_run() -> None:
+def test_with_the_whole_corpus_both_sequences_are_compared_and_the_cause_is_named() -> None:
     assert known(explained(window_setting(32), full=True).named) == "setting sliding_window"
+
+
+def test_the_sequence_that_moved_most_is_run_and_found_in_the_baseline_by_its_tokens() -> None:
+    similarity = np.full((1, 3, 128), 0.5)
+    similarity[0, 1] = 0.25
+
+    def statistics(values: npt.NDArray[np.float64], order: list[int]) -> LongStatistics:
+        numbers = np.array(order)
+        return LongStatistics.of(["1"], values[:, order], numbers, numbers.astype(np.uint64))
+
+    moved = similarity.copy()
+    moved[0, 0, 64:] += 1e-4
+    moved[0, 1, 64:] += 1e-3
+    ids = np.arange(3)[:, None] * np.ones((1, 128), dtype=np.int64)
+    sides = LongSides(ids, statistics(moved, [0, 1, 2]), statistics(similarity, [2, 1, 0]), 2e-6)
+    chosen, evidence = sides.worst()
+    assert (chosen == 1).all()
+    assert evidence.expected[:, 0, 0] == pytest.approx([0.25, 0.25], abs=1e-9)
+    assert evidence.obtained[:, 0, 0] == pytest.approx([0.25, 0.251], abs=1e-9)
+    assert evidence.tolerance.tolist() == [[2e-6, 4e-6]]
 
 
 def test_nothing_is_named_if_no_trial_fits() -> None:

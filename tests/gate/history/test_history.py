@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.build_history import BASELINE, Repository, drifted, other_text, write_profile
-from support.build_profiles import a_profile, plain_record, provenance
+from support.build_profiles import a_profile, old_arrays, plain_record, provenance
 
 from cascade.core.errors import RecordError
 from cascade.core.records import packed, to_json
@@ -207,7 +207,7 @@ def test_a_version_of_a_newer_release_is_marked(repository: Repository) -> None:
     repository.commit("Newer")
     (good, newer) = history_of(repository).versions
     assert good.error is None
-    assert "has schema 99, this release reads up to 2" in torn(newer)
+    assert "has schema 99, this release reads up to 3" in torn(newer)
 
 
 def test_a_version_of_an_older_release_is_compared(repository: Repository) -> None:
@@ -218,7 +218,7 @@ def test_a_version_of_an_older_release_is_compared(repository: Repository) -> No
     path = repository.folder / BASELINE
     path.parent.mkdir(parents=True)
     path.write_text(to_json(record | {"schema": 1}))
-    path.with_suffix(".npz").write_bytes(packed(profile.state))
+    path.with_suffix(".npz").write_bytes(packed(old_arrays(profile)))
     repository.commit("Schema 1")
     repository.accept(drifted(1), "Schema 2")
     found = history_of(repository)

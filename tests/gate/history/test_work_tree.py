@@ -17,7 +17,7 @@ def repository(tmp_path: Path) -> Repository:
 
 
 def subjects(repository: Repository, path: str = BASELINE) -> list[str]:
-    return [file.commit.subject for file in WorkTree(repository.folder).versions(path, ".npz")]
+    return [file.commit.subject for file in WorkTree(repository.folder).versions(path, [".npz"])]
 
 
 def test_versions_are_those_commits_that_changed_the_file_the_oldest_first(
@@ -26,12 +26,12 @@ def test_versions_are_those_commits_that_changed_the_file_the_oldest_first(
     numbers = [repository.accept(drifted(k), f"Step {k}") for k in range(3)]
     (repository.folder / "README").write_text("x")
     repository.commit("Other file")
-    found = WorkTree(repository.folder / "baselines").versions(BASELINE, ".npz")
+    found = WorkTree(repository.folder / "baselines").versions(BASELINE, [".npz"])
     assert [file.commit.short for file in found] == numbers
     assert [file.commit.subject for file in found] == ["Step 0", "Step 1", "Step 2"]
     assert [file.commit.date[:10] for file in found] == ["2026-01-01", "2026-01-02", "2026-01-03"]
     stored = (repository.folder / BASELINE).with_suffix(".npz").read_bytes()
-    assert WorkTree(repository.folder).content(str(found[-1].companion)) == stored
+    assert WorkTree(repository.folder).content(str(found[-1].companions[0])) == stored
 
 
 def test_a_change_of_the_arrays_alone_is_a_version(repository: Repository) -> None:
@@ -46,7 +46,9 @@ def test_a_renamed_baseline_is_followed(repository: Repository) -> None:
     repository.git("mv", "baselines/tiny", "baselines/renamed")
     repository.commit("Rename")
     repository.accept(drifted(1), "New name", "baselines/renamed/words.saturation.json")
-    found = WorkTree(repository.folder).versions("baselines/renamed/words.saturation.json", ".npz")
+    found = WorkTree(repository.folder).versions(
+        "baselines/renamed/words.saturation.json", [".npz"]
+    )
     # Renaming changed nothing: it is no version of its own.
     assert [file.commit.subject for file in found] == ["Old name", "New name"]
     assert [file.path for file in found] == [BASELINE, "baselines/renamed/words.saturation.json"]
@@ -72,7 +74,7 @@ def test_a_merge_that_keeps_one_side_ends_with_that_side(repository: Repository)
     kept = (repository.folder / BASELINE).read_bytes()
     repository.git("merge", "--quiet", "--strategy=ours", "--message", "Merge", "side")
     tree = WorkTree(repository.folder)
-    found = tree.versions(BASELINE, ".npz")
+    found = tree.versions(BASELINE, [".npz"])
     assert {"Start", "Side", "Main"} <= {file.commit.subject for file in found}
     assert tree.content(found[-1].blob) == kept
 
@@ -89,7 +91,7 @@ def test_a_merge_of_one_side_alone_is_no_version(repository: Repository) -> None
 
 
 def test_a_repository_without_commits_has_no_versions(repository: Repository) -> None:
-    assert WorkTree(repository.folder).versions(BASELINE, ".npz") == []
+    assert WorkTree(repository.folder).versions(BASELINE, [".npz"]) == []
 
 
 def test_a_shallow_clone_says_so(repository: Repository, tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_a_shallow_clone_says_so(repository: Repository, tmp_path: Path) -> None
     repository.git("clone", "--quiet", "--depth=1", repository.folder.as_uri(), f"{tmp_path}/c")
     assert not WorkTree(repository.folder).shallow
     assert WorkTree(tmp_path / "c").shallow
-    assert len(WorkTree(tmp_path / "c").versions(BASELINE, ".npz")) == 1
+    assert len(WorkTree(tmp_path / "c").versions(BASELINE, [".npz"])) == 1
 
 
 def test_files_are_those_that_git_knows_or_would_add(repository: Repository) -> None:

@@ -1,0 +1,1 @@
+"""Engines: shards run by a cluster, with the bits of one process."""

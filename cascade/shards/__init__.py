@@ -1,0 +1,1 @@
+"""Shards: one profile from many tasks, with the bits of a single pass."""

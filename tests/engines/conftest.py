@@ -1,0 +1,44 @@
+"""One cluster for a file of tests: starting it takes seconds."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cascade.engines.cluster import Cluster, cluster, import_ray
+from cascade.engines.config import EngineConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ray() -> Any:
+    pytest.importorskip("ray", reason="the extra cascade-exit[ray] is not installed")
+    return import_ray()
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Let workers import the package and the tests, with a cache folder of their own."""
+    before = dict(os.environ)
+    cache = tmp_path_factory.mktemp("cache")
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    os.environ |= {"CASCADE_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    yield cache
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def two_workers(ray: Any, environment: Path) -> Iterator[Cluster]:
+    """A cluster of this machine with two workers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Ray's own
+        with cluster(EngineConfig(workers=2)) as found:
+            yield found
