@@ -15,6 +15,8 @@ from cascade.core.schema import StoredRecord
 #: The module and class of each kind of record; imported on first use.
 KINDS: dict[str, tuple[str, str]] = {
     "saturation": ("saturation.records", "ProfileRecord"),
+    "plan": ("shards.records", "PlanRecord"),
+    "shard": ("shards.records", "ShardRecord"),
     "exit-heads": ("exits.records", "HeadsMetadata"),
     "calibration": ("evaluation.calibration_record", "CalibrationRecord"),
     "evaluation": ("evaluation.records", "EvaluationRecord"),
@@ -41,6 +43,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "bench.lossless": ("benchmarks.lossless.records", "LosslessBenchmark"),
     "bench.fit": ("benchmarks.head_fitting", "HeadFittingBenchmark"),
     "bench.collect-hard": ("benchmarks.hard_tokens", "HardTokenBenchmark"),
+    "bench.scale": ("benchmarks.scale", "ScaleBenchmark"),
     "bench.gate": ("benchmarks.gate", "GateBenchmark"),
 }
 

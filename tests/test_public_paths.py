@@ -33,7 +33,7 @@ class Named:
 
 def read_record(path: Callable[[str], AnyPath], folder: Path) -> None:
     write_record(folder / "profile.json", a_profile().record())
-    assert cascade.read_record(path("profile.json"), kind="saturation").schema == 2
+    assert cascade.read_record(path("profile.json"), kind="saturation").schema == 3
 
 
 def read_profile(path: Callable[[str], AnyPath], folder: Path) -> None:

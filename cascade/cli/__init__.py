@@ -6,6 +6,7 @@ from cascade.cli.app import app, main
 
 _MODULES = (
     "analyze",
+    "shards",
     "gate",
     "history",
     "accept",

@@ -130,7 +130,7 @@ def _as_texts(value: Any) -> tuple[str, ...]:
 
 #: The panels of `cascade --help` with their commands, in the order in which a project uses them.
 COMMAND_PANELS = {
-    "Measure": ("analyze",),
+    "Measure": ("analyze", "plan", "measure-shard", "merge"),
     "Gate": ("gate", "compare", "accept", "history", "check", "comment"),
     "Early exit": ("fit-heads", "calibrate", "evaluate", "search-exit", "generate"),
     "Stages": ("collect-hard", "train"),

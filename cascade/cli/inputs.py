@@ -51,15 +51,30 @@ def device_map_of_options(options: ModelOptions) -> str | dict[str, str | int] |
         UsageError: There is no such strategy or file, or --device is given too.
     """
     from cascade.cli.options import PlacedModelOptions
+
+    if not isinstance(options, PlacedModelOptions):
+        return None
+    return device_map_named(options.device_map, options.device)
+
+
+def device_map_named(name: str | None, device: str) -> str | dict[str, str | int] | None:
+    """Return the device map of the option --device-map; None without one.
+
+    Args:
+        name: The value of the option.
+        device: The value of --device.
+
+    Raises:
+        UsageError: There is no such strategy or file, or --device is given too.
+    """
     from cascade.models.dispatch import device_map_of
 
-    if not isinstance(options, PlacedModelOptions) or options.device_map is None:
+    if name is None:
         return None
-    found = device_map_of(options.device_map)
-    if options.device != "cpu":
+    found = device_map_of(name)
+    if device != "cpu":
         raise UsageError(
-            f"expected --device or --device-map, got {options.device} and {options.device_map};"
-            " leave one out"
+            f"expected --device or --device-map, got {device} and {name}; leave one out"
         )
     return found
 

@@ -242,6 +242,14 @@ Device = Annotated[
     str,
     typer.Option("--device", help="cpu, cuda, mps or auto.", autocompletion=completion.devices),
 ]
+DeviceMapName = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        help="Spread the layers over devices: auto, balanced, sequential, or a .json file.",
+        autocompletion=completion.device_maps,
+    ),
+]
 ExitLayer = Annotated[
     int | None,
     typer.Option(
@@ -358,14 +366,7 @@ class ModelOptions(DeviceOptions):
 class PlacedModelOptions(ModelOptions):
     """Which model runs, perhaps over several devices."""
 
-    device_map: Annotated[
-        str | None,
-        typer.Option(
-            "--device-map",
-            help="Spread the layers over devices: auto, balanced, sequential, or a .json file.",
-            autocompletion=completion.device_maps,
-        ),
-    ] = None
+    device_map: DeviceMapName = None
 
 
 @dataclass(frozen=True)

@@ -13,5 +13,9 @@ EVALUATED_TOKENS = 8192
 
 #: Hard ratios to which thresholds are fitted.
 HARD_RATIOS = (0.3, 0.5, 0.7)
+
+#: Tokens at the beginning of a corpus from which the quick gate takes its sequences.
+GATED_TOKENS = 1 << 20
+
 #: Tokens of a long sequence, if the model has so many positions.
 LONG_CONTEXT = 2048

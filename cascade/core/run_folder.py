@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cascade.core.errors import CascadeError, OutputError, os_reason
@@ -130,10 +130,23 @@ class RunFolder:
             OutputError: The disk is full, or the folder was removed.
         """
         data = content.encode("utf-8") if isinstance(content, str) else content
+        with self.staged(name) as path:
+            path.write_bytes(data)
+
+    @contextlib.contextmanager
+    def staged(self, name: str) -> Iterator[Path]:
+        """Yield the path at which one file of the run is staged, to be written by the caller.
+
+        Args:
+            name: One of the run's names. One with a slash goes to a folder below.
+
+        Raises:
+            OutputError: The disk is full, or the folder was removed.
+        """
         staged = self.staging / name
         try:
             staged.parent.mkdir(parents=True, exist_ok=True)
-            staged.write_bytes(data)
+            yield staged
         except OSError as error:
             raise OutputError(
                 f"cannot write {self.path / name}: {os_reason(error)}; free some space or choose "

@@ -148,7 +148,8 @@ def _stage_run(target: RunFolder, run: Path, path: Path, profile: StoredProfile)
     text = to_json(read_plain(run / "profile.json", ProfileRecord)) + "\n"
     arrays = read_arrays_file(run / f"profile{ARRAYS}")
     if isinstance(profile.rows, StoredRows):
-        profile.rows.copy_to(target.staging / path.with_suffix(ROWS).name)
+        with target.staged(path.with_suffix(ROWS).name) as staged:
+            profile.rows.copy_to(staged)
     target.write(path.with_suffix(ARRAYS).name, arrays)
     target.write(path.name, text)
 

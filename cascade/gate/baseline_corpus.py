@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cascade.core.defaults import GATED_TOKENS
 from cascade.core.errors import CorpusError, first_line
 from cascade.core.provenance import CorpusProvenance
 from cascade.core.schema import known
@@ -110,6 +111,7 @@ def baseline_blocks(
     given: GivenCorpus,
     *,
     whole: bool = False,
+    quick: bool = False,
 ) -> TokenBlocks:
     """Read the sequences that a baseline was measured on.
 
@@ -118,14 +120,21 @@ def baseline_blocks(
         tokenizer: The tokenizer of the model.
         given: The options that the user gave; they take precedence.
         whole: As for `GivenCorpus.reading`.
+        quick: Read no more than the beginning of a large corpus, hub datasets as a stream.
 
     Raises:
         CorpusError: The corpus is missing, malformed or too small. Where a relative path of the
             record was looked for is said.
     """
     source = given.source or about.source
+    reading = given.reading(about, whole=whole)
+    most = reading.max_tokens or about.tokens
+    is_cut = quick and most > GATED_TOKENS
+    if is_cut:
+        reading = replace(reading, max_tokens=GATED_TOKENS)
     try:
-        blocks = load_blocks(source, tokenizer, **given.reading(about, whole=whole).options())
+        stream = is_cut and reading.seed is None
+        blocks = load_blocks(source, tokenizer, stream=stream, **reading.options())
     except CorpusError as error:
         if given.source is not None or source == EMBEDDED or os.path.exists(source):
             raise

@@ -162,16 +162,16 @@ def stage_profile(
     Raises:
         OutputError: The disk is full, or the folder was removed.
     """
-    rows = folder.staging / f"{stem}{ROWS}"
     arrays = dict(profile.arrays())
-    arrays[ROWS_HASH] = _stage_rows(rows, profile)
+    with folder.staged(f"{stem}{ROWS}") as path:
+        arrays[ROWS_HASH] = _write_rows(path, profile)
     record = seal(profile.record(), arrays)
     folder.write(f"{stem}{ARRAYS}", packed(arrays))
     folder.write(f"{stem}.json", to_json(to_plain(record)) + "\n")
     return record
 
 
-def _stage_rows(path: Path, profile: SaturationProfile | StoredProfile) -> Array:
+def _write_rows(path: Path, profile: SaturationProfile | StoredProfile) -> Array:
     """Write the rows of a profile to a file, and return the hashes of its groups."""
     rows = profile.rows
     if isinstance(rows, StoredRows):

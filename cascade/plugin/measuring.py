@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import pytest
 
-from cascade.core.defaults import EVALUATED_TOKENS, SEQ_LEN
+from cascade.core.defaults import EVALUATED_TOKENS, GATED_TOKENS, SEQ_LEN
 from cascade.core.errors import CascadeError, RecordError
 from cascade.core.printable import printable
 from cascade.core.schema import known
@@ -99,6 +99,7 @@ class _Reading:
         self.settings = settings
         self.command = command
         self._gates: dict[tuple[int, bool], Gate] = {}
+        self._blocks: dict[bool, TokenBlocks] = {}
 
     @cached_property
     def path(self) -> Path:
@@ -117,13 +118,19 @@ class _Reading:
 
         return read_profile(self.path)
 
-    @cached_property
-    def blocks(self) -> TokenBlocks:
-        """The part of the corpus that the baseline was measured on."""
+    def blocks(self, *, full: bool) -> TokenBlocks:
+        """Return the part of the corpus that the baseline was measured on.
+
+        Args:
+            full: Read all of a large corpus, not only its beginning.
+        """
         from cascade.gate.baseline_corpus import baseline_blocks
 
-        given = self.settings.given_corpus()
-        return baseline_blocks(self._about, self.model.stack.tokenizer, given)
+        full = full or self._about.tokens <= GATED_TOKENS
+        if full not in self._blocks:
+            given, tokenizer = self.settings.given_corpus(), self.model.stack.tokenizer
+            self._blocks[full] = baseline_blocks(self._about, tokenizer, given, quick=not full)
+        return self._blocks[full]
 
     @property
     def _about(self) -> CorpusProvenance:
@@ -138,7 +145,7 @@ class _Reading:
             baseline = self.baseline  # before the model is loaded, which takes longer
             self._gates[key] = run_gate(
                 self.model.stack,
-                self.blocks,
+                self.blocks(full=full),
                 baseline,
                 tokens=tokens,
                 full=full,
@@ -159,7 +166,8 @@ class _Reading:
         with one_line():
             if not is_stored(self.path):
                 raise RecordError(missing_line(self.path, self.settings))
-            blocks, settings = self.blocks, self.settings
+            settings = self.settings
+            blocks = self.blocks(full=settings.full)
             # Reuse the gate's measurement if it neither stopped early nor was not comparable.
             done = self.gate(tokens=settings.tokens, full=settings.full).profile
             if not settings.full:

@@ -7,13 +7,13 @@ short sequences of a corpus. They are visible only in long ones.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from cascade.core.arrays import Array
-from cascade.core.defaults import LONG_CONTEXT
+from cascade.core.defaults import GATED_TOKENS, LONG_CONTEXT
 from cascade.core.errors import CascadeError, CorpusError, ModelError, first_line, not_finite
 from cascade.corpora.blocks import TokenBlocks
 from cascade.corpora.long_sequences import LongSequences, long_sequences
@@ -88,13 +88,19 @@ def choose_long(stack: DecoderStack, blocks: TokenBlocks, wanted: int | None) ->
     length = default_length(stack, seq_len) if wanted is None else wanted
     if length is None:
         return LongChoice(None, _too_few_positions(stack, seq_len))
-    found = long_sequences(blocks, length, LONG_SEQUENCES)
+    found = long_sequences(_beginning(blocks), length, LONG_SEQUENCES)
     if len(found.ids):
         return LongChoice(found)
     short = f"{blocks.source} gives {blocks.tokens:,} tokens, too few for a sequence of {length:,}"
     if wanted is None:
         return LongChoice(None, f"{short}; take more records or a smaller --long-context", True)
     raise CorpusError(f"{short}; take more records, a smaller --long-context, or 0 for none")
+
+
+def _beginning(blocks: TokenBlocks) -> TokenBlocks:
+    """Return the sequences at the beginning of a large corpus, where the quick gate reads."""
+    most = max(1, GATED_TOKENS // blocks.ids.shape[1])
+    return blocks if len(blocks.ids) <= most else replace(blocks, ids=blocks.ids[:most])
 
 
 def _too_few_positions(stack: DecoderStack, seq_len: int) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cascade.core.arrays import Array
-from cascade.core.errors import BrokenRecordError, OutputError, RecordError, first_line, os_reason
+from cascade.core.errors import BrokenRecordError, RecordError, first_line
 from cascade.core.files import open_regular
 from cascade.core.run_folder import current
 from cascade.stats.sequence_rows import QUANTILES, Rows, SequenceRows
@@ -87,7 +87,7 @@ class RowWriter:
         layers: Row labels.
 
     Raises:
-        OutputError: The file cannot be written.
+        OSError: The file cannot be written.
 
     Example:
         >>> import tempfile
@@ -105,16 +105,16 @@ class RowWriter:
         self.layers = tuple(layers)
         self._hashes: list[bytes] = []
         self._waiting: list[tuple[SequenceRows, Array]] = []
-        with self._writing():
-            self._file = path.open("wb")
-            self._writer = pyarrow.parquet.ParquetWriter(
-                self._file,
-                _schema(),
-                compression="zstd",
-                use_dictionary=list(_REPEATED),
-                column_encoding=dict.fromkeys(("mean", "mean_square"), "BYTE_STREAM_SPLIT"),
-                write_statistics=False,
-            )
+        self._count = 0
+        self._file = path.open("wb")
+        self._writer = pyarrow.parquet.ParquetWriter(
+            self._file,
+            _schema(),
+            compression="zstd",
+            use_dictionary=list(_REPEATED),
+            column_encoding=dict.fromkeys(("mean", "mean_square"), "BYTE_STREAM_SPLIT"),
+            write_statistics=False,
+        )
 
     @property
     def hashes(self) -> npt.NDArray[np.uint8]:
@@ -129,7 +129,8 @@ class RowWriter:
             fingerprints: `[S]`, the fingerprint of each sequence.
         """
         self._waiting.append((rows, fingerprints))
-        if sum(len(some) for some, _ in self._waiting) >= GROUP:
+        self._count += len(rows)
+        if self._count >= GROUP:
             self._write_groups(all_rows=False)
 
     def _write_groups(self, *, all_rows: bool) -> None:
@@ -140,23 +141,12 @@ class RowWriter:
             places = np.arange(start, min(start + GROUP, last))
             self._write(rows.read(places), prints[places])
         rest = np.arange(last, len(rows))
-        self._waiting = [(rows.read(rest), prints[rest])]
+        self._waiting, self._count = [(rows.read(rest), prints[rest])], len(rest)
 
     def _write(self, rows: SequenceRows, fingerprints: Array) -> None:
-        with self._writing():
-            table = _table(rows, fingerprints, self.layers)
-            self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        table = _table(rows, fingerprints, self.layers)
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
         self._hashes.append(rows_hash(rows, fingerprints))
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path}: {os_reason(error)}; free some space or choose another "
-                "folder"
-            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -167,10 +157,11 @@ class RowWriter:
             if kind is None:
                 if self._waiting:
                     self._write_groups(all_rows=True)
-                with self._writing():
-                    self._writer.close()
+                self._writer.close()
         finally:
-            with contextlib.suppress(OSError):
+            # Else Arrow would write the end of the file when the writer is collected.
+            self._writer.is_open = False
+            with contextlib.suppress(OSError):  # on a full disk, after its own error
                 self._file.close()
 
 
@@ -345,14 +336,9 @@ class StoredRows:
         """Copy the file.
 
         Raises:
-            OutputError: The copy cannot be written.
+            OSError: The copy cannot be written.
         """
-        try:
-            shutil.copyfile(current(self.path), path)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {path}: {os_reason(error)}; free some space or choose another folder"
-            ) from error
+        shutil.copyfile(current(self.path), path)
 
     def groups(self) -> Iterator[tuple[SequenceRows, npt.NDArray[np.uint64]]]:
         """Yield the rows and the fingerprints of one group after the other."""

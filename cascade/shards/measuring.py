@@ -21,7 +21,7 @@ from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import as_stack, measured_batches, statistics_of
 from cascade.shards.plan import Plan, batches_of
 from cascade.shards.records import PlannedShard, ShardRecord
-from cascade.shards.shard_files import StoredShard, check_versions, read_shard, write_shard
+from cascade.shards.shard_files import check_versions, read_shard, write_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,18 +32,14 @@ class MeasuredShard:
     """The outcome of a task.
 
     Attributes:
-        number: The shard's number, from 0.
+        record: The content of `shard.json`.
         folder: The folder of the shard.
         skipped: Whether the shard was complete before.
-        tokens: The number of its tokens.
-        seconds: How long measuring took; of a skipped shard, how long it took then.
     """
 
-    number: int
+    record: ShardRecord
     folder: Path
     skipped: bool
-    tokens: int
-    seconds: float
 
 
 def measure_shard(
@@ -92,7 +88,7 @@ def measure_shard(
     stored = read_shard(plan, number)
     if stored is not None:
         stored.rows.check()
-        return _outcome(plan, stored, skipped=True)
+        return MeasuredShard(stored.record, stored.folder, skipped=True)
     check_versions(plan, library_versions(), f"shard {number} would be measured")
     model = load_planned(plan, device=device, device_map=device_map) if model is None else model
     with as_stack(model, None) as stack:
@@ -101,7 +97,7 @@ def measure_shard(
     stored = read_shard(plan, number)
     if stored is None:
         raise RecordError(f"{plan.shard_folder(number)} was removed while it was written")
-    return _outcome(plan, stored, skipped=not written)
+    return MeasuredShard(stored.record, stored.folder, skipped=not written)
 
 
 def load_planned(
@@ -181,9 +177,3 @@ def _measured(
     )
     prints = TokenBlocks(ids, "", "", records=0).sequence_fingerprints()
     return write_shard(plan, record, statistics, statistics.rows.all(), prints)
-
-
-def _outcome(plan: Plan, stored: StoredShard, *, skipped: bool) -> MeasuredShard:
-    return MeasuredShard(
-        stored.record.number, stored.folder, skipped, stored.tokens.count, stored.record.seconds
-    )

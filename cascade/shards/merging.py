@@ -72,8 +72,9 @@ def merge(
     """
     plan = plan if isinstance(plan, Plan) else Plan.read(plan)
     with RunFolder(Path(output), PROFILE_FILES, overwrite=overwrite) as folder:
-        path = folder.staging / "profile.parquet"
-        stage_profile(folder, merged(plan, path, command=command, progress=progress))
+        with folder.staged("profile.parquet") as path:
+            profile = merged(plan, path, command=command, progress=progress)
+        stage_profile(folder, profile)
     return read_profile(Path(output))
 
 
@@ -94,7 +95,7 @@ def merged(
 
     Raises:
         RecordError: As for `merge`.
-        OutputError: The file cannot be written.
+        OSError: The file cannot be written.
     """
     _check_complete(plan)
     layers, length = plan.record.layers, plan.record.provenance.corpus.seq_len
@@ -119,6 +120,7 @@ def merged(
         noise=plan.record.noise,
         long=plan.long,
         no_long=_no_long(plan),
+        parts=known(plan.record.parts),
     )
 
 

@@ -23,6 +23,7 @@ from cascade.gate.quick_gate import quick_ids
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 from cascade.saturation.long_context import LongChoice, choose_long, measure_long
+from cascade.saturation.model_parts import parts_of
 from cascade.saturation.profile import as_stack, measured_batches, piloted
 from cascade.saturation.records import LongContext
 from cascade.shards.plan import PLAN_FILES, Plan
@@ -111,6 +112,7 @@ def plan(
             layers=list(stack.layer_labels),
             shards=planned,
             noise=measure_noise(stack, quick_ids(blocks), chosen.sequences),
+            parts=parts_of(stack),
             long_context=long,
             arrays_hash=arrays_hash(state),
         )

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from cascade.core.provenance import MachineProvenance, Provenance
 from cascade.core.schema import UNSET, Count, Index, Part, StoredRecord, UnsetType
-from cascade.saturation.records import LongContext, NoiseFloor
+from cascade.saturation.records import LongContext, ModelParts, NoiseFloor
 
 
 class PlannedShard(Part, frozen=True, kw_only=True):
@@ -42,6 +42,7 @@ class PlanRecord(StoredRecord, frozen=True, kw_only=True):
         layers: Row labels.
         shards: The shards, which hold whole batches.
         noise: The noise floor of the machine that made the plan; None if it was not measured.
+        parts: The parts of the model (see `cascade.saturation.model_parts`); absent if not read.
         long_context: The long sequences, which were measured for the plan.
         arrays_hash: The hash of the arrays in `plan.npz`: bin edges and long sequences.
         hash: The hash of the record, which every shard names.
@@ -59,6 +60,7 @@ class PlanRecord(StoredRecord, frozen=True, kw_only=True):
     layers: list[str]
     shards: list[PlannedShard]
     noise: NoiseFloor | None
+    parts: ModelParts | UnsetType = UNSET
     long_context: LongContext | UnsetType = UNSET
     arrays_hash: str
     hash: str | UnsetType = UNSET

@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.build_profiles import a_profile, edited, plain_record, provenance, save_run
+from support.build_profiles import (
+    a_profile,
+    edited,
+    old_arrays,
+    plain_record,
+    provenance,
+    save_run,
+)
 from support.disk import contents, largest_file
 
 from cascade.core.errors import OutputError, RecordError
@@ -66,12 +73,12 @@ def test_nan_is_never_written(tmp_path: Path) -> None:
         ('{"schema": 1, "kind": "evaluation"}', "record of kind saturation, got evaluation"),
         ("[1]", "record of kind saturation, got list"),
         (
-            '{"schema": 3, "kind": "saturation",'
+            '{"schema": 4, "kind": "saturation",'
             ' "provenance": {"versions": {"cascade-exit": "9"}}}',
-            "has schema 3, this release reads up to 2; use cascade-exit 9 or a later one",
+            "has schema 4, this release reads up to 3; use cascade-exit 9 or a later one",
         ),
-        ('{"schema": 3, "kind": "saturation"}', "use cascade-exit of the release that wrote it"),
-        ('{"kind": "saturation"}', "has schema None, expected a whole number from 1 to 2"),
+        ('{"schema": 4, "kind": "saturation"}', "use cascade-exit of the release that wrote it"),
+        ('{"kind": "saturation"}', "has schema None, expected a whole number from 1 to 3"),
         ('{"schema": "2", "kind": "saturation"}', "has schema '2', expected a whole number"),
         ('{"schema": true, "kind": "saturation"}', "has schema True, expected a whole number"),
         ('{"schema": 0, "kind": "saturation"}', "has schema 0, expected a whole number"),
@@ -119,6 +126,7 @@ def test_accept_stores_the_run_and_returns_the_previous_baseline(tmp_path: Path)
         "tiny",
         "tiny/words.saturation.json",
         "tiny/words.saturation.npz",
+        "tiny/words.saturation.parquet",
     ]
 
 
@@ -260,7 +268,7 @@ def test_a_missing_fingerprint_is_refused(tmp_path: Path) -> None:
     run = save_run(
         tmp_path / "run", StoredProfile(seal(profile.content, arrays), arrays, profile.rows)
     )
-    with pytest.raises(RecordError, match="from different runs"):
+    with pytest.raises(RecordError, match="torn, edited or of another run"):
         read_profile(run)
 
 
@@ -284,9 +292,15 @@ def test_unsealed_records_of_schema_1_are_still_read(tmp_path: Path) -> None:
     sealed = ("hash", "arrays_hash", "noise")
     content = {k: v for k, v in plain_record(old).items() if k not in sealed} | {"schema": 1}
     run = save_run(tmp_path / "run", old, content)
-    assert to_plain(read_profile(run).record()) == content
+    (run / "profile.npz").write_bytes(packed(old_arrays(old)))
+    (run / "profile.parquet").unlink()
+    found = read_profile(run)
+    assert to_plain(found.record()) == content
+    assert np.array_equal(found.rows.all().statistics(), old.rows.all().statistics())
+    assert found.arrays().keys() == old.arrays().keys() - {"rows_hash"}
     number(content)
     save_run(tmp_path / "edited", old, content)
+    (tmp_path / "edited/profile.npz").write_bytes(packed(old_arrays(old)))
     with pytest.raises(RecordError, match="from different runs"):
         read_profile(tmp_path / "edited")
 
@@ -314,9 +328,9 @@ def test_concurrent_writers_leave_one_complete_baseline(tmp_path: Path) -> None:
     runs = [a_run(tmp_path / f"run{seed}", seed) for seed in range(4)]
     store = tmp_path / "baselines"
     with ThreadPoolExecutor(8) as pool:
-        # Whichever writer comes last, both files must be from the same run.
+        # Whichever writer comes last, all files must be from the same run.
         for done in [pool.submit(accept, store, run) for run in runs * 12]:
             done.result()
     left = read_profile(profile_path(store, a_record()))
     assert left.record() in [a_record(seed) for seed in range(4)]
-    assert len(contents(store)) == 3
+    assert len(contents(store)) == 4

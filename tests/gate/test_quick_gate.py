@@ -13,17 +13,21 @@ from msgspec.structs import replace
 from support.build_gate import BLOCKS, LENGTH, a_stack, blocks_of, broken
 from support.commands import TEXTS, Run
 from support.decoding_faults import CHANGES, wrong_cache
+from support.tiny_models import tiny_model, tiny_tokenizer
 
 from cascade.core.errors import ModelError, UsageError
 from cascade.core.schema import from_plain, to_plain
-from cascade.corpora.blocks import TokenBlocks
-from cascade.gate import quick_gate
+from cascade.corpora.blocks import TokenBlocks, load_blocks
+from cascade.gate import baseline_corpus, quick_gate
+from cascade.gate.accepting import store_profile
+from cascade.gate.baseline_corpus import GivenCorpus
 from cascade.gate.baselines import StoredProfile, read_profile, seal
 from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import Gate, noise_here, quick_blocks, run_gate
 from cascade.gate.records import GateRun, GateStep
 from cascade.models.stack import DecoderStack
-from cascade.saturation.profile import analyze
+from cascade.saturation import long_context, row_files
+from cascade.saturation.profile import SaturationProfile, analyze
 from cascade.saturation.records import NoiseFloor, ProfileRecord
 
 
@@ -479,3 +483,66 @@ def test_the_record_of_a_gate_has_its_steps_and_duration(baseline: StoredProfile
     ]
     assert run.budget_tokens == 2 * LENGTH
     assert run.seconds > 0
+
+
+# --- Large baselines -------------------------------------------------------------------------
+
+
+def named(profile: SaturationProfile) -> SaturationProfile:
+    """Return a profile whose model has a name, as baselines are stored by."""
+    about = profile.provenance
+    model = replace(about.model, name="tiny", source="tiny")
+    return dataclasses.replace(profile, provenance=replace(about, model=model))
+
+
+def test_the_quick_gate_reads_the_rows_of_its_sequences_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_files, "GROUP", 2)
+    blocks = blocks_of(40)
+    path, _ = store_profile(tmp_path, named(analyze(a_stack(), blocks)))
+    baseline = read_profile(path)
+    read: list[int] = []
+    group = row_files.StoredRows.group
+
+    def watched(self: Any, number: int) -> Any:
+        read.append(number)
+        return group(self, number)
+
+    monkeypatch.setattr(row_files.StoredRows, "group", watched)
+    length = blocks.ids.shape[1]
+    found = run_gate(a_stack(), blocks, baseline, tokens=2 * length, long_context=False)
+    assert found.comparison.verdict == "PASS"
+    assert set(read) == {0, 19}  # the first and the last sequence, out of 20 groups
+
+
+def test_the_quick_gate_reads_the_beginning_of_a_large_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer()
+    stack = DecoderStack(tiny_model("llama"), tokenizer=tokenizer)
+    text = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": f"Text number {k} of many."}) for k in range(60)]
+    text.write_text("\n".join(lines))
+    blocks = load_blocks(text, tokenizer, seq_len=16)
+    path, _ = store_profile(tmp_path, named(analyze(stack, blocks)))
+    about = read_profile(path).record().provenance.corpus
+    monkeypatch.setattr(baseline_corpus, "GATED_TOKENS", 160)
+    few = baseline_corpus.baseline_blocks(about, tokenizer, GivenCorpus(), quick=True)
+    assert len(few.ids) == 10 < len(blocks.ids)
+    assert np.array_equal(few.ids, blocks.ids[:10])
+    found = run_gate(stack, few, read_profile(path), tokens=64, long_context=False)
+    assert found.comparison.verdict == "PASS"
+    whole = baseline_corpus.baseline_blocks(about, tokenizer, GivenCorpus())
+    assert len(whole.ids) == len(blocks.ids)
+
+
+def test_the_long_sequences_of_a_large_corpus_are_at_its_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = blocks_of(40)
+    length = blocks.ids.shape[1]
+    monkeypatch.setattr(long_context, "GATED_TOKENS", 10 * length)
+    chosen = long_context.choose_long(a_stack(), blocks, 2 * length).sequences
+    assert chosen is not None
+    assert chosen.starts.max() + 2 <= 10

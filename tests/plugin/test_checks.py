@@ -327,7 +327,7 @@ def another_runs_npz(path: Path) -> None:
     [
         (torn, "texts.saturation.json is torn or edited"),
         (edited_by_hand, "texts.saturation.json was changed after it was written (expected hash"),
-        (newer, "has schema 9, this release reads up to 2; use cascade-exit 7.1 or a later one"),
+        (newer, "has schema 9, this release reads up to 3; use cascade-exit 7.1 or a later one"),
         (without_npz, "no file "),
         (another_runs_npz, "texts.saturation.npz was changed after it was written"),
     ],

@@ -137,8 +137,9 @@ def plain_record(profile: StoredProfile) -> Record:
 def write_rows(path: Path, profile: StoredProfile) -> None:
     """Write a profile's rows, as they lie next to its `.json`."""
     rows = profile.rows.all()
-    with RowWriter(path, [str(label) for label in profile.state["layers"]]) as writer:
-        writer.add(rows, profile.state["sequence_fingerprint"][rows.numbers])
+    prints = profile.state.get("sequence_fingerprint", np.zeros(0, np.uint64))
+    with RowWriter(path, [row.layer for row in profile.content.layers]) as writer:
+        writer.add(rows, np.resize(prints, len(rows)))
 
 
 def old_arrays(profile: StoredProfile) -> dict[str, Array]:

@@ -7,6 +7,7 @@ Every option is used as the page writes it. What differs from a reader's machine
 - the embedded corpus is the first records of its two splits, a hub dataset a folder of its name;
 - the local files that pages speak of are those of `lay_out`;
 - benchmarks run each variant once, whatever `--rounds` says, and start no processes of their own;
+- few simulated rows are merged, in processes of their own;
 - drafters are trained on a few tokens in a few steps, whatever `--tokens` and `--steps` say;
 - lossless decoding is timed on two prompts of each kind and a few new tokens;
 - budgets of time are wide, what a tiny model takes being nobody's subject;
@@ -34,6 +35,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cascade.benchmarks import gate as gate_benchmark
 from cascade.benchmarks import memory, timing
+from cascade.benchmarks import scale as scale_benchmark
 from cascade.benchmarks.lossless import benchmark as lossless_benchmark
 from cascade.benchmarks.lossless import prompts as lossless_prompts
 from cascade.benchmarks.lossless import rounds as lossless_rounds
@@ -75,6 +77,9 @@ NOISE = NoiseFloor(
     variants={"batch_size": 1e-7, "threads": 1e-7, "attention": 1e-7, "float64": 1e-7},
     sequences=4,
 )
+
+#: Merging of simulated shards, whatever `--rows` says.
+SCALE = scale_benchmark.ScaleBenchmarkConfig(rows=(600,), shards=3, layers=4)
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -191,6 +196,7 @@ def _shorten_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lossless_benchmark, "read_prompts", _few_prompts)
     monkeypatch.setattr(lossless_benchmark, "time_rounds", _time_few_tokens)
     monkeypatch.setattr(gate_benchmark, "run_python", lambda *_: "0.01")
+    monkeypatch.setattr(scale_benchmark, "ScaleBenchmarkConfig", lambda **_: SCALE)
     monkeypatch.setattr(gate_benchmark, "measure_noise", lambda *_: NOISE)
 
 

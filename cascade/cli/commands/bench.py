@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cascade.benchmarks.hard_tokens import HardTokenBenchmark
     from cascade.benchmarks.head_fitting import HeadFittingBenchmark
     from cascade.benchmarks.lossless.records import LosslessBenchmark
+    from cascade.benchmarks.scale import ScaleBenchmark
     from cascade.core.schema import StoredRecord
     from cascade.report.common.sections import Report
 
@@ -386,3 +387,44 @@ def bench_gate(options: GateOptions, output: BenchmarkOutput) -> None:
         return benchmark_gate(config, command=line, progress=progress)
 
     _run(measure, gate_benchmark_report, output)
+
+
+@command("scale", group=bench)
+def bench_scale(
+    output: BenchmarkOutput,
+    rows: Annotated[
+        str, typer.Option("--rows", help="Numbers of rows, e.g. 1000000,10000000.")
+    ] = "1000000",
+    shards: Annotated[int, typer.Option("--shards", min=1, help="Number of shards.")] = 1000,
+    layers: Annotated[int, typer.Option("--layers", min=2, help="Rows of each sequence.")] = 31,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--folder", help="Folder with space, 31 bytes a row (default: of the system)."
+        ),
+    ] = None,
+) -> None:
+    """Merge simulated shards, and check the result against the known one.
+
+    No model runs. Merging and reading a merged profile are measured in
+    fresh processes. A missed target is printed and recorded; the exit
+    status remains 0.
+    """
+    from cascade.report.benchmarks.scale import scale_benchmark_report
+
+    def measure(line: str, progress: Callable[[str], None]) -> ScaleBenchmark:
+        from cascade.benchmarks.scale import ScaleBenchmarkConfig, benchmark_scale
+
+        config = ScaleBenchmarkConfig(rows=_row_counts(rows), shards=shards, layers=layers)
+        return benchmark_scale(config, folder=folder, command=line, progress=progress)
+
+    _run(measure, scale_benchmark_report, output)
+
+
+def _row_counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(count.replace("_", "")) for count in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"expected --rows with whole numbers such as 1000000,10000000, got {text}"
+        ) from None

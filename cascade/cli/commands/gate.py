@@ -218,7 +218,9 @@ def gate(
         stack = load_model(model)
         say_which(given.source or about.source, "dataset")
         with status(f"Reading {given.source or about.source}"):
-            blocks = baseline_blocks(about, stack.tokenizer, given, whole=against.full)
+            blocks = baseline_blocks(
+                about, stack.tokenizer, given, whole=against.full, quick=not against.full
+            )
         with progress_bar(
             "Comparing", blocks.tokens if against.full else against.tokens
         ) as advance:

@@ -16,7 +16,7 @@ from cascade.report.common.records import (
     show,
 )
 from cascade.report.common.sections import Bars, Block, Lead, Pairs, Picture, Report, Section, Table
-from cascade.saturation.records import ProfileRecord
+from cascade.saturation.records import SAME_CONTENT, ProfileRecord
 
 _STATISTICS = ("mean", "std", "min", "p10", "p50", "p90", "max")
 
@@ -60,7 +60,7 @@ def check_profile(record: ProfileRecord) -> None:
     Raises:
         ValueError: The record has another schema or no layers.
     """
-    if record.schema != record.SCHEMA:
+    if not SAME_CONTENT <= record.schema <= record.SCHEMA:
         raise ValueError(f"expected schema {record.SCHEMA}, got {record.schema}")
     if not record.layers:
         raise ValueError("expected at least one layer, got none")

@@ -239,7 +239,7 @@ def test_a_record_of_a_newer_release_is_left_to_its_reader(place: Place) -> None
     record = edited(a_profile(), lambda record: record.update(schema=9), sealed=True)
     push(PROFILE, to_file(record).encode())
     assert up_to_date(URL).refused == {}
-    with pytest.raises(RecordError, match="has schema 9, this release reads up to 2"):
+    with pytest.raises(RecordError, match="has schema 9, this release reads up to 3"):
         read_profile(copy_folder(URL) / PROFILE)
 
 

@@ -85,7 +85,7 @@ def test_reporting_leaves_record_and_arrays_as_they_were() -> None:
     [
         ({"kind": "evaluation"}, 'expected "saturation" at kind, got "evaluation"'),
         ({"kind": None}, 'expected "saturation" at kind, got null'),
-        ({"schema": 3}, "expected schema 2, got 3"),
+        ({"schema": 4}, "expected schema 3, got 4"),
         ({"layers": []}, "expected at least one layer, got none"),
     ],
 )
