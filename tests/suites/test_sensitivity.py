@@ -220,7 +220,7 @@ def test_the_table_of_the_docs_is_what_was_measured(
         unseen = ALL_FAULTS[name].unseen
         points = f"not seen: {unseen}" if unseen else points
         lines.append(f"| {row.fault} | {row.verdict} | {row.tokens} | {points} |")
-    lines += ["", *other_families(), "", *how_often_it_errs()]
+    lines += ["", *other_families(), "", *other_devices(), "", *how_often_it_errs()]
     file_regression.check(
         "\n".join(lines) + "\n", fullpath=DOCS / "sensitivity.md", extension=".md"
     )
@@ -243,6 +243,32 @@ def other_families() -> list[str]:
 def family_rows() -> list[list[str]]:
     text = (DOCS / "family_faults.csv").read_text(encoding="utf-8")
     return list(csv.reader(text.splitlines()))[1:]
+
+
+def other_devices() -> list[str]:
+    """Return a section of the docs, drawn from the stored record of `test_other_devices.py`."""
+    lines = [
+        "## On other devices",
+        "",
+        "A baseline can be checked on another device than its own. The gate then measures how far"
+        " rounding moves a sequence",
+        "there, and tolerates three times the noise of both sides. The coarser the arithmetic, the"
+        " fewer faults are seen. These 14",
+        "faults were planted in SmolLM2-135M: a layer skipped, RoPE base, mask, epsilon, attention"
+        " scale, a head, one layer or all",
+        "in int8, an MLP's output x 1.01, x 1.001 and x 1.0003, and a stale, zeroed or fp8 key in"
+        " decoding",
+        "(`pytest tests/suites/test_other_devices.py -m slow`, with a GPU `-m gpu`;"
+        " [record](other-devices.csv)).",
+        "",
+        "| baseline | checked on | dtype | noise | tolerance | moved | not seen |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    with (DOCS / "other-devices.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            cells = [row[name] for name in ("baseline", "run", "dtype", "noise", "tolerance")]
+            lines.append(f"| {' | '.join([*cells, row['moved'], row['unseen']])} |")
+    return lines
 
 
 def how_often_it_errs() -> list[str]:
