@@ -1,3 +1,10 @@
+    def fail() -> None:
+        with working_folder(folder, ASKED, overwrite=False, doing="working on it") as place:
+            (place / "0.done").touch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
 """A working folder continues what was asked for, and nothing else."""
 
 from __future__ import annotations
