@@ -72,7 +72,7 @@ def test_life_cycle_of_a_baseline(project: pytest.Pytester) -> None:
     again = ran(project, *only, "--force-regen")
     again.assert_outcomes(failed=1, deselected=1)
     assert "Compared with the previous baseline:\nFAIL: drift" in failure(again)
-    assert "one layer: layer 3: the weights of" in failure(again)
+    assert "layer 3 is the first that moved" in failure(again)
     ran(project, *only).assert_outcomes(passed=1, deselected=1)
     mended(project)
     ran(project, *only).assert_outcomes(failed=1, deselected=1)
