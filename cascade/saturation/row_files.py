@@ -181,17 +181,49 @@ def _table(rows: SequenceRows, fingerprints: Array, layers: Sequence[str]) -> py
     import pyarrow
 
     count = len(layers)
-    labels = pyarrow.DictionaryArray.from_arrays(
-        pyarrow.array(np.tile(np.arange(count, dtype=np.int32), len(rows))), list(layers)
-    )
+    places = np.tile(np.arange(count, dtype=np.int32), len(rows))
+    labels = pyarrow.DictionaryArray.from_arrays(_column(places), _texts(layers))
     columns = {
         "sequence": np.repeat(rows.numbers, count),
-        "layer": labels.cast(pyarrow.string()),
         "fingerprint": np.repeat(np.asarray(fingerprints, dtype=np.uint64), count),
         "mean": rows.mean.ravel(),
         "mean_square": rows.mean_square.ravel(),
     } | {name: rows.share[..., place].ravel() for place, name in enumerate(_SHARES)}
-    return pyarrow.table(columns, schema=_schema())
+    made = {name: _column(values) for name, values in columns.items()}
+    made["layer"] = labels.cast(pyarrow.string())
+    schema = _schema()
+    return pyarrow.table([made[name] for name in schema.names], schema=schema)
+
+
+# Arrow's own conversions from and to NumPy load pandas, where it is installed.
+
+
+def _column(values: Array) -> Any:
+    """Return numbers as an Arrow array without copying them."""
+    import pyarrow
+
+    values = np.ascontiguousarray(values)
+    kind = pyarrow.from_numpy_dtype(values.dtype)
+    return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(values)])
+
+
+def _texts(texts: Sequence[str]) -> Any:
+    """Return texts as an Arrow array."""
+    import pyarrow
+
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, encoded)]).astype(np.int32)
+    content = pyarrow.py_buffer(b"".join(encoded))
+    return pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends), content)
+
+
+def _values(column: Any) -> Array:
+    """Return the numbers of an Arrow array without copying them."""
+    if column.null_count:
+        raise ValueError("expected no empty cells")
+    kind = np.dtype(column.type.to_pandas_dtype())
+    values = np.frombuffer(column.buffers()[1] or b"", dtype=kind)
+    return values[column.offset : column.offset + len(column)]
 
 
 # --- Reading ---------------------------------------------------------------------------------
@@ -292,11 +324,10 @@ class StoredRows:
         count, layers = self._count(number), len(self.layers)
 
         def column(name: str) -> Array:
-            values: Array = table.column(name).to_numpy()
-            return values.reshape(count, layers)
+            return _values(table.column(name).combine_chunks()).reshape(count, layers)
 
         labels = table.column("layer").combine_chunks()
-        names = np.array(labels.dictionary.to_pylist())[labels.indices.to_numpy()]
+        names = np.array(labels.dictionary.to_pylist())[_values(labels.indices)]
         if not (names.reshape(count, layers) == np.array(self.layers)).all():
             raise ValueError("expected the layers in their order")
         once = []

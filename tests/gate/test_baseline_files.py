@@ -307,7 +307,7 @@ import sys
 from pathlib import Path
 from cascade.gate.baseline_files import check_files
 print(check_files([Path("baselines")]).problems)
-heavy = {"torch", "transformers", "datasets", "scipy", "pyarrow", "pandas", "matplotlib", "rich"}
+heavy = {"torch", "transformers", "datasets", "scipy", "pandas", "matplotlib", "rich"}
 print(sorted(heavy & {*sys.modules}))
 """
     assert python("-c", code).out == "[]\n[]\n"
