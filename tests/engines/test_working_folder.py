@@ -70,12 +70,14 @@ def test_a_failure_before_any_work_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_failure_after_some_work_keeps_it(tmp_path: Path) -> None:
     folder = tmp_path / "run" / ".work"
-    with (
-        pytest.raises(ZeroDivisionError),
-        working_folder(folder, ASKED, overwrite=False, doing="working on it") as place,
-    ):
-        (place / "0.done").touch()
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with working_folder(folder, ASKED, overwrite=False, doing="working on it") as place:
+            (place / "0.done").touch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert work(folder) == ["0.done"]
 
 
