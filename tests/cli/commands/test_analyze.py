@@ -64,7 +64,7 @@ def test_stdout_shows_the_statistics_of_every_layer(analyze: Run) -> None:
 def test_the_profile_has_one_row_per_layer_and_the_final_norm(analyze: Run) -> None:
     analyze("--output", "report")
     profile = read_profile("report")
-    assert (profile["schema"], profile["kind"]) == (2, "saturation")
+    assert (profile["schema"], profile["kind"]) == (3, "saturation")
     assert [row["layer"] for row in profile["layers"]] == ["1", "2", "3", "4", "4+norm"]
     for row in profile["layers"]:
         assert list(row) == [
@@ -161,6 +161,13 @@ def test_the_defaults_are_those_of_the_study() -> None:
         "max_tokens": None,
         "dtype": "float32",
         "device": "cpu",
+        "device_map": None,
+        "engine": None,
+        "address": None,
+        "workers": None,
+        "gpus_per_worker": 0.0,
+        "threads": None,
+        "shards": None,
         "seed": None,
         "output": None,
         "npz": None,
