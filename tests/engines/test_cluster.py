@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,8 +44,6 @@ if __name__ == "__main__":
 def test_a_cluster_of_this_machine_leaves_nothing_and_sends_nothing(
     ray: Any, environment: Path, tmp_path: Path
 ) -> None:
-    import json
-
     home, script = tmp_path / "home", tmp_path / "alone.py"
     home.mkdir()
     script.write_text(ALONE)
@@ -70,8 +70,6 @@ def test_a_cluster_of_this_machine_leaves_nothing_and_sends_nothing(
         assert [path for path in home.rglob("*") if path.is_file()] == []
         assert set(os.listdir(tmp_path)) == before
     finally:
-        import shutil
-
         shutil.rmtree(cache, ignore_errors=True)
 
 
@@ -92,11 +90,15 @@ def test_a_cache_folder_with_a_long_path_is_not_used_for_sockets(
         assert folder.parent == tmp_path
         (folder / "log").write_text("a line")
     assert not folder.exists()
-    monkeypatch.setenv("CASCADE_CACHE", "/tmp/c")
-    with clusters._session_folder() as folder:
-        assert folder.parent == Path("/tmp/c/ray")
-        assert len(str(folder)) <= clusters._LONGEST_FOLDER
-    assert not folder.exists()
+    short = Path("/tmp") / f"c{os.getpid()}"
+    monkeypatch.setenv("CASCADE_CACHE", str(short))
+    try:
+        with clusters._session_folder() as folder:
+            assert folder.parent == short / "ray"
+            assert len(str(folder)) <= clusters._LONGEST_FOLDER
+        assert not folder.exists()
+    finally:
+        shutil.rmtree(short)
 
 
 def test_handlers_of_signals_are_put_back() -> None:

@@ -77,10 +77,9 @@ def test_workers_fill_the_nodes_but_no_more_than_asked_for() -> None:
 
 
 def test_a_cluster_without_room_for_a_worker_is_refused() -> None:
+    nodes = [{"CPU": 3.0}, {"CPU": 4.0, "GPU": 1.0}]
     with pytest.raises(DeviceError) as error:
-        _workers(
-            [{"CPU": 3.0}, {"CPU": 4.0, "GPU": 1.0}], EngineConfig(threads=1, gpus_per_worker=2)
-        )
+        _workers(nodes, EngineConfig(threads=1, gpus_per_worker=2))
     assert one_line(error) == (
         "a worker needs 1 CPUs and 2 GPUs, but the largest node has 4 CPUs and 1 GPUs; change"
         " --threads or --gpus-per-worker"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.engine_faults import measure_and_count_loads, run_with
 from support.shard_runs import (
     BATCH,
     measured_here,
@@ -16,10 +17,13 @@ from support.shard_runs import (
     saved_model,
 )
 
-from cascade import analyze
+from cascade import DecoderStack, analyze, load_blocks, read_profile
 from cascade.engines.cluster import Cluster
 from cascade.engines.config import EngineConfig
 from cascade.engines.profiles import measure_on_ray
+from cascade.engines.steps import MeasureShards
+from cascade.shards.plan import Plan
+from cascade.shards.planning import plan
 from cascade.shards.shard_files import read_shard
 
 TWO = EngineConfig(workers=2)
@@ -52,6 +56,37 @@ def test_shards_of_any_number_and_order_give_the_same_bytes(
         assert all(np.array_equal(arrays[name], value) for name, value in alone.items())
 
 
+@pytest.mark.slow
+def test_shards_of_the_reference_model_give_the_same_bytes(
+    reference_model: DecoderStack, two_workers: Cluster, tmp_path: Path
+) -> None:
+    """4,096 tokens in one process, on Ray, and by the step that datatrove calls."""
+    text = load_blocks("embedded", reference_model.tokenizer, seq_len=32, max_tokens=4096)
+
+    def made_of(shards: int) -> Plan:
+        return plan(
+            reference_model,
+            text,
+            tmp_path / f"plan-{shards}",
+            shards=shards,
+            batch_size=2,
+            long_context=0,
+        )
+
+    one = measured_here(made_of(1), reference_model)
+    expected = merged_files(one, tmp_path / "merged-1")
+    for shards in (2, 7, 64):
+        made = made_of(shards)
+        assert measure_on_ray(made, TWO) == 2
+        assert merged_files(made, tmp_path / f"merged-{shards}") == expected
+    made = made_of(5)
+    for rank in (1, 0):
+        MeasureShards(made.folder, engine="datatrove")(rank=rank, world_size=2)
+    assert merged_files(made, tmp_path / "merged-5") == expected
+    alone = analyze(reference_model, text, batch_size=2)
+    assert alone.record().layers == read_profile(tmp_path / "merged-7").record().layers
+
+
 def test_only_missing_shards_are_measured(two_workers: Cluster, tmp_path: Path) -> None:
     stack = saved_model(tmp_path)
     made = measured_here(planned(stack, tmp_path / "plan", 5), stack, [0, 3])
@@ -65,12 +100,8 @@ def test_only_missing_shards_are_measured(two_workers: Cluster, tmp_path: Path) 
 
 
 def test_the_model_is_loaded_once_in_each_process(two_workers: Cluster, tmp_path: Path) -> None:
-    from support.engine_faults import measure_and_count_loads
-
     stack = saved_model(tmp_path)
     made = planned(stack, tmp_path / "plan", 12)
-    from support.engine_faults import run_with
-
     run_with(two_workers, made, stack, measure_and_count_loads)
     loads = list((tmp_path / "plan" / "loads").iterdir())
     assert 1 <= len(loads) <= 2

@@ -1,0 +1,74 @@
+"""The benchmark of Ray counts what it says. No test asserts a speed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cascade.benchmarks import workers as benchmark
+from cascade.benchmarks.timing import BenchmarkError, Timings
+from cascade.benchmarks.workers import WorkersBenchmark, WorkersBenchmarkConfig
+from cascade.core.schema import from_plain, to_plain
+from cascade.report.benchmarks.workers import workers_benchmark_report
+from cascade.report.common.sections import print_sections
+
+
+def settings(saved: Path, **changes: Any) -> WorkersBenchmarkConfig:
+    small = {"tokens": 160, "seq_len": 16, "batch_size": 2, "rounds": 2, "shards": 3}
+    return WorkersBenchmarkConfig(model=str(saved), **(small | changes))
+
+
+def test_overhead_is_what_measuring_does_not_explain(tmp_path: Path) -> None:
+    divided = benchmark._Divided(None, 2.0, 3.0, tmp_path)  # type: ignore[arg-type]
+    found = benchmark._overhead(divided, [(11.0, 10.0), (12.5, 10.5), (99.0, 9.0)], 7.0, 0.5)
+    assert (found.measuring, found.scheduling, found.planning, found.merging) == (
+        10.0,
+        2.0,
+        2.0,
+        0.5,
+    )
+    assert found.share == pytest.approx(4.5 / 10)
+    assert (found.starting, found.noise) == (7.0, 3.0)
+    (target,) = benchmark._targets(found)
+    assert target.met is False
+    assert benchmark._targets(replace_share(found, 0.049))[0].met is True
+
+
+def replace_share(found: benchmark.Overhead, share: float) -> benchmark.Overhead:
+    return from_plain(to_plain(found) | {"share": share}, benchmark.Overhead)
+
+
+def test_efficiency_compares_the_same_number_of_processors() -> None:
+    seconds = {"process-1": [8.0], "process-2": [5.0], "ray-1": [9.0], "ray-2": [6.0]}
+    found = benchmark._efficiency(Timings({}, [], seconds))
+    assert found == {
+        "one worker": 9 / 12,
+        "one process with one thread": 8 / 12,
+        "one process with two threads": 5 / 6,
+    }
+
+
+def test_more_shards_than_batches_are_refused(saved: Path) -> None:
+    with pytest.raises(BenchmarkError, match="expected --shards of at most 5, as many as batches"):
+        benchmark.benchmark_workers(settings(saved, shards=6))
+    with pytest.raises(BenchmarkError, match="expected --shards of at least 2"):
+        settings(saved, shards=1)
+
+
+@pytest.mark.slow
+def test_the_record_has_all_variants_and_the_profile_of_one_process(saved: Path) -> None:
+    pytest.importorskip("ray", reason="the extra cascade-exit[ray] is not installed")
+    record = benchmark.benchmark_workers(settings(saved), command="cascade bench workers")
+    assert record.same
+    assert record.variants.keys() == benchmark.VARIANTS.keys()
+    assert record.engine.startswith("ray ")
+    assert record.sequences == 10
+    assert from_plain(to_plain(record), WorkersBenchmark) == record
+    text = io.StringIO()
+    print_sections(workers_benchmark_report(record), Console(file=text, width=120))
+    for word in ("Efficiency", "scheduling", "as of one process", "ray-2/process-1"):
+        assert word in text.getvalue()
