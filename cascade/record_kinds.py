@@ -43,8 +43,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "bench.lossless": ("benchmarks.lossless.records", "LosslessBenchmark"),
     "bench.fit": ("benchmarks.head_fitting", "HeadFittingBenchmark"),
     "bench.collect-hard": ("benchmarks.hard_tokens", "HardTokenBenchmark"),
+    "bench.merge": ("benchmarks.merging", "MergingBenchmark"),
     "bench.scale": ("benchmarks.scale", "ScaleBenchmark"),
-    "bench.workers": ("benchmarks.workers", "WorkersBenchmark"),
     "bench.gate": ("benchmarks.gate", "GateBenchmark"),
 }
 

@@ -100,7 +100,7 @@ def _write_inputs(plan: CollectionPlan, folder: Path) -> None:
         "shard_bytes": plan.shard_bytes,
         "most_shards": plan.most_shards,
     }
-    write_text(folder / _OPTIONS, json.dumps(options) + "\n")
+    write_text(folder / _OPTIONS, json.dumps(options, allow_nan=False) + "\n")
 
 
 def _save(path: Path, values: Array) -> None:

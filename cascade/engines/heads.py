@@ -110,7 +110,7 @@ def plan_heads(
         raise OutputError(
             f"cannot write {folder / _IDS}: {os_reason(error)}; free some space or make it writable"
         ) from error
-    write_text(folder / _PLAN, json.dumps(plan) + "\n")
+    write_text(folder / _PLAN, json.dumps(plan, allow_nan=False) + "\n")
     return HeadsPlan.read(folder)
 
 

@@ -40,7 +40,7 @@ def working_folder(
         OutputError: The folder is of another request and `overwrite` is false, another process uses
             it, or it cannot be written.
     """
-    plain = json.loads(json.dumps(request))
+    plain = json.loads(json.dumps(request, allow_nan=False))
     with locked(folder, doing=doing):
         try:
             made = make_folder(folder)
@@ -54,7 +54,7 @@ def working_folder(
                 shutil.rmtree(folder)
                 folder.mkdir()
             if not (folder / REQUEST).exists():
-                write_text(folder / REQUEST, json.dumps(plain, indent=1) + "\n")
+                write_text(folder / REQUEST, json.dumps(plain, indent=1, allow_nan=False) + "\n")
             yield folder
         except OSError as error:
             raise OutputError(

@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cascade.benchmarks import gate as gate_benchmark
 from cascade.benchmarks import memory, timing
-from cascade.benchmarks import scale as scale_benchmark
+from cascade.benchmarks import merging as merging_benchmark
 from cascade.benchmarks.lossless import benchmark as lossless_benchmark
 from cascade.benchmarks.lossless import prompts as lossless_prompts
 from cascade.benchmarks.lossless import rounds as lossless_rounds
@@ -79,7 +79,7 @@ NOISE = NoiseFloor(
 )
 
 #: Merging of simulated shards, whatever `--rows` says.
-SCALE = scale_benchmark.ScaleBenchmarkConfig(rows=(600,), shards=3, layers=4)
+MERGING = merging_benchmark.MergingBenchmarkConfig(rows=(600,), shards=3, layers=4)
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -196,7 +196,7 @@ def _shorten_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lossless_benchmark, "read_prompts", _few_prompts)
     monkeypatch.setattr(lossless_benchmark, "time_rounds", _time_few_tokens)
     monkeypatch.setattr(gate_benchmark, "run_python", lambda *_: "0.01")
-    monkeypatch.setattr(scale_benchmark, "ScaleBenchmarkConfig", lambda **_: SCALE)
+    monkeypatch.setattr(merging_benchmark, "MergingBenchmarkConfig", lambda **_: MERGING)
     monkeypatch.setattr(gate_benchmark, "measure_noise", lambda *_: NOISE)
 
 

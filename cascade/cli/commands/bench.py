@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from cascade.benchmarks.hard_tokens import HardTokenBenchmark
     from cascade.benchmarks.head_fitting import HeadFittingBenchmark
     from cascade.benchmarks.lossless.records import LosslessBenchmark
+    from cascade.benchmarks.merging import MergingBenchmark
     from cascade.benchmarks.scale import ScaleBenchmark
-    from cascade.benchmarks.workers import WorkersBenchmark
     from cascade.core.schema import StoredRecord
     from cascade.report.common.sections import Report
 
@@ -390,8 +390,8 @@ def bench_gate(options: GateOptions, output: BenchmarkOutput) -> None:
     _run(measure, gate_benchmark_report, output)
 
 
-@command("scale", group=bench)
-def bench_scale(
+@command("merge", group=bench)
+def bench_merge(
     output: BenchmarkOutput,
     rows: Annotated[
         str, typer.Option("--rows", help="Numbers of rows, e.g. 1000000,10000000.")
@@ -411,15 +411,15 @@ def bench_scale(
     fresh processes. A missed target is printed and recorded; the exit
     status remains 0.
     """
-    from cascade.report.benchmarks.scale import scale_benchmark_report
+    from cascade.report.benchmarks.merging import merging_benchmark_report
 
-    def measure(line: str, progress: Callable[[str], None]) -> ScaleBenchmark:
-        from cascade.benchmarks.scale import ScaleBenchmarkConfig, benchmark_scale
+    def measure(line: str, progress: Callable[[str], None]) -> MergingBenchmark:
+        from cascade.benchmarks.merging import MergingBenchmarkConfig, benchmark_merging
 
-        config = ScaleBenchmarkConfig(rows=_row_counts(rows), shards=shards, layers=layers)
-        return benchmark_scale(config, folder=folder, command=line, progress=progress)
+        config = MergingBenchmarkConfig(rows=_row_counts(rows), shards=shards, layers=layers)
+        return benchmark_merging(config, folder=folder, command=line, progress=progress)
 
-    _run(measure, scale_benchmark_report, output)
+    _run(measure, merging_benchmark_report, output)
 
 
 def _row_counts(text: str) -> tuple[int, ...]:
@@ -432,7 +432,7 @@ def _row_counts(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class WorkersOptions(CorpusBenchmarkOptions):
+class ScaleOptions(CorpusBenchmarkOptions):
     """The work that is divided."""
 
     tokens: RepeatedTokens = 32768
@@ -440,19 +440,19 @@ class WorkersOptions(CorpusBenchmarkOptions):
     shards: Annotated[int, typer.Option(help="Number of shards.")] = 8
 
 
-@command("workers", group=bench)
-def bench_workers(options: WorkersOptions, output: BenchmarkOutput) -> None:
+@command("scale", group=bench)
+def bench_scale(options: ScaleOptions, output: BenchmarkOutput) -> None:
     """Time one and two workers of Ray against one process with as many threads.
 
     Also measures what planning, scheduling and merging cost. A missed
     target is printed and recorded; the exit status remains 0.
     """
-    from cascade.report.benchmarks.workers import workers_benchmark_report
+    from cascade.report.benchmarks.scale import scale_benchmark_report
 
-    def measure(line: str, progress: Callable[[str], None]) -> WorkersBenchmark:
-        from cascade.benchmarks.workers import WorkersBenchmarkConfig, benchmark_workers
+    def measure(line: str, progress: Callable[[str], None]) -> ScaleBenchmark:
+        from cascade.benchmarks.scale import ScaleBenchmarkConfig, benchmark_scale
 
-        config = WorkersBenchmarkConfig(**dataclasses.asdict(options))
-        return benchmark_workers(config, command=line, progress=progress)
+        config = ScaleBenchmarkConfig(**dataclasses.asdict(options))
+        return benchmark_scale(config, command=line, progress=progress)
 
-    _run(measure, workers_benchmark_report, output)
+    _run(measure, scale_benchmark_report, output)

@@ -1,76 +1,71 @@
-"""The report of the benchmark of merging."""
+"""The report of the benchmark of Ray."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cascade.core.schema import to_plain
-from cascade.report.benchmarks.blocks import targets_section
-from cascade.report.common.sections import Pairs, Report, Section, table_of
+from cascade.report.benchmarks.blocks import (
+    benchmark_report,
+    headline,
+    notes_section,
+    ratios_section,
+    speed_section,
+    targets_section,
+)
+from cascade.report.common.sections import Report, Section, table_of
 
 if TYPE_CHECKING:
-    from cascade.benchmarks.scale import ScaleBenchmark, ScaleSize
-
-_ABOUT = (
-    "Rows are simulated, and no model runs. Merging and reading run in fresh processes. A missed "
-    "target does not fail the command."
-)
+    from cascade.benchmarks.scale import ScaleBenchmark
 
 
 def scale_benchmark_report(record: ScaleBenchmark) -> Report:
-    """Return the report of the benchmark of merging.
+    """Return the report of the benchmark of Ray.
 
     Args:
         record: The record of the benchmark.
     """
-    settings, machine = record.settings, record.machine
-    about = Pairs(
-        (
-            ("Rows", f"one for each sequence and layer, {settings.layers} layers"),
-            ("Shards", f"{settings.shards:,}"),
-            ("Machine", f"{machine.processor}, {machine.threads} threads"),
-            ("pyarrow", record.versions.get("pyarrow", "unknown")),
-        )
-    )
-    merging = table_of(
-        "Merging all shards, with all checks",
-        ("rows", "sequences", "seconds", "CPU s", "CPU us/row", "peak MB", "result"),
-        [_merged(size) for size in record.sizes],
+    efficiency = table_of(
+        "Two workers, per processor, over what they are compared with",
+        ("efficiency", "compared with"),
+        [[f"{value:.2f}", name] for name, value in record.efficiency.items()],
         text_columns=1,
     )
-    disk = table_of(
-        "Bytes on disk, and the quick gate's reading and comparing",
-        ("rows", "shards MB", "profile MB", "bytes/row", "gate s", "gate peak MB"),
-        [_stored(size) for size in record.sizes],
+    costs = record.overhead
+    overhead = table_of(
+        costs.what,
+        ("seconds", "of measuring", "step"),
+        [
+            [f"{seconds:.2f}", f"{100 * seconds / costs.measuring:.1f} %", name]
+            for name, seconds in (
+                ("planning", costs.planning),
+                ("scheduling", costs.scheduling),
+                ("merging", costs.merging),
+                ("measuring", costs.measuring),
+                ("noise floor of the plan", costs.noise),
+                ("starting the cluster and its models", costs.starting),
+            )
+        ],
+        text_columns=1,
     )
-    sections = (
-        Section("", (about,)),
-        Section("Merging", (merging, disk)),
-        targets_section(record.targets, "the largest number of rows"),
+    settings = record.settings
+    return benchmark_report(
+        "Workers on Ray",
+        record.provenance,
+        (
+            headline(record.provenance, settings, ("Shards", f"{settings.shards:,}")),
+            speed_section(record.variants),
+            ratios_section(record.ratios),
+            Section("Efficiency", (efficiency,)),
+            Section("Overhead", (overhead,)),
+            targets_section(record.targets, "2 cores and 32,768 tokens"),
+            notes_section(*_notes(record)),
+        ),
     )
-    provenance = {"machine": to_plain(machine), "versions": record.versions}
-    return Report("CASCADE benchmark", "Merging shards", _ABOUT, sections, provenance)
 
 
-def _merged(size: ScaleSize) -> list[str]:
-    used = size.merging
+def _notes(record: ScaleBenchmark) -> list[tuple[str, str]]:
     return [
-        f"{size.rows:,}",
-        f"{size.sequences:,}",
-        f"{used.seconds:,.1f}",
-        f"{used.cpu_seconds:,.1f}",
-        f"{used.cpu_seconds / size.rows * 1e6:.2f}",
-        f"{used.peak_mb:,.0f}",
-        "as known" if size.equal else "WRONG",
-    ]
-
-
-def _stored(size: ScaleSize) -> list[str]:
-    return [
-        f"{size.rows:,}",
-        f"{size.shard_bytes / 1e6:,.1f}",
-        f"{size.merged_bytes / 1e6:,.1f}",
-        f"{size.merged_bytes / size.rows:.1f}",
-        f"{size.gate.seconds:.1f}",
-        f"{size.gate.peak_mb:,.0f}",
+        ("Engine", record.engine),
+        ("Result", "as of one process" if record.same else "NOT that of one process"),
+        ("Interval", record.interval),
     ]
