@@ -57,12 +57,14 @@ def device_map_of(text: str) -> str | ModuleDevices:
         reason = os_reason(error) if isinstance(error, OSError) else str(error)
         raise UsageError(f"{expected}, but {text} cannot be read: {reason}") from error
     if not isinstance(found, dict) or not found:
-        raise UsageError(f"expected the device of each module in {text}, got {json.dumps(found)}")
+        raise UsageError(
+            f"expected the device of each module in {text}, got {json.dumps(found, allow_nan=True)}"
+        )
     for module, device in found.items():
         if isinstance(device, bool) or not _DEVICE.fullmatch(str(device)):
             raise UsageError(
                 f"expected a device such as 0, cuda:1, cpu or disk for {module or 'the model'} in"
-                f" {text}, got {json.dumps(device)}"
+                f" {text}, got {json.dumps(device, allow_nan=True)}"
             )
     return found
 
