@@ -25,7 +25,7 @@ def test_a_failure_is_annotated_only_on_github(
     assert line.startswith(
         f"::error file={guarded.path.name}/{BASELINE},title=CASCADE%3A FAIL%3A tiny/texts::drift in"
     )
-    assert "%0ALikely cause: one layer: layer 3 is the first" in line
+    assert "%0ALikely cause: one layer: layer 3: the weights of mlp.down_proj are" in line
     mended(guarded)
     assert annotations(ran(guarded, "-m", "saturation")) == []
 

@@ -17,6 +17,7 @@ from support.build_profiles import a_profile, plain_record, write_profile, write
 
 URL = "remote://store/baselines"
 PROFILE, ARRAYS = "tiny/texts.saturation.json", "tiny/texts.saturation.npz"
+ROWS = "tiny/texts.saturation.parquet"
 OTHER = "other/texts.saturation.json"
 
 #: What a fault makes of the content of a file on its way; it may raise.

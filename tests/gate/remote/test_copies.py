@@ -18,6 +18,7 @@ from support.remote_place import (
     ARRAYS,
     OTHER,
     PROFILE,
+    ROWS,
     URL,
     Fault,
     RemotePlace,
@@ -62,7 +63,7 @@ def test_the_first_time_all_files_are_read(place: Place) -> None:
     assert found.origin.url == URL
     assert found.origin.checked
     assert re.fullmatch("sha256:[0-9a-f]{64}", found.origin.revision)
-    assert place.calls["get_file"] == 4
+    assert place.calls["get_file"] == 6
     baseline = read_profile(copy_folder(URL) / PROFILE)
     assert baseline.record() == a_profile(seed=0).record()
 
@@ -79,7 +80,7 @@ def test_only_changed_baselines_are_read_again(place: Place) -> None:
     place.calls.clear()
     push_profile(PROFILE, a_profile(seed=7))
     second = up_to_date(URL)
-    assert place.calls["get_file"] == 2
+    assert place.calls["get_file"] == 3
     assert contents() == pushed(place)
     assert second.origin.revision != first.origin.revision
 
@@ -90,7 +91,7 @@ def test_a_place_that_names_no_versions_is_read_every_time(place: Place) -> None
     push_profile(PROFILE, a_profile(seed=7))
     up_to_date(URL)
     assert contents() == pushed(place)
-    assert place.calls["get_file"] == 8
+    assert place.calls["get_file"] == 12
 
 
 def test_other_files_and_names_that_lead_out_of_the_folder_are_left_out(place: Place) -> None:
@@ -216,7 +217,10 @@ def test_a_good_baseline_is_read_where_another_one_is_refused(place: Place) -> N
     record = edited(a_profile(), lambda record: record.update(thresholds={}), sealed=False)
     push(PROFILE, json.dumps(record).encode())
     assert list(up_to_date(URL).refused) == [PROFILE]
-    assert set(contents()) == {OTHER, OTHER.replace(".json", ".npz")}
+    assert set(contents()) == {
+        OTHER,
+        *(OTHER.replace(".json", end) for end in (".npz", ".parquet")),
+    }
 
 
 def test_arrays_of_another_run_are_refused(place: Place) -> None:
@@ -289,9 +293,9 @@ def test_an_address_without_baselines_is_an_error_and_the_copy_stays(place: Plac
 
 def test_a_baseline_that_is_gone_at_the_address_is_gone_here(place: Place) -> None:
     up_to_date(URL)
-    for name in (PROFILE, ARRAYS):
+    for name in (PROFILE, ARRAYS, ROWS):
         del place.files[f"store/baselines/{name}"]
-    assert up_to_date(URL).removed == [PROFILE, ARRAYS]
+    assert up_to_date(URL).removed == [PROFILE, ARRAYS, ROWS]
     assert contents() == pushed(place)
     assert up_to_date(URL).removed == []
 
@@ -427,7 +431,7 @@ def test_two_processes_at_once_read_the_files_once(place: Place) -> None:
         process.join(60)
         assert process.exitcode == 0
     assert {revision for revision, _ in found} == {up_to_date(URL).origin.revision}
-    assert sorted(downloads for _, downloads in found) == [0, 4]
+    assert sorted(downloads for _, downloads in found) == [0, 6]
     assert contents() == pushed(place)
 
 
@@ -479,13 +483,13 @@ def test_local_file_system_with_links(cache: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     (shared / "tiny").mkdir(parents=True)
     (shared / "other").symlink_to(one / "other")
-    for name in (PROFILE, ARRAYS):
+    for name in (PROFILE, ARRAYS, ROWS):
         (shared / name).symlink_to(one / name)
     url = f"file://{shared}/"
     first = up_to_date(url)
     assert first.refused == {}
     # The target changes, the links do not.
-    for name in (PROFILE, ARRAYS):
+    for name in (PROFILE, ARRAYS, ROWS):
         (one / name).write_bytes((two / name).read_bytes())
     assert up_to_date(url).origin.revision != first.origin.revision
     assert read_profile(copy_folder(url) / PROFILE).record() == a_profile(seed=7).record()
