@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.doc_blocks import blocks_of, read
+from support.doc_blocks import Command, blocks_of, pages, read
+from support.doc_lines import parse_cascade
 from support.shard_runs import measured_here, merged_files, planned, saved_model
 
 PAGE = "docs/how-to/scale.md"
@@ -118,6 +119,20 @@ def test_datatrove(place: Path, expected: Any) -> None:
     check(place, expected, [sys.executable, "-W", "ignore", "pipeline.py"])
 
 
-def test_the_page_shows_every_scheduler() -> None:
-    for word in ("#SBATCH --array", "parallel --jobs", "torchrun", "LocalPipelineExecutor"):
+def test_the_page_shows_every_scheduler_and_nothing_that_is_not_tried() -> None:
+    words = ("#SBATCH --array", "parallel --jobs", "torchrun")
+    for word in (*words, "LocalPipelineExecutor"):
         assert shown(word)
+    others = ("sbatch --parsable", "--engine ray")
+    for name in pages():
+        for block in blocks_of(name, read(name)):
+            if block.language == "sh":
+                assert name == PAGE
+                assert any(word in block.text for word in (*words, *others)), block.place
+
+
+def test_lines_of_the_page_with_an_engine_are_valid() -> None:
+    lines = shown_lines("--engine ray")
+    assert len(lines) == 4
+    for number, line in enumerate(lines):
+        parse_cascade(Command(f"{PAGE}:{number}", tuple(shlex.split(line))))

@@ -27,6 +27,7 @@ PLACEHOLDERS = {
     "ORG/NAME": "ORG/NAME",
     "MODEL": "smollm2-135m-instruct-q4_1",
     "CORPUS": "embedded",
+    "PLAN": "PLAN",
 }
 
 #: Without the entry point, as in a source tree, the plugin is named.
