@@ -335,7 +335,7 @@ class StoredRows:
             values = column(name)
             if not (values == values[:, :1]).all():
                 raise ValueError(f"expected one {name} for all layers of a sequence")
-            once.append(values[:, 0])
+            once.append(values[:, 0].copy())  # a view would hold the column of all layers
         first = number * GROUP
         if not np.array_equal(once[0], np.asarray(self.numbers[first : first + count])):
             raise ValueError("expected every sequence once, in ascending order")

@@ -88,6 +88,15 @@ def test_only_the_groups_of_the_wanted_sequences_are_read(
     assert read == [0, 4, 9]
 
 
+def test_numbers_and_fingerprints_that_are_kept_hold_no_column(tmp_path: Path) -> None:
+    rows = rows_of(6)
+    hashes = written(tmp_path / "a", rows, []).hashes
+    found, fingerprints = StoredRows(tmp_path / "a", LAYERS, hashes, range(6)).group(0)
+    # A merge keeps them for all sequences.
+    assert found.numbers.base is None
+    assert fingerprints.base is None
+
+
 def test_any_program_can_read_the_columns(tmp_path: Path) -> None:
     rows = rows_of(4)
     written(tmp_path / "a.parquet", rows, [])
