@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cascade.core.cache import cache_folder
-from cascade.core.errors import DeviceError, UsageError, first_line, os_reason
+from cascade.core.errors import CascadeError, DeviceError, UsageError, first_line, os_reason
+from cascade.core.locks import locked
 from cascade.engines.config import EngineConfig, cpus
 
 #: Off unless the user set them: by default Ray writes a token into the home folder, and sends
@@ -29,6 +30,9 @@ _QUIET = {
 
 #: Shared memory of a cluster that is started here, in bytes. Tasks exchange nothing but numbers.
 _OBJECT_STORE = 100 << 20
+
+#: Seconds to wait for another process that starts a cluster.
+_START_WAITS = 120.0
 
 #: The longest path of a socket is 107 bytes. Ray's begin with the folder of its session.
 _LONGEST_FOLDER = 107 - len("/session_2026-11-29_11-45-53_947862_4194304/sockets/plasma_store.1")
@@ -115,18 +119,22 @@ def _start(ray: Any, config: EngineConfig, cleanup: contextlib.ExitStack) -> Non
     workers = config.workers or max(1, cpus() // threads)
     cleanup.callback(ray.shutdown)
     try:
-        ray.init(
-            address="local",
-            # As many as the workers need: Ray would otherwise start tasks for CPUs only.
-            num_cpus=workers * threads,
-            num_gpus=None if config.gpus_per_worker else 0,
-            include_dashboard=_wants_dashboard(),
-            object_store_memory=_OBJECT_STORE,
-            log_to_driver=False,
-            configure_logging=False,
-            logging_level="ERROR",
-            _temp_dir=str(folder),
-        )
+        # Clusters that start at the same time can take the same ports.
+        with locked(cache_folder() / "ray", wait=_START_WAITS, doing="starting Ray in"):
+            ray.init(
+                address="local",
+                # As many as the workers need: Ray would otherwise start tasks for CPUs only.
+                num_cpus=workers * threads,
+                num_gpus=None if config.gpus_per_worker else 0,
+                include_dashboard=_wants_dashboard(),
+                object_store_memory=_OBJECT_STORE,
+                log_to_driver=False,
+                configure_logging=False,
+                logging_level="ERROR",
+                _temp_dir=str(folder),
+            )
+    except CascadeError:
+        raise
     except OSError as error:
         raise UsageError(f"Ray cannot start here: {os_reason(error)}; free some space") from error
     except Exception as error:  # of many types

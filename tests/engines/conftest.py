@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from cascade.engines.cluster import Cluster, cluster, import_ray
 from cascade.engines.config import EngineConfig
@@ -18,9 +19,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def ray() -> Any:
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Ray, for one file of tests at a time: clusters that start together disturb each other."""
     pytest.importorskip("ray", reason="the extra cascade-exit[ray] is not installed")
-    return import_ray()
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    with FileLock(shared / "ray.lock", timeout=1200):
+        yield import_ray()
 
 
 @pytest.fixture(scope="module")
