@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.commands import Run
+from support.paths import DOCS
 
 from cascade.benchmarks import merging
 from cascade.benchmarks.merging import (
+    MergingBenchmark,
     MergingBenchmarkConfig,
     benchmark_merging,
     is_known,
@@ -93,3 +95,15 @@ def test_the_command_writes_its_record(run: Run, here: Path) -> None:
     assert record.sizes[0].equal
     assert json.loads((here / "out/bench.json").read_text())["kind"] == "bench.merge"
     assert "whole numbers" in run("bench", "merge", "--rows", "many").err
+
+
+def test_the_figures_of_the_docs_are_those_of_the_stored_record() -> None:
+    record = read_typed(DOCS / "merging.json", MergingBenchmark)
+    page = (DOCS / "how-to/scale.md").read_text(encoding="utf-8")
+    assert [size.rows // 1_000_000 for size in record.sizes] == [1, 10, 100]
+    assert all(target.met for target in record.targets)
+    for size in record.sizes:
+        assert size.equal
+        used = size.merging
+        assert f"| {size.rows:,} | {size.sequences:,} | {used.seconds:.1f} s | " in page
+        assert f" | {used.peak_mb:.0f} MB | {size.shard_bytes / 1e6:,.0f} MB | " in page
