@@ -17,7 +17,7 @@ _NEXT = r"(?!:?:\w[\w+.-]*://)"
 #: User and password before the host. A password may hold slashes, as keys of S3 do. Digits after
 #: the colon are a port: "http://127.0.0.1:8000/a@b" has no password.
 _USER = re.compile(
-    rf"://(?:(?![^/?#@\s]*:\d+(?:[/?#\s]|$))([^/?#@:\s'\"]*{_NEXT}:(?:{_NEXT}[^\s'\"])*)"
+    rf"://(?:(?!(?:\[[^\]\s]*\]|[^/?#@:\s]*):\d+(?:[/?#\s]|$))([^/?#@:\s'\"]*{_NEXT}:(?:{_NEXT}[^\s'\"])*)"
     r"|([^/?#\s'\"]*))@"
 )
 

@@ -13,6 +13,8 @@ SHOWN = {
     "hf://datasets/ORG/NAME@refs/pr/1": "hf://datasets/ORG/NAME@refs/pr/1",
     "http://127.0.0.1:8000/a@b/c": "http://127.0.0.1:8000/a@b/c",
     "s3://key:se/cr:et@bucket/folder": "s3://***@bucket/folder",
+    "s3://key:a:0/b@bucket/folder": "s3://***@bucket/folder",
+    "http://[::1]:8000/a@b/c": "http://[::1]:8000/a@b/c",
     "https://token@host/folder": "https://***@host/folder",
     "https://me@corp:p@ss@host:80/folder": "https://***@host:80/folder",
     "zip://a.zip::https://me:pass@host/b": "zip://a.zip::https://***@host/b",
