@@ -32,6 +32,10 @@ from cascade.shards.plan import Plan
 
 SHARDS = 7
 
+#: Two nodes and their faults take minutes. In a session with many other tests, Ray has ended the
+#: process of the tests twice, so they run by themselves: `pytest -m slow tests/engines`.
+pytestmark = pytest.mark.slow
+
 Run = Callable[[faults.Function], None]
 
 
@@ -101,7 +105,6 @@ def test_killed_workers_are_replaced(
     assert merged_files(made, tmp_path / "run") == expected
 
 
-@pytest.mark.slow
 def test_a_task_whose_process_dies_each_time_ends_with_one_error_after_rays_retries(
     two_nodes: Cluster, stack: DecoderStack, made: Plan, expected: Any, tmp_path: Path
 ) -> None:
@@ -147,7 +150,6 @@ def test_a_full_disk_in_one_task_is_one_error_and_leaves_nothing_half_written(
     assert merged_files(made, tmp_path / "run") == expected
 
 
-@pytest.mark.slow
 def test_two_drivers_on_one_plan_give_the_same_bytes(
     two_nodes: Cluster, stack: DecoderStack, made: Plan, expected: Any, tmp_path: Path
 ) -> None:
@@ -183,7 +185,6 @@ with cluster(EngineConfig(workers=2, address=sys.argv[3])) as found:
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_driver_leaves_whole_shards_and_the_next_one_continues(
     how: signal.Signals,
@@ -218,7 +219,6 @@ def test_a_stopped_driver_leaves_whole_shards_and_the_next_one_continues(
     assert merged_files(made, tmp_path / "run") == expected
 
 
-@pytest.mark.slow
 def test_a_node_that_is_removed_takes_no_shard_with_it(
     nodes: Any, stack: DecoderStack, made: Plan, expected: Any, tmp_path: Path
 ) -> None:
