@@ -55,9 +55,6 @@ _VALUES = np.linspace(-0.2, 0.999, 97)
 #: Sequences that the simulated gate compares, as the quick gate does.
 _COMPARED = 4
 
-#: Rows of a profile of 1e9 tokens: 7.8 million sequences of 31 layers.
-LARGEST = 242_187_500
-
 
 @dataclass(frozen=True)
 class MergingBenchmarkConfig:

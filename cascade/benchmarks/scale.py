@@ -165,7 +165,7 @@ def benchmark_scale(
         BenchmarkError: There are more shards than batches.
         ModelError: The model cannot be loaded.
     """
-    place = Path(tempfile.mkdtemp(prefix="cascade-workers-"))
+    place = Path(tempfile.mkdtemp(prefix="cascade-scale-"))
     try:
         with session(replace(config, threads=1), progress) as (config, run):
             run.progress(f"Loading {config.model}")

@@ -14,10 +14,13 @@ _SHORTEST_SECRET = 4
 #: Where the next address of a chain such as "zip://a.zip::s3://b/c" begins: no password goes on.
 _NEXT = r"(?!:?:\w[\w+.-]*://)"
 
+#: Host and port, such as "127.0.0.1:8000/" or "[::1]:8000/".
+_PORT = r"(?:\[[^\]\s]*\]|[^/?#@:\s]*):\d+(?:[/?#\s]|$)"
+
 #: User and password before the host. A password may hold slashes, as keys of S3 do. Digits after
 #: the colon are a port: "http://127.0.0.1:8000/a@b" has no password.
 _USER = re.compile(
-    rf"://(?:(?!(?:\[[^\]\s]*\]|[^/?#@:\s]*):\d+(?:[/?#\s]|$))([^/?#@:\s'\"]*{_NEXT}:(?:{_NEXT}[^\s'\"])*)"
+    rf"://(?:(?!{_PORT})([^/?#@:\s'\"]*{_NEXT}:(?:{_NEXT}[^\s'\"])*)"
     r"|([^/?#\s'\"]*))@"
 )
 

@@ -91,9 +91,7 @@ class OwnForward:
         )
         self._cache, logits = output.past_key_values, output.logits
         self.counts.lm_head_rows += batch * logits.shape[1]
-        for layer in range(stack.num_layers):
-            self.counts.layer_rows[layer] += batch * count
-            self.counts.pairs[layer] += batch * count * (start + count)
+        self.counts.add_pass(batch * count, batch * count * (start + count))
         return finite_logits((logits[:, -1:] if last else logits).float(), stack.num_layers)
 
 

@@ -121,6 +121,16 @@ class Counts:
         """Return counts of zero."""
         return cls([0] * num_layers, [0] * num_layers, [0] * num_layers, [0] * num_layers)
 
+    def add_pass(self, rows: int, pairs: int) -> None:
+        """Count rows that ran through all layers.
+
+        Args:
+            rows: The rows.
+            pairs: Their pairs of query and key in the attention of each layer.
+        """
+        self.layer_rows = [count + rows for count in self.layer_rows]
+        self.pairs = [count + pairs for count in self.pairs]
+
     def __add__(self, other: Counts) -> Counts:
         return Counts(
             layer_rows=_sums(self.layer_rows, other.layer_rows),

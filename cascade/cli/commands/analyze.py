@@ -27,6 +27,7 @@ from cascade.core.errors import OutputError
 if TYPE_CHECKING:
     from cascade.core.run_folder import RunFolder
     from cascade.corpora.blocks import TokenBlocks
+    from cascade.corpora.streaming import StreamingOptions
     from cascade.models.stack import DecoderStack
     from cascade.saturation.long_context import LongChoice
     from cascade.saturation.profile import SaturationProfile
@@ -62,6 +63,19 @@ class AnalyzedCorpus(SampledCorpusOptions):
             rich_help_panel="Corpus",
         ),
     ] = None
+
+    def reading(self) -> StreamingOptions:
+        """Return how the corpus is read: the options of `load_blocks`."""
+        return {
+            "seq_len": self.seq_len,
+            "num_samples": self.num_samples or None,
+            "max_tokens": self.max_tokens,
+            "split": self.split,
+            "config": self.config,
+            "text_column": self.text_column,
+            "seed": self.seed,
+            "bos": self.bos,
+        }
 
 
 @dataclass(frozen=True)
@@ -180,18 +194,7 @@ def read_corpus(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:
 
     say_which(corpus.corpus, "dataset")
     with status(f"Reading {corpus.corpus}"):
-        return corpora.load_blocks(
-            corpus.corpus,
-            stack.tokenizer,
-            seq_len=corpus.seq_len,
-            num_samples=corpus.num_samples or None,
-            max_tokens=corpus.max_tokens,
-            split=corpus.split,
-            config=corpus.config,
-            text_column=corpus.text_column,
-            seed=corpus.seed,
-            bos=corpus.bos,
-        )
+        return corpora.load_blocks(corpus.corpus, stack.tokenizer, **corpus.reading())
 
 
 def write_run(folder: RunFolder, profile: SaturationProfile) -> None:

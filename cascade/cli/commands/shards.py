@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from cascade.cli.app import command
-from cascade.cli.commands.analyze import RUN_FILES, write_run
+from cascade.cli.commands.analyze import RUN_FILES, AnalyzedCorpus, write_run
 from cascade.cli.console import command_line, message, progress_bar, show_record, status
 from cascade.cli.inputs import device_map_named, load_model, say_which
 from cascade.cli.options import (
@@ -19,7 +19,6 @@ from cascade.cli.options import (
     Overwrite,
     PlacedModelOptions,
     PrintOptions,
-    SampledCorpusOptions,
 )
 
 if TYPE_CHECKING:
@@ -32,23 +31,14 @@ PlanFolder = Annotated[Path, typer.Argument(help="Folder that `cascade plan` wro
 
 
 @dataclass(frozen=True)
-class PlannedCorpus(SampledCorpusOptions):
+class PlannedCorpus(AnalyzedCorpus):
     """Which text is planned."""
 
-    config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None
     seed: Annotated[
         int | None,
         typer.Option(
             help="Sample records at random with this seed; a hub dataset is then downloaded "
             "(default: take the first, as a stream).",
-            rich_help_panel="Corpus",
-        ),
-    ] = None
-    long_context: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Tokens of a long sequence, 0 for none (default: positions, at most 2048).",
             rich_help_panel="Corpus",
         ),
     ] = None
@@ -110,14 +100,7 @@ def plan(
             overwrite=files.overwrite,
             command=command_line(),
             progress=advance,
-            seq_len=corpus.seq_len,
-            num_samples=corpus.num_samples or None,
-            max_tokens=corpus.max_tokens,
-            split=corpus.split,
-            config=corpus.config,
-            text_column=corpus.text_column,
-            seed=corpus.seed,
-            bos=corpus.bos,
+            **corpus.reading(),
         )
     folder = files.output
 

@@ -53,7 +53,7 @@ class EnginePasses:
         """Compute a prompt; see `Passes`."""
         stack, cache = self.engine.stack, self.cache.of_sequence(row)
         hidden, features = _by_modules(stack, tokens, 0, cache, self.feature_layers)
-        self._count(len(tokens), len(tokens) ** 2)
+        self.counts.add_pass(len(tokens), len(tokens) ** 2)
         return self._logits(hidden[-1:]), features
 
     def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
@@ -78,7 +78,8 @@ class EnginePasses:
                 below = layer - 1
             kept.append(hidden)
         hidden = engine.run(hidden, rows, self.cache, below=below, tables=tables)
-        self._count(len(ids), sum(at.column + len(at.tokens) for at in branches for _ in at.tokens))
+        pairs = sum(at.column + len(at.tokens) for at in branches for _ in at.tokens)
+        self.counts.add_pass(len(ids), pairs)
         features = _features(engine.stack, self.feature_layers, kept, hidden)
         return self._logits(hidden), features
 
@@ -93,11 +94,6 @@ class EnginePasses:
             for buffer in self.cache.buffers(layer):
                 for column, target in columns.items():
                     buffer[row, :, target] = buffer[row, :, column]
-
-    def _count(self, rows: int, pairs: int) -> None:
-        for layer in range(self.engine.stack.num_layers):
-            self.counts.layer_rows[layer] += rows
-            self.counts.pairs[layer] += pairs
 
 
 class OwnPasses:
@@ -149,9 +145,7 @@ class OwnPasses:
         if self.forward is not None:
             ids = torch.tensor([tokens], device=self.stack.device)
             return self.forward.run(ids, start, last=last)[0], None
-        for layer in range(self.stack.num_layers):
-            self.counts.layer_rows[layer] += len(tokens)
-            self.counts.pairs[layer] += len(tokens) * (start + len(tokens))
+        self.counts.add_pass(len(tokens), len(tokens) * (start + len(tokens)))
         hidden, features = _by_modules(self.stack, tokens, start, self.cache, self.feature_layers)
         hidden = hidden[-1:] if last else hidden
         self.counts.lm_head_rows += len(hidden)

@@ -55,9 +55,9 @@ def explained_long(
         baseline: The stored profile.
     """
     known, record = comparison.attribution, comparison.long_context
-    old = LongStatistics.from_arrays(baseline.arrays())
     if known is None or record is None or sequences is None:
         return comparison
+    old = LongStatistics.from_arrays(baseline.arrays())
     if profile.long is None or old is None:
         return comparison
     sides = LongSides(sequences.ids, profile.long, old, record.tolerance)
