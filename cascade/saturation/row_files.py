@@ -320,7 +320,8 @@ class StoredRows:
         return rows, fingerprints
 
     def _decoded(self, number: int) -> tuple[SequenceRows, npt.NDArray[np.uint64]]:
-        table = self._file.read_row_group(number)
+        # Not in Arrow's threads: one that gives back Python's bytes at exit aborts the process.
+        table = self._file.read_row_group(number, use_threads=False)
         count, layers = self._count(number), len(self.layers)
 
         def column(name: str) -> Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -95,6 +98,25 @@ def test_numbers_and_fingerprints_that_are_kept_hold_no_column(tmp_path: Path) -
     # A merge keeps them for all sequences.
     assert found.numbers.base is None
     assert fingerprints.base is None
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux, to count threads")
+def test_reading_starts_no_thread_that_could_outlive_the_interpreter(tmp_path: Path) -> None:
+    rows = rows_of(300)
+    hashes = written(tmp_path / "a", rows, []).hashes
+    code = f"""
+import os, sys
+from pathlib import Path
+import numpy as np
+import pyarrow.parquet
+from cascade.saturation.row_files import StoredRows
+hashes = np.frombuffer(bytes.fromhex("{hashes.tobytes().hex()}"), np.uint8).reshape(-1, 32)
+before = set(os.listdir("/proc/self/task"))
+stored = StoredRows(Path(r"{tmp_path / "a"}"), {LAYERS}, hashes, range(300))
+print(len(stored.all()), set(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "300 set()\n"
 
 
 def test_any_program_can_read_the_columns(tmp_path: Path) -> None:
