@@ -13,6 +13,7 @@ import pytest
 import torch
 from msgspec.structs import replace as replace_struct
 from support.clean_runs import (
+    Outcome,
     a_tiny_stack,
     broken_in_another_process,
     clean_table,
@@ -29,10 +30,12 @@ from support.paths import ROOT
 
 from cascade.core.schema import UNSET, known
 from cascade.corpora.blocks import TokenBlocks
+from cascade.corpora.long_sequences import sequences_in_one
 from cascade.gate.baselines import StoredProfile, read_profile, seal
 from cascade.gate.causes.hypotheses import CLEARLY, MOST_LEFT
 from cascade.gate.comparison import LEAST_TOLERANCE
 from cascade.gate.drift import compare
+from cascade.gate.long_context_check import LongCheck
 from cascade.gate.quick_gate import Gate, run_gate
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
@@ -278,9 +281,9 @@ def how_often_it_errs() -> list[str]:
         "",
         'Only the rows named "one layer moved" contain a real fault. All others measure false'
         " alarms.",
-        "In the first rows, SmolLM2-135M ran 200 times over the same 16 sequences, in other orders"
+        "In the first rows, SmolLM2-135M ran 200 times over the same 32 sequences, in other orders"
         " and with variants",
-        "that differ only in arithmetic. A run counts in every row that it belongs to"
+        "that differ only in arithmetic, each time with one sequence of 2,048 tokens and with decoding. A run counts in every row that it belongs to"
         " (`pytest tests/suites/test_sensitivity.py -m slow`,",
         "[record](repetitions.csv)). In the last rows, disjoint samples of the baseline's"
         " corpus were compared 200 times ([record](odds.csv)).",
@@ -428,7 +431,7 @@ def test_padding_is_in_every_pass_of_a_padded_way(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(DecoderStack, "plan", watched)
     variation = replace(next(clean_variations(1)), left=7)
-    assert cleanly(stack, blocks, baseline, variation) == "PASS"
+    assert cleanly(stack, blocks, baseline, variation).verdict == "PASS"
     assert set(widths) == {16 + 7}
 
 
@@ -437,11 +440,13 @@ def test_some_repetitions_are_in_another_process_and_break_where_it_does() -> No
     baseline = stored(a_tiny_stack(), blocks)
     one = next(clean_variations(1))
     variations = [replace(one, elsewhere=elsewhere) for elsewhere in (False, True)]
-    assert repeat(broken_in_another_process, blocks, baseline, variations) == ["PASS", "FAIL"]
+    outcomes = repeat(broken_in_another_process, blocks, baseline, variations)
+    assert [outcome.verdict for outcome in outcomes] == ["PASS", "FAIL"]
 
 
 def test_variations_cover_every_value_often_enough() -> None:
-    rows = clean_table(clean_variations(200), ["PASS"] * 200).splitlines()[1:]
+    outcomes = [Outcome("PASS", long=True, decoded=True)] * 200
+    rows = clean_table(clean_variations(200), outcomes).splitlines()[1:]
     counts = {name: int(count) for name, count, *_ in (row.split(",") for row in rows)}
     assert min(counts.values()) >= 40
     assert counts["together"] == 200
@@ -454,8 +459,8 @@ def test_clean_repetitions_of_a_tiny_model_raise_no_alarm(family: str, repetitio
     make = partial(a_tiny_stack, family)
     blocks = tiny_blocks(24)
     variations = list(clean_variations(repetitions))
-    verdicts = repeat(make, blocks, stored(make(), blocks), variations, each=20)
-    assert verdicts == ["PASS"] * repetitions
+    outcomes = repeat(make, blocks, stored(make(), blocks), variations, each=20)
+    assert outcomes == [Outcome("PASS", long=False, decoded=True)] * repetitions
 
 
 def odds(
@@ -520,13 +525,19 @@ def test_two_hundred_clean_repetitions_of_the_real_model_raise_no_alarm(
     file_regression: FileRegressionFixture,
 ) -> None:
     blocks = blocks_for(reference_model)
-    # 16 sequences: a full gate over them all is 2,048 tokens.
-    few = replace(blocks, ids=blocks.ids[:: len(blocks.ids) // 16][:16])
+    # 16 sequences that one of 2,048 tokens is joined from, and 16 of the others.
+    long = LongCheck.of(reference_model, blocks, baseline, full=False).sequences
+    assert long is not None
+    joined = np.arange(long.starts[0], long.starts[0] + sequences_in_one(blocks, 2048))
+    others = np.setdiff1d(np.arange(len(blocks.ids)), joined)
+    few = replace(blocks, ids=blocks.ids[[*joined, *others[:: len(others) // 16][:16]]])
     variations = list(clean_variations(200))
-    verdicts = repeat(partial(load, "smollm2-135m"), few, baseline, variations)
+    outcomes = repeat(partial(load, "smollm2-135m"), few, baseline, variations)
+    verdicts = [outcome.verdict for outcome in outcomes]
     assert verdicts.count("FAIL") + verdicts.count("NOT COMPARABLE") <= 2  # 1 % of 200 at most
+    assert all(one.long and one.decoded for one in outcomes if one.verdict == "PASS")
     file_regression.check(
-        clean_table(variations, verdicts), fullpath=DOCS / "repetitions.csv", extension=".csv"
+        clean_table(variations, outcomes), fullpath=DOCS / "repetitions.csv", extension=".csv"
     )
 
 

@@ -14,8 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from cascade.core.arrays import Array
 from cascade.corpora.blocks import TokenBlocks
+from cascade.corpora.long_sequences import sequences_in_one
 from cascade.gate.baselines import StoredProfile
+from cascade.gate.long_context_check import LongCheck
 from cascade.gate.quick_gate import run_gate
 from cascade.models.stack import DecoderStack
 from cascade.saturation import profile as saturation
@@ -58,6 +61,21 @@ class Variation:
     elsewhere: bool
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What the gate made of a repetition.
+
+    Attributes:
+        verdict: Its verdict.
+        long: Whether a long sequence was compared.
+        decoded: Whether passes through the KV cache were compared with the prefill.
+    """
+
+    verdict: str
+    long: bool
+    decoded: bool
+
+
 def clean_variations(repetitions: int) -> Iterator[Variation]:
     """Yield variations whose attributes are drawn independently of each other."""
     draw = np.random.default_rng(0)
@@ -91,9 +109,9 @@ def padded_similarities(stack: DecoderStack, ids: Tensor, left: int) -> Tensor:
 
 def cleanly(
     stack: DecoderStack, blocks: TokenBlocks, baseline: StoredProfile, variation: Variation
-) -> str:
-    """Run the gate on an unchanged model in one of the variations; return the verdict."""
-    order = np.random.default_rng(variation.order).permutation(len(blocks.ids))
+) -> Outcome:
+    """Run the gate on an unchanged model in one of the variations."""
+    order = reordered(stack, blocks, baseline, variation.order)
     threads, model = torch.get_num_threads(), stack.model
     before = model.config._attn_implementation
     with ExitStack() as restore:
@@ -115,7 +133,26 @@ def cleanly(
             batch_size=variation.batch_size,
             full=variation.full,
         )
-    return gate.comparison.verdict
+    long, decoding = gate.comparison.long_context, gate.comparison.decoding
+    return Outcome(
+        gate.comparison.verdict,
+        long=long is not None and long.verdict != "NOT CHECKED",
+        decoded=decoding is not None and decoding.verdict != "NOT CHECKED",
+    )
+
+
+def reordered(
+    stack: DecoderStack, blocks: TokenBlocks, baseline: StoredProfile, seed: int
+) -> Array:
+    """Return the sequences in another order, but those of the first long one side by side."""
+    draw, numbers = np.random.default_rng(seed), np.arange(len(blocks.ids))
+    long = LongCheck.of(stack, blocks, baseline, full=False).sequences
+    if long is None:
+        return draw.permutation(numbers)
+    start = int(long.starts[0])
+    run = numbers[start : start + sequences_in_one(blocks, long.ids.shape[1])]
+    rest = draw.permutation(np.setdiff1d(numbers, run))
+    return np.insert(rest, draw.integers(len(rest) + 1), run)
 
 
 #: What another process keeps between two repetitions: the model that it loaded.
@@ -126,7 +163,7 @@ def _load(make: Callable[[], DecoderStack]) -> None:
     _kept["stack"] = make()
 
 
-def _elsewhere(blocks: TokenBlocks, baseline: StoredProfile, variation: Variation) -> str:
+def _elsewhere(blocks: TokenBlocks, baseline: StoredProfile, variation: Variation) -> Outcome:
     return cleanly(_kept["stack"], blocks, baseline, variation)
 
 
@@ -137,7 +174,7 @@ def repeat(
     variations: Sequence[Variation],
     *,
     each: int = 10,
-) -> list[str]:
+) -> list[Outcome]:
     """Run every variation, some of them in processes that load the model by themselves.
 
     Args:
@@ -148,7 +185,7 @@ def repeat(
         each: Repetitions that one of the other processes lives for.
 
     Returns:
-        The verdicts, in the order of the variations.
+        The outcomes, in the order of the variations.
     """
     stack = make()
     pool = ProcessPoolExecutor(
@@ -168,27 +205,29 @@ def repeat(
 
 
 #: Rows of the table: what the repetitions have in common.
-_GROUPS: dict[str, Callable[[Variation], bool]] = {
-    "1 thread": lambda variation: variation.threads == 1,
-    "2 threads": lambda variation: variation.threads == 2,
-    "batches of 1 to 8": lambda variation: variation.batch_size <= 8,
-    "batches of 9 to 32": lambda variation: variation.batch_size > 8,
-    "SDPA attention": lambda variation: variation.attention == "sdpa",
-    "eager attention": lambda variation: variation.attention == "eager",
-    "padded": lambda variation: variation.left > 0,
-    "another process": lambda variation: variation.elsewhere,
-    "quick gate": lambda variation: not variation.full,
-    "all sequences": lambda variation: variation.full,
-    "together": lambda variation: True,
+_GROUPS: dict[str, Callable[[Variation, Outcome], bool]] = {
+    "1 thread": lambda variation, outcome: variation.threads == 1,
+    "2 threads": lambda variation, outcome: variation.threads == 2,
+    "batches of 1 to 8": lambda variation, outcome: variation.batch_size <= 8,
+    "batches of 9 to 32": lambda variation, outcome: variation.batch_size > 8,
+    "SDPA attention": lambda variation, outcome: variation.attention == "sdpa",
+    "eager attention": lambda variation, outcome: variation.attention == "eager",
+    "padded": lambda variation, outcome: variation.left > 0,
+    "another process": lambda variation, outcome: variation.elsewhere,
+    "quick gate": lambda variation, outcome: not variation.full,
+    "all sequences": lambda variation, outcome: variation.full,
+    "with a long sequence": lambda variation, outcome: outcome.long,
+    "decoded": lambda variation, outcome: outcome.decoded,
+    "together": lambda variation, outcome: True,
 }
 
 
-def clean_table(variations: Iterable[Variation], verdicts: Iterable[str]) -> str:
+def clean_table(variations: Iterable[Variation], outcomes: Iterable[Outcome]) -> str:
     """Return verdicts as CSV, counted by what the repetitions have in common."""
-    pairs = list(zip(variations, verdicts, strict=True))
+    pairs = list(zip(variations, outcomes, strict=True))
     lines = ["clean repetitions in another order of sequences,count,pass,inconclusive,fail"]
     for name, belongs in _GROUPS.items():
-        found = [verdict for variation, verdict in pairs if belongs(variation)]
+        found = [outcome.verdict for variation, outcome in pairs if belongs(variation, outcome)]
         counts = [found.count(verdict) for verdict in ("PASS", "INCONCLUSIVE", "FAIL")]
         lines.append(",".join([name, str(len(found)), *map(str, counts)]))
     return "\n".join(lines) + "\n"
