@@ -283,7 +283,8 @@ def how_often_it_errs() -> list[str]:
         " alarms.",
         "In the first rows, SmolLM2-135M ran 200 times over the same 32 sequences, in other orders"
         " and with variants",
-        "that differ only in arithmetic, each time with one sequence of 2,048 tokens and with decoding. A run counts in every row that it belongs to"
+        "that differ only in arithmetic, each with a sequence of 2,048 tokens and with decoding."
+        " A run counts in every row that it belongs to"
         " (`pytest tests/suites/test_sensitivity.py -m slow`,",
         "[record](repetitions.csv)). In the last rows, disjoint samples of the baseline's"
         " corpus were compared 200 times ([record](odds.csv)).",
