@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from msgspec import field
 from msgspec.structs import replace
 
+from cascade.core.float32_products import product_precision
 from cascade.core.schema import UNSET, Count, Index, Part, UnsetType, from_plain, known, to_plain
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ class MachineProvenance(Part, frozen=True, kw_only=True):
     Attributes:
         capability: The instruction set that torch uses, e.g. AVX512. The oldest records have
             neither this nor `blas`.
+        products: How matrix products are rounded, e.g. "tf32"; absent where they are not. See
+            `cascade.core.float32_products`.
     """
 
     processor: str
@@ -126,6 +129,7 @@ class MachineProvenance(Part, frozen=True, kw_only=True):
     capability: str | UnsetType = UNSET
     blas: str | UnsetType | None = UNSET
     accelerator: str | UnsetType = UNSET
+    products: str | UnsetType = UNSET
 
 
 class MeasuringMachine(Part, frozen=True, kw_only=True):
@@ -248,6 +252,7 @@ def machine_of(device: torch.device) -> MachineProvenance:
         capability=torch.backends.cpu.get_cpu_capability(),
         blas=blas.group(1) if blas else None,
         accelerator=torch.cuda.get_device_name(device) if cuda else UNSET,
+        products=product_precision(device) or UNSET,
     )
 
 

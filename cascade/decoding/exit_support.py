@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cascade.core.errors import UnsupportedModelError, first_line
+from cascade.core.float32_products import products_in
 from cascade.decoding.kv_cache import KeyValueCache
 from cascade.models.architecture import text_config_of
 from cascade.models.layer_states import other_state, shared_keys
@@ -51,7 +52,8 @@ def exit_support(stack: DecoderStack) -> ExitSupport:
     *_, stack = stack.with_base_models()
     found = _FOUND.get(stack)
     if found is None:
-        found = _FOUND[stack] = _find(stack)
+        with products_in(stack.device):
+            found = _FOUND[stack] = _find(stack)
     return found
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cascade.core.errors import UsageError
+from cascade.core.float32_products import product_precision
 from cascade.decoding.drafting.proposers import Drafting, Proposer
 from cascade.decoding.engine.costs import pass_costs
 from cascade.decoding.engine.passes import EnginePasses, OwnPasses
@@ -125,7 +126,10 @@ def generate(
             )
             return generate_lossless(passes, drafting, text, choose)
         if OwnForward.supports(stack):
-            return generate_by_model(OwnForward(stack), text, choose)
+            made = generate_by_model(OwnForward(stack), text, choose)
+            if verification is None:
+                return made
+            return replace(made, engine=f"model ({_why_no_engine(layers)})")
     if not exits.exact:
         return _generate_skipping(layers, exits, text, choose)
     segments = _DeferredSegments(layers, exits, text)
@@ -168,8 +172,12 @@ def _full_passes(
 def _can_check_chunks(stack: DecoderStack) -> bool:
     """Return whether the model's own modules compute a chunk as they compute single tokens."""
     support = exit_support(stack)
-    # In half precision, a chunk is rounded in another way.
-    return stack.dtype == torch.float32 and support.exact_obstacle is None
+    # In half precision, and where products are rounded, a chunk is rounded in another way.
+    return (
+        stack.dtype == torch.float32
+        and product_precision(stack.device) is None
+        and support.exact_obstacle is None
+    )
 
 
 def _why_no_engine(layers: SkippingLayers) -> str:
@@ -177,7 +185,13 @@ def _why_no_engine(layers: SkippingLayers) -> str:
         return layers.reason or "it keeps other things than keys and values"
     if not layers.engine.has_same_weights():
         return "its weights were replaced"
-    return layers.engine.obstacle or "its layers have hooks"
+    if layers.engine.obstacle is not None:
+        return layers.engine.obstacle
+    if layers.engine.products is not None:
+        return f"its products are rounded to {layers.engine.products}"
+    if layers.engine.is_ready():
+        return "a criterion or processor of the caller needs rows of equal length"
+    return "its layers have hooks"
 
 
 def _generate_skipping(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import UsageError, first_line
+from cascade.core.float32_products import products_in
 from cascade.decoding.engine.engine import DecodingEngine, EngineCall, EngineKind, engine_of
 from cascade.decoding.engine.rows import MAX_ROWS
 from cascade.decoding.exit_support import check_exits
@@ -107,7 +108,8 @@ class SkippingLayers:
                 " and o_proj after an input_layernorm"
             )
         else:
-            self.reason = self._find_reason()
+            with products_in(stack.device):
+                self.reason = self._find_reason()
         if self.reason is not None and skip and engine in ("compiled", "fused"):
             raise UsageError(
                 f"the {engine} engine does not support this model: {self.reason}; use the engine"

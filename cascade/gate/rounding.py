@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cascade.core.float32_products import product_precision, unit_of
 from cascade.models.architecture import run_decoder
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import SimilarityVisitor
@@ -16,7 +17,7 @@ def other_rounding(stack: DecoderStack, *, seed: int = 0) -> Callable[[Tensor], 
     """Return a function that moves every component by up to one unit in its last place.
 
     Passed to `DecoderStack.visiting` as `change`, it shows how far rounding alone moves a result,
-    in any dtype, with any kernel and for any family.
+    in any dtype, with any kernel and for any family. Where products are rounded, a unit is theirs.
 
     Args:
         stack: The model.
@@ -29,11 +30,14 @@ def other_rounding(stack: DecoderStack, *, seed: int = 0) -> Callable[[Tensor], 
         >>> bool(moved.abs().max() <= torch.finfo(torch.float32).eps)
         True
     """
+    products = product_precision(stack.device)
     generator = torch.Generator(device=stack.device).manual_seed(seed)
 
     def change(hidden: Tensor) -> Tensor:
         # Models in half precision can have their residual stream in fp32.
         unit = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, stack.dtype))
+        if products is not None:
+            unit = max(unit, unit_of(products))
         wide = torch.promote_types(hidden.dtype, torch.float32)
         draw = torch.rand(hidden.shape, generator=generator, device=stack.device, dtype=wide)
         moved = hidden.to(wide) * (1 + unit * (2 * draw - 1).to(hidden.device))

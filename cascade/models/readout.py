@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import UnsupportedModelError, first_line
+from cascade.core.float32_products import products_in
 from cascade.models.architecture import run_decoder, text_config_of
 from cascade.models.dispatch import device_of
 from cascade.models.overrides.hooks import as_output, hidden_of, layer_hooks, split_output
@@ -45,11 +46,15 @@ class Readout:
         self.lm_head: nn.Module = model.get_output_embeddings()
         self._head_paths = paths_of(self.lm_head, model)
         #: Why states cannot be turned into logits, in one line, or None if they can.
-        self.obstacle = self._find_obstacle()
+        with products_in(device_of(model)):
+            self.obstacle = self._find_obstacle()
         #: The final norm, if norm and LM head alone give the logits; otherwise None.
         self.direct_norm: nn.Module | None = None
         # A larger model that does not run on text is refused by DecoderStack, which says why.
-        with contextlib.suppress(*([Exception] if has_text_decoder(model) else [])):
+        with (
+            contextlib.suppress(*([Exception] if has_text_decoder(model) else [])),
+            products_in(device_of(model)),
+        ):
             self.direct_norm = None if self.obstacle else self._find_direct_norm()
 
     @torch.no_grad()

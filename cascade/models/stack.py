@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from cascade.core.errors import CascadeError, UnsupportedModelError, first_line
+from cascade.core.float32_products import products_in
 from cascade.core.provenance import ModelProvenance, model_provenance
 from cascade.core.schema import UNSET, UnsetType, known
 from cascade.models.architecture import (
@@ -135,7 +136,8 @@ class DecoderStack:
         check_layer_numbers(self.layers)
         try:
             self.decoder = find_decoder(model, self.layers)
-            self._probe = probe(model, self.decoder, self.layers)
+            with products_in(device_of(model)):  # rounded products hide what is the same
+                self._probe = probe(model, self.decoder, self.layers)
         except (CascadeError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # families raise any error for other inputs or dtypes
@@ -151,7 +153,8 @@ class DecoderStack:
         self.has_final_norm = self._probe.has_final_norm
         self._stand_ins = StandIns(model, self.decoder, self.layers)
         self._readout = Readout(model, self.decoder, self._stand_ins, self._probe)
-        text, idle = self._check_text_decoder()
+        with products_in(self.device):
+            text, idle = self._check_text_decoder()
         found = ModelProvenance(
             family=model.config.model_type,
             num_layers=self.num_layers,

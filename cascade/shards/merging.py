@@ -197,12 +197,14 @@ def _one_machine(machines: list[MachineProvenance]) -> MachineProvenance:
         return first
     named = " and ".join(sorted({one.processor for one in machines}))
     accelerators = sorted({one.accelerator for one in machines if isinstance(one.accelerator, str)})
+    products = sorted({known(one.products) or "full" for one in machines})
     return MachineProvenance(
         processor=named,
         threads=max(one.threads for one in machines),
         capability=" and ".join(sorted({known(one.capability) or "unknown" for one in machines})),
         blas=first.blas,
         accelerator=" and ".join(accelerators) if accelerators else UNSET,
+        products=" and ".join(products) if products != ["full"] else UNSET,
     )
 
 

@@ -118,3 +118,31 @@ def test_models_of_more_than_text_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert not OwnForward.supports(a_stack("llama"))
     with pytest.raises(UnsupportedModelError, match="expected a model of text alone"):
         OwnForward(a_stack("llama"))
+
+
+@pytest.mark.parametrize("family", ["llama", WITHOUT_ENGINE])
+def test_where_products_are_rounded_the_text_is_the_models_own_and_it_is_said(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = DecoderStack(copy.deepcopy(tiny_model(family)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        early = EarlyExit(stack)
+        for ids, mask in ((PROMPT[:1], torch.ones_like(PROMPT[:1])), (PROMPT, MASK)):
+            made = early.generate(
+                ids,
+                mask,
+                max_new_tokens=NEW,
+                do_sample=False,
+                eos_token_id=None,
+                verify=True,
+                return_dict_in_generate=True,
+            )
+            assert torch.equal(made.sequences, own_text(stack, ids, mask))
+            assert made.engine is not None
+            assert made.engine.startswith("model (")
+            assert made.passes == 0  # nothing was drafted
+    if family == "llama":
+        assert made.engine == "model (its products are rounded to bfloat16 by autocast)"
+        # What was found under autocast holds for this setting alone.
+        assert early.layers.engine is not None
+        assert early.layers.engine.is_ready()

@@ -112,6 +112,12 @@ FAULTS = {
         "numerics",
         named="weights in float16",
     ),
+    "autocast": Fault(
+        "products rounded to bf16 by autocast",
+        plants.autocast,
+        "numerics",
+        named="precision of products",
+    ),
     "cosine bf16": Fault(
         "similarity computed in bf16",
         plants.in_bf16,

@@ -311,6 +311,10 @@ def changed(change: Callable[[Tensor], Tensor]) -> Plant:
     return plant
 
 
+def autocast(stack: DecoderStack) -> Any:
+    return torch.autocast(stack.device.type, dtype=torch.bfloat16)
+
+
 def in_bf16(_: DecoderStack) -> Any:
     def similarities(stack: DecoderStack, ids: Tensor) -> Tensor:
         states, normed = _states(stack, ids)

@@ -162,7 +162,7 @@ def fastest_first(rows: Sequence[LosslessVariant]) -> list[LosslessVariant]:
 
 def _drafts(generations: Sequence[Generation]) -> DraftCounts | None:
     """Return passes and drafts of a variant; None if the package decoded without counting them."""
-    if any(made.engine is None for made in generations):
+    if any(made.sources is None for made in generations):
         return None
     drafted: Counter[str] = Counter()
     accepted: Counter[str] = Counter()

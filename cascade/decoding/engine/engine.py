@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.core.errors import UsageError, first_line
+from cascade.core.float32_products import is_by_autocast, product_precision, products_in
 from cascade.decoding.engine.choices import choose_kernels
 from cascade.decoding.engine.compiled_layers import CompiledLayers
 from cascade.decoding.engine.compiler import CompilerError
@@ -144,7 +145,8 @@ class DecodingEngine:
             self._watched = _Watched(
                 self._modules, self._heads, versions=self.layers.copied_bytes > 0
             )
-            return self._find_difference()
+            with products_in(self.stack.device):
+                return self._find_difference()
         except CompilerError as error:
             return first_line(error)
         except Exception as error:
@@ -187,16 +189,27 @@ class DecodingEngine:
         """The heads of keys and values, and their width."""
         return self._modules[0].key_heads, self._modules[0].head_dim
 
+    @property
+    def products(self) -> str | None:
+        """How the model's products are rounded, which no engine does; None if they are not."""
+        found = product_precision(self.stack.device)
+        # The setting for float32 is not that of products of half precision; autocast is for both.
+        return None if self.exact and found and not is_by_autocast(found) else found
+
     def has_same_weights(self) -> bool:
         """Return whether modules and weights are those that the engine was made for."""
         return self._watched is None or self._watched.are_same()
 
     def is_ready(self) -> bool:
-        """Return whether the engine can compute now: no hook was added, no weight has changed."""
+        """Return whether the engine can compute now.
+
+        No hook was added, no weight has changed, and products are not rounded.
+        """
         return (
             self.layers is not None
             and self._watched is not None
             and self._watched.are_same()
+            and self.products is None
             and self._watched.are_untouched()
         )
 

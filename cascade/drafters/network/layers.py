@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cascade.core.errors import UnsupportedModelError, first_line
+from cascade.core.float32_products import products_in
 from cascade.decoding.engine.modules import obstacle_of
 from cascade.decoding.packed_attention import PACKABLE
 from cascade.models.probing import close
@@ -120,7 +121,8 @@ def check_can_draft(stack: DecoderStack) -> None:
     obstacle = stack.step_obstacle or stack.readout_obstacle or _missing(stack)
     if obstacle is None:
         try:
-            obstacle = _difference(stack)
+            with products_in(stack.device):
+                obstacle = _difference(stack)
         except Exception as error:  # layers of other families need other arguments
             obstacle = f"its layers cannot be computed as Llama's ({first_line(error)})"
     if obstacle is not None:

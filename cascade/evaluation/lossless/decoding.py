@@ -146,10 +146,11 @@ class _Way:
     @property
     def engine(self) -> str | None:
         """What computed the passes; None for the model's own modules, one token per pass."""
-        engine = self.early.layers.engine
-        if self.made[0].engine is None and engine is not None and engine.is_ready():
-            return engine.description  # exits do not name it
-        return self.made[0].engine
+        engine, made = self.early.layers.engine, self.made[0]
+        if made.sources is not None:
+            return made.engine
+        ready = engine is not None and engine.is_ready()
+        return engine.description if engine is not None and ready else None
 
     @property
     def tokens(self) -> list[int]:
@@ -257,7 +258,7 @@ def _warmed(ways: Sequence[_Way], run: Callable[[_Way], Generation]) -> list[_Wa
     found, costs = [], None
     for way in ways:
         made = run(way)
-        if way.method == "engine" and made.engine is None:
+        if way.method == "engine" and made.sources is None:
             continue
         if costs is None and made.pass_costs:
             costs = tuple(float(f"{cost:.{_DIGITS}g}") for cost in made.pass_costs)

@@ -55,6 +55,7 @@ def explain(
     evidence: Evidence,
     known: Attribution,
     parts: ModelParts | None,
+    products: str | None = None,
 ) -> Attribution:
     """Return the cause of a drift, after running the model again.
 
@@ -64,6 +65,7 @@ def explain(
         evidence: What was measured on them.
         known: What the rows alone say.
         parts: The parts of the baseline's model, if the baseline recorded them.
+        products: How products were rounded in the baseline; None if they were not.
 
     Returns:
         The named cause, or what is known: the first layer, size and growth.
@@ -80,9 +82,9 @@ def explain(
     if few.distance(plain, few.expected) <= MOST_LEFT:
         return case.outside()
     if few.distance(plain, few.obtained) > MOST_LEFT:
-        return case.not_repeated()
+        return case.not_repeated(plain, products)
     differences = None if parts is None else part_differences(stack, parts)
-    return case.inside(plain, differences)
+    return case.inside(plain, differences, products)
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,9 @@ class _Case:
 
     # --- The model differs ---------------------------------------------------------------------
 
-    def inside(self, plain: Array, differences: PartDifferences | None) -> Attribution:
+    def inside(
+        self, plain: Array, differences: PartDifferences | None, products: str | None
+    ) -> Attribution:
         """Explain the drift of a model that gives other numbers than the baseline."""
         leak = self._sees_later_tokens()
         if leak is not None:
@@ -182,7 +186,7 @@ class _Case:
             for one in row_hypotheses(self.evidence)
             if one.cause != "capture"
         ]
-        hypotheses += Trials(self.bench, self.few, plain, differences).all()
+        hypotheses += Trials(self.bench, self.few, plain, differences, products).all()
         best = best_of(hypotheses, self.few.moved_by)
         if best is not None:
             return named(best, hypotheses)
@@ -278,8 +282,14 @@ class _Case:
 
     # --- Neither -------------------------------------------------------------------------------
 
-    def not_repeated(self) -> Attribution:
+    def not_repeated(self, plain: Array, products: str | None) -> Attribution:
         """Explain a run that gave neither the measured nor the baseline's numbers."""
+        # Rounded products depend on the number of sequences that are computed together.
+        trials = Trials(self.bench, self.few, plain, None, products)
+        hypotheses = list(trials.rounded_products())
+        best = best_of(hypotheses, self.few.moved_by)
+        if best is not None:
+            return named(best, hypotheses)
         text = (
             "the model, run again on the same tokens, gives neither the measured nor the "
             f"baseline's numbers, so it is not repeatable, or its states are read wrongly; "

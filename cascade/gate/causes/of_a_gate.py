@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from cascade.core.schema import known
 from cascade.corpora.blocks import TokenBlocks
 from cascade.corpora.long_sequences import LongSequences
 from cascade.gate.baselines import StoredProfile
@@ -29,12 +30,15 @@ def explained(
         blocks: The corpus with the compared sequences.
         baseline: The stored profile.
     """
-    known, evidence = comparison.attribution, comparison.evidence
-    if known is None or evidence is None or known.cause in ("rows", "counting"):
+    found, evidence = comparison.attribution, comparison.evidence
+    if found is None or evidence is None or found.cause in ("rows", "counting"):
         return comparison
-    places = {int(found): at for at, found in enumerate(blocks.sequence_fingerprints())}
-    ids = blocks.ids[[places[found] for found in comparison.fingerprints]]
-    found = explain(stack, ids, evidence, known, baseline.record().parts or None)
+    places = {int(print_): at for at, print_ in enumerate(blocks.sequence_fingerprints())}
+    ids = blocks.ids[[places[print_] for print_ in comparison.fingerprints]]
+    record = baseline.record()
+    machine = known(record.provenance.machine)
+    products = None if machine is None else known(machine.products)
+    found = explain(stack, ids, evidence, found, record.parts or None, products)
     return replace(comparison, attribution=found)
 
 
@@ -54,14 +58,14 @@ def explained_long(
         profile: The profile with their statistics.
         baseline: The stored profile.
     """
-    known, record = comparison.attribution, comparison.long_context
-    if known is None or record is None or sequences is None:
+    found, record = comparison.attribution, comparison.long_context
+    if found is None or record is None or sequences is None:
         return comparison
     old = LongStatistics.from_arrays(baseline.arrays())
     if profile.long is None or old is None:
         return comparison
     sides = LongSides(sequences.ids, profile.long, old, record.tolerance)
-    found = explain_long(stack, sides, known, baseline.record().parts or None)
+    found = explain_long(stack, sides, found, baseline.record().parts or None)
     return replace(comparison, attribution=found)
 
 

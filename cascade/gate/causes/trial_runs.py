@@ -24,12 +24,14 @@ class TrialRuns:
         evidence: What was measured, of the sequences of the bench.
         plain: `[S, L, 2]`, the rows of the model as it is.
         differences: The parts that differ from the baseline's; None if it recorded none.
+        products: How products were rounded in the baseline; None if they were not.
     """
 
     bench: Bench
     evidence: Evidence
     plain: Array
     differences: PartDifferences | None
+    products: str | None = None
 
     @property
     def first(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from cascade.core.float32_products import is_by_autocast, product_precision, products_in
 from cascade.gate.causes.bench import (
     outputs_scaled,
     rows_of,
@@ -41,6 +43,7 @@ class Trials(TrialRuns):
         """Yield every cause that was tried, the cheapest first."""
         evidence = self.evidence
         from_the_start = evidence.first == 0
+        yield from self.rounded_products()
         yield from self.settings()
         yield from self._permuted_layers()
         yield from self._scaled_weight()
@@ -115,6 +118,22 @@ class Trials(TrialRuns):
             text = f"the norms' epsilon is {now}; with {value:g}, {FOUND}"
             change = values_set(*((*place, value) for place in places))
             yield from self.undone(f"setting {places[0][1]}", "model", self.first, text, change)
+
+    # --- Products ----------------------------------------------------------------------------
+
+    def rounded_products(self) -> Iterator[Hypothesis]:
+        """Yield products that are rounded as they were in the baseline."""
+        device = self.bench.stack.device
+        now, then = product_precision(device), self.products
+        if now == then or (then is not None and is_by_autocast(then)):
+            return
+        old, new = (f"rounded to {one}" if one else "computed in full" for one in (then, now))
+        text = (
+            f"products of float32 are {new}, and in the baseline they are {old} (see"
+            f" `torch.set_float32_matmul_precision` and `torch.autocast`); {old}, {FOUND}"
+        )
+        change = functools.partial(products_in, device, then)
+        yield from self.undone("precision of products", "numerics", None, text, change)
 
     # --- Layers ------------------------------------------------------------------------------
 

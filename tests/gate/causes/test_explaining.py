@@ -18,10 +18,13 @@ from support.family_faults import (
 )
 from support.faults import Plant, attribute_of, weights
 
+from cascade.core import float32_products
+from cascade.core.float32_products import product_precision, products_in
 from cascade.core.schema import UNSET, known
 from cascade.gate.baselines import StoredProfile
 from cascade.gate.causes import bench as benches
 from cascade.gate.causes.bench import MOST_PASSES, Bench, tensors_set, values_set
+from cascade.gate.noise import measure_noise
 from cascade.gate.quick_gate import run_gate
 from cascade.gate.records import Attribution
 from cascade.models.stack import DecoderStack
@@ -348,3 +351,42 @@ def test_a_baseline_of_an_earlier_release_has_no_parts_and_is_read() -> None:
         found = run_gate(stack, BLOCKS, old).comparison.attribution
     assert found is not None
     assert found.layer == "2"
+
+
+def test_products_that_autocast_rounds_are_named() -> None:
+    stack = family_stack("llama")
+    for with_parts in (True, False):
+        found = explained(stack, faults.autocast, with_parts=with_parts)
+        assert (found.cause, found.named) == ("numerics", "precision of products")
+        assert "rounded to bfloat16 by autocast" in found.text
+        assert "torch.set_float32_matmul_precision" in found.text
+
+
+def test_products_that_were_rounded_in_the_baseline_alone_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stack = family_stack("llama")
+    right = torch.nn.functional.linear
+
+    def linear(rows: Any, weight: Any, bias: Any = None) -> Any:
+        if product_precision(stack.device) is None:
+            return right(rows, weight, bias)
+        rounded = right(rows.bfloat16(), weight.bfloat16()).float()
+        return rounded if bias is None else rounded + bias
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr(float32_products, "_rounds", lambda *_: True)
+    with products_in(stack.device, "bf16"):
+        baseline = baseline_of(stack, BLOCKS)
+        # The same on both sides is no drift, and decoding agrees up to the rounding.
+        noisy = replace(baseline.content, noise=measure_noise(stack, BLOCKS.ids))
+        same = StoredProfile(noisy, baseline.state, baseline.rows)
+        comparison = run_gate(stack, BLOCKS, same).comparison
+        assert comparison.verdict == "PASS"
+        assert comparison.decoding is not None
+        assert comparison.decoding.verdict == "PASS"
+    found = run_gate(stack, BLOCKS, baseline).comparison
+    assert found.verdict == "FAIL"
+    assert found.attribution is not None
+    assert found.attribution.named == "precision of products"
+    assert "in the baseline they are rounded to bf16" in found.attribution.text
