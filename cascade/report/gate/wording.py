@@ -209,7 +209,9 @@ def long_context_rows(record: ComparisonRecord) -> list[list[str]]:
 def _tried(found: Attribution) -> Iterator[tuple[str, str]]:
     """Yield what the causes that were tried leave unexplained; nothing if evidence is direct."""
     tried = known(found.tried) or []
-    left = [f"{one.name!r} explains all but {_tolerances(one.left)}" for one in tried[:2] if one.left]
+    left = [
+        f"{one.name!r} explains all but {_tolerances(one.left)}" for one in tried[:2] if one.left
+    ]
     is_direct = known(found.named) is not None and found.named != (tried and tried[0].name)
     if not left or is_direct:
         return
