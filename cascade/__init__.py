@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cascade.decoding.custom_generation import decode as decode
     from cascade.decoding.drafting.proposers import Candidate as Candidate
     from cascade.decoding.drafting.proposers import Proposer as Proposer
+    from cascade.decoding.drafting.tables import NgramTable as NgramTable
     from cascade.decoding.early_exit import EarlyExit as EarlyExit
     from cascade.drafters.config import DrafterConfig as DrafterConfig
     from cascade.drafters.export.exporting import export_drafter as export_drafter
@@ -80,6 +81,7 @@ _MODULES = {
     "FittedHeads": "exits.fitted_heads",
     "Gate": "gate.quick_gate",
     "HardTokens": "stages.hard_tokens.dataset",
+    "NgramTable": "decoding.drafting.tables",
     "Plan": "shards.plan",
     "Proposer": "decoding.drafting.proposers",
     "Recipe": "stages.training_config",

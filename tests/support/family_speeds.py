@@ -70,7 +70,8 @@ def speeds_of(
         batches: Numbers of prompts.
         rounds: Timed rounds of each.
     """
-    stack = DecoderStack(copy.deepcopy(tiny_model(family)).to(dtype))
+    weights: Any = copy.deepcopy(tiny_model(family))
+    stack = DecoderStack(weights.to(dtype))
     early = EarlyExit(stack)
     for batch in batches:
         ids = random_ids(batch, PROMPT)
