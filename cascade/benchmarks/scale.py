@@ -18,7 +18,6 @@ import torch
 from cascade.benchmarks.records import BenchmarkRecord, Target
 from cascade.benchmarks.timing import (
     INTERVAL,
-    BenchmarkError,
     CorpusBenchmarkConfig,
     Timings,
     check_least,
@@ -26,6 +25,7 @@ from cascade.benchmarks.timing import (
     session,
     target,
 )
+from cascade.core.arrays import Array
 from cascade.core.provenance import provenance_of
 from cascade.core.schema import Count, Finite, Part
 from cascade.corpora.blocks import TokenBlocks, load_blocks
@@ -33,13 +33,11 @@ from cascade.corpora.readers import EMBEDDED
 from cascade.engines.cluster import Cluster, cluster
 from cascade.engines.config import EngineConfig
 from cascade.engines.profiles import measure_on_ray
-from cascade.gate.noise import measure_noise
-from cascade.gate.quick_gate import quick_ids
 from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 from cascade.saturation.profile import analyze
 from cascade.shards.merging import merge
-from cascade.shards.plan import PLAN_FILES, Plan
+from cascade.shards.plan import PILOT_FILE, PLAN_FILES, Plan
 from cascade.shards.planning import plan
 from cascade.shards.shard_files import read_shard
 
@@ -52,8 +50,9 @@ VARIANTS = {
 }
 
 _OVERHEAD = (
-    "planning without the noise floor, which `cascade analyze --output` measures too; scheduling: "
-    "the seconds of one worker less those in which its tasks measured; merging with all checks"
+    "planning without what `cascade analyze --output` measures too: the pilot, which no shard "
+    "measures again, and the noise floor; scheduling: the seconds of one worker less those in "
+    "which its tasks measured; merging with all checks"
 )
 
 
@@ -86,16 +85,19 @@ class Overhead(Part, frozen=True, kw_only=True):
         what: What is counted.
         starting: Starting the cluster, and its workers with their models. Not in `share`.
         noise: Measuring the noise floor for the plan. Not in `share`.
-        planning: Making the plan, without the noise floor.
-        scheduling: Everything that one worker does not spend on measuring.
+        pilot: Measuring the first batches for the plan, which shards take from it. Not in `share`.
+        planning: Making the plan, without the pilot and the noise floor.
+        scheduling: Everything that one worker does not spend on measuring, median over rounds.
         merging: Merging the shards.
-        measuring: Measuring all shards by one worker, median over rounds.
+        measuring: Measuring every token by one worker, median over rounds. The timed shards take
+            nothing from a pilot.
         share: Planning, scheduling and merging over measuring.
     """
 
     what: str
     starting: Finite
     noise: Finite
+    pilot: Finite
     planning: Finite
     scheduling: Finite
     merging: Finite
@@ -128,19 +130,29 @@ class ScaleBenchmark(BenchmarkRecord, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class _Divided:
-    """A plan of which fresh copies are measured, and what making it took."""
+    """A plan of which fresh copies are measured, and what making it took.
+
+    Attributes:
+        plan: The plan as `cascade plan` makes it, whose shards take what its pilot measured.
+        whole: The same with given bin edges, so that its tasks measure every token. It is timed.
+        planning: Seconds of planning that measured nothing.
+        measured: Seconds of measuring for the plan, by what was measured.
+        place: Where copies are made.
+    """
 
     plan: Plan
+    whole: Plan
     planning: float
-    noise: float
+    measured: dict[str, float]
     place: Path
 
     @contextmanager
-    def fresh(self) -> Iterator[Plan]:
-        """Yield a copy of the plan without shards."""
+    def fresh(self, plan: Plan) -> Iterator[Plan]:
+        """Yield a copy of one of the plans, without shards."""
         with tempfile.TemporaryDirectory(dir=self.place) as folder:
-            for name in PLAN_FILES:
-                os.link(self.plan.folder / name, Path(folder) / name)
+            for name in (*PLAN_FILES, PILOT_FILE):
+                if (plan.folder / name).exists():
+                    os.link(plan.folder / name, Path(folder) / name)
             yield Plan.read(folder)
 
 
@@ -161,8 +173,7 @@ def benchmark_scale(
         The record. A missed target does not raise an error.
 
     Raises:
-        UsageError: Ray is not installed.
-        BenchmarkError: There are more shards than batches.
+        UsageError: Ray is not installed, or there are more shards than batches.
         ModelError: The model cannot be loaded.
     """
     place = Path(tempfile.mkdtemp(prefix="cascade-scale-"))
@@ -218,32 +229,30 @@ def benchmark_scale(
 
 def _blocks(stack: DecoderStack, config: ScaleBenchmarkConfig) -> TokenBlocks:
     blocks = load_blocks(EMBEDDED, stack.tokenizer, seq_len=config.seq_len, num_samples=None)
-    sequences = config.tokens // config.seq_len
-    batches = -(-sequences // config.batch_size)
-    if config.shards > batches:
-        raise BenchmarkError(
-            f"expected --shards of at most {batches:,}, as many as batches, got {config.shards:,};"
-            " use fewer, more --tokens or a smaller --batch-size"
-        )
-    return replace(blocks, ids=np.resize(blocks.ids, (sequences, config.seq_len)))
+    shape = (config.tokens // config.seq_len, config.seq_len)
+    return replace(blocks, ids=np.resize(blocks.ids, shape))
 
 
 def _divided(
     stack: DecoderStack, blocks: TokenBlocks, config: ScaleBenchmarkConfig, place: Path
 ) -> _Divided:
+    def planned(name: str, edges: Array | None = None) -> Plan:
+        return plan(
+            stack,
+            blocks,
+            place / name,
+            shards=config.shards,
+            batch_size=config.batch_size,
+            edges=edges,
+            long_context=0,
+        )
+
     start = time.perf_counter()
-    measure_noise(stack, quick_ids(blocks))
-    noise = time.perf_counter() - start
-    start = time.perf_counter()
-    made = plan(
-        stack,
-        blocks,
-        place / "plan",
-        shards=config.shards,
-        batch_size=config.batch_size,
-        long_context=0,
-    )
-    return _Divided(made, max(0.0, time.perf_counter() - start - noise), noise, place)
+    made = planned("plan")
+    seconds = time.perf_counter() - start
+    measured = {} if made.planning is None else made.planning.seconds
+    whole = planned("whole", made.edges)
+    return _Divided(made, whole, seconds - sum(measured.values()), measured, place)
 
 
 def _alone(
@@ -254,8 +263,8 @@ def _alone(
 
 
 def _on_ray(divided: _Divided, found: Cluster, workers: int) -> tuple[float, float]:
-    """Measure a fresh copy of the plan; return the seconds in all, and those of measuring."""
-    with divided.fresh() as made:
+    """Measure every token on Ray; return the seconds in all, and those of measuring."""
+    with divided.fresh(divided.whole) as made:
         start = time.perf_counter()
         measure_on_ray(made, EngineConfig(workers=workers, threads=1))
         seconds = time.perf_counter() - start
@@ -271,7 +280,10 @@ def _merged(
     workers: EngineConfig,
 ) -> tuple[float, bool]:
     """Return the seconds of merging, and whether the profile is that of one process."""
-    with divided.fresh() as made, tempfile.TemporaryDirectory(dir=divided.place) as output:
+    with (
+        divided.fresh(divided.plan) as made,
+        tempfile.TemporaryDirectory(dir=divided.place) as output,
+    ):
         measure_on_ray(made, workers)
         start = time.perf_counter()
         merged = merge(made, Path(output) / "run")
@@ -288,7 +300,8 @@ def _overhead(
     return Overhead(
         what=_OVERHEAD,
         starting=round(starting, 3),
-        noise=round(divided.noise, 3),
+        noise=round(divided.measured["noise"], 3),
+        pilot=round(divided.measured["pilot"], 3),
         planning=round(divided.planning, 3),
         scheduling=round(scheduling, 3),
         merging=round(merging, 3),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascade.cli.commands.analyze import RUN_FILES, read_corpus, write_run
+from cascade.cli.commands.analyze import RUN_FILES, read_corpus, say_planned, write_run
 from cascade.cli.console import command_line, message, show_record, status
 from cascade.cli.engines import (
     EngineOptions,
@@ -98,7 +98,7 @@ def _planned(
         return Plan.read(folder)
     blocks = read_corpus(stack, corpus)
     with status("Measuring bin edges and noise"):
-        return plan(
+        made = plan(
             stack,
             blocks,
             folder,
@@ -108,6 +108,8 @@ def _planned(
             overwrite=True,
             command=command_line(),
         )
+    say_planned(made)
+    return made
 
 
 @dataclass(frozen=True)

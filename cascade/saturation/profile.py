@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +23,7 @@ from cascade.models.loading import borrowed
 from cascade.models.stack import DecoderStack
 from cascade.saturation.layer_roles import find_structure, suggested_exit_layer
 from cascade.saturation.long_statistics import LongStatistics
+from cascade.saturation.pilot import MeasuredBatch, piloted
 from cascade.saturation.records import (
     HardRatioThreshold,
     LayerRoles,
@@ -37,14 +37,10 @@ from cascade.saturation.records import (
 from cascade.saturation.row_files import ROWS_HASH, hashes_of
 from cascade.stats.cosine import cosine_of, norm, widened
 from cascade.stats.sequence_rows import Rows
-from cascade.stats.similarity_statistics import SimilarityStatistics, quantile_edges
+from cascade.stats.similarity_statistics import SimilarityStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-#: The number of first sequences whose quantiles give the bin edges. Edges are fixed after them, for
-#: any batch size, so that one pass is enough.
-PILOT_SEQUENCES = 16
 
 
 @dataclass(frozen=True, repr=False)
@@ -294,10 +290,6 @@ def _blocks_of(
 # --- Passes over a corpus --------------------------------------------------------------------
 
 
-#: Similarities `[L, B, T]` and sequence numbers `[B]` of one batch.
-MeasuredBatch = tuple[Array, Array]
-
-
 def measured_batches(
     stack: DecoderStack,
     batches: Iterable[tuple[Array, Array]],
@@ -325,26 +317,6 @@ def measured_batches(
         yield values, numbers
         if progress is not None:
             progress(ids.size)
-
-
-def piloted(batches: Iterator[MeasuredBatch]) -> tuple[Array, Iterator[MeasuredBatch]]:
-    """Return the bin edges that the first sequences give, and all batches.
-
-    The edges depend on the first 16 sequences alone, for any batch size.
-
-    Args:
-        batches: At least one measured batch.
-
-    Returns:
-        `[L, 3]` bin edges; and the batches, those that were measured for the edges included.
-    """
-    pilot: list[MeasuredBatch] = []
-    for batch in batches:
-        pilot.append(batch)
-        if sum(len(numbers) for _, numbers in pilot) >= PILOT_SEQUENCES:
-            break
-    first = np.concatenate([values for values, _ in pilot], axis=1)[:, :PILOT_SEQUENCES]
-    return quantile_edges(first.reshape(len(first), -1)), itertools.chain(pilot, batches)
 
 
 def statistics_of(

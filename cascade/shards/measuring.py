@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,9 @@ from cascade.corpora.blocks import TokenBlocks
 from cascade.models.identity import model_differences
 from cascade.models.loading import DeviceMap, load
 from cascade.models.stack import DecoderStack
+from cascade.saturation.pilot import MeasuredBatch
 from cascade.saturation.profile import as_stack, measured_batches, statistics_of
+from cascade.shards.pilots import taken_from_pilot
 from cascade.shards.plan import Plan, batches_of
 from cascade.shards.records import PlannedShard, ShardRecord
 from cascade.shards.shard_files import check_versions, read_shard, write_shard
@@ -158,8 +161,10 @@ def _measured(
     """Measure and write a shard; return whether it was this process that completed it."""
     start = time.perf_counter()
     ids = plan.ids(shard)
-    batches = measured_batches(
-        stack, batches_of(ids, shard, plan.record.batch_size), progress=progress
+    taken = taken_from_pilot(plan, shard, stack)
+    rest = batches_of(ids, shard, plan.record.batch_size)[len(taken) :]
+    batches = itertools.chain(
+        _counted(taken, progress), measured_batches(stack, rest, progress=progress)
     )
     statistics = statistics_of(stack.layer_labels, plan.edges, batches)
     record = ShardRecord(
@@ -172,8 +177,18 @@ def _measured(
         machine=machine_of(stack.device),
         versions=library_versions(),
         engine=engine or UNSET,
+        piloted=sum(len(numbers) for _, numbers in taken) or UNSET,
         seconds=round(time.perf_counter() - start, 3),
         arrays_hash="",
     )
     prints = TokenBlocks(ids, "", "", records=0).sequence_fingerprints()
     return write_shard(plan, record, statistics, statistics.rows.all(), prints)
+
+
+def _counted(
+    taken: list[MeasuredBatch], progress: Callable[[int], None] | None
+) -> Iterator[MeasuredBatch]:
+    for values, numbers in taken:
+        yield values, numbers
+        if progress is not None:
+            progress(values[0].size)

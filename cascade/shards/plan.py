@@ -22,8 +22,24 @@ from cascade.shards.records import PlannedShard, PlanRecord
 #: The files of a plan.
 PLAN_FILES = ("plan.json", "plan.npz", "tokens.bin")
 
+#: A further file, of plans that hold what their pilot measured.
+PILOT_FILE = "pilot.npz"
+
 #: The folder of the measured shards.
 SHARDS = "shards"
+
+
+@dataclass(frozen=True)
+class Planning:
+    """How a plan was made, for messages and benchmarks; none of it is stored.
+
+    Attributes:
+        seconds: The seconds of what planning measured: "pilot", "noise" and "long".
+        too_short: Why the corpus has no long sequences, where more text would give some.
+    """
+
+    seconds: dict[str, float]
+    too_short: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,7 @@ class Plan:
         folder: The folder of the plan.
         record: The content of `plan.json`.
         state: The arrays of `plan.npz`.
+        planning: How it was made; None for a plan that was read.
 
     Example:
         >>> import cascade
@@ -46,6 +63,7 @@ class Plan:
     folder: Path
     record: PlanRecord
     state: dict[str, Array]
+    planning: Planning | None = None
 
     @classmethod
     def read(cls, folder: AnyPath) -> Self:

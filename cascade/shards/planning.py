@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -24,9 +27,11 @@ from cascade.models.loading import load
 from cascade.models.stack import DecoderStack
 from cascade.saturation.long_context import LongChoice, choose_long, measure_long
 from cascade.saturation.model_parts import parts_of
-from cascade.saturation.profile import as_stack, measured_batches, piloted
-from cascade.saturation.records import LongContext
-from cascade.shards.plan import PLAN_FILES, Plan
+from cascade.saturation.pilot import MeasuredBatch, pilot_edges, pilot_of
+from cascade.saturation.profile import as_stack, measured_batches
+from cascade.saturation.records import LongContext, NoiseFloor
+from cascade.shards.pilots import pilot_record, pilot_state
+from cascade.shards.plan import PILOT_FILE, PLAN_FILES, Plan, Planning
 from cascade.shards.records import PlannedShard, PlanRecord
 
 if TYPE_CHECKING:
@@ -52,6 +57,7 @@ def plan(
 
     The corpus is read once, in order, and its token ids are written to the plan without holding
     them in memory. The bin edges, the noise floor and the long sequences are measured here, once.
+    The batches that were measured for the edges are kept, for the shards that they belong to.
 
     Args:
         model: The result of `load`, a source that `load` takes, or a causal language model of
@@ -88,7 +94,7 @@ def plan(
     model = load(model) if isinstance(model, str) else model
     folder = Path(output)
     with (
-        RunFolder(folder, PLAN_FILES, overwrite=overwrite) as target,
+        RunFolder(folder, PLAN_FILES, optional=(PILOT_FILE,), overwrite=overwrite) as target,
         as_stack(model, tokenizer) as stack,
     ):
         path = target.staging / "tokens.bin"
@@ -100,24 +106,24 @@ def plan(
             blocks = stream_blocks(corpus, stack.tokenizer, path, progress=progress, **reading)
         check_blocks(stack, blocks, batch_size)
         planned = planned_shards(blocks, shards, batch_size)
-        chosen = choose_long(stack, blocks, long_context)
-        state = {"edges": _edges(stack, blocks, batch_size, edges)}
-        long, long_state = _long(stack, chosen)
-        state |= long_state
-        target.write("plan.npz", packed(state))
+        measured = _measured(stack, blocks, batch_size, edges, long_context)
+        target.write("plan.npz", packed(measured.state))
+        if measured.pilot:
+            target.write(PILOT_FILE, packed(measured.pilot))
         record = PlanRecord(
             provenance=provenance_of(stack, blocks, command),
             batch_size=batch_size,
             weights_hash=stack.weights_hash(),
             layers=list(stack.layer_labels),
             shards=planned,
-            noise=measure_noise(stack, quick_ids(blocks), chosen.sequences),
+            noise=measured.noise,
             parts=parts_of(stack),
-            long_context=long,
-            arrays_hash=arrays_hash(state),
+            long_context=measured.long,
+            pilot=pilot_record(measured.pilot) if measured.pilot else UNSET,
+            arrays_hash=arrays_hash(measured.state),
         )
         target.write("plan.json", to_file(record))
-    return Plan.read(folder)
+    return replace(Plan.read(folder), planning=measured.planning)
 
 
 def planned_shards(blocks: TokenBlocks, shards: int, batch_size: int) -> list[PlannedShard]:
@@ -148,11 +154,67 @@ def planned_shards(blocks: TokenBlocks, shards: int, batch_size: int) -> list[Pl
     ]
 
 
-def _edges(stack: DecoderStack, blocks: TokenBlocks, batch_size: int, given: Array | None) -> Array:
-    """Return the given bin edges, or those of the pilot, whose batches are those of the shards."""
-    if given is None:
-        return piloted(measured_batches(stack, blocks.batches(batch_size)))[0]
-    edges = np.asarray(given, dtype=np.int64)
+# --- What planning measures ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What planning measures, once for all shards.
+
+    Attributes:
+        state: The arrays of `plan.npz`: bin edges and long sequences.
+        pilot: The arrays of `pilot.npz`; empty for none.
+        noise: The noise floor.
+        long: What the record says of the long sequences.
+        planning: How long it took.
+    """
+
+    state: dict[str, Array]
+    pilot: dict[str, Array]
+    noise: NoiseFloor
+    long: LongContext
+    planning: Planning
+
+
+def _measured(
+    stack: DecoderStack,
+    blocks: TokenBlocks,
+    batch_size: int,
+    edges: Array | None,
+    long_context: int | None,
+) -> _Measured:
+    seconds: dict[str, float] = {}
+    chosen = choose_long(stack, blocks, long_context)
+    pilot: list[MeasuredBatch] = []
+    if edges is not None:
+        edges = _checked(edges, stack)
+    else:
+        # Its batches are those of the shards, which take them from the plan.
+        with _timed(seconds, "pilot"):
+            pilot = pilot_of(measured_batches(stack, blocks.batches(batch_size)))
+        edges = pilot_edges(pilot)
+    with _timed(seconds, "long"):
+        long, state = _long(stack, chosen)
+    with _timed(seconds, "noise"):
+        noise = measure_noise(stack, quick_ids(blocks), chosen.sequences)
+    return _Measured(
+        state={"edges": edges} | state,
+        pilot=pilot_state(pilot),
+        noise=noise,
+        long=long,
+        planning=Planning(seconds, chosen.reason if chosen.is_short else None),
+    )
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def _checked(edges: Array, stack: DecoderStack) -> Array:
+    edges = np.asarray(edges, dtype=np.int64)
     if len(edges) != len(stack.layer_labels):
         raise UsageError(
             f"expected the bin edges of {len(stack.layer_labels)} layers, got {len(edges)}; use a "

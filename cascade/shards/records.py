@@ -6,7 +6,7 @@ import itertools
 from typing import ClassVar, Literal
 
 from cascade.core.provenance import MachineProvenance, Provenance
-from cascade.core.schema import UNSET, Count, Index, Part, StoredRecord, UnsetType
+from cascade.core.schema import UNSET, Count, Index, Part, StoredRecord, UnsetType, known
 from cascade.saturation.records import LongContext, ModelParts, NoiseFloor
 
 
@@ -31,6 +31,18 @@ class PlannedShard(Part, frozen=True, kw_only=True):
         return range(self.first, self.end)
 
 
+class PlannedPilot(Part, frozen=True, kw_only=True):
+    """The first batches of a corpus, which planning measured for the bin edges.
+
+    Attributes:
+        sequences: The number of their sequences.
+        arrays_hash: The hash of the array in `pilot.npz`: the similarity of every token.
+    """
+
+    sequences: Count
+    arrays_hash: str
+
+
 class PlanRecord(StoredRecord, frozen=True, kw_only=True):
     """A plan to measure a profile in shards: kind `plan`.
 
@@ -44,6 +56,8 @@ class PlanRecord(StoredRecord, frozen=True, kw_only=True):
         noise: The noise floor of the machine that made the plan; None if it was not measured.
         parts: The parts of the model (see `cascade.saturation.model_parts`); absent if not read.
         long_context: The long sequences, which were measured for the plan.
+        pilot: The batches that shards take from the plan; absent where bin edges were given, or
+            where the pilot is too large to store.
         arrays_hash: The hash of the arrays in `plan.npz`: bin edges and long sequences.
         hash: The hash of the record, which every shard names.
     """
@@ -62,6 +76,7 @@ class PlanRecord(StoredRecord, frozen=True, kw_only=True):
     noise: NoiseFloor | None
     parts: ModelParts | UnsetType = UNSET
     long_context: LongContext | UnsetType = UNSET
+    pilot: PlannedPilot | UnsetType = UNSET
     arrays_hash: str
     hash: str | UnsetType = UNSET
 
@@ -77,6 +92,12 @@ class PlanRecord(StoredRecord, frozen=True, kw_only=True):
                 return f"expected whole batches from sequence {first:,} on in shard {shard.number}"
         if borders[-1] != corpus.sequences:
             return f"expected shards of {corpus.sequences:,} sequences, got {borders[-1]:,}"
+        pilot = known(self.pilot)
+        if pilot is not None and not (
+            pilot.sequences == corpus.sequences
+            or (pilot.sequences < corpus.sequences and pilot.sequences % size == 0)
+        ):
+            return f"expected a pilot of whole batches, got {pilot.sequences:,} sequences"
         if len(set(self.layers)) != len(self.layers) or not self.layers:
             return "expected distinct layers"
         return None
@@ -95,7 +116,9 @@ class ShardRecord(StoredRecord, frozen=True, kw_only=True):
         machine: The machine that measured it.
         versions: The versions that measured it.
         engine: What started the task, such as "ray 2.60.0"; absent for `cascade measure-shard`.
-        seconds: How long measuring took, without loading the model.
+        piloted: How many of its sequences were measured for the plan, on a machine like this one,
+            and taken from there; absent for none.
+        seconds: How long measuring the others took, without loading the model.
         arrays_hash: The hash of the arrays in `state.npz`, which has the hashes of the rows.
         hash: The hash of the record.
     """
@@ -115,6 +138,7 @@ class ShardRecord(StoredRecord, frozen=True, kw_only=True):
     machine: MachineProvenance
     versions: dict[str, str]
     engine: str | UnsetType = UNSET
+    piloted: Count | UnsetType = UNSET
     seconds: float
     arrays_hash: str
     hash: str | UnsetType = UNSET

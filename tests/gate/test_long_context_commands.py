@@ -82,5 +82,8 @@ def test_a_corpus_that_is_too_short_is_said_and_refused_only_if_asked(
     check_refusal(done, ["texts.jsonl gives 320 tokens, too few for a sequence of 400"])
     assert not Path("run").exists()
     said = accepted(run, options, *few)
-    assert "No long sequences: texts.jsonl gives 320 tokens, too few for a sequence of 512" in said
+    note = "No long sequences: texts.jsonl gives 320 tokens, too few for a sequence of 512"
+    assert note in said
+    planned = run("plan", *options, *few, "--output", "PLAN")
+    assert (planned.status, planned.err.startswith(note)) == (0, True), planned.err
     assert run("gate", *options).status == 0

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cascade.models.stack import DecoderStack
     from cascade.saturation.long_context import LongChoice
     from cascade.saturation.profile import SaturationProfile
+    from cascade.shards.plan import Plan
 
 #: The files of one run of `cascade analyze --output`.
 RUN_FILES = (
@@ -171,7 +172,7 @@ def _with_long(
 
     if chosen.sequences is None:
         if chosen.is_short:
-            message(f"No long sequences: {chosen.reason}")
+            _say_no_long(chosen.reason)
         return with_long(profile, stack, chosen)
     count, length = chosen.sequences.ids.shape
     start = time.perf_counter()
@@ -181,6 +182,20 @@ def _with_long(
     texts = f"{count} long sequence{'s' * (count != 1)}"
     message(f"Measured {texts} of {length:,} tokens in {seconds:.1f} s")
     return profile
+
+
+def say_planned(plan: Plan) -> None:
+    """Say what a new plan lacks, where more text would help.
+
+    Args:
+        plan: The plan.
+    """
+    if plan.planning is not None and plan.planning.too_short is not None:
+        _say_no_long(plan.planning.too_short)
+
+
+def _say_no_long(reason: str | None) -> None:
+    message(f"No long sequences: {reason}")
 
 
 def read_corpus(stack: DecoderStack, corpus: AnalyzedCorpus) -> TokenBlocks:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from cascade.cli.app import command
-from cascade.cli.commands.analyze import RUN_FILES, AnalyzedCorpus, write_run
+from cascade.cli.commands.analyze import RUN_FILES, AnalyzedCorpus, say_planned, write_run
 from cascade.cli.console import command_line, message, progress_bar, show_record, status
 from cascade.cli.inputs import device_map_named, load_model, say_which
 from cascade.cli.options import (
@@ -116,6 +116,7 @@ def plan(
             soft_wrap=True,
         )
 
+    say_planned(made)
     show_record(made.record, show)
     message(f"Wrote {folder}")
 
@@ -134,6 +135,7 @@ def measure_shard(
     nothing that counts: start it again, on any machine with the same
     versions.
     """
+    from cascade.core.schema import known
     from cascade.shards.measuring import measure_shard as measure
     from cascade.shards.plan import Plan
 
@@ -149,7 +151,11 @@ def measure_shard(
         if done.skipped:
             console.print(f"Complete already: {where}", markup=False)
             return
-        console.print(f"Measured {where}: {tokens:,} tokens in {record.seconds:.1f} s")
+        taken = (known(record.piloted) or 0) * text.seq_len
+        rest = f", {taken:,} more taken from the plan" if taken else ""
+        console.print(
+            f"Measured {where}: {tokens - taken:,} tokens in {record.seconds:.1f} s{rest}"
+        )
 
     show_record(done.record, show)
 
