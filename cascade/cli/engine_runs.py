@@ -12,7 +12,6 @@ from cascade.cli.commands.analyze import RUN_FILES, read_corpus, say_planned, wr
 from cascade.cli.console import command_line, message, show_record, status
 from cascade.cli.engines import (
     EngineOptions,
-    number_of_shards,
     requested,
     shard_bar,
     use_threads,
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
     from cascade.cli.options import PlacedModelOptions
     from cascade.corpora.blocks import TokenBlocks
     from cascade.engines.config import EngineConfig
-    from cascade.engines.work import ModelSource
     from cascade.engines.working_folder import Request
     from cascade.exits.fitted_heads import FittedHeads
+    from cascade.models.source import ModelSource
     from cascade.models.stack import DecoderStack
     from cascade.saturation.profile import SaturationProfile
     from cascade.shards.plan import Plan
@@ -127,9 +126,11 @@ class Sizes:
     batch_size: int
 
     def shards_of(self, blocks: TokenBlocks) -> int:
-        """Return the number of shards of a corpus."""
+        """Return the number of shards of a corpus; the plan refuses more than batches."""
+        from cascade.engines.config import SHARDS_PER_WORKER
+
         batches = -(-len(blocks.ids) // self.batch_size)
-        return number_of_shards(self.shards, self.workers, batches)
+        return self.shards or min(SHARDS_PER_WORKER * self.workers, batches)
 
 
 @contextlib.contextmanager
@@ -142,7 +143,7 @@ def _working(folder: Path, request: Request, overwrite: bool) -> Iterator[Path]:
 
 
 def _source(stack: DecoderStack, config: EngineConfig, model: PlacedModelOptions) -> ModelSource:
-    from cascade.engines.work import model_source
+    from cascade.models.source import model_source
 
     return model_source(stack, gpus=config.gpus_per_worker, device_map=device_map_of_options(model))
 

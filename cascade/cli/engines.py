@@ -103,29 +103,6 @@ def use_threads(config: EngineConfig) -> int:
     return threads
 
 
-def number_of_shards(given: int | None, workers: int, batches: int) -> int:
-    """Return the number of shards: each holds whole batches.
-
-    Args:
-        given: The option.
-        workers: Tasks at once.
-        batches: Batches of the corpus.
-
-    Raises:
-        UsageError: There are more shards than batches.
-    """
-    from cascade.engines.config import SHARDS_PER_WORKER
-
-    if given is None:
-        return min(SHARDS_PER_WORKER * workers, batches)
-    if given > batches:
-        raise UsageError(
-            f"expected at most {batches:,} --shards, as many as batches, got {given:,}; use fewer,"
-            " or a smaller --batch-size"
-        )
-    return given
-
-
 def requested(stack: DecoderStack, *groups: Any, **others: Any) -> dict[str, Any]:
     """Return what the results of a task depend on: model, versions and options.
 

@@ -20,7 +20,8 @@ from cascade.corpora.blocks import TokenBlocks
 from cascade.engines.cluster import Cluster
 from cascade.engines.config import EngineConfig
 from cascade.engines.running import run_tasks
-from cascade.engines.work import ModelSource, Task, Work
+from cascade.engines.work import Task, Work
+from cascade.models.source import ModelSource
 from cascade.models.stack import DecoderStack
 from cascade.stages.hard_tokens.exit_states import is_written, write_one
 from cascade.stages.hard_tokens.plan import CollectingConfig, CollectionPlan

@@ -21,10 +21,11 @@ from cascade.corpora.blocks import TokenBlocks
 from cascade.engines.cluster import Cluster
 from cascade.engines.config import EngineConfig
 from cascade.engines.running import run_tasks
-from cascade.engines.work import ModelSource, Task, Work
+from cascade.engines.work import Task, Work
 from cascade.exits.fitted_heads import FittedHeads
 from cascade.exits.head_fitting import fitted_layers, heads_of
 from cascade.exits.head_sums import HeadSums
+from cascade.models.source import ModelSource
 from cascade.models.stack import DecoderStack
 from cascade.shards.planning import planned_shards
 

@@ -10,9 +10,10 @@ from cascade.core.files import AnyPath
 from cascade.engines.cluster import cluster
 from cascade.engines.config import EngineConfig
 from cascade.engines.running import run_tasks
-from cascade.engines.work import ModelSource, Task, Work, model_source, planned_source
+from cascade.engines.work import Task, Work
+from cascade.models.source import ModelSource, model_source
 from cascade.models.stack import DecoderStack
-from cascade.shards.measuring import measure_shard
+from cascade.shards.measuring import measure_shard, planned_source
 from cascade.shards.merging import missing_shards
 from cascade.shards.plan import Plan
 

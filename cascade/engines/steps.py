@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from cascade.engines.work import loaded, planned_source
-from cascade.shards.measuring import measure_shard
+from cascade.engines.work import loaded
+from cascade.shards.measuring import measure_shard, planned_source
 from cascade.shards.plan import Plan
 from cascade.shards.shard_files import read_shard
 

@@ -3,133 +3,15 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cascade.core.errors import CascadeError, ModelError
-from cascade.core.schema import known
+from cascade.core.errors import CascadeError
 
 if TYPE_CHECKING:
-    from cascade.models.loading import DeviceMap
+    from cascade.models.source import ModelSource
     from cascade.models.stack import DecoderStack
-    from cascade.shards.plan import Plan
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where each worker loads the model from.
-
-    Attributes:
-        source: As for `cascade.load`; a path is absolute.
-        revision: A hub revision.
-        dtype: The name of the dtype.
-        attention: The attention kernel.
-        weights_hash: The hash of the weights that the worker has to find.
-        device: The device to load it on.
-        device_map: A device map instead of the device: a strategy, or the device of each module.
-    """
-
-    source: str
-    revision: str | None
-    dtype: str
-    attention: str | None
-    weights_hash: str
-    device: str = "cpu"
-    device_map: str | tuple[tuple[str, str | int], ...] | None = None
-
-    def load(self) -> DecoderStack:
-        """Load the model.
-
-        Raises:
-            ModelError: The weights are missing, damaged, or not those of the driver.
-        """
-        from cascade.models.loading import load
-
-        named = self.device_map
-        device_map: DeviceMap | None = dict(named) if isinstance(named, tuple) else named
-        stack = load(
-            self.source,
-            revision=self.revision,
-            dtype=self.dtype,
-            device="cpu" if device_map is not None else self.device,
-            device_map=device_map,
-            attn_implementation=self.attention,
-        )
-        if stack.weights_hash() != self.weights_hash:
-            raise ModelError(
-                f"expected {self.source} with weights {self.weights_hash[:19]}..., but"
-                f" {platform.node()} has {stack.weights_hash()[:19]}...; give every machine the"
-                " same checkpoint"
-            )
-        return stack
-
-
-def model_source(
-    stack: DecoderStack,
-    *,
-    gpus: float = 0.0,
-    device_map: str | dict[str, str | int] | None = None,
-) -> ModelSource:
-    """Return where workers load the model that the driver has loaded.
-
-    Args:
-        stack: The driver's model.
-        gpus: GPUs of each worker.
-        device_map: The driver's device map.
-
-    Raises:
-        ModelError: The model was made in memory.
-    """
-    about = stack.provenance
-    source = known(about.source)
-    if source is None or known(about.weights_hash) is None:
-        raise ModelError("the model was made in memory, so workers cannot load it; save it first")
-    if device_map is None and gpus > 1:
-        device_map = "auto"
-    return ModelSource(
-        source=_absolute(source),
-        revision=known(about.revision),
-        dtype=str(stack.dtype).removeprefix("torch."),
-        attention=known(about.attention),
-        weights_hash=stack.weights_hash(),
-        device="cuda" if gpus else str(stack.device),
-        device_map=tuple(device_map.items()) if isinstance(device_map, dict) else device_map,
-    )
-
-
-def planned_source(plan: Plan, device: str = "cpu", device_map: str | None = None) -> ModelSource:
-    """Return where the model of a plan is loaded from.
-
-    Args:
-        plan: The plan.
-        device: The device to load it on.
-        device_map: A device map instead of the device.
-
-    Raises:
-        ModelError: The plan was made for a model in memory.
-    """
-    about = plan.record.provenance.model
-    source = known(about.source)
-    if source is None or plan.record.weights_hash.startswith("in-memory"):
-        raise ModelError(
-            f"the model of {plan.folder} was in memory, so workers cannot load it; save it first"
-        )
-    return ModelSource(
-        source=_absolute(source),
-        revision=known(about.revision),
-        dtype=known(about.dtype) or "float32",
-        attention=known(about.attention),
-        weights_hash=plan.record.weights_hash,
-        device=device,
-        device_map=device_map,
-    )
-
-
-def _absolute(source: str) -> str:
-    path = os.path.expanduser(source)
-    return os.path.abspath(path) if os.path.exists(path) else source
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from cascade.core.errors import ModelError, RecordError, UsageError
+from cascade.core.errors import ModelError, RecordError
 from cascade.core.files import AnyPath
 from cascade.core.provenance import library_versions, machine_of
 from cascade.core.schema import UNSET, known
 from cascade.corpora.blocks import TokenBlocks
 from cascade.models.identity import model_differences
-from cascade.models.loading import DeviceMap, load
+from cascade.models.loading import DeviceMap
+from cascade.models.source import ModelSource, recorded_source
 from cascade.models.stack import DecoderStack
 from cascade.saturation.pilot import MeasuredBatch
 from cascade.saturation.profile import as_stack, measured_batches, statistics_of
@@ -73,8 +74,8 @@ def measure_shard(
     Raises:
         RecordError: The plan or the shard is torn, edited or of another plan, or other versions
             are installed than those that made the plan.
-        ModelError: The model is not that of the plan, or a layer's output is NaN.
-        UsageError: There is no such shard, or the plan's model has no source to load it from.
+        ModelError: The model is not that of the plan or was in memory, or a layer's output is NaN.
+        UsageError: There is no such shard.
         OutputError: The shard cannot be written.
 
     Example:
@@ -93,7 +94,7 @@ def measure_shard(
         stored.rows.check()
         return MeasuredShard(stored.record, stored.folder, skipped=True)
     check_versions(plan, library_versions(), f"shard {number} would be measured")
-    model = load_planned(plan, device=device, device_map=device_map) if model is None else model
+    model = planned_source(plan, device, device_map).load() if model is None else model
     with as_stack(model, None) as stack:
         _check_model(plan, stack)
         written = _measured(plan, shard, stack, engine, progress)
@@ -103,10 +104,10 @@ def measure_shard(
     return MeasuredShard(stored.record, stored.folder, skipped=not written)
 
 
-def load_planned(
-    plan: Plan, *, device: str = "cpu", device_map: DeviceMap | None = None
-) -> DecoderStack:
-    """Load the model that a plan was made for.
+def planned_source(
+    plan: Plan, device: str = "cpu", device_map: DeviceMap | None = None
+) -> ModelSource:
+    """Return where the model of a plan is loaded from.
 
     Args:
         plan: The plan.
@@ -114,22 +115,15 @@ def load_planned(
         device_map: Passed to `transformers` instead of the device.
 
     Raises:
-        UsageError: The plan was made for a model in memory.
-        ModelError: The weights are missing or damaged.
+        ModelError: The plan was made for a model in memory.
     """
-    about = plan.record.provenance.model
-    source = known(about.source)
-    if source is None or plan.record.weights_hash.startswith("in-memory"):
-        raise UsageError(
-            f"the model of {plan.folder} was in memory, so it cannot be loaded; pass it as model="
-        )
-    return load(
-        source,
-        revision=known(about.revision),
-        dtype=known(about.dtype) or "float32",
+    record = plan.record
+    return recorded_source(
+        record.provenance.model,
+        record.weights_hash,
         device=device,
         device_map=device_map,
-        attn_implementation=known(about.attention),
+        of=str(plan.folder),
     )
 
 

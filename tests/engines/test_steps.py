@@ -14,8 +14,8 @@ from support.stacks import one_line
 from support.tiny_models import tiny_model
 
 from cascade.core.errors import ModelError
-from cascade.engines import work
 from cascade.engines.steps import MeasureShards
+from cascade.models.source import ModelSource
 from cascade.shards.merging import missing_shards
 from cascade.shards.planning import plan
 
@@ -29,6 +29,7 @@ warnings.simplefilter("ignore")
 from datatrove.executor import LocalPipelineExecutor
 
 from cascade.engines.steps import MeasureShards
+from cascade.models.source import ModelSource
 
 if __name__ == "__main__":
     LocalPipelineExecutor(
@@ -61,7 +62,7 @@ def test_ranks_divide_the_shards(ranks: int, tmp_path: Path) -> None:
 def test_complete_shards_need_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = saved_model(tmp_path)
     made = measured_here(planned(stack, tmp_path / "plan", 3), stack)
-    monkeypatch.setattr(work.ModelSource, "load", lambda _: pytest.fail("loads a model"))
+    monkeypatch.setattr(ModelSource, "load", lambda _: pytest.fail("loads a model"))
     MeasureShards(made.folder)(rank=0, world_size=1)
 
 
@@ -76,7 +77,9 @@ def test_a_model_in_memory_cannot_be_loaded_by_workers(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError) as error:
         MeasureShards(made.folder)()
-    assert one_line(error).endswith("was in memory, so workers cannot load it; save it first")
+    assert one_line(error).endswith(
+        "was in memory, so no other process can load it; save it first, or pass it as model="
+    )
 
 
 def test_a_changed_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from cascade.engines.cluster import Cluster
 from cascade.engines.config import EngineConfig
 from cascade.engines.profiles import measure_planned
 from cascade.engines.running import run_tasks
-from cascade.engines.work import Task, Work, model_source
+from cascade.engines.work import Task, Work
+from cascade.models.source import model_source
 from cascade.models.stack import DecoderStack
 from cascade.shards.measuring import measure_shard
 from cascade.shards.merging import missing_shards
