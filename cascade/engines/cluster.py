@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -33,6 +35,12 @@ _OBJECT_STORE = 100 << 20
 
 #: Seconds to wait for another process that starts a cluster.
 _START_WAITS = 120.0
+
+#: Seconds within which a running cluster answers.
+_ANSWERS = 10.0
+
+#: The address of a cluster: host and port.
+_ADDRESS = re.compile(r"\[?([^/]+?)\]?:(\d{1,5})")
 
 #: The longest path of a socket is 107 bytes. Ray's begin with the folder of its session.
 _LONGEST_FOLDER = 107 - len("/session_2026-11-29_11-45-53_947862_4194304/sockets/plasma_store.1")
@@ -102,6 +110,7 @@ def cluster(config: EngineConfig) -> Iterator[Cluster]:
 
 def _connect(ray: Any, address: str) -> None:
     try:
+        _check_answers(address)
         ray.init(
             address=address, log_to_driver=False, configure_logging=False, logging_level="ERROR"
         )
@@ -110,6 +119,17 @@ def _connect(ray: Any, address: str) -> None:
             f"no Ray cluster at {address} ({first_line(error)}); start one with `ray start --head`,"
             " or leave out --address"
         ) from error
+
+
+def _check_answers(address: str) -> None:
+    """Check that something answers at an address. Ray itself tries for several minutes.
+
+    Raises:
+        OSError: Nothing does.
+    """
+    found = _ADDRESS.fullmatch(address)
+    if found is not None:  # else a name that Ray looks up, such as auto
+        socket.create_connection((found[1], int(found[2])), timeout=_ANSWERS).close()
 
 
 def _start(ray: Any, config: EngineConfig, cleanup: contextlib.ExitStack) -> None:
