@@ -164,13 +164,18 @@ def graphs_of(stack: DecoderStack, kind: EngineKind) -> GraphPool | None:
 
 
 def _watched(stack: DecoderStack) -> object:
-    """Return what a graph depends on: modules, addresses of weights, attention."""
-    model = stack.model
+    """Return what a graph depends on: modules, addresses of weights, and how kernels are chosen."""
+    model, cuda = stack.model, torch.backends.cuda
     weights = (*model.parameters(), *model.buffers())
+    # Older versions of torch have another name for the precision of products.
+    precision = getattr(cuda.matmul, "fp32_precision", None)
     return (
         tuple(model.modules()),
         tuple(weight.data_ptr() for weight in weights),
         getattr(model.config, "_attn_implementation", None),
+        torch.get_float32_matmul_precision() if precision is None else precision,
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 

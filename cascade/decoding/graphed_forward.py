@@ -8,6 +8,7 @@ tokens, the column of the first one, and where each row begins.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,9 @@ MOST_TOKENS = 9
 _COLUMNS = 256
 
 
+_capturing = threading.Lock()
+
+
 class CaptureError(Exception):
     """The operations of a pass cannot be captured in a CUDA graph."""
 
@@ -46,8 +50,8 @@ def capture_cuda_graph(compute: Compute) -> Compute:
     current = torch.cuda.current_stream()
     graph = torch.cuda.CUDAGraph()
     try:
-        # Other threads may go on using the device.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # A process captures one graph at a time. Its other threads may go on using the device.
+        with _capturing, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             compute()
     except RuntimeError as error:  # torch raises this for operations that cannot be captured
         torch.cuda.set_stream(current)  # a failed capture leaves its own stream behind
@@ -99,7 +103,7 @@ class _Pass:
         self, compute: Callable[[Tensor], Tensor], ids: Tensor, capture: Capture | None
     ) -> None:
         self.ids = ids.clone()
-        self.logits = self._warm_up(compute)
+        self.logits = torch.zeros_like(self._warm_up(compute))
 
         def run() -> None:
             self.logits.copy_(compute(self.ids))
@@ -109,12 +113,12 @@ class _Pass:
     def _warm_up(self, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """Compute before the capture, in which libraries cannot be loaded; return the logits."""
         if self.ids.device.type != "cuda":
-            return compute(self.ids).clone()
+            return compute(self.ids)
         current, other = torch.cuda.current_stream(), torch.cuda.Stream()
         other.wait_stream(current)
         with torch.cuda.stream(other):
             for _ in range(2):
-                logits = compute(self.ids).clone()
+                logits = compute(self.ids)
         current.wait_stream(other)
         return logits
 
@@ -260,6 +264,8 @@ def graph_obstacle(stack: DecoderStack) -> str | None:
     changed = [name for name, module in stack.model.named_modules() if not is_untouched(module)]
     if changed:
         return f"its module {changed[0] or 'at the top'} has hooks or a replaced forward"
+    if torch.is_autocast_enabled(stack.device.type):
+        return "autocast is on"
     attention = getattr(stack.model.config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
         return f"its attention {attention} takes no masks of a fixed size"

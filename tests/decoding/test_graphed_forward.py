@@ -47,11 +47,12 @@ SUPPORTED = (
 )
 #: Of these, one that makes tensors from Python numbers in its forward, which no graph can.
 NOT_CAPTURED = "falcon"
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def new_stack(family: str, dtype: torch.dtype = torch.float32) -> DecoderStack:
-    return DecoderStack(copy.deepcopy(tiny_model(family)).to(dtype))
+    model: Any = copy.deepcopy(tiny_model(family))
+    return DecoderStack(model.to(dtype))
 
 
 def graphed(stack: DecoderStack, capture: Capture | None) -> EarlyExit:
@@ -72,8 +73,9 @@ def generated(
 
 def own_text(stack: DecoderStack, ids: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     mask = torch.ones_like(ids) if mask is None else mask
+    model: Any = stack.model
     settings = GREEDY | {"max_new_tokens": NEW} | kwargs
-    made: Tensor = stack.model.generate(ids, attention_mask=mask, **settings)  # type: ignore[operator]
+    made: Tensor = model.generate(ids, attention_mask=mask, **settings)
     return made
 
 
@@ -306,7 +308,7 @@ def test_operations_that_read_values_back_cannot_be_captured() -> None:
         assert int(kwargs["input_ids"].max()) >= 0
         return own(*args, **kwargs)
 
-    stack.model.forward = reading  # type: ignore[method-assign]
+    stack.model.forward = reading
     forward = GraphedForward(stack, CacheShape(1, 30, 1), RecordedGraphs())
     forward.run(random_ids(1, 4), 0)
     with pytest.raises(CaptureError, match="a pass cannot be captured"):

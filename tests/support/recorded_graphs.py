@@ -49,11 +49,11 @@ class RecordedGraphs:
         return replay
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(TorchDispatchMode):
     """Records operations with the tensors that they read and write."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._operations: list[Callable[[], None]] = []
         self._made: set[int] = set()
         self._kept: list[Any] = []
@@ -88,7 +88,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Keep a tensor that exists already as it was before the capture."""
         address = value.untyped_storage().data_ptr()
         if address not in self._made and address not in self._before:
-            whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())  # type: ignore[call-overload]
+            whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
             self._before[address] = whole, whole.clone()
 
     def restore(self) -> None:
