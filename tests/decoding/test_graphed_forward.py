@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from support.drafting import FREE, Oracle, Stubborn
 from support.generating import MASK, NEW, PROMPT
+from support.graphed import (
+    NOT_CAPTURED,
+    SUPPORTED,
+    columns_of,
+    generated,
+    graphed,
+    new_stack,
+    own_text,
+)
 from support.recorded_graphs import RecordedGraphs
 from support.stacks import ALL_FAMILIES
-from support.tiny_models import VOCABULARY, random_ids, tiny_model
-from torch import Tensor, nn
+from support.tiny_models import VOCABULARY, random_ids
+from torch import nn
 from transformers import StaticCache
 
 from cascade.core.errors import ModelError
@@ -27,62 +35,8 @@ from cascade.decoding.graphed_forward import (
     GraphedForward,
     graph_obstacle,
 )
-from cascade.decoding.growing_text import Generation
 from cascade.decoding.own_forward import OwnForward
 from cascade.models.stack import DecoderStack
-
-#: Families whose static cache can go back and gives the model's own results.
-SUPPORTED = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "gpt2",
-    "gpt_neox",
-    "opt",
-    "gptj",
-    "falcon",
-    "granite",
-    "cohere",
-)
-#: Of these, one that makes tensors from Python numbers in its forward, which no graph can.
-NOT_CAPTURED = "falcon"
-GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def new_stack(family: str, dtype: torch.dtype = torch.float32) -> DecoderStack:
-    model: Any = copy.deepcopy(tiny_model(family))
-    return DecoderStack(model.to(dtype))
-
-
-def graphed(stack: DecoderStack, capture: Capture | None) -> EarlyExit:
-    """Return early exit by graphs with a capture, as on CUDA."""
-    pool = GraphPool(stack, capture, rounds_as_static=True)
-    stack.engines["passes of graphs"] = pool
-    return EarlyExit(stack, engine="graphs")
-
-
-def generated(
-    early: EarlyExit, ids: Tensor, mask: Tensor | None = None, **kwargs: Any
-) -> Generation:
-    settings = GREEDY | {"verify": True, "pass_costs": FREE, "max_new_tokens": NEW} | kwargs
-    made = early.generate(ids, mask, return_dict_in_generate=True, **settings)
-    assert isinstance(made, Generation)
-    return made
-
-
-def own_text(stack: DecoderStack, ids: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    mask = torch.ones_like(ids) if mask is None else mask
-    model: Any = stack.model
-    settings = GREEDY | {"max_new_tokens": NEW} | kwargs
-    made: Tensor = model.generate(ids, attention_mask=mask, **settings)
-    return made
-
-
-def columns_of(made: Generation) -> int:
-    """Return the columns of the static cache that a generation says it used."""
-    assert made.engine is not None
-    return int(made.engine.split("static cache of ")[1].split(" columns")[0])
 
 
 @ALL_FAMILIES
