@@ -83,7 +83,9 @@ class GraphPool:
         if obstacle is not None:
             return obstacle
         try:
-            made = self._make(shape)
+            # What is made in inference mode could not be written outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                made = self._make(shape)
         except torch.OutOfMemoryError as error:  # not remembered: later, there may be more memory
             return f"a cache of {shape.columns} columns does not fit ({first_line(error)})"
         if isinstance(made, str):

@@ -176,6 +176,7 @@ class GraphedForward(OwnForward):
         size = f"static cache of {self.shape.columns} columns, {self.cache_bytes / 1e6:.1f} MB"
         return f"{what} ({size}{self.rounding})"
 
+    @torch.no_grad()
     def run(
         self,
         ids: Tensor,
@@ -192,17 +193,15 @@ class GraphedForward(OwnForward):
         Raises:
             ModelError: Logits are not finite.
         """
-        # A cache made in inference mode could not be written outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            if start:
-                return self._run_fixed(ids, start, last=last)
-            self.cache.reset()
-            self._first.zero_()
-            if attention_mask is not None:
-                self._first.copy_((attention_mask == 0).sum(dim=1, keepdim=True))
-            return super().run(
-                ids, 0, attention_mask=attention_mask, position_ids=position_ids, last=last
-            )
+        if start:
+            return self._run_fixed(ids, start, last=last)
+        self.cache.reset()
+        self._first.zero_()
+        if attention_mask is not None:
+            self._first.copy_((attention_mask == 0).sum(dim=1, keepdim=True))
+        return super().run(
+            ids, 0, attention_mask=attention_mask, position_ids=position_ids, last=last
+        )
 
     def _run_fixed(self, ids: Tensor, start: int, *, last: bool) -> Tensor:
         batch, count = ids.shape

@@ -238,8 +238,12 @@ def test_a_cache_made_in_inference_mode_is_used_outside_of_it() -> None:
     early = graphed(new_stack("llama"), RecordedGraphs())
     ids = random_ids(1, 8)
     with torch.inference_mode():
-        inside = generated(early, ids).sequences.clone()
-    assert generated(early, ids).sequences.equal(inside)
+        inside = generated(early, ids)
+    outside = generated(early, ids)
+    assert outside.sequences.equal(own_text(early.stack, ids))
+    assert inside.sequences.equal(outside.sequences)
+    assert inside.engine == outside.engine
+    assert str(inside.engine).startswith("graphs (")
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
