@@ -22,6 +22,7 @@ from cascade.decoding.exit_support import check_exits
 from cascade.decoding.forward import Chunk, Exit, ForwardPass, PassConfig
 from cascade.decoding.generation import ExitConfig, Verification, generate
 from cascade.decoding.generation_settings import DecodingConfig, padding_token
+from cascade.decoding.graph_pool import check_graphs
 from cascade.decoding.growing_text import Generation
 from cascade.decoding.inputs import make_chunk, read_seed
 from cascade.decoding.processors import CustomProcessing
@@ -106,8 +107,9 @@ class EarlyExit:
         skip: False computes every token and discards the results that exited tokens do not need.
         seed: Seed for rules that draw random numbers.
         engine: What computes passes over a few tokens: "compiled" (C, compiled for this machine),
-            "fused" (PyTorch with joined weights), "model" (the model's own modules), or "auto", the
-            first of these that supports the model and passes a comparison with it.
+            "fused" (PyTorch with joined weights), "model" (the model's own modules), "graphs" (the
+            model's own forward over a static cache, in CUDA graphs), or "auto": graphs on CUDA,
+            elsewhere the first of the others that supports the model and passes a comparison.
 
     Raises:
         UsageError: A layer, rule, threshold, heads, propagation, seed or engine is invalid.
@@ -168,6 +170,7 @@ class EarlyExit:
             )
         self.exits = _checked(exits, stack, propagation)
         self.layers = SkippingLayers(stack, skip=skip, engine=engine)
+        check_graphs(stack, self.layers.engine_kind)
         self.seed = read_seed(seed)
 
     @property

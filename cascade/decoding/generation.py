@@ -14,7 +14,7 @@ from cascade.core.errors import UsageError
 from cascade.core.float32_products import product_precision
 from cascade.decoding.drafting.proposers import Drafting, Proposer
 from cascade.decoding.engine.costs import pass_costs
-from cascade.decoding.engine.passes import EnginePasses, OwnPasses
+from cascade.decoding.engine.passes import EnginePasses, GraphPasses, OwnPasses
 from cascade.decoding.exit_support import exit_support
 from cascade.decoding.forward import (
     Chunk,
@@ -26,6 +26,8 @@ from cascade.decoding.forward import (
     is_by_engine,
 )
 from cascade.decoding.generation_settings import DecodingConfig
+from cascade.decoding.graph_pool import GraphPool, graphs_of
+from cascade.decoding.graphed_forward import MOST_TOKENS, GraphedForward
 from cascade.decoding.growing_text import Generation, GrowingText, Token
 from cascade.decoding.kv_cache import Selection
 from cascade.decoding.lossless import Passes, generate_lossless
@@ -115,6 +117,63 @@ def generate(
     capacity = prompt.ids.shape[1] + new
     text = GrowingText(stack, prompt, config, capacity, processing.criteria, streamer)
     choose = TokenChooser(config, processors)
+    graphs = None if exits.exits else graphs_of(stack, layers.engine_kind)
+    if graphs is None:
+        return _generate(layers, exits, text, choose, verification)
+    forward = _take_graphs(graphs, verification, text)
+    if isinstance(forward, str):
+        made = _generate(layers, exits, text, choose, verification)
+        return replace(made, engine=f"{made.engine or 'model'} (no graphs: {forward})")
+    try:
+        return _generate_by_graphs(forward, text, choose, verification)
+    finally:
+        graphs.give_back(forward)
+
+
+def _take_graphs(
+    graphs: GraphPool, verification: Verification | None, text: GrowingText
+) -> GraphedForward | str:
+    """Return a forward for a text, or why there is none."""
+    proposers = verification.proposers if verification is not None else ()
+    if any(at.feature_layers for at in proposers):
+        return "the drafter reads states"
+    batch = len(text.ids)
+    most = MOST_TOKENS if proposers and batch == 1 else 1
+    return graphs.take(batch, text.capacity, most)
+
+
+def _generate_by_graphs(
+    forward: GraphedForward,
+    text: GrowingText,
+    choose: TokenChooser,
+    verification: Verification | None,
+) -> Generation:
+    """Generate by passes of fixed size: a single row with drafts, several column by column."""
+    stack = forward.stack
+    if len(text.ids) > 1:
+        forward.counts = Counts.of(stack.num_layers)
+        return replace(generate_by_model(forward, text, choose), engine=forward.description)
+    milliseconds: Sequence[float] = [1.0]
+    if verification is not None and forward.shape.most > 1:
+        milliseconds = verification.milliseconds or pass_costs(
+            stack, forward.name, lambda _: GraphPasses(forward, [1.0])
+        )
+        milliseconds = milliseconds[: 1 + verification.draft_length]
+    forward.counts = Counts.of(stack.num_layers)  # without the passes that were timed or compared
+    passes = GraphPasses(forward, milliseconds)
+    proposers = verification.proposers if verification is not None else ()
+    drafting = Drafting(proposers, passes.milliseconds, trees=False)
+    return generate_lossless(passes, drafting, text, choose)
+
+
+def _generate(
+    layers: SkippingLayers,
+    exits: ExitConfig,
+    text: GrowingText,
+    choose: TokenChooser,
+    verification: Verification | None,
+) -> Generation:
+    """Generate without graphs."""
     if not exits.exits:
         passes = _full_passes(layers, verification, text, choose)
         if passes is not None:
@@ -125,8 +184,8 @@ def generate(
                 trees=passes.trees and not choose.processors,
             )
             return generate_lossless(passes, drafting, text, choose)
-        if OwnForward.supports(stack):
-            made = generate_by_model(OwnForward(stack), text, choose)
+        if OwnForward.supports(layers.stack):
+            made = generate_by_model(OwnForward(layers.stack), text, choose)
             if verification is None:
                 return made
             return replace(made, engine=f"model ({_why_no_engine(layers)})")

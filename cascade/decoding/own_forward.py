@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,14 +26,16 @@ class OwnForward:
 
     Args:
         stack: The model. Models with a text decoder next to other parts are not supported.
-        cache: A cache that can go back to earlier columns (default: the one that the model makes,
-            as in `generate`).
+        cache: Another cache than the one that the model makes, as in `generate`. A `KeyValueCache`
+            can go back to earlier columns.
 
     Attributes:
+        cache: The cache; None before the first pass, if the model makes it.
         counts: The work that was computed.
+        takes_positions: Whether the forward takes position_ids.
     """
 
-    def __init__(self, stack: DecoderStack, cache: KeyValueCache | None = None) -> None:
+    def __init__(self, stack: DecoderStack, cache: Cache | None = None) -> None:
         if not self.supports(stack):
             raise UnsupportedModelError(
                 f"the forward of {stack.model.config.model_type} may take more than text; expected"
@@ -41,9 +43,9 @@ class OwnForward:
             )
         self.stack = stack
         self.counts = Counts.of(stack.num_layers)
-        self._window, self._cache = cache, cast("Cache | None", cache)
+        self.cache: Any = cache
         parameters = inspect.signature(stack.model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
+        self.takes_positions = "position_ids" in parameters
         self._keeps_logits = "logits_to_keep" in parameters
 
     @staticmethod
@@ -74,22 +76,22 @@ class OwnForward:
             ModelError: Logits are not finite.
         """
         stack, (batch, count) = self.stack, ids.shape
-        if self._window is not None:
-            self._window.window(start, start + count)
+        if isinstance(self.cache, KeyValueCache):
+            self.cache.window(start, start + count)
         kwargs: dict[str, Any] = {}
-        if self._takes_positions and position_ids is not None:
+        if self.takes_positions and position_ids is not None:
             kwargs["position_ids"] = position_ids
         if self._keeps_logits and last:
             kwargs["logits_to_keep"] = 1
         output = stack.model(
             input_ids=ids,
             attention_mask=attention_mask,
-            past_key_values=self._cache,
+            past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
             **kwargs,
         )
-        self._cache, logits = output.past_key_values, output.logits
+        self.cache, logits = output.past_key_values, output.logits
         self.counts.lm_head_rows += batch * logits.shape[1]
         self.counts.add_pass(batch * count, batch * count * (start + count))
         return finite_logits((logits[:, -1:] if last else logits).float(), stack.num_layers)

@@ -92,6 +92,7 @@ class SkippingLayers:
     Attributes:
         reason: Why layers do not skip exited tokens, or None if they do.
         engine: Computes chunks of few tokens, or None without `skip`.
+        engine_kind: The kind of engine that was asked for, "model" without `skip`.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class SkippingLayers:
         self.engine: DecodingEngine | None = (
             engine_of(stack, engine) if skip and self.skips else None
         )
+        self.engine_kind: EngineKind = engine if skip else "model"
 
     @property
     def skips(self) -> bool:

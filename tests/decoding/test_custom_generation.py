@@ -386,7 +386,7 @@ def test_another_model_is_refused(fast: Decoder) -> None:
     [
         ({"drafter": "fast"}, "expected a drafter with the methods of Proposer, got str"),
         ({"draft_length": 0}, "expected a draft_length of at least 1, got 0"),
-        ({"engine": "fast"}, "expected an engine among auto, compiled, fused, model"),
+        ({"engine": "fast"}, "expected an engine among auto, compiled, fused, graphs, model"),
         ({"pass_costs": [0.0]}, "expected pass_costs above 0"),
     ],
 )

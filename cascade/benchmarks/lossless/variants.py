@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.core.errors import first_line
+from cascade.core.errors import UsageError, first_line
 from cascade.decoding.drafting.proposers import Proposer
 from cascade.decoding.early_exit import EarlyExit
+from cascade.decoding.engine.engine import EngineKind
 from cascade.decoding.generation import ExitConfig, Verification, generate
 from cascade.decoding.generation_settings import DecodingConfig, plain_settings
 from cascade.decoding.growing_text import Generation
@@ -113,6 +115,15 @@ def variants_of(
             lambda batch: early.run(batch, verify=True),
         ),
     }
+    if stack.device.type == "cuda":
+        graphs = _Graphs(stack)
+        found["graphs"] = DecodingVariant(
+            "cascade at full depth in CUDA graphs, static cache, without drafts", graphs.run
+        )
+        found["graphs-lookup"] = DecodingVariant(
+            "the same, drafts by n-gram lookup and runner-ups",
+            lambda batch: graphs.run(batch, verify=True),
+        )
     if drafter is not None:
         found["table"] = DecodingVariant(
             "cascade, drafts by lookup, runner-ups and the drafter's table",
@@ -209,8 +220,8 @@ class _Own:
 class _Early:
     """Calls of this package."""
 
-    def __init__(self, stack: DecoderStack) -> None:
-        self.early = EarlyExit(stack)
+    def __init__(self, stack: DecoderStack, engine: EngineKind = "auto") -> None:
+        self.early = EarlyExit(stack, engine=engine)
         self.settings = greedy_settings(stack)
 
     def run(self, batch: PromptBatch, **settings: Any) -> Made:
@@ -240,6 +251,30 @@ class _Early:
             streamer=None,
         )
         return Made(made.sequences, made)
+
+
+class _Graphs:
+    """Calls of this package with the engine `graphs`."""
+
+    def __init__(self, stack: DecoderStack) -> None:
+        self.stack = stack
+
+    @functools.cached_property
+    def early(self) -> _Early:
+        """Made on first use, where an error is the reason that the variant does not run."""
+        return _Early(self.stack, "graphs")
+
+    def run(self, batch: PromptBatch, **settings: Any) -> Made:
+        """Continue a batch.
+
+        Raises:
+            UsageError: Other passes took the place of graphs.
+        """
+        made = self.early.run(batch, **settings)
+        engine = None if made.generation is None else made.generation.engine
+        if engine is None or not engine.startswith("graphs"):
+            raise UsageError(f"expected passes by graphs, got {engine}; leave the variant out")
+        return made
 
 
 def end_tokens(stack: DecoderStack) -> frozenset[int]:

@@ -88,13 +88,14 @@ def _is_busy() -> bool:
 def _measured(passes: Passes, capacity: int) -> list[float]:
     """Return the milliseconds of passes over the numbers of tokens in `TIMED`.
 
-    Passes that exceed the capacity never occur, and get the time of the largest one that does not.
+    Passes over more tokens than fit never occur, and get the time of the largest one that does not.
     """
     begin = time.perf_counter()
     column = min(_CONTEXT, capacity - 1)
     if column:
         passes.prefill(0, [0] * column)
-    fitting = [count for count in TIMED if column + count <= capacity]
+    most = min(capacity - column, passes.most)
+    fitting = [count for count in TIMED if count <= most]
     best = [float("inf")] * len(fitting)
     for repeat in range(_REPEATS):
         for place, count in enumerate(fitting):

@@ -25,11 +25,11 @@ from cascade.models.stack import DecoderStack, LayerCall, Plan
 if TYPE_CHECKING:
     from cascade.decoding.forward import Chunk
 
-#: What computes the layers: compiled C, fused PyTorch, the model's own modules, or the first of
-#: these that passes the self-test.
-EngineKind = Literal["auto", "compiled", "fused", "model"]
+#: What computes the layers: compiled C, fused PyTorch, the model's own modules, these in CUDA
+#: graphs (see `cascade.decoding.graphed_forward`), or the first that passes the self-test.
+EngineKind = Literal["auto", "compiled", "fused", "graphs", "model"]
 
-ENGINES: tuple[EngineKind, ...] = ("auto", "compiled", "fused", "model")
+ENGINES: tuple[EngineKind, ...] = ("auto", "compiled", "fused", "graphs", "model")
 
 #: Kinds of RoPE whose table does not depend on the length of the sequence.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -116,6 +116,8 @@ class DecodingEngine:
         stack = self.stack
         if kind == "model":
             return "the model's own modules were asked for"
+        if kind == "graphs":  # which are of whole passes
+            return "graphs were asked for"
         if stack.dtype not in (torch.float32, *_HALF):
             return f"it supports float32, bfloat16 and float16, not {stack.dtype}"
         for layer in stack.layers:

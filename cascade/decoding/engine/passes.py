@@ -10,6 +10,7 @@ from torch import Tensor
 from cascade.decoding.engine.engine import DecodingEngine
 from cascade.decoding.engine.rows import MAX_ROWS, Rows
 from cascade.decoding.forward import finite_logits
+from cascade.decoding.graphed_forward import GraphedForward
 from cascade.decoding.kv_cache import KeyValueCache
 from cascade.decoding.lossless import Branch
 from cascade.decoding.own_forward import OwnForward
@@ -151,6 +152,38 @@ class OwnPasses:
         self.counts.lm_head_rows += len(hidden)
         logits = self.stack.decode(hidden[None])[0].float()
         return finite_logits(logits, self.stack.num_layers), features
+
+    def move(self, row: int, columns: Mapping[int, int]) -> None:
+        """Do nothing: the columns of a chain are where they belong."""
+
+
+class GraphPasses:
+    """Passes of one row by the model's own forward over a static cache.
+
+    Args:
+        forward: The forward.
+        milliseconds: What a pass over 1, 2, ... tokens takes.
+    """
+
+    trees = False
+
+    def __init__(self, forward: GraphedForward, milliseconds: Sequence[float]) -> None:
+        self.forward, self.most = forward, forward.shape.most
+        self.milliseconds = milliseconds[: self.most]
+        self.description, self.counts = forward.description, forward.counts
+
+    def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Compute a prompt; see `Passes`."""
+        return self._run(tokens, 0, last=True)
+
+    def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
+        """Compute branches; see `Passes`."""
+        (branch,) = branches
+        return self._run(branch.tokens, branch.column, last=False)
+
+    def _run(self, tokens: Sequence[int], start: int, *, last: bool) -> tuple[Tensor, None]:
+        ids = torch.tensor([tokens], device=self.forward.stack.device)
+        return self.forward.run(ids, start, last=last)[0], None
 
     def move(self, row: int, columns: Mapping[int, int]) -> None:
         """Do nothing: the columns of a chain are where they belong."""

@@ -364,7 +364,9 @@ def test_nan_is_not_hidden() -> None:
 
 
 def test_unknown_engine_is_refused() -> None:
-    with pytest.raises(UsageError, match="expected an engine among auto, compiled, fused, model"):
+    with pytest.raises(
+        UsageError, match="expected an engine among auto, compiled, fused, graphs, model"
+    ):
         engine_of(_stacks()["llama"], "fast")  # type: ignore[arg-type]
 
 
