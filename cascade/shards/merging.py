@@ -216,16 +216,21 @@ def machine_notes(record: EngineProvenance) -> list[str]:
     """
     notes = []
     columns = {
-        "devices": [one.device for one in record.machines],
-        "processors": [one.machine.processor for one in record.machines],
-        "numbers of threads": [str(one.machine.threads) for one in record.machines],
-        "instruction sets": [str(known(one.machine.capability)) for one in record.machines],
+        "on different devices": [one.device for one in record.machines],
+        "on different processors": [one.machine.processor for one in record.machines],
+        "with different numbers of threads": [str(one.machine.threads) for one in record.machines],
+        "with different instruction sets": [
+            str(known(one.machine.capability)) for one in record.machines
+        ],
+        "with different precisions of products": [
+            known(one.machine.products) or "full" for one in record.machines
+        ],
     }
     for name, values in columns.items():
         different = [value for value, _ in itertools.groupby(sorted(values))]
         if len(different) > 1:
             notes.append(
-                f"Shards were measured on different {name} ({', '.join(different)}), so their last "
+                f"Shards were measured {name} ({', '.join(different)}), so their last "
                 "digits can differ from those of one pass"
             )
     return notes

@@ -113,18 +113,20 @@ def test_different_processors_and_threads_are_said(tmp_path: Path) -> None:
     values = similarities_of(6)
     plan = planned(tmp_path / "plan", values, [2, 4])
     here = MachineProvenance(processor="A", threads=1, capability="AVX2", blas="mkl")
-    machines = (here, replace(here, processor="B"), replace(here, threads=2))
+    machines = (here, replace(here, processor="B"), replace(here, threads=2, products="bf16"))
     for number, machine in enumerate(machines):
         write(plan, values, number, machine=machine)
     provenance = merge(plan, tmp_path / "run").record().provenance
     notes = machine_notes(engine_of(provenance))
     assert [note.partition(", so")[0] for note in notes] == [
         "Shards were measured on different processors (A, B)",
-        "Shards were measured on different numbers of threads (1, 2)",
+        "Shards were measured with different numbers of threads (1, 2)",
+        "Shards were measured with different precisions of products (bf16, full)",
     ]
     # No machine is equal to this one, so that the gate measures noise where it compares with it.
     assert known(provenance.machine) not in machines
     assert known(provenance.machine).processor == "A and B"  # type: ignore[union-attr]
+    assert known(provenance.machine).products == "bf16 and full"  # type: ignore[union-attr]
 
 
 def engine_of(provenance: Any) -> EngineProvenance:
