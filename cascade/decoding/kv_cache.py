@@ -186,15 +186,15 @@ class KeyValueCache(Cache):
         buffer = self._buffers[index if self.keep else 0]
         return buffer.keys, buffer.values
 
-    def of_sequence(self, number: int) -> KeyValueCache:
-        """Return a cache of one sequence that shares its buffers with this one.
+    def of_sequences(self, first: int, count: int) -> KeyValueCache:
+        """Return a cache of consecutive sequences that shares its buffers with this one.
 
-        The buffers have to be allocated, and the sequence's columns are counted as here.
+        The buffers have to be allocated, and columns are counted as here.
         """
-        part = KeyValueCache(len(self._buffers), 1, self.capacity)
+        part = KeyValueCache(len(self._buffers), count, self.capacity)
         for own, buffer in zip(part._buffers, self._buffers, strict=True):
-            own.keys = buffer.keys[number : number + 1]
-            own.values = buffer.values[number : number + 1]
+            own.keys = buffer.keys[first : first + count]
+            own.values = buffer.values[first : first + count]
             own.is_initialized = True
         return part
 

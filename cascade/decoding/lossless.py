@@ -45,6 +45,7 @@ class Passes(Protocol):
 
     Attributes:
         trees: Whether a token may have several children.
+        joins: Whether prompts of one length may be computed together.
         most: The maximum number of tokens of a pass.
         milliseconds: What a pass over 1, 2, ... tokens takes.
         counts: Receives the work that is computed.
@@ -52,20 +53,21 @@ class Passes(Protocol):
     """
 
     trees: bool
+    joins: bool
     most: int
     milliseconds: Sequence[float]
     counts: Counts
     description: str
 
-    def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Compute a prompt.
+    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        """Compute the prompts of consecutive rows.
 
         Args:
-            row: The row.
-            tokens: The prompt, T tokens.
+            first: The first row.
+            prompts: The prompts, T tokens each; one without `joins`.
 
         Returns:
-            The logits behind the last token, `[1, V]` in fp32, and features, `[T, F+1, D]`.
+            The logits behind the last tokens, `[n, V]` in fp32, and features, `[n, T, F+1, D]`.
 
         Raises:
             ModelError: Logits are not finite.
@@ -153,8 +155,8 @@ class _Loop:
 
     def run(self) -> Generation:
         """Generate until all rows have ended."""
-        for row in self.text.open_rows:
-            self._prefill(row)
+        for rows in self._rows_of_one_length():
+            self._prefill(rows)
         while self.text.open_rows:
             drafts = self.drafting.propose(
                 {
@@ -172,16 +174,29 @@ class _Loop:
                 self._check({row: drafts[row] for row in some})
         return self._result()
 
-    def _prefill(self, row: int) -> None:
-        text = self.text
-        tokens = text.ids[row, self.first[row] : text.prompt].tolist()
-        logits, features = self.passes.prefill(row, tokens)
-        self.done.computed += len(tokens)
-        token = int(self.choose(text.ids, logits, [row], [text.prompt])[0])
-        for proposer in self.drafting.proposers:
-            proposer.begin(row, tokens[0])
-        self._observe(row, [*tokens[1:], token], features)
-        text.add(text.prompt, {row: Token(token, self.last)})
+    def _rows_of_one_length(self) -> list[list[int]]:
+        """Return the rows in consecutive groups whose prompts are computed together."""
+        groups: list[list[int]] = []
+        for row in self.text.open_rows:
+            if self.passes.joins and groups and self.first[groups[-1][0]] == self.first[row]:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return groups
+
+    def _prefill(self, rows: Sequence[int]) -> None:
+        text, begin = self.text, self.first[rows[0]]
+        prompts = text.ids[rows[0] : rows[-1] + 1, begin : text.prompt].tolist()
+        logits, features = self.passes.prefill(rows[0], prompts)
+        self.done.computed += sum(map(len, prompts))
+        tokens = self.choose(text.ids, logits, rows, [text.prompt] * len(rows)).tolist()
+        for place, (row, prompt, token) in enumerate(zip(rows, prompts, tokens, strict=True)):
+            for proposer in self.drafting.proposers:
+                proposer.begin(row, prompt[0])
+            states = None if features is None else features[place]
+            self._observe(row, [*prompt[1:], token], states)
+        added = {row: Token(token, self.last) for row, token in zip(rows, tokens, strict=True)}
+        text.add(text.prompt, added)
 
     def _check(self, drafts: Mapping[int, Draft]) -> None:
         """Compute the last confirmed token and the draft of some rows; confirm what is right."""
@@ -198,6 +213,9 @@ class _Loop:
         self.done.computed += len(logits)
         self._learn(branches, logits)
         chosen = self._choices(branches, logits)
+        if len(chosen) == len(branches):
+            self._confirm_one_each(branches, chosen, features)
+            return
         offset = 0
         for branch in branches:
             end = offset + len(branch.tokens)
@@ -215,6 +233,20 @@ class _Loop:
             if moved:
                 self.passes.move(branch.row, moved)
             offset = end
+
+    def _confirm_one_each(
+        self, branches: Sequence[Branch], chosen: Sequence[int], features: Tensor | None
+    ) -> None:
+        """Confirm the token behind each row's last one, where nothing was drafted."""
+        text, columns = self.text, dict[int, dict[int, Token]]()
+        for place, (branch, token) in enumerate(zip(branches, chosen, strict=True)):
+            column = text.confirmed[branch.row]
+            columns.setdefault(column, {})[branch.row] = Token(token, self.last)
+            self._observe(branch.row, [token], None if features is None else features[[place]])
+        for column, tokens in columns.items():
+            text.add(column, tokens)
+        for row in (branch.row for branch in branches):
+            self.choose.processors.confirm(text.confirmed[row])
 
     def _check_tokens(self, draft: Draft) -> None:
         size = self.text.stack.vocab_size

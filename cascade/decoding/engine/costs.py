@@ -93,7 +93,7 @@ def _measured(passes: Passes, capacity: int) -> list[float]:
     begin = time.perf_counter()
     column = min(_CONTEXT, capacity - 1)
     if column:
-        passes.prefill(0, [0] * column)
+        passes.prefill(0, [[0] * column])
     most = min(capacity - column, passes.most)
     fitting = [count for count in TIMED if count <= most]
     best = [float("inf")] * len(fitting)

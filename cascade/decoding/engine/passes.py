@@ -42,6 +42,8 @@ class EnginePasses:
         self.engine, self.feature_layers = engine, tuple(feature_layers)
         self.milliseconds = milliseconds
         self.trees = engine.supports_trees
+        # In half precision, several rows are rounded in another way than one.
+        self.joins = not engine.exact
         self.description = engine.description
         stack = engine.stack
         self.counts = Counts.of(stack.num_layers)
@@ -50,12 +52,13 @@ class EnginePasses:
         first = torch.zeros(1, dtype=torch.long, device=stack.device)
         self.cache.allocate(*engine.cache_shape, engine.embed(first))
 
-    def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Compute a prompt; see `Passes`."""
-        stack, cache = self.engine.stack, self.cache.of_sequence(row)
-        hidden, features = _by_modules(stack, tokens, 0, cache, self.feature_layers)
-        self.counts.add_pass(len(tokens), len(tokens) ** 2)
-        return self._logits(hidden[-1:]), features
+    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        """Compute prompts; see `Passes`."""
+        stack, cache = self.engine.stack, self.cache.of_sequences(first, len(prompts))
+        hidden, features = _by_modules(stack, prompts, 0, cache, self.feature_layers)
+        count, length = len(prompts), len(prompts[0])
+        self.counts.add_pass(count * length, count * length**2)
+        return self._logits(hidden[:, -1]), features
 
     def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
         """Compute branches; see `Passes`."""
@@ -109,7 +112,7 @@ class OwnPasses:
         reason: Why there is no engine.
     """
 
-    trees = False
+    trees = joins = False
     most = MAX_ROWS
 
     def __init__(
@@ -131,9 +134,11 @@ class OwnPasses:
             self.forward = OwnForward(stack, self.cache)
         self.counts = Counts.of(stack.num_layers) if self.forward is None else self.forward.counts
 
-    def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
         """Compute a prompt; see `Passes`."""
-        return self._run(tokens, 0, last=True)
+        (tokens,) = prompts
+        logits, features = self._run(tokens, 0, last=True)
+        return logits, None if features is None else features[None]
 
     def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
         """Compute branches; see `Passes`."""
@@ -147,7 +152,8 @@ class OwnPasses:
             ids = torch.tensor([tokens], device=self.stack.device)
             return self.forward.run(ids, start, last=last)[0], None
         self.counts.add_pass(len(tokens), len(tokens) * (start + len(tokens)))
-        hidden, features = _by_modules(self.stack, tokens, start, self.cache, self.feature_layers)
+        every, read = _by_modules(self.stack, [tokens], start, self.cache, self.feature_layers)
+        hidden, features = every[0], None if read is None else read[0]
         hidden = hidden[-1:] if last else hidden
         self.counts.lm_head_rows += len(hidden)
         logits = self.stack.decode(hidden[None])[0].float()
@@ -165,15 +171,16 @@ class GraphPasses:
         milliseconds: What a pass over 1, 2, ... tokens takes.
     """
 
-    trees = False
+    trees = joins = False
 
     def __init__(self, forward: GraphedForward, milliseconds: Sequence[float]) -> None:
         self.forward, self.most = forward, forward.shape.most
         self.milliseconds = milliseconds[: self.most]
         self.description, self.counts = forward.description, forward.counts
 
-    def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
         """Compute a prompt; see `Passes`."""
+        (tokens,) = prompts
         return self._run(tokens, 0, last=True)
 
     def run(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
@@ -191,37 +198,39 @@ class GraphPasses:
 
 def _by_modules(
     stack: DecoderStack,
-    tokens: Sequence[int],
+    texts: Sequence[Sequence[int]],
     start: int,
     cache: KeyValueCache,
     feature_layers: Sequence[int],
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute tokens of one text by the model's own modules.
+    """Compute tokens of texts by the model's own modules.
 
     Args:
         stack: The model.
-        tokens: The tokens.
-        start: The column of the first one.
-        cache: The text's KV cache.
+        texts: The tokens of `n` texts, as many of each.
+        start: The column of the first ones.
+        cache: The texts' KV cache.
         feature_layers: As for `EnginePasses`.
 
     Returns:
-        The states of all tokens, `[T, D]`, and their features.
+        The states of all tokens, `[n, T, D]`, and their features, `[n, T, F + 1, D]`.
     """
-    cache.window(start, start + len(tokens))
-    plan = stack.plan(torch.tensor([tokens], device=stack.device), cache=cache)
+    ids = torch.tensor(texts, device=stack.device)
+    cache.window(start, start + ids.shape[1])
+    plan = stack.plan(ids, cache=cache)
     hidden, kept = plan.embedded, []
     for layer, call in enumerate(plan.calls, start=1):
         if layer in feature_layers:
-            kept.append(hidden[0])
+            kept.append(hidden)
         hidden = stack.step(layer, hidden, call)
-    return hidden[0], _features(stack, feature_layers, kept, hidden[0])
+    return hidden, _features(stack, feature_layers, kept, hidden)
 
 
 def _features(
     stack: DecoderStack, feature_layers: Sequence[int], kept: Sequence[Tensor], last: Tensor
 ) -> Tensor | None:
-    """Return the inputs of some layers and the last normed state, `[T, F + 1, D]`."""
+    """Return the inputs of some layers and the last normed state, `[..., F + 1, D]`."""
     if not feature_layers:
         return None
-    return torch.stack([*kept, stack.norm(last[None])[0]], dim=1)
+    normed = stack.norm(last if last.ndim == 3 else last[None]).view_as(last)
+    return torch.stack([*kept, normed], dim=-2)

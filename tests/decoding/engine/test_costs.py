@@ -37,14 +37,15 @@ class Counted:
     most = 32
     milliseconds: Sequence[float] = [1.0]
     description = "counted"
+    joins = False
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.counts = capacity, Counts.of(4)
         self.sizes: list[int] = []
         self.start = 0
 
-    def prefill(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, None]:
-        self.start = len(tokens)
+    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, None]:
+        self.start = len(prompts[0])
         return torch.zeros(1, 8), None
 
     def run(self, branches: Sequence[Branch]) -> tuple[Tensor, None]:

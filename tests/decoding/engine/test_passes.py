@@ -67,11 +67,11 @@ def chain(row: int, column: int, tokens: Sequence[int]) -> Branch:
 def test_features_are_layer_inputs_and_the_normed_last_state(kind: EngineKind) -> None:
     stack, text = stack_of(), tokens_of(15)
     passes = passes_of(stack, FEATURES, kind)
-    last, features = passes.prefill(1, text[:9])
+    last, features = passes.prefill(1, [text[:9]])
     assert features is not None
     expected = own_features(stack, text)
-    assert features.shape == (9, len(FEATURES) + 1, stack.hidden_size)
-    assert (features - expected[:9]).abs().max() <= CLOSE
+    assert features.shape == (1, 9, len(FEATURES) + 1, stack.hidden_size)
+    assert (features[0] - expected[:9]).abs().max() <= CLOSE
     assert (last - own_logits(stack, text)[8:9]).abs().max() <= CLOSE
     logits, features = passes.run([chain(1, 9, text[9:])])
     assert features is not None
@@ -79,11 +79,31 @@ def test_features_are_layer_inputs_and_the_normed_last_state(kind: EngineKind) -
     assert (logits - own_logits(stack, text)[9:]).abs().max() <= CLOSE
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_one_length_are_computed_together(kind: EngineKind) -> None:
+    stack, texts = stack_of(), [tokens_of(9, seed=seed) for seed in range(2)]
+    together, alone = passes_of(stack, FEATURES, kind, rows=3), passes_of(stack, kind=kind, rows=3)
+    assert together.joins
+    logits, features = together.prefill(1, texts)
+    assert together.counts.layer_rows == [18] * 4
+    assert features is not None
+    for place, text in enumerate(texts):
+        assert (logits[place] - own_logits(stack, text)[-1]).abs().max() <= CLOSE
+        assert (features[place] - own_features(stack, text)).abs().max() <= CLOSE
+        alone.prefill(1 + place, [text])
+    branches = [chain(1, 9, [5, 6]), chain(2, 9, [7])]
+    assert (together.run(branches)[0] - alone.run(branches)[0]).abs().max() <= CLOSE
+
+
+def test_prompts_in_half_precision_are_computed_one_by_one() -> None:
+    assert not passes_of(stack_of(dtype=torch.bfloat16)).joins
+
+
 def test_features_in_half_precision() -> None:
     stack, text = stack_of(dtype=torch.bfloat16), tokens_of(12)
     passes, one = passes_of(stack, FEATURES), passes_of(stack)
-    passes.prefill(0, text[:9])
-    one.prefill(0, text[:9])
+    passes.prefill(0, [text[:9]])
+    one.prefill(0, [text[:9]])
     logits, features = passes.run([chain(0, 9, text[9:])])
     assert features is not None
     # Layers run in parts give the same, bit for bit.
@@ -95,14 +115,14 @@ def test_features_in_half_precision() -> None:
 
 def test_without_feature_layers_there_are_no_features() -> None:
     passes = passes_of(stack_of())
-    assert passes.prefill(0, tokens_of(5))[1] is None
+    assert passes.prefill(0, [tokens_of(5)])[1] is None
     assert passes.run([chain(0, 5, [3, 4])])[1] is None
 
 
 def test_features_of_a_tree_are_those_of_its_paths() -> None:
     stack, text = stack_of("qwen3"), tokens_of(7)
     passes = passes_of(stack, FEATURES)
-    passes.prefill(0, text)
+    passes.prefill(0, [text])
     # 20 with the children 21 and 22, and 23 behind 22.
     logits, features = passes.run([Branch(0, 7, [20, 21, 22, 23], [-1, 0, 0, 2])])
     assert features is not None
@@ -121,7 +141,7 @@ def test_accepted_path_of_a_tree_is_moved_to_its_columns(family: str, kind: Engi
     passes = passes_of(stack, kind=kind)
     texts = {0: tokens_of(11), 1: tokens_of(6, seed=1)}
     for row, text in texts.items():
-        passes.prefill(row, text)
+        passes.prefill(row, [text])
     tree = [-1, 0, 0, 2, 1, 3]
     passes.run(
         [
@@ -145,7 +165,7 @@ def test_branches_of_several_rows_follow_each_other() -> None:
     passes = passes_of(stack, rows=3)
     texts = {row: tokens_of(5 + 3 * row, seed=row) for row in range(3)}
     for row, text in texts.items():
-        passes.prefill(row, text)
+        passes.prefill(row, [text])
     branches = [chain(2, 11, [7, 8]), chain(0, 5, [9])]
     logits, _ = passes.run(branches)
     expected = torch.cat(
@@ -164,7 +184,7 @@ def test_fused_trees_need_fp32(kind: EngineKind) -> None:
 def test_work_is_counted() -> None:
     stack = stack_of()
     for passes in (passes_of(stack), OwnPasses(stack, 1, 40, [1.0], reason="a test")):
-        passes.prefill(0, tokens_of(6))
+        passes.prefill(0, [tokens_of(6)])
         assert passes.counts.layer_rows == [6] * 4
         passes.run([chain(0, 6, [3, 4, 5])])
         assert passes.counts.layer_rows == [9] * 4
@@ -177,7 +197,7 @@ def test_models_own_modules_give_its_logits(family: str) -> None:
     passes = OwnPasses(stack, 1, 14, [1.0], reason="a test")
     assert not passes.trees
     assert passes.description == "model (a test)"
-    last, features = passes.prefill(0, text[:8])
+    last, features = passes.prefill(0, [text[:8]])
     assert features is None
     expected = own_logits(stack, text)
     assert (last - expected[7:8]).abs().max() <= CLOSE
