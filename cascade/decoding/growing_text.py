@@ -151,8 +151,13 @@ class GrowingText:
         if not chosen:
             return
         rows = sorted(chosen)
-        tokens = torch.tensor([chosen[row] for row in rows], device=self.ids.device)
-        self.ids[rows, column], self.layers[rows, column] = tokens.unbind(dim=1)
+        tokens = torch.tensor([chosen[row].token for row in rows], device=self.ids.device)
+        layers = [chosen[row].layer for row in rows]
+        if len(rows) == len(self.ended) and len(set(layers)) == 1:  # the usual case, in less time
+            self.ids[:, column], self.layers[:, column] = tokens, layers[0]
+        else:
+            self.ids[rows, column] = tokens
+            self.layers[rows, column] = torch.tensor(layers, device=self.ids.device)
         is_full = column + 1 == self.capacity
         for row in rows:
             token = chosen[row].token
