@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 BATCHES = (1, 4, 16)
 #: Tokens of a prompt, and new tokens.
 PROMPT, NEW = 12, 32
-ROUNDS = 13
+ROUNDS = 19
 
 
 @dataclass(frozen=True)
