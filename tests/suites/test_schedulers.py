@@ -123,7 +123,7 @@ def test_the_page_shows_every_scheduler_and_nothing_that_is_not_tried() -> None:
     words = ("#SBATCH --array", "parallel --jobs", "torchrun")
     for word in (*words, "LocalPipelineExecutor"):
         assert shown(word)
-    others = ("sbatch --parsable", "--engine ray")
+    others = ("sbatch --parsable", "--engine ray", "cascade bench scale")
     for name in pages():
         for block in blocks_of(name, read(name)):
             if block.language == "sh":
@@ -132,7 +132,7 @@ def test_the_page_shows_every_scheduler_and_nothing_that_is_not_tried() -> None:
 
 
 def test_lines_of_the_page_with_an_engine_are_valid() -> None:
-    lines = shown_lines("--engine ray")
-    assert len(lines) == 4
+    lines = shown_lines("--engine ray") + shown_lines("cascade bench scale")
+    assert len(lines) == 5
     for number, line in enumerate(lines):
         parse_cascade(Command(f"{PAGE}:{number}", tuple(shlex.split(line))))
