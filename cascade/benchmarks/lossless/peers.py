@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -150,9 +151,19 @@ def time_peer(name: str, task: PeerTask) -> PeerTimes | str:
         env=os.environ | {"OMP_NUM_THREADS": str(task.threads)},
     )
     if done.returncode != 0:
-        return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        return (done.stderr.strip().splitlines() or [_ended(done.returncode)])[-1]
     try:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return PeerTimes(**found)
     except (ValueError, IndexError, TypeError) as error:
         return f"its process printed no times ({first_line(error)})"
+
+
+def _ended(status: int) -> str:
+    """Return how a process ended that wrote no error."""
+    if status >= 0:
+        return f"its process ended with status {status}"
+    try:
+        return f"its process was ended by the signal {signal.Signals(-status).name}"
+    except ValueError:  # a signal without a name
+        return f"its process was ended by the signal {-status}"

@@ -112,3 +112,13 @@ def test_a_library_that_prints_no_times_is_named(installed: Path, gguf: Path) ->
     installed.write_text("import sys\nprint('hello')\nsys.exit(0)\n")
     task = PeerTask(gguf, [[5]], new_tokens=8, ends=[7], threads=1)
     assert str(time_peer("llama.cpp", task)).startswith("its process printed no times (")
+
+
+def test_a_library_that_ends_its_process_is_named_with_the_signal(
+    installed: Path, gguf: Path
+) -> None:
+    task = PeerTask(gguf, [[5]], new_tokens=8, ends=[7], threads=1)
+    installed.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    assert time_peer("llama.cpp", task) == "its process was ended by the signal SIGKILL"
+    installed.write_text("import os\nos._exit(3)\n")
+    assert time_peer("llama.cpp", task) == "its process ended with status 3"
