@@ -135,5 +135,5 @@ def slow(stack: DecoderStack, work: Work, number: int) -> None:
         number,
         model=stack,
         engine=work.engine,
-        progress=lambda _: time.sleep(0.05),
+        progress=lambda _: time.sleep(0.3),
     )
