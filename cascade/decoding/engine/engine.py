@@ -106,10 +106,11 @@ class DecodingEngine:
             return
         text = stack.model.config
         self._modules = tuple(LayerModules.of(layer, text) for layer in stack.layers)
-        for name in ("compiled", "fused") if kind == "auto" else (kind,):
-            self.obstacle = self._try(name)
-            if self.obstacle is None:
-                return
+        with products_in(stack.device):  # kernels are chosen, stored and compared in full precision
+            for name in ("compiled", "fused") if kind == "auto" else (kind,):
+                self.obstacle = self._try(name)
+                if self.obstacle is None:
+                    return
         self.layers = None
 
     def _find_obstacle(self, kind: EngineKind) -> str | None:
@@ -147,8 +148,7 @@ class DecodingEngine:
             self._watched = _Watched(
                 self._modules, self._heads, versions=self.layers.copied_bytes > 0
             )
-            with products_in(self.stack.device):
-                return self._find_difference()
+            return self._find_difference()
         except CompilerError as error:
             return first_line(error)
         except Exception as error:

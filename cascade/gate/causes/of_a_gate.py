@@ -33,8 +33,8 @@ def explained(
     found, evidence = comparison.attribution, comparison.evidence
     if found is None or evidence is None or found.cause in ("rows", "counting"):
         return comparison
-    places = {int(print_): at for at, print_ in enumerate(blocks.sequence_fingerprints())}
-    ids = blocks.ids[[places[print_] for print_ in comparison.fingerprints]]
+    places = {int(fingerprint): at for at, fingerprint in enumerate(blocks.sequence_fingerprints())}
+    ids = blocks.ids[[places[fingerprint] for fingerprint in comparison.fingerprints]]
     record = baseline.record()
     machine = known(record.provenance.machine)
     products = None if machine is None else known(machine.products)

@@ -19,8 +19,10 @@ from support.tiny_models import FAMILIES, random_ids, tiny_model
 from torch import Tensor, nn
 
 from cascade.core.errors import UsageError
+from cascade.core.float32_products import product_precision
 from cascade.decoding.early_exit import EarlyExit
 from cascade.decoding.engine import compiled_layers, compiler, fused_layers
+from cascade.decoding.engine import engine as engines
 from cascade.decoding.engine.engine import DecodingEngine, EngineKind, engine_of
 from cascade.decoding.engine.rows import MAX_ROWS, Rows
 from cascade.decoding.growing_text import Generation
@@ -434,3 +436,17 @@ def test_copies_of_a_model_make_their_own_engines(copied: Any) -> None:
     assert engine_of(other) is not engine
     assert engine_of(other).is_ready()
     assert engine_of(stack) is engine
+
+
+def test_kernels_are_chosen_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str | None] = []
+    right = engines.choose_kernels
+
+    def watched() -> Any:
+        found.append(product_precision(torch.device("cpu")))
+        return right()
+
+    monkeypatch.setattr(engines, "choose_kernels", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        DecodingEngine(DecoderStack(tiny_model("llama")), "fused")
+    assert found == [None]
